@@ -1,0 +1,84 @@
+# Two commands need nothing but python3 and a C++ compiler; they set up everything else themselves, in .venv:
+#   make bench     measure on this device and write a report (ARGS="--quick" and the like go to the benchmark)
+#   make test      run the tests but for the slow ones       (ARGS="-k lstm" and the like go to pytest)
+#
+# make check       ruff, formatting, types, all the tests   make lint      the first three
+# make library     compile the native library into fastseq/lib
+# make abi         one library file, loaded by CPU torch 2.13.0 and by CUDA torch 2.14.1 (downloads the latter, 5 GB)
+# make wheel       a wheel in dist/                          make clean     remove what was built, keep .venv
+#
+# PYTHON=/path/to/python uses that environment as it is, and no network.
+# FASTSEQ_BUILD=auto|cuda|cpu|none chooses the library (see setup.py).
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches torch from there, for instance its smaller CPU build.
+
+ARGS ?=
+TORCH_INDEX ?=
+FASTSEQ_BUILD ?= auto
+export FASTSEQ_BUILD
+
+ifeq ($(strip $(PYTHON)),)
+  VENV := .venv
+  PY := $(VENV)/bin/python
+  TOOLS := $(VENV)/.requirements
+  ENVIRONMENT := $(TOOLS) $(VENV)/.editable
+  # Tests that fetch build tools from a package index run in this environment only.
+  export FASTSEQ_TEST_NETWORK ?= 1
+else
+  PY := $(PYTHON)
+  TOOLS :=
+  ENVIRONMENT :=
+endif
+PIP := $(PY) -m pip --disable-pip-version-check
+
+SOURCES := CMakeLists.txt setup.py fastseq/_version.py $(shell find csrc -type f)
+LIBRARY := fastseq/lib/.built-$(FASTSEQ_BUILD)
+
+.PHONY: test check lint format bench library wheel abi clean
+
+test: $(ENVIRONMENT) $(LIBRARY)
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+check: lint $(ENVIRONMENT) $(LIBRARY)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(TOOLS)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(TOOLS)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(ENVIRONMENT) $(LIBRARY)
+	$(PY) -m fastseq bench $(ARGS)
+
+library: $(ENVIRONMENT) $(LIBRARY)
+
+wheel: $(TOOLS)
+	$(PIP) wheel . --no-deps --no-build-isolation -w dist
+
+$(LIBRARY): $(SOURCES) $(TOOLS)
+	$(PY) setup.py --quiet build_native --inplace
+	@rm -f fastseq/lib/.built-*
+	@touch $@
+
+.venv/.requirements: requirements/dev.txt requirements/triton.txt
+	@python3 -c "import sys; sys.exit(sys.version_info < (3, 10) and 'error: Python 3.10 or newer is needed, python3 is ' + sys.version.split()[0])"
+	test -x .venv/bin/python || python3 -m venv .venv
+	$(if $(TORCH_INDEX),$(PIP) install --index-url $(TORCH_INDEX) $(shell grep '^torch==' requirements/dev.txt))
+	$(PIP) install -r requirements/dev.txt
+	$(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('triton') is None)" || $(PIP) install -r requirements/triton.txt
+	@touch $@
+
+# After the library: the install finds it up to date. It gives the command `fastseq` and lets scripts anywhere import the checkout.
+.venv/.editable: pyproject.toml setup.py .venv/.requirements | $(LIBRARY)
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+abi: $(ENVIRONMENT) $(LIBRARY)
+	$(PY) .ci/abi.py --cuda-torch 2.14.1
+
+clean:
+	rm -rf build dist *.egg-info fastseq/lib .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,168 @@
+"""`python -m fastseq bench`: runs suites on one device and leaves results.json, rows.csv and report.html."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from . import environment, gate, plots, report, selection
+from .presentation import Options
+from .results import Results, write_csv
+from .runner import Case, Runner
+from .suites import DEFAULT, SUITES
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m fastseq bench",
+        description="What recurrence costs against attention on this device, and what fastseq makes of it.",
+        epilog="examples:\n"
+        "  python -m fastseq bench --quick\n"
+        '  python -m fastseq bench --suite recurrent --only "cell=GRU,LSTM B=8 threads=1 mode=training"\n'
+        "  python -m fastseq bench --json-in results.json --picture picture.svg",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--suite", action="append", metavar="NAME", help=f"suite to run, repeatable (default: {DEFAULT})")
+    p.add_argument("--list", action="store_true", help="list the suites and stop")
+    p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    p.add_argument("--dtype", default="float32", choices=DTYPES)
+    p.add_argument("--threads", metavar="N[,N...]", help="CPU threads; several for suites that compare them (default: the suite's)")
+    p.add_argument("--quick", action="store_true", help="fewer points and repetitions")
+    p.add_argument("--only", metavar="FILTER", help='points to run, for instance "cell=GRU B=8 threads=1"; keys: ' + ", ".join(selection.KEYS))
+    p.add_argument("--out", metavar="DIR", type=Path, help="folder for the results (default: bench-results/<time>)")
+    p.add_argument("--json-in", metavar="FILE", type=Path, help="measure nothing, show the results in FILE")
+    p.add_argument("--picture", metavar="FILE", type=Path, help="also draw the first suite's figure as .svg or .png")
+    p.add_argument("--theme", default="light", choices=sorted(plots.THEMES), help="colours of --picture")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 1: a provider gave a wrong result; 2: bad arguments; 130: interrupted, with what was measured until then written."""
+    p = parser()
+    args = p.parse_args(argv)
+    console = Console()
+    if args.list:
+        for name, suite in SUITES.items():
+            console.print(f"[bold]{name}[/bold]  {suite.SUMMARY}", highlight=False)
+        return 0
+    try:
+        if args.picture and args.picture.suffix.lower() not in (".svg", ".png"):
+            raise ValueError(f"--picture: {args.picture} ends in neither .svg nor .png")
+        if args.json_in:
+            results = Results.load(args.json_in)
+        else:
+            cases, options = _planned(args)
+            out = _folder(args.out)
+    except ValueError as error:
+        p.error(str(error))
+    if args.json_in:
+        report.terminal(results, console)
+        if args.out or not args.picture:
+            _write(results, _folder(args.out), console)
+    else:
+        results = measure(cases, options, console)
+        report.terminal(results, console)
+        _write(results, out, console)
+    if args.picture:
+        suite = results.suites()[0]
+        plots.save(SUITES[suite].picture(results), args.picture, plots.THEMES[args.theme])
+        console.print(f"picture: {args.picture}", highlight=False)
+    if results.options.get("interrupted"):
+        return 130
+    return 1 if any(row.status == "wrong" for row in results.rows) else 0
+
+
+def measure(cases: list[Case], options: Options, console: Console) -> Results:
+    """Runs the cases; Ctrl-C ends it early with what is there."""
+    start = time.monotonic()
+    given: dict[str, Any] = {"dtype": options.dtype, "quick": options.quick, "threads": list(options.threads)}
+    results = Results(environment.collect(options.device), given)
+    runner = Runner(options.device, quick=options.quick)
+    columns = (
+        SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("measuring the machine's peaks", total=len(cases))
+        try:
+            for case in cases:
+                results.rows += runner.run(case, lambda step: progress.update(task, description=step))
+                progress.advance(task)
+        except KeyboardInterrupt:
+            results.options["interrupted"] = True
+        finally:
+            gate.forget()
+    results.peaks = list(runner.peaks.values())
+    results.seconds = round(time.monotonic() - start, 1)
+    return results
+
+
+def device_of(name: str) -> str:
+    """A usable device, or ValueError with what is missing."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()) or name.endswith(":"):
+        raise ValueError(f"--device: {name!r} is none of auto, cpu, cuda, cuda:N")
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU or no driver"
+        raise ValueError(f"--device: {name} is not present: {why}; accepted here: auto, cpu")
+    if index and int(index) >= torch.cuda.device_count():
+        raise ValueError(f"--device: {name} is not present; this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return name
+
+
+def _threads(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    try:
+        counts = tuple(int(n) for n in text.split(","))
+    except ValueError:
+        counts = (0,)
+    if min(counts) < 1:
+        raise ValueError(f"--threads: {text!r} is not a list of positive numbers such as 2 or 1,2")
+    return counts
+
+
+def _planned(args: argparse.Namespace) -> tuple[list[Case], Options]:
+    names = list(dict.fromkeys(args.suite or [DEFAULT]))
+    for name in names:
+        if name not in SUITES:
+            raise ValueError(f"--suite: there is no suite {name!r}; there are: {', '.join(SUITES)}")
+    device = device_of(args.device)
+    if device == "cpu" and args.dtype == "float16":
+        raise ValueError("--dtype: float16 is for GPUs; on the CPU use float32, float64 or bfloat16")
+    options = Options(device, args.dtype, _threads(args.threads), args.quick)
+    cases = [case for name in names for case in SUITES[name].plan(options)]
+    return (selection.select(cases, selection.parse(args.only)) if args.only is not None else cases), options
+
+
+def _folder(out: Path | None) -> Path:
+    folder = out or Path("bench-results") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: cannot make the folder {folder}: {error.strerror}") from error
+    return folder
+
+
+def _write(results: Results, out: Path, console: Console) -> None:
+    results.save(out / "results.json", **report.derive(results))
+    write_csv(results.rows, out / "rows.csv")
+    (out / "report.html").write_text(report.page(results), encoding="utf-8")
+    console.print(f"\n{out / 'report.html'}\n{out / 'results.json'}\n{out / 'rows.csv'}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

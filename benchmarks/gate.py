@@ -1,0 +1,155 @@
+"""The gate before every timing: outputs and gradients of a provider against the fp64 reference, on a small and on the actual shape.
+
+The bound is that of the tests (fastseq.testing.compare.error_bound): twice the error that torch's own module makes in the same dtype,
+plus rounding. torch's own providers are held to it as well, and everyone to a coarse limit (the square root of the dtype's rounding
+step) that catches torch going wrong itself. A provider that fails has no time and no speed-up in the report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastseq.testing.compare import error_bound
+
+from .workloads import FUNCTIONS, Call, Problem, Workload
+
+TF32_EPS = 2.0**-10
+
+
+@dataclass(frozen=True)
+class Check:
+    ok: bool
+    error: float | None  # largest error of any tensor, relative to that tensor's largest value; None: nothing to compare, or NaN
+    bound: float | None  # the bound of the tensor that came closest to its bound (or broke it), in the same unit
+    worst: str  # which tensor
+    reason: str | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Per tensor: the fp64 value, and the largest absolute error allowed."""
+
+    values: dict[str, Tensor]
+    bounds: dict[str, float]
+
+
+def check(build: Callable[[Workload], tuple[object, str]], workload: Workload) -> Check:
+    """`build(workload) -> (module, layout)`. Never raises for a provider's fault: an exception is a failed check."""
+    worst = None
+    for shape in (workload.small(), workload):
+        try:
+            module, layout = build(shape)
+            found = _results(Call(module, problem(shape), layout))  # type: ignore[arg-type]
+        except Exception as error:  # noqa: BLE001  whatever a provider raises is its result
+            return Check(False, None, None, "", f"raised {type(error).__name__}: {_first_line(error)}")
+        result = compare(found, expected(shape), rounding(shape))
+        if not result.ok:
+            size = "small shape" if shape != workload else "actual shape"
+            return replace(result, reason=f"{size} (T={shape.T}, B={shape.B}, H={shape.H}): {result.reason}")
+        if worst is None or result.error > worst.error:
+            worst = result
+    assert worst is not None
+    return worst
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def compare(found: dict[str, Tensor], want: Expected, eps: float) -> Check:
+    """Every tensor of `found` against `want`, the worst in terms of its bound reported."""
+    closest, largest = None, 0.0
+    for name, value in found.items():
+        truth = want.values[name]
+        if value.shape != truth.shape:
+            return Check(False, None, None, name, f"{name} has shape {tuple(value.shape)}, not {tuple(truth.shape)}")
+        scale = truth.abs().max().item() or 1.0
+        error = (value.double().cpu() - truth).abs().max().item() / scale
+        bound = min(want.bounds[name] / scale, math.sqrt(eps))
+        if not error <= bound:  # also when the error is NaN
+            reason = f"{name} is off by {error:.1e} of its largest value; {bound:.1e} is allowed"
+            return Check(False, error if math.isfinite(error) else None, bound, name, reason)
+        largest = max(largest, error)
+        if closest is None or error / bound > closest.error / closest.bound:
+            closest = Check(True, error, bound, name)
+    assert closest is not None, "a provider without outputs"
+    return replace(closest, error=largest)
+
+
+def rounding(workload: Workload) -> float:
+    """Relative rounding step of the workload's arithmetic, TF32 counted where torch's flags allow it."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    if workload.device.startswith("cuda") and workload.dtype == "float32" and tf32:
+        return TF32_EPS
+    return torch.finfo(workload.torch_dtype).eps
+
+
+def problem(workload: Workload) -> Problem:
+    return replace(_problem(_plain(workload)), workload=workload)
+
+
+def expected(workload: Workload) -> Expected:
+    """What `found` must be, for the workload's mode: outputs, and in training gradients too."""
+    everything = _expected(_plain(workload))
+    if workload.mode == "training":
+        return everything
+    outputs = {name: value for name, value in everything.values.items() if not name.startswith("grad ")}
+    return Expected(outputs, everything.bounds)
+
+
+def forget() -> None:
+    """Releases the references kept for the last workloads."""
+    _problem.cache_clear()
+    _expected.cache_clear()
+
+
+def _plain(workload: Workload) -> Workload:
+    """Workloads that differ only in this have the same reference."""
+    return replace(workload, mode="training", threads=0)
+
+
+@lru_cache(maxsize=8)
+def _problem(workload: Workload) -> Problem:
+    return Problem.of(workload)
+
+
+@lru_cache(maxsize=8)
+def _expected(workload: Workload) -> Expected:
+    truth = _torch_results(workload, torch.float64, "cpu")
+    own = _torch_results(workload, workload.torch_dtype, workload.device)
+    return Expected(truth, {name: error_bound(own[name].cpu(), value) for name, value in truth.items()})
+
+
+def _torch_results(workload: Workload, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    function, whole = FUNCTIONS[workload.function], _problem(workload)
+    problems = [whole]
+    if function.row_by_row:
+        problems = [Problem(whole.workload, whole.parameters, x, g) for x, g in zip(
+            whole.x.split(1, dim=1), whole.grad.split(1, dim=1), strict=True
+        )]  # fmt: skip
+    parts = []
+    for part in problems:
+        module = function.module(workload)
+        parts.append(_results(Call(module, part, function.layout, dtype=dtype, device=device)))
+    if len(parts) == 1:
+        return parts[0]
+    by_row = ("output", "grad input")  # [T, 1, ...] each; gradients of parameters add up
+    return {
+        name: torch.cat([p[name] for p in parts], dim=1) if name in by_row else sum(p[name] for p in parts)
+        for name in parts[0]
+    }
+
+
+def _results(call: Call) -> dict[str, Tensor]:
+    if call.mode == "inference":
+        return call.outputs()
+    return call.outputs() | {f"grad {name}": value for name, value in call.gradients().items()}

@@ -1,0 +1,76 @@
+"""Peak memory of a call, and the operators it ran.
+
+Measured: the highest sum of tensor bytes that torch's allocator handed out *while the call ran*, above what was live when it began.
+Parameters, input and output gradient exist before and do not count; outputs, saved activations, workspaces and temporaries do, and
+so do the gradients that a training step returns. On CUDA these are the allocator's own statistics. On the CPU they are the
+allocation and release events of torch.profiler, which sees every allocation that goes through torch's CPU allocator, also from
+C++ inside an operator. Not seen on the CPU: memory that a library takes from malloc itself (for instance packed GEMM panels).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# Operators and kernels whose presence says which implementation a library chose.
+_TELLING = re.compile(
+    r"fastseq\w*::|mkldnn_rnn_layer|cudnn_rnn|miopen_rnn|_thnn_fused|aten::(lstm|gru|rnn_tanh)_cell|aten::softmax|"
+    r"_scaled_dot_product_\w*(flash|efficient|cudnn|math)|^(?!aten).*(persist|fmha|flash|xmma)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Observation:
+    peak_bytes: int
+    chose: list[str]  # the telling operators of the forward pass; on CUDA also the telling kernels
+
+
+def observe(run: Callable[[], object], device: str = "cpu") -> Observation:
+    """Runs once for the operators and, on CUDA, once more for the peak (the profiler must not disturb the allocator's figure)."""
+    cuda = device.startswith("cuda")
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    with _quiet_stderr(), profile(activities=activities, profile_memory=not cuda) as profiler:
+        run()
+        if cuda:
+            torch.cuda.synchronize(device)
+    live = peak = 0
+    names: set[str] = set()
+    for event in profiler.profiler.kineto_results.events():
+        name = event.name()
+        if name == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+        elif _TELLING.search(name) and "backward" not in name.lower():
+            names.add(name)
+    return Observation(_cuda_peak(run, device) if cuda else peak, sorted(names))
+
+
+def _cuda_peak(run: Callable[[], object], device: str) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's C++ part writes two lines per run to file descriptor 2, whatever its log level."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)

@@ -1,0 +1,111 @@
+"""How figures look: colours, axes, labels at the ends of lines. Drawn by matplotlib, returned as SVG or PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from .presentation import Figure
+
+# Stand-ins that the page replaces by its own colours, so that a figure follows light and dark mode.
+_INK, _FAINT = "#010203", "#040506"
+
+
+@dataclass(frozen=True)
+class Theme:
+    ink: str
+    faint: str
+    paper: str | None  # None: transparent
+
+
+LIGHT = Theme("#1f2430", "#d9dce3", "#ffffff")
+DARK = Theme("#e6e8ee", "#3a4150", "#12151c")
+PAGE = Theme(_INK, _FAINT, None)
+THEMES = {"light": LIGHT, "dark": DARK}
+
+
+def draw(figure: Figure, theme: Theme) -> Canvas:
+    canvas = Canvas(figsize=figure.size, layout="constrained", facecolor=theme.paper or "none")
+    figure.draw(canvas, theme)
+    return canvas
+
+
+def svg(figure: Figure, theme: Theme = PAGE, *, name: str = "figure") -> str:
+    """An <svg> element without resources from elsewhere. The same figure gives the same text."""
+    text = theme is PAGE  # text as text in the page, as paths in a picture that stands alone
+    settings = {"svg.fonttype": "none" if text else "path", "svg.hashsalt": name, "font.family": "sans-serif"}
+    with matplotlib.rc_context(settings):
+        buffer = io.StringIO()
+        draw(figure, theme).savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    found = buffer.getvalue()
+    found = re.sub(r"<metadata>.*?</metadata>\s*", "", found, flags=re.DOTALL)
+    if text:
+        found = found[found.index("<svg") :]
+        found = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg class="figure" viewBox="\1" role="img" aria-label="{figure.title}">', found, count=1)
+        found = found.replace(_INK, "currentColor").replace(_FAINT, "var(--line)")
+        found = re.sub(r"font: ([^;\"]*?)'[^\"]*\"", r'font: \1sans-serif"', found)
+    return found
+
+
+def save(figure: Figure, path: Any, theme: Theme) -> None:
+    """As SVG or PNG, by the suffix of `path`. Raises ValueError for another one."""
+    suffix = str(path).rpartition(".")[2].lower()
+    if suffix == "svg":
+        with open(path, "w") as file:
+            file.write(svg(figure, theme, name="picture"))
+    elif suffix == "png":
+        draw(figure, theme).savefig(path, dpi=160, metadata={"Software": None})
+    else:
+        raise ValueError(f"a picture ends in .svg or .png, not in {path}")
+
+
+def log_axes(axes: Any, theme: Theme, *, title: str, x: list[float], y_format: Any, x_label: str = "T, sequence length") -> None:
+    """log-log axes with a tick at every measured x."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    plain(axes, theme, title)
+    axes.set_xticks(x, [f"{v:g}" for v in x])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: y_format(v)))
+    axes.set_xlabel(x_label, color=theme.ink, fontsize=9)
+    axes.grid(True, which="major", color=theme.faint, linewidth=0.7)
+
+
+def plain(axes: Any, theme: Theme, title: str) -> None:
+    axes.set_facecolor("none")
+    axes.set_title(title, color=theme.ink, fontsize=10.5, loc="left", pad=8)
+    axes.tick_params(which="both", colors=theme.ink, labelsize=8.5, length=0)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(theme.faint)
+
+
+def end_labels(axes: Any, ends: list[tuple[float, str, str]]) -> None:
+    """Labels beside the last points [(y, text, colour)], pushed apart so that none overlap. Axis limits must be final."""
+    low, high = (math.log(v) for v in axes.get_ylim())
+    place = [((math.log(y) - low) / (high - low), text, color) for y, text, color in sorted(ends)]
+    height = axes.get_position().height * axes.figure.get_size_inches()[1]
+    gap = 0.155 / height  # a line of text, in axes heights
+    positions: list[float] = []
+    for y, _, _ in place:
+        positions.append(y if not positions else max(y, positions[-1] + gap))
+    overflow = positions[-1] - max(place[-1][0], 1.0) if positions else 0.0
+    if overflow > 0:
+        positions[-1] -= overflow
+        for i in range(len(positions) - 2, -1, -1):
+            positions[i] = min(positions[i], positions[i + 1] - gap)
+    for at, (y, text, color) in zip(positions, place, strict=True):
+        axes.annotate(
+            text, xy=(1.0, y), xytext=(1.035, at), xycoords="axes fraction", textcoords="axes fraction", fontsize=8.5,
+            va="center", color=color, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 1},
+        )  # fmt: skip

@@ -1,0 +1,130 @@
+"""What a suite has to say, independent of where it is shown: the terminal and the HTML page render the same objects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .results import Results, Row
+from .runner import Case
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`tone`: "good", "bad", "weak" or "" for neutral."""
+
+    text: str
+    tone: str = ""
+    hint: str = ""
+
+
+@dataclass
+class Table:
+    title: str
+    columns: list[str]
+    rows: list[list[Cell | str]]
+    note: str = ""
+    folded: bool = False  # long: closed in the page at first, left out of the terminal
+    heat: bool = False  # colour whole cells by tone instead of their text
+
+
+@dataclass
+class Figure:
+    title: str
+    caption: str
+    draw: Callable[[Any, Any], None]  # (matplotlib Figure, plots.Theme)
+    size: tuple[float, float] = (10.5, 4.4)  # inches
+
+
+@dataclass
+class Card:
+    """One headline figure."""
+
+    value: str
+    label: str
+    tone: str = ""
+
+
+@dataclass
+class Section:
+    title: str
+    text: list[str] = field(default_factory=list)
+    cards: list[Card] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of a suite."""
+
+    device: str
+    dtype: str
+    threads: tuple[int, ...]  # empty: the suite's own choice
+    quick: bool
+
+
+class Suite(Protocol):
+    """A module in suites/ with these names."""
+
+    NAME: str
+    SUMMARY: str
+
+    def plan(self, options: Options) -> list[Case]: ...
+
+    def derive(self, results: Results) -> dict[str, Any]:
+        """Figures that follow from the rows, JSON-able: fits, means, crossovers."""
+        ...
+
+    def present(self, results: Results) -> list[Section]: ...
+
+    def picture(self, results: Results) -> Figure:
+        """The suite in one figure, for a README."""
+        ...
+
+
+def time_text(seconds: float) -> str:
+    """Three digits and a unit; a dash for NaN."""
+    if not math.isfinite(seconds):
+        return "–"
+    for limit, scale, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (math.inf, 1.0, "s")):
+        if seconds < limit:
+            return f"{three_digits(seconds * scale)} {unit}"
+    raise AssertionError
+
+
+def bytes_text(count: float | None) -> str:
+    if count is None or not math.isfinite(count):
+        return "–"
+    for limit, scale, unit in ((2**20, 2**10, "KiB"), (2**30, 2**20, "MiB"), (math.inf, 2**30, "GiB")):
+        if count < limit:
+            return f"{three_digits(count / scale)} {unit}"
+    raise AssertionError
+
+
+def three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+def ratio_cell(row: Row | None, *, losing: float = 1.0) -> Cell:
+    """Speed-up over the row's baseline; below `losing` it is marked as a loss."""
+    if row is None:
+        return Cell("", "weak")
+    if not row.ok:
+        return Cell({"wrong": "wrong result", "unavailable": "–"}.get(row.status, row.status), "bad", row.reason or "")
+    if row.ratio is None:
+        return Cell("–", "weak")
+    value = row.ratio["median"]
+    tone = "bad" if value < losing else "good" if value > 1.05 else ""
+    return Cell(f"{value:.2f}×", tone, f"{row.ratio['low']:.2f} to {row.ratio['high']:.2f} over {row.ratio['baseline']}")
+
+
+def time_cell(row: Row | None) -> Cell:
+    if row is None:
+        return Cell("–", "weak")
+    if not row.ok:
+        return Cell({"wrong": "wrong result"}.get(row.status, row.status), "bad" if row.status == "wrong" else "weak", row.reason or "")
+    assert row.time is not None
+    return Cell(time_text(row.seconds), "", f"{time_text(row.time['low'])} to {time_text(row.time['high'])}, {row.time['rounds']} rounds")

@@ -1,0 +1,136 @@
+"""The report: the terminal's tables, and one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from . import claims, environment, plots
+from .presentation import Cell, Section, Table, bytes_text, time_text
+from .results import Results
+from .suites import SUITES
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+STYLES = {"good": "green", "best": "bold green", "bad": "red", "worst": "bold red", "weak": "dim"}
+
+
+def sections(results: Results) -> list[Section]:
+    return [section for name in results.suites() for section in SUITES[name].present(results)] + [_peaks(results)]
+
+
+def derive(results: Results) -> dict[str, Any]:
+    found = {name: SUITES[name].derive(results) for name in results.suites()}
+    return {"suites": found, "verdicts": [v.as_dict() for v in claims.verdicts(results)]}
+
+
+def page(results: Results) -> str:
+    """The HTML page."""
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    templates = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    shown = sections(results)
+    drawings = {
+        (i, k): jinja2.utils.markupsafe.Markup(plots.svg(figure, name=f"figure-{i}-{k}"))
+        for i, section in enumerate(shown)
+        for k, figure in enumerate(section.figures)
+    }
+    verdicts = claims.verdicts(results)
+    return templates.get_template("report.html.j2").render(
+        results=results,
+        env=results.environment,
+        sections=shown,
+        drawings=drawings,
+        answered=[v for v in verdicts if v.verdict != claims.NOT_MEASURED],
+        open_claims=[v for v in verdicts if v.verdict == claims.NOT_MEASURED],
+        busy=environment.busy(results.environment),
+        wrong=[r for r in results.rows if r.status == "wrong"],
+        as_cell=as_cell,
+        environment_rows=list(_flatten(results.environment)),
+    )
+
+
+def as_cell(value: Cell | str) -> Cell:
+    return value if isinstance(value, Cell) else Cell(value)
+
+
+def verdict_tone(verdict: str) -> str:
+    if verdict.startswith("holds for"):
+        return "yes"
+    return "no" if verdict.startswith("does not hold") else "partly"
+
+
+def terminal(results: Results, console: Console) -> None:
+    for section in sections(results):
+        console.print()
+        console.rule(Text(section.title, style="bold"), align="left")
+        for table in section.tables:
+            if not table.folded and table.rows:
+                console.print()
+                console.print(_rich(table))
+                if table.note:
+                    console.print(Text(table.note, style="dim"))
+    answered = [v for v in claims.verdicts(results) if v.verdict != claims.NOT_MEASURED]
+    if answered:
+        table = RichTable(title="What people say, and what was measured here", title_justify="left", title_style="bold", show_lines=True)
+        for column in ("statement", "verdict", "figures"):
+            table.add_column(column)
+        for v in answered:
+            table.add_row(v.statement, v.verdict, v.figures)
+        console.print()
+        console.print(table)
+    missing = [v.claim for v in claims.verdicts(results) if v.verdict == claims.NOT_MEASURED]
+    if missing:
+        console.print(Text(f"{claims.NOT_MEASURED}: {', '.join(missing)}", style="dim"))
+    for row in results.rows:
+        if row.status == "wrong":
+            console.print(Text(f"WRONG RESULT, not timed: {row.provider} {row.mode} T={row.T} B={row.B} H={row.H}: {row.reason}", "bold red"))
+    note = environment.busy(results.environment)
+    if note:
+        console.print(Text(note, style="yellow"))
+
+
+def _rich(table: Table) -> RichTable:
+    out = RichTable(title=table.title, title_justify="left", title_style="bold")
+    for i, column in enumerate(table.columns):
+        out.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in table.rows:
+        cells = [as_cell(value) for value in row]
+        out.add_row(*(Text(cell.text, style=STYLES.get(cell.tone, "")) for cell in cells))
+    return out
+
+
+def _peaks(results: Results) -> Section:
+    rows: list[list[Cell | str]] = []
+    for p in results.peaks:
+        kib = sorted(p.read)
+        pick = [k for k in (64, 512, 3072, 65536) if k in kib]
+        rows.append(
+            [str(p.threads), p.dtype, f"{p.gemm / 1e9:.0f} GFLOP/s"]
+            + [f"{p.read[k] / 1e9:.0f} GB/s" for k in pick]
+            + [f"{p.copy[k] / 1e9:.0f} GB/s" for k in sorted(p.copy)]
+            + [time_text(next(iter(p.launch.values())))]
+        )
+    if not results.peaks:
+        return Section("What the machine can do")
+    p = results.peaks[0]
+    columns = ["threads", "dtype", "torch.mm"] + [f"read {bytes_text(k * 1024)}" for k in (64, 512, 3072, 65536) if k in p.read]
+    columns += [f"copy {bytes_text(k * 1024)}" for k in sorted(p.copy)] + [next(iter(p.launch))]
+    note = (
+        "Measured in this run; the floors follow from them. read: one buffer again and again, each thread its share, as recurrent "
+        "weights are read at every step. copy: bytes read and written. operator: the shortest call of a torch operator."
+    )
+    return Section("What the machine can do", tables=[Table("Measured peaks", columns, rows, note)])
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Any:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name} · ")
+        elif value is not None:
+            yield f"{prefix}{name}", str(value)

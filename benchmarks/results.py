@@ -1,0 +1,144 @@
+"""The results of a run: rows, peaks, environment. Written as JSON (with a version) and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .floors import Peaks
+from .workloads import Workload
+
+SCHEMA = "fastseq-benchmark"
+VERSION = 1
+STATUS = ("ok", "wrong", "unavailable", "skipped")
+
+
+@dataclass
+class Row:
+    """One provider on one workload. `time` and everything derived from it are None unless `status` is "ok"."""
+
+    suite: str
+    group: str  # the set of rows that were measured in turn with this one, and are compared with it
+    provider: str
+    function: str
+    mode: str
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    packed: bool
+    threads: int
+    dtype: str
+    device: str
+    tokens: int
+    status: str = "ok"
+    reason: str | None = None
+    parameters: int | None = None
+    time: dict[str, float] | None = None  # timing.Timing, seconds
+    graph: dict[str, float] | None = None  # the same inside a CUDA graph
+    host: dict[str, float] | None = None  # host time until the call returns, on CUDA
+    ratio: dict[str, Any] | None = None  # timing.Ratio
+    memory: int | None = None  # bytes, see memory.py
+    check: dict[str, Any] | None = None  # gate.Check
+    floor: dict[str, Any] | None = None  # floors.Floor
+    chose: list[str] = field(default_factory=list)  # operators or kernels that show the implementation
+
+    @classmethod
+    def of(cls, suite: str, group: str, provider: str, w: Workload, **values: Any) -> Row:
+        return cls(
+            suite, group, provider, w.function, w.mode, w.T, w.B, w.I, w.H, w.packed, w.threads, w.dtype, w.device, w.tokens,
+            **values,
+        )  # fmt: skip
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+    @property
+    def seconds(self) -> float:
+        """Median time; NaN where there is none."""
+        return self.time["median"] if self.ok and self.time else float("nan")
+
+    @property
+    def of_floor(self) -> float:
+        """Fraction of the floor reached: 1 is the fastest that the measured peaks allow."""
+        return self.floor["seconds"] / self.seconds if self.floor else float("nan")
+
+
+@dataclass
+class Results:
+    environment: dict[str, Any]
+    options: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    peaks: list[Peaks] = field(default_factory=list)
+    seconds: float = 0.0  # the whole run
+
+    def of_suite(self, suite: str) -> list[Row]:
+        return [row for row in self.rows if row.suite == suite]
+
+    def suites(self) -> list[str]:
+        return list(dict.fromkeys(row.suite for row in self.rows))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "environment": self.environment,
+            "options": self.options,
+            "seconds": self.seconds,
+            "peaks": [p.as_dict() for p in self.peaks],
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def save(self, path: Path, **derived: Any) -> None:
+        """`derived` is written for readers of the file and ignored on loading: it follows from the rows."""
+        path.write_text(json.dumps(self.as_dict() | {"derived": derived}, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Raises ValueError, naming the file and what is wrong with it."""
+        try:
+            d = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(d, dict) or d.get("schema") != SCHEMA:
+            raise ValueError(f'{path} is not a result file of this benchmark (it has no "schema": "{SCHEMA}")')
+        if d.get("version") != VERSION:
+            raise ValueError(f"{path} has version {d.get('version')!r}; this fastseq reads version {VERSION}")
+        try:
+            rows = [Row(**row) for row in d["rows"]]
+            bad = sorted({row.status for row in rows} - set(STATUS))
+            if bad:
+                raise ValueError(f"unknown status {bad}")
+            return cls(d["environment"], d["options"], rows, [Peaks.from_dict(p) for p in d["peaks"]], d["seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not have the fields of version {VERSION}: {error}") from error
+
+
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    """One line a row; nested fields become columns such as time.median."""
+    flat = [_flat(asdict(row)) for row in rows]
+    plain = [f.name for f in fields(Row)]
+    names = sorted({k for row in flat for k in row}, key=lambda k: (plain.index(k.split(".")[0]), k))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            out |= {f"{name}.{k}": v for k, v in value.items()}
+        elif isinstance(value, list):
+            out[name] = " ".join(value)
+        elif value is not None:
+            out[name] = value
+    return out

@@ -1,0 +1,161 @@
+"""From a case to rows: build every participant, check it, observe its memory and operators, then time all of them in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from . import floors, gate, memory
+from .floors import Peaks
+from .providers import PROVIDERS, Provider
+from .results import Row
+from .timing import Clock, Effort, GraphClock, IssueClock, Ratio, Samples, clock_for, interleave
+from .workloads import Call, Workload
+
+
+@dataclass(frozen=True)
+class Participant:
+    provider: str
+    workload: Workload
+
+
+@dataclass(frozen=True)
+class Case:
+    """Participants that are timed in turn. They share mode, threads and device; `baseline` maps a provider to what it is
+    compared with (no entry: no speed-up in its row)."""
+
+    suite: str
+    group: str
+    participants: tuple[Participant, ...]
+    effort: Effort
+    baseline: tuple[tuple[str, str], ...] = ()
+    check: bool = True
+
+    @property
+    def label(self) -> str:
+        w = self.participants[0].workload
+        return f"{self.group} {w.mode} T={w.T} B={w.B} H={w.H} threads={w.threads}"
+
+
+class Runner:
+    """Runs cases on one device. `providers` and `clock` can be replaced, for tests and for other programs."""
+
+    def __init__(
+        self, device: str, *, providers: dict[str, Provider] | None = None, clock: Clock | None = None, quick: bool = False
+    ) -> None:
+        self.device, self.quick = device, quick
+        self.providers = PROVIDERS if providers is None else providers
+        self.clock = clock or clock_for(device)
+        self.peaks: dict[tuple[int, str], Peaks] = {}
+        self._last_peak: dict[tuple[str, ...], tuple[int, int]] = {}
+
+    def peaks_for(self, threads: int, dtype: str) -> Peaks:
+        """Measured on first use, then kept."""
+        if (threads, dtype) not in self.peaks:
+            self.peaks[threads, dtype] = floors.measure(self.device, threads, dtype, quick=self.quick)
+        return self.peaks[threads, dtype]
+
+    def run(self, case: Case, progress: Callable[[str], None] = lambda step: None) -> list[Row]:
+        first = case.participants[0].workload
+        peaks = self.peaks_for(first.threads, first.dtype)
+        before = torch.get_num_threads()
+        torch.set_num_threads(first.threads)
+        try:
+            return self._run(case, peaks, progress)
+        finally:
+            torch.set_num_threads(before)
+
+    def _run(self, case: Case, peaks: Peaks, progress: Callable[[str], None]) -> list[Row]:
+        rows: dict[str, Row] = {}
+        calls: dict[str, Call] = {}
+        for participant in case.participants:
+            name, w = participant.provider, participant.workload
+            progress(f"{case.label}: {name}")
+            row = rows[name] = Row.of(case.suite, case.group, name, w)
+            call = self._prepare(self.providers[name], w, row, check=case.check)
+            if call is not None:
+                calls[name] = call
+                row.floor = floors.floor_of(w, peaks).as_dict()
+        progress(f"{case.label}: timing")
+        if calls:
+            with next(iter(calls.values())).context():
+                self._time(case, {name: call.run for name, call in calls.items()}, rows)
+        return list(rows.values())
+
+    def _prepare(self, provider: Provider, w: Workload, row: Row, *, check: bool) -> Call | None:
+        """The call ready to be timed, or None with the reason in the row."""
+        row.reason = provider.unavailable(w)
+        if row.reason:
+            row.status = "unavailable"
+            return None
+        row.reason = self._too_large(provider, w)
+        if row.reason:
+            row.status = "skipped"
+            return None
+        if check:
+            result = gate.check(lambda shape: (provider.build(shape), provider.layout), w)
+            row.check = result.as_dict()
+            if not result.ok:
+                row.status, row.reason = "wrong", result.reason
+                return None
+        call = Call(provider.build(w), gate.problem(w), provider.layout)
+        row.parameters = sum(p.numel() for p in call.parameters)
+        with call.context():
+            seen = memory.observe(call.run, w.device)
+            row.chose = provider.chose(call) + seen.chose
+        row.memory = seen.peak_bytes
+        self._last_peak[self._series(provider, w)] = (w.T, seen.peak_bytes)
+        return call
+
+    def _time(self, case: Case, runs: dict[str, Callable[[], object]], rows: dict[str, Row]) -> None:
+        samples = interleave(runs, self.clock, case.effort)
+        baselines = dict(case.baseline)
+        for name, sample in samples.items():
+            rows[name].time = sample.timing().as_dict()
+            base = baselines.get(name)
+            if base in samples and base != name:
+                rows[name].ratio = Ratio.of(base, samples[base].seconds, sample.seconds).as_dict()
+        if not self.device.startswith("cuda"):
+            return
+        brief = replace(case.effort, seconds=case.effort.seconds / 4)
+        for name, sample in interleave(runs, IssueClock(), brief).items():
+            rows[name].host = sample.timing().as_dict()
+        for name, run in runs.items():  # one graph alive at a time; a call that cannot be captured has no such figure
+            try:
+                captured: dict[str, Samples] = interleave({name: run}, GraphClock(device=self.device), brief)
+            except RuntimeError:
+                torch.cuda.synchronize(self.device)
+                continue
+            rows[name].graph = captured[name].timing().as_dict()
+
+    def _series(self, provider: Provider, w: Workload) -> tuple[str, ...]:
+        return (provider.name, w.mode, str(w.B), str(w.H), w.dtype)
+
+    def _too_large(self, provider: Provider, w: Workload) -> str | None:
+        """Extrapolates the last peak of the same provider with T squared, twice over for the references of the gate."""
+        T, peak = self._last_peak.get(self._series(provider, w), (w.T, 0))
+        needed = 2 * peak * max(1, w.T / T) ** 2
+        free = _free_memory(self.device)
+        if needed <= 0.8 * free:
+            return None
+        return f"would need up to {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
+
+
+def _free_memory(device: str) -> int:
+    """Bytes; in a container also below its own limit."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
+            text = limit.read().strip()
+            return free if text == "max" else min(free, int(text) - int(current.read()))
+    except (OSError, ValueError):
+        return free
+
+
+def sizes(cases: Iterable[Case]) -> int:
+    return sum(len(case.participants) for case in cases)

@@ -1,0 +1,290 @@
+"""The recurrent layers against torch.nn: every cell, batch, width and thread count, padded and packed, and saved activations."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..analysis import geometric_mean
+from ..plots import plain
+from ..presentation import Card, Cell, Figure, Options, Section, Table, bytes_text, ratio_cell, time_cell
+from ..results import Results, Row
+from ..runner import Case, Participant
+from ..timing import Effort
+from ..workloads import MODES, Workload
+
+NAME = "recurrent"
+SUMMARY = "LSTM, GRU and RNN against torch.nn over batch, width and threads: padded, packed, activations saved or recomputed"
+
+CELLS = ("LSTM", "GRU", "RNN")
+T = 128
+GROUPS = {"padded": "rows of equal length", "packed": "PackedSequence, lengths uniform in 1…T", "activations": "activations"}
+# The least that a release must reach over torch.nn, as a geometric mean over B, H and threads; "any": over the cells as well.
+TARGETS = {
+    ("padded", "inference", "LSTM"): 1.05,
+    ("padded", "inference", "GRU"): 1.6,
+    ("padded", "inference", "RNN"): 1.6,
+    ("padded", "training", "LSTM"): 1.2,
+    ("padded", "training", "GRU"): 1.8,
+    ("padded", "training", "RNN"): 1.8,
+    ("packed", "inference", "any"): 1.3,
+    ("packed", "training", "any"): 1.8,
+}
+LEAST = 0.9  # no single point below this
+
+
+def plan(options: Options) -> list[Case]:
+    cuda = options.device.startswith("cuda")
+    cores = torch.get_num_threads()
+    threads = options.threads or ((cores,) if cuda or options.quick or cores == 1 else (1, min(2, cores)))
+    batches, widths = ((1, 32), (64, 256)) if options.quick else ((1, 8, 32), (64, 128, 256, 512))
+    effort = Effort(seconds=0.15, max_rounds=15) if options.quick else Effort(seconds=0.4, min_rounds=7, max_rounds=60)
+    cases = []
+
+    def add(group: str, cell: str, mode: str, B: int, H: int, n: int, providers: tuple[str, ...], baseline: str) -> None:
+        w = Workload(
+            cell.lower(), T, B, H, H, mode, packed=group == "packed", threads=n, dtype=options.dtype, device=options.device
+        )
+        cases.append(
+            Case(NAME, group, tuple(Participant(p, w) for p in providers), effort, tuple((p, baseline) for p in providers))
+        )
+
+    for group, cell, B, H, mode, n in product(("padded", "packed"), CELLS, batches, widths, MODES, threads):
+        add(group, cell, mode, B, H, n, (f"torch.nn.{cell}", f"fastseq.{cell}"), f"torch.nn.{cell}")
+    for cell, B, H in product(CELLS, batches[-1:], widths[-2:]):
+        saved = f"fastseq.{cell}"
+        add("activations", cell, "training", B, H, threads[-1], (f"torch.nn.{cell}", saved, f"{saved} (recompute)"), saved)
+    return cases
+
+
+def cell_of(row: Row) -> str:
+    return next(cell for cell in CELLS if cell.lower() == row.function)
+
+
+def _points(rows: list[Row], group: str, mode: str, cell: str = "any", threads: int | None = None) -> list[Row]:
+    """fastseq's rows."""
+    return [
+        r
+        for r in rows
+        if r.provider.startswith("fastseq.")
+        and (r.group, r.mode) == (group, mode)
+        and cell in ("any", cell_of(r))
+        and threads in (None, r.threads)
+    ]
+
+
+def _mean(points: list[Row]) -> float:
+    return geometric_mean([r.ratio["median"] for r in points if r.ok and r.ratio])
+
+
+def derive(results: Results) -> dict[str, Any]:
+    rows = results.of_suite(NAME)
+    means = []
+    for (group, mode, cell), target in TARGETS.items():
+        points = _points(rows, group, mode, cell)
+        timed = [r for r in points if r.ok and r.ratio]
+        value = _mean(timed)
+        means.append(
+            {
+                "group": group,
+                "mode": mode,
+                "cell": cell,
+                "points": len(timed),
+                "untimed": len(points) - len(timed),
+                "mean": value if timed else None,
+                "target": target,
+                "reached": bool(timed) and len(timed) == len(points) and value >= target,
+                "threads": {str(n): _mean([r for r in timed if r.threads == n]) for n in sorted({r.threads for r in timed})},
+            }
+        )
+    every = [r for r in rows if r.group != "activations" and r.ok and r.ratio and r.provider.startswith("fastseq.")]
+    worst = min(every, key=lambda r: r.ratio["median"], default=None) if every else None
+    return {
+        "means": means,
+        "worst": None if worst is None or worst.ratio is None else {"point": _name(worst), "ratio": worst.ratio["median"]},
+        "below least": [_name(r) for r in every if r.ratio and r.ratio["median"] < LEAST],
+        "losses": [_name(r) for r in every if r.ratio and r.ratio["median"] < 1],
+    }
+
+
+def _name(r: Row) -> str:
+    return f"{r.group} {cell_of(r)} {r.mode} B={r.B} H={r.H} threads={r.threads}"
+
+
+def present(results: Results) -> list[Section]:
+    rows = results.of_suite(NAME)
+    derived = derive(results)
+    w = rows[0]
+    text = [
+        f"One layer, one direction, T={w.T}, input width = hidden width, {w.dtype}. Speed-up is torch.nn's median time over fastseq's, "
+        "both measured in turn in the same process with the same thread count; above 1 fastseq is faster.",
+        "Packed: PackedSequence in, PackedSequence out, on both sides, packing itself not timed.",
+    ]
+    sections = [Section("Recurrent layers against torch.nn", text, _cards(derived), _figures(rows), [_targets(derived)])]
+    sections[0].tables += [t for group in ("padded", "packed") for t in _matrices(rows, group)]
+    activations = _activations(rows)
+    if activations.rows:
+        sections[0].tables.append(activations)
+    sections[0].tables += [_losses(rows), _every_point(rows)]
+    return sections
+
+
+def picture(results: Results) -> Figure:
+    return _figures(results.of_suite(NAME))[0]
+
+
+def _targets(derived: dict[str, Any]) -> Table:
+    body: list[list[Cell | str]] = []
+    for m in derived["means"]:
+        if not m["points"] and not m["untimed"]:
+            continue
+        verdict = Cell("reached", "good") if m["reached"] else Cell("not reached", "bad")
+        by_threads = ", ".join(f"{v:.2f}× on {n}" for n, v in m["threads"].items())
+        cells = "all cells" if m["cell"] == "any" else m["cell"]
+        mean = "–" if m["mean"] is None else f"{m['mean']:.2f}×"
+        untimed = f", {m['untimed']} without a time" if m["untimed"] else ""
+        body.append([m["group"], MODES[m["mode"]], cells, f"{m['points']}{untimed}", mean, by_threads, f"{m['target']}×", verdict])
+    worst = derived["worst"]
+    if worst:
+        verdict = Cell("reached", "good") if worst["ratio"] >= LEAST else Cell("not reached", "bad")
+        body.append(["every point", "", worst["point"], "", f"{worst['ratio']:.2f}×", "", f"{LEAST}×", verdict])
+    return Table(
+        "Targets", ["", "mode", "cell", "points", "speed-up", "by threads", "target", ""], body,
+        "Speed-up: geometric mean over batch, width and threads. Computed from the points below.",
+    )  # fmt: skip
+
+
+def _matrices(rows: list[Row], group: str) -> list[Table]:
+    tables = []
+    for mode, title in MODES.items():
+        points = _points(rows, group, mode)
+        widths = sorted({r.H for r in points})
+        lines = sorted({(CELLS.index(cell_of(r)), r.threads, r.B) for r in points})
+        at = {(CELLS.index(cell_of(r)), r.threads, r.B, r.H): r for r in points}
+        body: list[list[Cell | str]] = [
+            [CELLS[c], str(n), str(B), *(_heat(at.get((c, n, B, H))) for H in widths)] for c, n, B in lines
+        ]
+        if body:
+            tables.append(
+                Table(
+                    f"Speed-up, {GROUPS[group]}, {title}", ["cell", "threads", "B", *(f"H={H}" for H in widths)], body, heat=True
+                )
+            )
+    return tables
+
+
+def _heat(row: Row | None) -> Cell:
+    cell = ratio_cell(row)
+    if row is None or not row.ok or not row.ratio:
+        return cell
+    value = row.ratio["median"]
+    tone = "worst" if value < LEAST else "bad" if value < 1 else "best" if value >= 2 else "good" if value >= 1.2 else ""
+    return Cell(cell.text, tone, cell.hint)
+
+
+def _activations(rows: list[Row]) -> Table:
+    body: list[list[Cell | str]] = []
+    for r in (r for r in rows if r.group == "activations"):
+        ratio = ratio_cell(r) if r.ratio else Cell("", "weak")
+        memory = bytes_text(r.memory) if r.ok else "–"
+        body.append([r.provider, str(r.B), str(r.H), str(r.threads), time_cell(r), ratio, memory])
+    return Table(
+        "Activations saved or recomputed, forward + backward",
+        ["", "B", "H", "threads", "time", "vs saved", "peak memory"],
+        body,
+        "(recompute): gate activations are not kept for the backward pass but computed again from inputs and states.",
+    )
+
+
+def _losses(rows: list[Row]) -> Table:
+    lost = [
+        r
+        for r in rows
+        if r.provider.startswith("fastseq.") and r.group != "activations" and not (r.ok and r.ratio and r.ratio["median"] >= 1)
+    ]
+    lost.sort(key=lambda r: r.ratio["median"] if r.ratio else 0)
+    body: list[list[Cell | str]] = [[_name(r), ratio_cell(r), r.reason or _floor(r)] for r in lost]
+    return Table(f"Points that fastseq loses: {len(lost)}", ["point", "speed-up", ""], body[:40], folded=not lost)
+
+
+def _floor(r: Row) -> str:
+    return f"{r.of_floor:.0%} of the floor ({r.floor['bound']}: {r.floor['note']})" if r.floor else ""
+
+
+def _every_point(rows: list[Row]) -> Table:
+    base = {(r.group, r.function, r.mode, r.B, r.H, r.threads): r for r in rows if r.provider.startswith("torch.")}
+    body: list[list[Cell | str]] = []
+    for r in (r for r in rows if r.provider.startswith("fastseq.") and r.group != "activations"):
+        other = base.get((r.group, r.function, r.mode, r.B, r.H, r.threads))
+        floor: list[Cell | str] = ["–", "–", "–"]
+        if r.floor and other is not None:
+            floor = [Cell(r.floor["bound"], "", r.floor["note"]), f"{r.of_floor:.0%}", f"{other.of_floor:.0%}" if other.ok else "–"]
+        error = f"{r.check['error']:.1e}" if r.check and r.check["error"] is not None else "–"
+        backend = next((c.removeprefix("backend: ") for c in r.chose if c.startswith("backend: ")), "–")
+        spread = f"{r.ratio['low']:.2f}–{r.ratio['high']:.2f}" if r.ratio else "–"
+        body.append(
+            [r.group, cell_of(r), MODES[r.mode], str(r.B), str(r.H), str(r.threads), time_cell(other), time_cell(r), ratio_cell(r), spread]
+            + floor
+            + [error, backend]
+        )
+    columns = ["", "cell", "mode", "B", "H", "threads", "torch.nn", "fastseq", "speed-up", "20–80 %", "bound by", "of floor", "torch.nn", "error", "backend"]
+    return Table(
+        f"Every point: {len(body)}", columns, body, folded=True,
+        note="Bound by: which measured peak limits the point, streaming the recurrent weights once per step (from the cache that holds "
+        "them) or arithmetic; of floor: that limit over the measured time, for fastseq and for torch.nn.",
+    )  # fmt: skip
+
+
+def _cards(derived: dict[str, Any]) -> list[Card]:
+    cards = []
+    for m in derived["means"]:
+        if m["mean"] is not None:
+            cells = "all cells" if m["cell"] == "any" else m["cell"]
+            kind = "inference" if m["mode"] == "inference" else "training step"
+            tone = "good" if m["mean"] > 1.05 else "bad" if m["mean"] < 1 else ""
+            cards.append(Card(f"{m['mean']:.2f}×", f"{cells}, {m['group']}, {kind}", tone))
+    return cards
+
+
+def _figures(rows: list[Row]) -> list[Figure]:
+    return [Figure(
+        "Speed-up over torch.nn, every point",
+        "A point is one batch, width and thread count; its size grows with the width. The bar is the geometric mean, the tick the "
+        "target. Left of 1× fastseq loses.",
+        lambda canvas, theme: _strips(canvas, theme, rows), (11.5, 4.2),
+    )]  # fmt: skip
+
+
+def _strips(canvas: Any, theme: Any, rows: list[Row]) -> None:
+    colors = {"LSTM": "#1e88e5", "GRU": "#12a67c", "RNN": "#e29100"}
+    for axes, mode in zip(canvas.subplots(1, 2, sharey=True), MODES, strict=True):
+        plain(axes, theme, f"{MODES[mode]}: speed-up over torch.nn")
+        axes.set_xscale("log")
+        names = [(group, cell) for group in ("padded", "packed") for cell in CELLS]
+        spread = np.random.default_rng(0)
+        values = [1.0]
+        for y, (group, cell) in enumerate(reversed(names)):
+            points = [r for r in _points(rows, group, mode, cell) if r.ok and r.ratio]
+            if not points:
+                continue
+            x = [r.ratio["median"] for r in points if r.ratio]
+            values += x
+            jitter = y + spread.uniform(-0.24, 0.24, len(x))
+            axes.scatter(x, jitter, s=[8 + r.H / 8 for r in points], color=colors[cell], alpha=0.55, linewidth=0, zorder=3)
+            mean = geometric_mean(x)
+            axes.plot([mean, mean], [y - 0.36, y + 0.36], color=theme.ink, linewidth=2.4, zorder=4)
+            axes.annotate(f"{mean:.2f}×", (mean, y + 0.36), textcoords="offset points", xytext=(0, 1), ha="center", va="bottom", fontsize=8, color=theme.ink)
+            target = TARGETS.get((group, mode, cell), TARGETS.get((group, mode, "any")))
+            axes.plot([target], [y - 0.42], marker="^", markersize=5, color=theme.ink, alpha=0.6, zorder=4)
+        axes.set_yticks(range(len(names)), [f"{cell}, {group}" for group, cell in reversed(names)])
+        axes.set_ylim(-0.6, len(names) - 0.2)
+        ticks = [t for t in (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32) if min(values) / 1.3 <= t <= max(values) * 1.3]
+        axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
+        axes.minorticks_off()
+        axes.axvline(1.0, color=theme.ink, linewidth=1.1, alpha=0.7, zorder=2)
+        axes.grid(True, axis="x", color=theme.faint, linewidth=0.7)
+
+

@@ -1,0 +1,208 @@
+"""What is computed: the functions, one workload of them, and the numbers that every provider of a function starts from.
+
+A *function* is a mathematical object (an LSTM layer, causal attention, ...); a *provider* is a program that computes it.
+All providers of one function get the same parameters and the same input, so that their results can be compared with one
+fp64 reference. Letters: T time, B batch, I input width, H hidden width, N = number of (time, batch) positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from .layers import Attention, TransformerBlock
+
+MODES = {
+    "inference": "forward",
+    "training": "forward + backward",
+}
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One point of a benchmark: the function, its sizes and how it is called."""
+
+    function: str
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    mode: str = "inference"
+    packed: bool = False
+    threads: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    heads: int = 4
+    seed: int = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @cached_property
+    def lengths(self) -> list[int] | None:
+        """Valid steps of each row, drawn uniformly from 1..T; None when every row has T of them."""
+        if not self.packed:
+            return None
+        return torch.randint(1, self.T + 1, (self.B,), generator=self.generator()).tolist()
+
+    @property
+    def steps(self) -> int:
+        """Length of the sequential chain: the longest row."""
+        return max(self.lengths) if self.lengths else self.T
+
+    @property
+    def tokens(self) -> int:
+        """N: positions that are really computed."""
+        return sum(self.lengths) if self.lengths else self.T * self.B
+
+    def active(self) -> list[int]:
+        """Rows still running at each step: [steps]."""
+        if not self.lengths:
+            return [self.B] * self.T
+        return [sum(length > t for length in self.lengths) for t in range(self.steps)]
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def small(self) -> Workload:
+        """The same call at a size where a mistake at an edge (odd T and B, short rows) is most visible."""
+        return replace(self, T=min(self.T, 7), B=min(self.B, 3), I=24, H=24)
+
+
+@dataclass(frozen=True)
+class Function:
+    """`module(workload)` is torch's own way to compute it: in fp64 the reference, in the workload's dtype the error to beat."""
+
+    name: str
+    title: str
+    module: Callable[[Workload], nn.Module]
+    layout: str  # of the reference module: "time" [T, B, I] or "batch" [B, T, I]
+    row_by_row: bool = False  # rows do not interact and the reference is large: compute it one batch row at a time
+
+
+def _recurrent(cls: type[nn.RNNBase]) -> Callable[[Workload], nn.Module]:
+    return lambda w: cls(w.I, w.H)
+
+
+FUNCTIONS = {
+    f.name: f
+    for f in (
+        Function("lstm", "LSTM layer", _recurrent(nn.LSTM), "time"),
+        Function("gru", "GRU layer", _recurrent(nn.GRU), "time"),
+        Function("rnn", "RNN layer (tanh)", _recurrent(nn.RNN), "time"),
+        Function("attention", "causal self-attention layer", lambda w: Attention(w.H, w.heads, fused=False), "batch", True),
+        Function(
+            "block", "attention + feed-forward block", lambda w: TransformerBlock(w.H, w.heads, fused=False), "batch", True
+        ),
+    )
+}
+
+
+@dataclass
+class Problem:
+    """Parameters, input and output gradient of a workload in fp64 on the CPU; everything a provider gets is cast from them."""
+
+    workload: Workload
+    parameters: dict[str, Tensor]
+    x: Tensor  # [T, B, I]
+    grad: Tensor  # [T, B, H], of the output
+
+    @classmethod
+    def of(cls, workload: Workload) -> Problem:
+        w, g = workload, workload.generator()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(w.seed)
+            module = FUNCTIONS[w.function].module(w).double()
+        # Rounded to the workload's dtype first: rounding of the inputs is not an error of the provider.
+        cast = lambda t: t.detach().to(w.torch_dtype).double()  # noqa: E731
+        return cls(
+            workload,
+            {name: cast(p) for name, p in module.named_parameters()},
+            cast(torch.randn(w.T, w.B, w.I, generator=g, dtype=torch.float64)),
+            cast(torch.randn(w.T, w.B, w.H, generator=g, dtype=torch.float64)),
+        )
+
+
+def arrange(t: Tensor, layout: str, lengths: list[int] | None) -> Tensor | PackedSequence:
+    """[T, B, ...] in the layout of a provider: "time", "batch" ([B, T, ...]) or, where lengths are given, packed."""
+    if lengths is not None:
+        return pack_padded_sequence(t, torch.tensor(lengths), enforce_sorted=False)
+    return t.transpose(0, 1).contiguous() if layout == "batch" else t
+
+
+class Call:
+    """A module on a problem: what is timed (`run`), and what is compared (`outputs`, `gradients`)."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        problem: Problem,
+        layout: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
+        mode: str | None = None,
+    ) -> None:
+        w = problem.workload
+        self.layout, self.mode = layout, mode or w.mode
+        dtype, device = dtype or w.torch_dtype, device or w.device
+        self.module = module.to(device=device, dtype=dtype).train(self.mode == "training")
+        name_of = getattr(module, "canonical_name", lambda name: name)
+        self.names = [name_of(name) for name, _ in self.module.named_parameters()]
+        self.parameters = list(self.module.parameters())
+        with torch.no_grad():
+            for name, p in zip(self.names, self.parameters, strict=True):
+                p.copy_(problem.parameters[name])
+        to = lambda t: t.detach().clone().to(device=device, dtype=dtype)  # noqa: E731
+        x = arrange(to(problem.x), layout, w.lengths)
+        grad = arrange(to(problem.grad), layout, w.lengths)
+        self.data = (x.data if isinstance(x, PackedSequence) else x).requires_grad_(self.mode == "training")
+        self.x = x._replace(data=self.data) if isinstance(x, PackedSequence) else self.data
+        self.grad = grad.data if isinstance(grad, PackedSequence) else grad
+        self.leaves = [self.data, *self.parameters]
+        self.run: Callable[[], object] = self._backward if self.mode == "training" else self._forward
+
+    def _forward(self) -> object:
+        return self.module(self.x)
+
+    def _backward(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(_first(self.module(self.x)), self.leaves, self.grad)
+
+    def context(self) -> torch.inference_mode:
+        """Gradient mode that `run` is called in."""
+        return torch.inference_mode(self.mode == "inference")
+
+    def outputs(self) -> dict[str, Tensor]:
+        """output, h_n, c_n as far as the module returns them; output as [T, B, H] or packed [N, H]."""
+        with self.context():
+            found = _flatten(self.module(self.x))
+        return {"output": self._time_major(found[0])} | dict(zip(("h_n", "c_n"), found[1:], strict=False))
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradient of the input ([T, B, I] or packed) and of every parameter, by canonical name."""
+        found = self._backward()
+        return {"input": self._time_major(found[0])} | dict(zip(self.names, found[1:], strict=True))
+
+    def _time_major(self, t: Tensor) -> Tensor:
+        return t.transpose(0, 1) if self.layout == "batch" else t
+
+
+def _first(result: object) -> Tensor:
+    if isinstance(result, tuple) and not isinstance(result, PackedSequence):
+        result = result[0]
+    return result.data if isinstance(result, PackedSequence) else result  # type: ignore[union-attr,return-value]
+
+
+def _flatten(result: object) -> list[Tensor]:
+    if isinstance(result, PackedSequence):
+        return [result.data]
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for part in result for t in _flatten(part)]  # type: ignore[attr-defined]

@@ -1,0 +1,292 @@
+#include "recurrent.h"
+
+#include <sched.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <string_view>
+#include <vector>
+
+#include "recurrent_kernel.h"
+#include "recurrent_plan.h"
+
+namespace fastseq::cpu {
+
+void Barrier::wait(int64_t weight) {
+  const int64_t generation = generation_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(weight, std::memory_order_acq_rel) + weight == total_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    generation_.store(generation + 1, std::memory_order_release);
+    return;
+  }
+  // a step takes microseconds, so spin; but give the core away if more threads run than there are cores
+  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+    if (spins > 4096) {
+      sched_yield();
+    } else {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  const char* wanted = std::getenv("FASTSEQ_CPU_LEVEL");
+  const std::string_view level = wanted ? wanted : "";
+  static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  STD_TORCH_CHECK(level == "" || level == "default" || level == "avx2" || level == "avx512",
+                  "FASTSEQ_CPU_LEVEL=", wanted, " is none of default, avx2, avx512");
+  if (avx512 && (level == "" || level == "avx512")) return kernels_avx512();
+  if (avx2 && level != "default") return kernels_avx2();
+#endif
+  return kernels_default();
+}
+
+Cell cell_of(const std::string& name) {
+  if (name == "rnn_tanh") return Cell::kRnnTanh;
+  if (name == "rnn_relu") return Cell::kRnnRelu;
+  if (name == "lstm") return Cell::kLstm;
+  STD_TORCH_CHECK(name == "gru", "cell ", name, " is none of rnn_tanh, rnn_relu, lstm, gru");
+  return Cell::kGru;
+}
+
+Type type_of(ScalarType type) {
+  if (type == ScalarType::Float) return Type::kFloat;
+  if (type == ScalarType::Double) return Type::kDouble;
+  STD_TORCH_CHECK(type == ScalarType::BFloat16, "the CPU kernels take float32, float64 and bfloat16 tensors");
+  return Type::kBfloat16;
+}
+
+const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+const void* data(const Tensor& tensor) { return tensor.numel() ? tensor.const_data_ptr() : nullptr; }
+void* mutable_data(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<void, Free>;
+
+// 64-byte aligned, since the kernels load whole registers.
+Buffer allocate(int64_t bytes, bool zero) {
+  const int64_t size = (std::max<int64_t>(bytes, 1) + 63) / 64 * 64;
+  void* p = std::aligned_alloc(64, size);
+  STD_TORCH_CHECK(p, "out of memory: ", size, " bytes for packed recurrent weights or states");
+  if (zero) std::memset(p, 0, size);
+  return Buffer(p);
+}
+
+// The rows of a call, cut into parts of the batch. Slots are sorted by decreasing length, and dealt to the parts in turn.
+class Batch {
+ public:
+  Batch(int64_t steps, int64_t batch, const std::optional<Tensor>& lengths, const std::optional<Tensor>& batch_sizes, int64_t parts)
+      : steps_(steps), batch_(batch) {
+    std::vector<int64_t> order(batch), length;
+    std::iota(order.begin(), order.end(), 0);
+    if (lengths) {
+      const auto* given = static_cast<const int64_t*>(lengths->const_data_ptr());
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return given[a] > given[b]; });
+      length.resize(batch);
+      for (int64_t s = 0; s < batch; ++s) length[s] = given[order[s]];
+    } else if (batch_sizes) {
+      const auto* sizes = static_cast<const int64_t*>(batch_sizes->const_data_ptr());
+      start_.resize(steps);
+      length.assign(batch, 0);
+      for (int64_t t = 0, row = 0; t < steps; row += sizes[t++]) {
+        start_[t] = row;
+        for (int64_t s = 0; s < sizes[t]; ++s) length[s] = t + 1;
+      }
+    }
+    parts_.resize(parts);
+    for (int64_t p = 0; p < parts; ++p) {
+      Part& part = parts_[p];
+      if (length.empty()) {
+        part.index.assign(order.begin() + batch * p / parts, order.begin() + batch * (p + 1) / parts);
+        continue;
+      }
+      for (int64_t s = p; s < batch; s += parts) {
+        part.index.push_back(order[s]);
+        part.length.push_back(length[s]);
+      }
+      part.active.resize(steps);
+      int64_t active = part.index.size();
+      for (int64_t t = 0; t < steps; ++t) {
+        while (active && part.length[active - 1] <= t) --active;
+        part.active[t] = active;
+      }
+    }
+  }
+
+  Rows rows(int64_t p) const {
+    const Part& part = parts_[p];
+    return {steps_,
+            batch_,
+            start_.empty() ? nullptr : start_.data(),
+            part.index.data(),
+            part.active.empty() ? nullptr : part.active.data(),
+            part.length.empty() ? nullptr : part.length.data(),
+            static_cast<int64_t>(part.index.size())};
+  }
+
+ private:
+  struct Part {
+    std::vector<int64_t> index, length;
+    std::vector<int32_t> active;
+  };
+  int64_t steps_, batch_;
+  std::vector<int64_t> start_;
+  std::vector<Part> parts_;
+};
+
+// Runs body(work) for every participant of every team, teams sharing work as the plan says.
+template <class Body>
+void run_teams(const Plan& plan, int64_t lanes, int64_t reverse, const Batch& batch, int64_t unit_tiles, int64_t output_tiles,
+               int64_t (*workspace_size)(const Shape&, int64_t), const Shape& shape, int64_t bytes, const Body& body) {
+  const int64_t teams = lanes * plan.batch_parts;
+  std::vector<Barrier> barriers(teams);
+  std::vector<Buffer> workspaces(teams);
+  for (int64_t team = 0; team < teams; ++team) {
+    barriers[team].reset(plan.members);
+    workspaces[team] = allocate(workspace_size(shape, batch.rows(team % plan.batch_parts).slots) * bytes, true);
+  }
+  const auto participate = [&](int64_t team, int64_t begin, int64_t end) {
+    Work work{};
+    work.lane = team / plan.batch_parts;
+    work.reverse = (reverse >> work.lane) & 1;
+    work.rows = batch.rows(team % plan.batch_parts);
+    const auto cut = [&](int64_t tiles, int64_t member) { return tiles * member / plan.members; };
+    work.unit_tiles[0] = cut(unit_tiles, begin), work.unit_tiles[1] = cut(unit_tiles, end);
+    work.output_tiles[0] = cut(output_tiles, begin), work.output_tiles[1] = cut(output_tiles, end);
+    work.first = begin == 0;
+    work.weight = end - begin;
+    work.barrier = work.weight == plan.members ? nullptr : &barriers[team];
+    work.workspace = workspaces[team].get();
+    body(work);
+  };
+  // A thread may be given several participants (fewer threads than asked for): it stands for all of them that share a team, so that
+  // nobody waits for a participant that would only run later.
+  torch::stable::parallel_for(0, teams * plan.members, 1, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t team = begin / plan.members, next = std::min(end, (team + 1) * plan.members);
+      participate(team, begin - team * plan.members, next - team * plan.members);
+      begin = next;
+    }
+  });
+}
+
+int64_t tiles_of(int64_t columns, int64_t tile) { return (columns + tile - 1) / tile; }
+
+}  // namespace
+
+std::string cpu_level() { return kernels().name; }
+
+void recurrent_forward(Tensor x_gates, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> projection,
+                       std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> lengths,
+                       std::optional<Tensor> batch_sizes, std::optional<Tensor> h_gates, std::string cell, int64_t reverse,
+                       Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates) {
+  const Kernels& kernel = kernels();
+  Forward a{};
+  a.shape = {cell_of(cell), type_of(x_gates.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value()};
+  const Tiling tiling = kernel.tiling(a.shape.cell, a.shape.type);
+  const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates;
+  a.batch = h_n.size(1);
+  const int64_t steps = batch_sizes ? batch_sizes->size(0) : x_gates.size(0);
+  if (a.batch == 0 || steps == 0) return;
+  const int64_t bytes = a.shape.type == Type::kDouble ? 8 : 4, stored = a.shape.type == Type::kBfloat16 ? 2 : bytes;
+  const int64_t unit_tile = tiling.unit_blocks * tiling.width, output_tile = kTileVectors * tiling.width;
+  const int64_t unit_tiles = tiles_of(H, unit_tile), output_tiles = tiles_of(P, output_tile);
+
+  Buffer packed, packed_projection;
+  if (!h_gates) {
+    const int64_t lane = unit_tiles * unit_tile * tiling.gates * P * bytes;
+    packed = allocate(D * lane, false);
+    torch::stable::parallel_for(0, D * unit_tiles, std::max<int64_t>(1, (64 << 10) / (unit_tile * tiling.gates * P)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t d = i / unit_tiles;
+        kernel.pack_forward(a.shape.cell, a.shape.type, static_cast<const char*>(data(weight)) + d * tiling.gates * H * P * stored, H, P,
+                            i % unit_tiles, static_cast<char*>(packed.get()) + d * lane);
+      }
+    });
+  }
+  if (projection) {
+    const int64_t lane = tiles_of(P, tiling.width) * tiling.width * H * bytes;
+    packed_projection = allocate(D * lane, false);
+    for (int64_t d = 0; d < D; ++d)
+      for (int64_t tile = 0; tile < output_tiles; ++tile)
+        kernel.pack_columns(a.shape.type, static_cast<const char*>(data(projection)) + d * P * H * stored, P, H, tile,
+                            static_cast<char*>(packed_projection.get()) + d * lane);
+  }
+  a.x_gates = data(x_gates), a.h_gates = data(h_gates), a.bias = data(bias);
+  a.h0 = data(h0), a.c0 = data(c0);
+  a.weights = packed.get(), a.projection = packed_projection.get();
+  a.y = mutable_data(y), a.h_n = mutable_data(h_n), a.c_n = mutable_data(c_n), a.c = mutable_data(c), a.gates = mutable_data(gates);
+
+  const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, P, tiling.gates * H, unit_tiles, bytes);
+  const Batch batch(steps, a.batch, lengths, batch_sizes, plan.batch_parts);
+  run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.forward_workspace, a.shape, bytes,
+            [&](const Work& work) { kernel.forward(a, work); });
+}
+
+void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc,
+                        Tensor weight, std::optional<Tensor> projection, std::optional<Tensor> h0, std::optional<Tensor> c0,
+                        std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, Tensor y, Tensor c, Tensor gates,
+                        std::string cell, int64_t reverse, bool through_weights, Tensor dgates, Tensor drecurrent, Tensor dprojected,
+                        Tensor dh0, Tensor dc0) {
+  const Kernels& kernel = kernels();
+  Backward a{};
+  a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value()};
+  const Tiling tiling = kernel.tiling(a.shape.cell, a.shape.type);
+  const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates, GH = tiling.gates * H;
+  a.batch = dh0.size(1);
+  const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
+  if (a.batch == 0 || steps == 0) return;
+  const int64_t bytes = a.shape.type == Type::kDouble ? 8 : 4, stored = a.shape.type == Type::kBfloat16 ? 2 : bytes;
+  const int64_t tile_columns = kTileVectors * tiling.width;
+  const int64_t unit_tiles = tiles_of(H, tile_columns), output_tiles = tiles_of(P, tile_columns);
+
+  Buffer packed, packed_projection;
+  if (through_weights) {
+    const int64_t lane = tiles_of(P, tiling.width) * tiling.width * GH * bytes;
+    packed = allocate(D * lane, false);
+    torch::stable::parallel_for(0, D * output_tiles, std::max<int64_t>(1, (64 << 10) / (tile_columns * GH)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t d = i / output_tiles;
+        kernel.pack_rows(a.shape.type, static_cast<const char*>(data(weight)) + d * GH * P * stored, GH, P, i % output_tiles,
+                         static_cast<char*>(packed.get()) + d * lane);
+      }
+    });
+  }
+  if (projection) {
+    const int64_t lane = tiles_of(H, tiling.width) * tiling.width * P * bytes;
+    packed_projection = allocate(D * lane, false);
+    for (int64_t d = 0; d < D; ++d)
+      for (int64_t tile = 0; tile < unit_tiles; ++tile)
+        kernel.pack_rows(a.shape.type, static_cast<const char*>(data(projection)) + d * P * H * stored, P, H, tile,
+                         static_cast<char*>(packed_projection.get()) + d * lane);
+  }
+  a.dy = data(dy), a.dh_n = data(dh_n), a.dc_n = data(dc_n), a.dc = data(dc);
+  a.h0 = data(h0), a.c0 = data(c0);
+  a.y = data(y), a.c = data(c), a.gates = data(gates);
+  a.weights = packed.get(), a.projection = packed_projection.get();
+  a.dgates = mutable_data(dgates), a.drecurrent = mutable_data(drecurrent), a.dprojected = mutable_data(dprojected);
+  a.dh0 = mutable_data(dh0), a.dc0 = mutable_data(dc0);
+
+  const Plan plan =
+      make_plan(torch::stable::get_num_threads(), D, a.batch, GH, P, std::min(unit_tiles, output_tiles), bytes);
+  const Batch batch(steps, a.batch, lengths, batch_sizes, plan.batch_parts);
+  run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.backward_workspace, a.shape, bytes,
+            [&](const Work& work) { kernel.backward(a, work); });
+}
+
+}  // namespace fastseq::cpu

@@ -1,0 +1,30 @@
+// The CPU ops of the recurrence; tensors as in fastseq/ops/recurrent.py, outputs allocated by the caller.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace fastseq::cpu {
+
+using torch::stable::Tensor;
+
+// h_gates [D, B, G*H] in the state's dtype: the product of h0 with the weights, given when there is a single step.
+void recurrent_forward(Tensor x_gates, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> projection,
+                       std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> lengths,
+                       std::optional<Tensor> batch_sizes, std::optional<Tensor> h_gates, std::string cell, int64_t reverse,
+                       Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates);
+
+// through_weights: whether the gradient goes through the recurrent weights here; else dh0 lacks that part (a single step).
+void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc,
+                        Tensor weight, std::optional<Tensor> projection, std::optional<Tensor> h0, std::optional<Tensor> c0,
+                        std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, Tensor y, Tensor c, Tensor gates,
+                        std::string cell, int64_t reverse, bool through_weights, Tensor dgates, Tensor drecurrent, Tensor dprojected,
+                        Tensor dh0, Tensor dc0);
+
+// The instruction set that the kernels of this process use: "avx512", "avx2" or "default" (FASTSEQ_CPU_LEVEL lowers it).
+std::string cpu_level();
+
+}  // namespace fastseq::cpu

@@ -1,0 +1,10 @@
+// The recurrent kernels for AVX-512 (F, BW, DQ, VL). CMakeLists.txt gives this file its flags.
+#define FASTSEQ_LEVEL level_avx512
+#define FASTSEQ_LEVEL_NAME "avx512"
+#define FASTSEQ_VECTOR_BYTES 64
+#define FASTSEQ_VECTOR_REGISTERS 32
+#include "recurrent_kernel.inl"
+
+namespace fastseq::cpu {
+const Kernels& kernels_avx512() { return level_avx512::kKernels; }
+}  // namespace fastseq::cpu

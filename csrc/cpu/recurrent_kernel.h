@@ -1,0 +1,134 @@
+// What the host part (recurrent.cpp) hands to the kernels of an instruction set (recurrent_kernel.inl).
+//
+// Letters: T time, B batch, D lanes, H hidden, G gates, P output of a lane, S saved activations, N rows of a packed batch.
+// "rows x n" is [T, B, D, n] or packed [N, D, n]; S is the storage type (float, double, bfloat16), A the arithmetic type (float, double).
+// Nothing is allocated here and no pointer is kept after the call. No two pointers alias.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace fastseq::cpu {
+
+enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru };
+enum class Type { kFloat, kDouble, kBfloat16 };
+
+// Cell facts and the tiles that follow from them: a tile holds whole units, all gates of a unit beside one another.
+struct Tiling {
+  int64_t gates;         // G
+  int64_t saved;         // S activations of the gates tensor
+  bool has_c;
+  int64_t width;         // elements of a vector register
+  int64_t unit_blocks;   // vectors of units in a tile of the gates (LSTM, GRU: 1, since the gates fill the tile)
+};
+
+constexpr int64_t kTileVectors = 4;  // of a tile over plain columns (backward, projection)
+constexpr int64_t kMaxRows = 8;      // of a row block, any tile
+
+// The part of the batch that a team works on, and where its rows lie. Slots are sequences, longest first.
+struct Rows {
+  int64_t steps;          // T
+  int64_t stride;         // rows from one step to the next (padded: B), unless start is given
+  const int64_t* start;   // [T] first row of a step (packed), or null
+  const int64_t* index;   // [slots] place of a slot within a step, and in h0, c0, h_n, c_n
+  const int32_t* active;  // [T] how many of the slots are active, or null: all
+  const int64_t* length;  // [slots] steps of a slot, or null: T
+  int64_t slots;
+};
+
+// A team meets here once or twice a step; a participant may stand for several (weight).
+class Barrier {
+ public:
+  explicit Barrier(int64_t total = 1) : total_(total) {}
+  void reset(int64_t total) { total_ = total; }
+  void wait(int64_t weight);
+
+ private:
+  int64_t total_;
+  std::atomic<int64_t> arrived_{0};
+  std::atomic<int64_t> generation_{0};
+};
+
+struct Shape {
+  Cell cell;
+  Type type;
+  int64_t lanes;      // D
+  int64_t hidden;     // H
+  int64_t output;     // P
+  bool projected;
+};
+
+struct Forward {
+  Shape shape;
+  const void* x_gates;     // rows x G*H, S
+  const void* h_gates;     // [D, B, G*H] A: R h of a single step, in place of weights; or null
+  int64_t batch;           // B, of h_gates
+  const void* bias;        // [D, H] S or null
+  const void* h0;          // [D, B, P] S or null
+  const void* c0;          // [D, B, H] A or null
+  const void* weights;     // [D, tiles, P, tile] A, packed by pack_forward
+  const void* projection;  // [D, tiles, H, tile] A, packed by pack_columns, or null
+  void* y;                 // rows x P, S
+  void* h_n;               // [D, B, P] S
+  void* c_n;               // [D, B, H] A, LSTM only
+  void* c;                 // rows x H, A, or null
+  void* gates;             // rows x S*H, S, or null
+};
+
+struct Backward {
+  Shape shape;
+  const void* dy;            // rows x P, S or null
+  const void* dh_n;          // [D, B, P] S or null
+  const void* dc_n;          // [D, B, H] A or null
+  const void* dc;            // rows x H, A or null
+  const void* h0;            // [D, B, P] S or null
+  const void* c0;            // [D, B, H] A or null
+  int64_t batch;             // B
+  const void* y;             // rows x P, S
+  const void* c;             // rows x H, A
+  const void* gates;         // rows x S*H, S
+  const void* weights;       // [D, tiles, G*H, tile] A, packed by pack_rows; null: a single step, R takes no part
+  const void* projection;    // [D, tiles, P, tile] A, packed by pack_rows, or null
+  void* dgates;              // rows x G*H, S
+  void* drecurrent;          // rows x H, S, GRU only
+  void* dprojected;          // rows x P, S, projection only
+  void* dh0;                 // [D, B, P] S
+  void* dc0;                 // [D, B, H] A, LSTM only
+};
+
+// One participant of one team: a lane, a part of the batch, a range of tiles.
+struct Work {
+  int64_t lane;
+  bool reverse;
+  Rows rows;
+  int64_t unit_tiles[2];    // begin, end: tiles over the H units
+  int64_t output_tiles[2];  // tiles over the P outputs
+  bool first;               // of its team: clears what has ended
+  int64_t weight;           // participants that it stands for
+  Barrier* barrier;         // null: alone
+  void* workspace;          // A, shared by the team, of forward_workspace or backward_workspace elements
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  Tiling (*tiling)(Cell, Type);
+  // [G*H, P] S -> tiles of the gates of whole units: [tiles, P, G * unit_blocks * width] A; one tile
+  void (*pack_forward)(Cell, Type, const void* weight, int64_t hidden, int64_t output, int64_t tile, void* packed);
+  // [columns, depth] S -> [tiles, depth, kTileVectors * width] A, transposed; one tile
+  void (*pack_columns)(Type, const void* weight, int64_t columns, int64_t depth, int64_t tile, void* packed);
+  // [depth, columns] S -> the same; one tile
+  void (*pack_rows)(Type, const void* weight, int64_t depth, int64_t columns, int64_t tile, void* packed);
+  int64_t (*forward_workspace)(const Shape&, int64_t slots);
+  int64_t (*backward_workspace)(const Shape&, int64_t slots);
+  void (*forward)(const Forward&, const Work&);
+  void (*backward)(const Backward&, const Work&);
+};
+
+const Kernels& kernels_default();
+#if defined(__x86_64__)
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+#endif
+
+}  // namespace fastseq::cpu

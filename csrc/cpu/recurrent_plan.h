@@ -1,0 +1,33 @@
+// How the threads share one call: teams over lanes and parts of the batch, and within a team, tiles of units.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fastseq::cpu {
+
+struct Plan {
+  int64_t batch_parts;  // of each lane: teams = lanes * batch_parts
+  int64_t members;      // of each team; more than one meet at a barrier every step
+};
+
+// Numbers of the plan, with their reasons.
+constexpr int64_t kRowsOfPart = 8;        // with fewer rows, a row block does not hide the stream of weights behind its arithmetic
+constexpr int64_t kCacheBytes = 512 << 10;  // half of a usual second-level cache: weights within it are cheap to stream for few rows
+constexpr int64_t kWorkOfMember = 48 << 10;  // multiply-adds of a step that are worth a barrier (a few hundred nanoseconds)
+
+// A split of the batch needs no barrier, but each part streams all weights; a split of the units streams each weight once.
+inline Plan make_plan(int64_t threads, int64_t lanes, int64_t batch, int64_t depth, int64_t columns, int64_t tiles, int64_t bytes) {
+  const int64_t of_lane = std::max<int64_t>(1, threads / lanes);
+  const bool cheap = depth * columns * bytes <= kCacheBytes;
+  const int64_t rows = cheap ? 1 : kRowsOfPart;
+  Plan plan{std::clamp<int64_t>(batch / rows, 1, of_lane), 1};
+  const int64_t part = (batch + plan.batch_parts - 1) / plan.batch_parts;
+  // a small step is not worth sharing at all
+  while (plan.batch_parts > 1 && part * depth * columns < kWorkOfMember / 8) plan.batch_parts = 1;
+  const int64_t worth = std::max<int64_t>(1, part * depth * columns / kWorkOfMember);
+  plan.members = std::min({of_lane / plan.batch_parts, tiles, worth});
+  return plan;
+}
+
+}  // namespace fastseq::cpu

@@ -1,0 +1,159 @@
+// Vectors of one instruction set, in GCC's vector extension: no intrinsics, so the same lines serve every width and machine.
+// Included inside the namespace of an instruction set; FASTSEQ_VECTOR_BYTES is its register width.
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <class A>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  typedef float V __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef uint32_t U __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  static constexpr int kMantissa = 23;
+  static constexpr int32_t kOne = 0x3f800000;
+  static constexpr float kLargest = 126;    // of an exponent of two
+  static constexpr float kTanhIsOne = 9.1f;  // beyond it tanh rounds to 1
+  // minimax of (2^f - 1) / f on [-1/2, 1/2], relative error 1.1e-8
+  static constexpr float kExp2[] = {0.69314718792566665f, 0.24022649794964410f, 0.055503574336481868f,
+                                    0.0096182374941833146f, 0.0013390735475399872f, 0.00015403512618661003f};
+};
+
+template <>
+struct Lanes<double> {
+  typedef double V __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef uint64_t U __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int kMantissa = 52;
+  static constexpr int64_t kOne = 0x3ff0000000000000;
+  static constexpr double kLargest = 1022;
+  static constexpr double kTanhIsOne = 19.1;
+  // relative error 1.8e-17
+  static constexpr double kExp2[] = {0.69314718055994531120,    0.24022650695910097889,    0.055504108664821236499,
+                                     0.0096181291076070652998,  0.0013333558146531644707,  0.00015403530441481283746,
+                                     0.000015252733701200713074, 1.3215442723878388157e-6, 1.0178121305806718011e-7,
+                                     7.0725617683983011661e-9,  4.4455361318481760235e-10};
+};
+
+// Elementwise mathematics of the cells.
+template <class A>
+struct Math {
+  using V = typename Lanes<A>::V;
+  using I = typename Lanes<A>::I;
+  static constexpr int kWidth = sizeof(V) / sizeof(A);
+  static constexpr A kLog2e = A(1.44269504088896340736);
+
+  // t = n + f with |f| <= 1/2: gives 2^n and 2^f - 1; |t| must not exceed kLargest (a NaN stays one)
+  static FASTSEQ_HOST_DEVICE void exp2_parts(V t, V& scale, V& fraction) {
+    using L = Lanes<A>;
+    const V shifted = t + L::kRound;
+    const V f = t - (shifted - L::kRound);
+    constexpr int last = sizeof(L::kExp2) / sizeof(A) - 1;
+    V q = V{} + L::kExp2[last];
+#pragma GCC unroll 16
+    for (int i = last - 1; i >= 0; --i) q = q * f + L::kExp2[i];
+    fraction = f * q;
+    scale = (V)(((I)shifted << L::kMantissa) + L::kOne);
+  }
+
+  static FASTSEQ_HOST_DEVICE V sigmoid(V x) {
+    V scale, fraction;
+    V t = x * -kLog2e;
+    t = t > Lanes<A>::kLargest ? V{} + Lanes<A>::kLargest : t;
+    t = t < -Lanes<A>::kLargest ? V{} - Lanes<A>::kLargest : t;
+    exp2_parts(t, scale, fraction);
+    return A(1) / (A(1) + (scale + scale * fraction));
+  }
+
+  // (e^2x - 1) / (e^2x + 1) with e^2x - 1 formed without cancellation, so small arguments keep their relative accuracy
+  static FASTSEQ_HOST_DEVICE V tanh(V x) {
+    V scale, fraction;
+    x = x > Lanes<A>::kTanhIsOne ? V{} + Lanes<A>::kTanhIsOne : x;
+    x = x < -Lanes<A>::kTanhIsOne ? V{} - Lanes<A>::kTanhIsOne : x;
+    exp2_parts(x * (2 * kLog2e), scale, fraction);
+    const V e = scale * fraction + (scale - A(1));
+    return e / (e + A(2));
+  }
+
+  static FASTSEQ_HOST_DEVICE V relu(V x) { return x < 0 ? V{} : x; }  // a NaN stays one, as in torch
+
+  // d where h > 0, else zero
+  static FASTSEQ_HOST_DEVICE V where_positive(V h, V d) { return h > 0 ? d : V{}; }
+};
+
+// Moves between memory (float, double or bfloat16) and vectors; n < kWidth at the end of a row.
+template <class S, class A>
+struct Memory {
+  using V = typename Lanes<A>::V;
+  static constexpr int kWidth = sizeof(V) / sizeof(A);
+
+  static FASTSEQ_HOST_DEVICE V load(const S* p, int64_t n) {
+    V v;
+    if (n >= kWidth) {
+      __builtin_memcpy(&v, p, sizeof(V));
+    } else {
+      v = V{};
+      for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+    }
+    return v;
+  }
+
+  static FASTSEQ_HOST_DEVICE void store(S* p, V v, int64_t n) {
+    if (n >= kWidth) {
+      __builtin_memcpy(p, &v, sizeof(V));
+    } else {
+      for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+    }
+  }
+
+  static FASTSEQ_HOST_DEVICE V rounded(V v) { return v; }
+  static FASTSEQ_HOST_DEVICE A value(S s) { return s; }
+};
+
+template <>
+struct Memory<bfloat16, float> {
+  using V = Lanes<float>::V;
+  using U = Lanes<float>::U;
+  static constexpr int kWidth = sizeof(V) / sizeof(float);
+  typedef uint16_t H __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
+
+  static FASTSEQ_HOST_DEVICE V load(const bfloat16* p, int64_t n) {
+    H half;
+    if (n >= kWidth) {
+      __builtin_memcpy(&half, p, sizeof(H));
+    } else {
+      half = H{};
+      for (int64_t i = 0; i < n; ++i) half[i] = p[i].bits;
+    }
+    return (V)(__builtin_convertvector(half, U) << 16);
+  }
+
+  // round to nearest even; a NaN stays a quiet NaN
+  static FASTSEQ_HOST_DEVICE U to_bits(V v) {
+    const U bits = (U)v;
+    const U nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return v == v ? nearest : U{} + 0x7fc0;
+  }
+
+  static FASTSEQ_HOST_DEVICE void store(bfloat16* p, V v, int64_t n) {
+    const H half = __builtin_convertvector(to_bits(v), H);
+    if (n >= kWidth) {
+      __builtin_memcpy(p, &half, sizeof(H));
+    } else {
+      for (int64_t i = 0; i < n; ++i) p[i].bits = half[i];
+    }
+  }
+
+  static FASTSEQ_HOST_DEVICE V rounded(V v) { return (V)(to_bits(v) << 16); }
+  static FASTSEQ_HOST_DEVICE float value(bfloat16 s) {
+    const uint32_t bits = uint32_t(s.bits) << 16;
+    float f;
+    __builtin_memcpy(&f, &bits, sizeof f);
+    return f;
+  }
+};

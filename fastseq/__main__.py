@@ -1,0 +1,35 @@
+"""``python -m fastseq``: ``info`` tells what is installed and what will run where, ``bench`` runs the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fastseq._version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:  # its options, --help too, are the benchmark's own
+        from fastseq import benchmarks
+
+        return benchmarks.main(arguments[1:])
+
+    parser = argparse.ArgumentParser(prog="fastseq", description="Fast kernels for sequence models.")
+    parser.add_argument("--version", action="version", version=f"fastseq {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    info_parser = commands.add_parser("info", help="versions, the compiled library, devices, and which backend runs what")
+    info_parser.add_argument("--json", action="store_true", help="print it as JSON")
+    commands.add_parser("bench", help="measure on this device and write a report (bench --help has its options)", add_help=False)
+    options = parser.parse_args(arguments)
+
+    from fastseq import info
+
+    print(info.as_json() if options.json else info.as_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Who can run an op, and if not, why not.
+
+A backend is a module with ``name``, ``devices`` (torch device types), ``available()`` (None, or why it cannot run on this machine),
+``why_not(query)`` (reasons against one call; empty: it can) and one function per op with the op's signature. The first backend
+of ``ORDER`` without a reason runs; a forced backend raises instead of falling back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import cpu, cuda, reference, triton
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, reference)}
+
+__all__ = ["BACKENDS", "ORDER", "Explanation", "Query", "explain", "reasons", "select", "use_backend"]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What a backend is asked about: one call of one op."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    cell: str
+    steps: int
+    lanes: int
+    hidden: int
+    projected: bool
+    layout: str  # "padded", "lengths" or "packed"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.op} {self.cell}, {dtype} on {self.device}, {self.layout}, T={self.steps} D={self.lanes} H={self.hidden}"
+            + (", projected" if self.projected else "")
+        )
+
+
+def _checked(name: str | None, source: str) -> str | None:
+    if name is None or name in ("", "auto"):
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; accepted: auto, {', '.join(ORDER)}")
+    return name
+
+
+_forced: str | None = _checked(os.environ.get("FASTSEQ_BACKEND"), "FASTSEQ_BACKEND")
+_watchers: list[Callable[[Query, str], None]] = []
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force a backend within a ``with`` block: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``, or ``"auto"``/None.
+
+    A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting holds for
+    the whole process (backward passes run in other threads). ``FASTSEQ_BACKEND`` sets the same from outside.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def reasons(name: str, query: Query) -> list[str]:
+    """Why a backend cannot run a call; empty if it can."""
+    backend = BACKENDS[name]
+    if query.device.type not in backend.devices and "any" not in backend.devices:
+        return [f"runs on {', '.join(backend.devices)} tensors, not on {query.device.type}"]
+    missing = backend.available()
+    return [missing] if missing else backend.why_not(query)
+
+
+def select(query: Query) -> ModuleType:
+    """The backend that runs a call.
+
+    Raises:
+        RuntimeError: if a backend is forced and cannot run it, with its reasons.
+    """
+    if _forced is not None:
+        against = reasons(_forced, query)
+        if against:
+            raise RuntimeError(f"backend {_forced!r} was forced but cannot run [{query}]: {'; '.join(against)}")
+        chosen = _forced
+    else:
+        chosen = next(name for name in ORDER if not reasons(name, query))
+    for watch in _watchers:
+        watch(query, chosen)
+    return BACKENDS[chosen]
+
+
+@dataclass
+class Explanation:
+    """Which backend ran each call, and what stood against the others. ``print`` it."""
+
+    calls: list[tuple[Query, str, dict[str, list[str]]]] = field(default_factory=list)
+
+    @property
+    def backends(self) -> list[str]:
+        """The backend of every call, in order."""
+        return [chosen for _, chosen, _ in self.calls]
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return "no fastseq op ran"
+        lines = []
+        for query, chosen, against in self.calls:
+            lines.append(f"{query}: {chosen}")
+            lines += [f"  not {name}: {'; '.join(why)}" for name, why in against.items()]
+        return "\n".join(lines)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Run ``function(*args, **kwargs)`` without gradients and tell which backend each fastseq op in it chose, and why not the others.
+
+    Example:
+        >>> print(fastseq.explain(fastseq.GRU(8, 16), torch.randn(5, 2, 8)))
+    """
+    explanation = Explanation()
+    seen: set[Query] = set()
+
+    def watch(query: Query, chosen: str) -> None:
+        if query not in seen:
+            seen.add(query)
+            better = ORDER[: ORDER.index(chosen)] if _forced is None else ()
+            explanation.calls.append((query, chosen, {name: reasons(name, query) for name in better}))
+
+    _watchers.append(watch)
+    try:
+        with torch.no_grad():
+            function(*args, **kwargs)
+    finally:
+        _watchers.remove(watch)
+    return explanation

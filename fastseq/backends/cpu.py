@@ -1,0 +1,140 @@
+"""Native CPU kernels (``csrc/cpu``): AVX-512, AVX2 or baseline code chosen at run time, torch's own thread pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS
+from ..reference.recurrent import state_dtype
+from . import library
+
+name = "cpu"
+devices = ("cpu",)
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def available() -> str | None:
+    return library.reason()
+
+
+def why_not(query) -> list[str]:
+    against = []
+    if query.dtype not in _DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
+    return against
+
+
+def recurrent_forward(
+    x_gates, weight, bias, projection, h0, c0, lengths, batch_sizes, cell, reverse, save_c, save_gates
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row, dtype, wide = CELLS[cell], x_gates.dtype, state_dtype(x_gates.dtype)
+    lanes, width = weight.shape[0], weight.shape[2]
+    hidden = weight.shape[1] // len(row.gates)
+    leading = x_gates.shape[:-2]
+    batch = x_gates.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    x_gates = x_gates.contiguous()
+    y = x_gates.new_empty(*leading, lanes, width)
+    h_n = x_gates.new_empty(lanes, batch, width)
+    c_n = x_gates.new_empty((lanes, batch, hidden) if row.has_c else (0,), dtype=wide)
+    c = x_gates.new_empty((*leading, lanes, hidden) if row.has_c and save_c else (0,), dtype=wide)
+    gates = x_gates.new_empty((*leading, lanes, len(row.saved) * hidden) if row.saved and save_gates else (0,))
+    h0 = _state(h0, dtype)
+    # one step: the product of the only state with the weights is a single matrix product, and packing them would not pay
+    once = _steps(x_gates, batch_sizes) == 1
+    h_gates = None
+    if once:
+        h_gates = x_gates.new_zeros(lanes, batch, weight.shape[1], dtype=wide) if h0 is None else _product(h0, weight.mT)
+    torch.ops.fastseq_native.recurrent_forward(
+        x_gates,
+        weight.contiguous(),
+        _dense(bias),
+        _dense(projection),
+        h0,
+        _state(c0, wide),
+        _int64(lengths),
+        batch_sizes,
+        h_gates,
+        cell,
+        _bits(reverse),
+        y,
+        h_n,
+        c_n,
+        c,
+        gates,
+    )
+    return y, h_n, c_n, c, gates
+
+
+def recurrent_backward(
+    dy, dh_n, dc_n, dc, weight, projection, h0, c0, lengths, batch_sizes, y, c, gates, cell, reverse
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row, dtype, wide = CELLS[cell], y.dtype, state_dtype(y.dtype)
+    lanes, width = weight.shape[0], weight.shape[2]
+    hidden = weight.shape[1] // len(row.gates)
+    leading = y.shape[:-2]
+    batch = y.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    dgates = y.new_empty(*leading, lanes, weight.shape[1])
+    drecurrent = y.new_empty((*leading, lanes, hidden) if row.recurrent_bias else (0,))
+    dprojected = y.new_empty((*leading, lanes, width) if projection is not None else (0,))
+    dh0 = y.new_empty(lanes, batch, width)
+    dc0 = y.new_empty((lanes, batch, hidden) if row.has_c else (0,), dtype=wide)
+    once = _steps(y, batch_sizes) == 1
+    torch.ops.fastseq_native.recurrent_backward(
+        _state(dy, dtype),
+        _state(dh_n, dtype),
+        _state(dc_n, wide),
+        _state(dc, wide),
+        weight.contiguous(),
+        _dense(projection),
+        _state(h0, dtype),
+        _state(c0, wide),
+        _int64(lengths),
+        batch_sizes,
+        y.contiguous(),
+        c.contiguous(),
+        gates.contiguous(),
+        cell,
+        _bits(reverse),
+        not once,
+        dgates,
+        drecurrent,
+        dprojected,
+        dh0,
+        dc0,
+    )
+    if once:
+        dr = dgates.view(batch, lanes, -1).transpose(0, 1)
+        if row.recurrent_bias:
+            dr = torch.cat((dr[..., :-hidden], drecurrent.view(batch, lanes, -1).transpose(0, 1)), -1)
+        dh0 += _product(dr, weight).to(dtype)
+    return dgates, drecurrent, dprojected, dh0, dc0
+
+
+def _steps(rows: Tensor, batch_sizes: Tensor | None) -> int:
+    return rows.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b [D, .., ..] accumulated and returned in the state's dtype."""
+    wide = state_dtype(a.dtype)
+    a, b = a.to(wide), b.to(wide)
+    return torch.mm(a[0], b[0]).unsqueeze(0) if a.shape[0] == 1 else torch.bmm(a, b)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _state(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def _int64(lengths: Tensor | None) -> Tensor | None:
+    return None if lengths is None else lengths.to(torch.int64).contiguous()
+
+
+def _bits(reverse: list[bool]) -> int:
+    return sum(1 << lane for lane, backwards in enumerate(reverse) if backwards)

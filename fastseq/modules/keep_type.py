@@ -1,0 +1,36 @@
+"""The same modules for code that asks `isinstance(m, nn.LSTM)`.
+
+Nothing but the bases differs: constructor, forward and state_dict are those of `fastseq.modules.recurrent`.
+The price is torch.compile: Dynamo refuses to trace every subclass of nn.RNN, nn.LSTM and nn.GRU (it breaks
+the graph there, and raises under fullgraph=True). The cells compile either way.
+"""
+
+from torch import nn
+
+from fastseq.modules import recurrent
+
+__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"]
+
+
+class RNN(recurrent.RNN, nn.RNN):
+    """`fastseq.RNN` that is also an `nn.RNN`."""
+
+
+class LSTM(recurrent.LSTM, nn.LSTM):
+    """`fastseq.LSTM` that is also an `nn.LSTM`."""
+
+
+class GRU(recurrent.GRU, nn.GRU):
+    """`fastseq.GRU` that is also an `nn.GRU`."""
+
+
+class RNNCell(recurrent.RNNCell, nn.RNNCell):
+    """`fastseq.RNNCell` that is also an `nn.RNNCell`."""
+
+
+class LSTMCell(recurrent.LSTMCell, nn.LSTMCell):
+    """`fastseq.LSTMCell` that is also an `nn.LSTMCell`."""
+
+
+class GRUCell(recurrent.GRUCell, nn.GRUCell):
+    """`fastseq.GRUCell` that is also an `nn.GRUCell`."""

@@ -1,0 +1,26 @@
+"""GRU cell with the reset gate after the matrix product (``torch.nn.GRU``; cuDNN's linear_before_reset).
+
+r, z = sigmoid(x + R h), q = R_n h + b_n, n = tanh(x_n + r q), h = n + z (h - n)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def step(x: Tensor, r: Tensor, bias: Tensor | None, h: Tensor, c: None) -> tuple[Tensor, None, Tensor]:
+    x_r, x_z, x_n = x.chunk(3, -1)
+    r_r, r_z, q = r.chunk(3, -1)
+    r, z = (x_r + r_r).sigmoid(), (x_z + r_z).sigmoid()
+    q = q if bias is None else q + bias
+    n = (x_n + r * q).tanh()
+    return n + z * (h - n), None, torch.cat((r, z, n, q.expand_as(n)), -1)
+
+
+def step_backward(dh, dc, saved, h_prev, c_prev, h, c):
+    r, z, n, q = saved.chunk(4, -1)
+    dn = dh * (1 - z) * (1 - n * n)
+    dz = dh * (h_prev - n) * z * (1 - z)
+    dr = dn * q * r * (1 - r)
+    return torch.cat((dr, dz, dn), -1), torch.cat((dr, dz, dn * r), -1), dh * z, None

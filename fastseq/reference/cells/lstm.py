@@ -1,0 +1,27 @@
+"""LSTM cell (Hochreiter and Schmidhuber 1997, with forget gate; ``torch.nn.LSTM``).
+
+i, f, o = sigmoid(x + R h), g = tanh(x + R h), c = f c + i g, h = o tanh(c)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def step(x: Tensor, r: Tensor, bias: None, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    i, f, g, o = (x + r).chunk(4, -1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c = f * c + i * g
+    return o * c.tanh(), c, torch.cat((i, f, g, o), -1)
+
+
+def step_backward(dh, dc, saved, h_prev, c_prev, h, c):
+    i, f, g, o = saved.chunk(4, -1)
+    tanh_c = c.tanh()
+    dc = dc + dh * o * (1 - tanh_c * tanh_c)
+    di = dc * g * i * (1 - i)
+    df = dc * c_prev * f * (1 - f)
+    dg = dc * i * (1 - g * g)
+    do = dh * tanh_c * o * (1 - o)
+    return torch.cat((di, df, dg, do), -1), None, None, dc * f

@@ -1,0 +1,25 @@
+"""Elman cell: h = f(x + R h), f tanh or relu (``torch.nn.RNN``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Elman:
+    activation: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]  # of the activation, from its value
+
+    def step(self, x: Tensor, r: Tensor, bias: None, h: Tensor, c: None) -> tuple[Tensor, None, None]:
+        return self.activation(x + r), None, None
+
+    def step_backward(self, dh, dc, saved, h_prev, c_prev, h, c):
+        return dh * self.derivative(h), None, None, None
+
+
+TANH = Elman(torch.tanh, lambda h: 1 - h * h)
+RELU = Elman(torch.relu, lambda h: (h > 0).to(h.dtype))

@@ -1,0 +1,57 @@
+"""What every test starts from: which fastseq is tested is said aloud, and memory that fastseq does not write is NaN."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import fastseq
+from fastseq.backends import library
+
+
+def pytest_report_header() -> list[str]:
+    loaded = f"{library.path()} ({' '.join(library.architectures())})"
+    return [
+        f"fastseq {fastseq.__version__} from {fastseq.__file__}, torch {torch.__version__}",
+        f"library: {library.reason() or loaded}",
+    ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def _called_from_fastseq() -> bool:
+    # Frames: this function, the poisoning wrapper, the caller.
+    return str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0] == "fastseq"
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def wrapper(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return allocate(*args, **kwargs)
+        tensor = allocate(*args, **kwargs)
+        if _called_from_fastseq() and tensor.device.type != "meta" and (tensor.is_floating_point() or tensor.is_complex()):
+            with torch.no_grad():
+                tensor.fill_(float("nan"))
+        return tensor
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_allocations() -> Iterator[None]:
+    """`torch.empty`, `empty_like` and `new_empty` called by fastseq return NaN, so that an element left unwritten shows."""
+    patch = pytest.MonkeyPatch()
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    yield
+    patch.undo()

@@ -1,0 +1,114 @@
+"""RNNCell, LSTMCell and GRUCell give what torch.nn's give."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastseq
+from fastseq.modules import keep_type
+from fastseq.testing.modules import assert_same, both, leaves, random
+
+CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
+CASES = [
+    ("RNNCell", dict()),
+    ("RNNCell", dict(nonlinearity="relu")),
+    ("RNNCell", dict(bias=False)),
+    ("LSTMCell", dict()),
+    ("LSTMCell", dict(bias=False)),
+    ("GRUCell", dict()),
+    ("GRUCell", dict(bias=False)),
+]
+
+
+def initial(name, *size, dtype=torch.float32):
+    if name == "LSTMCell":
+        return random(*size, dtype=dtype), random(*size, dtype=dtype)
+    return random(*size, dtype=dtype)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_same_seed_same_weights(name, options):
+    torch.manual_seed(3)
+    theirs = getattr(nn, name)(4, 5, **options)
+    torch.manual_seed(3)
+    ours = getattr(fastseq, name)(4, 5, **options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value), key
+    theirs.load_state_dict(ours.state_dict())
+    assert repr(ours) == repr(theirs)
+    assert {k for k in vars(theirs) if not k.startswith("_")} == {
+        k for k in vars(ours) if not k.startswith("_")
+    }
+    if options.get("bias") is False:
+        assert ours.bias_ih is None and ours.bias_hh is None
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_positional_arguments(name):
+    arguments = [4, 5, False, *(["relu"] if name == "RNNCell" else []), "meta", torch.float64]
+    theirs, ours = getattr(nn, name)(*arguments), getattr(fastseq, name)(*arguments)
+    assert repr(ours) == repr(theirs)
+    assert (ours.weight_ih.device.type, ours.weight_ih.dtype) == ("meta", torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 3, None])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_one_step(name, options, batch, dtype):
+    theirs, ours = both(name, dtype=dtype, **options)
+    rows = () if batch is None else (batch,)
+    input = random(*rows, 4, dtype=dtype)
+    assert_same(theirs, ours, input)
+    assert_same(theirs, ours, input, initial(name, *rows, 5, dtype=dtype))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (17, 33), (0, 5), (5, 0)], ids=str)
+@pytest.mark.parametrize("name", CELLS)
+def test_sizes(name, sizes):
+    theirs, ours = both(name, *sizes)
+    for batch in (0, 2):
+        input, hx = torch.randn(batch, sizes[0]), initial(name, batch, sizes[1])
+        for expected, actual in zip(leaves(theirs(input, hx)), leaves(ours(input, hx)), strict=True):
+            assert actual.shape == expected.shape
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_steps_of_a_loop_are_the_layer(name):
+    """A loop over cells is the sequence module with the same weights."""
+    kind = name.removesuffix("Cell")
+    layer = getattr(fastseq, kind)(4, 5, dtype=torch.float64)
+    cell = getattr(fastseq, name)(4, 5, dtype=torch.float64)
+    cell.load_state_dict({key.removesuffix("_l0"): value for key, value in layer.state_dict().items()})
+    input, hx = torch.randn(6, 3, 4, dtype=torch.float64), None
+    steps = []
+    for x in input:
+        hx = cell(x, hx)
+        steps.append(hx[0] if kind == "LSTM" else hx)
+    torch.testing.assert_close(torch.stack(steps), layer(input)[0], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("room", [fastseq, keep_type], ids=["fastseq", "keep_type"])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_class_swap_copy_and_pickle(name, options, room):
+    theirs, ours = both(name, **options)
+    input = random(3, 4)
+    expected = leaves(ours(input))
+    theirs.__class__ = getattr(room, name)
+    for module in (theirs, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        for e, a in zip(expected, leaves(module(input)), strict=True):
+            assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_keep_type_is_both(name):
+    kept = getattr(keep_type, name)(4, 5)
+    assert isinstance(kept, getattr(nn, name)) and isinstance(kept, getattr(fastseq, name))
+    assert type(kept).forward is getattr(fastseq, name).forward
+    assert repr(kept) == repr(getattr(nn, name)(4, 5))

@@ -1,0 +1,330 @@
+"""What is built from this checkout: sdist, wheels with and without the library, editable installs, and what is in them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email import message_from_string
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastseq
+from fastseq.backends import library
+
+ROOT = Path(fastseq.__file__).parents[1]
+if not (ROOT / "setup.py").is_file():
+    pytest.skip("fastseq is not tested from its checkout", allow_module_level=True)
+
+ROOMS = ("kernels", "benchmarks")
+TORCH = Path(torch.__file__).parent
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+needs_library = pytest.mark.skipif(library.reason() is not None, reason=str(library.reason()))
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+needs_network = pytest.mark.skipif(not os.environ.get("FASTSEQ_TEST_NETWORK"), reason="needs a package index (FASTSEQ_TEST_NETWORK=1)")
+
+
+def python(*arguments: str, cwd: Path = ROOT, fails: bool = False, **environment: str) -> str:
+    """Both outputs of `python arguments...`, which must succeed, or fail."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={name: value for name, value in {**os.environ, **environment}.items() if value},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode != 0) == fails, done.stdout
+    return done.stdout.strip()
+
+
+def pip_wheel(source: Path, folder: Path, *options: str, **environment: str) -> Path:
+    python("-m", "pip", "wheel", str(source), "--no-deps", "--no-cache-dir", "-w", str(folder), *options, **environment)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def pip_install(wheel: Path, folder: Path) -> Path:
+    python("-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(folder), str(wheel))
+    return folder
+
+
+def modules() -> set[str]:
+    """Every Python file of the package, by its name in a wheel."""
+    found = {str(file.relative_to(ROOT)) for file in (ROOT / "fastseq").rglob("*.py")}
+    for room in ROOMS:
+        found |= {f"fastseq/{file.relative_to(ROOT)}" for file in (ROOT / room).rglob("*.py")}
+    return {name for name in found if "__pycache__" not in name}
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory) -> Path:
+    """The unpacked source distribution: a clean copy of the project that a test may build in."""
+    folder = tmp_path_factory.mktemp("sdist")
+    python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", FASTSEQ_BUILD="none")
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="session")
+def native_wheel(tmp_path_factory) -> Path:
+    """Built in the checkout, where everything is compiled already."""
+    folder = tmp_path_factory.mktemp("native")
+    return pip_wheel(ROOT, folder, "--no-build-isolation", FASTSEQ_BUILD="cuda" if NVCC else "cpu")
+
+
+@pytest.fixture(scope="session")
+def pure_wheel(tmp_path_factory, sdist) -> Path:
+    return pip_wheel(sdist, tmp_path_factory.mktemp("pure"), "--no-build-isolation", FASTSEQ_BUILD="none")
+
+
+@pytest.fixture(scope="session")
+def pure_install(tmp_path_factory, pure_wheel) -> Path:
+    return pip_install(pure_wheel, tmp_path_factory.mktemp("pure-install"))
+
+
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def dist_info(wheel: Path, name: str) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(f"fastseq_kernels-{fastseq.__version__}.dist-info/{name}").decode()
+
+
+def test_version_is_one():
+    from fastseq import _version
+
+    assert fastseq.__version__ == _version.__version__
+    assert library.reason() is not None or torch.ops.fastseq_native.version() == fastseq.__version__
+
+
+def test_sdist_is_complete(sdist):
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    rooms = ("fastseq/", "csrc/", "kernels/", "benchmarks/", "tests/", "examples/", "requirements/")
+    expected = {name for name in listed if name.startswith(rooms) and (ROOT / name).is_file()}
+    expected |= {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
+    there = {str(file.relative_to(sdist)) for file in sdist.rglob("*") if file.is_file()}
+    assert expected - there == set()
+    assert not [name for name in there if name.endswith((".so", ".pyc")) or name.startswith(("build/", ".venv/", "fastseq/lib/"))]
+
+
+@needs_library
+def test_wheel_with_library(native_wheel):
+    machine = os.uname().machine
+    assert native_wheel.name == f"fastseq_kernels-{fastseq.__version__}-py3-none-linux_{machine}.whl"
+    facts = message_from_string(dist_info(native_wheel, "WHEEL"))
+    assert facts["Root-Is-Purelib"] == "false" and facts["Tag"] == f"py3-none-linux_{machine}"
+    assert "fastseq/lib/libfastseq.so" in names(native_wheel)
+    assert "fastseq/lib/not-built.txt" not in names(native_wheel)
+
+
+def test_wheel_without_library(pure_wheel):
+    assert pure_wheel.name == f"fastseq_kernels-{fastseq.__version__}-py3-none-any.whl"
+    assert message_from_string(dist_info(pure_wheel, "WHEEL"))["Root-Is-Purelib"] == "true"
+    assert not [name for name in names(pure_wheel) if name.endswith(".so")]
+
+
+@pytest.mark.parametrize("kind", ["pure_wheel", pytest.param("native_wheel", marks=needs_library)])
+def test_wheel_contents(kind, request):
+    """Every module, from the checkout and through the sdist, and nothing beside `fastseq` at the top level."""
+    inside = names(request.getfixturevalue(kind))
+    assert {name for name in inside if name.endswith(".py")} == modules()
+    assert {name.split("/")[0] for name in inside} == {"fastseq", f"fastseq_kernels-{fastseq.__version__}.dist-info"}
+    assert "fastseq/py.typed" in inside
+    data = {f"fastseq/{file.relative_to(ROOT)}" for file in (ROOT / "benchmarks/templates").rglob("*") if file.is_file()}
+    assert data <= inside
+
+
+def test_wheel_metadata(pure_wheel):
+    facts = message_from_string(dist_info(pure_wheel, "METADATA"))
+    assert facts["Name"] == "fastseq-kernels" and facts["Version"] == fastseq.__version__
+    assert facts["License-Expression"] == "Apache-2.0" and facts["Requires-Python"] == ">=3.10"
+    needed = {item.split(";")[0].strip() for item in facts.get_all("Requires-Dist") if "extra ==" not in item}
+    assert needed == {"torch>=2.10", "triton>=3.4"}
+    assert set(facts.get_all("Provides-Extra")) == {"bench", "test", "dev"}
+    assert "fastseq = fastseq.__main__:main" in dist_info(pure_wheel, "entry_points.txt")
+    assert "Apache License" in dist_info(pure_wheel, "licenses/LICENSE")
+
+
+LOOK = """
+import importlib, pathlib, sys
+import fastseq, fastseq.kernels, fastseq.benchmarks
+from fastseq.backends import library
+found = [importlib.util.find_spec(name) for name in ("kernels", "benchmarks")]
+print(pathlib.Path(fastseq.__file__).parents[1])
+print(library.reason())
+print([spec and spec.origin for spec in found])
+from fastseq.benchmarks import workloads
+print(workloads.__file__)
+"""
+
+
+def test_pure_install_works(pure_install, tmp_path):
+    where, reason, top_level, workloads = python("-c", LOOK, cwd=tmp_path, PYTHONPATH=str(pure_install)).splitlines()
+    assert where == str(pure_install)
+    assert "was not built when fastseq was installed (FASTSEQ_BUILD=none was set)" in reason
+    assert top_level == "[None, None]"
+    assert workloads == f"{pure_install}/fastseq/benchmarks/workloads.py"
+
+
+@needs_library
+def test_native_install_works(native_wheel, tmp_path):
+    folder = pip_install(native_wheel, tmp_path / "installed")
+    where, reason, top_level, workloads = python("-c", LOOK, cwd=tmp_path, PYTHONPATH=str(folder)).splitlines()
+    assert (where, reason, top_level) == (str(folder), "None", "[None, None]")
+    assert workloads.startswith(str(folder))
+
+
+def test_from_the_checkout():
+    where, _, top_level, workloads = python("-c", LOOK).splitlines()
+    assert (where, workloads) == (str(ROOT), f"{ROOT}/benchmarks/workloads.py")
+    assert top_level == "[None, None]", "a top-level folder has become a package"
+
+
+def test_installed_modules_of_the_same_names_win(tmp_path):
+    """The checkout stands first on sys.path, and `import kernels` still finds the package of that name that is installed."""
+    for room in ROOMS:
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").write_text("ours = False\n")
+    code = "import kernels, benchmarks, fastseq.kernels; print(kernels.ours, benchmarks.ours)"
+    assert python("-c", code, cwd=ROOT, PYTHONPATH=str(tmp_path)) == "False False"
+    for room in ROOMS:
+        assert not (ROOT / room / "__init__.py").exists()
+
+
+def test_editable(sdist, tmp_path):
+    """Imports come from the project's folder, which does not itself come onto sys.path."""
+    python("-c", f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})", cwd=sdist, FASTSEQ_BUILD="none")
+    (wheel,) = tmp_path.glob("*.whl")
+    folder = pip_install(wheel, tmp_path / "installed")
+    code = f"import site; site.addsitedir({str(folder)!r})\n{LOOK}"
+    where, _, top_level, workloads = python("-c", code, cwd=tmp_path).splitlines()
+    assert (where, top_level) == (str(sdist), "[None, None]")
+    assert workloads == f"{sdist}/benchmarks/workloads.py"
+
+
+@needs_library
+@needs_network
+def test_isolated_build_finds_torch_by_path(tmp_path):
+    """pip's isolated environment has setuptools and no torch."""
+    wheel = pip_wheel(ROOT, tmp_path, FASTSEQ_BUILD="cuda" if NVCC else "cpu")
+    assert "fastseq/lib/libfastseq.so" in names(wheel)
+
+
+@pytest.mark.slow
+@needs_library
+def test_sdist_compiles(sdist, tmp_path):
+    """From the sources that were packed, alone."""
+    wheel = pip_wheel(sdist, tmp_path, "--no-build-isolation", FASTSEQ_BUILD="cpu")
+    folder = pip_install(wheel, tmp_path / "installed")
+    code = "import fastseq.backends.library as l, torch; print(l.reason(), l.architectures(), torch.ops.fastseq_native.cuda_obstacle(0))"
+    told = python("-c", code, cwd=tmp_path, PYTHONPATH=str(folder))
+    assert told.startswith("None ['default'") and told.endswith("] this library was built without CUDA")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"FASTSEQ_BUILD": "bogus"}, "error: FASTSEQ_BUILD='bogus' is not one of auto, cuda, cpu, none"),
+        ({"FASTSEQ_BUILD": "cuda", "CUDA_HOME": "/nowhere"}, "FASTSEQ_BUILD=cuda: nvcc was not found (CUDA_HOME=/nowhere)"),
+        ({"FASTSEQ_BUILD": "cpu", "FASTSEQ_TORCH_DIR": "/nowhere"}, "FASTSEQ_TORCH_DIR=/nowhere is no installed torch"),
+        ({"FASTSEQ_BUILD": "cpu", "MAX_JOBS": "many"}, "MAX_JOBS='many' is not a whole number"),
+        ({"FASTSEQ_BUILD": "cpu", "CXX": "/bin/false"}, "FASTSEQ_BUILD=cpu: cmake failed:"),
+    ],
+)
+def test_build_says_what_is_wrong(sdist, environment, expected):
+    quiet = {"CUDA_HOME": "", "CUDA_PATH": "", "CUDACXX": "", "TORCH_CUDA_ARCH_LIST": ""}
+    told = python("setup.py", "build_native", cwd=sdist, fails=True, **{**quiet, **environment})
+    assert expected in told and "Traceback" not in told
+
+
+def test_auto_never_fails(sdist, tmp_path):
+    """Without torch, `auto` makes a pure wheel, says so in a box, and the wheel remembers why."""
+    told = python("setup.py", "build_native", cwd=sdist, FASTSEQ_BUILD="auto", FASTSEQ_TORCH_DIR="/nowhere")
+    assert "| fastseq was built without its native library" in told and "FASTSEQ_TORCH_DIR=/nowhere is no installed torch" in told
+    wheel = pip_wheel(sdist, tmp_path, "--no-build-isolation", FASTSEQ_BUILD="auto", FASTSEQ_TORCH_DIR="/nowhere")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert b"/nowhere is no installed torch" in archive.read("fastseq/lib/not-built.txt")
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("", "80-real;90a-real;100-real;120-real;120-virtual"),
+        ("9.0", "90a-real"),
+        ("8.0, 12.0+PTX", "80-real;120-real;120-virtual"),
+        ("Hopper", 'TORCH_CUDA_ARCH_LIST: "Hopper" is none of the accepted forms'),
+    ],
+)
+def test_cuda_architectures(sdist, tmp_path, asked, expected):
+    if asked == "" and "release 12." in subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout:
+        pytest.skip("the default list of CUDA 12 is shorter before 12.8")
+    code = "import sys; sys.argv = ['setup.py', '--version']; from setup import find_cmake, find_ninja; print(find_cmake(), find_ninja())"
+    cmake, ninja = python("-c", code, cwd=sdist).splitlines()[-1].split()
+    done = subprocess.run(
+        [cmake, "-S", str(sdist), "-B", str(tmp_path), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DFASTSEQ_CUDA=ON"]
+        + [f"-DCMAKE_CUDA_COMPILER={NVCC}", f"-DFASTSEQ_TORCH_DIR={TORCH}"],
+        env={**os.environ, "TORCH_CUDA_ARCH_LIST": asked},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode == 0) == (asked != "Hopper"), done.stdout
+    assert expected in re.sub(r"\s+", " ", done.stdout)
+
+
+@needs_library
+@needs_nvcc
+def test_library_holds_what_it_says():
+    """The machine code and PTX in the file are those that `architectures()` tells."""
+    triton = pytest.importorskip("triton")
+    places = (Path(NVCC).resolve().parent, Path("/usr/local/cuda/bin"), Path(triton.__file__).parent / "backends/nvidia/bin")
+    tool = next((str(folder / "cuobjdump") for folder in places if (folder / "cuobjdump").is_file()), None)
+    if tool is None:
+        pytest.skip("needs cuobjdump")
+    dump = subprocess.run([tool, "--list-elf", "--list-ptx", str(library.path())], capture_output=True, text=True, check=True).stdout
+    machine = set(re.findall(r"\.(sm_\w+)\.cubin", dump))
+    ptx = {f"compute_{name}" for name in re.findall(r"\.sm_(\w+)\.ptx", dump)}
+    assert machine | ptx == {name for name in library.architectures() if name.startswith(("sm_", "compute_"))}
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_library_links_to_any_torch():
+    """To libtorch.so, which leads to CUDA where torch has it, and to nothing of CUDA, of Python, or of the build machine."""
+    dump = subprocess.run(["readelf", "-dW", str(library.path())], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dump))
+    assert {"libtorch.so", "libtorch_cpu.so"} <= needed
+    system = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1"}
+    assert {name for name in needed if not name.startswith("ld-linux")} <= system | {"libtorch.so", "libtorch_cpu.so"}
+    assert "RPATH" not in dump and "RUNPATH" not in dump
+    assert re.search(r"\(SONAME\).*\[libfastseq\.so\]", dump)
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_library_symbols():
+    """Out of it comes our mark and nothing that could clash; into it come torch's C shims, those of CUDA weakly."""
+    dump = subprocess.run(["readelf", "--dyn-syms", "-W", str(library.path())], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in dump.splitlines() if re.match(r"\s*\d+:", line)]
+    exported = {row[7] for row in rows if len(row) > 7 and row[6] != "UND" and row[4] == "GLOBAL"}
+    assert exported - {"_end", "_edata", "__bss_start"} == {"fastseq_library_mark"}
+    undefined = {row[7].split("@")[0]: row[4] for row in rows if len(row) > 7 and row[6] == "UND"}
+    assert undefined["aoti_torch_get_current_cuda_stream"] == "WEAK"
+    assert not [name for name in undefined if name.startswith(("_ZN2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "Py", "_Py"))]
