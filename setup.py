@@ -1,15 +1,17 @@
 """The build: runs CMake for the native library and puts kernels/ and benchmarks/ into the package.
 
-Metadata stand in pyproject.toml; sources, flags and architectures in CMakeLists.txt. torch is found by its path and never imported,
-so a build needs no torch of its own: the library uses torch's stable ABI, and any torch >= 2.10 has the headers for it.
+Metadata stand in pyproject.toml; sources, flags and architectures in CMakeLists.txt. torch is found by its
+path and never imported, so a build needs no torch of its own: the library uses torch's stable ABI, and any
+torch >= 2.10 has the headers for it.
 
 Environment:
-    FASTSEQ_BUILD          auto (default): CUDA if nvcc is found, else CPU; on any trouble a package without the library, never a failed install
+    FASTSEQ_BUILD          auto (default): CUDA if nvcc is found, else CPU; on any trouble a package without
+                           the library, never a failed install
                            cuda, cpu: exactly that, or an error;  none: no library
     FASTSEQ_TORCH_DIR      the torch package to build against, where it is not found by itself
     CUDA_HOME              the CUDA toolkit (CUDACXX, CUDA_PATH, PATH and /usr/local/cuda are looked at too)
     TORCH_CUDA_ARCH_LIST   CUDA architectures, as for torch's own extensions: "8.0 9.0a+PTX"
-    MAX_JOBS               compilers at a time (default: the processors, but no more than memory for 4 GB each)
+    MAX_JOBS               compilers at a time (default: the processors, as far as there are 4 GB for each)
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ ROOMS = ("kernels", "benchmarks")  # top-level folders installed as fastseq.<roo
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "results", "README.md")
 MODES = ("auto", "cuda", "cpu", "none")
 OLDEST_TORCH = (2, 10)
-OLDEST_CMAKE = (3, 24)
+OLDEST_CMAKE = (3, 26)
 
 
 class BuildError(Exception):
@@ -46,7 +48,9 @@ class BuildError(Exception):
 def build_mode() -> str:
     mode = os.environ.get("FASTSEQ_BUILD", "").strip().lower() or "auto"
     if mode not in MODES:
-        raise SystemExit(f"error: FASTSEQ_BUILD={os.environ['FASTSEQ_BUILD']!r} is not one of {', '.join(MODES)}")
+        raise SystemExit(
+            f"error: FASTSEQ_BUILD={os.environ['FASTSEQ_BUILD']!r} is not one of {', '.join(MODES)}"
+        )
     return mode
 
 
@@ -69,13 +73,19 @@ def find_torch() -> Path:
             break
     else:
         if chosen:
-            raise BuildError(f"FASTSEQ_TORCH_DIR={chosen} is no installed torch (include/ and lib/libtorch.so are not there)")
+            raise BuildError(
+                f"FASTSEQ_TORCH_DIR={chosen} is no installed torch (no include/ and lib/libtorch.so)"
+            )
         raise BuildError(
-            "torch was not found (looked in " + ", ".join(dict.fromkeys(map(str, places))) + "); install torch >= 2.10 first, "
-            "activate the environment that has it, or set FASTSEQ_TORCH_DIR to the folder of the torch package"
+            "torch was not found (looked in "
+            + ", ".join(dict.fromkeys(map(str, places)))
+            + "); install torch >= 2.10 first, "
+            "activate the environment that has it, or set FASTSEQ_TORCH_DIR to the torch package's folder"
         )
     version_file = folder / "version.py"
-    found = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", version_file.read_text() if version_file.is_file() else "")
+    found = re.search(
+        r"__version__ = '((\d+)\.(\d+)[^']*)'", version_file.read_text() if version_file.is_file() else ""
+    )
     if found and (int(found[2]), int(found[3])) < OLDEST_TORCH:
         raise BuildError(f"torch {found[1]} in {folder} is too old; install torch >= 2.10")
     return folder
@@ -84,7 +94,11 @@ def find_torch() -> Path:
 def find_nvcc() -> Path | None:
     places = [
         os.environ.get("CUDACXX"),
-        *(os.path.join(os.environ[name], "bin/nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)),
+        *(
+            os.path.join(os.environ[name], "bin/nvcc")
+            for name in ("CUDA_HOME", "CUDA_PATH")
+            if os.environ.get(name)
+        ),
     ]
     if not any(places):
         places = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
@@ -92,13 +106,17 @@ def find_nvcc() -> Path | None:
 
 
 def find_tool(name: str, package_path: str) -> str | None:
-    """A program from PATH, or from its Python package, whose launcher script does not work inside an isolated build."""
+    """A program from its Python package (whose launcher fails in an isolated build) or from PATH."""
     candidates = [str(folder / package_path) for folder in site_packages()]
     for candidate in (*candidates, os.path.join(sysconfig.get_path("scripts"), name), shutil.which(name)):
         if candidate and os.access(candidate, os.X_OK) and not os.path.isdir(candidate):
             answer = subprocess.run([candidate, "--version"], capture_output=True, text=True, check=False)
             found = re.search(r"(\d+)\.(\d+)", answer.stdout)
-            if answer.returncode == 0 and found and (name != "cmake" or (int(found[1]), int(found[2])) >= OLDEST_CMAKE):
+            if (
+                answer.returncode == 0
+                and found
+                and (name != "cmake" or (int(found[1]), int(found[2])) >= OLDEST_CMAKE)
+            ):
                 return candidate
     return None
 
@@ -131,8 +149,11 @@ def jobs() -> int:
 
 
 def start_afresh_if_changed(folder: Path, choices: list[str]) -> None:
-    """CMake keeps the compilers and flags of its first run whatever is set later; another choice needs another start."""
-    flags = [f"{name}={os.environ.get(name, '')}" for name in ("CXX", "CXXFLAGS", "CUDAHOSTCXX", "CUDAFLAGS", "LDFLAGS")]
+    """CMake keeps the compilers and flags of its first run whatever is set later."""
+    flags = [
+        f"{name}={os.environ.get(name, '')}"
+        for name in ("CXX", "CXXFLAGS", "CUDAHOSTCXX", "CUDAFLAGS", "LDFLAGS")
+    ]
     wanted = "\n".join([*choices, *flags])
     record = folder / "choices.txt"
     if not record.is_file() or record.read_text() != wanted:
@@ -144,7 +165,9 @@ def start_afresh_if_changed(folder: Path, choices: list[str]) -> None:
 def run_visibly(command: list[str]) -> None:
     """Run, show the output as it comes; its last lines go into the error."""
     print("+", " ".join(command), flush=True)
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     assert process.stdout is not None
     tail: collections.deque[str] = collections.deque(maxlen=25)
     for line in process.stdout:
@@ -161,21 +184,38 @@ def compile_library(kind: str) -> Path:
         BuildError: if anything that it takes is missing, or CMake, a compiler or the linker fails.
     """
     if platform.system() != "Linux":
-        raise BuildError(f"the native library is for Linux, this is {platform.system()}; FASTSEQ_BUILD=none installs without it")
+        raise BuildError(
+            f"the library is for Linux, this is {platform.system()}; FASTSEQ_BUILD=none installs without it"
+        )
     torch = find_torch()
     compiler = find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler was found; install g++ (11 or newer) or set CXX")
     cmake, ninja = find_cmake(), find_ninja()
     if cmake is None or ninja is None:
-        missing = " and ".join(name for name, path in (("cmake >= 3.24", cmake), ("ninja", ninja)) if path is None)
+        missing = " and ".join(
+            name for name, path in (("cmake >= 3.26", cmake), ("ninja", ninja)) if path is None
+        )
         raise BuildError(f"{missing} not found; `pip install cmake ninja`")
-    options = [f"-DFASTSEQ_TORCH_DIR={torch}", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DFASTSEQ_CUDA={'ON' if kind == 'cuda' else 'OFF'}"]
+    options = [
+        f"-DFASTSEQ_TORCH_DIR={torch}",
+        f"-DCMAKE_MAKE_PROGRAM={ninja}",
+        f"-DFASTSEQ_CUDA={'ON' if kind == 'cuda' else 'OFF'}",
+    ]
     if kind == "cuda":
         nvcc = find_nvcc()
         if nvcc is None:
-            asked = next((f"{name}={os.environ[name]}" for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH") if os.environ.get(name)), None)
-            raise BuildError(f"nvcc was not found{f' ({asked})' if asked else ''}; install the CUDA toolkit or set CUDA_HOME to it")
+            asked = next(
+                (
+                    f"{name}={os.environ[name]}"
+                    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH")
+                    if os.environ.get(name)
+                ),
+                None,
+            )
+            raise BuildError(
+                f"nvcc was not found{f' ({asked})' if asked else ''}; set CUDA_HOME to CUDA's toolkit"
+            )
         options.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
     folder = ROOT / "build" / f"native-{kind}"
     start_afresh_if_changed(folder, [compiler, *options[:1], *options[3:]])
@@ -195,19 +235,23 @@ def obtain_library(mode: str) -> tuple[Path | None, str]:
         except BuildError as error:
             raise SystemExit(f"error: FASTSEQ_BUILD={mode}: {error}") from None
     trouble = []
-    for kind in (("cuda", "cpu") if find_nvcc() else ("cpu",)):
+    for kind in ("cuda", "cpu") if find_nvcc() else ("cpu",):
         try:
             library = compile_library(kind)
         except (BuildError, OSError) as error:
             trouble.append(str(error))
             continue
         if trouble:
-            say_boxed("fastseq was built for the CPU only.", trouble, "FASTSEQ_BUILD=cuda stops with this error instead.")
+            say_boxed(
+                "fastseq was built for the CPU only.",
+                trouble,
+                "FASTSEQ_BUILD=cuda stops with this error instead.",
+            )
         return library, ""
     say_boxed(
         "fastseq was built without its native library; it works, slower on a CPU.",
         trouble,
-        "FASTSEQ_BUILD=cpu (or cuda) stops with this error instead; FASTSEQ_BUILD=none says that no library is wanted.",
+        "FASTSEQ_BUILD=cpu (or cuda) stops with this error instead; FASTSEQ_BUILD=none wants no library.",
     )
     return None, trouble[-1]
 
@@ -218,7 +262,9 @@ def say_boxed(headline: str, reasons: list[str], hint: str) -> None:
         for line in text.splitlines():
             lines += textwrap.wrap(line, 96, drop_whitespace=False) or [""]
     rule = "+" + "-" * 98 + "+"
-    print("\n".join(["", rule, *(f"| {line:<96} |" for line in lines), rule, ""]), file=sys.stderr, flush=True)
+    print(
+        "\n".join(["", rule, *(f"| {line:<96} |" for line in lines), rule, ""]), file=sys.stderr, flush=True
+    )
 
 
 class FastseqDistribution(Distribution):
@@ -249,14 +295,16 @@ class Addition(Command):
     editable_mode = False
 
     def initialize_options(self) -> None:
-        self.build_lib = None
+        self.build_lib: str | None = None
         self.inplace = False
 
     def finalize_options(self) -> None:
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def package(self) -> Path:
-        return (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "fastseq"
+        return (
+            ROOT if self.inplace or self.editable_mode else Path(self.build_lib or "build/lib")
+        ) / "fastseq"
 
     def get_source_files(self) -> list[str]:
         return []
@@ -269,7 +317,7 @@ class Addition(Command):
 
 
 class BuildRooms(Addition):
-    """kernels/ and benchmarks/ become fastseq.kernels and fastseq.benchmarks; in a checkout those find the folders by themselves."""
+    """kernels/ and benchmarks/ become fastseq.kernels and fastseq.benchmarks; a checkout needs no copy."""
 
     def run(self) -> None:
         if self.inplace or self.editable_mode:
@@ -300,7 +348,7 @@ class BuildNative(Addition):
 
 
 class Wheel(bdist_wheel):
-    """py3-none-<platform> with the library, py3-none-any without: it holds no Python ABI, only torch's stable one."""
+    """py3-none-<platform> with the library, py3-none-any without: no Python ABI, only torch's stable one."""
 
     def run(self) -> None:
         self.run_command("build")
@@ -314,14 +362,14 @@ class Wheel(bdist_wheel):
 
 
 def build_tools() -> list[str]:
-    """What an isolated build still has to fetch: nothing where cmake and ninja are installed or no library can be built."""
+    """What an isolated build has to fetch: nothing where it is installed, or no library can be built."""
     if build_mode() == "none" or not {"egg_info", "bdist_wheel"} & set(sys.argv):
         return []
     try:
         find_torch()
     except BuildError:
         return []
-    return [name for name, path in (("cmake>=3.24", find_cmake()), ("ninja", find_ninja())) if path is None]
+    return [name for name, path in (("cmake>=3.26", find_cmake()), ("ninja", find_ninja())) if path is None]
 
 
 setup(

@@ -1,7 +1,7 @@
 """What people say about recurrence and attention, and what the figures of this run say to it.
 
-A verdict is computed from rows; there is none without them. To answer a claim, write a function from the rows of a suite to a
-Verdict and enter it in ANSWERS.
+A verdict is computed from rows; there is none without them. To answer a claim, write a function from the rows
+of a suite to a Verdict and enter it in ANSWERS.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def lowest(curves: Iterable[dict[int, float]]) -> dict[int, float]:
 
 
 def parallel_ops(rows: list[Row]) -> tuple[str, str] | None:
-    """O(1) sequential operations would show as a time that does not grow with T, O(T) as one that grows like T."""
+    """O(1) sequential operations would show as a time that does not grow with T, O(T) as one that grows like
+    T.
+    """
     attention = curve(rows, "fused attention", "inference")
     recurrence = lowest(curve(rows, name, "inference") for name in (*LSTMS, "torch.nn.GRU", "fastseq.GRU"))
     if len(attention) < 2 or len(recurrence) < 2:
@@ -101,13 +103,18 @@ def parallel_ops(rows: list[Row]) -> tuple[str, str] | None:
     elif flat == max(attention):
         verdict = f"holds for T = {min(attention)}…{flat}: attention takes no longer for longer sequences"
     elif flat:
-        verdict = f"holds only up to T = {flat}; beyond it the device is full and attention grows with T as well"
+        verdict = (
+            f"holds only up to T = {flat}: beyond it the device is full and attention grows with T as well"
+        )
     else:
-        verdict = f"does not hold here as time: from T = {min(attention)} on the device is full and attention grows with T as well"
+        verdict = (
+            f"does not hold here as time: from T = {min(attention)} on the device is full and attention "
+            "grows with T as well"
+        )
     T = max(recurrence)
     figures = (
-        f"forward time grows as T^{fits[0].exponent:.2f} for fused attention and T^{fits[1].exponent:.2f} for the fastest recurrent layer, "
-        f"which takes {time_text(recurrence[T] / T)} per step"
+        f"forward time grows as T^{fits[0].exponent:.2f} for fused attention and T^{fits[1].exponent:.2f} "
+        f"for the fastest recurrent layer, which takes {time_text(recurrence[T] / T)} per step"
     )
     return verdict, figures
 
@@ -123,14 +130,23 @@ def train_faster(rows: list[Row]) -> tuple[str, str] | None:
     ends = sorted({min(holds), max(holds)})
     tokens = {r.T: r.tokens for r in rows}
     figures = ", ".join(
-        f"T = {T}: {tokens[T] / block[T]:,.0f} tokens/s against {tokens[T] / lstm[T]:,.0f} for the LSTM" for T in ends
+        f"T = {T}: {tokens[T] / block[T]:,.0f} tokens/s against {tokens[T] / lstm[T]:,.0f} for the LSTM"
+        for T in ends
     )
-    where = f"; crossover at T ≈ {crossing.at:.0f}" if crossing and crossing.at else "; no crossover in the measured range"
-    return over_lengths(holds), figures + where + " (equal parameters, best of torch.nn.LSTM and fastseq.LSTM)"
+    where = (
+        f"; crossover at T ≈ {crossing.at:.0f}"
+        if crossing and crossing.at
+        else "; no crossover in the measured range"
+    )
+    return over_lengths(
+        holds
+    ), figures + where + " (equal parameters, best of torch.nn.LSTM and fastseq.LSTM)"
 
 
 def _memory(rows: list[Row], *, more: bool) -> tuple[str, str] | None:
-    recurrence = lowest(curve(rows, name, "training", "memory") for name in (*LSTMS, "torch.nn.GRU", "fastseq.GRU"))
+    recurrence = lowest(
+        curve(rows, name, "training", "memory") for name in (*LSTMS, "torch.nn.GRU", "fastseq.GRU")
+    )
     verdicts, figures = [], []
     for name in ATTENTION:
         attention = curve(rows, name, "training", "memory")
@@ -142,7 +158,10 @@ def _memory(rows: list[Row], *, more: bool) -> tuple[str, str] | None:
         figures.append(f"{name} {bytes_text(attention[T])}")
     if not verdicts:
         return None
-    text = f"peak of a training step at T = {T}, equal width: {', '.join(figures)}, smallest recurrent layer {bytes_text(recurrence[T])}"
+    text = (
+        f"peak of a training step at T = {T}, equal width: {', '.join(figures)}, "
+        f"smallest recurrent layer {bytes_text(recurrence[T])}"
+    )
     return "; ".join(verdicts), text
 
 

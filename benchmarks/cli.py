@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from . import environment, gate, plots, report, selection
 from .presentation import Options
@@ -19,6 +26,7 @@ from .results import Results, write_csv
 from .runner import Case, Runner
 from .suites import DEFAULT, SUITES
 
+LOG_WIDTH = 150
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -32,28 +40,46 @@ def parser() -> argparse.ArgumentParser:
         "  python -m fastseq bench --json-in results.json --picture picture.svg",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--suite", action="append", metavar="NAME", help=f"suite to run, repeatable (default: {DEFAULT})")
+    p.add_argument(
+        "--suite", action="append", metavar="NAME", help=f"suite to run, repeatable (default: {DEFAULT})"
+    )
     p.add_argument("--list", action="store_true", help="list the suites and stop")
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     p.add_argument("--dtype", default="float32", choices=DTYPES)
-    p.add_argument("--threads", metavar="N[,N...]", help="CPU threads; several for suites that compare them (default: the suite's)")
+    p.add_argument(
+        "--threads",
+        metavar="N[,N...]",
+        help="CPU threads; several for suites that compare them (default: the suite's)",
+    )
     p.add_argument("--quick", action="store_true", help="fewer points and repetitions")
-    p.add_argument("--only", metavar="FILTER", help='points to run, for instance "cell=GRU B=8 threads=1"; keys: ' + ", ".join(selection.KEYS))
-    p.add_argument("--out", metavar="DIR", type=Path, help="folder for the results (default: bench-results/<time>)")
+    p.add_argument(
+        "--only",
+        metavar="FILTER",
+        help='points to run, for instance "cell=GRU B=8 threads=1"; keys: ' + ", ".join(selection.KEYS),
+    )
+    p.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder for the results (default: bench-results/<time>)"
+    )
     p.add_argument("--json-in", metavar="FILE", type=Path, help="measure nothing, show the results in FILE")
-    p.add_argument("--picture", metavar="FILE", type=Path, help="also draw the first suite's figure as .svg or .png")
+    p.add_argument(
+        "--picture", metavar="FILE", type=Path, help="also draw the first suite's figure as .svg or .png"
+    )
     p.add_argument("--theme", default="light", choices=sorted(plots.THEMES), help="colours of --picture")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: done; 1: a provider gave a wrong result; 2: bad arguments; 130: interrupted, with what was measured until then written."""
+    """0: done; 1: a provider gave a wrong result; 2: bad arguments; 130: interrupted, with what was measured
+    until then written.
+    """
     p = parser()
     args = p.parse_args(argv)
     console = Console()
+    if not console.is_terminal:  # a file or a log: tables need not be squeezed into 80 columns
+        console.width = max(console.width, LOG_WIDTH)
     if args.list:
-        for name, suite in SUITES.items():
-            console.print(f"[bold]{name}[/bold]  {suite.SUMMARY}", highlight=False)
+        for name in SUITES:
+            console.print(f"[bold]{name}[/bold]  {SUITES[name].SUMMARY}", highlight=False)
         return 0
     try:
         if args.picture and args.picture.suffix.lower() not in (".svg", ".png"):
@@ -89,8 +115,12 @@ def measure(cases: list[Case], options: Options, console: Console) -> Results:
     results = Results(environment.collect(options.device), given)
     runner = Runner(options.device, quick=options.quick)
     columns = (
-        SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False)
-    )  # fmt: skip
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("measuring the machine's peaks", total=len(cases))
         try:
@@ -116,10 +146,16 @@ def device_of(name: str) -> str:
     if kind != "cuda" or (index and not index.isdigit()) or name.endswith(":"):
         raise ValueError(f"--device: {name!r} is none of auto, cpu, cuda, cuda:N")
     if not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU or no driver"
+        why = (
+            "this torch is built without CUDA"
+            if torch.version.cuda is None
+            else "torch finds no GPU or no driver"
+        )
         raise ValueError(f"--device: {name} is not present: {why}; accepted here: auto, cpu")
     if index and int(index) >= torch.cuda.device_count():
-        raise ValueError(f"--device: {name} is not present; this machine has {torch.cuda.device_count()} CUDA device(s)")
+        raise ValueError(
+            f"--device: {name} is not present; this machine has {torch.cuda.device_count()} CUDA device(s)"
+        )
     return name
 
 
@@ -161,7 +197,11 @@ def _write(results: Results, out: Path, console: Console) -> None:
     results.save(out / "results.json", **report.derive(results))
     write_csv(results.rows, out / "rows.csv")
     (out / "report.html").write_text(report.page(results), encoding="utf-8")
-    console.print(f"\n{out / 'report.html'}\n{out / 'results.json'}\n{out / 'rows.csv'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"\n{out / 'report.html'}\n{out / 'results.json'}\n{out / 'rows.csv'}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

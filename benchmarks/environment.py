@@ -1,4 +1,6 @@
-"""Where a result comes from: device, versions, flags that change the arithmetic, and how quiet the machine was."""
+"""Where a result comes from: device, versions, flags that change the arithmetic, and how quiet the machine
+was.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from typing import Any
 import psutil
 import torch
 
-CUDA_QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,ecc.mode.current,clocks_throttle_reasons.active"
+CUDA_QUERY = (
+    "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,ecc.mode.current,"
+    "clocks_throttle_reasons.active"
+)
 
 
 def collect(device: str) -> dict[str, Any]:
@@ -110,7 +115,9 @@ def busy(env: dict[str, Any]) -> str | None:
     """A sentence when other work was running, which makes every figure of the run doubtful."""
     load, cpus = env.get("load average"), env["cpu"].get("cpus", 1)
     if load is not None and load > 0.3 * cpus:
-        return f"Other programs were running when this was measured (load {load} on {cpus} CPUs): expect noise."
+        return (
+            f"Other programs were running when this was measured (load {load} on {cpus} CPUs): expect noise."
+        )
     return None
 
 
@@ -119,7 +126,9 @@ def git_sha() -> str | None:
     sha = _run("git", "-C", here, "rev-parse", "--short", "HEAD")
     if not sha:
         return None
-    return sha + ("+changes" if _run("git", "-C", here, "status", "--porcelain", "--untracked-files=no") else "")
+    return sha + (
+        "+changes" if _run("git", "-C", here, "status", "--porcelain", "--untracked-files=no") else ""
+    )
 
 
 def _run(*command: str) -> str | None:

@@ -1,9 +1,10 @@
 """What the machine can do at best, measured in the same run, and the floor that follows for each workload.
 
-read      bytes/s of reading one buffer again and again, every thread its own share, at the sizes of recurrent weights
-copy      bytes/s moved (read + written) by a copy, at sizes inside L2, inside L3 and beyond
-gemm      FLOP/s of torch.mm, the best of a few square shapes: the arithmetic peak that a program on torch can reach
-launch    seconds of the shortest possible operator: from Python, and on a GPU as an event pair and within a graph
+read      bytes/s of reading one buffer again and again, every thread its own share, at the sizes of recurrent
+weights copy      bytes/s moved (read + written) by a copy, at sizes inside L2, inside L3 and beyond gemm
+FLOP/s of torch.mm, the best of a few square shapes: the arithmetic peak that a program on torch can reach
+launch    seconds of the shortest possible operator: from Python, and on a GPU as an event pair and within a
+graph
 """
 
 from __future__ import annotations
@@ -47,7 +48,15 @@ class Peaks:
     @classmethod
     def from_dict(cls, d: dict) -> Peaks:
         numbers = {name: {int(k): v for k, v in d[name].items()} for name in ("read", "copy")}
-        return cls(d["device"], d["threads"], d["dtype"], numbers["read"], numbers["copy"], d["gemm"], dict(d["launch"]))
+        return cls(
+            d["device"],
+            d["threads"],
+            d["dtype"],
+            numbers["read"],
+            numbers["copy"],
+            d["gemm"],
+            dict(d["launch"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,9 @@ def measure(device: str, threads: int, dtype: str, *, quick: bool = False) -> Pe
             for n in GEMM_SIZES[: 2 if quick else None] if not cuda else (4096, 8192):
                 a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
                 out = torch.empty_like(a)
-                peaks.gemm = max(peaks.gemm, 2 * n**3 / _best(device, lambda a=a, out=out: torch.mm(a, a, out=out)))
+                peaks.gemm = max(
+                    peaks.gemm, 2 * n**3 / _best(device, lambda a=a, out=out: torch.mm(a, a, out=out))
+                )
             one = torch.zeros(1, device=device)
             peaks.launch["operator"] = _per_call(device, lambda: one.add_(1))
             if cuda:
@@ -92,7 +103,9 @@ def measure(device: str, threads: int, dtype: str, *, quick: bool = False) -> Pe
 
 
 def _read(device: str, size: int, threads: int) -> float:
-    """Each output element is the sum over the same `size / threads` bytes; threads share the output, so each streams its share."""
+    """Each output element is the sum over the same `size / threads` bytes; threads share the output, so each
+    streams its share.
+    """
     share = max(64, size // 4 // threads)
     repeats = max(2, math.ceil((48 << 20) / (share * 4) / threads)) * threads
     buffer = torch.randn(share, device=device)
@@ -114,12 +127,16 @@ def _per_call(device: str, run: Callable[[], object]) -> float:
 
 
 def floor_of(w: Workload, peaks: Peaks) -> Floor:
-    """Time that no program of this workload can go below on a device with these peaks, as far as arithmetic and weights go."""
+    """Time that no program of this workload can go below on a device with these peaks, as far as arithmetic
+    and weights go.
+    """
     return _recurrent(w, peaks) if w.function in GATES else _attention(w, peaks)
 
 
 def _recurrent(w: Workload, peaks: Peaks) -> Floor:
-    """Steps run one after another: each reads R once or computes with it, whichever is slower; the rest are GEMMs at the peak."""
+    """Steps run one after another: each reads R once or computes with it, whichever is slower; the rest are
+    GEMMs at the peak.
+    """
     G, itemsize = GATES[w.function], w.torch_dtype.itemsize
     weights = G * w.H * w.H * itemsize  # bytes of R
     read = weights / peaks.read_bandwidth(weights)
@@ -129,16 +146,22 @@ def _recurrent(w: Workload, peaks: Peaks) -> Floor:
     recurrent = 2 * w.tokens * G * w.H * w.H / peaks.gemm
     seconds = chain + project
     if w.mode == "training":
-        # backward: the chain with R transposed, then dW, dx (each like the projection) and dR (like the recurrent product)
+        # backward: the chain with R transposed, then dW and dx (each like the projection) and dR
         seconds += chain + 2 * project + recurrent
     size = f"{weights / 1024:.0f} KiB" if weights < 1 << 20 else f"{weights / (1 << 20):.1f} MiB"
     if read * len(compute) > compute.sum():
-        return Floor(float(seconds), "weights", f"R of {size} at {peaks.read_bandwidth(weights) / 1e9:.0f} GB/s each step")
+        return Floor(
+            float(seconds),
+            "weights",
+            f"R of {size} at {peaks.read_bandwidth(weights) / 1e9:.0f} GB/s each step",
+        )
     return Floor(float(seconds), "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")
 
 
 def _attention(w: Workload, peaks: Peaks) -> Floor:
-    """Matrix products at the peak, the causal half of the scores only; or input and output once through memory."""
+    """Matrix products at the peak, the causal half of the scores only; or input and output once through
+    memory.
+    """
     linear = 4 if w.function == "attention" else 8  # in units of W²
     forward = 2 * w.tokens * linear * w.H * w.H + 2 * w.B * w.T * (w.T + 1) * w.H
     compute = forward * (3 if w.mode == "training" else 1) / peaks.gemm

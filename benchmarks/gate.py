@@ -1,8 +1,10 @@
-"""The gate before every timing: outputs and gradients of a provider against the fp64 reference, on a small and on the actual shape.
+"""The gate before every timing: outputs and gradients of a provider against the fp64 reference, on a small
+and on the actual shape.
 
-The bound is that of the tests (fastseq.testing.compare.error_bound): twice the error that torch's own module makes in the same dtype,
-plus rounding. torch's own providers are held to it as well, and everyone to a coarse limit (the square root of the dtype's rounding
-step) that catches torch going wrong itself. A provider that fails has no time and no speed-up in the report.
+The bound is that of the tests (fastseq.testing.compare): twice the error that torch's own module
+makes in the same dtype, plus rounding. torch's own providers are held to it as well, and everyone to a coarse
+limit (the square root of the dtype's rounding step) that catches torch going wrong itself. A provider that
+fails has no time and no speed-up in the report.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastseq.testing.compare import error_bound
+from fastseq.testing.compare import FACTOR, ROUNDINGS, relative_error
 
 from .workloads import FUNCTIONS, Call, Problem, Workload
 
@@ -24,10 +26,12 @@ TF32_EPS = 2.0**-10
 
 @dataclass(frozen=True)
 class Check:
+    """Errors and bounds are relative to the tensor's largest value; None: nothing to compare, or NaN."""
+
     ok: bool
-    error: float | None  # largest error of any tensor, relative to that tensor's largest value; None: nothing to compare, or NaN
-    bound: float | None  # the bound of the tensor that came closest to its bound (or broke it), in the same unit
-    worst: str  # which tensor
+    error: float | None  # the largest of any tensor
+    bound: float | None  # of the tensor that came closest to its bound, or broke it
+    worst: str  # that tensor
     reason: str | None = None
 
     def as_dict(self) -> dict[str, object]:
@@ -36,14 +40,23 @@ class Check:
 
 @dataclass(frozen=True)
 class Expected:
-    """Per tensor: the fp64 value, and the largest absolute error allowed."""
+    """Per tensor: the fp64 value, and the error of torch's own module relative to the largest value."""
 
     values: dict[str, Tensor]
-    bounds: dict[str, float]
+    torch_error: dict[str, float]
+
+    def bounds(self, eps: float) -> dict[str, float]:
+        """Relative errors allowed at a rounding step; torch's error is that of its worst tensor."""
+        own = max(self.torch_error[name] for name in self.values)
+        scale = {name: value.abs().max().item() or 1.0 for name, value in self.values.items()}
+        bounds = {name: FACTOR * own + ROUNDINGS * eps * max(1.0, s) / s for name, s in scale.items()}
+        return {name: min(bound, math.sqrt(eps)) for name, bound in bounds.items()}
 
 
 def check(build: Callable[[Workload], tuple[object, str]], workload: Workload) -> Check:
-    """`build(workload) -> (module, layout)`. Never raises for a provider's fault: an exception is a failed check."""
+    """`build(workload) -> (module, layout)`. Never raises for a provider's fault: an exception is a failed
+    check.
+    """
     worst = None
     for shape in (workload.small(), workload):
         try:
@@ -67,14 +80,16 @@ def _first_line(error: Exception) -> str:
 
 def compare(found: dict[str, Tensor], want: Expected, eps: float) -> Check:
     """Every tensor of `found` against `want`, the worst in terms of its bound reported."""
-    closest, largest = None, 0.0
+    closest, largest, bounds = None, 0.0, want.bounds(eps)
     for name, value in found.items():
         truth = want.values[name]
         if value.shape != truth.shape:
-            return Check(False, None, None, name, f"{name} has shape {tuple(value.shape)}, not {tuple(truth.shape)}")
+            return Check(
+                False, None, None, name, f"{name} has shape {tuple(value.shape)}, not {tuple(truth.shape)}"
+            )
         scale = truth.abs().max().item() or 1.0
         error = (value.double().cpu() - truth).abs().max().item() / scale
-        bound = min(want.bounds[name] / scale, math.sqrt(eps))
+        bound = bounds[name]
         if not error <= bound:  # also when the error is NaN
             reason = f"{name} is off by {error:.1e} of its largest value; {bound:.1e} is allowed"
             return Check(False, error if math.isfinite(error) else None, bound, name, reason)
@@ -103,7 +118,7 @@ def expected(workload: Workload) -> Expected:
     if workload.mode == "training":
         return everything
     outputs = {name: value for name, value in everything.values.items() if not name.startswith("grad ")}
-    return Expected(outputs, everything.bounds)
+    return Expected(outputs, everything.torch_error)
 
 
 def forget() -> None:
@@ -117,25 +132,28 @@ def _plain(workload: Workload) -> Workload:
     return replace(workload, mode="training", threads=0)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _problem(workload: Workload) -> Problem:
     return Problem.of(workload)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _expected(workload: Workload) -> Expected:
-    truth = _torch_results(workload, torch.float64, "cpu")
+    truth = _torch_results(workload, torch.float64, "cpu", row_by_row=FUNCTIONS[workload.function].row_by_row)
     own = _torch_results(workload, workload.torch_dtype, workload.device)
-    return Expected(truth, {name: error_bound(own[name].cpu(), value) for name, value in truth.items()})
+    return Expected(truth, {name: relative_error(own[name].cpu(), value) for name, value in truth.items()})
 
 
-def _torch_results(workload: Workload, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def _torch_results(
+    workload: Workload, dtype: torch.dtype, device: str, *, row_by_row: bool = False
+) -> dict[str, Tensor]:
     function, whole = FUNCTIONS[workload.function], _problem(workload)
     problems = [whole]
-    if function.row_by_row:
-        problems = [Problem(whole.workload, whole.parameters, x, g) for x, g in zip(
-            whole.x.split(1, dim=1), whole.grad.split(1, dim=1), strict=True
-        )]  # fmt: skip
+    if row_by_row:
+        problems = [
+            Problem(whole.workload, whole.parameters, x, g)
+            for x, g in zip(whole.x.split(1, dim=1), whole.grad.split(1, dim=1), strict=True)
+        ]
     parts = []
     for part in problems:
         module = function.module(workload)

@@ -1,9 +1,10 @@
 """The layers that stand beside the recurrent ones, written as a PyTorch user writes them.
 
-"Equal" in these benchmarks means: the same number of rows B, the same T, the same width, the same input, causal (a position
-sees its own past, as in a recurrence), projections included on both sides. Parameters at width W, biases aside: LSTM 8 W²,
-GRU 6 W², attention 4 W² (query, key, value, output), block 8 W² (attention and a feed-forward part of inner width 2 W), so
-that the block is the attention model with the parameters of an LSTM.
+"Equal" in these benchmarks means: the same number of rows B, the same T, the same width, the same input,
+causal (a position sees its own past, as in a recurrence), projections included on both sides. Parameters at
+width W, biases aside: LSTM 8 W², GRU 6 W², attention 4 W² (query, key, value, output), block 8 W² (attention
+and a feed-forward part of inner width 2 W), so that the block is the attention model with the parameters of
+an LSTM.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Peak memory of a call, and the operators it ran.
 
-Measured: the highest sum of tensor bytes that torch's allocator handed out *while the call ran*, above what was live when it began.
-Parameters, input and output gradient exist before and do not count; outputs, saved activations, workspaces and temporaries do, and
-so do the gradients that a training step returns. On CUDA these are the allocator's own statistics. On the CPU they are the
-allocation and release events of torch.profiler, which sees every allocation that goes through torch's CPU allocator, also from
-C++ inside an operator. Not seen on the CPU: memory that a library takes from malloc itself (for instance packed GEMM panels).
+Measured: the highest sum of tensor bytes that torch's allocator handed out *while the call ran*, above what
+was live when it began. Parameters, input and output gradient exist before and do not count; outputs, saved
+activations, workspaces and temporaries do, and so do the gradients that a training step returns. On CUDA
+these are the allocator's own statistics. On the CPU they are the allocation and release events of
+torch.profiler, which sees every allocation that goes through torch's CPU allocator, also from C++ inside an
+operator. Not seen on the CPU: memory that a library takes from malloc itself (for instance packed GEMM
+panels).
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from .timing import no_garbage_collection
 
 # Operators and kernels whose presence says which implementation a library chose.
 _TELLING = re.compile(
@@ -34,23 +39,50 @@ class Observation:
 
 
 def observe(run: Callable[[], object], device: str = "cpu") -> Observation:
-    """Runs once for the operators and, on CUDA, once more for the peak (the profiler must not disturb the allocator's figure)."""
+    """Runs once for the operators and, on CUDA, once more for the peak (the profiler must not disturb the
+    allocator's figure).
+    """
+    events = _profile(run, device)
+    names = {name for name, _ in events if _TELLING.search(name) and "backward" not in name.lower()}
+    if device.startswith("cuda"):
+        return Observation(_cuda_peak(run, device), sorted(names))
+    return Observation(max(_levels(events), default=0), sorted(names))
+
+
+def kept(forward: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes alive after a forward pass whose result is held: the result and what is saved for backward."""
+    held: list[object] = []
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated(device)
+        held.append(forward())
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device) - before
+    return (_levels(_profile(lambda: held.append(forward()), device)) or [0])[-1]
+
+
+def _profile(run: Callable[[], object], device: str) -> list[tuple[str, int]]:
+    """(name, bytes) of every event; bytes is 0 but for "[memory]": allocations (+) and releases (-).
+
+    Collected before, not meanwhile: a release of something older would be taken for one of the call's own.
+    """
     cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-    with _quiet_stderr(), profile(activities=activities, profile_memory=not cuda) as profiler:
+    with (
+        no_garbage_collection(),
+        _quiet_stderr(),
+        profile(activities=activities, profile_memory=not cuda) as profiler,
+    ):
         run()
         if cuda:
             torch.cuda.synchronize(device)
-    live = peak = 0
-    names: set[str] = set()
-    for event in profiler.profiler.kineto_results.events():
-        name = event.name()
-        if name == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-        elif _TELLING.search(name) and "backward" not in name.lower():
-            names.add(name)
-    return Observation(_cuda_peak(run, device) if cuda else peak, sorted(names))
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    return [(e.name(), e.nbytes() if e.name() == "[memory]" else 0) for e in events]
+
+
+def _levels(events: list[tuple[str, int]]) -> list[int]:
+    """Bytes alive after each allocation or release."""
+    return list(accumulate(count for name, count in events if name == "[memory]"))
 
 
 def _cuda_peak(run: Callable[[], object], device: str) -> int:

@@ -1,4 +1,4 @@
-"""How figures look: colours, axes, labels at the ends of lines. Drawn by matplotlib, returned as SVG or PNG."""
+"""How figures look: colours, axes, labels at the ends of lines. Drawn by matplotlib, as SVG or PNG."""
 
 from __future__ import annotations
 
@@ -43,12 +43,19 @@ def svg(figure: Figure, theme: Theme = PAGE, *, name: str = "figure") -> str:
     settings = {"svg.fonttype": "none" if text else "path", "svg.hashsalt": name, "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         buffer = io.StringIO()
-        draw(figure, theme).savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        draw(figure, theme).savefig(
+            buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     found = buffer.getvalue()
     found = re.sub(r"<metadata>.*?</metadata>\s*", "", found, flags=re.DOTALL)
     if text:
         found = found[found.index("<svg") :]
-        found = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg class="figure" viewBox="\1" role="img" aria-label="{figure.title}">', found, count=1)
+        found = re.sub(
+            r'<svg [^>]*viewBox="([^"]*)"[^>]*>',
+            rf'<svg class="figure" viewBox="\1" role="img" aria-label="{figure.title}">',
+            found,
+            count=1,
+        )
         found = found.replace(_INK, "currentColor").replace(_FAINT, "var(--line)")
         found = re.sub(r"font: ([^;\"]*?)'[^\"]*\"", r'font: \1sans-serif"', found)
     return found
@@ -66,10 +73,19 @@ def save(figure: Figure, path: Any, theme: Theme) -> None:
         raise ValueError(f"a picture ends in .svg or .png, not in {path}")
 
 
-def log_axes(axes: Any, theme: Theme, *, title: str, x: list[float], y_format: Any, x_label: str = "T, sequence length") -> None:
-    """log-log axes with a tick at every measured x."""
+def log_axes(
+    axes: Any,
+    theme: Theme,
+    *,
+    title: str,
+    x: list[float],
+    y_format: Any,
+    y_base: int = 10,
+    x_label: str = "T, sequence length",
+) -> None:
+    """log-log axes with a tick at every measured x and at powers of `y_base`."""
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=y_base)
     plain(axes, theme, title)
     axes.set_xticks(x, [f"{v:g}" for v in x])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -90,22 +106,41 @@ def plain(axes: Any, theme: Theme, title: str) -> None:
 
 
 def end_labels(axes: Any, ends: list[tuple[float, str, str]]) -> None:
-    """Labels beside the last points [(y, text, colour)], pushed apart so that none overlap. Axis limits must be final."""
+    """Labels beside the last points [(y, text, colour)], pushed apart. The axis limits must be final."""
     low, high = (math.log(v) for v in axes.get_ylim())
-    place = [((math.log(y) - low) / (high - low), text, color) for y, text, color in sorted(ends)]
-    height = axes.get_position().height * axes.figure.get_size_inches()[1]
-    gap = 0.155 / height  # a line of text, in axes heights
-    positions: list[float] = []
-    for y, _, _ in place:
-        positions.append(y if not positions else max(y, positions[-1] + gap))
-    overflow = positions[-1] - max(place[-1][0], 1.0) if positions else 0.0
-    if overflow > 0:
-        positions[-1] -= overflow
-        for i in range(len(positions) - 2, -1, -1):
-            positions[i] = min(positions[i], positions[i + 1] - gap)
-    for at, (y, text, color) in zip(positions, place, strict=True):
+    ends = sorted(ends)
+    heights = [(math.log(y) - low) / (high - low) for y, _, _ in ends]
+    gap = 0.2 / (
+        axes.get_position().height * axes.figure.get_size_inches()[1]
+    )  # a line of text, in axes heights
+    for at, y, (_, text, color) in zip(_apart(heights, gap), heights, ends, strict=True):
+        line = {
+            "arrowstyle": "-",
+            "color": color,
+            "linewidth": 0.7,
+            "shrinkA": 0,
+            "shrinkB": 0,
+            "relpos": (0, 0.5),
+        }
         axes.annotate(
-            text, xy=(1.0, y), xytext=(1.035, at), xycoords="axes fraction", textcoords="axes fraction", fontsize=8.5,
-            va="center", color=color, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 1},
-        )  # fmt: skip
+            text,
+            xy=(1.0, y),
+            xytext=(1.06, at),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            fontsize=8.5,
+            va="center",
+            color=color,
+            annotation_clip=False,
+            arrowprops=line,
+        )
+
+
+def _apart(places: list[float], gap: float) -> list[float]:
+    """Ascending places at least `gap` apart: the mean of pushing all of them up and all down."""
+    up, down = list(places), list(places)
+    for i in range(1, len(places)):
+        up[i] = max(up[i], up[i - 1] + gap)
+    for i in range(len(places) - 2, -1, -1):
+        down[i] = min(down[i], down[i + 1] - gap)
+    return [(a + b) / 2 for a, b in zip(up, down, strict=True)]

@@ -1,4 +1,6 @@
-"""What a suite has to say, independent of where it is shown: the terminal and the HTML page render the same objects."""
+"""What a suite has to say, independent of where it is shown: the terminal and the HTML page render the same
+objects.
+"""
 
 from __future__ import annotations
 
@@ -104,8 +106,23 @@ def bytes_text(count: float | None) -> str:
     raise AssertionError
 
 
+def tick_text(value: float, units: tuple[tuple[float, str], ...]) -> str:
+    """A round number in the largest unit that it reaches."""
+    scale, unit = next(((s, u) for s, u in units if value >= s * 0.999), units[-1])
+    return f"{value / scale:.3g} {unit}"
+
+
+TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+BYTE_UNITS = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
+
+
 def three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+def _untimed(row: Row) -> Cell:
+    text = {"wrong": "wrong result", "unavailable": "–"}.get(row.status, row.status)
+    return Cell(text, "bad" if row.status == "wrong" else "weak", row.reason or "")
 
 
 def ratio_cell(row: Row | None, *, losing: float = 1.0) -> Cell:
@@ -113,18 +130,26 @@ def ratio_cell(row: Row | None, *, losing: float = 1.0) -> Cell:
     if row is None:
         return Cell("", "weak")
     if not row.ok:
-        return Cell({"wrong": "wrong result", "unavailable": "–"}.get(row.status, row.status), "bad", row.reason or "")
+        return _untimed(row)
     if row.ratio is None:
         return Cell("–", "weak")
     value = row.ratio["median"]
     tone = "bad" if value < losing else "good" if value > 1.05 else ""
-    return Cell(f"{value:.2f}×", tone, f"{row.ratio['low']:.2f} to {row.ratio['high']:.2f} over {row.ratio['baseline']}")
+    return Cell(
+        f"{value:.2f}×",
+        tone,
+        f"{row.ratio['low']:.2f} to {row.ratio['high']:.2f} over {row.ratio['baseline']}",
+    )
 
 
 def time_cell(row: Row | None) -> Cell:
     if row is None:
         return Cell("–", "weak")
     if not row.ok:
-        return Cell({"wrong": "wrong result"}.get(row.status, row.status), "bad" if row.status == "wrong" else "weak", row.reason or "")
+        return _untimed(row)
     assert row.time is not None
-    return Cell(time_text(row.seconds), "", f"{time_text(row.time['low'])} to {time_text(row.time['high'])}, {row.time['rounds']} rounds")
+    return Cell(
+        time_text(row.seconds),
+        "",
+        f"{time_text(row.time['low'])} to {time_text(row.time['high'])}, {row.time['rounds']} rounds",
+    )

@@ -1,4 +1,6 @@
-"""The programs that compute a function. To add one is to add an entry to PROVIDERS; suites choose entries by name."""
+"""The programs that compute a function. To add one is to add an entry to PROVIDERS; suites choose entries by
+name.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from .workloads import Call, Workload
 
 @dataclass(frozen=True)
 class Provider:
-    """`build` returns a module whose parameters carry the names of the function's own module (or a `canonical_name` method)."""
+    """`build` returns a module whose parameters carry the names of the function's own module (or a
+    `canonical_name` method).
+    """
 
     name: str
     function: str
@@ -51,31 +55,65 @@ def _fastseq_chose(call: Call) -> list[str]:
 def _entries() -> list[Provider]:
     entries = [
         Provider(
-            "eager LSTMCell loop", "lstm", "recurrent", "time", lambda w: CellLoop(nn.LSTMCell(w.I, w.H)), color="#8d99ae"
+            "eager LSTMCell loop",
+            "lstm",
+            "recurrent",
+            "time",
+            lambda w: CellLoop(nn.LSTMCell(w.I, w.H)),
+            color="#8d99ae",
         ),
         Provider(
-            "naive attention", "attention", "attention", "batch", lambda w: Attention(w.H, w.heads, fused=False), color="#d1495b",
+            "naive attention",
+            "attention",
+            "attention",
+            "batch",
+            lambda w: Attention(w.H, w.heads, fused=False),
+            color="#d1495b",
             dashed=True,
         ),
         Provider(
-            "fused attention", "attention", "attention", "batch", lambda w: Attention(w.H, w.heads, fused=True), color="#d1495b"
+            "fused attention",
+            "attention",
+            "attention",
+            "batch",
+            lambda w: Attention(w.H, w.heads, fused=True),
+            color="#d1495b",
         ),
         Provider(
-            "attention block", "block", "attention", "batch", lambda w: TransformerBlock(w.H, w.heads, fused=True),
+            "attention block",
+            "block",
+            "attention",
+            "batch",
+            lambda w: TransformerBlock(w.H, w.heads, fused=True),
             color="#c77dff",
         ),
-    ]  # fmt: skip
+    ]
     for cls, color in (("LSTM", "#1e88e5"), ("GRU", "#12a67c"), ("RNN", "#e29100")):
         function, missing = cls.lower(), _fastseq_missing(cls)
         vendor = getattr(nn, cls)
         entries += [
             Provider(
-                f"torch.nn.{cls}", function, "recurrent", "time", lambda w, c=vendor: c(w.I, w.H), color=color, dashed=True
+                f"torch.nn.{cls}",
+                function,
+                "recurrent",
+                "time",
+                lambda w, c=vendor: c(w.I, w.H),
+                color=color,
+                dashed=True,
             ),
-            Provider(f"fastseq.{cls}", function, "recurrent", "time", _fastseq(cls), missing, _fastseq_chose, color),
             Provider(
-                f"fastseq.{cls} (recompute)", function, "recurrent", "time", _fastseq(cls, recompute=True), missing,
-                _fastseq_chose, color, True,
+                f"fastseq.{cls}", function, "recurrent", "time", _fastseq(cls), missing, _fastseq_chose, color
+            ),
+            Provider(
+                f"fastseq.{cls} (recompute)",
+                function,
+                "recurrent",
+                "time",
+                _fastseq(cls, recompute=True),
+                missing,
+                _fastseq_chose,
+                color,
+                True,
             ),
         ]
     return entries

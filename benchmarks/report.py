@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -20,7 +22,9 @@ STYLES = {"good": "green", "best": "bold green", "bad": "red", "worst": "bold re
 
 
 def sections(results: Results) -> list[Section]:
-    return [section for name in results.suites() for section in SUITES[name].present(results)] + [_peaks(results)]
+    return [section for name in results.suites() for section in SUITES[name].present(results)] + [
+        _peaks(results)
+    ]
 
 
 def derive(results: Results) -> dict[str, Any]:
@@ -51,18 +55,26 @@ def page(results: Results) -> str:
         busy=environment.busy(results.environment),
         wrong=[r for r in results.rows if r.status == "wrong"],
         as_cell=as_cell,
+        sides=sides,
         environment_rows=list(_flatten(results.environment)),
     )
 
 
+_NUMBER = re.compile(r"\d|T\^|–")
+
+
+def sides(table: Table) -> list[str]:
+    """Per column "left" or "right": numbers are set right, words left."""
+    found = []
+    for column in range(len(table.columns)):
+        texts = [text for row in table.rows if (text := as_cell(row[column]).text)]
+        words = sum(not _NUMBER.match(text) for text in texts)
+        found.append("left" if column == 0 or 2 * words > len(texts) else "right")
+    return found
+
+
 def as_cell(value: Cell | str) -> Cell:
     return value if isinstance(value, Cell) else Cell(value)
-
-
-def verdict_tone(verdict: str) -> str:
-    if verdict.startswith("holds for"):
-        return "yes"
-    return "no" if verdict.startswith("does not hold") else "partly"
 
 
 def terminal(results: Results, console: Console) -> None:
@@ -77,28 +89,42 @@ def terminal(results: Results, console: Console) -> None:
                     console.print(Text(table.note, style="dim"))
     answered = [v for v in claims.verdicts(results) if v.verdict != claims.NOT_MEASURED]
     if answered:
-        table = RichTable(title="What people say, and what was measured here", title_justify="left", title_style="bold", show_lines=True)
+        said = RichTable(
+            title="What people say, and what was measured here",
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            show_lines=True,
+        )
         for column in ("statement", "verdict", "figures"):
-            table.add_column(column)
+            said.add_column(column)
         for v in answered:
-            table.add_row(v.statement, v.verdict, v.figures)
+            said.add_row(v.statement, v.verdict, v.figures)
         console.print()
-        console.print(table)
+        console.print(said)
     missing = [v.claim for v in claims.verdicts(results) if v.verdict == claims.NOT_MEASURED]
     if missing:
         console.print(Text(f"{claims.NOT_MEASURED}: {', '.join(missing)}", style="dim"))
     for row in results.rows:
         if row.status == "wrong":
-            console.print(Text(f"WRONG RESULT, not timed: {row.provider} {row.mode} T={row.T} B={row.B} H={row.H}: {row.reason}", "bold red"))
+            console.print(
+                Text(
+                    f"WRONG RESULT, not timed: {row.provider} {row.mode} T={row.T} B={row.B} H={row.H}: "
+                    f"{row.reason}",
+                    "bold red",
+                )
+            )
     note = environment.busy(results.environment)
     if note:
         console.print(Text(note, style="yellow"))
 
 
 def _rich(table: Table) -> RichTable:
-    out = RichTable(title=table.title, title_justify="left", title_style="bold")
-    for i, column in enumerate(table.columns):
-        out.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    out = RichTable(
+        title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for i, (column, side) in enumerate(zip(table.columns, sides(table), strict=True)):
+        out.add_column(column, justify="left" if side == "left" else "right", overflow="fold", no_wrap=i == 0)
     for row in table.rows:
         cells = [as_cell(value) for value in row]
         out.add_row(*(Text(cell.text, style=STYLES.get(cell.tone, "")) for cell in cells))
@@ -119,11 +145,14 @@ def _peaks(results: Results) -> Section:
     if not results.peaks:
         return Section("What the machine can do")
     p = results.peaks[0]
-    columns = ["threads", "dtype", "torch.mm"] + [f"read {bytes_text(k * 1024)}" for k in (64, 512, 3072, 65536) if k in p.read]
+    columns = ["threads", "dtype", "torch.mm"] + [
+        f"read {bytes_text(k * 1024)}" for k in (64, 512, 3072, 65536) if k in p.read
+    ]
     columns += [f"copy {bytes_text(k * 1024)}" for k in sorted(p.copy)] + [next(iter(p.launch))]
     note = (
-        "Measured in this run; the floors follow from them. read: one buffer again and again, each thread its share, as recurrent "
-        "weights are read at every step. copy: bytes read and written. operator: the shortest call of a torch operator."
+        "Measured in this run; the floors follow from them. read: one buffer again and again, each thread "
+        "its share, as recurrent weights are read at every step. copy: bytes read and written. operator: "
+        "the shortest call of a torch operator."
     )
     return Section("What the machine can do", tables=[Table("Measured peaks", columns, rows, note)])
 

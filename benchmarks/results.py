@@ -19,7 +19,7 @@ STATUS = ("ok", "wrong", "unavailable", "skipped")
 
 @dataclass
 class Row:
-    """One provider on one workload. `time` and everything derived from it are None unless `status` is "ok"."""
+    """One provider on one workload. `time` and what derives from it are None unless `status` is "ok"."""
 
     suite: str
     group: str  # the set of rows that were measured in turn with this one, and are compared with it
@@ -42,7 +42,8 @@ class Row:
     graph: dict[str, float] | None = None  # the same inside a CUDA graph
     host: dict[str, float] | None = None  # host time until the call returns, on CUDA
     ratio: dict[str, Any] | None = None  # timing.Ratio
-    memory: int | None = None  # bytes, see memory.py
+    memory: int | None = None  # peak of the call in bytes, see memory.py
+    kept: int | None = None  # bytes alive between forward and backward, output included
     check: dict[str, Any] | None = None  # gate.Check
     floor: dict[str, Any] | None = None  # floors.Floor
     chose: list[str] = field(default_factory=list)  # operators or kernels that show the implementation
@@ -50,9 +51,22 @@ class Row:
     @classmethod
     def of(cls, suite: str, group: str, provider: str, w: Workload, **values: Any) -> Row:
         return cls(
-            suite, group, provider, w.function, w.mode, w.T, w.B, w.I, w.H, w.packed, w.threads, w.dtype, w.device, w.tokens,
+            suite,
+            group,
+            provider,
+            w.function,
+            w.mode,
+            w.T,
+            w.B,
+            w.I,
+            w.H,
+            w.packed,
+            w.threads,
+            w.dtype,
+            w.device,
+            w.tokens,
             **values,
-        )  # fmt: skip
+        )
 
     @property
     def ok(self) -> bool:
@@ -108,7 +122,9 @@ class Results:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(d, dict) or d.get("schema") != SCHEMA:
-            raise ValueError(f'{path} is not a result file of this benchmark (it has no "schema": "{SCHEMA}")')
+            raise ValueError(
+                f'{path} is not a result file of this benchmark (it has no "schema": "{SCHEMA}")'
+            )
         if d.get("version") != VERSION:
             raise ValueError(f"{path} has version {d.get('version')!r}; this fastseq reads version {VERSION}")
         try:
@@ -116,7 +132,9 @@ class Results:
             bad = sorted({row.status for row in rows} - set(STATUS))
             if bad:
                 raise ValueError(f"unknown status {bad}")
-            return cls(d["environment"], d["options"], rows, [Peaks.from_dict(p) for p in d["peaks"]], d["seconds"])
+            return cls(
+                d["environment"], d["options"], rows, [Peaks.from_dict(p) for p in d["peaks"]], d["seconds"]
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not have the fields of version {VERSION}: {error}") from error
 

@@ -1,4 +1,6 @@
-"""From a case to rows: build every participant, check it, observe its memory and operators, then time all of them in turn."""
+"""From a case to rows: build every participant, check it, observe its memory and operators, then time all of
+them in turn.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Participant:
 
 @dataclass(frozen=True)
 class Case:
-    """Participants that are timed in turn. They share mode, threads and device; `baseline` maps a provider to what it is
+    """Participants that are timed in turn. They share mode, threads and device; `baseline` maps a provider to
+    what it is
     compared with (no entry: no speed-up in its row)."""
 
     suite: str
@@ -44,7 +47,12 @@ class Runner:
     """Runs cases on one device. `providers` and `clock` can be replaced, for tests and for other programs."""
 
     def __init__(
-        self, device: str, *, providers: dict[str, Provider] | None = None, clock: Clock | None = None, quick: bool = False
+        self,
+        device: str,
+        *,
+        providers: dict[str, Provider] | None = None,
+        clock: Clock | None = None,
+        quick: bool = False,
     ) -> None:
         self.device, self.quick = device, quick
         self.providers = PROVIDERS if providers is None else providers
@@ -107,6 +115,8 @@ class Runner:
             seen = memory.observe(call.run, w.device)
             row.chose = provider.chose(call) + seen.chose
         row.memory = seen.peak_bytes
+        if w.mode == "training":
+            row.kept = memory.kept(call.forward, w.device)
         self._last_peak[self._series(provider, w)] = (w.T, seen.peak_bytes)
         return call
 
@@ -123,7 +133,10 @@ class Runner:
         brief = replace(case.effort, seconds=case.effort.seconds / 4)
         for name, sample in interleave(runs, IssueClock(), brief).items():
             rows[name].host = sample.timing().as_dict()
-        for name, run in runs.items():  # one graph alive at a time; a call that cannot be captured has no such figure
+        for (
+            name,
+            run,
+        ) in runs.items():  # one graph alive at a time; a call that cannot be captured has no such figure
             try:
                 captured: dict[str, Samples] = interleave({name: run}, GraphClock(device=self.device), brief)
             except RuntimeError:
@@ -135,7 +148,9 @@ class Runner:
         return (provider.name, w.mode, str(w.B), str(w.H), w.dtype)
 
     def _too_large(self, provider: Provider, w: Workload) -> str | None:
-        """Extrapolates the last peak of the same provider with T squared, twice over for the references of the gate."""
+        """Extrapolates the last peak of the same provider with T squared, twice over for the references of
+        the gate.
+        """
         T, peak = self._last_peak.get(self._series(provider, w), (w.T, 0))
         needed = 2 * peak * max(1, w.T / T) ** 2
         free = _free_memory(self.device)

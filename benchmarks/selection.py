@@ -27,7 +27,7 @@ KEYS = ("cell", "group", "mode", "provider", "T", "B", "H", "threads")
 
 
 def parse(text: str) -> Wanted:
-    """Raises ValueError, naming the part that is wrong. Spaces inside a provider's name are written as "_"."""
+    """Raises ValueError, naming the part that is wrong. Spaces in a provider's name are written as "_"."""
     wanted: Wanted = {}
     for part in text.split():
         key, equals, values = part.partition("=")
@@ -44,7 +44,9 @@ def parse(text: str) -> Wanted:
 
 
 def select(cases: list[Case], wanted: Wanted) -> list[Case]:
-    """Cases with the participants that match; a participant's baseline stays with it. Raises ValueError if nothing is left."""
+    """Cases with the participants that match; a participant's baseline stays with it. Raises ValueError if
+    nothing is left.
+    """
     kept = []
     for case in cases:
         matching = {
@@ -62,6 +64,8 @@ def select(cases: list[Case], wanted: Wanted) -> list[Case]:
             for p in case.participants:
                 for key in wanted:
                     have[key].add(_values(case, p)[key])
-        listed = "; ".join(f"{key}: {', '.join(sorted(v, key=lambda s: (len(s), s)))}" for key, v in have.items())
+        listed = "; ".join(
+            f"{key}: {', '.join(sorted(v, key=lambda s: (len(s), s)))}" for key, v in have.items()
+        )
         raise ValueError(f"--only: no point matches; these exist: {listed}")
     return kept

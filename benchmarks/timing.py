@@ -1,7 +1,9 @@
-"""Timing: clocks for the host and for a GPU behind one interface, and the round-robin that all comparisons go through.
+"""Timing: clocks for the host and for a GPU behind one interface, and the round-robin that all comparisons go
+through.
 
-Providers are measured in turn, round after round, each round starting with another one, so that a drifting clock frequency or a
-busy neighbour hits all of them alike. The figure is the median over rounds, with its 20 % and 80 % quantiles.
+Providers are measured in turn, round after round, each round starting with another one, so that a drifting
+clock frequency or a busy neighbour hits all of them alike. The figure is the median over rounds, with its 20
+% and 80 % quantiles.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -21,7 +23,9 @@ Run = Callable[[], object]
 
 
 class Clock(Protocol):
-    """A way to time a call. `prepare` is called once per call (a graph is captured there), `measure` once per sample."""
+    """A way to time a call. `prepare` is called once per call (a graph is captured there), `measure` once per
+    sample.
+    """
 
     name: str
 
@@ -51,9 +55,11 @@ class HostClock:
 
 
 class CudaClock:
-    """Device time between two events around each call, after a write of `flush_bytes` that leaves the L2 cache cold.
+    """Device time between two events around each call, after a write of `flush_bytes` that leaves the L2
+    cache cold.
 
-    Includes the gaps in which the device waits for launches. `cuda` is torch.cuda, or a stand-in with Event and synchronize.
+    Includes the gaps in which the device waits for launches. `cuda` is torch.cuda, or a stand-in with Event
+    and synchronize.
     """
 
     name = "CUDA events, cold L2"
@@ -82,7 +88,9 @@ class CudaClock:
 
 
 class GraphClock(CudaClock):
-    """Device time of the call as a CUDA graph: what the kernels take when the host is no hindrance. Cold L2 as well."""
+    """Device time of the call as a CUDA graph: what the kernels take when the host is no hindrance. Cold L2
+    as well.
+    """
 
     name = "CUDA graph, cold L2"
 
@@ -100,7 +108,9 @@ class GraphClock(CudaClock):
 
 
 class IssueClock:
-    """Host time that a call takes to return on an asynchronous device: what a program that only launches would pay."""
+    """Host time that a call takes to return on an asynchronous device: what a program that only launches
+    would pay.
+    """
 
     name = "host time per call"
 
@@ -127,9 +137,9 @@ def clock_for(device: str) -> Clock:
 class BenchmarkTimer:
     """A pytest-benchmark `timer` on top of any Clock.
 
-    pytest-benchmark reads a timer before and after the target. This one stands still except for what the target itself
-    advances it by: `target(run)` measures one call of `run` with the clock. Use it with `benchmark.pedantic`; calibration would
-    wait forever for a timer that only its target moves.
+    pytest-benchmark reads a timer before and after the target. This one stands still except for what the
+    target itself advances it by: `target(run)` measures one call of `run` with the clock. Use it with
+    `benchmark.pedantic`; calibration would wait forever for a timer that only its target moves.
     """
 
     def __init__(self, clock: Clock | None = None) -> None:
@@ -141,7 +151,9 @@ class BenchmarkTimer:
 
     def target(self, run: Run) -> Run:
         if self.clock is None:
-            raise RuntimeError("BenchmarkTimer has no clock yet: set timer.clock = clock_for(device) before the first target")
+            raise RuntimeError(
+                "BenchmarkTimer has no clock yet: set timer.clock = clock_for(device) before the first target"
+            )
         clock, run = self.clock, self.clock.prepare(run)
 
         def measured() -> None:
@@ -152,7 +164,9 @@ class BenchmarkTimer:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure one set of providers: until the medians are known to `precision`, or `seconds` are spent."""
+    """How long to measure one set of providers: until the medians are known to `precision`, or `seconds` are
+    spent.
+    """
 
     seconds: float = 2.0
     min_rounds: int = 5
@@ -183,7 +197,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster than the baseline: ratio of medians, with quantiles of the ratios within a round."""
+    """How many times faster than the baseline: ratio of medians, with quantiles of the ratios per round."""
 
     baseline: str
     median: float
@@ -222,7 +236,7 @@ def interleave(runs: Mapping[str, Run], clock: Clock, effort: Effort) -> dict[st
         calls[name] = max(1, min(1000, math.ceil(effort.sample_seconds / max(once, 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     spent = 0.0
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for turn in range(effort.max_rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
@@ -245,7 +259,8 @@ def _uncertainty(samples: list[float]) -> float:
 
 
 @contextmanager
-def _no_garbage_collection():
+def no_garbage_collection() -> Iterator[None]:
+    """Collects now, and not before the end of the block."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

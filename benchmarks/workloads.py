@@ -1,8 +1,10 @@
-"""What is computed: the functions, one workload of them, and the numbers that every provider of a function starts from.
+"""What is computed: the functions, one workload of them, and the numbers that every provider of a function
+starts from.
 
-A *function* is a mathematical object (an LSTM layer, causal attention, ...); a *provider* is a program that computes it.
-All providers of one function get the same parameters and the same input, so that their results can be compared with one
-fp64 reference. Letters: T time, B batch, I input width, H hidden width, N = number of (time, batch) positions.
+A *function* is a mathematical object (an LSTM layer, causal attention, ...); a *provider* is a program that
+computes it. All providers of one function get the same parameters and the same input, so that their results
+can be compared with one fp64 reference. Letters: T time, B batch, I input width, H hidden width, N = number
+of (time, batch) positions.
 """
 
 from __future__ import annotations
@@ -78,13 +80,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Function:
-    """`module(workload)` is torch's own way to compute it: in fp64 the reference, in the workload's dtype the error to beat."""
+    """`module(workload)` is torch's own way to compute it: in fp64 the reference, in the workload's dtype the
+    error to beat.
+    """
 
     name: str
     title: str
     module: Callable[[Workload], nn.Module]
     layout: str  # of the reference module: "time" [T, B, I] or "batch" [B, T, I]
-    row_by_row: bool = False  # rows do not interact and the reference is large: compute it one batch row at a time
+    row_by_row: bool = (
+        False  # rows do not interact and the reference is large: compute it one batch row at a time
+    )
 
 
 def _recurrent(cls: type[nn.RNNBase]) -> Callable[[Workload], nn.Module]:
@@ -97,9 +103,19 @@ FUNCTIONS = {
         Function("lstm", "LSTM layer", _recurrent(nn.LSTM), "time"),
         Function("gru", "GRU layer", _recurrent(nn.GRU), "time"),
         Function("rnn", "RNN layer (tanh)", _recurrent(nn.RNN), "time"),
-        Function("attention", "causal self-attention layer", lambda w: Attention(w.H, w.heads, fused=False), "batch", True),
         Function(
-            "block", "attention + feed-forward block", lambda w: TransformerBlock(w.H, w.heads, fused=False), "batch", True
+            "attention",
+            "causal self-attention layer",
+            lambda w: Attention(w.H, w.heads, fused=False),
+            "batch",
+            True,
+        ),
+        Function(
+            "block",
+            "attention + feed-forward block",
+            lambda w: TransformerBlock(w.H, w.heads, fused=False),
+            "batch",
+            True,
         ),
     )
 }
@@ -107,7 +123,9 @@ FUNCTIONS = {
 
 @dataclass
 class Problem:
-    """Parameters, input and output gradient of a workload in fp64 on the CPU; everything a provider gets is cast from them."""
+    """Parameters, input and output gradient of a workload in fp64 on the CPU; everything a provider gets is
+    cast from them.
+    """
 
     workload: Workload
     parameters: dict[str, Tensor]
@@ -131,7 +149,9 @@ class Problem:
 
 
 def arrange(t: Tensor, layout: str, lengths: list[int] | None) -> Tensor | PackedSequence:
-    """[T, B, ...] in the layout of a provider: "time", "batch" ([B, T, ...]) or, where lengths are given, packed."""
+    """[T, B, ...] in the layout of a provider: "time", "batch" ([B, T, ...]) or, where lengths are given,
+    packed.
+    """
     if lengths is not None:
         return pack_padded_sequence(t, torch.tensor(lengths), enforce_sorted=False)
     return t.transpose(0, 1).contiguous() if layout == "batch" else t
@@ -167,9 +187,12 @@ class Call:
         self.x = x._replace(data=self.data) if isinstance(x, PackedSequence) else self.data
         self.grad = grad.data if isinstance(grad, PackedSequence) else grad
         self.leaves = [self.data, *self.parameters]
-        self.run: Callable[[], object] = self._backward if self.mode == "training" else self._forward
 
-    def _forward(self) -> object:
+    @property
+    def run(self) -> Callable[[], object]:
+        return self._backward if self.mode == "training" else self.forward
+
+    def forward(self) -> object:
         return self.module(self.x)
 
     def _backward(self) -> tuple[Tensor, ...]:

@@ -4,8 +4,23 @@
 """
 
 from . import functional
+from ._version import __version__
 from .backends import explain, use_backend
+from .convert import convert, patched, revert
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__version__ = "0.1.0"
-
-__all__ = ["explain", "functional", "use_backend"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "convert",
+    "explain",
+    "functional",
+    "patched",
+    "revert",
+    "use_backend",
+]

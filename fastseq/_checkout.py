@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def extend(search_path: list[str], room: str) -> list[str]:
-    """`search_path` (a package's `__path__`), plus the checkout's top-level folder `room` when run from a checkout.
+    """`search_path` (a package's `__path__`), plus the top-level folder `room` when run from a checkout.
 
-    The folder itself has no `__init__.py`: with one, every Python started in the checkout would find `room` as a
-    top-level package, in front of an installed package of that name.
+    The folder itself has no `__init__.py`: with one, every Python started in the checkout would find `room`
+    as a top-level package, in front of an installed package of that name.
     """
     root = Path(__file__).resolve().parent.parent
     folder = root / room

@@ -1,4 +1,4 @@
-"""``python -m fastseq info``: what is installed, what is missing and why, and which backend runs what on which device."""
+"""``python -m fastseq info``: what is installed, what is missing and why, which backend runs what."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def collect() -> dict[str, Any]:
-    """Everything that ``info`` prints, as JSON-able data: versions, library, devices, backends, environment variables."""
+    """Everything that ``info`` prints, as JSON-able data."""
     return {
         "versions": _versions(),
         "library": _library(),
         "devices": [_cpu(), *_gpus()],
         "backends": _backends(),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTSEQ_")},
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTSEQ_")
+        },
     }
 
 
@@ -51,7 +53,9 @@ def as_text() -> str:
 
     lines += ["", "backends (the first that can)"]
     for backend in found["backends"]["available"]:
-        lines.append(f"  {backend['name']:<14}{'available' if backend['reason'] is None else backend['reason']}")
+        lines.append(
+            f"  {backend['name']:<14}{'available' if backend['reason'] is None else backend['reason']}"
+        )
 
     lines += ["", "which backend runs what"]
     for choice in found["backends"]["choices"]:
@@ -75,13 +79,17 @@ def _versions() -> dict[str, str]:
     }
     toolkit, driver, _ = _cuda_versions()
     if library.reason() is None:
-        versions["CUDA toolkit"] = f"{_cuda_version(toolkit)}, in the library" if toolkit else "none: the library was built without CUDA"
+        versions["CUDA toolkit"] = (
+            f"{_cuda_version(toolkit)}, in the library"
+            if toolkit
+            else "none: the library was built without CUDA"
+        )
     versions["CUDA driver"] = _driver() + (f", up to CUDA {_cuda_version(driver)}" if driver else "")
     return versions
 
 
 def _triton() -> str:
-    """Triton's version, or why it cannot be imported; importing it also runs its search for a driver's headers and tools."""
+    """Triton's version, or why it cannot be imported."""
     try:
         return str(importlib.import_module("triton").__version__)
     except ImportError as error:
@@ -165,20 +173,32 @@ def _backends() -> dict[str, Any]:
     for device in devices:
         for op in ops.OPS:
             for cell in cells.CELLS:
-                by_dtype = {str(dtype).removeprefix("torch."): _choice(op, cell, device, dtype) for dtype in DTYPES}
+                by_dtype = {
+                    str(dtype).removeprefix("torch."): _choice(op, cell, device, dtype) for dtype in DTYPES
+                }
                 choices.append({"device": str(device), "op": op, "cell": cell, "by_dtype": by_dtype})
     return {
-        "available": [{"name": name, "reason": backends.BACKENDS[name].available()} for name in backends.ORDER],
+        "available": [
+            {"name": name, "reason": backends.BACKENDS[name].available()} for name in backends.ORDER
+        ],
         "choices": choices,
     }
 
 
 def _choice(op: str, cell: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend of a middling call; the size matters to some backends, `fastseq.explain` answers for a given one."""
+    """The backend of a middling call; `fastseq.explain` answers for a given one."""
     from fastseq import backends
 
     query = backends.Query(
-        op=op, device=device, dtype=dtype, cell=cell, steps=128, lanes=1, hidden=256, projected=False, layout="padded"
+        op=op,
+        device=device,
+        dtype=dtype,
+        cell=cell,
+        steps=128,
+        lanes=1,
+        hidden=256,
+        projected=False,
+        layout="padded",
     )
     forced = os.environ.get("FASTSEQ_BACKEND")
     if forced in backends.BACKENDS:

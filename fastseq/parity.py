@@ -269,24 +269,17 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 
 class _Random:
-    """The random state of torch, its devices, Python and NumPy: the same at every entry, put back at exit."""
+    """Puts the random state of torch, its devices, Python and NumPy back at exit: every run starts alike."""
 
     def __init__(self, devices: set[torch.device]):
         self._devices = [device for device in devices if device.type != "cpu"]
-        self._start = self._read()
 
     def __enter__(self) -> None:
-        self._outside = self._read()
-        self._write(self._start)
+        self._states = [read() for read, _ in self._generators()]
 
     def __exit__(self, *exception: object) -> None:
-        self._write(self._outside)
-
-    def _read(self) -> list[Any]:
-        return [read() for read, _ in self._generators()]
-
-    def _write(self, states: list[Any]) -> None:
-        for (_, write), state in zip(self._generators(), states, strict=False):
+        # Not strict: NumPy comes last, and the run may be what imported it.
+        for (_, write), state in zip(self._generators(), self._states, strict=False):
             write(state)
 
     def _generators(self) -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:

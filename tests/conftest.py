@@ -1,4 +1,4 @@
-"""What every test starts from: which fastseq is tested is said aloud, and memory that fastseq does not write is NaN."""
+"""What every test starts from: which fastseq is tested is told; unwritten memory is NaN."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         if torch.compiler.is_compiling():
             return allocate(*args, **kwargs)
         tensor = allocate(*args, **kwargs)
-        if _called_from_fastseq() and tensor.device.type != "meta" and (tensor.is_floating_point() or tensor.is_complex()):
+        if (
+            _called_from_fastseq()
+            and tensor.device.type != "meta"
+            and (tensor.is_floating_point() or tensor.is_complex())
+        ):
             with torch.no_grad():
                 tensor.fill_(float("nan"))
         return tensor
@@ -49,9 +53,14 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_allocations() -> Iterator[None]:
-    """`torch.empty`, `empty_like` and `new_empty` called by fastseq return NaN, so that an element left unwritten shows."""
+    """`torch.empty` and its like, called by fastseq, return NaN: an element left unwritten shows."""
     patch = pytest.MonkeyPatch()
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
         patch.setattr(owner, name, _poisoned(getattr(owner, name)))
     yield
     patch.undo()

@@ -154,8 +154,13 @@ MODELS = [Tagger, Translator, Looper, Packer, Elman, Normed]
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed_and_one_thread():
+    """Tiny models: a second thread would only wait for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 def results(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
@@ -339,13 +344,19 @@ class TestTied:
         report = convert(nn.ModuleDict({"a": block, "b": block}))
         assert [row.names for row in report.converted] == [("a.0", "b.0")]
 
-    def test_filter_has_to_accept_every_name(self):
+    @pytest.mark.parametrize("wanted, refused", [("decoder", "encoder"), ("encoder", "decoder")])
+    def test_filter_has_to_accept_every_name(self, wanted, refused):
         model = Translator()
         with pytest.warns(UserWarning, match="nothing to convert"):
-            report = convert(model, filter_fn=lambda module, name: name == "decoder")
+            report = convert(model, filter_fn=lambda module, name: name == wanted)
         assert not report
         assert type(model.encoder) is nn.GRU
-        assert "filter_fn refused encoder" in report.skipped[0].reason
+        assert report.skipped[0].reason == f"filter_fn refused {refused}"
+
+    def test_child_that_holds_its_parent(self):
+        model = nn.Sequential(nn.LSTM(4, 4))
+        model[0].parent = model
+        assert len(convert(model)) == 1
 
 
 class TestAgain:
@@ -398,6 +409,16 @@ class TestAgain:
         expected = module(steps)[0]
         revert(module)
         torch.testing.assert_close(module(steps)[0], expected)
+
+    def test_revert_lets_torch_lay_out_its_weights(self, monkeypatch):
+        """On a GPU torch wants them in one buffer; its own method does that."""
+        module, laid_out = nn.LSTM(4, 6), []
+        convert(module)
+        monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda self: laid_out.append(type(self)))
+        module.double()
+        assert laid_out == []
+        revert(module)
+        assert laid_out == [nn.LSTM]
 
     def test_revert_takes_modules_built_as_ours(self):
         model = nn.Sequential(fastseq.modules.GRU(4, 6), kept.LSTM(4, 6))
@@ -766,6 +787,12 @@ class TestExampleInputs:
         assert convert(model, example_inputs=torch.randn(3, 2, 4))
         assert model.state is None
 
+    def test_model_that_writes_into_its_input(self):
+        model, steps = nn.Sequential(nn.Hardtanh(-0.1, 0.1, inplace=True), nn.GRU(4, 4)), torch.randn(3, 2, 4)
+        given = steps.clone()
+        convert(model, example_inputs=steps)
+        assert torch.equal(steps, given)
+
     def test_gradient_of_inputs_counts(self, monkeypatch):
         class Detached(nn.RNNBase):
             def forward(self, input, hx=None):
@@ -969,12 +996,16 @@ def process_group(tmp_path_factory):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 @pytest.mark.usefixtures("process_group")
 class TestDistributed:
-    def test_inside_ddp(self):
+    def test_inside_ddp(self, monkeypatch):
         plain, inputs = Tagger(dropout=0.0), Tagger.example()
         model = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
         expected = results(plain, *inputs)
         truth = results(copy.deepcopy(plain).double(), *inputs)
-        report = convert(model, example_inputs=inputs)
+        with monkeypatch.context() as without_communication:
+            without_communication.setattr(
+                type(model), "forward", lambda *args: pytest.fail("one rank alone hangs")
+            )
+            report = convert(model, example_inputs=inputs)
         assert report.converted[0].names == ("module.rnn",)
         for name, value in results(model, *inputs).items():
             name = name.removeprefix("module.")

@@ -1,4 +1,4 @@
-"""fastseq without its library, with a broken one, without Triton, without a GPU: it imports and says what is the matter."""
+"""fastseq without its library, with a broken one, without Triton, without a GPU: it imports and says why."""
 
 from __future__ import annotations
 
@@ -77,14 +77,19 @@ def test_stream_symbol_is_bound_exactly_in_cuda_builds_of_torch():
 
 
 def test_missing(tmp_path):
-    assert reason_for(tmp_path / "nowhere.so") == f"FASTSEQ_LIBRARY={tmp_path / 'nowhere.so'} is not a file; correct it or unset it"
+    assert (
+        reason_for(tmp_path / "nowhere.so")
+        == f"FASTSEQ_LIBRARY={tmp_path / 'nowhere.so'} is not a file; correct it or unset it"
+    )
 
 
 @pytest.mark.parametrize("noted", [False, True])
 def test_missing_from_the_package(tmp_path, noted):
     """A pure wheel says why its build made no library, where that is known."""
     package = tmp_path / "fastseq"
-    shutil.copytree(Path(fastseq.__file__).parent, package, ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    shutil.copytree(
+        Path(fastseq.__file__).parent, package, ignore=shutil.ignore_patterns("lib", "__pycache__")
+    )
     if noted:
         (package / "lib").mkdir()
         (package / "lib/not-built.txt").write_text("no C++ compiler was found; install g++\n")
@@ -116,17 +121,29 @@ BROKEN = {
     "truncated in the magic number": (lambda: LIBRARY.read_bytes()[:3], "is not a shared library"),
     "truncated in the header": (lambda: LIBRARY.read_bytes()[:40], "is truncated (40 bytes)"),
     "truncated in the middle": (lambda: LIBRARY.read_bytes()[:5000], "is truncated (5000 bytes)"),
-    "truncated by one byte": (lambda: LIBRARY.read_bytes()[:-1], f"is truncated ({LIBRARY and LIBRARY.stat().st_size - 1} bytes)"),
-    "other machine": (lambda: altered(18, struct.pack("<H", 22)), "was built for ELF machine 22, this machine is"),
-    "32 bits": (lambda: altered(4, b"\x01"), "not 64-bit little-endian"),
+    "truncated by one byte": (
+        lambda: LIBRARY.read_bytes()[:-1],
+        f"is truncated ({LIBRARY and LIBRARY.stat().st_size - 1} bytes)",
+    ),
+    "other machine": (
+        lambda: altered(18, struct.pack("<H", 22)),
+        "was built for ELF machine 22, this machine is",
+    ),
+    "32 bits": (lambda: altered(4, b"\x01"), "other than 64-bit little-endian"),
     # Some other library under our name: its constructors must not run.
-    "foreign": (lambda: (Path(torch.__file__).parent / "lib/libshm.so").read_bytes(), "is a shared library, but not fastseq's"),
+    "foreign": (
+        lambda: (Path(torch.__file__).parent / "lib/libshm.so").read_bytes(),
+        "is a shared library, but not fastseq's",
+    ),
     "other version": (
         lambda: renamed(library.MARK + fastseq.__version__.encode(), library.MARK + OTHER_VERSION.encode()),
         f"is of fastseq {OTHER_VERSION}, the Python package of {fastseq.__version__}",
     ),
     # All bytes are there and some are wrong: the dynamic loader's words are passed on.
-    "damaged inside": (lambda: renamed(b"libtorch_cpu.so\0", b"libtorch_xyz.so\0"), "could not be loaded (libtorch_xyz.so: cannot open"),
+    "damaged inside": (
+        lambda: renamed(b"libtorch_cpu.so\0", b"libtorch_xyz.so\0"),
+        "could not be loaded (libtorch_xyz.so: cannot open",
+    ),
 }
 
 
@@ -140,8 +157,9 @@ def verdicts(tmp_path_factory) -> dict[str, str]:
         files[name].write_bytes(content())
     told = run(
         "import json, os, torch\nfrom fastseq.backends import library\nverdicts = {}\n"
-        f"for name, file in {({name: str(file) for name, file in files.items()})!r}.items():\n"
-        "    os.environ['FASTSEQ_LIBRARY'] = file\n    library._attempted = False\n    verdicts[name] = library.reason()\n"
+        f"for name, file in { ({name: str(file) for name, file in files.items()})!r}.items():\n"
+        "    os.environ['FASTSEQ_LIBRARY'] = file\n    library._attempted = False\n"
+        "    verdicts[name] = library.reason()\n"
         "    assert library.architectures() == []\n"
         "print(json.dumps(verdicts))"
     )
@@ -184,14 +202,18 @@ def test_import_is_lazy():
 
 def test_works_without_library(tmp_path):
     told = run(
-        "import torch, fastseq\nx = torch.randn(5, 2, 3)\nwith torch.no_grad(): print(fastseq.LSTM(3, 4)(x)[0].shape)",
+        "import torch, fastseq.modules\nprint(fastseq.modules.LSTM(3, 4)(torch.randn(5, 2, 3))[0].shape)",
         FASTSEQ_LIBRARY=str(tmp_path / "nowhere.so"),
     )
     assert told == "torch.Size([5, 2, 4])"
 
 
 def command(*arguments: str, hide: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys, runpy\n" + (f"sys.modules[{hide!r}] = None\n" if hide else "") + "runpy.run_module('fastseq', run_name='__main__')"
+    code = (
+        "import sys, runpy\n"
+        + (f"sys.modules[{hide!r}] = None\n" if hide else "")
+        + "runpy.run_module('fastseq', run_name='__main__')"
+    )
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=Path(fastseq.__file__).parents[1],
@@ -204,7 +226,14 @@ def command(*arguments: str, hide: str = "", **environment: str) -> subprocess.C
 
 def test_info():
     told = command("info").stdout
-    for expected in (fastseq.__version__, torch.__version__, "library", "devices", "recurrent lstm", "reference"):
+    for expected in (
+        fastseq.__version__,
+        torch.__version__,
+        "library",
+        "devices",
+        "recurrent lstm",
+        "reference",
+    ):
         assert expected in told
 
 
@@ -213,7 +242,9 @@ def test_info_as_json_with_a_broken_library(tmp_path):
     found = json.loads(done.stdout)
     assert "is not a file" in found["library"]["reason"]
     assert found["devices"][0]["device"] == "cpu"
-    assert {choice["by_dtype"]["float32"] for choice in found["backends"]["choices"] if choice["device"] == "cpu"} == {"reference"}
+    assert {
+        choice["by_dtype"]["float32"] for choice in found["backends"]["choices"] if choice["device"] == "cpu"
+    } == {"reference"}
 
 
 def test_info_with_a_forced_backend():

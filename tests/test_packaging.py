@@ -1,4 +1,4 @@
-"""What is built from this checkout: sdist, wheels with and without the library, editable installs, and what is in them."""
+"""What is built from this checkout: sdist, wheels with and without the library, editable installs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ TORCH = Path(torch.__file__).parent
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 needs_library = pytest.mark.skipif(library.reason() is not None, reason=str(library.reason()))
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-needs_network = pytest.mark.skipif(not os.environ.get("FASTSEQ_TEST_NETWORK"), reason="needs a package index (FASTSEQ_TEST_NETWORK=1)")
+needs_network = pytest.mark.skipif(
+    not os.environ.get("FASTSEQ_TEST_NETWORK"), reason="needs a package index (FASTSEQ_TEST_NETWORK=1)"
+)
 
 
 def python(*arguments: str, cwd: Path = ROOT, fails: bool = False, **environment: str) -> str:
@@ -46,7 +48,18 @@ def python(*arguments: str, cwd: Path = ROOT, fails: bool = False, **environment
 
 
 def pip_wheel(source: Path, folder: Path, *options: str, **environment: str) -> Path:
-    python("-m", "pip", "wheel", str(source), "--no-deps", "--no-cache-dir", "-w", str(folder), *options, **environment)
+    python(
+        "-m",
+        "pip",
+        "wheel",
+        str(source),
+        "--no-deps",
+        "--no-cache-dir",
+        "-w",
+        str(folder),
+        *options,
+        **environment,
+    )
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -68,7 +81,11 @@ def modules() -> set[str]:
 def sdist(tmp_path_factory) -> Path:
     """The unpacked source distribution: a clean copy of the project that a test may build in."""
     folder = tmp_path_factory.mktemp("sdist")
-    python("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", FASTSEQ_BUILD="none")
+    python(
+        "-c",
+        f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})",
+        FASTSEQ_BUILD="none",
+    )
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
@@ -111,14 +128,22 @@ def test_version_is_one():
 
 def test_sdist_is_complete(sdist):
     listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.splitlines()
     rooms = ("fastseq/", "csrc/", "kernels/", "benchmarks/", "tests/", "examples/", "requirements/")
     expected = {name for name in listed if name.startswith(rooms) and (ROOT / name).is_file()}
     expected |= {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
     there = {str(file.relative_to(sdist)) for file in sdist.rglob("*") if file.is_file()}
     assert expected - there == set()
-    assert not [name for name in there if name.endswith((".so", ".pyc")) or name.startswith(("build/", ".venv/", "fastseq/lib/"))]
+    assert not [
+        name
+        for name in there
+        if name.endswith((".so", ".pyc")) or name.startswith(("build/", ".venv/", "fastseq/lib/"))
+    ]
 
 
 @needs_library
@@ -139,12 +164,19 @@ def test_wheel_without_library(pure_wheel):
 
 @pytest.mark.parametrize("kind", ["pure_wheel", pytest.param("native_wheel", marks=needs_library)])
 def test_wheel_contents(kind, request):
-    """Every module, from the checkout and through the sdist, and nothing beside `fastseq` at the top level."""
+    """Every module, from the checkout and through the sdist; nothing beside `fastseq` at the top level."""
     inside = names(request.getfixturevalue(kind))
     assert {name for name in inside if name.endswith(".py")} == modules()
-    assert {name.split("/")[0] for name in inside} == {"fastseq", f"fastseq_kernels-{fastseq.__version__}.dist-info"}
+    assert {name.split("/")[0] for name in inside} == {
+        "fastseq",
+        f"fastseq_kernels-{fastseq.__version__}.dist-info",
+    }
     assert "fastseq/py.typed" in inside
-    data = {f"fastseq/{file.relative_to(ROOT)}" for file in (ROOT / "benchmarks/templates").rglob("*") if file.is_file()}
+    data = {
+        f"fastseq/{file.relative_to(ROOT)}"
+        for file in (ROOT / "benchmarks/templates").rglob("*")
+        if file.is_file()
+    }
     assert data <= inside
 
 
@@ -173,7 +205,9 @@ print(workloads.__file__)
 
 
 def test_pure_install_works(pure_install, tmp_path):
-    where, reason, top_level, workloads = python("-c", LOOK, cwd=tmp_path, PYTHONPATH=str(pure_install)).splitlines()
+    where, reason, top_level, workloads = python(
+        "-c", LOOK, cwd=tmp_path, PYTHONPATH=str(pure_install)
+    ).splitlines()
     assert where == str(pure_install)
     assert "was not built when fastseq was installed (FASTSEQ_BUILD=none was set)" in reason
     assert top_level == "[None, None]"
@@ -183,7 +217,9 @@ def test_pure_install_works(pure_install, tmp_path):
 @needs_library
 def test_native_install_works(native_wheel, tmp_path):
     folder = pip_install(native_wheel, tmp_path / "installed")
-    where, reason, top_level, workloads = python("-c", LOOK, cwd=tmp_path, PYTHONPATH=str(folder)).splitlines()
+    where, reason, top_level, workloads = python(
+        "-c", LOOK, cwd=tmp_path, PYTHONPATH=str(folder)
+    ).splitlines()
     assert (where, reason, top_level) == (str(folder), "None", "[None, None]")
     assert workloads.startswith(str(folder))
 
@@ -195,7 +231,7 @@ def test_from_the_checkout():
 
 
 def test_installed_modules_of_the_same_names_win(tmp_path):
-    """The checkout stands first on sys.path, and `import kernels` still finds the package of that name that is installed."""
+    """The checkout stands first on sys.path, and `import kernels` still finds an installed package."""
     for room in ROOMS:
         (tmp_path / room).mkdir()
         (tmp_path / room / "__init__.py").write_text("ours = False\n")
@@ -207,11 +243,18 @@ def test_installed_modules_of_the_same_names_win(tmp_path):
 
 def test_editable(sdist, tmp_path):
     """Imports come from the project's folder, which does not itself come onto sys.path."""
-    python("-c", f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})", cwd=sdist, FASTSEQ_BUILD="none")
+    python(
+        "-c",
+        f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})",
+        cwd=sdist,
+        FASTSEQ_BUILD="none",
+    )
     (wheel,) = tmp_path.glob("*.whl")
     folder = pip_install(wheel, tmp_path / "installed")
-    code = f"import site; site.addsitedir({str(folder)!r})\n{LOOK}"
-    where, _, top_level, workloads = python("-c", code, cwd=tmp_path).splitlines()
+    # Without site, and ours first: this environment may have fastseq installed in the same way.
+    paths = [str(folder), str(TORCH.parent)]
+    code = f"import sys; sys.path += {paths}; import site; site.addsitedir(sys.path[-2])\n{LOOK}"
+    where, _, top_level, workloads = python("-S", "-c", code, cwd=tmp_path).splitlines()
     assert (where, top_level) == (str(sdist), "[None, None]")
     assert workloads == f"{sdist}/benchmarks/workloads.py"
 
@@ -230,7 +273,10 @@ def test_sdist_compiles(sdist, tmp_path):
     """From the sources that were packed, alone."""
     wheel = pip_wheel(sdist, tmp_path, "--no-build-isolation", FASTSEQ_BUILD="cpu")
     folder = pip_install(wheel, tmp_path / "installed")
-    code = "import fastseq.backends.library as l, torch; print(l.reason(), l.architectures(), torch.ops.fastseq_native.cuda_obstacle(0))"
+    code = (
+        "import fastseq.backends.library as l, torch\n"
+        "print(l.reason(), l.architectures(), torch.ops.fastseq_native.cuda_obstacle(0))"
+    )
     told = python("-c", code, cwd=tmp_path, PYTHONPATH=str(folder))
     assert told.startswith("None ['default'") and told.endswith("] this library was built without CUDA")
 
@@ -239,8 +285,14 @@ def test_sdist_compiles(sdist, tmp_path):
     ("environment", "expected"),
     [
         ({"FASTSEQ_BUILD": "bogus"}, "error: FASTSEQ_BUILD='bogus' is not one of auto, cuda, cpu, none"),
-        ({"FASTSEQ_BUILD": "cuda", "CUDA_HOME": "/nowhere"}, "FASTSEQ_BUILD=cuda: nvcc was not found (CUDA_HOME=/nowhere)"),
-        ({"FASTSEQ_BUILD": "cpu", "FASTSEQ_TORCH_DIR": "/nowhere"}, "FASTSEQ_TORCH_DIR=/nowhere is no installed torch"),
+        (
+            {"FASTSEQ_BUILD": "cuda", "CUDA_HOME": "/nowhere"},
+            "FASTSEQ_BUILD=cuda: nvcc was not found (CUDA_HOME=/nowhere)",
+        ),
+        (
+            {"FASTSEQ_BUILD": "cpu", "FASTSEQ_TORCH_DIR": "/nowhere"},
+            "FASTSEQ_TORCH_DIR=/nowhere is no installed torch",
+        ),
         ({"FASTSEQ_BUILD": "cpu", "MAX_JOBS": "many"}, "MAX_JOBS='many' is not a whole number"),
         ({"FASTSEQ_BUILD": "cpu", "CXX": "/bin/false"}, "FASTSEQ_BUILD=cpu: cmake failed:"),
     ],
@@ -254,8 +306,13 @@ def test_build_says_what_is_wrong(sdist, environment, expected):
 def test_auto_never_fails(sdist, tmp_path):
     """Without torch, `auto` makes a pure wheel, says so in a box, and the wheel remembers why."""
     told = python("setup.py", "build_native", cwd=sdist, FASTSEQ_BUILD="auto", FASTSEQ_TORCH_DIR="/nowhere")
-    assert "| fastseq was built without its native library" in told and "FASTSEQ_TORCH_DIR=/nowhere is no installed torch" in told
-    wheel = pip_wheel(sdist, tmp_path, "--no-build-isolation", FASTSEQ_BUILD="auto", FASTSEQ_TORCH_DIR="/nowhere")
+    assert (
+        "| fastseq was built without its native library" in told
+        and "FASTSEQ_TORCH_DIR=/nowhere is no installed torch" in told
+    )
+    wheel = pip_wheel(
+        sdist, tmp_path, "--no-build-isolation", FASTSEQ_BUILD="auto", FASTSEQ_TORCH_DIR="/nowhere"
+    )
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert b"/nowhere is no installed torch" in archive.read("fastseq/lib/not-built.txt")
@@ -272,12 +329,27 @@ def test_auto_never_fails(sdist, tmp_path):
     ],
 )
 def test_cuda_architectures(sdist, tmp_path, asked, expected):
-    if asked == "" and "release 12." in subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout:
+    if (
+        asked == ""
+        and "release 12."
+        in subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    ):
         pytest.skip("the default list of CUDA 12 is shorter before 12.8")
-    code = "import sys; sys.argv = ['setup.py', '--version']; from setup import find_cmake, find_ninja; print(find_cmake(), find_ninja())"
+    code = "import sys; sys.argv[:] = ['setup.py', '--version']; import setup as s; "
+    code += "print(s.find_cmake(), s.find_ninja())"
     cmake, ninja = python("-c", code, cwd=sdist).splitlines()[-1].split()
     done = subprocess.run(
-        [cmake, "-S", str(sdist), "-B", str(tmp_path), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DFASTSEQ_CUDA=ON"]
+        [
+            cmake,
+            "-S",
+            str(sdist),
+            "-B",
+            str(tmp_path),
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            "-DFASTSEQ_CUDA=ON",
+        ]
         + [f"-DCMAKE_CUDA_COMPILER={NVCC}", f"-DFASTSEQ_TORCH_DIR={TORCH}"],
         env={**os.environ, "TORCH_CUDA_ARCH_LIST": asked},
         stdout=subprocess.PIPE,
@@ -294,25 +366,45 @@ def test_cuda_architectures(sdist, tmp_path, asked, expected):
 def test_library_holds_what_it_says():
     """The machine code and PTX in the file are those that `architectures()` tells."""
     triton = pytest.importorskip("triton")
-    places = (Path(NVCC).resolve().parent, Path("/usr/local/cuda/bin"), Path(triton.__file__).parent / "backends/nvidia/bin")
+    places = (
+        Path(NVCC).resolve().parent,
+        Path("/usr/local/cuda/bin"),
+        Path(triton.__file__).parent / "backends/nvidia/bin",
+    )
     tool = next((str(folder / "cuobjdump") for folder in places if (folder / "cuobjdump").is_file()), None)
     if tool is None:
         pytest.skip("needs cuobjdump")
-    dump = subprocess.run([tool, "--list-elf", "--list-ptx", str(library.path())], capture_output=True, text=True, check=True).stdout
-    machine = set(re.findall(r"\.(sm_\w+)\.cubin", dump))
-    ptx = {f"compute_{name}" for name in re.findall(r"\.sm_(\w+)\.ptx", dump)}
-    assert machine | ptx == {name for name in library.architectures() if name.startswith(("sm_", "compute_"))}
+    dump = subprocess.run(
+        [tool, "--list-elf", "--list-ptx", str(library.path())], capture_output=True, text=True, check=True
+    ).stdout
+    inside = set(re.findall(r"\.(sm_\d+)\w?\.cubin", dump))
+    inside |= {f"compute_{number}" for number in re.findall(r"\.sm_(\d+)\w?\.ptx", dump)}
+    told = {name for name in library.architectures() if name.startswith(("sm_", "compute_"))}
+    assert inside == {name.rstrip("af") for name in told}, "older versions of cuobjdump leave the suffix out"
 
 
 @needs_library
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_library_links_to_any_torch():
-    """To libtorch.so, which leads to CUDA where torch has it, and to nothing of CUDA, of Python, or of the build machine."""
-    dump = subprocess.run(["readelf", "-dW", str(library.path())], capture_output=True, text=True, check=True).stdout
+    """To libtorch.so, which leads to CUDA where torch has it; to no CUDA, Python or build machine."""
+    dump = subprocess.run(
+        ["readelf", "-dW", str(library.path())], capture_output=True, text=True, check=True
+    ).stdout
     needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dump))
     assert {"libtorch.so", "libtorch_cpu.so"} <= needed
-    system = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1"}
-    assert {name for name in needed if not name.startswith("ld-linux")} <= system | {"libtorch.so", "libtorch_cpu.so"}
+    system = {
+        "libstdc++.so.6",
+        "libgcc_s.so.1",
+        "libc.so.6",
+        "libm.so.6",
+        "libpthread.so.0",
+        "libdl.so.2",
+        "librt.so.1",
+    }
+    assert {name for name in needed if not name.startswith("ld-linux")} <= system | {
+        "libtorch.so",
+        "libtorch_cpu.so",
+    }
     assert "RPATH" not in dump and "RUNPATH" not in dump
     assert re.search(r"\(SONAME\).*\[libfastseq\.so\]", dump)
 
@@ -320,11 +412,17 @@ def test_library_links_to_any_torch():
 @needs_library
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_library_symbols():
-    """Out of it comes our mark and nothing that could clash; into it come torch's C shims, those of CUDA weakly."""
-    dump = subprocess.run(["readelf", "--dyn-syms", "-W", str(library.path())], capture_output=True, text=True, check=True).stdout
+    """Out of it comes our mark alone; into it come torch's C shims, those of CUDA weakly."""
+    dump = subprocess.run(
+        ["readelf", "--dyn-syms", "-W", str(library.path())], capture_output=True, text=True, check=True
+    ).stdout
     rows = [line.split() for line in dump.splitlines() if re.match(r"\s*\d+:", line)]
     exported = {row[7] for row in rows if len(row) > 7 and row[6] != "UND" and row[4] == "GLOBAL"}
     assert exported - {"_end", "_edata", "__bss_start"} == {"fastseq_library_mark"}
     undefined = {row[7].split("@")[0]: row[4] for row in rows if len(row) > 7 and row[6] == "UND"}
     assert undefined["aoti_torch_get_current_cuda_stream"] == "WEAK"
-    assert not [name for name in undefined if name.startswith(("_ZN2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "Py", "_Py"))]
+    assert not [
+        name
+        for name in undefined
+        if name.startswith(("_ZN2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "Py", "_Py"))
+    ]

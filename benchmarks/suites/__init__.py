@@ -1,4 +1,6 @@
-"""The suites. A suite is a module with the names of presentation.Suite; listing it here is all it takes to add one."""
+"""The suites. A suite is a module with the names of presentation.Suite; listing it here is all it takes to
+add one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The recurrent layers against torch.nn: every cell, batch, width and thread count, padded and packed, and saved activations."""
+"""The recurrent layers against torch.nn: every cell, batch, width and thread count, padded and packed, and
+saved activations.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ from ..timing import Effort
 from ..workloads import MODES, Workload
 
 NAME = "recurrent"
-SUMMARY = "LSTM, GRU and RNN against torch.nn over batch, width and threads: padded, packed, activations saved or recomputed"
+SUMMARY = "LSTM, GRU, RNN against torch.nn over batch, width and threads: padded, packed, saved or recomputed"
 
 CELLS = ("LSTM", "GRU", "RNN")
 T = 128
-GROUPS = {"padded": "rows of equal length", "packed": "PackedSequence, lengths uniform in 1…T", "activations": "activations"}
-# The least that a release must reach over torch.nn, as a geometric mean over B, H and threads; "any": over the cells as well.
+GROUPS = {
+    "padded": "rows of equal length",
+    "packed": "PackedSequence, lengths uniform in 1…T",
+    "activations": "activations",
+}
+# The least that a release must reach over torch.nn: geometric means over B, H and threads ("any": and cells).
 TARGETS = {
     ("padded", "inference", "LSTM"): 1.05,
     ("padded", "inference", "GRU"): 1.6,
@@ -41,22 +47,52 @@ def plan(options: Options) -> list[Case]:
     cores = torch.get_num_threads()
     threads = options.threads or ((cores,) if cuda or options.quick or cores == 1 else (1, min(2, cores)))
     batches, widths = ((1, 32), (64, 256)) if options.quick else ((1, 8, 32), (64, 128, 256, 512))
-    effort = Effort(seconds=0.15, max_rounds=15) if options.quick else Effort(seconds=0.4, min_rounds=7, max_rounds=60)
+    effort = (
+        Effort(seconds=0.15, max_rounds=15)
+        if options.quick
+        else Effort(seconds=0.3, min_rounds=5, max_rounds=60)
+    )
     cases = []
 
-    def add(group: str, cell: str, mode: str, B: int, H: int, n: int, providers: tuple[str, ...], baseline: str) -> None:
+    def add(
+        group: str, cell: str, mode: str, B: int, H: int, n: int, providers: tuple[str, ...], baseline: str
+    ) -> None:
         w = Workload(
-            cell.lower(), T, B, H, H, mode, packed=group == "packed", threads=n, dtype=options.dtype, device=options.device
+            cell.lower(),
+            T,
+            B,
+            H,
+            H,
+            mode,
+            packed=group == "packed",
+            threads=n,
+            dtype=options.dtype,
+            device=options.device,
         )
         cases.append(
-            Case(NAME, group, tuple(Participant(p, w) for p in providers), effort, tuple((p, baseline) for p in providers))
+            Case(
+                NAME,
+                group,
+                tuple(Participant(p, w) for p in providers),
+                effort,
+                tuple((p, baseline) for p in providers),
+            )
         )
 
     for group, cell, B, H, mode, n in product(("padded", "packed"), CELLS, batches, widths, MODES, threads):
         add(group, cell, mode, B, H, n, (f"torch.nn.{cell}", f"fastseq.{cell}"), f"torch.nn.{cell}")
     for cell, B, H in product(CELLS, batches[-1:], widths[-2:]):
         saved = f"fastseq.{cell}"
-        add("activations", cell, "training", B, H, threads[-1], (f"torch.nn.{cell}", saved, f"{saved} (recompute)"), saved)
+        add(
+            "activations",
+            cell,
+            "training",
+            B,
+            H,
+            threads[-1],
+            (f"torch.nn.{cell}", saved, f"{saved} (recompute)"),
+            saved,
+        )
     return cases
 
 
@@ -64,7 +100,9 @@ def cell_of(row: Row) -> str:
     return next(cell for cell in CELLS if cell.lower() == row.function)
 
 
-def _points(rows: list[Row], group: str, mode: str, cell: str = "any", threads: int | None = None) -> list[Row]:
+def _points(
+    rows: list[Row], group: str, mode: str, cell: str = "any", threads: int | None = None
+) -> list[Row]:
     """fastseq's rows."""
     return [
         r
@@ -97,17 +135,28 @@ def derive(results: Results) -> dict[str, Any]:
                 "mean": value if timed else None,
                 "target": target,
                 "reached": bool(timed) and len(timed) == len(points) and value >= target,
-                "threads": {str(n): _mean([r for r in timed if r.threads == n]) for n in sorted({r.threads for r in timed})},
+                "threads": {
+                    str(n): _mean([r for r in timed if r.threads == n])
+                    for n in sorted({r.threads for r in timed})
+                },
             }
         )
-    every = [r for r in rows if r.group != "activations" and r.ok and r.ratio and r.provider.startswith("fastseq.")]
-    worst = min(every, key=lambda r: r.ratio["median"], default=None) if every else None
+    every = [
+        r for r in rows if r.group != "activations" and r.ok and r.ratio and r.provider.startswith("fastseq.")
+    ]
+    worst = min(every, key=_ratio, default=None)
     return {
         "means": means,
-        "worst": None if worst is None or worst.ratio is None else {"point": _name(worst), "ratio": worst.ratio["median"]},
+        "worst": None
+        if worst is None or worst.ratio is None
+        else {"point": _name(worst), "ratio": worst.ratio["median"]},
         "below least": [_name(r) for r in every if r.ratio and r.ratio["median"] < LEAST],
         "losses": [_name(r) for r in every if r.ratio and r.ratio["median"] < 1],
     }
+
+
+def _ratio(r: Row) -> float:
+    return r.ratio["median"] if r.ratio else 0.0
 
 
 def _name(r: Row) -> str:
@@ -119,11 +168,16 @@ def present(results: Results) -> list[Section]:
     derived = derive(results)
     w = rows[0]
     text = [
-        f"One layer, one direction, T={w.T}, input width = hidden width, {w.dtype}. Speed-up is torch.nn's median time over fastseq's, "
-        "both measured in turn in the same process with the same thread count; above 1 fastseq is faster.",
+        f"One layer, one direction, T={w.T}, input width = hidden width, {w.dtype}. Speed-up is torch.nn's "
+        "median time over fastseq's, both measured in turn in the same process with the same thread count; "
+        "above 1 fastseq is faster.",
         "Packed: PackedSequence in, PackedSequence out, on both sides, packing itself not timed.",
     ]
-    sections = [Section("Recurrent layers against torch.nn", text, _cards(derived), _figures(rows), [_targets(derived)])]
+    sections = [
+        Section(
+            "Recurrent layers against torch.nn", text, _cards(derived), _figures(rows), [_targets(derived)]
+        )
+    ]
     sections[0].tables += [t for group in ("padded", "packed") for t in _matrices(rows, group)]
     activations = _activations(rows)
     if activations.rows:
@@ -146,15 +200,30 @@ def _targets(derived: dict[str, Any]) -> Table:
         cells = "all cells" if m["cell"] == "any" else m["cell"]
         mean = "–" if m["mean"] is None else f"{m['mean']:.2f}×"
         untimed = f", {m['untimed']} without a time" if m["untimed"] else ""
-        body.append([m["group"], MODES[m["mode"]], cells, f"{m['points']}{untimed}", mean, by_threads, f"{m['target']}×", verdict])
+        body.append(
+            [
+                m["group"],
+                MODES[m["mode"]],
+                cells,
+                f"{m['points']}{untimed}",
+                mean,
+                by_threads,
+                f"{m['target']}×",
+                verdict,
+            ]
+        )
     worst = derived["worst"]
     if worst:
         verdict = Cell("reached", "good") if worst["ratio"] >= LEAST else Cell("not reached", "bad")
-        body.append(["every point", "", worst["point"], "", f"{worst['ratio']:.2f}×", "", f"{LEAST}×", verdict])
+        body.append(
+            ["every point", "", worst["point"], "", f"{worst['ratio']:.2f}×", "", f"{LEAST}×", verdict]
+        )
     return Table(
-        "Targets", ["", "mode", "cell", "points", "speed-up", "by threads", "target", ""], body,
+        "Targets",
+        ["", "mode", "cell", "points", "speed-up", "by threads", "target", ""],
+        body,
         "Speed-up: geometric mean over batch, width and threads. Computed from the points below.",
-    )  # fmt: skip
+    )
 
 
 def _matrices(rows: list[Row], group: str) -> list[Table]:
@@ -170,7 +239,10 @@ def _matrices(rows: list[Row], group: str) -> list[Table]:
         if body:
             tables.append(
                 Table(
-                    f"Speed-up, {GROUPS[group]}, {title}", ["cell", "threads", "B", *(f"H={H}" for H in widths)], body, heat=True
+                    f"Speed-up, {GROUPS[group]}, {title}",
+                    ["cell", "threads", "B", *(f"H={H}" for H in widths)],
+                    body,
+                    heat=True,
                 )
             )
     return tables
@@ -181,21 +253,33 @@ def _heat(row: Row | None) -> Cell:
     if row is None or not row.ok or not row.ratio:
         return cell
     value = row.ratio["median"]
-    tone = "worst" if value < LEAST else "bad" if value < 1 else "best" if value >= 2 else "good" if value >= 1.2 else ""
+    tone = (
+        "worst"
+        if value < LEAST
+        else "bad"
+        if value < 1
+        else "best"
+        if value >= 2
+        else "good"
+        if value >= 1.2
+        else ""
+    )
     return Cell(cell.text, tone, cell.hint)
 
 
 def _activations(rows: list[Row]) -> Table:
     body: list[list[Cell | str]] = []
     for r in (r for r in rows if r.group == "activations"):
-        ratio = ratio_cell(r) if r.ratio else Cell("", "weak")
-        memory = bytes_text(r.memory) if r.ok else "–"
-        body.append([r.provider, str(r.B), str(r.H), str(r.threads), time_cell(r), ratio, memory])
+        ratio = Cell(ratio_cell(r).text if r.ratio and r.ratio["baseline"] != r.provider else "")
+        memory = [bytes_text(r.kept if r.ok else None), bytes_text(r.memory if r.ok else None)]
+        body.append([r.provider, str(r.B), str(r.H), str(r.threads), time_cell(r), ratio, *memory])
     return Table(
         "Activations saved or recomputed, forward + backward",
-        ["", "B", "H", "threads", "time", "vs saved", "peak memory"],
+        ["", "B", "H", "threads", "time", "vs saved", "kept for backward", "peak of the step"],
         body,
-        "(recompute): gate activations are not kept for the backward pass but computed again from inputs and states.",
+        "(recompute): gate activations are not kept for the backward pass but computed again from inputs "
+        "and states. Kept: what is alive between forward and backward, output included; a model's layers "
+        "add up; the peak of one layer's step also holds what its backward needs at once.",
     )
 
 
@@ -203,11 +287,13 @@ def _losses(rows: list[Row]) -> Table:
     lost = [
         r
         for r in rows
-        if r.provider.startswith("fastseq.") and r.group != "activations" and not (r.ok and r.ratio and r.ratio["median"] >= 1)
+        if r.provider.startswith("fastseq.")
+        and r.group != "activations"
+        and not (r.ok and r.ratio and r.ratio["median"] >= 1)
     ]
-    lost.sort(key=lambda r: r.ratio["median"] if r.ratio else 0)
+    lost.sort(key=_ratio)
     body: list[list[Cell | str]] = [[_name(r), ratio_cell(r), r.reason or _floor(r)] for r in lost]
-    return Table(f"Points that fastseq loses: {len(lost)}", ["point", "speed-up", ""], body[:40], folded=not lost)
+    return Table(f"Points that fastseq loses: {len(lost)}", ["point", "speed-up", ""], body, folded=not lost)
 
 
 def _floor(r: Row) -> str:
@@ -215,27 +301,64 @@ def _floor(r: Row) -> str:
 
 
 def _every_point(rows: list[Row]) -> Table:
-    base = {(r.group, r.function, r.mode, r.B, r.H, r.threads): r for r in rows if r.provider.startswith("torch.")}
+    base = {
+        (r.group, r.function, r.mode, r.B, r.H, r.threads): r for r in rows if r.provider.startswith("torch.")
+    }
     body: list[list[Cell | str]] = []
     for r in (r for r in rows if r.provider.startswith("fastseq.") and r.group != "activations"):
         other = base.get((r.group, r.function, r.mode, r.B, r.H, r.threads))
         floor: list[Cell | str] = ["–", "–", "–"]
         if r.floor and other is not None:
-            floor = [Cell(r.floor["bound"], "", r.floor["note"]), f"{r.of_floor:.0%}", f"{other.of_floor:.0%}" if other.ok else "–"]
+            floor = [
+                Cell(r.floor["bound"], "", r.floor["note"]),
+                f"{r.of_floor:.0%}",
+                f"{other.of_floor:.0%}" if other.ok else "–",
+            ]
         error = f"{r.check['error']:.1e}" if r.check and r.check["error"] is not None else "–"
         backend = next((c.removeprefix("backend: ") for c in r.chose if c.startswith("backend: ")), "–")
         spread = f"{r.ratio['low']:.2f}–{r.ratio['high']:.2f}" if r.ratio else "–"
         body.append(
-            [r.group, cell_of(r), MODES[r.mode], str(r.B), str(r.H), str(r.threads), time_cell(other), time_cell(r), ratio_cell(r), spread]
+            [
+                r.group,
+                cell_of(r),
+                MODES[r.mode],
+                str(r.B),
+                str(r.H),
+                str(r.threads),
+                time_cell(other),
+                time_cell(r),
+                ratio_cell(r),
+                spread,
+            ]
             + floor
             + [error, backend]
         )
-    columns = ["", "cell", "mode", "B", "H", "threads", "torch.nn", "fastseq", "speed-up", "20–80 %", "bound by", "of floor", "torch.nn", "error", "backend"]
+    columns = [
+        "",
+        "cell",
+        "mode",
+        "B",
+        "H",
+        "threads",
+        "torch.nn",
+        "fastseq",
+        "speed-up",
+        "20–80 %",
+        "bound by",
+        "of floor",
+        "torch.nn",
+        "error",
+        "backend",
+    ]
     return Table(
-        f"Every point: {len(body)}", columns, body, folded=True,
-        note="Bound by: which measured peak limits the point, streaming the recurrent weights once per step (from the cache that holds "
-        "them) or arithmetic; of floor: that limit over the measured time, for fastseq and for torch.nn.",
-    )  # fmt: skip
+        f"Every point: {len(body)}",
+        columns,
+        body,
+        folded=True,
+        note="Bound by: which measured peak limits the point: weights (R streamed once per step from the "
+        "cache that holds it) or arithmetic. Of floor: the time that this limit allows over the measured "
+        "time, for fastseq and for torch.nn.",
+    )
 
 
 def _cards(derived: dict[str, Any]) -> list[Card]:
@@ -250,12 +373,15 @@ def _cards(derived: dict[str, Any]) -> list[Card]:
 
 
 def _figures(rows: list[Row]) -> list[Figure]:
-    return [Figure(
-        "Speed-up over torch.nn, every point",
-        "A point is one batch, width and thread count; its size grows with the width. The bar is the geometric mean, the tick the "
-        "target. Left of 1× fastseq loses.",
-        lambda canvas, theme: _strips(canvas, theme, rows), (11.5, 4.2),
-    )]  # fmt: skip
+    return [
+        Figure(
+            "Speed-up over torch.nn, every point",
+            "A point is one batch, width and thread count; its size grows with the width. The bar is the "
+            "geometric mean, the triangle the target. Left of 1× fastseq loses.",
+            lambda canvas, theme: _strips(canvas, theme, rows),
+            (11.5, 4.2),
+        )
+    ]
 
 
 def _strips(canvas: Any, theme: Any, rows: list[Row]) -> None:
@@ -268,23 +394,43 @@ def _strips(canvas: Any, theme: Any, rows: list[Row]) -> None:
         values = [1.0]
         for y, (group, cell) in enumerate(reversed(names)):
             points = [r for r in _points(rows, group, mode, cell) if r.ok and r.ratio]
+            axes.axhline(y + 0.5, color=theme.faint, linewidth=0.7)
             if not points:
                 continue
             x = [r.ratio["median"] for r in points if r.ratio]
             values += x
-            jitter = y + spread.uniform(-0.24, 0.24, len(x))
-            axes.scatter(x, jitter, s=[8 + r.H / 8 for r in points], color=colors[cell], alpha=0.55, linewidth=0, zorder=3)
+            jitter = y + spread.uniform(-0.2, 0.2, len(x))
+            axes.scatter(
+                x,
+                jitter,
+                s=[8 + r.H / 8 for r in points],
+                color=colors[cell],
+                alpha=0.6,
+                linewidth=0,
+                zorder=3,
+            )
             mean = geometric_mean(x)
             axes.plot([mean, mean], [y - 0.36, y + 0.36], color=theme.ink, linewidth=2.4, zorder=4)
-            axes.annotate(f"{mean:.2f}×", (mean, y + 0.36), textcoords="offset points", xytext=(0, 1), ha="center", va="bottom", fontsize=8, color=theme.ink)
+            axes.annotate(
+                f"{mean:.2f}×",
+                (mean, y + 0.36),
+                textcoords="offset points",
+                xytext=(0, 1),
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color=theme.ink,
+            )
             target = TARGETS.get((group, mode, cell), TARGETS.get((group, mode, "any")))
             axes.plot([target], [y - 0.42], marker="^", markersize=5, color=theme.ink, alpha=0.6, zorder=4)
         axes.set_yticks(range(len(names)), [f"{cell}, {group}" for group, cell in reversed(names)])
         axes.set_ylim(-0.6, len(names) - 0.2)
-        ticks = [t for t in (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32) if min(values) / 1.3 <= t <= max(values) * 1.3]
+        ticks = [
+            t
+            for t in (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
+            if min(values) / 1.3 <= t <= max(values) * 1.3
+        ]
         axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
         axes.minorticks_off()
         axes.axvline(1.0, color=theme.ink, linewidth=1.1, alpha=0.7, zorder=2)
         axes.grid(True, axis="x", color=theme.faint, linewidth=0.7)
-
-

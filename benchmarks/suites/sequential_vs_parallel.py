@@ -10,7 +10,20 @@ import torch
 
 from ..analysis import Crossover, crossover, power_law
 from ..plots import end_labels, log_axes
-from ..presentation import Card, Cell, Figure, Options, Section, Table, bytes_text, ratio_cell, time_cell, time_text
+from ..presentation import (
+    BYTE_UNITS,
+    TIME_UNITS,
+    Card,
+    Cell,
+    Figure,
+    Options,
+    Section,
+    Table,
+    bytes_text,
+    ratio_cell,
+    tick_text,
+    time_cell,
+)
 from ..providers import PROVIDERS
 from ..results import Results, Row
 from ..runner import Case, Participant
@@ -18,7 +31,7 @@ from ..timing import Effort
 from ..workloads import MODES, Workload
 
 NAME = "sequential-vs-parallel"
-SUMMARY = "time and peak memory against T: LSTM and GRU (eager loop, torch, fastseq) against attention (naive, fused)"
+SUMMARY = "time and memory against T: LSTM and GRU (eager loop, torch, fastseq), attention (naive, fused)"
 
 RECURRENT = ("eager LSTMCell loop", "torch.nn.LSTM", "torch.nn.GRU", "fastseq.LSTM", "fastseq.GRU")
 PARALLEL = ("naive attention", "fused attention", "attention block")
@@ -29,14 +42,15 @@ BASELINE = {
     "naive attention": "fused attention",
 }
 EQUAL = (
-    "Equal means: the same input, batch and width, one layer each, causal, projections included. Parameters at width W: "
-    "LSTM 8 W², GRU 6 W², attention 4 W² (query, key, value, output). The attention block adds a feed-forward part of inner "
-    "width 2 W, residuals and layer norms, so that it has the parameters of the LSTM."
+    "Equal means: the same input, batch and width, one layer each, causal, projections included. "
+    "Parameters at width W: LSTM 8 W², GRU 6 W², attention 4 W² (query, key, value, output). The attention "
+    "block adds a feed-forward part of inner width 2 W, residuals and layer norms, so that it has the "
+    "parameters of the LSTM."
 )
 MEASURED = (
-    "Forward: inference mode. Forward + backward: one training step without the optimiser, gradients of the input and of every "
-    "parameter. Peak memory: what torch's allocator handed out during the call, above parameters and input. "
-    "Exponents: least squares on log T, log time over the upper half of T."
+    "Forward: inference mode. Forward + backward: one training step without the optimiser, gradients of "
+    "the input and of every parameter. Peak memory: what torch's allocator handed out during the call, "
+    "above parameters and input. Exponents: least squares on log T, log time over the upper half of T."
 )
 
 
@@ -45,15 +59,27 @@ def plan(options: Options) -> list[Case]:
     threads = options.threads[-1] if options.threads else torch.get_num_threads()
     B, W = (16, 512) if cuda else (8, 256)
     lengths = [2**k for k in range(5, 10 if options.quick else 12)]
-    effort = Effort(seconds=1.5, min_rounds=3, max_rounds=15) if options.quick else Effort(seconds=6.0, max_rounds=40)
+    effort = (
+        Effort(seconds=1.5, min_rounds=3, max_rounds=15)
+        if options.quick
+        else Effort(seconds=6.0, max_rounds=40)
+    )
     cases = []
-    for mode in MODES:
-        for T in lengths:
+    for T in lengths:
+        for mode in MODES:
             participants = tuple(
                 Participant(
                     name,
                     Workload(
-                        PROVIDERS[name].function, T, B, W, W, mode, threads=threads, dtype=options.dtype, device=options.device
+                        PROVIDERS[name].function,
+                        T,
+                        B,
+                        W,
+                        W,
+                        mode,
+                        threads=threads,
+                        dtype=options.dtype,
+                        device=options.device,
                     ),
                 )
                 for name in RECURRENT + PARALLEL
@@ -95,21 +121,38 @@ def present(results: Results) -> list[Section]:
     rows = results.of_suite(NAME)
     derived = derive(results)
     w = rows[0]
-    where = f"B={w.B}, width {w.H}, {w.dtype}, " + (f"{w.threads} threads" if w.device == "cpu" else w.device)
+    where = f"B={w.B}, width {w.H}, {w.dtype}, " + (_threads(w.threads) if w.device == "cpu" else w.device)
     tables = []
     for mode, title in MODES.items():
         tables.append(_times(rows, derived, mode, f"Time, {title}"))
         tables.append(_crossovers(derived, mode, f"Crossover length, {title}"))
         tables.append(_memory(rows, derived, mode, f"Peak memory, {title}"))
     tables.append(_implementations(rows))
-    figures = [_figure(rows, "seconds", "Time against sequence length"), _figure(rows, "memory", "Peak memory against sequence length")]
-    return [Section(f"Sequential against parallel: {where}", [EQUAL, MEASURED], _cards(rows, derived), figures, tables)]
+    figures = [
+        _figure(rows, "seconds", "Time against sequence length"),
+        _figure(rows, "memory", "Peak memory against sequence length"),
+    ]
+    return [
+        Section(
+            f"Sequential against parallel: {where}", [EQUAL, MEASURED], _cards(rows, derived), figures, tables
+        )
+    ]
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" + ("s" if count > 1 else "")
 
 
 def picture(results: Results) -> Figure:
     rows = results.of_suite(NAME)
-    return Figure("Sequential against parallel", "", lambda canvas, theme: _panels(
-        canvas, theme, rows, [("training", "seconds"), ("training", "memory")], results), (11.5, 4.6))  # fmt: skip
+    return Figure(
+        "Sequential against parallel",
+        "",
+        lambda canvas, theme: _panels(
+            canvas, theme, rows, [("training", "seconds"), ("training", "memory")], results
+        ),
+        (11.5, 4.6),
+    )
 
 
 def _at(rows: list[Row], provider: str, mode: str, T: int) -> Row | None:
@@ -143,21 +186,40 @@ def _times(rows: list[Row], derived: dict[str, Any], mode: str, title: str) -> T
             [provider]
             + [time_cell(_at(rows, provider, mode, T)) for T in lengths]
             + [_fit_text(derived, provider, mode, "seconds"), _r2_text(derived, provider, mode, "seconds")]
-            + ([f"{longest.seconds / longest.T * 1e6:.1f}", _floor_cell(longest), _baseline_cell(longest)] if longest else ["–"] * 3)
+            + (
+                [
+                    f"{longest.seconds / longest.T * 1e6:.1f}",
+                    _floor_cell(longest),
+                    longest.floor["bound"],
+                    _baseline_cell(longest),
+                ]
+                if longest and longest.floor
+                else ["–"] * 4
+            )
         )
     return Table(
         title,
-        ["", *(f"T={T}" for T in lengths), "grows as", "R²", "µs per step", "of floor", "vs torch"],
+        [
+            "",
+            *(f"T={T}" for T in lengths),
+            "grows as",
+            "R²",
+            "µs per step",
+            "of floor",
+            "bound by",
+            "vs torch",
+        ],
         body,
-        "µs per step, distance to the floor and speed-up at the longest T measured. Floor: the time that the peaks measured in this "
-        "run allow for the same arithmetic and weights (causal half of the scores for attention). vs torch: torch.nn for the "
-        "recurrent layers, fused attention for the naive one.",
+        "µs per step, distance to the floor and speed-up at the longest T measured. Floor: the time that "
+        "the peaks measured in this run allow for the same arithmetic and weights (causal half of the "
+        "scores for attention). vs torch: torch.nn for the recurrent layers, fused attention for the naive "
+        "one.",
     )
 
 
 def _floor_cell(row: Row) -> Cell:
     assert row.floor is not None
-    return Cell(f"{row.of_floor:.0%} ({row.floor['bound']})", "", row.floor["note"])
+    return Cell(f"{row.of_floor:.0%}", "", f"bound by {row.floor['bound']}: {row.floor['note']}")
 
 
 def _baseline_cell(row: Row) -> Cell:
@@ -170,7 +232,11 @@ def _memory(rows: list[Row], derived: dict[str, Any], mode: str, title: str) -> 
     for provider in RECURRENT + PARALLEL:
         at = [_at(rows, provider, mode, T) for T in lengths]
         body.append(
-            [provider, *(bytes_text(r.memory if r and r.ok else None) for r in at), _fit_text(derived, provider, mode, "memory")]
+            [
+                provider,
+                *(bytes_text(r.memory if r and r.ok else None) for r in at),
+                _fit_text(derived, provider, mode, "memory"),
+            ]
         )
     return Table(title, ["", *(f"T={T}" for T in lengths), "grows as"], body)
 
@@ -193,7 +259,12 @@ def _crossovers(derived: dict[str, Any], mode: str, title: str) -> Table:
     for recurrent in RECURRENT:
         cells = [found.get((recurrent, parallel)) for parallel in PARALLEL]
         body.append([recurrent, *(crossover_text(c) if c else "–" for c in cells)])
-    return Table(title, ["", *PARALLEL], body, "Interpolated in log-log between measured lengths; differences below 3 % decide nothing.")
+    return Table(
+        title,
+        ["", *PARALLEL],
+        body,
+        "Interpolated in log-log between measured lengths; differences below 3 % decide nothing.",
+    )
 
 
 def _implementations(rows: list[Row]) -> Table:
@@ -205,14 +276,22 @@ def _implementations(rows: list[Row]) -> Table:
         ran = sorted({name for r in own for name in r.chose})
         errors = [r.check["error"] for r in own if r.check and r.check["error"] is not None]
         bad = [r for r in own if r.status == "wrong"]
-        status = Cell(f"{len(bad)} wrong", "bad", bad[0].reason or "") if bad else Cell(f"error ≤ {max(errors):.1e}" if errors else "–")
+        status = (
+            Cell(f"{len(bad)} wrong", "bad", bad[0].reason or "")
+            if bad
+            else Cell(f"error ≤ {max(errors):.1e}" if errors else "–")
+        )
         reason = next((r.reason for r in own if r.reason), "")
         count = next((f"{r.parameters:,}" for r in own if r.parameters), "–")
         body.append([provider, count, status, ", ".join(ran) or reason or "–"])
     return Table(
-        "What ran", ["", "parameters", "checked against fp64", "operators that show the implementation"], body, folded=True,
-        note="Error: largest deviation of outputs and gradients from the fp64 reference, relative to the tensor's largest value.",
-    )  # fmt: skip
+        "What ran",
+        ["", "parameters", "checked against fp64", "operators that show the implementation"],
+        body,
+        folded=True,
+        note="Error: largest deviation of outputs and gradients from the fp64 reference, relative to the "
+        "largest value of the tensor.",
+    )
 
 
 def _cards(rows: list[Row], derived: dict[str, Any]) -> list[Card]:
@@ -223,43 +302,65 @@ def _cards(rows: list[Row], derived: dict[str, Any]) -> list[Card]:
         if row and row.ok and row.ratio:
             value = row.ratio["median"]
             tone = "good" if value > 1.05 else "bad" if value < 0.95 else ""
-            cards.append(Card(f"{value:.2f}×", f"training step of fastseq.{cell} over torch.nn.{cell}, T={T}", tone))
+            cards.append(
+                Card(f"{value:.2f}×", f"training step of fastseq.{cell} over torch.nn.{cell}, T={T}", tone)
+            )
     for c in derived["crossovers"]:
         if (c["mode"], c["a"], c["b"]) == ("training", "attention block", "fastseq.LSTM"):
-            value = f"T ≈ {c['at']:.0f}" if c["at"] else f"none in {c['first']}…{c['last']}"
-            who = {"a": "attention", "b": "the LSTM", "neither": "neither"}
-            cards.append(Card(value, f"crossover at equal parameters, training: {who[c['after']]} is faster at the long end"))
+            who = {"a": "the attention block", "b": "fastseq.LSTM", "neither": "neither"}[c["after"]]
+            label = (
+                f"crossover of attention block and fastseq.LSTM (equal parameters), training: {who} is faster"
+            )
+            if c["at"]:
+                cards.append(Card(f"T ≈ {c['at']:.0f}", f"{label} above it"))
+            else:
+                cards.append(Card("none", f"{label} for all T = {c['first']}…{c['last']}"))
     for provider in ("fastseq.LSTM", "naive attention"):
         cell = _fit_text(derived, provider, "training", "seconds")
-        cards.append(Card(cell.text, f"growth of {provider}, forward + backward"))
+        if cell.tone != "weak":
+            cards.append(Card(cell.text, f"growth of the time of {provider}, forward + backward"))
     return cards
 
 
 def _figure(rows: list[Row], quantity: str, title: str) -> Figure:
     caption = (
-        "Median of interleaved rounds; the band is the 20 % to 80 % quantile. Dotted: T¹ and T² for orientation."
+        "Median of interleaved rounds; the band is the 20 % to 80 % quantile. Dotted: T¹ and T² for "
+        "orientation."
         if quantity == "seconds"
         else "Peak of what the call allocated."
     )
     panels = [(mode, quantity) for mode in MODES]
-    return Figure(title, caption, lambda canvas, theme: _panels(canvas, theme, rows, panels, None), (11.5, 4.8))
+    return Figure(
+        title, caption, lambda canvas, theme: _panels(canvas, theme, rows, panels, None), (11.5, 4.8)
+    )
 
 
-def _panels(canvas: Any, theme: Any, rows: list[Row], panels: list[tuple[str, str]], results: Results | None) -> None:
+def _panels(
+    canvas: Any, theme: Any, rows: list[Row], panels: list[tuple[str, str]], results: Results | None
+) -> None:
     every = canvas.subplots(1, len(panels))
     for axes, (mode, quantity) in zip(every, panels, strict=True):
         _panel(axes, theme, rows, mode, quantity)
     if results is not None:
         w = rows[0]
         line = f"{results.environment['device name']}, B={w.B}, width {w.H}, {w.dtype}"
-        canvas.suptitle(f"Sequential against parallel: {line}", color=theme.ink, fontsize=11.5, x=0.01, ha="left")
+        canvas.suptitle(
+            f"Sequential against parallel: {line}", color=theme.ink, fontsize=11.5, x=0.01, ha="left"
+        )
 
 
 def _panel(axes: Any, theme: Any, rows: list[Row], mode: str, quantity: str) -> None:
     lengths = _lengths(rows)
-    text = time_text if quantity == "seconds" else bytes_text
+    units, base = (TIME_UNITS, 10) if quantity == "seconds" else (BYTE_UNITS, 4)
     title = f"{'Time' if quantity == 'seconds' else 'Peak memory'}, {MODES[mode]}"
-    log_axes(axes, theme, title=title, x=[float(T) for T in lengths], y_format=text)
+    log_axes(
+        axes,
+        theme,
+        title=title,
+        x=[float(T) for T in lengths],
+        y_base=base,
+        y_format=lambda v: tick_text(v, units),
+    )
     ends = []
     for name in RECURRENT + PARALLEL:
         points, provider = curve(rows, name, mode, quantity), PROVIDERS[name]
@@ -267,11 +368,21 @@ def _panel(axes: Any, theme: Any, rows: list[Row], mode: str, quantity: str) -> 
             continue
         own = name.startswith("fastseq")
         axes.plot(
-            list(points), list(points.values()), color=provider.color, linewidth=2.6 if own else 1.5, marker="o",
-            markersize=4.2 if own else 3.2, linestyle="--" if provider.dashed else "-", zorder=4 if own else 3,
-        )  # fmt: skip
+            list(points),
+            list(points.values()),
+            color=provider.color,
+            linewidth=2.6 if own else 1.5,
+            marker="o",
+            markersize=4.2 if own else 3.2,
+            linestyle="--" if provider.dashed else "-",
+            zorder=4 if own else 3,
+        )
         if quantity == "seconds":
-            band = [(r.T, r.time["low"], r.time["high"]) for r in rows if (r.provider, r.mode) == (name, mode) and r.ok and r.time]
+            band = [
+                (r.T, r.time["low"], r.time["high"])
+                for r in rows
+                if (r.provider, r.mode) == (name, mode) and r.ok and r.time
+            ]
             T, low, high = zip(*sorted(band), strict=True)
             axes.fill_between(T, low, high, color=provider.color, alpha=0.18, linewidth=0)
         ends.append((points[max(points)], name, provider.color))
@@ -285,7 +396,13 @@ def _panel(axes: Any, theme: Any, rows: list[Row], mode: str, quantity: str) -> 
         shown = [(T, y) for T, y in zip(lengths, guide, strict=True) if y < limits[1] / 1.5]
         if shown:
             axes.annotate(
-                f"T{'¹²'[exponent - 1]}", shown[-1], textcoords="offset points", xytext=(4, -9), fontsize=8, color=theme.ink, alpha=0.6
+                f"T{'¹²'[exponent - 1]}",
+                shown[len(shown) // 2],
+                textcoords="offset points",
+                xytext=(5, -8),
+                fontsize=8,
+                color=theme.ink,
+                alpha=0.6,
             )
     axes.set_ylim(limits)
     axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.06)

@@ -127,6 +127,14 @@ const T* at(const void* base, int64_t offset) {
   return base ? static_cast<const T*>(base) + offset : nullptr;
 }
 
+// Walks the tiles of a step, every other step backwards: what the last step left in the caches is used before it is displaced. (A
+// repeated walk in one direction finds nothing of a set of weights larger than the cache; to and fro finds the cache's size of it.)
+template <class F>
+FASTSEQ_HOST_DEVICE void for_tiles(const int64_t tiles[2], int64_t step, F&& body) {
+  const int64_t count = tiles[1] - tiles[0];
+  for (int64_t i = 0; i < count; ++i) body(step & 1 ? tiles[1] - 1 - i : tiles[0] + i);
+}
+
 // Walks the row blocks of a step: begin and count of each, sizes as even as possible.
 template <class F>
 FASTSEQ_HOST_DEVICE void for_row_blocks(int64_t rows, int64_t most, F&& body) {
@@ -222,6 +230,7 @@ struct ForwardKernel {
     if (w.first) {
       steps.clear(y, D * P, P);
       steps.clear(c_all, D * H, H);
+      steps.clear(gates, D * C::kSaved * H, C::kSaved * H);
     }
     if (w.barrier) w.barrier->wait(w.weight);
 
@@ -232,7 +241,7 @@ struct ForwardKernel {
       const int64_t t = steps.time(step), active = steps.active(t);
       const A* h_old = buf.h[step & 1];
       A* h_new = buf.h[1 - (step & 1)];
-      for (int64_t tile = w.unit_tiles[0]; tile < w.unit_tiles[1]; ++tile) {
+      for_tiles(w.unit_tiles, step, [&](int64_t tile) __attribute__((always_inline)) {
         const int64_t u0 = tile * UB * W, blocks = min(UB, blocks_of(H - u0, W)), vectors = G * blocks;
         const A* packed = weights ? weights + tile * UB * G * W * P : nullptr;
         for_row_blocks(active, rows_of_block(NV), [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
@@ -283,7 +292,7 @@ struct ForwardKernel {
             }
           }
         });
-      }
+      });
       if (a.shape.projected) {
         if (w.barrier) w.barrier->wait(w.weight);
         for (int64_t tile = w.output_tiles[0]; tile < w.output_tiles[1]; ++tile) {
@@ -447,7 +456,7 @@ struct BackwardKernel {
       const A* dgates_old = buf.dgates[step & 1];
       A* dgates_new = buf.dgates[1 - (step & 1)];
       const int64_t* tiles = projected ? w.output_tiles : w.unit_tiles;
-      for (int64_t tile = tiles[0]; tile < tiles[1]; ++tile) {
+      for_tiles(tiles, step, [&](int64_t tile) __attribute__((always_inline)) {
         const Columns<A> columns(tile, P);
         for_row_blocks(active, rows_of_block(kTileVectors), [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
           for (int64_t r = 0; r < count; ++r) {
@@ -471,7 +480,7 @@ struct BackwardKernel {
             }
           }
         });
-      }
+      });
       if (projected) {
         if (w.barrier) w.barrier->wait(w.weight);
         for (int64_t tile = w.unit_tiles[0]; tile < w.unit_tiles[1]; ++tile) {

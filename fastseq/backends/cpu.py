@@ -11,6 +11,7 @@ from . import library
 
 name = "cpu"
 devices = ("cpu",)
+ops = ("recurrent",)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 

@@ -1,7 +1,7 @@
-"""The compiled library: found, examined, loaded once. Whatever is wrong with it becomes one sentence, never an exception.
+"""The compiled library: found, examined, loaded once; what is wrong with it becomes one sentence.
 
-The file is examined before it is loaded, because loading is too late: a truncated file kills the process (SIGBUS), and a foreign one would
-have run its constructors.
+The file is examined before it is loaded, because loading is too late: a truncated file kills the process
+(SIGBUS), and a foreign one would have run its constructors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _reason: str | None = None
 
 
 def path() -> Path | None:
-    """The library's file: ``FASTSEQ_LIBRARY`` if set, else ``lib/libfastseq.so`` in the package; None if there is no such file."""
+    """``FASTSEQ_LIBRARY`` if set, else ``lib/libfastseq.so`` in the package; None if there is no file."""
     file = _expected_path()
     return file if file.is_file() else None
 
@@ -52,7 +52,7 @@ def reason() -> str | None:
 
 
 def architectures() -> list[str]:
-    """What the library was compiled for: CPU levels (``default``, ``avx2``, ...), then CUDA machine code (``sm_90a``) and PTX (``compute_120``).
+    """CPU levels (``default``, ``avx2``, ...), CUDA machine code (``sm_90a``), PTX (``compute_120``).
 
     Empty without a library.
     """
@@ -61,7 +61,11 @@ def architectures() -> list[str]:
 
 def _expected_path() -> Path:
     chosen = os.environ.get("FASTSEQ_LIBRARY")
-    return Path(chosen).expanduser().resolve() if chosen else Path(__file__).resolve().parent.parent / "lib" / "libfastseq.so"
+    return (
+        Path(chosen).expanduser().resolve()
+        if chosen
+        else Path(__file__).resolve().parent.parent / "lib" / "libfastseq.so"
+    )
 
 
 def _load() -> str | None:
@@ -84,14 +88,20 @@ def _missing(file: Path) -> str | None:
     note = file.with_name("not-built.txt")
     if note.is_file():
         why = next(iter(note.read_text(errors="replace").splitlines()), "").rstrip(": ")
-        return f"the library was not built when fastseq was installed ({why}); {REINSTALL} once that is mended"
-    return f"there is no library at {file}; install a wheel that has it, or build it from source with a C++ compiler (in a checkout: `make library`)"
+        return (
+            f"the library was not built when fastseq was installed ({why}); {REINSTALL} once that is mended"
+        )
+    return (
+        f"there is no library at {file}; install a wheel that has it, or build it with a C++ compiler "
+        "(in a checkout: `make library`)"
+    )
 
 
 def _torch_too_old() -> str | None:
     found = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if found and (int(found[1]), int(found[2])) < OLDEST_TORCH:
-        return f"torch {torch.__version__} is too old for the library; install torch >= {'.'.join(map(str, OLDEST_TORCH))}"
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f"torch {torch.__version__} is too old for the library; install torch >= {oldest}"
     return None
 
 
@@ -105,14 +115,20 @@ def _damaged(file: Path) -> str | None:
         if len(header) < 64 or header[4] != 2 or header[5] != 1:  # complete, 64 bits, little-endian
             if len(header) < 64:
                 return _truncated(file)
-            return f"{file} was built for a machine that is not 64-bit little-endian; {REINSTALL} on this machine"
+            return (
+                f"{file} was built for a machine other than 64-bit little-endian; {REINSTALL} on this machine"
+            )
         machine, *_ = struct.unpack_from("<H", header, 18)
         program_offset, section_offset = struct.unpack_from("<QQ", header, 32)
         program_size, program_count, section_size, section_count = struct.unpack_from("<HHHH", header, 54)
         if ELF_MACHINES.get(machine) != platform.machine():
             built_for = ELF_MACHINES.get(machine, f"ELF machine {machine}")
-            return f"{file} was built for {built_for}, this machine is {platform.machine()}; {REINSTALL} on this machine"
-        if program_offset + program_size * program_count > size or section_offset + section_size * section_count > size:
+            here = platform.machine()
+            return f"{file} was built for {built_for}, this machine is {here}; {REINSTALL} on this machine"
+        if (
+            program_offset + program_size * program_count > size
+            or section_offset + section_size * section_count > size
+        ):
             return _truncated(file)
         stream.seek(program_offset)
         table = stream.read(program_size * program_count)
@@ -131,9 +147,10 @@ def _foreign(file: Path) -> str | None:
     """Whether this is fastseq's library, in the version of this Python package."""
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start = content.find(MARK)
-        version = b"" if start < 0 else content[start + len(MARK) : start + len(MARK) + 64].split(b"\0")[0]
+        mark = b"" if start < 0 else content[start + len(MARK) : start + len(MARK) + 64].split(b"\0")[0]
     if start < 0:
         return f"{file} is a shared library, but not fastseq's; {REINSTALL}"
-    if version.decode(errors="replace") != __version__:
-        return f"{file} is of fastseq {version.decode(errors='replace')}, the Python package of {__version__}; {REINSTALL}"
+    version = mark.decode(errors="replace")
+    if version != __version__:
+        return f"{file} is of fastseq {version}, the Python package of {__version__}; {REINSTALL}"
     return None

@@ -6,6 +6,7 @@ from ..reference import recurrent
 
 name = "reference"
 devices = ("any",)
+ops = ("recurrent",)
 
 recurrent_forward = recurrent.forward
 recurrent_backward = recurrent.backward

@@ -1,4 +1,4 @@
-"""The benchmark: ``python -m fastseq bench``. In a checkout its modules live in the top-level folder ``benchmarks/``."""
+"""The benchmark, ``python -m fastseq bench``. In a checkout they are in the folder ``benchmarks/``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ NEEDS = ("jinja2", "matplotlib", "numpy", "psutil", "rich")  # the extra `bench`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark's command line (``cli.py``); without the packages that it needs, say which and how to get them."""
+    """Run the benchmark's command line (``cli.py``), or say which packages it lacks and how to get them."""
     missing = [name for name in NEEDS if not _importable(name)]
     if missing:
-        raise SystemExit(f"error: the benchmark needs {', '.join(missing)}; run: pip install 'fastseq-kernels[bench]'")
+        raise SystemExit(
+            f"error: the benchmark needs {', '.join(missing)}; run: pip install 'fastseq-kernels[bench]'"
+        )
     from .cli import main as run
 
     return run(argv)

@@ -112,7 +112,7 @@ def forward(
             if c is not None:
                 c = layout.update(c, c_new, t)
                 cs.append(layout.masked(c_new, t))
-            gates.append(saved)
+            gates.append(layout.masked(saved, t) if row.saved else saved)
         if backwards:
             ys, cs, gates = ys[::-1], cs[::-1], gates[::-1]
         leading = x_gates.shape[:-2]
@@ -128,13 +128,12 @@ def forward(
             )
         )
     y, h_n, c_n, cells, gates_all = (list(parts) for parts in zip(*lanes, strict=True))
-    empty = x_gates.new_zeros(0)
     return (
         torch.stack(y, -2),
         torch.stack(h_n),
-        torch.stack(c_n) if row.has_c else empty.to(wide),
-        torch.stack(cells, -2) if row.has_c and save_c else empty.to(wide),
-        torch.stack(gates_all, -2) if row.saved and save_gates else empty,
+        torch.stack(c_n) if row.has_c else x_gates.new_zeros(0, dtype=wide),
+        torch.stack(cells, -2) if row.has_c and save_c else x_gates.new_zeros(0, dtype=wide),
+        torch.stack(gates_all, -2) if row.saved and save_gates else x_gates.new_zeros(0),
     )
 
 
@@ -187,7 +186,7 @@ def backward(
                     dc_t = dc_t + layout.take(dc, t, lane).to(wide)
                 dc_t = layout.masked(dc_t, t)
             dm = dh_t if p is None else dh_t @ p
-            saved = layout.masked(layout.take(gates, t, lane).to(wide), t) if row.saved else None
+            saved = layout.take(gates, t, lane).to(wide) if row.saved else None
             h_t = layout.take(y, t, lane).to(wide)
             c_t = layout.take(c, t, lane).to(wide) if row.has_c else None
             dx, dr, dh_direct, dc_prev = math.step_backward(dm, dc_t, saved, h_prev, c_prev, h_t, c_t)
@@ -214,13 +213,12 @@ def backward(
             )
         )
     dx, dr, dhs, dh0, dc0 = (list(parts) for parts in zip(*lanes, strict=True))
-    empty = y.new_zeros(0)
     return (
         torch.stack(dx, -2),
-        torch.stack(dr, -2) if row.recurrent_bias else empty,
-        torch.stack(dhs, -2) if projection is not None else empty,
+        torch.stack(dr, -2) if row.recurrent_bias else y.new_zeros(0),
+        torch.stack(dhs, -2) if projection is not None else y.new_zeros(0),
         torch.stack(dh0),
-        torch.stack(dc0) if row.has_c else empty.to(wide),
+        torch.stack(dc0) if row.has_c else y.new_zeros(0, dtype=wide),
     )
 
 

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-
-def error_bound(torch_result: Tensor, truth: Tensor, factor: float = 2.0) -> float:
-    """``factor`` times PyTorch's own error against an fp64 truth, plus two roundings of the largest value in the result's dtype."""
-    truth = truth.double()
-    if truth.numel() == 0:
-        return 0.0
-    own = (torch_result.double() - truth).abs().max().item()
-    scale = max(1.0, truth.abs().max().item())
-    return factor * own + 2 * torch.finfo(torch_result.dtype).eps * scale
+FACTOR = 2.0  # times PyTorch's own error
+ROUNDINGS = 2.0  # of the largest value, in the result's dtype
 
 
-def assert_close_to_truth(actual: Tensor, torch_result: Tensor, truth: Tensor, what: str = "result", factor: float = 2.0) -> None:
-    """Raise AssertionError unless ``actual`` is as close to the fp64 ``truth`` as PyTorch's own result, within :func:`error_bound`.
+def _scale(truth: Tensor) -> float:
+    return truth.abs().max().item() if truth.numel() else 0.0
+
+
+def relative_error(result: Tensor, truth: Tensor) -> float:
+    """Largest error of ``result`` against an fp64 ``truth``, relative to the largest value of the truth."""
+    scale = _scale(truth)
+    return (result.double() - truth.double()).abs().max().item() / scale if scale else 0.0
+
+
+def assert_close_to_truth(
+    actual: Tensor, torch_result: Tensor, truth: Tensor, what: str = "result", factor: float = FACTOR, own_error: float = 0.0
+) -> None:
+    """Raise AssertionError unless ``actual`` is as close to the fp64 ``truth`` as PyTorch's own result.
+
+    The bound is ``factor`` times PyTorch's largest error, plus ``ROUNDINGS`` roundings of the largest value (at least 1) in the dtype.
 
     Args:
         actual: the result under test; shape and dtype must be ``torch_result``'s.
         torch_result: what PyTorch computes in the same dtype.
         truth: the same in fp64.
+        own_error: PyTorch's relative error as known from elsewhere, if that is larger than what this result shows.
     """
     if actual.shape != torch_result.shape or actual.dtype != torch_result.dtype:
         raise AssertionError(
@@ -30,8 +40,11 @@ def assert_close_to_truth(actual: Tensor, torch_result: Tensor, truth: Tensor, w
         )
     if actual.numel() == 0:
         return
-    error = (actual.double() - truth.double()).abs()
-    bound = error_bound(torch_result, truth, factor)
+    truth = truth.double()
+    scale = _scale(truth)
+    own = max(relative_error(torch_result, truth), own_error)
+    bound = factor * own * scale + ROUNDINGS * torch.finfo(actual.dtype).eps * max(1.0, scale)
+    error = (actual.double() - truth).abs()
     worst = int(torch.nan_to_num(error, nan=torch.inf).argmax())
     found = error.flatten()[worst].item()
     if not found <= bound:
@@ -40,3 +53,17 @@ def assert_close_to_truth(actual: Tensor, torch_result: Tensor, truth: Tensor, w
             f"{what}: error {found:.3e} at {place} exceeds the bound {bound:.3e} "
             f"(got {actual[place].item():.8g}, truth {truth[place].item():.8g}, torch {torch_result[place].item():.8g})"
         )
+
+
+def assert_all_close_to_truth(
+    actual: Mapping[str, Tensor], torch_results: Mapping[str, Tensor], truths: Mapping[str, Tensor], factor: float = FACTOR
+) -> None:
+    """The same for results that come from one computation (outputs, gradients), by name.
+
+    PyTorch's error is pooled: the largest relative error of any of its results bounds all of them, since the largest of a few elements
+    says little about the error of the computation behind them.
+    """
+    assert actual.keys() == torch_results.keys() == truths.keys()
+    own = max((relative_error(torch_results[name], truths[name].double()) for name in actual), default=0.0)
+    for name, value in actual.items():
+        assert_close_to_truth(value, torch_results[name], truths[name], name, factor, own)

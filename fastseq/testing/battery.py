@@ -1,0 +1,145 @@
+"""The op battery: one class of tests that every op inherits, run for every backend.
+
+A test class inherits :class:`OpBattery`, names its op and lists its ``CASES``; ``tests/ops/conftest.py`` runs each test for each
+case, dtype and backend. The truth is the reference in fp64; the bound is twice what PyTorch itself loses in the dtype
+(``testing/compare.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .compare import assert_all_close_to_truth
+
+
+class OpBattery:
+    """What holds for every op and backend.
+
+    A subclass defines ``CASES``, ``make``, ``run``, ``run_torch`` and ``op_samples``.
+    """
+
+    CASES: ClassVar[Sequence[Any]] = ()
+    SMALL_CASES: ClassVar[Sequence[Any]] = ()  # for what is slow: numerical gradients, compilation
+    DTYPES: ClassVar[Sequence[torch.dtype]] = (torch.float64, torch.float32, torch.bfloat16)
+
+    def make(self, case: Any, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """Inputs of a case, the same values for every dtype up to rounding; floating tensors that want gradients require them."""
+        raise NotImplementedError
+
+    def run(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The op's public, differentiable function."""
+        raise NotImplementedError
+
+    def run_torch(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The same by PyTorch itself, with the same outputs."""
+        raise NotImplementedError
+
+    def op_samples(self, case: Any, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
+        """(registered op, arguments) pairs for ``torch.library.opcheck``."""
+        raise NotImplementedError
+
+    def gradients_jump(self, case: Any, dtype: torch.dtype) -> bool:
+        """Whether rounding in this dtype may move a value across a jump of the derivative, so that gradients cannot be compared."""
+        return False
+
+    # shared machinery
+
+    def gradients(self, outputs: tuple[Tensor, ...], inputs: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
+        """Gradients of every input for fixed random gradients of every output."""
+        generator = torch.Generator().manual_seed(seed)
+        wanted = differentiable(inputs)
+        given = [
+            torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype).to(out.device) for out in outputs
+        ]
+        grads = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True)
+        return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
+
+    def truth(self, inputs: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Outputs and gradients of the reference, in fp64, from the values that the inputs have in their dtype."""
+        exact = {name: widened(value) for name, value in inputs.items()}
+        with backends.use_backend("reference"):
+            outputs = self.run(exact)
+            return outputs, self.gradients(outputs, exact)
+
+    def test_forward_and_gradients(self, case: Any, dtype: torch.dtype, backend: str) -> None:
+        inputs = self.make(case, dtype)
+        true_outputs, true_grads = self.truth(inputs)
+        torch_outputs = self.run_torch(inputs)
+        torch_grads = self.gradients(torch_outputs, inputs)
+        with backends.use_backend(backend):
+            outputs = self.run(inputs)
+            grads = self.gradients(outputs, inputs)
+        named = [{f"output {i}": out for i, out in enumerate(outs)} for outs in (outputs, torch_outputs, true_outputs)]
+        if not self.gradients_jump(case, dtype):
+            for results, gradients in zip(named, (grads, torch_grads, true_grads), strict=True):
+                results |= {f"gradient of {name}": grad for name, grad in gradients.items()}
+        assert_all_close_to_truth(*named)
+
+    def test_rerun_is_bit_equal(self, case: Any, dtype: torch.dtype, backend: str) -> None:
+        inputs = self.make(case, dtype)
+        with backends.use_backend(backend):
+            runs = []
+            for _ in range(2):
+                outputs = self.run(inputs)
+                runs.append([*outputs, *self.gradients(outputs, inputs).values()])
+        for first, second in zip(*runs, strict=True):
+            assert torch.equal(first, second)
+
+    def test_backward_takes_any_forward(self, small_case: Any, backend: str) -> None:
+        """Saved tensors are the op's contract: this backend's backward on the forward of every other."""
+        inputs = self.make(small_case, torch.float64)
+        _, true_grads = self.truth(inputs)
+        for other in runnable_backends(inputs):
+            with backends.use_backend(other):
+                outputs = self.run(inputs)
+            with backends.use_backend(backend):
+                grads = self.gradients(outputs, inputs)
+            assert grads.keys() == true_grads.keys()
+            for name, actual in grads.items():
+                torch.testing.assert_close(
+                    actual, true_grads[name], msg=lambda text, name=name, other=other: f"{name}, forward by {other}: {text}"
+                )
+
+    def test_gradcheck(self, small_case: Any, backend: str) -> None:
+        inputs = self.make(small_case, torch.float64)
+        names = list(differentiable(inputs))
+
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return self.run({**inputs, **dict(zip(names, tensors, strict=True))})
+
+        with backends.use_backend(backend):
+            tensors = tuple(inputs[name] for name in names)
+            assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+            assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+    def test_opcheck(self, small_case: Any, backend: str) -> None:
+        with backends.use_backend(backend):
+            for op, arguments in self.op_samples(small_case, torch.float32):
+                results = torch.library.opcheck(op, arguments)
+                assert set(results.values()) == {"SUCCESS"}, results
+
+
+def differentiable(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad}
+
+
+def widened(value: Any) -> Any:
+    """The value in fp64 if it is a floating tensor, as a leaf of its own."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
+
+
+def runnable_backends(inputs: dict[str, Any]) -> list[str]:
+    """Backends that can run on this machine, on the device of the inputs."""
+    device = next(value.device.type for value in inputs.values() if isinstance(value, Tensor))
+    return [
+        name
+        for name, module in backends.BACKENDS.items()
+        if (device in module.devices or "any" in module.devices) and module.available() is None and module.ops
+    ]

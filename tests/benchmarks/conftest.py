@@ -1,0 +1,101 @@
+"""Results as a run would leave them, with times and sizes given by formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from fastseq.benchmarks.floors import Peaks
+from fastseq.benchmarks.providers import PROVIDERS
+from fastseq.benchmarks.results import Results, Row
+from fastseq.benchmarks.suites import recurrent, sequential_vs_parallel
+from fastseq.benchmarks.workloads import MODES, Workload
+
+LENGTHS = (32, 64, 128, 256, 512)
+ENVIRONMENT = {
+    "time": "2030-01-01 00:00 UTC",
+    "device": "cpu",
+    "device name": "A <fast> CPU & more",
+    "cpu": {"name": "A <fast> CPU & more", "cpus": 2},
+    "load average": 0.1,
+    "versions": {"python": "3.12.0", "torch": "2.13.0"},
+}
+
+
+def timed(
+    row: Row, seconds: float, memory: int = 1 << 20, *, over: str | None = None, ratio: float = 1.0
+) -> Row:
+    row.time = {
+        "median": seconds,
+        "low": seconds * 0.98,
+        "high": seconds * 1.02,
+        "fastest": seconds * 0.97,
+        "rounds": 9,
+        "calls": 1,
+    }
+    row.memory, row.parameters, row.chose = memory, 1000, ["aten::something"]
+    row.check = {"ok": True, "error": 1e-7, "bound": 1e-6, "worst": "output", "reason": None}
+    row.floor = {"seconds": seconds / 4, "bound": "weights", "note": "R of 64 KiB at 100 GB/s each step"}
+    if over:
+        row.ratio = {"baseline": over, "median": ratio, "low": ratio * 0.97, "high": ratio * 1.03}
+    return row
+
+
+def lengths(
+    seconds: dict[str, Callable[[int], float]],
+    memory: dict[str, Callable[[int], float]] | None = None,
+    modes=tuple(MODES),
+) -> Results:
+    """Rows of the suite sequential-vs-parallel; providers without a formula are unavailable."""
+    rows = []
+    for mode in modes:
+        for T in LENGTHS:
+            for name in sequential_vs_parallel.RECURRENT + sequential_vs_parallel.PARALLEL:
+                row = Row.of(
+                    sequential_vs_parallel.NAME,
+                    "length",
+                    name,
+                    Workload(PROVIDERS[name].function, T, 8, 256, 256, mode),
+                )
+                if name in seconds:
+                    size = (memory or {}).get(name, lambda T: 1e4 * T)
+                    timed(
+                        row,
+                        seconds[name](T),
+                        int(size(T)),
+                        over=sequential_vs_parallel.BASELINE.get(name),
+                        ratio=1.5,
+                    )
+                else:
+                    row.status, row.reason = "unavailable", "not here"
+                rows.append(row)
+    return Results(dict(ENVIRONMENT), {"quick": True}, rows, [_peaks()], 12.0)
+
+
+def grid(ratio: Callable[[str, str, str, int, int], float]) -> Results:
+    """Rows of the suite recurrent; `ratio(group, mode, cell, B, H)`."""
+    rows = []
+    for group in ("padded", "packed"):
+        for mode in MODES:
+            for cell in recurrent.CELLS:
+                for B in (1, 32):
+                    for H in (64, 256):
+                        w = Workload(cell.lower(), 128, B, H, H, mode, packed=group == "packed")
+                        value, base = ratio(group, mode, cell, B, H), f"torch.nn.{cell}"
+                        rows.append(timed(Row.of(recurrent.NAME, group, base, w), 1e-3))
+                        own = Row.of(recurrent.NAME, group, f"fastseq.{cell}", w)
+                        rows.append(timed(own, 1e-3 / value, over=base, ratio=value))
+    return Results(dict(ENVIRONMENT), {"quick": False}, rows, [_peaks()], 12.0)
+
+
+def _peaks() -> Peaks:
+    return Peaks(
+        "cpu", 2, "float32", {64: 1e11, 65536: 5e10}, {256: 1e11, 131072: 2e10}, 1e11, {"operator": 1e-6}
+    )
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> SimpleNamespace:
+    return SimpleNamespace(lengths=lengths, grid=grid)

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from fastseq.benchmarks import plots, report
+from fastseq.benchmarks.results import Results, write_csv
+from fastseq.benchmarks.suites import SUITES
+
+
+@pytest.fixture(scope="module")
+def results(synthetic):
+    providers = (
+        "eager LSTMCell loop",
+        "torch.nn.LSTM",
+        "torch.nn.GRU",
+        "fused attention",
+        "naive attention",
+        "attention block",
+    )
+    found = synthetic.lengths(
+        {name: (lambda T, k=k: k * 1e-5 * T**1.2) for k, name in enumerate(providers, 1)}
+    )
+    other = synthetic.grid(lambda group, mode, cell, B, H: 0.8 if B == 1 else 2.5)
+    found.rows += other.rows
+    wrong = found.rows[3]
+    wrong.status, wrong.reason, wrong.time = "wrong", "output is off by 1 <b>", None
+    return found
+
+
+class Page(HTMLParser):
+    VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.resources: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "srcset", "data", "poster", "action"):
+                self.resources.append(value or "")
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_but_itself(results):
+    page = report.page(results)
+    parsed = Page()
+    parsed.feed(page)
+    assert parsed.open == []
+    assert [r for r in parsed.resources if not r.startswith(("#", "data:"))] == []
+    assert "script" not in parsed.tags and "link" not in parsed.tags
+    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", page)
+    assert page.count("<svg") == 3
+    references = set(re.findall(r"url\(#([^)]+)\)", page)) | {
+        r[1:] for r in parsed.resources if r.startswith("#")
+    }
+    assert references <= set(re.findall(r'\bid="([^"]+)"', page))
+
+
+def test_the_page_escapes_what_it_shows(results):
+    page = report.page(results)
+    assert "A &lt;fast&gt; CPU &amp; more" in page
+    assert "output is off by 1 &lt;b&gt;" in page and "off by 1 <b>" not in page
+
+
+def test_page_and_terminal_show_what_went_wrong(results):
+    out = StringIO()
+    report.terminal(results, Console(file=out, width=160))
+    for text in (report.page(results), out.getvalue()):
+        for part in (
+            "wrong result",
+            "not reached",
+            "Points that fastseq loses",
+            "0.80×",
+            "hold here",
+            "torch.nn.GRU",
+        ):
+            assert part in text, part
+    assert "WRONG RESULT" in out.getvalue()
+
+
+def test_a_busy_machine_is_mentioned(results):
+    busy = Results({**results.environment, "load average": 1.9}, results.options, results.rows, results.peaks)
+    assert "load 1.9 on 2 CPUs" in report.page(busy)
+    assert "load 1.9" not in report.page(results)
+
+
+def test_json_round_trip(results, tmp_path):
+    path = tmp_path / "results.json"
+    results.save(path, **report.derive(results))
+    again = Results.load(path)
+    assert again == results
+    assert report.page(again) == report.page(results)
+    derived = json.loads(path.read_text())["derived"]
+    assert {v["claim"] for v in derived["verdicts"]} >= {"parallel-ops", "memory-less"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "not a result file"),
+        ('{"schema": "other"}', "not a result file"),
+        ('{"schema": "fastseq-benchmark", "version": 99}', "version 99; this fastseq reads version 1"),
+        ('{"schema": "fastseq-benchmark", "version": 1}', "does not have the fields"),
+        (
+            '{"schema": "fastseq-benchmark", "version": 1, "environment": {}, "options": {}, "peaks": [],'
+            ' "seconds": 1, "rows": [{"x": 1}]}',
+            "does not have the fields",
+        ),
+    ],
+)
+def test_files_that_are_no_results(tmp_path, content, message):
+    path = tmp_path / "some.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Results.load(path)
+
+
+def test_csv_has_a_line_per_row(results, tmp_path):
+    path = tmp_path / "rows.csv"
+    write_csv(results.rows, path)
+    lines = path.read_text().splitlines()
+    assert len(lines) == len(results.rows) + 1
+    assert {"provider", "time.median", "ratio.baseline", "floor.bound", "check.error"} <= set(
+        lines[0].split(",")
+    )
+
+
+@pytest.mark.parametrize("suite", list(SUITES))
+def test_pictures_are_the_same_every_time(results, tmp_path, suite):
+    figure = SUITES[suite].picture(results)
+    for name, theme in plots.THEMES.items():
+        first, second = tmp_path / f"{name}1.svg", tmp_path / f"{name}2.svg"
+        plots.save(figure, first, theme)
+        plots.save(figure, second, theme)
+        assert first.read_bytes() == second.read_bytes()
+        assert theme.ink in first.read_text() and "<text" not in first.read_text()
+    plots.save(figure, tmp_path / "picture.png", plots.LIGHT)
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="svg or .png"):
+        plots.save(figure, tmp_path / "picture.gif", plots.LIGHT)

@@ -1,0 +1,357 @@
+"""The recurrent op, on every backend of this machine: the battery, and what only a recurrence can get wrong."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastseq
+from fastseq import functional as F
+from fastseq.cells import CELLS
+from fastseq.reference.recurrent import state_dtype
+from fastseq.testing.battery import OpBattery
+from fastseq.testing.cases import RECURRENT_CASES, SMALL_RECURRENT_CASES, RecurrentCase
+from fastseq.testing.compare import assert_close_to_truth
+
+FUNCTIONS: dict[str, Any] = {"lstm": F.lstm, "gru": F.gru, "rnn_tanh": F.rnn, "rnn_relu": F.rnn}
+
+
+def torch_module(case: RecurrentCase, dtype: torch.dtype) -> nn.RNNBase:
+    options: dict[str, Any] = dict(num_layers=case.layers, bias=case.bias, bidirectional=case.bidirectional, dtype=dtype)
+    if case.cell == "lstm":
+        return nn.LSTM(case.input, case.hidden, proj_size=case.projection, **options)
+    if case.cell == "gru":
+        return nn.GRU(case.input, case.hidden, **options)
+    return nn.RNN(case.input, case.hidden, nonlinearity=case.cell.removeprefix("rnn_"), **options)
+
+
+class TestRecurrent(OpBattery):
+    CASES = RECURRENT_CASES
+    SMALL_CASES = SMALL_RECURRENT_CASES
+
+    def make(self, case, dtype, device="cpu", seed=0):
+        torch.manual_seed(seed)
+        module = torch_module(case, torch.float64)
+        lanes = case.layers * (2 if case.bidirectional else 1)
+        lengths = torch.randint(1, case.steps + 1, (case.batch,))
+        lengths[0] = case.steps
+        x = torch.randn(case.steps, case.batch, case.input, dtype=torch.float64)
+        inputs: dict[str, Any] = {"case": case}
+        if case.layout == "packed":
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths.sort(descending=True)[0])
+            inputs["x"], inputs["batch_sizes"] = packed.data, packed.batch_sizes
+        else:
+            inputs["x"] = x
+            if case.layout == "lengths":
+                inputs["lengths"] = lengths
+        if case.state:
+            inputs["h0"] = torch.randn(lanes, case.batch, case.projection or case.hidden, dtype=torch.float64)
+            if CELLS[case.cell].has_c:
+                inputs["c0"] = torch.randn(lanes, case.batch, case.hidden, dtype=torch.float64)
+        inputs |= {name: parameter.detach() for name, parameter in module.named_parameters()}
+        return {
+            name: value.to(device, dtype).requires_grad_()
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value.to(device)
+            if isinstance(value, Tensor) and name != "batch_sizes"
+            else value
+            for name, value in inputs.items()
+        }
+
+    def run(self, inputs):
+        case = inputs["case"]
+        options = {"proj_size": case.projection} if case.cell == "lstm" else {}
+        if case.cell.startswith("rnn"):
+            options["nonlinearity"] = case.cell.removeprefix("rnn_")
+        return FUNCTIONS[case.cell](
+            inputs["x"],
+            (inputs["h0"], inputs["c0"]) if "c0" in inputs else inputs.get("h0"),
+            [inputs[name] for name, _ in torch_module(case, torch.float64).named_parameters()],
+            has_biases=case.bias,
+            num_layers=case.layers,
+            bidirectional=case.bidirectional,
+            lengths=inputs.get("lengths"),
+            batch_sizes=inputs.get("batch_sizes"),
+            recompute=case.recompute,
+            **options,
+        )
+
+    def run_torch(self, inputs):
+        case = inputs["case"]
+        module = torch_module(case, inputs["x"].dtype)
+        state = (inputs["h0"], inputs["c0"]) if "c0" in inputs else inputs.get("h0")
+        x = inputs["x"]
+        if "batch_sizes" in inputs:
+            x = nn.utils.rnn.PackedSequence(x, inputs["batch_sizes"])
+        elif "lengths" in inputs:
+            x = nn.utils.rnn.pack_padded_sequence(x, inputs["lengths"], enforce_sorted=False)
+        parameters = {name: inputs[name] for name, _ in module.named_parameters()}
+        y, states = torch.func.functional_call(module, parameters, (x, state))
+        if "batch_sizes" in inputs:
+            y = y.data
+        elif "lengths" in inputs:
+            y, _ = nn.utils.rnn.pad_packed_sequence(y, total_length=case.steps)
+        return (y, *states) if isinstance(states, tuple) else (y, states)
+
+    def op_samples(self, case, dtype):
+        cell, lanes = CELLS[case.cell], 2 if case.bidirectional else 1
+        inputs = self.make(case, dtype)
+        lengths, batch_sizes = inputs.get("lengths"), inputs.get("batch_sizes")
+        rows = inputs["x"].shape[:-1]
+        width = case.projection or case.hidden
+        wide = state_dtype(dtype)
+        weight = torch.randn(lanes, len(cell.gates) * case.hidden, width, dtype=dtype)
+        bias = torch.randn(lanes, case.hidden, dtype=dtype) if cell.recurrent_bias else None
+        projection = torch.randn(lanes, width, case.hidden, dtype=dtype) if case.projection else None
+        # packed: without a state the fake kernel would have to invent the batch's size, which opcheck cannot compare
+        h0 = torch.randn(lanes, case.batch, width, dtype=dtype)
+        c0 = torch.randn(lanes, case.batch, case.hidden, dtype=wide) if cell.has_c else None
+        reverse = [False, True][:lanes]
+        x_gates = torch.randn(*rows, lanes, len(cell.gates) * case.hidden, dtype=dtype)
+        forward = (x_gates, weight, bias, projection, h0, c0, lengths, batch_sizes, case.cell, reverse, True, True)
+        y, h_n, c_n, c, gates = torch.ops.fastseq.recurrent_forward(*forward)
+        backward = (
+            torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n) if cell.has_c else None, None, weight, projection,
+            h0, c0, lengths, batch_sizes, y, c, gates, case.cell, reverse,
+        )  # fmt: skip
+        return [(torch.ops.fastseq.recurrent_forward.default, forward), (torch.ops.fastseq.recurrent_backward.default, backward)]
+
+    def gradients_jump(self, case, dtype):
+        return case.cell == "rnn_relu" and dtype == torch.bfloat16  # test_relu_gradients_in_bfloat16 instead
+
+    # what only a recurrence can get wrong
+
+    def test_cells_of_every_step(self, backend):
+        """c of every step, with its gradient, against a loop over torch's own cell."""
+        torch.manual_seed(0)
+        module, cell = nn.LSTM(3, 6, dtype=torch.float64), nn.LSTMCell(3, 6, dtype=torch.float64)
+        cell.load_state_dict({name.removesuffix("_l0"): value for name, value in module.state_dict().items()})
+        x = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True)
+        weights = torch.randn(7, 2, 6, dtype=torch.float64)
+        with fastseq.use_backend(backend):
+            *_, cells = F.lstm(x, None, list(module.parameters()), return_cells=True)
+            (grad,) = torch.autograd.grad((cells[0] * weights).sum(), x)
+        state, expected = None, []
+        for x_t in x:
+            state = cell(x_t, state)
+            expected.append(state[1])
+        (expected_grad,) = torch.autograd.grad((torch.stack(expected) * weights).sum(), x)
+        torch.testing.assert_close(cells[0], torch.stack(expected))
+        torch.testing.assert_close(grad, expected_grad)
+
+    @pytest.mark.parametrize("cell", ("lstm", "gru", "rnn_tanh"))
+    def test_rows_do_not_touch(self, backend, cell):
+        """Each row of a ragged batch gives what it gives alone, whatever stands beyond its length; lengths of zero leave the state."""
+        case = RecurrentCase(cell, steps=6, batch=5, hidden=9, bidirectional=True, layout="lengths")
+        inputs = self.make(case, torch.float64)
+        inputs["lengths"] = torch.tensor([6, 0, 3, 1, 4])
+        with fastseq.use_backend(backend), torch.no_grad():
+            outputs = self.run(inputs)
+            inputs["x"][3:, 2] = torch.nan
+            assert all(torch.equal(a, b) for a, b in zip(outputs, self.run(inputs), strict=True))
+            for row, length in enumerate(inputs["lengths"].tolist()):
+                assert not outputs[0][length:, row].any()
+                states = [name for name in ("h0", "c0") if name in inputs]
+                if length == 0:
+                    for name, final in zip(states, outputs[1:], strict=True):
+                        assert torch.equal(final[:, row], inputs[name][:, row])
+                    continue
+                alone = dict(inputs, x=inputs["x"][:length, row : row + 1], lengths=None)
+                alone |= {name: inputs[name][:, row : row + 1] for name in states}
+                y, *finals = self.run(alone)
+                torch.testing.assert_close(outputs[0][:length, row], y[:, 0])
+                for final, expected in zip(outputs[1:], finals, strict=True):
+                    torch.testing.assert_close(final[:, row], expected[:, 0])
+
+    @pytest.mark.parametrize("cell", ("lstm", "gru", "rnn_tanh"))
+    def test_large_and_not_a_number(self, backend, cell):
+        """Saturated gates stay exact, NaN and infinity go where torch sends them."""
+        case = RecurrentCase(cell, batch=4, hidden=20, state=False)
+        inputs = self.make(case, torch.float32)
+        with torch.no_grad():
+            inputs["x"] *= torch.tensor([1.0, 1e4, 1e30, 1.0])[:, None]
+            inputs["x"][2, 3, 1] = torch.nan
+            expected = self.run_torch(inputs)
+            with fastseq.use_backend(backend):
+                outputs = self.run(inputs)
+        for actual, wanted in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(actual, wanted, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+    def test_beyond_65535_steps(self, backend):
+        """More steps than fit 16 bits (where CUDA's vendor kernels end): as one call, and as two with the state carried over."""
+        if backend == "reference":
+            pytest.skip("a Python loop counts as far as it likes")
+        torch.manual_seed(0)
+        params = [p.detach() for p in nn.GRU(2, 3).parameters()]
+        x = torch.randn(70_001, 2, 2, requires_grad=True)
+        cut = 40_000
+        with fastseq.use_backend(backend):
+            y, h_n = F.gru(x, None, params)
+            first, state = F.gru(x[:cut], None, params)
+            second, final = F.gru(x[cut:], state, params)
+            (grad,) = torch.autograd.grad(y[-1].sum() + y[5].sum(), x)
+            (expected,) = torch.autograd.grad(second[-1].sum() + first[5].sum(), x)
+        assert y.shape[0] == 70_001
+        torch.testing.assert_close(y, torch.cat((first, second)))
+        torch.testing.assert_close(h_n, final)
+        torch.testing.assert_close(grad, expected)
+        assert grad[:6].any() and grad[-1].any()
+
+    def test_relu_gradients_in_bfloat16(self, backend):
+        """From the same forward outputs, so that both sides agree on which units were off."""
+        torch.manual_seed(0)
+        weight = torch.randn(2, 40, 40).bfloat16() / 8
+        x_gates = torch.randn(6, 9, 2, 40).bfloat16()
+        reverse = [False, True]
+        y, *_ = torch.ops.fastseq.recurrent_forward(
+            x_gates, weight, None, None, None, None, None, None, "rnn_relu", reverse, False, False
+        )
+        dy = torch.randn_like(y)
+        empty = y.new_empty(0)
+
+        def dgates(dtype: torch.dtype) -> Tensor:
+            return torch.ops.fastseq.recurrent_backward(
+                dy.to(dtype), None, None, None, weight.to(dtype), None, None, None, None, None, y.to(dtype), empty, empty,
+                "rnn_relu", reverse,
+            )[0]  # fmt: skip
+
+        with fastseq.use_backend("reference"):
+            truth, by_reference = dgates(torch.float64), dgates(torch.bfloat16)
+        with fastseq.use_backend(backend):
+            assert_close_to_truth(dgates(torch.bfloat16), by_reference, truth, "dgates")
+
+    @pytest.mark.parametrize("batch_first_strides", (False, True))
+    def test_strided_inputs(self, backend, batch_first_strides):
+        """Inputs and incoming gradients of any strides and offsets."""
+        torch.manual_seed(0)
+        module = nn.LSTM(4, 5, bidirectional=True, dtype=torch.float64)
+        x = torch.randn(3, 6, 9, dtype=torch.float64)[..., 2:6].transpose(0, 1) if batch_first_strides else None
+        x = (torch.randn(12, 3, 4, dtype=torch.float64)[::2] if x is None else x).detach().requires_grad_()
+        with fastseq.use_backend(backend):
+            y, h, c = F.lstm(x, None, list(module.parameters()), bidirectional=True)
+            (grad,) = torch.autograd.grad(y[:, :, ::2].sum() + h[:, 1].sum(), x)
+        expected, (h_n, _) = module(x)
+        (expected_grad,) = torch.autograd.grad(expected[:, :, ::2].sum() + h_n[:, 1].sum(), x)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(grad, expected_grad)
+
+    def test_empty_batch(self, backend):
+        module = nn.LSTM(4, 5)
+        x = torch.randn(3, 0, 4, requires_grad=True)
+        with fastseq.use_backend(backend):
+            y, h, c = F.lstm(x, None, list(module.parameters()))
+            y.sum().backward()
+        assert y.shape == (3, 0, 5) and h.shape == c.shape == (1, 0, 5)
+        assert x.grad is not None and x.grad.shape == x.shape
+        assert module.weight_hh_l0.grad is not None and not module.weight_hh_l0.grad.any()
+
+    def test_bad_values(self, backend):
+        params = list(nn.GRU(4, 5).parameters())
+        x = torch.randn(6, 2, 4)
+        with fastseq.use_backend(backend):
+            for lengths in ([7, 1], [-1, 2]):
+                with pytest.raises(RuntimeError, match=r"lengths must lie in \[0, 6\]"):
+                    F.gru(x, None, params, lengths=torch.tensor(lengths))
+            for sizes in ([2, 3, 1], [4, 0], [4, 4]):
+                with pytest.raises(RuntimeError, match="batch_sizes"):
+                    F.gru(x[0].repeat(3, 1)[:6], None, params, batch_sizes=torch.tensor(sizes))
+
+    def test_recomputing_gives_the_same_gradients_and_holds_less(self, backend):
+        case = RecurrentCase("lstm", steps=20, batch=8, hidden=32, input=32)
+        held = {}
+        for recompute in (False, True):
+            inputs = self.make(RecurrentCase(**{**vars(case), "recompute": recompute}), torch.float32)
+            saved: list[Tensor] = []
+
+            def keep(tensor: Tensor, saved=saved) -> Tensor:
+                saved.append(tensor)
+                return tensor
+
+            with fastseq.use_backend(backend), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                self.run(inputs)
+            held[recompute] = sum(t.nbytes for t in {t.data_ptr(): t for t in saved if t.numel()}.values())
+        gates = 20 * 8 * 4 * 32 * 4
+        assert held[False] - held[True] == gates
+
+
+class TestCpuKernels:
+    """What is particular to the native CPU kernels: instruction sets, threads."""
+
+    @pytest.fixture(autouse=True)
+    def native(self):
+        with fastseq.use_backend("cpu"):
+            yield
+
+    @pytest.mark.parametrize("level", ("default", "avx2", "avx512"))
+    @pytest.mark.parametrize("dtype", TestRecurrent.DTYPES, ids=str)
+    def test_every_instruction_set(self, level, dtype, monkeypatch):
+        monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
+        if torch.ops.fastseq_native.cpu_level() != level:
+            pytest.skip(f"this processor has no {level}")
+        battery = TestRecurrent()
+        for case in RECURRENT_CASES[::3]:
+            battery.test_forward_and_gradients(case, dtype, "cpu")
+
+    def test_unknown_instruction_set(self, monkeypatch):
+        monkeypatch.setenv("FASTSEQ_CPU_LEVEL", "sse9")
+        with pytest.raises(RuntimeError, match="FASTSEQ_CPU_LEVEL=sse9"):
+            F.gru(torch.randn(2, 1, 4), None, list(nn.GRU(4, 5).parameters()))
+
+    @pytest.mark.parametrize("threads", (1, 2, 3, 5))
+    @pytest.mark.parametrize("hidden,batch", ((320, 1), (256, 3), (64, 40)))
+    def test_threads_share_a_step(self, threads, hidden, batch):
+        """Teams with and without a barrier, more threads than cores, parts that do not divide the batch."""
+        battery, before = TestRecurrent(), torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            for cell in ("lstm", "gru", "rnn_tanh"):
+                case = RecurrentCase(cell, steps=6, batch=batch, input=40, hidden=hidden, layout="lengths")
+                battery.test_forward_and_gradients(case, torch.float32, "cpu")
+        finally:
+            torch.set_num_threads(before)
+
+    def test_concurrent_callers(self):
+        """Several Python threads, each with a team of its own, neither mix nor wait for one another for ever."""
+        torch.manual_seed(0)
+        module = nn.GRU(32, 320)
+        params = [p.detach() for p in module.parameters()]
+        x = torch.randn(20, 1, 32)
+        expected = F.gru(x, None, params)[0]
+        wrong: list[int] = []
+
+        def work(index: int) -> None:
+            for _ in range(5):
+                if not torch.equal(F.gru(x, None, params)[0], expected):
+                    wrong.append(index)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert not any(thread.is_alive() for thread in threads)
+        assert not wrong
+
+    def test_tanh_keeps_small_arguments(self):
+        """Relative, not only absolute, accuracy near zero, where a formula through exp cancels."""
+        x = torch.logspace(-20, 0, 64).repeat(2)[:, None, None] * torch.tensor([1.0])
+        params = [torch.ones(1, 1), torch.zeros(1, 1)]
+        y, _ = F.rnn(x, None, params, has_biases=False)
+        truth = x.double().tanh()
+        assert ((y.double() - truth).abs() / truth).max() < 4 * torch.finfo(torch.float32).eps
+
+    def test_bfloat16_keeps_the_cell_state_in_float32(self):
+        torch.manual_seed(0)
+        x = torch.randn(50, 2, 4)
+        module = nn.LSTM(4, 8)
+        half = [p.detach().bfloat16() for p in module.parameters()]
+        *_, cells = F.lstm(x.bfloat16(), None, half, return_cells=True)
+        exact = [p.double() for p in half]
+        *_, truth = F.lstm(x.bfloat16().double(), None, exact, return_cells=True)
+        torch_result, _ = nn.LSTM(4, 8, dtype=torch.bfloat16)(x.bfloat16())
+        assert cells.dtype == torch_result.dtype
+        assert_close_to_truth(cells, truth.bfloat16(), truth, "c", 4)
