@@ -1,13 +1,11 @@
 """Does a converted model still compute what it computed? `Probe` answers for `convert(example_inputs=...)`.
 
 The bound is measured, not chosen. Two correct programs differ by rounding, and how far rounding travels
-depends on the
-model: on its depth, its length in time, what cancels. So the old model runs once more with every weight of
-    the modules
-in question moved by one unit of rounding, up or down at random. How far that moves a result is its noise; the
-new model may be off by 16 times that (a kernel rounds at every step and in another order, the moved weights
-only once), plus 16 units of rounding of the result's largest value. A wrong kernel is off by thousands of
-times more.
+depends on the model: on its depth, its length in time, what cancels. So the old model runs once more with
+every weight of the modules in question moved by one unit of rounding, up or down at random. How far that
+moves a result is its noise; the new model may be off by 16 times that (a kernel rounds at every step and in
+another order, the moved weights only once), plus 16 units of rounding of the result's largest value. Of the
+16, correct kernels were seen to need 4; wrong ones are off by orders of magnitude.
 """
 
 from __future__ import annotations

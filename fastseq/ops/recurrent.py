@@ -440,9 +440,12 @@ def _recomputed_gates(weights: _Weights, x, h0, c0, lengths, batch_sizes, y, c, 
             _shifted(c, c0, lengths, batch_sizes, lane, reverse[lane]).flatten(0, -2) if row.has_c else None
         )
         before.append((h_prev, c_prev))
-    block = max(1, -(-total // 16))
-    for begin in range(0, total, block):
-        part = slice(begin, begin + block)
+    if torch.compiler.is_compiling():
+        parts = [slice(None)]  # a loop over blocks would fix the number of rows in the compiled code
+    else:
+        block = max(1, -(-total // 16))
+        parts = [slice(begin, begin + block) for begin in range(0, total, block)]
+    for part in parts:
         x_gates = weights.project(flat_x[part])
         for lane, (h_prev, c_prev) in enumerate(before):
             r = h_prev[part] @ weights.w_hh[lane].t()

@@ -1,0 +1,85 @@
+"""Which backend runs, why the others do not, and what forcing one means."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastseq
+from fastseq import backends
+from fastseq.backends import BACKENDS, ORDER, Query
+
+CALL = Query("recurrent", torch.device("cpu"), torch.float32, "gru", 5, 1, 16, False, "padded")
+
+
+def test_table_is_in_order():
+    assert tuple(BACKENDS) == ORDER
+    for name, module in BACKENDS.items():
+        assert module.name == name
+        for op in module.ops:
+            assert callable(getattr(module, f"{op}_forward")) and callable(getattr(module, f"{op}_backward"))
+
+
+def test_first_without_a_reason_runs():
+    chosen = backends.select(CALL)
+    assert chosen.name == "cpu"
+    for name in ORDER[: ORDER.index("cpu")]:
+        assert backends.reasons(name, CALL) == ["runs on cuda tensors, not on cpu"]
+
+
+def test_reference_is_the_last_resort():
+    half = Query("recurrent", torch.device("cpu"), torch.float16, "gru", 5, 1, 16, False, "padded")
+    assert backends.select(half).name == "reference"
+    assert backends.reasons("cpu", half) == ["dtype float16 is not one of float32, float64, bfloat16"]
+    y = fastseq.GRU(3, 4, dtype=torch.float16)(torch.randn(2, 1, 3).half())[0]
+    assert y.dtype == torch.float16
+
+
+def test_forcing_raises_with_the_reasons():
+    with fastseq.use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was forced .* runs on cuda tensors"):
+        fastseq.GRU(3, 4)(torch.randn(2, 1, 3))
+
+
+def test_forcing_ends_with_the_block_even_on_error():
+    with pytest.raises(ZeroDivisionError), fastseq.use_backend("reference"):
+        assert backends.select(CALL).name == "reference"
+        with fastseq.use_backend("auto"):
+            assert backends.select(CALL).name == "cpu"
+        raise ZeroDivisionError
+    assert backends.select(CALL).name == "cpu"
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="unknown backend 'gpu'; accepted: auto, cuda, triton, cpu, reference"):
+        with fastseq.use_backend("gpu"):
+            pass
+
+
+@pytest.mark.parametrize("value,expected", (("reference", "reference"), ("", "cpu"), ("auto", "cpu")))
+def test_environment_variable(value, expected):
+    code = "import fastseq, torch; print(fastseq.explain(fastseq.GRU(2, 3), torch.randn(2, 1, 2)).backends)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "FASTSEQ_BACKEND": value}, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == f"['{expected}']"
+
+
+def test_environment_variable_with_a_wrong_name():
+    run = subprocess.run(
+        [sys.executable, "-c", "import fastseq"], env={**os.environ, "FASTSEQ_BACKEND": "x"}, capture_output=True, text=True
+    )
+    assert run.returncode and "FASTSEQ_BACKEND: unknown backend 'x'" in run.stderr
+
+
+def test_explain_names_backend_and_reasons():
+    text = str(fastseq.explain(fastseq.LSTM(3, 4, num_layers=2, bidirectional=True), torch.randn(2, 1, 3)))
+    assert text.startswith("recurrent lstm, float32 on cpu, padded, T=2 D=2 H=4: cpu")
+    assert "not cuda: runs on cuda tensors, not on cpu" in text
+    assert str(fastseq.explain(torch.nn.Linear(2, 2), torch.randn(1, 2))) == "no fastseq op ran"
+    with fastseq.use_backend("reference"):
+        forced = fastseq.explain(fastseq.GRU(3, 4), torch.randn(2, 1, 3))
+    assert forced.backends == ["reference"]

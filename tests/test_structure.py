@@ -1,0 +1,127 @@
+"""The house: imports go one way, every op and every cell has every room, rules that the machine keeps."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from fastseq.cells import CELLS
+from fastseq.ops import OPS
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fastseq"
+
+# A file may import from rooms to its right (and from cells.py, which is facts), never from its left.
+ROOMS = ("convert", "modules", "functional", "ops", "backends", "kernels", "reference", "cells")
+
+
+def room(path: Path) -> str | None:
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return name if name in ROOMS else None
+
+
+def imports(path: Path) -> set[str]:
+    """First component, below fastseq, of everything a file imports from fastseq."""
+    package = ("fastseq", *path.relative_to(PACKAGE).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            names = [(*module, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        else:
+            continue
+        found |= {name[1] for name in names if name[0] == "fastseq" and len(name) > 1}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(p for p in PACKAGE.rglob("*.py") if room(p)), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    own = ROOMS.index(room(path))
+    wrong = {name for name in imports(path) if name in ROOMS and ROOMS.index(name) < own}
+    assert not wrong, f"{path.relative_to(ROOT)} imports from its left: {sorted(wrong)}"
+
+
+def test_kernels_import_no_package_code():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not imports(path) & set(ROOMS) - {"kernels"}, path
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_every_room(op):
+    rooms = (
+        f"fastseq/ops/{op}.py",
+        f"fastseq/reference/{op}.py",
+        f"csrc/cpu/{op}.cpp",
+        f"tests/ops/test_{op}.py",
+        f"tests/reference/test_{op}.py",
+        f"benchmarks/ops/test_{op}.py",
+    )
+    missing = [path for path in rooms if not (ROOT / path).is_file()]
+    assert not missing
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda cell: cell.name)
+def test_every_cell_has_every_room(cell):
+    rooms = (f"fastseq/reference/cells/{cell.family}.py", f"csrc/recurrent/cells/{cell.family}.h")
+    missing = [path for path in rooms if not (ROOT / path).is_file()]
+    assert not missing
+    import fastseq
+    from fastseq.testing.cases import RECURRENT_CASES
+
+    names = {name.lower() for name in fastseq.__all__}
+    assert cell.family in names and f"{cell.family}cell" in names
+    assert any(case.cell == cell.name for case in RECURRENT_CASES)
+
+
+def test_cell_facts_agree_in_both_languages():
+    for cell in CELLS.values():
+        header = (ROOT / f"csrc/recurrent/cells/{cell.family}.h").read_text()
+        constant = dict(re.findall(r"static constexpr \w+ (k\w+) = (\w+);", header))
+        assert int(constant["kGates"]) == len(cell.gates)
+        assert int(constant["kSaved"]) == len(cell.saved)
+        assert constant["kHasC"] == str(cell.has_c).lower()
+        assert constant["kHasRecurrentBias"] == str(cell.recurrent_bias is not None).lower()
+
+
+def test_one_registration():
+    """STABLE_TORCH_LIBRARY stands in one file; the sources that CMake lists are the ones that exist."""
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h", ".inl")]
+    assert [p.name for p in sources if "STABLE_TORCH_LIBRARY(" in p.read_text()] == ["registration.cpp"]
+    listed = (ROOT / "CMakeLists.txt").read_text()
+    for path in sources:
+        if path.suffix in (".cpp", ".cu"):
+            name = str(path.relative_to(ROOT))
+            pattern = re.sub(r"_(default|avx2|avx512)\.cpp$", "_${level}.cpp", name)
+            assert name in listed or pattern in listed, f"{name} is not in CMakeLists.txt"
+
+
+def test_kernel_folders_shadow_nobody():
+    """An __init__.py would make the folder importable as `kernels` (Hugging Face's package) or `benchmarks` from the checkout."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "benchmarks" / "__init__.py").exists()
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_setup_does_not_import_torch():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    assert not any(name.split(".")[0] == "torch" for name in names)
+
+
+def test_no_banners_and_nothing_postponed():
+    """Comments are shapes and whys."""
+    wrong = []
+    for path in [*ROOT.glob("*.py"), *(p for d in ("fastseq", "kernels", "benchmarks", "csrc", "examples") for p in (ROOT / d).rglob("*"))]:
+        if path.suffix not in (".py", ".cpp", ".cu", ".cuh", ".h", ".inl"):
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if re.search(r"(#|//)\s*([-=#*~]{4,}|TODO|FIXME|XXX|HACK)", line):
+                wrong.append(f"{path.relative_to(ROOT)}:{number}")
+    assert not wrong
