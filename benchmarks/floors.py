@@ -80,17 +80,10 @@ def measure(device: str, threads: int, dtype: str, *, quick: bool = False) -> Pe
             for kib in READ_KIB:
                 peaks.read[kib] = _read(device, kib << 10, threads)
             for kib in COPY_KIB:
-                a, b = (torch.zeros(kib << 8, device=device) for _ in range(2))
-                repeats = max(1, (64 << 10) // kib)
-                seconds = _best(device, lambda a=a, b=b, n=repeats: [b.copy_(a) for _ in range(n)])
-                peaks.copy[kib] = 2 * (kib << 10) * repeats / seconds
+                peaks.copy[kib] = _copy(device, kib << 10)
             cuda = device.startswith("cuda")
             for n in GEMM_SIZES[: 2 if quick else None] if not cuda else (4096, 8192):
-                a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
-                out = torch.empty_like(a)
-                peaks.gemm = max(
-                    peaks.gemm, 2 * n**3 / _best(device, lambda a=a, out=out: torch.mm(a, a, out=out))
-                )
+                peaks.gemm = max(peaks.gemm, _gemm(device, n, getattr(torch, dtype)))
             one = torch.zeros(1, device=device)
             peaks.launch["operator"] = _per_call(device, lambda: one.add_(1))
             if cuda:
@@ -110,6 +103,18 @@ def _read(device: str, size: int, threads: int) -> float:
     repeats = max(2, math.ceil((48 << 20) / (share * 4) / threads)) * threads
     buffer = torch.randn(share, device=device)
     return repeats * share * 4 / _best(device, lambda: buffer.expand(repeats, share).sum(1))
+
+
+def _copy(device: str, size: int) -> float:
+    a, b = (torch.zeros(size // 4, device=device) for _ in range(2))
+    repeats = max(1, (64 << 20) // size)
+    return 2 * size * repeats / _best(device, lambda: [b.copy_(a) for _ in range(repeats)])
+
+
+def _gemm(device: str, n: int, dtype: torch.dtype) -> float:
+    a = torch.randn(n, n, device=device).to(dtype)
+    out = torch.empty_like(a)
+    return 2 * n**3 / _best(device, lambda: torch.mm(a, a, out=out))
 
 
 def _best(device: str, run: Callable[[], object], rounds: int = 5) -> float:

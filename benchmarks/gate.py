@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastseq.testing.compare import FACTOR, ROUNDINGS, relative_error
 
@@ -53,25 +53,23 @@ class Expected:
         return {name: min(bound, math.sqrt(eps)) for name, bound in bounds.items()}
 
 
-def check(build: Callable[[Workload], tuple[object, str]], workload: Workload) -> Check:
+def check(build: Callable[[Workload], tuple[nn.Module, str]], workload: Workload) -> Check:
     """`build(workload) -> (module, layout)`. Never raises for a provider's fault: an exception is a failed
     check.
     """
-    worst = None
+    results = []
     for shape in (workload.small(), workload):
         try:
             module, layout = build(shape)
-            found = _results(Call(module, problem(shape), layout))  # type: ignore[arg-type]
+            found = _results(Call(module, problem(shape), layout))
         except Exception as error:  # noqa: BLE001  whatever a provider raises is its result
             return Check(False, None, None, "", f"raised {type(error).__name__}: {_first_line(error)}")
         result = compare(found, expected(shape), rounding(shape))
         if not result.ok:
             size = "small shape" if shape != workload else "actual shape"
             return replace(result, reason=f"{size} (T={shape.T}, B={shape.B}, H={shape.H}): {result.reason}")
-        if worst is None or result.error > worst.error:
-            worst = result
-    assert worst is not None
-    return worst
+        results.append(result)
+    return max(results, key=lambda r: r.error or 0.0)
 
 
 def _first_line(error: Exception) -> str:
@@ -80,7 +78,7 @@ def _first_line(error: Exception) -> str:
 
 def compare(found: dict[str, Tensor], want: Expected, eps: float) -> Check:
     """Every tensor of `found` against `want`, the worst in terms of its bound reported."""
-    closest, largest, bounds = None, 0.0, want.bounds(eps)
+    errors, bounds = {}, want.bounds(eps)
     for name, value in found.items():
         truth = want.values[name]
         if value.shape != truth.shape:
@@ -93,11 +91,9 @@ def compare(found: dict[str, Tensor], want: Expected, eps: float) -> Check:
         if not error <= bound:  # also when the error is NaN
             reason = f"{name} is off by {error:.1e} of its largest value; {bound:.1e} is allowed"
             return Check(False, error if math.isfinite(error) else None, bound, name, reason)
-        largest = max(largest, error)
-        if closest is None or error / bound > closest.error / closest.bound:
-            closest = Check(True, error, bound, name)
-    assert closest is not None, "a provider without outputs"
-    return replace(closest, error=largest)
+        errors[name] = error
+    closest = max(errors, key=lambda name: errors[name] / bounds[name])
+    return Check(True, max(errors.values()), bounds[closest], closest)
 
 
 def rounding(workload: Workload) -> float:
@@ -161,9 +157,10 @@ def _torch_results(
     if len(parts) == 1:
         return parts[0]
     by_row = ("output", "grad input")  # [T, 1, ...] each; gradients of parameters add up
+    every = {name: [part[name] for part in parts] for name in parts[0]}
     return {
-        name: torch.cat([p[name] for p in parts], dim=1) if name in by_row else sum(p[name] for p in parts)
-        for name in parts[0]
+        name: torch.cat(values, dim=1) if name in by_row else torch.stack(values).sum(0)
+        for name, values in every.items()
     }
 
 

@@ -63,7 +63,7 @@ def kept(forward: Callable[[], object], device: str = "cpu") -> int:
 def _profile(run: Callable[[], object], device: str) -> list[tuple[str, int]]:
     """(name, bytes) of every event; bytes is 0 but for "[memory]": allocations (+) and releases (-).
 
-    Collected before, not meanwhile: a release of something older would be taken for one of the call's own.
+    Without garbage collection: a release of something older would be taken for one of the call's own.
     """
     cuda = device.startswith("cuda")
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])

@@ -40,7 +40,11 @@ def draw(figure: Figure, theme: Theme) -> Canvas:
 def svg(figure: Figure, theme: Theme = PAGE, *, name: str = "figure") -> str:
     """An <svg> element without resources from elsewhere. The same figure gives the same text."""
     text = theme is PAGE  # text as text in the page, as paths in a picture that stands alone
-    settings = {"svg.fonttype": "none" if text else "path", "svg.hashsalt": name, "font.family": "sans-serif"}
+    settings: Any = {
+        "svg.fonttype": "none" if text else "path",
+        "svg.hashsalt": name,
+        "font.family": "sans-serif",
+    }
     with matplotlib.rc_context(settings):
         buffer = io.StringIO()
         draw(figure, theme).savefig(

@@ -22,7 +22,6 @@ class Provider:
 
     name: str
     function: str
-    family: str  # "recurrent" or "attention"
     layout: str  # "time" or "batch"
     build: Callable[[Workload], nn.Module]
     unavailable: Callable[[Workload], str | None] = lambda workload: None
@@ -52,19 +51,34 @@ def _fastseq_chose(call: Call) -> list[str]:
     return [f"backend: {name}" for name in sorted(set(explained.backends))]
 
 
-def _entries() -> list[Provider]:
-    entries = [
+def _vendor(cls: str) -> Callable[[Workload], nn.Module]:
+    return lambda w: getattr(nn, cls)(w.I, w.H)
+
+
+def _recurrent(cls: str, color: str) -> list[Provider]:
+    """torch.nn's, fastseq's, and fastseq's that recomputes the gates for the backward pass."""
+    function, missing = cls.lower(), _fastseq_missing(cls)
+    own, frugal = _fastseq(cls), _fastseq(cls, recompute=True)
+    return [
+        Provider(f"torch.nn.{cls}", function, "time", _vendor(cls), color=color, dashed=True),
+        Provider(f"fastseq.{cls}", function, "time", own, missing, _fastseq_chose, color),
         Provider(
-            "eager LSTMCell loop",
-            "lstm",
-            "recurrent",
-            "time",
-            lambda w: CellLoop(nn.LSTMCell(w.I, w.H)),
-            color="#8d99ae",
+            f"fastseq.{cls} (recompute)", function, "time", frugal, missing, _fastseq_chose, color, True
         ),
+    ]
+
+
+PROVIDERS = {
+    p.name: p
+    for p in (
+        Provider(
+            "eager LSTMCell loop", "lstm", "time", lambda w: CellLoop(nn.LSTMCell(w.I, w.H)), color="#8d99ae"
+        ),
+        *_recurrent("LSTM", "#1e88e5"),
+        *_recurrent("GRU", "#12a67c"),
+        *_recurrent("RNN", "#e29100"),
         Provider(
             "naive attention",
-            "attention",
             "attention",
             "batch",
             lambda w: Attention(w.H, w.heads, fused=False),
@@ -74,7 +88,6 @@ def _entries() -> list[Provider]:
         Provider(
             "fused attention",
             "attention",
-            "attention",
             "batch",
             lambda w: Attention(w.H, w.heads, fused=True),
             color="#d1495b",
@@ -82,41 +95,9 @@ def _entries() -> list[Provider]:
         Provider(
             "attention block",
             "block",
-            "attention",
             "batch",
             lambda w: TransformerBlock(w.H, w.heads, fused=True),
             color="#c77dff",
         ),
-    ]
-    for cls, color in (("LSTM", "#1e88e5"), ("GRU", "#12a67c"), ("RNN", "#e29100")):
-        function, missing = cls.lower(), _fastseq_missing(cls)
-        vendor = getattr(nn, cls)
-        entries += [
-            Provider(
-                f"torch.nn.{cls}",
-                function,
-                "recurrent",
-                "time",
-                lambda w, c=vendor: c(w.I, w.H),
-                color=color,
-                dashed=True,
-            ),
-            Provider(
-                f"fastseq.{cls}", function, "recurrent", "time", _fastseq(cls), missing, _fastseq_chose, color
-            ),
-            Provider(
-                f"fastseq.{cls} (recompute)",
-                function,
-                "recurrent",
-                "time",
-                _fastseq(cls, recompute=True),
-                missing,
-                _fastseq_chose,
-                color,
-                True,
-            ),
-        ]
-    return entries
-
-
-PROVIDERS = {p.name: p for p in _entries()}
+    )
+}

@@ -173,6 +173,7 @@ class Effort:
     max_rounds: int = 100
     sample_seconds: float = 1e-3  # a sample repeats the call until it lasts this long
     precision: float = 0.01
+    patience: float = 5.0  # times `seconds`, after which it ends even before `min_rounds`
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,9 @@ def interleave(runs: Mapping[str, Run], clock: Clock, effort: Effort) -> dict[st
     prepared = {name: clock.prepare(run) for name, run in runs.items()}
     calls = {}
     for name in names:
-        clock.measure(prepared[name], 1)  # warm-up
-        once = clock.measure(prepared[name], 1)
+        once = clock.measure(prepared[name], 1)  # also the warm-up
+        if once < 20 * effort.sample_seconds:
+            once = clock.measure(prepared[name], 1)
         calls[name] = max(1, min(1000, math.ceil(effort.sample_seconds / max(once, 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     spent = 0.0
@@ -243,7 +245,7 @@ def interleave(runs: Mapping[str, Run], clock: Clock, effort: Effort) -> dict[st
                 sample = clock.measure(prepared[name], calls[name])
                 seconds[name].append(sample)
                 spent += sample * calls[name]
-            if turn + 1 < effort.min_rounds:
+            if turn + 1 < effort.min_rounds and spent < effort.patience * effort.seconds:
                 continue
             if spent >= effort.seconds or all(_uncertainty(s) < effort.precision for s in seconds.values()):
                 break
@@ -260,9 +262,8 @@ def _uncertainty(samples: list[float]) -> float:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collects now, and not before the end of the block."""
+    """The cycle collector does not run inside the block, nor release what the block did not make."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

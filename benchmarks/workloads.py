@@ -93,7 +93,7 @@ class Function:
     )
 
 
-def _recurrent(cls: type[nn.RNNBase]) -> Callable[[Workload], nn.Module]:
+def _recurrent(cls: Callable[[int, int], nn.Module]) -> Callable[[Workload], nn.Module]:
     return lambda w: cls(w.I, w.H)
 
 
@@ -220,7 +220,7 @@ class Call:
 def _first(result: object) -> Tensor:
     if isinstance(result, tuple) and not isinstance(result, PackedSequence):
         result = result[0]
-    return result.data if isinstance(result, PackedSequence) else result  # type: ignore[union-attr,return-value]
+    return result.data if isinstance(result, PackedSequence) else result  # type: ignore[return-value]
 
 
 def _flatten(result: object) -> list[Tensor]:

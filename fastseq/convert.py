@@ -1,4 +1,4 @@
-"""`convert` makes the torch.nn modules of a model fastseq's, in place; `revert` undoes it; `patched` builds them.
+"""`convert` makes a model's torch.nn modules fastseq's, in place; `revert` undoes it; `patched` builds them.
 
 A conversion is a swap of `module.__class__`: parameters, buffers, hooks, names and state_dict are the same
 objects before and after, so optimizers, tied weights and averaged copies go on working. `CONVERSIONS` is the

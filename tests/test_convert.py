@@ -7,6 +7,7 @@ import importlib
 import io
 import pickle
 import random
+import re
 import threading
 import types
 import warnings
@@ -508,13 +509,13 @@ class TestLeftAlone:
         assert not report
         assert [row.names for row in report.skipped] == [("0",)]
         assert report.skipped[0].unsupported and report.skipped[0].new is None
-        assert pytest.RaisesExc(Exception, match=reason).matches(Exception(report.skipped[0].reason))
+        assert re.search(reason, report.skipped[0].reason)
         assert report.skipped[0].reason in str(report)
 
     def test_warn(self, build, reason):
         with pytest.warns(UserWarning) as caught:
             convert(build(), on_unsupported="warn")
-        assert pytest.RaisesExc(Warning, match=reason).matches(caught[0].message)
+        assert re.search(reason, str(caught[0].message))
         assert caught[0].filename == __file__
 
     def test_raise_changes_nothing(self, build, reason):

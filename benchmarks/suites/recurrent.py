@@ -50,7 +50,7 @@ def plan(options: Options) -> list[Case]:
     effort = (
         Effort(seconds=0.15, max_rounds=15)
         if options.quick
-        else Effort(seconds=0.3, min_rounds=5, max_rounds=60)
+        else Effort(seconds=0.25, min_rounds=5, max_rounds=60)
     )
     cases = []
 
@@ -317,39 +317,22 @@ def _every_point(rows: list[Row]) -> Table:
         error = f"{r.check['error']:.1e}" if r.check and r.check["error"] is not None else "–"
         backend = next((c.removeprefix("backend: ") for c in r.chose if c.startswith("backend: ")), "–")
         spread = f"{r.ratio['low']:.2f}–{r.ratio['high']:.2f}" if r.ratio else "–"
+        point: list[Cell | str] = [r.group, cell_of(r), MODES[r.mode], str(r.B), str(r.H), str(r.threads)]
         body.append(
-            [
-                r.group,
-                cell_of(r),
-                MODES[r.mode],
-                str(r.B),
-                str(r.H),
-                str(r.threads),
-                time_cell(other),
-                time_cell(r),
-                ratio_cell(r),
-                spread,
-            ]
-            + floor
-            + [error, backend]
+            [*point, time_cell(other), time_cell(r), ratio_cell(r), spread, *floor, error, backend],
         )
-    columns = [
-        "",
-        "cell",
-        "mode",
-        "B",
-        "H",
-        "threads",
+    sizes = ["", "cell", "mode", "B", "H", "threads"]
+    figures = [
         "torch.nn",
         "fastseq",
         "speed-up",
         "20–80 %",
         "bound by",
         "of floor",
-        "torch.nn",
+        "torch of floor",
         "error",
-        "backend",
     ]
+    columns = [*sizes, *figures, "backend"]
     return Table(
         f"Every point: {len(body)}",
         columns,

@@ -316,9 +316,9 @@ def _cards(rows: list[Row], derived: dict[str, Any]) -> list[Card]:
             else:
                 cards.append(Card("none", f"{label} for all T = {c['first']}…{c['last']}"))
     for provider in ("fastseq.LSTM", "naive attention"):
-        cell = _fit_text(derived, provider, "training", "seconds")
-        if cell.tone != "weak":
-            cards.append(Card(cell.text, f"growth of the time of {provider}, forward + backward"))
+        growth = _fit_text(derived, provider, "training", "seconds")
+        if growth.tone != "weak":
+            cards.append(Card(growth.text, f"growth of the time of {provider}, forward + backward"))
     return cards
 
 

@@ -48,7 +48,7 @@ def recurrent_forward(
     h_gates = None
     if once:
         h_gates = x_gates.new_zeros(lanes, batch, weight.shape[1], dtype=wide) if h0 is None else _product(h0, weight.mT)
-    torch.ops.fastseq_native.recurrent_forward(
+    torch.ops.fastseq_native.recurrent_forward.default(
         x_gates,
         weight.contiguous(),
         _dense(bias),
@@ -83,7 +83,7 @@ def recurrent_backward(
     dh0 = y.new_empty(lanes, batch, width)
     dc0 = y.new_empty((lanes, batch, hidden) if row.has_c else (0,), dtype=wide)
     once = _steps(y, batch_sizes) == 1
-    torch.ops.fastseq_native.recurrent_backward(
+    torch.ops.fastseq_native.recurrent_backward.default(
         _state(dy, dtype),
         _state(dh_n, dtype),
         _state(dc_n, wide),

@@ -12,15 +12,15 @@ from fastseq.modules import recurrent
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"]
 
 
-class RNN(recurrent.RNN, nn.RNN):
+class RNN(recurrent.RNN, nn.RNN):  # type: ignore[misc]
     """`fastseq.RNN` that is also an `nn.RNN`."""
 
 
-class LSTM(recurrent.LSTM, nn.LSTM):
+class LSTM(recurrent.LSTM, nn.LSTM):  # type: ignore[misc]
     """`fastseq.LSTM` that is also an `nn.LSTM`."""
 
 
-class GRU(recurrent.GRU, nn.GRU):
+class GRU(recurrent.GRU, nn.GRU):  # type: ignore[misc]
     """`fastseq.GRU` that is also an `nn.GRU`."""
 
 

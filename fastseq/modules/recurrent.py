@@ -336,7 +336,7 @@ class LSTM(_Sequence):
     def _batched(self, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return hx[0].unsqueeze(1), hx[1].unsqueeze(1)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,

@@ -160,6 +160,9 @@ for _name, _run, _fake in (
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastseq::{_name}", _fake, lib=_library)
 
+_forward_op = torch.ops.fastseq.recurrent_forward.default
+_backward_op = torch.ops.fastseq.recurrent_backward.default
+
 PARAMS = 5  # of one lane: w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H] or None, b_hh [G*H] or None, w_hr [P, H] or None
 
 
@@ -236,7 +239,7 @@ class _Recurrent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h0, c0, lengths, batch_sizes, cell, reverse, recompute, *params):
         weights = _Weights(cell, params)
-        y, h_n, c_n, c, gates = torch.ops.fastseq.recurrent_forward(
+        y, h_n, c_n, c, gates = _forward_op(
             weights.project(x),
             weights.recurrent_weight(),
             weights.recurrent_bias(),
@@ -307,7 +310,7 @@ def _backward(ctx, x, h0, c0, lengths, batch_sizes, y, c, gates, params, grad_ou
     w_hh, w_hr = weights.recurrent_weight(), weights.projection()
     if ctx.recompute and cell.saved:
         gates = _recomputed_gates(weights, x, h0, c0, lengths, batch_sizes, y, c, reverse)
-    dgates, drecurrent, dprojected, dh0, dc0 = torch.ops.fastseq.recurrent_backward(
+    dgates, drecurrent, dprojected, dh0, dc0 = _backward_op(
         _contiguous(dy),
         _contiguous(dh_n),
         _contiguous(dc_n),
@@ -355,8 +358,13 @@ def _backward(ctx, x, h0, c0, lengths, batch_sizes, y, c, gates, params, grad_ou
 
 
 def _outer_sum(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b [m, n] from [rows, m] and [rows, n]. The product with fewer rows than columns is the faster one (MKL: 5 to 10 %)."""
-    return (b.t() @ a).t().contiguous() if a.shape[1] > b.shape[1] else a.t() @ b
+    """a^T b [m, n] from [rows, m] and [rows, n].
+
+    A large product is faster with fewer rows than columns (MKL: 5 to 10 %), which pays for the transposition of the result.
+    """
+    if a.shape[1] > b.shape[1] and a.shape[0] * a.shape[1] * b.shape[1] > 1 << 22:
+        return (b.t() @ a).t().contiguous()
+    return a.t() @ b
 
 
 def _contiguous(grad: Tensor | None) -> Tensor | None:
@@ -378,28 +386,29 @@ def _before(rows, first, lengths, batch_sizes, lane, backwards) -> tuple[Tensor 
 def _shifted(rows, first, lengths, batch_sizes, lane, backwards) -> Tensor:
     """The states before every step, from the states after every step: [T, B, n], or [N, n]."""
     own = rows.select(-2, lane)
-    layout = reference.Layout(rows, lengths, batch_sizes)
-    if first is None:
-        start = own.new_zeros(layout.batch, own.shape[-1])
-    else:
-        start = first[lane].to(rows.dtype)
-    if layout.sizes is None:
+    start = None if first is None else first[lane].to(rows.dtype)
+    steps = rows.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    if batch_sizes is None:
+        start = torch.zeros_like(own[0]) if start is None else start
         shifted = torch.cat((own[1:], start[None]) if backwards else (start[None], own[:-1]))
         if backwards and lengths is not None:
-            steps = torch.arange(1, layout.steps + 1, device=rows.device)
-            shifted = torch.where((steps[:, None] < lengths)[..., None], shifted, start)
+            following = torch.arange(1, steps + 1, device=rows.device)
+            shifted = torch.where((following[:, None] < lengths)[..., None], shifted, start)
         return shifted
-    sizes = batch_sizes
-    begin = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)[:-1]))  # first row of every step
-    step = torch.repeat_interleave(torch.arange(layout.steps), sizes)
-    slot = torch.arange(rows.shape[0]) - begin[step]  # which sequence a row belongs to
+    total, sizes = rows.shape[0], batch_sizes
+    begin = sizes.cumsum(0) - sizes  # first row of every step
+    step = torch.repeat_interleave(torch.arange(steps), sizes, output_size=total)
+    slot = torch.arange(total) - begin[step]  # which sequence a row belongs to
+    outside = total + slot if start is not None else torch.full_like(slot, total)
     if backwards:
-        following = (step + 1).clamp(max=layout.steps - 1)
-        inside = (step + 1 < layout.steps) & (slot < sizes[following])
-        source = torch.where(inside, begin[following] + slot, rows.shape[0] + slot)
+        other = (step + 1).clamp(max=steps - 1)
+        inside = (step + 1 < steps) & (slot < sizes[other])
     else:
-        source = torch.where(step > 0, begin[(step - 1).clamp(min=0)] + slot, rows.shape[0] + slot)
-    return torch.cat((own, start)).index_select(0, source.to(rows.device))
+        other = (step - 1).clamp(min=0)
+        inside = step > 0
+    source = torch.where(inside, begin[other] + slot, outside)
+    states = torch.cat((own, own.new_zeros(1, own.shape[-1]) if start is None else start))
+    return states.index_select(0, source.to(rows.device))
 
 
 def _recurrent_weight_grad(d, dr, h_first, h_prev, shape, backwards) -> Tensor:
@@ -498,7 +507,7 @@ def recurrent(
         y, h_n, c_n, c = _Recurrent.apply(x, h0, c0, lengths, batch_sizes, cell, reverse, recompute, *params)
     else:
         weights = _Weights(cell, tuple(params))
-        y, h_n, c_n, c, _ = torch.ops.fastseq.recurrent_forward(
+        y, h_n, c_n, c, _ = _forward_op(
             weights.project(x),
             weights.recurrent_weight(),
             weights.recurrent_bias(),

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from .. import backends
 from .compare import assert_all_close_to_truth
@@ -20,15 +21,20 @@ from .compare import assert_all_close_to_truth
 class OpBattery:
     """What holds for every op and backend.
 
-    A subclass defines ``CASES``, ``make``, ``run``, ``run_torch`` and ``op_samples``.
+    A subclass defines ``CASES``, ``SMALL_CASES``, ``make``, ``resized``, ``run``, ``run_torch`` and ``op_samples``.
     """
 
     CASES: ClassVar[Sequence[Any]] = ()
     SMALL_CASES: ClassVar[Sequence[Any]] = ()  # for what is slow: numerical gradients, compilation
+    COMPILED_CASES: ClassVar[Sequence[Any]] = ()  # with sizes that differ from one another, or Dynamo takes them for one
     DTYPES: ClassVar[Sequence[torch.dtype]] = (torch.float64, torch.float32, torch.bfloat16)
 
     def make(self, case: Any, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
         """Inputs of a case, the same values for every dtype up to rounding; floating tensors that want gradients require them."""
+        raise NotImplementedError
+
+    def resized(self, case: Any) -> Any:
+        """The case with other dynamic sizes."""
         raise NotImplementedError
 
     def run(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -116,6 +122,34 @@ class OpBattery:
             tensors = tuple(inputs[name] for name in names)
             assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
             assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+    def test_compile(self, compiled_case: Any) -> None:
+        """One graph without a break; a second size does not compile again; the same results. (The backend is chosen inside the op.)"""
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        fixed = {name: value for name, value in self.make(compiled_case, torch.float64).items() if not isinstance(value, Tensor)}
+        compiled = torch.compile(lambda tensors: self.run(fixed | tensors), fullgraph=True, dynamic=True, backend=counter)
+        graphs = 0  # what the first call compiled
+        for case in (compiled_case, self.resized(compiled_case)):
+            inputs = {name: value for name, value in self.make(case, torch.float64).items() if isinstance(value, Tensor)}
+            expected, outputs = self.run(fixed | inputs), compiled(inputs)
+            grads, expected_grads = self.gradients(outputs, inputs), self.gradients(expected, inputs)
+            torch.testing.assert_close(outputs, expected)
+            torch.testing.assert_close(grads, expected_grads)
+            graphs = graphs or counter.frame_count
+        assert counter.frame_count == graphs
+
+    def test_export(self, compiled_case: Any) -> None:
+        inputs = self.make(compiled_case, torch.float64)
+        inputs = {name: value.detach() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+
+        class Exported(torch.nn.Module):
+            def forward(_, **given: Tensor) -> tuple[Tensor, ...]:
+                return self.run({**inputs, **given})
+
+        program = torch.export.export(Exported(), (), tensors)
+        torch.testing.assert_close(program.module()(**tensors), self.run(inputs))
 
     def test_opcheck(self, small_case: Any, backend: str) -> None:
         with backends.use_backend(backend):

@@ -40,7 +40,7 @@ _CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _BASIC = [RecurrentCase(cell) for cell in _CELLS]
 
 SMALL_RECURRENT_CASES = [
-    replace(case, steps=3, batch=2, input=2, hidden=3, **change)
+    replace(case, steps=3, batch=7, input=4, hidden=5, **change)
     for case, change in itertools.product(
         _BASIC[:3],
         (
@@ -49,7 +49,7 @@ SMALL_RECURRENT_CASES = [
             {"layout": "packed", "state": False},
         ),
     )
-] + [RecurrentCase("lstm", steps=3, batch=2, hidden=3, projection=2, bidirectional=True, layout="lengths")]
+] + [RecurrentCase("lstm", steps=3, batch=7, input=4, hidden=6, projection=5, bidirectional=True, layout="lengths")]
 
 RECURRENT_CASES = [
     *SMALL_RECURRENT_CASES,

@@ -5,7 +5,9 @@ gradient.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from fastseq.testing.compare import assert_close_to_truth
 T, B, I, H = 6, 3, 4, 5  # noqa: E741
 
 # What may differ in fp64, where torch's own result is the truth: the order of sums of some 30 terms.
-FP64 = dict(rtol=1e-13, atol=1e-14)
+FP64: dict[str, Any] = dict(rtol=1e-13, atol=1e-14)
 
 # One module of each kind plain and one with everything, for tests that need not walk all options.
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -48,14 +50,14 @@ def random(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*size).to(dtype)
 
 
-def initial(module: nn.Module, batch: int | None = B, dtype: torch.dtype = torch.float32) -> Any:
+def initial(module: nn.RNNBase, batch: int | None = B, dtype: torch.dtype = torch.float32) -> Any:
     """hx for `module`; batch None: unbatched."""
     lanes = module.num_layers * (2 if module.bidirectional else 1)
-    batch = () if batch is None else (batch,)
-    h_0 = random(lanes, *batch, module.proj_size or module.hidden_size, dtype=dtype)
+    rows = () if batch is None else (batch,)
+    h_0 = random(lanes, *rows, module.proj_size or module.hidden_size, dtype=dtype)
     if module.mode != "LSTM":
         return h_0
-    return h_0, random(lanes, *batch, module.hidden_size, dtype=dtype)
+    return h_0, random(lanes, *rows, module.hidden_size, dtype=dtype)
 
 
 def leaves(value: Any) -> list[Tensor]:
@@ -89,7 +91,7 @@ def run(module: nn.Module, input: Any, hx: Any = None, **keywords: Any) -> dict[
     generator = torch.Generator().manual_seed(7)
     cotangents = [torch.randn(r.shape, generator=generator).bfloat16().to(r.dtype) for r in results]
     torch.autograd.backward(results, cotangents)
-    values = {f"result {i}": result.detach() for i, result in enumerate(results)}
+    values: dict[str, Any] = {f"result {i}": result.detach() for i, result in enumerate(results)}
     values |= {f"grad of argument {i}": leaf.grad for i, leaf in enumerate(leaves((input, hx)))}
     values |= {f"grad of {name}": parameter.grad for name, parameter in module.named_parameters()}
     return values
@@ -114,21 +116,39 @@ def assert_as_good(actual: dict[str, Tensor], expected: dict[str, Tensor], truth
             torch.cat([values[name].flatten() * scale for name, scale in zip(names, scales, strict=True)])
             for values in (actual, expected, truth)
         )
-        order = f"{kind}s in the order {', '.join(f'{name} ({truth[name].numel()})' for name in names)}"
+        worst = int((ours.double() - exact.double()).abs().nan_to_num(nan=torch.inf).argmax())
+        bounds = itertools.accumulate(truth[name].numel() for name in names)
+        worst_name = next(name for name, bound in zip(names, bounds, strict=True) if worst < bound)
+        what = f"{kind}s, worst in {worst_name}"
         if theirs.dtype == torch.float64:
-            torch.testing.assert_close(ours, theirs, **FP64, msg=lambda m, o=order: f"{o}: {m}")
+            torch.testing.assert_close(ours, theirs, **FP64, msg=lambda m, w=what: f"{w}: {m}")  # type: ignore[misc]
         else:
-            assert_close_to_truth(ours, theirs, exact, order)
+            assert_close_to_truth(ours, theirs, exact, what)
 
 
-def assert_same(
-    theirs: nn.Module, ours: nn.Module, input: Any, hx: Any = None, seed: int | None = None
-) -> None:
-    """`ours(input, hx)` and its gradients are as near the truth, which is torch's in fp64, as torch's are."""
+def outcomes(
+    theirs: nn.Module, ours: nn.Module, input: Any, hx: Any = None, seed: int | None = None, case: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """`run` of ours, of torch's and, as the truth, of torch's in fp64; `case` is added to every name."""
 
     def seeded(module: nn.Module) -> dict[str, Tensor]:
         if seed is not None:
             torch.manual_seed(seed)
-        return run(module, input, hx)
+        return {name + case: value for name, value in run(module, input, hx).items()}
 
-    assert_as_good(seeded(ours), seeded(theirs), seeded(copy.deepcopy(theirs).double()))
+    return seeded(ours), seeded(theirs), seeded(copy.deepcopy(theirs).double())
+
+
+def assert_same(*arguments: Any, **keywords: Any) -> None:
+    """Of one call (see `outcomes`): ours is as near to the truth as torch's."""
+    assert_as_good(*outcomes(*arguments, **keywords))
+
+
+def assert_same_together(calls: Iterable[tuple[dict[str, Tensor], ...]]) -> None:
+    """Of several calls, each with a `case` of its own. For small ones: the more values, the less luck."""
+    totals: tuple[dict[str, Tensor], ...] = ({}, {}, {})
+    for outcome in calls:
+        for total, values in zip(totals, outcome, strict=True):
+            assert not total.keys() & values.keys()
+            total.update(values)
+    assert_as_good(*totals)

@@ -119,7 +119,7 @@ def test_a_wrong_gradient_does_not_count_in_inference():
 
 
 def test_a_red_row_has_no_time_and_no_speed_up():
-    providers = PROVIDERS | {"wrong": Provider("wrong", "gru", "recurrent", "time", lambda w: Off(w.I, w.H))}
+    providers = PROVIDERS | {"wrong": Provider("wrong", "gru", "time", lambda w: Off(w.I, w.H))}
     runner = Runner("cpu", providers=providers)
     runner.peaks[1, "float32"] = Peaks("cpu", 1, "float32", {1: 1e11, 64: 1e11}, {1: 1e10}, 1e11)
     case = Case(
@@ -137,9 +137,7 @@ def test_a_red_row_has_no_time_and_no_speed_up():
 
 
 def test_a_missing_provider_has_its_reason_in_the_row():
-    absent = Provider(
-        "absent", "gru", "recurrent", "time", lambda w: nn.GRU(w.I, w.H), lambda w: "needs a GPU"
-    )
+    absent = Provider("absent", "gru", "time", lambda w: nn.GRU(w.I, w.H), lambda w: "needs a GPU")
     runner = Runner("cpu", providers={"absent": absent})
     runner.peaks[1, "float32"] = Peaks("cpu", 1, "float32")
     (row,) = runner.run(Case("recurrent", "padded", (Participant("absent", GRU),), Effort()))

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from fastseq.benchmarks import plots, report
+from fastseq.benchmarks.presentation import Table
 from fastseq.benchmarks.results import Results, write_csv
 from fastseq.benchmarks.suites import SUITES
 
@@ -100,6 +101,22 @@ def test_a_busy_machine_is_mentioned(results):
     busy = Results({**results.environment, "load average": 1.9}, results.options, results.rows, results.peaks)
     assert "load 1.9 on 2 CPUs" in report.page(busy)
     assert "load 1.9" not in report.page(results)
+
+
+def test_labels_are_pushed_apart_and_keep_their_order():
+    found = plots._apart([0.1, 0.5, 0.5, 0.52, 0.9], gap=0.1)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in zip(found, found[1:], strict=False))
+    assert found[0] == 0.1 and found[-1] == 0.9
+    assert sum(found[1:4]) / 3 == pytest.approx(0.51, abs=0.02)
+
+
+def test_numbers_are_set_right_and_words_left():
+    table = Table(
+        "",
+        ["", "time", "bound by", "grows as"],
+        [["a", "1.0 ms", "weights", "T^1.0"], ["b", "–", "arithmetic", "–"]],
+    )
+    assert report.sides(table) == ["left", "right", "left", "right"]
 
 
 def test_json_round_trip(results, tmp_path):

@@ -171,8 +171,15 @@ def test_it_stops_when_the_budget_is_spent_but_not_before_the_least_rounds():
     def noisy():
         world.host += 1.0 + next(jitter) % 7
 
-    samples = interleave({"n": noisy}, HostClock(world.now), Effort(seconds=0.1, min_rounds=4, max_rounds=50))
+    samples = interleave({"n": noisy}, HostClock(world.now), Effort(seconds=4, min_rounds=4, max_rounds=50))
     assert len(samples["n"].seconds) == 4
+
+
+def test_the_least_rounds_give_way_when_a_round_takes_far_too_long():
+    world = World()
+    effort = Effort(seconds=1.0, min_rounds=7, max_rounds=50, patience=5.0)
+    samples = interleave({"slow": world.work("s", 3.0)}, HostClock(world.now), effort)
+    assert len(samples["slow"].seconds) == 2
 
 
 def test_it_stops_when_the_medians_are_known():

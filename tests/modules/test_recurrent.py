@@ -12,7 +12,22 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import fastseq
 from fastseq.modules import keep_type
-from fastseq.testing.modules import FP64, OPTIONS, B, H, I, T, assert_same, both, initial, leaves, random, run
+from fastseq.testing.modules import (
+    FP64,
+    OPTIONS,
+    B,
+    H,
+    I,
+    T,
+    assert_same,
+    assert_same_together,
+    both,
+    initial,
+    leaves,
+    outcomes,
+    random,
+    run,
+)
 
 NAMES = ["RNN", "LSTM", "GRU"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -106,8 +121,12 @@ class TestParity:
     def test_batched(self, name, options, dtype):
         theirs, ours = both(name, dtype=dtype, **options)
         input = random(*((B, T) if theirs.batch_first else (T, B)), I, dtype=dtype)
-        assert_same(theirs, ours, input)
-        assert_same(theirs, ours, input, initial(theirs, dtype=dtype))
+        assert_same_together(
+            [
+                outcomes(theirs, ours, input, case=" from zeros"),
+                outcomes(theirs, ours, input, initial(theirs, dtype=dtype), case=" from hx"),
+            ]
+        )
 
     @pytest.mark.parametrize("batch_first", [False, True])
     @pytest.mark.parametrize(("name", "options"), OPTIONS)
@@ -139,15 +158,15 @@ class TestParity:
         packed = pack_sequence([random(n, I, dtype=dtype) for n in (2, 6, 3)], enforce_sorted=False)
         assert_same(theirs, ours, packed, initial(theirs, dtype=dtype))
 
-    # T, B, I, H
-    @pytest.mark.parametrize(
-        "sizes", [(1, 1, 1, 2), (1, 3, 4, 5), (5, 1, 3, 7), (2, 2, 17, 33), (70, 2, 3, 2)], ids=str
-    )
     @pytest.mark.parametrize("name", NAMES)
-    def test_sizes(self, name, sizes):
-        time, batch, features, hidden = sizes
-        theirs, ours = both(name, features, hidden, num_layers=2, bidirectional=True)
-        assert_same(theirs, ours, random(time, batch, features), initial(theirs, batch))
+    def test_sizes(self, name):
+        calls = []
+        for sizes in [(1, 1, 1, 2), (1, 3, 4, 5), (5, 1, 3, 7), (2, 2, 17, 33), (70, 2, 3, 2)]:
+            time, batch, features, hidden = sizes
+            theirs, ours = both(name, features, hidden, num_layers=2, bidirectional=True)
+            hx = initial(theirs, batch)
+            calls.append(outcomes(theirs, ours, random(time, batch, features), hx, case=f" of {sizes}"))
+        assert_same_together(calls)
 
     @pytest.mark.parametrize("name", NAMES)
     def test_non_contiguous_and_offset(self, name):
@@ -378,6 +397,25 @@ def test_recompute_changes_nothing(name, options, kind):
     expected, actual = run(ours, input, hx, **keywords), run(again, input, hx, **keywords)
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, msg=lambda m, n=key: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_recompute_saves_memory(name):
+    """Without the gates of every step, less than half of the bytes are held for the backward."""
+    held = {}
+    for recompute in (False, True):
+        module = getattr(fastseq, name)(8, 64, recompute=recompute)
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            results = module(random(50, 8, 8))
+        held[recompute] = sum(storages.values()) - sum(4 * p.numel() for p in module.parameters())
+        del results
+    assert held[True] < held[False] / 2
 
 
 class TestKeepType:

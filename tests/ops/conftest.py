@@ -12,7 +12,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     battery = metafunc.cls
     if battery is None or not issubclass(battery, OpBattery):
         return
-    for fixture, values in (("case", battery.CASES), ("small_case", battery.SMALL_CASES), ("dtype", battery.DTYPES)):
+    for fixture, values in (
+        ("case", battery.CASES),
+        ("small_case", battery.SMALL_CASES),
+        ("compiled_case", battery.COMPILED_CASES),
+        ("dtype", battery.DTYPES),
+    ):
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, values, ids=str)
     if "backend" in metafunc.fixturenames:

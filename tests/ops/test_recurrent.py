@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ def torch_module(case: RecurrentCase, dtype: torch.dtype) -> nn.RNNBase:
 class TestRecurrent(OpBattery):
     CASES = RECURRENT_CASES
     SMALL_CASES = SMALL_RECURRENT_CASES
+    COMPILED_CASES = SMALL_RECURRENT_CASES[::3][:2] + SMALL_RECURRENT_CASES[1::3][1:] + SMALL_RECURRENT_CASES[2::3][:1]
 
     def make(self, case, dtype, device="cpu", seed=0):
         torch.manual_seed(seed)
@@ -62,6 +64,9 @@ class TestRecurrent(OpBattery):
             for name, value in inputs.items()
         }
 
+    def resized(self, case):
+        return replace(case, steps=case.steps + 2, batch=case.batch + 3)
+
     def run(self, inputs):
         case = inputs["case"]
         options = {"proj_size": case.projection} if case.cell == "lstm" else {}
@@ -70,7 +75,7 @@ class TestRecurrent(OpBattery):
         return FUNCTIONS[case.cell](
             inputs["x"],
             (inputs["h0"], inputs["c0"]) if "c0" in inputs else inputs.get("h0"),
-            [inputs[name] for name, _ in torch_module(case, torch.float64).named_parameters()],
+            [value for name, value in inputs.items() if name.startswith(("weight", "bias"))],
             has_biases=case.bias,
             num_layers=case.layers,
             bidirectional=case.bidirectional,
@@ -264,7 +269,7 @@ class TestRecurrent(OpBattery):
         case = RecurrentCase("lstm", steps=20, batch=8, hidden=32, input=32)
         held = {}
         for recompute in (False, True):
-            inputs = self.make(RecurrentCase(**{**vars(case), "recompute": recompute}), torch.float32)
+            inputs = self.make(replace(case, recompute=recompute), torch.float32)
             saved: list[Tensor] = []
 
             def keep(tensor: Tensor, saved=saved) -> Tensor:
