@@ -48,9 +48,7 @@ class BuildError(Exception):
 def build_mode() -> str:
     mode = os.environ.get("FASTSEQ_BUILD", "").strip().lower() or "auto"
     if mode not in MODES:
-        raise SystemExit(
-            f"error: FASTSEQ_BUILD={os.environ['FASTSEQ_BUILD']!r} is not one of {', '.join(MODES)}"
-        )
+        raise SystemExit(f"error: FASTSEQ_BUILD={os.environ['FASTSEQ_BUILD']!r} is not one of {', '.join(MODES)}")
     return mode
 
 
@@ -73,19 +71,13 @@ def find_torch() -> Path:
             break
     else:
         if chosen:
-            raise BuildError(
-                f"FASTSEQ_TORCH_DIR={chosen} is no installed torch (no include/ and lib/libtorch.so)"
-            )
+            raise BuildError(f"FASTSEQ_TORCH_DIR={chosen} is no installed torch (no include/ and lib/libtorch.so)")
         raise BuildError(
-            "torch was not found (looked in "
-            + ", ".join(dict.fromkeys(map(str, places)))
-            + "); install torch >= 2.10 first, "
+            "torch was not found (looked in " + ", ".join(dict.fromkeys(map(str, places))) + "); install torch >= 2.10 first, "
             "activate the environment that has it, or set FASTSEQ_TORCH_DIR to the torch package's folder"
         )
     version_file = folder / "version.py"
-    found = re.search(
-        r"__version__ = '((\d+)\.(\d+)[^']*)'", version_file.read_text() if version_file.is_file() else ""
-    )
+    found = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", version_file.read_text() if version_file.is_file() else "")
     if found and (int(found[2]), int(found[3])) < OLDEST_TORCH:
         raise BuildError(f"torch {found[1]} in {folder} is too old; install torch >= 2.10")
     return folder
@@ -94,11 +86,7 @@ def find_torch() -> Path:
 def find_nvcc() -> Path | None:
     places = [
         os.environ.get("CUDACXX"),
-        *(
-            os.path.join(os.environ[name], "bin/nvcc")
-            for name in ("CUDA_HOME", "CUDA_PATH")
-            if os.environ.get(name)
-        ),
+        *(os.path.join(os.environ[name], "bin/nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)),
     ]
     if not any(places):
         places = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
@@ -112,11 +100,7 @@ def find_tool(name: str, package_path: str) -> str | None:
         if candidate and os.access(candidate, os.X_OK) and not os.path.isdir(candidate):
             answer = subprocess.run([candidate, "--version"], capture_output=True, text=True, check=False)
             found = re.search(r"(\d+)\.(\d+)", answer.stdout)
-            if (
-                answer.returncode == 0
-                and found
-                and (name != "cmake" or (int(found[1]), int(found[2])) >= OLDEST_CMAKE)
-            ):
+            if answer.returncode == 0 and found and (name != "cmake" or (int(found[1]), int(found[2])) >= OLDEST_CMAKE):
                 return candidate
     return None
 
@@ -150,10 +134,7 @@ def jobs() -> int:
 
 def start_afresh_if_changed(folder: Path, choices: list[str]) -> None:
     """CMake keeps the compilers and flags of its first run whatever is set later."""
-    flags = [
-        f"{name}={os.environ.get(name, '')}"
-        for name in ("CXX", "CXXFLAGS", "CUDAHOSTCXX", "CUDAFLAGS", "LDFLAGS")
-    ]
+    flags = [f"{name}={os.environ.get(name, '')}" for name in ("CXX", "CXXFLAGS", "CUDAHOSTCXX", "CUDAFLAGS", "LDFLAGS")]
     wanted = "\n".join([*choices, *flags])
     record = folder / "choices.txt"
     if not record.is_file() or record.read_text() != wanted:
@@ -165,9 +146,7 @@ def start_afresh_if_changed(folder: Path, choices: list[str]) -> None:
 def run_visibly(command: list[str]) -> None:
     """Run, show the output as it comes; its last lines go into the error."""
     print("+", " ".join(command), flush=True)
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     assert process.stdout is not None
     tail: collections.deque[str] = collections.deque(maxlen=25)
     for line in process.stdout:
@@ -184,18 +163,14 @@ def compile_library(kind: str) -> Path:
         BuildError: if anything that it takes is missing, or CMake, a compiler or the linker fails.
     """
     if platform.system() != "Linux":
-        raise BuildError(
-            f"the library is for Linux, this is {platform.system()}; FASTSEQ_BUILD=none installs without it"
-        )
+        raise BuildError(f"the library is for Linux, this is {platform.system()}; FASTSEQ_BUILD=none installs without it")
     torch = find_torch()
     compiler = find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler was found; install g++ (11 or newer) or set CXX")
     cmake, ninja = find_cmake(), find_ninja()
     if cmake is None or ninja is None:
-        missing = " and ".join(
-            name for name, path in (("cmake >= 3.26", cmake), ("ninja", ninja)) if path is None
-        )
+        missing = " and ".join(name for name, path in (("cmake >= 3.26", cmake), ("ninja", ninja)) if path is None)
         raise BuildError(f"{missing} not found; `pip install cmake ninja`")
     options = [
         f"-DFASTSEQ_TORCH_DIR={torch}",
@@ -206,16 +181,10 @@ def compile_library(kind: str) -> Path:
         nvcc = find_nvcc()
         if nvcc is None:
             asked = next(
-                (
-                    f"{name}={os.environ[name]}"
-                    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH")
-                    if os.environ.get(name)
-                ),
+                (f"{name}={os.environ[name]}" for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH") if os.environ.get(name)),
                 None,
             )
-            raise BuildError(
-                f"nvcc was not found{f' ({asked})' if asked else ''}; set CUDA_HOME to CUDA's toolkit"
-            )
+            raise BuildError(f"nvcc was not found{f' ({asked})' if asked else ''}; set CUDA_HOME to CUDA's toolkit")
         options.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
     folder = ROOT / "build" / f"native-{kind}"
     start_afresh_if_changed(folder, [compiler, *options[:1], *options[3:]])
@@ -262,9 +231,7 @@ def say_boxed(headline: str, reasons: list[str], hint: str) -> None:
         for line in text.splitlines():
             lines += textwrap.wrap(line, 96, drop_whitespace=False) or [""]
     rule = "+" + "-" * 98 + "+"
-    print(
-        "\n".join(["", rule, *(f"| {line:<96} |" for line in lines), rule, ""]), file=sys.stderr, flush=True
-    )
+    print("\n".join(["", rule, *(f"| {line:<96} |" for line in lines), rule, ""]), file=sys.stderr, flush=True)
 
 
 class FastseqDistribution(Distribution):
@@ -302,9 +269,7 @@ class Addition(Command):
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def package(self) -> Path:
-        return (
-            ROOT if self.inplace or self.editable_mode else Path(self.build_lib or "build/lib")
-        ) / "fastseq"
+        return (ROOT if self.inplace or self.editable_mode else Path(self.build_lib or "build/lib")) / "fastseq"
 
     def get_source_files(self) -> list[str]:
         return []

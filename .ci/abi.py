@@ -81,9 +81,7 @@ def cuda_environment(version: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--cuda-torch", required=True, metavar="VERSION", help="the version whose CUDA build is installed"
-    )
+    parser.add_argument("--cuda-torch", required=True, metavar="VERSION", help="the version whose CUDA build is installed")
     arguments = parser.parse_args()
     if not LIBRARY.is_file():
         raise SystemExit(f"error: there is no {LIBRARY}; `make library` says why")

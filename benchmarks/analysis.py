@@ -11,9 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = factor * x ** exponent, least squares in log-log; `r2` of the logarithms, `start` the first x that
-    took part.
-    """
+    """y = factor * x ** exponent by least squares in log-log; `start` is the first x that took part."""
 
     exponent: float
     factor: float
@@ -22,9 +20,7 @@ class PowerLaw:
 
 
 def power_law(x: Sequence[float], y: Sequence[float], *, upper_half: bool = True) -> PowerLaw | None:
-    """Fit over the upper half of x (at least three points, if there are as many). None with fewer than two
-    points.
-    """
+    """Fit over the upper half of x (three points at least, if there are as many); None below two points."""
     points = sorted((a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b) and b > 0)
     if upper_half:
         points = points[-max(3, math.ceil(len(points) / 2)) :]
@@ -55,24 +51,16 @@ class Crossover:
     last: float
 
 
-def crossover(
-    x: Sequence[float], a: Sequence[float], b: Sequence[float], *, tolerance: float = 0.03
-) -> Crossover | None:
-    """Crossing interpolated linearly in log-log. Points closer than `tolerance` decide nothing. None without
-    common points.
-    """
-    points = [
-        (p, q / r) for p, q, r in sorted(zip(x, a, b, strict=True)) if math.isfinite(q) and math.isfinite(r)
-    ]
+def crossover(x: Sequence[float], a: Sequence[float], b: Sequence[float], *, tolerance: float = 0.03) -> Crossover | None:
+    """Crossing interpolated in log-log; points closer than `tolerance` decide nothing."""
+    points = [(p, q / r) for p, q, r in sorted(zip(x, a, b, strict=True)) if math.isfinite(q) and math.isfinite(r)]
     if not points:
         return None
     first, last = points[0][0], points[-1][0]
     decided = [(p, r) for p, r in points if abs(math.log(r)) > tolerance]
     if not decided:
         return Crossover(None, "neither", "neither", 0, first, last)
-    crossings = [
-        (low, high) for low, high in zip(decided, decided[1:], strict=False) if (low[1] > 1) != (high[1] > 1)
-    ]
+    crossings = [(low, high) for low, high in zip(decided, decided[1:], strict=False) if (low[1] > 1) != (high[1] > 1)]
     lower = ["b" if r > 1 else "a" for _, r in decided]
     if not crossings:
         return Crossover(None, lower[0], lower[-1], 0, first, last)
@@ -91,7 +79,4 @@ def geometric_mean(values: Sequence[float]) -> float:
 def local_exponents(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float, float]]:
     """(x_low, x_high, slope in log-log) between neighbours."""
     points = sorted((a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b) and b > 0)
-    return [
-        (x0, x1, math.log(y1 / y0) / math.log(x1 / x0))
-        for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False)
-    ]
+    return [(x0, x1, math.log(y1 / y0) / math.log(x1 / x0)) for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False)]

@@ -82,9 +82,7 @@ def lowest(curves: Iterable[dict[int, float]]) -> dict[int, float]:
 
 
 def parallel_ops(rows: list[Row]) -> tuple[str, str] | None:
-    """O(1) sequential operations would show as a time that does not grow with T, O(T) as one that grows like
-    T.
-    """
+    """O(1) sequential operations would show as a time that does not grow with T, O(T) as one that does."""
     attention = curve(rows, "fused attention", "inference")
     recurrence = lowest(curve(rows, name, "inference") for name in (*LSTMS, "torch.nn.GRU", "fastseq.GRU"))
     if len(attention) < 2 or len(recurrence) < 2:
@@ -103,13 +101,10 @@ def parallel_ops(rows: list[Row]) -> tuple[str, str] | None:
     elif flat == max(attention):
         verdict = f"holds for T = {min(attention)}…{flat}: attention takes no longer for longer sequences"
     elif flat:
-        verdict = (
-            f"holds only up to T = {flat}: beyond it the device is full and attention grows with T as well"
-        )
+        verdict = f"holds only up to T = {flat}: beyond it the device is full and attention grows with T as well"
     else:
         verdict = (
-            f"does not hold here as time: from T = {min(attention)} on the device is full and attention "
-            "grows with T as well"
+            f"does not hold here as time: from T = {min(attention)} on the device is full and attention grows with T as well"
         )
     T = max(recurrence)
     figures = (
@@ -130,23 +125,14 @@ def train_faster(rows: list[Row]) -> tuple[str, str] | None:
     ends = sorted({min(holds), max(holds)})
     tokens = {r.T: r.tokens for r in rows}
     figures = ", ".join(
-        f"T = {T}: {tokens[T] / block[T]:,.0f} tokens/s against {tokens[T] / lstm[T]:,.0f} for the LSTM"
-        for T in ends
+        f"T = {T}: {tokens[T] / block[T]:,.0f} tokens/s against {tokens[T] / lstm[T]:,.0f} for the LSTM" for T in ends
     )
-    where = (
-        f"; crossover at T ≈ {crossing.at:.0f}"
-        if crossing and crossing.at
-        else "; no crossover in the measured range"
-    )
-    return over_lengths(
-        holds
-    ), figures + where + " (equal parameters, best of torch.nn.LSTM and fastseq.LSTM)"
+    where = f"; crossover at T ≈ {crossing.at:.0f}" if crossing and crossing.at else "; no crossover in the measured range"
+    return over_lengths(holds), figures + where + " (equal parameters, best of torch.nn.LSTM and fastseq.LSTM)"
 
 
 def _memory(rows: list[Row], *, more: bool) -> tuple[str, str] | None:
-    recurrence = lowest(
-        curve(rows, name, "training", "memory") for name in (*LSTMS, "torch.nn.GRU", "fastseq.GRU")
-    )
+    recurrence = lowest(curve(rows, name, "training", "memory") for name in (*LSTMS, "torch.nn.GRU", "fastseq.GRU"))
     verdicts, figures = [], []
     for name in ATTENTION:
         attention = curve(rows, name, "training", "memory")

@@ -40,9 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "  python -m fastseq bench --json-in results.json --picture picture.svg",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument(
-        "--suite", action="append", metavar="NAME", help=f"suite to run, repeatable (default: {DEFAULT})"
-    )
+    p.add_argument("--suite", action="append", metavar="NAME", help=f"suite to run, repeatable (default: {DEFAULT})")
     p.add_argument("--list", action="store_true", help="list the suites and stop")
     p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     p.add_argument("--dtype", default="float32", choices=DTYPES)
@@ -57,21 +55,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILTER",
         help='points to run, for instance "cell=GRU B=8 threads=1"; keys: ' + ", ".join(selection.KEYS),
     )
-    p.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder for the results (default: bench-results/<time>)"
-    )
+    p.add_argument("--out", metavar="DIR", type=Path, help="folder for the results (default: bench-results/<time>)")
     p.add_argument("--json-in", metavar="FILE", type=Path, help="measure nothing, show the results in FILE")
-    p.add_argument(
-        "--picture", metavar="FILE", type=Path, help="also draw the first suite's figure as .svg or .png"
-    )
+    p.add_argument("--picture", metavar="FILE", type=Path, help="also draw the first suite's figure as .svg or .png")
     p.add_argument("--theme", default="light", choices=sorted(plots.THEMES), help="colours of --picture")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: done; 1: a provider gave a wrong result; 2: bad arguments; 130: interrupted, with what was measured
-    until then written.
-    """
+    """0: done; 1: a provider was wrong; 2: bad arguments; 130: interrupted, what was measured is written."""
     p = parser()
     args = p.parse_args(argv)
     console = Console()
@@ -113,6 +105,7 @@ def measure(cases: list[Case], options: Options, console: Console) -> Results:
     start = time.monotonic()
     given: dict[str, Any] = {"dtype": options.dtype, "quick": options.quick, "threads": list(options.threads)}
     results = Results(environment.collect(options.device), given)
+    others = environment.Others()
     runner = Runner(options.device, quick=options.quick)
     columns = (
         SpinnerColumn(),
@@ -131,6 +124,7 @@ def measure(cases: list[Case], options: Options, console: Console) -> Results:
             results.options["interrupted"] = True
         finally:
             gate.forget()
+    results.environment["cpu used by others"] = round(others.share(), 3)
     results.peaks = list(runner.peaks.values())
     results.seconds = round(time.monotonic() - start, 1)
     return results
@@ -146,16 +140,10 @@ def device_of(name: str) -> str:
     if kind != "cuda" or (index and not index.isdigit()) or name.endswith(":"):
         raise ValueError(f"--device: {name!r} is none of auto, cpu, cuda, cuda:N")
     if not torch.cuda.is_available():
-        why = (
-            "this torch is built without CUDA"
-            if torch.version.cuda is None
-            else "torch finds no GPU or no driver"
-        )
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU or no driver"
         raise ValueError(f"--device: {name} is not present: {why}; accepted here: auto, cpu")
     if index and int(index) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device: {name} is not present; this machine has {torch.cuda.device_count()} CUDA device(s)"
-        )
+        raise ValueError(f"--device: {name} is not present; this machine has {torch.cuda.device_count()} CUDA device(s)")
     return name
 
 

@@ -1,6 +1,4 @@
-"""`pytest benchmarks/`: operator benchmarks through pytest-benchmark. `--benchmark-disable` runs each of them
-once, as a test.
-"""
+"""`pytest benchmarks/`: operator benchmarks. `--benchmark-disable` runs each of them once, as a test."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Where a result comes from: device, versions, flags that change the arithmetic, and how quiet the machine
-was.
-"""
+"""Where a result comes from: device, versions, flags that change the arithmetic, how busy the machine was."""
 
 from __future__ import annotations
 
@@ -15,10 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-CUDA_QUERY = (
-    "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,ecc.mode.current,"
-    "clocks_throttle_reasons.active"
-)
+CUDA_QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,ecc.mode.current,clocks_throttle_reasons.active"
 
 
 def collect(device: str) -> dict[str, Any]:
@@ -111,13 +106,32 @@ def flags() -> dict[str, Any]:
     }
 
 
+class Others:
+    """How much of the machine other processes use from now on."""
+
+    def __init__(self) -> None:
+        self.start = self._times()
+
+    def share(self) -> float:
+        """Fraction of all CPU time since the start, 0 to 1."""
+        total, idle, own = (now - then for now, then in zip(self._times(), self.start, strict=True))
+        return min(1.0, max(0.0, (total - idle - own) / total)) if total > 0 else 0.0
+
+    @staticmethod
+    def _times() -> tuple[float, float, float]:
+        every, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        counted = [v for name, v in every._asdict().items() if name not in ("guest", "guest_nice")]
+        return sum(counted), every.idle + getattr(every, "iowait", 0.0), own.user + own.system
+
+
 def busy(env: dict[str, Any]) -> str | None:
-    """A sentence when other work was running, which makes every figure of the run doubtful."""
-    load, cpus = env.get("load average"), env["cpu"].get("cpus", 1)
-    if load is not None and load > 0.3 * cpus:
-        return (
-            f"Other programs were running when this was measured (load {load} on {cpus} CPUs): expect noise."
-        )
+    """A sentence when other programs were running, which makes every figure of the run doubtful."""
+    share = env.get("cpu used by others", 0.0)
+    if share > 0.05:
+        return f"Other programs used {share:.0%} of the CPU while this was measured: expect noise."
+    load, cpus = env.get("load average", 0.0), env["cpu"].get("cpus", 1)
+    if load > 0.5 * cpus and "cpu used by others" not in env:
+        return f"The machine was busy when this began (load {load} on {cpus} CPUs): expect noise."
     return None
 
 
@@ -126,9 +140,7 @@ def git_sha() -> str | None:
     sha = _run("git", "-C", here, "rev-parse", "--short", "HEAD")
     if not sha:
         return None
-    return sha + (
-        "+changes" if _run("git", "-C", here, "status", "--porcelain", "--untracked-files=no") else ""
-    )
+    return sha + ("+changes" if _run("git", "-C", here, "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _run(*command: str) -> str | None:

@@ -1,10 +1,9 @@
 """What the machine can do at best, measured in the same run, and the floor that follows for each workload.
 
-read      bytes/s of reading one buffer again and again, every thread its own share, at the sizes of recurrent
-weights copy      bytes/s moved (read + written) by a copy, at sizes inside L2, inside L3 and beyond gemm
-FLOP/s of torch.mm, the best of a few square shapes: the arithmetic peak that a program on torch can reach
-launch    seconds of the shortest possible operator: from Python, and on a GPU as an event pair and within a
-graph
+read    bytes/s of reading one buffer again and again, each thread its share, at sizes of recurrent weights
+copy    bytes/s read and written by a copy, at sizes inside L2, inside L3 and beyond
+gemm    FLOP/s of torch.mm, best of a few square shapes: the arithmetic peak within reach of a torch program
+launch  seconds of the shortest operator: a call, and on a GPU also its kernel within a graph
 """
 
 from __future__ import annotations
@@ -96,9 +95,7 @@ def measure(device: str, threads: int, dtype: str, *, quick: bool = False) -> Pe
 
 
 def _read(device: str, size: int, threads: int) -> float:
-    """Each output element is the sum over the same `size / threads` bytes; threads share the output, so each
-    streams its share.
-    """
+    """Every output element sums the same `size / threads` bytes; threads share the outputs."""
     share = max(64, size // 4 // threads)
     repeats = max(2, math.ceil((48 << 20) / (share * 4) / threads)) * threads
     buffer = torch.randn(share, device=device)
@@ -132,16 +129,12 @@ def _per_call(device: str, run: Callable[[], object]) -> float:
 
 
 def floor_of(w: Workload, peaks: Peaks) -> Floor:
-    """Time that no program of this workload can go below on a device with these peaks, as far as arithmetic
-    and weights go.
-    """
+    """Time that no program of this workload goes below with these peaks, for its arithmetic and weights."""
     return _recurrent(w, peaks) if w.function in GATES else _attention(w, peaks)
 
 
 def _recurrent(w: Workload, peaks: Peaks) -> Floor:
-    """Steps run one after another: each reads R once or computes with it, whichever is slower; the rest are
-    GEMMs at the peak.
-    """
+    """Steps in turn, each reading R or computing with it, whichever is slower; the rest are GEMMs."""
     G, itemsize = GATES[w.function], w.torch_dtype.itemsize
     weights = G * w.H * w.H * itemsize  # bytes of R
     read = weights / peaks.read_bandwidth(weights)
@@ -164,9 +157,7 @@ def _recurrent(w: Workload, peaks: Peaks) -> Floor:
 
 
 def _attention(w: Workload, peaks: Peaks) -> Floor:
-    """Matrix products at the peak, the causal half of the scores only; or input and output once through
-    memory.
-    """
+    """Matrix products at the peak, the causal half of the scores; or input and output through memory."""
     linear = 4 if w.function == "attention" else 8  # in units of W²
     forward = 2 * w.tokens * linear * w.H * w.H + 2 * w.B * w.T * (w.T + 1) * w.H
     compute = forward * (3 if w.mode == "training" else 1) / peaks.gemm

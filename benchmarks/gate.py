@@ -54,9 +54,7 @@ class Expected:
 
 
 def check(build: Callable[[Workload], tuple[nn.Module, str]], workload: Workload) -> Check:
-    """`build(workload) -> (module, layout)`. Never raises for a provider's fault: an exception is a failed
-    check.
-    """
+    """`build(workload) -> (module, layout)`. Never raises: an exception of a provider is a failed check."""
     results = []
     for shape in (workload.small(), workload):
         try:
@@ -82,9 +80,7 @@ def compare(found: dict[str, Tensor], want: Expected, eps: float) -> Check:
     for name, value in found.items():
         truth = want.values[name]
         if value.shape != truth.shape:
-            return Check(
-                False, None, None, name, f"{name} has shape {tuple(value.shape)}, not {tuple(truth.shape)}"
-            )
+            return Check(False, None, None, name, f"{name} has shape {tuple(value.shape)}, not {tuple(truth.shape)}")
         scale = truth.abs().max().item() or 1.0
         error = (value.double().cpu() - truth).abs().max().item() / scale
         bound = bounds[name]
@@ -140,9 +136,7 @@ def _expected(workload: Workload) -> Expected:
     return Expected(truth, {name: relative_error(own[name].cpu(), value) for name, value in truth.items()})
 
 
-def _torch_results(
-    workload: Workload, dtype: torch.dtype, device: str, *, row_by_row: bool = False
-) -> dict[str, Tensor]:
+def _torch_results(workload: Workload, dtype: torch.dtype, device: str, *, row_by_row: bool = False) -> dict[str, Tensor]:
     function, whole = FUNCTIONS[workload.function], _problem(workload)
     problems = [whole]
     if row_by_row:
@@ -158,10 +152,7 @@ def _torch_results(
         return parts[0]
     by_row = ("output", "grad input")  # [T, 1, ...] each; gradients of parameters add up
     every = {name: [part[name] for part in parts] for name in parts[0]}
-    return {
-        name: torch.cat(values, dim=1) if name in by_row else torch.stack(values).sum(0)
-        for name, values in every.items()
-    }
+    return {name: torch.cat(values, dim=1) if name in by_row else torch.stack(values).sum(0) for name, values in every.items()}
 
 
 def _results(call: Call) -> dict[str, Tensor]:

@@ -39,9 +39,7 @@ class Observation:
 
 
 def observe(run: Callable[[], object], device: str = "cpu") -> Observation:
-    """Runs once for the operators and, on CUDA, once more for the peak (the profiler must not disturb the
-    allocator's figure).
-    """
+    """Runs once for the operators and, on CUDA, again for the peak, which the profiler would disturb."""
     events = _profile(run, device)
     names = {name for name, _ in events if _TELLING.search(name) and "backward" not in name.lower()}
     if device.startswith("cuda"):

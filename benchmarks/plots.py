@@ -47,9 +47,7 @@ def svg(figure: Figure, theme: Theme = PAGE, *, name: str = "figure") -> str:
     }
     with matplotlib.rc_context(settings):
         buffer = io.StringIO()
-        draw(figure, theme).savefig(
-            buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
+        draw(figure, theme).savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     found = buffer.getvalue()
     found = re.sub(r"<metadata>.*?</metadata>\s*", "", found, flags=re.DOTALL)
     if text:
@@ -114,9 +112,7 @@ def end_labels(axes: Any, ends: list[tuple[float, str, str]]) -> None:
     low, high = (math.log(v) for v in axes.get_ylim())
     ends = sorted(ends)
     heights = [(math.log(y) - low) / (high - low) for y, _, _ in ends]
-    gap = 0.2 / (
-        axes.get_position().height * axes.figure.get_size_inches()[1]
-    )  # a line of text, in axes heights
+    gap = 0.2 / (axes.get_position().height * axes.figure.get_size_inches()[1])  # a line of text, in axes heights
     for at, y, (_, text, color) in zip(_apart(heights, gap), heights, ends, strict=True):
         line = {
             "arrowstyle": "-",

@@ -1,6 +1,4 @@
-"""What a suite has to say, independent of where it is shown: the terminal and the HTML page render the same
-objects.
-"""
+"""What a suite has to say. The terminal and the HTML page render the same objects."""
 
 from __future__ import annotations
 

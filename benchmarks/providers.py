@@ -1,6 +1,4 @@
-"""The programs that compute a function. To add one is to add an entry to PROVIDERS; suites choose entries by
-name.
-"""
+"""The programs that compute a function. To add one is to add an entry; suites choose entries by name."""
 
 from __future__ import annotations
 
@@ -16,8 +14,11 @@ from .workloads import Call, Workload
 
 @dataclass(frozen=True)
 class Provider:
-    """`build` returns a module whose parameters carry the names of the function's own module (or a
-    `canonical_name` method).
+    """A row of the table.
+
+    `build` makes a module whose parameters have the names that the function's own module gives them, or that
+    has a method `canonical_name` to translate them. `unavailable` says why it cannot run a workload, `chose`
+    which of its implementations ran. Colour and dashes are those of its line in a figure.
     """
 
     name: str
@@ -62,18 +63,14 @@ def _recurrent(cls: str, color: str) -> list[Provider]:
     return [
         Provider(f"torch.nn.{cls}", function, "time", _vendor(cls), color=color, dashed=True),
         Provider(f"fastseq.{cls}", function, "time", own, missing, _fastseq_chose, color),
-        Provider(
-            f"fastseq.{cls} (recompute)", function, "time", frugal, missing, _fastseq_chose, color, True
-        ),
+        Provider(f"fastseq.{cls} (recompute)", function, "time", frugal, missing, _fastseq_chose, color, True),
     ]
 
 
 PROVIDERS = {
     p.name: p
     for p in (
-        Provider(
-            "eager LSTMCell loop", "lstm", "time", lambda w: CellLoop(nn.LSTMCell(w.I, w.H)), color="#8d99ae"
-        ),
+        Provider("eager LSTMCell loop", "lstm", "time", lambda w: CellLoop(nn.LSTMCell(w.I, w.H)), color="#8d99ae"),
         *_recurrent("LSTM", "#1e88e5"),
         *_recurrent("GRU", "#12a67c"),
         *_recurrent("RNN", "#e29100"),

@@ -23,9 +23,7 @@ STYLES = {"good": "green", "best": "bold green", "bad": "red", "worst": "bold re
 
 
 def sections(results: Results) -> list[Section]:
-    return [section for name in results.suites() for section in SUITES[name].present(results)] + [
-        _peaks(results)
-    ]
+    return [section for name in results.suites() for section in SUITES[name].present(results)] + [_peaks(results)]
 
 
 def derive(results: Results) -> dict[str, Any]:
@@ -110,8 +108,7 @@ def terminal(results: Results, console: Console) -> None:
         if row.status == "wrong":
             console.print(
                 Text(
-                    f"WRONG RESULT, not timed: {row.provider} {row.mode} T={row.T} B={row.B} H={row.H}: "
-                    f"{row.reason}",
+                    f"WRONG RESULT, not timed: {row.provider} {row.mode} T={row.T} B={row.B} H={row.H}: {row.reason}",
                     "bold red",
                 )
             )
@@ -121,9 +118,7 @@ def terminal(results: Results, console: Console) -> None:
 
 
 def _rich(table: Table) -> RichTable:
-    out = RichTable(
-        title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
+    out = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, (column, side) in enumerate(zip(table.columns, sides(table), strict=True)):
         out.add_column(column, justify="left" if side == "left" else "right", overflow="fold", no_wrap=i == 0)
     for row in table.rows:
@@ -140,23 +135,19 @@ def _peaks(results: Results) -> Section:
             "threads": str(p.threads),
             "dtype": p.dtype,
             "torch.mm": f"{p.gemm / 1e9:.0f} GFLOP/s",
-            **{
-                f"read {bytes_text(k << 10)}": f"{p.read[k] / 1e9:.0f} GB/s" for k in SHOWN_KIB if k in p.read
-            },
+            **{f"read {bytes_text(k << 10)}": f"{p.read[k] / 1e9:.0f} GB/s" for k in SHOWN_KIB if k in p.read},
             **{f"copy {bytes_text(k << 10)}": f"{v / 1e9:.0f} GB/s" for k, v in sorted(p.copy.items())},
             **{how: time_text(seconds) for how, seconds in p.launch.items()},
         }
         columns = list(values)
         rows.append(list(values.values()))
     note = (
-        "Measured in this run; the floors follow from them. torch.mm: the best of a few square products. read: one "
-        "buffer again and again, each thread its share, as recurrent weights are read at every step. copy: bytes "
-        "read and written. operator: the shortest call of a torch operator. A program that beats torch.mm or this "
-        "way of reading is above 100 % of its floor."
+        "Measured in this run; the floors follow from them. torch.mm: the best of a few square products. "
+        "read: one buffer again and again, each thread its share, as recurrent weights are at every step. "
+        "copy: bytes read and written. operator: the shortest call of a torch operator. A program that beats "
+        "torch.mm or this way of reading is above 100 % of its floor."
     )
-    return Section(
-        "What the machine can do", tables=[Table("Measured peaks", columns, rows, note)] if rows else []
-    )
+    return Section("What the machine can do", tables=[Table("Measured peaks", columns, rows, note)] if rows else [])
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Any:

@@ -122,9 +122,7 @@ class Results:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(d, dict) or d.get("schema") != SCHEMA:
-            raise ValueError(
-                f'{path} is not a result file of this benchmark (it has no "schema": "{SCHEMA}")'
-            )
+            raise ValueError(f'{path} is not a result file of this benchmark (it has no "schema": "{SCHEMA}")')
         if d.get("version") != VERSION:
             raise ValueError(f"{path} has version {d.get('version')!r}; this fastseq reads version {VERSION}")
         try:
@@ -132,9 +130,7 @@ class Results:
             bad = sorted({row.status for row in rows} - set(STATUS))
             if bad:
                 raise ValueError(f"unknown status {bad}")
-            return cls(
-                d["environment"], d["options"], rows, [Peaks.from_dict(p) for p in d["peaks"]], d["seconds"]
-            )
+            return cls(d["environment"], d["options"], rows, [Peaks.from_dict(p) for p in d["peaks"]], d["seconds"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not have the fields of version {VERSION}: {error}") from error
 

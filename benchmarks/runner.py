@@ -1,10 +1,8 @@
-"""From a case to rows: build every participant, check it, observe its memory and operators, then time all of
-them in turn.
-"""
+"""From a case to rows: build every participant, check it, observe memory and operators, time all in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import psutil
@@ -148,9 +146,7 @@ class Runner:
         return (provider.name, w.mode, str(w.B), str(w.H), w.dtype)
 
     def _too_large(self, provider: Provider, w: Workload) -> str | None:
-        """Extrapolates the last peak of the same provider with T squared, twice over for the references of
-        the gate.
-        """
+        """Extrapolates the provider's last peak with T squared, twice over for the references of the gate."""
         T, peak = self._last_peak.get(self._series(provider, w), (w.T, 0))
         needed = 2 * peak * max(1, w.T / T) ** 2
         free = _free_memory(self.device)
@@ -170,7 +166,3 @@ def _free_memory(device: str) -> int:
             return free if text == "max" else min(free, int(text) - int(current.read()))
     except (OSError, ValueError):
         return free
-
-
-def sizes(cases: Iterable[Case]) -> int:
-    return sum(len(case.participants) for case in cases)

@@ -44,15 +44,11 @@ def parse(text: str) -> Wanted:
 
 
 def select(cases: list[Case], wanted: Wanted) -> list[Case]:
-    """Cases with the participants that match; a participant's baseline stays with it. Raises ValueError if
-    nothing is left.
-    """
+    """Cases with the participants that match, and their baselines. Raises ValueError if nothing is left."""
     kept = []
     for case in cases:
         matching = {
-            p.provider
-            for p in case.participants
-            if all(_values(case, p)[key] in values for key, values in wanted.items())
+            p.provider for p in case.participants if all(_values(case, p)[key] in values for key, values in wanted.items())
         }
         baselines = {base for name, base in case.baseline if name in matching}
         participants = tuple(p for p in case.participants if p.provider in matching | baselines)
@@ -64,8 +60,6 @@ def select(cases: list[Case], wanted: Wanted) -> list[Case]:
             for p in case.participants:
                 for key in wanted:
                     have[key].add(_values(case, p)[key])
-        listed = "; ".join(
-            f"{key}: {', '.join(sorted(v, key=lambda s: (len(s), s)))}" for key, v in have.items()
-        )
+        listed = "; ".join(f"{key}: {', '.join(sorted(v, key=lambda s: (len(s), s)))}" for key, v in have.items())
         raise ValueError(f"--only: no point matches; these exist: {listed}")
     return kept

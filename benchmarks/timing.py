@@ -1,5 +1,4 @@
-"""Timing: clocks for the host and for a GPU behind one interface, and the round-robin that all comparisons go
-through.
+"""Timing: clocks for the host and for a GPU behind one interface, and the round-robin of all comparisons.
 
 Providers are measured in turn, round after round, each round starting with another one, so that a drifting
 clock frequency or a busy neighbour hits all of them alike. The figure is the median over rounds, with its 20
@@ -23,9 +22,7 @@ Run = Callable[[], object]
 
 
 class Clock(Protocol):
-    """A way to time a call. `prepare` is called once per call (a graph is captured there), `measure` once per
-    sample.
-    """
+    """A way to time a call: `prepare` it once (a graph is captured there), `measure` it for each sample."""
 
     name: str
 
@@ -55,8 +52,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Device time between two events around each call, after a write of `flush_bytes` that leaves the L2
-    cache cold.
+    """Device time between two events around each call, after a write of `flush_bytes` (cold L2).
 
     Includes the gaps in which the device waits for launches. `cuda` is torch.cuda, or a stand-in with Event
     and synchronize.
@@ -88,9 +84,7 @@ class CudaClock:
 
 
 class GraphClock(CudaClock):
-    """Device time of the call as a CUDA graph: what the kernels take when the host is no hindrance. Cold L2
-    as well.
-    """
+    """Device time of the call as a CUDA graph: the kernels without the host as a hindrance. Cold L2 too."""
 
     name = "CUDA graph, cold L2"
 
@@ -108,9 +102,7 @@ class GraphClock(CudaClock):
 
 
 class IssueClock:
-    """Host time that a call takes to return on an asynchronous device: what a program that only launches
-    would pay.
-    """
+    """Host time that a call takes to return on an asynchronous device: what launching costs."""
 
     name = "host time per call"
 
@@ -151,9 +143,7 @@ class BenchmarkTimer:
 
     def target(self, run: Run) -> Run:
         if self.clock is None:
-            raise RuntimeError(
-                "BenchmarkTimer has no clock yet: set timer.clock = clock_for(device) before the first target"
-            )
+            raise RuntimeError("BenchmarkTimer has no clock yet: set timer.clock = clock_for(device) before the first target")
         clock, run = self.clock, self.clock.prepare(run)
 
         def measured() -> None:
@@ -164,9 +154,7 @@ class BenchmarkTimer:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure one set of providers: until the medians are known to `precision`, or `seconds` are
-    spent.
-    """
+    """How long to measure: until the medians are known to `precision`, or `seconds` are spent."""
 
     seconds: float = 2.0
     min_rounds: int = 5

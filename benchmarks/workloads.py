@@ -80,17 +80,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Function:
-    """`module(workload)` is torch's own way to compute it: in fp64 the reference, in the workload's dtype the
-    error to beat.
-    """
+    """`module(workload)` is torch's own way: in fp64 the reference, in another dtype the error to beat."""
 
     name: str
-    title: str
     module: Callable[[Workload], nn.Module]
     layout: str  # of the reference module: "time" [T, B, I] or "batch" [B, T, I]
-    row_by_row: bool = (
-        False  # rows do not interact and the reference is large: compute it one batch row at a time
-    )
+    row_by_row: bool = False  # the fp64 reference is large: one batch row at a time
 
 
 def _recurrent(cls: Callable[[int, int], nn.Module]) -> Callable[[Workload], nn.Module]:
@@ -100,32 +95,18 @@ def _recurrent(cls: Callable[[int, int], nn.Module]) -> Callable[[Workload], nn.
 FUNCTIONS = {
     f.name: f
     for f in (
-        Function("lstm", "LSTM layer", _recurrent(nn.LSTM), "time"),
-        Function("gru", "GRU layer", _recurrent(nn.GRU), "time"),
-        Function("rnn", "RNN layer (tanh)", _recurrent(nn.RNN), "time"),
-        Function(
-            "attention",
-            "causal self-attention layer",
-            lambda w: Attention(w.H, w.heads, fused=False),
-            "batch",
-            True,
-        ),
-        Function(
-            "block",
-            "attention + feed-forward block",
-            lambda w: TransformerBlock(w.H, w.heads, fused=False),
-            "batch",
-            True,
-        ),
+        Function("lstm", _recurrent(nn.LSTM), "time"),
+        Function("gru", _recurrent(nn.GRU), "time"),
+        Function("rnn", _recurrent(nn.RNN), "time"),
+        Function("attention", lambda w: Attention(w.H, w.heads, fused=False), "batch", True),
+        Function("block", lambda w: TransformerBlock(w.H, w.heads, fused=False), "batch", True),
     )
 }
 
 
 @dataclass
 class Problem:
-    """Parameters, input and output gradient of a workload in fp64 on the CPU; everything a provider gets is
-    cast from them.
-    """
+    """Parameters, input and output gradient in fp64 on the CPU; what a provider gets is cast from them."""
 
     workload: Workload
     parameters: dict[str, Tensor]

@@ -80,9 +80,7 @@ def write(model: nn.Module, alphabet: str, start: str, count: int, seed: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm")
     parser.add_argument("--steps", type=int, help="training steps (default 300, quick 20)")
     parser.add_argument("--quick", action="store_true", help="a small model and few steps: some seconds")

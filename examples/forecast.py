@@ -66,9 +66,7 @@ def read() -> tuple[list[str], Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="gru")
     parser.add_argument("--steps", type=int, help="training steps (default 300, quick 20)")
     parser.add_argument("--quick", action="store_true", help="a small model and few steps: some seconds")

@@ -84,9 +84,7 @@ def compare(histories: dict[str, History]) -> None:
 
     for step in range(count):
         difference = abs(losses[step] - torch_losses[step])
-        assert difference <= bounds[step], (
-            f"step {step}: losses differ by {difference}, allowed is {bounds[step]}"
-        )
+        assert difference <= bounds[step], f"step {step}: losses differ by {difference}, allowed is {bounds[step]}"
     print(f"losses agree at every one of {count} steps")
 
 

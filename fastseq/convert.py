@@ -239,13 +239,9 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(
-            f"filter_fn must be a function (module, name) -> bool, got {type(filter_fn).__name__}"
-        )
+        raise TypeError(f"filter_fn must be a function (module, name) -> bool, got {type(filter_fn).__name__}")
     if on_unsupported not in _ON_UNSUPPORTED:
-        raise ValueError(
-            f"on_unsupported must be one of {', '.join(_ON_UNSUPPORTED)}, got {on_unsupported!r}"
-        )
+        raise ValueError(f"on_unsupported must be one of {', '.join(_ON_UNSUPPORTED)}, got {on_unsupported!r}")
     if example_inputs is not None:
         as_arguments(example_inputs)
     options = Options(keep_type=bool(keep_type), recompute=bool(recompute))
@@ -382,9 +378,7 @@ class patched(ContextDecorator):
     def _install(cls) -> None:
         """Put the latest entry's classes, else torch's, in every place that has one of ours or torch's."""
         for name, conversion in CONVERSIONS.items():
-            wanted = next(
-                (entry[name] for entry in reversed(cls._entries) if name in entry), conversion.torch_class
-            )
+            wanted = next((entry[name] for entry in reversed(cls._entries) if name in entry), conversion.torch_class)
             known = (conversion.torch_class, *conversion.own_classes())
             for place in (nn, nn.modules, sys.modules[conversion.torch_class.__module__]):
                 if getattr(place, name) in known:
@@ -473,9 +467,7 @@ def _recognise(found: _Found) -> Conversion | None:
     return None
 
 
-def _why_not_asked(
-    found: _Found, conversion: Conversion, chosen: set[str], filter_fn: FilterFn | None
-) -> str:
+def _why_not_asked(found: _Found, conversion: Conversion, chosen: set[str], filter_fn: FilterFn | None) -> str:
     if conversion.name not in chosen:
         return "not among the modules asked for"
     if filter_fn is not None:
@@ -496,15 +488,9 @@ def _why_not_possible(found: _Found, conversion: Conversion, verb: str) -> str:
         return f"managed by FSDP: {verb} before fully_shard"
     if parametrize.is_parametrized(module):
         names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
-        return (
-            f"parametrized (torch.nn.utils.parametrize: {names}): {verb} before registering parametrizations"
-        )
+        return f"parametrized (torch.nn.utils.parametrize: {names}): {verb} before registering parametrizations"
     if kind is not conversion.torch_class and kind not in conversion.own_classes():
-        base = next(
-            base
-            for base in kind.__mro__
-            if base is conversion.torch_class or base in conversion.own_classes()
-        )
+        base = next(base for base in kind.__mro__ if base is conversion.torch_class or base in conversion.own_classes())
         own = next(base for base in kind.__mro__ if "forward" in vars(base)) is not base
         return f"subclass of {_class_name(base)}" + (" with its own forward" if own else "")
     if "forward" in vars(module):

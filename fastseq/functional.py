@@ -8,6 +8,7 @@ Nothing here looks at the values in a tensor, so everything can be compiled and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from .ops.recurrent import recurrent
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 _NONLINEARITIES = ("tanh", "relu")
+_Operand = TypeVar("_Operand", Tensor, Tensor | None)
 
 
 def rnn(
@@ -105,8 +107,10 @@ def lstm(
         dropout: probability with which, in training, elements of every layer's output but the last's are zeroed.
         lengths: integer ``[B]`` on the input's device, each in 0..T. Beyond a row's length the output is zero; final states are
             those after a row's last step, where its backward direction starts.
-        batch_sizes: ``PackedSequence.batch_sizes`` (int64 ``[T]`` on the CPU); the output is packed likewise, states are in packed order.
-        return_cells: also return c of every step, ``[L, T, B, D*H]`` (``[L, B, T, D*H]`` with ``batch_first``, ``[L, N, D*H]`` packed).
+        batch_sizes: ``PackedSequence.batch_sizes`` (int64 ``[T]`` on the CPU); the output is packed likewise, states are in
+            packed order.
+        return_cells: also return c of every step, ``[L, T, B, D*H]`` (``[L, B, T, D*H]`` with ``batch_first``,
+            ``[L, N, D*H]`` packed).
         recompute: in training, do not save the gate activations for the backward pass but recompute them there: memory for time.
 
     Raises:
@@ -117,7 +121,8 @@ def lstm(
         CELLS["lstm"], input, h0, c0, params, has_biases, num_layers, dropout, training, bidirectional, batch_first, proj_size,
         lengths, batch_sizes, return_cells, recompute,
     )  # fmt: skip
-    return (output, h_n, c_n, cells) if return_cells else (output, h_n, c_n)
+    assert c_n is not None
+    return (output, h_n, c_n) if cells is None else (output, h_n, c_n, cells)
 
 
 def rnn_cell(
@@ -170,7 +175,16 @@ def _elman(nonlinearity: str) -> Cell:
     return CELLS[f"rnn_{nonlinearity}"]
 
 
-def _single(cell, input, h, c, w_ih, w_hh, b_ih, b_hh) -> tuple[Tensor, Tensor | None]:
+def _single(
+    cell: Cell,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     params = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
     if input.dim() != 2:
         raise RuntimeError(f"input must be [B, I], got {list(input.shape)}")
@@ -193,7 +207,7 @@ def _stack(
     input: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    params: Sequence[Tensor],
+    params: Sequence[Tensor | None],
     has_biases: bool,
     num_layers: int,
     dropout: float,
@@ -252,8 +266,10 @@ def _stack(
         if dropout and training and layer < num_layers - 1:
             x = torch.nn.functional.dropout(x, dropout)
         h_ns.append(h_n)
-        c_ns.append(c_n)
-        cells.append(c)
+        if c_n is not None:
+            c_ns.append(c_n)
+        if c is not None:
+            cells.append(c)
     h_n = h_ns[0] if num_layers == 1 else torch.cat(h_ns)
     c_n = all_cells = None
     if cell.has_c:
@@ -266,7 +282,7 @@ def _stack(
     return x, h_n, c_n, all_cells
 
 
-def _lowered(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _lowered(tensor: _Operand, dtype: torch.dtype) -> _Operand:
     """What autocast does to an operand: floating point, but not fp64, goes to its dtype."""
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
@@ -274,7 +290,7 @@ def _lowered(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _lane_params(
-    params: Sequence[Tensor], has_biases: bool, num_layers: int, lanes: int, proj_size: int
+    params: Sequence[Tensor | None], has_biases: bool, num_layers: int, lanes: int, proj_size: int
 ) -> list[list[Tensor | None]]:
     """Per layer, the op's five parameters of every lane in one flat list, None where there is none."""
     each = 2 + 2 * has_biases + (proj_size > 0)
@@ -362,5 +378,6 @@ def _check_lengths(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | 
         batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu"
     ):
         raise RuntimeError(
-            f"batch_sizes must be a 1-D int64 tensor on the CPU, got {batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
+            f"batch_sizes must be a 1-D int64 tensor on the CPU, "
+            f"got {batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
         )

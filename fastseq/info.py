@@ -25,9 +25,7 @@ def collect() -> dict[str, Any]:
         "library": _library(),
         "devices": [_cpu(), *_gpus()],
         "backends": _backends(),
-        "environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTSEQ_")
-        },
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTSEQ_")},
     }
 
 
@@ -53,9 +51,7 @@ def as_text() -> str:
 
     lines += ["", "backends (the first that can)"]
     for backend in found["backends"]["available"]:
-        lines.append(
-            f"  {backend['name']:<14}{'available' if backend['reason'] is None else backend['reason']}"
-        )
+        lines.append(f"  {backend['name']:<14}{'available' if backend['reason'] is None else backend['reason']}")
 
     lines += ["", "which backend runs what"]
     for choice in found["backends"]["choices"]:
@@ -80,9 +76,7 @@ def _versions() -> dict[str, str]:
     toolkit, driver, _ = _cuda_versions()
     if library.reason() is None:
         versions["CUDA toolkit"] = (
-            f"{_cuda_version(toolkit)}, in the library"
-            if toolkit
-            else "none: the library was built without CUDA"
+            f"{_cuda_version(toolkit)}, in the library" if toolkit else "none: the library was built without CUDA"
         )
     versions["CUDA driver"] = _driver() + (f", up to CUDA {_cuda_version(driver)}" if driver else "")
     return versions
@@ -173,14 +167,10 @@ def _backends() -> dict[str, Any]:
     for device in devices:
         for op in ops.OPS:
             for cell in cells.CELLS:
-                by_dtype = {
-                    str(dtype).removeprefix("torch."): _choice(op, cell, device, dtype) for dtype in DTYPES
-                }
+                by_dtype = {str(dtype).removeprefix("torch."): _choice(op, cell, device, dtype) for dtype in DTYPES}
                 choices.append({"device": str(device), "op": op, "cell": cell, "by_dtype": by_dtype})
     return {
-        "available": [
-            {"name": name, "reason": backends.BACKENDS[name].available()} for name in backends.ORDER
-        ],
+        "available": [{"name": name, "reason": backends.BACKENDS[name].available()} for name in backends.ORDER],
         "choices": choices,
     }
 

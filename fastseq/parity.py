@@ -74,9 +74,7 @@ class Probe:
         self._differentiate = torch.is_grad_enabled()
         tensors = [*self._model.parameters(), *(tensor for _, tensor in _tensors((self._args, self._kwargs)))]
         if any(tensor.is_meta for tensor in tensors):
-            raise ValueError(
-                "example_inputs: no values to compare, the model or the inputs are on the meta device"
-            )
+            raise ValueError("example_inputs: no values to compare, the model or the inputs are on the meta device")
         self._random = _Random({tensor.device for tensor in tensors})
         self._coarsest = 0.0
         with self._watching():
@@ -93,9 +91,7 @@ class Probe:
             return f"the outputs are other ones: {', '.join(changed)} came or went"
         worst, sentence = (False, 1.0), None
         for name, before in self._before.items():
-            excess, complaint = _excess(
-                before, after[name], self._noisy.get(name), max(self._unit(before), self._coarsest)
-            )
+            excess, complaint = _excess(before, after[name], self._noisy.get(name), max(self._unit(before), self._coarsest))
             rank = (name.startswith("output"), excess)
             if excess > 1 and rank > worst:
                 worst, sentence = rank, f"{name} {complaint}"
@@ -191,9 +187,7 @@ def _excess(before: Tensor, after: Tensor, noisy: Tensor | None, unit: float) ->
     error, bound = _largest((new - old)[finite]), ALLOWANCE * (noise + unit * largest)
     if error <= bound:
         return 0.0, ""
-    complaint = (
-        f"is off by up to {error:.3g}, and rounding explains {bound:.3g} (its largest value is {largest:.3g})"
-    )
+    complaint = f"is off by up to {error:.3g}, and rounding explains {bound:.3g} (its largest value is {largest:.3g})"
     return error / bound if bound else math.inf, complaint
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.utils._device
 
 import fastseq
 from fastseq.backends import library
@@ -39,11 +40,7 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         if torch.compiler.is_compiling():
             return allocate(*args, **kwargs)
         tensor = allocate(*args, **kwargs)
-        if (
-            _called_from_fastseq()
-            and tensor.device.type != "meta"
-            and (tensor.is_floating_point() or tensor.is_complex())
-        ):
+        if _called_from_fastseq() and tensor.device.type != "meta" and (tensor.is_floating_point() or tensor.is_complex()):
             with torch.no_grad():
                 tensor.fill_(float("nan"))
         return tensor
@@ -54,6 +51,7 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_allocations() -> Iterator[None]:
     """`torch.empty` and its like, called by fastseq, return NaN: an element left unwritten shows."""
+    torch.utils._device._device_constructors()  # remembers the real functions, which `with torch.device(...)` looks for
     patch = pytest.MonkeyPatch()
     for owner, name in (
         (torch, "empty"),

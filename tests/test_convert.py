@@ -71,9 +71,7 @@ class Translator(nn.Module):
     @staticmethod
     def example() -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1)
-        return torch.randint(0, 20, (8, 3), generator=generator), torch.randint(
-            0, 20, (5, 3), generator=generator
-        )
+        return torch.randint(0, 20, (8, 3), generator=generator), torch.randint(0, 20, (5, 3), generator=generator)
 
 
 class Looper(nn.Module):
@@ -261,9 +259,7 @@ class TestSameModel:
 
     def test_averaged_copy_and_deepcopy(self):
         model, inputs = Tagger().eval(), Tagger.example()
-        average = torch.optim.swa_utils.AveragedModel(
-            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
-        )
+        average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
         convert(model)
         twin = copy.deepcopy(model)
         assert type(twin.rnn) is fastseq.modules.LSTM
@@ -580,9 +576,7 @@ class TestChoice:
         with pytest.raises(TypeError, match="accepted: nn.RNN or 'RNN'"):
             convert(Tagger(), modules)
 
-    @pytest.mark.parametrize(
-        "modules", ["lstm", "Linear", nn.Linear, OwnForward, nn.Module, (nn.LSTM, "MHA"), (), ""]
-    )
+    @pytest.mark.parametrize("modules", ["lstm", "Linear", nn.Linear, OwnForward, nn.Module, (nn.LSTM, "MHA"), (), ""])
     def test_modules_nobody_knows(self, modules):
         with pytest.raises(ValueError, match="accepted: nn.RNN or 'RNN'"):
             convert(Tagger(), modules)
@@ -663,9 +657,7 @@ class TestChoice:
 
 class TestReport:
     def test_table(self):
-        model = nn.ModuleDict(
-            {"first": nn.LSTM(4, 4), "second_one": nn.GRUCell(4, 4), "own": OwnForward(4, 4)}
-        )
+        model = nn.ModuleDict({"first": nn.LSTM(4, 4), "second_one": nn.GRUCell(4, 4), "own": OwnForward(4, 4)})
         with fastseq.use_backend("reference"):
             report = convert(model)
         assert isinstance(report, Report)
@@ -1003,9 +995,7 @@ class TestDistributed:
         expected = results(plain, *inputs)
         truth = results(copy.deepcopy(plain).double(), *inputs)
         with monkeypatch.context() as without_communication:
-            without_communication.setattr(
-                type(model), "forward", lambda *args: pytest.fail("one rank alone hangs")
-            )
+            without_communication.setattr(type(model), "forward", lambda *args: pytest.fail("one rank alone hangs"))
             report = convert(model, example_inputs=inputs)
         assert report.converted[0].names == ("module.rnn",)
         for name, value in results(model, *inputs).items():

@@ -33,9 +33,7 @@ def run(program: str, *arguments: str) -> str:
 
 def curves(printed: str) -> list[list[float]]:
     """Rows of the printed table: step, torch.nn, fastseq, difference, allowed."""
-    rows = [
-        line.split() for line in printed.splitlines() if re.match(r"\s+\d+(\s+[\d.]+){2}(\s+\S+){2}$", line)
-    ]
+    rows = [line.split() for line in printed.splitlines() if re.match(r"\s+\d+(\s+[\d.]+){2}(\s+\S+){2}$", line)]
     return [[float(number) for number in row] for row in rows]
 
 

@@ -78,8 +78,7 @@ def test_stream_symbol_is_bound_exactly_in_cuda_builds_of_torch():
 
 def test_missing(tmp_path):
     assert (
-        reason_for(tmp_path / "nowhere.so")
-        == f"FASTSEQ_LIBRARY={tmp_path / 'nowhere.so'} is not a file; correct it or unset it"
+        reason_for(tmp_path / "nowhere.so") == f"FASTSEQ_LIBRARY={tmp_path / 'nowhere.so'} is not a file; correct it or unset it"
     )
 
 
@@ -87,9 +86,7 @@ def test_missing(tmp_path):
 def test_missing_from_the_package(tmp_path, noted):
     """A pure wheel says why its build made no library, where that is known."""
     package = tmp_path / "fastseq"
-    shutil.copytree(
-        Path(fastseq.__file__).parent, package, ignore=shutil.ignore_patterns("lib", "__pycache__")
-    )
+    shutil.copytree(Path(fastseq.__file__).parent, package, ignore=shutil.ignore_patterns("lib", "__pycache__"))
     if noted:
         (package / "lib").mkdir()
         (package / "lib/not-built.txt").write_text("no C++ compiler was found; install g++\n")
@@ -242,9 +239,9 @@ def test_info_as_json_with_a_broken_library(tmp_path):
     found = json.loads(done.stdout)
     assert "is not a file" in found["library"]["reason"]
     assert found["devices"][0]["device"] == "cpu"
-    assert {
-        choice["by_dtype"]["float32"] for choice in found["backends"]["choices"] if choice["device"] == "cpu"
-    } == {"reference"}
+    assert {choice["by_dtype"]["float32"] for choice in found["backends"]["choices"] if choice["device"] == "cpu"} == {
+        "reference"
+    }
 
 
 def test_info_with_a_forced_backend():

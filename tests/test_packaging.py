@@ -139,11 +139,7 @@ def test_sdist_is_complete(sdist):
     expected |= {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
     there = {str(file.relative_to(sdist)) for file in sdist.rglob("*") if file.is_file()}
     assert expected - there == set()
-    assert not [
-        name
-        for name in there
-        if name.endswith((".so", ".pyc")) or name.startswith(("build/", ".venv/", "fastseq/lib/"))
-    ]
+    assert not [name for name in there if name.endswith((".so", ".pyc")) or name.startswith(("build/", ".venv/", "fastseq/lib/"))]
 
 
 @needs_library
@@ -172,11 +168,7 @@ def test_wheel_contents(kind, request):
         f"fastseq_kernels-{fastseq.__version__}.dist-info",
     }
     assert "fastseq/py.typed" in inside
-    data = {
-        f"fastseq/{file.relative_to(ROOT)}"
-        for file in (ROOT / "benchmarks/templates").rglob("*")
-        if file.is_file()
-    }
+    data = {f"fastseq/{file.relative_to(ROOT)}" for file in (ROOT / "benchmarks/templates").rglob("*") if file.is_file()}
     assert data <= inside
 
 
@@ -205,9 +197,7 @@ print(workloads.__file__)
 
 
 def test_pure_install_works(pure_install, tmp_path):
-    where, reason, top_level, workloads = python(
-        "-c", LOOK, cwd=tmp_path, PYTHONPATH=str(pure_install)
-    ).splitlines()
+    where, reason, top_level, workloads = python("-c", LOOK, cwd=tmp_path, PYTHONPATH=str(pure_install)).splitlines()
     assert where == str(pure_install)
     assert "was not built when fastseq was installed (FASTSEQ_BUILD=none was set)" in reason
     assert top_level == "[None, None]"
@@ -217,9 +207,7 @@ def test_pure_install_works(pure_install, tmp_path):
 @needs_library
 def test_native_install_works(native_wheel, tmp_path):
     folder = pip_install(native_wheel, tmp_path / "installed")
-    where, reason, top_level, workloads = python(
-        "-c", LOOK, cwd=tmp_path, PYTHONPATH=str(folder)
-    ).splitlines()
+    where, reason, top_level, workloads = python("-c", LOOK, cwd=tmp_path, PYTHONPATH=str(folder)).splitlines()
     assert (where, reason, top_level) == (str(folder), "None", "[None, None]")
     assert workloads.startswith(str(folder))
 
@@ -306,13 +294,8 @@ def test_build_says_what_is_wrong(sdist, environment, expected):
 def test_auto_never_fails(sdist, tmp_path):
     """Without torch, `auto` makes a pure wheel, says so in a box, and the wheel remembers why."""
     told = python("setup.py", "build_native", cwd=sdist, FASTSEQ_BUILD="auto", FASTSEQ_TORCH_DIR="/nowhere")
-    assert (
-        "| fastseq was built without its native library" in told
-        and "FASTSEQ_TORCH_DIR=/nowhere is no installed torch" in told
-    )
-    wheel = pip_wheel(
-        sdist, tmp_path, "--no-build-isolation", FASTSEQ_BUILD="auto", FASTSEQ_TORCH_DIR="/nowhere"
-    )
+    assert "| fastseq was built without its native library" in told and "FASTSEQ_TORCH_DIR=/nowhere is no installed torch" in told
+    wheel = pip_wheel(sdist, tmp_path, "--no-build-isolation", FASTSEQ_BUILD="auto", FASTSEQ_TORCH_DIR="/nowhere")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert b"/nowhere is no installed torch" in archive.read("fastseq/lib/not-built.txt")
@@ -329,11 +312,7 @@ def test_auto_never_fails(sdist, tmp_path):
     ],
 )
 def test_cuda_architectures(sdist, tmp_path, asked, expected):
-    if (
-        asked == ""
-        and "release 12."
-        in subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
-    ):
+    if asked == "" and "release 12." in subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout:
         pytest.skip("the default list of CUDA 12 is shorter before 12.8")
     code = "import sys; sys.argv[:] = ['setup.py', '--version']; import setup as s; "
     code += "print(s.find_cmake(), s.find_ninja())"
@@ -387,9 +366,7 @@ def test_library_holds_what_it_says():
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_library_links_to_any_torch():
     """To libtorch.so, which leads to CUDA where torch has it; to no CUDA, Python or build machine."""
-    dump = subprocess.run(
-        ["readelf", "-dW", str(library.path())], capture_output=True, text=True, check=True
-    ).stdout
+    dump = subprocess.run(["readelf", "-dW", str(library.path())], capture_output=True, text=True, check=True).stdout
     needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dump))
     assert {"libtorch.so", "libtorch_cpu.so"} <= needed
     system = {
@@ -413,16 +390,10 @@ def test_library_links_to_any_torch():
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_library_symbols():
     """Out of it comes our mark alone; into it come torch's C shims, those of CUDA weakly."""
-    dump = subprocess.run(
-        ["readelf", "--dyn-syms", "-W", str(library.path())], capture_output=True, text=True, check=True
-    ).stdout
+    dump = subprocess.run(["readelf", "--dyn-syms", "-W", str(library.path())], capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in dump.splitlines() if re.match(r"\s*\d+:", line)]
     exported = {row[7] for row in rows if len(row) > 7 and row[6] != "UND" and row[4] == "GLOBAL"}
     assert exported - {"_end", "_edata", "__bss_start"} == {"fastseq_library_mark"}
     undefined = {row[7].split("@")[0]: row[4] for row in rows if len(row) > 7 and row[6] == "UND"}
     assert undefined["aoti_torch_get_current_cuda_stream"] == "WEAK"
-    assert not [
-        name
-        for name in undefined
-        if name.startswith(("_ZN2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "Py", "_Py"))
-    ]
+    assert not [name for name in undefined if name.startswith(("_ZN2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "Py", "_Py"))]

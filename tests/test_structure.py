@@ -118,7 +118,10 @@ def test_setup_does_not_import_torch():
 def test_no_banners_and_nothing_postponed():
     """Comments are shapes and whys."""
     wrong = []
-    for path in [*ROOT.glob("*.py"), *(p for d in ("fastseq", "kernels", "benchmarks", "csrc", "examples") for p in (ROOT / d).rglob("*"))]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *(p for d in ("fastseq", "kernels", "benchmarks", "csrc", "examples") for p in (ROOT / d).rglob("*")),
+    ]:
         if path.suffix not in (".py", ".cpp", ".cu", ".cuh", ".h", ".inl"):
             continue
         for number, line in enumerate(path.read_text().splitlines(), 1):

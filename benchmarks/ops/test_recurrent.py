@@ -1,6 +1,4 @@
-"""The recurrent op through pytest-benchmark: torch.nn and fastseq on the same workloads, each checked before
-it is timed.
-"""
+"""The recurrent op through pytest-benchmark: torch.nn and fastseq, each checked before it is timed."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ def peaks(device: str) -> floors.Peaks:
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_recurrent(benchmark, request, device, cell, mode, B, H, packed, library):
     provider = PROVIDERS[f"{library}.{cell}"]
-    w = Workload(
-        provider.function, 128, B, H, H, mode, packed=packed, threads=torch.get_num_threads(), device=device
-    )
+    w = Workload(provider.function, 128, B, H, H, mode, packed=packed, threads=torch.get_num_threads(), device=device)
     missing = provider.unavailable(w)
     if missing:
         pytest.skip(missing)

@@ -1,6 +1,4 @@
-"""The suites. A suite is a module with the names of presentation.Suite; listing it here is all it takes to
-add one.
-"""
+"""The suites: modules with the names of presentation.Suite. To add one is to list it here."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The recurrent layers against torch.nn: every cell, batch, width and thread count, padded and packed, and
-saved activations.
-"""
+"""The recurrent layers against torch.nn, over cell, batch, width and threads, padded and packed."""
 
 from __future__ import annotations
 
@@ -47,16 +45,10 @@ def plan(options: Options) -> list[Case]:
     cores = torch.get_num_threads()
     threads = options.threads or ((cores,) if cuda or options.quick or cores == 1 else (1, min(2, cores)))
     batches, widths = ((1, 32), (64, 256)) if options.quick else ((1, 8, 32), (64, 128, 256, 512))
-    effort = (
-        Effort(seconds=0.15, max_rounds=15)
-        if options.quick
-        else Effort(seconds=0.25, min_rounds=5, max_rounds=60)
-    )
+    effort = Effort(seconds=0.15, max_rounds=15) if options.quick else Effort(seconds=0.25, min_rounds=5, max_rounds=60)
     cases = []
 
-    def add(
-        group: str, cell: str, mode: str, B: int, H: int, n: int, providers: tuple[str, ...], baseline: str
-    ) -> None:
+    def add(group: str, cell: str, mode: str, B: int, H: int, n: int, providers: tuple[str, ...], baseline: str) -> None:
         w = Workload(
             cell.lower(),
             T,
@@ -100,9 +92,7 @@ def cell_of(row: Row) -> str:
     return next(cell for cell in CELLS if cell.lower() == row.function)
 
 
-def _points(
-    rows: list[Row], group: str, mode: str, cell: str = "any", threads: int | None = None
-) -> list[Row]:
+def _points(rows: list[Row], group: str, mode: str, cell: str = "any", threads: int | None = None) -> list[Row]:
     """fastseq's rows."""
     return [
         r
@@ -135,21 +125,14 @@ def derive(results: Results) -> dict[str, Any]:
                 "mean": value if timed else None,
                 "target": target,
                 "reached": bool(timed) and len(timed) == len(points) and value >= target,
-                "threads": {
-                    str(n): _mean([r for r in timed if r.threads == n])
-                    for n in sorted({r.threads for r in timed})
-                },
+                "threads": {str(n): _mean([r for r in timed if r.threads == n]) for n in sorted({r.threads for r in timed})},
             }
         )
-    every = [
-        r for r in rows if r.group != "activations" and r.ok and r.ratio and r.provider.startswith("fastseq.")
-    ]
+    every = [r for r in rows if r.group != "activations" and r.ok and r.ratio and r.provider.startswith("fastseq.")]
     worst = min(every, key=_ratio, default=None)
     return {
         "means": means,
-        "worst": None
-        if worst is None or worst.ratio is None
-        else {"point": _name(worst), "ratio": worst.ratio["median"]},
+        "worst": None if worst is None or worst.ratio is None else {"point": _name(worst), "ratio": worst.ratio["median"]},
         "below least": [_name(r) for r in every if r.ratio and r.ratio["median"] < LEAST],
         "losses": [_name(r) for r in every if r.ratio and r.ratio["median"] < 1],
     }
@@ -173,11 +156,7 @@ def present(results: Results) -> list[Section]:
         "above 1 fastseq is faster.",
         "Packed: PackedSequence in, PackedSequence out, on both sides, packing itself not timed.",
     ]
-    sections = [
-        Section(
-            "Recurrent layers against torch.nn", text, _cards(derived), _figures(rows), [_targets(derived)]
-        )
-    ]
+    sections = [Section("Recurrent layers against torch.nn", text, _cards(derived), _figures(rows), [_targets(derived)])]
     sections[0].tables += [t for group in ("padded", "packed") for t in _matrices(rows, group)]
     activations = _activations(rows)
     if activations.rows:
@@ -215,9 +194,7 @@ def _targets(derived: dict[str, Any]) -> Table:
     worst = derived["worst"]
     if worst:
         verdict = Cell("reached", "good") if worst["ratio"] >= LEAST else Cell("not reached", "bad")
-        body.append(
-            ["every point", "", worst["point"], "", f"{worst['ratio']:.2f}×", "", f"{LEAST}×", verdict]
-        )
+        body.append(["every point", "", worst["point"], "", f"{worst['ratio']:.2f}×", "", f"{LEAST}×", verdict])
     return Table(
         "Targets",
         ["", "mode", "cell", "points", "speed-up", "by threads", "target", ""],
@@ -253,17 +230,7 @@ def _heat(row: Row | None) -> Cell:
     if row is None or not row.ok or not row.ratio:
         return cell
     value = row.ratio["median"]
-    tone = (
-        "worst"
-        if value < LEAST
-        else "bad"
-        if value < 1
-        else "best"
-        if value >= 2
-        else "good"
-        if value >= 1.2
-        else ""
-    )
+    tone = "worst" if value < LEAST else "bad" if value < 1 else "best" if value >= 2 else "good" if value >= 1.2 else ""
     return Cell(cell.text, tone, cell.hint)
 
 
@@ -287,9 +254,7 @@ def _losses(rows: list[Row]) -> Table:
     lost = [
         r
         for r in rows
-        if r.provider.startswith("fastseq.")
-        and r.group != "activations"
-        and not (r.ok and r.ratio and r.ratio["median"] >= 1)
+        if r.provider.startswith("fastseq.") and r.group != "activations" and not (r.ok and r.ratio and r.ratio["median"] >= 1)
     ]
     lost.sort(key=_ratio)
     body: list[list[Cell | str]] = [[_name(r), ratio_cell(r), r.reason or _floor(r)] for r in lost]
@@ -301,9 +266,7 @@ def _floor(r: Row) -> str:
 
 
 def _every_point(rows: list[Row]) -> Table:
-    base = {
-        (r.group, r.function, r.mode, r.B, r.H, r.threads): r for r in rows if r.provider.startswith("torch.")
-    }
+    base = {(r.group, r.function, r.mode, r.B, r.H, r.threads): r for r in rows if r.provider.startswith("torch.")}
     body: list[list[Cell | str]] = []
     for r in (r for r in rows if r.provider.startswith("fastseq.") and r.group != "activations"):
         other = base.get((r.group, r.function, r.mode, r.B, r.H, r.threads))
@@ -408,11 +371,7 @@ def _strips(canvas: Any, theme: Any, rows: list[Row]) -> None:
             axes.plot([target], [y - 0.42], marker="^", markersize=5, color=theme.ink, alpha=0.6, zorder=4)
         axes.set_yticks(range(len(names)), [f"{cell}, {group}" for group, cell in reversed(names)])
         axes.set_ylim(-0.6, len(names) - 0.2)
-        ticks = [
-            t
-            for t in (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
-            if min(values) / 1.3 <= t <= max(values) * 1.3
-        ]
+        ticks = [t for t in (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32) if min(values) / 1.3 <= t <= max(values) * 1.3]
         axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
         axes.minorticks_off()
         axes.axvline(1.0, color=theme.ink, linewidth=1.1, alpha=0.7, zorder=2)

@@ -59,11 +59,7 @@ def plan(options: Options) -> list[Case]:
     threads = options.threads[-1] if options.threads else torch.get_num_threads()
     B, W = (16, 512) if cuda else (8, 256)
     lengths = [2**k for k in range(5, 10 if options.quick else 12)]
-    effort = (
-        Effort(seconds=1.5, min_rounds=3, max_rounds=15)
-        if options.quick
-        else Effort(seconds=6.0, max_rounds=40)
-    )
+    effort = Effort(seconds=1.5, min_rounds=3, max_rounds=15) if options.quick else Effort(seconds=6.0, max_rounds=40)
     cases = []
     for T in lengths:
         for mode in MODES:
@@ -132,11 +128,7 @@ def present(results: Results) -> list[Section]:
         _figure(rows, "seconds", "Time against sequence length"),
         _figure(rows, "memory", "Peak memory against sequence length"),
     ]
-    return [
-        Section(
-            f"Sequential against parallel: {where}", [EQUAL, MEASURED], _cards(rows, derived), figures, tables
-        )
-    ]
+    return [Section(f"Sequential against parallel: {where}", [EQUAL, MEASURED], _cards(rows, derived), figures, tables)]
 
 
 def _threads(count: int) -> str:
@@ -148,9 +140,7 @@ def picture(results: Results) -> Figure:
     return Figure(
         "Sequential against parallel",
         "",
-        lambda canvas, theme: _panels(
-            canvas, theme, rows, [("training", "seconds"), ("training", "memory")], results
-        ),
+        lambda canvas, theme: _panels(canvas, theme, rows, [("training", "seconds"), ("training", "memory")], results),
         (11.5, 4.6),
     )
 
@@ -302,15 +292,11 @@ def _cards(rows: list[Row], derived: dict[str, Any]) -> list[Card]:
         if row and row.ok and row.ratio:
             value = row.ratio["median"]
             tone = "good" if value > 1.05 else "bad" if value < 0.95 else ""
-            cards.append(
-                Card(f"{value:.2f}×", f"training step of fastseq.{cell} over torch.nn.{cell}, T={T}", tone)
-            )
+            cards.append(Card(f"{value:.2f}×", f"training step of fastseq.{cell} over torch.nn.{cell}, T={T}", tone))
     for c in derived["crossovers"]:
         if (c["mode"], c["a"], c["b"]) == ("training", "attention block", "fastseq.LSTM"):
             who = {"a": "the attention block", "b": "fastseq.LSTM", "neither": "neither"}[c["after"]]
-            label = (
-                f"crossover of attention block and fastseq.LSTM (equal parameters), training: {who} is faster"
-            )
+            label = f"crossover of attention block and fastseq.LSTM (equal parameters), training: {who} is faster"
             if c["at"]:
                 cards.append(Card(f"T ≈ {c['at']:.0f}", f"{label} above it"))
             else:
@@ -324,29 +310,22 @@ def _cards(rows: list[Row], derived: dict[str, Any]) -> list[Card]:
 
 def _figure(rows: list[Row], quantity: str, title: str) -> Figure:
     caption = (
-        "Median of interleaved rounds; the band is the 20 % to 80 % quantile. Dotted: T¹ and T² for "
-        "orientation."
+        "Median of interleaved rounds; the band is the 20 % to 80 % quantile. Dotted: T¹ and T² for orientation."
         if quantity == "seconds"
         else "Peak of what the call allocated."
     )
     panels = [(mode, quantity) for mode in MODES]
-    return Figure(
-        title, caption, lambda canvas, theme: _panels(canvas, theme, rows, panels, None), (11.5, 4.8)
-    )
+    return Figure(title, caption, lambda canvas, theme: _panels(canvas, theme, rows, panels, None), (11.5, 4.8))
 
 
-def _panels(
-    canvas: Any, theme: Any, rows: list[Row], panels: list[tuple[str, str]], results: Results | None
-) -> None:
+def _panels(canvas: Any, theme: Any, rows: list[Row], panels: list[tuple[str, str]], results: Results | None) -> None:
     every = canvas.subplots(1, len(panels))
     for axes, (mode, quantity) in zip(every, panels, strict=True):
         _panel(axes, theme, rows, mode, quantity)
     if results is not None:
         w = rows[0]
         line = f"{results.environment['device name']}, B={w.B}, width {w.H}, {w.dtype}"
-        canvas.suptitle(
-            f"Sequential against parallel: {line}", color=theme.ink, fontsize=11.5, x=0.01, ha="left"
-        )
+        canvas.suptitle(f"Sequential against parallel: {line}", color=theme.ink, fontsize=11.5, x=0.01, ha="left")
 
 
 def _panel(axes: Any, theme: Any, rows: list[Row], mode: str, quantity: str) -> None:
@@ -379,9 +358,7 @@ def _panel(axes: Any, theme: Any, rows: list[Row], mode: str, quantity: str) -> 
         )
         if quantity == "seconds":
             band = [
-                (r.T, r.time["low"], r.time["high"])
-                for r in rows
-                if (r.provider, r.mode) == (name, mode) and r.ok and r.time
+                (r.T, r.time["low"], r.time["high"]) for r in rows if (r.provider, r.mode) == (name, mode) and r.ok and r.time
             ]
             T, low, high = zip(*sorted(band), strict=True)
             axes.fill_between(T, low, high, color=provider.color, alpha=0.18, linewidth=0)

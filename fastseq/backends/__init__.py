@@ -1,8 +1,8 @@
 """Who can run an op, and if not, why not.
 
-A backend is a module with ``name``, ``devices`` (torch device types), ``available()`` (None, or why it cannot run on this machine),
-``why_not(query)`` (reasons against one call; empty: it can) and one function per op with the op's signature. The first backend
-of ``ORDER`` without a reason runs; a forced backend raises instead of falling back.
+A backend is a module with ``name``, ``devices`` (torch device types), ``available()`` (None, or why it cannot run on this
+machine), ``why_not(query)`` (reasons against one call; empty: it can) and one function per op with the op's signature. The
+first backend of ``ORDER`` without a reason runs; a forced backend raises instead of falling back.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ _watchers: list[Callable[[Query, str], None]] = []
 def use_backend(name: str | None) -> Iterator[None]:
     """Force a backend within a ``with`` block: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``, or ``"auto"``/None.
 
-    A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting holds for
-    the whole process (backward passes run in other threads). ``FASTSEQ_BACKEND`` sets the same from outside.
+    A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting
+    holds for the whole process (backward passes run in other threads). ``FASTSEQ_BACKEND`` sets the same from outside.
 
     Raises:
         ValueError: if there is no such backend.
@@ -125,7 +125,7 @@ class Explanation:
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Run ``function(*args, **kwargs)`` without gradients and tell which backend each fastseq op in it chose, and why not the others.
+    """Run ``function(*args, **kwargs)`` without gradients: which backend each fastseq op in it chose, and why not the others.
 
     Example:
         >>> print(fastseq.explain(fastseq.GRU(8, 16), torch.randn(5, 2, 8)))

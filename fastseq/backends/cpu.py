@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..cells import CELLS
 from ..reference.recurrent import state_dtype
 from . import library
+
+if TYPE_CHECKING:
+    from . import Query
 
 name = "cpu"
 devices = ("cpu",)
@@ -20,7 +25,7 @@ def available() -> str | None:
     return library.reason()
 
 
-def why_not(query) -> list[str]:
+def why_not(query: Query) -> list[str]:
     against = []
     if query.dtype not in _DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
@@ -29,7 +34,18 @@ def why_not(query) -> list[str]:
 
 
 def recurrent_forward(
-    x_gates, weight, bias, projection, h0, c0, lengths, batch_sizes, cell, reverse, save_c, save_gates
+    x_gates: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    projection: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    reverse: list[bool],
+    save_c: bool,
+    save_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row, dtype, wide = CELLS[cell], x_gates.dtype, state_dtype(x_gates.dtype)
     lanes, width = weight.shape[0], weight.shape[2]
@@ -70,7 +86,21 @@ def recurrent_forward(
 
 
 def recurrent_backward(
-    dy, dh_n, dc_n, dc, weight, projection, h0, c0, lengths, batch_sizes, y, c, gates, cell, reverse
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc: Tensor | None,
+    weight: Tensor,
+    projection: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    gates: Tensor,
+    cell: str,
+    reverse: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row, dtype, wide = CELLS[cell], y.dtype, state_dtype(y.dtype)
     lanes, width = weight.shape[0], weight.shape[2]

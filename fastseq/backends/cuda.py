@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
+
 from . import library
+
+if TYPE_CHECKING:
+    from . import Query
 
 name = "cuda"
 devices = ("cuda",)
@@ -10,8 +17,10 @@ ops: tuple[str, ...] = ()
 
 
 def available() -> str | None:
-    return library.reason()
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    return library.reason() or torch.ops.fastseq_native.cuda_obstacle(torch.cuda.current_device()) or None
 
 
-def why_not(query) -> list[str]:
+def why_not(query: Query) -> list[str]:
     return [] if query.op in ops else [f"no CUDA kernel for {query.op} yet"]

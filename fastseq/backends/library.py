@@ -61,11 +61,7 @@ def architectures() -> list[str]:
 
 def _expected_path() -> Path:
     chosen = os.environ.get("FASTSEQ_LIBRARY")
-    return (
-        Path(chosen).expanduser().resolve()
-        if chosen
-        else Path(__file__).resolve().parent.parent / "lib" / "libfastseq.so"
-    )
+    return Path(chosen).expanduser().resolve() if chosen else Path(__file__).resolve().parent.parent / "lib" / "libfastseq.so"
 
 
 def _load() -> str | None:
@@ -88,9 +84,7 @@ def _missing(file: Path) -> str | None:
     note = file.with_name("not-built.txt")
     if note.is_file():
         why = next(iter(note.read_text(errors="replace").splitlines()), "").rstrip(": ")
-        return (
-            f"the library was not built when fastseq was installed ({why}); {REINSTALL} once that is mended"
-        )
+        return f"the library was not built when fastseq was installed ({why}); {REINSTALL} once that is mended"
     return (
         f"there is no library at {file}; install a wheel that has it, or build it with a C++ compiler "
         "(in a checkout: `make library`)"
@@ -115,9 +109,7 @@ def _damaged(file: Path) -> str | None:
         if len(header) < 64 or header[4] != 2 or header[5] != 1:  # complete, 64 bits, little-endian
             if len(header) < 64:
                 return _truncated(file)
-            return (
-                f"{file} was built for a machine other than 64-bit little-endian; {REINSTALL} on this machine"
-            )
+            return f"{file} was built for a machine other than 64-bit little-endian; {REINSTALL} on this machine"
         machine, *_ = struct.unpack_from("<H", header, 18)
         program_offset, section_offset = struct.unpack_from("<QQ", header, 32)
         program_size, program_count, section_size, section_count = struct.unpack_from("<HHHH", header, 54)
@@ -125,10 +117,7 @@ def _damaged(file: Path) -> str | None:
             built_for = ELF_MACHINES.get(machine, f"ELF machine {machine}")
             here = platform.machine()
             return f"{file} was built for {built_for}, this machine is {here}; {REINSTALL} on this machine"
-        if (
-            program_offset + program_size * program_count > size
-            or section_offset + section_size * section_count > size
-        ):
+        if program_offset + program_size * program_count > size or section_offset + section_size * section_count > size:
             return _truncated(file)
         stream.seek(program_offset)
         table = stream.read(program_size * program_count)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..reference import recurrent
+
+if TYPE_CHECKING:
+    from . import Query
 
 name = "reference"
 devices = ("any",)
@@ -16,5 +21,5 @@ def available() -> str | None:
     return None
 
 
-def why_not(query) -> list[str]:
+def why_not(query: Query) -> list[str]:
     return []

@@ -4,7 +4,8 @@ A lane is a direction: ``reverse[d]`` says which way lane d walks. Only the sequ
 large matrix product before it, and the gradients of the weights and of the input are large matrix products after it; both stand
 here, in the autograd function around the op, so that a layer can be recomputed from its own inputs.
 
-Contract (letters in ``reference/recurrent.py``; rows are padded ``[T, B, D, n]`` or packed ``[N, D, n]``; time-major, contiguous):
+Contract (letters in ``reference/recurrent.py``; rows are padded ``[T, B, D, n]`` or packed ``[N, D, n]``; time-major,
+contiguous):
 
 =============  ==================  =====================================================================================
 x_gates        rows, G*H           input gates with every foldable bias, gates in PyTorch's order
@@ -29,6 +30,9 @@ dh0, dc0       as h0, c0           always computed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -52,7 +56,9 @@ _library.define(
 )
 
 
-def _query(rows, weight, projection, lengths, batch_sizes, cell: str) -> backends.Query:
+def _query(
+    rows: Tensor, weight: Tensor, projection: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None, cell: str
+) -> backends.Query:
     return backends.Query(
         op="recurrent",
         device=rows.device,
@@ -90,7 +96,18 @@ def _check_layout(rows: Tensor, lengths: Tensor | None, batch_sizes: Tensor | No
 
 
 def _recurrent_forward(
-    x_gates, weight, bias, projection, h0, c0, lengths, batch_sizes, cell, reverse, save_c, save_gates
+    x_gates: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    projection: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    reverse: list[bool],
+    save_c: bool,
+    save_gates: bool,
 ) -> tuple[Tensor, ...]:
     _check_layout(x_gates, lengths, batch_sizes)
     backend = backends.select(_query(x_gates, weight, projection, lengths, batch_sizes, cell))
@@ -100,7 +117,21 @@ def _recurrent_forward(
 
 
 def _recurrent_backward(
-    dy, dh_n, dc_n, dc, weight, projection, h0, c0, lengths, batch_sizes, y, c, gates, cell, reverse
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc: Tensor | None,
+    weight: Tensor,
+    projection: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    gates: Tensor,
+    cell: str,
+    reverse: list[bool],
 ) -> tuple[Tensor, ...]:
     backend = backends.select(_query(y, weight, projection, lengths, batch_sizes, cell))
     return backend.recurrent_backward(
@@ -109,12 +140,24 @@ def _recurrent_backward(
 
 
 def _fake_forward(
-    x_gates, weight, bias, projection, h0, c0, lengths, batch_sizes, cell, reverse, save_c, save_gates
+    x_gates: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    projection: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    reverse: list[bool],
+    save_c: bool,
+    save_gates: bool,
 ) -> tuple[Tensor, ...]:
     row, wide = CELLS[cell], state_dtype(x_gates.dtype)
     lanes, width = weight.shape[0], weight.shape[2]
     hidden = weight.shape[1] // len(row.gates)
     leading = x_gates.shape[:-2]
+    batch: int | torch.SymInt
     if batch_sizes is None:
         batch = x_gates.shape[1]
     elif h0 is not None:
@@ -132,12 +175,27 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dy, dh_n, dc_n, dc, weight, projection, h0, c0, lengths, batch_sizes, y, c, gates, cell, reverse
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc: Tensor | None,
+    weight: Tensor,
+    projection: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    gates: Tensor,
+    cell: str,
+    reverse: list[bool],
 ) -> tuple[Tensor, ...]:
     row = CELLS[cell]
     lanes, width = weight.shape[0], weight.shape[2]
     hidden = weight.shape[1] // len(row.gates)
     leading = y.shape[:-2]
+    batch: int | torch.SymInt
     if batch_sizes is None:
         batch = y.shape[1]
     else:
@@ -169,7 +227,14 @@ PARAMS = 5  # of one lane: w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H] or None, b_h
 class _Weights:
     """The parameters of a layer's lanes, as the op wants them."""
 
-    def __init__(self, cell: str, params: tuple[Tensor | None, ...]) -> None:
+    w_ih: list[Tensor]
+    w_hh: list[Tensor]
+    # a Tensor in every lane, or None in every lane
+    b_ih: list[Any]
+    b_hh: list[Any]
+    w_hr: list[Any]
+
+    def __init__(self, cell: str, params: Sequence[Any]) -> None:
         self.cell = CELLS[cell]
         self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr = (list(params[i::PARAMS]) for i in range(PARAMS))
         self.lanes = len(self.w_ih)
@@ -215,7 +280,16 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
-def _reference_layer(x, h0, c0, lengths, batch_sizes, cell, reverse, params) -> tuple[Tensor, ...]:
+def _reference_layer(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    cell: str,
+    reverse: list[bool],
+    params: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
     """A layer in plain, differentiable PyTorch: y, h_n, c_n, c."""
     weights = _Weights(cell, params)
     y, h_n, c_n, c, _ = reference.forward(
@@ -282,9 +356,7 @@ def _differentiable_backward(ctx, x, h0, c0, lengths, batch_sizes, params, grad_
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2)] + list(ctx.needs_input_grad[8:])
     # views, so that a tensor given twice (tied weights) has two places in the graph
     views = [t.view_as(t) if t is not None and want else t for t, want in zip(inputs, wanted, strict=True)]
-    outputs = _reference_layer(
-        views[0], views[1], views[2], lengths, batch_sizes, ctx.cell, ctx.reverse, tuple(views[3:])
-    )
+    outputs = _reference_layer(views[0], views[1], views[2], lengths, batch_sizes, ctx.cell, ctx.reverse, tuple(views[3:]))
     used = [(out, grad) for out, grad in zip(outputs, grad_outputs, strict=True) if grad is not None]
     results: list[Tensor | None] = [None] * len(inputs)
     if used and any(wanted):
@@ -371,7 +443,9 @@ def _contiguous(grad: Tensor | None) -> Tensor | None:
     return None if grad is None else grad.contiguous()
 
 
-def _before(rows, first, lengths, batch_sizes, lane, backwards) -> tuple[Tensor | None, Tensor | None]:
+def _before(
+    rows: Tensor, first: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None, lane: int, backwards: bool
+) -> tuple[Tensor | None, Tensor]:
     """The states before every step, as (rows of the first step, rows of the others) or as (None, all rows).
 
     The pair avoids a copy where the states are a plain shift of the states after every step.
@@ -383,7 +457,9 @@ def _before(rows, first, lengths, batch_sizes, lane, backwards) -> tuple[Tensor 
     return (None if first is None else first[lane].to(rows.dtype)), others
 
 
-def _shifted(rows, first, lengths, batch_sizes, lane, backwards) -> Tensor:
+def _shifted(
+    rows: Tensor, first: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None, lane: int, backwards: bool
+) -> Tensor:
     """The states before every step, from the states after every step: [T, B, n], or [N, n]."""
     own = rows.select(-2, lane)
     start = None if first is None else first[lane].to(rows.dtype)
@@ -411,7 +487,9 @@ def _shifted(rows, first, lengths, batch_sizes, lane, backwards) -> Tensor:
     return states.index_select(0, source.to(rows.device))
 
 
-def _recurrent_weight_grad(d, dr, h_first, h_prev, shape, backwards) -> Tensor:
+def _recurrent_weight_grad(
+    d: Tensor, dr: Tensor | None, h_first: Tensor | None, h_prev: Tensor, shape: torch.Size, backwards: bool
+) -> Tensor:
     """Sum over all steps of (gradient of the recurrent gates)^T (state before the step): [G*H, P]."""
     shifted = h_prev.shape[0] != d.shape[0]  # h_prev then has no rows for the first step
     parts = [d] if dr is None else [d[:, : -dr.shape[1]], dr]
@@ -428,7 +506,17 @@ def _recurrent_weight_grad(d, dr, h_first, h_prev, shape, backwards) -> Tensor:
     return _join(products)
 
 
-def _recomputed_gates(weights: _Weights, x, h0, c0, lengths, batch_sizes, y, c, reverse) -> Tensor:
+def _recomputed_gates(
+    weights: _Weights,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    reverse: list[bool],
+) -> Tensor:
     """The ``gates`` that the forward pass did not save: matrix products and elementwise work, parallel over time.
 
     Done in blocks of rows, so that the intermediate values of one block are all that is held beside the result.
@@ -445,9 +533,7 @@ def _recomputed_gates(weights: _Weights, x, h0, c0, lengths, batch_sizes, y, c, 
     before = []
     for lane in range(lanes):
         h_prev = _shifted(y, h0, lengths, batch_sizes, lane, reverse[lane]).flatten(0, -2)
-        c_prev = (
-            _shifted(c, c0, lengths, batch_sizes, lane, reverse[lane]).flatten(0, -2) if row.has_c else None
-        )
+        c_prev = _shifted(c, c0, lengths, batch_sizes, lane, reverse[lane]).flatten(0, -2) if row.has_c else None
         before.append((h_prev, c_prev))
     if torch.compiler.is_compiling():
         parts = [slice(None)]  # a loop over blocks would fix the number of rows in the compiled code
@@ -498,7 +584,8 @@ def recurrent(
     Args:
         x: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes``.
         params: ``PARAMS`` per lane: w_ih, w_hh, b_ih, b_hh, w_hr, None where there is none.
-        recompute: save no gate activations for the backward pass, but recompute them there (one large product, parallel over time).
+        recompute: save no gate activations for the backward pass, but recompute them there (one large product, parallel over
+            time).
     """
     given = [t for t in (x, h0, c0, *params) if t is not None]
     if _needs_plain_torch(given):

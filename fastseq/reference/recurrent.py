@@ -212,11 +212,11 @@ def backward(
                 dc_state if dc_state is not None else y.new_zeros(0),
             )
         )
-    dx, dr, dhs, dh0, dc0 = (list(parts) for parts in zip(*lanes, strict=True))
+    dx_all, dr_all, dh_all, dh0, dc0 = (list(parts) for parts in zip(*lanes, strict=True))
     return (
-        torch.stack(dx, -2),
-        torch.stack(dr, -2) if row.recurrent_bias else y.new_zeros(0),
-        torch.stack(dhs, -2) if projection is not None else y.new_zeros(0),
+        torch.stack(dx_all, -2),
+        torch.stack(dr_all, -2) if row.recurrent_bias else y.new_zeros(0),
+        torch.stack(dh_all, -2) if projection is not None else y.new_zeros(0),
         torch.stack(dh0),
         torch.stack(dc0) if row.has_c else y.new_zeros(0, dtype=wide),
     )
@@ -232,6 +232,5 @@ def previous(layout: Layout, rows: Tensor, first: Tensor, t: int, lane: int, bac
     if layout.sizes is not None:
         active = layout.sizes[t]
         return state[:active] if state.shape[0] >= active else torch.cat((state, first[state.shape[0] :]))
-    if backwards and layout.lengths is not None:  # a row whose last step this is starts here
-        return torch.where(layout.valid(before), state, first)
-    return state
+    valid = layout.valid(before) if backwards else None  # a row whose last step this is starts here
+    return state if valid is None else torch.where(valid, state, first)

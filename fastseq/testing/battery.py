@@ -7,7 +7,7 @@ case, dtype and backend. The truth is the reference in fp64; the bound is twice 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -50,7 +50,7 @@ class OpBattery:
         raise NotImplementedError
 
     def gradients_jump(self, case: Any, dtype: torch.dtype) -> bool:
-        """Whether rounding in this dtype may move a value across a jump of the derivative, so that gradients cannot be compared."""
+        """Whether rounding in this dtype may move a value across a jump of the derivative: gradients cannot be compared then."""
         return False
 
     # shared machinery
@@ -59,9 +59,7 @@ class OpBattery:
         """Gradients of every input for fixed random gradients of every output."""
         generator = torch.Generator().manual_seed(seed)
         wanted = differentiable(inputs)
-        given = [
-            torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype).to(out.device) for out in outputs
-        ]
+        given = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype).to(out.device) for out in outputs]
         grads = torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True)
         return {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
 
@@ -84,7 +82,8 @@ class OpBattery:
         if not self.gradients_jump(case, dtype):
             for results, gradients in zip(named, (grads, torch_grads, true_grads), strict=True):
                 results |= {f"gradient of {name}": grad for name, grad in gradients.items()}
-        assert_all_close_to_truth(*named)
+        actual, by_torch, truth = named
+        assert_all_close_to_truth(actual, by_torch, truth)
 
     def test_rerun_is_bit_equal(self, case: Any, dtype: torch.dtype, backend: str) -> None:
         inputs = self.make(case, dtype)
@@ -107,9 +106,7 @@ class OpBattery:
                 grads = self.gradients(outputs, inputs)
             assert grads.keys() == true_grads.keys()
             for name, actual in grads.items():
-                torch.testing.assert_close(
-                    actual, true_grads[name], msg=lambda text, name=name, other=other: f"{name}, forward by {other}: {text}"
-                )
+                torch.testing.assert_close(actual, true_grads[name], msg=headed(f"{name}, forward by {other}"))
 
     def test_gradcheck(self, small_case: Any, backend: str) -> None:
         inputs = self.make(small_case, torch.float64)
@@ -124,7 +121,7 @@ class OpBattery:
             assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
     def test_compile(self, compiled_case: Any) -> None:
-        """One graph without a break; a second size does not compile again; the same results. (The backend is chosen inside the op.)"""
+        """One graph without a break; a second size does not compile again; the same results. (The op chooses the backend.)"""
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         fixed = {name: value for name, value in self.make(compiled_case, torch.float64).items() if not isinstance(value, Tensor)}
@@ -167,6 +164,11 @@ def widened(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().double().requires_grad_(value.requires_grad)
     return value
+
+
+def headed(head: str) -> Callable[[str], str]:
+    """``msg`` of ``torch.testing``: the text under a head of its own."""
+    return lambda text: f"{head}: {text}"
 
 
 def runnable_backends(inputs: dict[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 
 
@@ -40,14 +39,12 @@ _CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _BASIC = [RecurrentCase(cell) for cell in _CELLS]
 
 SMALL_RECURRENT_CASES = [
-    replace(case, steps=3, batch=7, input=4, hidden=5, **change)
-    for case, change in itertools.product(
-        _BASIC[:3],
-        (
-            {"bidirectional": True},
-            {"layout": "lengths", "bidirectional": True, "recompute": True},
-            {"layout": "packed", "state": False},
-        ),
+    small
+    for case in (replace(case, steps=3, batch=7, input=4, hidden=5) for case in _BASIC[:3])
+    for small in (
+        replace(case, bidirectional=True),
+        replace(case, layout="lengths", bidirectional=True, recompute=True),
+        replace(case, layout="packed", state=False),
     )
 ] + [RecurrentCase("lstm", steps=3, batch=7, input=4, hidden=6, projection=5, bidirectional=True, layout="lengths")]
 

@@ -26,7 +26,8 @@ def assert_close_to_truth(
 ) -> None:
     """Raise AssertionError unless ``actual`` is as close to the fp64 ``truth`` as PyTorch's own result.
 
-    The bound is ``factor`` times PyTorch's largest error, plus ``ROUNDINGS`` roundings of the largest value (at least 1) in the dtype.
+    The bound is ``factor`` times PyTorch's largest error, plus ``ROUNDINGS`` roundings of the largest value (at least 1) in the
+    dtype.
 
     Args:
         actual: the result under test; shape and dtype must be ``torch_result``'s.
@@ -60,8 +61,8 @@ def assert_all_close_to_truth(
 ) -> None:
     """The same for results that come from one computation (outputs, gradients), by name.
 
-    PyTorch's error is pooled: the largest relative error of any of its results bounds all of them, since the largest of a few elements
-    says little about the error of the computation behind them.
+    PyTorch's error is pooled: the largest relative error of any of its results bounds all of them, since the largest of a few
+    elements says little about the error of the computation behind them.
     """
     assert actual.keys() == torch_results.keys() == truths.keys()
     own = max((relative_error(torch_results[name], truths[name].double()) for name in actual), default=0.0)

@@ -34,9 +34,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def both(
-    name: str, *sizes: int, dtype: torch.dtype = torch.float32, **options: Any
-) -> tuple[nn.Module, nn.Module]:
+def both(name: str, *sizes: int, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, nn.Module]:
     """torch's module and ours with the same weights, in `dtype`. `sizes` are I and H unless given."""
     torch.manual_seed(1)
     theirs = getattr(nn, name)(*(sizes or (I, H)), **options).to(dtype)

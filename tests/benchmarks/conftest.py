@@ -24,9 +24,7 @@ ENVIRONMENT = {
 }
 
 
-def timed(
-    row: Row, seconds: float, memory: int = 1 << 20, *, over: str | None = None, ratio: float = 1.0
-) -> Row:
+def timed(row: Row, seconds: float, memory: int = 1 << 20, *, over: str | None = None, ratio: float = 1.0) -> Row:
     row.time = {
         "median": seconds,
         "low": seconds * 0.98,
@@ -91,9 +89,7 @@ def grid(ratio: Callable[[str, str, str, int, int], float]) -> Results:
 
 
 def _peaks() -> Peaks:
-    return Peaks(
-        "cpu", 2, "float32", {64: 1e11, 65536: 5e10}, {256: 1e11, 131072: 2e10}, 1e11, {"operator": 1e-6}
-    )
+    return Peaks("cpu", 2, "float32", {64: 1e11, 65536: 5e10}, {256: 1e11, 131072: 2e10}, 1e11, {"operator": 1e-6})
 
 
 @pytest.fixture(scope="session")

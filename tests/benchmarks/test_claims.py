@@ -91,10 +91,7 @@ def test_the_two_memory_claims_are_opposites(synthetic):
     }
     results = synthetic.lengths(dict.fromkeys(names, linear), memory)
     more, less = verdict(results, "memory-more"), verdict(results, "memory-less")
-    assert (
-        more.verdict
-        == "naive attention holds only from T = 128 on; fused attention does not hold here, T = 32…512"
-    )
+    assert more.verdict == "naive attention holds only from T = 128 on; fused attention does not hold here, T = 32…512"
     assert less.verdict == "naive attention holds only up to T = 64; fused attention holds for T = 32…512"
     assert "25.0 MiB" in more.figures
 

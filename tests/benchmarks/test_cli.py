@@ -60,9 +60,7 @@ def test_list(capsys):
 
 def test_only_keeps_the_baseline():
     cases = SUITES["recurrent"].plan(CPU)
-    kept = selection.select(
-        cases, selection.parse("provider=fastseq.GRU b=8 H=64,128 mode=training group=padded")
-    )
+    kept = selection.select(cases, selection.parse("provider=fastseq.GRU b=8 H=64,128 mode=training group=padded"))
     assert len(kept) == 2
     assert [[p.provider for p in case.participants] for case in kept] == [["torch.nn.GRU", "fastseq.GRU"]] * 2
     assert {(p.workload.B, p.workload.H) for case in kept for p in case.participants} == {(8, 64), (8, 128)}
@@ -99,18 +97,13 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     found = json.loads((out / "results.json").read_text())
     assert len(found["rows"]) == 2 * 2 * 4
     for row in found["rows"]:
-        assert (
-            row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["memory"] > 0
-        )
+        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["memory"] > 0
         assert row["floor"]["seconds"] > 0 and row["chose"] is not None
     assert found["environment"]["versions"]["torch"] == torch.__version__
     assert len((out / "rows.csv").read_text().splitlines()) == 17
 
     again = tmp_path / "again"
     picture = tmp_path / "picture.svg"
-    assert (
-        cli.main(["--json-in", str(out / "results.json"), "--out", str(again), "--picture", str(picture)])
-        == 0
-    )
+    assert cli.main(["--json-in", str(out / "results.json"), "--out", str(again), "--picture", str(picture)]) == 0
     assert (again / "report.html").read_text() == (out / "report.html").read_text()
     assert picture.read_text().lstrip().startswith("<?xml")

@@ -80,14 +80,10 @@ def test_torch_passes(function, packed, mode):
     assert result.ok, result.reason
 
 
-@pytest.mark.parametrize(
-    "name", ["eager LSTMCell loop", "naive attention", "fused attention", "attention block"]
-)
+@pytest.mark.parametrize("name", ["eager LSTMCell loop", "naive attention", "fused attention", "attention block"])
 def test_the_other_providers_pass(name):
     p = PROVIDERS[name]
-    result = gate.check(
-        lambda w: (p.build(w), p.layout), Workload(p.function, T=40, B=3, I=32, H=32, mode="training")
-    )
+    result = gate.check(lambda w: (p.build(w), p.layout), Workload(p.function, T=40, B=3, I=32, H=32, mode="training"))
     assert result.ok, result.reason
     assert 0 < result.error < result.bound < 1e-4
 
@@ -152,9 +148,7 @@ def test_what_would_not_fit_is_skipped(monkeypatch):
 
     def run(T):
         w = Workload("attention", T, 1, 32, 32, "training")
-        return runner.run(
-            Case("sequential-vs-parallel", "length", (Participant("naive attention", w),), effort)
-        )[0]
+        return runner.run(Case("sequential-vs-parallel", "length", (Participant("naive attention", w),), effort))[0]
 
     assert run(16).ok
     row = run(1024)

@@ -26,9 +26,7 @@ def test_a_target_just_missed(synthetic):
 
 
 def test_losses_are_listed(synthetic):
-    results = synthetic.grid(
-        lambda group, mode, cell, B, H: 0.85 if (group, cell, B, H) == ("packed", "RNN", 1, 64) else 2.0
-    )
+    results = synthetic.grid(lambda group, mode, cell, B, H: 0.85 if (group, cell, B, H) == ("packed", "RNN", 1, 64) else 2.0)
     derived = recurrent.derive(results)
     assert derived["worst"]["ratio"] == 0.85
     assert derived["below least"] == derived["losses"]

@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fastseq.benchmarks import plots, report
+from fastseq.benchmarks import environment, plots, report
 from fastseq.benchmarks.presentation import Table
 from fastseq.benchmarks.results import Results, write_csv
 from fastseq.benchmarks.suites import SUITES
@@ -24,9 +24,7 @@ def results(synthetic):
         "naive attention",
         "attention block",
     )
-    found = synthetic.lengths(
-        {name: (lambda T, k=k: k * 1e-5 * T**1.2) for k, name in enumerate(providers, 1)}
-    )
+    found = synthetic.lengths({name: (lambda T, k=k: k * 1e-5 * T**1.2) for k, name in enumerate(providers, 1)})
     other = synthetic.grid(lambda group, mode, cell, B, H: 0.8 if B == 1 else 2.5)
     found.rows += other.rows
     wrong = found.rows[3]
@@ -69,9 +67,7 @@ def test_the_page_needs_nothing_but_itself(results):
     assert "script" not in parsed.tags and "link" not in parsed.tags
     assert not re.search(r"@import|url\(\s*['\"]?(?!#)", page)
     assert page.count("<svg") == 3
-    references = set(re.findall(r"url\(#([^)]+)\)", page)) | {
-        r[1:] for r in parsed.resources if r.startswith("#")
-    }
+    references = set(re.findall(r"url\(#([^)]+)\)", page)) | {r[1:] for r in parsed.resources if r.startswith("#")}
     assert references <= set(re.findall(r'\bid="([^"]+)"', page))
 
 
@@ -98,9 +94,18 @@ def test_page_and_terminal_show_what_went_wrong(results):
 
 
 def test_a_busy_machine_is_mentioned(results):
-    busy = Results({**results.environment, "load average": 1.9}, results.options, results.rows, results.peaks)
-    assert "load 1.9 on 2 CPUs" in report.page(busy)
-    assert "load 1.9" not in report.page(results)
+    def page(**environment):
+        return report.page(Results({**results.environment, **environment}, results.options, results.rows, results.peaks))
+
+    assert "load 1.9 on 2 CPUs" in page(**{"load average": 1.9})
+    assert "used 30% of the CPU" in page(**{"cpu used by others": 0.3})
+    assert "expect noise" not in page(**{"load average": 1.9, "cpu used by others": 0.01})
+
+
+def test_cpu_time_of_others(monkeypatch):
+    times = iter([(100.0, 50.0, 10.0), (120.0, 54.0, 20.0)])  # 20 s in all, 4 idle, 10 of its own: 6 of others
+    monkeypatch.setattr(environment.Others, "_times", staticmethod(lambda: next(times)))
+    assert environment.Others().share() == pytest.approx(0.3)
 
 
 def test_labels_are_pushed_apart_and_keep_their_order():
@@ -156,9 +161,7 @@ def test_csv_has_a_line_per_row(results, tmp_path):
     write_csv(results.rows, path)
     lines = path.read_text().splitlines()
     assert len(lines) == len(results.rows) + 1
-    assert {"provider", "time.median", "ratio.baseline", "floor.bound", "check.error"} <= set(
-        lines[0].split(",")
-    )
+    assert {"provider", "time.median", "ratio.baseline", "floor.bound", "check.error"} <= set(lines[0].split(","))
 
 
 @pytest.mark.parametrize("suite", list(SUITES))

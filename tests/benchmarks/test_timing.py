@@ -193,9 +193,7 @@ def test_it_stops_when_the_medians_are_known():
 
 
 def test_a_drifting_clock_hits_both_alike():
-    """Everything gets 4 times slower on the way: the ratio stays, which it would not if one were measured
-    after the other.
-    """
+    """Everything gets slower on the way; the ratio stays, since both are measured all along."""
     world = World()
 
     def drifting(cost: float):

@@ -150,7 +150,7 @@ class TestRecurrent(OpBattery):
 
     @pytest.mark.parametrize("cell", ("lstm", "gru", "rnn_tanh"))
     def test_rows_do_not_touch(self, backend, cell):
-        """Each row of a ragged batch gives what it gives alone, whatever stands beyond its length; lengths of zero leave the state."""
+        """Each row of a ragged batch gives what it gives alone, whatever stands beyond its length; length 0 leaves the state."""
         case = RecurrentCase(cell, steps=6, batch=5, hidden=9, bidirectional=True, layout="lengths")
         inputs = self.make(case, torch.float64)
         inputs["lengths"] = torch.tensor([6, 0, 3, 1, 4])

@@ -66,16 +66,16 @@ def test_one_step_is_torchs_cell(cell):
 def test_backward_is_the_gradient_of_forward(cell, projection, layout):
     x_gates, weight, bias, w_hr, h0, c0, lengths, sizes = problem(cell, layout, projection)
     reverse = [False, True]
-    y, h_n, c_n, c, gates = reference.forward(
-        x_gates, weight, bias, w_hr, h0, c0, lengths, sizes, cell, reverse, True, True
-    )
+    y, h_n, c_n, c, gates = reference.forward(x_gates, weight, bias, w_hr, h0, c0, lengths, sizes, cell, reverse, True, True)
     outputs = [y, h_n, *((c_n, c) if CELLS[cell].has_c else ())]
     grads = [torch.randn_like(out) for out in outputs]
     dy, dh_n, dc_n, dc = [*grads, None, None][:4]
     dgates, drecurrent, dprojected, dh0, dc0 = reference.backward(
         dy, dh_n, dc_n, dc, weight, w_hr, h0, c0, lengths, sizes, y.detach(), c.detach(), gates.detach(), cell, reverse
     )
-    wanted = {"x_gates": x_gates, "h0": h0} | ({"c0": c0} if c0 is not None else {}) | ({"bias": bias} if bias is not None else {})
+    wanted = (
+        {"x_gates": x_gates, "h0": h0} | ({"c0": c0} if c0 is not None else {}) | ({"bias": bias} if bias is not None else {})
+    )
     expected = dict(zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), grads), strict=True))
     torch.testing.assert_close(dgates, expected["x_gates"])
     torch.testing.assert_close(dh0, expected["h0"])

@@ -18,7 +18,9 @@ def step(x: Tensor, r: Tensor, bias: Tensor | None, h: Tensor, c: None) -> tuple
     return n + z * (h - n), None, torch.cat((r, z, n, q.expand_as(n)), -1)
 
 
-def step_backward(dh, dc, saved, h_prev, c_prev, h, c):
+def step_backward(
+    dh: Tensor, dc: None, saved: Tensor, h_prev: Tensor, c_prev: None, h: Tensor, c: None
+) -> tuple[Tensor, Tensor, Tensor, None]:
     r, z, n, q = saved.chunk(4, -1)
     dn = dh * (1 - z) * (1 - n * n)
     dz = dh * (h_prev - n) * z * (1 - z)

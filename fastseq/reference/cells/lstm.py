@@ -16,7 +16,9 @@ def step(x: Tensor, r: Tensor, bias: None, h: Tensor, c: Tensor) -> tuple[Tensor
     return o * c.tanh(), c, torch.cat((i, f, g, o), -1)
 
 
-def step_backward(dh, dc, saved, h_prev, c_prev, h, c):
+def step_backward(
+    dh: Tensor, dc: Tensor, saved: Tensor, h_prev: Tensor, c_prev: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, None, None, Tensor]:
     i, f, g, o = saved.chunk(4, -1)
     tanh_c = c.tanh()
     dc = dc + dh * o * (1 - tanh_c * tanh_c)

@@ -17,7 +17,9 @@ class Elman:
     def step(self, x: Tensor, r: Tensor, bias: None, h: Tensor, c: None) -> tuple[Tensor, None, None]:
         return self.activation(x + r), None, None
 
-    def step_backward(self, dh, dc, saved, h_prev, c_prev, h, c):
+    def step_backward(
+        self, dh: Tensor, dc: None, saved: None, h_prev: Tensor, c_prev: None, h: Tensor, c: None
+    ) -> tuple[Tensor, None, None, None]:
         return dh * self.derivative(h), None, None, None
 
 
