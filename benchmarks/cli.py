@@ -26,7 +26,7 @@ from .results import Results, write_csv
 from .runner import Case, Runner
 from .suites import DEFAULT, SUITES
 
-LOG_WIDTH = 150
+LOG_WIDTH = 170
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 

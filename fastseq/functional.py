@@ -242,7 +242,7 @@ def _stack(
     _check_state("c0", c0, input, batch_sizes, (num_layers * lanes, hidden))
     _check_lengths(input, lengths, batch_sizes)
 
-    reverse = [False, True][:lanes]
+    reverse = [0, 1][:lanes]
     x = input
     if lengths is not None:
         # What stands beyond a row's length is not the caller's data: 0 * NaN must not reach the weights' gradients.
@@ -378,6 +378,6 @@ def _check_lengths(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | 
         batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu"
     ):
         raise RuntimeError(
-            f"batch_sizes must be a 1-D int64 tensor on the CPU, "
+            "batch_sizes must be a 1-D int64 tensor on the CPU, "
             f"got {batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
         )

@@ -356,10 +356,10 @@ def _strips(canvas: Any, theme: Any, rows: list[Row]) -> None:
                 zorder=3,
             )
             mean = geometric_mean(x)
-            axes.plot([mean, mean], [y - 0.36, y + 0.36], color=theme.ink, linewidth=2.4, zorder=4)
+            axes.plot([mean, mean], [y - 0.32, y + 0.2], color=theme.ink, linewidth=2.4, zorder=4)
             axes.annotate(
                 f"{mean:.2f}×",
-                (mean, y + 0.36),
+                (mean, y + 0.2),
                 textcoords="offset points",
                 xytext=(0, 1),
                 ha="center",
@@ -368,7 +368,7 @@ def _strips(canvas: Any, theme: Any, rows: list[Row]) -> None:
                 color=theme.ink,
             )
             target = TARGETS.get((group, mode, cell), TARGETS.get((group, mode, "any")))
-            axes.plot([target], [y - 0.42], marker="^", markersize=5, color=theme.ink, alpha=0.6, zorder=4)
+            axes.plot([target], [y - 0.38], marker="^", markersize=5, color=theme.ink, alpha=0.6, zorder=4)
         axes.set_yticks(range(len(names)), [f"{cell}, {group}" for group, cell in reversed(names)])
         axes.set_ylim(-0.6, len(names) - 0.2)
         ticks = [t for t in (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32) if min(values) / 1.3 <= t <= max(values) * 1.3]

@@ -16,8 +16,11 @@ struct Lanes<float> {
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   static constexpr int kMantissa = 23;
   static constexpr int32_t kOne = 0x3f800000;
-  static constexpr float kLargest = 126;    // of an exponent of two
+  static constexpr int32_t kSign = INT32_MIN;
+  static constexpr float kLargest = 87;      // of e's exponent, so that 2^n stays a normal number
   static constexpr float kTanhIsOne = 9.1f;  // beyond it tanh rounds to 1
+  static constexpr float kLog2e = 1.44269502162933349609f;  // log2(e) as a sum of two floats
+  static constexpr float kLog2eRest = 1.92596303350e-8f;
   // minimax of (2^f - 1) / f on [-1/2, 1/2], relative error 1.1e-8
   static constexpr float kExp2[] = {0.69314718792566665f, 0.24022649794964410f, 0.055503574336481868f,
                                     0.0096182374941833146f, 0.0013390735475399872f, 0.00015403512618661003f};
@@ -31,8 +34,11 @@ struct Lanes<double> {
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int kMantissa = 52;
   static constexpr int64_t kOne = 0x3ff0000000000000;
-  static constexpr double kLargest = 1022;
+  static constexpr int64_t kSign = INT64_MIN;
+  static constexpr double kLargest = 708;
   static constexpr double kTanhIsOne = 19.1;
+  static constexpr double kLog2e = 1.44269504088896338700;
+  static constexpr double kLog2eRest = 2.0355273740931033e-17;
   // relative error 1.8e-17
   static constexpr double kExp2[] = {0.69314718055994531120,    0.24022650695910097889,    0.055504108664821236499,
                                      0.0096181291076070652998,  0.0013333558146531644707,  0.00015403530441481283746,
@@ -46,13 +52,14 @@ struct Math {
   using V = typename Lanes<A>::V;
   using I = typename Lanes<A>::I;
   static constexpr int kWidth = sizeof(V) / sizeof(A);
-  static constexpr A kLog2e = A(1.44269504088896340736);
 
-  // t = n + f with |f| <= 1/2: gives 2^n and 2^f - 1; |t| must not exceed kLargest (a NaN stays one)
-  static FASTSEQ_HOST_DEVICE void exp2_parts(V t, V& scale, V& fraction) {
+  // e^(k x) = 2^n (1 + p): gives 2^n and p, |p| < 1/2; |k x| must not exceed kLargest (a NaN stays one)
+  static FASTSEQ_HOST_DEVICE void exp_parts(V x, A k, V& scale, V& fraction) {
     using L = Lanes<A>;
-    const V shifted = t + L::kRound;
-    const V f = t - (shifted - L::kRound);
+    const V shifted = x * (k * L::kLog2e) + L::kRound;
+    const V n = shifted - L::kRound;
+    V f = x * (k * L::kLog2e) - n;
+    f = x * (k * L::kLog2eRest) + f;
     constexpr int last = sizeof(L::kExp2) / sizeof(A) - 1;
     V q = V{} + L::kExp2[last];
 #pragma GCC unroll 16
@@ -63,21 +70,24 @@ struct Math {
 
   static FASTSEQ_HOST_DEVICE V sigmoid(V x) {
     V scale, fraction;
-    V t = x * -kLog2e;
-    t = t > Lanes<A>::kLargest ? V{} + Lanes<A>::kLargest : t;
-    t = t < -Lanes<A>::kLargest ? V{} - Lanes<A>::kLargest : t;
-    exp2_parts(t, scale, fraction);
+    x = x > Lanes<A>::kLargest ? V{} + Lanes<A>::kLargest : x;
+    x = x < -Lanes<A>::kLargest ? V{} - Lanes<A>::kLargest : x;
+    exp_parts(x, -1, scale, fraction);
     return A(1) / (A(1) + (scale + scale * fraction));
   }
 
-  // (e^2x - 1) / (e^2x + 1) with e^2x - 1 formed without cancellation, so small arguments keep their relative accuracy
+  // With e = e^2|x| - 1, formed without cancellation: e / (e + 2) keeps the relative accuracy of small arguments, 1 - 2 / (e + 2) that of
+  // the distance to 1, which the derivative 1 - tanh^2 lives on.
   static FASTSEQ_HOST_DEVICE V tanh(V x) {
     V scale, fraction;
-    x = x > Lanes<A>::kTanhIsOne ? V{} + Lanes<A>::kTanhIsOne : x;
-    x = x < -Lanes<A>::kTanhIsOne ? V{} - Lanes<A>::kTanhIsOne : x;
-    exp2_parts(x * (2 * kLog2e), scale, fraction);
+    const I sign = (I)x & Lanes<A>::kSign;
+    V a = (V)((I)x ^ sign);
+    a = a > Lanes<A>::kTanhIsOne ? V{} + Lanes<A>::kTanhIsOne : a;
+    exp_parts(a, 2, scale, fraction);
     const V e = scale * fraction + (scale - A(1));
-    return e / (e + A(2));
+    const auto small = e < A(2);  // |x| < 0.55
+    const V quotient = (small ? e : V{} + 2) / (e + A(2));
+    return (V)((I)(small ? quotient : A(1) - quotient) ^ sign);
   }
 
   static FASTSEQ_HOST_DEVICE V relu(V x) { return x < 0 ? V{} : x; }  // a NaN stays one, as in torch

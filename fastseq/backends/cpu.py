@@ -43,7 +43,7 @@ def recurrent_forward(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     cell: str,
-    reverse: list[bool],
+    reverse: list[int],
     save_c: bool,
     save_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -100,7 +100,7 @@ def recurrent_backward(
     c: Tensor,
     gates: Tensor,
     cell: str,
-    reverse: list[bool],
+    reverse: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row, dtype, wide = CELLS[cell], y.dtype, state_dtype(y.dtype)
     lanes, width = weight.shape[0], weight.shape[2]
@@ -167,5 +167,5 @@ def _int64(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.to(torch.int64).contiguous()
 
 
-def _bits(reverse: list[bool]) -> int:
+def _bits(reverse: list[int]) -> int:
     return sum(1 << lane for lane, backwards in enumerate(reverse) if backwards)

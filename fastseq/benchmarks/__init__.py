@@ -16,9 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark's command line (``cli.py``), or say which packages it lacks and how to get them."""
     missing = [name for name in NEEDS if not _importable(name)]
     if missing:
-        raise SystemExit(
-            f"error: the benchmark needs {', '.join(missing)}; run: pip install 'fastseq-kernels[bench]'"
-        )
+        raise SystemExit(f"error: the benchmark needs {', '.join(missing)}; run: pip install 'fastseq-kernels[bench]'")
     from .cli import main as run
 
     return run(argv)

@@ -53,10 +53,7 @@ class _Sequence(nn.RNNBase):
         if input.dim() != dim:
             raise RuntimeError(f"input must have {dim} dimensions, got {input.dim()}")
         if input.size(-1) != self.input_size:
-            raise RuntimeError(
-                "input.size(-1) must be equal to input_size. "
-                f"Expected {self.input_size}, got {input.size(-1)}"
-            )
+            raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}")
 
     def _checked(self, hx: Any, dim: int, kind: str) -> Any:
         """`hx`, if it is what this cell takes and `dim`-dimensional as `kind` input wants it."""
@@ -142,9 +139,7 @@ class _Sequence(nn.RNNBase):
             hx = None if hx is None else self._batched(hx)
             if isinstance(lengths, Tensor):
                 if lengths.dim() != 0:
-                    raise RuntimeError(
-                        f"For unbatched 2-D input, lengths should be 0-D but got {lengths.dim()}-D tensor"
-                    )
+                    raise RuntimeError(f"For unbatched 2-D input, lengths should be 0-D but got {lengths.dim()}-D tensor")
                 lengths = lengths.unsqueeze(0)
         if hx is None:
             self.check_input(input, None)
@@ -328,8 +323,7 @@ class LSTM(_Sequence):
         h_0, c_0 = _pair(self, hx)
         if h_0.dim() != dim or c_0.dim() != dim:
             raise RuntimeError(
-                f"For {kind} input, hx and cx should also be {dim}-D "
-                f"but got ({h_0.dim()}-D, {c_0.dim()}-D) tensors"
+                f"For {kind} input, hx and cx should also be {dim}-D but got ({h_0.dim()}-D, {c_0.dim()}-D) tensors"
             )
         return h_0, c_0
 
@@ -343,10 +337,7 @@ class LSTM(_Sequence):
         *,
         lengths: Tensor | None = None,
         return_cells: bool = False,
-    ) -> (
-        tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]
-        | tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor]
-    ):
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]] | tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor]:
         """Run every layer over the sequence.
 
         Args:
@@ -584,9 +575,7 @@ def _step_one_state(
 def _check_cell_input(cell: nn.RNNCellBase, input: Tensor) -> None:
     _check_cell_rank(cell, input, "input")
     if input.size(-1) != cell.input_size:
-        raise RuntimeError(
-            f"input has inconsistent input_size: got {input.size(-1)} expected {cell.input_size}"
-        )
+        raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {cell.input_size}")
 
 
 def _check_cell_rank(cell: nn.RNNCellBase, value: Tensor, name: str) -> None:
@@ -597,17 +586,12 @@ def _check_cell_rank(cell: nn.RNNCellBase, value: Tensor, name: str) -> None:
 def _check_cell_state(cell: nn.RNNCellBase, state: Tensor, input: Tensor, index: int) -> None:
     if state.dim() != input.dim():
         raise RuntimeError(
-            f"For {input.dim()}-D input, hidden{index} should also be {input.dim()}-D "
-            f"but got {state.dim()}-D tensor"
+            f"For {input.dim()}-D input, hidden{index} should also be {input.dim()}-D but got {state.dim()}-D tensor"
         )
     if input.dim() == 2 and state.size(0) != input.size(0):
-        raise RuntimeError(
-            f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {state.size(0)}"
-        )
+        raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {state.size(0)}")
     if state.size(-1) != cell.hidden_size:
-        raise RuntimeError(
-            f"hidden{index} has inconsistent hidden_size: got {state.size(-1)}, expected {cell.hidden_size}"
-        )
+        raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.size(-1)}, expected {cell.hidden_size}")
 
 
 def _pair(module: nn.Module, hx: Any) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """``fastseq::recurrent_forward`` and ``fastseq::recurrent_backward``: one layer of recurrence, all its lanes in one call.
 
-A lane is a direction: ``reverse[d]`` says which way lane d walks. Only the sequential part is the op. The input projection is one
-large matrix product before it, and the gradients of the weights and of the input are large matrix products after it; both stand
-here, in the autograd function around the op, so that a layer can be recomputed from its own inputs.
+A lane is a direction: ``reverse[d]`` is 1 if lane d walks from the last step to the first, else 0. Only the sequential part is the
+op. The input projection is one large matrix product before it, and the gradients of the weights and of the input are large matrix
+products after it; both stand here, in the autograd function around the op, so that a layer can be recomputed from its own inputs.
 
 Contract (letters in ``reference/recurrent.py``; rows are padded ``[T, B, D, n]`` or packed ``[N, D, n]``; time-major,
 contiguous):
@@ -30,7 +30,8 @@ dh0, dc0       as h0, c0           always computed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,12 +47,12 @@ from ..reference.recurrent import state_dtype
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(
     "recurrent_forward(Tensor x_gates, Tensor weight, Tensor? bias, Tensor? projection, Tensor? h0, Tensor? c0, "
-    "Tensor? lengths, Tensor? batch_sizes, str cell, bool[] reverse, bool save_c, bool save_gates) "
+    "Tensor? lengths, Tensor? batch_sizes, str cell, int[] reverse, bool save_c, bool save_gates) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
 )
 _library.define(
     "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? projection, Tensor? h0, "
-    "Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor y, Tensor c, Tensor gates, str cell, bool[] reverse) "
+    "Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor y, Tensor c, Tensor gates, str cell, int[] reverse) "
     "-> (Tensor dgates, Tensor drecurrent, Tensor dprojected, Tensor dh0, Tensor dc0)"
 )
 
@@ -105,7 +106,7 @@ def _recurrent_forward(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     cell: str,
-    reverse: list[bool],
+    reverse: list[int],
     save_c: bool,
     save_gates: bool,
 ) -> tuple[Tensor, ...]:
@@ -131,12 +132,27 @@ def _recurrent_backward(
     c: Tensor,
     gates: Tensor,
     cell: str,
-    reverse: list[bool],
+    reverse: list[int],
 ) -> tuple[Tensor, ...]:
     backend = backends.select(_query(y, weight, projection, lengths, batch_sizes, cell))
     return backend.recurrent_backward(
         dy, dh_n, dc_n, dc, weight, projection, h0, c0, lengths, batch_sizes, y, c, gates, cell, reverse
     )
+
+
+def _outside_dynamo(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Keeps Dynamo, which goes on compiling what it meets after a graph break, from tracing into an implementation."""
+
+    disabled: Callable[..., tuple[Tensor, ...]] | None = None
+
+    def implementation(*args: Any) -> tuple[Tensor, ...]:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:  # nothing is being compiled, and importing it would take a second
+            return run(*args)
+        disabled = disabled or torch.compiler.disable(run)
+        return disabled(*args)
+
+    return implementation
 
 
 def _fake_forward(
@@ -149,7 +165,7 @@ def _fake_forward(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     cell: str,
-    reverse: list[bool],
+    reverse: list[int],
     save_c: bool,
     save_gates: bool,
 ) -> tuple[Tensor, ...]:
@@ -189,7 +205,7 @@ def _fake_backward(
     c: Tensor,
     gates: Tensor,
     cell: str,
-    reverse: list[bool],
+    reverse: list[int],
 ) -> tuple[Tensor, ...]:
     row = CELLS[cell]
     lanes, width = weight.shape[0], weight.shape[2]
@@ -215,7 +231,7 @@ for _name, _run, _fake in (
     ("recurrent_forward", _recurrent_forward, _fake_forward),
     ("recurrent_backward", _recurrent_backward, _fake_backward),
 ):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    _library.impl(_name, _outside_dynamo(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastseq::{_name}", _fake, lib=_library)
 
 _forward_op = torch.ops.fastseq.recurrent_forward.default
@@ -287,7 +303,7 @@ def _reference_layer(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     cell: str,
-    reverse: list[bool],
+    reverse: list[int],
     params: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
     """A layer in plain, differentiable PyTorch: y, h_n, c_n, c."""
@@ -444,7 +460,7 @@ def _contiguous(grad: Tensor | None) -> Tensor | None:
 
 
 def _before(
-    rows: Tensor, first: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None, lane: int, backwards: bool
+    rows: Tensor, first: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None, lane: int, backwards: int
 ) -> tuple[Tensor | None, Tensor]:
     """The states before every step, as (rows of the first step, rows of the others) or as (None, all rows).
 
@@ -458,7 +474,7 @@ def _before(
 
 
 def _shifted(
-    rows: Tensor, first: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None, lane: int, backwards: bool
+    rows: Tensor, first: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None, lane: int, backwards: int
 ) -> Tensor:
     """The states before every step, from the states after every step: [T, B, n], or [N, n]."""
     own = rows.select(-2, lane)
@@ -488,7 +504,7 @@ def _shifted(
 
 
 def _recurrent_weight_grad(
-    d: Tensor, dr: Tensor | None, h_first: Tensor | None, h_prev: Tensor, shape: torch.Size, backwards: bool
+    d: Tensor, dr: Tensor | None, h_first: Tensor | None, h_prev: Tensor, shape: torch.Size, backwards: int
 ) -> Tensor:
     """Sum over all steps of (gradient of the recurrent gates)^T (state before the step): [G*H, P]."""
     shifted = h_prev.shape[0] != d.shape[0]  # h_prev then has no rows for the first step
@@ -515,7 +531,7 @@ def _recomputed_gates(
     batch_sizes: Tensor | None,
     y: Tensor,
     c: Tensor,
-    reverse: list[bool],
+    reverse: list[int],
 ) -> Tensor:
     """The ``gates`` that the forward pass did not save: matrix products and elementwise work, parallel over time.
 
@@ -573,7 +589,7 @@ def recurrent(
     params: list[Tensor | None],
     *,
     cell: str,
-    reverse: list[bool],
+    reverse: list[int],
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     return_cells: bool = False,

@@ -39,7 +39,7 @@ class Layout:
             for size in self.sizes:
                 self.starts.append(self.starts[-1] + size)
 
-    def order(self, reverse: bool) -> range:
+    def order(self, reverse: int) -> range:
         return range(self.steps - 1, -1, -1) if reverse else range(self.steps)
 
     def take(self, rows: Tensor, t: int, lane: int) -> Tensor:
@@ -81,7 +81,7 @@ def forward(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
     cell: str,
-    reverse: list[bool],
+    reverse: list[int],
     save_c: bool,
     save_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -152,7 +152,7 @@ def backward(
     c: Tensor,
     gates: Tensor,
     cell: str,
-    reverse: list[bool],
+    reverse: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row, math = CELLS[cell], steps(cell)
     dtype, wide = y.dtype, state_dtype(y.dtype)
@@ -222,7 +222,7 @@ def backward(
     )
 
 
-def previous(layout: Layout, rows: Tensor, first: Tensor, t: int, lane: int, backwards: bool) -> Tensor:
+def previous(layout: Layout, rows: Tensor, first: Tensor, t: int, lane: int, backwards: int) -> Tensor:
     """The state before step t, from the states after every step: [B, n], or [batch_sizes[t], n]."""
     before = t + 1 if backwards else t - 1
     first = layout.active(first, t)

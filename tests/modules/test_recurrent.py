@@ -333,9 +333,7 @@ class TestCells:
             lanes.append(torch.stack(steps))
         return torch.cat(lanes, -1)
 
-    @pytest.mark.parametrize(
-        "options", [dict(), dict(bidirectional=True), dict(proj_size=3), dict(bias=False)], ids=str
-    )
+    @pytest.mark.parametrize("options", [dict(), dict(bidirectional=True), dict(proj_size=3), dict(bias=False)], ids=str)
     def test_one_layer(self, options):
         theirs, ours = both("LSTM", dtype=torch.float64, **options)
         input, hx = random(T, B, I, dtype=torch.float64), initial(theirs, dtype=torch.float64)
@@ -349,9 +347,7 @@ class TestCells:
         _, ours = both("LSTM", num_layers=2, bidirectional=True, dtype=torch.float64)
         first, second = (fastseq.LSTM(i, H, bidirectional=True, dtype=torch.float64) for i in (I, 2 * H))
         for k, module in enumerate((first, second)):
-            module.load_state_dict(
-                {n.replace(f"_l{k}", "_l0"): p for n, p in ours.state_dict().items() if f"_l{k}" in n}
-            )
+            module.load_state_dict({n.replace(f"_l{k}", "_l0"): p for n, p in ours.state_dict().items() if f"_l{k}" in n})
         input = random(T, B, I, dtype=torch.float64)
         cells = ours(input, return_cells=True)[2]
         between, _, expected_0 = first(input, return_cells=True)

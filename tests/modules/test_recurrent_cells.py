@@ -42,9 +42,7 @@ def test_same_seed_same_weights(name, options):
         assert torch.equal(ours.state_dict()[key], value), key
     theirs.load_state_dict(ours.state_dict())
     assert repr(ours) == repr(theirs)
-    assert {k for k in vars(theirs) if not k.startswith("_")} == {
-        k for k in vars(ours) if not k.startswith("_")
-    }
+    assert {k for k in vars(theirs) if not k.startswith("_")} == {k for k in vars(ours) if not k.startswith("_")}
     if options.get("bias") is False:
         assert ours.bias_ih is None and ours.bias_hh is None
 

@@ -13,9 +13,7 @@ from torch import nn
 
 import fastseq
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-)
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 
 RANKS, T, B, I, H = 2, 5, 4, 3, 6  # noqa: E741
 
@@ -28,9 +26,7 @@ class Model(nn.Module):
         self.lstm = fastseq.LSTM(I, H, num_layers=2, bidirectional=True, proj_size=2)
         self.gru = fastseq.GRU(4, H, bidirectional=True)
         self.rnn = fastseq.RNN(2 * H, H, nonlinearity="relu", recompute=True)
-        self.cells = nn.ModuleList(
-            [fastseq.RNNCell(H, H), fastseq.GRUCell(H, H), fastseq.LSTMCell(H, H), nn.Linear(H, 1)]
-        )
+        self.cells = nn.ModuleList([fastseq.RNNCell(H, H), fastseq.GRUCell(H, H), fastseq.LSTMCell(H, H), nn.Linear(H, 1)])
 
     def forward(self, input: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         output, _ = self.lstm(input, lengths=lengths)
@@ -99,9 +95,7 @@ def work(rank, method, path):
         assert actual.keys() == expected.keys()
         for n, gradient in expected.items():
             assert gradient.any(), n
-            torch.testing.assert_close(
-                actual[n], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=n: f"{n}: {m}"
-            )
+            torch.testing.assert_close(actual[n], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=n: f"{n}: {m}")
         for n, p in alone.named_parameters():
             torch.testing.assert_close(after[n], p.detach(), rtol=1e-4, atol=1e-6)
     finally:

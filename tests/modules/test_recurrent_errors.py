@@ -173,17 +173,13 @@ class TestLayers:
         input = zeros(T, B, I)
         assert_same_error(lambda: theirs(input), lambda: ours(input), "float32", "float64")
 
-    @pytest.mark.parametrize(
-        "hx", [(zeros(1, B, H),), (zeros(1, B, H),) * 2, [zeros(1, B, H)]], ids=["one", "two", "list"]
-    )
+    @pytest.mark.parametrize("hx", [(zeros(1, B, H),), (zeros(1, B, H),) * 2, [zeros(1, B, H)]], ids=["one", "two", "list"])
     @pytest.mark.parametrize("name", ["RNN", "GRU"])
     def test_hx_is_one_tensor(self, name, hx):
         theirs, ours = getattr(nn, name)(I, H), getattr(fastseq, name)(I, H)
         packed = pack_padded_sequence(zeros(T, B, I), torch.tensor([3, 2]))
         for input in (zeros(T, B, I), zeros(T, I), packed):
-            assert_same_error(
-                lambda x=input: theirs(x, hx), lambda x=input: ours(x, hx), "one Tensor", type(hx).__name__
-            )
+            assert_same_error(lambda x=input: theirs(x, hx), lambda x=input: ours(x, hx), "one Tensor", type(hx).__name__)
 
     def test_hx_is_two_tensors(self):
         ours = fastseq.LSTM(I, H)
@@ -220,9 +216,7 @@ class TestLayers:
         ours = getattr(fastseq, name)(I, H)
 
         def packed(input):
-            return pack_padded_sequence(
-                input, torch.tensor([3, 2] if sorted_ else [2, 3]), enforce_sorted=sorted_
-            )
+            return pack_padded_sequence(input, torch.tensor([3, 2] if sorted_ else [2, 3]), enforce_sorted=sorted_)
 
         with pytest.raises(RuntimeError, match="Expected 4, got 3"):
             ours(packed(zeros(T, B, 3)))

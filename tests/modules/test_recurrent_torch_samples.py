@@ -58,9 +58,7 @@ def test_forward_and_gradients(info, dtype):
         assert actual.keys() == expected.keys()
         for key, value in expected.items():
             largest = value.abs().max().clamp(min=1)
-            torch.testing.assert_close(
-                actual[key] / largest, value / largest, msg=lambda m, k=key: f"{k}: {m}"
-            )
+            torch.testing.assert_close(actual[key] / largest, value / largest, msg=lambda m, k=key: f"{k}: {m}")
         if sample.reference_fn is not None and not isinstance(arguments[0], PackedSequence):
             # Torch's loop over a batch of one, against unbatched input.
             reference, actual = sample.reference_fn(ours, *arguments), ours(*arguments)

@@ -146,9 +146,7 @@ def test_jacobians_agree(name, options):
     torch.testing.assert_close(forward, reverse, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("kind", "recompute"), [("padded", False), ("padded", True), ("lengths", True), ("packed", False)]
-)
+@pytest.mark.parametrize(("kind", "recompute"), [("padded", False), ("padded", True), ("lengths", True), ("packed", False)])
 @every_option
 def test_double_backward(name, options, kind, recompute):
     """Every second derivative, among them those by initial states and by gradients of final states."""
@@ -345,9 +343,7 @@ def test_activation_checkpointing(name):
     again = torch.utils.checkpoint.checkpoint(lambda x: ours(x)[0], input, use_reentrant=False)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(
-            torch.autograd.grad(again.square().sum(), [input, *ours.parameters()]), plain, strict=True
-        )
+        for a, b in zip(torch.autograd.grad(again.square().sum(), [input, *ours.parameters()]), plain, strict=True)
     )
 
 

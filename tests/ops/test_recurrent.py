@@ -115,7 +115,7 @@ class TestRecurrent(OpBattery):
         # packed: without a state the fake kernel would have to invent the batch's size, which opcheck cannot compare
         h0 = torch.randn(lanes, case.batch, width, dtype=dtype)
         c0 = torch.randn(lanes, case.batch, case.hidden, dtype=wide) if cell.has_c else None
-        reverse = [False, True][:lanes]
+        reverse = [0, 1][:lanes]
         x_gates = torch.randn(*rows, lanes, len(cell.gates) * case.hidden, dtype=dtype)
         forward = (x_gates, weight, bias, projection, h0, c0, lengths, batch_sizes, case.cell, reverse, True, True)
         y, h_n, c_n, c, gates = torch.ops.fastseq.recurrent_forward(*forward)
@@ -211,7 +211,7 @@ class TestRecurrent(OpBattery):
         torch.manual_seed(0)
         weight = torch.randn(2, 40, 40).bfloat16() / 8
         x_gates = torch.randn(6, 9, 2, 40).bfloat16()
-        reverse = [False, True]
+        reverse = [0, 1]
         y, *_ = torch.ops.fastseq.recurrent_forward(
             x_gates, weight, None, None, None, None, None, None, "rnn_relu", reverse, False, False
         )

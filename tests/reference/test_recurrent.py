@@ -65,7 +65,7 @@ def test_one_step_is_torchs_cell(cell):
 @STATES
 def test_backward_is_the_gradient_of_forward(cell, projection, layout):
     x_gates, weight, bias, w_hr, h0, c0, lengths, sizes = problem(cell, layout, projection)
-    reverse = [False, True]
+    reverse = [0, 1]
     y, h_n, c_n, c, gates = reference.forward(x_gates, weight, bias, w_hr, h0, c0, lengths, sizes, cell, reverse, True, True)
     outputs = [y, h_n, *((c_n, c) if CELLS[cell].has_c else ())]
     grads = [torch.randn_like(out) for out in outputs]
@@ -91,7 +91,7 @@ def test_sixteen_bits_are_computed_in_fp32(dtype):
     """c and the sums stay in fp32; only what is stored is rounded."""
     x_gates, weight, _, _, h0, c0, *_ = (None if t is None else t.detach() for t in problem("lstm", "padded"))
     low = [t.to(dtype) for t in (x_gates, weight, h0)]
-    reverse = [False, True]
+    reverse = [0, 1]
     y, _, c_n, c, gates = reference.forward(
         low[0], low[1], None, None, low[2], c0.float(), None, None, "lstm", reverse, True, True
     )

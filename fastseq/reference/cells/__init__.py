@@ -13,7 +13,6 @@ Every file defines, for tensors of any leading shape ``[..., n * H]``:
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -33,8 +32,9 @@ class Steps(Protocol):
     ) -> tuple[Tensor, Any, Any, Any]: ...
 
 
-@functools.cache
+_STEPS: dict[str, Steps] = {"lstm": lstm, "gru": gru, "rnn_tanh": rnn.TANH, "rnn_relu": rnn.RELU}
+
+
 def steps(cell: str) -> Steps:
     """The object that holds ``step`` and ``step_backward`` of a cell of the table."""
-    table: dict[str, Steps] = {"lstm": lstm, "gru": gru, "rnn_tanh": rnn.TANH, "rnn_relu": rnn.RELU}
-    return table[cell]
+    return _STEPS[cell]
