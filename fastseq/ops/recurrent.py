@@ -1,7 +1,7 @@
 """``fastseq::recurrent_forward`` and ``fastseq::recurrent_backward``: one layer of recurrence, all its lanes in one call.
 
-A lane is a direction: ``reverse[d]`` is 1 if lane d walks from the last step to the first, else 0. Only the sequential part is the
-op. The input projection is one large matrix product before it, and the gradients of the weights and of the input are large matrix
+A lane is a direction: ``reverse[d]`` is 1 if lane d walks from the last step to the first, else 0. Only the sequential part is
+the op. The input projection is one large matrix product before it, and the gradients of the weights and of the input are large matrix
 products after it; both stand here, in the autograd function around the op, so that a layer can be recomputed from its own inputs.
 
 Contract (letters in ``reference/recurrent.py``; rows are padded ``[T, B, D, n]`` or packed ``[N, D, n]``; time-major,
