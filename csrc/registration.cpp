@@ -14,9 +14,9 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("cuda_stream_lent() -> bool");
   m.def("cpu_level() -> str");
   m.def(
-      "recurrent_forward(Tensor x_gates, Tensor weight, Tensor? bias, Tensor? projection, Tensor? h0, Tensor? c0, Tensor? lengths, "
-      "Tensor? batch_sizes, Tensor? h_gates, str cell, int reverse, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, "
-      "Tensor(e!) gates) -> ()");
+      "recurrent_forward(Tensor? x, Tensor? w_ih, Tensor? b_ih, Tensor? x_gates, Tensor? h_gates, Tensor weight, Tensor? bias, "
+      "Tensor? projection, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, str cell, int reverse, Tensor(a!) y, "
+      "Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, Tensor(e!) gates) -> ()");
   m.def(
       "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? projection, Tensor? h0, "
       "Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor y, Tensor c, Tensor gates, str cell, int reverse, "

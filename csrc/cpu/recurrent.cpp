@@ -191,33 +191,43 @@ int64_t tiles_of(int64_t columns, int64_t tile) { return (columns + tile - 1) / 
 
 std::string cpu_level() { return kernels().name; }
 
-void recurrent_forward(Tensor x_gates, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> projection,
-                       std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> lengths,
-                       std::optional<Tensor> batch_sizes, std::optional<Tensor> h_gates, std::string cell, int64_t reverse,
-                       Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates) {
+void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std::optional<Tensor> b_ih,
+                       std::optional<Tensor> x_gates, std::optional<Tensor> h_gates, Tensor weight, std::optional<Tensor> bias,
+                       std::optional<Tensor> projection, std::optional<Tensor> h0, std::optional<Tensor> c0,
+                       std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::string cell, int64_t reverse, Tensor y,
+                       Tensor h_n, Tensor c_n, Tensor c, Tensor gates) {
   const Kernels& kernel = kernels();
   Forward a{};
-  a.shape = {cell_of(cell), type_of(x_gates.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value()};
+  a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value()};
   const Tiling tiling = kernel.tiling(a.shape.cell, a.shape.type);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates;
   a.batch = h_n.size(1);
-  const int64_t steps = batch_sizes ? batch_sizes->size(0) : x_gates.size(0);
+  const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || steps == 0) return;
   const int64_t bytes = a.shape.type == Type::kDouble ? 8 : 4, stored = a.shape.type == Type::kBfloat16 ? 2 : bytes;
   const int64_t unit_tile = tiling.unit_blocks * tiling.width, output_tile = kTileVectors * tiling.width;
   const int64_t unit_tiles = tiles_of(H, unit_tile), output_tiles = tiles_of(P, output_tile);
 
-  Buffer packed, packed_projection;
-  if (!h_gates) {
-    const int64_t lane = unit_tiles * unit_tile * tiling.gates * P * bytes;
-    packed = allocate(D * lane, false);
-    torch::stable::parallel_for(0, D * unit_tiles, std::max<int64_t>(1, (64 << 10) / (unit_tile * tiling.gates * P)), [&](int64_t begin, int64_t end) {
+  // [D, G*H, depth] S -> [D, tiles, depth, tile] A
+  const auto pack = [&](const Tensor& weights, int64_t depth) {
+    const int64_t lane = unit_tiles * unit_tile * tiling.gates * depth * bytes, work = unit_tile * tiling.gates * depth;
+    Buffer packed = allocate(D * lane, false);
+    torch::stable::parallel_for(0, D * unit_tiles, std::max<int64_t>(1, kWorkOfPacking / std::max<int64_t>(work, 1)),
+                                [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t d = i / unit_tiles;
-        kernel.pack_forward(a.shape.cell, a.shape.type, static_cast<const char*>(data(weight)) + d * tiling.gates * H * P * stored, H, P,
-                            i % unit_tiles, static_cast<char*>(packed.get()) + d * lane);
+        kernel.pack_forward(a.shape.cell, a.shape.type, static_cast<const char*>(data(weights)) + d * tiling.gates * H * depth * stored,
+                            H, depth, i % unit_tiles, static_cast<char*>(packed.get()) + d * lane);
       }
     });
+    return packed;
+  };
+  Buffer packed, packed_input, packed_projection;
+  if (!h_gates) packed = pack(weight, P);
+  if (x) {
+    a.x = data(x);
+    a.input = x->size(x->dim() - 1);
+    packed_input = pack(*w_ih, a.input);
   }
   if (projection) {
     const int64_t lane = tiles_of(P, tiling.width) * tiling.width * H * bytes;
@@ -228,11 +238,12 @@ void recurrent_forward(Tensor x_gates, Tensor weight, std::optional<Tensor> bias
                             static_cast<char*>(packed_projection.get()) + d * lane);
   }
   a.x_gates = data(x_gates), a.h_gates = data(h_gates), a.bias = data(bias);
+  a.input_weights = packed_input.get(), a.input_bias = data(b_ih);
   a.h0 = data(h0), a.c0 = data(c0);
   a.weights = packed.get(), a.projection = packed_projection.get();
   a.y = mutable_data(y), a.h_n = mutable_data(h_n), a.c_n = mutable_data(c_n), a.c = mutable_data(c), a.gates = mutable_data(gates);
 
-  const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, P, tiling.gates * H, unit_tiles, bytes);
+  const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, P + a.input, tiling.gates * H, unit_tiles, bytes);
   const Batch batch(steps, a.batch, lengths, batch_sizes, plan.batch_parts);
   run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.forward_workspace, a.shape, bytes,
             [&](const Work& work) { kernel.forward(a, work); });
@@ -259,7 +270,7 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   if (through_weights) {
     const int64_t lane = tiles_of(P, tiling.width) * tiling.width * GH * bytes;
     packed = allocate(D * lane, false);
-    torch::stable::parallel_for(0, D * output_tiles, std::max<int64_t>(1, (64 << 10) / (tile_columns * GH)), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, D * output_tiles, std::max<int64_t>(1, kWorkOfPacking / (tile_columns * GH)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t d = i / output_tiles;
         kernel.pack_rows(a.shape.type, static_cast<const char*>(data(weight)) + d * GH * P * stored, GH, P, i % output_tiles,

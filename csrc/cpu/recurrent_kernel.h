@@ -60,7 +60,11 @@ struct Shape {
 
 struct Forward {
   Shape shape;
-  const void* x_gates;     // rows x G*H, S
+  const void* x_gates;     // rows x G*H, S: the projected input; or null:
+  const void* x;           // [T, B, I] or [N, I], S = A
+  int64_t input;           // I
+  const void* input_weights;  // [D, tiles, I, tile] A, packed by pack_forward
+  const void* input_bias;     // [D, G*H] S or null
   const void* h_gates;     // [D, B, G*H] A: R h of a single step, in place of weights; or null
   int64_t batch;           // B, of h_gates
   const void* bias;        // [D, H] S or null

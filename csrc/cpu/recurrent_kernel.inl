@@ -209,7 +209,11 @@ struct ForwardKernel {
     const Buffers buf(a.shape, w.rows.slots, w.workspace);
     const Range units(w.unit_tiles, UB * W, H), outputs(w.output_tiles, kTileVectors * W, P);
 
+    const int64_t I = a.input;
     const S* x_gates = at<S>(a.x_gates, d * GH);
+    const A* x_all = static_cast<const A*>(a.x);
+    const A* input_weights = at<A>(a.input_weights, d * blocks_of(H, UB * W) * UB * G * W * I);
+    const S* input_bias = at<S>(a.input_bias, d * GH);
     const A* h_gates = at<A>(a.h_gates, d * B * GH);
     const S* bias = at<S>(a.bias, d * H);
     const A* weights = at<A>(a.weights, d * blocks_of(H, UB * W) * UB * G * W * P);
@@ -235,8 +239,8 @@ struct ForwardKernel {
     if (w.barrier) w.barrier->wait(w.weight);
 
     constexpr int64_t NV = G * UB;
-    alignas(64) A sums[kMaxRows * kTileVectors * W];
-    const A* rows[kMaxRows];
+    alignas(64) A sums[kMaxRows * kTileVectors * W], x_sums[kMaxRows * kTileVectors * W];
+    const A *rows[kMaxRows], *x_rows[kMaxRows];
     for (int64_t step = 0; step < w.rows.steps; ++step) {
       const int64_t t = steps.time(step), active = steps.active(t);
       const A* h_old = buf.h[step & 1];
@@ -247,9 +251,13 @@ struct ForwardKernel {
         for_row_blocks(active, rows_of_block(NV), [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
           for (int64_t r = 0; r < count; ++r) {
             rows[r] = h_old + (begin + r) * buf.ldh;
-            const S* x = x_gates + steps.row(t, begin + r) * D * GH + u0;
-            for (int g = 0; g < G; ++g) prefetch(x + g * H);
+            const int64_t row = steps.row(t, begin + r);
+            if (x_all)
+              x_rows[r] = x_all + row * I;
+            else
+              for (int g = 0; g < G; ++g) prefetch(x_gates + row * D * GH + g * H + u0);
           }
+          if (x_all) multiply_of<A>(count, vectors)(x_rows, input_weights + tile * UB * G * W * I, I, x_sums);
           if (packed) {
             multiply_of<A>(count, vectors)(rows, packed, P, sums);
           } else {  // the single step of this call: R h was computed outside
@@ -267,7 +275,11 @@ struct ForwardKernel {
               V x[G], rh[G], saved[C::kSaved + 1], h, c{}, h_next, c_next{};
 #pragma GCC unroll 4
               for (int g = 0; g < G; ++g) {
-                x[g] = Memory<S, A>::load(x_gates + row * D * GH + g * H + u, n);
+                if (x_all)
+                  x[g] = *(const V*)(x_sums + (r * vectors + g * blocks + b) * W) +
+                         (input_bias ? Memory<S, A>::load(input_bias + g * H + u, n) : V{});
+                else
+                  x[g] = Memory<S, A>::load(x_gates + row * D * GH + g * H + u, n);
                 rh[g] = *(const V*)(sums + (r * vectors + g * blocks + b) * W);
               }
               if (C::kHasC) c = *(const V*)(buf.c + slot * buf.ldc + u);

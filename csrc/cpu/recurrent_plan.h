@@ -16,6 +16,8 @@ constexpr int64_t kRowsOfPart = 8;        // with fewer rows, a row block does n
 constexpr int64_t kCacheBytes = 512 << 10;  // half of a usual second-level cache: weights within it are cheap to stream for few rows
 constexpr int64_t kWorkOfMember = 48 << 10;  // multiply-adds of a step that are worth a barrier (a few hundred nanoseconds)
 
+constexpr int64_t kWorkOfPacking = 64 << 10;  // weights worth a thread to pack
+
 // A split of the batch needs no barrier, but each part streams all weights; a split of the units streams each weight once.
 inline Plan make_plan(int64_t threads, int64_t lanes, int64_t batch, int64_t depth, int64_t columns, int64_t tiles, int64_t bytes) {
   const int64_t of_lane = std::max<int64_t>(1, threads / lanes);

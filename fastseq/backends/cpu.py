@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS
-from ..reference.recurrent import state_dtype
+from ..reference.recurrent import input_gates, state_dtype
 from . import library
 
 if TYPE_CHECKING:
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 name = "cpu"
 devices = ("cpu",)
 ops = ("recurrent",)
+
+# Rows of a step from which the input projection is done step by step, beside the recurrent product: it then keeps the registers as busy
+# as one large product would, and the projected input is never stored. With fewer rows, each weight fetched would serve too few of them.
+# A single step is two plain matrix products, for which packing the weights would not pay; 16-bit inputs go to torch's 16-bit product.
+_FUSED_ROWS = 4
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -34,7 +39,9 @@ def why_not(query: Query) -> list[str]:
 
 
 def recurrent_forward(
-    x_gates: Tensor,
+    x: Tensor,
+    w_ih: Tensor,
+    b_ih: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     projection: Tensor | None,
@@ -47,25 +54,28 @@ def recurrent_forward(
     save_c: bool,
     save_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row, dtype, wide = CELLS[cell], x_gates.dtype, state_dtype(x_gates.dtype)
+    row, dtype, wide = CELLS[cell], x.dtype, state_dtype(x.dtype)
     lanes, width = weight.shape[0], weight.shape[2]
     hidden = weight.shape[1] // len(row.gates)
-    leading = x_gates.shape[:-2]
-    batch = x_gates.shape[1] if batch_sizes is None else int(batch_sizes[0])
-    x_gates = x_gates.contiguous()
-    y = x_gates.new_empty(*leading, lanes, width)
-    h_n = x_gates.new_empty(lanes, batch, width)
-    c_n = x_gates.new_empty((lanes, batch, hidden) if row.has_c else (0,), dtype=wide)
-    c = x_gates.new_empty((*leading, lanes, hidden) if row.has_c and save_c else (0,), dtype=wide)
-    gates = x_gates.new_empty((*leading, lanes, len(row.saved) * hidden) if row.saved and save_gates else (0,))
+    leading = x.shape[:-1]
+    steps = _steps(x, batch_sizes)
+    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    y = x.new_empty(*leading, lanes, width)
+    h_n = x.new_empty(lanes, batch, width)
+    c_n = x.new_empty((lanes, batch, hidden) if row.has_c else (0,), dtype=wide)
+    c = x.new_empty((*leading, lanes, hidden) if row.has_c and save_c else (0,), dtype=wide)
+    gates = x.new_empty((*leading, lanes, len(row.saved) * hidden) if row.saved and save_gates else (0,))
     h0 = _state(h0, dtype)
-    # one step: the product of the only state with the weights is a single matrix product, and packing them would not pay
-    once = _steps(x_gates, batch_sizes) == 1
     h_gates = None
-    if once:
-        h_gates = x_gates.new_zeros(lanes, batch, weight.shape[1], dtype=wide) if h0 is None else _product(h0, weight.mT)
+    if steps == 1:
+        h_gates = x.new_zeros(lanes, batch, weight.shape[1], dtype=wide) if h0 is None else _product(h0, weight.mT)
+    fused = steps > 1 and dtype == wide and 0 < _FUSED_ROWS * steps * x.shape[-1] <= x.numel()
     torch.ops.fastseq_native.recurrent_forward.default(
-        x_gates,
+        x.contiguous() if fused else None,
+        w_ih.contiguous() if fused else None,
+        _dense(b_ih) if fused else None,
+        None if fused else input_gates(x, w_ih, b_ih, lanes),
+        h_gates,
         weight.contiguous(),
         _dense(bias),
         _dense(projection),
@@ -73,7 +83,6 @@ def recurrent_forward(
         _state(c0, wide),
         _int64(lengths),
         batch_sizes,
-        h_gates,
         cell,
         _bits(reverse),
         y,

@@ -1,14 +1,17 @@
 """``fastseq::recurrent_forward`` and ``fastseq::recurrent_backward``: one layer of recurrence, all its lanes in one call.
 
-A lane is a direction: ``reverse[d]`` is 1 if lane d walks from the last step to the first, else 0. Only the sequential part is
-the op. The input projection is one large matrix product before it, and the gradients of the weights and of the input are large matrix
-products after it; both stand here, in the autograd function around the op, so that a layer can be recomputed from its own inputs.
+A lane is a direction: ``reverse[d]`` is 1 if lane d walks from the last step to the first, else 0. The input
+projection belongs to the op, so that a backend may fuse it with the steps (the CPU kernels do: the projected input of a long sequence is
+larger than the caches) or do it as one large matrix product. The gradients of the weights and of the input are large matrix products
+after the backward op; they stand here, in the autograd function around both.
 
 Contract (letters in ``reference/recurrent.py``; rows are padded ``[T, B, D, n]`` or packed ``[N, D, n]``; time-major,
 contiguous):
 
 =============  ==================  =====================================================================================
-x_gates        rows, G*H           input gates with every foldable bias, gates in PyTorch's order
+x              rows without D, I   input, shared by the lanes: [T, B, I] or [N, I]
+w_ih           [D*G*H, I]          input weights of all lanes, gates in PyTorch's order
+b_ih           [D*G*H] or None     every bias that can be folded into the input projection
 weight         [D, G*H, P]         recurrent weights
 bias           [D, H] or None      the recurrent bias of ``cell.recurrent_bias`` (GRU: of n)
 projection     [D, P, H] or None   h = m projection^T (LSTM only)
@@ -19,7 +22,7 @@ y              rows, P             zero beyond a row's length
 h_n, c_n       [D, B, P], [D,B,H]  state after a row's last step; c_n in ``state_dtype`` (fp32 or wider)
 c              rows, H             every step's c in ``state_dtype``; zero beyond a row's length; empty unless ``save_c``
 gates          rows, S*H           ``cell.saved``; zero beyond a row's length; empty unless ``save_gates``
-dgates         rows, G*H           gradient of x_gates; zero beyond a row's length
+dgates         rows, G*H           gradient of x w_ih^T + b_ih; zero beyond a row's length
 drecurrent     rows, H             gradient of the recurrent part of ``cell.recurrent_bias``'s gate (GRU: of q), else empty
 dprojected     rows, P             whole gradient of every projected output; empty without projection
 dh0, dc0       as h0, c0           always computed
@@ -46,7 +49,7 @@ from ..reference.recurrent import state_dtype
 
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(
-    "recurrent_forward(Tensor x_gates, Tensor weight, Tensor? bias, Tensor? projection, Tensor? h0, Tensor? c0, "
+    "recurrent_forward(Tensor x, Tensor w_ih, Tensor? b_ih, Tensor weight, Tensor? bias, Tensor? projection, Tensor? h0, Tensor? c0, "
     "Tensor? lengths, Tensor? batch_sizes, str cell, int[] reverse, bool save_c, bool save_gates) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
 )
@@ -97,7 +100,9 @@ def _check_layout(rows: Tensor, lengths: Tensor | None, batch_sizes: Tensor | No
 
 
 def _recurrent_forward(
-    x_gates: Tensor,
+    x: Tensor,
+    w_ih: Tensor,
+    b_ih: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     projection: Tensor | None,
@@ -110,10 +115,10 @@ def _recurrent_forward(
     save_c: bool,
     save_gates: bool,
 ) -> tuple[Tensor, ...]:
-    _check_layout(x_gates, lengths, batch_sizes)
-    backend = backends.select(_query(x_gates, weight, projection, lengths, batch_sizes, cell))
+    _check_layout(x, lengths, batch_sizes)
+    backend = backends.select(_query(x, weight, projection, lengths, batch_sizes, cell))
     return backend.recurrent_forward(
-        x_gates, weight, bias, projection, h0, c0, lengths, batch_sizes, cell, reverse, save_c, save_gates
+        x, w_ih, b_ih, weight, bias, projection, h0, c0, lengths, batch_sizes, cell, reverse, save_c, save_gates
     )
 
 
@@ -156,7 +161,9 @@ def _outside_dynamo(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tup
 
 
 def _fake_forward(
-    x_gates: Tensor,
+    x: Tensor,
+    w_ih: Tensor,
+    b_ih: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     projection: Tensor | None,
@@ -169,18 +176,18 @@ def _fake_forward(
     save_c: bool,
     save_gates: bool,
 ) -> tuple[Tensor, ...]:
-    row, wide = CELLS[cell], state_dtype(x_gates.dtype)
+    row, wide = CELLS[cell], state_dtype(x.dtype)
     lanes, width = weight.shape[0], weight.shape[2]
     hidden = weight.shape[1] // len(row.gates)
-    leading = x_gates.shape[:-2]
+    leading = x.shape[:-1]
     batch: int | torch.SymInt
     if batch_sizes is None:
-        batch = x_gates.shape[1]
+        batch = x.shape[1]
     elif h0 is not None:
         batch = h0.shape[1]
     else:
         batch = torch.library.get_ctx().new_dynamic_size()
-    empty = x_gates.new_empty
+    empty = x.new_empty
     return (
         empty(*leading, lanes, width),
         empty(lanes, batch, width),
@@ -255,19 +262,13 @@ class _Weights:
         self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr = (list(params[i::PARAMS]) for i in range(PARAMS))
         self.lanes = len(self.w_ih)
 
-    def project(self, x: Tensor) -> Tensor:
-        """x [.., I] -> input gates [.., D, G*H], with every bias that can be folded into them."""
-        w = self.input_weight()
-        flat = x.flatten(0, -2)
-        if self.b_ih[0] is None:
-            gates = flat @ w.t()
-        else:
-            gates = torch.addmm(_join([self._folded_bias(lane) for lane in range(self.lanes)]), flat, w.t())
-        return gates.view(*x.shape[:-1], self.lanes, w.shape[0] // self.lanes)
-
     def input_weight(self) -> Tensor:
         """[D*G*H, I]"""
         return _join(self.w_ih)
+
+    def input_bias(self) -> Tensor | None:
+        """[D*G*H]"""
+        return None if self.b_ih[0] is None else _join([self._folded_bias(lane) for lane in range(self.lanes)])
 
     def recurrent_weight(self) -> Tensor:
         return _stack(self.w_hh)
@@ -309,7 +310,9 @@ def _reference_layer(
     """A layer in plain, differentiable PyTorch: y, h_n, c_n, c."""
     weights = _Weights(cell, params)
     y, h_n, c_n, c, _ = reference.forward(
-        weights.project(x),
+        x,
+        weights.input_weight(),
+        weights.input_bias(),
         weights.recurrent_weight(),
         weights.recurrent_bias(),
         weights.projection(),
@@ -330,7 +333,9 @@ class _Recurrent(torch.autograd.Function):
     def forward(ctx, x, h0, c0, lengths, batch_sizes, cell, reverse, recompute, *params):
         weights = _Weights(cell, params)
         y, h_n, c_n, c, gates = _forward_op(
-            weights.project(x),
+            x,
+            weights.input_weight(),
+            weights.input_bias(),
             weights.recurrent_weight(),
             weights.recurrent_bias(),
             weights.projection(),
@@ -545,7 +550,7 @@ def _recomputed_gates(
     flat_x = x.flatten(0, -2)
     total = flat_x.shape[0]
     gates = y.new_empty(total, lanes, len(row.saved) * hidden)
-    bias = weights.recurrent_bias()
+    w_ih, b_ih, bias = weights.input_weight(), weights.input_bias(), weights.recurrent_bias()
     before = []
     for lane in range(lanes):
         h_prev = _shifted(y, h0, lengths, batch_sizes, lane, reverse[lane]).flatten(0, -2)
@@ -557,7 +562,7 @@ def _recomputed_gates(
         block = max(1, -(-total // 16))
         parts = [slice(begin, begin + block) for begin in range(0, total, block)]
     for part in parts:
-        x_gates = weights.project(flat_x[part])
+        x_gates = reference.input_gates(flat_x[part], w_ih, b_ih, lanes)
         for lane, (h_prev, c_prev) in enumerate(before):
             r = h_prev[part] @ weights.w_hh[lane].t()
             saved = step(
@@ -611,7 +616,9 @@ def recurrent(
     else:
         weights = _Weights(cell, tuple(params))
         y, h_n, c_n, c, _ = _forward_op(
-            weights.project(x),
+            x,
+            weights.input_weight(),
+            weights.input_bias(),
             weights.recurrent_weight(),
             weights.recurrent_bias(),
             weights.projection(),

@@ -71,8 +71,17 @@ class Layout:
         return torch.stack(per_step) if self.sizes is None else torch.cat(per_step)
 
 
+def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, lanes: int) -> Tensor:
+    """The input projection: x [.., I] -> [.., D, G*H]."""
+    flat = x.flatten(0, -2)
+    gates = flat @ w_ih.t() if b_ih is None else torch.addmm(b_ih, flat, w_ih.t())
+    return gates.view(*x.shape[:-1], lanes, w_ih.shape[0] // lanes)
+
+
 def forward(
-    x_gates: Tensor,
+    x: Tensor,
+    w_ih: Tensor,
+    b_ih: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     projection: Tensor | None,
@@ -86,7 +95,8 @@ def forward(
     save_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row, math = CELLS[cell], steps(cell)
-    dtype, wide = x_gates.dtype, state_dtype(x_gates.dtype)
+    dtype, wide = x.dtype, state_dtype(x.dtype)
+    x_gates = input_gates(x, w_ih, b_ih, weight.shape[0])
     layout = Layout(x_gates, lengths, batch_sizes)
     hidden = x_gates.shape[-1] // len(row.gates)
     lanes = []
@@ -102,8 +112,8 @@ def forward(
         for t in layout.order(backwards):
             h_prev = layout.active(h, t)
             c_prev = None if c is None else layout.active(c, t)
-            x = layout.take(x_gates, t, lane).to(wide)
-            h_new, c_new, saved = math.step(x, h_prev @ r.mT, b, h_prev, c_prev)
+            x_t = layout.take(x_gates, t, lane).to(wide)
+            h_new, c_new, saved = math.step(x_t, h_prev @ r.mT, b, h_prev, c_prev)
             if projection is not None:
                 h_new = h_new @ projection[lane].to(wide).mT
             h_new = h_new.to(dtype).to(wide)

@@ -106,7 +106,6 @@ class TestRecurrent(OpBattery):
         cell, lanes = CELLS[case.cell], 2 if case.bidirectional else 1
         inputs = self.make(case, dtype)
         lengths, batch_sizes = inputs.get("lengths"), inputs.get("batch_sizes")
-        rows = inputs["x"].shape[:-1]
         width = case.projection or case.hidden
         wide = state_dtype(dtype)
         weight = torch.randn(lanes, len(cell.gates) * case.hidden, width, dtype=dtype)
@@ -116,8 +115,11 @@ class TestRecurrent(OpBattery):
         h0 = torch.randn(lanes, case.batch, width, dtype=dtype)
         c0 = torch.randn(lanes, case.batch, case.hidden, dtype=wide) if cell.has_c else None
         reverse = [0, 1][:lanes]
-        x_gates = torch.randn(*rows, lanes, len(cell.gates) * case.hidden, dtype=dtype)
-        forward = (x_gates, weight, bias, projection, h0, c0, lengths, batch_sizes, case.cell, reverse, True, True)
+        w_ih = torch.randn(lanes * len(cell.gates) * case.hidden, case.input, dtype=dtype)
+        b_ih = torch.randn(w_ih.shape[0], dtype=dtype) if case.bias else None
+        forward = (
+            inputs["x"].detach(), w_ih, b_ih, weight, bias, projection, h0, c0, lengths, batch_sizes, case.cell, reverse, True, True,
+        )  # fmt: skip
         y, h_n, c_n, c, gates = torch.ops.fastseq.recurrent_forward(*forward)
         backward = (
             torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n) if cell.has_c else None, None, weight, projection,
@@ -210,10 +212,10 @@ class TestRecurrent(OpBattery):
         """From the same forward outputs, so that both sides agree on which units were off."""
         torch.manual_seed(0)
         weight = torch.randn(2, 40, 40).bfloat16() / 8
-        x_gates = torch.randn(6, 9, 2, 40).bfloat16()
+        x, w_ih = torch.randn(6, 9, 3).bfloat16(), torch.randn(80, 3).bfloat16()
         reverse = [0, 1]
         y, *_ = torch.ops.fastseq.recurrent_forward(
-            x_gates, weight, None, None, None, None, None, None, "rnn_relu", reverse, False, False
+            x, w_ih, None, weight, None, None, None, None, None, None, "rnn_relu", reverse, False, False
         )
         dy = torch.randn_like(y)
         empty = y.new_empty(0)

@@ -14,7 +14,7 @@ STATES = pytest.mark.parametrize("layout", ("padded", "lengths", "packed"))
 
 
 def problem(cell: str, layout: str, projection: int = 0):
-    """x_gates, weight, bias, projection, h0, c0 in fp64 with gradients; lengths, batch_sizes."""
+    """x, w_ih, weight, bias, projection, h0, c0 in fp64 with gradients; lengths, batch_sizes. w_ih passes x on as the gates' input."""
     torch.manual_seed(0)
     row, lanes, hidden, batch, length = CELLS[cell], 2, 5, 4, 6
     lengths = torch.tensor([6, 4, 4, 1])
@@ -25,8 +25,10 @@ def problem(cell: str, layout: str, projection: int = 0):
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
 
+    columns = lanes * len(row.gates) * hidden
     return (
-        random(*rows, lanes, len(row.gates) * hidden),
+        random(*rows, columns),
+        torch.eye(columns, dtype=torch.float64),
         random(lanes, len(row.gates) * hidden, width),
         random(lanes, hidden) if row.recurrent_bias else None,
         random(lanes, projection, hidden) if projection else None,
@@ -64,20 +66,20 @@ def test_one_step_is_torchs_cell(cell):
 @pytest.mark.parametrize("cell,projection", [*((cell, 0) for cell in CELLS), ("lstm", 3)])
 @STATES
 def test_backward_is_the_gradient_of_forward(cell, projection, layout):
-    x_gates, weight, bias, w_hr, h0, c0, lengths, sizes = problem(cell, layout, projection)
+    x, w_ih, weight, bias, w_hr, h0, c0, lengths, sizes = problem(cell, layout, projection)
     reverse = [0, 1]
-    y, h_n, c_n, c, gates = reference.forward(x_gates, weight, bias, w_hr, h0, c0, lengths, sizes, cell, reverse, True, True)
+    y, h_n, c_n, c, gates = reference.forward(
+        x, w_ih, None, weight, bias, w_hr, h0, c0, lengths, sizes, cell, reverse, True, True
+    )
     outputs = [y, h_n, *((c_n, c) if CELLS[cell].has_c else ())]
     grads = [torch.randn_like(out) for out in outputs]
     dy, dh_n, dc_n, dc = [*grads, None, None][:4]
     dgates, drecurrent, dprojected, dh0, dc0 = reference.backward(
         dy, dh_n, dc_n, dc, weight, w_hr, h0, c0, lengths, sizes, y.detach(), c.detach(), gates.detach(), cell, reverse
     )
-    wanted = (
-        {"x_gates": x_gates, "h0": h0} | ({"c0": c0} if c0 is not None else {}) | ({"bias": bias} if bias is not None else {})
-    )
+    wanted = {"x": x, "h0": h0} | ({"c0": c0} if c0 is not None else {}) | ({"bias": bias} if bias is not None else {})
     expected = dict(zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), grads), strict=True))
-    torch.testing.assert_close(dgates, expected["x_gates"])
+    torch.testing.assert_close(dgates.flatten(-2), expected["x"])
     torch.testing.assert_close(dh0, expected["h0"])
     if c0 is not None:
         torch.testing.assert_close(dc0, expected["c0"])
@@ -89,15 +91,14 @@ def test_backward_is_the_gradient_of_forward(cell, projection, layout):
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_sixteen_bits_are_computed_in_fp32(dtype):
     """c and the sums stay in fp32; only what is stored is rounded."""
-    x_gates, weight, _, _, h0, c0, *_ = (None if t is None else t.detach() for t in problem("lstm", "padded"))
-    low = [t.to(dtype) for t in (x_gates, weight, h0)]
+    x, w_ih, weight, _, _, h0, c0, *_ = (None if t is None else t.detach() for t in problem("lstm", "padded"))
+    low = [t.to(dtype) for t in (x, w_ih, weight, h0)]
     reverse = [0, 1]
     y, _, c_n, c, gates = reference.forward(
-        low[0], low[1], None, None, low[2], c0.float(), None, None, "lstm", reverse, True, True
+        low[0], low[1], None, low[2], None, None, low[3], c0.float(), None, None, "lstm", reverse, True, True
     )
-    truth = reference.forward(
-        low[0].double(), low[1].double(), None, None, low[2].double(), c0, None, None, "lstm", reverse, True, True
-    )
+    exact = [t.double() for t in low]
+    truth = reference.forward(*exact[:2], None, exact[2], None, None, exact[3], c0, None, None, "lstm", reverse, True, True)
     assert (y.dtype, gates.dtype, c.dtype, c_n.dtype) == (dtype, dtype, torch.float32, torch.float32)
     torch.testing.assert_close(y.double(), truth[0], rtol=0, atol=4 * torch.finfo(dtype).eps)
     # rounding h disturbs c, but c itself is not rounded to the low dtype
