@@ -144,8 +144,8 @@ def _recurrent(w: Workload, peaks: Peaks) -> Floor:
     recurrent = 2 * w.tokens * G * w.H * w.H / peaks.gemm
     seconds = chain + project
     if w.mode == "training":
-        # backward: the chain with R transposed, then dW and dx (each like the projection) and dR
-        seconds += chain + 2 * project + recurrent
+        # backward: the chain with R transposed, then dW and, for an inner layer, dx (each like the projection) and dR
+        seconds += chain + (1 + w.input_grad) * project + recurrent
     size = f"{weights / 1024:.0f} KiB" if weights < 1 << 20 else f"{weights / (1 << 20):.1f} MiB"
     if read * len(compute) > compute.sum():
         return Floor(

@@ -37,6 +37,7 @@ class Workload:
     H: int
     mode: str = "inference"
     packed: bool = False
+    input_grad: bool = True  # in training: whether the input wants a gradient (an inner layer), or is data (a first layer)
     threads: int = 1
     dtype: str = "float32"
     device: str = "cpu"
@@ -164,10 +165,11 @@ class Call:
         to = lambda t: t.detach().clone().to(device=device, dtype=dtype)  # noqa: E731
         x = arrange(to(problem.x), layout, w.lengths)
         grad = arrange(to(problem.grad), layout, w.lengths)
-        self.data = (x.data if isinstance(x, PackedSequence) else x).requires_grad_(self.mode == "training")
+        self.data = (x.data if isinstance(x, PackedSequence) else x).requires_grad_(self.mode == "training" and w.input_grad)
         self.x = x._replace(data=self.data) if isinstance(x, PackedSequence) else self.data
         self.grad = grad.data if isinstance(grad, PackedSequence) else grad
-        self.leaves = [self.data, *self.parameters]
+        wanted = {"input": self.data} if w.input_grad else {}
+        self.leaves = wanted | dict(zip(self.names, self.parameters, strict=True))
 
     @property
     def run(self) -> Callable[[], object]:
@@ -177,7 +179,7 @@ class Call:
         return self.module(self.x)
 
     def _backward(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(_first(self.module(self.x)), self.leaves, self.grad)
+        return torch.autograd.grad(_first(self.module(self.x)), list(self.leaves.values()), self.grad)
 
     def context(self) -> torch.inference_mode:
         """Gradient mode that `run` is called in."""
@@ -190,9 +192,9 @@ class Call:
         return {"output": self._time_major(found[0])} | dict(zip(("h_n", "c_n"), found[1:], strict=False))
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradient of the input ([T, B, I] or packed) and of every parameter, by canonical name."""
-        found = self._backward()
-        return {"input": self._time_major(found[0])} | dict(zip(self.names, found[1:], strict=True))
+        """Gradient of every parameter, by canonical name, and of the input ([T, B, I] or packed) if it wants one."""
+        found = dict(zip(self.leaves, self._backward(), strict=True))
+        return {name: self._time_major(grad) if name == "input" else grad for name, grad in found.items()}
 
     def _time_major(self, t: Tensor) -> Tensor:
         return t.transpose(0, 1) if self.layout == "batch" else t

@@ -23,9 +23,11 @@ CELLS = ("LSTM", "GRU", "RNN")
 T = 128
 GROUPS = {
     "padded": "rows of equal length",
+    "data": "rows of equal length, the input is data (a first layer: no gradient of the input)",
     "packed": "PackedSequence, lengths uniform in 1…T",
     "activations": "activations",
 }
+TIMED = ("padded", "data", "packed")  # groups compared with torch.nn
 # The least that a release must reach over torch.nn: geometric means over B, H and threads ("any": and cells).
 TARGETS = {
     ("padded", "inference", "LSTM"): 1.05,
@@ -34,6 +36,9 @@ TARGETS = {
     ("padded", "training", "LSTM"): 1.2,
     ("padded", "training", "GRU"): 1.8,
     ("padded", "training", "RNN"): 1.8,
+    ("data", "training", "LSTM"): 1.2,
+    ("data", "training", "GRU"): 1.8,
+    ("data", "training", "RNN"): 1.8,
     ("packed", "inference", "any"): 1.3,
     ("packed", "training", "any"): 1.8,
 }
@@ -57,6 +62,7 @@ def plan(options: Options) -> list[Case]:
             H,
             mode,
             packed=group == "packed",
+            input_grad=group != "data",
             threads=n,
             dtype=options.dtype,
             device=options.device,
@@ -71,7 +77,9 @@ def plan(options: Options) -> list[Case]:
             )
         )
 
-    for group, cell, B, H, mode, n in product(("padded", "packed"), CELLS, batches, widths, MODES, threads):
+    for group, cell, B, H, mode, n in product(TIMED, CELLS, batches, widths, MODES, threads):
+        if group == "data" and mode == "inference":
+            continue
         add(group, cell, mode, B, H, n, (f"torch.nn.{cell}", f"fastseq.{cell}"), f"torch.nn.{cell}")
     for cell, B, H in product(CELLS, batches[-1:], widths[-2:]):
         saved = f"fastseq.{cell}"
@@ -157,7 +165,7 @@ def present(results: Results) -> list[Section]:
         "Packed: PackedSequence in, PackedSequence out, on both sides, packing itself not timed.",
     ]
     sections = [Section("Recurrent layers against torch.nn", text, _cards(derived), _figures(rows), [_targets(derived)])]
-    sections[0].tables += [t for group in ("padded", "packed") for t in _matrices(rows, group)]
+    sections[0].tables += [t for group in TIMED for t in _matrices(rows, group)]
     activations = _activations(rows)
     if activations.rows:
         sections[0].tables.append(activations)
@@ -335,7 +343,7 @@ def _strips(canvas: Any, theme: Any, rows: list[Row]) -> None:
     for axes, mode in zip(canvas.subplots(1, 2, sharey=True), MODES, strict=True):
         plain(axes, theme, f"{MODES[mode]}: speed-up over torch.nn")
         axes.set_xscale("log")
-        names = [(group, cell) for group in ("padded", "packed") for cell in CELLS]
+        names = [(group, cell) for group in TIMED for cell in CELLS]
         spread = np.random.default_rng(0)
         values = [1.0]
         for y, (group, cell) in enumerate(reversed(names)):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +24,7 @@ BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, trit
 __all__ = ["BACKENDS", "ORDER", "Explanation", "Query", "explain", "reasons", "select", "use_backend"]
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
+class Query(NamedTuple):
     """What a backend is asked about: one call of one op."""
 
     op: str
@@ -53,6 +52,11 @@ def _checked(name: str | None, source: str) -> str | None:
         raise ValueError(f"{source}: unknown backend {name!r}; accepted: auto, {', '.join(ORDER)}")
     return name
 
+
+# backends in order, by the type of device that they may run on
+_CANDIDATES: dict[str, tuple[str, ...]] = {
+    device: tuple(name for name in ORDER if {device, "any"} & set(BACKENDS[name].devices)) for device in ("cpu", "cuda")
+}
 
 _forced: str | None = _checked(os.environ.get("FASTSEQ_BACKEND"), "FASTSEQ_BACKEND")
 _watchers: list[Callable[[Query, str], None]] = []
@@ -97,7 +101,7 @@ def select(query: Query) -> ModuleType:
             raise RuntimeError(f"backend {_forced!r} was forced but cannot run [{query}]: {'; '.join(against)}")
         chosen = _forced
     else:
-        chosen = next(name for name in ORDER if not reasons(name, query))
+        chosen = next(name for name in _CANDIDATES.get(query.device.type, ORDER) if not reasons(name, query))
     for watch in _watchers:
         watch(query, chosen)
     return BACKENDS[chosen]

@@ -1,9 +1,9 @@
 """``fastseq::recurrent_forward`` and ``fastseq::recurrent_backward``: one layer of recurrence, all its lanes in one call.
 
-A lane is a direction: ``reverse[d]`` is 1 if lane d walks from the last step to the first, else 0. The input
-projection belongs to the op, so that a backend may fuse it with the steps (the CPU kernels do: the projected input of a long sequence is
-larger than the caches) or do it as one large matrix product. The gradients of the weights and of the input are large matrix products
-after the backward op; they stand here, in the autograd function around both.
+A lane is a direction: ``reverse[d]`` is 1 if lane d walks from the last step to the first, else 0. The input projection belongs to
+the op, so that a backend may fuse it with the steps (the CPU kernels do: the projected input of a long sequence is larger than the
+caches) or do it as one large matrix product. The gradients of the weights and of the input are large matrix products after the
+backward op; they stand here, in the autograd function around both.
 
 Contract (letters in ``reference/recurrent.py``; rows are padded ``[T, B, D, n]`` or packed ``[N, D, n]``; time-major,
 contiguous):
@@ -49,8 +49,8 @@ from ..reference.recurrent import state_dtype
 
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(
-    "recurrent_forward(Tensor x, Tensor w_ih, Tensor? b_ih, Tensor weight, Tensor? bias, Tensor? projection, Tensor? h0, Tensor? c0, "
-    "Tensor? lengths, Tensor? batch_sizes, str cell, int[] reverse, bool save_c, bool save_gates) "
+    "recurrent_forward(Tensor x, Tensor w_ih, Tensor? b_ih, Tensor weight, Tensor? bias, Tensor? projection, Tensor? h0, "
+    "Tensor? c0, Tensor? lengths, Tensor? batch_sizes, str cell, int[] reverse, bool save_c, bool save_gates) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
 )
 _library.define(
@@ -421,15 +421,15 @@ def _backward(ctx, x, h0, c0, lengths, batch_sizes, y, c, gates, params, grad_ou
         reverse,
     )
     wanted = ctx.needs_input_grad
-    rows = dgates.flatten(0, -3)  # [rows, D, G*H]
-    dx = (rows.flatten(1) @ weights.input_weight()).view(x.shape) if wanted[0] else None
     flat_x = x.flatten(0, -2)
+    flat = dgates.view(flat_x.shape[0], weights.lanes * dgates.shape[-1])  # [rows, D*G*H]
+    dx = (flat @ weights.input_weight()).view(x.shape) if wanted[0] else None
     dparams: list[Tensor | None] = [None] * len(params)
     for lane in range(weights.lanes):
         want = wanted[8 + lane * PARAMS : 8 + (lane + 1) * PARAMS]
         place = lane * PARAMS
-        d = rows[:, lane]  # [rows, G*H]
-        dr = drecurrent.flatten(0, -3)[:, lane] if cell.recurrent_bias else None  # [rows, H]
+        d = _lane(dgates, lane)  # [rows, G*H]
+        dr = _lane(drecurrent, lane) if cell.recurrent_bias else None  # [rows, H]
         if want[0]:
             dparams[place] = _outer_sum(d, flat_x)
         if want[1]:
@@ -442,20 +442,25 @@ def _backward(ctx, x, h0, c0, lengths, batch_sizes, y, c, gates, params, grad_ou
                 dparams[place + 3] = db.clone() if dr is None else torch.cat((db[: -dr.shape[1]], dr.sum(0)))
         if want[4]:
             # m = o tanh(c), which the projection saw
-            o = gates.flatten(0, -3)[:, lane, -c.shape[-1] :]
-            m = o * c.flatten(0, -3)[:, lane].tanh().to(o.dtype)
-            dparams[place + 4] = _outer_sum(dprojected.flatten(0, -3)[:, lane], m)
+            o = _lane(gates, lane)[:, -c.shape[-1] :]
+            m = o * _lane(c, lane).tanh().to(o.dtype)
+            dparams[place + 4] = _outer_sum(_lane(dprojected, lane), m)
     dh0 = dh0.to(h0.dtype) if wanted[1] else None
     dc0 = dc0.to(c0.dtype) if wanted[2] else None
     return dx, dh0, dc0, dparams
 
 
+def _lane(rows: Tensor, lane: int) -> Tensor:
+    """[.., D, n] -> [rows, n] of one lane."""
+    return rows.flatten(0, -2) if rows.shape[-2] == 1 else rows.flatten(0, -3)[:, lane]
+
+
 def _outer_sum(a: Tensor, b: Tensor) -> Tensor:
     """a^T b [m, n] from [rows, m] and [rows, n].
 
-    A large product is faster with fewer rows than columns (MKL: 5 to 10 %), which pays for the transposition of the result.
+    On one thread a large product is faster with fewer rows than columns (MKL: 5 to 10 %), which pays for transposing the result.
     """
-    if a.shape[1] > b.shape[1] and a.shape[0] * a.shape[1] * b.shape[1] > 1 << 22:
+    if torch.get_num_threads() == 1 and a.shape[1] > b.shape[1] and a.shape[0] * a.shape[1] * b.shape[1] > 1 << 22:
         return (b.t() @ a).t().contiguous()
     return a.t() @ b
 

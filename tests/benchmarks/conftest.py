@@ -75,12 +75,12 @@ def lengths(
 def grid(ratio: Callable[[str, str, str, int, int], float]) -> Results:
     """Rows of the suite recurrent; `ratio(group, mode, cell, B, H)`."""
     rows = []
-    for group in ("padded", "packed"):
+    for group in recurrent.TIMED:
         for mode in MODES:
             for cell in recurrent.CELLS:
                 for B in (1, 32):
                     for H in (64, 256):
-                        w = Workload(cell.lower(), 128, B, H, H, mode, packed=group == "packed")
+                        w = Workload(cell.lower(), 128, B, H, H, mode, packed=group == "packed", input_grad=group != "data")
                         value, base = ratio(group, mode, cell, B, H), f"torch.nn.{cell}"
                         rows.append(timed(Row.of(recurrent.NAME, group, base, w), 1e-3))
                         own = Row.of(recurrent.NAME, group, f"fastseq.{cell}", w)

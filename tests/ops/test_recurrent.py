@@ -118,7 +118,8 @@ class TestRecurrent(OpBattery):
         w_ih = torch.randn(lanes * len(cell.gates) * case.hidden, case.input, dtype=dtype)
         b_ih = torch.randn(w_ih.shape[0], dtype=dtype) if case.bias else None
         forward = (
-            inputs["x"].detach(), w_ih, b_ih, weight, bias, projection, h0, c0, lengths, batch_sizes, case.cell, reverse, True, True,
+            inputs["x"].detach(), w_ih, b_ih, weight, bias, projection, h0, c0, lengths, batch_sizes, case.cell, reverse, True,
+            True,
         )  # fmt: skip
         y, h_n, c_n, c, gates = torch.ops.fastseq.recurrent_forward(*forward)
         backward = (

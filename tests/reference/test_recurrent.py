@@ -14,7 +14,7 @@ STATES = pytest.mark.parametrize("layout", ("padded", "lengths", "packed"))
 
 
 def problem(cell: str, layout: str, projection: int = 0):
-    """x, w_ih, weight, bias, projection, h0, c0 in fp64 with gradients; lengths, batch_sizes. w_ih passes x on as the gates' input."""
+    """x, w_ih, weight, bias, projection, h0, c0 in fp64 with gradients; lengths, batch_sizes. w_ih is the identity."""
     torch.manual_seed(0)
     row, lanes, hidden, batch, length = CELLS[cell], 2, 5, 4, 6
     lengths = torch.tensor([6, 4, 4, 1])
