@@ -69,6 +69,14 @@ Type type_of(ScalarType type) {
   return Type::kBfloat16;
 }
 
+// What the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
+void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name) {
+  if (!tensor) return;
+  STD_TORCH_CHECK(tensor->scalar_type() == type, "recurrent: ", name, " has a wrong dtype");
+  STD_TORCH_CHECK(tensor->numel() == elements, "recurrent: ", name, " must have ", elements, " elements, got ", tensor->numel());
+  STD_TORCH_CHECK(tensor->is_contiguous(), "recurrent: ", name, " must be contiguous");
+}
+
 const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 const void* data(const Tensor& tensor) { return tensor.numel() ? tensor.const_data_ptr() : nullptr; }
 void* mutable_data(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
@@ -208,6 +216,19 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
   const int64_t unit_tile = tiling.unit_blocks * tiling.width, output_tile = kTileVectors * tiling.width;
   const int64_t unit_tiles = tiles_of(H, unit_tile), output_tiles = tiles_of(P, output_tile);
 
+  const ScalarType narrow = y.scalar_type(), wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
+  const int64_t rows = y.numel() / (D * P), GH = tiling.gates * H, input = x ? x->size(x->dim() - 1) : 0;
+  STD_TORCH_CHECK(x.has_value() == w_ih.has_value() && x.has_value() != x_gates.has_value() && (!x || narrow == wide),
+                  "recurrent: needs either x and w_ih (float32 or float64), or x_gates");
+  expect(x, wide, rows * input, "x"), expect(w_ih, wide, D * GH * input, "w_ih"), expect(b_ih, narrow, D * GH, "b_ih");
+  expect(x_gates, narrow, rows * D * GH, "x_gates"), expect(h_gates, wide, D * a.batch * GH, "h_gates");
+  expect(weight, narrow, D * GH * P, "weight"), expect(bias, narrow, D * H, "bias"), expect(projection, narrow, D * P * H, "projection");
+  expect(h0, narrow, D * a.batch * P, "h0"), expect(c0, wide, D * a.batch * H, "c0");
+  expect(lengths, ScalarType::Long, a.batch, "lengths"), expect(batch_sizes, ScalarType::Long, steps, "batch_sizes");
+  expect(y, narrow, rows * D * P, "y"), expect(h_n, narrow, D * a.batch * P, "h_n");
+  expect(c_n, wide, tiling.has_c ? D * a.batch * H : 0, "c_n"), expect(c, wide, c.numel() ? rows * D * H : 0, "c");
+  expect(gates, narrow, gates.numel() ? rows * D * tiling.saved * H : 0, "gates");
+
   // [D, G*H, depth] S -> [D, tiles, depth, tile] A
   const auto pack = [&](const Tensor& weights, int64_t depth) {
     const int64_t lane = unit_tiles * unit_tile * tiling.gates * depth * bytes, work = unit_tile * tiling.gates * depth;
@@ -226,7 +247,7 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
   if (!h_gates) packed = pack(weight, P);
   if (x) {
     a.x = data(x);
-    a.input = x->size(x->dim() - 1);
+    a.input = input;
     packed_input = pack(*w_ih, a.input);
   }
   if (projection) {
@@ -264,13 +285,27 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   if (a.batch == 0 || steps == 0) return;
   const int64_t bytes = a.shape.type == Type::kDouble ? 8 : 4, stored = a.shape.type == Type::kBfloat16 ? 2 : bytes;
   const int64_t tile_columns = kTileVectors * tiling.width;
+  const ScalarType narrow = y.scalar_type(), wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
+  const int64_t rows = y.numel() / (D * P), states = D * a.batch;
+  expect(dy, narrow, rows * D * P, "dy"), expect(dh_n, narrow, states * P, "dh_n");
+  expect(dc_n, wide, states * H, "dc_n"), expect(dc, wide, rows * D * H, "dc");
+  expect(weight, narrow, D * GH * P, "weight"), expect(projection, narrow, D * P * H, "projection");
+  expect(h0, narrow, states * P, "h0"), expect(c0, wide, states * H, "c0");
+  expect(lengths, ScalarType::Long, a.batch, "lengths"), expect(batch_sizes, ScalarType::Long, steps, "batch_sizes");
+  expect(y, narrow, rows * D * P, "y"), expect(c, wide, tiling.has_c ? rows * D * H : 0, "c");
+  expect(gates, narrow, rows * D * tiling.saved * H, "gates"), expect(dgates, narrow, rows * D * GH, "dgates");
+  expect(drecurrent, narrow, a.shape.cell == Cell::kGru ? rows * D * H : 0, "drecurrent");
+  expect(dprojected, narrow, projection ? rows * D * P : 0, "dprojected");
+  expect(dh0, narrow, states * P, "dh0"), expect(dc0, wide, tiling.has_c ? states * H : 0, "dc0");
+
   const int64_t unit_tiles = tiles_of(H, tile_columns), output_tiles = tiles_of(P, tile_columns);
 
   Buffer packed, packed_projection;
   if (through_weights) {
     const int64_t lane = tiles_of(P, tiling.width) * tiling.width * GH * bytes;
     packed = allocate(D * lane, false);
-    torch::stable::parallel_for(0, D * output_tiles, std::max<int64_t>(1, kWorkOfPacking / (tile_columns * GH)), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, D * output_tiles, std::max<int64_t>(1, kWorkOfPacking / (tile_columns * GH)),
+                                [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t d = i / output_tiles;
         kernel.pack_rows(a.shape.type, static_cast<const char*>(data(weight)) + d * GH * P * stored, GH, P, i % output_tiles,

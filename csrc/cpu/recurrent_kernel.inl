@@ -34,6 +34,9 @@ constexpr int64_t rows_of_block(int64_t vectors) {
 }
 static_assert(rows_of_block(4) == (FASTSEQ_VECTOR_REGISTERS == 32 ? 6 : 3));
 
+// Products are summed in runs of this many, and the runs then added up: a sum of n terms loses about sqrt(n) roundings.
+constexpr int64_t kRun = 256;
+
 // sums[r][v] = rows[r] (depth values) times a tile (depth x NV vectors)
 template <class A, int RB, int NV>
 void multiply(const A* const* rows, const A* tile, int64_t depth, A* sums) {
@@ -41,43 +44,47 @@ void multiply(const A* const* rows, const A* tile, int64_t depth, A* sums) {
   constexpr int W = sizeof(V) / sizeof(A);
   // few sums would wait for one another: then two interleaved sets, over even and odd depths
   constexpr int SETS = RB * NV < 8 ? 2 : 1;
-  V sum[SETS][RB][NV];
-#pragma GCC unroll 2
-  for (int s = 0; s < SETS; ++s)
-#pragma GCC unroll 8
-    for (int r = 0; r < RB; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[s][r][v] = V{};
   const A* row[RB];
 #pragma GCC unroll 8
   for (int r = 0; r < RB; ++r) row[r] = rows[r];
-  int64_t k = 0;
-  for (; k + SETS <= depth; k += SETS) {
+  for (int64_t begin = 0; begin < depth; begin += kRun) {
+    const int64_t end = min(begin + kRun, depth);
+    V sum[SETS][RB][NV];
 #pragma GCC unroll 2
-    for (int s = 0; s < SETS; ++s) {
-      V weight[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) weight[v] = *(const V*)(tile + ((k + s) * NV + v) * W);
+    for (int s = 0; s < SETS; ++s)
 #pragma GCC unroll 8
-      for (int r = 0; r < RB; ++r) {
-        const V value = V{} + row[r][k + s];
+      for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[s][r][v] += value * weight[v];
+        for (int v = 0; v < NV; ++v) sum[s][r][v] = V{};
+    int64_t k = begin;
+    for (; k + SETS <= end; k += SETS) {
+#pragma GCC unroll 2
+      for (int s = 0; s < SETS; ++s) {
+        V weight[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) weight[v] = *(const V*)(tile + ((k + s) * NV + v) * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < RB; ++r) {
+          const V value = V{} + row[r][k + s];
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) sum[s][r][v] += value * weight[v];
+        }
       }
     }
-  }
-  for (; k < depth; ++k)
+    for (; k < end; ++k)
+#pragma GCC unroll 8
+      for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sum[0][r][v] += (V{} + row[r][k]) * *(const V*)(tile + (k * NV + v) * W);
 #pragma GCC unroll 8
     for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[0][r][v] += (V{} + row[r][k]) * *(const V*)(tile + (k * NV + v) * W);
-#pragma GCC unroll 8
-  for (int r = 0; r < RB; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      if (SETS == 2) sum[0][r][v] += sum[SETS - 1][r][v];
-      *(V*)(sums + (r * NV + v) * W) = sum[0][r][v];
-    }
+      for (int v = 0; v < NV; ++v) {
+        V* to = (V*)(sums + (r * NV + v) * W);
+        if (SETS == 2) sum[0][r][v] += sum[SETS - 1][r][v];
+        *to = begin ? *to + sum[0][r][v] : sum[0][r][v];
+      }
+  }
 }
 
 template <class A>

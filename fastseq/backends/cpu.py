@@ -18,10 +18,10 @@ name = "cpu"
 devices = ("cpu",)
 ops = ("recurrent",)
 
-# Rows of a step from which the input projection is done step by step, beside the recurrent product: it then keeps the registers as
-# busy as one large product would, and the projected input is never stored. With fewer rows, each weight fetched would serve too few
-# of them. A single step is two plain matrix products, for which packing the weights would not pay; 16-bit inputs go to torch's
-# 16-bit product.
+# Rows of a step from which the input projection is done step by step, beside the recurrent product: it then keeps the registers
+# as busy as one large product would, and the projected input is never stored. With fewer rows, each weight fetched would serve
+# too few of them. A single step is two plain matrix products, for which packing the weights would not pay; 16-bit inputs go to
+# torch's 16-bit product.
 _FUSED_ROWS = 4
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)

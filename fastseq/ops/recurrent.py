@@ -1,9 +1,9 @@
 """``fastseq::recurrent_forward`` and ``fastseq::recurrent_backward``: one layer of recurrence, all its lanes in one call.
 
-A lane is a direction: ``reverse[d]`` is 1 if lane d walks from the last step to the first, else 0. The input projection belongs to
-the op, so that a backend may fuse it with the steps (the CPU kernels do: the projected input of a long sequence is larger than the
-caches) or do it as one large matrix product. The gradients of the weights and of the input are large matrix products after the
-backward op; they stand here, in the autograd function around both.
+A lane is a direction: ``reverse[d]`` is 1 if lane d walks from the last step to the first, else 0. The input projection belongs
+to the op, so that a backend may fuse it with the steps (the CPU kernels do: the projected input of a long sequence is larger than
+the caches) or do it as one large matrix product. The gradients of the weights and of the input are large matrix products after
+the backward op; they stand here, in the autograd function around both.
 
 Contract (letters in ``reference/recurrent.py``; rows are padded ``[T, B, D, n]`` or packed ``[N, D, n]``; time-major,
 contiguous):

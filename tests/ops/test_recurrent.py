@@ -304,6 +304,27 @@ class TestCpuKernels:
         for case in RECURRENT_CASES[::3]:
             battery.test_forward_and_gradients(case, dtype, "cpu")
 
+    def test_raw_op_refuses_what_does_not_fit(self):
+        """The kernels trust sizes and dtypes, so the native op checks them whoever calls it."""
+        x, w_ih, weight = torch.randn(3, 2, 4), torch.randn(15, 4), torch.randn(1, 15, 5)
+        y, h_n, empty = torch.empty(3, 2, 1, 5), torch.empty(1, 2, 5), torch.empty(0)
+
+        def call(x=x, w_ih=w_ih, weight=weight, bias=None, c=empty):
+            torch.ops.fastseq_native.recurrent_forward(
+                x, w_ih, None, None, None, weight, bias, None, None, None, None, None, "gru", 0, y, h_n, empty, c, empty
+            )
+
+        call()
+        for wrong, message in (
+            ({"x": x[:, :, :3].contiguous()}, "w_ih must have 45 elements, got 60"),
+            ({"w_ih": w_ih.double()}, "w_ih has a wrong dtype"),
+            ({"weight": torch.randn(1, 5, 15).mT}, "weight must be contiguous"),
+            ({"bias": torch.randn(1, 4)}, "bias must have 5 elements, got 4"),
+            ({"x": None}, "either x and w_ih"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                call(**wrong)
+
     def test_unknown_instruction_set(self, monkeypatch):
         monkeypatch.setenv("FASTSEQ_CPU_LEVEL", "sse9")
         with pytest.raises(RuntimeError, match="FASTSEQ_CPU_LEVEL=sse9"):
@@ -316,8 +337,14 @@ class TestCpuKernels:
         battery, before = TestRecurrent(), torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            for cell in ("lstm", "gru", "rnn_tanh"):
-                case = RecurrentCase(cell, steps=6, batch=batch, input=40, hidden=hidden, layout="lengths")
+            case = RecurrentCase("lstm", steps=6, batch=batch, input=40, hidden=hidden, layout="lengths")
+            cases = [
+                case,
+                replace(case, cell="gru", layout="packed"),
+                replace(case, cell="rnn_tanh"),
+                replace(case, projection=40),
+            ]
+            for case in cases:
                 battery.test_forward_and_gradients(case, torch.float32, "cpu")
         finally:
             torch.set_num_threads(before)
