@@ -35,7 +35,7 @@ constexpr int64_t rows_of_block(int64_t vectors) {
 static_assert(rows_of_block(4) == (FASTSEQ_VECTOR_REGISTERS == 32 ? 6 : 3));
 
 // Products are summed in runs of this many, and the runs then added up: a sum of n terms loses about sqrt(n) roundings.
-constexpr int64_t kRun = 256;
+constexpr int64_t kRun = 128;
 
 // sums[r][v] = rows[r] (depth values) times a tile (depth x NV vectors)
 template <class A, int RB, int NV>

@@ -460,7 +460,12 @@ def _outer_sum(a: Tensor, b: Tensor) -> Tensor:
 
     On one thread a large product is faster with fewer rows than columns (MKL: 5 to 10 %), which pays for transposing the result.
     """
-    if torch.get_num_threads() == 1 and a.shape[1] > b.shape[1] and a.shape[0] * a.shape[1] * b.shape[1] > 1 << 22:
+    if (
+        not torch.compiler.is_compiling()
+        and torch.get_num_threads() == 1
+        and a.shape[1] > b.shape[1]
+        and a.shape[0] * a.shape[1] * b.shape[1] > 1 << 22
+    ):
         return (b.t() @ a).t().contiguous()
     return a.t() @ b
 

@@ -223,7 +223,8 @@ class TestRecurrent(OpBattery):
 
         def dgates(dtype: torch.dtype) -> Tensor:
             return torch.ops.fastseq.recurrent_backward(
-                dy.to(dtype), None, None, None, weight.to(dtype), None, None, None, None, None, y.to(dtype), empty, empty,
+                dy.to(dtype), None, None, None, weight.to(dtype), None, None, None, None, None, y.to(dtype),
+                empty.to(state_dtype(dtype)), empty.to(dtype),
                 "rnn_relu", reverse,
             )[0]  # fmt: skip
 
