@@ -20,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from . import environment, gate, plots, report, selection
+from . import environment, gate, plots, readme, report, selection
 from .presentation import Options
 from .results import Results, write_csv
 from .runner import Case, Runner
@@ -58,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="DIR", type=Path, help="folder for the results (default: bench-results/<time>)")
     p.add_argument("--json-in", metavar="FILE", type=Path, help="measure nothing, show the results in FILE")
     p.add_argument("--picture", metavar="FILE", type=Path, help="also draw the first suite's figure as .svg or .png")
+    p.add_argument(
+        "--readme", metavar="FILE", type=Path, help="also write the table of speed-ups between the markers of a Markdown file"
+    )
     p.add_argument("--theme", default="light", choices=sorted(plots.THEMES), help="colours of --picture")
     return p
 
@@ -85,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error(str(error))
     if args.json_in:
         report.terminal(results, console)
-        if args.out or not args.picture:
+        if args.out or not (args.picture or args.readme):
             _write(results, _folder(args.out), console)
     else:
         results = measure(cases, options, console)
@@ -95,6 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         suite = results.suites()[0]
         plots.save(SUITES[suite].picture(results), args.picture, plots.THEMES[args.theme])
         console.print(f"picture: {args.picture}", highlight=False)
+    if args.readme:
+        try:
+            readme.update(args.readme, results)
+        except (OSError, ValueError) as error:
+            p.error(str(error))
     if results.options.get("interrupted"):
         return 130
     return 1 if any(row.status == "wrong" for row in results.rows) else 0

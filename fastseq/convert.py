@@ -258,7 +258,7 @@ def convert(
             reason = "already fastseq's"
             ready += 1
         if not reason:
-            reason = _why_not_possible(found, conversion, "convert")
+            reason = _why_not_possible(found, conversion, "convert") or _why_not_faster(found, conversion)
             unsupported = bool(reason)
         if reason:
             report.skipped.append(_row(found, reason=reason, unsupported=unsupported))
@@ -501,6 +501,16 @@ def _why_not_possible(found: _Found, conversion: Conversion, verb: str) -> str:
         if is_traceable_wrapper_subclass(parameter):
             wrapper = type(parameter.data).__name__
             return f"{name} is a {wrapper}: {verb} before parameters are distributed or quantized"
+    return ""
+
+
+def _why_not_faster(found: _Found, conversion: Conversion) -> str:
+    if backends.forced() is None and conversion.backend(found.module) == "reference":
+        weight = next(found.module.parameters())
+        dtype, device = str(weight.dtype).removeprefix("torch."), weight.device.type
+        return (
+            f"no fastseq kernel runs {dtype} on {device} here, and the reference is slower than torch.nn (python -m fastseq info)"
+        )
     return ""
 
 

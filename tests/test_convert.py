@@ -1049,3 +1049,17 @@ class TestDistributed:
 
 def test_public_names():
     assert fastseq.convert is convert and fastseq.revert is revert and fastseq.patched is patched
+
+
+def test_what_no_kernel_runs_stays_torchs():
+    """A module that only the reference could run would become slower; forcing the reference converts it all the same."""
+    model = nn.LSTM(3, 4, dtype=torch.float16)
+    with pytest.warns(UserWarning, match="nothing to convert"):
+        report = fastseq.convert(model)
+    assert type(model) is nn.LSTM and not report.converted
+    assert "no fastseq kernel runs float16 on cpu here" in report.skipped[0].reason
+    with pytest.raises(NotImplementedError, match="float16"):
+        fastseq.convert(model, on_unsupported="raise")
+    with fastseq.use_backend("reference"):
+        assert fastseq.convert(model).converted
+    assert type(model) is fastseq.LSTM

@@ -80,6 +80,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The backend that is forced, by ``use_backend`` or ``FASTSEQ_BACKEND``; None: the best one is chosen call by call."""
+    return _forced
+
+
 def reasons(name: str, query: Query) -> list[str]:
     """Why a backend cannot run a call; empty if it can."""
     backend = BACKENDS[name]

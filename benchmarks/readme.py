@@ -1,0 +1,65 @@
+"""The figures of the README, from a committed results.json: a table between two markers, and the picture beside it.
+
+`python -m fastseq bench --json-in benchmarks/results/<device>/results.json --readme README.md --picture docs/<name>.svg` writes
+both; a test fails when they differ from the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .results import Results, Row
+from .suites import recurrent
+from .workloads import MODES
+
+BEGIN, END = "<!-- figures: begin, written by --readme -->", "<!-- figures: end -->"
+TITLES = {
+    "padded": "an inner layer (the input wants a gradient too)",
+    "data": "a first layer (the input is data)",
+    "packed": "PackedSequence, lengths uniform in 1…T",
+}
+
+
+def section(results: Results) -> str:
+    """Markdown: where it was measured, and the geometric means with their range."""
+    environment = results.environment
+    lines = [
+        f"Measured on {environment['device name']}, torch {environment['versions']['torch']}, float32, one and two threads, "
+        "T=128, B in 1, 8, 32, H in 64, 128, 256, 512, providers interleaved in one run: fastseq's speed-up over torch.nn, "
+        "geometric mean (lowest to highest point).",
+        "",
+        "| | LSTM | GRU | RNN |",
+        "|---|---|---|---|",
+    ]
+    for group in recurrent.TIMED:
+        for mode, title in MODES.items():
+            if group == "data" and mode == "inference":
+                continue
+            what = TITLES[group] if group != "padded" or mode == "training" else "rows of equal length"
+            cells = [_summary([r for r in results.rows if _is(r, group, mode, cell)]) for cell in recurrent.CELLS]
+            lines.append(f"| {title}, {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def update(readme: Path, results: Results) -> None:
+    """Replaces what stands between the markers.
+
+    Raises:
+        ValueError: if the file has no markers.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"--readme: {readme} lacks the markers {BEGIN!r} and {END!r}")
+    before, rest = text.split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{section(results)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def _is(row: Row, group: str, mode: str, cell: str) -> bool:
+    return row.suite == recurrent.NAME and (row.group, row.mode, row.provider) == (group, mode, f"fastseq.{cell}")
+
+
+def _summary(rows: list[Row]) -> str:
+    ratios = sorted(row.ratio["median"] for row in rows if row.ok and row.ratio)
+    if not ratios or len(ratios) < len(rows):
+        return "not measured"
+    return f"{recurrent.geometric_mean(ratios):.2f}× ({ratios[0]:.2f} to {ratios[-1]:.2f})"

@@ -1,0 +1,57 @@
+"""The README's figures are those of the committed result file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from fastseq.benchmarks import plots, readme
+from fastseq.benchmarks.results import Results
+from fastseq.benchmarks.suites import SUITES
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+
+
+@pytest.fixture(scope="module")
+def committed():
+    text = README.read_text(encoding="utf-8")
+    named = re.search(r"`(benchmarks/results/[\w/.-]+\.json)`", text)
+    assert named, "the README names the file that its figures come from"
+    return Results.load(ROOT / named[1])
+
+
+def test_table_is_the_files(committed):
+    text = README.read_text(encoding="utf-8")
+    assert text.split(readme.BEGIN)[1].split(readme.END)[0].strip() == readme.section(committed)
+    assert "not measured" not in readme.section(committed)
+
+
+def test_picture_is_the_files(committed, tmp_path):
+    named = re.search(r"!\[.*\]\((docs/[\w.-]+\.svg)\)", README.read_text(encoding="utf-8"))
+    assert named
+    drawn = (ROOT / named[1]).read_text(encoding="utf-8")
+    if f"Matplotlib v{matplotlib.__version__}," not in drawn:
+        pytest.skip(f"drawn by another version than matplotlib {matplotlib.__version__}")
+    fresh = tmp_path / "fresh.svg"
+    plots.save(SUITES[committed.suites()[0]].picture(committed), fresh, plots.THEMES["light"])
+    assert fresh.read_text(encoding="utf-8") == drawn
+
+
+def test_only_what_stands_between_the_markers_changes(synthetic, tmp_path):
+    results = synthetic.grid(lambda group, mode, cell, B, H: 3.0 if cell == "GRU" else 1.0 if B == 1 else 4.0)
+    results.environment |= {"device name": "a device", "versions": {"torch": "2.x"}}
+    file = tmp_path / "page.md"
+    file.write_text(f"above\n{readme.BEGIN}\nold\n{readme.END}\nbelow\n")
+    readme.update(file, results)
+    text = file.read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert "| forward, rows of equal length | 2.00× (1.00 to 4.00) | 3.00× (3.00 to 3.00) | 2.00× (1.00 to 4.00) |" in text
+    next(row for row in results.rows if row.provider == "fastseq.LSTM").ratio = None
+    assert "not measured" in readme.section(results)
+    file.write_text("no markers")
+    with pytest.raises(ValueError, match="lacks the markers"):
+        readme.update(file, results)
