@@ -211,7 +211,7 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates;
   a.batch = h_n.size(1);
   const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
-  if (a.batch == 0 || steps == 0) return;
+  if (a.batch == 0 || steps == 0 || P == 0) return;
   const int64_t bytes = a.shape.type == Type::kDouble ? 8 : 4, stored = a.shape.type == Type::kBfloat16 ? 2 : bytes;
   const int64_t unit_tile = tiling.unit_blocks * tiling.width, output_tile = kTileVectors * tiling.width;
   const int64_t unit_tiles = tiles_of(H, unit_tile), output_tiles = tiles_of(P, output_tile);
@@ -282,7 +282,7 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates, GH = tiling.gates * H;
   a.batch = dh0.size(1);
   const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
-  if (a.batch == 0 || steps == 0) return;
+  if (a.batch == 0 || steps == 0 || P == 0) return;
   const int64_t bytes = a.shape.type == Type::kDouble ? 8 : 4, stored = a.shape.type == Type::kBfloat16 ? 2 : bytes;
   const int64_t tile_columns = kTileVectors * tiling.width;
   const ScalarType narrow = y.scalar_type(), wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
