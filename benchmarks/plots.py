@@ -68,7 +68,7 @@ def save(figure: Figure, path: Any, theme: Theme) -> None:
     suffix = str(path).rpartition(".")[2].lower()
     if suffix == "svg":
         with open(path, "w") as file:
-            file.write(f'{svg(figure, theme, name="picture")}<!-- matplotlib {matplotlib.__version__} -->\n')
+            file.write(f"{svg(figure, theme, name='picture')}<!-- matplotlib {matplotlib.__version__} -->\n")
     elif suffix == "png":
         draw(figure, theme).savefig(path, dpi=160, metadata={"Software": None})
     else:
