@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "../recurrent/cells/gru.h"
 #include "../recurrent/cells/lstm.h"
@@ -574,6 +575,23 @@ auto with_types(Cell cell, Type type, F&& body) {
   }
 }
 
+// Transposes a W x W square in registers: exchanges its off-diagonal quarters of S x S, then those of each quarter, and so on.
+template <int S, int W, class V>
+FASTSEQ_HOST_DEVICE void transpose(V* square) {
+  if constexpr (S > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i & S) continue;
+      const V a = square[i], b = square[i + S];
+      [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
+        square[i] = __builtin_shufflevector(a, b, (J & S ? W + J - S : J)...);
+        square[i + S] = __builtin_shufflevector(a, b, (J & S ? W + J : J + S)...);
+      }(std::make_integer_sequence<int, W>());
+    }
+    transpose<S / 2, W>(square);
+  }
+}
+
 Tiling tiling(Cell cell, Type type) {
   return with_types(cell, type, []<class S, class A, class C>() {
     return Tiling{C::kGates, C::kSaved, C::kHasC, Math<A>::kWidth, unit_blocks<C, A>()};
@@ -587,14 +605,17 @@ void pack_forward(Cell cell, Type type, const void* weight, int64_t H, int64_t P
     const S* from = static_cast<const S*>(weight);
     A* to = static_cast<A*>(packed) + tile * UB * G * W * P;
     for (int64_t k0 = 0; k0 < P; k0 += W) {  // W x W squares: whole cache lines on either side
-      const int64_t k1 = min(P, k0 + W);
+      const int64_t depth = min(W, P - k0);
       for (int64_t g = 0; g < G; ++g)
-        for (int64_t b = 0; b < blocks; ++b)
+        for (int64_t b = 0; b < blocks; ++b) {
+          typename Math<A>::V square[W];
           for (int64_t j = 0; j < W; ++j) {
             const int64_t u = u0 + b * W + j;
-            A* column = to + (g * blocks + b) * W + j;
-            for (int64_t k = k0; k < k1; ++k) column[k * vectors * W] = u < H ? Memory<S, A>::value(from[(g * H + u) * P + k]) : A(0);
+            square[j] = u < H ? Memory<S, A>::load(from + (g * H + u) * P + k0, depth) : typename Math<A>::V{};
           }
+          transpose<W / 2, W>(square);
+          for (int64_t k = 0; k < depth; ++k) *(typename Math<A>::V*)(to + ((k0 + k) * vectors + g * blocks + b) * W) = square[k];
+        }
     }
   });
 }

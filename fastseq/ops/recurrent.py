@@ -618,6 +618,21 @@ def recurrent(
         recompute: save no gate activations for the backward pass, but recompute them there (one large product, parallel over
             time).
     """
+    if batch_sizes is not None and len(batch_sizes) and not torch.compiler.is_compiling():
+        steps, batch = batch_sizes.shape[0], int(batch_sizes[0])
+        # rows of one length (a single row always) are not ragged: the plain layout serves
+        if x.shape[0] == steps * batch and bool((batch_sizes == batch).all()):
+            y, h_n, c_n, c = recurrent(
+                x.view(steps, batch, x.shape[1]),
+                h0,
+                c0,
+                params,
+                cell=cell,
+                reverse=reverse,
+                return_cells=return_cells,
+                recompute=recompute,
+            )
+            return y.flatten(0, 1), h_n, c_n, None if c is None else c.flatten(0, 1)
     given = [t for t in (x, h0, c0, *params) if t is not None]
     if _needs_plain_torch(given):
         y, h_n, c_n, c = _reference_layer(x, h0, c0, lengths, batch_sizes, cell, reverse, tuple(params))
