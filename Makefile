@@ -12,6 +12,8 @@
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches torch from there, for instance its smaller CPU build.
 
 ARGS ?=
+# One process per core, but what shares a group (builds in one folder, say) in one.
+PARALLEL ?= -n auto --maxprocesses 8 --dist loadgroup
 TORCH_INDEX ?=
 FASTSEQ_BUILD ?= auto
 export FASTSEQ_BUILD
@@ -36,10 +38,10 @@ LIBRARY := fastseq/lib/.built-$(FASTSEQ_BUILD)
 .PHONY: test check lint format bench library wheel abi clean
 
 test: $(ENVIRONMENT) $(LIBRARY)
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
 check: lint $(ENVIRONMENT) $(LIBRARY)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 lint: $(TOOLS)
 	$(PY) -m ruff check .

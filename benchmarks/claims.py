@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 from .analysis import local_exponents, power_law
+from .attention_providers import OWN
 from .presentation import bytes_text, time_text
 from .results import Results, Row
+from .suites import attention as alone
 from .suites import sequential_vs_parallel as length
 from .suites.sequential_vs_parallel import curve
 
@@ -159,11 +161,32 @@ def memory_less(rows: list[Row]) -> tuple[str, str] | None:
     return _memory(rows, more=False)
 
 
+def overhead(rows: list[Row]) -> tuple[str, str] | None:
+    """Training step of causal attention over a window, and over blocks, against all keys, by the same program."""
+    verdicts, figures = [], []
+    for quantity, what, text in (("seconds", "time", time_text), ("memory", "memory", bytes_text)):
+        full = alone.curve(rows, alone.FULL, OWN, quantity)
+        for kind, name in ((alone.WINDOW, "sliding window"), (alone.BLOCKS, "block-sparse")):
+            sparse = alone.curve(rows, kind, OWN, quantity)
+            holds = less(sparse, full)
+            if not holds:
+                continue
+            T = max(holds)
+            verdicts.append(f"{what}, {name}: {over_lengths(holds)}")
+            figures.append(f"{what}, {name} {text(sparse[T])} against {text(full[T])} at T = {T}")
+    return (
+        ("; ".join(verdicts), f"{OWN}, forward + backward: {'; '.join(figures)}; hashed attention not measured")
+        if verdicts
+        else None
+    )
+
+
 ANSWERS: dict[str, tuple[str, Callable[[list[Row]], tuple[str, str] | None]]] = {
     "parallel-ops": (length.NAME, parallel_ops),
     "train-faster": (length.NAME, train_faster),
     "memory-more": (length.NAME, memory_more),
     "memory-less": (length.NAME, memory_less),
+    "overhead": (alone.NAME, overhead),
 }
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
+from .attention import AttentionWorkload
 from .timing import GraphClock, HostClock, clock_for
 from .workloads import GATES, Workload
 
@@ -130,6 +131,8 @@ def _per_call(device: str, run: Callable[[], object]) -> float:
 
 def floor_of(w: Workload, peaks: Peaks) -> Floor:
     """Time that no program of this workload goes below with these peaks, for its arithmetic and weights."""
+    if isinstance(w, AttentionWorkload):
+        return _attention_alone(w, peaks)
     return _recurrent(w, peaks) if w.function in GATES else _attention(w, peaks)
 
 
@@ -160,9 +163,19 @@ def _attention(w: Workload, peaks: Peaks) -> Floor:
     """Matrix products at the peak, the causal half of the scores; or input and output through memory."""
     linear = 4 if w.function == "attention" else 8  # in units of W²
     forward = 2 * w.tokens * linear * w.H * w.H + 2 * w.B * w.T * (w.T + 1) * w.H
-    compute = forward * (3 if w.mode == "training" else 1) / peaks.gemm
-    moved = 2 * w.tokens * w.H * w.torch_dtype.itemsize * (3 if w.mode == "training" else 1)
-    stream = moved / peaks.copy[max(peaks.copy)]
-    if stream > compute:
-        return Floor(stream, "memory", f"{peaks.copy[max(peaks.copy)] / 1e9:.0f} GB/s")
-    return Floor(compute, "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")
+    moved = 2 * w.tokens * w.H * w.torch_dtype.itemsize
+    passes = 3 if w.mode == "training" else 1
+    return _slower(forward * passes, moved * passes, peaks)
+
+
+def _attention_alone(w: AttentionWorkload, peaks: Peaks) -> Floor:
+    """Matrix products at the peak, or every operand and result once through memory."""
+    return _slower(w.flops, w.bytes, peaks)
+
+
+def _slower(flops: float, moved: float, peaks: Peaks) -> Floor:
+    """Arithmetic or memory, whichever takes longer."""
+    bandwidth = peaks.copy[max(peaks.copy)]
+    if moved / bandwidth > flops / peaks.gemm:
+        return Floor(moved / bandwidth, "memory", f"{bandwidth / 1e9:.0f} GB/s")
+    return Floor(flops / peaks.gemm, "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")

@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastseq.testing.compare import FACTOR, ROUNDINGS, relative_error
 
-from .workloads import FUNCTIONS, Call, Problem, Workload
+from .workloads import Workload, results_of
 
 TF32_EPS = 2.0**-10
 
@@ -53,13 +54,13 @@ class Expected:
         return {name: min(bound, math.sqrt(eps)) for name, bound in bounds.items()}
 
 
-def check(build: Callable[[Workload], tuple[nn.Module, str]], workload: Workload) -> Check:
-    """`build(workload) -> (module, layout)`. Never raises: an exception of a provider is a failed check."""
+def check(build: Callable[[Workload], tuple[Any, str]], workload: Workload) -> Check:
+    """`build(workload) -> (what `workload.call` takes, layout)`. Never raises: an exception of a provider is a failed check."""
     results = []
     for shape in (workload.small(), workload):
         try:
-            module, layout = build(shape)
-            found = _results(Call(module, problem(shape), layout))
+            built, layout = build(shape)
+            found = results_of(shape.call(built, problem(shape), layout))
         except Exception as error:  # noqa: BLE001  whatever a provider raises is its result
             return Check(False, None, None, "", f"raised {type(error).__name__}: {_first_line(error)}")
         result = compare(found, expected(shape), rounding(shape))
@@ -100,14 +101,14 @@ def rounding(workload: Workload) -> float:
     return torch.finfo(workload.torch_dtype).eps
 
 
-def problem(workload: Workload) -> Problem:
+def problem(workload: Workload) -> Any:
     return replace(_problem(_plain(workload)), workload=workload)
 
 
 def expected(workload: Workload) -> Expected:
     """What `found` must be, for the workload's mode: outputs, and in training gradients too."""
     everything = _expected(_plain(workload))
-    if workload.mode == "training":
+    if workload.mode != "inference":
         return everything
     outputs = {name: value for name, value in everything.values.items() if not name.startswith("grad ")}
     return Expected(outputs, everything.torch_error)
@@ -124,38 +125,14 @@ def _plain(workload: Workload) -> Workload:
     return replace(workload, mode="training", threads=0)
 
 
-@lru_cache(maxsize=16)
-def _problem(workload: Workload) -> Problem:
-    return Problem.of(workload)
+@lru_cache(maxsize=4)
+def _problem(workload: Workload) -> Any:
+    return workload.problem()
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _expected(workload: Workload) -> Expected:
-    truth = _torch_results(workload, torch.float64, "cpu", row_by_row=FUNCTIONS[workload.function].row_by_row)
-    own = _torch_results(workload, workload.torch_dtype, workload.device)
+    whole = _problem(workload)
+    truth = workload.torch_results(whole, torch.float64, "cpu", in_parts=True)
+    own = workload.torch_results(whole, workload.torch_dtype, workload.device, in_parts=False)
     return Expected(truth, {name: relative_error(own[name].cpu(), value) for name, value in truth.items()})
-
-
-def _torch_results(workload: Workload, dtype: torch.dtype, device: str, *, row_by_row: bool = False) -> dict[str, Tensor]:
-    function, whole = FUNCTIONS[workload.function], _problem(workload)
-    problems = [whole]
-    if row_by_row:
-        problems = [
-            Problem(whole.workload, whole.parameters, x, g)
-            for x, g in zip(whole.x.split(1, dim=1), whole.grad.split(1, dim=1), strict=True)
-        ]
-    parts = []
-    for part in problems:
-        module = function.module(workload)
-        parts.append(_results(Call(module, part, function.layout, dtype=dtype, device=device)))
-    if len(parts) == 1:
-        return parts[0]
-    by_row = ("output", "grad input")  # [T, 1, ...] each; gradients of parameters add up
-    every = {name: [part[name] for part in parts] for name in parts[0]}
-    return {name: torch.cat(values, dim=1) if name in by_row else torch.stack(values).sum(0) for name, values in every.items()}
-
-
-def _results(call: Call) -> dict[str, Tensor]:
-    if call.mode == "inference":
-        return call.outputs()
-    return call.outputs() | {f"grad {name}": value for name, value in call.gradients().items()}

@@ -10,6 +10,7 @@ an LSTM.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Causal multi-head self-attention: [B, T, W] -> [B, T, W].
 
-    `fused`: scaled_dot_product_attention, else scores and softmax are materialised as [B, heads, T, T].
+    `fused`: a function with the signature of scaled_dot_product_attention, or True for that one; else scores and softmax are
+    materialised as [B, heads, T, T].
     """
 
-    def __init__(self, width: int, heads: int, *, fused: bool) -> None:
+    def __init__(self, width: int, heads: int, *, fused: bool | Callable[..., Tensor]) -> None:
         super().__init__()
-        self.heads, self.fused = heads, fused
+        self.heads = heads
+        self.fused = F.scaled_dot_product_attention if fused is True else fused
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -33,7 +36,7 @@ class Attention(nn.Module):
         # three of [B, heads, T, W / heads]
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         if self.fused:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = self.fused(q, k, v, is_causal=True)
         else:
             scores = (q / math.sqrt(W // self.heads)) @ k.transpose(-1, -2)
             future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 from torch import nn
 
@@ -16,17 +18,17 @@ from .workloads import Call, Workload
 class Provider:
     """A row of the table.
 
-    `build` makes a module whose parameters have the names that the function's own module gives them, or that
-    has a method `canonical_name` to translate them. `unavailable` says why it cannot run a workload, `chose`
-    which of its implementations ran. Colour and dashes are those of its line in a figure.
+    `build` makes what `workload.call` takes: a module whose parameters have the names that the function's own module gives
+    them, or that has a method `canonical_name` to translate them; for attention alone a program. `unavailable` says why it
+    cannot run a workload, `chose` which of its implementations ran. Colour and dashes are those of its line in a figure.
     """
 
     name: str
     function: str
     layout: str  # "time" or "batch"
-    build: Callable[[Workload], nn.Module]
+    build: Callable[[Workload], Any]
     unavailable: Callable[[Workload], str | None] = lambda workload: None
-    chose: Callable[[Call], list[str]] = lambda call: []
+    chose: Callable[[Any], list[str]] = lambda call: []
     color: str = "#888888"
     dashed: bool = False
 
@@ -38,7 +40,7 @@ def _fastseq(cls: str, **options: object) -> Callable[[Workload], nn.Module]:
 def _fastseq_missing(cls: str) -> Callable[[Workload], str | None]:
     def reason(workload: Workload) -> str | None:
         try:
-            getattr(importlib.import_module("fastseq"), cls)
+            attrgetter(cls)(importlib.import_module("fastseq"))
         except (ImportError, AttributeError) as error:
             return f"fastseq.{cls} cannot be used: {error}"
         return None
@@ -88,6 +90,15 @@ PROVIDERS = {
             "batch",
             lambda w: Attention(w.H, w.heads, fused=True),
             color="#d1495b",
+        ),
+        Provider(
+            "fastseq attention",
+            "attention",
+            "batch",
+            lambda w: Attention(w.H, w.heads, fused=importlib.import_module("fastseq.functional").scaled_dot_product_attention),
+            _fastseq_missing("functional.scaled_dot_product_attention"),
+            _fastseq_chose,
+            "#6a4c93",
         ),
         Provider(
             "attention block",

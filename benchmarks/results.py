@@ -47,6 +47,7 @@ class Row:
     check: dict[str, Any] | None = None  # gate.Check
     floor: dict[str, Any] | None = None  # floors.Floor
     chose: list[str] = field(default_factory=list)  # operators or kernels that show the implementation
+    detail: dict[str, Any] | None = None  # what the workload says of itself beyond these columns
 
     @classmethod
     def of(cls, suite: str, group: str, provider: str, w: Workload, **values: Any) -> Row:
@@ -65,6 +66,7 @@ class Row:
             w.dtype,
             w.device,
             w.tokens,
+            detail=w.detail(),
             **values,
         )
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import torch
 
 from . import floors, gate, memory
+from .attention_providers import ATTENTION_PROVIDERS
 from .floors import Peaks
 from .providers import PROVIDERS, Provider
 from .results import Row
 from .timing import Clock, Effort, GraphClock, IssueClock, Ratio, Samples, clock_for, interleave
-from .workloads import Call, Workload
+from .workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Runner:
         quick: bool = False,
     ) -> None:
         self.device, self.quick = device, quick
-        self.providers = PROVIDERS if providers is None else providers
+        self.providers = PROVIDERS | ATTENTION_PROVIDERS if providers is None else providers
         self.clock = clock or clock_for(device)
         self.peaks: dict[tuple[int, str], Peaks] = {}
         self._last_peak: dict[tuple[str, ...], tuple[int, int]] = {}
@@ -70,13 +72,14 @@ class Runner:
         before = torch.get_num_threads()
         torch.set_num_threads(first.threads)
         try:
-            return self._run(case, peaks, progress)
+            with first.settings():
+                return self._run(case, peaks, progress)
         finally:
             torch.set_num_threads(before)
 
     def _run(self, case: Case, peaks: Peaks, progress: Callable[[str], None]) -> list[Row]:
         rows: dict[str, Row] = {}
-        calls: dict[str, Call] = {}
+        calls: dict[str, Any] = {}
         for participant in case.participants:
             name, w = participant.provider, participant.workload
             progress(f"{case.label}: {name}")
@@ -91,7 +94,7 @@ class Runner:
                 self._time(case, {name: call.run for name, call in calls.items()}, rows)
         return list(rows.values())
 
-    def _prepare(self, provider: Provider, w: Workload, row: Row, *, check: bool) -> Call | None:
+    def _prepare(self, provider: Provider, w: Workload, row: Row, *, check: bool) -> Any:
         """The call ready to be timed, or None with the reason in the row."""
         row.reason = provider.unavailable(w)
         if row.reason:
@@ -107,7 +110,7 @@ class Runner:
             if not result.ok:
                 row.status, row.reason = "wrong", result.reason
                 return None
-        call = Call(provider.build(w), gate.problem(w), provider.layout)
+        call = w.call(provider.build(w), gate.problem(w), provider.layout)
         row.parameters = sum(p.numel() for p in call.parameters)
         with call.context():
             seen = memory.observe(call.run, w.device)
@@ -131,6 +134,8 @@ class Runner:
         brief = replace(case.effort, seconds=case.effort.seconds / 4)
         for name, sample in interleave(runs, IssueClock(), brief).items():
             rows[name].host = sample.timing().as_dict()
+        if case.participants[0].workload.mode == "backward":
+            return  # its kernels go to the stream of the forward, which no capture of the backward holds
         for (
             name,
             run,

@@ -19,11 +19,12 @@ def _values(case: Case, participant: Participant) -> dict[str, str]:
         "T": str(w.T),
         "B": str(w.B),
         "H": str(w.H),
+        "E": str(w.H // w.heads),
         "threads": str(w.threads),
     }
 
 
-KEYS = ("cell", "group", "mode", "provider", "T", "B", "H", "threads")
+KEYS = ("cell", "group", "mode", "provider", "T", "B", "H", "E", "threads")
 
 
 def parse(text: str) -> Wanted:

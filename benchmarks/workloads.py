@@ -10,8 +10,10 @@ of (time, batch) positions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +79,25 @@ class Workload:
     def small(self) -> Workload:
         """The same call at a size where a mistake at an edge (odd T and B, short rows) is most visible."""
         return replace(self, T=min(self.T, 7), B=min(self.B, 3), I=24, H=24)
+
+    def problem(self) -> Any:
+        return Problem.of(self)
+
+    def call(self, built: Any, problem: Any, layout: str, **options: Any) -> Any:
+        """What is timed and compared: what a provider built, on a problem."""
+        return Call(built, problem, layout, **options)
+
+    def torch_results(self, problem: Any, dtype: torch.dtype, device: str, *, in_parts: bool) -> dict[str, Tensor]:
+        """Outputs and gradients of torch's own way. In parts: those that the fp64 reference is cut into for its size."""
+        return _torch_results(self, problem, dtype, device, in_parts and FUNCTIONS[self.function].row_by_row)
+
+    def settings(self) -> AbstractContextManager[Any]:
+        """Global flags of torch under which every provider is checked and timed."""
+        return nullcontext()
+
+    def detail(self) -> dict[str, Any] | None:
+        """What a row says beside the columns that all workloads have."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -198,6 +219,28 @@ class Call:
 
     def _time_major(self, t: Tensor) -> Tensor:
         return t.transpose(0, 1) if self.layout == "batch" else t
+
+
+def results_of(call: Any) -> dict[str, Tensor]:
+    """Outputs and, unless in inference, gradients."""
+    if call.mode == "inference":
+        return call.outputs()
+    return call.outputs() | {f"grad {name}": value for name, value in call.gradients().items()}
+
+
+def _torch_results(w: Workload, whole: Problem, dtype: torch.dtype, device: str, row_by_row: bool) -> dict[str, Tensor]:
+    function, problems = FUNCTIONS[w.function], [whole]
+    if row_by_row:
+        problems = [
+            Problem(whole.workload, whole.parameters, x, g)
+            for x, g in zip(whole.x.split(1, dim=1), whole.grad.split(1, dim=1), strict=True)
+        ]
+    parts = [results_of(Call(function.module(w), part, function.layout, dtype=dtype, device=device)) for part in problems]
+    if len(parts) == 1:
+        return parts[0]
+    by_row = ("output", "grad input")  # [T, 1, ...] each; gradients of parameters add up
+    every = {name: [part[name] for part in parts] for name in parts[0]}
+    return {name: torch.cat(values, dim=1) if name in by_row else torch.stack(values).sum(0) for name, values in every.items()}
 
 
 def _first(result: object) -> Tensor:

@@ -7,7 +7,7 @@ from . import functional
 from ._version import __version__
 from .backends import explain, use_backend
 from .convert import convert, patched, revert
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, MultiheadAttention, RNNCell
 
 __all__ = [
     "GRU",
@@ -15,6 +15,7 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "MultiheadAttention",
     "RNNCell",
     "__version__",
     "convert",

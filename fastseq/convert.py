@@ -8,6 +8,7 @@ stands in the report with its reason.
 
 from __future__ import annotations
 
+import functools
 import html
 import sys
 import threading
@@ -106,13 +107,15 @@ class Conversion:
     Attributes:
         torch_class: what is converted; subclasses are not.
         backend: name of the backend that runs a converted module, or None where that cannot be told.
-        apply: what else must change, in the module or in those that hold it, once its class is ours.
-        undo: takes `apply` back, once its class is torch's again.
+        apply: what else must change in the module once its class is ours.
+        join: what must change in the modules that hold it, if it has not yet.
+        undo: takes `apply` and `join` back, once its class is torch's again.
     """
 
     torch_class: type[nn.Module]
     backend: Callable[[nn.Module], str | None]
-    apply: Callable[[nn.Module, tuple[nn.Module, ...], Options], None] = lambda module, parents, options: None
+    apply: Callable[[nn.Module, Options], None] = lambda module, options: None
+    join: Callable[[nn.Module, tuple[nn.Module, ...]], None] = lambda module, parents: None
     undo: Callable[[nn.Module, tuple[nn.Module, ...]], None] = lambda module, parents: None
 
     @property
@@ -140,7 +143,7 @@ def _recurrent_backend(module: Any) -> str | None:
         return None
     cells = {cell.mode: cell.name for cell in CELLS.values()}
     mode = getattr(module, "mode", None) or type(module).__name__.removesuffix("Cell")
-    query = backends.Query(
+    query = backends.RecurrentQuery(
         op="recurrent",
         device=weight.device,
         dtype=weight.dtype,
@@ -151,13 +154,40 @@ def _recurrent_backend(module: Any) -> str | None:
         projected=getattr(module, "proj_size", 0) > 0,
         layout="padded",
     )
+    return _selected(query)
+
+
+def _attention_backend(module: Any) -> str | None:
+    weight = module.out_proj.weight
+    if weight.is_meta:
+        return None
+    query = backends.AttentionQuery(
+        op="attention",
+        call="forward",
+        device=weight.device,
+        dtype=weight.dtype,
+        batch=1,
+        heads=(module.num_heads, module.num_heads),
+        lengths=(128, 128),
+        features=(module.head_dim, module.head_dim),
+        layout="padded",
+        window=(-1, -1),
+        offset=0,
+        block_size=0,
+        parts=(),
+        gradients=(),
+    )
+    return _selected(query)
+
+
+def _selected(query: backends.Query) -> str:
     try:
         return backends.select(query).name
     except RuntimeError:
         return "none (the one forced cannot run it)"
 
 
-def _set_recompute(module: nn.Module, parents: tuple[nn.Module, ...], options: Options) -> None:
+def _set_recompute(module: nn.Module, options: Options) -> None:
     if options.recompute:
         module.recompute = True  # type: ignore[assignment]
 
@@ -168,16 +198,46 @@ def _restore_flat_weights(module: Any, parents: tuple[nn.Module, ...]) -> None:
     module._init_flat_weights()
 
 
+# In eval mode nn.TransformerEncoderLayer computes all of itself from its parameters, and calls no submodule, if this attribute is
+# true; the attribute decides about nothing else.
+_FAST_PATH = "activation_relu_or_gelu"
+_FAST_PATH_BEFORE = f"_fastseq_{_FAST_PATH}"
+
+
+def _leave_fast_path(module: nn.Module, parents: tuple[nn.Module, ...]) -> None:
+    for layer in parents:
+        if isinstance(layer, nn.TransformerEncoderLayer) and layer.self_attn is module and _FAST_PATH_BEFORE not in vars(layer):
+            vars(layer)[_FAST_PATH_BEFORE] = getattr(layer, _FAST_PATH, 0)
+            vars(layer)[_FAST_PATH] = 0
+
+
+def _restore_fast_path(module: nn.Module, parents: tuple[nn.Module, ...]) -> None:
+    for layer in parents:
+        if isinstance(layer, nn.TransformerEncoderLayer) and layer.self_attn is module and _FAST_PATH_BEFORE in vars(layer):
+            vars(layer)[_FAST_PATH] = vars(layer).pop(_FAST_PATH_BEFORE)
+
+
+_init_layer = nn.TransformerEncoderLayer.__init__
+
+
+@functools.wraps(_init_layer)
+def _init_layer_around_ours(self: nn.TransformerEncoderLayer, *args: Any, **kwargs: Any) -> None:
+    _init_layer(self, *args, **kwargs)
+    if isinstance(self.self_attn, own_modules.MultiheadAttention):
+        _leave_fast_path(self.self_attn, (self,))
+
+
 # The classes as torch has them, whatever patched() puts in their place later.
 CONVERSIONS: dict[str, Conversion] = {
     conversion.name: conversion
     for conversion in (
-        Conversion(nn.RNN, _recurrent_backend, _set_recompute, _restore_flat_weights),
-        Conversion(nn.LSTM, _recurrent_backend, _set_recompute, _restore_flat_weights),
-        Conversion(nn.GRU, _recurrent_backend, _set_recompute, _restore_flat_weights),
+        Conversion(nn.RNN, _recurrent_backend, apply=_set_recompute, undo=_restore_flat_weights),
+        Conversion(nn.LSTM, _recurrent_backend, apply=_set_recompute, undo=_restore_flat_weights),
+        Conversion(nn.GRU, _recurrent_backend, apply=_set_recompute, undo=_restore_flat_weights),
         Conversion(nn.RNNCell, _recurrent_backend),
         Conversion(nn.LSTMCell, _recurrent_backend),
         Conversion(nn.GRUCell, _recurrent_backend),
+        Conversion(nn.MultiheadAttention, _attention_backend, join=_leave_fast_path, undo=_restore_fast_path),
     )
 }
 
@@ -194,12 +254,17 @@ def convert(
     keep_type: bool = False,
     recompute: bool = False,
 ) -> Report:
-    """Make the nn.RNN, nn.LSTM, nn.GRU and their cells in `model` fastseq's, in place, and tell what was
-    done.
+    """Make the nn.RNN, nn.LSTM, nn.GRU, their cells and the nn.MultiheadAttention in `model` fastseq's, in
+    place, and tell what was done.
 
     Every parameter, buffer, hook and name stays the same object, so an optimizer made before goes on working,
     and state_dict, deepcopy and DistributedDataParallel do not notice. A module with several names is
     converted once. The model itself may be such a module. Converting again changes nothing.
+
+    An nn.TransformerEncoderLayer around a converted nn.MultiheadAttention calls it in eval mode too: torch's
+    fast path through the whole layer, which calls no submodule, is off for that layer until `revert`. This
+    holds as well for a fastseq.MultiheadAttention that was put there by hand. nn.TransformerEncoder goes on
+    packing padded batches into nested tensors where it did.
 
     Left alone, with the reason in the report: subclasses, a forward replaced on the instance, modules under
     torch.nn.utils.parametrize, quantized, scripted, FSDP-managed and not yet initialised ones. Old-style
@@ -218,10 +283,10 @@ def convert(
             mode, in the latter with gradients if autograd is on; nothing of these runs remains. If a result
             differs by more than rounding explains, everything is taken back.
         keep_type: use classes that are subclasses of torch's too, for code that asks `isinstance(m,
-            nn.LSTM)`. The price: torch.compile(fullgraph=True) refuses all of those (but the cells), as it
-            refuses torch's own.
-        recompute: compute gate activations again in the backward pass of sequence modules rather than keep
-            them: less memory, more time.
+            nn.LSTM)`. The price: torch.compile(fullgraph=True) refuses RNN, LSTM and GRU, as it refuses
+            torch's own. fastseq.MultiheadAttention always is a subclass of torch's.
+        recompute: compute gate activations again in the backward pass of nn.RNN, nn.LSTM and nn.GRU rather
+            than keep them: less memory, more time.
 
     Returns:
         The report; `print` it.
@@ -248,7 +313,7 @@ def convert(
 
     report = Report("fastseq.convert")
     plan: list[tuple[_Found, Conversion]] = []
-    ready = 0
+    ready: list[tuple[_Found, Conversion]] = []
     for found in _walk(model):
         conversion = _recognise(found)
         if conversion is None:
@@ -256,7 +321,7 @@ def convert(
         reason, unsupported = _why_not_asked(found, conversion, chosen, filter_fn), False
         if not reason and isinstance(found.module, conversion.own_classes()):
             reason = "already fastseq's"
-            ready += 1
+            ready.append((found, conversion))
         if not reason:
             reason = _why_not_possible(found, conversion, "convert") or _why_not_faster(found, conversion)
             unsupported = bool(reason)
@@ -281,7 +346,8 @@ def convert(
         for found, conversion in plan:
             found.module.__class__ = conversion.own_class(options.keep_type)
             swapped.append((found, conversion))
-            conversion.apply(found.module, found.parents, options)
+            conversion.apply(found.module, options)
+            conversion.join(found.module, found.parents)
         complaint = probe.compare() if probe is not None else None
         if complaint is not None:
             names = ", ".join(_named(found.names) for found, _ in plan)
@@ -293,6 +359,8 @@ def convert(
         for found, conversion in reversed(swapped):
             _swap_back(found, conversion)
         raise
+    for found, conversion in ready:
+        conversion.join(found.module, found.parents)
     for (found, conversion), old in zip(plan, before, strict=True):
         report.converted.append(_row(found, old=old, backend=conversion.backend(found.module)))
     return report
@@ -333,12 +401,13 @@ def revert(model: nn.Module) -> Report:
 
 
 class patched(ContextDecorator):
-    """Within `with fastseq.patched():` the constructors nn.RNN, nn.LSTM, nn.GRU and their cells build
-    fastseq's modules.
+    """Within `with fastseq.patched():` the constructors nn.RNN, nn.LSTM, nn.GRU, their cells and
+    nn.MultiheadAttention build fastseq's modules.
 
     For code that builds models out of your reach. The names are replaced in torch.nn, torch.nn.modules and
-    torch.nn.modules.rnn, so `from torch.nn import LSTM` inside the block gets ours too; a name that a file
-    imported before is out of reach (use `convert` on the result). On the way out, also by an error, torch's
+    the modules below that, so `from torch.nn import LSTM` inside the block gets ours too, and so do torch's
+    own nn.Transformer and its layers; a name that a file imported before is out of reach (use `convert` on the
+    result). On the way out, also by an error, torch's
     classes stand there again; modules built inside stay fastseq's (`revert` makes them torch's). Blocks nest.
     Also a decorator.
 
@@ -380,9 +449,12 @@ class patched(ContextDecorator):
         for name, conversion in CONVERSIONS.items():
             wanted = next((entry[name] for entry in reversed(cls._entries) if name in entry), conversion.torch_class)
             known = (conversion.torch_class, *conversion.own_classes())
-            for place in (nn, nn.modules, sys.modules[conversion.torch_class.__module__]):
-                if getattr(place, name) in known:
+            for place in (nn, nn.modules, nn.modules.transformer, sys.modules[conversion.torch_class.__module__]):
+                if getattr(place, name, None) in known:
                     setattr(place, name, wanted)
+        if nn.TransformerEncoderLayer.__init__ in (_init_layer, _init_layer_around_ours):
+            ours = nn.MultiheadAttention in CONVERSIONS["MultiheadAttention"].own_classes()
+            nn.TransformerEncoderLayer.__init__ = _init_layer_around_ours if ours else _init_layer  # type: ignore[method-assign]
 
 
 @dataclass

@@ -7,13 +7,16 @@ import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastseq import backends, ops
 from fastseq._version import __version__
-from fastseq.backends import library
+from fastseq.backends import AttentionQuery, Query, RecurrentQuery, library
+from fastseq.cells import CELLS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -59,7 +62,7 @@ def as_text() -> str:
         for dtype, backend in choice["by_dtype"].items():
             by_backend.setdefault(backend, []).append(dtype)
         runs = "; ".join(f"{backend}: {' '.join(dtypes)}" for backend, dtypes in by_backend.items())
-        lines.append(f"  {choice['device']:<10}{choice['op']} {choice['cell']:<10} {runs}")
+        lines.append(f"  {choice['device']:<10}{choice['op'] + ' ' + choice['call']:<24} {runs}")
     if found["environment"]:
         lines += ["", "environment", *(f"  {name}={value}" for name, value in found["environment"].items())]
     return "\n".join(lines)
@@ -158,38 +161,59 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _backends() -> dict[str, Any]:
-    from fastseq import backends, cells, ops
-
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     choices = []
     for device in devices:
         for op in ops.OPS:
-            for cell in cells.CELLS:
-                by_dtype = {str(dtype).removeprefix("torch."): _choice(op, cell, device, dtype) for dtype in DTYPES}
-                choices.append({"device": str(device), "op": op, "cell": cell, "by_dtype": by_dtype})
+            for call, query in _QUERIES[op].items():
+                by_dtype = {str(dtype).removeprefix("torch."): _choice(query(device, dtype)) for dtype in DTYPES}
+                choices.append({"device": str(device), "op": op, "call": call, "by_dtype": by_dtype})
     return {
         "available": [{"name": name, "reason": backends.BACKENDS[name].available()} for name in backends.ORDER],
         "choices": choices,
     }
 
 
-def _choice(op: str, cell: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend of a middling call; `fastseq.explain` answers for a given one."""
-    from fastseq import backends
+def _recurrent(cell: str) -> Callable[[torch.device, torch.dtype], Query]:
+    return lambda device, dtype: RecurrentQuery("recurrent", device, dtype, cell, 128, 1, 256, False, "padded")
 
-    query = backends.Query(
+
+def _attention(op: str, call: str, parts: tuple[str, ...] = ()) -> Callable[[torch.device, torch.dtype], Query]:
+    backward = call.endswith("backward")
+    return lambda device, dtype: AttentionQuery(
         op=op,
+        call=call,
         device=device,
         dtype=dtype,
-        cell=cell,
-        steps=128,
-        lanes=1,
-        hidden=256,
-        projected=False,
-        layout="padded",
+        batch=2,
+        heads=(8, 8),
+        lengths=(1 if call == "decode" else 1024, 1024),
+        features=(64, 64),
+        layout="contiguous" if call == "decode" else "padded",
+        window=(-1, 0),
+        offset=0,
+        block_size=0,
+        parts=parts,
+        gradients=("q", "k", "v", *parts) if backward else (),
     )
+
+
+# A middling call of each kind; `fastseq.explain` answers for a given one.
+_QUERIES: dict[str, dict[str, Callable[[torch.device, torch.dtype], Query]]] = {
+    "recurrent": {cell: _recurrent(cell) for cell in CELLS},
+    "attention": {
+        "forward": _attention("attention", "forward"),
+        "backward": _attention("attention", "backward"),
+        "bias backward": _attention("attention", "backward", ("bias",)),
+        "weights": _attention("attention", "weights"),
+    },
+    "attention_decode": {"decode": _attention("attention_decode", "decode")},
+}
+
+
+def _choice(query: Query) -> str:
     forced = os.environ.get("FASTSEQ_BACKEND")
     if forced in backends.BACKENDS:
         against = backends.reasons(forced, query)

@@ -105,12 +105,15 @@ class Probe:
 
     def _run(self, training: bool, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
         differentiate = training and self._differentiate
-        with _unchanged(self._model), self._random, torch.set_grad_enabled(differentiate):
+        with _unchanged(self._model), self._random, torch.set_grad_enabled(differentiate), contextlib.ExitStack() as hooks:
             self._model.train(training)
             for module in self._modules:
-                # cuDNN draws its dropout between layers from another stream than F.dropout.
-                if training and hasattr(module, "dropout") and _device(module).type != "cpu":
+                # cuDNN draws its dropout between layers from another stream than F.dropout, and so does fused attention.
+                attention = isinstance(module, nn.MultiheadAttention)
+                if training and hasattr(module, "dropout") and (_device(module).type != "cpu" or attention):
                     vars(module)["dropout"] = 0.0
+                if training and attention:
+                    hooks.enter_context(module.register_forward_hook(_dense))
             args, kwargs = _copy(self._args), _copy(self._kwargs)
             if weights is None:
                 outputs = self._model(*args, **kwargs)
@@ -228,6 +231,11 @@ def _unwrap(model: nn.Module) -> nn.Module:
         if inside is None:
             return model
         model = inside
+
+
+def _dense(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """A dropout after a module draws in the order of memory, which torch and fastseq may choose differently."""
+    return tuple(output if output is None else output.contiguous() for output in outputs)
 
 
 def _device(module: nn.Module) -> torch.device:

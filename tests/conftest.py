@@ -1,7 +1,8 @@
-"""What every test starts from: which fastseq is tested is told; unwritten memory is NaN."""
+"""What every test starts from: which fastseq is tested is told, unwritten memory is NaN, Triton is interpreted without a GPU."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 import torch.utils._device
 
-import fastseq
-from fastseq.backends import library
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
+
+import fastseq  # noqa: E402
+from fastseq.backends import library  # noqa: E402
 
 
 def pytest_report_header() -> list[str]:

@@ -22,6 +22,9 @@ ROOT = Path(fastseq.__file__).parents[1]
 if not (ROOT / "setup.py").is_file():
     pytest.skip("fastseq is not tested from its checkout", allow_module_level=True)
 
+# The builds share a folder, and each test the ones before it.
+pytestmark = pytest.mark.xdist_group("packaging")
+
 ROOMS = ("kernels", "benchmarks")
 TORCH = Path(torch.__file__).parent
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -178,7 +181,7 @@ def test_wheel_metadata(pure_wheel):
     assert facts["License-Expression"] == "Apache-2.0" and facts["Requires-Python"] == ">=3.10"
     needed = {item.split(";")[0].strip() for item in facts.get_all("Requires-Dist") if "extra ==" not in item}
     assert needed == {"torch>=2.10", "triton>=3.4"}
-    assert set(facts.get_all("Provides-Extra")) == {"bench", "test", "dev"}
+    assert set(facts.get_all("Provides-Extra")) == {"bench", "test", "transformers", "dev"}
     assert "fastseq = fastseq.__main__:main" in dist_info(pure_wheel, "entry_points.txt")
     assert "Apache License" in dist_info(pure_wheel, "licenses/LICENSE")
 

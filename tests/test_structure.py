@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastseq.backends import BACKENDS
 from fastseq.cells import CELLS
 from fastseq.ops import OPS
 
@@ -25,7 +26,7 @@ def room(path: Path) -> str | None:
 
 def imports(path: Path) -> set[str]:
     """First component, below fastseq, of everything a file imports from fastseq."""
-    package = ("fastseq", *path.relative_to(PACKAGE).parent.parts)
+    package = ("fastseq", *path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).parent.parts)
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -52,18 +53,28 @@ def test_kernels_import_no_package_code():
         assert not imports(path) & set(ROOMS) - {"kernels"}, path
 
 
+# Where an op has kernels of its own; a backend that runs it says so in its `ops`.
+KERNELS = {
+    "recurrent": ("csrc/cpu/recurrent.cpp",),
+    "attention": ("kernels/attention/forward.py", "kernels/attention/backward.py", "kernels/attention/weights.py"),
+    "attention_decode": ("kernels/attention/decode.py",),
+}
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_every_room(op):
     rooms = (
         f"fastseq/ops/{op}.py",
         f"fastseq/reference/{op}.py",
-        f"csrc/cpu/{op}.cpp",
+        *KERNELS[op],
+        *(f"fastseq/backends/{name}/{op}.py" for name in ("cpu", "triton") if op in BACKENDS[name].ops),
         f"tests/ops/test_{op}.py",
         f"tests/reference/test_{op}.py",
         f"benchmarks/ops/test_{op}.py",
     )
     missing = [path for path in rooms if not (ROOT / path).is_file()]
     assert not missing
+    assert op in BACKENDS["reference"].ops
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda cell: cell.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import recurrent, sequential_vs_parallel
+from . import attention, recurrent, sequential_vs_parallel
 
-SUITES: dict[str, ModuleType] = {suite.NAME: suite for suite in (sequential_vs_parallel, recurrent)}
+SUITES: dict[str, ModuleType] = {suite.NAME: suite for suite in (sequential_vs_parallel, recurrent, attention)}
 DEFAULT = sequential_vs_parallel.NAME

@@ -31,15 +31,16 @@ from ..timing import Effort
 from ..workloads import MODES, Workload
 
 NAME = "sequential-vs-parallel"
-SUMMARY = "time and memory against T: LSTM and GRU (eager loop, torch, fastseq), attention (naive, fused)"
+SUMMARY = "time and memory against T: LSTM and GRU (eager loop, torch, fastseq), attention (naive, fused, fastseq)"
 
 RECURRENT = ("eager LSTMCell loop", "torch.nn.LSTM", "torch.nn.GRU", "fastseq.LSTM", "fastseq.GRU")
-PARALLEL = ("naive attention", "fused attention", "attention block")
+PARALLEL = ("naive attention", "fused attention", "fastseq attention", "attention block")
 BASELINE = {
     "eager LSTMCell loop": "torch.nn.LSTM",
     "fastseq.LSTM": "torch.nn.LSTM",
     "fastseq.GRU": "torch.nn.GRU",
     "naive attention": "fused attention",
+    "fastseq attention": "fused attention",
 }
 EQUAL = (
     "Equal means: the same input, batch and width, one layer each, causal, projections included. "
@@ -202,8 +203,8 @@ def _times(rows: list[Row], derived: dict[str, Any], mode: str, title: str) -> T
         body,
         "µs per step, distance to the floor and speed-up at the longest T measured. Floor: the time that "
         "the peaks measured in this run allow for the same arithmetic and weights (causal half of the "
-        "scores for attention). vs torch: torch.nn for the recurrent layers, fused attention for the naive "
-        "one.",
+        "scores for attention). vs torch: torch.nn for the recurrent layers, torch's fused attention for "
+        "the other two.",
     )
 
 

@@ -12,37 +12,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from . import cpu, cuda, reference, triton
+from .query import AttentionQuery, Query, RecurrentQuery
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, reference)}
 
-__all__ = ["BACKENDS", "ORDER", "Explanation", "Query", "explain", "reasons", "select", "use_backend"]
-
-
-class Query(NamedTuple):
-    """What a backend is asked about: one call of one op."""
-
-    op: str
-    device: torch.device
-    dtype: torch.dtype
-    cell: str
-    steps: int
-    lanes: int
-    hidden: int
-    projected: bool
-    layout: str  # "padded", "lengths" or "packed"
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return (
-            f"{self.op} {self.cell}, {dtype} on {self.device}, {self.layout}, T={self.steps} D={self.lanes} H={self.hidden}"
-            + (", projected" if self.projected else "")
-        )
+__all__ = [
+    "BACKENDS",
+    "ORDER",
+    "AttentionQuery",
+    "Explanation",
+    "Query",
+    "RecurrentQuery",
+    "explain",
+    "reasons",
+    "select",
+    "use_backend",
+]
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -53,9 +44,10 @@ def _checked(name: str | None, source: str) -> str | None:
     return name
 
 
-# backends in order, by the type of device that they may run on
+# backends in order, by the type of device that they may run on; Triton's interpreter, on the CPU, only runs when it is forced
 _CANDIDATES: dict[str, tuple[str, ...]] = {
-    device: tuple(name for name in ORDER if {device, "any"} & set(BACKENDS[name].devices)) for device in ("cpu", "cuda")
+    "cpu": tuple(name for name in ORDER if {"cpu", "any"} & set(BACKENDS[name].devices) and name != "triton"),
+    "cuda": tuple(name for name in ORDER if {"cuda", "any"} & set(BACKENDS[name].devices)),
 }
 
 _forced: str | None = _checked(os.environ.get("FASTSEQ_BACKEND"), "FASTSEQ_BACKEND")

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from . import library
-
-if TYPE_CHECKING:
-    from . import Query
+from .query import Query
 
 name = "cuda"
 devices = ("cuda",)

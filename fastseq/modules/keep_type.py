@@ -2,14 +2,16 @@
 
 Nothing but the bases differs: constructor, forward and state_dict are those of `fastseq.modules.recurrent`.
 The price is torch.compile: Dynamo refuses to trace every subclass of nn.RNN, nn.LSTM and nn.GRU (it breaks
-the graph there, and raises under fullgraph=True). The cells compile either way.
+the graph there, and raises under fullgraph=True). The cells compile either way, and `MultiheadAttention` is
+a subclass of torch's in any case.
 """
 
 from torch import nn
 
 from fastseq.modules import recurrent
+from fastseq.modules.attention import MultiheadAttention
 
-__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"]
+__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "MultiheadAttention", "RNN", "RNNCell"]
 
 
 class RNN(recurrent.RNN, nn.RNN):  # type: ignore[misc]

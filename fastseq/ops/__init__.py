@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import recurrent
+from . import attention, attention_decode, recurrent
 
-OPS = ("recurrent",)
+OPS = ("recurrent", "attention", "attention_decode")
 
-__all__ = ["OPS", "recurrent"]
+__all__ = ["OPS", "attention", "attention_decode", "recurrent"]

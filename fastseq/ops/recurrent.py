@@ -33,19 +33,18 @@ dh0, dc0       as h0, c0           always computed
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import backends
 from ..cells import CELLS
 from ..reference import recurrent as reference
 from ..reference.cells import steps as cell_steps
 from ..reference.recurrent import state_dtype
+from ._dispatch import needs_plain_torch, outside_dynamo
 
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(
@@ -62,8 +61,8 @@ _library.define(
 
 def _query(
     rows: Tensor, weight: Tensor, projection: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None, cell: str
-) -> backends.Query:
-    return backends.Query(
+) -> backends.RecurrentQuery:
+    return backends.RecurrentQuery(
         op="recurrent",
         device=rows.device,
         dtype=rows.dtype,
@@ -145,21 +144,6 @@ def _recurrent_backward(
     )
 
 
-def _outside_dynamo(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Keeps Dynamo, which goes on compiling what it meets after a graph break, from tracing into an implementation."""
-
-    disabled: Callable[..., tuple[Tensor, ...]] | None = None
-
-    def implementation(*args: Any) -> tuple[Tensor, ...]:
-        nonlocal disabled
-        if "torch._dynamo" not in sys.modules:  # nothing is being compiled, and importing it would take a second
-            return run(*args)
-        disabled = disabled or torch.compiler.disable(run)
-        return disabled(*args)
-
-    return implementation
-
-
 def _fake_forward(
     x: Tensor,
     w_ih: Tensor,
@@ -238,7 +222,7 @@ for _name, _run, _fake in (
     ("recurrent_forward", _recurrent_forward, _fake_forward),
     ("recurrent_backward", _recurrent_backward, _fake_backward),
 ):
-    _library.impl(_name, _outside_dynamo(_run), "CompositeExplicitAutograd")
+    _library.impl(_name, outside_dynamo(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastseq::{_name}", _fake, lib=_library)
 
 _forward_op = torch.ops.fastseq.recurrent_forward.default
@@ -586,17 +570,6 @@ def _recomputed_gates(
     return gates.view(*y.shape[:-1], gates.shape[-1])
 
 
-def _needs_plain_torch(tensors: list[Tensor]) -> bool:
-    """Whether a transform is active that an opaque op cannot follow: vmap, jvp, torch.func.grad, forward-mode AD."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
 def recurrent(
     x: Tensor,
     h0: Tensor | None,
@@ -634,7 +607,7 @@ def recurrent(
             )
             return y.flatten(0, 1), h_n, c_n, None if c is None else c.flatten(0, 1)
     given = [t for t in (x, h0, c0, *params) if t is not None]
-    if _needs_plain_torch(given):
+    if needs_plain_torch(given):
         y, h_n, c_n, c = _reference_layer(x, h0, c0, lengths, batch_sizes, cell, reverse, tuple(params))
     elif torch.is_grad_enabled() and any(t.requires_grad for t in given):
         y, h_n, c_n, c = _Recurrent.apply(x, h0, c0, lengths, batch_sizes, cell, reverse, recompute, *params)

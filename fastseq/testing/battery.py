@@ -7,7 +7,8 @@ case, dtype and backend. The truth is the reference in fp64; the bound is twice 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -21,9 +22,11 @@ from .compare import assert_all_close_to_truth
 class OpBattery:
     """What holds for every op and backend.
 
-    A subclass defines ``CASES``, ``SMALL_CASES``, ``make``, ``resized``, ``run``, ``run_torch`` and ``op_samples``.
+    A subclass defines ``OP``, ``CASES``, ``SMALL_CASES``, ``make``, ``resized``, ``run``, ``run_torch``, ``op_samples`` and, if
+    the backends of the op refuse some calls, ``against``.
     """
 
+    OP: ClassVar[str] = ""
     CASES: ClassVar[Sequence[Any]] = ()
     SMALL_CASES: ClassVar[Sequence[Any]] = ()  # for what is slow: numerical gradients, compilation
     COMPILED_CASES: ClassVar[Sequence[Any]] = ()  # with sizes that differ from one another, or Dynamo takes them for one
@@ -49,11 +52,37 @@ class OpBattery:
         """(registered op, arguments) pairs for ``torch.library.opcheck``."""
         raise NotImplementedError
 
+    def against(self, inputs: dict[str, Any], backend: str, backward: bool) -> list[str]:
+        """A backend's reasons against the calls of ``run``, or against those of its backward."""
+        return []
+
+    def own_error(self, case: Any, dtype: torch.dtype) -> float:
+        """PyTorch's relative error, if known better than from one set of inputs."""
+        return 0.0
+
     def gradients_jump(self, case: Any, dtype: torch.dtype) -> bool:
         """Whether rounding in this dtype may move a value across a jump of the derivative: gradients cannot be compared then."""
         return False
 
     # shared machinery
+
+    @classmethod
+    def backends(cls) -> list[str]:
+        """Backends that have the op and can run on this machine's CPU."""
+        return [
+            name
+            for name, module in backends.BACKENDS.items()
+            if {"cpu", "any"} & set(module.devices) and module.available() is None and cls.OP in module.ops
+        ]
+
+    def supports(self, case: Any, dtype: torch.dtype, backend: str) -> bool:
+        return not self.against(self.make(case, dtype), backend, False)
+
+    @contextmanager
+    def backward_of(self, inputs: dict[str, Any], backend: str) -> Iterator[None]:
+        """Force the backend for a backward, or the reference where the backend has only the forward."""
+        with backends.use_backend("reference" if self.against(inputs, backend, True) else backend):
+            yield
 
     def gradients(self, outputs: tuple[Tensor, ...], inputs: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
         """Gradients of every input for fixed random gradients of every output."""
@@ -77,20 +106,22 @@ class OpBattery:
         torch_grads = self.gradients(torch_outputs, inputs)
         with backends.use_backend(backend):
             outputs = self.run(inputs)
+        with self.backward_of(inputs, backend):
             grads = self.gradients(outputs, inputs)
         named = [{f"output {i}": out for i, out in enumerate(outs)} for outs in (outputs, torch_outputs, true_outputs)]
         if not self.gradients_jump(case, dtype):
             for results, gradients in zip(named, (grads, torch_grads, true_grads), strict=True):
                 results |= {f"gradient of {name}": grad for name, grad in gradients.items()}
         actual, by_torch, truth = named
-        assert_all_close_to_truth(actual, by_torch, truth)
+        assert_all_close_to_truth(actual, by_torch, truth, own_error=self.own_error(case, dtype))
 
     def test_rerun_is_bit_equal(self, case: Any, dtype: torch.dtype, backend: str) -> None:
         inputs = self.make(case, dtype)
-        with backends.use_backend(backend):
-            runs = []
-            for _ in range(2):
+        runs = []
+        for _ in range(2):
+            with backends.use_backend(backend):
                 outputs = self.run(inputs)
+            with self.backward_of(inputs, backend):
                 runs.append([*outputs, *self.gradients(outputs, inputs).values()])
         for first, second in zip(*runs, strict=True):
             assert torch.equal(first, second)
@@ -99,10 +130,12 @@ class OpBattery:
         """Saved tensors are the op's contract: this backend's backward on the forward of every other."""
         inputs = self.make(small_case, torch.float64)
         _, true_grads = self.truth(inputs)
-        for other in runnable_backends(inputs):
+        for other in self.backends():
+            if not self.supports(small_case, torch.float64, other):
+                continue
             with backends.use_backend(other):
                 outputs = self.run(inputs)
-            with backends.use_backend(backend):
+            with self.backward_of(inputs, backend):
                 grads = self.gradients(outputs, inputs)
             assert grads.keys() == true_grads.keys()
             for name, actual in grads.items():
@@ -115,7 +148,8 @@ class OpBattery:
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
             return self.run({**inputs, **dict(zip(names, tensors, strict=True))})
 
-        with backends.use_backend(backend):
+        # a backend without this backward leaves the choice open, or nothing could be differentiated
+        with backends.use_backend("auto" if self.against(inputs, backend, True) else backend):
             tensors = tuple(inputs[name] for name in names)
             assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
             assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
@@ -169,13 +203,3 @@ def widened(value: Any) -> Any:
 def headed(head: str) -> Callable[[str], str]:
     """``msg`` of ``torch.testing``: the text under a head of its own."""
     return lambda text: f"{head}: {text}"
-
-
-def runnable_backends(inputs: dict[str, Any]) -> list[str]:
-    """Backends that can run on this machine, on the device of the inputs."""
-    device = next(value.device.type for value in inputs.values() if isinstance(value, Tensor))
-    return [
-        name
-        for name, module in backends.BACKENDS.items()
-        if (device in module.devices or "any" in module.devices) and module.available() is None and module.ops
-    ]

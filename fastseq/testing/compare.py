@@ -21,6 +21,11 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
     return (result.double() - truth.double()).abs().max().item() / scale if scale else 0.0
 
 
+def pooled_error(results: Mapping[str, Tensor], truths: Mapping[str, Tensor]) -> float:
+    """The largest relative error of all results of one computation."""
+    return max((relative_error(result, truths[name].double()) for name, result in results.items()), default=0.0)
+
+
 def assert_close_to_truth(
     actual: Tensor, torch_result: Tensor, truth: Tensor, what: str = "result", factor: float = FACTOR, own_error: float = 0.0
 ) -> None:
@@ -57,7 +62,11 @@ def assert_close_to_truth(
 
 
 def assert_all_close_to_truth(
-    actual: Mapping[str, Tensor], torch_results: Mapping[str, Tensor], truths: Mapping[str, Tensor], factor: float = FACTOR
+    actual: Mapping[str, Tensor],
+    torch_results: Mapping[str, Tensor],
+    truths: Mapping[str, Tensor],
+    factor: float = FACTOR,
+    own_error: float = 0.0,
 ) -> None:
     """The same for results that come from one computation (outputs, gradients), by name.
 
@@ -65,6 +74,6 @@ def assert_all_close_to_truth(
     elements says little about the error of the computation behind them.
     """
     assert actual.keys() == torch_results.keys() == truths.keys()
-    own = max((relative_error(torch_results[name], truths[name].double()) for name in actual), default=0.0)
+    own = max(own_error, pooled_error(torch_results, truths))
     for name, value in actual.items():
         assert_close_to_truth(value, torch_results[name], truths[name], name, factor, own)

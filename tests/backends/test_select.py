@@ -11,28 +11,47 @@ import torch
 
 import fastseq
 from fastseq import backends
-from fastseq.backends import BACKENDS, ORDER, Query
+from fastseq.backends import BACKENDS, ORDER, RecurrentQuery
+from fastseq.ops import OPS
+from fastseq.ops.attention import attention
+from fastseq.testing.attention import PLAIN, make, spec_of
 
-CALL = Query("recurrent", torch.device("cpu"), torch.float32, "gru", 5, 1, 16, False, "padded")
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+CALL = RecurrentQuery("recurrent", torch.device("cpu"), torch.float32, "gru", 5, 1, 16, False, "padded")
 
 
 def test_table_is_in_order():
     assert tuple(BACKENDS) == ORDER
     for name, module in BACKENDS.items():
         assert module.name == name
+        assert set(module.ops) <= set(OPS)
         for op in module.ops:
-            assert callable(getattr(module, f"{op}_forward")) and callable(getattr(module, f"{op}_backward"))
+            assert callable(getattr(module, f"{op}_forward"))
+            if op != "attention_decode":  # inference only
+                assert callable(getattr(module, f"{op}_backward"))
 
 
 def test_first_without_a_reason_runs():
     chosen = backends.select(CALL)
     assert chosen.name == "cpu"
-    for name in ORDER[: ORDER.index("cpu")]:
-        assert backends.reasons(name, CALL) == ["runs on cuda tensors, not on cpu"]
+    assert backends.reasons("cuda", CALL) == ["runs on cuda tensors, not on cpu"]
+    assert "cpu" not in BACKENDS["triton"].devices or interpreted
+
+
+def test_the_interpreter_runs_only_when_it_is_forced():
+    """It takes any CPU tensor of the tests, but is thousands of times slower than the CPU backend."""
+    if not interpreted:
+        pytest.skip("TRITON_INTERPRET is not set: there is a GPU")
+    inputs = make(PLAIN, torch.float32)
+    with torch.no_grad():
+        call = (attention, *(inputs[name] for name in "qkv"), spec_of(inputs))
+        assert fastseq.explain(*call).backends == ["cpu"]
+        with fastseq.use_backend("triton"):
+            assert fastseq.explain(*call).backends == ["triton"]
 
 
 def test_reference_is_the_last_resort():
-    half = Query("recurrent", torch.device("cpu"), torch.float16, "gru", 5, 1, 16, False, "padded")
+    half = RecurrentQuery("recurrent", torch.device("cpu"), torch.float16, "gru", 5, 1, 16, False, "padded")
     assert backends.select(half).name == "reference"
     assert backends.reasons("cpu", half) == ["dtype float16 is not one of float32, float64, bfloat16"]
     y = fastseq.GRU(3, 4, dtype=torch.float16)(torch.randn(2, 1, 3).half())[0]
@@ -40,7 +59,7 @@ def test_reference_is_the_last_resort():
 
 
 def test_forcing_raises_with_the_reasons():
-    with fastseq.use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was forced .* runs on cuda tensors"):
+    with fastseq.use_backend("cuda"), pytest.raises(RuntimeError, match=r"'cuda' was forced .* runs on cuda tensors"):
         fastseq.GRU(3, 4)(torch.randn(2, 1, 3))
 
 

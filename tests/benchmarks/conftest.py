@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from fastseq.benchmarks.attention import MODES as ATTENTION_MODES
+from fastseq.benchmarks.attention import AttentionWorkload
+from fastseq.benchmarks.attention_providers import EAGER, OWN, SDPA
 from fastseq.benchmarks.floors import Peaks
 from fastseq.benchmarks.providers import PROVIDERS
 from fastseq.benchmarks.results import Results, Row
-from fastseq.benchmarks.suites import recurrent, sequential_vs_parallel
+from fastseq.benchmarks.suites import attention, recurrent, sequential_vs_parallel
 from fastseq.benchmarks.workloads import MODES, Workload
 
 LENGTHS = (32, 64, 128, 256, 512)
@@ -88,10 +91,42 @@ def grid(ratio: Callable[[str, str, str, int, int], float]) -> Results:
     return Results(dict(ENVIRONMENT), {"quick": False}, rows, [_peaks()], 12.0)
 
 
+def alone(
+    seconds: Callable[[str, str, int], float],
+    memory: Callable[[str, str, int], float] = lambda kind, provider, T: 1e3 * T,
+    device_name: str = ENVIRONMENT["device name"],
+) -> Results:
+    """Rows of the suite attention; `seconds(group or kind, provider, T)`."""
+    rows = []
+
+    def add(group: str, kind: str, w: AttentionWorkload, providers: tuple[str, ...]) -> None:
+        base = seconds(kind, SDPA, w.T)
+        for name in providers:
+            row = Row.of(attention.NAME, group, name, w)
+            value = seconds(kind, name, w.T)
+            timed(row, value, int(memory(kind, name, w.T)), over=SDPA if name == OWN else None, ratio=base / value)
+            rows.append(row)
+
+    for T in (1024, 4096):
+        for mode in ATTENTION_MODES:
+            add("dense", "dense", AttentionWorkload("dense", T, 4, 256, 256, mode, heads=4, causal=True), attention.CORE)
+    for name in ("learned bias", "T5 table"):
+        function = {"learned bias": "bias", "T5 table": "t5"}[name]
+        add(name, name, AttentionWorkload(function, 512, 2, 256, 256, "training", heads=4), (SDPA, OWN))
+    decode = AttentionWorkload("decode", 1, 4, 256, 256, "inference", heads=4, kv_heads=1, keys=8192)
+    add("decode", "decode", decode, (SDPA, OWN))
+    for T in (128, 256, 512):
+        for function, more in (("dense", {}), ("window", {"window": 64}), ("blocks", {"block": 16})):
+            w = AttentionWorkload(function, T, 1, 128, 128, "training", heads=2, causal=True, **more)
+            kind = attention.FULL if function == "dense" else function
+            add("memory", kind, w, (EAGER, SDPA, OWN))
+    return Results(ENVIRONMENT | {"device name": device_name}, {"quick": False}, rows, [_peaks()], 12.0)
+
+
 def _peaks() -> Peaks:
     return Peaks("cpu", 2, "float32", {64: 1e11, 65536: 5e10}, {256: 1e11, 131072: 2e10}, 1e11, {"operator": 1e-6})
 
 
 @pytest.fixture(scope="session")
 def synthetic() -> SimpleNamespace:
-    return SimpleNamespace(lengths=lengths, grid=grid)
+    return SimpleNamespace(lengths=lengths, grid=grid, alone=alone)

@@ -43,6 +43,20 @@ def test_every_statement_has_a_verdict_and_none_without_figures(synthetic):
     assert not any(v.figures for v in found)
 
 
+def test_overhead_follows_time_and_memory_of_one_program(synthetic):
+    """A window costs T, everything T²: they meet at T = 256; blocks always cost more; memory is the same."""
+    cost = {"full causal": lambda T: T * T / 256, "window": lambda T: 1.0 * T, "blocks": lambda T: 2.0 * T * T}
+    results = synthetic.alone(
+        lambda kind, provider, T: cost.get(kind, lambda T: 1.0)(T) * (1 if provider.startswith("fast") else 7)
+    )
+    found = verdict(results, "overhead")
+    assert "time, sliding window: holds only from T = 512 on" in found.verdict
+    assert "time, block-sparse: does not hold here, T = 128…512" in found.verdict
+    assert "memory, sliding window: does not hold here" in found.verdict
+    assert "512 s against 1024 s at T = 512" in found.figures
+    assert verdict(synthetic.lengths({}), "overhead").verdict == NOT_MEASURED
+
+
 def test_train_faster_holds_up_to_the_crossover(synthetic):
     """The block takes 1e-7 T², the LSTM 1e-5 T: they meet at T = 100."""
     results = synthetic.lengths({"attention block": square, "torch.nn.LSTM": linear})

@@ -22,7 +22,7 @@ def refused(capsys, *argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--suite", "speed"], "there is no suite 'speed'; there are: sequential-vs-parallel, recurrent"),
+        (["--suite", "speed"], "there is no suite 'speed'; there are: sequential-vs-parallel, recurrent, attention"),
         (["--device", "tpu"], "'tpu' is none of auto, cpu, cuda"),
         (["--device", "cuda:"], "'cuda:' is none of"),
         (["--threads", "two"], "'two' is not a list of positive numbers"),

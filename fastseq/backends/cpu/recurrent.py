@@ -1,22 +1,14 @@
-"""Native CPU kernels (``csrc/cpu``): AVX-512, AVX2 or baseline code chosen at run time, torch's own thread pool."""
+"""The recurrent op on the native kernels of ``csrc/cpu``."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
-from ..reference.recurrent import input_gates, state_dtype
-from . import library
-
-if TYPE_CHECKING:
-    from . import Query
-
-name = "cpu"
-devices = ("cpu",)
-ops = ("recurrent",)
+from ...cells import CELLS
+from ...reference.recurrent import input_gates, state_dtype
+from .. import library
+from ..query import RecurrentQuery
 
 # Rows of a step from which the input projection is done step by step, beside the recurrent product: it then keeps the registers
 # as busy as one large product would, and the projected input is never stored. With fewer rows, each weight fetched would serve
@@ -27,11 +19,10 @@ _FUSED_ROWS = 4
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def available() -> str | None:
-    return library.reason()
-
-
-def why_not(query: Query) -> list[str]:
+def why_not(query: RecurrentQuery) -> list[str]:
+    missing = library.reason()
+    if missing:
+        return [missing]
     against = []
     if query.dtype not in _DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)

@@ -8,18 +8,17 @@ Nothing here looks at the values in a tensor, so everything can be compiled and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .cells import CELLS, Cell
-from .ops.recurrent import recurrent
+from ..cells import CELLS, Cell
+from ..ops.recurrent import recurrent
+from ._autocast import autocast_dtype, lowered
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 _NONLINEARITIES = ("tanh", "relu")
-_Operand = TypeVar("_Operand", Tensor, Tensor | None)
 
 
 def rnn(
@@ -225,11 +224,10 @@ def _stack(
         raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
     layers = _lane_params(params, has_biases, num_layers, lanes, proj_size)
     _check_input(input, batch_sizes)
-    device_type = input.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        lower = torch.get_autocast_dtype(device_type)
-        input, h0, c0 = _lowered(input, lower), _lowered(h0, lower), _lowered(c0, lower)
-        layers = [[_lowered(p, lower) for p in layer] for layer in layers]
+    lower = autocast_dtype(input.device.type)
+    if lower is not None:
+        input, h0, c0 = lowered(input, lower), lowered(h0, lower), lowered(c0, lower)
+        layers = [[lowered(p, lower) for p in layer] for layer in layers]
     _check_params(cell, input, layers, lanes, proj_size)
     if batch_first and batch_sizes is None:
         input = input.transpose(0, 1)
@@ -280,13 +278,6 @@ def _stack(
         x = x.transpose(0, 1)
         all_cells = None if all_cells is None else all_cells.transpose(1, 2)
     return x, h_n, c_n, all_cells
-
-
-def _lowered(tensor: _Operand, dtype: torch.dtype) -> _Operand:
-    """What autocast does to an operand: floating point, but not fp64, goes to its dtype."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)
 
 
 def _lane_params(

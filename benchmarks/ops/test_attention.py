@@ -1,0 +1,34 @@
+"""The attention op through pytest-benchmark: torch and fastseq on every case, each checked before it is timed."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastseq.benchmarks.attention import MODES
+from fastseq.benchmarks.attention_providers import OWN, SDPA
+from fastseq.benchmarks.timing import BenchmarkTimer
+
+pytest.importorskip("pytest_benchmark")
+
+TIMER = BenchmarkTimer()  # wall clock on the CPU, CUDA events on a GPU; the clock is set by the first test
+CASES = {
+    "full": ("dense", {}),
+    "causal": ("dense", {"causal": True}),
+    "grouped": ("dense", {"causal": True, "kv_heads": 1}),
+    "window": ("window", {"causal": True, "window": 64}),
+    "blocks": ("blocks", {"causal": True, "block": 32}),
+    "bias": ("bias", {}),
+    "t5": ("t5", {}),
+    "transformer-xl": ("transformer-xl", {"causal": True}),
+}
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(timer=TIMER)
+@pytest.mark.parametrize("library", [SDPA, OWN])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_attention(measure_attention, device, case, mode, library):
+    function, more = CASES[case]
+    T, B, W = (2048, 8, 2048) if device.startswith("cuda") else (256, 2, 128)
+    measure_attention(TIMER, f"{case} {MODES[mode]}", library, function, mode, T=T, B=B, W=W, **more)

@@ -1,0 +1,36 @@
+"""The CPU: native kernels for recurrence (AVX-512, AVX2 or baseline code chosen at run time), torch's own for attention."""
+
+from __future__ import annotations
+
+from ..query import Query
+from . import attention, attention_decode, recurrent
+from .attention import attention_backward, attention_forward
+from .attention_decode import attention_decode_forward
+from .recurrent import recurrent_backward, recurrent_forward
+
+__all__ = [
+    "attention_backward",
+    "attention_decode_forward",
+    "attention_forward",
+    "available",
+    "devices",
+    "name",
+    "ops",
+    "recurrent_backward",
+    "recurrent_forward",
+    "why_not",
+]
+
+name = "cpu"
+devices = ("cpu",)
+ops = ("recurrent", "attention", "attention_decode")
+
+_OPS = {"recurrent": recurrent, "attention": attention, "attention_decode": attention_decode}
+
+
+def available() -> str | None:
+    return None
+
+
+def why_not(query: Query) -> list[str]:
+    return _OPS[query.op].why_not(query)

@@ -1,0 +1,58 @@
+"""What a backend is asked about."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class RecurrentQuery(NamedTuple):
+    """One call of the recurrent op."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    cell: str
+    steps: int
+    lanes: int
+    hidden: int
+    projected: bool
+    layout: str  # "padded", "lengths" or "packed"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.op} {self.cell}, {dtype} on {self.device}, {self.layout}, T={self.steps} D={self.lanes} H={self.hidden}"
+            + (", projected" if self.projected else "")
+        )
+
+
+class AttentionQuery(NamedTuple):
+    """One call of an attention op. Pairs are of queries and keys."""
+
+    op: str
+    call: str  # "forward", "backward", "weights", "weights_backward" or "decode"
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    heads: tuple[int, int]
+    lengths: tuple[int, int]
+    features: tuple[int, int]  # of q and k, of v
+    layout: str  # "padded" or "packed"; of a cache "contiguous" or "paged"
+    window: tuple[int, int]  # left and right, -1: unlimited
+    offset: int
+    block_size: int
+    parts: tuple[str, ...]  # fields of `Spec` that are in use
+    gradients: tuple[str, ...]  # backward: wanted
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        window = "causal" if self.window == (-1, 0) else "" if self.window == (-1, -1) else f"window={self.window}"
+        return (
+            f"{self.op} {self.call}, {dtype} on {self.device}, {self.layout}, B={self.batch} H={self.heads} T={self.lengths} "
+            f"E={self.features}" + "".join(f", {part}" for part in (window, *self.parts) if part)
+        )
+
+
+Query = RecurrentQuery | AttentionQuery

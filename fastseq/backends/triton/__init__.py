@@ -1,0 +1,49 @@
+"""Triton kernels (the ``kernels/`` folder, installed as ``fastseq.kernels``).
+
+With ``TRITON_INTERPRET=1`` they also run on CPU tensors, in Triton's interpreter: slowly, for tests, and only when forced.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from ..query import Query
+from . import attention, attention_decode, recurrent
+from .attention import attention_backward, attention_forward, attention_weights, attention_weights_backward
+from .attention_decode import attention_decode_forward
+from .recurrent import recurrent_backward, recurrent_forward
+
+__all__ = [
+    "attention_backward",
+    "attention_decode_forward",
+    "attention_forward",
+    "attention_weights",
+    "attention_weights_backward",
+    "available",
+    "devices",
+    "name",
+    "ops",
+    "recurrent_backward",
+    "recurrent_forward",
+    "why_not",
+]
+
+name = "triton"
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+devices = ("cuda", "cpu") if interpreted else ("cuda",)
+ops = ("recurrent", "attention", "attention_decode")
+
+_OPS = {"recurrent": recurrent, "attention": attention, "attention_decode": attention_decode}
+
+
+def available() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None if interpreted or torch.cuda.is_available() else "no CUDA device is visible to torch"
+
+
+def why_not(query: Query) -> list[str]:
+    return _OPS[query.op].why_not(query)

@@ -1,0 +1,30 @@
+"""What autocast does to the operands of an op that runs in the lower precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_Operand = TypeVar("_Operand", Tensor, Tensor | None)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks for on a type of device; None: autocast is off."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def lowered(tensor: _Operand, dtype: torch.dtype | None) -> _Operand:
+    """What autocast does to an operand: floating point, but not fp64, goes to its dtype."""
+    if dtype is None or tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Products inside are not lowered a second time."""
+    return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)

@@ -1,0 +1,92 @@
+"""Relative positions of well-known models, as ``attention`` takes them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import attention
+
+__all__ = ["t5_relative_bias", "transformer_xl_attention"]
+
+
+def t5_relative_bias(
+    table: Tensor,
+    query_length: int,
+    key_length: int,
+    *,
+    bidirectional: bool = True,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+) -> tuple[Tensor, int]:
+    """T5's learned bias as ``attention`` takes it: ``relative_bias`` ``[Hq, L]`` and ``relative_bias_zero``.
+
+    Source: Raffel et al., 2020. Half of the buckets of a direction are for one distance (key - query) each, the others for
+    distances that grow logarithmically up to ``max_distance``, the last one also for all beyond. Bidirectional, the second half
+    of the buckets is for keys after the query; otherwise these share bucket 0.
+
+    Args:
+        table: ``[num_buckets, Hq]``, floating point; gets a gradient, the same bits at every run.
+        query_length, key_length: Tq and Tk; L = Tq + Tk - 1 distances occur. No [Tq, Tk] tensor is built.
+
+    Raises:
+        RuntimeError: if ``table`` is not ``[num_buckets, Hq]`` of a floating dtype.
+        ValueError: if a direction has fewer than 2 buckets, or ``max_distance`` is not beyond the exact ones.
+    """
+    if table.dim() != 2 or table.shape[0] != num_buckets or not table.is_floating_point():
+        raise RuntimeError(
+            f"table must be floating point [num_buckets, Hq], num_buckets = {num_buckets}, got {table.dtype} {list(table.shape)}"
+        )
+    buckets = num_buckets // 2 if bidirectional else num_buckets
+    exact = buckets // 2
+    if exact < 1 or max_distance <= exact:
+        raise ValueError(
+            f"a direction needs at least 2 buckets, and max_distance more than half of them; got num_buckets={num_buckets}, "
+            f"bidirectional={bidirectional}, max_distance={max_distance}"
+        )
+    zero = max(query_length - 1, 0)
+    distance = torch.arange(max(query_length + key_length - 1, 0), device=table.device) - zero
+    size = distance.abs() if bidirectional else (-distance).clamp(min=0)
+    # in fp32 and in this order of operations, as checkpoints were trained: some distances lie on the edge of a bucket
+    logarithm = torch.log(size.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (logarithm * (buckets - exact)).long()).clamp(max=buckets - 1)
+    bucket = torch.where(size < exact, size, far)
+    if bidirectional:
+        bucket = bucket + (distance > 0) * buckets
+    return torch.nn.functional.embedding(bucket, table).t().contiguous(), zero
+
+
+def transformer_xl_attention(
+    query: Tensor, key: Tensor, value: Tensor, r: Tensor, u: Tensor, v: Tensor, *, layout: str = "bhte", **options: Any
+) -> Any:
+    """Causal attention of Transformer-XL (Dai et al., 2019): the scores are ((q + u) k^T + (q + v) R^T) / sqrt(E).
+
+    Args:
+        query: ``[B, H, Tq, E]``, or ``[B, Tq, H, E]`` with ``layout="bthe"``.
+        key, value: likewise with Tk = memory + Tq steps: the caller puts the memory before the segment.
+        r: the paper's R after its projection, ``[H or 1, Tk, E]``: from the farthest distance, Tk - 1, to 0.
+        u, v: the paper's biases, ``[H, E]``.
+        options: further ones of :func:`attention`, such as ``dropout``, ``mask`` or ``return_weights``.
+
+    Returns, raises: as :func:`attention`.
+    """
+    for name, vector in (("u", u), ("v", v)):
+        heads = query.shape[1 if layout == "bhte" else 2]
+        if vector.shape != (heads, query.shape[-1]):
+            raise RuntimeError(f"{name} must be [H, E] = [{heads}, {query.shape[-1]}], got {list(vector.shape)}")
+    if layout == "bhte":
+        u, v = u[:, None], v[:, None]
+    return attention(
+        query + u,
+        key,
+        value,
+        layout=layout,
+        causal="bottom_right",
+        relative_query=query + v,
+        relative_key=r,
+        relative_key_zero=r.shape[-2] - 1,
+        **options,
+    )

@@ -1,0 +1,156 @@
+"""fastseq's attention as an implementation of Hugging Face transformers.
+
+>>> from fastseq.integrations.transformers import register
+>>> register()
+>>> model = AutoModel.from_pretrained(name, attn_implementation="fastseq")  # or model.set_attn_implementation("fastseq")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional.attention import attention as fused_attention
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.utils import output_capturing
+
+    from . import transformers_masks as masks
+except (ImportError, AttributeError) as error:
+    try:
+        from transformers import __version__ as found
+    except ImportError:
+        found = "none"
+    raise ImportError(
+        "fastseq.integrations.transformers needs transformers 5.23 or newer (pip install 'fastseq-kernels[transformers]'), "
+        f"found {found}: {error}"
+    ) from error
+
+__all__ = ["attention", "register"]
+
+
+def register(name: str = "fastseq") -> None:
+    """Make ``attn_implementation=name`` available to every transformers model that takes its attention from the interface.
+
+    Registers the attention and the function that makes its masks (without the latter transformers would leave the mask out, in
+    silence). Models need nothing else; those that do not support exchanged attention say so themselves.
+
+    Raises:
+        TypeError: if ``name`` is not a str.
+        ValueError: for the names of transformers' own implementations.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, not {type(name).__name__}")
+    own = AttentionInterface().get(name)
+    if name == "eager" or not name or own not in (None, attention):
+        raise ValueError(f"name must not be that of another implementation, got {name!r}")
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, masks.mask)
+
+
+def _weights_wanted(asked: bool | None) -> bool:
+    """Whether the forward pass that is running collects attention weights; most models tell only their hooks."""
+    if asked:
+        return True
+    collector = output_capturing._active_collector
+    collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
+    return any(key.endswith("attentions") for key in collected or ())
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool | None = None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What ``transformers.AttentionInterface`` calls.
+
+    Args:
+        module: the attention module; asked for ``is_causal`` if that is not given.
+        query: ``[B, Hq, Tq, E]``. With a batch of one, shared by all sequences.
+        key, value: ``[B, Hkv, Tk, E]``, ``[B, Hkv, Tk, Ev]``; Hq a multiple of Hkv, the heads are not repeated.
+        attention_mask: None, what ``register``'s mask function made, or 4-D: bool (True: attend) or floating (added to the
+            scores). A mask tells everything; without one, several queries see keys causally if ``is_causal``, and as far back
+            as ``sliding_window``.
+        dropout: of the weights; 0 outside training is up to the caller.
+        scaling: of the scores; None: ``1 / sqrt(E)``.
+        sliding_window: keys that a query sees, itself included.
+        softcap: scores become ``softcap tanh(s / softcap)``.
+        s_aux: ``[Hq]``, a logit for each head that takes part in the softmax and has no value (attention sinks).
+        position_bias: ``[B or 1, Hq or 1, Tq, Tk]``, added to the scores, with a gradient (T5).
+        output_attentions: return the weights.
+        cache: must be None.
+
+    Returns:
+        out ``[B, Tq, Hq, Ev]``, and the weights ``[B, Hq, Tq, Tk]``, after dropout, or None if nobody asks for them.
+        A query that may see no key gets 0, as in "sdpa" ("eager" averages the values then).
+
+    Raises:
+        RuntimeError: for a mask of another shape, and as ``fastseq.functional.attention``.
+        NotImplementedError: with the paged cache of continuous batching.
+    """
+    if cache is not None:
+        raise NotImplementedError("fastseq attention does not read the paged cache of continuous batching; choose 'sdpa' for it")
+    if attention_mask is not None and attention_mask.dim() != 4:
+        raise RuntimeError(f"attention_mask must be [B, H or 1, Tq, Tk], got {list(attention_mask.shape)}")
+    if query.shape[0] == 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
+    wanted = _weights_wanted(output_attentions)
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux, "dropout": dropout}
+    bias = position_bias
+    if attention_mask is None:
+        options |= _without_mask(module, query.shape[2], key.shape[2], is_causal, sliding_window)
+    elif isinstance(attention_mask, masks.BandMask) and attention_mask.elements is None:
+        options |= {"window": attention_mask.band, "offset": attention_mask.offset}
+        if attention_mask.cu_seqlens is None:
+            options |= {"mask": attention_mask.keys, "k_lengths": attention_mask.lengths}
+        elif bias is None and not wanted:
+            return _texts_apart(query, key, value, attention_mask.cu_seqlens, attention_mask.longest, options), None
+        else:
+            options["mask"] = attention_mask.materialized()
+    elif attention_mask.is_floating_point():
+        bias = attention_mask if bias is None else bias + attention_mask
+    else:
+        options["mask"] = attention_mask.materialized() if isinstance(attention_mask, masks.BandMask) else attention_mask
+    result = fused_attention(query, key, value, bias=bias, return_weights=wanted, **options)
+    out, weights = result if wanted else (result, None)
+    return out.transpose(1, 2), weights
+
+
+def _texts_apart(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, options: dict[str, Any]) -> Tensor:
+    """[B, T, Hq, Ev]: the rows of all sequences as one packed tensor."""
+    out = fused_attention(
+        *(tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)),
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        **options,
+    )
+    return out.unflatten(0, (query.shape[0], query.shape[2]))
+
+
+def _without_mask(
+    module: torch.nn.Module, tq: int, tk: int, is_causal: bool | None, sliding_window: int | None
+) -> dict[str, Any]:
+    """Several queries start where the keys start; a single one stands at the last key."""
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    side = None if sliding_window is None else sliding_window - 1
+    if tq == 1:
+        return {} if side is None else {"window": (side, None), "offset": tk - 1}
+    return {"window": (side, 0 if causal else side)}

@@ -1,0 +1,210 @@
+"""Masks of Hugging Face transformers without their [B, 1, Tq, Tk] elements, where a band and padding say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers import masking_utils
+
+
+class Band(NamedTuple):
+    """The keys before and after its place that a query sees; -1: all."""
+
+    left: int
+    right: int
+
+
+TENSORS = ("keys", "lengths", "cu_seqlens", "elements")
+
+
+class BandMask(Tensor):
+    """A bool mask [B, 1, Tq, Tk], True: attend, that is computed only if something other than fastseq's attention reads it.
+
+    Query i stands at key ``i + offset`` and sees the keys of ``band`` around it, of those the ones of its sequence: ``keys``
+    (bool [B, 1, 1, Tk]) or the first ``lengths`` (int32 [B]); or the ones of its text, if sequences hold several: ``cu_seqlens``
+    (int32, where each begins in the rows of all sequences) and ``longest``. Once its elements have been asked for they may
+    have been changed, and from then on they are the mask: ``elements``, None until then.
+    """
+
+    band: Band
+    offset: int
+    keys: Tensor | None
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
+    longest: int
+    elements: Tensor | None
+    origin: Tensor  # no elements: there is a tensor within, for torch.compile, whatever the mask
+
+    @staticmethod
+    def __new__(
+        cls, shape: tuple[int, ...], origin: Tensor, band: Band, offset: int = 0, longest: int = 0, **tensors: Tensor | None
+    ) -> BandMask:
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=origin.device)
+        mask.origin, mask.band, mask.offset, mask.longest = origin, band, offset, longest
+        for name in TENSORS:
+            setattr(mask, name, tensors.get(name))
+        return mask
+
+    def __tensor_flatten__(self):
+        """For torch.compile, where a mask comes into a compiled region from outside: the names of the tensors, and all else."""
+        names = ["origin", *(name for name in TENSORS if getattr(self, name) is not None)]
+        return names, (tuple(self.shape), self.band, self.offset, self.longest)
+
+    @staticmethod
+    def __tensor_unflatten__(tensors, facts, size, stride):
+        shape, band, offset, longest = facts
+        return BandMask(shape, band=band, offset=offset, longest=longest, **tensors)
+
+    def materialized(self) -> Tensor:
+        """The elements, [B, 1, Tq, Tk]."""
+        if self.elements is None:
+            batch, _, tq, tk = self.shape
+            j = torch.arange(tk, device=self.device)
+            distance = j - (torch.arange(tq, device=self.device)[:, None] + self.offset)
+            seen = torch.ones(batch, 1, tq, tk, dtype=torch.bool, device=self.device)
+            if self.band.left >= 0:
+                seen &= distance >= -self.band.left
+            if self.band.right >= 0:
+                seen &= distance <= self.band.right
+            if self.keys is not None:
+                seen &= self.keys
+            if self.lengths is not None:
+                seen &= j < self.lengths[:, None, None, None]
+            if self.cu_seqlens is not None:
+                rows = torch.arange(batch * tq, device=self.device)
+                text = torch.bucketize(rows, self.cu_seqlens, right=True).view(batch, 1, tq)
+                seen &= text[..., :, None] == text[..., None, :]
+            self.elements = seen
+        return self.elements
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        args, kwargs = tree_map_only(cls, cls.materialized, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _cells(function: Callable[..., Any]) -> dict[str, Any]:
+    """The variables of a closure, by name."""
+    cells = getattr(function, "__closure__", None) or ()
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+
+
+_AND = masking_utils.and_masks().__code__
+_SLIDING = masking_utils.sliding_window_overlay(1).__code__
+_SLIDING_BOTH_WAYS = masking_utils.sliding_window_bidirectional_overlay(1).__code__
+_SAME_TEXT = masking_utils.packed_sequence_mask_function(torch.empty(0)).__code__
+_WITHIN_TEXT = masking_utils.remap_positions_for_packed_sequence(masking_utils.causal_mask_function, torch.empty(0)).__code__
+
+
+def _narrower(a: int, b: int) -> int:
+    return max(a, b) if min(a, b) < 0 else min(a, b)
+
+
+def band(mask_function: Callable[..., Any]) -> Band | None:
+    """The band that one of transformers' mask functions describes; None: it describes something else."""
+    if mask_function is masking_utils.causal_mask_function:
+        return Band(-1, 0)
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return Band(-1, -1)
+    code = getattr(mask_function, "__code__", None)
+    if code is _SLIDING:
+        return Band(_cells(mask_function)["sliding_window"] - 1, -1)
+    if code is _SLIDING_BOTH_WAYS:
+        return Band(*2 * (_cells(mask_function)["sliding_window"],))
+    if code is not _AND:
+        return None
+    whole = Band(-1, -1)
+    for function in _cells(mask_function)["mask_functions"]:
+        part = band(function)
+        if part is None:
+            return None
+        whole = Band(*map(_narrower, whole, part))
+    return whole
+
+
+def _texts(mask_function: Callable[..., Any]) -> tuple[Tensor, Callable[..., Any]] | None:
+    """For a mask within texts: the text of each row, [B, T], and the mask function within them, which counts from their begin."""
+    if getattr(mask_function, "__code__", None) is not _AND:
+        return None
+    functions = _cells(mask_function)["mask_functions"]
+    if [function.__code__ for function in functions] != [_SAME_TEXT, _WITHIN_TEXT]:
+        return None
+    return _cells(functions[0])["packed_sequence_mask"], _cells(functions[1])["mask_function"]
+
+
+def _begins(text: Tensor) -> Tensor:
+    """int32: where each text begins in the rows of all sequences, and their number; from the text of each row, [B, T]."""
+    first = torch.ones_like(text[:, :1], dtype=torch.bool)
+    begins = torch.cat((first, text[:, 1:] != text[:, :-1]), 1).flatten().nonzero()[:, 0]
+    return torch.cat((begins, begins.new_tensor([text.numel()]))).to(torch.int32)
+
+
+def _padding(seen: Tensor | None, kv_length: int, kv_offset: int) -> tuple[Tensor | None, Tensor | None]:
+    """``keys`` and ``lengths`` of a ``BandMask`` from a bool [B, ..]: at most one of them, none if nothing is padding."""
+    seen = masking_utils.prepare_padding_mask(seen, kv_length, kv_offset)
+    if seen is None:
+        return None, None
+    seen = seen[:, kv_offset : kv_offset + kv_length]
+    lengths = seen.sum(-1, dtype=torch.int32)
+    first = torch.arange(kv_length, device=seen.device) < lengths[:, None]
+    none_padded, right_padded = torch.stack((seen.all(), (seen == first).all())).tolist()  # one wait for the device
+    if none_padded:
+        return None, None
+    return (None, lengths) if right_padded else (seen[:, None, None], None)
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that ``attention`` of the same name is to be given: None, a ``BandMask``, or the elements, as "sdpa" has them.
+
+    None stands for what "sdpa" takes it for: all keys, or plain causality where the module is causal. Elements are made for any
+    other pattern (chunks, blocks of images, a user's function), where the caller asks for them, and in compiled code.
+    """
+    shape = (batch_size, 1, q_length, kv_length)
+    origin = torch.empty(0, dtype=torch.bool, device=device)
+    eager = not masking_utils.is_tracing(attention_mask)
+    texts = _texts(mask_function) if eager and attention_mask is None else None
+    if texts is not None and texts[0].shape == (batch_size, q_length) == (batch_size, kv_length):
+        within = band(texts[1])
+        if within is not None:
+            cu_seqlens = _begins(texts[0])
+            return BandMask(shape, origin, within, longest=int(cu_seqlens.diff().max()), cu_seqlens=cu_seqlens)
+    found = band(mask_function) if eager and (allow_is_causal_skip or allow_is_bidirectional_skip) else None
+    if found is None:
+        return masking_utils.sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            device=device,
+            **kwargs,
+        )
+    offset = int(q_offset) - kv_offset
+    keys, lengths = _padding(attention_mask, kv_length, kv_offset)
+    left = found.left if offset + q_length - 1 > found.left else -1
+    right = found.right if kv_length - 1 - offset > found.right else -1
+    if keys is None and lengths is None:
+        causal = left < 0 and found.right == 0 and offset == 0
+        if causal if q_length > 1 and allow_is_causal_skip else left < 0 and right < 0:
+            return None
+    return BandMask(shape, origin, Band(left, right), offset, keys=keys, lengths=lengths)

@@ -1,0 +1,304 @@
+"""``nn.MultiheadAttention`` on the fused attention op: no tensor of all scores, with any masks, with or without weights.
+
+What differs from torch's, on purpose:
+
+* a query that may see no key (a sample that is all padding) gets zeros, in the output and in the weights; torch gives NaN or
+  zeros, depending on the path it takes;
+* ``is_causal=True`` is believed: the causal mask is applied by place and ``attn_mask`` is not read, with padding and with weights
+  too, where torch reads it;
+* nested tensors, strided or jagged, are accepted in training, with gradients and for keys of other lengths than the queries';
+* the output projection is called as a module: its hooks run.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional._attention_call import Call, seed
+from ..functional._autocast import without_autocast
+from ..functional.attention import attended
+from ..ops.attention import Spec, attention_weights
+from .nested import Packed
+
+__all__ = ["MultiheadAttention"]
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention``: its constructor, parameters, ``state_dict``, ``forward`` and errors.
+
+    Letters: L queries, S keys, N batch, E ``embed_dim``, H ``num_heads``.
+
+    Inside an ``nn.TransformerEncoderLayer`` that is in eval mode, torch computes the whole layer from its parameters and calls no
+    submodule; ``fastseq.convert`` turns that off for the layers that hold this module.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of ``query`` to ``key`` and ``value``.
+
+        Self-attention is one projection if all three are the same object, two if two of them are.
+
+        Args:
+            query: [L, N, E], [N, L, E] if ``batch_first``, [L, E] without a batch, or a nested tensor of N times [L_i, E].
+            key: likewise with S and ``kdim``.
+            value: likewise with S and ``vdim``.
+            key_padding_mask: [N, S] ([S] without a batch). bool: True hides a key; floating: added to the scores.
+            need_weights: also return the weights. They come from a second pass over the scores; averaged over the heads, nothing
+                larger than the result is formed.
+            attn_mask: [L, S] or [N * H, L, S]. bool: True hides; floating: added to the scores.
+            average_attn_weights: whether the weights are averaged over the heads.
+            is_causal: a promise that ``attn_mask``, which must be given, is the causal mask (query i sees keys up to i).
+
+        Returns:
+            The output, shaped as ``query``, and the weights, after dropout, [N, L, S] or [N, H, L, S] (for nested tensors padded
+            with zeros; S grows by one for each of ``add_bias_kv`` and ``add_zero_attn``), or None.
+
+        Raises:
+            AssertionError: numbers of dimensions or features, masks that are neither bool nor floating, or a ``key_padding_mask``
+                of another shape, as in torch; nested tensors with masks or appended keys.
+            RuntimeError: ``is_causal`` without ``attn_mask``; an ``attn_mask`` of another shape or dtype; batch sizes, dtypes or
+                devices that do not go together.
+            ValueError: in training, a dropout that is no probability.
+        """
+        _check_mask_types(key_padding_mask, attn_mask)
+        if query.is_nested or key.is_nested or value.is_nested:
+            return self._forward_nested(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        self._check(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights)
+        batched = query.dim() == 3
+        batch_dim, time_dim = (0, 1) if batched and self.batch_first else (1, 0)
+        batch = query.shape[batch_dim] if batched else 1
+        sizes = query.shape[time_dim], key.shape[time_dim]
+        q, k, v = self._project(query, key, value)
+        appended = (self.bias_k is not None) + self.add_zero_attn
+        if appended:
+            k, v = self._append(k, self.bias_k, time_dim), self._append(v, self.bias_v, time_dim)
+        # A causal window would hide the appended keys, which every query sees.
+        causal = is_causal and not appended
+        mask, bias = self._masks(key_padding_mask, None if causal else attn_mask, batch, sizes, appended, q.dtype)
+        spec = self._spec(q)._replace(mask=mask, bias=bias, right=0 if causal else -1)
+        q, k, v = (self._split(x, batch_dim) for x in (q, k, v))
+        out, lse = attended(Call(q, k, v, spec))
+        weights = _weights(q, k, lse, spec, average_attn_weights) if need_weights else None
+        if not batched:
+            out = out.squeeze(0).transpose(0, 1)
+            weights = None if weights is None else weights.squeeze(0)
+        else:
+            out = out.transpose(1, 2) if batch_dim == 0 else out.permute(2, 0, 1, 3).contiguous()
+        return self.out_proj(out.flatten(-2)), weights
+
+    def _forward_nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sequences back to back, without padding."""
+        self._check_nested(query, key, value, key_padding_mask, attn_mask, is_causal)
+        queries = Packed.of(query)
+        keys = queries if key is query else Packed.of(key)
+        values = keys if value is key else queries if value is query else Packed.of(value)
+        self._check_features(queries.rows, keys.rows, values.rows)
+        if values is not keys and not torch.equal(values.cu, keys.cu):
+            raise AssertionError("key and value must hold sequences of the same lengths")
+        if len(keys.cu) != len(queries.cu):
+            raise RuntimeError(f"query holds {len(queries.cu) - 1} sequences, key {len(keys.cu) - 1}")
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in self._project(queries.rows, keys.rows, values.rows))
+        spec = self._spec(q)
+        packed = spec._replace(cu_q=queries.cu, cu_k=keys.cu, max_q=queries.longest, max_k=keys.longest)
+        out, lse = attended(Call(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), packed))
+        weights = None
+        if need_weights:
+            padded = spec._replace(q_lengths=queries.cu.diff(), k_lengths=keys.cu.diff())
+            q, k, lse = queries.pad(q).transpose(1, 2), keys.pad(k).transpose(1, 2), queries.pad(lse.T).transpose(1, 2)
+            weights = _weights(q, k, lse, padded, average_attn_weights)
+        return queries.nest(self.out_proj(out.transpose(0, 1).flatten(-2)), query), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """q, k and v, each [.., E]: one product for each run of the same input."""
+        runs = [(query, 1)]
+        for x in (key, value):
+            last, count = runs[-1]
+            if x is last and self._qkv_same_embed_dim:
+                runs[-1] = (last, count + 1)
+            else:
+                runs.append((x, 1))
+        rows = [count * self.embed_dim for _, count in runs]
+        weights = (
+            self.in_proj_weight.split(rows)
+            if self._qkv_same_embed_dim
+            else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        )
+        biases = [None] * len(runs) if self.in_proj_bias is None else self.in_proj_bias.split(rows)
+        projected: list[Tensor] = []
+        for (x, count), weight, bias in zip(runs, weights, biases, strict=True):
+            projected += F.linear(x, weight, bias).chunk(count, -1)
+        return projected
+
+    def _append(self, x: Tensor, row: Tensor | None, time_dim: int) -> Tensor:
+        """k or v with the key that ``add_bias_kv`` learns and the zero of ``add_zero_attn`` after its last one."""
+        shape = [1 if dim == time_dim else size for dim, size in enumerate(x.shape)]
+        parts = [x]
+        if row is not None:
+            parts.append(row.to(x.dtype).expand(shape) if x.dim() == 3 else row.to(x.dtype).squeeze(0))
+        if self.add_zero_attn:
+            parts.append(x.new_zeros(shape))
+        return torch.cat(parts, time_dim)
+
+    def _split(self, x: Tensor, batch_dim: int) -> Tensor:
+        """[.., E] in the caller's layout as a view [N, H, T, E / H]."""
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        if x.dim() == 3:
+            return x.transpose(0, 1).unsqueeze(0)
+        return x.transpose(1, 2) if batch_dim == 0 else x.permute(1, 2, 0, 3)
+
+    def _spec(self, q: Tensor) -> Spec:
+        dropout = float(self.dropout) if self.training else 0.0
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout}")
+        # softcap: Dynamo takes a default of 0.0 for an input that one autograd.Function cannot hand on to the next.
+        return Spec(scale=self.head_dim**-0.5, softcap=0.0, dropout=dropout, seed=seed(q.device) if dropout else None)
+
+    def _masks(
+        self,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        batch: int,
+        sizes: tuple[int, int],
+        appended: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """A mask (True: attend) and a bias for [N, H, L, S], with 1 where a dimension is shared.
+
+        So two masks are kept apart, unless both are added.
+        """
+        mask = bias = None
+        if attn_mask is not None:
+            attn_mask = _appended(attn_mask, appended)
+            full = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, self.num_heads))
+            mask, bias = (full.logical_not(), None) if full.dtype == torch.bool else (None, full)
+        if key_padding_mask is not None:
+            padding = _appended(key_padding_mask, appended).reshape(batch, 1, 1, -1)
+            if padding.dtype != torch.bool:
+                bias = padding if bias is None else bias + padding
+            elif mask is None:
+                mask = padding.logical_not()
+            else:
+                bias = torch.zeros_like(padding, dtype=dtype).masked_fill(padding, -torch.inf)
+        if bias is not None and bias.dtype not in (dtype, torch.float32):
+            raise RuntimeError(f"a floating mask must be {dtype}, as the query, or torch.float32, got {bias.dtype}")
+        return mask, bias
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        need_weights: bool,
+    ) -> None:
+        dims = query.dim()
+        if dims not in (2, 3):
+            raise AssertionError(f"query must be [L, E] or have a batch and be 3-D, got {dims}-D")
+        if key.dim() != dims or value.dim() != dims:
+            raise AssertionError(f"query is {dims}-D, so key and value must be, got {key.dim()}-D and {value.dim()}-D")
+        if key_padding_mask is not None and key_padding_mask.dim() != dims - 1:
+            raise AssertionError(f"query is {dims}-D, so key_padding_mask must be {dims - 1}-D, got {key_padding_mask.dim()}-D")
+        if attn_mask is not None and attn_mask.dim() not in (2, 3):
+            raise AssertionError(f"attn_mask must be [L, S] or [N * num_heads, L, S], got {attn_mask.dim()}-D")
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None and mask.device != query.device:
+                raise RuntimeError(f"{name} must be on the query's device {query.device}, got {mask.device}")
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint about attn_mask, which must be given with it")
+        self._check_features(query, key, value)
+        time, batch_dim = (1, 0) if self.batch_first and dims == 3 else (0, 1)
+        batch = query.shape[batch_dim] if dims == 3 else 1
+        if dims == 3 and key.shape[batch_dim] != batch:
+            raise RuntimeError(f"query is a batch of {batch}, key of {key.shape[batch_dim]}")
+        length, keys = query.shape[time], key.shape[time]
+        if attn_mask is not None and not (is_causal and key_padding_mask is None and not need_weights):
+            expected = (length, keys) if attn_mask.dim() == 2 else (batch * self.num_heads, length, keys)
+            if attn_mask.shape != expected:
+                kind = AssertionError if dims == 2 and attn_mask.dim() == 3 else RuntimeError
+                raise kind(f"attn_mask must be {list(expected)} here, got {list(attn_mask.shape)}")
+        if key_padding_mask is not None:
+            of_keys = (batch, keys) if dims == 3 else (keys,)
+            if key_padding_mask.shape != of_keys:
+                raise AssertionError(f"key_padding_mask must be {list(of_keys)} here, got {list(key_padding_mask.shape)}")
+
+    def _check_features(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if query.shape[-1] != self.embed_dim:
+            raise AssertionError(f"query must have {self.embed_dim} features (embed_dim), got {query.shape[-1]}")
+        features, expected = (key.shape[-1], value.shape[-1]), (self.kdim, self.vdim)
+        if not self._qkv_same_embed_dim and features != expected:
+            raise AssertionError(f"key and value must have {expected} features (kdim, vdim), got {features}")
+        if self._qkv_same_embed_dim and key.shape != value.shape:
+            raise AssertionError(f"key and value must have the same shape, got {list(key.shape)} and {list(value.shape)}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise AssertionError(
+                f"key and value must have the same length and batch, got {list(key.shape)} and {list(value.shape)}"
+            )
+
+    def _check_nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> None:
+        if not (query.is_nested and key.is_nested and value.is_nested):
+            raise AssertionError("query, key and value must all be nested tensors if one of them is")
+        if key_padding_mask is not None or attn_mask is not None:
+            raise AssertionError("nested tensors have no padding to mask: key_padding_mask and attn_mask must be None")
+        if is_causal:
+            raise RuntimeError("is_causal is a hint about attn_mask, which nested tensors do not take")
+        if not self.batch_first:
+            raise AssertionError("nested tensors are batches of sequences: batch_first must be True")
+        if self.bias_k is not None or self.add_zero_attn:
+            raise AssertionError("nested tensors do not go with add_bias_kv and add_zero_attn")
+        if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
+            raise AssertionError(f"nested tensors must hold [L_i, E], got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D")
+
+
+def _check_mask_types(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
+    if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
+        warnings.warn(
+            "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.", stacklevel=3
+        )
+
+
+def _weights(q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bool) -> Tensor:
+    with without_autocast(q.device.type):
+        return attention_weights(q, k, lse, spec, average)
+
+
+def _appended(mask: Tensor, count: int) -> Tensor:
+    """``mask`` with columns for keys that every query sees."""
+    return F.pad(mask, (0, count)) if count else mask

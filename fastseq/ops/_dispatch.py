@@ -1,0 +1,41 @@
+"""What every op does before a backend is chosen."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def outside_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps out of an implementation what is meant for its caller: autocast, in backward passes as well, and Dynamo, which goes
+    on compiling what it meets after a graph break."""
+    disabled: Callable[..., Any] | None = None
+
+    def implementation(*args: Any) -> Any:
+        nonlocal disabled
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type  # the first argument may be None
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return implementation(*args)
+        if "torch._dynamo" not in sys.modules:  # nothing is being compiled, and importing it would take a second
+            return run(*args)
+        disabled = disabled or torch.compiler.disable(run)
+        return disabled(*args)
+
+    return implementation
+
+
+def needs_plain_torch(tensors: list[Tensor]) -> bool:
+    """Whether a transform is active that an opaque op cannot follow: vmap, jvp, torch.func.grad, forward-mode AD."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

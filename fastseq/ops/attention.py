@@ -1,0 +1,289 @@
+"""``fastseq::attention_*``: fused multi-head attention, every feature of ``reference.attention.Spec`` in combination.
+
+Contract (letters and meaning in ``reference/attention.py``; any strides, but the last dimension of q, k, v is contiguous):
+
+==============  ====================  ===================================================================================
+q, k, v         padded or packed      as ``Spec`` says; Hq a multiple of Hkv; q and k have E features, v has Ev
+*spec           ``Spec``'s fields     in their order
+out             q's shape, Ev         q's dtype; time before heads in memory; 0 for a query without keys
+lse             q's shape without E   in ``state_dtype``, contiguous; -inf for a query without keys (and without sinks)
+dout, dlse      as out, lse           dlse may be None
+wanted          7 bools               which of ``GRADIENTS`` to compute; the others come back empty
+dq, dk, dv      as q, k, v            time before heads in memory
+dbias           bias' shape           the broadcast dimensions summed, without atomics
+drelative_bias  [Hq, L]
+drelative_q, k  as theirs
+weights         [B, Hq, Tq, Tk]       or, averaged over the heads, [B, Tq, Tk]; after dropout; q's dtype; padded only
+delta           as lse                sum over the keys of weight times its gradient
+==============  ====================  ===================================================================================
+
+``lse`` and the dropped weights mean the same whichever backend computed them, so any backend's backward takes any backend's
+forward, and a caller may give ``attention_backward`` the ``out`` and ``lse`` of a larger attention that this one is a part of
+(ring attention).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..reference import attention as reference
+from ..reference.attention import GRADIENTS, Spec
+from ..reference.recurrent import state_dtype
+from ._dispatch import needs_plain_torch, outside_dynamo
+
+_SPEC = (
+    "Tensor? mask, Tensor? bias, Tensor? relative_bias, Tensor? relative_q, Tensor? relative_k, Tensor? slopes, Tensor? sinks, "
+    "Tensor? q_lengths, Tensor? k_lengths, Tensor? cu_q, Tensor? cu_k, Tensor? blocks, Tensor? seed, "
+    "float scale, float softcap, float dropout, SymInt left, SymInt right, bool bottom_right, SymInt offset, "
+    "SymInt relative_bias_zero, SymInt relative_k_zero, SymInt block_size, SymInt max_q, SymInt max_k"
+)
+_SEVEN = ", ".join(f"Tensor d{name}" for name in GRADIENTS)
+_library = torch.library.Library("fastseq", "FRAGMENT")
+_library.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_SPEC}) -> (Tensor out, Tensor lse)")
+_library.define(
+    f"attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SPEC}, "
+    f"bool[] wanted) -> ({_SEVEN})"
+)
+_library.define(f"attention_weights(Tensor q, Tensor k, Tensor lse, {_SPEC}, bool average) -> Tensor")
+_library.define(
+    f"attention_weights_backward(Tensor dw, Tensor q, Tensor k, Tensor lse, {_SPEC}, bool average, bool[] wanted) "
+    f"-> ({_SEVEN}, Tensor delta)"
+)
+
+FIELDS = len(Spec._fields)
+TENSORS = Spec._fields.index("scale")  # the fields before are tensors
+_NAMED = ["" if name in ("seed", "cu_k", "relative_k") else name for name in Spec._fields[:TENSORS]]  # what a query names
+
+
+def _query(
+    call: str, q: Tensor, k: Tensor, v: Tensor | None, spec: Spec, wanted: list[bool] | None = None
+) -> backends.AttentionQuery:
+    packed = spec.cu_q is not None
+    names = [name for name, tensor in zip(_NAMED, spec, strict=False) if name and tensor is not None]
+    names += [name for name in ("softcap", "dropout", "bottom_right") if getattr(spec, name)]
+    return backends.AttentionQuery(
+        op="attention",
+        call=call,
+        device=q.device,
+        dtype=q.dtype,
+        batch=len(spec.cu_q) - 1 if spec.cu_q is not None else q.shape[0],
+        heads=(q.shape[-3], k.shape[-3]),
+        lengths=(spec.max_q, spec.max_k) if packed else (q.shape[-2], k.shape[-2]),
+        features=(q.shape[-1], q.shape[-1] if v is None else v.shape[-1]),
+        layout="packed" if packed else "padded",
+        window=(spec.left, spec.right),
+        offset=spec.offset,
+        block_size=spec.block_size,
+        parts=tuple(names),
+        gradients=tuple(name for name, want in zip(GRADIENTS, wanted or [], strict=False) if want),
+    )
+
+
+def _plain_dtypes(q: Tensor) -> Any:
+    """Autocast is the business of the caller: here every product has the dtype of its tensors."""
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
+    spec = Spec(*fields)
+    return backends.select(_query("forward", q, k, v, spec)).attention_forward(q, k, v, spec)
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    spec, (wanted,) = Spec(*rest[:FIELDS]), rest[FIELDS:]
+    backend = backends.select(_query("backward", q, k, v, spec, wanted))
+    return backend.attention_backward(dout, dlse, q, k, v, out, lse, spec, wanted)
+
+
+def _weights(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+    spec, (average,) = Spec(*rest[:FIELDS]), rest[FIELDS:]
+    return backends.select(_query("weights", q, k, None, spec)).attention_weights(q, k, lse, spec, average)
+
+
+def _weights_backward(dw: Tensor, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    spec, (average, wanted) = Spec(*rest[:FIELDS]), rest[FIELDS:]
+    backend = backends.select(_query("weights_backward", q, k, None, spec, wanted))
+    return backend.attention_weights_backward(dw, q, k, lse, spec, average, wanted)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
+    return reference.empty_rows(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=state_dtype(q.dtype))
+
+
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return reference.empty_gradients(q, k, v, Spec(*rest[:FIELDS]), rest[FIELDS])
+
+
+def _fake_weights(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+    rows = q.shape[:3] if not rest[FIELDS] else (q.shape[0], q.shape[2])
+    return q.new_empty(*rows, k.shape[2])
+
+
+def _fake_weights_backward(dw: Tensor, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    wanted = [want and name != "v" for want, name in zip(rest[FIELDS + 1], GRADIENTS, strict=True)]
+    return *reference.empty_gradients(q, k, q, Spec(*rest[:FIELDS]), wanted), torch.empty_like(lse)
+
+
+for _name, _run, _fake in (
+    ("attention_forward", _forward, _fake_forward),
+    ("attention_backward", _backward, _fake_backward),
+    ("attention_weights", _weights, _fake_weights),
+    ("attention_weights_backward", _weights_backward, _fake_weights_backward),
+):
+    _library.impl(_name, outside_dynamo(_run), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastseq::{_name}", _fake, lib=_library)
+
+_forward_op = torch.ops.fastseq.attention_forward.default
+_backward_op = torch.ops.fastseq.attention_backward.default
+_weights_op = torch.ops.fastseq.attention_weights.default
+_weights_backward_op = torch.ops.fastseq.attention_weights_backward.default
+
+_SINKS = Spec._fields.index("sinks")
+_OWN = [Spec._fields.index(name) for name in GRADIENTS[3:]]  # where the fields that may want gradients stand
+
+
+def _sinks_grad(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """[Hq]: a sink only takes weight away from the keys. ``delta`` and ``lse`` are [B, Hq, Tq] or [Hq, N]."""
+    weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+    weight = torch.where(lse == -torch.inf, 0, weight)
+    total = -(weight * delta).sum(-1)
+    return (total if total.dim() == 1 else total.sum(0)).to(sinks.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, *fields):
+        out, lse = _forward_op(q, k, v, *fields)
+        ctx.save_for_backward(q, k, v, out, lse, *fields[:TENSORS])
+        ctx.scalars = fields[TENSORS:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        fields = (*tensors, *ctx.scalars)
+        if dout is None and dlse is None:
+            return (None,) * (3 + FIELDS)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_backward(ctx, q, k, v, fields, (dout, dlse), reference.forward)
+        with _plain_dtypes(q):
+            return _Attention._backward(ctx, dout, dlse, q, k, v, out, lse, tensors, fields)
+
+    @staticmethod
+    def _backward(ctx, dout, dlse, q, k, v, out, lse, tensors, fields):
+        dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
+        if dout.stride(-1) != 1:
+            dout = dout.contiguous()
+        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, *(3 + i for i in _OWN))]
+        grads = _backward_op(dout, dlse, q, k, v, out, lse, *fields, wanted)
+        delta = None
+        if ctx.needs_input_grad[3 + _SINKS]:
+            delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+            delta = delta if dlse is None else delta - dlse
+        return _results(ctx, grads, wanted, lse, delta, tensors[_SINKS])
+
+
+class _AttentionWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, lse, average, *fields):
+        ctx.save_for_backward(q, k, lse, *fields[:TENSORS])
+        ctx.scalars, ctx.average = fields[TENSORS:], average
+        return _weights_op(q, k, lse, *fields, average)
+
+    @staticmethod
+    def backward(ctx, dw):
+        q, k, lse, *tensors = ctx.saved_tensors
+        fields = (*tensors, *ctx.scalars)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+
+            def weights(q, k, v, spec):
+                return (reference.weights(q, k, None, spec, ctx.average),)
+
+            dq, dk, _, *rest = _differentiable_backward(ctx, q, k, None, fields, (dw,), weights, 4)
+            return dq, dk, None, None, *rest
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False, *(ctx.needs_input_grad[4 + i] for i in _OWN)]
+        with _plain_dtypes(q):
+            *grads, delta = _weights_backward_op(dw.contiguous(), q, k, lse, *fields, ctx.average, wanted)
+            delta = delta if ctx.needs_input_grad[4 + _SINKS] else None
+            dq, dk, _, *rest = _results(ctx, grads, wanted, lse, delta, tensors[_SINKS])
+        return dq, dk, None, None, *rest
+
+
+def _results(ctx, grads, wanted, lse, delta, sinks):
+    """One gradient or None for q, k, v and every field."""
+    grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    rest: list[Tensor | None] = [None] * FIELDS
+    for place, grad in zip(_OWN, grads[3:], strict=True):
+        rest[place] = grad
+    if delta is not None:
+        rest[_SINKS] = _sinks_grad(sinks, lse, delta)
+    return *grads[:3], *rest
+
+
+def _differentiable_backward(ctx, q, k, v, fields, grad_outputs, function, first=3):
+    """The gradients with a graph of their own (create_graph=True): through the reference."""
+    inputs = [q, k, v, *fields[:TENSORS]]
+    wanted = [
+        *ctx.needs_input_grad[:2],
+        v is not None and ctx.needs_input_grad[2],
+        *ctx.needs_input_grad[first : first + TENSORS],
+    ]
+    views = [t.view_as(t) if want else t for t, want in zip(inputs, wanted, strict=True)]
+    outputs = function(*views[:3], Spec(*views[3:], *fields[TENSORS:]))
+    used = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grad_outputs, strict=True) if grad is not None]
+    places = [i for i, want in enumerate(wanted) if want]
+    results: list[Tensor | None] = [None] * (3 + FIELDS)
+    grads = torch.autograd.grad(
+        [out for out, _ in used], [views[i] for i in places], [g for _, g in used], create_graph=True, allow_unused=True
+    )
+    for i, grad in zip(places, grads, strict=True):
+        results[i] = grad
+    return tuple(results)
+
+
+def _traced(spec: Spec) -> Spec:
+    """The spec for an autograd function that Dynamo traces: a float that it takes for dynamic must be met outside the function,
+    or its symbol belongs to the inner graph."""
+    if not torch.compiler.is_compiling():
+        return spec
+    return spec._replace(scale=spec.scale * 1.0, softcap=spec.softcap * 1.0, dropout=spec.dropout * 1.0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    """out and lse, differentiable in q, k, v, the tensors of ``GRADIENTS`` and the sinks."""
+    given: list[Any] = [t for t in (q, k, v, *spec[:TENSORS]) if t is not None]
+    if needs_plain_torch(given):
+        return reference.forward(q, k, v, spec)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return _Attention.apply(q, k, v, *_traced(spec))
+    return _forward_op(q, k, v, *spec)
+
+
+def attention_weights(q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bool) -> Tensor:
+    """The weights, from the ``lse`` of ``attention``; differentiable as ``attention`` is, but lse itself gets no gradient."""
+    given: list[Any] = [t for t in (q, k, *spec[:TENSORS]) if t is not None]
+    if needs_plain_torch(given):
+        return reference.weights(q, k, None, spec, average)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return _AttentionWeights.apply(q, k, lse.detach(), average, *_traced(spec))
+    return _weights_op(q, k, lse, *spec, average)
+
+
+def attention_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    """The backward op itself, for callers that merge attentions: ``out`` and ``lse`` are those of the whole."""
+    return _backward_op(dout, dlse, q, k, v, out, lse, *spec, wanted)

@@ -1,0 +1,84 @@
+"""Softmax in pieces, and dropout of its weights.
+
+Scores are as `bias.scores` has them. exp2 is the exponential that devices have: where nothing but a positive scale shapes the
+product (`parts.base2`), one multiply-add per score leads to it; else differences of scores are formed first, as a score of
+finfo.min (a mask, in some models) has no log2 e times itself.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def start(parts, h, BM: tl.constexpr, acc: tl.constexpr):
+    """Highest score and sum of a row before its first key: of the sink, if there is one."""
+    highest = tl.full((BM,), float("-inf"), acc)
+    total = tl.zeros((BM,), acc)
+    if parts.sinks is not None:
+        sink = tl.load(parts.sinks + h).to(acc)
+        highest = tl.zeros((BM,), acc) + sink
+        total = tl.where(highest == float("-inf"), 0.0, total + 1)
+    return highest, total
+
+
+@triton.jit
+def update(s, highest, total, parts):
+    """exp(s - new highest) [BM, BN], new highest and sum, and the factor for what was summed before."""
+    new = tl.maximum(highest, tl.max(s, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)  # a row without keys so far
+    if parts.base2 is not None:
+        w = tl.exp2(s * parts.base2 - (base * parts.base2)[:, None])
+        factor = tl.exp2((highest - base) * parts.base2)
+    else:
+        w = tl.exp2((s - base[:, None]) * LOG2E)
+        factor = tl.exp2((highest - base) * LOG2E)
+    return w, new, total * factor + tl.sum(w, 1), factor
+
+
+@triton.jit
+def finish(highest, total, parts):
+    """What a row's sum of weighted values is multiplied by, and its lse: 0 and -inf for a row without keys."""
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    if parts.base2 is not None:
+        lse = (highest * parts.base2 + tl.log2(total)) / LOG2E
+    else:
+        lse = highest + tl.log2(total) / LOG2E
+    return tl.where(empty, 0.0, 1 / total), tl.where(empty, float("-inf"), lse)
+
+
+@triton.jit
+def weights(s, lse, parts):
+    """exp(s - lse) [BM, BN] for a row's final lse [BM]; zero for a row without keys."""
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    if parts.base2 is not None:
+        return tl.exp2(s * parts.base2 - (lse * LOG2E)[:, None])
+    return tl.exp2((s - lse[:, None]) * LOG2E)
+
+
+@triton.jit
+def survives(random, dropout):
+    """Whether a weight with this random number, 32 bits, is kept."""
+    return random.to(tl.uint32, bitcast=True) >= tl.cast(dropout.threshold, tl.uint32)
+
+
+@triton.jit
+def kept(dropout, which, i, j0, BM: tl.constexpr, BN: tl.constexpr):
+    """[BM, BN]: which weights of rows i [BM] and keys from j0 on (a multiple of 4) survive; `which` counts sequences and
+    heads."""
+    quads = j0 // 4 + tl.arange(0, BN // 4)
+    zero = tl.zeros((BM, BN // 4), tl.uint32)
+    c0 = zero + quads[None, :].to(tl.uint32)
+    c1 = zero + i[:, None].to(tl.uint32)
+    a, b, c, d = tl.philox(tl.load(dropout.seed), c0, c1, zero + which.to(tl.uint32), zero)
+    return survives(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BM, BN)), dropout)
+
+
+@triton.jit
+def dropped(w, dropout, which, i, j0, BM: tl.constexpr, BN: tl.constexpr):
+    """The weights [BM, BN] after dropout, if there is one."""
+    if dropout is not None:  # not an early return: Triton compiles what follows one
+        w = tl.where(kept(dropout, which, i, j0, BM, BN), w * dropout.scale, 0.0)
+    return w

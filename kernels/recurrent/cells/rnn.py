@@ -1,0 +1,28 @@
+"""Elman cell: h = f(x + r), f tanh or relu."""
+
+import triton
+import triton.language as tl
+
+from fastseq.kernels.recurrent.activations import tanh
+
+
+@triton.jit
+def step_tanh(x, r, bias, h, c):
+    return tanh(x[0] + r[0]), c, ()
+
+
+@triton.jit
+def step_backward_tanh(dh, dc, saved, h_prev, c_prev, h, c):
+    dx = (dh * (1 - h * h),)
+    return dx, dx, dh * 0, dc
+
+
+@triton.jit
+def step_relu(x, r, bias, h, c):
+    return tl.maximum(x[0] + r[0], 0.0, propagate_nan=tl.PropagateNan.ALL), c, ()
+
+
+@triton.jit
+def step_backward_relu(dh, dc, saved, h_prev, c_prev, h, c):
+    dx = (tl.where(h > 0, dh, 0.0),)
+    return dx, dx, dh * 0, dc

@@ -1,0 +1,252 @@
+"""The Triton attention backward against the fp64 reference, with several tiles in every direction."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastseq.backends import triton as backend
+from fastseq.reference import attention as reference
+from fastseq.reference.attention import GRADIENTS
+from fastseq.testing.attention import AttentionCase, dense, make, spec_of
+from fastseq.testing.compare import assert_all_close_to_truth, assert_close_to_truth
+
+launcher = importlib.import_module("fastseq.backends.triton.attention_backward")  # the package has a function of this name
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXACT = torch.float32 if DEVICE == "cuda" else torch.float64  # the widest that the kernels take there
+TILES = AttentionCase("tiles", batch=1, heads=(2, 1), lengths=(33, 35), features=(8, 12))
+TWO = replace(TILES, batch=2)
+EVERYTHING = replace(
+    TWO, name="everything", lengths=(18, 34), mask="bk", dead=True, bias="hqk", relative_bias=31, relative_k=45, slopes=2,
+    softcap=2.0, sinks=True, dropout=0.3, left=25, right=9, bottom_right=True, offset=-1, q_lengths=(18, 11), k_lengths=(21, 34),
+    time_first=True,
+)  # fmt: skip
+CASES = [
+    TILES,
+    replace(TWO, name="grouped", heads=(4, 2), lengths=(20, 35)),
+    replace(TILES, name="causal", right=0),
+    replace(TILES, name="causal-bottom-right-dead", right=0, bottom_right=True, lengths=(41, 37)),
+    replace(TILES, name="window", left=7, right=3, offset=5, lengths=(50, 70)),
+    replace(TILES, name="window-left", left=16, lengths=(70, 41)),
+    replace(TWO, name="mask-dead", mask="bqk", dead=True),
+    replace(TILES, name="softcap", softcap=0.7, bias="h"),
+    replace(TWO, name="slopes-sinks", slopes=2, sinks=True),
+    replace(TWO, name="dropout", dropout=0.3),
+    replace(TWO, name="blocks", blocks="bqk", block_size=16, lengths=(64, 64)),
+    replace(TWO, name="lengths", batch=3, q_lengths=(20, 33, 0), k_lengths=(35, 5, 9), bias="hqk"),
+    replace(TILES, name="relative-bias", relative_bias=105, right=2),
+    replace(TILES, name="relative-bias-keys-before-the-first", relative_bias=65, bottom_right=True, lengths=(40, 20)),
+    replace(TILES, name="transformer-xl", relative_k=60, right=0, bottom_right=True, lengths=(18, 35)),
+    replace(TILES, name="packed", packed=((20, 5), (0, 6), (13, 0), (33, 40)), right=0, bottom_right=True),
+    replace(
+        TILES,
+        name="packed-positions",
+        packed=((5, 17), (20, 14)),
+        relative_bias=61,
+        relative_k=35,
+        dropout=0.3,
+        bottom_right=True,
+    ),
+    EVERYTHING,
+]
+
+
+def _doubled(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.detach().double().requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def _named(grads: Any, inputs: dict[str, Any], *without: str) -> dict[str, Tensor]:
+    return {name: grad for name, grad in zip(GRADIENTS, grads, strict=False) if name in inputs and name not in without}
+
+
+class Setting:
+    """A case's inputs, what comes back to its results, and the gradients by plain PyTorch in the same dtype and in fp64."""
+
+    def __init__(self, case: AttentionCase, dtype: torch.dtype = EXACT) -> None:
+        self.inputs = make(case, dtype, DEVICE)
+        self.spec = spec_of(self.inputs)
+        self.wanted = [name in self.inputs for name in GRADIENTS]
+        self.q, self.k, self.v = (self.inputs[name].detach() for name in "qkv")
+        with torch.no_grad():
+            self.out, self.lse = reference.forward(self.q, self.k, self.v, self.spec)
+        self.spec = self.spec._replace(**{n: getattr(self.spec, n).detach() for n in GRADIENTS[3:] if n in self.inputs})
+        self.dout, self.dlse = torch.randn_like(self.out), torch.randn_like(self.lse)
+
+    def run(self, **changes: Any) -> tuple[Tensor, ...]:
+        names = ("dout", "dlse", "q", "k", "v", "out", "lse", "spec", "wanted")
+        return backend.attention_backward(*(changes.get(name, getattr(self, name)) for name in names))
+
+    def expected(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """By torch in the dtype, and the truth."""
+        given = [self.inputs[name] for name, want in zip(GRADIENTS, self.wanted, strict=True) if want]
+        out, lse, _ = dense(self.inputs)
+        own = torch.autograd.grad([out, lse], given, [self.dout, self.dlse], allow_unused=True, materialize_grads=True)
+        doubled = _doubled(self.inputs)
+        q, k, v, spec = *(doubled[name].detach() for name in "qkv"), spec_of(doubled)
+        with torch.no_grad():
+            out, lse = reference.forward(q, k, v, spec)
+            truth = reference.backward(self.dout.double(), self.dlse.double(), q, k, v, out, lse, spec, self.wanted)
+        names = [name for name in GRADIENTS if name in self.inputs]
+        return dict(zip(names, own, strict=True)), _named(truth, self.inputs)
+
+    def check(self, grads: tuple[Tensor, ...]) -> None:
+        assert_all_close_to_truth(_named(grads, self.inputs), *self.expected())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients(case):
+    setting = Setting(case)
+    setting.check(setting.run())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [TILES, replace(EVERYTHING, dropout=0.0)], ids=str)
+def test_gradients_in_narrower_dtypes(case, dtype):
+    setting = Setting(case, dtype)
+    setting.check(setting.run())
+
+
+@pytest.mark.parametrize("average", [False, True], ids=["heads", "average"])
+@pytest.mark.parametrize(
+    "name", ["grouped", "causal-bottom-right-dead", "mask-dead", "dropout", "lengths", "transformer-xl", "everything"]
+)
+def test_gradients_of_the_weights(name, average):
+    setting = Setting(next(case for case in CASES if case.name == name))
+    q, k, lse, spec, wanted = setting.q, setting.k, setting.lse, setting.spec, setting.wanted
+    dw = torch.randn_like(reference.weights(q, k, lse, spec, average))
+    *grads, delta = backend.attention_weights_backward(dw, q, k, lse, spec, average, wanted)
+    assert grads[2].numel() == 0
+    found = {**_named(grads, setting.inputs, "v"), "delta": delta}
+    doubled = _doubled(setting.inputs)
+    q, k, spec = doubled["q"].detach(), doubled["k"].detach(), spec_of(doubled)
+    with torch.no_grad():
+        lse = reference.forward(q, k, doubled["v"].detach(), spec)[1]
+        *truth, delta = reference.weights_backward(dw.double(), q, k, lse, spec, average, wanted)
+    weights = dense(setting.inputs)[2]
+    names = [name for name in GRADIENTS if name in setting.inputs and name != "v"]
+    own = torch.autograd.grad(weights.mean(1) if average else weights, [setting.inputs[name] for name in names], dw)
+    expected = {**dict(zip(names, own, strict=True)), "delta": delta.to(setting.lse.dtype)}
+    assert_all_close_to_truth(found, expected, {**_named(truth, setting.inputs, "v"), "delta": delta})
+
+
+@pytest.mark.parametrize("shared", [1, 512], ids=["one-program", "shares"])
+@pytest.mark.parametrize("dims", ["".join(d for d, on in zip("bhqk", f"{n:04b}", strict=True) if on == "1") for n in range(16)])
+def test_bias_gradient_sums_what_the_bias_is_broadcast_along(dims, shared, monkeypatch):
+    monkeypatch.setattr(launcher, "_SHARED", shared)
+    setting = Setting(replace(TWO, lengths=(33, 17), features=(8, 8), bias=dims, right=12))
+    wanted = [name == "bias" for name in GRADIENTS]
+    bias = setting.run(wanted=wanted)[3]
+    own, truth = setting.expected()
+    assert_close_to_truth(bias, own["bias"], truth["bias"], f"bias of {dims}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({}, 1),
+        ({}, 512),
+        ({"relative_bias_zero": -30, "relative_k_zero": 70}, 512),
+        ({"relative_bias_zero": 500, "relative_k_zero": -500}, 512),
+        ({"relative_bias_zero": 0, "left": 5}, 1),
+        ({"left": 0, "relative_k_zero": 3}, 512),
+        ({"right": 0, "offset": 20}, 512),
+        ({"right": 0, "offset": -19}, 1),
+    ],
+    ids=str,
+)
+def test_relative_gradients_wherever_the_tables_begin_and_end(changes, shared, monkeypatch):
+    monkeypatch.setattr(launcher, "_SHARED", shared)
+    case = replace(TWO, lengths=(20, 35), features=(8, 8), q_lengths=(20, 7), relative_bias=21, relative_k=25, dropout=0.2)
+    setting = Setting(replace(case, bottom_right=True), torch.float32)
+
+    def run(of, dtype, function):
+        of, spec = {name: of[name].detach() for name in "qkv"}, spec_of(of)._replace(**changes)
+        spec = spec._replace(**{name: getattr(spec, name).detach() for name in GRADIENTS[4:]})
+        out, lse = reference.forward(*of.values(), spec)
+        return _named(function(setting.dout.to(dtype), None, *of.values(), out, lse, spec, setting.wanted), setting.inputs)
+
+    found = run(setting.inputs, torch.float32, backend.attention_backward)
+    own = run(setting.inputs, torch.float32, reference.backward)
+    assert_all_close_to_truth(found, own, run(_doubled(setting.inputs), torch.float64, reference.backward))
+
+
+def test_reruns_give_the_same_bits():
+    setting = Setting(EVERYTHING, torch.float32)
+    for first, second in zip(setting.run(), setting.run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_only_what_is_wanted(name):
+    setting = Setting(EVERYTHING)
+    grads = setting.run(wanted=[name == one for one in GRADIENTS])
+    assert [one for one, grad in zip(GRADIENTS, grads, strict=True) if grad.numel()] == [name]
+    place = GRADIENTS.index(name)
+    own, truth = setting.expected()
+    assert_close_to_truth(grads[place], own[name], truth[name], name, own_error=1e-14 if EXACT == torch.float64 else 1e-6)
+
+
+def test_hidden_rows_and_keys_get_exact_zeros():
+    """Scores that overflow without their row's lse, and NaN in all that the lengths hide."""
+    lengths = {"q_lengths": (20, 33, 0, 33), "k_lengths": (35, 0, 9, 5)}
+    setting = Setting(replace(TILES, batch=4, **lengths, right=0, offset=-4, relative_k=25, relative_bias=105))
+    setting.spec.relative_bias.add_(1000)
+    setting.lse.add_(1000)
+    for b, (rows, keys) in enumerate(zip(*lengths.values(), strict=True)):
+        for tensor in (setting.dout, setting.q, setting.out, setting.spec.relative_q):
+            tensor[b, :, rows:] = torch.nan
+        setting.lse[b, :, rows:], setting.dlse[b, :, rows:] = torch.nan, torch.nan
+        for tensor in (setting.k, setting.v):
+            tensor[b, :, keys:] = torch.nan
+    grads = _named(setting.run(), setting.inputs)
+    assert all(grad.isfinite().all() for grad in grads.values())
+    for b, (rows, keys) in enumerate(zip(*lengths.values(), strict=True)):
+        seen = max(0, min(keys, rows - 4))  # query i sees the keys up to i - 4
+        first = 4 if seen else rows
+        for name in ("q", "relative_q"):
+            assert not grads[name][b, :, :first].any() and not grads[name][b, :, rows:].any()
+        assert grads["q"][b, :, first + 1 : rows].any(-1).all()
+        for name in ("k", "v"):
+            assert not grads[name][b, :, seen:].any() and grads[name][b, :, : max(0, seen - 1)].any(-1).all()
+
+
+def test_out_and_lse_may_be_of_a_larger_attention():
+    setting = Setting(replace(TILES, lengths=(21, 40), right=3))
+    halves = []
+    for begin, end in ((0, 16), (16, 40)):
+        own = setting.spec._replace(offset=-begin)
+        halves.append(setting.run(k=setting.k[:, :, begin:end], v=setting.v[:, :, begin:end], spec=own))
+    (dq0, dk0, dv0, *_), (dq1, dk1, dv1, *_) = halves
+    setting.check((dq0 + dq1, torch.cat((dk0, dk1), 2), torch.cat((dv0, dv1), 2)))
+
+
+def test_strides_of_what_comes_back():
+    setting = Setting(TWO)
+    plain = setting.run(dout=torch.ones_like(setting.out), dlse=torch.ones_like(setting.lse))
+    ones = torch.ones((), dtype=setting.out.dtype, device=DEVICE)
+    expanded = setting.run(dout=ones.expand_as(setting.out), dlse=ones.to(setting.lse.dtype).expand_as(setting.lse))
+    time_first = setting.run(
+        dout=torch.ones_like(setting.out).transpose(1, 2).contiguous().transpose(1, 2),
+        dlse=torch.ones_like(setting.lse).mT.contiguous().mT,
+        lse=setting.lse.mT.contiguous().mT,
+    )
+    for one, two, three in zip(plain, expanded, time_first, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_without_a_gradient_of_lse():
+    setting = Setting(replace(TILES, lengths=(5, 7)))
+    found, zeros = setting.run(dlse=None), setting.run(dlse=torch.zeros_like(setting.lse))
+    for one, two in zip(found, zeros, strict=True):
+        assert torch.equal(one, two)
+    assert not torch.equal(found[0], setting.run()[0])

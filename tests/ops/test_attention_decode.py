@@ -1,0 +1,125 @@
+"""The op on every backend: results, reruns, what it refuses, compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastseq
+from fastseq import backends
+from fastseq.ops.attention_decode import attention_decode
+from fastseq.testing.attention_decode import DECODE_CASES, SMALL_DECODE_CASES, DecodeCase, decode_by_torch, make_decode
+from fastseq.testing.compare import assert_all_close_to_truth
+
+ABLE = ["cpu", "reference", *(["triton"] if "cpu" in backends.BACKENDS["triton"].devices else [])]
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+op = torch.ops.fastseq.attention_decode.default
+
+
+def exactly(inputs):
+    return {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def refused(backend, case, dtype):
+    """What a backend says that it cannot do."""
+    if backend == "cpu":
+        return case.features != case.features_v or case.softcap
+    return backend == "triton" and dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_results(case, dtype, backend):
+    inputs = make_decode(case, dtype)
+    with backends.use_backend(backend):
+        if refused(backend, case, dtype):
+            with pytest.raises(RuntimeError, match=f"backend '{backend}' was forced but cannot run"):
+                attention_decode(**inputs)
+            return
+        results = attention_decode(**inputs)
+        again = attention_decode(**inputs)
+    with backends.use_backend("reference"):
+        truth = attention_decode(**exactly(inputs))
+    by_torch = decode_by_torch(**inputs)
+    assert torch.equal(results[1] == -torch.inf, by_torch[1] == -torch.inf)
+    finite = [{"out": out, "lse": lse.masked_fill(lse == -torch.inf, 0)} for out, lse in (results, by_torch, truth)]
+    assert_all_close_to_truth(*finite)
+    assert all(torch.equal(one, other) for one, other in zip(results, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", ABLE)
+def test_memory_layout_is_the_contracts(backend):
+    inputs = make_decode(DecodeCase(queries=3), torch.float32)
+    with backends.use_backend(backend):
+        out, lse = attention_decode(**inputs)
+    assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous() and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ABLE)
+def test_lengths_beyond_the_cache_are_clamped(backend):
+    inputs = make_decode(DecodeCase(lengths=(35, 0)), torch.float32)
+    with backends.use_backend(backend):
+        expected = attention_decode(**inputs)
+        results = attention_decode(**inputs | {"lengths": torch.tensor([99, -5], dtype=torch.int32)})
+    assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("case", SMALL_DECODE_CASES, ids=str)
+def test_opcheck(case, backend):
+    inputs = make_decode(case, torch.float32)
+    with backends.use_backend(None if refused(backend, case, torch.float32) else backend):
+        results = torch.library.opcheck(op, tuple(inputs.values()))
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+def test_wanted_gradients_are_refused():
+    inputs = make_decode(DecodeCase(), torch.float32)
+    for name in ("q", "k_cache", "v_cache"):
+        wanting = inputs | {name: inputs[name].detach().requires_grad_()}
+        with pytest.raises(RuntimeError, match=r"has no backward.*fastseq\.functional\.attention"):
+            attention_decode(**wanting)
+        with torch.no_grad():
+            attention_decode(**wanting)
+
+
+def test_compile_one_graph_for_every_length():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def decode(tensors):
+        return attention_decode(**tensors, scale=0.3, splits=2)
+
+    compiled = torch.compile(decode, fullgraph=True, dynamic=True, backend=counter)
+    graphs = 0  # what the first call compiled
+    for lengths, capacity in (((9, 3, 7), 11), ((12, 5, 2, 0, 8, 8, 1), 17)):  # sizes differ, or Dynamo takes them for one
+        case = DecodeCase(lengths=lengths, capacity=capacity, queries=5, features=6, features_v=9)
+        inputs = make_decode(case, torch.float32)
+        tensors = {name: inputs[name] for name in ("q", "k_cache", "v_cache", "lengths")}
+        torch.testing.assert_close(compiled(tensors), decode(tensors))
+        graphs = graphs or counter.frame_count
+    assert counter.frame_count == graphs
+
+
+def test_vmap_and_functional_transforms_run_the_reference():
+    inputs = make_decode(DecodeCase(lengths=(19, 35)), torch.float64)
+    expected, _ = attention_decode(**inputs)
+    stacked, _ = torch.func.vmap(lambda q: attention_decode(**inputs | {"q": q}))(torch.stack([inputs["q"], 2 * inputs["q"]]))
+    torch.testing.assert_close(stacked[0], expected)
+    torch.testing.assert_close(stacked[1], attention_decode(**inputs | {"q": 2 * inputs["q"]})[0])
+
+
+def test_explain_names_the_call():
+    inputs = make_decode(DecodeCase(page=5, softcap=2.0), torch.float32)
+    explanation = fastseq.explain(attention_decode, **inputs)
+    assert explanation.backends == ["reference"]
+    text = str(explanation)
+    assert "attention_decode decode" in text and "paged" in text and "softcap" in text
+    inputs = make_decode(DecodeCase(), torch.float32)
+    assert fastseq.explain(attention_decode, **inputs).backends == ["cpu"]
