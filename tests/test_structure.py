@@ -79,7 +79,11 @@ def test_every_op_has_every_room(op):
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda cell: cell.name)
 def test_every_cell_has_every_room(cell):
-    rooms = (f"fastseq/reference/cells/{cell.family}.py", f"csrc/recurrent/cells/{cell.family}.h")
+    rooms = (
+        f"fastseq/reference/cells/{cell.family}.py",
+        f"csrc/recurrent/cells/{cell.family}.h",
+        f"kernels/recurrent/cells/{cell.family}.py",
+    )
     missing = [path for path in rooms if not (ROOT / path).is_file()]
     assert not missing
     import fastseq

@@ -100,7 +100,11 @@ class OpBattery:
             return outputs, self.gradients(outputs, exact)
 
     def test_forward_and_gradients(self, case: Any, dtype: torch.dtype, backend: str) -> None:
-        inputs = self.make(case, dtype)
+        self.check(case, dtype, backend)
+
+    def check(self, case: Any, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+        """Outputs and gradients are as close to the truth as PyTorch's own."""
+        inputs = self.make(case, dtype, device)
         true_outputs, true_grads = self.truth(inputs)
         torch_outputs = self.run_torch(inputs)
         torch_grads = self.gradients(torch_outputs, inputs)

@@ -70,4 +70,5 @@ def recurrent(
 
 
 def of(device: torch.device, dtype: torch.dtype, gates: int, hidden: int, batch: int, projected: bool) -> Config:
+    """The config on a device; the environment variable FASTSEQ_TRITON_RECURRENT forces a form, to compare the two."""
     return recurrent(shared_memory(device), dtype, gates, hidden, batch, projected, os.environ.get("FASTSEQ_TRITON_RECURRENT"))

@@ -320,3 +320,17 @@ def test_explain_names_the_reasons():
         "attention forward, float32 on cpu, padded, B=2 H=(2, 2) T=(5, 7) E=(8, 8), causal, softcap: reference"
     )
     assert "not cpu: torch's CPU kernel has no softcap" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+def test_triton_on_a_gpu(case, dtype):
+    TestAttention().check(case, dtype, "triton", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", WEIGHTS_CASES, ids=str)
+def test_triton_weights_on_a_gpu(case, dtype):
+    TestWeights().check(case, dtype, "triton", "cuda")

@@ -22,7 +22,10 @@ def why_not(query: RecurrentQuery) -> list[str]:
 
     if forced() != "triton":
         return ["not chosen by itself before it is measured on a GPU: fastseq.use_backend('triton') runs it"]
-    return dtype_obstacles(query)
+    from fastseq.kernels.recurrent import configs
+
+    unknown = [] if query.cell in configs.CELLS else [f"no Triton cell {query.cell}"]
+    return unknown + dtype_obstacles(query)
 
 
 def _precision() -> str:
