@@ -127,20 +127,16 @@ class AttentionWorkload(Workload):
 
     @contextmanager
     def settings(self) -> Iterator[None]:
-        before = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.backends.cuda.matmul.allow_tf32,
-            torch.backends.cudnn.allow_tf32,
-        )
+        before = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul.allow_tf32
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it before any product on a GPU
         torch.use_deterministic_algorithms(self.deterministic)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before[0])
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[1:]
+            torch.backends.cuda.matmul.allow_tf32 = before[1]
 
     def detail(self) -> dict[str, Any]:
         sizes = {"heads": self.heads, "kv_heads": self.G, "E": self.E, "S": self.S, "causal": self.causal, "window": self.window}

@@ -34,11 +34,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-def pytest_collection_finish() -> None:
-    """PyTorch's own lists of samples, once imported, forbid setting flags such as allow_tf32, which benchmarks do."""
-    setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # noqa: B010  no mangling
-
-
 def _called_from_fastseq() -> bool:
     # Frames: this function, the poisoning wrapper, the caller.
     return str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0] == "fastseq"
