@@ -1,7 +1,7 @@
-"""The table of recurrent cells: what a cell is, as facts. The mathematics stands in ``reference/cells/<name>.py``.
+"""The table of recurrent cells: what a cell is, as facts. The mathematics stands in ``reference/cells/<family>.py``.
 
 Gates are listed in PyTorch's order, so that weights are never reordered. ``saved`` names what a forward pass keeps of every
-step and unit for the backward pass (``c`` is kept apart, in fp32 or wider). The GRU applies its reset gate after the
+step and unit for the backward pass (the states but h are kept apart, in fp32 or wider). The GRU applies its reset gate after the
 matrix product (cuDNN's ``linear_before_reset``, as ``torch.nn.GRU`` does), so one gate needs its recurrent bias inside.
 """
 
@@ -17,11 +17,15 @@ class Cell:
     Attributes:
         name: the name that every op, kernel and file uses.
         family: file that holds its mathematics, in each language (``rnn`` serves both nonlinearities).
-        mode: ``torch.nn.RNNBase.mode`` of the module that runs it.
+        mode: ``mode`` of the module that runs it, as ``torch.nn.RNNBase`` has one.
         gates: gates in PyTorch's order.
-        states: ``("h",)`` or ``("h", "c")``.
+        states: ``h`` and what else passes from step to step, in fp32 or wider.
         saved: activations kept for the backward pass, in the order of the ``gates`` output of the op.
-        recurrent_bias: the gate whose recurrent bias cannot be folded into the input projection, or ``None``.
+        vectors: parameters of one value a unit that act inside a step, in the order of the op's ``vectors``.
+        recurrent_bias: the gate whose recurrent bias cannot be folded into the input projection but is the last of ``vectors``.
+        own_recurrent: how many gates, the last ones, have another gradient of R h than of the input gates.
+        normalised: a step looks at all units of a row together, so a row of units cannot be divided among programs; gradients of
+            its vectors need the gradient of the step's output.
     """
 
     name: str
@@ -30,11 +34,19 @@ class Cell:
     gates: tuple[str, ...]
     states: tuple[str, ...]
     saved: tuple[str, ...]
+    vectors: tuple[str, ...] = ()
     recurrent_bias: str | None = None
+    own_recurrent: int = 0
+    normalised: bool = False
+
+    @property
+    def wide_states(self) -> int:
+        """How many states there are beside h."""
+        return len(self.states) - 1
 
     @property
     def has_c(self) -> bool:
-        return "c" in self.states
+        return self.wide_states > 0
 
 
 CELLS: dict[str, Cell] = {
@@ -44,6 +56,43 @@ CELLS: dict[str, Cell] = {
         Cell("rnn_relu", "rnn", "RNN_RELU", ("h",), ("h",), ()),
         Cell("lstm", "lstm", "LSTM", ("i", "f", "g", "o"), ("h", "c"), ("i", "f", "g", "o")),
         # q = R_n h + b_n, which the reset gate multiplies
-        Cell("gru", "gru", "GRU", ("r", "z", "n"), ("h",), ("r", "z", "n", "q"), recurrent_bias="n"),
+        Cell("gru", "gru", "GRU", ("r", "z", "n"), ("h",), ("r", "z", "n", "q"), ("b_n",), recurrent_bias="n", own_recurrent=1),
+        # f = 1 - i
+        Cell("coupled_lstm", "coupled_lstm", "COUPLED_LSTM", ("i", "g", "o"), ("h", "c"), ("i", "g", "o")),
+        Cell(
+            "peephole_lstm",
+            "peephole_lstm",
+            "PEEPHOLE_LSTM",
+            ("i", "f", "g", "o"),
+            ("h", "c"),
+            ("i", "f", "g", "o"),
+            ("p_i", "p_f", "p_o"),
+        ),
+        # R h itself is kept, which the backward pass normalises again
+        Cell(
+            "layer_norm_lstm",
+            "layer_norm_lstm",
+            "LAYER_NORM_LSTM",
+            ("i", "f", "g", "o"),
+            ("h", "c"),
+            ("i", "f", "g", "o", "R_i h", "R_f h", "R_g h", "R_o h"),
+            ("w_i", "w_f", "w_g", "w_o", "w_c", "b_c"),
+            own_recurrent=4,
+            normalised=True,
+        ),
+        Cell(
+            "layer_norm_gru",
+            "layer_norm_gru",
+            "LAYER_NORM_GRU",
+            ("r", "z", "n"),
+            ("h",),
+            ("r", "z", "n", "R_r h", "R_z h", "R_n h"),
+            ("w_r", "w_z", "w_n", "b_n"),
+            recurrent_bias="n",
+            own_recurrent=3,
+            normalised=True,
+        ),
+        # normaliser n and stabiliser m; s = sigmoid(f), while f is kept stabilised
+        Cell("slstm", "slstm", "SLSTM", ("i", "f", "z", "o"), ("h", "c", "n", "m"), ("i", "f", "z", "o", "s")),
     )
 }

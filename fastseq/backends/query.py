@@ -19,12 +19,14 @@ class RecurrentQuery(NamedTuple):
     hidden: int
     projected: bool
     layout: str  # "padded", "lengths" or "packed"
+    zoned: bool = False  # with zoneout
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.op} {self.cell}, {dtype} on {self.device}, {self.layout}, T={self.steps} D={self.lanes} H={self.hidden}"
             + (", projected" if self.projected else "")
+            + (", zoneout" if self.zoned else "")
         )
 
 

@@ -297,7 +297,7 @@ def _lane_params(
             begin = (layer * lanes + lane) * each
             given = list(params[begin : begin + each])
             w_hr = given.pop() if proj_size else None
-            flat += [*given[:2], *(given[2:] if has_biases else (None, None)), w_hr]
+            flat += [*given[:2], *(given[2:] if has_biases else (None, None)), w_hr, None]
         layers.append(flat)
     return layers
 
@@ -320,11 +320,14 @@ def _check_params(cell: Cell, input: Tensor, layers: list[list[Tensor | None]], 
     width = proj_size or hidden
     columns = input.shape[-1]
     for layer, params in enumerate(layers):
-        expected = ((gates * hidden, columns), (gates * hidden, width), (gates * hidden,), (gates * hidden,), (width, hidden))
+        expected = (
+            (gates * hidden, columns), (gates * hidden, width), (gates * hidden,), (gates * hidden,), (width, hidden),
+            (len(cell.vectors) * hidden,),
+        )  # fmt: skip
         for place, param in enumerate(params):
             if param is None:
                 continue
-            name = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")[place % len(expected)]
+            name = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "vectors")[place % len(expected)]
             if param.dtype != input.dtype:
                 raise RuntimeError(f"input dtype ({input.dtype}) does not match {name} dtype ({param.dtype})")
             if param.device != input.device:

@@ -1,22 +1,27 @@
 """The recurrence over time, as a specification: plain PyTorch, differentiable, any floating dtype.
 
 Letters: T time, B batch, D lanes (directions), H hidden, G gates, P output of a lane (H, or the projection's size), S saved
-activations, N rows of a packed batch. Time-major. Two layouts hold "one row per step and sequence":
+activations, K states beside h, V vectors of a cell, N rows of a packed batch. Time-major. Two layouts hold "one row per step
+and sequence":
 
 * padded: ``[T, B, D, n]``, with ``lengths`` [B] when rows end early: state stays, output is zero, beyond a row's length;
 * packed: ``[N, D, n]`` with ``batch_sizes`` [T], as ``torch.nn.utils.rnn.PackedSequence`` stores it: step t holds the first
   ``batch_sizes[t]`` sequences, which are sorted by decreasing length.
 
-``forward`` and ``backward`` have the signatures of the registered ops (``ops/recurrent.py``), where the contract is written.
-Sixteen-bit inputs are computed in fp32; the output of a step is rounded before it is fed back, as it is stored.
+``forward`` and ``backward`` take the arguments of the registered ops (``ops/recurrent.py``, where the contract is written) as one
+object, as every backend does. Sixteen-bit inputs are computed in fp32; the output of a step is rounded before it is fed back, as
+it is stored.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
+from ..cells import CELLS, Cell
 from .cells import steps
 
 
@@ -78,51 +83,185 @@ def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, lanes: int) -> Ten
     return gates.view(*x.shape[:-1], lanes, w_ih.shape[0] // lanes)
 
 
-def forward(
-    x: Tensor,
-    w_ih: Tensor,
-    b_ih: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    projection: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    cell: str,
-    reverse: list[int],
-    save_c: bool,
-    save_gates: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row, math = CELLS[cell], steps(cell)
-    dtype, wide = x.dtype, state_dtype(x.dtype)
-    x_gates = input_gates(x, w_ih, b_ih, weight.shape[0])
-    layout = Layout(x_gates, lengths, batch_sizes)
-    hidden = x_gates.shape[-1] // len(row.gates)
+class Call:
+    """What the sizes and facts of a call, forward or backward, follow from."""
+
+    cell: str
+    weight: Tensor
+    vectors: Tensor | None
+    projection: Tensor | None
+    h0: Tensor | None
+    c0: Tensor | None
+    lengths: Tensor | None
+    batch_sizes: Tensor | None
+    hold_h: Tensor | None
+    hold_c: Tensor | None
+    reverse: list[int]
+    zoneout_h: float
+    zoneout_c: float
+
+    __slots__ = ()
+
+    @property
+    def rows(self) -> Tensor:
+        """The tensor whose leading dimensions are the rows."""
+        raise NotImplementedError
+
+    @property
+    def row(self) -> Cell:
+        return CELLS[self.cell]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.dtype
+
+    @property
+    def wide(self) -> torch.dtype:
+        return state_dtype(self.rows.dtype)
+
+    @property
+    def lanes(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def hidden(self) -> int:
+        """H"""
+        return self.weight.shape[1] // len(self.row.gates)
+
+    @property
+    def width(self) -> int:
+        """P"""
+        return self.weight.shape[2]
+
+    @property
+    def steps(self) -> int:
+        return self.rows.shape[0] if self.batch_sizes is None else self.batch_sizes.shape[0]
+
+    @property
+    def batch(self) -> int:
+        return self.rows.shape[1] if self.batch_sizes is None else int(self.batch_sizes[0])
+
+    @property
+    def zoned(self) -> bool:
+        """Whether zoneout does anything."""
+        return self.hold_h is not None or self.hold_c is not None or self.zoneout_h > 0 or self.zoneout_c > 0
+
+    @property
+    def saved(self) -> int:
+        """S: activations of ``gates``; a cell that keeps none keeps its output if zoneout hides it."""
+        return len(self.row.saved) or int(self.zoned)
+
+    @property
+    def output_gradient(self) -> bool:
+        """Whether the backward pass gives ``doutput``."""
+        return self.projection is not None or self.row.normalised
+
+    def kept(self, layout: Layout, t: int, lane: int) -> tuple[Any, Any]:
+        """What zoneout keeps of h and of c in step t: a mask, a proportion, or None."""
+
+        def kept(hold: Tensor | None, proportion: float) -> Tensor | float | None:
+            return layout.take(hold, t, lane) if hold is not None else proportion if proportion > 0 else None
+
+        return kept(self.hold_h, self.zoneout_h), kept(self.hold_c, self.zoneout_c)
+
+
+@dataclass(slots=True)
+class Forward(Call):
+    """Arguments of ``fastseq::recurrent_forward``, in the order of its schema."""
+
+    x: Tensor
+    w_ih: Tensor | None
+    b_ih: Tensor | None
+    weight: Tensor
+    vectors: Tensor | None
+    projection: Tensor | None
+    h0: Tensor | None
+    c0: Tensor | None
+    lengths: Tensor | None
+    batch_sizes: Tensor | None
+    hold_h: Tensor | None
+    hold_c: Tensor | None
+    cell: str
+    reverse: list[int]
+    zoneout_h: float
+    zoneout_c: float
+    save_c: bool
+    save_gates: bool
+
+    @property
+    def rows(self) -> Tensor:
+        return self.x
+
+    def input_gates(self) -> Tensor:
+        """The projected input [.., D, G*H]."""
+        if self.w_ih is None:
+            return self.x.view(*self.x.shape[:-1], self.lanes, self.weight.shape[1])
+        return input_gates(self.x, self.w_ih, self.b_ih, self.lanes)
+
+
+@dataclass(slots=True)
+class Backward(Call):
+    """Arguments of ``fastseq::recurrent_backward``, in the order of its schema."""
+
+    dy: Tensor | None
+    dh_n: Tensor | None
+    dc_n: Tensor | None
+    dc: Tensor | None
+    weight: Tensor
+    vectors: Tensor | None
+    projection: Tensor | None
+    h0: Tensor | None
+    c0: Tensor | None
+    lengths: Tensor | None
+    batch_sizes: Tensor | None
+    hold_h: Tensor | None
+    hold_c: Tensor | None
+    y: Tensor
+    c: Tensor
+    gates: Tensor
+    cell: str
+    reverse: list[int]
+    zoneout_h: float
+    zoneout_c: float
+
+    @property
+    def rows(self) -> Tensor:
+        return self.y
+
+
+def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row, math = call.row, steps(call.cell)
+    dtype, wide, hidden, out = call.dtype, call.wide, call.hidden, call.width
+    x_gates = call.input_gates()
+    layout = Layout(x_gates, call.lengths, call.batch_sizes)
     lanes = []
-    for lane, backwards in enumerate(reverse):
-        r = weight[lane].to(wide)
-        b = None if bias is None else bias[lane].to(wide)
-        out = r.shape[-1]
-        h = x_gates.new_zeros(layout.batch, out, dtype=wide) if h0 is None else h0[lane].to(wide)
+    for lane, backwards in enumerate(call.reverse):
+        r = call.weight[lane].to(wide)
+        vectors = None if call.vectors is None else call.vectors[lane].to(wide)
+        h = x_gates.new_zeros(layout.batch, out, dtype=wide) if call.h0 is None else call.h0[lane].to(wide)
         c = None
         if row.has_c:
-            c = x_gates.new_zeros(layout.batch, hidden, dtype=wide) if c0 is None else c0[lane].to(wide)
+            zeros = x_gates.new_zeros(layout.batch, row.wide_states * hidden, dtype=wide)
+            c = zeros if call.c0 is None else call.c0[lane].to(wide)
         ys, cs, gates = [], [], []
         for t in layout.order(backwards):
             h_prev = layout.active(h, t)
             c_prev = None if c is None else layout.active(c, t)
             x_t = layout.take(x_gates, t, lane).to(wide)
-            h_new, c_new, saved = math.step(x_t, h_prev @ r.mT, b, h_prev, c_prev)
-            if projection is not None:
-                h_new = h_new @ projection[lane].to(wide).mT
+            h_new, c_new, saved = math.step(x_t, h_prev @ r.mT, vectors, h_prev, c_prev)
+            if call.projection is not None:
+                h_new = h_new @ call.projection[lane].to(wide).mT
             h_new = h_new.to(dtype).to(wide)
+            saved = h_new if saved is None else saved
+            keep_h, keep_c = call.kept(layout, t, lane)
+            h_new = held(keep_h, h_prev, h_new).to(dtype).to(wide)
             h = layout.update(h, h_new, t)
             ys.append(layout.masked(h_new, t).to(dtype))
             if c is not None:
+                c_new = held(keep_c, c_prev, c_new)
                 c = layout.update(c, c_new, t)
                 cs.append(layout.masked(c_new, t))
-            gates.append(layout.masked(saved, t) if row.saved else saved)
+            gates.append(layout.masked(saved, t).to(dtype))
         if backwards:
             ys, cs, gates = ys[::-1], cs[::-1], gates[::-1]
         leading = x_gates.shape[:-2]
@@ -131,10 +270,8 @@ def forward(
                 layout.join(ys, x_gates.new_zeros(*leading, out)),
                 h.to(dtype),
                 c if c is not None else x_gates.new_zeros(0),
-                layout.join(cs, x_gates.new_zeros(*leading, hidden, dtype=wide)),
-                layout.join(
-                    [g.to(dtype) for g in gates] if row.saved else [], x_gates.new_zeros(*leading, len(row.saved) * hidden)
-                ),
+                layout.join(cs, x_gates.new_zeros(*leading, row.wide_states * hidden, dtype=wide)),
+                layout.join(gates, x_gates.new_zeros(*leading, call.saved * hidden)),
             )
         )
     y, h_n, c_n, cells, gates_all = (list(parts) for parts in zip(*lanes, strict=True))
@@ -142,81 +279,68 @@ def forward(
         torch.stack(y, -2),
         torch.stack(h_n),
         torch.stack(c_n) if row.has_c else x_gates.new_zeros(0, dtype=wide),
-        torch.stack(cells, -2) if row.has_c and save_c else x_gates.new_zeros(0, dtype=wide),
-        torch.stack(gates_all, -2) if row.saved and save_gates else x_gates.new_zeros(0),
+        torch.stack(cells, -2) if row.has_c and call.save_c else x_gates.new_zeros(0, dtype=wide),
+        torch.stack(gates_all, -2) if call.saved and call.save_gates else x_gates.new_zeros(0),
     )
 
 
-def backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc: Tensor | None,
-    weight: Tensor,
-    projection: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    y: Tensor,
-    c: Tensor,
-    gates: Tensor,
-    cell: str,
-    reverse: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row, math = CELLS[cell], steps(cell)
-    dtype, wide = y.dtype, state_dtype(y.dtype)
-    layout = Layout(y, lengths, batch_sizes)
-    hidden = weight.shape[-2] // len(row.gates)
+def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row, math = call.row, steps(call.cell)
+    y, dtype, wide, hidden, out = call.y, call.dtype, call.wide, call.hidden, call.width
+    layout = Layout(y, call.lengths, call.batch_sizes)
     leading = y.shape[:-2]
     lanes = []
-    for lane, backwards in enumerate(reverse):
-        r = weight[lane].to(wide)
-        out = r.shape[-1]
-        p = None if projection is None else projection[lane].to(wide)
+    for lane, backwards in enumerate(call.reverse):
+        r = call.weight[lane].to(wide)
+        vectors = None if call.vectors is None else call.vectors[lane].to(wide)
+        p = None if call.projection is None else call.projection[lane].to(wide)
         zeros_h = y.new_zeros(layout.batch, out, dtype=wide)
-        dh = zeros_h if dh_n is None else dh_n[lane].to(wide)
+        dh = zeros_h if call.dh_n is None else call.dh_n[lane].to(wide)
+        zeros_c = y.new_zeros(layout.batch, row.wide_states * hidden, dtype=wide)
         dc_state = None
         if row.has_c:
-            dc_state = y.new_zeros(layout.batch, hidden, dtype=wide) if dc_n is None else dc_n[lane].to(wide)
-        first_h = zeros_h if h0 is None else h0[lane].to(wide)
-        first_c = y.new_zeros(layout.batch, hidden, dtype=wide) if c0 is None else c0[lane].to(wide)
+            dc_state = zeros_c if call.dc_n is None else call.dc_n[lane].to(wide)
+        first_h = zeros_h if call.h0 is None else call.h0[lane].to(wide)
+        first_c = zeros_c if call.c0 is None else call.c0[lane].to(wide)
         dxs, drs, dhs = [], [], []
         for t in reversed(layout.order(backwards)):
             h_prev = previous(layout, y, first_h, t, lane, backwards)
-            c_prev = previous(layout, c, first_c, t, lane, backwards) if row.has_c else None
+            c_prev = previous(layout, call.c, first_c, t, lane, backwards) if row.has_c else None
+            keep_h, keep_c = call.kept(layout, t, lane)
             dh_t = layout.active(dh, t)
-            if dy is not None:
-                dh_t = dh_t + layout.take(dy, t, lane).to(wide)
-            dh_t = layout.masked(dh_t, t)
-            dc_t = None
+            if call.dy is not None:
+                dh_t = dh_t + layout.take(call.dy, t, lane).to(wide)
+            dh_kept, dh_t = split(keep_h, layout.masked(dh_t, t))
+            dc_t = dc_kept = None
             if dc_state is not None:
                 dc_t = layout.active(dc_state, t)
-                if dc is not None:
-                    dc_t = dc_t + layout.take(dc, t, lane).to(wide)
-                dc_t = layout.masked(dc_t, t)
+                if call.dc is not None:
+                    dc_t = dc_t + layout.take(call.dc, t, lane).to(wide)
+                dc_kept, dc_t = split(keep_c, layout.masked(dc_t, t))
             dm = dh_t if p is None else dh_t @ p
-            saved = layout.take(gates, t, lane).to(wide) if row.saved else None
-            h_t = layout.take(y, t, lane).to(wide)
-            c_t = layout.take(c, t, lane).to(wide) if row.has_c else None
-            dx, dr, dh_direct, dc_prev = math.step_backward(dm, dc_t, saved, h_prev, c_prev, h_t, c_t)
-            dx = dx.to(dtype)
-            dr = dx if dr is None else dr.to(dtype)
+            saved = layout.take(call.gates, t, lane).to(wide) if call.saved else None
+            h_t = layout.take(y, t, lane).to(wide) if row.saved or saved is None else saved
+            c_t = layout.take(call.c, t, lane).to(wide) if row.has_c else None
+            if keep_c is not None:
+                c_t = math.candidate(saved, c_prev)
+            dx, dr, dh_direct, dc_prev = math.step_backward(dm, dc_t, saved, vectors, h_prev, c_prev, h_t, c_t)
+            dx = layout.masked(dx, t).to(dtype)  # where nothing was kept, a division by it
+            dr = dx if dr is None else layout.masked(dr, t).to(dtype)
             dh_prev = dr.to(wide) @ r
-            if dh_direct is not None:
-                dh_prev = dh_prev + dh_direct
+            for other in (dh_direct, dh_kept):
+                dh_prev = dh_prev if other is None else dh_prev + other
             dh = layout.update(dh, dh_prev, t)
             if dc_state is not None:
-                dc_state = layout.update(dc_state, dc_prev, t)
+                dc_state = layout.update(dc_state, dc_prev if dc_kept is None else dc_prev + dc_kept, t)
             dxs.append(dx)
-            drs.append(dr[..., -hidden:])
+            drs.append(dr[..., dr.shape[-1] - row.own_recurrent * hidden :])
             dhs.append(dh_t.to(dtype))
         if not backwards:
             dxs, drs, dhs = dxs[::-1], drs[::-1], dhs[::-1]
         lanes.append(
             (
                 layout.join(dxs, y.new_zeros(*leading, len(row.gates) * hidden)),
-                layout.join(drs, y.new_zeros(*leading, hidden)),
+                layout.join(drs, y.new_zeros(*leading, row.own_recurrent * hidden)),
                 layout.join(dhs, y.new_zeros(*leading, out)),
                 dh.to(dtype),
                 dc_state if dc_state is not None else y.new_zeros(0),
@@ -225,11 +349,25 @@ def backward(
     dx_all, dr_all, dh_all, dh0, dc0 = (list(parts) for parts in zip(*lanes, strict=True))
     return (
         torch.stack(dx_all, -2),
-        torch.stack(dr_all, -2) if row.recurrent_bias else y.new_zeros(0),
-        torch.stack(dh_all, -2) if projection is not None else y.new_zeros(0),
+        torch.stack(dr_all, -2) if row.own_recurrent else y.new_zeros(0),
+        torch.stack(dh_all, -2) if call.output_gradient else y.new_zeros(0),
         torch.stack(dh0),
         torch.stack(dc0) if row.has_c else y.new_zeros(0, dtype=wide),
     )
+
+
+def held(keep: Tensor | float | None, old: Any, new: Tensor) -> Tensor:
+    """What zoneout makes of a state: the old value with probability, or in the proportion, ``keep``."""
+    if keep is None:
+        return new
+    return keep * old + (1 - keep) * new if isinstance(keep, float) else torch.where(keep, old, new)
+
+
+def split(keep: Tensor | float | None, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The gradient of a state after zoneout as gradients of the old value and of the new."""
+    if keep is None:
+        return None, grad
+    return (keep * grad, (1 - keep) * grad) if isinstance(keep, float) else (grad * keep, grad * ~keep)
 
 
 def previous(layout: Layout, rows: Tensor, first: Tensor, t: int, lane: int, backwards: int) -> Tensor:

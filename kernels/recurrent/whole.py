@@ -1,156 +1,188 @@
 """Whole sequences in one launch: a program walks over all steps of a lane and a block of the batch, its weights resident.
 
-h = step(x, R h) for every step, R held in shared memory (or registers) by the program, h and c in registers. Nothing passes
-between programs.
+h = step(x, R h) for every step, R held in shared memory (or registers) by the program, h and the other states in registers.
+Nothing passes between programs.
 """
 
 import triton
 import triton.language as tl
 
-from fastseq.kernels.recurrent.parts import lengths_of, load_gates, rows_of, store_gates
+from fastseq.kernels.recurrent.parts import (
+    add,
+    choose,
+    held,
+    held_states,
+    lengths_of,
+    load_tiles,
+    load_vectors,
+    rows_of,
+    split,
+    split_states,
+    store_tiles,
+    zero_tiles,
+)
 
 
 @triton.jit
 def forward(
     x_gates,  # [rows, D, G*H]
     weight,  # [D, G*H, H]
-    bias,  # [D, H] or None
+    vectors,  # [D, V*H] or None
     h0,  # [D, B, H] or None
-    c0,  # [D, B, H] or None, wide
+    c0,  # [D, B, K*H] or None, wide
     y,  # [rows, D, H]
     h_n,  # [D, B, H]
-    c_n,  # [D, B, H], wide
-    c_all,  # [rows, D, H] wide, or None
+    c_n,  # [D, B, K*H], wide
+    c_all,  # [rows, D, K*H] wide, or None
     gates,  # [rows, D, S*H] or None
-    layout, H,
-    STEP: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr,
+    layout, zoneout, H,
+    STEP: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OUTPUT_SAVED: tl.constexpr,
+    KEEP_H: tl.constexpr, KEEP_C: tl.constexpr,
     BB: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of the batch, D)."""
     d = tl.program_id(1)
     b, u = tl.program_id(0) * BB + tl.arange(0, BB), tl.arange(0, BH)
-    own = (b < layout.B)[:, None] & (u < H)[None, :]
-    state = (d * layout.B + b).to(tl.int64)[:, None] * H + u[None, :]
+    real = (u < H)[None, :]
+    own = (b < layout.B)[:, None] & real
+    place = (d * layout.B + b).to(tl.int64)[:, None]
     lengths = lengths_of(layout, b)
     backwards = ((layout.reverse >> d) & 1) != 0
     narrow = y.dtype.element_ty
 
     resident = ()  # of every gate R_g^T [BH (k), BH (u)]
-    square = (u < H)[:, None] & (u < H)[None, :]
+    square = (u < H)[:, None] & real
     for g in tl.static_range(G):
         entry = ((d * G + g) * H + u[None, :]).to(tl.int64) * H + u[:, None]
         resident = resident + (tl.load(weight + entry, mask=square, other=0.0),)
-    inside = tl.zeros((BB, BH), ACC)
-    if bias is not None:
-        inside += tl.load(bias + d * H + u, mask=u < H, other=0.0).to(ACC)[None, :]
-    h, c = tl.zeros((BB, BH), narrow), tl.zeros((BB, BH), ACC)
+    v = load_vectors(vectors, d, u, H, V, BH, ACC)
+    h, c = tl.zeros((BB, BH), narrow), zero_tiles(K, BB, BH, ACC)
     if h0 is not None:
-        h = tl.load(h0 + state, mask=own, other=0.0)
+        h = tl.load(h0 + place * H + u[None, :], mask=own, other=0.0)
     if c0 is not None:
-        c = tl.load(c0 + state, mask=own, other=0.0)
+        c = load_tiles(c0, place * (K * H) + u[None, :], own, H, K, ACC)
 
     steps = tl.max(lengths, 0)
     for n in range(steps):
         t = tl.where(backwards, steps - 1 - n, n)
-        active = (t < lengths)[:, None] & (u < H)[None, :]
-        row = rows_of(layout, t, b) * layout.D + d
-        x = load_gates(x_gates, row[:, None] * (G * H) + u[None, :], active, H, G, ACC)
+        active = (t < lengths)[:, None] & real
+        row = (rows_of(layout, t, b) * layout.D + d)[:, None]
+        x = load_tiles(x_gates, row * (G * H) + u[None, :], active, H, G, ACC)
         r = ()
         for g in tl.static_range(G):
             r = r + (tl.dot(h, resident[g], input_precision=PRECISION, out_dtype=ACC),)
-        h_new, c_new, saved = STEP(x, r, inside, h.to(ACC), c)
+        h_new, c_new, saved = STEP(x, r, v, h.to(ACC), c, real, H)
+        h_new = h_new.to(narrow)
+        if OUTPUT_SAVED:
+            saved = (h_new,)
+        at = row * H + u[None, :]
+        h_new = held(zoneout.hold_h, at, active, KEEP_H, h.to(ACC), h_new.to(ACC))
+        c_new = held_states(zoneout.hold_c, at, active, KEEP_C, c, c_new, K)
         h = tl.where(active, h_new.to(narrow), h)
-        c = tl.where(active, c_new, c)
-        at = row[:, None] * H + u[None, :]
+        c = choose(active, c_new, c, K)
         tl.store(y + at, h, mask=active)
         if c_all is not None:
-            tl.store(c_all + at, c, mask=active)
+            store_tiles(c_all, row * (K * H) + u[None, :], c, active, H, K)
         if gates is not None:
-            store_gates(gates, row[:, None] * (S * H) + u[None, :], saved, active, H, S)
-    tl.store(h_n + state, h, mask=own)
-    if HAS_C:
-        tl.store(c_n + state, c, mask=own)
+            store_tiles(gates, row * (S * H) + u[None, :], saved, active, H, S)
+    tl.store(h_n + place * H + u[None, :], h, mask=own)
+    if K > 0:
+        store_tiles(c_n, place * (K * H) + u[None, :], c, own, H, K)
 
 
 @triton.jit
 def backward(
     dy,  # [rows, D, H] or None
     dh_n,  # [D, B, H] or None
-    dc_n,  # [D, B, H] or None, wide
-    dc_all,  # [rows, D, H] or None, wide
+    dc_n,  # [D, B, K*H] or None, wide
+    dc_all,  # [rows, D, K*H] or None, wide
     weight,  # [D, G*H, H]
+    vectors,  # [D, V*H] or None
     h0,  # [D, B, H] or None
-    c0,  # [D, B, H] or None, wide
+    c0,  # [D, B, K*H] or None, wide
     y,  # [rows, D, H]
-    c_all,  # [rows, D, H], wide
+    c_all,  # [rows, D, K*H], wide
     gates,  # [rows, D, S*H]
     dgates,  # [rows, D, G*H]
-    drecurrent,  # [rows, D, H] or None
+    drecurrent,  # [rows, D, OWN*H] or None
+    doutput,  # [rows, D, H] or None
     dh0,  # [D, B, H]
-    dc0,  # [D, B, H], wide
-    layout, H,
-    STEP_BACKWARD: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr,
+    dc0,  # [D, B, K*H], wide
+    layout, zoneout, H,
+    STEP_BACKWARD: tl.constexpr, CANDIDATE: tl.constexpr, READS: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OWN: tl.constexpr, OUTPUT_SAVED: tl.constexpr,
+    KEEP_H: tl.constexpr, KEEP_C: tl.constexpr,
     BB: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of the batch, D). Against the direction of the forward pass."""
     d = tl.program_id(1)
     b, u = tl.program_id(0) * BB + tl.arange(0, BB), tl.arange(0, BH)
-    own = (b < layout.B)[:, None] & (u < H)[None, :]
-    state = (d * layout.B + b).to(tl.int64)[:, None] * H + u[None, :]
+    real = (u < H)[None, :]
+    own = (b < layout.B)[:, None] & real
+    place = (d * layout.B + b).to(tl.int64)[:, None]
+    at_state, at_states = place * H + u[None, :], place * (K * H) + u[None, :]
     lengths = lengths_of(layout, b)
     backwards = ((layout.reverse >> d) & 1) != 0
     narrow = y.dtype.element_ty
 
     resident = ()  # of every gate R_g [BH (u), BH (k)]
-    square = (u < H)[:, None] & (u < H)[None, :]
+    square = (u < H)[:, None] & real
     for g in tl.static_range(G):
         entry = ((d * G + g) * H + u[:, None]).to(tl.int64) * H + u[None, :]
         resident = resident + (tl.load(weight + entry, mask=square, other=0.0),)
-    first_h, first_c = tl.zeros((BB, BH), ACC), tl.zeros((BB, BH), ACC)
+    v = load_vectors(vectors, d, u, H, V, BH, ACC)
+    first_h, first_c = tl.zeros((BB, BH), ACC), zero_tiles(K, BB, BH, ACC)
     if h0 is not None:
-        first_h = tl.load(h0 + state, mask=own, other=0.0).to(ACC)
+        first_h = tl.load(h0 + at_state, mask=own, other=0.0).to(ACC)
     if c0 is not None:
-        first_c = tl.load(c0 + state, mask=own, other=0.0).to(ACC)
-    dh, dc = tl.zeros((BB, BH), ACC), tl.zeros((BB, BH), ACC)
+        first_c = load_tiles(c0, at_states, own, H, K, ACC)
+    dh, dc = tl.zeros((BB, BH), ACC), zero_tiles(K, BB, BH, ACC)
     if dh_n is not None:
-        dh = tl.load(dh_n + state, mask=own, other=0.0).to(ACC)
+        dh = tl.load(dh_n + at_state, mask=own, other=0.0).to(ACC)
     if dc_n is not None:
-        dc = tl.load(dc_n + state, mask=own, other=0.0).to(ACC)
+        dc = load_tiles(dc_n, at_states, own, H, K, ACC)
 
     steps = tl.max(lengths, 0)
     for n in range(steps):
         t = tl.where(backwards, n, steps - 1 - n)
-        active = (t < lengths)[:, None] & (u < H)[None, :]
-        row = rows_of(layout, t, b) * layout.D + d
-        at = row[:, None] * H + u[None, :]
+        active = (t < lengths)[:, None] & real
+        row = (rows_of(layout, t, b) * layout.D + d)[:, None]
+        at = row * H + u[None, :]
         before = tl.where(backwards, t + 1, t - 1)
         was = ((before >= 0) & (before < lengths))[:, None] & active
-        at_before = (rows_of(layout, tl.minimum(tl.maximum(before, 0), layout.T - 1), b) * layout.D + d)[:, None] * H + u[None, :]
+        row_before = (rows_of(layout, tl.minimum(tl.maximum(before, 0), layout.T - 1), b) * layout.D + d)[:, None]
         dh_t, dc_t = dh, dc
         if dy is not None:
             dh_t += tl.load(dy + at, mask=active, other=0.0).to(ACC)
-        saved = load_gates(gates, row[:, None] * (S * H) + u[None, :], active, H, S, ACC)
-        h_prev, c_prev, h, c = dh, dc, dh, dc
-        if HAS_C:
-            if dc_all is not None:
-                dc_t += tl.load(dc_all + at, mask=active, other=0.0)
-            c = tl.load(c_all + at, mask=active, other=0.0)
-            c_prev = tl.where(was, tl.load(c_all + at_before, mask=was, other=0.0), first_c)
-        elif S > 0:
-            h_prev = tl.where(was, tl.load(y + at_before, mask=was, other=0.0).to(ACC), first_h)
-        else:
+        if dc_all is not None:
+            dc_t = add(dc_t, load_tiles(dc_all, row * (K * H) + u[None, :], active, H, K, ACC), K)
+        dh_kept, dh_t = split(zoneout.hold_h, at, active, KEEP_H, dh_t)
+        dc_kept, dc_t = split_states(zoneout.hold_c, at, active, KEEP_C, dc_t, K)
+        saved = load_tiles(gates, row * (S * H) + u[None, :], active, H, S, ACC)
+        h_prev, h, c_prev, c = dh, dh, dc, dc
+        if K > 0:
+            c = load_tiles(c_all, row * (K * H) + u[None, :], active, H, K, ACC)
+            c_prev = choose(was, load_tiles(c_all, row_before * (K * H) + u[None, :], was, H, K, ACC), first_c, K)
+            if zoneout.hold_c is not None or KEEP_C > 0:
+                c = (CANDIDATE(saved, c_prev[0]),)
+        if READS == "h_prev":
+            h_prev = tl.where(was, tl.load(y + row_before * H + u[None, :], mask=was, other=0.0).to(ACC), first_h)
+        if OUTPUT_SAVED:
+            h = saved[0]
+        elif READS == "h":
             h = tl.load(y + at, mask=active, other=0.0).to(ACC)
-        dx, dr, direct, dc_new = STEP_BACKWARD(dh_t, dc_t, saved, h_prev, c_prev, h, c)
-        store_gates(dgates, row[:, None] * (G * H) + u[None, :], dx, active, H, G)
+        dx, dr, direct, dc_new = STEP_BACKWARD(dh_t, dc_t, saved, v, h_prev, c_prev, h, c, real, H)
+        store_tiles(dgates, row * (G * H) + u[None, :], dx, active, H, G)
         if drecurrent is not None:
-            tl.store(drecurrent + at, dr[G - 1].to(narrow), mask=active)
-        dh_new = direct
+            store_tiles(drecurrent, row * (OWN * H) + u[None, :], dr, active, H, OWN, G - OWN)
+        if doutput is not None:
+            tl.store(doutput + at, dh_t.to(narrow), mask=active)
+        dh_new = direct + dh_kept
         for g in tl.static_range(G):
             operand = tl.where(active, dr[g], 0.0).to(narrow)
             dh_new += tl.dot(operand, resident[g], input_precision=PRECISION, out_dtype=ACC)
         dh = tl.where(active, dh_new, dh)
-        if HAS_C:
-            dc = tl.where(active, dc_new, dc)
-    tl.store(dh0 + state, dh.to(narrow), mask=own)
-    if HAS_C:
-        tl.store(dc0 + state, dc, mask=own)
+        dc = choose(active, add(dc_new, dc_kept, K), dc, K)
+    tl.store(dh0 + at_state, dh.to(narrow), mask=own)
+    if K > 0:
+        store_tiles(dc0, at_states, dc, own, H, K)

@@ -119,22 +119,22 @@ class TestRecurrent(OpBattery):
         width = case.projection or case.hidden
         wide = state_dtype(dtype)
         weight = torch.randn(lanes, len(cell.gates) * case.hidden, width, dtype=dtype)
-        bias = torch.randn(lanes, case.hidden, dtype=dtype) if cell.recurrent_bias else None
+        vectors = torch.randn(lanes, len(cell.vectors) * case.hidden, dtype=dtype) if cell.vectors else None
         projection = torch.randn(lanes, width, case.hidden, dtype=dtype) if case.projection else None
         # packed: without a state the fake kernel would have to invent the batch's size, which opcheck cannot compare
         h0 = torch.randn(lanes, case.batch, width, dtype=dtype)
-        c0 = torch.randn(lanes, case.batch, case.hidden, dtype=wide) if cell.has_c else None
+        c0 = torch.rand(lanes, case.batch, cell.wide_states * case.hidden, dtype=wide) if cell.has_c else None
         reverse = [0, 1][:lanes]
         w_ih = torch.randn(lanes * len(cell.gates) * case.hidden, case.input, dtype=dtype)
         b_ih = torch.randn(w_ih.shape[0], dtype=dtype) if case.bias else None
         forward = (
-            inputs["x"].detach(), w_ih, b_ih, weight, bias, projection, h0, c0, lengths, batch_sizes, case.cell, reverse, True,
-            True,
+            inputs["x"].detach(), w_ih, b_ih, weight, vectors, projection, h0, c0, lengths, batch_sizes, None, None, case.cell,
+            reverse, 0.0, 0.0, True, True,
         )  # fmt: skip
         y, h_n, c_n, c, gates = torch.ops.fastseq.recurrent_forward(*forward)
         backward = (
-            torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n) if cell.has_c else None, None, weight, projection,
-            h0, c0, lengths, batch_sizes, y, c, gates, case.cell, reverse,
+            torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n) if cell.has_c else None, None, weight, vectors,
+            projection, h0, c0, lengths, batch_sizes, None, None, y, c, gates, case.cell, reverse, 0.0, 0.0,
         )  # fmt: skip
         return [(torch.ops.fastseq.recurrent_forward.default, forward), (torch.ops.fastseq.recurrent_backward.default, backward)]
 
@@ -228,16 +228,15 @@ class TestRecurrent(OpBattery):
         x, w_ih = torch.randn(6, 9, 3).bfloat16(), torch.randn(80, 3).bfloat16()
         reverse = [0, 1]
         y, *_ = torch.ops.fastseq.recurrent_forward(
-            x, w_ih, None, weight, None, None, None, None, None, None, "rnn_relu", reverse, False, False
+            x, w_ih, None, weight, *[None] * 8, "rnn_relu", reverse, 0.0, 0.0, False, False
         )
         dy = torch.randn_like(y)
         empty = y.new_empty(0)
 
         def dgates(dtype: torch.dtype) -> Tensor:
             return torch.ops.fastseq.recurrent_backward(
-                dy.to(dtype), None, None, None, weight.to(dtype), None, None, None, None, None, y.to(dtype),
-                empty.to(state_dtype(dtype)), empty.to(dtype),
-                "rnn_relu", reverse,
+                dy.to(dtype), None, None, None, weight.to(dtype), *[None] * 8, y.to(dtype), empty.to(state_dtype(dtype)),
+                empty.to(dtype), "rnn_relu", reverse, 0.0, 0.0,
             )[0]  # fmt: skip
 
         with fastseq.use_backend("reference"):

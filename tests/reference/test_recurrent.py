@@ -1,20 +1,23 @@
-"""The specification against torch.nn in fp64, and its written-out backward against autograd through its forward."""
+"""The specification: every cell against its equations, backward formulas against autograd, layouts against one another."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import layer_norm
 
 from fastseq.cells import CELLS
 from fastseq.reference import recurrent as reference
 from fastseq.reference.cells import steps
+from fastseq.reference.recurrent import Backward, Forward
 
-STATES = pytest.mark.parametrize("layout", ("padded", "lengths", "packed"))
+LAYOUTS = pytest.mark.parametrize("layout", ("padded", "lengths", "packed"))
+ZONEOUT = ("none", "mask", "proportion")
 
 
-def problem(cell: str, layout: str, projection: int = 0):
-    """x, w_ih, weight, bias, projection, h0, c0 in fp64 with gradients; lengths, batch_sizes. w_ih is the identity."""
+def problem(cell: str, layout: str, projection: int = 0, zoneout: str = "none") -> Forward:
+    """Input gates, weights and states in fp64, with gradients."""
     torch.manual_seed(0)
     row, lanes, hidden, batch, length = CELLS[cell], 2, 5, 4, 6
     lengths = torch.tensor([6, 4, 4, 1])
@@ -25,21 +28,41 @@ def problem(cell: str, layout: str, projection: int = 0):
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
 
-    columns = lanes * len(row.gates) * hidden
-    return (
-        random(*rows, columns),
-        torch.eye(columns, dtype=torch.float64),
-        random(lanes, len(row.gates) * hidden, width),
-        random(lanes, hidden) if row.recurrent_bias else None,
-        random(lanes, projection, hidden) if projection else None,
-        random(lanes, batch, width),
-        random(lanes, batch, hidden) if row.has_c else None,
-        lengths if layout == "lengths" else None,
-        sizes if layout == "packed" else None,
+    c0 = random(lanes, batch, row.wide_states * hidden) if row.has_c else None
+    if cell == "slstm":
+        c0 = c0.detach().abs().requires_grad_()  # the normaliser is positive
+    zone_c = row.wide_states == 1
+    return Forward(
+        x=random(*rows, lanes * len(row.gates) * hidden),
+        w_ih=None,
+        b_ih=None,
+        weight=random(lanes, len(row.gates) * hidden, width),
+        vectors=random(lanes, len(row.vectors) * hidden) if row.vectors else None,
+        projection=random(lanes, projection, hidden) if projection else None,
+        h0=random(lanes, batch, width),
+        c0=c0,
+        lengths=lengths if layout == "lengths" else None,
+        batch_sizes=sizes if layout == "packed" else None,
+        hold_h=torch.rand(*rows, lanes, width) < 0.4 if zoneout == "mask" else None,
+        hold_c=torch.rand(*rows, lanes, hidden) < 0.4 if zoneout == "mask" and zone_c else None,
+        cell=cell,
+        reverse=[0, 1],
+        zoneout_h=0.3 if zoneout == "proportion" else 0.0,
+        zoneout_c=0.4 if zoneout == "proportion" and zone_c else 0.0,
+        save_c=True,
+        save_gates=True,
     )
 
 
-@pytest.mark.parametrize("cell", CELLS)
+def backward_of(call: Forward, results: tuple, grads: tuple) -> Backward:
+    y, _, _, c, gates = (result.detach() for result in results)
+    return Backward(
+        *grads, call.weight, call.vectors, call.projection, call.h0, call.c0, call.lengths, call.batch_sizes, call.hold_h,
+        call.hold_c, y, c, gates, call.cell, call.reverse, call.zoneout_h, call.zoneout_c,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 def test_one_step_is_torchs_cell(cell):
     torch.manual_seed(0)
     row = CELLS[cell]
@@ -48,13 +71,13 @@ def test_one_step_is_torchs_cell(cell):
     x, h, c = (torch.randn(2, n, dtype=torch.float64) for n in (3, 4, 4))
     x_gates = x @ module.weight_ih.T + module.bias_ih
     r = h @ module.weight_hh.T
-    bias = None
+    vectors = None
     if row.recurrent_bias:
         x_gates[:, :-4] += module.bias_hh[:-4]
-        bias = module.bias_hh[-4:]
+        vectors = module.bias_hh[-4:]
     else:
         x_gates = x_gates + module.bias_hh
-    h_new, c_new, saved = steps(cell).step(x_gates, r, bias, h, c if row.has_c else None)
+    h_new, c_new, saved = steps(cell).step(x_gates, r, vectors, h, c if row.has_c else None)
     expected = module(x, (h, c) if row.has_c else h)
     expected_h, expected_c = expected if row.has_c else (expected, None)
     torch.testing.assert_close(h_new, expected_h)
@@ -63,42 +86,105 @@ def test_one_step_is_torchs_cell(cell):
     assert (0 if saved is None else saved.shape[-1] // 4) == len(row.saved)
 
 
-@pytest.mark.parametrize("cell,projection", [*((cell, 0) for cell in CELLS), ("lstm", 3)])
-@STATES
-def test_backward_is_the_gradient_of_forward(cell, projection, layout):
-    x, w_ih, weight, bias, w_hr, h0, c0, lengths, sizes = problem(cell, layout, projection)
-    reverse = [0, 1]
-    y, h_n, c_n, c, gates = reference.forward(
-        x, w_ih, None, weight, bias, w_hr, h0, c0, lengths, sizes, cell, reverse, True, True
-    )
-    outputs = [y, h_n, *((c_n, c) if CELLS[cell].has_c else ())]
+def variant_step(cell: str, x, r, v, h, c):
+    """The equations of the papers, gate by gate."""
+    sigmoid, tanh = torch.sigmoid, torch.tanh
+    if cell == "coupled_lstm":
+        i, g, o = (x + r).chunk(3, -1)
+        c = (1 - sigmoid(i)) * c + sigmoid(i) * tanh(g)
+        return sigmoid(o) * tanh(c), c
+    if cell == "peephole_lstm":
+        i, f, g, o = (x + r).chunk(4, -1)
+        p_i, p_f, p_o = v.chunk(3)
+        c_new = sigmoid(f + p_f * c) * c + sigmoid(i + p_i * c) * tanh(g)
+        return sigmoid(o + p_o * c_new) * tanh(c_new), c_new
+    if cell == "layer_norm_lstm":
+        i, f, g, o = (x + layer_norm(r, r.shape[-1:], v[:16])).chunk(4, -1)
+        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        return sigmoid(o) * tanh(layer_norm(c, c.shape[-1:], v[16:20], v[20:])), c
+    if cell == "layer_norm_gru":
+        (x_r, x_z, x_n), (r_r, r_z, r_n) = x.chunk(3, -1), layer_norm(r, r.shape[-1:], v[:12]).chunk(3, -1)
+        z, n = sigmoid(x_z + r_z), tanh(x_n + sigmoid(x_r + r_r) * (r_n + v[12:]))
+        return (1 - z) * n + z * h, None
+    assert cell == "slstm"
+    i, f, z, o = (x + r).chunk(4, -1)
+    c, n, m = c.chunk(3, -1)
+    # without stabiliser: the true states are e^m times the kept ones
+    c, n = (sigmoid(f) * state * m.exp() + i.exp() * new for state, new in ((c, tanh(z)), (n, 1)))
+    m = torch.maximum(sigmoid(f).log() + m, i)
+    return sigmoid(o) * c / n, torch.cat((c / m.exp(), n / m.exp(), m), -1)
+
+
+@pytest.mark.parametrize("cell", [name for name in CELLS if name not in ("lstm", "gru", "rnn_tanh", "rnn_relu")])
+def test_one_step_is_the_papers(cell):
+    torch.manual_seed(0)
+    row = CELLS[cell]
+    sizes = (len(row.gates) * 4, len(row.gates) * 4, 4, row.wide_states * 4)
+    x, r, h, c = (torch.randn(3, n, dtype=torch.float64) for n in sizes)
+    c = c.abs() if cell == "slstm" else c
+    v = torch.randn(len(row.vectors) * 4, dtype=torch.float64) if row.vectors else None
+    h_new, c_new, saved = steps(cell).step(x, r, v, h, c if row.has_c else None)
+    expected_h, expected_c = variant_step(cell, x, r, v, h, c)
+    torch.testing.assert_close(h_new, expected_h)
+    if row.has_c:
+        torch.testing.assert_close(c_new, expected_c)
+    assert saved.shape[-1] // 4 == len(row.saved)
+
+
+def test_slstm_does_not_overflow():
+    """Input gates for which exp has no number; the first step forgets all, whatever its input gate."""
+    x = torch.tensor([[1e4, 1e4, 1.0, 0.0], [-1e4, -1e4, 1.0, 0.0], [-1e4, 50.0, 1.0, 0.0]])
+    states = torch.tensor([[0.0, 0.0, -torch.inf]]).expand(3, 3)
+    for _ in range(3):
+        h, states, _ = steps("slstm").step(x, torch.zeros_like(x), None, torch.zeros(3, 1), states)
+        torch.testing.assert_close(h, torch.full((3, 1), 0.5) * torch.tanh(torch.ones(3, 1)))
+
+
+@pytest.mark.parametrize("zoneout", ZONEOUT)
+@pytest.mark.parametrize("cell,projection", [*((cell, 0) for cell in CELLS), ("lstm", 3), ("layer_norm_lstm", 3)])
+@LAYOUTS
+def test_backward_is_the_gradient_of_forward(cell, projection, layout, zoneout):
+    call = problem(cell, layout, projection, zoneout)
+    results = reference.forward(call)
+    row = call.row
+    y, h_n, c_n, c, _ = results
+    outputs = [y, h_n, *((c_n, c) if row.has_c else ())]
     grads = [torch.randn_like(out) for out in outputs]
-    dy, dh_n, dc_n, dc = [*grads, None, None][:4]
-    dgates, drecurrent, dprojected, dh0, dc0 = reference.backward(
-        dy, dh_n, dc_n, dc, weight, w_hr, h0, c0, lengths, sizes, y.detach(), c.detach(), gates.detach(), cell, reverse
-    )
-    wanted = {"x": x, "h0": h0} | ({"c0": c0} if c0 is not None else {}) | ({"bias": bias} if bias is not None else {})
+    back = backward_of(call, results, tuple([*grads, None, None][:4]))
+    dgates, drecurrent, doutput, dh0, dc0 = reference.backward(back)
+    wanted = {name: getattr(call, name) for name in ("x", "h0", "c0", "vectors", "weight")}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
     expected = dict(zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), grads), strict=True))
     torch.testing.assert_close(dgates.flatten(-2), expected["x"])
     torch.testing.assert_close(dh0, expected["h0"])
-    if c0 is not None:
+    if row.has_c:
         torch.testing.assert_close(dc0, expected["c0"])
-    if bias is not None:
-        torch.testing.assert_close(drecurrent.flatten(0, -3).sum(0), expected["bias"])
-    assert bool(dprojected.numel()) == bool(projection)
+    assert bool(drecurrent.numel()) == bool(row.own_recurrent)
+    assert bool(doutput.numel()) == bool(projection or row.normalised)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("cell", CELLS)
+def test_rows_beyond_a_length_are_zero(cell, layout):
+    call = problem(cell, "lengths" if layout == "padded" else layout, zoneout="mask")
+    results = reference.forward(call)
+    back = backward_of(call, results, (torch.randn_like(results[0]), None, None, None))
+    if call.lengths is not None:
+        beyond = torch.arange(call.steps)[:, None] >= call.lengths
+        for rows in (results[0], results[3], results[4], *reference.backward(back)[:3]):
+            assert not rows.numel() or not rows[beyond].any()
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_sixteen_bits_are_computed_in_fp32(dtype):
     """c and the sums stay in fp32; only what is stored is rounded."""
-    x, w_ih, weight, _, _, h0, c0, *_ = (None if t is None else t.detach() for t in problem("lstm", "padded"))
-    low = [t.to(dtype) for t in (x, w_ih, weight, h0)]
-    reverse = [0, 1]
-    y, _, c_n, c, gates = reference.forward(
-        low[0], low[1], None, low[2], None, None, low[3], c0.float(), None, None, "lstm", reverse, True, True
-    )
-    exact = [t.double() for t in low]
-    truth = reference.forward(*exact[:2], None, exact[2], None, None, exact[3], c0, None, None, "lstm", reverse, True, True)
+    call = problem("lstm", "padded")
+    call.x, call.weight, call.h0 = (t.detach().to(dtype) for t in (call.x, call.weight, call.h0))
+    c0, call.c0 = call.c0.detach(), call.c0.detach().float()
+    y, _, c_n, c, gates = reference.forward(call)
+    call.x, call.weight, call.h0 = (t.double() for t in (call.x, call.weight, call.h0))
+    call.c0 = c0
+    truth = reference.forward(call)
     assert (y.dtype, gates.dtype, c.dtype, c_n.dtype) == (dtype, dtype, torch.float32, torch.float32)
     torch.testing.assert_close(y.double(), truth[0], rtol=0, atol=4 * torch.finfo(dtype).eps)
     # rounding h disturbs c, but c itself is not rounded to the low dtype

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...cells import CELLS
-from ...reference.recurrent import input_gates, state_dtype
+from ...reference.recurrent import Backward, Forward, state_dtype
 from .. import library
 from ..query import RecurrentQuery
 
@@ -17,6 +16,7 @@ from ..query import RecurrentQuery
 _FUSED_ROWS = 4
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 
 
 def why_not(query: RecurrentQuery) -> list[str]:
@@ -27,56 +27,43 @@ def why_not(query: RecurrentQuery) -> list[str]:
     if query.dtype not in _DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
+    if query.cell not in _CELLS:
+        against.append(f"cell {query.cell} is not one of {', '.join(_CELLS)}")
+    if query.zoned:
+        against.append("no zoneout")
     return against
 
 
-def recurrent_forward(
-    x: Tensor,
-    w_ih: Tensor,
-    b_ih: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    projection: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    cell: str,
-    reverse: list[int],
-    save_c: bool,
-    save_gates: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row, dtype, wide = CELLS[cell], x.dtype, state_dtype(x.dtype)
-    lanes, width = weight.shape[0], weight.shape[2]
-    hidden = weight.shape[1] // len(row.gates)
-    leading = x.shape[:-1]
-    steps = _steps(x, batch_sizes)
-    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
-    y = x.new_empty(*leading, lanes, width)
-    h_n = x.new_empty(lanes, batch, width)
-    c_n = x.new_empty((lanes, batch, hidden) if row.has_c else (0,), dtype=wide)
-    c = x.new_empty((*leading, lanes, hidden) if row.has_c and save_c else (0,), dtype=wide)
-    gates = x.new_empty((*leading, lanes, len(row.saved) * hidden) if row.saved and save_gates else (0,))
-    h0 = _state(h0, dtype)
+def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row, x, wide, lanes, hidden = call.row, call.x, call.wide, call.lanes, call.hidden
+    leading, batch, states = x.shape[:-1], call.batch, row.wide_states * hidden
+    y = x.new_empty(*leading, lanes, call.width)
+    h_n = x.new_empty(lanes, batch, call.width)
+    c_n = x.new_empty((lanes, batch, states) if row.has_c else (0,), dtype=wide)
+    c = x.new_empty((*leading, lanes, states) if row.has_c and call.save_c else (0,), dtype=wide)
+    gates = x.new_empty((*leading, lanes, call.saved * hidden) if call.saved and call.save_gates else (0,))
+    h0 = _state(call.h0, call.dtype)
     h_gates = None
-    if steps == 1:
-        h_gates = x.new_zeros(lanes, batch, weight.shape[1], dtype=wide) if h0 is None else _product(h0, weight.mT)
-    fused = steps > 1 and dtype == wide and 0 < _FUSED_ROWS * steps * x.shape[-1] <= x.numel()
+    if call.steps == 1:
+        zeros = x.new_zeros(lanes, batch, call.weight.shape[1], dtype=wide)
+        h_gates = zeros if h0 is None else _product(h0, call.weight.mT)
+    w_ih = call.w_ih
+    fused = w_ih is not None and call.steps > 1 and call.dtype == wide and 0 < _FUSED_ROWS * call.steps * x.shape[-1] <= x.numel()
     torch.ops.fastseq_native.recurrent_forward.default(
         x.contiguous() if fused else None,
-        w_ih.contiguous() if fused else None,
-        _dense(b_ih) if fused else None,
-        None if fused else input_gates(x, w_ih, b_ih, lanes),
+        _dense(w_ih) if fused else None,
+        _dense(call.b_ih) if fused else None,
+        None if fused else call.input_gates().contiguous(),
         h_gates,
-        weight.contiguous(),
-        _dense(bias),
-        _dense(projection),
+        call.weight.contiguous(),
+        _dense(call.vectors),
+        _dense(call.projection),
         h0,
-        _state(c0, wide),
-        _int64(lengths),
-        batch_sizes,
-        cell,
-        _bits(reverse),
+        _state(call.c0, wide),
+        _int64(call.lengths),
+        call.batch_sizes,
+        call.cell,
+        _bits(call.reverse),
         y,
         h_n,
         c_n,
@@ -86,67 +73,44 @@ def recurrent_forward(
     return y, h_n, c_n, c, gates
 
 
-def recurrent_backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc: Tensor | None,
-    weight: Tensor,
-    projection: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    y: Tensor,
-    c: Tensor,
-    gates: Tensor,
-    cell: str,
-    reverse: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row, dtype, wide = CELLS[cell], y.dtype, state_dtype(y.dtype)
-    lanes, width = weight.shape[0], weight.shape[2]
-    hidden = weight.shape[1] // len(row.gates)
-    leading = y.shape[:-2]
-    batch = y.shape[1] if batch_sizes is None else int(batch_sizes[0])
-    dgates = y.new_empty(*leading, lanes, weight.shape[1])
-    drecurrent = y.new_empty((*leading, lanes, hidden) if row.recurrent_bias else (0,))
-    dprojected = y.new_empty((*leading, lanes, width) if projection is not None else (0,))
-    dh0 = y.new_empty(lanes, batch, width)
-    dc0 = y.new_empty((lanes, batch, hidden) if row.has_c else (0,), dtype=wide)
-    once = _steps(y, batch_sizes) == 1
+def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row, y, dtype, wide, lanes, hidden = call.row, call.y, call.dtype, call.wide, call.lanes, call.hidden
+    leading, batch = y.shape[:-2], call.batch
+    dgates = y.new_empty(*leading, lanes, call.weight.shape[1])
+    drecurrent = y.new_empty((*leading, lanes, row.own_recurrent * hidden) if row.own_recurrent else (0,))
+    doutput = y.new_empty((*leading, lanes, call.width) if call.output_gradient else (0,))
+    dh0 = y.new_empty(lanes, batch, call.width)
+    dc0 = y.new_empty((lanes, batch, row.wide_states * hidden) if row.has_c else (0,), dtype=wide)
+    once = call.steps == 1
     torch.ops.fastseq_native.recurrent_backward.default(
-        _state(dy, dtype),
-        _state(dh_n, dtype),
-        _state(dc_n, wide),
-        _state(dc, wide),
-        weight.contiguous(),
-        _dense(projection),
-        _state(h0, dtype),
-        _state(c0, wide),
-        _int64(lengths),
-        batch_sizes,
+        _state(call.dy, dtype),
+        _state(call.dh_n, dtype),
+        _state(call.dc_n, wide),
+        _state(call.dc, wide),
+        call.weight.contiguous(),
+        _dense(call.projection),
+        _state(call.h0, dtype),
+        _state(call.c0, wide),
+        _int64(call.lengths),
+        call.batch_sizes,
         y.contiguous(),
-        c.contiguous(),
-        gates.contiguous(),
-        cell,
-        _bits(reverse),
+        call.c.contiguous(),
+        call.gates.contiguous(),
+        call.cell,
+        _bits(call.reverse),
         not once,
         dgates,
         drecurrent,
-        dprojected,
+        doutput,
         dh0,
         dc0,
     )
     if once:
         dr = dgates.view(batch, lanes, -1).transpose(0, 1)
-        if row.recurrent_bias:
+        if row.own_recurrent:
             dr = torch.cat((dr[..., :-hidden], drecurrent.view(batch, lanes, -1).transpose(0, 1)), -1)
-        dh0 += _product(dr, weight).to(dtype)
-    return dgates, drecurrent, dprojected, dh0, dc0
-
-
-def _steps(rows: Tensor, batch_sizes: Tensor | None) -> int:
-    return rows.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+        dh0 += _product(dr, call.weight).to(dtype)
+    return dgates, drecurrent, doutput, dh0, dc0
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

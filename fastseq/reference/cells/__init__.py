@@ -1,14 +1,18 @@
-"""One step of each cell, forward and backward, elementwise; the loop over time stands in ``reference/recurrent.py``.
+"""One step of each cell, forward and backward; the loop over time stands in ``reference/recurrent.py``.
 
 Every file defines, for tensors of any leading shape ``[..., n * H]``:
 
-``step(x, r, bias, h, c) -> (h, c, saved)``
-    ``x`` input gates, ``r = h R^T`` recurrent gates (both in PyTorch's gate order), ``bias`` the recurrent bias that stays
-    inside (or None), ``h`` and ``c`` the previous state. Being elementwise it runs one step, or all steps at once to recompute
-    ``saved``.
-``step_backward(dh, dc, saved, h_prev, c_prev, h, c) -> (dx, dr, dh_prev, dc_prev)``
+``step(x, r, vectors, h, c) -> (h, c, saved)``
+    ``x`` input gates, ``r = h R^T`` recurrent gates (both in PyTorch's gate order), ``vectors`` the parameters that act inside a
+    step (or None), ``h`` the previous output, ``c`` the other states side by side. Independent of other rows, it runs one step,
+    or all steps at once to recompute ``saved``.
+``step_backward(dh, dc, saved, vectors, h_prev, c_prev, h, c) -> (dx, dr, dh_prev, dc_prev)``
     gradients of ``x``, of ``r`` (None: the same as ``dx``), and what reaches the previous state other than through ``r``
     (or None).
+``vector_gradients(dx, dr, dh, saved, vectors, c_prev, c) -> [..., V * H]``
+    gradients of the vectors, row by row; only where there are vectors.
+``candidate(saved, c_prev) -> c``
+    the cell state that a step proposed, before zoneout; only of cells whose one wide state is c.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from . import gru, lstm, rnn
+from . import coupled_lstm, gru, layer_norm_gru, layer_norm_lstm, lstm, peephole_lstm, rnn, slstm
 
 __all__ = ["Steps", "steps"]
 
@@ -25,16 +29,27 @@ __all__ = ["Steps", "steps"]
 class Steps(Protocol):
     """What every file (for the Elman cell, every object of it) defines; Any is a Tensor, or None where the cell has none."""
 
-    def step(self, x: Tensor, r: Tensor, bias: Any, h: Tensor, c: Any) -> tuple[Tensor, Any, Any]: ...
+    def step(self, x: Tensor, r: Tensor, vectors: Any, h: Tensor, c: Any) -> tuple[Tensor, Any, Any]: ...
 
     def step_backward(
-        self, dh: Tensor, dc: Any, saved: Any, h_prev: Tensor, c_prev: Any, h: Tensor, c: Any
+        self, dh: Tensor, dc: Any, saved: Any, vectors: Any, h_prev: Tensor, c_prev: Any, h: Tensor, c: Any
     ) -> tuple[Tensor, Any, Any, Any]: ...
 
 
-_STEPS: dict[str, Steps] = {"lstm": lstm, "gru": gru, "rnn_tanh": rnn.TANH, "rnn_relu": rnn.RELU}
+# Any: the functions that only some cells have
+_STEPS: dict[str, Any] = {
+    "lstm": lstm,
+    "gru": gru,
+    "rnn_tanh": rnn.TANH,
+    "rnn_relu": rnn.RELU,
+    "coupled_lstm": coupled_lstm,
+    "peephole_lstm": peephole_lstm,
+    "layer_norm_lstm": layer_norm_lstm,
+    "layer_norm_gru": layer_norm_gru,
+    "slstm": slstm,
+}
 
 
-def steps(cell: str) -> Steps:
-    """The object that holds ``step`` and ``step_backward`` of a cell of the table."""
+def steps(cell: str) -> Any:
+    """The object that holds the mathematics of a cell of the table: a :class:`Steps`."""
     return _STEPS[cell]

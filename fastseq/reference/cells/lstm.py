@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def step(x: Tensor, r: Tensor, bias: None, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def step(x: Tensor, r: Tensor, vectors: None, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     i, f, g, o = (x + r).chunk(4, -1)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     c = f * c + i * g
@@ -17,7 +17,7 @@ def step(x: Tensor, r: Tensor, bias: None, h: Tensor, c: Tensor) -> tuple[Tensor
 
 
 def step_backward(
-    dh: Tensor, dc: Tensor, saved: Tensor, h_prev: Tensor, c_prev: Tensor, h: Tensor, c: Tensor
+    dh: Tensor, dc: Tensor, saved: Tensor, vectors: None, h_prev: Tensor, c_prev: Tensor, h: Tensor, c: Tensor
 ) -> tuple[Tensor, None, None, Tensor]:
     i, f, g, o = saved.chunk(4, -1)
     tanh_c = c.tanh()
@@ -27,3 +27,8 @@ def step_backward(
     dg = dc * i * (1 - g * g)
     do = dh * tanh_c * o * (1 - o)
     return torch.cat((di, df, dg, do), -1), None, None, dc * f
+
+
+def candidate(saved: Tensor, c_prev: Tensor) -> Tensor:
+    i, f, g, _ = saved.chunk(4, -1)
+    return f * c_prev + i * g

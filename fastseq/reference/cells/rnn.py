@@ -14,11 +14,11 @@ class Elman:
     activation: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor]  # of the activation, from its value
 
-    def step(self, x: Tensor, r: Tensor, bias: None, h: Tensor, c: None) -> tuple[Tensor, None, None]:
+    def step(self, x: Tensor, r: Tensor, vectors: None, h: Tensor, c: None) -> tuple[Tensor, None, None]:
         return self.activation(x + r), None, None
 
     def step_backward(
-        self, dh: Tensor, dc: None, saved: None, h_prev: Tensor, c_prev: None, h: Tensor, c: None
+        self, dh: Tensor, dc: None, saved: None, vectors: None, h_prev: Tensor, c_prev: None, h: Tensor, c: None
     ) -> tuple[Tensor, None, None, None]:
         return dh * self.derivative(h), None, None, None
 

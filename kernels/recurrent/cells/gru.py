@@ -1,4 +1,4 @@
-"""GRU, reset after the product: r, z = sigmoid(x + r), q = r_n + bias, n = tanh(x_n + r q), h = n + z (h - n)."""
+"""GRU, reset after the product: r, z = sigmoid(x + r), q = r_n + b_n, n = tanh(x_n + r q), h = n + z (h - n)."""
 
 import triton
 import triton.language as tl
@@ -7,15 +7,15 @@ from fastseq.kernels.recurrent.activations import tanh
 
 
 @triton.jit
-def step(x, r, bias, h, c):
+def step(x, r, v, h, c, real, H):
     reset, z = tl.sigmoid(x[0] + r[0]), tl.sigmoid(x[1] + r[1])
-    q = r[2] + bias
+    q = r[2] + v[0]
     n = tanh(x[2] + reset * q)
     return n + z * (h - n), c, (reset, z, n, q)
 
 
 @triton.jit
-def step_backward(dh, dc, saved, h_prev, c_prev, h, c):
+def step_backward(dh, dc, saved, v, h_prev, c_prev, h, c, real, H):
     reset, z, n, q = saved
     dn = dh * (1 - z) * (1 - n * n)
     dz = dh * (h_prev - n) * z * (1 - z)

@@ -1,0 +1,129 @@
+"""What every form of the Triton recurrent kernels is given: a call's tensors as the kernels want them, and room for results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...reference.recurrent import Backward, Call, Forward
+from ._launch import precision
+
+
+def fp32_precision() -> str:
+    return precision(getattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32"))
+
+
+class _Launched:
+    """Of both directions: the layout, the config, and the keyword arguments of every kernel."""
+
+    def __init__(self, call: Call) -> None:
+        from fastseq.kernels.recurrent import configs
+
+        row = call.row
+        self.call, self.math = call, configs.CELLS[call.cell]
+        self.config = configs.of(
+            call.rows.device, call.dtype, len(row.gates), call.hidden, call.batch, call.projection is not None, row.normalised
+        )
+        self.layout = _layout(call)
+        self.zoneout = _zoneout(call)
+        self.weight = call.weight.contiguous()
+        self.vectors = None if call.vectors is None else call.vectors.contiguous()
+        self.h0, self.c0 = state(call.h0, call.dtype), state(call.c0, call.wide)
+        self.sizes = {"G": len(row.gates), "S": call.saved, "K": row.wide_states, "V": len(row.vectors)}
+        self.options = {
+            **self.sizes,
+            "OUTPUT_SAVED": call.zoned and not row.saved,
+            "KEEP_H": 0.0 if call.hold_h is not None else call.zoneout_h,
+            "KEEP_C": 0.0 if call.hold_c is not None else call.zoneout_c,
+            "ACC": configs.accumulator(call.wide),
+            **self.config.tiles,
+            **self.config.options,
+        }
+
+    def grid(self, width: int) -> tuple[int, ...]:
+        return self.config.grid(self.call.batch, width, self.call.lanes)
+
+    def room(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """One row per step and sequence; zero where rows end early, since no program visits what lies beyond."""
+        rows = self.call.rows
+        return (rows.new_empty if self.call.lengths is None else rows.new_zeros)(*shape, dtype=dtype or rows.dtype)
+
+
+class ForwardLaunch(_Launched):
+    """``results``: y, h_n, c_n, c, gates, as the op's contract has them; ``c`` and ``gates`` are None where nobody wants them."""
+
+    def __init__(self, call: Forward) -> None:
+        super().__init__(call)
+        row, x, lanes, states = call.row, call.x, call.lanes, call.row.wide_states * call.hidden
+        leading = x.shape[:-1]
+        self.x_gates = call.input_gates().contiguous()
+        self.y = self.room(*leading, lanes, call.width)
+        self.h_n = x.new_empty(lanes, call.batch, call.width)
+        self.c_n = x.new_empty((lanes, call.batch, states) if row.has_c else (0,), dtype=call.wide)
+        c = self.room(*((*leading, lanes, states) if row.has_c and call.save_c else (0,)), dtype=call.wide)
+        gates = self.room(*((*leading, lanes, call.saved * call.hidden) if call.saved and call.save_gates else (0,)))
+        self.c, self.gates = c if c.numel() else None, gates if gates.numel() else None
+        self.results = self.y, self.h_n, self.c_n, c, gates
+
+
+class BackwardLaunch(_Launched):
+    """``results``: dgates, drecurrent, doutput, dh0, dc0, as the op's contract has them; None for the kernels where empty."""
+
+    def __init__(self, call: Backward) -> None:
+        super().__init__(call)
+        row, y, lanes, hidden = call.row, call.y, call.lanes, call.hidden
+        leading, states = y.shape[:-2], row.wide_states * hidden
+        self.dgates = self.room(*leading, lanes, call.weight.shape[1])
+        drecurrent = self.room(*((*leading, lanes, row.own_recurrent * hidden) if row.own_recurrent else (0,)))
+        doutput = self.room(*((*leading, lanes, call.width) if call.output_gradient else (0,)))
+        self.drecurrent = drecurrent if row.own_recurrent else None
+        self.doutput = doutput if call.output_gradient else None
+        self.dh0 = y.new_empty(lanes, call.batch, call.width)
+        self.dc0 = y.new_empty((lanes, call.batch, states) if row.has_c else (0,), dtype=call.wide)
+        self.y, self.c, self.gates = y.contiguous(), call.c.contiguous(), call.gates.contiguous()
+        self.dy, self.dh_n = state(call.dy, call.dtype), state(call.dh_n, call.dtype)
+        self.dc_n, self.dc = state(call.dc_n, call.wide), state(call.dc, call.wide)
+        self.results = self.dgates, drecurrent, doutput, self.dh0, self.dc0
+        self.options |= {
+            "OWN": row.own_recurrent,
+            "STEP_BACKWARD": self.math.step_backward,
+            "CANDIDATE": self.math.candidate,
+            "READS": self.math.reads,
+        }
+
+
+def _layout(call: Call) -> Any:
+    from fastseq.kernels.recurrent.parts import Layout
+
+    bits = sum(1 << lane for lane, backwards in enumerate(call.reverse) if backwards)
+    rows, batch, lanes = call.rows, call.batch, call.lanes
+    if call.batch_sizes is None:
+        own = None if call.lengths is None else call.lengths.to(torch.int64).contiguous()
+        return Layout(None, own, rows.shape[0], batch, lanes, bits)
+    sizes = call.batch_sizes
+    starts = sizes.cumsum(0) - sizes
+    # sequence b has a step t if batch_sizes[t] > b, and the sizes do not increase
+    ends = (sizes[None, :] > torch.arange(batch)[:, None]).sum(1)
+    return Layout(starts.to(rows.device), ends.to(rows.device), sizes.shape[0], batch, lanes, bits)
+
+
+def _zoneout(call: Call) -> Any:
+    from fastseq.kernels.recurrent.parts import Zoneout
+
+    return Zoneout(*(None if hold is None else hold.contiguous().view(torch.uint8) for hold in (call.hold_h, call.hold_c)))
+
+
+def state(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, accumulated and stored in the dtype of ``out``."""
+    if a.dtype == out.dtype:
+        torch.bmm(a, b, out=out)
+    elif a.is_cuda:
+        torch.bmm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.bmm(a.to(out.dtype), b.to(out.dtype), out=out)
