@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="N[,N...]",
         help="CPU threads; several for suites that compare them (default: the suite's)",
     )
-    p.add_argument("--quick", action="store_true", help="fewer points and repetitions")
+    extent = p.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="fewer points and repetitions")
+    extent.add_argument("--full", action="store_true", help="every point where a suite chooses among them: hours, see --only")
     p.add_argument(
         "--only",
         metavar="FILTER",
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out or not (args.picture or args.readme):
             _write(results, _folder(args.out), console)
     else:
-        results = measure(cases, options, console)
+        results = measure(cases, options, console, lambda results: results.save(out / "results.json"))
         report.terminal(results, console)
         _write(results, out, console)
     if args.picture:
@@ -108,13 +111,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any(row.status == "wrong" for row in results.rows) else 0
 
 
-def measure(cases: list[Case], options: Options, console: Console) -> Results:
-    """Runs the cases; Ctrl-C ends it early with what is there."""
+def measure(
+    cases: list[Case], options: Options, console: Console, keep: Callable[[Results], None] = lambda results: None
+) -> Results:
+    """Runs the cases; Ctrl-C ends it early with what is there. `keep` gets what there is after every group."""
     start = time.monotonic()
-    given: dict[str, Any] = {"dtype": options.dtype, "quick": options.quick, "threads": list(options.threads)}
+    given: dict[str, Any] = {
+        "dtype": options.dtype,
+        "quick": options.quick,
+        "full": options.full,
+        "threads": list(options.threads),
+    }
     results = Results(environment.collect(options.device), given)
     others = environment.Others()
     runner = Runner(options.device, quick=options.quick)
+
+    def account() -> None:
+        results.environment["cpu used by others"] = round(others.share(), 3)
+        results.peaks = list(runner.peaks.values())
+        results.seconds = round(time.monotonic() - start, 1)
+
     columns = (
         SpinnerColumn(),
         BarColumn(),
@@ -125,16 +141,17 @@ def measure(cases: list[Case], options: Options, console: Console) -> Results:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("measuring the machine's peaks", total=len(cases))
         try:
-            for case in cases:
-                results.rows += runner.run(case, lambda step: progress.update(task, description=step))
-                progress.advance(task)
+            for _, group in groupby(cases, lambda case: (case.suite, case.group)):
+                for case in group:
+                    results.rows += runner.run(case, lambda step: progress.update(task, description=step))
+                    progress.advance(task)
+                account()
+                keep(results)
         except KeyboardInterrupt:
             results.options["interrupted"] = True
         finally:
             gate.forget()
-    results.environment["cpu used by others"] = round(others.share(), 3)
-    results.peaks = list(runner.peaks.values())
-    results.seconds = round(time.monotonic() - start, 1)
+    account()
     return results
 
 
@@ -175,7 +192,7 @@ def _planned(args: argparse.Namespace) -> tuple[list[Case], Options]:
     device = device_of(args.device)
     if device == "cpu" and args.dtype == "float16":
         raise ValueError("--dtype: float16 is for GPUs; on the CPU use float32, float64 or bfloat16")
-    options = Options(device, args.dtype, _threads(args.threads), args.quick)
+    options = Options(device, args.dtype, _threads(args.threads), args.quick, args.full)
     cases = [case for name in names for case in SUITES[name].plan(options)]
     return (selection.select(cases, selection.parse(args.only)) if args.only is not None else cases), options
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .attention import AttentionWorkload
+from .cells import CellWorkload
 from .timing import GraphClock, HostClock, clock_for
 from .workloads import GATES, Workload
 
@@ -133,18 +134,20 @@ def floor_of(w: Workload, peaks: Peaks) -> Floor:
     """Time that no program of this workload goes below with these peaks, for its arithmetic and weights."""
     if isinstance(w, AttentionWorkload):
         return _attention_alone(w, peaks)
+    if isinstance(w, CellWorkload):
+        return _cell(w, peaks)
     return _recurrent(w, peaks) if w.function in GATES else _attention(w, peaks)
 
 
 def _recurrent(w: Workload, peaks: Peaks) -> Floor:
-    """Steps in turn, each reading R or computing with it, whichever is slower; the rest are GEMMs."""
+    """Steps in turn, each reading R or computing with it, whichever is slower; the rest are GEMMs. Layers and lanes overlap."""
     G, itemsize = GATES[w.function], w.torch_dtype.itemsize
-    weights = G * w.H * w.H * itemsize  # bytes of R
+    weights = G * w.H * w.H * w.matrices * itemsize  # bytes of every R
     read = weights / peaks.read_bandwidth(weights)
-    compute = np.array([2 * rows * G * w.H * w.H / peaks.gemm for rows in w.active()])
+    compute = np.array([2 * rows * G * w.H * w.H * w.matrices / peaks.gemm for rows in w.active()])
     chain = np.maximum(read, compute).sum()
-    project = 2 * w.tokens * G * w.H * w.I / peaks.gemm
-    recurrent = 2 * w.tokens * G * w.H * w.H / peaks.gemm
+    project = 2 * w.tokens * G * w.H * w.inputs / peaks.gemm
+    recurrent = 2 * w.tokens * G * w.H * w.H * w.matrices / peaks.gemm
     seconds = chain + project
     if w.mode == "training":
         # backward: the chain with R transposed, then dW and, for an inner layer, dx (each like the projection) and dR
@@ -157,6 +160,17 @@ def _recurrent(w: Workload, peaks: Peaks) -> Floor:
             f"R of {size} at {peaks.read_bandwidth(weights) / 1e9:.0f} GB/s each step",
         )
     return Floor(float(seconds), "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")
+
+
+def _cell(w: CellWorkload, peaks: Peaks) -> Floor:
+    """Steps in turn, each reading both weights or computing with them; backward as much again for the operands and for dW."""
+    elements = GATES[w.layer] * w.H * (w.I + w.H)
+    size = elements * w.torch_dtype.itemsize
+    read, compute = size / peaks.read_bandwidth(size), 2 * w.B * elements / peaks.gemm
+    seconds = w.T * max(read, compute) * (3 if w.mode == "training" else 1)
+    if read > compute:
+        return Floor(seconds, "weights", f"{size >> 10} KiB at {peaks.read_bandwidth(size) / 1e9:.0f} GB/s each step")
+    return Floor(seconds, "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")
 
 
 def _attention(w: Workload, peaks: Peaks) -> Floor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastseq.testing.compare import FACTOR, ROUNDINGS, relative_error
 
-from .workloads import Workload, results_of
+from .workloads import GATES, Workload, results_of
 
 TF32_EPS = 2.0**-10
 
@@ -95,7 +95,8 @@ def compare(found: dict[str, Tensor], want: Expected, eps: float) -> Check:
 
 def rounding(workload: Workload) -> float:
     """Relative rounding step of the workload's arithmetic, TF32 counted where torch's flags allow it."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    layers = workload.function in GATES and torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    tf32 = torch.backends.cuda.matmul.allow_tf32 or layers
     if workload.device.startswith("cuda") and workload.dtype == "float32" and tf32:
         return TF32_EPS
     return torch.finfo(workload.torch_dtype).eps

@@ -64,6 +64,7 @@ class Options:
     dtype: str
     threads: tuple[int, ...]  # empty: the suite's own choice
     quick: bool
+    full: bool = False  # the whole grid, where a suite measures a part of it by default
 
 
 class Suite(Protocol):
@@ -138,6 +139,20 @@ def ratio_cell(row: Row | None, *, losing: float = 1.0) -> Cell:
         tone,
         f"{row.ratio['low']:.2f} to {row.ratio['high']:.2f} over {row.ratio['baseline']}",
     )
+
+
+def heat_cell(row: Row | None, *, least: float, mark: str = "") -> Cell:
+    """Speed-up for a table coloured by it; below `least` no point should be."""
+    cell = ratio_cell(row)
+    if row is None or not row.ok or not row.ratio:
+        return cell
+    value = row.ratio["median"]
+    tone = "worst" if value < least else "bad" if value < 1 else "best" if value >= 2 else "good" if value >= 1.2 else ""
+    return Cell(cell.text + mark, tone, cell.hint)
+
+
+def speed_tone(ratio: float) -> str:
+    return "good" if ratio > 1.05 else "bad" if ratio < 1 else ""
 
 
 def time_cell(row: Row | None) -> Cell:

@@ -11,7 +11,9 @@ from typing import Any
 from torch import nn
 
 from .layers import Attention, CellLoop, TransformerBlock
-from .workloads import Call, Workload
+from .workloads import Workload
+
+RECURRENT = {"LSTM": "#1e88e5", "GRU": "#12a67c", "RNN": "#e29100"}  # and their colours
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Provider:
     dashed: bool = False
 
 
-def _fastseq(cls: str, **options: object) -> Callable[[Workload], nn.Module]:
-    return lambda w: getattr(importlib.import_module("fastseq"), cls)(w.I, w.H, **options)
+def fastseq_layer(cls: str, **options: object) -> Callable[[Workload], nn.Module]:
+    return lambda w: getattr(importlib.import_module("fastseq"), cls)(w.I, w.H, **w.options, **options)
 
 
-def _fastseq_missing(cls: str) -> Callable[[Workload], str | None]:
+def fastseq_missing(cls: str) -> Callable[[Workload], str | None]:
     def reason(workload: Workload) -> str | None:
         try:
             attrgetter(cls)(importlib.import_module("fastseq"))
@@ -48,34 +50,32 @@ def _fastseq_missing(cls: str) -> Callable[[Workload], str | None]:
     return reason
 
 
-def _fastseq_chose(call: Call) -> list[str]:
-    """Backends that ran the op. fastseq.explain runs the call once."""
-    explained = importlib.import_module("fastseq").explain(call.module, call.x)
+def fastseq_chose(call: Any) -> list[str]:
+    """Backends that ran the op. fastseq.explain runs the forward pass once."""
+    explained = importlib.import_module("fastseq").explain(call.forward)
     return [f"backend: {name}" for name in sorted(set(explained.backends))]
 
 
 def _vendor(cls: str) -> Callable[[Workload], nn.Module]:
-    return lambda w: getattr(nn, cls)(w.I, w.H)
+    return lambda w: getattr(nn, cls)(w.I, w.H, **w.options)
 
 
 def _recurrent(cls: str, color: str) -> list[Provider]:
-    """torch.nn's, fastseq's, and fastseq's that recomputes the gates for the backward pass."""
-    function, missing = cls.lower(), _fastseq_missing(cls)
-    own, frugal = _fastseq(cls), _fastseq(cls, recompute=True)
+    """A loop over torch's cell, torch.nn's layer, fastseq's, and fastseq's that recomputes the gates for the backward pass."""
+    function, missing, one = cls.lower(), fastseq_missing(cls), getattr(nn, f"{cls}Cell")
+    own, frugal = fastseq_layer(cls), fastseq_layer(cls, recompute=True)
     return [
+        Provider(f"eager {cls}Cell loop", function, "time", lambda w: CellLoop(one(w.I, w.H)), color="#8d99ae"),
         Provider(f"torch.nn.{cls}", function, "time", _vendor(cls), color=color, dashed=True),
-        Provider(f"fastseq.{cls}", function, "time", own, missing, _fastseq_chose, color),
-        Provider(f"fastseq.{cls} (recompute)", function, "time", frugal, missing, _fastseq_chose, color, True),
+        Provider(f"fastseq.{cls}", function, "time", own, missing, fastseq_chose, color),
+        Provider(f"fastseq.{cls} (recompute)", function, "time", frugal, missing, fastseq_chose, color, True),
     ]
 
 
 PROVIDERS = {
     p.name: p
     for p in (
-        Provider("eager LSTMCell loop", "lstm", "time", lambda w: CellLoop(nn.LSTMCell(w.I, w.H)), color="#8d99ae"),
-        *_recurrent("LSTM", "#1e88e5"),
-        *_recurrent("GRU", "#12a67c"),
-        *_recurrent("RNN", "#e29100"),
+        *(provider for cls, color in RECURRENT.items() for provider in _recurrent(cls, color)),
         Provider(
             "naive attention",
             "attention",
@@ -96,8 +96,8 @@ PROVIDERS = {
             "attention",
             "batch",
             lambda w: Attention(w.H, w.heads, fused=importlib.import_module("fastseq.functional").scaled_dot_product_attention),
-            _fastseq_missing("functional.scaled_dot_product_attention"),
-            _fastseq_chose,
+            fastseq_missing("functional.scaled_dot_product_attention"),
+            fastseq_chose,
             "#6a4c93",
         ),
         Provider(

@@ -47,6 +47,7 @@ class Row:
     check: dict[str, Any] | None = None  # gate.Check
     floor: dict[str, Any] | None = None  # floors.Floor
     chose: list[str] = field(default_factory=list)  # operators or kernels that show the implementation
+    launches: int | None = None  # kernels that a call launches, on CUDA
     detail: dict[str, Any] | None = None  # what the workload says of itself beyond these columns
 
     @classmethod

@@ -11,11 +11,15 @@ import torch
 
 from . import floors, gate, memory
 from .attention_providers import ATTENTION_PROVIDERS
+from .cell_providers import CELL_PROVIDERS
 from .floors import Peaks
 from .providers import PROVIDERS, Provider
+from .recurrent_providers import RECURRENT_PROVIDERS
 from .results import Row
 from .timing import Clock, Effort, GraphClock, IssueClock, Ratio, Samples, clock_for, interleave
 from .workloads import Workload
+
+EVERY_PROVIDER = PROVIDERS | RECURRENT_PROVIDERS | CELL_PROVIDERS | ATTENTION_PROVIDERS
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,25 @@ class Runner:
         quick: bool = False,
     ) -> None:
         self.device, self.quick = device, quick
-        self.providers = PROVIDERS | ATTENTION_PROVIDERS if providers is None else providers
+        self.providers = EVERY_PROVIDER if providers is None else providers
         self.clock = clock or clock_for(device)
         self.peaks: dict[tuple[int, str], Peaks] = {}
         self._last_peak: dict[tuple[str, ...], tuple[int, int]] = {}
 
-    def peaks_for(self, threads: int, dtype: str) -> Peaks:
-        """Measured on first use, then kept."""
-        if (threads, dtype) not in self.peaks:
-            self.peaks[threads, dtype] = floors.measure(self.device, threads, dtype, quick=self.quick)
-        return self.peaks[threads, dtype]
+    def peaks_for(self, w: Workload) -> Peaks:
+        """Measured on first use under the workload's settings, then kept."""
+        if (w.threads, w.precision) not in self.peaks:
+            peaks = floors.measure(self.device, w.threads, w.dtype, quick=self.quick)
+            self.peaks[w.threads, w.precision] = replace(peaks, dtype=w.precision)
+        return self.peaks[w.threads, w.precision]
 
     def run(self, case: Case, progress: Callable[[str], None] = lambda step: None) -> list[Row]:
         first = case.participants[0].workload
-        peaks = self.peaks_for(first.threads, first.dtype)
         before = torch.get_num_threads()
         torch.set_num_threads(first.threads)
         try:
             with first.settings():
-                return self._run(case, peaks, progress)
+                return self._run(case, self.peaks_for(first), progress)
         finally:
             torch.set_num_threads(before)
 
@@ -114,7 +118,7 @@ class Runner:
         row.parameters = sum(p.numel() for p in call.parameters)
         with call.context():
             seen = memory.observe(call.run, w.device)
-            row.chose = provider.chose(call) + seen.chose
+            row.chose, row.launches = provider.chose(call) + seen.chose, seen.launches
         row.memory = seen.peak_bytes
         if w.mode == "training":
             row.kept = memory.kept(call.forward, w.device)
@@ -148,12 +152,12 @@ class Runner:
             rows[name].graph = captured[name].timing().as_dict()
 
     def _series(self, provider: Provider, w: Workload) -> tuple[str, ...]:
-        return (provider.name, w.mode, str(w.B), str(w.H), w.dtype)
+        return (provider.name, w.mode, str(w.B), str(w.H), w.dtype, str(w.options))
 
     def _too_large(self, provider: Provider, w: Workload) -> str | None:
-        """Extrapolates the provider's last peak with T squared, twice over for the references of the gate."""
+        """Extrapolates the provider's last peak over T, twice over for the references of the gate."""
         T, peak = self._last_peak.get(self._series(provider, w), (w.T, 0))
-        needed = 2 * peak * max(1, w.T / T) ** 2
+        needed = 2 * peak * max(1, w.T / T) ** w.growth
         free = _free_memory(self.device)
         if needed <= 0.8 * free:
             return None

@@ -20,11 +20,12 @@ def _values(case: Case, participant: Participant) -> dict[str, str]:
         "B": str(w.B),
         "H": str(w.H),
         "E": str(w.H // w.heads),
+        "precision": w.precision,
         "threads": str(w.threads),
     }
 
 
-KEYS = ("cell", "group", "mode", "provider", "T", "B", "H", "E", "threads")
+KEYS = ("cell", "group", "mode", "provider", "precision", "T", "B", "H", "E", "threads")
 
 
 def parse(text: str) -> Wanted:

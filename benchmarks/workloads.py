@@ -9,8 +9,8 @@ of (time, batch) positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -45,10 +45,40 @@ class Workload:
     device: str = "cpu"
     heads: int = 4
     seed: int = 0
+    tf32: bool = False  # whether a GPU's fp32 products may round their factors to TF32
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    @property
+    def precision(self) -> str:
+        return "tf32" if self.tf32 else self.dtype
+
+    @property
+    def growth(self) -> int:
+        """Power of T that memory grows with at most."""
+        return 1 if self.function in GATES else 2
+
+    @property
+    def width(self) -> int:
+        """Features of the output."""
+        return self.H
+
+    @property
+    def matrices(self) -> int:
+        """Recurrent ones: layers times directions."""
+        return 1
+
+    @property
+    def inputs(self) -> int:
+        """Features that are projected at a step, of all layers and directions."""
+        return self.I
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a recurrent module is built with beside I and H."""
+        return {}
 
     @cached_property
     def lengths(self) -> list[int] | None:
@@ -89,15 +119,27 @@ class Workload:
 
     def torch_results(self, problem: Any, dtype: torch.dtype, device: str, *, in_parts: bool) -> dict[str, Tensor]:
         """Outputs and gradients of torch's own way. In parts: those that the fp64 reference is cut into for its size."""
-        return _torch_results(self, problem, dtype, device, in_parts and FUNCTIONS[self.function].row_by_row)
+        return torch_results(self, problem, dtype, device, in_parts and FUNCTIONS[self.function].row_by_row)
 
     def settings(self) -> AbstractContextManager[Any]:
         """Global flags of torch under which every provider is checked and timed."""
-        return nullcontext()
+        return fp32_products(tf32=self.tf32)
 
     def detail(self) -> dict[str, Any] | None:
         """What a row says beside the columns that all workloads have."""
         return None
+
+
+@contextmanager
+def fp32_products(*, tf32: bool) -> Iterator[None]:
+    """How a GPU multiplies fp32 within the block. By torch's defaults: cuBLAS by IEEE, cuDNN's recurrent layers in TF32."""
+    products, layers = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
+    before = products.allow_tf32, layers.fp32_precision
+    products.allow_tf32, layers.fp32_precision = tf32, "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        products.allow_tf32, layers.fp32_precision = before
 
 
 @dataclass(frozen=True)
@@ -110,8 +152,8 @@ class Function:
     row_by_row: bool = False  # the fp64 reference is large: one batch row at a time
 
 
-def _recurrent(cls: Callable[[int, int], nn.Module]) -> Callable[[Workload], nn.Module]:
-    return lambda w: cls(w.I, w.H)
+def _recurrent(cls: Callable[..., nn.Module]) -> Callable[[Workload], nn.Module]:
+    return lambda w: cls(w.I, w.H, **w.options)
 
 
 FUNCTIONS = {
@@ -133,7 +175,7 @@ class Problem:
     workload: Workload
     parameters: dict[str, Tensor]
     x: Tensor  # [T, B, I]
-    grad: Tensor  # [T, B, H], of the output
+    grad: Tensor  # [T, B, width], of the output
 
     @classmethod
     def of(cls, workload: Workload) -> Problem:
@@ -147,7 +189,7 @@ class Problem:
             workload,
             {name: cast(p) for name, p in module.named_parameters()},
             cast(torch.randn(w.T, w.B, w.I, generator=g, dtype=torch.float64)),
-            cast(torch.randn(w.T, w.B, w.H, generator=g, dtype=torch.float64)),
+            cast(torch.randn(w.T, w.B, w.width, generator=g, dtype=torch.float64)),
         )
 
 
@@ -207,7 +249,7 @@ class Call:
         return torch.inference_mode(self.mode == "inference")
 
     def outputs(self) -> dict[str, Tensor]:
-        """output, h_n, c_n as far as the module returns them; output as [T, B, H] or packed [N, H]."""
+        """output, h_n, c_n as far as the module returns them; output as [T, B, width] or packed [N, width]."""
         with self.context():
             found = _flatten(self.module(self.x))
         return {"output": self._time_major(found[0])} | dict(zip(("h_n", "c_n"), found[1:], strict=False))
@@ -228,7 +270,7 @@ def results_of(call: Any) -> dict[str, Tensor]:
     return call.outputs() | {f"grad {name}": value for name, value in call.gradients().items()}
 
 
-def _torch_results(w: Workload, whole: Problem, dtype: torch.dtype, device: str, row_by_row: bool) -> dict[str, Tensor]:
+def torch_results(w: Workload, whole: Problem, dtype: torch.dtype, device: str, row_by_row: bool) -> dict[str, Tensor]:
     function, problems = FUNCTIONS[w.function], [whole]
     if row_by_row:
         problems = [

@@ -7,16 +7,44 @@ from . import functional
 from ._version import __version__
 from .backends import explain, use_backend
 from .convert import convert, patched, revert
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, MultiheadAttention, RNNCell
+from .modules import (
+    GRU,
+    LSTM,
+    RNN,
+    SLSTM,
+    CoupledLSTM,
+    CoupledLSTMCell,
+    GRUCell,
+    LayerNormGRU,
+    LayerNormGRUCell,
+    LayerNormLSTM,
+    LayerNormLSTMCell,
+    LSTMCell,
+    MultiheadAttention,
+    PeepholeLSTM,
+    PeepholeLSTMCell,
+    RNNCell,
+    SLSTMCell,
+)
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "SLSTM",
+    "CoupledLSTM",
+    "CoupledLSTMCell",
     "GRUCell",
     "LSTMCell",
+    "LayerNormGRU",
+    "LayerNormGRUCell",
+    "LayerNormLSTM",
+    "LayerNormLSTMCell",
     "MultiheadAttention",
+    "PeepholeLSTM",
+    "PeepholeLSTMCell",
     "RNNCell",
+    "SLSTMCell",
     "__version__",
     "convert",
     "explain",

@@ -24,6 +24,7 @@ class Cell:
         vectors: parameters of one value a unit that act inside a step, in the order of the op's ``vectors``.
         recurrent_bias: the gate whose recurrent bias cannot be folded into the input projection but is the last of ``vectors``.
         own_recurrent: how many gates, the last ones, have another gradient of R h than of the input gates.
+        parameters: a layer's parameters beside weights and biases: name, size in units of H. Those named ``bias`` go with bias.
         normalised: a step looks at all units of a row together, so a row of units cannot be divided among programs; gradients of
             its vectors need the gradient of the step's output.
     """
@@ -37,12 +38,17 @@ class Cell:
     vectors: tuple[str, ...] = ()
     recurrent_bias: str | None = None
     own_recurrent: int = 0
+    parameters: tuple[tuple[str, int], ...] = ()
     normalised: bool = False
 
     @property
     def wide_states(self) -> int:
         """How many states there are beside h."""
         return len(self.states) - 1
+
+    def extra(self, bias: bool) -> tuple[tuple[str, int], ...]:
+        """``parameters``, with or without biases."""
+        return tuple((name, size) for name, size in self.parameters if bias or not name.startswith("bias"))
 
     @property
     def has_c(self) -> bool:
@@ -67,6 +73,7 @@ CELLS: dict[str, Cell] = {
             ("h", "c"),
             ("i", "f", "g", "o"),
             ("p_i", "p_f", "p_o"),
+            parameters=(("weight_peephole", 3),),
         ),
         # R h itself is kept, which the backward pass normalises again
         Cell(
@@ -78,6 +85,7 @@ CELLS: dict[str, Cell] = {
             ("i", "f", "g", "o", "R_i h", "R_f h", "R_g h", "R_o h"),
             ("w_i", "w_f", "w_g", "w_o", "w_c", "b_c"),
             own_recurrent=4,
+            parameters=(("weight_ln_ih", 4), ("weight_ln_hh", 4), ("weight_ln_c", 1), ("bias_ln_c", 1)),
             normalised=True,
         ),
         Cell(
@@ -90,6 +98,7 @@ CELLS: dict[str, Cell] = {
             ("w_r", "w_z", "w_n", "b_n"),
             recurrent_bias="n",
             own_recurrent=3,
+            parameters=(("weight_ln_ih", 3), ("weight_ln_hh", 3)),
             normalised=True,
         ),
         # normaliser n and stabiliser m; s = sigmoid(f), while f is kept stabilised

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastseq.backends import BACKENDS
+from fastseq.backends.cpu.recurrent import CELLS as NATIVE
 from fastseq.cells import CELLS
 from fastseq.ops import OPS
 
@@ -81,7 +82,8 @@ def test_every_op_has_every_room(op):
 def test_every_cell_has_every_room(cell):
     rooms = (
         f"fastseq/reference/cells/{cell.family}.py",
-        f"csrc/recurrent/cells/{cell.family}.h",
+        # without one, why_not of the cpu backend names the cell
+        *([f"csrc/recurrent/cells/{cell.family}.h"] if cell.name in NATIVE else []),
         f"kernels/recurrent/cells/{cell.family}.py",
     )
     missing = [path for path in rooms if not (ROOT / path).is_file()]
@@ -90,7 +92,8 @@ def test_every_cell_has_every_room(cell):
     from fastseq.testing.cases import RECURRENT_CASES
 
     names = {name.lower() for name in fastseq.__all__}
-    assert cell.family in names and f"{cell.family}cell" in names
+    module = cell.family.replace("_", "")
+    assert module in names and f"{module}cell" in names
     assert any(case.cell == cell.name for case in RECURRENT_CASES)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import attention, recurrent, sequential_vs_parallel
+from . import attention, cells, recurrent, sequential_vs_parallel
 
-SUITES: dict[str, ModuleType] = {suite.NAME: suite for suite in (sequential_vs_parallel, recurrent, attention)}
+SUITES: dict[str, ModuleType] = {suite.NAME: suite for suite in (sequential_vs_parallel, recurrent, cells, attention)}
 DEFAULT = sequential_vs_parallel.NAME

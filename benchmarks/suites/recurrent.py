@@ -1,25 +1,38 @@
-"""The recurrent layers against torch.nn, over cell, batch, width and threads, padded and packed."""
+"""The recurrent layers against torch.nn, over cell, batch, width and threads, padded and packed. On a GPU: recurrent_gpu.py."""
 
 from __future__ import annotations
 
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..analysis import geometric_mean
-from ..plots import plain
-from ..presentation import Card, Cell, Figure, Options, Section, Table, bytes_text, ratio_cell, time_cell
+from ..presentation import (
+    Card,
+    Cell,
+    Figure,
+    Options,
+    Section,
+    Table,
+    bytes_text,
+    heat_cell,
+    ratio_cell,
+    speed_tone,
+    time_cell,
+)
+from ..providers import RECURRENT
 from ..results import Results, Row
 from ..runner import Case, Participant
+from ..strips import Strip, draw
 from ..timing import Effort
 from ..workloads import MODES, Workload
+from . import recurrent_gpu, recurrent_gpu_report
 
 NAME = "recurrent"
-SUMMARY = "LSTM, GRU, RNN against torch.nn over batch, width and threads: padded, packed, saved or recomputed"
+SUMMARY = "LSTM, GRU, RNN against torch.nn over batch, width and threads, on a GPU over precision and depth: padded and packed"
 
-CELLS = ("LSTM", "GRU", "RNN")
+CELLS = tuple(RECURRENT)
 T = 128
 GROUPS = {
     "padded": "rows of equal length",
@@ -46,9 +59,10 @@ LEAST = 0.9  # no single point below this
 
 
 def plan(options: Options) -> list[Case]:
-    cuda = options.device.startswith("cuda")
+    if options.device.startswith("cuda"):
+        return recurrent_gpu.plan(options)
     cores = torch.get_num_threads()
-    threads = options.threads or ((cores,) if cuda or options.quick or cores == 1 else (1, min(2, cores)))
+    threads = options.threads or ((cores,) if options.quick or cores == 1 else (1, min(2, cores)))
     batches, widths = ((1, 32), (64, 256)) if options.quick else ((1, 8, 32), (64, 128, 256, 512))
     effort = Effort(seconds=0.15, max_rounds=15) if options.quick else Effort(seconds=0.25, min_rounds=5, max_rounds=60)
     cases = []
@@ -116,8 +130,14 @@ def _mean(points: list[Row]) -> float:
     return geometric_mean([r.ratio["median"] for r in points if r.ok and r.ratio])
 
 
+def _on_gpu(rows: list[Row]) -> bool:
+    return rows[0].device.startswith("cuda")
+
+
 def derive(results: Results) -> dict[str, Any]:
     rows = results.of_suite(NAME)
+    if _on_gpu(rows):
+        return recurrent_gpu.derive(rows)
     means = []
     for (group, mode, cell), target in TARGETS.items():
         points = _points(rows, group, mode, cell)
@@ -156,6 +176,8 @@ def _name(r: Row) -> str:
 
 def present(results: Results) -> list[Section]:
     rows = results.of_suite(NAME)
+    if _on_gpu(rows):
+        return recurrent_gpu_report.present(rows)
     derived = derive(results)
     w = rows[0]
     text = [
@@ -174,7 +196,8 @@ def present(results: Results) -> list[Section]:
 
 
 def picture(results: Results) -> Figure:
-    return _figures(results.of_suite(NAME))[0]
+    rows = results.of_suite(NAME)
+    return recurrent_gpu_report.figure(rows) if _on_gpu(rows) else _figures(rows)[0]
 
 
 def _targets(derived: dict[str, Any]) -> Table:
@@ -219,7 +242,7 @@ def _matrices(rows: list[Row], group: str) -> list[Table]:
         lines = sorted({(CELLS.index(cell_of(r)), r.threads, r.B) for r in points})
         at = {(CELLS.index(cell_of(r)), r.threads, r.B, r.H): r for r in points}
         body: list[list[Cell | str]] = [
-            [CELLS[c], str(n), str(B), *(_heat(at.get((c, n, B, H))) for H in widths)] for c, n, B in lines
+            [CELLS[c], str(n), str(B), *(heat_cell(at.get((c, n, B, H)), least=LEAST) for H in widths)] for c, n, B in lines
         ]
         if body:
             tables.append(
@@ -231,15 +254,6 @@ def _matrices(rows: list[Row], group: str) -> list[Table]:
                 )
             )
     return tables
-
-
-def _heat(row: Row | None) -> Cell:
-    cell = ratio_cell(row)
-    if row is None or not row.ok or not row.ratio:
-        return cell
-    value = row.ratio["median"]
-    tone = "worst" if value < LEAST else "bad" if value < 1 else "best" if value >= 2 else "good" if value >= 1.2 else ""
-    return Cell(cell.text, tone, cell.hint)
 
 
 def _activations(rows: list[Row]) -> Table:
@@ -321,8 +335,7 @@ def _cards(derived: dict[str, Any]) -> list[Card]:
         if m["mean"] is not None:
             cells = "all cells" if m["cell"] == "any" else m["cell"]
             kind = "inference" if m["mode"] == "inference" else "training step"
-            tone = "good" if m["mean"] > 1.05 else "bad" if m["mean"] < 1 else ""
-            cards.append(Card(f"{m['mean']:.2f}×", f"{cells}, {m['group']}, {kind}", tone))
+            cards.append(Card(f"{m['mean']:.2f}×", f"{cells}, {m['group']}, {kind}", speed_tone(m["mean"])))
     return cards
 
 
@@ -332,55 +345,19 @@ def _figures(rows: list[Row]) -> list[Figure]:
             "Speed-up over torch.nn, every point",
             "A point is one batch, width and thread count; its size grows with the width. The bar is the "
             "geometric mean, the triangle the target. Left of 1× fastseq loses.",
-            lambda canvas, theme: _strips(canvas, theme, rows),
+            lambda canvas, theme: draw(canvas, theme, _panels(rows)),
             (11.5, 4.2),
         )
     ]
 
 
-def _strips(canvas: Any, theme: Any, rows: list[Row]) -> None:
-    colors = {"LSTM": "#1e88e5", "GRU": "#12a67c", "RNN": "#e29100"}
-    for axes, mode in zip(canvas.subplots(1, 2, sharey=True), MODES, strict=True):
-        plain(axes, theme, f"{MODES[mode]}: speed-up over torch.nn")
-        axes.set_xscale("log")
-        names = [(group, cell) for group in TIMED for cell in CELLS]
-        spread = np.random.default_rng(0)
-        values = [1.0]
-        for y, (group, cell) in enumerate(reversed(names)):
+def _panels(rows: list[Row]) -> list[tuple[str, list[Strip]]]:
+    panels = []
+    for mode, title in MODES.items():
+        strips = []
+        for group, cell in product(TIMED, CELLS):
             points = [r for r in _points(rows, group, mode, cell) if r.ok and r.ratio]
-            axes.axhline(y + 0.5, color=theme.faint, linewidth=0.7)
-            if not points:
-                continue
-            x = [r.ratio["median"] for r in points if r.ratio]
-            values += x
-            jitter = y + spread.uniform(-0.2, 0.2, len(x))
-            axes.scatter(
-                x,
-                jitter,
-                s=[8 + r.H / 8 for r in points],
-                color=colors[cell],
-                alpha=0.6,
-                linewidth=0,
-                zorder=3,
-            )
-            mean = geometric_mean(x)
-            axes.plot([mean, mean], [y - 0.32, y + 0.2], color=theme.ink, linewidth=2.4, zorder=4)
-            axes.annotate(
-                f"{mean:.2f}×",
-                (mean, y + 0.2),
-                textcoords="offset points",
-                xytext=(0, 1),
-                ha="center",
-                va="bottom",
-                fontsize=8,
-                color=theme.ink,
-            )
             target = TARGETS.get((group, mode, cell), TARGETS.get((group, mode, "any")))
-            axes.plot([target], [y - 0.38], marker="^", markersize=5, color=theme.ink, alpha=0.6, zorder=4)
-        axes.set_yticks(range(len(names)), [f"{cell}, {group}" for group, cell in reversed(names)])
-        axes.set_ylim(-0.6, len(names) - 0.2)
-        ticks = [t for t in (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32) if min(values) / 1.3 <= t <= max(values) * 1.3]
-        axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
-        axes.minorticks_off()
-        axes.axvline(1.0, color=theme.ink, linewidth=1.1, alpha=0.7, zorder=2)
-        axes.grid(True, axis="x", color=theme.faint, linewidth=0.7)
+            strips.append(Strip(f"{cell}, {group}", RECURRENT[cell], points, target))
+        panels.append((f"{title}: speed-up over torch.nn", strips))
+    return panels

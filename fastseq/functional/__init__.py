@@ -2,7 +2,7 @@
 
 from .attention import attention, attention_grad, merge_attention
 from .attention_decode import attention_with_kv_cache
-from .recurrent import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from .recurrent import gru, gru_cell, lstm, lstm_cell, recurrent, recurrent_cell, rnn, rnn_cell
 from .relative_position import t5_relative_bias, transformer_xl_attention
 from .scaled_dot_product import scaled_dot_product_attention
 
@@ -15,6 +15,8 @@ __all__ = [
     "lstm",
     "lstm_cell",
     "merge_attention",
+    "recurrent",
+    "recurrent_cell",
     "rnn",
     "rnn_cell",
     "scaled_dot_product_attention",

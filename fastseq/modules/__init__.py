@@ -3,6 +3,37 @@ classes.
 """
 
 from fastseq.modules.attention import MultiheadAttention
-from fastseq.modules.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fastseq.modules.recurrent import GRU, LSTM, RNN
+from fastseq.modules.recurrent_cells import GRUCell, LSTMCell, RNNCell
+from fastseq.modules.recurrent_variants import (
+    SLSTM,
+    CoupledLSTM,
+    CoupledLSTMCell,
+    LayerNormGRU,
+    LayerNormGRUCell,
+    LayerNormLSTM,
+    LayerNormLSTMCell,
+    PeepholeLSTM,
+    PeepholeLSTMCell,
+    SLSTMCell,
+)
 
-__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "MultiheadAttention", "RNN", "RNNCell"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "SLSTM",
+    "CoupledLSTM",
+    "CoupledLSTMCell",
+    "GRUCell",
+    "LSTMCell",
+    "LayerNormGRU",
+    "LayerNormGRUCell",
+    "LayerNormLSTM",
+    "LayerNormLSTMCell",
+    "MultiheadAttention",
+    "PeepholeLSTM",
+    "PeepholeLSTMCell",
+    "RNNCell",
+    "SLSTMCell",
+]

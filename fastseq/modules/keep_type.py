@@ -8,7 +8,7 @@ a subclass of torch's in any case.
 
 from torch import nn
 
-from fastseq.modules import recurrent
+from fastseq.modules import recurrent, recurrent_cells
 from fastseq.modules.attention import MultiheadAttention
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "MultiheadAttention", "RNN", "RNNCell"]
@@ -26,13 +26,13 @@ class GRU(recurrent.GRU, nn.GRU):  # type: ignore[misc]
     """`fastseq.GRU` that is also an `nn.GRU`."""
 
 
-class RNNCell(recurrent.RNNCell, nn.RNNCell):
+class RNNCell(recurrent_cells.RNNCell, nn.RNNCell):
     """`fastseq.RNNCell` that is also an `nn.RNNCell`."""
 
 
-class LSTMCell(recurrent.LSTMCell, nn.LSTMCell):
+class LSTMCell(recurrent_cells.LSTMCell, nn.LSTMCell):
     """`fastseq.LSTMCell` that is also an `nn.LSTMCell`."""
 
 
-class GRUCell(recurrent.GRUCell, nn.GRUCell):
+class GRUCell(recurrent_cells.GRUCell, nn.GRUCell):
     """`fastseq.GRUCell` that is also an `nn.GRUCell`."""

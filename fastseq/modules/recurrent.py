@@ -1,4 +1,4 @@
-"""RNN, LSTM, GRU and their cells: torch.nn's constructors, parameters and results, on fastseq's kernels.
+"""RNN, LSTM and GRU: torch.nn's constructors, parameters and results, on fastseq's kernels.
 
 The classes derive from nn.RNNBase and nn.RNNCellBase, which give parameters, initialisation, repr and
 state_dict, and not from nn.LSTM and its kin, which torch.compile refuses to trace. What stands here is what a
@@ -10,7 +10,6 @@ Letters: T time, B batch, I input_size, H hidden_size, P proj_size if > 0 else H
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -18,15 +17,54 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import functional
+from fastseq.cells import CELLS, Cell
+from fastseq.modules._checks import describe, kind_of, pair_of
 
-__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"]
+__all__ = ["GRU", "LSTM", "RNN"]
 
 
-class _Sequence(nn.RNNBase):
-    """All of RNN, LSTM and GRU but the function they call and what they return."""
+class Sequence(nn.RNNBase):
+    """All of RNN, LSTM, GRU and their variants but what they return.
 
-    # A class attribute, so that a torch.nn module whose __class__ was swapped to ours has it too.
+    A subclass names its cell.
+    """
+
+    # Class attributes, so that a torch.nn module whose __class__ was swapped to ours has them too.
     recompute: bool = False
+    zoneout: float | tuple[float, float] = 0.0
+    weight_dropout: float = 0.0
+    heads: int = 1
+
+    @property
+    def cell(self) -> str:
+        """The name of the cell in `fastseq.cells`."""
+        return self.mode.lower()
+
+    def _extend(self, recompute: bool, zoneout: float | tuple[float, float], weight_dropout: float, heads: int) -> None:
+        """What torch.nn's constructors do not know, after them: checked, kept, and `weight_hh` of the heads' width."""
+        row = CELLS[self.cell]
+        check_zoneout(row, zoneout)
+        if not 0 <= weight_dropout <= 1:
+            raise ValueError(f"weight_dropout must lie in [0, 1], got {weight_dropout}")
+        if not isinstance(heads, int) or heads < 1 or self.hidden_size % heads:
+            raise ValueError(f"heads must be a positive integer that divides hidden_size ({self.hidden_size}), got {heads!r}")
+        if heads > 1 and self.proj_size:
+            raise ValueError(f"proj_size and heads exclude each other, got proj_size={self.proj_size} and heads={heads}")
+        self.recompute, self.zoneout, self.weight_dropout, self.heads = recompute, zoneout, weight_dropout, heads
+        if heads > 1:
+            for name in self._flat_weights_names:
+                if name.startswith("weight_hh"):
+                    whole = getattr(self, name)
+                    setattr(self, name, nn.Parameter(whole.new_empty(whole.shape[0], self.hidden_size // heads)))
+            self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        given = [
+            f"{name}={getattr(self, name)}"
+            for name in ("recompute", "zoneout", "weight_dropout", "heads")
+            if getattr(self, name) != getattr(Sequence, name)
+        ]
+        return ", ".join([super().extra_repr(), *given])
 
     def flatten_parameters(self) -> None:
         """Does nothing and need not be called.
@@ -59,51 +97,42 @@ class _Sequence(nn.RNNBase):
         """`hx`, if it is what this cell takes and `dim`-dimensional as `kind` input wants it."""
         if not isinstance(hx, Tensor):
             # torch raises the same type, from inside: 'tuple' object has no attribute 'dim'.
-            raise AttributeError(f"{_kind(self)}: hx should be one Tensor h_0, got {_describe(hx)}")
+            raise AttributeError(f"{kind_of(self)}: hx should be one Tensor h_0, got {describe(hx)}")
         if hx.dim() != dim:
             raise RuntimeError(f"For {kind} input, hx should also be {dim}-D but got {hx.dim()}-D tensor")
         return hx
 
-    def _batched(self, hx: Any) -> Any:
-        """`hx` of an unbatched sequence, [L*D, features], as that of a batch of one."""
-        return hx.unsqueeze(1)
-
     def _run(
-        self,
-        function: Callable[..., tuple[Tensor, ...]],
-        input: Tensor | PackedSequence,
-        hx: Any,
-        lengths: Tensor | None,
-        **options: Any,
-    ) -> tuple[Any, ...]:
-        """(output, h_n), or (output, h_n, c_n), or (output, h_n, c_n, cells), in the layout of `input`."""
+        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, return_cells: bool = False
+    ) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
+        """(output, states, c of every step or None) in the layout of `input`."""
         # By attribute, at every call: weight_norm, parametrizations, functional_call and FSDP replace them.
         params = [getattr(self, name) for name in self._flat_weights_names]
-        options.update(
+        options: dict[str, Any] = dict(
             has_biases=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
             training=self.training,
             bidirectional=bool(self.bidirectional),
+            proj_size=self.proj_size,
+            return_cells=return_cells,
             recompute=self.recompute,
+            zoneout=self.zoneout,
+            weight_dropout=self.weight_dropout,
+            heads=self.heads,
         )
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(
-                    f"{_kind(self)}: got a PackedSequence and lengths, but a PackedSequence carries its own "
+                    f"{kind_of(self)}: got a PackedSequence and lengths, but a PackedSequence carries its own "
                     "lengths. Give the PackedSequence alone, or a padded tensor and lengths"
                 )
-            return self._run_packed(function, input, hx, params, options)
-        return self._run_padded(function, input, hx, lengths, params, options)
+            return self._run_packed(input, hx, params, options)
+        return self._run_padded(input, hx, lengths, params, options)
 
     def _run_packed(
-        self,
-        function: Callable[..., tuple[Tensor, ...]],
-        input: PackedSequence,
-        hx: Any,
-        params: list[Tensor],
-        options: dict[str, Any],
-    ) -> tuple[Any, ...]:
+        self, input: PackedSequence, hx: Any, params: list[Tensor], options: dict[str, Any]
+    ) -> tuple[PackedSequence, tuple[Tensor, ...], Tensor | None]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if hx is None:
             self.check_input(data, batch_sizes)
@@ -111,32 +140,26 @@ class _Sequence(nn.RNNBase):
             hx = self._checked(hx, 3, "packed")
             # Before the rows are sorted: index_select would take them out of a larger batch without a word.
             self.check_forward_args(data, hx, batch_sizes)
-            hx = self.permute_hidden(hx, sorted_indices)
-        output, *states = function(data, hx, params, batch_sizes=batch_sizes, **options)
+            hx = _states(self.permute_hidden(hx, sorted_indices))
+        output, states, cells = functional.recurrent(self.cell, data, hx, params, batch_sizes=batch_sizes, **options)
         # Cells [L, N, D*H], if asked for, have packed rows as the output has: nothing to unsort.
-        states, cells = states[:2], states[2:]
         if unsorted_indices is not None:
-            states = [state.index_select(1, unsorted_indices) for state in states]
-        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), *states, *cells
+            states = tuple(state.index_select(1, unsorted_indices) for state in states)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states, cells
 
     def _run_padded(
-        self,
-        function: Callable[..., tuple[Tensor, ...]],
-        input: Tensor,
-        hx: Any,
-        lengths: Tensor | None,
-        params: list[Tensor],
-        options: dict[str, Any],
-    ) -> tuple[Any, ...]:
+        self, input: Tensor, hx: Any, lengths: Tensor | None, params: list[Tensor], options: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         if input.dim() not in (2, 3):
-            raise ValueError(f"{_kind(self)}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+            raise ValueError(f"{kind_of(self)}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if hx is not None:
             hx = self._checked(hx, input.dim(), "batched 3-D" if batched else "unbatched 2-D")
         if not batched:  # from here on a batch of one
             input = input.unsqueeze(batch_dim)
-            hx = None if hx is None else self._batched(hx)
+            if hx is not None:
+                hx = hx.unsqueeze(1) if isinstance(hx, Tensor) else tuple(state.unsqueeze(1) for state in hx)
             if isinstance(lengths, Tensor):
                 if lengths.dim() != 0:
                     raise RuntimeError(f"For unbatched 2-D input, lengths should be 0-D but got {lengths.dim()}-D tensor")
@@ -145,20 +168,18 @@ class _Sequence(nn.RNNBase):
             self.check_input(input, None)
         else:
             self.check_forward_args(input, hx, None)
-        results = function(input, hx, params, lengths=lengths, batch_first=self.batch_first, **options)
-        if batched:
-            return results
-        output, *states = results
-        # States are [L*D, 1, n]; cells, if asked for, are laid out as [L, *output].
-        states, cells = states[:2], states[2:]
-        return (
-            output.squeeze(batch_dim),
-            *(state.squeeze(1) for state in states),
-            *(layers.squeeze(batch_dim + 1) for layers in cells),
+            hx = _states(hx)
+        output, states, cells = functional.recurrent(
+            self.cell, input, hx, params, lengths=lengths, batch_first=self.batch_first, **options
         )
+        if batched:
+            return output, states, cells
+        # States are [L*D, 1, n]; cells, if asked for, are laid out as [L, *output].
+        states = tuple(state.squeeze(1) for state in states)
+        return output.squeeze(batch_dim), states, None if cells is None else cells.squeeze(batch_dim + 1)
 
 
-class RNN(_Sequence):
+class RNN(Sequence):
     """`torch.nn.RNN`: h_t = act(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), act being tanh or ReLU.
 
     Constructor, parameters, initialisation and state_dict are those of `torch.nn.RNN`.
@@ -175,10 +196,15 @@ class RNN(_Sequence):
         device, dtype: of the parameters.
         recompute: do not keep what the backward needs of every step but compute it again there: less memory,
             more time.
+        zoneout: probability with which a unit keeps its state in a step of training; at inference old and new
+            states are mixed in that proportion (Krueger et al. 2017).
+        weight_dropout: probability of zeroing an element of weight_hh, once for a forward pass of training
+            (DropConnect; Merity et al. 2018).
+        heads: blocks of units without connections between them; weight_hh is then [G*H, H / heads].
 
     Raises:
-        ValueError: a size that is not positive, dropout outside [0, 1], an unknown nonlinearity, any
-            `proj_size`.
+        ValueError: a size that is not positive, a probability outside [0, 1], an unknown nonlinearity, any
+            `proj_size`, heads that do not divide hidden_size.
         TypeError: input_size or hidden_size no int; bias or batch_first no bool.
     """
 
@@ -199,13 +225,24 @@ class RNN(_Sequence):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         recompute: bool = False,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        heads: int = 1,
     ) -> None: ...
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
-        _refuse_proj_size(kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        recompute: bool = False,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        heads: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        refuse_proj_size(kwargs)
         nonlinearity = args[3] if len(args) > 3 else kwargs.pop("nonlinearity", "tanh")
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -213,7 +250,7 @@ class RNN(_Sequence):
         # not wanted.
         nn.RNNBase.__init__(self, f"RNN_{nonlinearity.upper()}", *args[:3], *args[4:], **kwargs)
         self.nonlinearity = nonlinearity
-        self.recompute = recompute
+        self._extend(recompute, zoneout, weight_dropout, heads)
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
@@ -239,59 +276,12 @@ class RNN(_Sequence):
             TypeError: lengths is no tensor.
             AttributeError: hx is no tensor (torch's type for it).
         """
-        nonlinearity = "relu" if self.mode == "RNN_RELU" else "tanh"
-        output, h_n = self._run(functional.rnn, input, hx, lengths, nonlinearity=nonlinearity)
+        output, (h_n,), _ = self._run(input, hx, lengths)
         return output, h_n
 
 
-class LSTM(_Sequence):
-    """`torch.nn.LSTM`, with projections, lengths as a tensor, and the cell state of every step on request.
-
-    i, f, g, o = W_ih x_t + b_ih + W_hh h_(t-1) + b_hh;  c_t = sigmoid(f) c_(t-1) + sigmoid(i) tanh(g);
-    h_t = sigmoid(o) tanh(c_t), and with proj_size h_t = W_hr (sigmoid(o) tanh(c_t)).
-    Constructor, parameters, initialisation and state_dict are those of `torch.nn.LSTM`.
-
-    Args:
-        input_size: I, features of a step of the input.
-        hidden_size: H, features of the cell state.
-        num_layers: L; layer k reads the output of layer k-1.
-        bias: False leaves out b_ih and b_hh.
-        batch_first: input, output and cells are [B, T, ...]; states are not affected, nor is unbatched input.
-        dropout: probability of zeroing an output of every layer but the last, in training.
-        bidirectional: D = 2, with a second set of weights running from the last step to the first.
-        proj_size: P, features of h when > 0; smaller than hidden_size.
-        device, dtype: of the parameters.
-        recompute: do not keep the gates of every step for the backward but compute them again there: less
-            memory, more time.
-
-    Raises:
-        ValueError: a size that is not positive, dropout outside [0, 1], proj_size outside [0, hidden_size).
-        TypeError: input_size or hidden_size no int; bias or batch_first no bool.
-    """
-
-    @overload
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        recompute: bool = False,
-    ) -> None: ...
-
-    @overload
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
-        nn.RNNBase.__init__(self, "LSTM", *args, **kwargs)
-        self.recompute = recompute
+class PairSequence(Sequence):
+    """All of the sequence modules whose states are h and c."""
 
     def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
         """[L*D, B, H], the size of c_0 and c_n for this input."""
@@ -320,15 +310,12 @@ class LSTM(_Sequence):
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
 
     def _checked(self, hx: Any, dim: int, kind: str) -> tuple[Tensor, Tensor]:
-        h_0, c_0 = _pair(self, hx)
+        h_0, c_0 = pair_of(self, hx)
         if h_0.dim() != dim or c_0.dim() != dim:
             raise RuntimeError(
                 f"For {kind} input, hx and cx should also be {dim}-D but got ({h_0.dim()}-D, {c_0.dim()}-D) tensors"
             )
         return h_0, c_0
-
-    def _batched(self, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return hx[0].unsqueeze(1), hx[1].unsqueeze(1)
 
     def forward(
         self,
@@ -363,13 +350,78 @@ class LSTM(_Sequence):
                 an integer dtype, or T = 0.
             TypeError: hx is no tuple, or lengths no tensor.
         """
-        output, h_n, c_n, *cells = self._run(
-            functional.lstm, input, hx, lengths, proj_size=self.proj_size, return_cells=return_cells
-        )
-        return output, (h_n, c_n), *cells
+        output, (h_n, c_n), cells = self._run(input, hx, lengths, return_cells)
+        return (output, (h_n, c_n)) if cells is None else (output, (h_n, c_n), cells)
 
 
-class GRU(_Sequence):
+class LSTM(PairSequence):
+    """`torch.nn.LSTM`, with projections, lengths as a tensor, and the cell state of every step on request.
+
+    i, f, g, o = W_ih x_t + b_ih + W_hh h_(t-1) + b_hh;  c_t = sigmoid(f) c_(t-1) + sigmoid(i) tanh(g);
+    h_t = sigmoid(o) tanh(c_t), and with proj_size h_t = W_hr (sigmoid(o) tanh(c_t)).
+    Constructor, parameters, initialisation and state_dict are those of `torch.nn.LSTM`.
+
+    Args:
+        input_size: I, features of a step of the input.
+        hidden_size: H, features of the cell state.
+        num_layers: L; layer k reads the output of layer k-1.
+        bias: False leaves out b_ih and b_hh.
+        batch_first: input, output and cells are [B, T, ...]; states are not affected, nor is unbatched input.
+        dropout: probability of zeroing an output of every layer but the last, in training.
+        bidirectional: D = 2, with a second set of weights running from the last step to the first.
+        proj_size: P, features of h when > 0; smaller than hidden_size.
+        device, dtype: of the parameters.
+        recompute: do not keep the gates of every step for the backward but compute them again there: less
+            memory, more time.
+        zoneout: probability with which a unit keeps its h, or of a pair its h and its c, in a step of training;
+            at inference old and new states are mixed in that proportion (Krueger et al. 2017).
+        weight_dropout: probability of zeroing an element of weight_hh, once for a forward pass of training
+            (DropConnect; Merity et al. 2018).
+        heads: blocks of units without connections between them; weight_hh is then [G*H, H / heads].
+
+    Raises:
+        ValueError: a size that is not positive, a probability outside [0, 1], proj_size outside [0, hidden_size),
+            heads that do not divide hidden_size or are given with a proj_size.
+        TypeError: input_size or hidden_size no int; bias or batch_first no bool.
+    """
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0,
+        heads: int = 1,
+    ) -> None: ...
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(
+        self,
+        *args: Any,
+        recompute: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0,
+        heads: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        nn.RNNBase.__init__(self, "LSTM", *args, **kwargs)
+        self._extend(recompute, zoneout, weight_dropout, heads)
+
+
+class GRU(Sequence):
     """`torch.nn.GRU`, with the reset gate applied after the matmul as there.
 
     r, z = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), their first two thirds;
@@ -387,9 +439,15 @@ class GRU(_Sequence):
         device, dtype: of the parameters.
         recompute: do not keep the gates of every step for the backward but compute them again there: less
             memory, more time.
+        zoneout: probability with which a unit keeps its state in a step of training; at inference old and new
+            states are mixed in that proportion (Krueger et al. 2017).
+        weight_dropout: probability of zeroing an element of weight_hh, once for a forward pass of training
+            (DropConnect; Merity et al. 2018).
+        heads: blocks of units without connections between them; weight_hh is then [G*H, H / heads].
 
     Raises:
-        ValueError: a size that is not positive, dropout outside [0, 1], any `proj_size`.
+        ValueError: a size that is not positive, a probability outside [0, 1], any `proj_size`, heads that do not
+            divide hidden_size.
         TypeError: input_size or hidden_size no int; bias or batch_first no bool.
     """
 
@@ -407,15 +465,26 @@ class GRU(_Sequence):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         recompute: bool = False,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        heads: int = 1,
     ) -> None: ...
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
-        _refuse_proj_size(kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        recompute: bool = False,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        heads: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        refuse_proj_size(kwargs)
         nn.RNNBase.__init__(self, "GRU", *args, **kwargs)
-        self.recompute = recompute
+        self._extend(recompute, zoneout, weight_dropout, heads)
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
@@ -423,204 +492,23 @@ class GRU(_Sequence):
         """Run every layer over the sequence. Arguments, results and errors are those of
         `fastseq.RNN.forward`.
         """
-        output, h_n = self._run(functional.gru, input, hx, lengths)
+        output, (h_n,), _ = self._run(input, hx, lengths)
         return output, h_n
 
 
-class RNNCell(nn.RNNCellBase):
-    """`torch.nn.RNNCell`: one step, h' = act(W_ih x + b_ih + W_hh h + b_hh), act being tanh or ReLU.
-
-    Constructor, parameters, initialisation and state_dict are those of `torch.nn.RNNCell`.
-
-    Args:
-        input_size: I, features of the input.
-        hidden_size: H, features of the state.
-        bias: False leaves out b_ih and b_hh.
-        nonlinearity: "tanh" or "relu"; anything else raises RuntimeError at the first call, as in torch.
-        device, dtype: of the parameters.
-    """
-
-    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
-    nonlinearity: str
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.RNNCellBase.__init__(self, input_size, hidden_size, bias, 1, device, dtype)
-        self.nonlinearity = nonlinearity
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """One step.
-
-        Args:
-            input: [B, I], or unbatched [I].
-            hx: h [B, H], or unbatched [H]. None: zeros.
-
-        Returns:
-            h' [B, H], or unbatched [H].
-
-        Raises:
-            ValueError: input or hx neither 1-D nor 2-D.
-            RuntimeError: sizes, dtypes or devices that do not fit each other, or an unknown nonlinearity.
-        """
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'.")
-        return _step_one_state(self, functional.rnn_cell, input, hx, nonlinearity=self.nonlinearity)
+def check_zoneout(cell: Cell, zoneout: float | tuple[float, float]) -> None:
+    """Raise ValueError unless `zoneout` is a probability, or a pair of them for a cell with h and one c."""
+    pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout,)
+    most = 2 if cell.wide_states == 1 else 1
+    if len(pair) not in (1, most) or not all(0 <= probability <= 1 for probability in pair):
+        accepted = "a number in [0, 1], or one for h and one for c" if most == 2 else "a number in [0, 1]"
+        raise ValueError(f"zoneout must be {accepted}, got {zoneout}")
 
 
-class LSTMCell(nn.RNNCellBase):
-    """`torch.nn.LSTMCell`: one step of `fastseq.LSTM` without projection.
-
-    Constructor, parameters, initialisation and state_dict are those of `torch.nn.LSTMCell`.
-
-    Args:
-        input_size: I, features of the input.
-        hidden_size: H, features of both states.
-        bias: False leaves out b_ih and b_hh.
-        device, dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.RNNCellBase.__init__(self, input_size, hidden_size, bias, 4, device, dtype)
-
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """One step.
-
-        Args:
-            input: [B, I], or unbatched [I].
-            hx: (h, c), each [B, H], or unbatched [H]. None: zeros.
-
-        Returns:
-            (h', c'), each [B, H], or unbatched [H].
-
-        Raises:
-            ValueError: input, h or c neither 1-D nor 2-D.
-            RuntimeError: sizes, dtypes or devices that do not fit each other.
-            TypeError: hx is no tuple.
-        """
-        _check_cell_input(self, input)
-        if hx is not None:
-            hx = _pair(self, hx)
-            for index, state in enumerate(hx):
-                _check_cell_rank(self, state, f"hx[{index}]")
-            for index, state in enumerate(hx):
-                _check_cell_state(self, state, input, index)
-        parameters = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        if input.dim() == 2:
-            return functional.lstm_cell(input, hx, *parameters)
-        if hx is not None:
-            hx = (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        h, c = functional.lstm_cell(input.unsqueeze(0), hx, *parameters)
-        return h.squeeze(0), c.squeeze(0)
+def _states(hx: Any) -> tuple[Tensor, ...]:
+    return (hx,) if isinstance(hx, Tensor) else tuple(hx)
 
 
-class GRUCell(nn.RNNCellBase):
-    """`torch.nn.GRUCell`: one step of `fastseq.GRU`.
-
-    Constructor, parameters, initialisation and state_dict are those of `torch.nn.GRUCell`.
-
-    Args:
-        input_size: I, features of the input.
-        hidden_size: H, features of the state.
-        bias: False leaves out b_ih and b_hh.
-        device, dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.RNNCellBase.__init__(self, input_size, hidden_size, bias, 3, device, dtype)
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
-        return _step_one_state(self, functional.gru_cell, input, hx)
-
-
-def _step_one_state(
-    cell: RNNCell | GRUCell, function: Callable[..., Tensor], input: Tensor, hx: Tensor | None, **options: Any
-) -> Tensor:
-    """`function` of a cell whose only state is h, batched or not."""
-    _check_cell_input(cell, input)
-    if hx is not None:
-        if not isinstance(hx, Tensor):
-            raise AttributeError(f"{_kind(cell)}: hx should be one Tensor h, got {_describe(hx)}")
-        _check_cell_rank(cell, hx, "hidden")
-        _check_cell_state(cell, hx, input, 0)
-    parameters = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
-    if input.dim() == 2:
-        return function(input, hx, *parameters, **options)
-    if hx is not None:
-        hx = hx.unsqueeze(0)
-    return function(input.unsqueeze(0), hx, *parameters, **options).squeeze(0)
-
-
-def _check_cell_input(cell: nn.RNNCellBase, input: Tensor) -> None:
-    _check_cell_rank(cell, input, "input")
-    if input.size(-1) != cell.input_size:
-        raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {cell.input_size}")
-
-
-def _check_cell_rank(cell: nn.RNNCellBase, value: Tensor, name: str) -> None:
-    if value.dim() not in (1, 2):
-        raise ValueError(f"{_kind(cell)}: Expected {name} to be 1D or 2D, got {value.dim()}D instead")
-
-
-def _check_cell_state(cell: nn.RNNCellBase, state: Tensor, input: Tensor, index: int) -> None:
-    if state.dim() != input.dim():
-        raise RuntimeError(
-            f"For {input.dim()}-D input, hidden{index} should also be {input.dim()}-D but got {state.dim()}-D tensor"
-        )
-    if input.dim() == 2 and state.size(0) != input.size(0):
-        raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {state.size(0)}")
-    if state.size(-1) != cell.hidden_size:
-        raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.size(-1)}, expected {cell.hidden_size}")
-
-
-def _pair(module: nn.Module, hx: Any) -> tuple[Tensor, Tensor]:
-    """(h, c) out of `hx`, with an error that says what was given."""
-    if not isinstance(hx, (tuple, list)):
-        raise TypeError(f"{_kind(module)}: hx must be a tuple of Tensors (h, c), not {_describe(hx)}")
-    if len(hx) != 2:
-        raise RuntimeError(f"{_kind(module)} expects two hidden states (h, c), got {_describe(hx)}")
-    h, c = hx
-    if not isinstance(h, Tensor) or not isinstance(c, Tensor):
-        raise AttributeError(f"{_kind(module)}: hx must be a tuple of Tensors (h, c), got {_describe(hx)}")
-    return h, c
-
-
-def _refuse_proj_size(options: dict[str, Any]) -> None:
+def refuse_proj_size(options: dict[str, Any]) -> None:
     if "proj_size" in options:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-
-
-def _kind(module: nn.Module) -> str:
-    """The name torch's messages use, also for a subclass: 'LSTM' or 'LSTMCell'."""
-    for kind in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell):
-        if isinstance(module, kind):
-            return kind.__name__
-    return type(module).__name__
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        parts = ", ".join(type(part).__name__ for part in value)
-        return f"a {type(value).__name__} of {len(value)} ({parts})"
-    return f"a {type(value).__name__}"

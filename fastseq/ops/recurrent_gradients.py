@@ -137,8 +137,7 @@ def input_gradients(
                 db_hh = db_ih.clone()
         if w_hr_wanted:
             saved, _, c = _kept_of(call, lane, slice(None))
-            # m = o tanh(c), which the projection saw
-            m = saved[:, -c.shape[-1] :] * c.tanh()
+            m = cell_steps(call.cell).output(saved, None if call.vectors is None else call.vectors[lane].to(call.wide), c)
             dw_hr = _outer_sum(_lane(doutput, lane), m.to(doutput.dtype))
         dvectors = _vector_gradients(call, results, lane) if vectors_wanted else None
         dparams += [dw_ih, dw_hh, db_ih if b_ih_wanted else None, db_hh if b_hh_wanted else None, dw_hr, dvectors]

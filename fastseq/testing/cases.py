@@ -21,6 +21,9 @@ class RecurrentCase:
     layout: str = "padded"  # "lengths", "packed"
     state: bool = True
     recompute: bool = False
+    heads: int = 1
+    zoneout: tuple[float, float] = (0.0, 0.0)  # of h and of c
+    training: bool = False  # zoneout is drawn; else states are mixed
 
     def __str__(self) -> str:
         size = f"{self.cell}-T{self.steps}-B{self.batch}-I{self.input}-H{self.hidden}-{self.layout}"
@@ -31,11 +34,15 @@ class RecurrentCase:
             f"P{self.projection}" if self.projection else "",
             "" if self.state else "nostate",
             "recompute" if self.recompute else "",
+            f"heads{self.heads}" if self.heads > 1 else "",
+            f"zoneout{self.zoneout[0]}+{self.zoneout[1]}" if any(self.zoneout) else "",
+            "training" if self.training else "",
         ]
         return "-".join([size, *filter(None, marks)])
 
 
 _CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_VARIANTS = ("coupled_lstm", "peephole_lstm", "layer_norm_lstm", "layer_norm_gru", "slstm")
 _BASIC = [RecurrentCase(cell) for cell in _CELLS]
 
 SMALL_RECURRENT_CASES = [
@@ -47,6 +54,31 @@ SMALL_RECURRENT_CASES = [
         replace(case, layout="packed", state=False),
     )
 ] + [RecurrentCase("lstm", steps=3, batch=7, input=4, hidden=6, projection=5, bidirectional=True, layout="lengths")]
+
+_ZONED = RecurrentCase("lstm", bidirectional=True, zoneout=(0.3, 0.5))
+
+# What torch.nn does not have: other cells, zoneout, blocks of units.
+VARIANT_CASES = [
+    *(RecurrentCase(cell, steps=3, batch=7, input=4, hidden=5, bidirectional=True) for cell in _VARIANTS),
+    *(RecurrentCase(cell, layout="lengths", bidirectional=True, recompute=True, hidden=17, batch=6) for cell in _VARIANTS),
+    *(RecurrentCase(cell, layout="packed", state=False, bias=False, hidden=33) for cell in _VARIANTS),
+    RecurrentCase("peephole_lstm", projection=3, layout="lengths"),
+    RecurrentCase("layer_norm_lstm", projection=3, layout="packed", bidirectional=True),
+    _ZONED,
+    replace(_ZONED, training=True, layout="lengths", projection=3),
+    replace(_ZONED, training=True, layout="packed", recompute=True),
+    replace(_ZONED, training=True, cell="peephole_lstm"),
+    replace(_ZONED, training=True, cell="coupled_lstm", layout="lengths"),
+    replace(_ZONED, training=True, cell="layer_norm_lstm"),
+    *(
+        replace(_ZONED, cell=cell, training=training, zoneout=(0.4, 0.0), recompute=training, layout="lengths")
+        for cell in ("gru", "rnn_tanh", "slstm", "layer_norm_gru")
+        for training in (False, True)
+    ),
+    *(RecurrentCase(cell, hidden=12, heads=3, bidirectional=True, layers=2) for cell in ("lstm", "gru", "rnn_relu")),
+    RecurrentCase("slstm", hidden=12, heads=2, layout="packed", bidirectional=True),
+    RecurrentCase("lstm", hidden=66, heads=66, batch=2, steps=3),  # more lanes than an op takes
+]
 
 RECURRENT_CASES = [
     *SMALL_RECURRENT_CASES,
@@ -66,4 +98,5 @@ RECURRENT_CASES = [
     # wide enough for threads to share a step of few rows
     RecurrentCase("lstm", hidden=200, input=40, batch=2, steps=4),
     RecurrentCase("gru", hidden=300, input=40, batch=1, steps=4, bidirectional=True),
+    *VARIANT_CASES,
 ]

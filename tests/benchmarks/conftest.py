@@ -10,10 +10,13 @@ import pytest
 from fastseq.benchmarks.attention import MODES as ATTENTION_MODES
 from fastseq.benchmarks.attention import AttentionWorkload
 from fastseq.benchmarks.attention_providers import EAGER, OWN, SDPA
+from fastseq.benchmarks.cells import CellWorkload
 from fastseq.benchmarks.floors import Peaks
+from fastseq.benchmarks.presentation import Options
 from fastseq.benchmarks.providers import PROVIDERS
+from fastseq.benchmarks.recurrent import RecurrentWorkload
 from fastseq.benchmarks.results import Results, Row
-from fastseq.benchmarks.suites import attention, recurrent, sequential_vs_parallel
+from fastseq.benchmarks.suites import attention, cells, recurrent, recurrent_gpu, sequential_vs_parallel
 from fastseq.benchmarks.workloads import MODES, Workload
 
 LENGTHS = (32, 64, 128, 256, 512)
@@ -123,10 +126,41 @@ def alone(
     return Results(ENVIRONMENT | {"device name": device_name}, {"quick": False}, rows, [_peaks()], 12.0)
 
 
+def gpu(
+    ratio: Callable[[str, RecurrentWorkload], float], graph: Callable[[str, RecurrentWorkload], float] | None = None
+) -> Results:
+    """Rows of the suite recurrent as a GPU leaves them: its default plan; `ratio(group, workload)` and the same in a graph."""
+    rows = []
+    for case in recurrent.plan(Options("cuda", "float32", (1,), quick=False)):
+        for participant in case.participants:
+            w, name = participant.workload, participant.provider
+            base = dict(case.baseline).get(name)
+            own = name == recurrent_gpu.own_name(recurrent_gpu.cell_of(w.function))
+            value = ratio(case.group, w) if own else 1.0
+            row = timed(Row.of(recurrent.NAME, case.group, name, w), 1e-3 / value, over=base, ratio=value)
+            row.graph = {"median": 1e-3 / (graph or ratio)(case.group, w) if own else 1e-3}
+            row.chose = ["backend: triton"] if own else ["cuDNN: persistent" if w.persistent else "cuDNN: standard"]
+            row.launches = 3 if own else 2 * w.T
+            rows.append(row)
+    return Results(ENVIRONMENT | {"device": "cuda"}, {"quick": False}, rows, [_peaks()], 12.0)
+
+
+def single(ratio: Callable[[str, CellWorkload], float], device: str = "cpu") -> Results:
+    """Rows of the suite cells; `ratio(group, workload)`."""
+    rows = []
+    for case in cells.plan(Options(device, "float32", (2,), quick=False)):
+        own, base = case.baseline[0]
+        w = case.participants[0].workload
+        value = ratio(case.group, w)
+        rows.append(timed(Row.of(cells.NAME, case.group, base, w), 1e-5))
+        rows.append(timed(Row.of(cells.NAME, case.group, own, w), 1e-5 / value, over=base, ratio=value))
+    return Results(dict(ENVIRONMENT), {"quick": False}, rows, [_peaks()], 12.0)
+
+
 def _peaks() -> Peaks:
     return Peaks("cpu", 2, "float32", {64: 1e11, 65536: 5e10}, {256: 1e11, 131072: 2e10}, 1e11, {"operator": 1e-6})
 
 
 @pytest.fixture(scope="session")
 def synthetic() -> SimpleNamespace:
-    return SimpleNamespace(lengths=lengths, grid=grid, alone=alone)
+    return SimpleNamespace(lengths=lengths, grid=grid, alone=alone, gpu=gpu, single=single)

@@ -7,6 +7,7 @@ import torch
 
 from fastseq.benchmarks import cli, selection
 from fastseq.benchmarks.presentation import Options
+from fastseq.benchmarks.results import Results, Row
 from fastseq.benchmarks.suites import SUITES
 
 CPU = Options("cpu", "float32", (1,), quick=False)
@@ -22,13 +23,14 @@ def refused(capsys, *argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--suite", "speed"], "there is no suite 'speed'; there are: sequential-vs-parallel, recurrent, attention"),
+        (["--suite", "speed"], "there is no suite 'speed'; there are: sequential-vs-parallel, recurrent, cells, attention"),
         (["--device", "tpu"], "'tpu' is none of auto, cpu, cuda"),
         (["--device", "cuda:"], "'cuda:' is none of"),
         (["--threads", "two"], "'two' is not a list of positive numbers"),
         (["--threads", "1,0"], "'1,0' is not a list of positive numbers"),
         (["--dtype", "int8"], "invalid choice"),
         (["--device", "cpu", "--dtype", "float16"], "float16 is for GPUs"),
+        (["--quick", "--full"], "--full: not allowed with argument --quick"),
         (["--only", "width=3"], "unknown key 'width'"),
         (["--only", "B"], "'B' is not of the form key=value"),
         (["--only", "B="], "'B=' is not of the form key=value"),
@@ -66,10 +68,35 @@ def test_only_keeps_the_baseline():
     assert {(p.workload.B, p.workload.H) for case in kept for p in case.participants} == {(8, 64), (8, 128)}
 
 
+def test_only_takes_precisions():
+    cases = SUITES["recurrent"].plan(Options("cuda", "float32", (1,), quick=False))
+    kept = selection.select(cases, selection.parse("precision=tf32 provider=fastseq.LSTM"))
+    assert kept and {(p.workload.dtype, p.workload.tf32) for case in kept for p in case.participants} == {("float32", True)}
+
+
 def test_only_takes_names_with_spaces():
     cases = SUITES["sequential-vs-parallel"].plan(CPU)
     kept = selection.select(cases, selection.parse("provider=fused_attention T=64"))
     assert [[p.provider for p in case.participants] for case in kept] == [["fused attention"]] * 2
+
+
+def test_what_is_there_is_kept_after_every_group(tmp_path, monkeypatch):
+    """A run that dies in its second group leaves the first one."""
+
+    class Dies:
+        def __init__(self, device, *, quick):
+            self.peaks = {}
+
+        def run(self, case, progress):
+            if case.group == "data":
+                raise MemoryError
+            return [Row.of(case.suite, case.group, p.provider, p.workload, status="skipped") for p in case.participants]
+
+    monkeypatch.setattr(cli, "Runner", Dies)
+    with pytest.raises(MemoryError):
+        cli.main(["--suite", "recurrent", "--device", "cpu", "--quick", "--threads", "1", "--out", str(tmp_path)])
+    kept = Results.load(tmp_path / "results.json")
+    assert {r.group for r in kept.rows} == {"padded"} and len(kept.rows) == 3 * 2 * 2 * 2 * 2  # cells, B, H, modes, providers
 
 
 def test_a_run_from_end_to_end(tmp_path, capsys):

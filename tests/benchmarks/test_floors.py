@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from fastseq.benchmarks.cells import CellWorkload
 from fastseq.benchmarks.floors import Peaks, floor_of, measure
+from fastseq.benchmarks.recurrent import RecurrentWorkload
 from fastseq.benchmarks.workloads import Workload
 
 H, T = 256, 100
@@ -39,6 +41,24 @@ def test_packed_rows_count_as_far_as_they_go():
     w = Workload("gru", T, 8, H, H, packed=True)
     assert w.active()[0] == 8 and sum(w.active()) == w.tokens == sum(w.lengths)
     assert floor_of(w, PEAKS).seconds < floor_of(replace(w, packed=False), PEAKS).seconds
+
+
+def test_layers_and_directions_overlap_but_all_their_weights_are_read():
+    one = RecurrentWorkload("lstm", T, 1, H, H)
+    stack = replace(one, layers=2, bidirectional=True)
+    project = 2 * T * 4 * H * (2 * H + 2 * 2 * H) / 1e11  # two directions over the input, then two over both directions' output
+    assert floor_of(one, PEAKS).seconds == floor_of(Workload("lstm", T, 1, H, H), PEAKS).seconds
+    assert floor_of(stack, PEAKS).seconds == pytest.approx(T * 4 * R / 1e11 + project)
+
+
+@pytest.mark.parametrize(("B", "bound"), [(1, "weights"), (64, "arithmetic")])
+def test_a_cell_reads_both_weights_or_computes_with_them(B, bound):
+    w = CellWorkload("grucell", 64, B, H, H)
+    elements = 3 * H * 2 * H
+    step = max(elements * 4 / 1e11, 2 * B * elements / 1e11)
+    floor = floor_of(w, PEAKS)
+    assert floor.bound == bound and floor.seconds == pytest.approx(64 * step)
+    assert floor_of(replace(w, mode="training"), PEAKS).seconds == pytest.approx(3 * 64 * step)
 
 
 def test_attention_grows_with_the_square_of_t():

@@ -14,7 +14,7 @@ from fastseq.benchmarks.floors import Peaks
 from fastseq.benchmarks.providers import PROVIDERS, Provider
 from fastseq.benchmarks.runner import Case, Participant, Runner
 from fastseq.benchmarks.timing import Effort
-from fastseq.benchmarks.workloads import FUNCTIONS, Workload
+from fastseq.benchmarks.workloads import FUNCTIONS, Workload, fp32_products
 
 GRU = Workload("gru", T=9, B=2, I=24, H=24, mode="training")
 
@@ -153,3 +153,24 @@ def test_what_would_not_fit_is_skipped(monkeypatch):
     assert run(16).ok
     row = run(1024)
     assert row.status == "skipped" and "GiB" in row.reason and row.time is None
+
+
+def test_a_recurrence_grows_with_the_length_and_attention_with_its_square(monkeypatch):
+    runner = Runner("cpu")
+    monkeypatch.setattr("fastseq.benchmarks.runner._free_memory", lambda device: 2 * 1000 * 100)
+    for function, name, skipped in (("gru", "torch.nn.GRU", False), ("attention", "naive attention", True)):
+        w, provider = Workload(function, 10, 1, 32, 32), PROVIDERS[name]
+        runner._last_peak[runner._series(provider, w)] = (w.T, 1000)
+        assert (runner._too_large(provider, replace(w, T=700)) is not None) is skipped
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_gpus_rounding_is_that_of_the_products_that_the_function_makes(tf32):
+    layer, attention = Workload("lstm", 8, 1, 8, 8, device="cuda"), Workload("attention", 8, 1, 8, 8, device="cuda")
+    ieee = torch.finfo(torch.float32).eps
+    with fp32_products(tf32=tf32):
+        assert gate.rounding(layer) == (gate.TF32_EPS if tf32 else ieee)
+    assert gate.rounding(layer) == gate.TF32_EPS and gate.rounding(attention) == ieee  # torch's defaults
+    assert gate.rounding(replace(layer, device="cpu")) == ieee
+    with layer.settings():
+        assert gate.rounding(layer) == ieee  # what every suite runs under

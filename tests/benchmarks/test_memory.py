@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
-from fastseq.benchmarks.memory import kept, observe
+from fastseq.benchmarks import memory
+from fastseq.benchmarks.memory import Event, cudnn_algorithms, kept, observe
 
 FLOAT = 4
 
@@ -63,6 +67,47 @@ def test_allocations_inside_an_operator_count():
         seen = observe(lambda: layer(x))
     output = 64 * 4 * 32 * FLOAT
     assert seen.peak_bytes > 2 * output
+
+
+@pytest.mark.parametrize(
+    ("kernels", "algorithms"),
+    [
+        (["void RNN_persist_fp_LSTM<__half>", "persistRNN_init"], ["persistent"]),
+        (["void RNN_blockPersist_fp_GRU<float, 128>", "persistRNN_addBias<float>"], ["persist small-H"]),
+        (["void elemWiseRNNcell<__half, (cudnnRNNMode_t)2>", "cutlass_80_tensorop_s1688gemm"], ["standard"]),
+        (["RNN_blockPersist_fp_LSTM_HMMA", "LSTM_elementWise_bp1<float>"], ["persist small-H", "standard"]),
+        (["persistRNN_addBias<float>"], ["none of the known kernels"]),
+    ],
+)
+def test_cudnns_algorithm_shows_in_the_names_of_its_kernels(kernels, algorithms):
+    assert cudnn_algorithms(["aten::_cudnn_rnn", *kernels]) == algorithms
+    assert cudnn_algorithms(kernels) == []  # of other programs
+
+
+def test_what_a_gpu_ran(monkeypatch):
+    events = [
+        Event("aten::_cudnn_rnn"),
+        Event("void elemWiseRNNcell<float>", 0, True),
+        Event("void elemWiseRNNcell<float>", 0, True),
+        Event("void at::native::vectorized_elementwise_kernel<4>", 0, True),
+    ]
+    monkeypatch.setattr(memory, "_profile", lambda run, device: events)
+    monkeypatch.setattr(memory, "_cuda_peak", lambda run, device: 1000)
+    seen = observe(lambda: None, "cuda")
+    assert seen == memory.Observation(1000, ["cuDNN: standard", "aten::_cudnn_rnn", "void elemWiseRNNcell<float>"], launches=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "kernel"),
+    [
+        ("gemm", DeviceType.CUDA, True),
+        ("gemm", DeviceType.CPU, False),
+        ("Memcpy HtoD (Pageable -> Device)", DeviceType.CUDA, False),
+        ("Memset (Device)", DeviceType.CUDA, False),
+    ],
+)
+def test_copies_are_no_kernels(name, device, kernel):
+    assert memory._is_kernel(SimpleNamespace(name=lambda: name, device_type=lambda: device)) is kernel
 
 
 def test_the_implementation_shows(capfd):

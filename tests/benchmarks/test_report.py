@@ -27,6 +27,7 @@ def results(synthetic):
     found = synthetic.lengths({name: (lambda T, k=k: k * 1e-5 * T**1.2) for k, name in enumerate(providers, 1)})
     other = synthetic.grid(lambda group, mode, cell, B, H: 0.8 if B == 1 else 2.5)
     found.rows += other.rows + synthetic.alone(lambda kind, provider, T: 1e-8 * T**1.5 + 1e-6 * len(provider)).rows
+    found.rows += synthetic.single(lambda group, w: w.H / 256).rows
     wrong = found.rows[3]
     wrong.status, wrong.reason, wrong.time = "wrong", "output is off by 1 <b>", None
     return found
@@ -66,7 +67,7 @@ def test_the_page_needs_nothing_but_itself(results):
     assert [r for r in parsed.resources if not r.startswith(("#", "data:"))] == []
     assert "script" not in parsed.tags and "link" not in parsed.tags
     assert not re.search(r"@import|url\(\s*['\"]?(?!#)", page)
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
     references = set(re.findall(r"url\(#([^)]+)\)", page)) | {r[1:] for r in parsed.resources if r.startswith("#")}
     assert references <= set(re.findall(r'\bid="([^"]+)"', page))
 

@@ -13,33 +13,144 @@ from torch import Tensor, nn
 import fastseq
 from fastseq import backends
 from fastseq import functional as F
-from fastseq.cells import CELLS
+from fastseq.cells import CELLS, Cell
+from fastseq.reference.cells import steps
 from fastseq.reference.recurrent import state_dtype
 from fastseq.testing.battery import OpBattery
-from fastseq.testing.cases import RECURRENT_CASES, SMALL_RECURRENT_CASES, RecurrentCase
+from fastseq.testing.cases import RECURRENT_CASES, SMALL_RECURRENT_CASES, VARIANT_CASES, RecurrentCase
 from fastseq.testing.compare import assert_close_to_truth
 
+SEED = 11  # of what zoneout draws
 FUNCTIONS: dict[str, Any] = {"lstm": F.lstm, "gru": F.gru, "rnn_tanh": F.rnn, "rnn_relu": F.rnn}
+MODULES = {
+    "lstm": "LSTM",
+    "gru": "GRU",
+    "rnn_tanh": "RNN",
+    "rnn_relu": "RNN",
+    "coupled_lstm": "CoupledLSTM",
+    "peephole_lstm": "PeepholeLSTM",
+    "layer_norm_lstm": "LayerNormLSTM",
+    "layer_norm_gru": "LayerNormGRU",
+    "slstm": "SLSTM",
+}
 
 
-def torch_module(case: RecurrentCase, dtype: torch.dtype) -> nn.RNNBase:
-    options: dict[str, Any] = dict(num_layers=case.layers, bias=case.bias, bidirectional=case.bidirectional, dtype=dtype)
-    if case.cell == "lstm":
-        return nn.LSTM(case.input, case.hidden, proj_size=case.projection, **options)
-    if case.cell == "gru":
-        return nn.GRU(case.input, case.hidden, **options)
-    return nn.RNN(case.input, case.hidden, nonlinearity=case.cell.removeprefix("rnn_"), **options)
+def module_of(library: Any, case: RecurrentCase, dtype: torch.dtype, **options: Any) -> nn.RNNBase:
+    options |= dict(num_layers=case.layers, bias=case.bias, bidirectional=case.bidirectional, dtype=dtype)
+    if case.projection:
+        options["proj_size"] = case.projection
+    if case.cell.startswith("rnn"):
+        options["nonlinearity"] = case.cell.removeprefix("rnn_")
+    return getattr(library, MODULES[case.cell])(case.input, case.hidden, **options)
+
+
+def is_torchs(case: RecurrentCase) -> bool:
+    return case.cell in FUNCTIONS and case.heads == 1 and not any(case.zoneout)
+
+
+def plain(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """A loop over rows, steps and heads, for what torch.nn does not have: differentiable, one row at a time."""
+    case, x = inputs["case"], inputs["x"]
+    cell, lanes, wide = CELLS[case.cell], 2 if case.bidirectional else 1, state_dtype(inputs["x"].dtype)
+    names = (
+        "weight_ih",
+        "weight_hh",
+        *(("bias_ih", "bias_hh") if case.bias else ()),
+        *(["weight_hr"] if case.projection else []),
+    )
+    width, gates = case.projection or case.hidden, len(cell.gates)
+    torch.manual_seed(SEED)
+    batch_sizes = inputs.get("batch_sizes")
+    lengths = inputs.get("lengths", torch.full((case.batch,), case.steps))
+    place = torch.arange(case.steps * case.batch).view(case.steps, case.batch)  # of a row's step among the rows
+    if batch_sizes is not None:
+        lengths = (batch_sizes[None, :] > torch.arange(case.batch)[:, None]).sum(1)
+        place = (batch_sizes.cumsum(0) - batch_sizes)[:, None] + torch.arange(case.batch)
+    rows, leading = x.reshape(-1, case.input), x.shape[:-1]
+    finals: list[list[Tensor]] = [[] for _ in cell.states]
+    for layer in range(case.layers):
+        holds = []
+        for size, zoneout in zip((width, case.hidden), case.zoneout, strict=True):
+            drawn = case.training and zoneout > 0
+            shape = (*leading, lanes, size)
+            holds.append(torch.empty(shape, dtype=torch.bool).bernoulli_(zoneout).flatten(0, -3) if drawn else None)
+        ys = []
+        for lane in range(lanes):
+            suffix = f"_l{layer}" + ("_reverse" if lane else "")
+            weights = {name: inputs[name + suffix] for name in (*names, *(n for n, _ in cell.extra(case.bias)))}
+            w_hh = weights["weight_hh"]
+            if case.heads > 1:
+                w_hh = torch.cat([torch.block_diag(*gate.chunk(case.heads)) for gate in w_hh.chunk(gates)])
+            x_gates, vectors = input_and_vectors(case, cell, rows, weights)
+            y = [rows.new_zeros(width)] * rows.shape[0]
+            ends: list[list[Tensor]] = [[] for _ in cell.states]
+            for b in range(case.batch):
+                size = (width, *[case.hidden] * cell.wide_states)
+                state = [
+                    inputs[f"{name}0"][layer * lanes + lane, b].to(wide) if f"{name}0" in inputs else x.new_zeros(n, dtype=wide)
+                    for name, n in zip(cell.states, size, strict=True)
+                ]
+                if case.cell == "slstm" and not case.state:
+                    state[3] = torch.full_like(state[3], -torch.inf)
+                order = range(int(lengths[b]))
+                for t in reversed(order) if lane else order:
+                    at = int(place[t, b])
+                    h, c = state[0], torch.cat(state[1:]) if cell.has_c else None
+                    r = (w_hh.to(wide) @ h).to(wide)
+                    h_new, c_new, _ = steps(case.cell).step(x_gates[at].to(wide), r, vectors, h, c)
+                    if case.projection:
+                        h_new = weights["weight_hr"].to(wide) @ h_new
+                    h_new = h_new.to(x.dtype).to(wide)
+                    new = [h_new, *(c_new.chunk(cell.wide_states) if cell.has_c else ())]
+                    for i, (hold, zoneout) in enumerate(zip(holds, case.zoneout, strict=True)):
+                        if zoneout:
+                            keep = hold[at, lane].to(wide) if hold is not None else zoneout
+                            new[i] = keep * state[i] + (1 - keep) * new[i]
+                    state = [new[0].to(x.dtype).to(wide), *new[1:]]
+                    y[at] = state[0].to(x.dtype)
+                for end, value in zip(ends, state, strict=True):
+                    end.append(value.to(x.dtype))
+            ys.append(torch.stack(y))
+            for final, end in zip(finals, ends, strict=True):
+                final.append(torch.stack(end))
+        rows = torch.cat(ys, -1)
+    return (rows.view(*leading, -1), *(torch.stack(final) for final in finals))
+
+
+def input_and_vectors(case: RecurrentCase, cell: Cell, rows: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    wide = state_dtype(rows.dtype)
+    x_gates = rows @ weights["weight_ih"].T
+    zeros = x_gates.new_zeros(x_gates.shape[-1])
+    b_ih, b_hh = weights.get("bias_ih", zeros), weights.get("bias_hh", zeros)
+    inside = None
+    if cell.recurrent_bias:
+        inside = b_hh[-case.hidden :].to(wide)
+        b_hh = torch.cat((b_hh[: -case.hidden], zeros[: case.hidden]))
+    if cell.normalised:
+        x_gates = nn.functional.layer_norm(x_gates, x_gates.shape[-1:], weights["weight_ln_ih"])
+        own = [weights["weight_ln_hh"]]
+        if inside is None:
+            own += [weights["weight_ln_c"], weights.get("bias_ln_c", zeros[: case.hidden])]
+        inside = torch.cat([v.to(wide) for v in own] + ([] if inside is None else [inside]))
+    elif cell.vectors and inside is None:
+        inside = weights["weight_peephole"].to(wide)
+    return x_gates + (b_ih + b_hh), inside
 
 
 class TestRecurrent(OpBattery):
     OP = "recurrent"
     CASES = RECURRENT_CASES
     SMALL_CASES = SMALL_RECURRENT_CASES
-    COMPILED_CASES = SMALL_RECURRENT_CASES[::3][:2] + SMALL_RECURRENT_CASES[1::3][1:] + SMALL_RECURRENT_CASES[2::3][:1]
+    COMPILED_CASES = (
+        *SMALL_RECURRENT_CASES[::3][:2],
+        *SMALL_RECURRENT_CASES[1::3][1:],
+        *SMALL_RECURRENT_CASES[2::3][:1],
+        *VARIANT_CASES[1:5:2],
+    )
 
     def make(self, case, dtype, device="cpu", seed=0):
         torch.manual_seed(seed)
-        module = torch_module(case, torch.float64)
+        module = module_of(fastseq, case, torch.float64, heads=case.heads)
         lanes = case.layers * (2 if case.bidirectional else 1)
         lengths = torch.randint(1, case.steps + 1, (case.batch,))
         lengths[0] = case.steps
@@ -54,9 +165,11 @@ class TestRecurrent(OpBattery):
                 inputs["lengths"] = lengths
         if case.state:
             inputs["h0"] = torch.randn(lanes, case.batch, case.projection or case.hidden, dtype=torch.float64)
-            if CELLS[case.cell].has_c:
-                inputs["c0"] = torch.randn(lanes, case.batch, case.hidden, dtype=torch.float64)
-        inputs |= {name: parameter.detach() for name, parameter in module.named_parameters()}
+            for name in CELLS[case.cell].states[1:]:
+                inputs[f"{name}0"] = torch.randn(lanes, case.batch, case.hidden, dtype=torch.float64)
+            if "n0" in inputs:
+                inputs["n0"] = inputs["n0"].abs() + 1  # a normaliser is positive
+        inputs |= {name: getattr(module, name).detach() for name in module._flat_weights_names}
         return {
             name: value.to(device, dtype).requires_grad_()
             if isinstance(value, Tensor) and value.is_floating_point()
@@ -69,8 +182,9 @@ class TestRecurrent(OpBattery):
     def against(self, inputs, backend, backward):
         case, x = inputs["case"], inputs["x"]
         query = backends.RecurrentQuery(
-            "recurrent", x.device, x.dtype, case.cell, case.steps, 1, case.hidden, case.projection > 0, case.layout
-        )
+            "recurrent", x.device, x.dtype, case.cell, case.steps, 1, case.hidden, case.projection > 0, case.layout,
+            any(case.zoneout),
+        )  # fmt: skip
         with backends.use_backend(backend):
             return backends.reasons(backend, query)
 
@@ -79,25 +193,35 @@ class TestRecurrent(OpBattery):
 
     def run(self, inputs):
         case = inputs["case"]
-        options = {"proj_size": case.projection} if case.cell == "lstm" else {}
-        if case.cell.startswith("rnn"):
-            options["nonlinearity"] = case.cell.removeprefix("rnn_")
-        return FUNCTIONS[case.cell](
-            inputs["x"],
-            (inputs["h0"], inputs["c0"]) if "c0" in inputs else inputs.get("h0"),
-            [value for name, value in inputs.items() if name.startswith(("weight", "bias"))],
+        states = [inputs[name] for name in (f"{state}0" for state in CELLS[case.cell].states) if name in inputs]
+        params = [value for name, value in inputs.items() if name.startswith(("weight", "bias"))]
+        options: dict[str, Any] = dict(
             has_biases=case.bias,
             num_layers=case.layers,
             bidirectional=case.bidirectional,
             lengths=inputs.get("lengths"),
             batch_sizes=inputs.get("batch_sizes"),
             recompute=case.recompute,
-            **options,
         )
+        if not is_torchs(case):
+            if case.training:
+                torch.manual_seed(SEED)
+            zoneout = case.zoneout if case.zoneout[1] else case.zoneout[0]
+            options |= dict(proj_size=case.projection, heads=case.heads, zoneout=zoneout, training=case.training)
+            y, finals, _ = F.recurrent(case.cell, inputs["x"], states or None, params, **options)
+            return y, *finals
+        if case.cell == "lstm":
+            options["proj_size"] = case.projection
+        elif case.cell.startswith("rnn"):
+            options["nonlinearity"] = case.cell.removeprefix("rnn_")
+        hx = None if not states else tuple(states) if len(states) > 1 else states[0]
+        return FUNCTIONS[case.cell](inputs["x"], hx, params, **options)
 
     def run_torch(self, inputs):
         case = inputs["case"]
-        module = torch_module(case, inputs["x"].dtype)
+        if not is_torchs(case):
+            return plain(inputs)
+        module = module_of(nn, case, inputs["x"].dtype)
         state = (inputs["h0"], inputs["c0"]) if "c0" in inputs else inputs.get("h0")
         x = inputs["x"]
         if "batch_sizes" in inputs:

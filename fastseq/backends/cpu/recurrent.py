@@ -16,7 +16,7 @@ from ..query import RecurrentQuery
 _FUSED_ROWS = 4
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 
 
 def why_not(query: RecurrentQuery) -> list[str]:
@@ -27,8 +27,8 @@ def why_not(query: RecurrentQuery) -> list[str]:
     if query.dtype not in _DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
-    if query.cell not in _CELLS:
-        against.append(f"cell {query.cell} is not one of {', '.join(_CELLS)}")
+    if query.cell not in CELLS:
+        against.append(f"cell {query.cell} is not one of {', '.join(CELLS)}")
     if query.zoned:
         against.append("no zoneout")
     return against

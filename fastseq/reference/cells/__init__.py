@@ -13,6 +13,8 @@ Every file defines, for tensors of any leading shape ``[..., n * H]``:
     gradients of the vectors, row by row; only where there are vectors.
 ``candidate(saved, c_prev) -> c``
     the cell state that a step proposed, before zoneout; only of cells whose one wide state is c.
+``output(saved, vectors, c) -> h``
+    what a projection projects; only of cells that can have one.
 """
 
 from __future__ import annotations

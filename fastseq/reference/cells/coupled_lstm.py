@@ -31,3 +31,7 @@ def step_backward(
 def candidate(saved: Tensor, c_prev: Tensor) -> Tensor:
     i, g, _ = saved.chunk(3, -1)
     return c_prev + i * (g - c_prev)
+
+
+def output(saved: Tensor, vectors: None, c: Tensor) -> Tensor:
+    return saved.chunk(3, -1)[2] * c.tanh()

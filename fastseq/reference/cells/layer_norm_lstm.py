@@ -17,6 +17,11 @@ def candidate(saved: Tensor, c_prev: Tensor) -> Tensor:
     return f * c_prev + i * g
 
 
+def output(saved: Tensor, vectors: Tensor, c: Tensor) -> Tensor:
+    _, w_c, b_c = _split(vectors)
+    return saved.chunk(8, -1)[3] * (w_c * normalise(c)[0] + b_c).tanh()
+
+
 def step(x: Tensor, r: Tensor, vectors: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     w, w_c, b_c = _split(vectors)
     i, f, g, o = (x + w * normalise(r)[0]).chunk(4, -1)

@@ -32,3 +32,7 @@ def step_backward(
 def candidate(saved: Tensor, c_prev: Tensor) -> Tensor:
     i, f, g, _ = saved.chunk(4, -1)
     return f * c_prev + i * g
+
+
+def output(saved: Tensor, vectors: None, c: Tensor) -> Tensor:
+    return saved.chunk(4, -1)[3] * c.tanh()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .lstm import candidate
+from .lstm import candidate, output
 
-__all__ = ["candidate", "step", "step_backward", "vector_gradients"]
+__all__ = ["candidate", "output", "step", "step_backward", "vector_gradients"]
 
 
 def step(x: Tensor, r: Tensor, vectors: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,109 @@
+"""What a GPU's suite sets beside torch.nn, fastseq's own choice and a loop over cells: fastseq on Triton, and torch.compile."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .providers import RECURRENT, Provider, fastseq_chose, fastseq_layer, fastseq_missing
+from .workloads import Workload, arrange
+
+FORCED = "triton"
+
+
+class Wrapped(nn.Module):
+    """A layer that is called in another way; its parameters keep their names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def canonical_name(self, name: str) -> str:
+        return name.removeprefix("module.")
+
+
+class Forced(Wrapped):
+    """fastseq on one backend, or an error."""
+
+    def around(self) -> AbstractContextManager[None]:
+        return importlib.import_module("fastseq").use_backend(FORCED)
+
+    def forward(self, x: Tensor | PackedSequence) -> Any:
+        with self.around():
+            return self.module(x)
+
+
+class Compiled(Wrapped):
+    """torch.compile with its defaults."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        torch._dynamo.reset()  # each shape a program of its own, as in a model that has one
+        self.compiled = (torch.compile(module),)  # in a tuple: as a module of its own it would list the parameters again
+
+    def forward(self, x: Tensor | PackedSequence) -> Any:
+        return self.compiled[0](x)
+
+
+def _refuses(cell: str) -> Callable[[Workload], str | None]:
+    """Why the forced backend has no row of its own: fastseq's words from a call of this width, or that it is the free choice."""
+    build, missing = fastseq_layer(cell), fastseq_missing(cell)
+
+    def reason(w: Workload) -> str | None:
+        if missing(w):
+            return missing(w)
+        layer = build(w).to(w.device, w.torch_dtype)
+        x = torch.zeros(w.T, w.B, w.I, device=w.device, dtype=w.torch_dtype)
+        try:
+            with torch.no_grad():
+                Forced(layer)(x[:1])
+        except RuntimeError as error:
+            if "was forced but cannot run" in str(error):
+                return str(error).partition("]: ")[2]
+            return None  # a failure, not a refusal: the gate reports it
+        chosen = importlib.import_module("fastseq").explain(layer, arrange(x, "time", w.lengths)).backends
+        return "it is what fastseq chooses by itself here" if set(chosen) == {FORCED} else None
+
+    return reason
+
+
+def _graphs(call: Any) -> list[str]:
+    """How many graphs torch.compile makes of a call: none where Dynamo leaves torch's layer as it is."""
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    call.forward()
+    return [f"compiled graphs: {counters['stats']['unique_graphs']}"]
+
+
+def _providers(cell: str, color: str) -> list[Provider]:
+    own, layer = fastseq_layer(cell), getattr(nn, cell)
+    return [
+        Provider(
+            f"fastseq.{cell} ({FORCED})",
+            cell.lower(),
+            "time",
+            lambda w: Forced(own(w)),
+            _refuses(cell),
+            fastseq_chose,
+            color,
+        ),
+        Provider(
+            f"torch.compile {cell}",
+            cell.lower(),
+            "time",
+            lambda w: Compiled(layer(w.I, w.H, **w.options)),
+            chose=_graphs,
+            color=color,
+            dashed=True,
+        ),
+    ]
+
+
+RECURRENT_PROVIDERS = {p.name: p for cell, color in RECURRENT.items() for p in _providers(cell, color)}

@@ -1,0 +1,252 @@
+"""How the suite recurrent shows what a GPU did."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+from ..presentation import (
+    Card,
+    Cell,
+    Figure,
+    Section,
+    Table,
+    bytes_text,
+    heat_cell,
+    ratio_cell,
+    speed_tone,
+    time_cell,
+    time_text,
+)
+from ..providers import RECURRENT
+from ..recurrent import PRECISIONS
+from ..results import Row
+from ..strips import Strip, draw
+from ..workloads import MODES
+from .recurrent_gpu import (
+    GROUPS,
+    LEAST,
+    TARGETS,
+    base_of,
+    cell_of,
+    compiled_name,
+    counts,
+    derive,
+    detail,
+    graph_ratio,
+    is_own,
+    loop_name,
+    name,
+    own_of,
+    points_of,
+    triton_name,
+)
+
+MARK = "ᴾ"  # beside a speed-up: cuDNN may choose its persistent kernel
+SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16", "tf32": "TF32", "float32": "fp32"}
+WIDTH_UNIT = 32  # of the figure: H that makes a point larger by one
+
+
+def present(rows: list[Row]) -> list[Section]:
+    derived = derive(rows)
+    text = [
+        "Speed-up is torch.nn's median time over fastseq's, by CUDA events with a cold L2, measured in turn in one process. In a "
+        "graph: both captured as CUDA graphs, which leaves the host out. Input width = hidden width; packing is not timed.",
+        "Both sides run under the same flags. fp32: IEEE products in cuDNN and cuBLAS; TF32: in both. By torch's defaults its "
+        "recurrent layers would use TF32, and its products IEEE.",
+        f"cuDNN's algorithm is read from the names of the kernels that ran. {MARK}: torch lets cuDNN take its persistent kernel "
+        "(fp16, one layer, one direction, H ≤ 1024 and I in steps of 128, B ≤ 128 in steps of 8, LSTM or RNN).",
+    ]
+    tables = [_targets(derived), _persistent(rows)]
+    tables += [_matrix(rows, group, mode) for group in GROUPS for mode in MODES if group != "programs"]
+    tables += [_programs(rows), _losses(rows), _every_point(rows)]
+    return [
+        Section(
+            "Recurrent layers against torch.nn on a GPU", text, _cards(derived), [figure(rows)], [t for t in tables if t.rows]
+        )
+    ]
+
+
+def figure(rows: list[Row]) -> Figure:
+    panels = [(f"{title}: speed-up over torch.nn", _strips(rows, mode)) for mode, title in MODES.items()]
+    return Figure(
+        "Speed-up over torch.nn, every point",
+        "A point is one precision, length, batch and width; its size grows with the width. The bar is the geometric mean, the "
+        "triangle the target of a group's every point. Left of 1× fastseq loses.",
+        lambda canvas, theme: draw(canvas, theme, panels, width_unit=WIDTH_UNIT),
+        (11.5, 1.2 + 0.33 * len(panels[0][1])),
+    )
+
+
+def _strips(rows: list[Row], mode: str) -> list[Strip]:
+    strips = []
+    measured = {(r.group, r.function) for r in rows}
+    for group, cell in product(GROUPS, RECURRENT):
+        if (group, cell.lower()) in measured:
+            own = [r for r in rows if is_own(r) and (r.group, r.mode) == (group, mode) and cell_of(r.function) == cell]
+            targets = {
+                where: least for _, wanted, where, least in TARGETS if wanted == mode and any(counts(r, where) for r in own)
+            }
+            strips.append(Strip(f"{cell}, {group}", RECURRENT[cell], [r for r in own if r.ok and r.ratio], targets.get(group)))
+    return strips
+
+
+def _targets(derived: dict[str, Any]) -> Table:
+    body: list[list[Cell | str]] = []
+    for t in derived["targets"]:
+        measured = t["found"] is not None
+        verdict = Cell("reached", "good") if t["reached"] else Cell("not reached" if measured else "not measured", "bad")
+        untimed = f", {t['untimed']} without a time" if t["untimed"] else ""
+        figures = [f"{t['found']:.2f}×", t["lowest"], f"{t['mean']:.2f}×"] if measured else ["–", "", "–"]
+        body.append([t["target"], MODES[t["mode"]], f"{t['points']}{untimed}", f"{t['least']:g}×", *figures, verdict])
+    columns = ["", "mode", "points", "at least", "lowest", "where", "geometric mean", ""]
+    return Table("Targets", columns, body, "Reached: by every point, all of them timed.")
+
+
+def _cards(derived: dict[str, Any]) -> list[Card]:
+    cards = []
+    for m in derived["means"]:
+        kind = "inference" if m["mode"] == "inference" else "training step"
+        cards.append(Card(f"{m['mean']:.2f}×", f"{GROUPS[m['group']]}, {kind}, {m['points']} points", speed_tone(m["mean"])))
+    return cards
+
+
+def _matrix(rows: list[Row], group: str, mode: str) -> Table:
+    """A line for each cell, precision, length and batch, a column for each width."""
+    own = {
+        (list(RECURRENT).index(cell_of(r.function)), _rank(r), r.T, r.B, r.H): r
+        for r in rows
+        if is_own(r) and (r.group, r.mode) == (group, mode)
+    }
+    widths = sorted({H for *_, H in own})
+    body: list[list[Cell | str]] = []
+    for line in sorted({key[:-1] for key in own}):
+        found = [own.get((*line, H)) for H in widths]
+        first = next(r for r in found if r)
+        sizes: list[Cell | str] = [cell_of(first.function), _precision(first), str(first.T), str(first.B)]
+        body.append([*sizes, *(_heat(r) for r in found)])
+    columns = ["cell", "precision", "T", "B", *(f"H={H}" for H in widths)]
+    return Table(f"Speed-up, {GROUPS[group]}, {MODES[mode]}", columns, body, heat=True)
+
+
+def _rank(row: Row) -> int:
+    precision = detail(row, "precision")
+    return PRECISIONS.index(precision) if precision in PRECISIONS else len(PRECISIONS)
+
+
+def _precision(row: Row) -> str:
+    return SHORT_NAMES.get(detail(row, "precision"), detail(row, "precision"))
+
+
+def _heat(row: Row | None) -> Cell:
+    return heat_cell(row, least=LEAST, mark=MARK if row and detail(row, "persistent") else "")
+
+
+def _persistent(rows: list[Row]) -> Table:
+    eligible = [p for p in points_of(rows) if (own := own_of(p)) and detail(own, "persistent")]
+    body = [[_algorithms(base_of(p)), *_line(p)] for p in eligible]
+    return Table(
+        "Where torch lets cuDNN choose its persistent kernel",
+        ["cuDNN ran", *LINE],
+        body,
+        "Its fastest path at these widths, and so listed apart from the others.",
+    )
+
+
+def _programs(rows: list[Row]) -> Table:
+    body: list[list[Cell | str]] = []
+    for p in points_of([r for r in rows if r.group == "programs"]):
+        own = own_of(p) or next(iter(p.values()))
+        cell = cell_of(own.function)
+        compiled = p.get(compiled_name(cell))
+        found = [p.get(loop_name(cell)), base_of(p), compiled, own]
+        graphs = next((c for c in compiled.chose if c.startswith("compiled")), "–") if compiled else "–"
+        times: list[Cell | str] = [cell for r in found for cell in (time_cell(r), _graph(r))]
+        body.append([cell, MODES[own.mode], str(own.T), str(own.B), str(own.H), *times, ratio_cell(own), graphs])
+    columns = [text for what in ("loop over cells", "torch.nn", "torch.compile", "fastseq") for text in (what, "in a graph")]
+    return Table(
+        "Beside other ways to run the layer",
+        ["cell", "mode", "T", "B", "H", *columns, "fastseq vs torch.nn", "torch.compile made"],
+        body,
+        "No compiled graphs: torch.compile leaves torch's recurrent layer as it is, and its time is that of the layer.",
+    )
+
+
+def _losses(rows: list[Row]) -> Table:
+    lost = [r for r in rows if is_own(r) and not (r.ok and r.ratio and r.ratio["median"] >= 1)]
+    lost.sort(key=lambda r: r.ratio["median"] if r.ratio else 0.0)
+    body: list[list[Cell | str]] = [[name(r), ratio_cell(r), r.reason or ", ".join(_ran(r))] for r in lost]
+    return Table(f"Points that fastseq loses: {len(lost)}", ["point", "speed-up", ""], body)
+
+
+LINE = [
+    "point",
+    "torch.nn",
+    "in a graph",
+    "fastseq",
+    "in a graph",
+    "speed-up",
+    "in a graph",
+    "on Triton",
+    "µs per step",
+    "of floor",
+    "kernels",
+    "peak",
+]
+
+
+def _line(participants: dict[str, Row]) -> list[Cell | str]:
+    base, own = base_of(participants), own_of(participants)
+    assert own is not None
+    triton = participants.get(triton_name(cell_of(own.function)))
+    value = graph_ratio(participants)
+    in_graph = Cell("–", "weak") if value is None else Cell(f"{value:.2f}×", speed_tone(value))
+    return [
+        name(own),
+        time_cell(base),
+        _graph(base),
+        time_cell(own),
+        _graph(own),
+        ratio_cell(own),
+        in_graph,
+        ratio_cell(triton),
+        f"{own.seconds / detail(own, 'steps') * 1e6:.2f}" if own.ok else "–",
+        Cell(f"{own.of_floor:.0%}", "", f"bound by {own.floor['bound']}: {own.floor['note']}") if own.ok and own.floor else "–",
+        "–" if own.launches is None else str(own.launches),
+        bytes_text(own.memory if own.ok else None),
+    ]
+
+
+def _graph(row: Row | None) -> Cell:
+    return Cell(time_text(row.graph["median"])) if row and row.graph else Cell("–", "weak")
+
+
+def _algorithms(row: Row | None) -> str:
+    return ", ".join(c.removeprefix("cuDNN: ") for c in row.chose if c.startswith("cuDNN: ")) if row else ""
+
+
+def _ran(row: Row) -> list[str]:
+    """fastseq's backends, and whether a sequence is one launch or one for each step."""
+    backends = [c.removeprefix("backend: ") for c in row.chose if c.startswith("backend: ")]
+    if row.launches is None:
+        return backends
+    return [*backends, "whole sequence" if row.launches < detail(row, "steps") else "step by step"]
+
+
+def _every_point(rows: list[Row]) -> Table:
+    found = [p for p in points_of(rows) if own_of(p)]
+    body: list[list[Cell | str]] = []
+    for p in found:
+        own = own_of(p)
+        assert own is not None
+        error = f"{own.check['error']:.1e}" if own.check and own.check["error"] is not None else "–"
+        eligible = MARK if detail(own, "persistent") else ""
+        body.append([*_line(p), f"{_algorithms(base_of(p))}{eligible}", ", ".join(_ran(own)), error])
+    return Table(
+        f"Every point: {len(found)}",
+        [*LINE, "cuDNN ran", "fastseq ran", "error"],
+        body,
+        "Kernels: launched by one call of fastseq. Floor: the arithmetic at torch.mm's peak, or R read at every step from the "
+        "cache that holds it; a kernel that keeps R in registers or shared memory can be above 100 %.",
+        folded=True,
+    )

@@ -1,0 +1,184 @@
+"""RNNCell, LSTMCell and GRUCell: torch.nn's constructors, parameters and results, on fastseq's kernels.
+
+Letters: B batch, I input_size, H hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastseq import functional
+from fastseq.modules._checks import describe, kind_of, pair_of
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+
+class RNNCell(nn.RNNCellBase):
+    """`torch.nn.RNNCell`: one step, h' = act(W_ih x + b_ih + W_hh h + b_hh), act being tanh or ReLU.
+
+    Constructor, parameters, initialisation and state_dict are those of `torch.nn.RNNCell`.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the state.
+        bias: False leaves out b_ih and b_hh.
+        nonlinearity: "tanh" or "relu"; anything else raises RuntimeError at the first call, as in torch.
+        device, dtype: of the parameters.
+    """
+
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.RNNCellBase.__init__(self, input_size, hidden_size, bias, 1, device, dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step.
+
+        Args:
+            input: [B, I], or unbatched [I].
+            hx: h [B, H], or unbatched [H]. None: zeros.
+
+        Returns:
+            h' [B, H], or unbatched [H].
+
+        Raises:
+            ValueError: input or hx neither 1-D nor 2-D.
+            RuntimeError: sizes, dtypes or devices that do not fit each other, or an unknown nonlinearity.
+        """
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'.")
+        return _step_one_state(self, functional.rnn_cell, input, hx, nonlinearity=self.nonlinearity)
+
+
+class LSTMCell(nn.RNNCellBase):
+    """`torch.nn.LSTMCell`: one step of `fastseq.LSTM` without projection.
+
+    Constructor, parameters, initialisation and state_dict are those of `torch.nn.LSTMCell`.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of both states.
+        bias: False leaves out b_ih and b_hh.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.RNNCellBase.__init__(self, input_size, hidden_size, bias, 4, device, dtype)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            input: [B, I], or unbatched [I].
+            hx: (h, c), each [B, H], or unbatched [H]. None: zeros.
+
+        Returns:
+            (h', c'), each [B, H], or unbatched [H].
+
+        Raises:
+            ValueError: input, h or c neither 1-D nor 2-D.
+            RuntimeError: sizes, dtypes or devices that do not fit each other.
+            TypeError: hx is no tuple.
+        """
+        check_cell_input(self, input)
+        if hx is not None:
+            hx = pair_of(self, hx)
+            for index, state in enumerate(hx):
+                check_cell_rank(self, state, f"hx[{index}]")
+            for index, state in enumerate(hx):
+                check_cell_state(self, state, input, index)
+        parameters = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        if input.dim() == 2:
+            return functional.lstm_cell(input, hx, *parameters)
+        if hx is not None:
+            hx = (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+        h, c = functional.lstm_cell(input.unsqueeze(0), hx, *parameters)
+        return h.squeeze(0), c.squeeze(0)
+
+
+class GRUCell(nn.RNNCellBase):
+    """`torch.nn.GRUCell`: one step of `fastseq.GRU`.
+
+    Constructor, parameters, initialisation and state_dict are those of `torch.nn.GRUCell`.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the state.
+        bias: False leaves out b_ih and b_hh.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.RNNCellBase.__init__(self, input_size, hidden_size, bias, 3, device, dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
+        return _step_one_state(self, functional.gru_cell, input, hx)
+
+
+def _step_one_state(
+    cell: RNNCell | GRUCell, function: Callable[..., Tensor], input: Tensor, hx: Tensor | None, **options: Any
+) -> Tensor:
+    """`function` of a cell whose only state is h, batched or not."""
+    check_cell_input(cell, input)
+    if hx is not None:
+        if not isinstance(hx, Tensor):
+            raise AttributeError(f"{kind_of(cell)}: hx should be one Tensor h, got {describe(hx)}")
+        check_cell_rank(cell, hx, "hidden")
+        check_cell_state(cell, hx, input, 0)
+    parameters = cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+    if input.dim() == 2:
+        return function(input, hx, *parameters, **options)
+    if hx is not None:
+        hx = hx.unsqueeze(0)
+    return function(input.unsqueeze(0), hx, *parameters, **options).squeeze(0)
+
+
+def check_cell_input(cell: nn.RNNCellBase, input: Tensor) -> None:
+    check_cell_rank(cell, input, "input")
+    if input.size(-1) != cell.input_size:
+        raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {cell.input_size}")
+
+
+def check_cell_rank(cell: nn.RNNCellBase, value: Tensor, name: str) -> None:
+    if value.dim() not in (1, 2):
+        raise ValueError(f"{kind_of(cell)}: Expected {name} to be 1D or 2D, got {value.dim()}D instead")
+
+
+def check_cell_state(cell: nn.RNNCellBase, state: Tensor, input: Tensor, index: int) -> None:
+    if state.dim() != input.dim():
+        raise RuntimeError(
+            f"For {input.dim()}-D input, hidden{index} should also be {input.dim()}-D but got {state.dim()}-D tensor"
+        )
+    if input.dim() == 2 and state.size(0) != input.size(0):
+        raise RuntimeError(f"Input batch size {input.size(0)} doesn't match hidden{index} batch size {state.size(0)}")
+    if state.size(-1) != cell.hidden_size:
+        raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.size(-1)}, expected {cell.hidden_size}")

@@ -1,0 +1,329 @@
+"""The suite recurrent for a GPU: what it plans, marks and concludes. Nothing here needs one."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby, product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import fastseq
+from fastseq.backends.triton import _launch
+from fastseq.benchmarks import gate, report
+from fastseq.benchmarks.floors import Peaks
+from fastseq.benchmarks.presentation import Cell, Options
+from fastseq.benchmarks.providers import PROVIDERS, RECURRENT
+from fastseq.benchmarks.recurrent import PRECISIONS, RecurrentCall, RecurrentWorkload
+from fastseq.benchmarks.recurrent_providers import RECURRENT_PROVIDERS
+from fastseq.benchmarks.runner import EVERY_PROVIDER, Case, Participant, Runner
+from fastseq.benchmarks.suites import recurrent, recurrent_gpu, recurrent_gpu_report
+from fastseq.benchmarks.timing import Effort, HostClock
+
+GPU = Options("cuda", "float32", (1,), quick=False)
+POINT = RecurrentWorkload("lstm", 1024, 64, 512, 512, dtype="float16")
+SMALL = RecurrentWorkload("gru", 9, 3, 24, 24, "training")
+PEAKS = Peaks("cpu", 1, "float32", {1: 1e11, 64: 1e11}, {1: 1e10}, 1e11)
+SECONDS = 300  # of ten minutes; the other half is for checks, profiles and compiling
+
+
+def workloads(cases):
+    return [(c.group, c.participants[0].workload) for c in cases]
+
+
+def text(cell):
+    return cell.text if isinstance(cell, Cell) else cell
+
+
+def table(results, title):
+    (section,) = recurrent.present(results)
+    return next((t for t in section.tables if t.title.startswith(title)), None)
+
+
+def test_the_plan_is_a_choice_in_order_of_worth():
+    cases = recurrent.plan(GPU)
+    assert [group for group, _ in groupby(c.group for c in cases)] == list(recurrent_gpu.GROUPS)
+    measured = sum(c.effort.seconds * (1 + (1 + len(c.participants)) / 4) for c in cases)  # as the runner spends it
+    assert measured < SECONDS
+    found = {(group, replace(w, mode="")) for group, w in workloads(cases)}
+    assert len(cases) == 2 * len(found)  # forward, and forward + backward
+    assert {w.precision for _, w in found} == set(PRECISIONS)
+    assert {w.B for _, w in found} == set(recurrent_gpu.BATCHES) and {w.H for _, w in found} == set(recurrent_gpu.WIDTHS)
+    assert {w.T for _, w in found} == set(recurrent_gpu.LENGTHS) and {w.function for _, w in found} == {"lstm", "gru", "rnn"}
+    assert {(w.layers, w.bidirectional) for _, w in found} == {(1, False), (1, True), (2, False), (4, False)}
+    assert all(w.lengths for group, w in found if group == "packed") and {w.device for _, w in found} == {"cuda"}
+    targeted = {(w.function, w.B, w.H) for group, w in found if group == "small" and w.function != "rnn"}
+    assert targeted == set(product(("lstm", "gru"), (1, 8, 16, 64), (64, 128)))
+
+
+def test_who_takes_part():
+    for case in recurrent.plan(GPU):
+        names = [p.provider for p in case.participants]
+        cell = recurrent_gpu.cell_of(case.participants[0].workload.function)
+        others = [f"torch.compile {cell}", f"eager {cell}Cell loop"] if case.group == "programs" else [f"fastseq.{cell} (triton)"]
+        assert names == [f"torch.nn.{cell}", f"fastseq.{cell}", *others]
+        assert case.baseline == tuple((name, names[0]) for name in names[1:])
+        assert {EVERY_PROVIDER[name].function for name in names} == {cell.lower()}
+        assert len({p.workload for p in case.participants}) == 1
+
+
+def test_quick_is_a_handful_and_full_everything():
+    extents = ({"quick": True}, {}, {"full": True})
+    quick, default, full = (workloads(recurrent.plan(replace(GPU, **extent))) for extent in extents)
+    assert len(quick) <= 10 and {"packed", "small", "large", "precision"} == {group for group, _ in quick}
+    assert full[: len(default)] == default and len(full) == len(set(full))
+    padded = {
+        (w.function, w.precision, w.B, w.H, w.T, w.mode)
+        for group, w in full
+        if group in ("small", "large", "precision", "length")
+    }
+    sizes = recurrent_gpu.BATCHES, recurrent_gpu.WIDTHS, recurrent_gpu.LENGTHS
+    grid = product(("lstm", "gru", "rnn"), PRECISIONS, *sizes, ("inference", "training"))
+    assert padded == {p for p in grid if p[2] * p[3] * p[4] <= recurrent_gpu.LARGEST}
+
+
+def test_a_dtype_that_is_asked_for_is_the_only_one():
+    found = workloads(recurrent.plan(replace(GPU, dtype="float64")))
+    assert {(w.dtype, w.tf32) for _, w in found} == {("float64", False)} and len(found) == len(set(found))
+    assert {group for group, _ in found} == set(recurrent_gpu.GROUPS) - {"small", "large", "length"}  # which are of bf16
+
+
+@pytest.mark.parametrize(
+    ("change", "eligible"),
+    [
+        ({}, True),
+        ({"function": "rnn"}, True),
+        ({"function": "gru"}, False),
+        ({"function": "rnn", "B": 96, "H": 896, "I": 896}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"dtype": "float32", "tf32": True}, False),
+        ({"B": 12}, False),
+        ({"B": 128}, True),
+        ({"B": 136}, False),
+        ({"H": 1024}, True),
+        ({"H": 1152}, False),
+        ({"H": 576}, False),
+        ({"I": 80}, False),
+        ({"layers": 2}, False),
+        ({"bidirectional": True}, False),
+        ({"packed": True}, False),
+    ],
+)
+def test_where_cudnn_may_be_persistent(change, eligible):
+    w = replace(POINT, **change)
+    assert w.persistent is eligible and w.detail()["persistent"] is eligible
+
+
+@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_both_sides_run_under_the_same_flags_which_are_put_back(tf32, dies):
+    def flags():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.rnn.fp32_precision
+
+    before, seen = flags(), []
+
+    class Looks(nn.GRU):
+        def forward(self, x, hx=None):
+            seen.append(flags())
+            if dies and len(seen) > 20:
+                raise KeyboardInterrupt
+            return super().forward(x, hx)
+
+    layer = replace(PROVIDERS["torch.nn.GRU"], build=lambda w: Looks(w.I, w.H))
+    runner = Runner("cpu", providers={"one": replace(layer, name="one"), "other": replace(layer, name="other")})
+    runner.peaks[1, "tf32" if tf32 else "float32"] = PEAKS
+    w = replace(SMALL, mode="inference", tf32=tf32)
+    case = Case("recurrent", "precision", (Participant("one", w), Participant("other", w)), Effort(0.01, 12, 12))
+    if dies:
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(case)
+    else:
+        assert all(row.ok and row.detail["precision"] == w.precision for row in runner.run(case))
+    assert set(seen) == {(tf32, "tf32" if tf32 else "ieee")}
+    assert flags() == before
+
+
+def test_peaks_are_measured_under_the_flags_of_their_precision(monkeypatch):
+    def measure(device, threads, dtype, *, quick):
+        return replace(PEAKS, dtype=dtype, gemm=2.0 if torch.backends.cuda.matmul.allow_tf32 else 1.0)
+
+    monkeypatch.setattr("fastseq.benchmarks.floors.measure", measure)
+    runner = Runner("cpu", providers={"absent": replace(PROVIDERS["torch.nn.GRU"], unavailable=lambda w: "absent")})
+    for tf32 in (True, False):
+        runner.run(Case("recurrent", "precision", (Participant("absent", replace(SMALL, tf32=tf32)),), Effort()))
+    assert [(p.dtype, p.gemm) for p in runner.peaks.values()] == [("tf32", 2.0), ("float32", 1.0)]
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_every_provider_is_timed_in_a_graph_too(monkeypatch, capturable):
+    class Graph(HostClock):
+        def __init__(self, *, device):
+            super().__init__()
+
+        def prepare(self, run):
+            if not capturable:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return run
+
+    monkeypatch.setattr("fastseq.benchmarks.runner.GraphClock", Graph)
+    monkeypatch.setattr("fastseq.benchmarks.runner.IssueClock", HostClock)
+    monkeypatch.setattr("fastseq.benchmarks.runner._free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    runner = Runner("cuda", clock=HostClock())
+    runner.peaks[1, "float32"] = PEAKS
+    names = "torch.nn.GRU", "fastseq.GRU"
+    case = Case("recurrent", "small", tuple(Participant(name, SMALL) for name in names), Effort(0.01, 2, 2), (names[::-1],))
+    rows = runner.run(case)
+    assert all(row.ok and row.time and row.host and bool(row.graph) is capturable for row in rows)
+    ratio = recurrent_gpu.graph_ratio({row.provider: row for row in rows})
+    assert ratio == (rows[0].graph["median"] / rows[1].graph["median"] if capturable else None)
+
+
+@pytest.mark.parametrize("change", [{"layers": 2}, {"bidirectional": True}, {"layers": 2, "bidirectional": True, "packed": True}])
+@pytest.mark.parametrize("name", ["torch.nn.LSTM", "fastseq.LSTM", "fastseq.LSTM (triton)"])
+def test_deep_and_bidirectional_layers_pass_the_gate(name, change):
+    provider, w = EVERY_PROVIDER[name], replace(SMALL, function="lstm", T=4, **change)
+    result = gate.check(lambda shape: (provider.build(shape), provider.layout), w)
+    assert result.ok, result.reason
+
+
+@pytest.mark.parametrize("name", ["torch.compile GRU", "fastseq.GRU (triton)", "eager GRUCell loop", "eager RNNCell loop"])
+def test_the_other_programs_pass_the_gate(name):
+    provider = EVERY_PROVIDER[name]
+    result = gate.check(lambda shape: (provider.build(shape), provider.layout), replace(SMALL, function=provider.function, T=4))
+    assert result.ok, result.reason
+
+
+def test_torch_compile_tells_that_it_compiles_nothing():
+    provider = RECURRENT_PROVIDERS["torch.compile LSTM"]
+    w = replace(SMALL, function="lstm")
+    call = w.call(provider.build(w), gate.problem(w), "time")
+    assert len(call.parameters) == 4 and provider.chose(call) == ["compiled graphs: 0"]
+
+
+def test_a_forced_backend_is_forced_in_the_backward_pass_too():
+    inside = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            inside.append(active[-1])
+            return grad
+
+    class Module(nn.GRU):
+        @contextmanager
+        def around(self):
+            active.append(True)
+            try:
+                yield
+            finally:
+                active.append(False)
+
+        def forward(self, x, hx=None):
+            output, h_n = super().forward(x, hx)
+            return Watched.apply(output), h_n
+
+    active = [False]
+    call = SMALL.call(Module(24, 24), gate.problem(SMALL), "time")
+    assert isinstance(call, RecurrentCall)
+    call.run()
+    assert inside == [True] and active[-1] is False
+
+
+def test_the_forced_backend_says_why_it_has_no_row_of_its_own(monkeypatch):
+    reason = RECURRENT_PROVIDERS["fastseq.GRU (triton)"].unavailable
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    w = replace(SMALL, device=device, T=4)
+    lacking = "bfloat16" if _launch.INTERPRETED else "float64"
+    assert f"dtype {lacking} is not one of" in reason(replace(w, dtype=lacking))
+    for backends, expected in ((["reference"], None), (["triton"], "it is what fastseq chooses by itself here")):
+        monkeypatch.setattr(fastseq, "explain", lambda *call, found=backends: SimpleNamespace(backends=found))
+        assert reason(w) == expected
+
+
+def test_targets_count_their_lowest_point(synthetic):
+    def ratio(group, w):
+        if group == "small":
+            return 1.4 if (w.B, w.H, w.mode, w.function) == (64, 64, "training", "gru") else 2.5
+        return 6.0 if group == "packed" else 1.0 if w.precision != "bfloat16" else 3.0
+
+    derived = recurrent.derive(synthetic.gpu(ratio))
+    found = {(t["target"], t["mode"]): t for t in derived["targets"]}
+    small = "H ≤ 128, B ≤ 64, bf16, LSTM and GRU"
+    assert found[small, "inference"]["reached"] and found[small, "inference"]["found"] == 2.5
+    lost = found[small, "training"]
+    assert (
+        not lost["reached"]
+        and lost["found"] == 1.4
+        and lost["lowest"] == "small GRU bfloat16 forward + backward T=1024 B=64 H=64"
+    )
+    assert found["packed, T ≥ 128", "training"]["reached"] and found["every point", "training"]["reached"]
+    assert derived["losses"] == derived["below least"] == []
+    shown = table(synthetic.gpu(ratio), "Targets")
+    assert [text(line[-1]) for line in shown.rows] == ["reached", "not reached", *["reached"] * 4]
+
+
+def test_a_point_below_the_least_and_one_below_it_in_a_graph(synthetic):
+    results = synthetic.gpu(
+        lambda group, w: 0.85 if (group, w.mode) == ("4 layers", "training") and w.H == 128 else 2.0,
+        lambda group, w: 0.7 if group == "2 layers" else 1.0,
+    )
+    derived = recurrent.derive(results)
+    assert len(derived["below least"]) == 2 and all(point.startswith("4 layers") for point in derived["below least"])
+    assert len(derived["below least in a graph"]) == 8
+    every = next(t for t in derived["targets"] if (t["target"], t["mode"]) == ("every point", "training"))
+    assert every["found"] == 0.85 and not every["reached"]
+    assert len(table(results, "Points that fastseq loses: 2").rows) == 2
+
+
+@pytest.mark.parametrize(("status", "reached"), [("wrong", False), ("unavailable", False), ("skipped", True)])
+def test_a_point_without_a_time_reaches_no_target_unless_nobody_could_run_it(synthetic, status, reached):
+    results = synthetic.gpu(lambda group, w: 9.0)
+    row = next(r for r in results.rows if r.group == "packed" and r.provider == "fastseq.LSTM")
+    row.status, row.reason, row.time, row.ratio, row.graph = status, "because", None, None, None
+    found = {(t["target"], t["mode"]): t for t in recurrent.derive(results)["targets"]}
+    assert found["packed, T ≥ 128", row.mode]["reached"] is reached and found["every point", row.mode]["reached"] is reached
+    assert table(results, "Points that fastseq loses: 1").rows[0][2] == "because"
+
+
+def test_what_cudnn_runs_persistently_is_marked_and_listed_apart(synthetic):
+    results = synthetic.gpu(lambda group, w: 1.5)
+    eligible = [p for p in recurrent_gpu.points_of(results.rows) if recurrent_gpu.own_of(p).detail["persistent"]]
+    apart = table(results, "Where torch lets cuDNN choose")
+    assert len(eligible) == len(apart.rows) > 0 and {line[0] for line in apart.rows} == {"persistent"}
+    tables = [t for t in recurrent.present(results)[0].tables if t.heat]
+    marked = [text(cell) for t in tables for line in t.rows for cell in line if "×ᴾ" in text(cell)]
+    assert marked == ["1.50×ᴾ"] * len(eligible)
+    ran = [line[-3] for line in table(results, "Every point").rows]
+    assert ran.count("persistentᴾ") == len(eligible) and ran.count("standard") == len(ran) - len(eligible)
+
+
+@pytest.mark.parametrize(("launches", "form"), [(3, "whole sequence"), (1024, "step by step"), (None, None)])
+def test_the_form_is_read_from_the_launches(synthetic, launches, form):
+    row = next(r for r in synthetic.gpu(lambda group, w: 1.0).rows if r.provider == "fastseq.GRU" and r.T == 1024)
+    row.launches = launches
+    assert recurrent_gpu_report._ran(row) == ["triton", *([form] if form else [])]
+
+
+def test_other_programs_have_their_own_table(synthetic):
+    results = synthetic.gpu(lambda group, w: 2.0, lambda group, w: 4.0)
+    shown = table(results, "Beside other ways")
+    assert len(shown.rows) == 8 and [text(c) for c in shown.rows[0][:5]] == ["LSTM", "forward", "128", "16", "128"]
+    assert [text(c) for c in shown.rows[0][11:14]] == ["500 µs", "250 µs", "2.00×"]
+
+
+def test_the_page_of_a_gpu(synthetic):
+    results = synthetic.gpu(lambda group, w: 0.8 if w.B == 1 else 2.5)
+    page = report.page(results)
+    assert page.count("<svg") == 1 and "not reached" in page and "cuDNN ran" in page
+    strips = recurrent_gpu_report._strips(results.rows, "inference")
+    targets = {strip.label: strip.target for strip in strips if strip.target}
+    assert targets == {"LSTM, small": 2.0, "GRU, small": 2.0, "LSTM, packed": 5.0, "GRU, packed": 5.0}
+    assert {cell for cell in RECURRENT} <= {strip.label.split(",")[0] for strip in strips}
