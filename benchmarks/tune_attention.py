@@ -27,7 +27,7 @@ from .attention_providers import ATTENTION_PROVIDERS, OWN
 from .timing import CudaClock
 
 KERNELS = {"forward": "forward", "queries": "queries_backward", "keys": "keys_backward"}  # config's name: kernel's name
-BM, BN, WARPS, STAGES = (64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)
+BM, BN, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)
 ROUNDS = 10
 LOG_WIDTH = 150
 

@@ -154,6 +154,8 @@ def _recurrent_backend(module: Any) -> str | None:
         projected=getattr(module, "proj_size", 0) > 0,
         layout="padded",
     )
+    if isinstance(module, nn.RNNCellBase) and backends.torch_runs(lambda: query):
+        return backends.vendor.name
     return _selected(query)
 
 
@@ -577,7 +579,12 @@ def _why_not_possible(found: _Found, conversion: Conversion, verb: str) -> str:
 
 
 def _why_not_faster(found: _Found, conversion: Conversion) -> str:
-    if backends.forced() is None and conversion.backend(found.module) == "reference":
+    if backends.forced() is not None:
+        return ""
+    backend = conversion.backend(found.module)
+    if backend == "triton" and isinstance(found.module, nn.RNNBase):
+        return "fastseq's Triton kernels are not measured against cuDNN yet: within fastseq.use_backend('triton') it is converted"
+    if backend == "reference":
         weight = next(found.module.parameters())
         dtype, device = str(weight.dtype).removeprefix("torch."), weight.device.type
         return (

@@ -8,6 +8,7 @@ import io
 import pickle
 import random
 import re
+import sys
 import threading
 import types
 import warnings
@@ -673,6 +674,13 @@ class TestReport:
         assert lines[5].split(maxsplit=2)[0] == "own"
         assert lines[5].endswith("subclass of torch.nn.LSTM with its own forward")
         assert not any(line.endswith(" ") for line in lines)
+
+    def test_what_is_not_measured_stays(self, monkeypatch):
+        """cuDNN's recurrence on a GPU is not given up for kernels that nobody has timed there, unless they are asked for."""
+        monkeypatch.setattr(sys.modules["fastseq.convert"], "_selected", lambda query: "triton")
+        assert convert(nn.LSTM(4, 4)).skipped[0].reason.startswith("fastseq's Triton kernels are not measured against cuDNN yet")
+        with fastseq.use_backend("triton"):
+            assert convert(nn.LSTM(4, 4)).converted[0].backend == "triton"
 
     def test_backend_is_the_one_that_runs(self):
         for name in SEQUENCES + CELLS:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from . import cpu, cuda, reference, triton
+from . import cpu, cuda, reference, triton, vendor
 from .query import AttentionQuery, Query, RecurrentQuery
 
-ORDER = ("cuda", "triton", "cpu", "reference")
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, reference)}
+ORDER = ("cuda", "triton", "cpu", "torch", "reference")
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, vendor, reference)}
 
 __all__ = [
     "BACKENDS",
@@ -32,6 +32,7 @@ __all__ = [
     "explain",
     "reasons",
     "select",
+    "torch_runs",
     "use_backend",
 ]
 
@@ -56,7 +57,7 @@ _watchers: list[Callable[[Query, str], None]] = []
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force a backend within a ``with`` block: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"reference"``, or ``"auto"``/None.
+    """Force a backend within a ``with`` block: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"torch"``, ``"reference"``, ``"auto"``/None.
 
     A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting
     holds for the whole process (backward passes run in other threads). ``FASTSEQ_BACKEND`` sets the same from outside.
@@ -104,6 +105,15 @@ def select(query: Query) -> ModuleType:
     return BACKENDS[chosen]
 
 
+def torch_runs(query: Callable[[], Query]) -> bool:
+    """Whether a call that PyTorch has a kernel for goes there; the query is made only if somebody wants to know."""
+    if _forced not in (None, "torch"):
+        return False
+    for watch in _watchers:
+        watch(query(), "torch")
+    return True
+
+
 @dataclass
 class Explanation:
     """Which backend ran each call, and what stood against the others. ``print`` it."""
@@ -137,7 +147,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     def watch(query: Query, chosen: str) -> None:
         if query not in seen:
             seen.add(query)
-            better = ORDER[: ORDER.index(chosen)] if _forced is None else ()
+            # PyTorch's own kernel is not asked for after the others
+            better = ORDER[: ORDER.index(chosen)] if _forced is None and chosen != "torch" else ()
             explanation.calls.append((query, chosen, {name: reasons(name, query) for name in better}))
 
     _watchers.append(watch)

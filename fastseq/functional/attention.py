@@ -15,7 +15,6 @@ from torch import Tensor
 from ..ops import attention as ops
 from . import _nested
 from ._attention_call import Call, prepared, rows
-from ._autocast import without_autocast
 
 __all__ = ["attention", "attention_grad", "merge_attention"]
 
@@ -123,26 +122,18 @@ def attention(
         options |= dict(
             cu_seqlens_q=of_q.offsets, cu_seqlens_k=of_k.offsets, max_seqlen_q=of_q.longest, max_seqlen_k=of_k.longest
         )
-        out, lse = attended(prepared(of_q.values, of_k.values, of_v.values, **options))
+        out, lse = ops.attention(*prepared(of_q.values, of_k.values, of_v.values, **options))
         out = of_q.nested(out if layout == "bhte" else out.transpose(0, 1), layout)
         return (out, of_q.nested(lse, "bhte")) if return_lse else out
     call = prepared(q, k, v, **options)
     if return_weights and call.spec.cu_q is not None:
         raise ValueError("return_weights goes with padded sequences, not with cu_seqlens")
-    out, lse = attended(call)
-    results = [_as_given(out, call, layout)]
-    if return_lse:
-        results.append(lse)
     if return_weights:
-        with without_autocast(q.device.type):
-            results.append(ops.attention_weights(call.q, call.k, lse, call.spec, return_weights == "average"))
+        out, lse, *weights = ops.attention_with_weights(*call, return_weights == "average")
+    else:
+        (out, lse), weights = ops.attention(*call), []
+    results = [_as_given(out, call, layout), *([lse] if return_lse else []), *weights]
     return results[0] if len(results) == 1 else tuple(results)
-
-
-def attended(call: Call) -> tuple[Tensor, Tensor]:
-    """out, heads first, and lse."""
-    with without_autocast(call.q.device.type):
-        return ops.attention(*call)
 
 
 def _as_given(tensor: Tensor, call: Call, layout: str) -> Tensor:
@@ -181,8 +172,7 @@ def attention_grad(
     wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
     dout, out = (rows(given[name].to(call.q.dtype)) for name in ("dout", "out"))
     lse = lse.to(wide).contiguous()
-    with without_autocast(call.q.device.type):
-        dq, dk, dv, *_ = ops.attention_backward(dout, None, call.q, call.k, call.v, out, lse, call.spec, [True] * 3 + [False] * 4)
+    dq, dk, dv, *_ = ops.attention_backward(dout, None, call.q, call.k, call.v, out, lse, call.spec, [True] * 3 + [False] * 4)
     return _as_given(dq, call, layout), _as_given(dk, call, layout), _as_given(dv, call, layout)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .. import backends
 from ..cells import CELLS, Cell
 from ._recurrent_layers import Options, run_layers
 
@@ -256,5 +257,12 @@ def _one_step(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    def query() -> backends.RecurrentQuery:
+        hidden = w_hh.shape[-1]
+        return backends.RecurrentQuery("recurrent_cell", input.device, input.dtype, cell, 1, 1, hidden, False, "padded")
+
+    # of other dtypes autocast makes one, or an error says what was given
+    if all(t.dtype == w_ih.dtype for t in (input, *(hx or ()))) and backends.torch_runs(query):
+        return backends.vendor.recurrent_cell(cell, input, hx, w_ih, w_hh, b_ih, b_hh)
     params = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
     return recurrent_cell(cell, input, hx, params, has_biases=b_ih is not None)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..ops.attention import Spec
+from ..ops.attention import attention as attention_op
 from . import _nested
-from ._attention_call import Call, added, check_dtypes, check_tensors, default_scale, rows, seed
+from ._attention_call import added, check_dtypes, check_tensors, default_scale, rows, seed
 from ._autocast import autocast_dtype, lowered
-from .attention import attended, attention
+from .attention import attention
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -87,22 +88,16 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         over_scores = _mask(attn_mask, query, key.shape[-2], leading, of_scores)
         mask, bias = (over_scores, None) if attn_mask.dtype == torch.bool else (None, over_scores)
-    out, _ = attended(
-        Call(
-            q,
-            k,
-            v,
-            Spec(
-                mask=mask,
-                bias=bias,
-                seed=seed(q.device) if dropout_p else None,
-                scale=default_scale(q.shape[-1]) if scale is None else float(scale),
-                dropout=float(dropout_p),
-                right=0 if is_causal else -1,
-                bottom_right=bottom_right,
-            ),
-        )
+    spec = Spec(
+        mask=mask,
+        bias=bias,
+        seed=seed(q.device) if dropout_p else None,
+        scale=default_scale(q.shape[-1]) if scale is None else float(scale),
+        dropout=float(dropout_p),
+        right=0 if is_causal else -1,
+        bottom_right=bottom_right,
     )
+    out, _ = attention_op(q, k, v, spec)
     return out.reshape(*leading, *out.shape[-2:])
 
 
@@ -126,6 +121,9 @@ def _four_dimensions(
         raise RuntimeError(f"query and key must have the same features, {given()}")
     if key.shape[-2] != value.shape[-2]:
         raise RuntimeError(f"key and value must have the same length, {given()}")
+    if not enable_gqa and query.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        same = tuple(query.shape[:2])
+        return rows(query), rows(key), rows(value), same, same
     if enable_gqa:
         if min(query.dim(), key.dim(), value.dim()) < 3:
             raise IndexError(f"enable_gqa needs a dimension of heads, {given()}")

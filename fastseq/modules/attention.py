@@ -18,10 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional._attention_call import Call, seed
-from ..functional._autocast import without_autocast
-from ..functional.attention import attended
-from ..ops.attention import Spec, attention_weights
+from ..functional._attention_call import seed
+from ..ops.attention import Spec, attention, attention_weights, attention_with_weights
 from .nested import Packed
 
 __all__ = ["MultiheadAttention"]
@@ -56,8 +54,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             key: likewise with S and ``kdim``.
             value: likewise with S and ``vdim``.
             key_padding_mask: [N, S] ([S] without a batch). bool: True hides a key; floating: added to the scores.
-            need_weights: also return the weights. They come from a second pass over the scores; averaged over the heads, nothing
-                larger than the result is formed.
+            need_weights: also return the weights. On the CPU they come with the output, on a GPU from a second pass over the
+                scores; averaged over the heads, nothing larger than the result is formed.
             attn_mask: [L, S] or [N * H, L, S]. bool: True hides; floating: added to the scores.
             average_attn_weights: whether the weights are averaged over the heads.
             is_causal: a promise that ``attn_mask``, which must be given, is the causal mask (query i sees keys up to i).
@@ -92,8 +90,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         mask, bias = self._masks(key_padding_mask, None if causal else attn_mask, batch, sizes, appended, q.dtype)
         spec = self._spec(q)._replace(mask=mask, bias=bias, right=0 if causal else -1)
         q, k, v = (self._split(x, batch_dim) for x in (q, k, v))
-        out, lse = attended(Call(q, k, v, spec))
-        weights = _weights(q, k, lse, spec, average_attn_weights) if need_weights else None
+        if need_weights:
+            out, _, weights = attention_with_weights(q, k, v, spec, average_attn_weights)
+        else:
+            (out, _), weights = attention(q, k, v, spec), None
         if not batched:
             out = out.squeeze(0).transpose(0, 1)
             weights = None if weights is None else weights.squeeze(0)
@@ -125,12 +125,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in self._project(queries.rows, keys.rows, values.rows))
         spec = self._spec(q)
         packed = spec._replace(cu_q=queries.cu, cu_k=keys.cu, max_q=queries.longest, max_k=keys.longest)
-        out, lse = attended(Call(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), packed))
+        out, lse = attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), packed)
         weights = None
         if need_weights:
             padded = spec._replace(q_lengths=queries.cu.diff(), k_lengths=keys.cu.diff())
             q, k, lse = queries.pad(q).transpose(1, 2), keys.pad(k).transpose(1, 2), queries.pad(lse.T).transpose(1, 2)
-            weights = _weights(q, k, lse, padded, average_attn_weights)
+            weights = attention_weights(q, k, lse, padded, average_attn_weights)
         return queries.nest(self.out_proj(out.transpose(0, 1).flatten(-2)), query), weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -292,11 +292,6 @@ def _check_mask_types(key_padding_mask: Tensor | None, attn_mask: Tensor | None)
         warnings.warn(
             "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.", stacklevel=3
         )
-
-
-def _weights(q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bool) -> Tensor:
-    with without_autocast(q.device.type):
-        return attention_weights(q, k, lse, spec, average)
 
 
 def _appended(mask: Tensor, count: int) -> Tensor:

@@ -13,7 +13,8 @@ dq, dk, dv      as q, k, v            time before heads in memory
 dbias           bias' shape           the broadcast dimensions summed, without atomics
 drelative_bias  [Hq, L]
 drelative_q, k  as theirs
-weights         [B, Hq, Tq, Tk]       or, averaged over the heads, [B, Tq, Tk]; after dropout; q's dtype; padded only
+weights         [B, Hq, Tq, Tk]       or, averaged over the heads, [B, Tq, Tk]; after dropout; q's dtype; padded only;
+                                      the lse given is that of the same attention
 delta           as lse                sum over the keys of weight times its gradient
 ==============  ====================  ===================================================================================
 
@@ -51,6 +52,9 @@ _library.define(
 )
 _library.define(f"attention_weights(Tensor q, Tensor k, Tensor lse, {_SPEC}, bool average) -> Tensor")
 _library.define(
+    f"attention_with_weights(Tensor q, Tensor k, Tensor v, {_SPEC}, bool average) -> (Tensor out, Tensor lse, Tensor weights)"
+)
+_library.define(
     f"attention_weights_backward(Tensor dw, Tensor q, Tensor k, Tensor lse, {_SPEC}, bool average, bool[] wanted) "
     f"-> ({_SEVEN}, Tensor delta)"
 )
@@ -85,7 +89,7 @@ def _query(
 
 
 def _plain_dtypes(q: Tensor) -> Any:
-    """Autocast is the business of the caller: here every product has the dtype of its tensors."""
+    """Autocast is the business of the caller: plain PyTorch, too, computes in the dtypes of its tensors."""
     kind = q.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -110,6 +114,15 @@ def _weights(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
     return backends.select(_query("weights", q, k, None, spec)).attention_weights(q, k, lse, spec, average)
 
 
+def _with_weights(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    spec, (average,) = Spec(*rest[:FIELDS]), rest[FIELDS:]
+    forward, weights = backends.select(_query("forward", q, k, v, spec)), backends.select(_query("weights", q, k, None, spec))
+    if forward is weights and hasattr(forward, "attention_with_weights"):
+        return forward.attention_with_weights(q, k, v, spec, average)
+    out, lse = forward.attention_forward(q, k, v, spec)
+    return out, lse, weights.attention_weights(q, k, lse, spec, average)
+
+
 def _weights_backward(dw: Tensor, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     spec, (average, wanted) = Spec(*rest[:FIELDS]), rest[FIELDS:]
     backend = backends.select(_query("weights_backward", q, k, None, spec, wanted))
@@ -131,6 +144,10 @@ def _fake_weights(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(*rows, k.shape[2])
 
 
+def _fake_with_weights(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake_forward(q, k, v), _fake_weights(q, k, q, *rest)
+
+
 def _fake_weights_backward(dw: Tensor, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     wanted = [want and name != "v" for want, name in zip(rest[FIELDS + 1], GRADIENTS, strict=True)]
     return *reference.empty_gradients(q, k, q, Spec(*rest[:FIELDS]), wanted), torch.empty_like(lse)
@@ -140,6 +157,7 @@ for _name, _run, _fake in (
     ("attention_forward", _forward, _fake_forward),
     ("attention_backward", _backward, _fake_backward),
     ("attention_weights", _weights, _fake_weights),
+    ("attention_with_weights", _with_weights, _fake_with_weights),
     ("attention_weights_backward", _weights_backward, _fake_weights_backward),
 ):
     _library.impl(_name, outside_dynamo(_run), "CompositeExplicitAutograd")
@@ -148,10 +166,11 @@ for _name, _run, _fake in (
 _forward_op = torch.ops.fastseq.attention_forward.default
 _backward_op = torch.ops.fastseq.attention_backward.default
 _weights_op = torch.ops.fastseq.attention_weights.default
+_with_weights_op = torch.ops.fastseq.attention_with_weights.default
 _weights_backward_op = torch.ops.fastseq.attention_weights_backward.default
 
 _SINKS = Spec._fields.index("sinks")
-_OWN = [Spec._fields.index(name) for name in GRADIENTS[3:]]  # where the fields that may want gradients stand
+_PLACES = [0, 1, 2, *(3 + Spec._fields.index(name) for name in GRADIENTS[3:])]  # of GRADIENTS among q, k, v and the fields
 
 
 def _sinks_grad(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -163,37 +182,35 @@ def _sinks_grad(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
+    """out and lse; and the weights, unless ``average`` is None."""
+
     @staticmethod
-    def forward(ctx, q, k, v, *fields):
-        out, lse = _forward_op(q, k, v, *fields)
-        ctx.save_for_backward(q, k, v, out, lse, *fields[:TENSORS])
-        ctx.scalars = fields[TENSORS:]
+    def forward(ctx, q, k, v, average, *fields):
+        results = _forward_op(q, k, v, *fields) if average is None else _with_weights_op(q, k, v, *fields, average)
+        ctx.save_for_backward(q, k, v, *results[:2], *fields[:TENSORS])
+        ctx.scalars, ctx.average = fields[TENSORS:], average
         ctx.set_materialize_grads(False)
-        return out, lse
+        return results
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, dlse, dw=None):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        fields = (*tensors, *ctx.scalars)
-        if dout is None and dlse is None:
-            return (None,) * (3 + FIELDS)
+        fields, needs = (*tensors, *ctx.scalars), (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, q, k, v, fields, (dout, dlse), reference.forward)
-        with _plain_dtypes(q):
-            return _Attention._backward(ctx, dout, dlse, q, k, v, out, lse, tensors, fields)
 
-    @staticmethod
-    def _backward(ctx, dout, dlse, q, k, v, out, lse, tensors, fields):
-        dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
-        if dout.stride(-1) != 1:
-            dout = dout.contiguous()
-        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, *(3 + i for i in _OWN))]
-        grads = _backward_op(dout, dlse, q, k, v, out, lse, *fields, wanted)
-        delta = None
-        if ctx.needs_input_grad[3 + _SINKS]:
-            delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-            delta = delta if dlse is None else delta - dlse
-        return _results(ctx, grads, wanted, lse, delta, tensors[_SINKS])
+            def function(q, k, v, spec):
+                results = reference.forward(q, k, v, spec)
+                return results if dw is None else (*results, reference.weights(q, k, None, spec, ctx.average))
+
+            grad_outputs = (dout, dlse) if dw is None else (dout, dlse, dw)
+            results = _differentiable_backward(needs, q, k, v, fields, grad_outputs, function)
+        else:
+            results = (None,) * (3 + FIELDS)
+            if dout is not None or dlse is not None:
+                results = _through_output(needs, dout, dlse, q, k, v, out, lse, fields)
+            if dw is not None:
+                results = _sums(results, _through_weights(needs, dw, q, k, lse, fields, ctx.average))
+        return *results[:3], None, *results[3:]
 
 
 class _AttentionWeights(torch.autograd.Function):
@@ -206,69 +223,84 @@ class _AttentionWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dw):
         q, k, lse, *tensors = ctx.saved_tensors
-        fields = (*tensors, *ctx.scalars)
+        fields, needs = (*tensors, *ctx.scalars), (*ctx.needs_input_grad[:2], False, *ctx.needs_input_grad[4:])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 
-            def weights(q, k, v, spec):
+            def function(q, k, v, spec):
                 return (reference.weights(q, k, None, spec, ctx.average),)
 
-            dq, dk, _, *rest = _differentiable_backward(ctx, q, k, None, fields, (dw,), weights, 4)
-            return dq, dk, None, None, *rest
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False, *(ctx.needs_input_grad[4 + i] for i in _OWN)]
-        with _plain_dtypes(q):
-            *grads, delta = _weights_backward_op(dw.contiguous(), q, k, lse, *fields, ctx.average, wanted)
-            delta = delta if ctx.needs_input_grad[4 + _SINKS] else None
-            dq, dk, _, *rest = _results(ctx, grads, wanted, lse, delta, tensors[_SINKS])
+            dq, dk, _, *rest = _differentiable_backward(needs, q, k, None, fields, (dw,), function)
+        else:
+            dq, dk, _, *rest = _through_weights(needs, dw, q, k, lse, fields, ctx.average)
         return dq, dk, None, None, *rest
 
 
-def _results(ctx, grads, wanted, lse, delta, sinks):
+def _through_output(needs, dout, dlse, q, k, v, out, lse, fields):
+    dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    wanted = [needs[i] for i in _PLACES]
+    grads = _backward_op(dout, dlse, q, k, v, out, lse, *fields, wanted)
+    delta = None
+    if needs[3 + _SINKS]:
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        delta = delta if dlse is None else delta - dlse
+    return _results(grads, wanted, lse, delta, fields[_SINKS])
+
+
+def _through_weights(needs, dw, q, k, lse, fields, average):
+    wanted = [needs[i] and i != 2 for i in _PLACES]
+    *grads, delta = _weights_backward_op(dw.contiguous(), q, k, lse, *fields, average, wanted)
+    return _results(grads, wanted, lse, delta if needs[3 + _SINKS] else None, fields[_SINKS])
+
+
+def _results(grads, wanted, lse, delta, sinks):
     """One gradient or None for q, k, v and every field."""
-    grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    rest: list[Tensor | None] = [None] * FIELDS
-    for place, grad in zip(_OWN, grads[3:], strict=True):
-        rest[place] = grad
+    results: list[Tensor | None] = [None] * (3 + FIELDS)
+    for place, grad, want in zip(_PLACES, grads, wanted, strict=True):
+        results[place] = grad if want else None
     if delta is not None:
-        rest[_SINKS] = _sinks_grad(sinks, lse, delta)
-    return *grads[:3], *rest
+        results[3 + _SINKS] = _sinks_grad(sinks, lse, delta)
+    return results
 
 
-def _differentiable_backward(ctx, q, k, v, fields, grad_outputs, function, first=3):
+def _sums(first, second):
+    return [b if a is None else a if b is None else a + b for a, b in zip(first, second, strict=True)]
+
+
+def _differentiable_backward(needs, q, k, v, fields, grad_outputs, function):
     """The gradients with a graph of their own (create_graph=True): through the reference."""
     inputs = [q, k, v, *fields[:TENSORS]]
-    wanted = [
-        *ctx.needs_input_grad[:2],
-        v is not None and ctx.needs_input_grad[2],
-        *ctx.needs_input_grad[first : first + TENSORS],
-    ]
-    views = [t.view_as(t) if want else t for t, want in zip(inputs, wanted, strict=True)]
-    outputs = function(*views[:3], Spec(*views[3:], *fields[TENSORS:]))
-    used = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grad_outputs, strict=True) if grad is not None]
-    places = [i for i, want in enumerate(wanted) if want]
+    places = [i for i in range(len(inputs)) if needs[i]]
+    views = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=False)]
+    with _plain_dtypes(q):
+        outputs = function(*views[:3], Spec(*views[3:], *fields[TENSORS:]))
+        used = [(out, grad.to(out.dtype)) for out, grad in zip(outputs, grad_outputs, strict=True) if grad is not None]
+        grads = torch.autograd.grad(
+            [out for out, _ in used], [views[i] for i in places], [g for _, g in used], create_graph=True, allow_unused=True
+        )
     results: list[Tensor | None] = [None] * (3 + FIELDS)
-    grads = torch.autograd.grad(
-        [out for out, _ in used], [views[i] for i in places], [g for _, g in used], create_graph=True, allow_unused=True
-    )
     for i, grad in zip(places, grads, strict=True):
         results[i] = grad
-    return tuple(results)
+    return results
 
 
-def _traced(spec: Spec) -> Spec:
-    """The spec for an autograd function that Dynamo traces: a float that it takes for dynamic must be met outside the function,
-    or its symbol belongs to the inner graph."""
+def _traced(*arguments: Any) -> tuple[Any, ...]:
+    """The arguments of an autograd function, as Dynamo can trace it: no tensor twice; and a float that it takes for dynamic is
+    met outside the function, or its symbol belongs to the inner graph."""
     if not torch.compiler.is_compiling():
-        return spec
-    return spec._replace(scale=spec.scale * 1.0, softcap=spec.softcap * 1.0, dropout=spec.dropout * 1.0)
+        return arguments
+    return tuple(x.view_as(x) if isinstance(x, Tensor) else x * 1.0 if isinstance(x, float) else x for x in arguments)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     """out and lse, differentiable in q, k, v, the tensors of ``GRADIENTS`` and the sinks."""
     given: list[Any] = [t for t in (q, k, v, *spec[:TENSORS]) if t is not None]
     if needs_plain_torch(given):
-        return reference.forward(q, k, v, spec)
+        with _plain_dtypes(q):
+            return reference.forward(q, k, v, spec)
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        return _Attention.apply(q, k, v, *_traced(spec))
+        return _Attention.apply(*_traced(q, k, v, None, *spec))
     return _forward_op(q, k, v, *spec)
 
 
@@ -276,10 +308,25 @@ def attention_weights(q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bo
     """The weights, from the ``lse`` of ``attention``; differentiable as ``attention`` is, but lse itself gets no gradient."""
     given: list[Any] = [t for t in (q, k, *spec[:TENSORS]) if t is not None]
     if needs_plain_torch(given):
-        return reference.weights(q, k, None, spec, average)
+        with _plain_dtypes(q):
+            return reference.weights(q, k, None, spec, average)
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        return _AttentionWeights.apply(q, k, lse.detach(), average, *_traced(spec))
+        return _AttentionWeights.apply(*_traced(q, k, lse.detach(), average, *spec))
     return _weights_op(q, k, lse, *spec, average)
+
+
+def attention_with_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and weights: ``attention`` and ``attention_weights``, for which some backends need only one pass."""
+    given: list[Any] = [t for t in (q, k, v, *spec[:TENSORS]) if t is not None]
+    if needs_plain_torch(given):
+        with _plain_dtypes(q):
+            return *reference.forward(q, k, v, spec), reference.weights(q, k, None, spec, average)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
+        return _with_weights_op(q, k, v, *spec, average)
+    if torch.compiler.is_compiling():  # apart, so that the backward of an output that is not used is left out
+        out, lse = attention(q, k, v, spec)
+        return out, lse, attention_weights(q, k, lse, spec, average)
+    return _Attention.apply(q, k, v, average, *spec)
 
 
 def attention_backward(

@@ -19,6 +19,7 @@ v; in a tile b sequences, R queries, C keys.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -144,13 +145,20 @@ def _reach(tk: int, spec: Spec, bounded: bool) -> int:
 
 def blocks(group: Group, spec: Spec, held: int) -> Iterator[Tile]:
     """The tiles of a group; each pair of places holds ``held`` values."""
-    tq, tk, shift = group.queries, group.keys, group.shift
-    bounded = not isinstance(shift, Tensor)
+    tq, tk = group.queries, group.keys
+    bounded = not isinstance(group.shift, Tensor)
     size = max(_ROWS, _HELD // max(1, held * _reach(tk, spec, bounded)))
     if bounded and spec.left >= 0 and spec.right >= 0:
         size = min(size, max(_ROWS, spec.left + spec.right + 1))
     elif bounded and (spec.left >= 0 or spec.right >= 0):
         size = min(size, max(_ROWS, -(-tq // 4)))
+    yield from cut(group, spec, size)
+
+
+def cut(group: Group, spec: Spec, size: int) -> Iterator[Tile]:
+    """The tiles of a group, of ``size`` queries each, with the keys that their window reaches."""
+    tq, tk, shift = group.queries, group.keys, group.shift
+    bounded = not isinstance(shift, Tensor)
     for begin in range(0, tq, size):
         rows = slice(begin, min(begin + size, tq))
         first, last = 0, tk
@@ -200,17 +208,27 @@ def _reached(length: int, zero: int, tile: Tile) -> slice:
     return slice(first, max(min(last + 1, length), first))
 
 
-class _Places(NamedTuple):
-    i: Tensor  # [R, 1]
-    j: Tensor  # [C]
-    distance: Tensor  # j - p: [b or 1, 1, R, C]
+class _Places:
+    """Where the queries and keys of a tile stand; formed if asked for."""
 
+    def __init__(self, tile: Tile, device: torch.device) -> None:
+        self._tile, self._device = tile, device
 
-def _places(tile: Tile, device: torch.device) -> _Places:
-    i = torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None]
-    j = torch.arange(tile.keys.start, tile.keys.stop, device=device)
-    distance = j - (i + tile.shift)
-    return _Places(i, j, distance if distance.dim() == 4 else distance[None, None])
+    @functools.cached_property
+    def i(self) -> Tensor:
+        """[R, 1]."""
+        return torch.arange(self._tile.rows.start, self._tile.rows.stop, device=self._device)[:, None]
+
+    @functools.cached_property
+    def j(self) -> Tensor:
+        """[C]."""
+        return torch.arange(self._tile.keys.start, self._tile.keys.stop, device=self._device)
+
+    @functools.cached_property
+    def distance(self) -> Tensor:
+        """j - p: [b or 1, 1, R, C]."""
+        distance = self.j - (self.i + self._tile.shift)
+        return distance if distance.dim() == 4 else distance[None, None]
 
 
 def _hidden(own: Spec, at: _Places) -> Tensor | None:
@@ -251,7 +269,7 @@ def _biases(own: Spec, at: _Places, dtype: torch.dtype) -> Tensor | None:
 
 def added(own: Spec, tile: Tile, device: torch.device, dtype: torch.dtype) -> Tensor | None:
     """The same, -inf where a key is hidden."""
-    at = _places(tile, device)
+    at = _Places(tile, device)
     total, hidden = _biases(own, at, dtype), _hidden(own, at)
     if hidden is None:
         return total
@@ -297,7 +315,7 @@ def _weighted(w: Tensor, v: Tensor) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, own: Spec, tile: Tile) -> tuple[Tensor, Tensor | None]:
     """s of a tile, [b, Hq, R, C], from its parts, in their dtype, that of accumulation; and the tanh of the softcap."""
-    at = _places(tile, q.device)
+    at = _Places(tile, q.device)
     s = _grouped(q, k)
     if own.relative_q is not None and own.relative_k is not None:
         product = own.relative_q.to(s.dtype) @ own.relative_k.to(s.dtype).mT  # [b, Hq, R, M]
@@ -528,12 +546,12 @@ def _through_scores(
     q = q.to(lse.dtype)
     s, capped = _scores(q, k, own, tile)
     ds = through(_weights(s, lse), _keep(spec, tile, q.shape[1]))
-    distance = _places(tile, q.device).distance
+    places = _Places(tile, q.device)
     if own.bias is not None and "bias" in grads.given:
         grads.add("bias", ds.sum_to_size(own.bias.shape), at["bias"])
     if own.relative_bias is not None and "relative_bias" in grads.given:
-        each = ds if distance.shape[0] > 1 else ds.sum(0, keepdim=True)
-        table = _across(each, distance + own.relative_bias_zero, own.relative_bias.shape[1])
+        each = ds if places.distance.shape[0] > 1 else ds.sum(0, keepdim=True)
+        table = _across(each, places.distance + own.relative_bias_zero, own.relative_bias.shape[1])
         grads.add("relative_bias", table.sum((0, 2)), at["relative_bias"])
     ds = ds * own.scale
     if capped is not None:
@@ -543,7 +561,7 @@ def _through_scores(
     if "k" in grads.given:
         grads.add("k", _grouped_sum(ds, q, k.shape[1]), tile.k)
     if own.relative_q is not None and own.relative_k is not None and {"relative_q", "relative_k"} & grads.given.keys():
-        table = _across(ds, distance + own.relative_k_zero, own.relative_k.shape[1])  # [b, Hq, R, M]
+        table = _across(ds, places.distance + own.relative_k_zero, own.relative_k.shape[1])  # [b, Hq, R, M]
         if "relative_q" in grads.given:
             grads.add("relative_q", table @ own.relative_k.to(ds.dtype), tile.q)
         if "relative_k" in grads.given:

@@ -73,6 +73,17 @@ DECODE_CASES = [
     DecodeCase(queries=0),
 ]
 
+# Several tiles, row blocks and parts of the sizes that a GPU has; without `splits`, so many parts as keep it busy.
+LONG_DECODE_CASES = [
+    DecodeCase(heads=8, lengths=(700, 0, 1021), capacity=1024, features=64, features_v=64),
+    DecodeCase(heads=4, heads_k=1, lengths=(4000,), capacity=4096, features=128, features_v=128, left=3500),
+    DecodeCase(heads=8, lengths=(1280, 300), capacity=1280, features=128, features_v=96, page=16, sinks=True, splits=20),
+    DecodeCase(heads=8, queries=20, lengths=(290, 130), capacity=320, features=64, features_v=64, page=64, left=200, splits=3),
+    DecodeCase(
+        heads=2, queries=2, lengths=(90, 300), capacity=320, features=256, features_v=256, softcap=3.0, slopes=2, splits=17
+    ),
+]
+
 
 def make_decode(case: DecodeCase, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """Arguments of the op by name; what no query sees is NaN, in the cache, and out of range, in the block table."""

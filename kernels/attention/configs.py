@@ -12,12 +12,17 @@ The numbers come from what the compiler makes of them (registers, spills, shared
   need 8 warps, 128 rows read keys and values half as often as 64, as the second-level cache could not deliver more.
 * A relative bias is looked up entry by entry: a 64-bit address for each score of a thread, for which fewer keys make room.
 * Transformer-XL's product of BM queries with a band of 2 max(BM, BN) distances is a second score tile, at least twice as wide.
-  With 256 features of 16 bits on hopper and blackwell it spills all the same, as the price of their matrix instructions.
+  With 256 features of 16 bits on hopper and blackwell it spills all the same, as the price of their matrix instructions. The
+  pass over queries takes 32 rows: 64 spill in its loops on hopper, and need twice the instructions for a score on blackwell. That
+  over keys takes 64 keys, as these instructions want, only where nothing spills.
 * The backward pass over keys holds two sums, dk and dv, beside two score tiles: 64 queries x 128 keys with 8 warps are what 255
-  registers hold. What it spills lies outside of its inner loops (addresses for the next query head), but for a few words.
+  registers hold. What it spills lies outside of its inner loops (addresses for the next query head), but for a few words; with
+  dropout it lies in them. On hopper, 32 queries spill nothing, but a wgmma of 64 x 32 reads its operands from shared memory for
+  24 cycles to multiply for 16 (64 x 64: 32 and 32), and half of the products are of that shape.
 * Bias gradients hold one score tile more, in registers, over a whole launch; their loops are bound by loads of whole tiles, which
   other blocks on the multiprocessor hide, not stages.
-* fp32 without tensor cores keeps its operands in registers: small tiles, many warps. The same tiles serve tf32.
+* fp32 without tensor cores keeps its operands in registers: small tiles, many warps, and 16 of them for 256 features, as 8 spill.
+  The same tiles serve tf32.
 """
 
 from __future__ import annotations
@@ -59,10 +64,11 @@ _HALF = {
     ("weights", "hopper"): (Config(64, 64, 4), Config(64, 64, 4), Config(64, 64, 8)),
     ("weights", "ampere"): (Config(64, 64, 4), Config(64, 64, 4), Config(64, 64, 8)),
     ("queries", "hopper"): (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+    ("queries", "blackwell"): (Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
     ("queries", "ampere"): (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 8)),
     ("keys", "hopper"): (Config(64, 128, 8, 2), Config(64, 128, 8, 2), Config(32, 64, 8, 2)),
     ("keys", "blackwell"): (Config(64, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 8, 2)),
-    ("keys", "ampere"): (Config(64, 128, 8, 2), Config(64, 64, 8, 2), Config(16, 64, 8)),
+    ("keys", "ampere"): (Config(64, 128, 8, 2), Config(64, 64, 8, 2), Config(16, 64, 8, 2)),
     ("pairs", "hopper"): (Config(128, 64, 8), Config(64, 64, 8), Config(64, 64, 8)),
     ("pairs", "ampere"): (Config(64, 64, 8), Config(32, 64, 4), Config(32, 64, 8)),
     ("distances", "hopper"): (Config(64, 64, 4), Config(64, 64, 8), Config(64, 64, 8)),
@@ -76,18 +82,19 @@ _HALF_RELATIVE = {
     ("weights", "ampere"): (Config(32, 32, 4), Config(32, 32, 8), Config(16, 32, 4)),
     ("queries", "hopper"): (Config(32, 32, 4, 2), Config(32, 32, 8), Config(32, 32, 8)),
     ("queries", "ampere"): (Config(32, 32, 4, 2), Config(32, 32, 8), Config(16, 16, 4)),
-    ("keys", "hopper"): (Config(32, 32, 4), Config(32, 32, 8), Config(32, 32, 8)),
+    ("keys", "hopper"): (Config(32, 64, 8), Config(32, 32, 8), Config(32, 32, 8)),
+    ("keys", "blackwell"): (Config(32, 64, 8), Config(32, 64, 8), Config(32, 32, 8)),
     ("keys", "ampere"): (Config(32, 32, 4), Config(32, 32, 8), Config(16, 32, 8)),
     ("pairs", "hopper"): (Config(64, 64, 8), Config(64, 64, 8), Config(16, 16, 4)),
     ("pairs", "ampere"): (Config(32, 32, 4), Config(32, 32, 8), Config(16, 16, 4)),
     ("distances", "hopper"): (Config(32, 32, 8), Config(16, 16, 4), Config(16, 16, 4)),
-    ("distances", "ampere"): (Config(32, 32, 8), Config(32, 32, 8), Config(16, 16, 4)),
+    ("distances", "ampere"): (Config(16, 16, 4), Config(32, 32, 8), Config(16, 16, 4)),
 }
 _SINGLE = {
-    "forward": (Config(64, 32, 8, 2), Config(32, 64, 8), Config(32, 32, 8)),
+    "forward": (Config(64, 32, 8, 2), Config(32, 64, 8), Config(32, 32, 16)),
     "weights": (Config(32, 32, 4), Config(32, 32, 4), Config(32, 32, 4)),
     "queries": (Config(64, 32, 8), Config(16, 32, 8), Config(16, 32, 8)),
-    "keys": (Config(32, 64, 8), Config(32, 32, 8), Config(16, 16, 8)),
+    "keys": (Config(32, 64, 8), Config(16, 32, 8), Config(16, 16, 16)),
     "pairs": (Config(32, 32, 4), Config(32, 32, 8), Config(32, 32, 8)),
     "distances": (Config(32, 32, 4), Config(32, 32, 8), Config(32, 32, 8)),
 }

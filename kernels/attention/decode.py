@@ -12,7 +12,7 @@ import triton.language as tl
 from fastseq.kernels.attention.bias import scores
 from fastseq.kernels.attention.mask import keys_of, seen
 from fastseq.kernels.attention.rows import load_rows, owner, store_rows, store_scalars
-from fastseq.kernels.attention.softmax import LOG2E, finish, start, update
+from fastseq.kernels.attention.softmax import LOG2E, exp, finish, start, update
 
 
 class Pages(NamedTuple):
@@ -102,7 +102,7 @@ def combine(
     lses = tl.load(part_lse + every * rows + row, mask=every < PARTS, other=float("-inf"))
     highest = tl.max(lses, 0)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(tl.exp2((lses - highest) * LOG2E), 0)
+    total = tl.sum(exp(lses - highest), 0)
     cols = tl.arange(0, BEV)
     acc = tl.zeros((BEV,), part_out.dtype.element_ty)
     for p0 in range(0, PARTS, CHUNK):
@@ -110,7 +110,7 @@ def combine(
         one = tl.load(part_lse + p * rows + row, mask=p < PARTS, other=float("-inf"))
         valid = (one > float("-inf"))[:, None] & (cols < EV)[None, :]
         values = tl.load(part_out + (p * rows + row)[:, None] * EV + cols[None, :], mask=valid, other=0.0)
-        acc += tl.sum(tl.exp2((one - highest) * LOG2E)[:, None] * values, 0)
+        acc += tl.sum(exp(one - highest)[:, None] * values, 0)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     tl.store(lse + row, tl.where(empty, float("-inf"), highest + tl.log2(total) / LOG2E))

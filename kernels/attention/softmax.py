@@ -12,6 +12,15 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def exp(x):
+    """In fp64, which has no instruction for either, exp2 of x log2 e would round once more than exp itself."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * LOG2E)
+
+
+@triton.jit
 def start(parts, h, BM: tl.constexpr, acc: tl.constexpr):
     """Highest score and sum of a row before its first key: of the sink, if there is one."""
     highest = tl.full((BM,), float("-inf"), acc)
@@ -32,8 +41,8 @@ def update(s, highest, total, parts):
         w = tl.exp2(s * parts.base2 - (base * parts.base2)[:, None])
         factor = tl.exp2((highest - base) * parts.base2)
     else:
-        w = tl.exp2((s - base[:, None]) * LOG2E)
-        factor = tl.exp2((highest - base) * LOG2E)
+        w = exp(s - base[:, None])
+        factor = exp(highest - base)
     return w, new, total * factor + tl.sum(w, 1), factor
 
 
@@ -55,7 +64,7 @@ def weights(s, lse, parts):
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     if parts.base2 is not None:
         return tl.exp2(s * parts.base2 - (lse * LOG2E)[:, None])
-    return tl.exp2((s - lse[:, None]) * LOG2E)
+    return exp(s - lse[:, None])
 
 
 @triton.jit

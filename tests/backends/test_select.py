@@ -73,7 +73,7 @@ def test_forcing_ends_with_the_block_even_on_error():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="unknown backend 'gpu'; accepted: auto, cuda, triton, cpu, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'gpu'; accepted: auto, cuda, triton, cpu, torch, reference"):
         with fastseq.use_backend("gpu"):
             pass
 
@@ -102,3 +102,18 @@ def test_explain_names_backend_and_reasons():
     with fastseq.use_backend("reference"):
         forced = fastseq.explain(fastseq.GRU(3, 4), torch.randn(2, 1, 3))
     assert forced.backends == ["reference"]
+
+
+def test_single_steps_are_torchs_unless_forced():
+    cell, x = fastseq.GRUCell(3, 4), torch.randn(2, 3)
+    chosen = fastseq.explain(cell, x)
+    assert chosen.backends == ["torch"] and str(chosen) == "recurrent_cell gru, float32 on cpu, padded, T=1 D=1 H=4: torch"
+    for name in ("cpu", "reference"):
+        with fastseq.use_backend(name):
+            assert fastseq.explain(cell, x).backends == [name]
+            forced = cell(x)
+        torch.testing.assert_close(forced, cell(x))
+    with fastseq.use_backend("torch"):
+        assert fastseq.explain(cell, x).backends == ["torch"]
+        with pytest.raises(RuntimeError, match="'torch' was forced .* runs single steps of LSTM, GRU and RNN only"):
+            fastseq.GRU(3, 4)(x[None])

@@ -439,6 +439,32 @@ def test_compile_packed():
     torch.testing.assert_close(compiled(q, q, q, **options, max_seqlen_q=5, max_seqlen_k=5), F.attention(q, q, q, **options))
 
 
+SHARED: dict[str, Callable[[Tensor, Tensor, Tensor], dict[str, Any]]] = {
+    "keys are values": lambda x, y, ints: dict(q=x, k=y, v=y, return_weights=True),
+    "queries are keys": lambda x, y, ints: dict(q=x, k=x, v=y, q_lengths=ints, k_lengths=ints),
+    "packed": lambda x, y, ints: dict(
+        q=y[0], k=y[0], v=x[0], cu_seqlens_q=ints, cu_seqlens_k=ints, max_seqlen_q=HQ, max_seqlen_k=HQ),
+    "relative queries": lambda x, y, ints: dict(
+        q=x, k=y, v=x, relative_query=x, relative_key=y[0], relative_key_zero=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_compile_with_one_tensor_for_several(name):
+    """An autograd function that Dynamo traces takes no tensor twice."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    leaves = dict(x=normal(2, HQ, HQ, E), y=normal(2, HQ, HQ, E))
+
+    def function(x: Tensor, y: Tensor) -> Any:
+        return F.attention(**SHARED[name](x, y, torch.tensor([0, HQ], dtype=torch.int32)), return_lse=True)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    actual, expected = (run(**leaves) for run in (compiled, function))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(gradients(actual, leaves), gradients(expected, leaves), **GRADIENTS)
+
+
 def test_vmap():
     torch.manual_seed(0)
     q, k, bias = torch.randn(3, B, HQ, TQ, E), torch.randn(3, B, HKV, TK, E), torch.randn(3, HQ, 1, TK)

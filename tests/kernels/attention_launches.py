@@ -18,18 +18,19 @@ from typing import Any, NamedTuple
 
 TABLE = Path(__file__).with_name("attention_resources.json")
 B, H, G, T = 2, 8, 4, 4096
-# Head dims by dtype: one each of 64, 128, 256 and a padded one; fp16 differs from bf16 in nothing but the instruction's name, and
-# fp32 without tensor cores takes the compiler minutes at 256.
-FEATURES = {"bfloat16": (64, 128, 256, 96), "float16": (64, 96), "float32": (64, 128), "tf32": (128,)}
+# Head dims by dtype: every tile, and those that pad it. tf32 takes fp32's tiles, once each.
+HEAD_DIMS = (64, 128, 256, 96, 16, 32, 192)
+FEATURES = {"bfloat16": HEAD_DIMS, "float16": HEAD_DIMS, "float32": HEAD_DIMS, "tf32": (64, 128, 256)}
 CAPABILITIES = (80, 90, 100, 120)
 CALLS = ("forward", "backward", "weights", "weights_backward", "decode")
 EVERYTHING = "everything"
 REASONS = {  # variants and kernels that may spill, and why
     EVERYTHING: "no model uses every feature at once; it is compiled to see that the parts fit together",
-    "keys_backward": "dk and dv are summed in registers side by side; the tile that spills nothing is too small for wgmma",
-    "queries_backward": "a word or two of fp32, which multiplies from registers",
+    "keys_backward": "dk and dv fill the registers; but for dropout, loops over tiles use little of what gives way",
 }
-# Transformer-XL's band of distances is a second, wider score tile: what is left has fewer rows than wgmma and tcgen05 take.
+FEW = 8  # bytes of a thread
+FEW_REASON = "two words at most, which the compiler gives up to stay within a step of registers"
+# Transformer-XL's band of distances is a second, wider score tile: what is left may have fewer rows than wgmma and tcgen05 take.
 NARROW = (EVERYTHING, "relative")
 SINGLE = (
     "window",
@@ -67,13 +68,18 @@ class Point(NamedTuple):
 
 
 def points() -> list[Point]:
-    """Plain calls; all features at once, and on one architecture each alone, in bf16 at 128."""
+    """Plain calls; all features at once, and on one architecture each alone, in bf16 at 128; Transformer-XL's backward at
+    64, whose tiles differ; decoding in many parts."""
     found = []
     for capability in CAPABILITIES:
         for call in CALLS:
             plain = "causal" if call in ("forward", "backward") else "full"
             found += [Point(call, plain, d, e, capability) for d, features in FEATURES.items() for e in features]
             found.append(Point(call, EVERYTHING, "bfloat16", 128, capability))
+            if call == "backward":
+                found.append(Point(call, "relative", "bfloat16", 64, capability))
+            if call == "decode":
+                found.append(Point(call, "split", "bfloat16", 128, capability))
             if capability == 90:
                 found += [Point(call, v, "bfloat16", 128, capability) for v in _single(call)]
     return found
@@ -167,8 +173,9 @@ def launches(point: Point) -> list[Any]:
             slopes = torch.empty(1, H, device="meta") if everything else None
             sinks = torch.empty(H, device="meta", dtype=dtype) if everything else None
             more = (30.0, 511, 0) if everything else (0.0, -1, 0)
+            splits = 20 if point.variant == "split" else 8  # more than the merge holds at once, and fewer
             attention_decode.attention_decode_forward(
-                q[:, :, :1], cache, cache, lengths, table, slopes, sinks, point.features**-0.5, *more, 8
+                q[:, :, :1], cache, cache, lengths, table, slopes, sinks, point.features**-0.5, *more, splits
             )
     return found
 
@@ -241,7 +248,7 @@ def write(rows: list[dict[str, Any]], *, merge: bool) -> None:
     table = json.loads(TABLE.read_text())["kernels"] if merge and TABLE.exists() else {}
     for row in rows:
         table[row["key"]] = {name: value for name, value in row.items() if name != "key"}
-        reason = reason_of(row["key"])
+        reason = reason_of(row["key"], row.get("spilled", 0))
         if reason and row.get("spilled"):
             table[row["key"]]["reason"] = reason
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(table[key])}" for key in table)
@@ -252,9 +259,9 @@ def variant_of(key: str) -> str:
     return key.split()[1]
 
 
-def reason_of(key: str) -> str | None:
-    """Why the kernel may spill, if it may."""
-    return REASONS.get(variant_of(key)) or REASONS.get(key.rpartition(" ")[2])
+def reason_of(key: str, spilled: int) -> str | None:
+    """Why the kernel may spill so many bytes, if it may."""
+    return REASONS.get(variant_of(key)) or (FEW_REASON if spilled <= FEW else REASONS.get(key.rpartition(" ")[2]))
 
 
 def faults(row: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
@@ -269,7 +276,7 @@ def faults(row: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
         found.append(f"{row['registers']} registers, 255 are there")
     if row["shared"] > limit:
         found.append(f"{row['shared']} bytes of shared memory, a block may have {limit}")
-    if row["spilled"] and reason_of(row["key"]) is None:
+    if row["spilled"] and reason_of(row["key"], row["spilled"]) is None:
         found.append(f"spills {row['spilled']} bytes of each thread into local memory")
     if not row["products"] and dtype != "float32" and kernel not in WITHOUT_PRODUCTS:
         found.append("has no matrix instruction")

@@ -117,6 +117,11 @@ def test_a_fault_is_seen(change, fault):
     assert (found == []) if fault is None else any(fault in text for text in found)
 
 
+def test_two_words_may_spill_and_no_more():
+    assert launches.faults(ROW | {"spilled": 8}, None) == []
+    assert launches.faults(ROW | {"spilled": 16}, None) == ["spills 16 bytes of each thread into local memory"]
+
+
 def test_what_may_spill_may_not_spill_ever_more():
     before = ROW | {"key": "forward everything bfloat16 E=128 sm_90: forward", "spilled": 400}
     assert launches.faults(before, before) == []

@@ -38,13 +38,13 @@ def test_more_rows_than_a_program_holds():
         torch.testing.assert_close(one, other)
 
 
-@interpreted
-def test_offsets_beyond_32_bits():
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_offsets_beyond_32_bits(device):
     """A cache whose second head lies 2^31 elements behind the first, most of it never touched."""
-    storage = torch.empty(2**31 + 64, dtype=torch.float16)  # memory of pages that are never written costs nothing
+    storage = torch.empty(2**31 + 64, dtype=torch.float16, device=device)  # pages of host memory never written cost nothing
     cache = storage.as_strided((1, 2, 2, 16), (0, 2**31, 16, 1))
     cache.copy_(torch.randn(1, 2, 2, 16))
-    inputs = make_decode(DecodeCase(heads=2, lengths=(2,), capacity=2), torch.float16)
+    inputs = make_decode(DecodeCase(heads=2, lengths=(2,), capacity=2), torch.float16, device)
     inputs |= {"k_cache": cache, "v_cache": cache}
     with backends.use_backend("triton"):
         out, _ = attention_decode(**inputs)

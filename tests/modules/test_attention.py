@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
+from fastseq.functional._attention_call import Call
 from fastseq.modules import attention as module_under_test
 from fastseq.testing.compare import assert_close_to_truth
 from fastseq.testing.modules import assert_as_good
@@ -249,13 +250,16 @@ class TestHint:
 def spy(monkeypatch):
     """The calls that reach the op."""
     seen = []
-    original = module_under_test.attended
 
-    def attended(call):
-        seen.append(call)
-        return original(call)
+    def watched(op):
+        def watching(q, k, v, spec, *rest):
+            seen.append(Call(q, k, v, spec))
+            return op(q, k, v, spec, *rest)
 
-    monkeypatch.setattr(module_under_test, "attended", attended)
+        return watching
+
+    for name in ("attention", "attention_with_weights"):
+        monkeypatch.setattr(module_under_test, name, watched(getattr(module_under_test, name)))
     return seen
 
 

@@ -64,7 +64,7 @@ class TestConstructor:
             ((4, 5), dict(proj_size=-1)),
             ((4, 5), dict(nonlinearity="sigmoid")),
             ((4, 5), dict(mode="GRU")),
-            ((4, 5), dict(zoneout=0.1)),
+            ((4, 5), dict(peepholes=True)),
             ((4, 5), dict(dtype=torch.int64)),
             ((4,), {}),
             ((), {}),

@@ -9,8 +9,9 @@ import torch
 
 import fastseq
 from fastseq import backends
+from fastseq.backends.cpu import attention_scores
 from fastseq.ops import attention as op
-from fastseq.ops.attention import GRADIENTS, Spec, attention, attention_backward, attention_weights
+from fastseq.ops.attention import GRADIENTS, Spec, attention, attention_backward, attention_weights, attention_with_weights
 from fastseq.reference import attention as reference
 from fastseq.testing.attention import (
     ATTENTION_CASES,
@@ -126,6 +127,38 @@ class TestWeights(AttentionBattery):
         ]
 
 
+class TestWithWeights(AttentionBattery):
+    """Everything from one call: a case of weights for each way to form them."""
+
+    CASES = SMALL_CASES = [
+        replace(case, average=average)
+        for average, case in zip(
+            (True, False, False, True, False),
+            named("grouped", "window", "mask-all-dead", "both-lengths-causal", "everything"),
+            strict=True,
+        )
+    ]
+    COMPILED_CASES = TestWeights.COMPILED_CASES
+
+    def against(self, inputs, backend, backward):
+        if backward:
+            return against(inputs, backend, "backward", "weights_backward")
+        return against(inputs, backend, "forward", "weights")
+
+    def run(self, inputs):
+        out, lse, w = attention_with_weights(*(inputs[name] for name in "qkv"), spec_of(inputs), inputs["case"].average)
+        return out, torch.where(lse == -torch.inf, 3.0, lse), w
+
+    def run_torch(self, inputs):
+        out, lse, w = dense(inputs)
+        return out, torch.where(lse == -torch.inf, 3.0, lse), w.mean(1) if inputs["case"].average else w
+
+    def op_samples(self, case, dtype):
+        inputs = detached(self.make(case, dtype))
+        q, k, v = (inputs[name] for name in "qkv")
+        return [(torch.ops.fastseq.attention_with_weights.default, (q, k, v, *spec_of(inputs), case.average))]
+
+
 FORWARD_BY_REFERENCE = {"softcap", "dropout", "relative_k"}  # not in torch's CPU kernel
 BACKWARD_BY_REFERENCE = {"bias", "relative_bias"}  # nor their gradients
 
@@ -142,11 +175,22 @@ def test_which_backend_does_what(case):
         assert not against(inputs, "reference", *calls)
         if "triton" in ABLE:
             assert not against(inputs, "triton", *calls)
+        if not case.packed:
+            assert bool(against(inputs, "cpu", "weights")) == bool(used & FORWARD_BY_REFERENCE or case.sinks)
+            assert bool(against(inputs, "cpu", "weights_backward")) == bool(used or case.sinks)
 
 
-def test_the_cpu_leaves_the_weights_to_the_reference():
-    assert against(make(PLAIN, torch.float32), "cpu", "weights") == ["torch's CPU kernel has no weights"]
-    assert against(make(PLAIN, torch.float32), "cpu", "weights_backward") == ["torch's CPU kernel has no weights backward"]
+def test_what_the_cpu_leaves_to_the_reference():
+    """Each reason once, by the call that has it."""
+    (everything,) = named("everything")
+    lacking = {name: ["softcap", "relative_q", "dropout"] for name in ("torch's CPU kernel has", "the CPU's weights have")}
+    lacking["the CPU's weights have"].append("sinks")
+    ungiven = [f"gradient of {name}" for name in GRADIENTS[3:]]
+    for call in ("forward", "backward", "weights", "weights_backward"):
+        has = "the CPU's weights have" if "weights" in call else "torch's CPU kernel has"
+        expected = {f"{has} no {part}" for part in (*lacking[has], *(ungiven if "backward" in call else ()))}
+        reasons = against(make(everything, torch.float32), "cpu", call)
+        assert len(reasons) == len(expected) and set(reasons) == expected
 
 
 @every_backend
@@ -295,6 +339,34 @@ def test_autocast_stays_outside(backend, weights):
     assert len(results) == len(expected) and all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
+@pytest.mark.parametrize("weights", (False, True))
+def test_autocast_stays_outside_of_plain_torch(weights):
+    """The backward of a backward and transforms run the reference, whose products autocast would lower."""
+    inputs = make(named("everything")[0], torch.float32)
+    tensors, spec = differentiable(inputs), spec_of(inputs)
+    q, k, v = (inputs[name] for name in "qkv")
+    tangent = torch.randn_like(q)
+
+    def function(q):
+        out, lse = attention(q, k, v, spec)
+        return attention_weights(q, k, lse, spec, True) if weights else out
+
+    def run():
+        grads = torch.autograd.grad(function(q).square().sum(), list(tensors.values()), create_graph=True, allow_unused=True)
+        forward = torch.func.jvp(function, (q.detach(),), (tangent,))
+        return [grad for grad in grads if grad is not None], [*forward, torch.func.vmap(function)(q.detach()[None])]
+
+    def twice(grads):
+        second = torch.autograd.grad([g.square().sum() for g in grads], list(tensors.values()), allow_unused=True)
+        return [grad for grad in second if grad is not None]
+
+    grads, transformed = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered_grads, lowered_transformed = run()
+    expected, results = [*grads, *twice(grads), *transformed], [*lowered_grads, *twice(lowered_grads), *lowered_transformed]
+    assert len(results) == len(expected) and all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
 def test_a_window_costs_what_it_shows(backend, monkeypatch):
     """Tiles of long sequences: every pair that is seen is in one, and few others; the result is that of one tile."""
@@ -311,6 +383,26 @@ def test_a_window_costs_what_it_shows(backend, monkeypatch):
     true_out, true_lse, _ = dense(inputs)
     expected = torch.autograd.grad((true_out.sum(), true_lse.exp().sum()), (q, k, v))
     torch.testing.assert_close((out, lse, *grads), (true_out, true_lse, *expected))
+
+
+@pytest.mark.parametrize("average", (False, True))
+@pytest.mark.parametrize(
+    "window", (dict(), dict(right=0, bottom_right=True), dict(left=20, right=10), dict(k_lengths=(170, 90))), ids=str
+)
+def test_weights_in_blocks(window, average, monkeypatch):
+    """Blocks of some queries of a sequence give what all at once would, and hold no more scores than they may."""
+    monkeypatch.setattr(attention_scores, "_HELD", 1 << 14)
+    held, softmax = [], torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda s, *rest, **out: held.append(s.numel()) or softmax(s, *rest, **out))
+    inputs = make(AttentionCase("long", lengths=(150, 170), heads=(4, 2), mask="bhqk", average=average, **window), torch.float64)
+    with fastseq.use_backend("cpu"):
+        results = TestWithWeights().run(inputs)
+        grads = TestWithWeights().gradients(results, inputs)
+    monkeypatch.undo()
+    expected = TestWithWeights().run_torch(inputs)
+    assert len(held) > 20 and max(held) <= 1 << 14
+    torch.testing.assert_close(results, expected)
+    torch.testing.assert_close(grads, TestWithWeights().gradients(expected, inputs))
 
 
 def test_explain_names_the_reasons():

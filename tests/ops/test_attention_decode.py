@@ -9,7 +9,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastseq
 from fastseq import backends
 from fastseq.ops.attention_decode import attention_decode
-from fastseq.testing.attention_decode import DECODE_CASES, SMALL_DECODE_CASES, DecodeCase, decode_by_torch, make_decode
+from fastseq.testing.attention_decode import (
+    DECODE_CASES,
+    LONG_DECODE_CASES,
+    SMALL_DECODE_CASES,
+    DecodeCase,
+    decode_by_torch,
+    make_decode,
+)
 from fastseq.testing.compare import assert_all_close_to_truth
 
 ABLE = ["cpu", "reference", *(["triton"] if "cpu" in backends.BACKENDS["triton"].devices else [])]
@@ -32,16 +39,10 @@ def refused(backend, case, dtype):
     return backend == "triton" and dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", ABLE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
-def test_results(case, dtype, backend):
-    inputs = make_decode(case, dtype)
+def check(case, dtype, backend, device="cpu"):
+    """As close to the truth as PyTorch, and the same bits when run again."""
+    inputs = make_decode(case, dtype, device)
     with backends.use_backend(backend):
-        if refused(backend, case, dtype):
-            with pytest.raises(RuntimeError, match=f"backend '{backend}' was forced but cannot run"):
-                attention_decode(**inputs)
-            return
         results = attention_decode(**inputs)
         again = attention_decode(**inputs)
     with backends.use_backend("reference"):
@@ -51,6 +52,33 @@ def test_results(case, dtype, backend):
     finite = [{"out": out, "lse": lse.masked_fill(lse == -torch.inf, 0)} for out, lse in (results, by_torch, truth)]
     assert_all_close_to_truth(*finite)
     assert all(torch.equal(one, other) for one, other in zip(results, again, strict=True))
+
+
+@pytest.mark.parametrize("backend", ABLE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_results(case, dtype, backend):
+    if refused(backend, case, dtype):
+        with backends.use_backend(backend), pytest.raises(RuntimeError, match=f"'{backend}' was forced but cannot run"):
+            attention_decode(**make_decode(case, dtype))
+        return
+    check(case, dtype, backend)
+
+
+LONG = [(case, backend) for case in LONG_DECODE_CASES for backend in ABLE if not refused(backend, case, torch.float32)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "backend"), LONG, ids=str)
+def test_long_caches(case, backend):
+    check(case, torch.float32, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", [*DECODE_CASES, *LONG_DECODE_CASES], ids=str)
+def test_triton_on_a_gpu(case, dtype):
+    check(case, dtype, "triton", "cuda")
 
 
 @pytest.mark.parametrize("backend", ABLE)

@@ -6,12 +6,16 @@ from ..query import Query
 from . import attention, attention_decode, recurrent
 from .attention import attention_backward, attention_forward
 from .attention_decode import attention_decode_forward
+from .attention_scores import attention_weights, attention_weights_backward, attention_with_weights
 from .recurrent import recurrent_backward, recurrent_forward
 
 __all__ = [
     "attention_backward",
     "attention_decode_forward",
     "attention_forward",
+    "attention_weights",
+    "attention_weights_backward",
+    "attention_with_weights",
     "available",
     "devices",
     "name",

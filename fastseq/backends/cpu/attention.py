@@ -1,7 +1,8 @@
 """The attention op on torch's own fused CPU kernel, in tiles that leave out what a window hides.
 
 The kernel knows a scale, top-left causality and an additive mask. Windows, lengths, packed sequences, blocks and position biases
-become masks of one tile at a time; sinks are added to what it returns. Other features go to the reference.
+become masks of one tile at a time; sinks are added to what it returns. Weights: ``attention_scores.py``. Other features go to
+the reference.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..query import AttentionQuery
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PARTS = ("softcap", "dropout", "relative_q")
+_PARTS_OF_WEIGHTS = (*_PARTS, "sinks")
 _DIFFERENTIABLE = ("q", "k", "v")
 
 # Earlier kernels read key heads beyond the last.
@@ -29,29 +31,27 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def why_not(query: AttentionQuery) -> list[str]:
-    if query.call not in ("forward", "backward"):
-        return [f"torch's CPU kernel has no {query.call.replace('_', ' ')}"]
+    weights = query.call.startswith("weights")
+    has, parts = ("the CPU's weights have", _PARTS_OF_WEIGHTS) if weights else ("torch's CPU kernel has", _PARTS)
     against = []
     if query.dtype not in _DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
     if query.features[0] == 0:
-        against.append("torch's CPU kernel needs features")
-    against += [f"torch's CPU kernel has no {part}" for part in _PARTS if part in query.parts]
-    against += [f"torch's CPU kernel has no gradient of {name}" for name in query.gradients if name not in _DIFFERENTIABLE]
+        against.append(f"{has} no products without features")
+    against += [f"{has} no {part}" for part in parts if part in query.parts]
+    against += [f"{has} no gradient of {name}" for name in query.gradients if name not in _DIFFERENTIABLE]
     return against
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     plan = _plan(q, k, v, spec)
-    out = reference.empty_rows(q, v.shape[-1])
-    lse = q.new_empty(q.shape[:-1], dtype=state_dtype(q.dtype))
     if plan.covering is not None and plan.tiles[0][1] != "masked":
-        piece, piece_lse = _run_forward(q, k, v, plan.tiles[0][1] == "causal", None, spec.scale)
-        out, lse = _placed(out, piece), _placed(lse, piece_lse)
+        out, lse = _run_forward(q, k, v, plan.tiles[0][1] == "causal", None, spec.scale)
+        out, lse = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
         return (out, lse) if spec.sinks is None else _with_sinks(out, lse, spec.sinks)
-    out.zero_()
-    lse.fill_(-torch.inf)
+    out = reference.empty_rows(q, v.shape[-1]).zero_()
+    lse = q.new_full(q.shape[:-1], -torch.inf, dtype=state_dtype(q.dtype))
     for tile, way in plan.tiles:
         mask = _mask(q, plan.spec, tile) if way == "masked" else None
         piece, piece_lse = _run_forward(q[tile.q], k[tile.k], v[tile.k], way == "causal", mask, spec.scale)

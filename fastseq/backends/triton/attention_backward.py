@@ -48,7 +48,7 @@ def attention_backward(
     incoming = Incoming(scalars(lse), scalars(delta), dout=rows(dout), v=rows(v))
     call = _call(q, k, v.shape[-1], spec, incoming)
     with _launch.on(q.device):
-        block = max(16, (1 << 13) // call.constants["BEV"])
+        block = max(16, (1 << 14) // (call.constants["BEV"] * out.element_size()))
         blocks = -(-call.lengths[0] // block)
         kernels.delta_of_out[(blocks * call.heads * call.batch,)](
             rows(out), None if dlse is None else scalars(dlse), incoming, call.arguments[3], *call.lengths, call.heads, blocks,

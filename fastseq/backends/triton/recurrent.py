@@ -1,7 +1,7 @@
 """The recurrent op on the Triton kernels of ``kernels/recurrent``.
 
-Whole sequences in one launch where the recurrent weights fit a multiprocessor, else a matrix product and one fused kernel per
-step; ``kernels/recurrent/configs.py`` says which and why.
+One step of a small batch in one launch; whole sequences in one launch where a program can hold the recurrent weights, or read them
+fast enough in every step; else a matrix product and one fused kernel per step. ``kernels/recurrent/configs.py`` says which and why.
 """
 
 from __future__ import annotations
@@ -10,16 +10,12 @@ from torch import Tensor
 
 from ...reference.recurrent import Backward, Forward
 from ..query import RecurrentQuery
-from . import recurrent_stepwise
+from . import recurrent_single, recurrent_stepwise, recurrent_streamed
 from ._launch import dtype_obstacles, on
 from .recurrent_parts import BackwardLaunch, ForwardLaunch, fp32_precision
 
 
 def why_not(query: RecurrentQuery) -> list[str]:
-    from .. import forced  # which imports this module
-
-    if forced() != "triton":
-        return ["not chosen by itself before it is measured on a GPU: fastseq.use_backend('triton') runs it"]
     from fastseq.kernels.recurrent import configs
 
     unknown = [] if query.cell in configs.CELLS else [f"no Triton cell {query.cell}"]
@@ -62,5 +58,11 @@ def _whole_backward(launch: BackwardLaunch) -> None:
     )  # fmt: skip
 
 
-_FORWARD = {"whole": _whole_forward, "stepwise": recurrent_stepwise.forward}
-_BACKWARD = {"whole": _whole_backward, "stepwise": recurrent_stepwise.backward}
+_FORWARD = {
+    "single": recurrent_single.forward,
+    "whole": _whole_forward,
+    "streamed": recurrent_streamed.forward,
+    "stepwise": recurrent_stepwise.forward,
+}
+# a single step goes backward stepwise
+_BACKWARD = {"whole": _whole_backward, "streamed": recurrent_streamed.backward, "stepwise": recurrent_stepwise.backward}
