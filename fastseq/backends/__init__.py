@@ -30,6 +30,7 @@ __all__ = [
     "Query",
     "RecurrentQuery",
     "explain",
+    "note",
     "reasons",
     "select",
     "torch_runs",
@@ -53,6 +54,7 @@ _CANDIDATES: dict[str, tuple[str, ...]] = {
 
 _forced: str | None = _checked(os.environ.get("FASTSEQ_BACKEND"), "FASTSEQ_BACKEND")
 _watchers: list[Callable[[Query, str], None]] = []
+_listeners: list[Callable[[str], None]] = []
 
 
 @contextmanager
@@ -114,11 +116,18 @@ def torch_runs(query: Callable[[], Query]) -> bool:
     return True
 
 
+def note(text: str) -> None:
+    """What the backend that was selected says of the way it takes, to whom asked for an explanation."""
+    for listen in _listeners:
+        listen(text)
+
+
 @dataclass
 class Explanation:
     """Which backend ran each call, and what stood against the others. ``print`` it."""
 
     calls: list[tuple[Query, str, dict[str, list[str]]]] = field(default_factory=list)
+    notes: list[list[str]] = field(default_factory=list)  # of each call: what its backend says of the way it took
 
     @property
     def backends(self) -> list[str]:
@@ -129,8 +138,8 @@ class Explanation:
         if not self.calls:
             return "no fastseq op ran"
         lines = []
-        for query, chosen, against in self.calls:
-            lines.append(f"{query}: {chosen}")
+        for (query, chosen, against), notes in zip(self.calls, self.notes, strict=True):
+            lines.append(f"{query}: {chosen}" + "".join(f", {note}" for note in notes))
             lines += [f"  not {name}: {'; '.join(why)}" for name, why in against.items()]
         return "\n".join(lines)
 
@@ -143,18 +152,27 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """
     explanation = Explanation()
     seen: set[Query] = set()
+    notes: list[str] = []  # of the call that runs
 
     def watch(query: Query, chosen: str) -> None:
+        nonlocal notes
+        notes = []
         if query not in seen:
             seen.add(query)
+            explanation.notes.append(notes)
             # PyTorch's own kernel is not asked for after the others
             better = ORDER[: ORDER.index(chosen)] if _forced is None and chosen != "torch" else ()
             explanation.calls.append((query, chosen, {name: reasons(name, query) for name in better}))
 
+    def take(text: str) -> None:
+        notes.append(text)
+
     _watchers.append(watch)
+    _listeners.append(take)
     try:
         with torch.no_grad():
             function(*args, **kwargs)
     finally:
         _watchers.remove(watch)
+        _listeners.remove(take)
     return explanation

@@ -117,3 +117,12 @@ def test_single_steps_are_torchs_unless_forced():
         assert fastseq.explain(cell, x).backends == ["torch"]
         with pytest.raises(RuntimeError, match="'torch' was forced .* runs single steps of LSTM, GRU and RNN only"):
             fastseq.GRU(3, 4)(x[None])
+
+
+def test_explain_tells_the_form():
+    if not interpreted:
+        pytest.skip("TRITON_INTERPRET is not set: there is a GPU")
+    with fastseq.use_backend("triton"):
+        text = str(fastseq.explain(fastseq.GRU(3, 4, num_layers=2), torch.randn(2, 1, 3)))
+    assert text.count("\n") == 0  # layers of one shape are explained once
+    assert text.endswith("triton, whole (recurrent weights take 3 KiB of 8 KiB of shared memory)")

@@ -1,7 +1,8 @@
 """The recurrent op on the Triton kernels of ``kernels/recurrent``.
 
-One step of a small batch in one launch; whole sequences in one launch where a program can hold the recurrent weights, or read them
-fast enough in every step; else a matrix product and one fused kernel per step. ``kernels/recurrent/configs.py`` says which and why.
+One step of a small batch in one launch; whole sequences in one launch where a program can hold the recurrent weights, or can read
+them fast enough in every step; else a matrix product and one fused kernel per step. ``kernels/recurrent/configs.py`` says which
+and why.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ def why_not(query: RecurrentQuery) -> list[str]:
 
 
 def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from .. import note  # which imports this module
+
     launch = ForwardLaunch(call)
     if call.batch and call.hidden:
+        note(f"{launch.config.form} ({launch.config.reason})")
         with on(call.x.device):
             _FORWARD[launch.config.form](launch)
     return launch.results
