@@ -81,8 +81,9 @@ def run_layers(
     hidden = layers[0][0].w_hh.shape[0] // len(cell.gates)
     width = options.proj_size or hidden
     for name, state in zip(cell.states, states, strict=True):
-        size = (options.num_layers * directions, width if name == "h" else hidden)
-        _check_state(f"{name}0", state, input, options.batch_sizes, size)
+        if state is not None:
+            size = (options.num_layers * directions, width if name == "h" else hidden)
+            _check_state(f"{name}0", state, input, options.batch_sizes, size)
     lengths = options.lengths
     _check_lengths(input, lengths, options.batch_sizes)
 
@@ -101,12 +102,12 @@ def run_layers(
             x = dropped(x, options.dropout)
         finals.append(last)
         cells.append(c)
-    joined = [of_layers[0] if len(of_layers) == 1 else torch.cat(of_layers) for of_layers in zip(*finals, strict=True)]
+    joined = finals[0] if len(finals) == 1 else [torch.cat(of_layers) for of_layers in zip(*finals, strict=True)]
     all_cells = torch.stack([c for c in cells if c is not None]).to(x.dtype) if options.return_cells else None
     if options.batch_first and options.batch_sizes is None:
         x = x.transpose(0, 1)
         all_cells = None if all_cells is None else all_cells.transpose(1, 2)
-    return x, tuple(state.to(x.dtype) for state in joined), all_cells
+    return x, tuple(state if state.dtype == x.dtype else state.to(x.dtype) for state in joined), all_cells
 
 
 def _run_layer(
@@ -121,50 +122,49 @@ def _run_layer(
     heads, training = options.heads, options.training
     if training and options.weight_dropout:
         layer = [own._replace(w_hh=dropped(own.w_hh, options.weight_dropout)) for own in layer]
-    lanes = list(layer) if heads == 1 else [head for own in layer for head in _head_params(cell, own, heads)]
+    lanes = layer if heads == 1 else [head for own in layer for head in _head_params(cell, own, heads)]
     reverse = [direction for direction in range(options.directions) for _ in range(heads)]
     h0, c0 = _joined_states(cell, states, x, lanes[0], options)
-    results = []
-    for begin in range(0, len(lanes), LANES):
-        some = slice(begin, begin + LANES)
-        own = lanes[some]
-        width = own[0].w_hh.shape[1]
-        rows = (*x.shape[:-1], len(own))
-        hold_h = _held(x, (*rows, width), zoneout[0]) if training else None
-        hold_c = _held(x, (*rows, own[0].w_hh.shape[0] // len(cell.gates)), zoneout[1]) if training else None
-        results.append(
-            recurrent(
-                _normalised_input(cell, x, own) if cell.normalised else x,
-                None if h0 is None else h0[some],
-                None if c0 is None else c0[some],
-                [tensor for lane in own for tensor in _op_params(cell, lane)],
-                cell=cell.name,
-                reverse=reverse[some],
-                lengths=options.lengths,
-                batch_sizes=options.batch_sizes,
-                hold_h=hold_h,
-                hold_c=hold_c,
-                zoneout_h=0.0 if training else zoneout[0],
-                zoneout_c=0.0 if training else zoneout[1],
-                return_cells=options.return_cells,
-                recompute=options.recompute,
-            )
+
+    def run(some: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        own, hold_h, hold_c = lanes[some], None, None
+        if training and any(zoneout):
+            rows, hidden = (*x.shape[:-1], len(own)), own[0].w_hh.shape[0] // len(cell.gates)
+            hold_h, hold_c = _held(x, (*rows, own[0].w_hh.shape[1]), zoneout[0]), _held(x, (*rows, hidden), zoneout[1])
+        return recurrent(
+            _normalised_input(cell, x, own) if cell.normalised else x,
+            None if h0 is None else h0[some],
+            None if c0 is None else c0[some],
+            [tensor for lane in own for tensor in _op_params(cell, lane)],
+            cell=cell.name,
+            reverse=reverse[some],
+            lengths=options.lengths,
+            batch_sizes=options.batch_sizes,
+            hold_h=hold_h,
+            hold_c=hold_c,
+            zoneout_h=0.0 if training else zoneout[0],
+            zoneout_c=0.0 if training else zoneout[1],
+            return_cells=options.return_cells,
+            recompute=options.recompute,
         )
-    if len(results) == 1:
-        y, h_n, c_n, c = results[0]
+
+    if len(lanes) <= LANES:
+        y, h_n, c_n, c = run(slice(None))
     else:
+        results = [run(slice(begin, begin + LANES)) for begin in range(0, len(lanes), LANES)]
         ys, h_ns, c_ns, cs = zip(*results, strict=True)
         y, h_n = torch.cat(ys, -1), torch.cat(h_ns)
         c_n = None if c_ns[0] is None else torch.cat(c_ns)
         c = None if cs[0] is None else torch.cat(cs, -1)
-    finals = _separate_states(cell, h_n, c_n, options)
     if c is not None and cell.wide_states > 1:
         c = c.unflatten(-1, (len(lanes), cell.wide_states, -1))[..., 0, :].flatten(-2)
-    return y, finals, c
+    return y, _separate_states(cell, h_n, c_n, options), c
 
 
 def _zoneout(cell: Cell, given: float | tuple[float, float]) -> tuple[float, float]:
     """Probabilities for h and for c."""
+    if not given:
+        return 0.0, 0.0
     zone_h, zone_c = given if isinstance(given, (tuple, list)) else (given, 0.0)
     for probability in (zone_h, zone_c):
         if not 0 <= probability <= 1:
@@ -250,15 +250,15 @@ def _joined_states(
 
 def _separate_states(cell: Cell, h_n: Tensor, c_n: Tensor | None, options: Options) -> tuple[Tensor, ...]:
     """The states [D, B, n], from those of the lanes."""
-    states = [h_n, *(() if c_n is None else c_n.chunk(cell.wide_states, -1))]
+    states = (h_n,) if c_n is None else (h_n, c_n) if cell.wide_states == 1 else (h_n, *c_n.chunk(cell.wide_states, -1))
     if options.heads == 1:
-        return tuple(states)
+        return states
     return tuple(s.unflatten(0, (-1, options.heads)).transpose(1, 2).flatten(-2) for s in states)
 
 
 def _params(cell: Cell, given: Sequence[Tensor | None], options: Options) -> list[list[Params]]:
     """Per layer, the parameters of every direction."""
-    extra = cell.extra(options.has_biases)
+    extra = cell.extra(options.has_biases) if cell.parameters else ()
     each = 2 + 2 * options.has_biases + (options.proj_size > 0) + len(extra)
     count = options.num_layers * options.directions
     if len(given) != each * count:
@@ -266,13 +266,13 @@ def _params(cell: Cell, given: Sequence[Tensor | None], options: Options) -> lis
             f"expected {each * count} parameters ({each} for each of {options.num_layers} layers x {options.directions} "
             f"directions), got {len(given)}"
         )
+    biased, at_extra = options.has_biases, each - len(extra)
     params = []
     for begin in range(0, len(given), each):
-        own: list[Any] = list(given[begin : begin + each])
-        weights, own = own[:2], own[2:]
-        biases, own = (own[:2], own[2:]) if options.has_biases else ([None, None], own)
-        w_hr, own = (own[0], own[1:]) if options.proj_size else (None, own)
-        params.append(Params(weights[0], weights[1], biases[0], biases[1], w_hr, tuple(own)))
+        own: Sequence[Any] = given[begin : begin + each]
+        b_ih, b_hh = own[2:4] if biased else (None, None)
+        w_hr = own[at_extra - 1] if options.proj_size else None
+        params.append(Params(own[0], own[1], b_ih, b_hh, w_hr, tuple(own[at_extra:])))
     return [params[begin : begin + options.directions] for begin in range(0, count, options.directions)]
 
 
@@ -309,32 +309,28 @@ def _check_params(cell: Cell, input: Tensor, layers: list[list[Params]], options
         raise ValueError(f"proj_size argument is only supported for LSTM, not {cell.name}")
     width = options.proj_size or hidden
     columns = input.shape[-1]
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", *(name for name, _ in cell.extra(options.has_biases)))
+    extra = cell.extra(options.has_biases) if cell.parameters else ()
     for number, layer in enumerate(layers):
-        expected = (
-            (gates * hidden, columns), (gates * hidden, width // heads), (gates * hidden,), (gates * hidden,), (width, hidden),
-            *((size * hidden,) for _, size in cell.extra(options.has_biases)),
-        )  # fmt: skip
+        expected = [
+            ("weight_ih", (gates * hidden, columns)), ("weight_hh", (gates * hidden, width // heads)),
+            ("bias_ih", (gates * hidden,)), ("bias_hh", (gates * hidden,)), ("weight_hr", (width, hidden)),
+            *((name, (size * hidden,)) for name, size in extra),
+        ]  # fmt: skip
         for params in layer:
-            for name, param, shape in zip(names, (*params[:5], *params.extra), expected, strict=True):
-                if param is not None:
-                    _check_param(f"{name} of layer {number}", param, input, shape)
+            for (name, shape), param in zip(expected, (*params[:5], *params.extra), strict=True):
+                if param is None:
+                    continue
+                if param.dtype != input.dtype:
+                    raise RuntimeError(f"input dtype ({input.dtype}) does not match {name} dtype ({param.dtype})")
+                if param.device != input.device:
+                    devices = f"input is on {input.device} and {name} on {param.device}"
+                    raise RuntimeError(f"Expected all tensors to be on the same device, but {devices}")
+                if param.shape != shape:
+                    raise RuntimeError(f"{name} of layer {number} must be {list(shape)}, got {list(param.shape)}")
         columns = width * options.directions
 
 
-def _check_param(name: str, param: Tensor, input: Tensor, shape: tuple[int, ...]) -> None:
-    if param.dtype != input.dtype:
-        raise RuntimeError(f"input dtype ({input.dtype}) does not match {name.split()[0]} dtype ({param.dtype})")
-    if param.device != input.device:
-        devices = f"input is on {input.device} and {name.split()[0]} on {param.device}"
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {devices}")
-    if param.shape != shape:
-        raise RuntimeError(f"{name} must be {list(shape)}, got {list(param.shape)}")
-
-
-def _check_state(name: str, state: Tensor | None, input: Tensor, batch_sizes: Tensor | None, size: tuple[int, int]) -> None:
-    if state is None:
-        return
+def _check_state(name: str, state: Tensor, input: Tensor, batch_sizes: Tensor | None, size: tuple[int, int]) -> None:
     if state.dim() != 3 or (state.shape[0], state.shape[2]) != size:
         raise RuntimeError(f"Expected {name} of size [{size[0]}, B, {size[1]}], got {list(state.shape)}")
     if batch_sizes is None and state.shape[1] != input.shape[1]:

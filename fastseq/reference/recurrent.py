@@ -15,8 +15,8 @@ it is stored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -83,55 +83,44 @@ def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, lanes: int) -> Ten
     return gates.view(*x.shape[:-1], lanes, w_ih.shape[0] // lanes)
 
 
+@dataclass(slots=True)
 class Call:
-    """What the sizes and facts of a call, forward or backward, follow from."""
+    """What the sizes and facts of a call, forward or backward, follow from; formed once, as a short call asks for them often."""
 
-    cell: str
-    weight: Tensor
-    vectors: Tensor | None
-    projection: Tensor | None
-    h0: Tensor | None
-    c0: Tensor | None
-    lengths: Tensor | None
-    batch_sizes: Tensor | None
-    hold_h: Tensor | None
-    hold_c: Tensor | None
-    reverse: list[int]
-    zoneout_h: float
-    zoneout_c: float
+    row: Cell = field(init=False)
+    dtype: torch.dtype = field(init=False)
+    wide: torch.dtype = field(init=False)
+    lanes: int = field(init=False)
+    hidden: int = field(init=False)  # H
+    width: int = field(init=False)  # P
 
-    __slots__ = ()
+    # of Forward and Backward
+    if TYPE_CHECKING:
+        cell: str
+        weight: Tensor
+        vectors: Tensor | None
+        projection: Tensor | None
+        h0: Tensor | None
+        c0: Tensor | None
+        lengths: Tensor | None
+        batch_sizes: Tensor | None
+        hold_h: Tensor | None
+        hold_c: Tensor | None
+        reverse: list[int]
+        zoneout_h: float
+        zoneout_c: float
+
+    def __post_init__(self) -> None:
+        self.row = row = CELLS[self.cell]
+        self.dtype = self.rows.dtype
+        self.wide = state_dtype(self.dtype)
+        self.lanes, gates, self.width = self.weight.shape
+        self.hidden = gates // len(row.gates)
 
     @property
     def rows(self) -> Tensor:
         """The tensor whose leading dimensions are the rows."""
         raise NotImplementedError
-
-    @property
-    def row(self) -> Cell:
-        return CELLS[self.cell]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.rows.dtype
-
-    @property
-    def wide(self) -> torch.dtype:
-        return state_dtype(self.rows.dtype)
-
-    @property
-    def lanes(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def hidden(self) -> int:
-        """H"""
-        return self.weight.shape[1] // len(self.row.gates)
-
-    @property
-    def width(self) -> int:
-        """P"""
-        return self.weight.shape[2]
 
     @property
     def steps(self) -> int:

@@ -23,7 +23,7 @@ from fastseq.kernels.recurrent.parts import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # one kernel for every step
 def forward(
     x_gates,  # [rows, D, G*H]
     r_gates,  # [D, B, G*H], wide: R h
@@ -68,7 +68,7 @@ def forward(
         store_tiles(gates, row * (S * H) + u[None, :], saved, active, H, S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # one kernel for every step
 def emit(
     projected,  # [D, B, P], wide
     h,  # [D, B, P]: state, updated
@@ -90,7 +90,7 @@ def emit(
     tl.store(y + at, value, mask=active)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # one kernel for every step
 def gather(
     dy,  # [rows, D, P] or None
     through,  # [D, B, P], wide: what reached the output through R of the following step
@@ -117,7 +117,7 @@ def gather(
     tl.store(doutput + row, value.to(doutput.dtype.element_ty), mask=active)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # one kernel for every step
 def backward(
     dy,  # [rows, D, H] or None
     through,  # [D, B, H], wide: what reached h through R of the following step; with a projection, its whole gradient

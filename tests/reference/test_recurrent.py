@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -178,13 +180,10 @@ def test_rows_beyond_a_length_are_zero(cell, layout):
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
 def test_sixteen_bits_are_computed_in_fp32(dtype):
     """c and the sums stay in fp32; only what is stored is rounded."""
-    call = problem("lstm", "padded")
-    call.x, call.weight, call.h0 = (t.detach().to(dtype) for t in (call.x, call.weight, call.h0))
-    c0, call.c0 = call.c0.detach(), call.c0.detach().float()
-    y, _, c_n, c, gates = reference.forward(call)
-    call.x, call.weight, call.h0 = (t.double() for t in (call.x, call.weight, call.h0))
-    call.c0 = c0
-    truth = reference.forward(call)
+    exact = problem("lstm", "padded")
+    low = {name: getattr(exact, name).detach().to(dtype) for name in ("x", "weight", "h0")}
+    y, _, c_n, c, gates = reference.forward(replace(exact, **low, c0=exact.c0.detach().float()))
+    truth = reference.forward(replace(exact, **{name: value.double() for name, value in low.items()}))
     assert (y.dtype, gates.dtype, c.dtype, c_n.dtype) == (dtype, dtype, torch.float32, torch.float32)
     torch.testing.assert_close(y.double(), truth[0], rtol=0, atol=4 * torch.finfo(dtype).eps)
     # rounding h disturbs c, but c itself is not rounded to the low dtype
