@@ -14,13 +14,15 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("cuda_stream_lent() -> bool");
   m.def("cpu_level() -> str");
   m.def(
-      "recurrent_forward(Tensor? x, Tensor? w_ih, Tensor? b_ih, Tensor? x_gates, Tensor? h_gates, Tensor weight, Tensor? bias, "
-      "Tensor? projection, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, str cell, int reverse, Tensor(a!) y, "
-      "Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, Tensor(e!) gates) -> ()");
+      "recurrent_forward(Tensor? x, Tensor? w_ih, Tensor? b_ih, Tensor? x_gates, Tensor? h_gates, Tensor weight, Tensor? vectors, "
+      "Tensor? projection, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, str cell, "
+      "int reverse, float zoneout_h, float zoneout_c, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, "
+      "Tensor(e!) gates) -> ()");
   m.def(
-      "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? projection, Tensor? h0, "
-      "Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor y, Tensor c, Tensor gates, str cell, int reverse, "
-      "bool through_weights, Tensor(a!) dgates, Tensor(b!) drecurrent, Tensor(c!) dprojected, Tensor(d!) dh0, Tensor(e!) dc0) -> ()");
+      "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
+      "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
+      "Tensor gates, str cell, int reverse, float zoneout_h, float zoneout_c, bool through_weights, Tensor(a!) dgates, "
+      "Tensor(b!) drecurrent, Tensor(c!) doutput, Tensor(d!) dh0, Tensor(e!) dc0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {

@@ -58,8 +58,12 @@ Cell cell_of(const std::string& name) {
   if (name == "rnn_tanh") return Cell::kRnnTanh;
   if (name == "rnn_relu") return Cell::kRnnRelu;
   if (name == "lstm") return Cell::kLstm;
-  STD_TORCH_CHECK(name == "gru", "cell ", name, " is none of rnn_tanh, rnn_relu, lstm, gru");
-  return Cell::kGru;
+  if (name == "gru") return Cell::kGru;
+  if (name == "coupled_lstm") return Cell::kCoupledLstm;
+  if (name == "peephole_lstm") return Cell::kPeepholeLstm;
+  STD_TORCH_CHECK(name == "slstm", "cell ", name,
+                  " is none of rnn_tanh, rnn_relu, lstm, gru, coupled_lstm, peephole_lstm, slstm");
+  return Cell::kSlstm;
 }
 
 Type type_of(ScalarType type) {
@@ -80,6 +84,12 @@ void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elemen
 const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 const void* data(const Tensor& tensor) { return tensor.numel() ? tensor.const_data_ptr() : nullptr; }
 void* mutable_data(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
+
+Zoneout zoneout_of(const std::optional<Tensor>& hold_h, const std::optional<Tensor>& hold_c, double h, double c) {
+  return {static_cast<const bool*>(data(hold_h)), static_cast<const bool*>(data(hold_c)), h, c};
+}
+
+bool any(const Zoneout& zoneout) { return zoneout.hold_h || zoneout.hold_c || zoneout.h > 0 || zoneout.c > 0; }
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -195,18 +205,25 @@ void run_teams(const Plan& plan, int64_t lanes, int64_t reverse, const Batch& ba
 
 int64_t tiles_of(int64_t columns, int64_t tile) { return (columns + tile - 1) / tile; }
 
+// With zoneout, a cell that saves nothing saves its output.
+int64_t saved_of(const Tiling& tiling, const Shape& shape) {
+  return shape.zoned ? std::max<int64_t>(tiling.saved, 1) : tiling.saved;
+}
+
 }  // namespace
 
 std::string cpu_level() { return kernels().name; }
 
 void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std::optional<Tensor> b_ih,
-                       std::optional<Tensor> x_gates, std::optional<Tensor> h_gates, Tensor weight, std::optional<Tensor> bias,
+                       std::optional<Tensor> x_gates, std::optional<Tensor> h_gates, Tensor weight, std::optional<Tensor> vectors,
                        std::optional<Tensor> projection, std::optional<Tensor> h0, std::optional<Tensor> c0,
-                       std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::string cell, int64_t reverse, Tensor y,
+                       std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h,
+                       std::optional<Tensor> hold_c, std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, Tensor y,
                        Tensor h_n, Tensor c_n, Tensor c, Tensor gates) {
   const Kernels& kernel = kernels();
   Forward a{};
-  a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value()};
+  a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
+  a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
   const Tiling tiling = kernel.tiling(a.shape.cell, a.shape.type);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates;
   a.batch = h_n.size(1);
@@ -222,12 +239,16 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
                   "recurrent: needs either x and w_ih (float32 or float64), or x_gates");
   expect(x, wide, rows * input, "x"), expect(w_ih, wide, D * GH * input, "w_ih"), expect(b_ih, narrow, D * GH, "b_ih");
   expect(x_gates, narrow, rows * D * GH, "x_gates"), expect(h_gates, wide, D * a.batch * GH, "h_gates");
-  expect(weight, narrow, D * GH * P, "weight"), expect(bias, narrow, D * H, "bias"), expect(projection, narrow, D * P * H, "projection");
-  expect(h0, narrow, D * a.batch * P, "h0"), expect(c0, wide, D * a.batch * H, "c0");
+  expect(weight, narrow, D * GH * P, "weight"), expect(vectors, narrow, D * tiling.vectors * H, "vectors");
+  expect(projection, narrow, D * P * H, "projection");
+  expect(h0, narrow, D * a.batch * P, "h0"), expect(c0, wide, D * a.batch * tiling.states * H, "c0");
+  STD_TORCH_CHECK(!projection || tiling.states == 1, "recurrent: cell ", cell, " has no projection");
   expect(lengths, ScalarType::Long, a.batch, "lengths"), expect(batch_sizes, ScalarType::Long, steps, "batch_sizes");
+  expect(hold_h, ScalarType::Bool, rows * D * P, "hold_h");
+  expect(hold_c, ScalarType::Bool, tiling.states == 1 ? rows * D * H : 0, "hold_c");
   expect(y, narrow, rows * D * P, "y"), expect(h_n, narrow, D * a.batch * P, "h_n");
-  expect(c_n, wide, tiling.has_c ? D * a.batch * H : 0, "c_n"), expect(c, wide, c.numel() ? rows * D * H : 0, "c");
-  expect(gates, narrow, gates.numel() ? rows * D * tiling.saved * H : 0, "gates");
+  expect(c_n, wide, D * a.batch * tiling.states * H, "c_n"), expect(c, wide, c.numel() ? rows * D * tiling.states * H : 0, "c");
+  expect(gates, narrow, gates.numel() ? rows * D * saved_of(tiling, a.shape) * H : 0, "gates");
 
   // [D, G*H, depth] S -> [D, tiles, depth, tile] A
   const auto pack = [&](const Tensor& weights, int64_t depth) {
@@ -258,7 +279,7 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
         kernel.pack_columns(a.shape.type, static_cast<const char*>(data(projection)) + d * P * H * stored, P, H, tile,
                             static_cast<char*>(packed_projection.get()) + d * lane);
   }
-  a.x_gates = data(x_gates), a.h_gates = data(h_gates), a.bias = data(bias);
+  a.x_gates = data(x_gates), a.h_gates = data(h_gates), a.vectors = data(vectors);
   a.input_weights = packed_input.get(), a.input_bias = data(b_ih);
   a.h0 = data(h0), a.c0 = data(c0);
   a.weights = packed.get(), a.projection = packed_projection.get();
@@ -271,13 +292,15 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
 }
 
 void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc,
-                        Tensor weight, std::optional<Tensor> projection, std::optional<Tensor> h0, std::optional<Tensor> c0,
-                        std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, Tensor y, Tensor c, Tensor gates,
-                        std::string cell, int64_t reverse, bool through_weights, Tensor dgates, Tensor drecurrent, Tensor dprojected,
-                        Tensor dh0, Tensor dc0) {
+                        Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection, std::optional<Tensor> h0,
+                        std::optional<Tensor> c0, std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes,
+                        std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
+                        std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool through_weights, Tensor dgates,
+                        Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0) {
   const Kernels& kernel = kernels();
   Backward a{};
-  a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value()};
+  a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
+  a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
   const Tiling tiling = kernel.tiling(a.shape.cell, a.shape.type);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates, GH = tiling.gates * H;
   a.batch = dh0.size(1);
@@ -288,15 +311,19 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   const ScalarType narrow = y.scalar_type(), wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = y.numel() / (D * P), states = D * a.batch;
   expect(dy, narrow, rows * D * P, "dy"), expect(dh_n, narrow, states * P, "dh_n");
-  expect(dc_n, wide, states * H, "dc_n"), expect(dc, wide, rows * D * H, "dc");
-  expect(weight, narrow, D * GH * P, "weight"), expect(projection, narrow, D * P * H, "projection");
-  expect(h0, narrow, states * P, "h0"), expect(c0, wide, states * H, "c0");
+  expect(dc_n, wide, states * tiling.states * H, "dc_n"), expect(dc, wide, rows * D * tiling.states * H, "dc");
+  expect(weight, narrow, D * GH * P, "weight"), expect(vectors, narrow, D * tiling.vectors * H, "vectors");
+  expect(projection, narrow, D * P * H, "projection");
+  expect(h0, narrow, states * P, "h0"), expect(c0, wide, states * tiling.states * H, "c0");
+  STD_TORCH_CHECK(!projection || tiling.states == 1, "recurrent: cell ", cell, " has no projection");
   expect(lengths, ScalarType::Long, a.batch, "lengths"), expect(batch_sizes, ScalarType::Long, steps, "batch_sizes");
-  expect(y, narrow, rows * D * P, "y"), expect(c, wide, tiling.has_c ? rows * D * H : 0, "c");
-  expect(gates, narrow, rows * D * tiling.saved * H, "gates"), expect(dgates, narrow, rows * D * GH, "dgates");
-  expect(drecurrent, narrow, a.shape.cell == Cell::kGru ? rows * D * H : 0, "drecurrent");
-  expect(dprojected, narrow, projection ? rows * D * P : 0, "dprojected");
-  expect(dh0, narrow, states * P, "dh0"), expect(dc0, wide, tiling.has_c ? states * H : 0, "dc0");
+  expect(hold_h, ScalarType::Bool, rows * D * P, "hold_h");
+  expect(hold_c, ScalarType::Bool, tiling.states == 1 ? rows * D * H : 0, "hold_c");
+  expect(y, narrow, rows * D * P, "y"), expect(c, wide, rows * D * tiling.states * H, "c");
+  expect(gates, narrow, rows * D * saved_of(tiling, a.shape) * H, "gates"), expect(dgates, narrow, rows * D * GH, "dgates");
+  expect(drecurrent, narrow, rows * D * tiling.own_recurrent * H, "drecurrent");
+  expect(doutput, narrow, projection ? rows * D * P : 0, "doutput");
+  expect(dh0, narrow, states * P, "dh0"), expect(dc0, wide, states * tiling.states * H, "dc0");
 
   const int64_t unit_tiles = tiles_of(H, tile_columns), output_tiles = tiles_of(P, tile_columns);
 
@@ -322,10 +349,10 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
                          static_cast<char*>(packed_projection.get()) + d * lane);
   }
   a.dy = data(dy), a.dh_n = data(dh_n), a.dc_n = data(dc_n), a.dc = data(dc);
-  a.h0 = data(h0), a.c0 = data(c0);
+  a.vectors = data(vectors), a.h0 = data(h0), a.c0 = data(c0);
   a.y = data(y), a.c = data(c), a.gates = data(gates);
   a.weights = packed.get(), a.projection = packed_projection.get();
-  a.dgates = mutable_data(dgates), a.drecurrent = mutable_data(drecurrent), a.dprojected = mutable_data(dprojected);
+  a.dgates = mutable_data(dgates), a.drecurrent = mutable_data(drecurrent), a.doutput = mutable_data(doutput);
   a.dh0 = mutable_data(dh0), a.dc0 = mutable_data(dc0);
 
   const Plan plan =

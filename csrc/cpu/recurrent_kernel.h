@@ -1,6 +1,7 @@
 // What the host part (recurrent.cpp) hands to the kernels of an instruction set (recurrent_kernel.inl).
 //
-// Letters: T time, B batch, D lanes, H hidden, G gates, P output of a lane, S saved activations, N rows of a packed batch.
+// Letters: T time, B batch, D lanes, H hidden, G gates, P output of a lane, K states beside h, V vectors of a cell, N rows of a
+// packed batch.
 // "rows x n" is [T, B, D, n] or packed [N, D, n]; S is the storage type (float, double, bfloat16), A the arithmetic type (float, double).
 // Nothing is allocated here and no pointer is kept after the call. No two pointers alias.
 #pragma once
@@ -10,16 +11,18 @@
 
 namespace fastseq::cpu {
 
-enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru };
+enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru, kCoupledLstm, kPeepholeLstm, kSlstm };
 enum class Type { kFloat, kDouble, kBfloat16 };
 
 // Cell facts and the tiles that follow from them: a tile holds whole units, all gates of a unit beside one another.
 struct Tiling {
-  int64_t gates;         // G
-  int64_t saved;         // S activations of the gates tensor
-  bool has_c;
-  int64_t width;         // elements of a vector register
-  int64_t unit_blocks;   // vectors of units in a tile of the gates (LSTM, GRU: 1, since the gates fill the tile)
+  int64_t gates;          // G
+  int64_t saved;          // activations of the gates tensor
+  int64_t states;         // K
+  int64_t vectors;        // V
+  int64_t own_recurrent;  // gates of drecurrent
+  int64_t width;          // elements of a vector register
+  int64_t unit_blocks;    // vectors of units in a tile of the gates (more than one gate: 1, since the gates fill the tile)
 };
 
 constexpr int64_t kTileVectors = 4;  // of a tile over plain columns (backward, projection)
@@ -55,7 +58,15 @@ struct Shape {
   int64_t lanes;      // D
   int64_t hidden;     // H
   int64_t output;     // P
-  bool projected;
+  bool projected;     // of cells with one state beside h
+  bool zoned;         // with zoneout: a cell that saves nothing saves its output before it
+};
+
+// What zoneout keeps of the old h and c: masks or, where they are null, proportions.
+struct Zoneout {
+  const bool* hold_h;  // rows x P
+  const bool* hold_c;  // rows x H
+  double h, c;
 };
 
 struct Forward {
@@ -67,37 +78,40 @@ struct Forward {
   const void* input_bias;     // [D, G*H] S or null
   const void* h_gates;     // [D, B, G*H] A: R h of a single step, in place of weights; or null
   int64_t batch;           // B, of h_gates
-  const void* bias;        // [D, H] S or null
+  const void* vectors;     // [D, V*H] S or null
   const void* h0;          // [D, B, P] S or null
-  const void* c0;          // [D, B, H] A or null
+  const void* c0;          // [D, B, K*H] A or null
   const void* weights;     // [D, tiles, P, tile] A, packed by pack_forward
   const void* projection;  // [D, tiles, H, tile] A, packed by pack_columns, or null
+  Zoneout zoneout;
   void* y;                 // rows x P, S
   void* h_n;               // [D, B, P] S
-  void* c_n;               // [D, B, H] A, LSTM only
-  void* c;                 // rows x H, A, or null
-  void* gates;             // rows x S*H, S, or null
+  void* c_n;               // [D, B, K*H] A
+  void* c;                 // rows x K*H, A, or null
+  void* gates;             // rows x saved*H, S, or null
 };
 
 struct Backward {
   Shape shape;
   const void* dy;            // rows x P, S or null
   const void* dh_n;          // [D, B, P] S or null
-  const void* dc_n;          // [D, B, H] A or null
-  const void* dc;            // rows x H, A or null
+  const void* dc_n;          // [D, B, K*H] A or null
+  const void* dc;            // rows x K*H, A or null
+  const void* vectors;       // [D, V*H] S or null
   const void* h0;            // [D, B, P] S or null
-  const void* c0;            // [D, B, H] A or null
+  const void* c0;            // [D, B, K*H] A or null
   int64_t batch;             // B
+  Zoneout zoneout;
   const void* y;             // rows x P, S
-  const void* c;             // rows x H, A
-  const void* gates;         // rows x S*H, S
+  const void* c;             // rows x K*H, A
+  const void* gates;         // rows x saved*H, S
   const void* weights;       // [D, tiles, G*H, tile] A, packed by pack_rows; null: a single step, R takes no part
   const void* projection;    // [D, tiles, P, tile] A, packed by pack_rows, or null
   void* dgates;              // rows x G*H, S
-  void* drecurrent;          // rows x H, S, GRU only
-  void* dprojected;          // rows x P, S, projection only
+  void* drecurrent;          // rows x own_recurrent*H, S
+  void* doutput;             // rows x P, S, projection only
   void* dh0;                 // [D, B, P] S
-  void* dc0;                 // [D, B, H] A, LSTM only
+  void* dc0;                 // [D, B, K*H] A
 };
 
 // One participant of one team: a lane, a part of the batch, a range of tiles.

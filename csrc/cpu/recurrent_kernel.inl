@@ -8,9 +8,12 @@
 #include <cstdint>
 #include <utility>
 
+#include "../recurrent/cells/coupled_lstm.h"
 #include "../recurrent/cells/gru.h"
 #include "../recurrent/cells/lstm.h"
+#include "../recurrent/cells/peephole_lstm.h"
 #include "../recurrent/cells/rnn.h"
+#include "../recurrent/cells/slstm.h"
 #include "recurrent_kernel.h"
 
 namespace fastseq::cpu::FASTSEQ_LEVEL {
@@ -184,6 +187,30 @@ constexpr int64_t unit_blocks() {
   return C::kGates == 1 ? kTileVectors : 1;
 }
 
+// What the gates tensor holds of a unit: with zoneout at least the step's output before it.
+template <class C, bool kZoned>
+constexpr int saved_of() {
+  return kZoned && C::kSaved == 0 ? 1 : C::kSaved;
+}
+
+// What zoneout keeps of the old value of a state, rows [.., n]: one or zero by a mask, or a proportion.
+template <class A>
+struct Keep {
+  using V = typename Math<A>::V;
+  const bool* hold;
+  A proportion;
+
+  Keep(const bool* hold, double proportion) : hold(hold), proportion(proportion) {}
+  bool any() const { return hold || proportion > 0; }
+  V load(int64_t offset, int64_t n) const { return hold ? Memory<bool, A>::load(hold + offset, n) : V{} + proportion; }
+
+  // the state after zoneout; what is not kept may be infinite
+  static V held(V keep, V before, V after) {
+    const V mixed = keep * before + (A(1) - keep) * after;
+    return keep == 1 ? before : keep == 0 ? after : mixed;
+  }
+};
+
 // Where a participant's columns of a state begin and end, given its tiles.
 struct Range {
   int64_t begin, end;
@@ -191,18 +218,19 @@ struct Range {
       : begin(min(tiles[0] * tile, columns)), end(min(tiles[1] * tile, columns)) {}
 };
 
-template <class S, class A, class C>
+template <class S, class A, class C, bool kZoned>
 struct ForwardKernel {
   using M = Math<A>;
   using V = typename M::V;
   static constexpr int64_t W = M::kWidth;
-  static constexpr int G = C::kGates;
+  static constexpr int G = C::kGates, K = C::kStates;
+  static constexpr int kSaved = saved_of<C, kZoned>();
   static constexpr int64_t UB = unit_blocks<C, A>();
 
   struct Buffers {  // of a team, [slots, ..] each
     int64_t ldh, ldc;
     A* h[2];  // state before and after the step
-    A* c;
+    A* c;     // K states, each like a row
     A* m;  // what the projection sees
 
     Buffers(const Shape& shape, int64_t slots, void* workspace)
@@ -210,7 +238,7 @@ struct ForwardKernel {
       A* p = static_cast<A*>(workspace);
       h[0] = p, p += slots * ldh;
       h[1] = p, p += slots * ldh;
-      c = p, p += C::kHasC ? slots * ldc : 0;
+      c = p, p += slots * K * ldc;
       m = p, p += shape.projected ? slots * ldc : 0;
       size = p - static_cast<A*>(workspace);
     }
@@ -220,6 +248,7 @@ struct ForwardKernel {
   static void run(const Forward& a, const Work& w) {
     const int64_t H = a.shape.hidden, P = a.shape.output, D = a.shape.lanes, d = w.lane, B = a.batch;
     const int64_t GH = G * H;
+    const bool projected = K == 1 && a.shape.projected;
     const Steps steps{w.rows, w.reverse};
     const Buffers buf(a.shape, w.rows.slots, w.workspace);
     const Range units(w.unit_tiles, UB * W, H), outputs(w.output_tiles, kTileVectors * W, P);
@@ -230,26 +259,28 @@ struct ForwardKernel {
     const A* input_weights = at<A>(a.input_weights, d * blocks_of(H, UB * W) * UB * G * W * I);
     const S* input_bias = at<S>(a.input_bias, d * GH);
     const A* h_gates = at<A>(a.h_gates, d * B * GH);
-    const S* bias = at<S>(a.bias, d * H);
+    const S* vectors = at<S>(a.vectors, d * C::kVectors * H);
     const A* weights = at<A>(a.weights, d * blocks_of(H, UB * W) * UB * G * W * P);
     const A* projection = at<A>(a.projection, d * blocks_of(P, W) * W * H);
     S* y = at<S>(a.y, d * P);
-    A* c_all = at<A>(a.c, d * H);
-    S* gates = at<S>(a.gates, d * C::kSaved * H);
+    A* c_all = at<A>(a.c, d * K * H);
+    S* gates = at<S>(a.gates, d * kSaved * H);
+    const Keep<A> keep_h(at<bool>(a.zoneout.hold_h, d * P), a.zoneout.h), keep_c(at<bool>(a.zoneout.hold_c, d * H), a.zoneout.c);
 
     // own columns of the first state; both h buffers hold it until a slot's first step has passed
-    const Range own_h = a.shape.projected ? outputs : units;
+    const Range own_h = projected ? outputs : units;
     for (int64_t s = 0; s < w.rows.slots; ++s) {
       const int64_t place = d * B + w.rows.index[s];
       for (int64_t j = own_h.begin; j < own_h.end; ++j)
         buf.h[0][s * buf.ldh + j] = buf.h[1][s * buf.ldh + j] = a.h0 ? Memory<S, A>::value(at<S>(a.h0, place * P)[j]) : A(0);
-      if (C::kHasC)
-        for (int64_t j = units.begin; j < units.end; ++j) buf.c[s * buf.ldc + j] = a.c0 ? at<A>(a.c0, place * H)[j] : A(0);
+      for (int k = 0; k < K; ++k)
+        for (int64_t j = units.begin; j < units.end; ++j)
+          buf.c[(s * K + k) * buf.ldc + j] = a.c0 ? at<A>(a.c0, (place * K + k) * H)[j] : A(0);
     }
     if (w.first) {
       steps.clear(y, D * P, P);
-      steps.clear(c_all, D * H, H);
-      steps.clear(gates, D * C::kSaved * H, C::kSaved * H);
+      steps.clear(c_all, D * K * H, K * H);
+      steps.clear(gates, D * kSaved * H, kSaved * H);
     }
     if (w.barrier) w.barrier->wait(w.weight);
 
@@ -262,7 +293,7 @@ struct ForwardKernel {
       A* h_new = buf.h[1 - (step & 1)];
       if (w.barrier) gather(h_old, buf.ldh, P, active);
       for_tiles(w.unit_tiles, step, [&](int64_t tile) __attribute__((always_inline)) {
-        const int64_t u0 = tile * UB * W, blocks = min(UB, blocks_of(H - u0, W)), vectors = G * blocks;
+        const int64_t u0 = tile * UB * W, blocks = min(UB, blocks_of(H - u0, W)), registers = G * blocks;
         const A* packed = weights ? weights + tile * UB * G * W * P : nullptr;
         for_row_blocks(active, rows_of_block(NV), [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
           for (int64_t r = 0; r < count; ++r) {
@@ -273,45 +304,53 @@ struct ForwardKernel {
             else
               for (int g = 0; g < G; ++g) prefetch(x_gates + row * D * GH + g * H + u0);
           }
-          if (x_all) multiply_of<A>(count, vectors)(x_rows, input_weights + tile * UB * G * W * I, I, x_sums);
+          if (x_all) multiply_of<A>(count, registers)(x_rows, input_weights + tile * UB * G * W * I, I, x_sums);
           if (packed) {
-            multiply_of<A>(count, vectors)(rows, packed, P, sums);
+            multiply_of<A>(count, registers)(rows, packed, P, sums);
           } else {  // the single step of this call: R h was computed outside
             for (int64_t r = 0; r < count; ++r)
               for (int g = 0; g < G; ++g)
                 for (int64_t b = 0; b < blocks; ++b) {
                   const A* given = h_gates + w.rows.index[begin + r] * GH + g * H + u0 + b * W;
-                  *(V*)(sums + (r * vectors + g * blocks + b) * W) = Memory<A, A>::load(given, H - u0 - b * W);
+                  *(V*)(sums + (r * registers + g * blocks + b) * W) = Memory<A, A>::load(given, H - u0 - b * W);
                 }
           }
           for (int64_t r = 0; r < count; ++r) {
             const int64_t slot = begin + r, row = steps.row(t, slot);
             for (int64_t b = 0; b < blocks; ++b) {
               const int64_t u = u0 + b * W, n = H - u;
-              V x[G], rh[G], saved[C::kSaved + 1], h, c{}, h_next, c_next{};
+              V x[G], rh[G], inner[C::kVectors + 1], saved[kSaved + 1], h, c[K + 1], h_next, c_next[K + 1];
 #pragma GCC unroll 4
               for (int g = 0; g < G; ++g) {
                 if (x_all)
-                  x[g] = *(const V*)(x_sums + (r * vectors + g * blocks + b) * W) +
+                  x[g] = *(const V*)(x_sums + (r * registers + g * blocks + b) * W) +
                          (input_bias ? Memory<S, A>::load(input_bias + g * H + u, n) : V{});
                 else
                   x[g] = Memory<S, A>::load(x_gates + row * D * GH + g * H + u, n);
-                rh[g] = *(const V*)(sums + (r * vectors + g * blocks + b) * W);
+                rh[g] = *(const V*)(sums + (r * registers + g * blocks + b) * W);
               }
-              if (C::kHasC) c = *(const V*)(buf.c + slot * buf.ldc + u);
+#pragma GCC unroll 4
+              for (int k = 0; k < K; ++k) c[k] = *(const V*)(buf.c + (slot * K + k) * buf.ldc + u);
+#pragma GCC unroll 4
+              for (int v = 0; v < C::kVectors; ++v) inner[v] = vectors ? Memory<S, A>::load(vectors + v * H + u, n) : V{};
               // the cells that read h (GRU) have no projection, so that P = H
-              h = a.shape.projected ? V{} : *(const V*)(h_old + slot * buf.ldh + u);
-              const V inside = C::kHasRecurrentBias && bias ? Memory<S, A>::load(bias + u, n) : V{};
-              C::forward(x, rh, inside, h, c, saved, h_next, c_next);
-              if (C::kHasC) {
-                *(V*)(buf.c + slot * buf.ldc + u) = c_next;
-                if (c_all) Memory<A, A>::store(c_all + row * D * H + u, c_next, n);
+              h = projected ? V{} : *(const V*)(h_old + slot * buf.ldh + u);
+              C::forward(x, rh, inner, h, c, saved, h_next, c_next);
+              if constexpr (kZoned) {
+                if (!C::kSaved) saved[0] = h_next;
+                if (!projected)
+                  h_next = keep_h.held(keep_h.load(row * D * P + u, n), h, Memory<S, A>::rounded(h_next));
+                if (K == 1) c_next[0] = keep_c.held(keep_c.load(row * D * H + u, n), c[0], c_next[0]);
+              }
+#pragma GCC unroll 4
+              for (int k = 0; k < K; ++k) {
+                *(V*)(buf.c + (slot * K + k) * buf.ldc + u) = c_next[k];
+                if (c_all) Memory<A, A>::store(c_all + (row * D * K + k) * H + u, c_next[k], n);
               }
               if (gates)
-#pragma GCC unroll 4
-                for (int g = 0; g < C::kSaved; ++g)
-                  Memory<S, A>::store(gates + row * D * C::kSaved * H + g * H + u, saved[g], n);
-              if (a.shape.projected) {
+#pragma GCC unroll 8
+                for (int g = 0; g < kSaved; ++g) Memory<S, A>::store(gates + (row * D * kSaved + g) * H + u, saved[g], n);
+              if (projected) {
                 *(V*)(buf.m + slot * buf.ldc + u) = h_next;
               } else {
                 *(V*)(h_new + slot * buf.ldh + u) = Memory<S, A>::rounded(h_next);
@@ -321,7 +360,7 @@ struct ForwardKernel {
           }
         });
       });
-      if (a.shape.projected) {
+      if (projected) {
         if (w.barrier) w.barrier->wait(w.weight);
         for (int64_t tile = w.output_tiles[0]; tile < w.output_tiles[1]; ++tile) {
           const Columns<A> columns(tile, P);
@@ -331,7 +370,12 @@ struct ForwardKernel {
             for (int64_t r = 0; r < count; ++r)
               for (int64_t b = 0; b < columns.blocks; ++b) {
                 const int64_t j = columns.begin + b * W;
-                const V h = *(const V*)(sums + (r * columns.blocks + b) * W);
+                V h = *(const V*)(sums + (r * columns.blocks + b) * W);
+                if constexpr (kZoned) {
+                  const V before = *(const V*)(h_old + (begin + r) * buf.ldh + j);
+                  const V keep = keep_h.load(steps.row(t, begin + r) * D * P + j, P - j);
+                  h = keep_h.held(keep, before, Memory<S, A>::rounded(h));
+                }
                 *(V*)(h_new + (begin + r) * buf.ldh + j) = Memory<S, A>::rounded(h);
                 Memory<S, A>::store(y + steps.row(t, begin + r) * D * P + j, h, P - j);
               }
@@ -350,26 +394,27 @@ struct ForwardKernel {
         __builtin_memcpy(h_n, h + own_h.begin, (own_h.end - own_h.begin) * sizeof(S));
       else
         __builtin_memset(h_n, 0, (own_h.end - own_h.begin) * sizeof(S));
-      if (C::kHasC)
-        __builtin_memcpy(at<A>(a.c_n, place * H) + units.begin, buf.c + s * buf.ldc + units.begin,
+      for (int k = 0; k < K; ++k)
+        __builtin_memcpy(at<A>(a.c_n, (place * K + k) * H) + units.begin, buf.c + (s * K + k) * buf.ldc + units.begin,
                          (units.end - units.begin) * sizeof(A));
     }
   }
 };
 
-template <class S, class A, class C>
+template <class S, class A, class C, bool kZoned>
 struct BackwardKernel {
   using M = Math<A>;
   using V = typename M::V;
   static constexpr int64_t W = M::kWidth;
-  static constexpr int G = C::kGates;
+  static constexpr int G = C::kGates, K = C::kStates, kOwn = C::kOwnRecurrent;
+  static constexpr int kSaved = saved_of<C, kZoned>();
   static constexpr int64_t UB = kTileVectors;  // unit blocks of a tile
 
   struct Buffers {  // of a team, [slots, ..] each
     int64_t ldg, ldh, ldp;
     A* dgates[2];  // gradient of R h, of the step before (in the walk) and of this one
     A* dh;         // what reached h other than through R h; before a slot's first step, its dh_n
-    A* dc;
+    A* dc;         // K states, each like a row
     A* dp;  // gradient of the projected output
 
     Buffers(const Shape& shape, int64_t slots, void* workspace)
@@ -378,7 +423,7 @@ struct BackwardKernel {
       dgates[0] = p, p += slots * ldg;
       dgates[1] = p, p += slots * ldg;
       dh = p, p += slots * ldh;
-      dc = p, p += C::kHasC ? slots * ldp : 0;
+      dc = p, p += slots * K * ldp;
       dp = p, p += shape.projected ? slots * ldh : 0;
       size = p - static_cast<A*>(workspace);
     }
@@ -388,22 +433,24 @@ struct BackwardKernel {
   static void run(const Backward& a, const Work& w) {
     const int64_t H = a.shape.hidden, P = a.shape.output, D = a.shape.lanes, d = w.lane, B = a.batch;
     const int64_t GH = G * H;
-    const bool projected = a.shape.projected;
+    const bool projected = K == 1 && a.shape.projected;
     const Steps steps{w.rows, !w.reverse};  // against the direction of the forward pass
     const Buffers buf(a.shape, w.rows.slots, w.workspace);
     const Range units(w.unit_tiles, UB * W, H), outputs(w.output_tiles, UB * W, P);
     const Range own_h = projected ? outputs : units;
 
     const S* dy = at<S>(a.dy, d * P);
-    const A* dc_all = at<A>(a.dc, d * H);
+    const A* dc_all = at<A>(a.dc, d * K * H);
+    const S* vectors = at<S>(a.vectors, d * C::kVectors * H);
     const S* y = at<S>(a.y, d * P);
-    const A* c_all = at<A>(a.c, d * H);
-    const S* gates = at<S>(a.gates, d * C::kSaved * H);
+    const A* c_all = at<A>(a.c, d * K * H);
+    const S* gates = at<S>(a.gates, d * kSaved * H);
     const A* weights = at<A>(a.weights, d * blocks_of(P, W) * W * GH);
     const A* projection = at<A>(a.projection, d * blocks_of(H, W) * W * P);
     S* dgates = at<S>(a.dgates, d * GH);
-    S* drecurrent = C::kHasRecurrentBias ? at<S>(a.drecurrent, d * H) : nullptr;
-    S* dprojected = projected ? at<S>(a.dprojected, d * P) : nullptr;
+    S* drecurrent = kOwn ? at<S>(a.drecurrent, d * kOwn * H) : nullptr;
+    S* doutput = projected ? at<S>(a.doutput, d * P) : nullptr;
+    const Keep<A> keep_h(at<bool>(a.zoneout.hold_h, d * P), a.zoneout.h), keep_c(at<bool>(a.zoneout.hold_c, d * H), a.zoneout.c);
 
     for (int64_t s = 0; s < w.rows.slots; ++s) {
       const int64_t place = d * B + w.rows.index[s];
@@ -412,13 +459,14 @@ struct BackwardKernel {
       for (int64_t g = 0; g < G; ++g)
         for (int64_t j = units.begin; j < units.end; ++j)
           buf.dgates[0][s * buf.ldg + g * H + j] = buf.dgates[1][s * buf.ldg + g * H + j] = A(0);
-      if (C::kHasC)
-        for (int64_t j = units.begin; j < units.end; ++j) buf.dc[s * buf.ldp + j] = a.dc_n ? at<A>(a.dc_n, place * H)[j] : A(0);
+      for (int k = 0; k < K; ++k)
+        for (int64_t j = units.begin; j < units.end; ++j)
+          buf.dc[(s * K + k) * buf.ldp + j] = a.dc_n ? at<A>(a.dc_n, (place * K + k) * H)[j] : A(0);
     }
     if (w.first) {
       steps.clear(dgates, D * GH, GH);
-      steps.clear(drecurrent, D * H, H);
-      steps.clear(dprojected, D * P, P);
+      steps.clear(drecurrent, D * kOwn * H, kOwn * H);
+      steps.clear(doutput, D * P, P);
     }
     if (w.barrier) w.barrier->wait(w.weight);
 
@@ -433,48 +481,66 @@ struct BackwardKernel {
         for (int64_t i = 0; i < count * columns.blocks * W; ++i) sums[i] = A(0);
       }
     };
-    // one block of units of one slot, given the whole gradient of its h (before the projection)
-    const auto finish = [&](int64_t t, int64_t slot, int64_t row, int64_t u, V dh, A* dgates_new) __attribute__((always_inline)) {
+    // one block of units of one slot, given the gradient of what the step computed (before the projection), and what zoneout kept
+    const auto finish = [&](int64_t t, int64_t slot, int64_t row, int64_t u, V dh, V dh_kept, A* dgates_new)
+                            __attribute__((always_inline)) {
       const int64_t n = H - u;
       // the forward pass came from this step, if the slot was active in it
       const int64_t before = w.reverse ? t + 1 : t - 1;
       const bool inside = before >= 0 && before < w.rows.steps && slot < steps.active(before);
       const int64_t before_row = inside ? steps.row(before, slot) : 0, place = d * B + w.rows.index[slot];
-      V saved[C::kSaved + 1], h{}, c{}, h_new{}, c_new{}, dc{}, dx[G], dr[G], dh_direct{}, dc_prev{};
+      V saved[kSaved + 1], inner[C::kVectors + 1], h{}, c[K + 1], h_new{}, c_new[K + 1], dc[K + 1];
+      V dx[G], dr[G], dh_direct{}, dc_prev[K + 1], dc_kept{};
+#pragma GCC unroll 8
+      for (int g = 0; g < kSaved; ++g) saved[g] = Memory<S, A>::load(gates + (row * D * kSaved + g) * H + u, n);
 #pragma GCC unroll 4
-      for (int g = 0; g < C::kSaved; ++g) saved[g] = Memory<S, A>::load(gates + row * D * C::kSaved * H + g * H + u, n);
-      if (C::kHasC) {
-        c_new = Memory<A, A>::load(c_all + row * D * H + u, n);
+      for (int v = 0; v < C::kVectors; ++v) inner[v] = vectors ? Memory<S, A>::load(vectors + v * H + u, n) : V{};
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        c_new[k] = Memory<A, A>::load(c_all + (row * D * K + k) * H + u, n);
+        c[k] = V{};
         if (inside)
-          c = Memory<A, A>::load(c_all + before_row * D * H + u, n);
+          c[k] = Memory<A, A>::load(c_all + (before_row * D * K + k) * H + u, n);
         else if (a.c0)
-          c = Memory<A, A>::load(at<A>(a.c0, place * H) + u, n);
-        dc = *(const V*)(buf.dc + slot * buf.ldp + u);
-        if (dc_all) dc += Memory<A, A>::load(dc_all + row * D * H + u, n);
-      } else if (C::kSaved) {
+          c[k] = Memory<A, A>::load(at<A>(a.c0, (place * K + k) * H) + u, n);
+        dc[k] = *(const V*)(buf.dc + (slot * K + k) * buf.ldp + u);
+        if (dc_all) dc[k] += Memory<A, A>::load(dc_all + (row * D * K + k) * H + u, n);
+      }
+      if (!K && C::kSaved) {
         if (inside)
           h = Memory<S, A>::load(y + before_row * D * P + u, n);
         else if (a.h0)
           h = Memory<S, A>::load(at<S>(a.h0, place * P) + u, n);
-      } else {
-        h_new = Memory<S, A>::load(y + row * D * P + u, n);
+      } else if (!K) {
+        h_new = kZoned ? saved[0] : Memory<S, A>::load(y + row * D * P + u, n);
       }
-      C::backward(dh, dc, saved, h, c, h_new, c_new, dx, dr, dh_direct, dc_prev);
+      if constexpr (kZoned && K == 1) {
+        if (keep_c.any()) {
+          const V keep = keep_c.load(row * D * H + u, n);
+          dc_kept = keep * dc[0];
+          dc[0] = (A(1) - keep) * dc[0];
+          c_new[0] = C::candidate(saved, c[0]);
+        }
+      }
+      C::backward(dh, dc, saved, inner, h, c, h_new, c_new, dx, dr, dh_direct, dc_prev);
+      if constexpr (kZoned && K == 1) dc_prev[0] += dc_kept;
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
         Memory<S, A>::store(dgates + row * D * GH + g * H + u, dx[g], n);
         Memory<A, A>::store(dgates_new + slot * buf.ldg + g * H + u, Memory<S, A>::rounded(dr[g]), n);
       }
-      if (C::kHasRecurrentBias) Memory<S, A>::store(drecurrent + row * D * H + u, dr[G - 1], n);
-      if (C::kHasC) *(V*)(buf.dc + slot * buf.ldp + u) = dc_prev;
-      if (!projected) *(V*)(buf.dh + slot * buf.ldh + u) = dh_direct;
+#pragma GCC unroll 4
+      for (int g = 0; g < kOwn; ++g) Memory<S, A>::store(drecurrent + (row * D * kOwn + g) * H + u, dr[G - kOwn + g], n);
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) *(V*)(buf.dc + (slot * K + k) * buf.ldp + u) = dc_prev[k];
+      if (!projected) *(V*)(buf.dh + slot * buf.ldh + u) = kZoned ? dh_direct + dh_kept : dh_direct;
     };
     const auto fetch = [&](int64_t t, int64_t slot, int64_t u0, int64_t blocks) __attribute__((always_inline)) {
       const int64_t row = steps.row(t, slot);
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t u = u0 + b * W;
-        for (int g = 0; g < C::kSaved; ++g) prefetch(gates + row * D * C::kSaved * H + g * H + u);
-        if (C::kHasC) prefetch(c_all + row * D * H + u);
+        for (int g = 0; g < kSaved; ++g) prefetch(gates + (row * D * kSaved + g) * H + u);
+        for (int k = 0; k < K; ++k) prefetch(c_all + (row * D * K + k) * H + u);
         if (dy) prefetch(dy + row * D * P + u);
       }
     };
@@ -499,12 +565,18 @@ struct BackwardKernel {
               const int64_t u = columns.begin + b * W;
               V dh = *(const V*)(sums + (r * columns.blocks + b) * W) + *(const V*)(buf.dh + slot * buf.ldh + u);
               if (dy) dh += Memory<S, A>::load(dy + row * D * P + u, P - u);
+              V kept{};
+              if constexpr (kZoned) {
+                const V keep = keep_h.load(row * D * P + u, P - u);
+                kept = keep * dh;
+                dh = (A(1) - keep) * dh;
+              }
               if (projected) {
                 *(V*)(buf.dp + slot * buf.ldh + u) = dh;
-                *(V*)(buf.dh + slot * buf.ldh + u) = V{};
-                Memory<S, A>::store(dprojected + row * D * P + u, dh, P - u);
+                *(V*)(buf.dh + slot * buf.ldh + u) = kept;
+                Memory<S, A>::store(doutput + row * D * P + u, dh, P - u);
               } else {
-                finish(t, slot, row, u, dh, dgates_new);
+                finish(t, slot, row, u, dh, kept, dgates_new);
               }
             }
           }
@@ -523,7 +595,7 @@ struct BackwardKernel {
             for (int64_t r = 0; r < count; ++r)
               for (int64_t b = 0; b < columns.blocks; ++b)
                 finish(t, begin + r, steps.row(t, begin + r), columns.begin + b * W,
-                       *(const V*)(sums + (r * columns.blocks + b) * W), dgates_new);
+                       *(const V*)(sums + (r * columns.blocks + b) * W), V{}, dgates_new);
           });
         }
       }
@@ -548,10 +620,10 @@ struct BackwardKernel {
           }
       });
     }
-    if (C::kHasC)
-      for (int64_t s = 0; s < w.rows.slots; ++s)
-        __builtin_memcpy(at<A>(a.dc0, (d * B + w.rows.index[s]) * H) + units.begin, buf.dc + s * buf.ldp + units.begin,
-                         (units.end - units.begin) * sizeof(A));
+    for (int64_t s = 0; s < w.rows.slots; ++s)
+      for (int k = 0; k < K; ++k)
+        __builtin_memcpy(at<A>(a.dc0, ((d * B + w.rows.index[s]) * K + k) * H) + units.begin,
+                         buf.dc + (s * K + k) * buf.ldp + units.begin, (units.end - units.begin) * sizeof(A));
   }
 };
 
@@ -562,7 +634,10 @@ auto with_cell(Cell cell, F&& body) {
     case Cell::kRnnTanh: return body.template operator()<S, A, RnnTanh<Math<A>>>();
     case Cell::kRnnRelu: return body.template operator()<S, A, RnnRelu<Math<A>>>();
     case Cell::kLstm: return body.template operator()<S, A, Lstm<Math<A>>>();
-    default: return body.template operator()<S, A, Gru<Math<A>>>();
+    case Cell::kGru: return body.template operator()<S, A, Gru<Math<A>>>();
+    case Cell::kCoupledLstm: return body.template operator()<S, A, CoupledLstm<Math<A>>>();
+    case Cell::kPeepholeLstm: return body.template operator()<S, A, PeepholeLstm<Math<A>>>();
+    default: return body.template operator()<S, A, Slstm<Math<A>>>();
   }
 }
 
@@ -594,7 +669,7 @@ FASTSEQ_HOST_DEVICE void transpose(V* square) {
 
 Tiling tiling(Cell cell, Type type) {
   return with_types(cell, type, []<class S, class A, class C>() {
-    return Tiling{C::kGates, C::kSaved, C::kHasC, Math<A>::kWidth, unit_blocks<C, A>()};
+    return Tiling{C::kGates, C::kSaved, C::kStates, C::kVectors, C::kOwnRecurrent, Math<A>::kWidth, unit_blocks<C, A>()};
   });
 }
 
@@ -656,24 +731,32 @@ void pack_rows(Type type, const void* weight, int64_t depth, int64_t columns, in
 
 int64_t forward_workspace(const Shape& shape, int64_t slots) {
   return with_types(shape.cell, shape.type, [&]<class S, class A, class C>() {
-    return typename ForwardKernel<S, A, C>::Buffers(shape, slots, nullptr).size;
+    return typename ForwardKernel<S, A, C, false>::Buffers(shape, slots, nullptr).size;
   });
 }
 
 int64_t backward_workspace(const Shape& shape, int64_t slots) {
   return with_types(shape.cell, shape.type, [&]<class S, class A, class C>() {
-    return typename BackwardKernel<S, A, C>::Buffers(shape, slots, nullptr).size;
+    return typename BackwardKernel<S, A, C, false>::Buffers(shape, slots, nullptr).size;
   });
 }
 
 void forward(const Forward& arguments, const Work& work) {
-  with_types(arguments.shape.cell, arguments.shape.type,
-             [&]<class S, class A, class C>() { ForwardKernel<S, A, C>::run(arguments, work); });
+  with_types(arguments.shape.cell, arguments.shape.type, [&]<class S, class A, class C>() {
+    if (arguments.shape.zoned)
+      ForwardKernel<S, A, C, true>::run(arguments, work);
+    else
+      ForwardKernel<S, A, C, false>::run(arguments, work);
+  });
 }
 
 void backward(const Backward& arguments, const Work& work) {
-  with_types(arguments.shape.cell, arguments.shape.type,
-             [&]<class S, class A, class C>() { BackwardKernel<S, A, C>::run(arguments, work); });
+  with_types(arguments.shape.cell, arguments.shape.type, [&]<class S, class A, class C>() {
+    if (arguments.shape.zoned)
+      BackwardKernel<S, A, C, true>::run(arguments, work);
+    else
+      BackwardKernel<S, A, C, false>::run(arguments, work);
+  });
 }
 
 }  // namespace

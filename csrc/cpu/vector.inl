@@ -13,6 +13,7 @@ struct Lanes<float> {
   typedef float V __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   typedef uint32_t U __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef uint8_t B __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 4)));
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   static constexpr int kMantissa = 23;
   static constexpr int32_t kOne = 0x3f800000;
@@ -24,6 +25,9 @@ struct Lanes<float> {
   // minimax of (2^f - 1) / f on [-1/2, 1/2], relative error 1.1e-8
   static constexpr float kExp2[] = {0.69314718792566665f, 0.24022649794964410f, 0.055503574336481868f,
                                     0.0096182374941833146f, 0.0013390735475399872f, 0.00015403512618661003f};
+  // minimax of (2 atanh(t) / t - 2) / t^2 over t^2 on [0, 1/9], of atanh relative error 4.1e-10
+  static constexpr float kAtanh[] = {0.666666673205274125f, 0.399997063319297174f, 0.285923579943028377f, 0.217065758008803726f,
+                                     0.232243292240233488f};
 };
 
 template <>
@@ -31,6 +35,7 @@ struct Lanes<double> {
   typedef double V __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   typedef uint64_t U __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef uint8_t B __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 8)));
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int kMantissa = 52;
   static constexpr int64_t kOne = 0x3ff0000000000000;
@@ -44,6 +49,11 @@ struct Lanes<double> {
                                      0.0096181291076070652998,  0.0013333558146531644707,  0.00015403530441481283746,
                                      0.000015252733701200713074, 1.3215442723878388157e-6, 1.0178121305806718011e-7,
                                      7.0725617683983011661e-9,  4.4455361318481760235e-10};
+  // relative error 5.1e-18
+  static constexpr double kAtanh[] = {0.66666666666666658561,  0.400000000000145826732, 0.28571428567108757162,
+                                      0.222222227174278629893, 0.181817894361328581693, 0.153855700649586231034,
+                                      0.133141442096549361503, 0.120010728095907125352, 0.0880073848614467388222,
+                                      0.161640456119435322209};
 };
 
 // Elementwise mathematics of the cells.
@@ -53,7 +63,8 @@ struct Math {
   using I = typename Lanes<A>::I;
   static constexpr int kWidth = sizeof(V) / sizeof(A);
 
-  // e^(k x) = 2^n (1 + p): gives 2^n and p, |p| < 1/2; |k x| must not exceed kLargest (a NaN stays one)
+  // e^(k x) = 2^n (1 + p): gives 2^n and p, |p| < 1/2 (a NaN stays one). |k x| must not exceed kLargest; up to twice that, the upper
+  // bits of 2^n, then no number, still tell n
   static FASTSEQ_HOST_DEVICE void exp_parts(V x, A k, V& scale, V& fraction) {
     using L = Lanes<A>;
     const V shifted = x * (k * L::kLog2e) + L::kRound;
@@ -76,6 +87,30 @@ struct Math {
     return A(1) / (A(1) + (scale + scale * fraction));
   }
 
+  // e^x over the whole range, subnormal numbers included: 2^n, which may not fit, as the product of two halves
+  static FASTSEQ_HOST_DEVICE V exp(V x) {
+    using L = Lanes<A>;
+    V scale, fraction;
+    x = x > 2 * L::kLargest ? V{} + 2 * L::kLargest : x;
+    x = x < -2 * L::kLargest ? V{} - 2 * L::kLargest : x;
+    exp_parts(x, 1, scale, fraction);
+    const I n = ((I)scale - L::kOne) >> L::kMantissa, half = n >> 1;
+    const V power = (V)((half << L::kMantissa) + L::kOne), rest = (V)(((n - half) << L::kMantissa) + L::kOne);
+    return (power + power * fraction) * rest;
+  }
+
+  // log(sigmoid(x)) = min(x, 0) - log(1 + e), e = e^-|x|, and log(1 + e) = 2 atanh(e / (2 + e)), which cancels nowhere
+  static FASTSEQ_HOST_DEVICE V log_sigmoid(V x) {
+    using L = Lanes<A>;
+    const V e = exp(x < 0 ? x : -x);
+    const V t = e / (e + A(2)), square = t * t;
+    constexpr int last = sizeof(L::kAtanh) / sizeof(A) - 1;
+    V q = V{} + L::kAtanh[last];
+#pragma GCC unroll 16
+    for (int i = last - 1; i >= 0; --i) q = q * square + L::kAtanh[i];
+    return (x < 0 ? x : V{}) - (A(2) * t + t * square * q);
+  }
+
   // With e = e^2|x| - 1, formed without cancellation: e / (e + 2) keeps the relative accuracy of small arguments, 1 - 2 / (e + 2) that of
   // the distance to 1, which the derivative 1 - tanh^2 lives on.
   static FASTSEQ_HOST_DEVICE V tanh(V x) {
@@ -94,6 +129,12 @@ struct Math {
 
   // d where h > 0, else zero
   static FASTSEQ_HOST_DEVICE V where_positive(V h, V d) { return h > 0 ? d : V{}; }
+
+  // a where x < y, else b
+  static FASTSEQ_HOST_DEVICE V where_less(V x, V y, V a, V b) { return x < y ? a : b; }
+
+  // a NaN on either side stays one
+  static FASTSEQ_HOST_DEVICE V maximum(V a, V b) { return (a > b) | (a != a) ? a : b; }
 };
 
 // Moves between memory (float, double or bfloat16) and vectors; n < kWidth at the end of a row.
@@ -165,5 +206,23 @@ struct Memory<bfloat16, float> {
     float f;
     __builtin_memcpy(&f, &bits, sizeof f);
     return f;
+  }
+};
+
+// Masks: one where true, else zero.
+template <class A>
+struct Memory<bool, A> {
+  using V = typename Lanes<A>::V;
+  using B = typename Lanes<A>::B;
+  static constexpr int kWidth = sizeof(V) / sizeof(A);
+
+  static FASTSEQ_HOST_DEVICE V load(const bool* p, int64_t n) {
+    B bytes{};
+    if (n >= kWidth) {
+      __builtin_memcpy(&bytes, p, sizeof(B));
+    } else {
+      for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
+    }
+    return __builtin_convertvector(bytes, V);
   }
 };

@@ -96,6 +96,19 @@ def attention_configs(capability: int, instead: dict[str, Any] | None = None) ->
         configs.of = before
 
 
+@contextmanager
+def recurrent_configs(capability: int) -> Iterator[None]:
+    """Recurrent launchers choose configs as on a device of this architecture, whatever form the environment forces."""
+    from fastseq.kernels.recurrent import configs
+
+    before = configs.shared_memory, configs.forced_form
+    configs.shared_memory, configs.forced_form = lambda device: ARCHITECTURES[capability].block, lambda: None
+    try:
+        yield
+    finally:
+        configs.shared_memory, configs.forced_form = before
+
+
 def compiled(launch: Launch, capability: int) -> Any:
     """The kernel, specialised to the launch's arguments by Triton's own rules (alignment, ones, constants)."""
     import triton

@@ -43,7 +43,9 @@ WITH_DTYPES = [
 
 
 def test_all_six_are_there():
-    assert sorted(info.module_cls.__name__ for info in INFOS) == sorted(fastseq.modules.recurrent.__all__ + fastseq.modules.recurrent_cells.__all__)
+    assert sorted(info.module_cls.__name__ for info in INFOS) == sorted(
+        fastseq.modules.recurrent.__all__ + fastseq.modules.recurrent_cells.__all__
+    )
 
 
 @pytest.mark.parametrize(("info", "dtype"), WITH_DTYPES)

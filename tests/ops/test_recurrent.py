@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 import fastseq
 from fastseq import backends
 from fastseq import functional as F
+from fastseq.backends.cpu.recurrent import CELLS as NATIVE
 from fastseq.cells import CELLS, Cell
 from fastseq.reference.cells import steps
 from fastseq.reference.recurrent import state_dtype
 from fastseq.testing.battery import OpBattery
 from fastseq.testing.cases import RECURRENT_CASES, SMALL_RECURRENT_CASES, VARIANT_CASES, RecurrentCase
-from fastseq.testing.compare import assert_close_to_truth
+from fastseq.testing.compare import assert_close_to_truth, pooled_error
 
 SEED = 11  # of what zoneout draws
 FUNCTIONS: dict[str, Any] = {"lstm": F.lstm, "gru": F.gru, "rnn_tanh": F.rnn, "rnn_relu": F.rnn}
@@ -135,6 +137,20 @@ def input_and_vectors(case: RecurrentCase, cell: Cell, rows: Tensor, weights: di
     elif cell.vectors and inside is None:
         inside = weights["weight_peephole"].to(wide)
     return x_gates + (b_ih + b_hh), inside
+
+
+@functools.cache
+def plain_error(case: RecurrentCase, dtype: torch.dtype) -> float:
+    """PyTorch's largest relative error of a few sets of inputs: a norm over few units magnifies that of some rows a lot."""
+    battery, worst = TestRecurrent(), 0.0
+    for seed in range(1, 5):
+        inputs = battery.make(case, dtype, seed=seed)
+        truth, true_grads = battery.truth(inputs)
+        outputs = plain(inputs)
+        grads = battery.gradients(outputs, inputs)
+        named = [dict(enumerate(outs)) | grads for outs, grads in ((outputs, grads), (truth, true_grads))]
+        worst = max(worst, pooled_error(*({str(name): value for name, value in results.items()} for results in named)))
+    return worst
 
 
 class TestRecurrent(OpBattery):
@@ -261,6 +277,9 @@ class TestRecurrent(OpBattery):
             projection, h0, c0, lengths, batch_sizes, None, None, y, c, gates, case.cell, reverse, 0.0, 0.0,
         )  # fmt: skip
         return [(torch.ops.fastseq.recurrent_forward.default, forward), (torch.ops.fastseq.recurrent_backward.default, backward)]
+
+    def own_error(self, case, dtype):
+        return plain_error(case, dtype) if CELLS[case.cell].normalised else 0.0
 
     def gradients_jump(self, case, dtype):
         return case.cell == "rnn_relu" and dtype == torch.bfloat16  # test_relu_gradients_in_bfloat16 instead
@@ -437,7 +456,7 @@ class TestCpuKernels:
         if torch.ops.fastseq_native.cpu_level() != level:
             pytest.skip(f"this processor has no {level}")
         battery = TestRecurrent()
-        for case in RECURRENT_CASES[::3]:
+        for case in [case for case in RECURRENT_CASES if case.cell in NATIVE][::3]:
             battery.test_forward_and_gradients(case, dtype, "cpu")
 
     def test_raw_op_refuses_what_does_not_fit(self):
@@ -445,17 +464,24 @@ class TestCpuKernels:
         x, w_ih, weight = torch.randn(3, 2, 4), torch.randn(15, 4), torch.randn(1, 15, 5)
         y, h_n, empty = torch.empty(3, 2, 1, 5), torch.empty(1, 2, 5), torch.empty(0)
 
-        def call(x=x, w_ih=w_ih, weight=weight, bias=None, c=empty):
+        def call(x=x, w_ih=w_ih, weight=weight, vectors=None, projection=None, hold_h=None, hold_c=None, gates=empty, cell="gru"):
             torch.ops.fastseq_native.recurrent_forward(
-                x, w_ih, None, None, None, weight, bias, None, None, None, None, None, "gru", 0, y, h_n, empty, c, empty
-            )
+                x, w_ih, None, None, None, weight, vectors, projection, None, None, None, None, hold_h, hold_c, cell, 0, 0.0, 0.0,
+                y, h_n, empty, empty, gates,
+            )  # fmt: skip
 
         call()
         for wrong, message in (
             ({"x": x[:, :, :3].contiguous()}, "w_ih must have 45 elements, got 60"),
             ({"w_ih": w_ih.double()}, "w_ih has a wrong dtype"),
             ({"weight": torch.randn(1, 5, 15).mT}, "weight must be contiguous"),
-            ({"bias": torch.randn(1, 4)}, "bias must have 5 elements, got 4"),
+            ({"vectors": torch.randn(1, 4)}, "vectors must have 5 elements, got 4"),
+            ({"projection": torch.randn(1, 5, 5)}, "cell gru has no projection"),
+            ({"hold_h": torch.zeros(3, 2, 1, 4, dtype=torch.bool)}, "hold_h must have 30 elements, got 24"),
+            ({"hold_h": torch.zeros(3, 2, 1, 5)}, "hold_h has a wrong dtype"),
+            ({"hold_c": torch.zeros(3, 2, 1, 5, dtype=torch.bool)}, "hold_c must have 0 elements, got 30"),
+            ({"gates": torch.empty(30)}, "gates must have 120 elements, got 30"),
+            ({"cell": "layer_norm_gru"}, "cell layer_norm_gru is none of rnn_tanh, .*, slstm"),
             ({"x": None}, "either x and w_ih"),
         ):
             with pytest.raises(RuntimeError, match=message):

@@ -16,7 +16,7 @@ from ..query import RecurrentQuery
 _FUSED_ROWS = 4
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "coupled_lstm", "peephole_lstm", "slstm")
 
 
 def why_not(query: RecurrentQuery) -> list[str]:
@@ -29,8 +29,6 @@ def why_not(query: RecurrentQuery) -> list[str]:
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
     if query.cell not in CELLS:
         against.append(f"cell {query.cell} is not one of {', '.join(CELLS)}")
-    if query.zoned:
-        against.append("no zoneout")
     return against
 
 
@@ -62,8 +60,12 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
         _state(call.c0, wide),
         _int64(call.lengths),
         call.batch_sizes,
+        _dense(call.hold_h),
+        _dense(call.hold_c),
         call.cell,
         _bits(call.reverse),
+        call.zoneout_h,
+        call.zoneout_c,
         y,
         h_n,
         c_n,
@@ -88,16 +90,21 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, 
         _state(call.dc_n, wide),
         _state(call.dc, wide),
         call.weight.contiguous(),
+        _dense(call.vectors),
         _dense(call.projection),
         _state(call.h0, dtype),
         _state(call.c0, wide),
         _int64(call.lengths),
         call.batch_sizes,
+        _dense(call.hold_h),
+        _dense(call.hold_c),
         y.contiguous(),
         call.c.contiguous(),
         call.gates.contiguous(),
         call.cell,
         _bits(call.reverse),
+        call.zoneout_h,
+        call.zoneout_c,
         not once,
         dgates,
         drecurrent,

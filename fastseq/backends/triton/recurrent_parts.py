@@ -24,8 +24,10 @@ class _Launched:
         row = call.row
         self.call, self.math = call, configs.CELLS[call.cell]
         self.config = configs.of(
-            call.rows.device, call.dtype, len(row.gates), call.hidden, call.batch, call.projection is not None, row.normalised
-        )
+            call.rows.device, call.dtype, len(row.gates), call.hidden, call.batch, call.projection is not None, row.normalised,
+            one_step=call.steps == 1 and call.lengths is None, backward=isinstance(call, Backward),
+            exact=call.dtype == torch.float32 and fp32_precision() == "ieee",
+        )  # fmt: skip
         self.layout = _layout(call)
         self.zoneout = _zoneout(call)
         self.weight = call.weight.contiguous()
@@ -54,11 +56,14 @@ class _Launched:
 class ForwardLaunch(_Launched):
     """``results``: y, h_n, c_n, c, gates, as the op's contract has them; ``c`` and ``gates`` are None where nobody wants them."""
 
+    call: Forward
+
     def __init__(self, call: Forward) -> None:
         super().__init__(call)
         row, x, lanes, states = call.row, call.x, call.lanes, call.row.wide_states * call.hidden
         leading = x.shape[:-1]
-        self.x_gates = call.input_gates().contiguous()
+        # the form with one step projects the input itself
+        self.x_gates = None if self.config.form == "single" else call.input_gates().contiguous()
         self.y = self.room(*leading, lanes, call.width)
         self.h_n = x.new_empty(lanes, call.batch, call.width)
         self.c_n = x.new_empty((lanes, call.batch, states) if row.has_c else (0,), dtype=call.wide)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from .recurrent_parts import BackwardLaunch, ForwardLaunch, product
 
 
@@ -13,8 +11,9 @@ def forward(launch: ForwardLaunch) -> None:
     call, config, options = launch.call, launch.config, launch.options
     x, lanes, batch, width, wide = call.rows, call.lanes, call.batch, call.width, call.wide
     projection = call.projection
-    state = x.new_zeros(lanes, batch, width) if launch.h0 is None else launch.h0.clone()
-    cells = torch.zeros_like(launch.c_n) if launch.c0 is None else launch.c0.clone()
+    # the states live where their last values are wanted
+    state = launch.h_n.zero_() if launch.h0 is None else launch.h_n.copy_(launch.h0)
+    cells = launch.c_n.zero_() if launch.c0 is None else launch.c_n.copy_(launch.c0)
     inner = state if projection is None else x.new_empty(lanes, batch, call.hidden)
     product_of_state = x.new_empty(lanes, batch, call.weight.shape[1], dtype=wide)
     projected = x.new_empty((lanes, batch, width) if projection is not None else (0,), dtype=wide)
@@ -31,8 +30,6 @@ def forward(launch: ForwardLaunch) -> None:
             stepwise.emit[launch.grid(width)](
                 projected, state, launch.y, launch.layout, launch.zoneout, n, width, **tiles, **config.options
             )
-    launch.h_n.copy_(state)
-    launch.c_n.copy_(cells)
 
 
 def backward(launch: BackwardLaunch) -> None:

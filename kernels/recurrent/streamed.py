@@ -1,0 +1,208 @@
+"""Whole sequences in one launch where no program can hold the recurrent weights: it reads them from the L2 cache in every step.
+
+A program walks over all steps of a lane and a block of the batch, in each over blocks of BH units. What all units of the next
+step need of this one lies in global memory, in two buffers that take turns, since a tile in registers cannot be indexed. One
+barrier ends a step: what a program's threads wrote before it they all see. Nothing passes between programs. Weights and buffers
+are padded with zeros to HP units, a multiple of 16, so that they are read in whole vectors.
+"""
+
+import triton
+import triton.language as tl
+
+from fastseq.kernels.recurrent.parts import (
+    add,
+    choose,
+    held,
+    held_states,
+    lengths_of,
+    load_tiles,
+    load_vectors,
+    rows_of,
+    split,
+    split_states,
+    store_tiles,
+    zero_tiles,
+)
+
+
+@triton.jit
+def forward(
+    x_gates,  # [rows, D, G*H]
+    weight,  # [D, G, HP, HP]
+    vectors,  # [D, V*H] or None
+    h,  # [D, 2, B, HP]: the first of two is the state before the first step; both are written
+    c,  # [D, B, K*H], wide: state, updated
+    y,  # [rows, D, H]
+    h_n,  # [D, B, H]
+    c_all,  # [rows, D, K*H] wide, or None
+    gates,  # [rows, D, S*H] or None
+    layout, zoneout, H, HP,
+    STEP: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OUTPUT_SAVED: tl.constexpr,
+    KEEP_H: tl.constexpr, KEEP_C: tl.constexpr,
+    BB: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of the batch, D)."""
+    d = tl.program_id(1)
+    b = tl.program_id(0) * BB + tl.arange(0, BB)
+    mine = (b < layout.B)[:, None]
+    place = (d * layout.B + b).to(tl.int64)[:, None]
+    lengths = lengths_of(layout, b)
+    backwards = ((layout.reverse >> d) & 1) != 0
+    narrow = y.dtype.element_ty
+
+    steps = tl.max(lengths, 0)
+    for n in range(steps):
+        t = tl.where(backwards, steps - 1 - n, n)
+        row = (rows_of(layout, t, b) * layout.D + d)[:, None]
+        old = ((2 * d + n % 2) * layout.B + b).to(tl.int64)[:, None] * HP
+        new = ((2 * d + 1 - n % 2) * layout.B + b).to(tl.int64)[:, None] * HP
+        for u0 in range(0, H, BH):
+            u = u0 + tl.arange(0, BH)
+            real = (u < H)[None, :]
+            own, active = mine & (u < HP)[None, :], (t < lengths)[:, None] & real
+            x = load_tiles(x_gates, row * (G * H) + u[None, :], active, H, G, ACC)
+            h_old = tl.load(h + old + u[None, :], mask=own, other=0.0)
+            c_old = load_tiles(c, place * (K * H) + u[None, :], active, H, K, ACC)
+            v = load_vectors(vectors, d, u, H, V, BH, ACC)
+            r = zero_tiles(G, BB, BH, ACC)
+            for k0 in range(0, HP, BK):
+                k = k0 + tl.arange(0, BK)
+                h_k = tl.load(h + old + k[None, :], mask=mine & (k < HP)[None, :], other=0.0)
+                more = ()
+                for g in tl.static_range(G):
+                    entry = ((d * G + g) * HP + u[None, :]).to(tl.int64) * HP + k[:, None]
+                    r_k = tl.load(weight + entry, mask=(k < HP)[:, None] & (u < HP)[None, :], other=0.0)
+                    more = more + (tl.dot(h_k, r_k, r[g], input_precision=PRECISION, out_dtype=ACC),)
+                r = more
+            h_new, c_new, saved = STEP(x, r, v, h_old.to(ACC), c_old, real, H)
+            h_new = h_new.to(narrow)
+            if OUTPUT_SAVED:
+                saved = (h_new,)
+            at = row * H + u[None, :]
+            h_new = held(zoneout.hold_h, at, active, KEEP_H, h_old.to(ACC), h_new.to(ACC)).to(narrow)
+            c_new = held_states(zoneout.hold_c, at, active, KEEP_C, c_old, c_new, K)
+            tl.store(h + new + u[None, :], tl.where(active, h_new, h_old), mask=own)
+            tl.store(y + at, h_new, mask=active)
+            store_tiles(c, place * (K * H) + u[None, :], c_new, active, H, K)
+            if c_all is not None:
+                store_tiles(c_all, row * (K * H) + u[None, :], c_new, active, H, K)
+            if gates is not None:
+                store_tiles(gates, row * (S * H) + u[None, :], saved, active, H, S)
+        tl.debug_barrier()
+    last = ((2 * d + steps % 2) * layout.B + b).to(tl.int64)[:, None] * HP
+    for u0 in range(0, H, BH):
+        u = u0 + tl.arange(0, BH)[None, :]
+        own = mine & (u < H)
+        tl.store(h_n + place * H + u, tl.load(h + last + u, mask=own, other=0.0), mask=own)
+
+
+@triton.jit
+def backward(
+    dy,  # [rows, D, H] or None
+    dh,  # [D, B, H], wide: what reached h but through R, updated
+    dc,  # [D, B, K*H], wide, updated
+    dc_all,  # [rows, D, K*H] or None, wide
+    dr_gates,  # [D, 2, B, G*HP]: gradient of R h, 0 where the sequence has no such step; the first of two is 0, both are written
+    weight,  # [D, G, HP, HP]
+    vectors,  # [D, V*H] or None
+    h0,  # [D, B, H] or None
+    c0,  # [D, B, K*H] or None, wide
+    y,  # [rows, D, H]
+    c_all,  # [rows, D, K*H], wide
+    gates,  # [rows, D, S*H]
+    dgates,  # [rows, D, G*H]
+    drecurrent,  # [rows, D, OWN*H] or None
+    dh0,  # [D, B, H]
+    layout, zoneout, H, HP,
+    STEP_BACKWARD: tl.constexpr, CANDIDATE: tl.constexpr, READS: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OWN: tl.constexpr, OUTPUT_SAVED: tl.constexpr,
+    KEEP_H: tl.constexpr, KEEP_C: tl.constexpr,
+    BB: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of the batch, D). Against the direction of the forward pass."""
+    d = tl.program_id(1)
+    b = tl.program_id(0) * BB + tl.arange(0, BB)
+    mine = (b < layout.B)[:, None]
+    place = (d * layout.B + b).to(tl.int64)[:, None]
+    lengths = lengths_of(layout, b)
+    backwards = ((layout.reverse >> d) & 1) != 0
+    narrow = y.dtype.element_ty
+    own_weight = weight + d.to(tl.int64) * (G * HP) * HP
+
+    steps = tl.max(lengths, 0)
+    for n in range(steps):
+        t = tl.where(backwards, n, steps - 1 - n)
+        row = (rows_of(layout, t, b) * layout.D + d)[:, None]
+        before = tl.where(backwards, t + 1, t - 1)
+        had = ((before >= 0) & (before < lengths) & (t < lengths))[:, None]
+        row_before = (rows_of(layout, tl.minimum(tl.maximum(before, 0), layout.T - 1), b) * layout.D + d)[:, None]
+        old = ((2 * d + n % 2) * layout.B + b).to(tl.int64)[:, None] * (G * HP)
+        new = ((2 * d + 1 - n % 2) * layout.B + b).to(tl.int64)[:, None] * (G * HP)
+        for u0 in range(0, H, BH):
+            u = u0 + tl.arange(0, BH)
+            real = (u < H)[None, :]
+            own, active, was = mine & real, (t < lengths)[:, None] & real, had & real
+            at, at_state, at_states = row * H + u[None, :], place * H + u[None, :], place * (K * H) + u[None, :]
+            dh_t = through(dr_gates + old, mine, own_weight, u, HP, G * HP, BB, BH, BK, ACC, PRECISION)
+            dh_t += tl.load(dh + at_state, mask=own, other=0.0)
+            waiting = dh_t
+            if dy is not None:
+                dh_t += tl.load(dy + at, mask=active, other=0.0).to(ACC)
+            dh_kept, dh_t = split(zoneout.hold_h, at, active, KEEP_H, dh_t)
+            dc_t = load_tiles(dc, at_states, active, H, K, ACC)
+            if dc_all is not None:
+                dc_t = add(dc_t, load_tiles(dc_all, row * (K * H) + u[None, :], active, H, K, ACC), K)
+            dc_kept, dc_t = split_states(zoneout.hold_c, at, active, KEEP_C, dc_t, K)
+            saved = load_tiles(gates, row * (S * H) + u[None, :], active, H, S, ACC)
+            v = load_vectors(vectors, d, u, H, V, BH, ACC)
+            h_prev, h, c_prev, c = dh_t, dh_t, dc_t, dc_t
+            if K > 0:
+                c = load_tiles(c_all, row * (K * H) + u[None, :], active, H, K, ACC)
+                c_prev = zero_tiles(K, BB, BH, ACC)
+                if c0 is not None:
+                    c_prev = load_tiles(c0, at_states, active, H, K, ACC)
+                c_prev = choose(was, load_tiles(c_all, row_before * (K * H) + u[None, :], was, H, K, ACC), c_prev, K)
+                if zoneout.hold_c is not None or KEEP_C > 0:
+                    c = (CANDIDATE(saved, c_prev[0]),)
+            if READS == "h_prev":
+                h_prev = tl.load(y + row_before * H + u[None, :], mask=was, other=0.0).to(ACC)
+                if h0 is not None:
+                    h_prev = tl.where(was, h_prev, tl.load(h0 + at_state, mask=active, other=0.0).to(ACC))
+            if OUTPUT_SAVED:
+                h = saved[0]
+            elif READS == "h":
+                h = tl.load(y + at, mask=active, other=0.0).to(ACC)
+            dx, dr, direct, dc_new = STEP_BACKWARD(dh_t, dc_t, saved, v, h_prev, c_prev, h, c, real, H)
+            store_tiles(dgates, row * (G * H) + u[None, :], dx, active, H, G)
+            if drecurrent is not None:
+                store_tiles(drecurrent, row * (OWN * H) + u[None, :], dr, active, H, OWN, G - OWN)
+            dr = choose(active, dr, zero_tiles(G, BB, BH, ACC), G)
+            store_tiles(dr_gates, new + u[None, :], dr, mine & (u < HP)[None, :], HP, G)
+            tl.store(dh + at_state, tl.where(active, direct + dh_kept, waiting), mask=own)
+            store_tiles(dc, at_states, add(dc_new, dc_kept, K), active, H, K)
+        tl.debug_barrier()
+    last = ((2 * d + steps % 2) * layout.B + b).to(tl.int64)[:, None] * (G * HP)
+    for u0 in range(0, H, BH):
+        u = u0 + tl.arange(0, BH)
+        own, at_state = mine & (u < H)[None, :], place * H + u[None, :]
+        dh_t = through(dr_gates + last, mine, own_weight, u, HP, G * HP, BB, BH, BK, ACC, PRECISION)
+        dh_t += tl.load(dh + at_state, mask=own, other=0.0)
+        tl.store(dh0 + at_state, dh_t.to(narrow), mask=own)
+
+
+@triton.jit
+def through(
+    dr_gates,  # pointers [BB, 1] to rows of N values
+    mine,  # [BB, 1]
+    weight,  # [N, HP]
+    u, HP, N,
+    BB: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BB, BH]: gradient of the units u through R."""
+    total = tl.zeros((BB, BH), ACC)
+    for k0 in range(0, N, BK):
+        k = k0 + tl.arange(0, BK)
+        dr = tl.load(dr_gates + k[None, :], mask=mine & (k < N)[None, :], other=0.0)
+        r = tl.load(weight + k[:, None].to(tl.int64) * HP + u[None, :], mask=(k < N)[:, None] & (u < HP)[None, :], other=0.0)
+        total = tl.dot(dr, r, total, input_precision=PRECISION, out_dtype=ACC)
+    return total

@@ -1,0 +1,329 @@
+"""The forms of the Triton recurrent kernels: each forced, against the reference, and which one the table chooses."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+from fastseq import backends  # noqa: E402
+from fastseq import functional as F  # noqa: E402
+from fastseq.backends.triton import recurrent as triton_backend  # noqa: E402
+from fastseq.backends.triton.recurrent_parts import BackwardLaunch, ForwardLaunch  # noqa: E402
+from fastseq.cells import CELLS  # noqa: E402
+from fastseq.kernels.recurrent import configs  # noqa: E402
+from fastseq.reference import recurrent as reference  # noqa: E402
+from fastseq.reference.recurrent import Backward, Forward, state_dtype  # noqa: E402
+from fastseq.testing.compare import assert_all_close_to_truth  # noqa: E402
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+on_gpu = pytest.mark.gpu
+DIVISIBLE = [name for name, row in CELLS.items() if not row.normalised]
+OUTPUTS = ("y", "h_n", "c_n", "c", "gates")
+GRADIENTS = ("dgates", "drecurrent", "doutput", "dh0", "dc0")
+H100, A100, CONSUMER = 227 << 10, 163 << 10, 99 << 10
+
+
+def problem(cell, *, steps, batch, hidden, lanes=2, inputs=0, layout="padded", zoneout="none", bias=True, state=True) -> Forward:
+    """In fp64; with ``inputs`` the op projects them, else they are input gates."""
+    torch.manual_seed(0)
+    row = CELLS[cell]
+    lengths = torch.tensor([max(0, steps - b) for b in range(batch)])
+    if layout == "packed":
+        lengths = lengths.clamp(min=1)
+    sizes = (lengths[None] > torch.arange(steps)[:, None]).sum(1)
+    rows = (int(sizes.sum()),) if layout == "packed" else (steps, batch)
+    gates, zoned_c = len(row.gates) * hidden, row.wide_states == 1
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    return Forward(
+        x=random(*rows, inputs or lanes * gates),
+        w_ih=random(lanes * gates, inputs) / inputs**0.5 if inputs else None,
+        b_ih=random(lanes * gates) if inputs and bias else None,
+        weight=random(lanes, gates, hidden) / hidden**0.5,
+        vectors=random(lanes, len(row.vectors) * hidden) if row.vectors else None,
+        projection=None,
+        h0=random(lanes, batch, hidden) if state else None,
+        # positive, as the normaliser of an sLSTM is, which cannot begin at 0
+        c0=random(lanes, batch, row.wide_states * hidden).abs() if row.has_c and (state or row.wide_states > 1) else None,
+        lengths=lengths if layout == "lengths" else None,
+        batch_sizes=sizes if layout == "packed" else None,
+        hold_h=torch.rand(*rows, lanes, hidden) < 0.4 if zoneout == "mask" else None,
+        hold_c=torch.rand(*rows, lanes, hidden) < 0.4 if zoneout == "mask" and zoned_c else None,
+        cell=cell,
+        reverse=[0, 1][:lanes],
+        zoneout_h=0.3 if zoneout == "proportion" else 0.0,
+        zoneout_c=0.4 if zoneout == "proportion" and zoned_c else 0.0,
+        save_c=True,
+        save_gates=True,
+    )
+
+
+def cast(call: Forward, dtype: torch.dtype, device: str) -> Forward:
+    wide = state_dtype(dtype)
+
+    def moved(name: str, value: object) -> object:
+        if not isinstance(value, Tensor) or name == "batch_sizes":
+            return value
+        return value.to(device, (wide if name == "c0" else dtype) if value.is_floating_point() else None)
+
+    return replace(call, **{f.name: moved(f.name, getattr(call, f.name)) for f in fields(call) if f.init})
+
+
+def backward_of(call: Forward, results: tuple[Tensor, ...]) -> Backward:
+    """With every gradient given."""
+    y, h_n, c_n, c, gates = results
+    generator = torch.Generator().manual_seed(1)
+
+    def like(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, dtype=torch.float64, generator=generator).to(tensor)
+
+    given = [like(y), like(h_n), *((like(c_n), like(c)) if call.row.has_c else (None, None))]
+    return Backward(
+        *given, call.weight, call.vectors, call.projection, call.h0, call.c0, call.lengths, call.batch_sizes, call.hold_h,
+        call.hold_c, y, c, gates, call.cell, call.reverse, call.zoneout_h, call.zoneout_c,
+    )  # fmt: skip
+
+
+def results_of(backend, forward: str, backward: str, call: Forward) -> dict[str, Tensor]:
+    """Outputs, and the gradients that follow from them."""
+    outputs = getattr(backend, forward)(call)
+    gradients = getattr(backend, backward)(backward_of(call, outputs))
+    return dict(zip(OUTPUTS + GRADIENTS, (*outputs, *gradients), strict=True))
+
+
+def expected_of(call: Forward) -> dict[str, Tensor]:
+    return results_of(reference, "forward", "backward", call)
+
+
+def actual_of(call: Forward) -> dict[str, Tensor]:
+    return results_of(triton_backend, "recurrent_forward", "recurrent_backward", call)
+
+
+def assert_same(call: Forward) -> None:
+    expected = expected_of(call)
+    for name, value in actual_of(call).items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    return lambda form: monkeypatch.setenv("FASTSEQ_TRITON_RECURRENT", form)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several blocks of units and several tiles of weights where there are few units."""
+    monkeypatch.setattr(configs, "_streamed", lambda *_: ({"BB": 2, "BH": 16, "BK": 16}, {"num_warps": 4, "num_stages": 1}))
+
+
+@interpreted
+@pytest.mark.parametrize("layout,zoneout", [("padded", "none"), ("lengths", "mask"), ("packed", "proportion")])
+@pytest.mark.parametrize("cell", DIVISIBLE)
+def test_streamed_is_the_reference(forced, small_tiles, cell, layout, zoneout):
+    """Blocks of a batch with rows that have no step; 20 units, padded to 32."""
+    forced("streamed")
+    call = problem(cell, steps=2, batch=3, hidden=20, layout=layout, zoneout=zoneout)
+    assert ForwardLaunch(call).config.form == "streamed"
+    assert_same(call)
+
+
+@interpreted
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_streamed_without_states(forced, small_tiles, steps):
+    forced("streamed")
+    assert_same(problem("lstm", steps=steps, batch=3, hidden=16, lanes=1, inputs=3, state=False))
+
+
+@interpreted
+def test_streamed_with_the_tiles_of_a_gpu(forced, monkeypatch):
+    forced("streamed")
+    monkeypatch.setattr(configs, "shared_memory", lambda device: H100)
+    assert_same(problem("gru", steps=2, batch=17, hidden=133, lanes=1))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "batch,inputs,zoneout", [(1, 3, "none"), (3, 0, "mask"), (4, 70, "proportion"), (6, 40, "mask"), (16, 0, "none")]
+)
+@pytest.mark.parametrize("cell", DIVISIBLE)
+def test_single_is_the_reference(cell, batch, inputs, zoneout):
+    """Sums for up to four rows, matrix instructions beyond; inputs longer than a tile, and input gates."""
+    call = problem(cell, steps=1, batch=batch, hidden=9, inputs=inputs, zoneout=zoneout, bias=batch != 6)
+    assert ForwardLaunch(call).config.form == "single"
+    assert_same(call)
+
+
+@interpreted
+@pytest.mark.parametrize("batch", [2, 7])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_single_of_weights_longer_than_a_tile(cell, batch):
+    call = problem(cell, steps=1, batch=batch, hidden=70, lanes=1, inputs=130)
+    assert ForwardLaunch(call).config.form == "single"
+    assert_same(call)
+
+
+@interpreted
+@pytest.mark.parametrize("batch", [3, 8])
+def test_single_without_states_and_without_saving(batch):
+    call = problem("lstm", steps=1, batch=batch, hidden=5, inputs=4, state=False)
+    expected = reference.forward(call)
+    outputs = triton_backend.recurrent_forward(replace(call, save_c=False, save_gates=False))
+    for value, other in zip(outputs[:3], expected, strict=False):
+        torch.testing.assert_close(value, other)
+    assert outputs[3].numel() == outputs[4].numel() == 0
+
+
+@interpreted
+def test_more_rows_than_a_single_step_takes(forced):
+    call = problem("lstm", steps=1, batch=18, hidden=5, inputs=4, lanes=1)
+    assert ForwardLaunch(call).config.form == "stepwise"
+    assert_same(call)
+    forced("single")
+    assert ForwardLaunch(call).config.form == "single"
+    assert_same(call)
+
+
+@interpreted
+@pytest.mark.parametrize("cell", ["layer_norm_lstm", "layer_norm_gru"])
+def test_one_normalised_step_is_not_divided(forced, cell):
+    forced("single")
+    call = problem(cell, steps=1, batch=3, hidden=5, inputs=4)
+    config = ForwardLaunch(call).config
+    assert config.form == "stepwise"
+    assert "normalisation" in config.reason
+    assert_same(call)
+
+
+@interpreted
+@pytest.mark.parametrize("form", ["whole", "stepwise"])
+def test_the_other_forms_take_one_step_if_forced(forced, form):
+    forced(form)
+    call = problem("gru", steps=1, batch=3, hidden=5, inputs=4)
+    assert ForwardLaunch(call).config.form == BackwardLaunch(backward_of(call, reference.forward(call))).config.form == form
+    assert_same(call)
+
+
+@interpreted
+@pytest.mark.parametrize("batch", [2, 8])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_torchs_cells(cell, batch):
+    """Outputs and every gradient of a module's step."""
+    torch.manual_seed(0)
+    module = {"rnn_tanh": nn.RNNCell, "lstm": nn.LSTMCell, "gru": nn.GRUCell}[cell](6, 9, dtype=torch.float64)
+    x, h, c = (torch.randn(batch, n, dtype=torch.float64, requires_grad=True) for n in (6, 9, 9))
+    state, params = (h, c) if cell == "lstm" else h, list(module.parameters())
+    wanted = [x, h, *([c] if cell == "lstm" else []), *params]
+    with backends.use_backend("triton"):
+        ours = {"rnn_tanh": F.rnn_cell, "lstm": F.lstm_cell, "gru": F.gru_cell}[cell](x, state, *params)
+        gradients = torch.autograd.grad(sum(t.square().sum() for t in (ours if cell == "lstm" else [ours])), wanted)
+    torchs = module(x, state)
+    expected = torch.autograd.grad(sum(t.square().sum() for t in (torchs if cell == "lstm" else [torchs])), wanted)
+    torch.testing.assert_close(ours, torchs)
+    torch.testing.assert_close(gradients, expected)
+
+
+PRECISIONS = [
+    pytest.param(device, dtype, marks=mark)
+    for device, dtype, mark in (
+        ("cpu", torch.float32, interpreted),
+        ("cpu", torch.float16, interpreted),
+        ("cuda", torch.float16, on_gpu),
+        ("cuda", torch.bfloat16, on_gpu),
+    )
+]
+
+
+@pytest.mark.parametrize("device,dtype", PRECISIONS)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "slstm"])
+@pytest.mark.parametrize("form,steps,batch", [("streamed", 4, 3), ("single", 1, 3), ("single", 1, 7)])
+def test_as_precise_as_the_reference(forced, form, steps, batch, cell, device, dtype):
+    forced(form)
+    rounded = cast(problem(cell, steps=steps, batch=batch, hidden=24, inputs=10), dtype, device)
+    assert ForwardLaunch(rounded).config.form == form
+    truth = expected_of(cast(rounded, torch.float64, device))
+    assert_all_close_to_truth(actual_of(rounded), expected_of(rounded), truth)
+
+
+def chosen(shared, dtype, cell, hidden, batch=32, projected=False, form=None, one_step=False, backward=False):
+    row = CELLS[cell]
+    return configs.recurrent(
+        shared, dtype, len(row.gates), hidden, batch, projected, row.normalised, form, one_step, backward
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shared", "dtype", "cell", "hidden", "form"),
+    [
+        (H100, torch.bfloat16, "lstm", 128, "whole"),
+        (A100, torch.bfloat16, "lstm", 128, "whole"),
+        (CONSUMER, torch.bfloat16, "lstm", 128, "streamed"),
+        (CONSUMER, torch.bfloat16, "lstm", 64, "whole"),
+        (H100, torch.bfloat16, "lstm", 129, "streamed"),
+        (H100, torch.bfloat16, "lstm", 256, "streamed"),
+        (H100, torch.bfloat16, "lstm", 257, "stepwise"),
+        (H100, torch.bfloat16, "gru", 295, "streamed"),
+        (H100, torch.bfloat16, "gru", 296, "stepwise"),
+        (H100, torch.bfloat16, "rnn_tanh", 256, "whole"),
+        (A100, torch.bfloat16, "rnn_tanh", 512, "streamed"),
+        (CONSUMER, torch.bfloat16, "rnn_tanh", 513, "stepwise"),
+        (H100, torch.float32, "lstm", 64, "whole"),
+        (CONSUMER, torch.float32, "lstm", 64, "whole"),
+        (A100, torch.float32, "lstm", 100, "streamed"),
+        (H100, torch.float32, "lstm", 182, "stepwise"),
+        (H100, torch.bfloat16, "layer_norm_lstm", 128, "whole"),
+        (H100, torch.bfloat16, "layer_norm_lstm", 256, "stepwise"),
+    ],
+)
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_table(shared, dtype, cell, hidden, form, backward):
+    config = chosen(shared, dtype, cell, hidden, backward=backward)
+    assert config.form == form
+    assert "KiB" in config.reason
+
+
+def test_the_table_for_batches_projections_and_single_steps():
+    bf16 = torch.bfloat16
+    assert chosen(H100, bf16, "lstm", 256, batch=1024).form == "streamed"
+    assert chosen(H100, bf16, "lstm", 256, batch=1025).form == "stepwise"
+    assert chosen(H100, bf16, "lstm", 64, projected=True).form == "stepwise"
+    assert chosen(H100, bf16, "lstm", 4096, batch=16, one_step=True).form == "single"
+    assert chosen(H100, bf16, "lstm", 64, batch=17, one_step=True).form == "stepwise"
+    assert chosen(H100, bf16, "lstm", 64, batch=1, one_step=True, backward=True).form == "stepwise"
+    assert chosen(H100, bf16, "lstm", 64, batch=1, one_step=True, projected=True).form == "stepwise"
+
+
+@pytest.mark.parametrize("form", configs.FORMS)
+def test_a_form_that_cannot_run_a_call_is_not_forced(form):
+    bf16 = torch.bfloat16
+    assert chosen(H100, bf16, "lstm", 64, form=form).form == ("whole" if form == "single" else form)
+    assert chosen(H100, bf16, "lstm", 64, form=form, one_step=True).form == form
+    assert chosen(H100, bf16, "lstm", 64, form=form, projected=True).form == "stepwise"
+    normalised = chosen(H100, bf16, "layer_norm_gru", 64, form=form).form
+    assert normalised == (form if form in ("whole", "stepwise") else "whole")
+
+
+@pytest.mark.parametrize("shared", [H100, A100, CONSUMER])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("hidden", [16, 100, 129, 512])
+@pytest.mark.parametrize("cell", DIVISIBLE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_streamed_tiles_fit(shared, dtype, cell, hidden, backward):
+    """All stages but the one in registers lie in shared memory."""
+    config = chosen(shared, dtype, cell, hidden, form="streamed", backward=backward)
+    tiles, stages = config.tiles, config.options["num_stages"]
+    beside = 1 if backward else len(CELLS[cell].gates)
+    assert 2 <= stages
+    assert (stages - 1) * (beside * tiles["BH"] + tiles["BB"]) * tiles["BK"] * dtype.itemsize <= shared
+
+
+def test_an_unknown_form_is_refused(forced):
+    forced("resident")
+    with pytest.raises(ValueError, match="FASTSEQ_TRITON_RECURRENT=resident is none of single, whole, streamed, stepwise"):
+        triton_backend.recurrent_forward(problem("lstm", steps=2, batch=2, hidden=4))
