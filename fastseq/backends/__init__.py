@@ -59,7 +59,7 @@ _listeners: list[Callable[[str], None]] = []
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force a backend within a ``with`` block: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"torch"``, ``"reference"``; ``"auto"``: none.
+    """Force a backend within a ``with`` block: one of ``ORDER``; ``"auto"`` or None: the best one, call by call.
 
     A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting
     holds for the whole process (backward passes run in other threads). ``FASTSEQ_BACKEND`` sets the same from outside.

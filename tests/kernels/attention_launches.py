@@ -6,17 +6,12 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TABLE = Path(__file__).with_name("attention_resources.json")
+from fastseq.testing.triton_gate import Gate, Row, architecture_of, kernel_of, point_of
+
 B, H, G, T = 2, 8, 4, 4096
 # Head dims by dtype: every tile, and those that pad it. tf32 takes fp32's tiles, once each.
 HEAD_DIMS = (64, 128, 256, 96, 16, 32, 192)
@@ -46,13 +41,9 @@ SINGLE = (
     "packed",
     "blocks",
 )
-SHARED_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes for a block
 WITHOUT_PRODUCTS = ("delta_of_out", "combine")
 BEST = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}  # for 16-bit operands
 SMALL_TILES = ("decode",)  # 16 rows, where the instructions of sm_90 and sm_100 take 64 and more
-# Registers and shared memory may grow as long as a multiprocessor holds as many blocks as before: less than that costs nothing.
-# What spills already, with its reason, may spill a quarter more before somebody has to look at it.
-MARGIN = 1.25
 
 
 class Point(NamedTuple):
@@ -184,116 +175,32 @@ def wanted(spec: Any, v: bool) -> list[bool]:
     return [True, True, v, *(t is not None for t in (spec.bias, spec.relative_bias, spec.relative_q, spec.relative_k))]
 
 
-def figures(point: Point) -> list[dict[str, Any]]:
-    """A row for each kernel that the point launches."""
-    from fastseq.testing.triton_compile import resources
-
-    rows = []
-    for launch in launches(point):
-        name = launch.kernel.__name__
-        tile = {key: launch.kwargs[key] for key in ("BM", "BN") if key in launch.kwargs}
-        try:
-            found = resources(launch, point.capability).as_dict()
-        except Exception as error:  # noqa: BLE001  whatever the compiler says is the result
-            found = {"failed": f"{type(error).__name__}: {_reason(error)}"}
-        rows.append({"key": f"{point.key}: {name}", **tile, **found})
-    return rows
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost message: a compilation error quotes the source of every function on the way."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip(" ^"))[-300:]
-
-
-def each(chosen: list[Point], processes: int) -> Iterator[dict[str, Any]]:
-    """Rows in the order of the points."""
-    os.environ.pop("TRITON_INTERPRET", None)  # of the processes that compile
-    if processes == 1:
-        for point in chosen:
-            yield from figures(point)
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(figures, chosen):
-            yield from rows
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="compile everything and write the table")
-    parser.add_argument("--json", action="store_true", help="print rows")
-    parser.add_argument("--only", default="", help="points whose key contains every one of these words")
-    parser.add_argument("--keys", help="points with exactly these keys, separated by semicolons")
-    parser.add_argument("--processes", type=int, default=2)
-    args = parser.parse_args(argv)
-    keep: Callable[[Point], bool] = lambda p: all(word in p.key.split() for word in args.only.split())  # noqa: E731
-    if args.keys:
-        keys = set(args.keys.split(";"))
-        keep = lambda p: p.key in keys  # noqa: E731
-    rows = []
-    for row in each([p for p in points() if keep(p)], args.processes):
-        rows.append(row)
-        if args.json:
-            print(json.dumps(row), flush=True)
-    if args.write:
-        write(rows, merge=bool(args.only or args.keys))
-    return 0
-
-
-def write(rows: list[dict[str, Any]], *, merge: bool) -> None:
-    """The table, a line for each kernel."""
-    import triton
-
-    table = json.loads(TABLE.read_text())["kernels"] if merge and TABLE.exists() else {}
-    for row in rows:
-        table[row["key"]] = {name: value for name, value in row.items() if name != "key"}
-        reason = reason_of(row["key"], row.get("spilled", 0))
-        if reason and row.get("spilled"):
-            table[row["key"]]["reason"] = reason
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(table[key])}" for key in table)
-    TABLE.write_text(f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n{lines}\n }}\n}}\n')
-
-
-def variant_of(key: str) -> str:
-    return key.split()[1]
-
-
 def reason_of(key: str, spilled: int) -> str | None:
-    """Why the kernel may spill so many bytes, if it may."""
-    return REASONS.get(variant_of(key)) or (FEW_REASON if spilled <= FEW else REASONS.get(key.rpartition(" ")[2]))
+    """Why the kernel may spill so many bytes of each thread, if it may."""
+    variant = point_of(key).split()[1]
+    return REASONS.get(variant) or (FEW_REASON if spilled <= FEW else REASONS.get(kernel_of(key)))
 
 
-def faults(row: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
-    """What is wrong with a kernel's figures, by themselves and against the table's (None: those of another compiler)."""
-    if "failed" in row:
-        return [f"does not compile: {row['failed']}"]
-    _, _, dtype, _, architecture = row["key"].split(":")[0].split()
-    kernel = row["key"].rpartition(" ")[2]
-    found = []
-    limit = SHARED_LIMITS[int(architecture.removeprefix("sm_"))]
-    if row["registers"] > 255:
-        found.append(f"{row['registers']} registers, 255 are there")
-    if row["shared"] > limit:
-        found.append(f"{row['shared']} bytes of shared memory, a block may have {limit}")
-    if row["spilled"] and reason_of(row["key"], row["spilled"]) is None:
-        found.append(f"spills {row['spilled']} bytes of each thread into local memory")
-    if not row["products"] and dtype != "float32" and kernel not in WITHOUT_PRODUCTS:
-        found.append("has no matrix instruction")
-    best = BEST[int(architecture.removeprefix("sm_"))]
-    small = kernel in SMALL_TILES or variant_of(row["key"]) in NARROW
-    if row["products"] not in ("", best) and dtype in ("float16", "bfloat16") and not small:
-        found.append(f"multiplies by {row['products']}, {architecture} has {best}")
-    if before is None or "failed" in before:
-        return found
-    if row["products"] != before["products"]:
-        found.append(f"matrix instruction {row['products'] or 'none'}, was {before['products'] or 'none'}")
-    if row["resident"] < before["resident"]:
-        found.append(f"{row['resident']} blocks on a multiprocessor, were {before['resident']}")
-    if row["spilled"] > MARGIN * before["spilled"]:
-        found.append(f"spills {row['spilled']} bytes of each thread, were {before['spilled']}")
-    return found
+def faults_of(row: Row) -> list[str]:
+    """Of matrix products: where they are, and by which instruction."""
+    _, variant, dtype, _, architecture = point_of(row["key"]).split()
+    kernel, best = kernel_of(row["key"]), BEST[architecture_of(row["key"])]
+    if not row["products"]:
+        return [] if dtype == "float32" or kernel in WITHOUT_PRODUCTS else ["has no matrix instruction"]
+    if row["products"] == best or dtype not in ("float16", "bfloat16") or kernel in SMALL_TILES or variant in NARROW:
+        return []
+    return [f"multiplies by {row['products']}, {architecture} has {best}"]
 
+
+GATE = Gate(
+    script=Path(__file__),
+    table=Path(__file__).with_name("attention_resources.json"),
+    points=points,
+    launches=launches,
+    tiles=("BM", "BN"),
+    reason_of=reason_of,
+    faults_of=faults_of,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(GATE.main(__doc__))
