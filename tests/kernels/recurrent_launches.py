@@ -49,7 +49,6 @@ REASONS = (  # words of a key, bytes that a thread may spill, and why
     ("whole H=250", 48, VALUE_BY_VALUE),
     ("streamed", 40, ANOTHER_BLOCK),
     ("stepwise layer_norm_gru", 8, ANOTHER_BLOCK),
-    ("single B=1 sm_120", 24, ANOTHER_BLOCK),
 )
 
 
