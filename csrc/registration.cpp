@@ -4,6 +4,7 @@
 #include "common/build.h"
 #include "common/device.h"
 #include "cpu/recurrent.h"
+#include "recurrent/recurrent.h"
 
 STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("version() -> str");
@@ -13,6 +14,8 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("cuda_image(int device) -> int[]");
   m.def("cuda_stream_lent() -> bool");
   m.def("cpu_level() -> str");
+  m.def("cuda_limits(int device) -> int[]");
+  m.def("recurrent_plan(str cell, str precision, bool backward, int batch, int lanes, int hidden, int[] device) -> (str, float, int[])");
   m.def(
       "recurrent_forward(Tensor? x, Tensor? w_ih, Tensor? b_ih, Tensor? x_gates, Tensor? h_gates, Tensor weight, Tensor? vectors, "
       "Tensor? projection, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, str cell, "
@@ -23,12 +26,28 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
       "Tensor gates, str cell, int reverse, float zoneout_h, float zoneout_c, bool through_weights, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) doutput, Tensor(d!) dh0, Tensor(e!) dc0) -> ()");
+  m.def(
+      "recurrent_cuda_forward(str cell, str precision, int[] plan, Tensor x_gates, Tensor weight, Tensor? vectors, Tensor? h0, "
+      "Tensor? c0, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, Tensor(e!) gates, Tensor? starts, Tensor? lengths, "
+      "int steps, int batch, int lanes, int hidden, int reverse, Tensor(f!) operands, Tensor(g!) flags) -> ()");
+  m.def(
+      "recurrent_cuda_backward(str cell, str precision, int[] plan, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, "
+      "Tensor weight, Tensor? vectors, Tensor? h0, Tensor? c0, Tensor y, Tensor c, Tensor gates, Tensor(a!) dgates, "
+      "Tensor(b!) drecurrent, Tensor(c!) dh0, Tensor(d!) dc0, Tensor? starts, Tensor? lengths, int steps, int batch, int lanes, "
+      "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("recurrent_forward", TORCH_BOX(&fastseq::cpu::recurrent_forward));
   m.impl("recurrent_backward", TORCH_BOX(&fastseq::cpu::recurrent_backward));
 }
+
+#if defined(FASTSEQ_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CUDA, m) {
+  m.impl("recurrent_cuda_forward", TORCH_BOX(&fastseq::recurrent::recurrent_cuda_forward));
+  m.impl("recurrent_cuda_backward", TORCH_BOX(&fastseq::recurrent::recurrent_cuda_backward));
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("version", TORCH_BOX(&fastseq::version));
@@ -38,4 +57,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_image", TORCH_BOX(&fastseq::cuda_image));
   m.impl("cuda_stream_lent", TORCH_BOX(&fastseq::cuda_stream_lent));
   m.impl("cpu_level", TORCH_BOX(&fastseq::cpu::cpu_level));
+  m.impl("cuda_limits", TORCH_BOX(&fastseq::cuda_limits));
+  m.impl("recurrent_plan", TORCH_BOX(&fastseq::recurrent::recurrent_plan));
 }

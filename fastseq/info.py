@@ -216,7 +216,7 @@ _QUERIES: dict[str, dict[str, Callable[[torch.device, torch.dtype], Query]]] = {
 def _choice(query: Query) -> str:
     forced = os.environ.get("FASTSEQ_BACKEND")
     if forced in backends.BACKENDS:
-        against = backends.reasons(forced, query)
+        against = backends.obstacles(forced, query)
         return f"none, {forced} is forced and {'; '.join(against)}" if against else forced
     return backends.select(query).name
 

@@ -1,4 +1,5 @@
 #include "common/device.h"
+#include "common/on_device.h"
 #include "common/stream.h"
 
 #include <cuda_runtime.h>
@@ -9,31 +10,6 @@ namespace {
 
 // Compiled for every architecture like all other kernels, so whether the driver finds an image for it holds for them too.
 __global__ void probe() {}
-
-// The static runtime keeps its own current device; put it back, torch's runtime shares the thread.
-class OnDevice {
- public:
-  explicit OnDevice(int device) : status_(cudaGetDevice(&before_)) {
-    if (status_ == cudaSuccess) {
-      status_ = cudaSetDevice(device);
-    }
-  }
-  ~OnDevice() {
-    if (status_ == cudaSuccess) {
-      static_cast<void>(cudaSetDevice(before_));
-    }
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
-  cudaError_t status() const {
-    return status_;
-  }
-
- private:
-  int before_ = 0;
-  cudaError_t status_;
-};
 
 cudaError_t probe_attributes(int64_t device, cudaFuncAttributes& attributes) {
   OnDevice guard(static_cast<int>(device));
@@ -74,6 +50,33 @@ std::vector<int64_t> cuda_image(int64_t device) {
   STD_TORCH_CHECK(
       status == cudaSuccess, "no CUDA kernel of fastseq can run on device ", device, ": ", cudaGetErrorString(status));
   return {attributes.binaryVersion, attributes.ptxVersion};
+}
+
+std::vector<int64_t> cuda_limits(int64_t device) {
+  const int index = static_cast<int>(device);
+  OnDevice guard(index);
+  int multiprocessors = 0, shared_bytes = 0, cooperative = 0, major = 0, cluster = 0;
+  cudaError_t status = guard.status();
+  const auto ask = [&](int& answer, cudaDeviceAttr attribute) {
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&answer, attribute, index);
+  };
+  ask(multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(cooperative, cudaDevAttrCooperativeLaunch);
+  ask(major, cudaDevAttrComputeCapabilityMajor);
+  STD_TORCH_CHECK(status == cudaSuccess, "cannot ask device ", device, " for its limits: ", cudaGetErrorString(status));
+  if (major >= 9) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = 16, config.blockDim = 256, config.dynamicSmemBytes = shared_bytes;
+    status = cudaFuncSetAttribute(probe, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status == cudaSuccess) status = cudaFuncSetAttribute(probe, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (status == cudaSuccess) status = cudaOccupancyMaxPotentialClusterSize(&cluster, probe, &config);
+    if (status != cudaSuccess) {
+      cluster = 0; // a driver or a slice of a GPU without clusters
+      static_cast<void>(cudaGetLastError());
+    }
+  }
+  return {multiprocessors, shared_bytes, cluster, cooperative};
 }
 
 bool cuda_stream_lent() {

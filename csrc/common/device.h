@@ -17,6 +17,10 @@ std::string cuda_obstacle(int64_t device);
 // {machine code, PTX} that the driver picked for `device`, as 10 * major + minor.
 std::vector<int64_t> cuda_image(int64_t device);
 
+// {multiprocessors, bytes of shared memory that a CTA may have, CTAs of a cluster that each have all of it (0: no clusters), whether
+// launches can be cooperative}.
+std::vector<int64_t> cuda_limits(int64_t device);
+
 // Whether torch lends its current CUDA stream: true in a CUDA build of torch, false in a CPU build.
 bool cuda_stream_lent();
 

@@ -18,6 +18,10 @@ std::vector<int64_t> cuda_image(int64_t device) {
   STD_TORCH_CHECK(false, "no CUDA kernel of fastseq can run on device ", device, ": this library was built without CUDA");
 }
 
+std::vector<int64_t> cuda_limits(int64_t) {
+  return {0, 0, 0, 0};
+}
+
 bool cuda_stream_lent() {
   return aoti_torch_get_current_cuda_stream != nullptr;
 }

@@ -2,7 +2,8 @@
 
 A backend is a module with ``name``, ``devices`` (torch device types), ``available()`` (None, or why it cannot run on this
 machine), ``why_not(query)`` (reasons against one call; empty: it can) and one function per op with the op's signature. The
-first backend of ``ORDER`` without a reason runs; a forced backend raises instead of falling back.
+first backend of ``ORDER`` without a reason runs; a forced backend raises instead of falling back. A backend with ``stands_back``
+gives reasons there that hold only while it is not forced. ``cuda-host`` is not in the order: tests force it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 
 import torch
 
-from . import cpu, cuda, reference, triton, vendor
+from . import cpu, cuda, cuda_host, reference, triton, vendor
 from .query import AttentionQuery, Query, RecurrentQuery
 
 ORDER = ("cuda", "triton", "cpu", "torch", "reference")
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, vendor, reference)}
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, vendor, reference, cuda_host)}
 
 __all__ = [
     "BACKENDS",
@@ -31,6 +32,7 @@ __all__ = [
     "RecurrentQuery",
     "explain",
     "note",
+    "obstacles",
     "reasons",
     "select",
     "torch_runs",
@@ -81,7 +83,13 @@ def forced() -> str | None:
 
 
 def reasons(name: str, query: Query) -> list[str]:
-    """Why a backend cannot run a call; empty if it can."""
+    """Why a backend does not run a call by itself; empty if it does."""
+    backend = BACKENDS[name]
+    return obstacles(name, query) or (backend.stands_back(query) if hasattr(backend, "stands_back") else [])
+
+
+def obstacles(name: str, query: Query) -> list[str]:
+    """Why a backend cannot run a call, forced or not; empty if it can."""
     backend = BACKENDS[name]
     if query.device.type not in backend.devices and "any" not in backend.devices:
         return [f"runs on {', '.join(backend.devices)} tensors, not on {query.device.type}"]
@@ -96,7 +104,7 @@ def select(query: Query) -> ModuleType:
         RuntimeError: if a backend is forced and cannot run it, with its reasons.
     """
     if _forced is not None:
-        against = reasons(_forced, query)
+        against = obstacles(_forced, query)
         if against:
             raise RuntimeError(f"backend {_forced!r} was forced but cannot run [{query}]: {'; '.join(against)}")
         chosen = _forced

@@ -20,13 +20,14 @@ class RecurrentQuery(NamedTuple):
     projected: bool
     layout: str  # "padded", "lengths" or "packed"
     zoned: bool = False  # with zoneout
+    batch: int = 1
+    backward: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
-            f"{self.op} {self.cell}, {dtype} on {self.device}, {self.layout}, T={self.steps} D={self.lanes} H={self.hidden}"
-            + (", projected" if self.projected else "")
-            + (", zoneout" if self.zoned else "")
+            f"{self.op} {self.cell}, {dtype} on {self.device}, {self.layout}, T={self.steps} B={self.batch} D={self.lanes} "
+            f"H={self.hidden}" + (", projected" if self.projected else "") + (", zoneout" if self.zoned else "")
         )
 
 

@@ -78,6 +78,8 @@ def _query(call: Call) -> backends.RecurrentQuery:
         projected=call.projection is not None,
         layout="packed" if call.batch_sizes is not None else "padded" if call.lengths is None else "lengths",
         zoned=call.zoned,
+        batch=call.batch,
+        backward=isinstance(call, Backward),
     )
 
 

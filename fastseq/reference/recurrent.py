@@ -145,6 +145,11 @@ class Call:
         """Whether the backward pass gives ``doutput``."""
         return self.projection is not None or self.row.normalised
 
+    @property
+    def reverse_bits(self) -> int:
+        """Bit d: lane d goes backwards."""
+        return sum(1 << lane for lane, backwards in enumerate(self.reverse) if backwards)
+
     def kept(self, layout: Layout, t: int, lane: int) -> tuple[Any, Any]:
         """What zoneout keeps of h and of c in step t: a mask, a proportion, or None."""
 

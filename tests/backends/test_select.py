@@ -96,7 +96,7 @@ def test_environment_variable_with_a_wrong_name():
 
 def test_explain_names_backend_and_reasons():
     text = str(fastseq.explain(fastseq.LSTM(3, 4, num_layers=2, bidirectional=True), torch.randn(2, 1, 3)))
-    assert text.startswith("recurrent lstm, float32 on cpu, padded, T=2 D=2 H=4: cpu")
+    assert text.startswith("recurrent lstm, float32 on cpu, padded, T=2 B=3 D=2 H=4: cpu")
     assert "not cuda: runs on cuda tensors, not on cpu" in text
     assert str(fastseq.explain(torch.nn.Linear(2, 2), torch.randn(1, 2))) == "no fastseq op ran"
     with fastseq.use_backend("reference"):
@@ -107,7 +107,7 @@ def test_explain_names_backend_and_reasons():
 def test_single_steps_are_torchs_unless_forced():
     cell, x = fastseq.GRUCell(3, 4), torch.randn(2, 3)
     chosen = fastseq.explain(cell, x)
-    assert chosen.backends == ["torch"] and str(chosen) == "recurrent_cell gru, float32 on cpu, padded, T=1 D=1 H=4: torch"
+    assert chosen.backends == ["torch"] and str(chosen) == "recurrent_cell gru, float32 on cpu, padded, T=1 B=1 D=1 H=4: torch"
     for name in ("cpu", "reference"):
         with fastseq.use_backend(name):
             assert fastseq.explain(cell, x).backends == [name]

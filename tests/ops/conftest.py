@@ -45,6 +45,8 @@ _REPEATED = {
 
 def _marks(metafunc: pytest.Metafunc, row: dict) -> list[pytest.MarkDecorator]:
     """Triton's interpreter takes seconds where other backends take milliseconds: the usual run tries every case in fp32, once."""
+    if row.get("backend") == "cuda-host" and metafunc.function.__name__ == "test_beyond_65535_steps":
+        return [pytest.mark.slow]
     if row.get("backend") != "triton":
         return []
     case = row.get("case", row.get("small_case"))

@@ -39,7 +39,7 @@ def against(inputs, backend, *calls):
     spec, tensors = spec_of(inputs), [inputs[name] for name in "qkv"]
     wanted = [name in inputs for name in GRADIENTS]
     queries = [op._query(call, *tensors, spec, wanted if "backward" in call else None) for call in calls]
-    return [reason for query in queries for reason in backends.reasons(backend, query)]
+    return [reason for query in queries for reason in backends.obstacles(backend, query)]
 
 
 def detached(inputs):

@@ -2,297 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fastseq
-from fastseq import backends
 from fastseq import functional as F
 from fastseq.backends.cpu.recurrent import CELLS as NATIVE
-from fastseq.cells import CELLS, Cell
-from fastseq.reference.cells import steps
 from fastseq.reference.recurrent import state_dtype
-from fastseq.testing.battery import OpBattery
-from fastseq.testing.cases import RECURRENT_CASES, SMALL_RECURRENT_CASES, VARIANT_CASES, RecurrentCase
-from fastseq.testing.compare import assert_close_to_truth, pooled_error
-
-SEED = 11  # of what zoneout draws
-FUNCTIONS: dict[str, Any] = {"lstm": F.lstm, "gru": F.gru, "rnn_tanh": F.rnn, "rnn_relu": F.rnn}
-MODULES = {
-    "lstm": "LSTM",
-    "gru": "GRU",
-    "rnn_tanh": "RNN",
-    "rnn_relu": "RNN",
-    "coupled_lstm": "CoupledLSTM",
-    "peephole_lstm": "PeepholeLSTM",
-    "layer_norm_lstm": "LayerNormLSTM",
-    "layer_norm_gru": "LayerNormGRU",
-    "slstm": "SLSTM",
-}
+from fastseq.testing.cases import RECURRENT_CASES, RecurrentCase
+from fastseq.testing.compare import assert_close_to_truth
+from fastseq.testing.recurrent import RecurrentBattery
 
 
-def module_of(library: Any, case: RecurrentCase, dtype: torch.dtype, **options: Any) -> nn.RNNBase:
-    options |= dict(num_layers=case.layers, bias=case.bias, bidirectional=case.bidirectional, dtype=dtype)
-    if case.projection:
-        options["proj_size"] = case.projection
-    if case.cell.startswith("rnn"):
-        options["nonlinearity"] = case.cell.removeprefix("rnn_")
-    return getattr(library, MODULES[case.cell])(case.input, case.hidden, **options)
-
-
-def is_torchs(case: RecurrentCase) -> bool:
-    return case.cell in FUNCTIONS and case.heads == 1 and not any(case.zoneout)
-
-
-def plain(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """A loop over rows, steps and heads, for what torch.nn does not have: differentiable, one row at a time."""
-    case, x = inputs["case"], inputs["x"]
-    cell, lanes, wide = CELLS[case.cell], 2 if case.bidirectional else 1, state_dtype(inputs["x"].dtype)
-    names = (
-        "weight_ih",
-        "weight_hh",
-        *(("bias_ih", "bias_hh") if case.bias else ()),
-        *(["weight_hr"] if case.projection else []),
-    )
-    width, gates = case.projection or case.hidden, len(cell.gates)
-    torch.manual_seed(SEED)
-    batch_sizes = inputs.get("batch_sizes")
-    lengths = inputs.get("lengths", torch.full((case.batch,), case.steps))
-    place = torch.arange(case.steps * case.batch).view(case.steps, case.batch)  # of a row's step among the rows
-    if batch_sizes is not None:
-        lengths = (batch_sizes[None, :] > torch.arange(case.batch)[:, None]).sum(1)
-        place = (batch_sizes.cumsum(0) - batch_sizes)[:, None] + torch.arange(case.batch)
-    rows, leading = x.reshape(-1, case.input), x.shape[:-1]
-    finals: list[list[Tensor]] = [[] for _ in cell.states]
-    for layer in range(case.layers):
-        holds = []
-        for size, zoneout in zip((width, case.hidden), case.zoneout, strict=True):
-            drawn = case.training and zoneout > 0
-            shape = (*leading, lanes, size)
-            holds.append(torch.empty(shape, dtype=torch.bool).bernoulli_(zoneout).flatten(0, -3) if drawn else None)
-        ys = []
-        for lane in range(lanes):
-            suffix = f"_l{layer}" + ("_reverse" if lane else "")
-            weights = {name: inputs[name + suffix] for name in (*names, *(n for n, _ in cell.extra(case.bias)))}
-            w_hh = weights["weight_hh"]
-            if case.heads > 1:
-                w_hh = torch.cat([torch.block_diag(*gate.chunk(case.heads)) for gate in w_hh.chunk(gates)])
-            x_gates, vectors = input_and_vectors(case, cell, rows, weights)
-            y = [rows.new_zeros(width)] * rows.shape[0]
-            ends: list[list[Tensor]] = [[] for _ in cell.states]
-            for b in range(case.batch):
-                size = (width, *[case.hidden] * cell.wide_states)
-                state = [
-                    inputs[f"{name}0"][layer * lanes + lane, b].to(wide) if f"{name}0" in inputs else x.new_zeros(n, dtype=wide)
-                    for name, n in zip(cell.states, size, strict=True)
-                ]
-                if case.cell == "slstm" and not case.state:
-                    state[3] = torch.full_like(state[3], -torch.inf)
-                order = range(int(lengths[b]))
-                for t in reversed(order) if lane else order:
-                    at = int(place[t, b])
-                    h, c = state[0], torch.cat(state[1:]) if cell.has_c else None
-                    r = (w_hh.to(wide) @ h).to(wide)
-                    h_new, c_new, _ = steps(case.cell).step(x_gates[at].to(wide), r, vectors, h, c)
-                    if case.projection:
-                        h_new = weights["weight_hr"].to(wide) @ h_new
-                    h_new = h_new.to(x.dtype).to(wide)
-                    new = [h_new, *(c_new.chunk(cell.wide_states) if cell.has_c else ())]
-                    for i, (hold, zoneout) in enumerate(zip(holds, case.zoneout, strict=True)):
-                        if zoneout:
-                            keep = hold[at, lane].to(wide) if hold is not None else zoneout
-                            new[i] = keep * state[i] + (1 - keep) * new[i]
-                    state = [new[0].to(x.dtype).to(wide), *new[1:]]
-                    y[at] = state[0].to(x.dtype)
-                for end, value in zip(ends, state, strict=True):
-                    end.append(value.to(x.dtype))
-            ys.append(torch.stack(y))
-            for final, end in zip(finals, ends, strict=True):
-                final.append(torch.stack(end))
-        rows = torch.cat(ys, -1)
-    return (rows.view(*leading, -1), *(torch.stack(final) for final in finals))
-
-
-def input_and_vectors(case: RecurrentCase, cell: Cell, rows: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    wide = state_dtype(rows.dtype)
-    x_gates = rows @ weights["weight_ih"].T
-    zeros = x_gates.new_zeros(x_gates.shape[-1])
-    b_ih, b_hh = weights.get("bias_ih", zeros), weights.get("bias_hh", zeros)
-    inside = None
-    if cell.recurrent_bias:
-        inside = b_hh[-case.hidden :].to(wide)
-        b_hh = torch.cat((b_hh[: -case.hidden], zeros[: case.hidden]))
-    if cell.normalised:
-        x_gates = nn.functional.layer_norm(x_gates, x_gates.shape[-1:], weights["weight_ln_ih"])
-        own = [weights["weight_ln_hh"]]
-        if inside is None:
-            own += [weights["weight_ln_c"], weights.get("bias_ln_c", zeros[: case.hidden])]
-        inside = torch.cat([v.to(wide) for v in own] + ([] if inside is None else [inside]))
-    elif cell.vectors and inside is None:
-        inside = weights["weight_peephole"].to(wide)
-    return x_gates + (b_ih + b_hh), inside
-
-
-@functools.cache
-def plain_error(case: RecurrentCase, dtype: torch.dtype) -> float:
-    """PyTorch's largest relative error of a few sets of inputs: a norm over few units magnifies that of some rows a lot."""
-    battery, worst = TestRecurrent(), 0.0
-    for seed in range(1, 5):
-        inputs = battery.make(case, dtype, seed=seed)
-        truth, true_grads = battery.truth(inputs)
-        outputs = plain(inputs)
-        grads = battery.gradients(outputs, inputs)
-        named = [dict(enumerate(outs)) | grads for outs, grads in ((outputs, grads), (truth, true_grads))]
-        worst = max(worst, pooled_error(*({str(name): value for name, value in results.items()} for results in named)))
-    return worst
-
-
-class TestRecurrent(OpBattery):
-    OP = "recurrent"
-    CASES = RECURRENT_CASES
-    SMALL_CASES = SMALL_RECURRENT_CASES
-    COMPILED_CASES = (
-        *SMALL_RECURRENT_CASES[::3][:2],
-        *SMALL_RECURRENT_CASES[1::3][1:],
-        *SMALL_RECURRENT_CASES[2::3][:1],
-        *VARIANT_CASES[1:5:2],
-    )
-
-    def make(self, case, dtype, device="cpu", seed=0):
-        torch.manual_seed(seed)
-        module = module_of(fastseq, case, torch.float64, heads=case.heads)
-        lanes = case.layers * (2 if case.bidirectional else 1)
-        lengths = torch.randint(1, case.steps + 1, (case.batch,))
-        lengths[0] = case.steps
-        x = torch.randn(case.steps, case.batch, case.input, dtype=torch.float64)
-        inputs: dict[str, Any] = {"case": case}
-        if case.layout == "packed":
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths.sort(descending=True)[0])
-            inputs["x"], inputs["batch_sizes"] = packed.data, packed.batch_sizes
-        else:
-            inputs["x"] = x
-            if case.layout == "lengths":
-                inputs["lengths"] = lengths
-        if case.state:
-            inputs["h0"] = torch.randn(lanes, case.batch, case.projection or case.hidden, dtype=torch.float64)
-            for name in CELLS[case.cell].states[1:]:
-                inputs[f"{name}0"] = torch.randn(lanes, case.batch, case.hidden, dtype=torch.float64)
-            if "n0" in inputs:
-                inputs["n0"] = inputs["n0"].abs() + 1  # a normaliser is positive
-        inputs |= {name: getattr(module, name).detach() for name in module._flat_weights_names}
-        return {
-            name: value.to(device, dtype).requires_grad_()
-            if isinstance(value, Tensor) and value.is_floating_point()
-            else value.to(device)
-            if isinstance(value, Tensor) and name != "batch_sizes"
-            else value
-            for name, value in inputs.items()
-        }
-
-    def against(self, inputs, backend, backward):
-        case, x = inputs["case"], inputs["x"]
-        query = backends.RecurrentQuery(
-            "recurrent", x.device, x.dtype, case.cell, case.steps, 1, case.hidden, case.projection > 0, case.layout,
-            any(case.zoneout),
-        )  # fmt: skip
-        with backends.use_backend(backend):
-            return backends.reasons(backend, query)
-
-    def resized(self, case):
-        return replace(case, steps=case.steps + 2, batch=case.batch + 3)
-
-    def run(self, inputs):
-        case = inputs["case"]
-        states = [inputs[name] for name in (f"{state}0" for state in CELLS[case.cell].states) if name in inputs]
-        params = [value for name, value in inputs.items() if name.startswith(("weight", "bias"))]
-        options: dict[str, Any] = dict(
-            has_biases=case.bias,
-            num_layers=case.layers,
-            bidirectional=case.bidirectional,
-            lengths=inputs.get("lengths"),
-            batch_sizes=inputs.get("batch_sizes"),
-            recompute=case.recompute,
-        )
-        if not is_torchs(case):
-            if case.training:
-                torch.manual_seed(SEED)
-            zoneout = case.zoneout if case.zoneout[1] else case.zoneout[0]
-            options |= dict(proj_size=case.projection, heads=case.heads, zoneout=zoneout, training=case.training)
-            y, finals, _ = F.recurrent(case.cell, inputs["x"], states or None, params, **options)
-            return y, *finals
-        if case.cell == "lstm":
-            options["proj_size"] = case.projection
-        elif case.cell.startswith("rnn"):
-            options["nonlinearity"] = case.cell.removeprefix("rnn_")
-        hx = None if not states else tuple(states) if len(states) > 1 else states[0]
-        return FUNCTIONS[case.cell](inputs["x"], hx, params, **options)
-
-    def run_torch(self, inputs):
-        case = inputs["case"]
-        if not is_torchs(case):
-            return plain(inputs)
-        module = module_of(nn, case, inputs["x"].dtype)
-        state = (inputs["h0"], inputs["c0"]) if "c0" in inputs else inputs.get("h0")
-        x = inputs["x"]
-        if "batch_sizes" in inputs:
-            x = nn.utils.rnn.PackedSequence(x, inputs["batch_sizes"])
-        elif "lengths" in inputs:
-            x = nn.utils.rnn.pack_padded_sequence(x, inputs["lengths"], enforce_sorted=False)
-        parameters = {name: inputs[name] for name, _ in module.named_parameters()}
-        y, states = torch.func.functional_call(module, parameters, (x, state))
-        if "batch_sizes" in inputs:
-            y = y.data
-        elif "lengths" in inputs:
-            y, _ = nn.utils.rnn.pad_packed_sequence(y, total_length=case.steps)
-        return (y, *states) if isinstance(states, tuple) else (y, states)
-
-    def op_samples(self, case, dtype):
-        cell, lanes = CELLS[case.cell], 2 if case.bidirectional else 1
-        inputs = self.make(case, dtype)
-        lengths, batch_sizes = inputs.get("lengths"), inputs.get("batch_sizes")
-        width = case.projection or case.hidden
-        wide = state_dtype(dtype)
-        weight = torch.randn(lanes, len(cell.gates) * case.hidden, width, dtype=dtype)
-        vectors = torch.randn(lanes, len(cell.vectors) * case.hidden, dtype=dtype) if cell.vectors else None
-        projection = torch.randn(lanes, width, case.hidden, dtype=dtype) if case.projection else None
-        # packed: without a state the fake kernel would have to invent the batch's size, which opcheck cannot compare
-        h0 = torch.randn(lanes, case.batch, width, dtype=dtype)
-        c0 = torch.rand(lanes, case.batch, cell.wide_states * case.hidden, dtype=wide) if cell.has_c else None
-        reverse = [0, 1][:lanes]
-        w_ih = torch.randn(lanes * len(cell.gates) * case.hidden, case.input, dtype=dtype)
-        b_ih = torch.randn(w_ih.shape[0], dtype=dtype) if case.bias else None
-        forward = (
-            inputs["x"].detach(), w_ih, b_ih, weight, vectors, projection, h0, c0, lengths, batch_sizes, None, None, case.cell,
-            reverse, 0.0, 0.0, True, True,
-        )  # fmt: skip
-        y, h_n, c_n, c, gates = torch.ops.fastseq.recurrent_forward(*forward)
-        backward = (
-            torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n) if cell.has_c else None, None, weight, vectors,
-            projection, h0, c0, lengths, batch_sizes, None, None, y, c, gates, case.cell, reverse, 0.0, 0.0,
-        )  # fmt: skip
-        return [(torch.ops.fastseq.recurrent_forward.default, forward), (torch.ops.fastseq.recurrent_backward.default, backward)]
-
-    def own_error(self, case, dtype):
-        return plain_error(case, dtype) if CELLS[case.cell].normalised else 0.0
-
-    def gradients_jump(self, case, dtype):
-        return case.cell == "rnn_relu" and dtype == torch.bfloat16  # test_relu_gradients_in_bfloat16 instead
-
+class TestRecurrent(RecurrentBattery):
     # what only a recurrence can get wrong
 
     def test_cells_of_every_step(self, backend):
         """c of every step, with its gradient, against a loop over torch's own cell."""
         torch.manual_seed(0)
-        module, cell = nn.LSTM(3, 6, dtype=torch.float64), nn.LSTMCell(3, 6, dtype=torch.float64)
+        dtype = self.widest(backend)
+        module, cell = nn.LSTM(3, 6, dtype=dtype), nn.LSTMCell(3, 6, dtype=dtype)
         cell.load_state_dict({name.removesuffix("_l0"): value for name, value in module.state_dict().items()})
-        x = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True)
-        weights = torch.randn(7, 2, 6, dtype=torch.float64)
+        x = torch.randn(7, 2, 3, dtype=dtype, requires_grad=True)
+        weights = torch.randn(7, 2, 6, dtype=dtype)
         with fastseq.use_backend(backend):
             *_, cells = F.lstm(x, None, list(module.parameters()), return_cells=True)
             (grad,) = torch.autograd.grad((cells[0] * weights).sum(), x)
@@ -308,7 +44,7 @@ class TestRecurrent(OpBattery):
     def test_rows_do_not_touch(self, backend, cell):
         """Each row of a ragged batch gives what it gives alone, whatever stands beyond its length; length 0 leaves the state."""
         case = RecurrentCase(cell, steps=6, batch=5, hidden=9, bidirectional=True, layout="lengths")
-        inputs = self.make(case, torch.float64)
+        inputs = self.make(case, self.widest(backend))
         inputs["lengths"] = torch.tensor([6, 0, 3, 1, 4])
         with fastseq.use_backend(backend), torch.no_grad():
             outputs = self.run(inputs)
@@ -391,9 +127,10 @@ class TestRecurrent(OpBattery):
     def test_strided_inputs(self, backend, batch_first_strides):
         """Inputs and incoming gradients of any strides and offsets."""
         torch.manual_seed(0)
-        module = nn.LSTM(4, 5, bidirectional=True, dtype=torch.float64)
-        x = torch.randn(3, 6, 9, dtype=torch.float64)[..., 2:6].transpose(0, 1) if batch_first_strides else None
-        x = (torch.randn(12, 3, 4, dtype=torch.float64)[::2] if x is None else x).detach().requires_grad_()
+        dtype = self.widest(backend)
+        module = nn.LSTM(4, 5, bidirectional=True, dtype=dtype)
+        x = torch.randn(3, 6, 9, dtype=dtype)[..., 2:6].transpose(0, 1) if batch_first_strides else None
+        x = (torch.randn(12, 3, 4, dtype=dtype)[::2] if x is None else x).detach().requires_grad_()
         with fastseq.use_backend(backend):
             y, h, c = F.lstm(x, None, list(module.parameters()), bidirectional=True)
             (grad,) = torch.autograd.grad(y[:, :, ::2].sum() + h[:, 1].sum(), x)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...reference.recurrent import Backward, Forward, state_dtype
 from .. import library
 from ..query import RecurrentQuery
+from ..rows import state
 
 # Rows of a step from which the input projection is done step by step, beside the recurrent product: it then keeps the registers
 # as busy as one large product would, and the projected input is never stored. With fewer rows, each weight fetched would serve
@@ -40,7 +41,7 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     c_n = x.new_empty((lanes, batch, states) if row.has_c else (0,), dtype=wide)
     c = x.new_empty((*leading, lanes, states) if row.has_c and call.save_c else (0,), dtype=wide)
     gates = x.new_empty((*leading, lanes, call.saved * hidden) if call.saved and call.save_gates else (0,))
-    h0 = _state(call.h0, call.dtype)
+    h0 = state(call.h0, call.dtype)
     h_gates = None
     if call.steps == 1:
         zeros = x.new_zeros(lanes, batch, call.weight.shape[1], dtype=wide)
@@ -57,13 +58,13 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
         _dense(call.vectors),
         _dense(call.projection),
         h0,
-        _state(call.c0, wide),
+        state(call.c0, wide),
         _int64(call.lengths),
         call.batch_sizes,
         _dense(call.hold_h),
         _dense(call.hold_c),
         call.cell,
-        _bits(call.reverse),
+        call.reverse_bits,
         call.zoneout_h,
         call.zoneout_c,
         y,
@@ -85,15 +86,15 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     dc0 = y.new_empty((lanes, batch, row.wide_states * hidden) if row.has_c else (0,), dtype=wide)
     once = call.steps == 1
     torch.ops.fastseq_native.recurrent_backward.default(
-        _state(call.dy, dtype),
-        _state(call.dh_n, dtype),
-        _state(call.dc_n, wide),
-        _state(call.dc, wide),
+        state(call.dy, dtype),
+        state(call.dh_n, dtype),
+        state(call.dc_n, wide),
+        state(call.dc, wide),
         call.weight.contiguous(),
         _dense(call.vectors),
         _dense(call.projection),
-        _state(call.h0, dtype),
-        _state(call.c0, wide),
+        state(call.h0, dtype),
+        state(call.c0, wide),
         _int64(call.lengths),
         call.batch_sizes,
         _dense(call.hold_h),
@@ -102,7 +103,7 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, 
         call.c.contiguous(),
         call.gates.contiguous(),
         call.cell,
-        _bits(call.reverse),
+        call.reverse_bits,
         call.zoneout_h,
         call.zoneout_c,
         not once,
@@ -131,13 +132,5 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _state(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
-
-
 def _int64(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.to(torch.int64).contiguous()
-
-
-def _bits(reverse: list[int]) -> int:
-    return sum(1 << lane for lane, backwards in enumerate(reverse) if backwards)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ...reference.recurrent import Backward, Forward
 from ..query import RecurrentQuery
+from ..rows import fp32_precision
 from . import recurrent_single, recurrent_stepwise, recurrent_streamed
 from ._launch import dtype_obstacles, on
-from .recurrent_parts import BackwardLaunch, ForwardLaunch, fp32_precision
+from .recurrent_parts import BackwardLaunch, ForwardLaunch
 
 
 def why_not(query: RecurrentQuery) -> list[str]:

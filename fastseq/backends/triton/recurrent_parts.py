@@ -8,11 +8,7 @@ import torch
 from torch import Tensor
 
 from ...reference.recurrent import Backward, Call, Forward
-from ._launch import precision
-
-
-def fp32_precision() -> str:
-    return precision(getattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32"))
+from ..rows import fp32_precision, room, state, walked
 
 
 class _Launched:
@@ -47,11 +43,6 @@ class _Launched:
     def grid(self, width: int) -> tuple[int, ...]:
         return self.config.grid(self.call.batch, width, self.call.lanes)
 
-    def room(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """One row per step and sequence; zero where rows end early, since no program visits what lies beyond."""
-        rows = self.call.rows
-        return (rows.new_empty if self.call.lengths is None else rows.new_zeros)(*shape, dtype=dtype or rows.dtype)
-
 
 class ForwardLaunch(_Launched):
     """``results``: y, h_n, c_n, c, gates, as the op's contract has them; ``c`` and ``gates`` are None where nobody wants them."""
@@ -64,11 +55,11 @@ class ForwardLaunch(_Launched):
         leading = x.shape[:-1]
         # the form with one step projects the input itself
         self.x_gates = None if self.config.form == "single" else call.input_gates().contiguous()
-        self.y = self.room(*leading, lanes, call.width)
+        self.y = room(call, *leading, lanes, call.width)
         self.h_n = x.new_empty(lanes, call.batch, call.width)
         self.c_n = x.new_empty((lanes, call.batch, states) if row.has_c else (0,), dtype=call.wide)
-        c = self.room(*((*leading, lanes, states) if row.has_c and call.save_c else (0,)), dtype=call.wide)
-        gates = self.room(*((*leading, lanes, call.saved * call.hidden) if call.saved and call.save_gates else (0,)))
+        c = room(call, *((*leading, lanes, states) if row.has_c and call.save_c else (0,)), dtype=call.wide)
+        gates = room(call, *((*leading, lanes, call.saved * call.hidden) if call.saved and call.save_gates else (0,)))
         self.c, self.gates = c if c.numel() else None, gates if gates.numel() else None
         self.results = self.y, self.h_n, self.c_n, c, gates
 
@@ -80,9 +71,9 @@ class BackwardLaunch(_Launched):
         super().__init__(call)
         row, y, lanes, hidden = call.row, call.y, call.lanes, call.hidden
         leading, states = y.shape[:-2], row.wide_states * hidden
-        self.dgates = self.room(*leading, lanes, call.weight.shape[1])
-        drecurrent = self.room(*((*leading, lanes, row.own_recurrent * hidden) if row.own_recurrent else (0,)))
-        doutput = self.room(*((*leading, lanes, call.width) if call.output_gradient else (0,)))
+        self.dgates = room(call, *leading, lanes, call.weight.shape[1])
+        drecurrent = room(call, *((*leading, lanes, row.own_recurrent * hidden) if row.own_recurrent else (0,)))
+        doutput = room(call, *((*leading, lanes, call.width) if call.output_gradient else (0,)))
         self.drecurrent = drecurrent if row.own_recurrent else None
         self.doutput = doutput if call.output_gradient else None
         self.dh0 = y.new_empty(lanes, call.batch, call.width)
@@ -102,26 +93,14 @@ class BackwardLaunch(_Launched):
 def _layout(call: Call) -> Any:
     from fastseq.kernels.recurrent.parts import Layout
 
-    bits = sum(1 << lane for lane, backwards in enumerate(call.reverse) if backwards)
-    rows, batch, lanes = call.rows, call.batch, call.lanes
-    if call.batch_sizes is None:
-        own = None if call.lengths is None else call.lengths.to(torch.int64).contiguous()
-        return Layout(None, own, rows.shape[0], batch, lanes, bits)
-    sizes = call.batch_sizes
-    starts = sizes.cumsum(0) - sizes
-    # sequence b has a step t if batch_sizes[t] > b, and the sizes do not increase
-    ends = (sizes[None, :] > torch.arange(batch)[:, None]).sum(1)
-    return Layout(starts.to(rows.device), ends.to(rows.device), sizes.shape[0], batch, lanes, bits)
+    starts, ends = walked(call)
+    return Layout(starts, ends, call.steps, call.batch, call.lanes, call.reverse_bits)
 
 
 def _zoneout(call: Call) -> Any:
     from fastseq.kernels.recurrent.parts import Zoneout
 
     return Zoneout(*(None if hold is None else hold.contiguous().view(torch.uint8) for hold in (call.hold_h, call.hold_c)))
-
-
-def state(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .recurrent_parts import ForwardLaunch, fp32_precision
+from ..rows import fp32_precision
+from .recurrent_parts import ForwardLaunch
 
 
 def forward(launch: ForwardLaunch) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .recurrent_parts import BackwardLaunch, ForwardLaunch, fp32_precision
+from ..rows import fp32_precision
+from .recurrent_parts import BackwardLaunch, ForwardLaunch
 
 
 def forward(launch: ForwardLaunch) -> None:

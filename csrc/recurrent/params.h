@@ -1,0 +1,83 @@
+// What the CUDA kernels are given: every pointer, who allocates it, what aliases it. No torch, no CUDA.
+//
+// Letters: T time, B batch, D lanes (directions or heads), H hidden, G gates, S saved activations, K states beside h, V vectors.
+// Rows: T x B of a padded tensor, or the rows of a packed one; a row holds all lanes. All tensors are contiguous and on one device.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/portable.h"
+
+namespace fastseq::recurrent {
+
+// How a layer's rows are walked.
+struct Walk {
+  const int64_t* starts;   // [T] the first row of every step of a packed tensor; null: step t begins at row t B
+  const int64_t* lengths;  // [B] steps of every sequence; null: T each
+  int32_t steps, batch, lanes, hidden;
+  uint64_t reverse;  // bit d: lane d goes backwards
+};
+
+// How the work is cut. A team of CTAs takes one lane and some rows of the batch, and holds the lane's recurrent weights once; a CTA
+// of it owns some hidden units, with all their gates. csrc/recurrent/plan.cpp chooses.
+struct Split {
+  int32_t unit_bits;   // a CTA has 2^unit_bits units, at least 8
+  int32_t ctas;        // of a team: together at least H units
+  int32_t parts;       // teams of a lane, which share its batch
+  int32_t chunks;      // blocks of columns (sequences) of a team, one after another in every step
+  int32_t m_warps;     // warps side by side over a CTA's rows of the product, 16 each
+  int32_t k_warps;     // and over its depth
+  int32_t k_tiles;     // depth of the product in tiles
+  int32_t segments;    // pieces of the depth that are brought to shared memory one after another
+  int32_t cluster;     // 1: the team is a cluster and sends its states through shared memory; 0: through global memory
+  int32_t first_team;  // of this launch
+
+  constexpr FASTSEQ_HOST_DEVICE int units() const { return 1 << unit_bits; }
+};
+
+// Room for what a team's CTAs tell each other, allocated by the caller for one call.
+struct Meeting {
+  void* operands;   // [teams, 2, chunks, operand of a chunk] states (forward) or gate gradients (backward); unused by clusters
+  uint32_t* flags;  // [teams, ctas] zero at the beginning
+};
+
+struct ForwardParams {
+  const void* x_gates;  // [rows, D, G*H] the projected input with all biases but the cell's own vectors
+  const void* weight;   // [D, G*H, H]
+  const void* vectors;  // [D, V*H] or null
+  const void* h0;       // [D, B, H] or null: zero
+  const float* c0;      // [D, B, K*H] or null: zero
+  void* y;              // [rows, D, H]; like c and gates left as it is where a sequence has ended
+  void* h_n;            // [D, B, H]
+  float* c_n;           // [D, B, K*H]
+  float* c;             // [rows, D, K*H] or null: not wanted
+  void* gates;          // [rows, D, S*H] or null: not wanted
+  Walk walk;
+  Split split;
+  Meeting meeting;
+};
+
+struct BackwardParams {
+  const void* dy;       // [rows, D, H] or null: zero, as all gradients given
+  const void* dh_n;     // [D, B, H] or null
+  const float* dc_n;    // [D, B, K*H] or null
+  const float* dc;      // [rows, D, K*H] or null
+  const void* weight;   // [D, G*H, H]
+  const void* vectors;  // [D, V*H] or null
+  const void* h0;       // [D, B, H] or null: zero
+  const float* c0;      // [D, B, K*H] or null: zero
+  const void* y;        // [rows, D, H]
+  const float* c;       // [rows, D, K*H]
+  const void* gates;    // [rows, D, S*H]
+  void* dgates;         // [rows, D, G*H] left as it is where a sequence has ended
+  void* drecurrent;     // [rows, D, own*H] likewise; null if the cell has none
+  void* dh0;            // [D, B, H]
+  float* dc0;           // [D, B, K*H]
+  Walk walk;
+  Split split;
+  Meeting meeting;
+};
+
+enum class Precision : int32_t { kHalf, kBfloat16, kTf32, kFloat };
+
+}  // namespace fastseq::recurrent

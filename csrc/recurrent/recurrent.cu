@@ -1,0 +1,122 @@
+#include <torch/headeronly/util/Exception.h>
+
+#include "common/on_device.h"
+#include "common/stream.h"
+#include "recurrent.h"
+#include "run.h"
+
+namespace fastseq::recurrent {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// Checks what the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
+class Arguments {
+ public:
+  Arguments(const std::string& cell, const std::string& precision, const std::vector<int64_t>& plan, const Tensor& rows, const Walk& walk)
+      : walk_(walk), device_(rows.get_device_index()) {
+    STD_TORCH_CHECK(find(cell, cell_), "there is no CUDA kernel for cell ", cell);
+    STD_TORCH_CHECK(find(precision, precision_), "precision ", precision, " is none of fp16, bf16, tf32, ieee");
+    STD_TORCH_CHECK(plan.size() == kPlanNumbers, "recurrent: a plan has ", kPlanNumbers, " numbers, got ", plan.size());
+    plan_ = plan_of(plan);
+    narrow_ = precision_ == Precision::kHalf ? ScalarType::Half : precision_ == Precision::kBfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+  }
+
+  ScalarType narrow() const { return narrow_; }
+  CellFacts facts() const { return facts_of(cell_); }
+
+  // Null for none and for an empty one; `elements` if there is one.
+  template <class T = void>
+  T* take(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name) const {
+    if (!tensor || tensor->numel() == 0) return nullptr;
+    STD_TORCH_CHECK(tensor->is_cuda() && tensor->get_device_index() == device_, "recurrent: ", name, " is on another device");
+    STD_TORCH_CHECK(tensor->scalar_type() == type, "recurrent: ", name, " has a wrong dtype");
+    STD_TORCH_CHECK(tensor->numel() == elements, "recurrent: ", name, " must have ", elements, " elements, got ", tensor->numel());
+    STD_TORCH_CHECK(tensor->is_contiguous(), "recurrent: ", name, " must be contiguous");
+    return static_cast<T*>(tensor->mutable_data_ptr());
+  }
+
+  Meeting meeting(const Tensor& operands, const Tensor& flags) const {
+    return {take(operands, ScalarType::Byte, plan_.teams * plan_.operand_bytes, "operands"),
+            take<uint32_t>(flags, ScalarType::Int, int64_t{plan_.teams} * plan_.split.ctas, "flags")};
+  }
+
+  template <class Params>
+  void run_on_stream(const Params& params) const {
+    if (walk_.batch == 0 || walk_.hidden == 0) return;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA streams");
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, "torch has no current CUDA stream for device ", device_);
+    OnDevice guard(device_);
+    STD_TORCH_CHECK(guard.status() == cudaSuccess, "cannot use device ", device_, ": ", cudaGetErrorString(guard.status()));
+    const char* error = run(plan_, cell_, precision_, params, stream);
+    STD_TORCH_CHECK(*error == 0, "recurrent: a CUDA kernel could not be launched: ", error);
+  }
+
+ private:
+  Walk walk_;
+  int32_t device_;
+  Cell cell_{};
+  Precision precision_{};
+  Plan plan_;
+  ScalarType narrow_;
+};
+
+Walk sizes(int64_t steps, int64_t batch, int64_t lanes, int64_t hidden, int64_t reverse) {
+  const auto small = [](int64_t n) { return n >= 0 && n <= INT32_MAX; };
+  STD_TORCH_CHECK(small(steps) && small(batch) && small(lanes) && small(hidden), "recurrent: sizes must fit 31 bits");
+  return {nullptr, nullptr, static_cast<int32_t>(steps), static_cast<int32_t>(batch), static_cast<int32_t>(lanes),
+          static_cast<int32_t>(hidden), static_cast<uint64_t>(reverse)};
+}
+
+}  // namespace
+
+void recurrent_cuda_forward(std::string cell, std::string precision, std::vector<int64_t> plan, Tensor x_gates, Tensor weight,
+                            std::optional<Tensor> vectors, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor y, Tensor h_n,
+                            Tensor c_n, Tensor c, Tensor gates, std::optional<Tensor> starts, std::optional<Tensor> lengths,
+                            int64_t steps, int64_t batch, int64_t lanes, int64_t hidden, int64_t reverse, Tensor operands,
+                            Tensor flags) {
+  Walk walk = sizes(steps, batch, lanes, hidden, reverse);
+  const Arguments a(cell, precision, plan, x_gates, walk);
+  const CellFacts facts = a.facts();
+  const ScalarType narrow = a.narrow(), wide = ScalarType::Float;
+  const int64_t units = lanes * hidden, states = batch * units;
+  const int64_t rows = units ? y.numel() / units : 0;
+  walk.starts = a.take<int64_t>(starts, ScalarType::Long, steps, "starts");
+  walk.lengths = a.take<int64_t>(lengths, ScalarType::Long, batch, "lengths");
+  STD_TORCH_CHECK(walk.starts || rows == steps * batch, "recurrent: y has ", rows, " rows, not steps x batch");
+  a.run_on_stream(ForwardParams{
+      a.take(x_gates, narrow, rows * units * facts.gates, "x_gates"), a.take(weight, narrow, units * facts.gates * hidden, "weight"),
+      a.take(vectors, narrow, units * facts.vectors, "vectors"), a.take(h0, narrow, states, "h0"),
+      a.take<float>(c0, wide, states * facts.states, "c0"), a.take(y, narrow, rows * units, "y"), a.take(h_n, narrow, states, "h_n"),
+      a.take<float>(c_n, wide, states * facts.states, "c_n"), a.take<float>(c, wide, rows * units * facts.states, "c"),
+      a.take(gates, narrow, rows * units * facts.saved, "gates"), walk, {}, a.meeting(operands, flags)});
+}
+
+void recurrent_cuda_backward(std::string cell, std::string precision, std::vector<int64_t> plan, std::optional<Tensor> dy,
+                             std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc, Tensor weight,
+                             std::optional<Tensor> vectors, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor y, Tensor c,
+                             Tensor gates, Tensor dgates, Tensor drecurrent, Tensor dh0, Tensor dc0, std::optional<Tensor> starts,
+                             std::optional<Tensor> lengths, int64_t steps, int64_t batch, int64_t lanes, int64_t hidden,
+                             int64_t reverse, Tensor operands, Tensor flags) {
+  Walk walk = sizes(steps, batch, lanes, hidden, reverse);
+  const Arguments a(cell, precision, plan, y, walk);
+  const CellFacts facts = a.facts();
+  const ScalarType narrow = a.narrow(), wide = ScalarType::Float;
+  const int64_t units = lanes * hidden, states = batch * units;
+  const int64_t rows = units ? y.numel() / units : 0;
+  walk.starts = a.take<int64_t>(starts, ScalarType::Long, steps, "starts");
+  walk.lengths = a.take<int64_t>(lengths, ScalarType::Long, batch, "lengths");
+  STD_TORCH_CHECK(walk.starts || rows == steps * batch, "recurrent: y has ", rows, " rows, not steps x batch");
+  a.run_on_stream(BackwardParams{
+      a.take(dy, narrow, rows * units, "dy"), a.take(dh_n, narrow, states, "dh_n"),
+      a.take<float>(dc_n, wide, states * facts.states, "dc_n"), a.take<float>(dc, wide, rows * units * facts.states, "dc"),
+      a.take(weight, narrow, units * facts.gates * hidden, "weight"), a.take(vectors, narrow, units * facts.vectors, "vectors"),
+      a.take(h0, narrow, states, "h0"), a.take<float>(c0, wide, states * facts.states, "c0"), a.take(y, narrow, rows * units, "y"),
+      a.take<float>(c, wide, rows * units * facts.states, "c"), a.take(gates, narrow, rows * units * facts.saved, "gates"),
+      a.take(dgates, narrow, rows * units * facts.gates, "dgates"),
+      a.take(drecurrent, narrow, rows * units * facts.own_recurrent, "drecurrent"), a.take(dh0, narrow, states, "dh0"),
+      a.take<float>(dc0, wide, states * facts.states, "dc0"), walk, {}, a.meeting(operands, flags)});
+}
+
+}  // namespace fastseq::recurrent

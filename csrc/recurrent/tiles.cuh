@@ -1,0 +1,126 @@
+// Products of 16 rows of weights with 8 columns (sequences), a warp at a time: fp16 and bf16, TF32, and fp32 by plain FMAs.
+//
+// The operand (states, or gate gradients) lies in shared memory as [depth / kVector][columns][kVector]: 16 bytes of depth a column, as
+// CTAs exchange it. Weights are four registers of a lane for 16 rows and kDepth of depth, in a layout that only this file knows. A warp
+// keeps kResident of its tiles in registers; a chunk of the batch is one tile of columns wide or kWide: with more of either, spills begin.
+#pragma once
+
+#include "../common/prims.cuh"
+
+namespace fastseq::recurrent {
+
+constexpr int kTileRows = 16;
+constexpr int kTileColumns = 8;
+
+// lane = 4 * quad + place in PTX's fragments
+FASTSEQ_DEVICE int quad() { return gpu::lane() >> 2; }
+FASTSEQ_DEVICE int place() { return gpu::lane() & 3; }
+
+// Accumulators of mma.sync: columns 2 * place() and the next, of rows quad() and quad() + 8.
+struct MmaSums {
+  static constexpr int kSums = 4;
+
+  // into sums[column * stride + row]
+  static FASTSEQ_DEVICE void store(const float (&d)[kSums], float* sums, int stride) {
+    float* at = sums + 2 * place() * stride + quad();
+    at[0] = d[0], at[stride] = d[1], at[8] = d[2], at[stride + 8] = d[3];
+  }
+};
+
+template <class T>
+struct Tile16 : MmaSums {
+  using Number = T;
+  static constexpr int kDepth = 16;
+  static constexpr int kVector = 8;
+  static constexpr int kResident = 32;
+  static constexpr int kWide = 4;
+  static constexpr bool kExact = false;
+
+  // at(row, depth) gives a weight
+  template <class At>
+  static FASTSEQ_DEVICE void load(uint32_t (&a)[4], const At& at) {
+    FASTSEQ_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const int row = quad() + 8 * (r & 1), depth = 2 * place() + 8 * (r >> 1);
+      a[r] = at(row, depth).bits | static_cast<uint32_t>(at(row, depth + 1).bits) << 16;
+    }
+  }
+
+  // operand: the tile's first row of [columns][kVector]
+  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const T* operand, int columns, int first_column) {
+    uint32_t b[2];
+    const int half = gpu::lane() >> 3 & 1, column = first_column + (gpu::lane() & 7);
+    gpu::ldmatrix_x2(b, operand + (half * columns + column) * kVector);
+    gpu::mma_16816(d, a, b, T{});
+  }
+
+  static FASTSEQ_DEVICE gpu::Vec16 sent(gpu::Vec16 v) { return v; }
+};
+
+struct TileTf32 : MmaSums {
+  using Number = float;
+  static constexpr int kDepth = 8;
+  static constexpr int kVector = 4;
+  static constexpr int kResident = 32;
+  static constexpr int kWide = 4;
+  static constexpr bool kExact = false;
+
+  template <class At>
+  static FASTSEQ_DEVICE void load(uint32_t (&a)[4], const At& at) {
+    FASTSEQ_UNROLL
+    for (int r = 0; r < 4; ++r) a[r] = gpu::to_tf32(at(quad() + 8 * (r & 1), place() + 4 * (r >> 1)));
+  }
+
+  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const float* operand, int columns, int first_column) {
+    const float* at = operand + (first_column + quad()) * kVector + place();
+    const uint32_t b[2] = {gpu::as_bits(at[0]), gpu::as_bits(at[columns * kVector])};
+    gpu::mma_1688_tf32(d, a, b);
+  }
+
+  // rounded once, by who sends it
+  static FASTSEQ_DEVICE gpu::Vec16 sent(gpu::Vec16 v) {
+    FASTSEQ_UNROLL
+    for (int i = 0; i < 4; ++i) v.word[i] = gpu::to_tf32(gpu::as_float(v.word[i]));
+    return v;
+  }
+};
+
+// Two lanes to a row, each with half of the tile's depth.
+struct TileFloat {
+  using Number = float;
+  static constexpr int kDepth = 8;
+  static constexpr int kVector = 4;
+  static constexpr int kResident = 24;
+  static constexpr int kWide = 2;
+  static constexpr int kSums = 8;  // columns
+  static constexpr bool kExact = true;
+
+  template <class At>
+  static FASTSEQ_DEVICE void load(uint32_t (&a)[4], const At& at) {
+    FASTSEQ_UNROLL
+    for (int r = 0; r < 4; ++r) a[r] = gpu::as_bits(at(gpu::lane() >> 1, 4 * (gpu::lane() & 1) + r));
+  }
+
+  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const float* operand, int columns, int first_column) {
+    const auto* h = reinterpret_cast<const gpu::Vec16*>(operand) + (gpu::lane() & 1) * columns + first_column;
+    FASTSEQ_UNROLL
+    for (int n = 0; n < kSums; ++n) {
+      const gpu::Vec16 v = h[n];
+      FASTSEQ_UNROLL
+      for (int r = 0; r < 4; ++r) d[n] += gpu::as_float(a[r]) * gpu::as_float(v.word[r]);
+    }
+  }
+
+  static FASTSEQ_DEVICE void store(const float (&d)[kSums], float* sums, int stride) {
+    const int half = gpu::lane() & 1;
+    FASTSEQ_UNROLL
+    for (int n = 0; n < kSums; ++n) {
+      const float sum = d[n] + gpu::shuffle_xor(d[n], 1);
+      if (n / 4 == half) sums[n * stride + (gpu::lane() >> 1)] = sum;
+    }
+  }
+
+  static FASTSEQ_DEVICE gpu::Vec16 sent(gpu::Vec16 v) { return v; }
+};
+
+}  // namespace fastseq::recurrent

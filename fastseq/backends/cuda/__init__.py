@@ -1,0 +1,30 @@
+"""CUDA C++ kernels of the compiled library: recurrent weights that stay in registers and shared memory for a whole sequence."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import library
+from ..query import Query, RecurrentQuery
+from . import recurrent
+from .recurrent import recurrent_backward, recurrent_forward
+
+__all__ = ["available", "devices", "name", "ops", "recurrent_backward", "recurrent_forward", "stands_back", "why_not"]
+
+name = "cuda"
+devices = ("cuda",)
+ops = ("recurrent",)
+
+
+def available() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    return library.reason() or torch.ops.fastseq_native.cuda_obstacle(torch.cuda.current_device()) or None
+
+
+def why_not(query: Query) -> list[str]:
+    return recurrent.why_not(query) if isinstance(query, RecurrentQuery) else [f"no CUDA kernel for {query.op} yet"]
+
+
+def stands_back(query: Query) -> list[str]:
+    return ["its kernels have run on no GPU yet, only on the host; use_backend('cuda') takes them"]

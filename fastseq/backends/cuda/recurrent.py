@@ -1,0 +1,186 @@
+"""The recurrent op on the persistent kernels of ``csrc/recurrent``.
+
+A team of CTAs holds a lane's recurrent weights for the whole launch and exchanges every step's states (forward) or gate gradients
+(backward). ``csrc/recurrent/plan.cpp`` cuts the work, a pure function of sizes and device. The backend "cuda-host" runs the same
+kernels without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...reference.recurrent import Backward, Call, Forward
+from ..query import RecurrentQuery
+from ..rows import fp32_precision, room, state, walked
+
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
+_PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_MOST_LANES = 64  # their directions are the bits of one number
+
+
+class Device(NamedTuple):
+    """What a plan depends on (csrc/recurrent/plan.h)."""
+
+    multiprocessors: int
+    shared_bytes: int  # that a CTA may have
+    cluster: int  # CTAs of a cluster at most; 0: no clusters
+    cooperative: bool  # whether a launch can demand that all its CTAs run at the same time
+
+
+class Plan(NamedTuple):
+    """How a call is cut."""
+
+    obstacle: str
+    step_us: float  # predicted, by a model
+    numbers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        bits, ctas, _, chunks, _, _, _, _, cluster, wide, teams, at_once, *_ = self.numbers
+        return (
+            f"{teams} teams of {ctas} CTAs with {1 << bits} units each"
+            + (f", {at_once} at a time" if at_once < teams else "")
+            + (f", {chunks} chunks" if chunks > 1 else "")
+            + (", wide" if wide else "")
+            + f", {'cluster' if cluster else 'flags'} (a model predicts {self.step_us:.2f} us a step)"
+        )
+
+    def meeting(self, like: Tensor) -> dict[str, Tensor]:
+        """Room for what the CTAs of a team exchange."""
+        teams, ctas, operand_bytes = self.numbers[10], self.numbers[1], self.numbers[13]
+        return {
+            "operands": like.new_empty(teams * operand_bytes, dtype=torch.uint8),
+            "flags": like.new_zeros(teams * ctas, dtype=torch.int32),
+        }
+
+
+# runs "forward" or "backward": direction, cell, precision, plan, arguments by name in the order of the native op
+Run = Callable[[str, str, str, Plan, dict[str, Any]], None]
+
+
+class Machine(NamedTuple):
+    """Where the kernels run: a GPU, or its model on the host."""
+
+    device: Callable[[torch.device], Device]
+    precision: Callable[[], str]  # of fp32: "tf32" or "ieee"
+    run: Run
+
+
+@lru_cache(1024)
+def _cut(cell: str, precision: str, backward: bool, batch: int, lanes: int, hidden: int, device: Device) -> Plan:
+    numbers = [int(number) for number in device]
+    obstacle, step_us, found = torch.ops.fastseq_native.recurrent_plan(cell, precision, backward, batch, lanes, hidden, numbers)
+    return Plan(obstacle, step_us, tuple(found))
+
+
+def _precision(dtype: torch.dtype, machine: Machine) -> str:
+    return machine.precision() if dtype == torch.float32 else _PRECISIONS[dtype]
+
+
+def _plan(call: Call | RecurrentQuery, backward: bool, where: torch.device, machine: Machine) -> Plan:
+    return _cut(call.cell, _precision(call.dtype, machine), backward, call.batch, call.lanes, call.hidden, machine.device(where))
+
+
+def obstacles(query: RecurrentQuery, machine: Machine) -> list[str]:
+    """Why the kernels cannot run a call on a machine."""
+    against = []
+    if query.cell not in CELLS:
+        against.append(f"cell {query.cell} is not one of {', '.join(CELLS)}")
+    if query.dtype not in _PRECISIONS:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _PRECISIONS)
+        against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
+    if query.projected:
+        against.append("a projection (proj_size) is not in its kernels")
+    if query.zoned:
+        against.append("zoneout is not in its kernels")
+    if query.lanes > _MOST_LANES:
+        against.append(f"{query.lanes} lanes are more than {_MOST_LANES}")
+    if not against and query.batch and query.hidden:
+        against.append(_plan(query, query.backward, query.device, machine).obstacle)
+    return [reason for reason in against if reason]
+
+
+def forward(call: Forward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, h_n, c_n, c, gates, as the op's contract has them."""
+    row, x, lanes, hidden, wide = call.row, call.x, call.lanes, call.hidden, call.wide
+    leading, states = x.shape[:-1], call.row.wide_states * call.hidden
+    x_gates = call.input_gates().contiguous()
+    y = room(call, *leading, lanes, call.width)
+    h_n = x.new_empty(lanes, call.batch, call.width)
+    c_n = x.new_empty((lanes, call.batch, states) if row.has_c else (0,), dtype=wide)
+    c = room(call, *((*leading, lanes, states) if row.has_c and call.save_c else (0,)), dtype=wide)
+    gates = room(call, *((*leading, lanes, call.saved * hidden) if call.saved and call.save_gates else (0,)))
+    _run(
+        call, machine, "forward", x_gates=x_gates, weight=call.weight.contiguous(), vectors=_dense(call.vectors),
+        h0=state(call.h0, call.dtype), c0=state(call.c0, wide), y=y, h_n=h_n, c_n=c_n, c=c, gates=gates,
+    )  # fmt: skip
+    return y, h_n, c_n, c, gates
+
+
+def backward(call: Backward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dgates, drecurrent, doutput, dh0, dc0, as the op's contract has them."""
+    row, y, lanes, hidden, wide = call.row, call.y, call.lanes, call.hidden, call.wide
+    leading, states = y.shape[:-2], call.row.wide_states * call.hidden
+    dgates = room(call, *leading, lanes, call.weight.shape[1])
+    drecurrent = room(call, *((*leading, lanes, row.own_recurrent * hidden) if row.own_recurrent else (0,)))
+    dh0 = y.new_empty(lanes, call.batch, call.width)
+    dc0 = y.new_empty((lanes, call.batch, states) if row.has_c else (0,), dtype=wide)
+    _run(
+        call, machine, "backward", dy=state(call.dy, call.dtype), dh_n=state(call.dh_n, call.dtype), dc_n=state(call.dc_n, wide),
+        dc=state(call.dc, wide), weight=call.weight.contiguous(), vectors=_dense(call.vectors), h0=state(call.h0, call.dtype),
+        c0=state(call.c0, wide), y=y.contiguous(), c=call.c.contiguous(), gates=call.gates.contiguous(), dgates=dgates,
+        drecurrent=drecurrent, dh0=dh0, dc0=dc0,
+    )  # fmt: skip
+    return dgates, drecurrent, y.new_empty(0), dh0, dc0
+
+
+def _run(call: Call, machine: Machine, direction: str, **tensors: Tensor | None) -> None:
+    if not (call.batch and call.hidden):
+        return
+    from .. import note  # which imports this module
+
+    chosen = _plan(call, direction == "backward", call.rows.device, machine)
+    note(str(chosen))
+    starts, lengths = walked(call)
+    sizes = {"steps": call.steps, "batch": call.batch, "lanes": call.lanes, "hidden": call.hidden, "reverse": call.reverse_bits}
+    arguments = tensors | {"starts": starts, "lengths": lengths} | sizes | chosen.meeting(call.rows)
+    machine.run(direction, call.cell, _precision(call.dtype, machine), chosen, arguments)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+@lru_cache
+def _device(index: int) -> Device:
+    multiprocessors, shared_bytes, cluster, cooperative = torch.ops.fastseq_native.cuda_limits(index)
+    return Device(multiprocessors, shared_bytes, cluster, bool(cooperative))
+
+
+def _launch(direction: str, cell: str, precision: str, chosen: Plan, arguments: dict[str, Any]) -> None:
+    native = torch.ops.fastseq_native
+    op = native.recurrent_cuda_forward if direction == "forward" else native.recurrent_cuda_backward
+    op.default(cell, precision, chosen.numbers, *arguments.values())
+
+
+def _limits(device: torch.device) -> Device:
+    return _device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+GPU = Machine(_limits, fp32_precision, _launch)
+
+
+def why_not(query: RecurrentQuery) -> list[str]:
+    return obstacles(query, GPU)
+
+
+def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return forward(call, GPU)
+
+
+def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return backward(call, GPU)
