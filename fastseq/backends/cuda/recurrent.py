@@ -40,11 +40,12 @@ class Plan(NamedTuple):
     numbers: tuple[int, ...]
 
     def __str__(self) -> str:
-        bits, ctas, _, chunks, _, _, _, _, cluster, wide, teams, at_once, *_ = self.numbers
+        bits, ctas, _, chunks, _, _, _, segments, cluster, wide, teams, at_once, *_ = self.numbers
         return (
             f"{teams} teams of {ctas} CTAs with {1 << bits} units each"
             + (f", {at_once} at a time" if at_once < teams else "")
             + (f", {chunks} chunks" if chunks > 1 else "")
+            + (f", {segments} segments" if segments > 1 else "")
             + (", wide" if wide else "")
             + f", {'cluster' if cluster else 'flags'} (a model predicts {self.step_us:.2f} us a step)"
         )

@@ -1,0 +1,274 @@
+"""The CUDA kernels of the recurrence, executed on the host: every form that a plan can take, schedules, budgets, the planner.
+
+The op battery (test_recurrent.py) runs them too, as backend "cuda-host", on the plans of one small machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import fastseq
+from fastseq import backends
+from fastseq import functional as F
+from fastseq.backends import cuda, cuda_host, library
+from fastseq.backends.cuda import recurrent
+from fastseq.backends.cuda.recurrent import Device
+from fastseq.cells import CELLS
+from fastseq.testing.cases import RecurrentCase
+from fastseq.testing.compare import assert_all_close_to_truth, pooled_error
+from fastseq.testing.recurrent import RecurrentBattery
+
+executed = pytest.mark.skipif(cuda_host.available() is not None, reason=str(cuda_host.available()))
+planned = pytest.mark.skipif(library.reason() is not None, reason=str(library.reason()))
+
+H200 = Device(132, 227 << 10, 16, True)
+MACHINES = {
+    "clusters": Device(32, 100 << 10, 8, True),
+    "flags": Device(32, 100 << 10, 0, True),
+    "few": Device(9, 64 << 10, 0, True),  # chunks, waves, weights that do not fit the registers
+    "small": Device(9, 12 << 10, 0, True),  # segments
+    "smaller": Device(9, 8 << 10, 0, True),
+    "alone": Device(4, 100 << 10, 0, False),  # CTAs that cannot wait for each other
+}
+SHAPES = [
+    RecurrentCase("lstm", steps=4, batch=3, input=5, hidden=40, bidirectional=True, layout="lengths"),
+    RecurrentCase("gru", steps=3, batch=41, input=5, hidden=20, layout="packed"),
+    RecurrentCase("rnn_tanh", steps=4, batch=9, input=5, hidden=70, bidirectional=True, state=False),
+    RecurrentCase("lstm", steps=3, batch=70, input=5, hidden=24, layout="lengths"),
+    RecurrentCase("gru", steps=3, batch=2, input=5, hidden=130),
+    RecurrentCase("rnn_relu", steps=3, batch=1, input=5, hidden=1),
+    RecurrentCase("lstm", steps=2, batch=2, input=5, hidden=264, bidirectional=True),
+]
+PRECISIONS = {"ieee": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    def choose(name: str, precision: str = "ieee") -> None:
+        monkeypatch.setattr(cuda_host, "device", MACHINES[name])
+        monkeypatch.setattr(cuda_host, "precision", precision)
+
+    return choose
+
+
+def results(battery: RecurrentBattery, inputs: dict, backend: str) -> dict[str, torch.Tensor]:
+    with fastseq.use_backend(backend):
+        outputs = battery.run(inputs)
+        return {f"output {i}": out for i, out in enumerate(outputs)} | battery.gradients(outputs, inputs)
+
+
+def refusals(case: RecurrentCase, precision: str) -> list[str]:
+    battery = RecurrentBattery()
+    inputs = battery.make(case, PRECISIONS[precision])
+    x = inputs["x"]
+    return [
+        reason
+        for backward in (False, True)
+        for reason in backends.obstacles(
+            "cuda-host",
+            backends.RecurrentQuery(
+                "recurrent",
+                x.device,
+                x.dtype,
+                case.cell,
+                case.steps,
+                1 + case.bidirectional,
+                case.hidden,
+                False,
+                case.layout,
+                False,
+                case.batch,
+                backward,
+            ),  # fmt: skip
+        )
+    ]
+
+
+@executed
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", MACHINES)
+def test_every_form(name, shape, precision, machine):
+    machine(name, precision if precision in ("ieee", "tf32") else "ieee")
+    against = refusals(shape, precision)
+    if against:
+        assert all("do not fit" in reason for reason in against)
+        return
+    battery, dtype = RecurrentBattery(), PRECISIONS[precision]
+    inputs = battery.make(shape, dtype)
+    outputs, grads = battery.truth(inputs)
+    truth = {f"output {i}": out for i, out in enumerate(outputs)} | grads
+    plain = results(battery, inputs, "reference")
+    # TF32 keeps as many bits as fp16, which the reference can compute in
+    own = 0.0
+    if precision == "tf32":
+        half = battery.make(shape, torch.float16)
+        own = pooled_error({name: value.float() for name, value in results(battery, half, "reference").items()}, truth)
+    found = results(battery, inputs, "cuda-host")
+    if battery.gradients_jump(shape, torch.bfloat16) and precision != "ieee":
+        found, plain, truth = ({name: value for name, value in r.items() if "output" in name} for r in (found, plain, truth))
+    assert_all_close_to_truth(found, plain, truth, own_error=own)
+
+
+@planned
+def test_the_machines_take_every_form():
+    """What test_every_form is there for: without one of these words in a plan it would not see that form."""
+    plans = {}
+    for name, shape, precision in itertools.product(MACHINES, SHAPES, PRECISIONS):
+        for backward in (False, True):
+            plan = recurrent._cut(
+                shape.cell, precision, backward, shape.batch, 1 + shape.bidirectional, shape.hidden, MACHINES[name]
+            )
+            if not plan.obstacle:
+                plans[name, shape, precision, backward] = str(plan)
+    for word in ("cluster", "flags", "chunks", "segments", "wide", "at a time", "of 1 CTAs", "beyond registers"):
+        for backward in (False, True):
+            assert any(word in text for key, text in plans.items() if key[3] == backward), word
+
+
+@executed
+@pytest.mark.parametrize("name", ("clusters", "flags", "few"))
+def test_every_schedule_gives_the_same_bits(name, machine):
+    machine(name)
+    battery = RecurrentBattery()
+    inputs = battery.make(RecurrentCase("gru", steps=5, batch=10, input=3, hidden=24, layout="lengths"), torch.float32)
+    first = None
+    for seed in range(24):
+        cuda_host.kernels().seed(seed)
+        found = results(battery, inputs, "cuda-host")
+        first = first or found
+        assert all(torch.equal(found[key], first[key]) for key in first), seed
+    cuda_host.kernels().seed(0)
+
+
+@executed
+@pytest.mark.parametrize("name", ("clusters", "flags"))
+def test_bytes_of_a_step(name, machine):
+    """What a CTA receives in a step is the operand once: the states forward, the gate gradients backward."""
+    machine(name)
+    battery, host = RecurrentBattery(), cuda_host.kernels()
+    case = RecurrentCase("lstm", steps=7, batch=8, input=3, hidden=64)
+    inputs = battery.make(case, torch.bfloat16)
+
+    def received(call) -> int:
+        host.reset_counters()
+        call()
+        counters = host.counters()
+        return counters["st_async_bytes" if name == "clusters" else "cp_async_bytes"]
+
+    outputs = []
+    with fastseq.use_backend("cuda-host"):
+        forward = received(lambda: outputs.append(battery.run(inputs)))
+        backward = received(lambda: battery.gradients(outputs[0], inputs))
+    state_bytes = case.hidden * case.batch * 2
+    ctas = [recurrent._cut("lstm", "bf16", back, 8, 1, 64, MACHINES[name]).numbers[1] for back in (False, True)]
+    assert forward == case.steps * ctas[0] * state_bytes
+    assert backward == case.steps * ctas[1] * 4 * state_bytes
+
+
+@planned
+@pytest.mark.parametrize("cell", recurrent.CELLS)
+@pytest.mark.parametrize("device", (H200, Device(108, 163 << 10, 0, True), Device(170, 99 << 10, 8, True)), ids=str)
+def test_plans_fit_the_device(device, cell):
+    gates = len(CELLS[cell].gates)
+    for precision, backward, batch, lanes, hidden in itertools.product(
+        PRECISIONS, (False, True), (1, 8, 60, 300), (1, 2), (1, 63, 128, 500, 1024, 2048)
+    ):
+        plan = recurrent._cut(cell, precision, backward, batch, lanes, hidden, device)
+        if plan.obstacle:
+            assert hidden >= 500 and f"H={hidden}" in plan.obstacle
+            continue
+        bits, ctas, parts, chunks, m_warps, k_warps, k_tiles, segments, cluster, wide, teams, at_once, shared, operand = (
+            plan.numbers
+        )
+        columns = (16 if precision == "ieee" else 32) if wide else 8
+        assert ctas << bits >= hidden > (ctas - 1) << bits and gates << bits <= 128
+        assert parts * chunks * columns >= batch and teams == lanes * parts
+        assert m_warps * 16 >= (1 if backward else gates) << bits and m_warps * k_warps <= 8
+        assert k_tiles * (16 if precision in ("fp16", "bf16") else 8) >= hidden * (gates if backward else 1)
+        assert shared <= device.shared_bytes and 0 < at_once <= teams and segments <= k_tiles
+        assert cluster or at_once * ctas <= device.multiprocessors
+        assert not cluster or (ctas <= device.cluster and chunks == 1 and operand == 0)
+        assert plan.step_us > 0
+
+
+@planned
+def test_plans_for_a_hopper():
+    """The shapes that the kernels exist for keep their weights on the device, with the exchange that fits them."""
+    for batch in (1, 8):
+        text = str(recurrent._cut("lstm", "bf16", False, batch, 1, 512, H200))
+        assert text.startswith("1 teams of 16 CTAs with 32 units each, cluster")
+    for cell, precision in itertools.product(("lstm", "gru"), ("fp16", "bf16", "tf32")):
+        for hidden, batch in itertools.product((256, 512, 1024), (1, 16, 64, 256)):
+            for backward in (False, True):
+                assert not recurrent._cut(cell, precision, backward, batch, 1, hidden, H200).obstacle
+    assert "flags" in str(recurrent._cut("lstm", "bf16", False, 1, 1, 2048, H200))
+    assert recurrent._cut("lstm", "tf32", False, 1, 1, 2048, H200).obstacle
+
+
+@planned
+def test_the_planner_refuses_nonsense():
+    plan = torch.ops.fastseq_native.recurrent_plan
+    with pytest.raises(RuntimeError, match="no CUDA kernel for cell slstm"):
+        plan("slstm", "fp16", False, 1, 1, 8, [1, 1 << 15, 0, 1])
+    with pytest.raises(RuntimeError, match="fp64 is none of fp16, bf16, tf32, ieee"):
+        plan("lstm", "fp64", False, 1, 1, 8, [1, 1 << 15, 0, 1])
+    for sizes, device in (((0, 1, 8), [1, 1, 0, 1]), ((1, 1, 8), [1, 1]), ((1 << 16, 1, 1 << 16), [1, 1, 0, 1])):
+        with pytest.raises(RuntimeError, match="sizes must be positive"):
+            plan("lstm", "fp16", False, *sizes, device)
+
+
+@planned
+def test_reasons_against_a_call():
+    def against(**changes) -> list[str]:
+        facts = {
+            "op": "recurrent", "device": torch.device("cpu"), "dtype": torch.float32, "cell": "lstm", "steps": 4, "lanes": 1,
+            "hidden": 16, "projected": False, "layout": "padded",
+        }  # fmt: skip
+        return recurrent.obstacles(backends.RecurrentQuery(**facts | changes), cuda_host.MACHINE)
+
+    assert against() == []
+    assert against(cell="slstm") == ["cell slstm is not one of rnn_tanh, rnn_relu, lstm, gru"]
+    assert against(dtype=torch.float64) == ["dtype float64 is not one of float16, bfloat16, float32"]
+    assert against(projected=True) == ["a projection (proj_size) is not in its kernels"]
+    assert against(zoned=True) == ["zoneout is not in its kernels"]
+    assert against(lanes=65) == ["65 lanes are more than 64"]
+    (reason,) = against(hidden=4096)
+    assert reason.startswith("its recurrent weights do not fit") and "H=4096" in reason
+
+
+def test_it_stands_back_until_it_has_run_on_a_gpu(monkeypatch):
+    """Chosen when it is asked for, and named among the reasons when it is not."""
+    query = backends.RecurrentQuery("recurrent", torch.device("cuda"), torch.float32, "lstm", 4, 1, 16, False, "padded")
+    monkeypatch.setattr(cuda, "available", lambda: None)
+    monkeypatch.setattr(cuda, "why_not", lambda query: [])
+    monkeypatch.setattr(backends.triton, "available", lambda: None)
+    assert backends.select(query).name == "triton"
+    assert "use_backend('cuda')" in backends.reasons("cuda", query)[0]
+    with fastseq.use_backend("cuda"):
+        assert backends.select(query).name == "cuda"
+
+
+@executed
+def test_explain_shows_the_plan():
+    module = fastseq.GRU(8, 64)
+    with fastseq.use_backend("cuda-host"):
+        text = str(fastseq.explain(module, torch.randn(3, 2, 8)))
+    assert ": cuda-host, 1 teams of 8 CTAs with 8 units each, cluster (a model predicts" in text
+
+
+@executed
+def test_a_layer_longer_than_its_batch_is_wide_runs_to_the_end():
+    """Sequences of length zero, and none of full length."""
+    torch.manual_seed(0)
+    params = [p.detach() for p in torch.nn.LSTM(3, 12).parameters()]
+    x, lengths = torch.randn(6, 4, 3), torch.tensor([0, 3, 1, 0])
+    with fastseq.use_backend("cuda-host"):
+        y, h, c = F.lstm(x, None, params, lengths=lengths)
+    with fastseq.use_backend("reference"):
+        expected = F.lstm(x, None, params, lengths=lengths)
+    for actual, wanted in zip((y, h, c), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
