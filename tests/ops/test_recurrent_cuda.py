@@ -28,7 +28,7 @@ H200 = Device(132, 227 << 10, 16, True)
 MACHINES = {
     "clusters": Device(32, 100 << 10, 8, True),
     "flags": Device(32, 100 << 10, 0, True),
-    "few": Device(9, 64 << 10, 0, True),  # chunks, waves, weights that do not fit the registers
+    "few": Device(9, 100 << 10, 0, True),  # chunks, waves, weights that do not fit the registers
     "small": Device(9, 12 << 10, 0, True),  # segments
     "smaller": Device(9, 8 << 10, 0, True),
     "alone": Device(4, 100 << 10, 0, False),  # CTAs that cannot wait for each other
@@ -123,7 +123,8 @@ def test_the_machines_take_every_form():
                 shape.cell, precision, backward, shape.batch, 1 + shape.bidirectional, shape.hidden, MACHINES[name]
             )
             if not plan.obstacle:
-                plans[name, shape, precision, backward] = str(plan)
+                in_shared_memory = plan.numbers[6] > 32 * plan.numbers[5]
+                plans[name, shape, precision, backward] = str(plan) + ", beyond registers" * in_shared_memory
     for word in ("cluster", "flags", "chunks", "segments", "wide", "at a time", "of 1 CTAs", "beyond registers"):
         for backward in (False, True):
             assert any(word in text for key, text in plans.items() if key[3] == backward), word
