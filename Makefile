@@ -3,7 +3,9 @@
 #   make test      run the tests but for the slow ones       (ARGS="-k lstm" and the like go to pytest)
 #
 # make check       ruff, formatting, types, all the tests   make lint      the first three
+# make gpu-day     on a machine with a GPU: tests, sanitizer and suites within 25 minutes, into benchmarks/results/<device>
 # make library     compile the native library into fastseq/lib
+# make host-kernels  compile the CUDA kernels for this machine's CPU, for tests without a GPU
 # make abi         one library file, loaded by CPU torch 2.13.0 and by CUDA torch 2.14.1 (downloads the latter, 5 GB)
 # make wheel       a wheel in dist/                          make clean     remove what was built, keep .venv
 #
@@ -23,24 +25,26 @@ ifeq ($(strip $(PYTHON)),)
   PY := $(VENV)/bin/python
   TOOLS := $(VENV)/.requirements
   ENVIRONMENT := $(TOOLS) $(VENV)/.editable
+  BROWSER := $(VENV)/.browser
   # Tests that fetch build tools from a package index run in this environment only.
   export FASTSEQ_TEST_NETWORK ?= 1
 else
   PY := $(PYTHON)
   TOOLS :=
   ENVIRONMENT :=
+  BROWSER :=
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-SOURCES := CMakeLists.txt setup.py fastseq/_version.py $(shell find csrc -type f)
+SOURCES := CMakeLists.txt setup.py fastseq/_version.py $(shell find csrc -type f -not -path 'csrc/host/*')
 LIBRARY := fastseq/lib/.built-$(FASTSEQ_BUILD)
 
-.PHONY: test check lint format bench library wheel abi clean
+.PHONY: test check lint format bench gpu-day library host-kernels wheel abi clean
 
-test: $(ENVIRONMENT) $(LIBRARY)
+test: $(ENVIRONMENT) $(LIBRARY) $(BROWSER) host-kernels
 	$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
-check: lint $(ENVIRONMENT) $(LIBRARY)
+check: lint $(ENVIRONMENT) $(LIBRARY) $(BROWSER) host-kernels
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 lint: $(TOOLS)
@@ -55,7 +59,14 @@ format: $(TOOLS)
 bench: $(ENVIRONMENT) $(LIBRARY)
 	$(PY) -m fastseq bench $(ARGS)
 
+# It takes the library that is there, or builds one.
+gpu-day: $(ENVIRONMENT)
+	$(PY) -m fastseq.benchmarks.gpu_day $(ARGS)
+
 library: $(ENVIRONMENT) $(LIBRARY)
+
+host-kernels: $(TOOLS)
+	$(PY) tests/csrc/host_build.py
 
 wheel: $(TOOLS)
 	$(PIP) wheel . --no-deps --no-build-isolation -w dist
@@ -65,13 +76,18 @@ $(LIBRARY): $(SOURCES) $(TOOLS)
 	@rm -f fastseq/lib/.built-*
 	@touch $@
 
-.venv/.requirements: requirements/dev.txt requirements/triton.txt
+.venv/.requirements: requirements/dev.txt requirements/triton.txt requirements/cute.txt
 	@python3 -c "import sys; sys.exit(sys.version_info < (3, 10) and 'error: Python 3.10 or newer is needed, python3 is ' + sys.version.split()[0])"
 	test -x .venv/bin/python || python3 -m venv .venv
 	$(if $(TORCH_INDEX),$(PIP) install --index-url $(TORCH_INDEX) $(shell grep '^torch==' requirements/dev.txt))
 	$(PIP) install -r requirements/dev.txt
 	$(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('triton') is None)" || $(PIP) install -r requirements/triton.txt
+	$(PIP) install --no-deps -r requirements/cute.txt
 	@touch $@
+
+# For the tests of the report alone, which are skipped without it.
+.venv/.browser: requirements/browser.txt .venv/.requirements
+	@$(PIP) install -r $< && touch $@ || echo "no browser for this machine: the tests that want one are skipped"
 
 # After the library: the install finds it up to date. It gives the command `fastseq` and lets scripts anywhere import the checkout.
 .venv/.editable: pyproject.toml setup.py .venv/.requirements | $(LIBRARY)

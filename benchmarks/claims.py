@@ -1,200 +1,178 @@
 """What people say about recurrence and attention, and what the figures of this run say to it.
 
-A verdict is computed from rows; there is none without them. To answer a claim, write a function from the rows
-of a suite to a Verdict and enter it in ANSWERS.
+A verdict is computed from rows; there is none without them. To answer a claim, write a function from rows to findings in
+answers/ and enter it in CLAIMS with the suites whose rows it reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from .analysis import local_exponents, power_law
-from .attention_providers import OWN
-from .presentation import bytes_text, time_text
+from .answers import cost, learning, serving
+from .evidence import Finding, as_json, together
 from .results import Results, Row
-from .suites import attention as alone
-from .suites import sequential_vs_parallel as length
-from .suites.sequential_vs_parallel import curve
+from .suites import attention, decode, long_range, memory_use, sequential_vs_parallel, small_data, statements, variable_length
 
-STATEMENTS = {
-    "parallel-ops": "Attention needs O(1) sequential operations per layer, recurrence O(T)",
-    "train-faster": "Transformers train faster than LSTM/GRU because they are parallel",
-    "infer-faster": "Transformers also infer faster",
-    "memory-more": "Transformers need more memory than RNNs",
-    "memory-less": "Transformers need less memory, since they keep no hidden state",
-    "long-range": "Recurrence forgets; attention reaches any distance",
-    "vanishing": "RNN gradients vanish or explode, LSTM/GRU mitigate it",
-    "variable-length": "RNNs must pad; attention handles variable length without padding",
-    "fixed-context": "A Transformer sees a fixed window; Transformer-XL's segment recurrence goes beyond it",
-    "order": "Attention alone does not know the order, so positions must be added",
-    "small-data": "RNNs do better on short dependencies and small data",
-    "hybrid": "Recurrence and attention combined get the best of both",
-    "overhead": "Sparse, windowed and hashed attention cut the cost of attention",
-}
-NOT_MEASURED = "not measured yet"
-FLAT = 0.5  # below this exponent the time counts as not growing with T
-EQUAL = 0.03  # relative differences below this decide nothing
-# Transformers and recurrent layers in the comparison at equal parameters.
-TRANSFORMER, LSTMS = "attention block", ("torch.nn.LSTM", "fastseq.LSTM")
-ATTENTION = ("naive attention", "fused attention")
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Claim:
+    statement: str
+    experiment: str
+    suites: tuple[str, ...]
+    answer: Callable[[list[Row]], list[Finding]]
 
 
 @dataclass(frozen=True)
 class Verdict:
     claim: str
     statement: str
-    verdict: str  # "holds", "holds only …", "does not hold here" or NOT_MEASURED
-    figures: str = ""  # the numbers it follows from
+    experiment: str
+    device: str
+    findings: tuple[Finding, ...]  # one for each size that was measured; none: not measured
+    missing: tuple[str, ...]  # suites that would say more and were not run
 
-    def as_dict(self) -> dict[str, str]:
-        return asdict(self)
+    @property
+    def measured(self) -> bool:
+        return bool(self.findings)
 
+    @property
+    def state(self) -> str:
+        return together(finding.state for finding in self.findings) if self.findings else NOT_MEASURED
 
-def over_lengths(holds: dict[int, bool | None]) -> str:
-    """A verdict from one answer per length; None where the difference decides nothing."""
-    lengths = sorted(holds)
-    answers = [holds[T] for T in lengths]
-    span = f"T = {lengths[0]}…{lengths[-1]}"
-    if all(answers):
-        return f"holds for {span}"
-    if not any(answers):
-        return f"does not hold here, {span}"
-    first, last = answers.index(True), len(answers) - 1 - answers[::-1].index(True)
-    if all(answers[first : last + 1]):
-        if last == len(answers) - 1:
-            return f"holds only from T = {lengths[first]} on"
-        if first == 0:
-            return f"holds only up to T = {lengths[last]}"
-        return f"holds only for T = {lengths[first]}…{lengths[last]}"
-    return "holds only at T = " + ", ".join(str(T) for T in lengths if holds[T])
+    @property
+    def verdict(self) -> str:
+        if not self.findings:
+            return f"{NOT_MEASURED} in this run: {self.advice}" if self.missing else f"{NOT_MEASURED}: its rows are missing"
+        if len(self.findings) == 1:
+            return self.findings[0].verdict
+        return "; ".join(f"{finding.sizes}: {finding.verdict}" for finding in self.findings)
 
+    @property
+    def advice(self) -> str:
+        """How to measure what is missing; "" if nothing is."""
+        return "python -m fastseq bench" + "".join(f" --suite {name}" for name in self.missing) if self.missing else ""
 
-def less(a: dict[int, float], b: dict[int, float]) -> dict[int, bool | None]:
-    """Per length measured for both: is a less than b?"""
-    shared = sorted(a.keys() & b.keys())
-    return {T: None if abs(a[T] / b[T] - 1) < EQUAL else a[T] < b[T] for T in shared}
+    @property
+    def where(self) -> str:
+        return f"on {self.device}, {' and '.join(finding.sizes for finding in self.findings)}" if self.findings else ""
 
+    @property
+    def figures(self) -> str:
+        return "; ".join(finding.figures for finding in self.findings)
 
-def lowest(curves: Iterable[dict[int, float]]) -> dict[int, float]:
-    """Per length the lowest value, where every curve that has points was measured."""
-    curves = [c for c in curves if c]
-    shared = set.intersection(*(set(c) for c in curves)) if curves else set()
-    return {T: min(c[T] for c in curves) for T in sorted(shared)}
+    @property
+    def crossovers(self) -> str:
+        return "; ".join(str(meeting) for finding in self.findings for meeting in finding.meetings)
 
-
-def parallel_ops(rows: list[Row]) -> tuple[str, str] | None:
-    """O(1) sequential operations would show as a time that does not grow with T, O(T) as one that does."""
-    attention = curve(rows, "fused attention", "inference")
-    recurrence = lowest(curve(rows, name, "inference") for name in (*LSTMS, "torch.nn.GRU", "fastseq.GRU"))
-    if len(attention) < 2 or len(recurrence) < 2:
-        return None
-    steps = local_exponents(list(attention), list(attention.values()))
-    flat = 0
-    for _, high, slope in steps:
-        if slope >= FLAT:
-            break
-        flat = int(high)
-    fits = [power_law(list(c), list(c.values())) for c in (attention, recurrence)]
-    assert fits[0] and fits[1]
-    linear = FLAT <= fits[1].exponent
-    if not linear:
-        verdict = "does not hold here: the recurrence does not grow with T"
-    elif flat == max(attention):
-        verdict = f"holds for T = {min(attention)}…{flat}: attention takes no longer for longer sequences"
-    elif flat:
-        verdict = f"holds only up to T = {flat}: beyond it the device is full and attention grows with T as well"
-    else:
-        verdict = (
-            f"does not hold here as time: from T = {min(attention)} on the device is full and attention grows with T as well"
-        )
-    T = max(recurrence)
-    figures = (
-        f"forward time grows as T^{fits[0].exponent:.2f} for fused attention and T^{fits[1].exponent:.2f} "
-        f"for the fastest recurrent layer, which takes {time_text(recurrence[T] / T)} per step"
-    )
-    return verdict, figures
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "claim": self.claim,
+            "statement": self.statement,
+            "experiment": self.experiment,
+            "state": self.state,
+            "verdict": self.verdict,
+            "figures": self.figures,
+            "device": self.device,
+            "findings": [as_json(finding) for finding in self.findings],
+            "missing": list(self.missing),
+        }
 
 
-def train_faster(rows: list[Row]) -> tuple[str, str] | None:
-    """One training step at equal parameters and equal tokens: an attention block against the fastest LSTM."""
-    block = curve(rows, TRANSFORMER, "training")
-    lstm = lowest(curve(rows, name, "training") for name in LSTMS)
-    holds = less(block, lstm)
-    if not holds:
-        return None
-    crossing = length.compare(block, lstm)
-    ends = sorted({min(holds), max(holds)})
-    tokens = {r.T: r.tokens for r in rows}
-    figures = ", ".join(
-        f"T = {T}: {tokens[T] / block[T]:,.0f} tokens/s against {tokens[T] / lstm[T]:,.0f} for the LSTM" for T in ends
-    )
-    where = f"; crossover at T ≈ {crossing.at:.0f}" if crossing and crossing.at else "; no crossover in the measured range"
-    return over_lengths(holds), figures + where + " (equal parameters, best of torch.nn.LSTM and fastseq.LSTM)"
+MEMORY = (sequential_vs_parallel.NAME, memory_use.NAME, decode.NAME)
 
-
-def _memory(rows: list[Row], *, more: bool) -> tuple[str, str] | None:
-    recurrence = lowest(curve(rows, name, "training", "memory") for name in (*LSTMS, "torch.nn.GRU", "fastseq.GRU"))
-    verdicts, figures = [], []
-    for name in ATTENTION:
-        attention = curve(rows, name, "training", "memory")
-        holds = less(recurrence, attention) if more else less(attention, recurrence)
-        if not holds:
-            continue
-        T = max(holds)
-        verdicts.append(f"{name} {over_lengths(holds)}")
-        figures.append(f"{name} {bytes_text(attention[T])}")
-    if not verdicts:
-        return None
-    text = (
-        f"peak of a training step at T = {T}, equal width: {', '.join(figures)}, "
-        f"smallest recurrent layer {bytes_text(recurrence[T])}"
-    )
-    return "; ".join(verdicts), text
-
-
-def memory_more(rows: list[Row]) -> tuple[str, str] | None:
-    return _memory(rows, more=True)
-
-
-def memory_less(rows: list[Row]) -> tuple[str, str] | None:
-    return _memory(rows, more=False)
-
-
-def overhead(rows: list[Row]) -> tuple[str, str] | None:
-    """Training step of causal attention over a window, and over blocks, against all keys, by the same program."""
-    verdicts, figures = [], []
-    for quantity, what, text in (("seconds", "time", time_text), ("memory", "memory", bytes_text)):
-        full = alone.curve(rows, alone.FULL, OWN, quantity)
-        for kind, name in ((alone.WINDOW, "sliding window"), (alone.BLOCKS, "block-sparse")):
-            sparse = alone.curve(rows, kind, OWN, quantity)
-            holds = less(sparse, full)
-            if not holds:
-                continue
-            T = max(holds)
-            verdicts.append(f"{what}, {name}: {over_lengths(holds)}")
-            figures.append(f"{what}, {name} {text(sparse[T])} against {text(full[T])} at T = {T}")
-    return (
-        ("; ".join(verdicts), f"{OWN}, forward + backward: {'; '.join(figures)}; hashed attention not measured")
-        if verdicts
-        else None
-    )
-
-
-ANSWERS: dict[str, tuple[str, Callable[[list[Row]], tuple[str, str] | None]]] = {
-    "parallel-ops": (length.NAME, parallel_ops),
-    "train-faster": (length.NAME, train_faster),
-    "memory-more": (length.NAME, memory_more),
-    "memory-less": (length.NAME, memory_less),
-    "overhead": (alone.NAME, overhead),
+CLAIMS = {
+    "parallel-ops": Claim(
+        "Attention needs O(1) sequential operations per layer, recurrence O(T)",
+        "Time of one layer against T at fixed batch and width, with fitted exponents.",
+        (sequential_vs_parallel.NAME,),
+        cost.parallel_ops,
+    ),
+    "train-faster": Claim(
+        "Transformers train faster than LSTM/GRU because they are parallel",
+        "One training step of an attention block and of an LSTM with as many parameters, on the same tokens, against T.",
+        (sequential_vs_parallel.NAME,),
+        cost.train_faster,
+    ),
+    "infer-faster": Claim(
+        "Transformers also infer faster",
+        "An attention block with a cache and an LSTM with as many parameters: prefill of T tokens, then token by token.",
+        (decode.NAME,),
+        serving.infer_faster,
+    ),
+    "memory-more": Claim(
+        "Transformers need more memory than RNNs",
+        "Peak memory of a training step against T: the smallest recurrent layer, attention with and without a T × T matrix; "
+        "the state and the cache that generation keeps.",
+        MEMORY,
+        cost.memory_more,
+    ),
+    "memory-less": Claim(
+        "Transformers need less memory, since they keep no hidden state",
+        "The figures of the claim before, with the opposite question.",
+        MEMORY,
+        cost.memory_less,
+    ),
+    "long-range": Claim(
+        "Recurrence forgets; attention reaches any distance",
+        "Norm of d output / d input across a distance at initialisation, and accuracy of recall across it after training.",
+        (long_range.NAME,),
+        learning.long_range,
+    ),
+    "vanishing": Claim(
+        "RNN gradients vanish or explode, LSTM/GRU mitigate it",
+        "Norm of d output / d input across a distance at initialisation, with the fitted factor for each step.",
+        (long_range.NAME,),
+        learning.vanishing,
+    ),
+    "variable-length": Claim(
+        "RNNs must pad; attention handles variable length without padding",
+        "Rows of skewed lengths in one batch, padded, packed, with lengths, nested, concatenated: time against the longest row.",
+        (variable_length.NAME,),
+        serving.variable_length,
+    ),
+    "fixed-context": Claim(
+        "A Transformer sees a fixed window; Transformer-XL's segment recurrence goes beyond it",
+        "Loss of the last token against the distance of the token that it needs: attention on segments, alone and cached.",
+        (statements.NAME,),
+        learning.fixed_context,
+    ),
+    "order": Claim(
+        "Attention alone does not know the order, so positions must be added",
+        "Change of the last output when the steps before it change places: attention with and without positions, an LSTM.",
+        (statements.NAME,),
+        learning.order,
+    ),
+    "small-data": Claim(
+        "RNNs do better on short dependencies and small data",
+        "Test loss of an LSTM and of an attention block with as many parameters, against the amount of text and of sunspots.",
+        (small_data.NAME,),
+        learning.small_data,
+    ),
+    "hybrid": Claim(
+        "Recurrence and attention combined get the best of both",
+        "Two layers, an attention block on an LSTM, beside two of either, all with as many parameters: time, memory, recall.",
+        (statements.NAME,),
+        learning.hybrid,
+    ),
+    "overhead": Claim(
+        "Sparse, windowed and hashed attention cut the cost of attention",
+        "Time and peak memory of a training step against T: full causal attention, a sliding window, a block-sparse layout.",
+        (attention.NAME,),
+        cost.overhead,
+    ),
 }
 
 
 def verdicts(results: Results) -> list[Verdict]:
     """One for every statement, in their order."""
+    run, device = results.suites(), str(results.environment.get("device name", "this device"))
     found = []
-    for claim, statement in STATEMENTS.items():
-        suite, answer = ANSWERS.get(claim, ("", lambda rows: None))
-        result = answer(results.of_suite(suite))
-        found.append(Verdict(claim, statement, *(result or (NOT_MEASURED, ""))))
+    for name, claim in CLAIMS.items():
+        rows = [row for suite in claim.suites for row in results.of_suite(suite)]
+        missing = tuple(suite for suite in claim.suites if suite not in run)
+        found.append(Verdict(name, claim.statement, claim.experiment, device, tuple(claim.answer(rows)), missing))
     return found

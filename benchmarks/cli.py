@@ -1,8 +1,12 @@
-"""`python -m fastseq bench`: runs suites on one device and leaves results.json, rows.csv and report.html."""
+"""`python -m fastseq bench`: runs suites on one device and leaves results.json, rows.csv and report.html.
+
+`python -m fastseq bench compare OLD NEW` compares two of these results: compare.py.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -21,7 +25,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from . import environment, gate, plots, readme, report, selection
+from . import combine, compare, environment, gate, own, plots, readme, report, selection
 from .presentation import Options
 from .results import Results, write_csv
 from .runner import Case, Runner
@@ -38,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  python -m fastseq bench --quick\n"
         '  python -m fastseq bench --suite recurrent --only "cell=GRU,LSTM B=8 threads=1 mode=training"\n'
-        "  python -m fastseq bench --json-in results.json --picture picture.svg",
+        "  python -m fastseq bench --json-in results.json --picture picture.svg\n"
+        "  python -m fastseq bench compare old/results.json new/results.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--suite", action="append", metavar="NAME", help=f"suite to run, repeatable (default: {DEFAULT})")
@@ -59,22 +64,34 @@ def parser() -> argparse.ArgumentParser:
         help='points to run, for instance "cell=GRU B=8 threads=1"; keys: ' + ", ".join(selection.KEYS),
     )
     p.add_argument("--out", metavar="DIR", type=Path, help="folder for the results (default: bench-results/<time>)")
-    p.add_argument("--json-in", metavar="FILE", type=Path, help="measure nothing, show the results in FILE")
+    p.add_argument("--resume", action="store_true", help="go on with the run that --out holds, which was interrupted or killed")
+    p.add_argument(
+        "--json-in",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        help="measure nothing, show the results in FILE, or in several of one device",
+    )
     p.add_argument("--picture", metavar="FILE", type=Path, help="also draw the first suite's figure as .svg or .png")
     p.add_argument(
-        "--readme", metavar="FILE", type=Path, help="also write the table of speed-ups between the markers of a Markdown file"
+        "--readme", metavar="FILE", type=Path, help="also write speed-ups and verdicts between the markers of a Markdown file"
     )
-    p.add_argument("--theme", default="light", choices=sorted(plots.THEMES), help="colours of --picture")
+    p.add_argument(
+        "--theme", default="auto", choices=sorted(plots.THEMES), help="colours of --picture (default: as the reader's)"
+    )
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done; 1: a provider was wrong; 2: bad arguments; 130: interrupted, what was measured is written."""
-    p = parser()
-    args = p.parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console()
     if not console.is_terminal:  # a file or a log: tables need not be squeezed into 80 columns
         console.width = max(console.width, LOG_WIDTH)
+    if arguments[:1] == ["compare"]:
+        return compare.main(arguments[1:], console)
+    p = parser()
+    args = p.parse_args(arguments)
     if args.list:
         for name in SUITES:
             console.print(f"[bold]{name}[/bold]  {SUITES[name].SUMMARY}", highlight=False)
@@ -82,11 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.picture and args.picture.suffix.lower() not in (".svg", ".png"):
             raise ValueError(f"--picture: {args.picture} ends in neither .svg nor .png")
+        if args.resume and not args.out:
+            raise ValueError("--resume: --out is needed, the folder of the run to go on with")
         if args.json_in:
-            results = Results.load(args.json_in)
+            results = combine.load(args.json_in)
         else:
             cases, options = _planned(args)
             out = _folder(args.out)
+            results = _begin(options, out / "results.json" if args.resume else None)
     except ValueError as error:
         p.error(str(error))
     if args.json_in:
@@ -94,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out or not (args.picture or args.readme):
             _write(results, _folder(args.out), console)
     else:
-        results = measure(cases, options, console, lambda results: results.save(out / "results.json"))
+        measure(cases, results, options, console, lambda results: results.save(out / "results.json"))
         report.terminal(results, console)
         _write(results, out, console)
     if args.picture:
@@ -112,23 +132,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(
-    cases: list[Case], options: Options, console: Console, keep: Callable[[Results], None] = lambda results: None
-) -> Results:
-    """Runs the cases; Ctrl-C ends it early with what is there. `keep` gets what there is after every group."""
-    start = time.monotonic()
-    given: dict[str, Any] = {
-        "dtype": options.dtype,
-        "quick": options.quick,
-        "full": options.full,
-        "threads": list(options.threads),
-    }
-    results = Results(environment.collect(options.device), given)
+    cases: list[Case],
+    results: Results,
+    options: Options,
+    console: Console,
+    keep: Callable[[Results], None] = lambda results: None,
+) -> None:
+    """Runs the cases that `results` lacks and adds them; Ctrl-C ends it early. `keep` gets what there is after every group."""
+    start, earlier = time.monotonic() - results.seconds, list(results.peaks)
+    measured = {row.key for row in results.rows}
+    cases = [case for case in cases if not measured.issuperset(case.keys())]
     others = environment.Others()
     runner = Runner(options.device, quick=options.quick)
 
     def account() -> None:
         results.environment["cpu used by others"] = round(others.share(), 3)
-        results.peaks = list(runner.peaks.values())
+        results.peaks = earlier + list(runner.peaks.values())
         results.seconds = round(time.monotonic() - start, 1)
 
     columns = (
@@ -152,7 +171,30 @@ def measure(
         finally:
             gate.forget()
     account()
-    return results
+    keep(results)
+
+
+def _begin(options: Options, earlier: Path | None) -> Results:
+    """No rows, or those of `earlier` if that file is there; ValueError if they were measured otherwise. Commits are listed."""
+    given: dict[str, Any] = {
+        "dtype": options.dtype,
+        "quick": options.quick,
+        "full": options.full,
+        "threads": list(options.threads),
+    }
+    begun = Results(environment.collect(options.device), given)
+    if earlier is None or not earlier.is_file():
+        return begun
+    found = Results.load(earlier)
+    found.options.pop("interrupted", None)
+    differing = [*compare.conflicts(found, begun), *compare.differences(found, begun, ("versions", "flags"))]
+    if found.options != given:
+        differing.append(f"options were {found.options}, are {given}")
+    if differing:
+        raise ValueError(f"--resume: {earlier} was measured otherwise: {'; '.join(differing)}")
+    commits = [commit for results in (found, begun) for commit in results.environment.get("git", "unknown").split(", ")]
+    begun.environment["git"] = ", ".join(dict.fromkeys(commits))
+    return Results(begun.environment, given, found.rows, found.peaks, found.seconds)
 
 
 def device_of(name: str) -> str:
@@ -193,7 +235,7 @@ def _planned(args: argparse.Namespace) -> tuple[list[Case], Options]:
     if device == "cpu" and args.dtype == "float16":
         raise ValueError("--dtype: float16 is for GPUs; on the CPU use float32, float64 or bfloat16")
     options = Options(device, args.dtype, _threads(args.threads), args.quick, args.full)
-    cases = [case for name in names for case in SUITES[name].plan(options)]
+    cases = [own.joined(case) for name in names for case in SUITES[name].plan(options)]
     return (selection.select(cases, selection.parse(args.only)) if args.only is not None else cases), options
 
 

@@ -1,11 +1,16 @@
-"""Where a result comes from: device, versions, flags that change the arithmetic, how busy the machine was."""
+"""Where a result comes from: device, versions, flags that change the arithmetic, how busy the machine was.
+
+`python -m fastseq.benchmarks.environment FILE` writes it as JSON, for a GPU if there is one.
+"""
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import platform
 import subprocess
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -156,3 +161,16 @@ def _read(path: str) -> str:
         return Path(path).read_text().strip()
     except OSError:
         return ""
+
+
+def write(file: Path) -> None:
+    """What `collect` finds, and the state of the compiled library, as JSON."""
+    from fastseq.backends import library
+
+    found = collect("cuda" if torch.cuda.is_available() else "cpu")
+    found["library"] = library.reason() or " ".join(library.architectures())
+    file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

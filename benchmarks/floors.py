@@ -1,29 +1,35 @@
 """What the machine can do at best, measured in the same run, and the floor that follows for each workload.
 
-read    bytes/s of reading one buffer again and again, each thread its share, at sizes of recurrent weights
-copy    bytes/s read and written by a copy, at sizes inside L2, inside L3 and beyond
-gemm    FLOP/s of torch.mm, best of a few square shapes: the arithmetic peak within reach of a torch program
-launch  seconds of the shortest operator: a call, and on a GPU also its kernel within a graph
+read     bytes/s at sizes of recurrent weights
+copy     bytes/s read and written, inside L2, inside L3 and beyond; on a GPU beyond its L2
+gemm     FLOP/s, the best of a few sizes
+launch   seconds of the shortest operator: a call, and on a GPU also its kernel within a graph
+
+limits.py has the programs. Not among them yet: what it costs that the multiprocessors of a GPU wait for each other in a kernel.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
 
+from . import limits
 from .attention import AttentionWorkload
 from .cells import CellWorkload
-from .timing import GraphClock, HostClock, clock_for
+from .limits import LimitWorkload
+from .timing import Clock, GraphClock, clock_for
 from .workloads import GATES, Workload
 
-READ_KIB = (16, 64, 128, 256, 512, 1024, 2048, 3072, 4096, 16384, 65536)
-COPY_KIB = (256, 8192, 131072)
-GEMM_SIZES = (512, 1024, 2048)
+READ_KIB = {
+    "cpu": (16, 64, 128, 256, 512, 1024, 2048, 3072, 4096, 16384, 65536),
+    "cuda": (1024, 4096, 16384, 32768, 65536, 262144),
+}
+COPY_KIB = {"cpu": (256, 8192, 131072), "cuda": (131072, 524288)}
+GEMM_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
+REGISTER_BYTES = 4 * 65536  # of a multiprocessor, in every CUDA architecture of today
 
 
 @dataclass
@@ -37,11 +43,19 @@ class Peaks:
     copy: dict[int, float] = field(default_factory=dict)  # KiB -> bytes/s
     gemm: float = 0.0  # FLOP/s
     launch: dict[str, float] = field(default_factory=dict)  # how -> seconds
+    on_chip: int = 0  # bytes of registers and shared memory, in which a GPU's kernel can keep weights
 
     def read_bandwidth(self, size: float) -> float:
         """bytes/s at a buffer of `size` bytes, interpolated over log(size)."""
-        kib = sorted(self.read)
-        return float(np.interp(math.log(max(size, 1) / 1024), np.log(kib), [self.read[k] for k in kib]))
+        return _between(self.read, size)
+
+    def copy_bandwidth(self, size: float) -> float:
+        return _between(self.copy, size)
+
+    @property
+    def least(self) -> float:
+        """Seconds that a call takes at least: one operator, or on a GPU one kernel."""
+        return self.launch.get("kernel in a graph", self.launch.get("operator", 0.0))
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -57,7 +71,13 @@ class Peaks:
             numbers["copy"],
             d["gemm"],
             dict(d["launch"]),
+            d.get("on_chip", 0),
         )
+
+
+def _between(measured: dict[int, float], size: float) -> float:
+    kib = sorted(measured)
+    return float(np.interp(math.log(max(size, 1) / 1024), np.log(kib), [measured[k] for k in kib]))
 
 
 @dataclass(frozen=True)
@@ -72,79 +92,94 @@ class Floor:
         return asdict(self)
 
 
-def measure(device: str, threads: int, dtype: str, *, quick: bool = False) -> Peaks:
-    peaks = Peaks(device, threads, dtype)
+def measure(device: str, threads: int, dtype: str, *, quick: bool = False, known: Peaks | None = None) -> Peaks:
+    """`known`: peaks at another dtype, of which only the products are measured anew."""
+    kind = device.partition(":")[0]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            for kib in READ_KIB:
-                peaks.read[kib] = _read(device, kib << 10, threads)
-            for kib in COPY_KIB:
-                peaks.copy[kib] = _copy(device, kib << 10)
-            cuda = device.startswith("cuda")
-            for n in GEMM_SIZES[: 2 if quick else None] if not cuda else (4096, 8192):
-                peaks.gemm = max(peaks.gemm, _gemm(device, n, getattr(torch, dtype)))
-            one = torch.zeros(1, device=device)
-            peaks.launch["operator"] = _per_call(device, lambda: one.add_(1))
-            if cuda:
-                clock = GraphClock(flush_bytes=0, device=device)
-                graph = clock.prepare(lambda: [one.add_(1) for _ in range(100)])
-                peaks.launch["kernel in a graph"] = min(clock.measure(graph, 5) for _ in range(5)) / 100
+            peaks = replace(known, dtype=dtype, gemm=0.0) if known else _anew(device, kind, threads, dtype)
+            for n in GEMM_SIZES[kind][: 2 if quick else None]:
+                peaks.gemm = max(peaks.gemm, _rate(limits.product(device, n, threads, dtype=dtype)))
     finally:
         torch.set_num_threads(before)
     return peaks
 
 
-def _read(device: str, size: int, threads: int) -> float:
-    """Every output element sums the same `size / threads` bytes; threads share the outputs."""
-    share = max(64, size // 4 // threads)
-    repeats = max(2, math.ceil((48 << 20) / (share * 4) / threads)) * threads
-    buffer = torch.randn(share, device=device)
-    return repeats * share * 4 / _best(device, lambda: buffer.expand(repeats, share).sum(1))
+def _anew(device: str, kind: str, threads: int, dtype: str) -> Peaks:
+    """Everything but the products."""
+    peaks = Peaks(device, threads, dtype)
+    peaks.read = {kib: _rate(limits.read(device, kib, threads)) for kib in READ_KIB[kind]}
+    peaks.copy = {kib: _rate(limits.copy(device, kib, threads)) for kib in COPY_KIB[kind]}
+    launch = limits.launch(device, threads)
+    peaks.launch["operator"] = 1 / _rate(launch, rounds=20)
+    if kind == "cuda":
+        peaks.launch["kernel in a graph"] = 1 / _rate(launch, GraphClock(flush_bytes=0, device=device))
+        chip = torch.cuda.get_device_properties(device)
+        peaks.on_chip = chip.multi_processor_count * (REGISTER_BYTES + chip.shared_memory_per_multiprocessor)
+    return peaks
 
 
-def _copy(device: str, size: int) -> float:
-    a, b = (torch.zeros(size // 4, device=device) for _ in range(2))
-    repeats = max(1, (64 << 20) // size)
-    return 2 * size * repeats / _best(device, lambda: [b.copy_(a) for _ in range(repeats)])
-
-
-def _gemm(device: str, n: int, dtype: torch.dtype) -> float:
-    a = torch.randn(n, n, device=device).to(dtype)
-    out = torch.empty_like(a)
-    return 2 * n**3 / _best(device, lambda: torch.mm(a, a, out=out))
-
-
-def _best(device: str, run: Callable[[], object], rounds: int = 5) -> float:
-    clock = clock_for(device)
+def _rate(w: LimitWorkload, clock: Clock | None = None, rounds: int = 5) -> float:
+    """Bytes, FLOP or launches in a second, at best."""
+    clock = clock or clock_for(w.device)
+    a = torch.randn(w.shape, device=w.device).to(w.torch_dtype)
+    run = clock.prepare(limits.PROGRAMS[w.function](w, a))
     clock.measure(run, 1)
-    return min(clock.measure(run, 1) for _ in range(rounds))
-
-
-def _per_call(device: str, run: Callable[[], object]) -> float:
-    if device.startswith("cuda"):
-        return _best(device, run, 20)
-    clock = HostClock(time.perf_counter)
-    clock.measure(run, 100)
-    return min(clock.measure(run, 100) for _ in range(5))
+    return w.amount / min(clock.measure(run, 1) for _ in range(rounds))
 
 
 def floor_of(w: Workload, peaks: Peaks) -> Floor:
-    """Time that no program of this workload goes below with these peaks, for its arithmetic and weights."""
+    """Time that no program of this workload goes below with these peaks: for its arithmetic, its bytes or its launches."""
+    floor, launches = _work(w, peaks), _launches(w)
+    if floor.seconds >= launches * peaks.least:
+        return floor
+    return Floor(launches * peaks.least, "launch", f"{launches} × {peaks.least * 1e6:.2g} µs")
+
+
+def _launches(w: Workload) -> int:
+    """Least number of operators or kernels that run one after another: forward and backward, and every call of a cell."""
+    if isinstance(w, LimitWorkload):
+        return w.launches
+    return (w.T if isinstance(w, CellWorkload) else 1) * (2 if w.mode == "training" else 1)
+
+
+def _work(w: Workload, peaks: Peaks) -> Floor:
+    if isinstance(w, LimitWorkload):
+        return _limit(w, peaks)
     if isinstance(w, AttentionWorkload):
         return _attention_alone(w, peaks)
     if isinstance(w, CellWorkload):
         return _cell(w, peaks)
+    cost = w.cost()
+    if cost is not None:
+        return _chain(*cost, peaks)
     return _recurrent(w, peaks) if w.function in GATES else _attention(w, peaks)
 
 
+def _limit(w: LimitWorkload, peaks: Peaks) -> Floor:
+    """By the same program, measured apart from this one."""
+    if w.function == "launch":
+        return Floor(0.0, "launch", "")
+    if w.function == "product":
+        return Floor(w.amount / peaks.gemm, "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")
+    bandwidth = peaks.read_bandwidth(w.H << 10) if w.function == "read" else peaks.copy_bandwidth(w.H << 10)
+    return Floor(w.amount / bandwidth, "memory", f"{bandwidth / 1e9:.0f} GB/s")
+
+
 def _recurrent(w: Workload, peaks: Peaks) -> Floor:
-    """Steps in turn, each reading R or computing with it, whichever is slower; the rest are GEMMs. Layers and lanes overlap."""
+    """Steps in turn, each reading R or computing with it, whichever is slower; the rest are GEMMs. Layers and lanes overlap.
+
+    An R that a GPU can keep on chip is read once.
+    """
     G, itemsize = GATES[w.function], w.torch_dtype.itemsize
     weights = G * w.H * w.H * w.matrices * itemsize  # bytes of every R
-    read = weights / peaks.read_bandwidth(weights)
+    bandwidth, resident = peaks.read_bandwidth(weights), weights <= peaks.on_chip
     compute = np.array([2 * rows * G * w.H * w.H * w.matrices / peaks.gemm for rows in w.active()])
+    read = np.full(len(compute), weights / bandwidth)
+    if resident:
+        read[1:] = 0
     chain = np.maximum(read, compute).sum()
     project = 2 * w.tokens * G * w.H * w.inputs / peaks.gemm
     recurrent = 2 * w.tokens * G * w.H * w.H * w.matrices / peaks.gemm
@@ -153,24 +188,25 @@ def _recurrent(w: Workload, peaks: Peaks) -> Floor:
         # backward: the chain with R transposed, then dW and, for an inner layer, dx (each like the projection) and dR
         seconds += chain + (1 + w.input_grad) * project + recurrent
     size = f"{weights / 1024:.0f} KiB" if weights < 1 << 20 else f"{weights / (1 << 20):.1f} MiB"
-    if read * len(compute) > compute.sum():
-        return Floor(
-            float(seconds),
-            "weights",
-            f"R of {size} at {peaks.read_bandwidth(weights) / 1e9:.0f} GB/s each step",
-        )
+    if read.sum() > compute.sum():
+        often = "once" if resident else "each step"
+        return Floor(float(seconds), "weights", f"R of {size} at {bandwidth / 1e9:.0f} GB/s {often}")
     return Floor(float(seconds), "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")
 
 
 def _cell(w: CellWorkload, peaks: Peaks) -> Floor:
     """Steps in turn, each reading both weights or computing with them; backward as much again for the operands and for dW."""
     elements = GATES[w.layer] * w.H * (w.I + w.H)
-    size = elements * w.torch_dtype.itemsize
-    read, compute = size / peaks.read_bandwidth(size), 2 * w.B * elements / peaks.gemm
-    seconds = w.T * max(read, compute) * (3 if w.mode == "training" else 1)
-    if read > compute:
-        return Floor(seconds, "weights", f"{size >> 10} KiB at {peaks.read_bandwidth(size) / 1e9:.0f} GB/s each step")
-    return Floor(seconds, "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")
+    passes = 3 if w.mode == "training" else 1
+    return _chain(w.T * passes, 2 * w.B * elements, elements * w.torch_dtype.itemsize, peaks)
+
+
+def _chain(steps: int, flops: float, size: float, peaks: Peaks) -> Floor:
+    """Steps in turn, each computing, or reading the same bytes from the cache that holds them, whichever is slower."""
+    bandwidth = peaks.read_bandwidth(size)
+    if size / bandwidth > flops / peaks.gemm:
+        return Floor(steps * size / bandwidth, "weights", f"{size / 1024:.0f} KiB at {bandwidth / 1e9:.0f} GB/s each step")
+    return Floor(steps * flops / peaks.gemm, "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")
 
 
 def _attention(w: Workload, peaks: Peaks) -> Floor:

@@ -32,22 +32,33 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        return self.join(self.fused(q, k, v, is_causal=True) if self.fused else materialised(q, k, v))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key, value: [B, heads, T, W / heads] each."""
         B, T, W = x.shape
-        # three of [B, heads, T, W / heads]
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.fused:
-            y = self.fused(q, k, v, is_causal=True)
-        else:
-            scores = (q / math.sqrt(W // self.heads)) @ k.transpose(-1, -2)
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-            y = scores.masked_fill_(future, -math.inf).softmax(-1) @ v
-        return self.out(y.transpose(1, 2).reshape(B, T, W))
+        return q, k, v
+
+    def join(self, y: Tensor) -> Tensor:
+        """[B, heads, T, W / heads] -> [B, T, W]."""
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def materialised(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
+    """Attention with every score in memory; the last query stands at the last key."""
+    T, S = q.shape[2], k.shape[2]
+    scores = (q / math.sqrt(q.shape[3])) @ k.transpose(-1, -2)
+    if causal:
+        scores.masked_fill_(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T), -math.inf)
+    return scores.softmax(-1) @ v
 
 
 class TransformerBlock(nn.Module):
     """Pre-norm block with as many parameters as an LSTM layer of the same width: [B, T, W] -> [B, T, W]."""
 
-    def __init__(self, width: int, heads: int, *, fused: bool) -> None:
+    def __init__(self, width: int, heads: int, *, fused: bool | Callable[..., Tensor]) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads, fused=fused)
@@ -56,8 +67,24 @@ class TransformerBlock(nn.Module):
         self.down = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+        return self.feed_forward(x + self.attention(self.attention_norm(x)))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))
+
+
+class Stack(nn.Module):
+    """Layers one on the other, of a recurrent one the outputs: [B, T, W] -> [B, T, W]."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            y = layer(x)
+            x = y[0] if isinstance(y, tuple) else y
+        return x
 
 
 class CellLoop(nn.Module):

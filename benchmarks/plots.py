@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -18,6 +19,9 @@ from .presentation import Figure
 _INK, _FAINT = "#010203", "#040506"
 
 
+LEGIBLE, LARGE = 1.1, 1.8  # pixels for each point of a figure: it scrolls before it gets smaller, and does not get larger
+
+
 @dataclass(frozen=True)
 class Theme:
     ink: str
@@ -28,7 +32,11 @@ class Theme:
 LIGHT = Theme("#1f2430", "#d9dce3", "#ffffff")
 DARK = Theme("#e6e8ee", "#3a4150", "#12151c")
 PAGE = Theme(_INK, _FAINT, None)
-THEMES = {"light": LIGHT, "dark": DARK}
+AUTO = Theme(_INK, _FAINT, None)  # in a file of its own: light or dark as its reader's screen
+THEMES = {"auto": AUTO, "light": LIGHT, "dark": DARK}
+# On either background the colours of the lines have contrast.
+_COLORS = [f"svg {{ color: {theme.ink}; --line: {theme.faint}; background: {theme.paper}; }}" for theme in (LIGHT, DARK)]
+_STYLE = f"<style>{_COLORS[0]} @media (prefers-color-scheme: dark) {{ {_COLORS[1]} }}</style>"
 
 
 def draw(figure: Figure, theme: Theme) -> Canvas:
@@ -52,15 +60,22 @@ def svg(figure: Figure, theme: Theme = PAGE, *, name: str = "figure") -> str:
     found = re.sub(r"<metadata>.*?</metadata>\s*", "", found, flags=re.DOTALL)
     if text:
         found = found[found.index("<svg") :]
+        title, alt = html.escape(figure.title), html.escape(figure.alt or figure.caption)
+        least, most = (round(figure.size[0] * 72 * scale) for scale in (LEGIBLE, LARGE))
         found = re.sub(
             r'<svg [^>]*viewBox="([^"]*)"[^>]*>',
-            rf'<svg class="figure" viewBox="\1" role="img" aria-label="{figure.title}">',
+            lambda m: (
+                f'<svg class="figure" viewBox="{m[1]}" style="min-width: {least}px; max-width: {most}px" role="img" '
+                f'aria-labelledby="{name}-t {name}-d">'
+                f'<title id="{name}-t">{title}</title><desc id="{name}-d">{alt}</desc>'
+            ),
             found,
             count=1,
         )
-        found = found.replace(_INK, "currentColor").replace(_FAINT, "var(--line)")
         found = re.sub(r"font: ([^;\"]*?)'[^\"]*\"", r'font: \1sans-serif"', found)
-    return found
+    elif theme is AUTO:
+        found = re.sub(r"(<svg [^>]*>)", lambda m: m[1] + _STYLE, found, count=1)
+    return found.replace(_INK, "currentColor").replace(_FAINT, "var(--line)")
 
 
 def save(figure: Figure, path: Any, theme: Theme) -> None:
@@ -70,7 +85,7 @@ def save(figure: Figure, path: Any, theme: Theme) -> None:
         with open(path, "w") as file:
             file.write(f"{svg(figure, theme, name='picture')}<!-- matplotlib {matplotlib.__version__} -->\n")
     elif suffix == "png":
-        draw(figure, theme).savefig(path, dpi=160, metadata={"Software": None})
+        draw(figure, LIGHT if theme is AUTO else theme).savefig(path, dpi=160, metadata={"Software": None})
     else:
         raise ValueError(f"a picture ends in .svg or .png, not in {path}")
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from .results import Results, Row
 from .runner import Case
 
+NARROW = 4.1  # inches of a figure that a phone shows whole
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -36,6 +38,7 @@ class Figure:
     caption: str
     draw: Callable[[Any, Any], None]  # (matplotlib Figure, plots.Theme)
     size: tuple[float, float] = (10.5, 4.4)  # inches
+    alt: str = ""  # what it shows, for those who do not see it; without it the caption
 
 
 @dataclass

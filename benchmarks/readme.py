@@ -1,4 +1,4 @@
-"""The figures of the README, from a committed results.json: a table between two markers, and the picture beside it.
+"""The figures of the README, from committed results: tables between two markers, and the picture beside them.
 
 `python -m fastseq bench --json-in benchmarks/results/<device>/results.json --readme README.md --picture docs/<name>.svg` writes
 both; a test fails when they differ from the file.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from . import claims
 from .results import Results, Row
 from .suites import recurrent
 from .workloads import MODES
@@ -21,7 +22,7 @@ TITLES = {
 
 
 def section(results: Results) -> str:
-    """Markdown: where it was measured, and the geometric means with their range."""
+    """Markdown: where it was measured, the geometric means of the speed-ups with their range, and the verdicts."""
     environment = results.environment
     lines = [
         f"Measured on {environment['device name']}, torch {environment['versions']['torch']}, float32, one and two threads, "
@@ -38,7 +39,31 @@ def section(results: Results) -> str:
             what = TITLES[group] if group != "padded" or mode == "training" else "rows of equal length"
             cells = [_summary([r for r in results.rows if _is(r, group, mode, cell)]) for cell in recurrent.CELLS]
             lines.append(f"| {title}, {what} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *verdicts(results)])
+
+
+def verdicts(results: Results) -> list[str]:
+    """A Markdown table of the claims that were measured, and how to measure the others."""
+    every = claims.verdicts(results)
+    lines = [
+        "What people say, and what this run says to it; the report shows the curves behind every line:",
+        "",
+        "| they say | measured here | figures |",
+        "|---|---|---|",
+    ]
+    for v in every:
+        if v.measured:
+            figures = "; ".join(text for text in (v.figures, v.crossovers) if text)
+            lines.append(f"| {v.statement} | {_text(v.verdict)} ({', '.join(f.sizes for f in v.findings)}) | {_text(figures)} |")
+    rest = sorted({name for v in every if not v.measured for name in v.missing})
+    if rest:
+        lines += ["", f"The verdicts on the other statements come from {', '.join(f'`--suite {name}`' for name in rest)}."]
+    return lines
+
+
+def _text(words: str) -> str:
+    """For a cell of a table."""
+    return words.replace("|", "\\|")
 
 
 def update(readme: Path, results: Results) -> None:

@@ -1,4 +1,4 @@
-"""What a GPU's suite sets beside torch.nn, fastseq's own choice and a loop over cells: fastseq on Triton, and torch.compile."""
+"""What a GPU's suite sets beside torch.nn and fastseq's choice: fastseq forced on one backend, and torch.compile."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .providers import RECURRENT, Provider, fastseq_chose, fastseq_layer, fastseq_missing
+from .providers import RECURRENT, Provider, fastseq_layer, fastseq_missing
 from .workloads import Workload, arrange
 
-FORCED = "triton"
+FORCED = {"triton": "form", "cuda": "plan"}  # backends, and what each calls the way that it takes
 
 
 class Wrapped(nn.Module):
@@ -31,8 +31,12 @@ class Wrapped(nn.Module):
 class Forced(Wrapped):
     """fastseq on one backend, or an error."""
 
+    def __init__(self, module: nn.Module, backend: str) -> None:
+        super().__init__(module)
+        self.backend = backend
+
     def around(self) -> AbstractContextManager[None]:
-        return importlib.import_module("fastseq").use_backend(FORCED)
+        return importlib.import_module("fastseq").use_backend(self.backend)
 
     def forward(self, x: Tensor | PackedSequence) -> Any:
         with self.around():
@@ -51,26 +55,61 @@ class Compiled(Wrapped):
         return self.compiled[0](x)
 
 
-def _refuses(cell: str) -> Callable[[Workload], str | None]:
+def _refuses(cell: str, backend: str) -> Callable[[Workload], str | None]:
     """Why the forced backend has no row of its own: fastseq's words from a call of this width, or that it is the free choice."""
     build, missing = fastseq_layer(cell), fastseq_missing(cell)
 
     def reason(w: Workload) -> str | None:
         if missing(w):
             return missing(w)
+        fastseq, obstacles = importlib.import_module("fastseq"), importlib.import_module("fastseq.backends").obstacles
         layer = build(w).to(w.device, w.torch_dtype)
         x = torch.zeros(w.T, w.B, w.I, device=w.device, dtype=w.torch_dtype)
         try:
-            with torch.no_grad():
-                Forced(layer)(x[:1])
+            calls = fastseq.explain(Forced(layer, backend), x[:1]).calls
         except RuntimeError as error:
             if "was forced but cannot run" in str(error):
                 return str(error).partition("]: ")[2]
             return None  # a failure, not a refusal: the gate reports it
-        chosen = importlib.import_module("fastseq").explain(layer, arrange(x, "time", w.lengths)).backends
-        return "it is what fastseq chooses by itself here" if set(chosen) == {FORCED} else None
+        if w.mode == "training":
+            against = [reason for query, *_ in calls for reason in obstacles(backend, query._replace(backward=True))]
+            if against:
+                return f"backward: {'; '.join(dict.fromkeys(against))}"
+        chosen = fastseq.explain(layer, arrange(x, "time", w.lengths)).backends
+        return "it is what fastseq chooses by itself here" if set(chosen) == {backend} else None
 
     return reason
+
+
+def _way(word: str) -> Callable[[Any], list[str]]:
+    """The backend that ran a call, and how, in both directions if there are two. The call runs once."""
+
+    def chose(call: Any) -> list[str]:
+        def run() -> None:
+            with torch.set_grad_enabled(call.mode == "training"):  # fastseq.explain itself wants none
+                call.run()
+
+        explained = importlib.import_module("fastseq").explain(run)
+        found = [f"backend: {name}" for name in sorted(set(explained.backends))]
+        for (query, *_), notes in zip(explained.calls, explained.notes, strict=True):
+            found += [f"{word}, {'backward' if query.backward else 'forward'}: {note}" for note in notes]
+        return list(dict.fromkeys(found))
+
+    return chose
+
+
+def forced(cell: str, backend: str, word: str, color: str) -> Provider:
+    """fastseq's layer on a backend whose way of taking a call goes by this word."""
+    own = fastseq_layer(cell)
+    return Provider(
+        f"fastseq.{cell} ({backend})",
+        cell.lower(),
+        "time",
+        lambda w: Forced(own(w), backend),
+        _refuses(cell, backend),
+        _way(word),
+        color,
+    )
 
 
 def _graphs(call: Any) -> list[str]:
@@ -83,17 +122,9 @@ def _graphs(call: Any) -> list[str]:
 
 
 def _providers(cell: str, color: str) -> list[Provider]:
-    own, layer = fastseq_layer(cell), getattr(nn, cell)
+    layer = getattr(nn, cell)
     return [
-        Provider(
-            f"fastseq.{cell} ({FORCED})",
-            cell.lower(),
-            "time",
-            lambda w: Forced(own(w)),
-            _refuses(cell),
-            fastseq_chose,
-            color,
-        ),
+        *(forced(cell, backend, word, color) for backend, word in FORCED.items()),
         Provider(
             f"torch.compile {cell}",
             cell.lower(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from . import claims, environment, plots
-from .presentation import Cell, Section, Table, bytes_text, time_text
+from . import claim_figures, claims, environment, floor_plot, heatmaps, own, plots, reproduce
+from .presentation import NARROW, Cell, Section, Table, bytes_text, time_text
 from .results import Results
-from .suites import SUITES
+from .suites import DEFAULT, SUITES
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 SHOWN_KIB = (64, 512, 3072, 65536)  # sizes of the reading bandwidth in the table
@@ -23,7 +24,13 @@ STYLES = {"good": "green", "best": "bold green", "bad": "red", "worst": "bold re
 
 
 def sections(results: Results) -> list[Section]:
-    return [section for name in results.suites() for section in SUITES[name].present(results)] + [_peaks(results)]
+    """One for every suite, with its floors and maps, own providers, and the measured peaks."""
+    found = []
+    for name in results.suites():
+        rows, of_suite = results.of_suite(name), SUITES[name].present(results)
+        of_suite[0].figures += floor_plot.figures(rows) + heatmaps.figures(rows)
+        found += of_suite
+    return [*found, *own.present(results), _peaks(results)]
 
 
 def derive(results: Results) -> dict[str, Any]:
@@ -37,26 +44,38 @@ def page(results: Results) -> str:
     templates = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    shown = sections(results)
-    drawings = {
-        (i, k): jinja2.utils.markupsafe.Markup(plots.svg(figure, name=f"figure-{i}-{k}"))
-        for i, section in enumerate(shown)
-        for k, figure in enumerate(section.figures)
-    }
-    verdicts = claims.verdicts(results)
+    names = (f"figure-{n}" for n in count(1))
     return templates.get_template("report.html.j2").render(
         results=results,
         env=results.environment,
-        sections=shown,
-        drawings=drawings,
-        answered=[v for v in verdicts if v.verdict != claims.NOT_MEASURED],
-        open_claims=[v for v in verdicts if v.verdict == claims.NOT_MEASURED],
-        busy=environment.busy(results.environment),
+        sections=sections(results),
+        svg=lambda figure: jinja2.utils.markupsafe.Markup(plots.svg(figure, name=next(names))),
+        headline=SUITES[DEFAULT].picture(results) if DEFAULT in results.suites() else None,
+        verdicts=claims.verdicts(results),
+        claim_figures=claim_figures.figures,
+        notes=notes(results),
         wrong=[r for r in results.rows if r.status == "wrong"],
         as_cell=as_cell,
         sides=sides,
+        narrow=NARROW,
         environment_rows=list(_flatten(results.environment)),
+        commands=reproduce.commands(results),
     )
+
+
+def notes(results: Results) -> list[str]:
+    """What makes the figures of a run doubtful or few."""
+    given = results.options
+    return [
+        note
+        for note in (
+            environment.busy(results.environment),
+            given.get("quick")
+            and "A quick run: short sequences or few points, few repetitions. The run without --quick says more.",
+            given.get("interrupted") and "This run was interrupted: what follows is what had been measured by then.",
+        )
+        if note
+    ]
 
 
 _NUMBER = re.compile(r"\d|T\^|–")
@@ -83,11 +102,11 @@ def terminal(results: Results, console: Console) -> None:
         for table in section.tables:
             if not table.folded and table.rows:
                 console.print()
-                console.print(_rich(table))
+                console.print(rich_table(table))
                 if table.note:
                     console.print(Text(table.note, style="dim"))
-    answered = [v for v in claims.verdicts(results) if v.verdict != claims.NOT_MEASURED]
-    if answered:
+    verdicts = claims.verdicts(results)
+    if any(v.measured for v in verdicts):
         said = RichTable(
             title="What people say, and what was measured here",
             title_justify="left",
@@ -95,15 +114,16 @@ def terminal(results: Results, console: Console) -> None:
             box=box.SIMPLE_HEAD,
             show_lines=True,
         )
-        for column in ("statement", "verdict", "figures"):
+        for column in ("statement", "verdict", "where", "figures"):
             said.add_column(column)
-        for v in answered:
-            said.add_row(v.statement, v.verdict, v.figures)
+        for v in verdicts:
+            if v.measured:
+                said.add_row(v.statement, v.verdict, v.where, "; ".join(text for text in (v.figures, v.crossovers) if text))
         console.print()
         console.print(said)
-    missing = [v.claim for v in claims.verdicts(results) if v.verdict == claims.NOT_MEASURED]
+    missing = [f"{v.claim} ({', '.join(v.missing)})" if v.missing else v.claim for v in verdicts if not v.measured]
     if missing:
-        console.print(Text(f"{claims.NOT_MEASURED}: {', '.join(missing)}", style="dim"))
+        console.print(Text(f"{claims.NOT_MEASURED}, and the suites that measure it: {', '.join(missing)}", style="dim"))
     for row in results.rows:
         if row.status == "wrong":
             console.print(
@@ -112,12 +132,11 @@ def terminal(results: Results, console: Console) -> None:
                     "bold red",
                 )
             )
-    note = environment.busy(results.environment)
-    if note:
+    for note in notes(results):
         console.print(Text(note, style="yellow"))
 
 
-def _rich(table: Table) -> RichTable:
+def rich_table(table: Table) -> RichTable:
     out = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, (column, side) in enumerate(zip(table.columns, sides(table), strict=True)):
         out.add_column(column, justify="left" if side == "left" else "right", overflow="fold", no_wrap=i == 0)

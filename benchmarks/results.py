@@ -15,6 +15,7 @@ from .workloads import Workload
 SCHEMA = "fastseq-benchmark"
 VERSION = 1
 STATUS = ("ok", "wrong", "unavailable", "skipped")
+COUNTED = ("flops", "bytes", "amount")  # in a row's detail, by formulas
 
 
 @dataclass
@@ -39,11 +40,13 @@ class Row:
     reason: str | None = None
     parameters: int | None = None
     time: dict[str, float] | None = None  # timing.Timing, seconds
+    first: float | None = None  # seconds of the very first call: compiling, warming up, allocating; in no other figure
     graph: dict[str, float] | None = None  # the same inside a CUDA graph
     host: dict[str, float] | None = None  # host time until the call returns, on CUDA
     ratio: dict[str, Any] | None = None  # timing.Ratio
     memory: int | None = None  # peak of the call in bytes, see memory.py
     kept: int | None = None  # bytes alive between forward and backward, output included
+    metric: dict[str, Any] | None = None  # workloads.Metric: what an experiment found, in place of a time
     check: dict[str, Any] | None = None  # gate.Check
     floor: dict[str, Any] | None = None  # floors.Floor
     chose: list[str] = field(default_factory=list)  # operators or kernels that show the implementation
@@ -70,6 +73,18 @@ class Row:
             detail=w.detail(),
             **values,
         )
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What was measured, and by whom: rows of two runs that have the same key can be compared."""
+        columns = [self.suite, self.group, self.provider, self.function, self.mode, self.T, self.B, self.I, self.H]
+        particulars = json.dumps(self.particulars, sort_keys=True)
+        return *columns, self.packed, self.threads, self.dtype, self.device, particulars
+
+    @property
+    def particulars(self) -> dict[str, Any]:
+        """What the detail tells of the workload, without figures that were counted or measured."""
+        return {k: v for k, v in (self.detail or {}).items() if k not in COUNTED and not isinstance(v, float)}
 
     @property
     def ok(self) -> bool:
@@ -112,8 +127,13 @@ class Results:
         }
 
     def save(self, path: Path, **derived: Any) -> None:
-        """`derived` is written for readers of the file and ignored on loading: it follows from the rows."""
-        path.write_text(json.dumps(self.as_dict() | {"derived": derived}, indent=1, allow_nan=False) + "\n")
+        """`derived` is written for readers of the file and ignored on loading: it follows from the rows.
+
+        Whoever is stopped in the middle of this leaves the earlier file whole.
+        """
+        new = path.with_name(path.name + ".new")
+        new.write_text(json.dumps(self.as_dict() | {"derived": derived}, indent=1, allow_nan=False) + "\n")
+        new.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Results:

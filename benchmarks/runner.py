@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,14 +13,20 @@ import torch
 from . import floors, gate, memory
 from .attention_providers import ATTENTION_PROVIDERS
 from .cell_providers import CELL_PROVIDERS
+from .decode_providers import DECODE_PROVIDERS
 from .floors import Peaks
+from .limits import LIMIT_PROVIDERS
+from .model_providers import MODEL_PROVIDERS
 from .providers import PROVIDERS, Provider
 from .recurrent_providers import RECURRENT_PROVIDERS
 from .results import Row
+from .stack_providers import STACK_PROVIDERS
 from .timing import Clock, Effort, GraphClock, IssueClock, Ratio, Samples, clock_for, interleave
+from .variable_providers import VARIABLE_PROVIDERS
 from .workloads import Workload
 
-EVERY_PROVIDER = PROVIDERS | RECURRENT_PROVIDERS | CELL_PROVIDERS | ATTENTION_PROVIDERS
+EVERY_PROVIDER = PROVIDERS | RECURRENT_PROVIDERS | CELL_PROVIDERS | ATTENTION_PROVIDERS | DECODE_PROVIDERS | VARIABLE_PROVIDERS
+EVERY_PROVIDER |= MODEL_PROVIDERS | LIMIT_PROVIDERS | STACK_PROVIDERS
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,16 @@ class Case:
     effort: Effort
     baseline: tuple[tuple[str, str], ...] = ()
     check: bool = True
+    timed: bool = True  # else memory alone is observed
 
     @property
     def label(self) -> str:
         w = self.participants[0].workload
         return f"{self.group} {w.mode} T={w.T} B={w.B} H={w.H} threads={w.threads}"
+
+    def keys(self) -> set[tuple[Any, ...]]:
+        """Of the rows that it leaves."""
+        return {Row.of(self.suite, self.group, p.provider, p.workload).key for p in self.participants}
 
 
 class Runner:
@@ -67,7 +79,8 @@ class Runner:
     def peaks_for(self, w: Workload) -> Peaks:
         """Measured on first use under the workload's settings, then kept."""
         if (w.threads, w.precision) not in self.peaks:
-            peaks = floors.measure(self.device, w.threads, w.dtype, quick=self.quick)
+            known = next((peaks for (threads, _), peaks in self.peaks.items() if threads == w.threads), None)
+            peaks = floors.measure(self.device, w.threads, w.dtype, quick=self.quick, known=known)
             self.peaks[w.threads, w.precision] = replace(peaks, dtype=w.precision)
         return self.peaks[w.threads, w.precision]
 
@@ -77,30 +90,31 @@ class Runner:
         torch.set_num_threads(first.threads)
         try:
             with first.settings():
-                return self._run(case, self.peaks_for(first), progress)
+                return self._run(case, progress)
         finally:
             torch.set_num_threads(before)
 
-    def _run(self, case: Case, peaks: Peaks, progress: Callable[[str], None]) -> list[Row]:
+    def _run(self, case: Case, progress: Callable[[str], None]) -> list[Row]:
         rows: dict[str, Row] = {}
         calls: dict[str, Any] = {}
         for participant in case.participants:
             name, w = participant.provider, participant.workload
             progress(f"{case.label}: {name}")
             row = rows[name] = Row.of(case.suite, case.group, name, w)
-            call = self._prepare(self.providers[name], w, row, check=case.check)
+            call = self._prepare(self.providers[name], w, row, check=case.check, timed=case.timed)
             if call is not None:
                 calls[name] = call
-                row.floor = floors.floor_of(w, peaks).as_dict()
-        progress(f"{case.label}: timing")
-        if calls:
+                if case.timed:
+                    row.floor = floors.floor_of(w, self.peaks_for(case.participants[0].workload)).as_dict()
+        if calls and case.timed:
+            progress(f"{case.label}: timing")
             with next(iter(calls.values())).context():
                 self._time(case, {name: call.run for name, call in calls.items()}, rows)
         return list(rows.values())
 
-    def _prepare(self, provider: Provider, w: Workload, row: Row, *, check: bool) -> Any:
-        """The call ready to be timed, or None with the reason in the row."""
-        row.reason = provider.unavailable(w)
+    def _prepare(self, provider: Provider, w: Workload, row: Row, *, check: bool, timed: bool) -> Any:
+        """The call ready to be timed, or None with the reason, or what an experiment found, in the row."""
+        row.reason = w.missing() or provider.unavailable(w)
         if row.reason:
             row.status = "unavailable"
             return None
@@ -116,6 +130,12 @@ class Runner:
                 return None
         call = w.call(provider.build(w), gate.problem(w), provider.layout)
         row.parameters = sum(p.numel() for p in call.parameters)
+        metric = w.measure(provider)
+        if metric is not None:
+            row.metric, row.chose = metric.as_dict(), provider.chose(call)
+            if not math.isfinite(metric.low + metric.high):
+                row.status, row.reason, row.metric = "wrong", f"{metric.name} is not finite", None
+            return None
         with call.context():
             seen = memory.observe(call.run, w.device)
             row.chose, row.launches = provider.chose(call) + seen.chose, seen.launches

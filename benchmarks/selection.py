@@ -15,7 +15,7 @@ def _values(case: Case, participant: Participant) -> dict[str, str]:
         "cell": w.function,
         "group": case.group,
         "mode": w.mode,
-        "provider": participant.provider.lower(),
+        "provider": participant.provider.lower().replace("_", " "),
         "T": str(w.T),
         "B": str(w.B),
         "H": str(w.H),

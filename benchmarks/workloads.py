@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from .layers import Attention, TransformerBlock
+from .layers import Attention, Stack, TransformerBlock, materialised
 
 MODES = {
     "inference": "forward",
@@ -121,6 +122,18 @@ class Workload:
         """Outputs and gradients of torch's own way. In parts: those that the fp64 reference is cut into for its size."""
         return torch_results(self, problem, dtype, device, in_parts and FUNCTIONS[self.function].row_by_row)
 
+    def missing(self) -> str | None:
+        """Why nobody can run it here; None: it can be run."""
+        return None
+
+    def measure(self, provider: Any) -> Metric | None:
+        """What an experiment finds with the modules that a provider builds; None: what counts is the time of a call."""
+        return None
+
+    def cost(self) -> tuple[int, float, float] | None:
+        """Steps that cannot overlap, and FLOP and bytes of each; None: the floor has a formula of its own."""
+        return None
+
     def settings(self) -> AbstractContextManager[Any]:
         """Global flags of torch under which every provider is checked and timed."""
         return fp32_products(tf32=self.tf32)
@@ -128,6 +141,25 @@ class Workload:
     def detail(self) -> dict[str, Any] | None:
         """What a row says beside the columns that all workloads have."""
         return None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What an experiment found: the median over seeds, and the lowest and highest of them."""
+
+    name: str
+    unit: str
+    median: float
+    low: float
+    high: float
+    seeds: int
+
+    @classmethod
+    def of(cls, name: str, unit: str, values: list[float]) -> Metric:
+        return cls(name, unit, median(values), min(values), max(values), len(values))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @contextmanager
@@ -156,14 +188,29 @@ def _recurrent(cls: Callable[..., nn.Module]) -> Callable[[Workload], nn.Module]
     return lambda w: cls(w.I, w.H, **w.options)
 
 
+def _every_key(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+    return materialised(q, k, v, causal=False)
+
+
+def _stack(function: str) -> Callable[[Workload], nn.Module]:
+    def layer(kind: str, w: Workload) -> nn.Module:
+        return nn.LSTM(w.H, w.H, batch_first=True) if kind == "lstm" else TransformerBlock(w.H, w.heads, fused=False)
+
+    return lambda w: Stack(*(layer(kind, w) for kind in function.split()))
+
+
+STACKS = ("lstm lstm", "block block", "lstm block")  # from the input on
+
 FUNCTIONS = {
     f.name: f
     for f in (
+        *(Function(name, _stack(name), "batch", True) for name in STACKS),
         Function("lstm", _recurrent(nn.LSTM), "time"),
         Function("gru", _recurrent(nn.GRU), "time"),
         Function("rnn", _recurrent(nn.RNN), "time"),
         Function("attention", lambda w: Attention(w.H, w.heads, fused=False), "batch", True),
         Function("block", lambda w: TransformerBlock(w.H, w.heads, fused=False), "batch", True),
+        Function("encoder", lambda w: TransformerBlock(w.H, w.heads, fused=_every_key), "batch", True),
     )
 }
 
@@ -202,6 +249,16 @@ def arrange(t: Tensor, layout: str, lengths: list[int] | None) -> Tensor | Packe
     return t.transpose(0, 1).contiguous() if layout == "batch" else t
 
 
+def load(module: nn.Module, values: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Gives a module its parameters; they are returned by the names that the function's own module gives them."""
+    name_of: Callable[[str], str] = getattr(module, "canonical_name", lambda name: name)
+    learned = {name_of(name): p for name, p in module.named_parameters()}
+    with torch.no_grad():
+        for name, p in learned.items():
+            p.copy_(values[name])
+    return learned
+
+
 class Call:
     """A module on a problem: what is timed (`run`), and what is compared (`outputs`, `gradients`)."""
 
@@ -219,20 +276,19 @@ class Call:
         self.layout, self.mode = layout, mode or w.mode
         dtype, device = dtype or w.torch_dtype, device or w.device
         self.module = module.to(device=device, dtype=dtype).train(self.mode == "training")
-        name_of = getattr(module, "canonical_name", lambda name: name)
-        self.names = [name_of(name) for name, _ in self.module.named_parameters()]
-        self.parameters = list(self.module.parameters())
-        with torch.no_grad():
-            for name, p in zip(self.names, self.parameters, strict=True):
-                p.copy_(problem.parameters[name])
+        learned = load(self.module, problem.parameters)
+        self.parameters = list(learned.values())
         to = lambda t: t.detach().clone().to(device=device, dtype=dtype)  # noqa: E731
-        x = arrange(to(problem.x), layout, w.lengths)
-        grad = arrange(to(problem.grad), layout, w.lengths)
+        x, grad = (self._place(to(t), w) for t in (problem.x, problem.grad))
         self.data = (x.data if isinstance(x, PackedSequence) else x).requires_grad_(self.mode == "training" and w.input_grad)
         self.x = x._replace(data=self.data) if isinstance(x, PackedSequence) else self.data
         self.grad = grad.data if isinstance(grad, PackedSequence) else grad
         wanted = {"input": self.data} if w.input_grad else {}
-        self.leaves = wanted | dict(zip(self.names, self.parameters, strict=True))
+        self.leaves = wanted | learned
+
+    def _place(self, t: Tensor, w: Workload) -> Tensor | PackedSequence:
+        """[T, B, ...] as the module takes it."""
+        return arrange(t, self.layout, w.lengths)
 
     @property
     def run(self) -> Callable[[], object]:
@@ -252,14 +308,15 @@ class Call:
         """output, h_n, c_n as far as the module returns them; output as [T, B, width] or packed [N, width]."""
         with self.context():
             found = _flatten(self.module(self.x))
-        return {"output": self._time_major(found[0])} | dict(zip(("h_n", "c_n"), found[1:], strict=False))
+        return {"output": self._restore(found[0])} | dict(zip(("h_n", "c_n"), found[1:], strict=False))
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradient of every parameter, by canonical name, and of the input ([T, B, I] or packed) if it wants one."""
         found = dict(zip(self.leaves, self._backward(), strict=True))
-        return {name: self._time_major(grad) if name == "input" else grad for name, grad in found.items()}
+        return {name: self._restore(grad) if name == "input" else grad for name, grad in found.items()}
 
-    def _time_major(self, t: Tensor) -> Tensor:
+    def _restore(self, t: Tensor) -> Tensor:
+        """An output, or the gradient of the input, as all providers are compared: [T, B, ...] or packed."""
         return t.transpose(0, 1) if self.layout == "batch" else t
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from fastseq.backends import BACKENDS
 from fastseq.backends.cpu.recurrent import CELLS as NATIVE
+from fastseq.backends.cuda.recurrent import CELLS as CUDA_CELLS
 from fastseq.cells import CELLS
 from fastseq.ops import OPS
 
@@ -108,16 +109,36 @@ def test_cell_facts_agree_in_both_languages():
         assert int(constant["kOwnRecurrent"]) == cell.own_recurrent
 
 
+def test_the_cells_of_the_cuda_kernels_agree_in_both_languages():
+    rows = re.findall(r"X\((\w+), \"(\w+)\"\)", (ROOT / "csrc/recurrent/cells.h").read_text())
+    assert tuple(name for _, name in rows) == CUDA_CELLS
+    assert all((ROOT / f"csrc/recurrent/cells/{CELLS[name].family}.h").is_file() for name in CUDA_CELLS)
+
+
 def test_one_registration():
-    """STABLE_TORCH_LIBRARY stands in one file; the sources that CMake lists are the ones that exist."""
+    """STABLE_TORCH_LIBRARY stands in one file; the sources that CMake lists are the ones that exist, but for csrc/host."""
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h", ".inl")]
     assert [p.name for p in sources if "STABLE_TORCH_LIBRARY(" in p.read_text()] == ["registration.cpp"]
     listed = (ROOT / "CMakeLists.txt").read_text()
+    assert "csrc/host" not in listed, "the host execution belongs to tests, never to the library"
     for path in sources:
-        if path.suffix in (".cpp", ".cu"):
+        if path.suffix in (".cpp", ".cu") and path.parent.name != "host":
             name = str(path.relative_to(ROOT))
             pattern = re.sub(r"_(default|avx2|avx512)\.cpp$", "_${level}.cpp", name)
             assert name in listed or pattern in listed, f"{name} is not in CMakeLists.txt"
+
+
+# What only common/prims.cuh may say: the machine's own words, and waits that the host execution could not see.
+MACHINE = re.compile(r"\b__\w+|\basm\b|\bvolatile\b|<<<|\b(thread|block)Idx\b|\b(block|grid)Dim\b|\bthread_local\b|\bcuda\w*")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set((ROOT / "csrc").rglob("*.cuh")) - {ROOT / "csrc/common/prims.cuh"}), ids=lambda p: p.name
+)
+def test_kernels_speak_of_the_machine_through_prims(path):
+    code = re.sub(r"//.*", "", path.read_text())
+    found = [match[0] for match in MACHINE.finditer(code)]
+    assert not found, f"{path.relative_to(ROOT)}: {found}"
 
 
 def test_kernel_folders_shadow_nobody():

@@ -27,7 +27,7 @@ from ..runner import Case, Participant
 from ..strips import Strip, draw
 from ..timing import Effort
 from ..workloads import MODES, Workload
-from . import recurrent_gpu, recurrent_gpu_report
+from . import recurrent_gpu, recurrent_gpu_report, recurrent_gpu_targets
 
 NAME = "recurrent"
 SUMMARY = "LSTM, GRU, RNN against torch.nn over batch, width and threads, on a GPU over precision and depth: padded and packed"
@@ -137,7 +137,7 @@ def _on_gpu(rows: list[Row]) -> bool:
 def derive(results: Results) -> dict[str, Any]:
     rows = results.of_suite(NAME)
     if _on_gpu(rows):
-        return recurrent_gpu.derive(rows)
+        return recurrent_gpu_targets.derive(rows)
     means = []
     for (group, mode, cell), target in TARGETS.items():
         points = _points(rows, group, mode, cell)

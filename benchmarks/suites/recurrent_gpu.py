@@ -1,4 +1,4 @@
-"""The suite recurrent on a GPU: what is measured, in order of worth, and which targets were reached."""
+"""The suite recurrent on a GPU: what is measured, in order of worth, and how its rows are found again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ..analysis import geometric_mean
 from ..presentation import Options
 from ..providers import RECURRENT
 from ..recurrent import PRECISIONS, RecurrentWorkload, precise
@@ -41,16 +40,6 @@ BATCHES, WIDTHS, LENGTHS = (1, 8, 16, 64, 256), (64, 128, 256, 512, 1024, 2048),
 LARGEST = 1 << 28  # elements of a saved activation, beyond which fp64 references do not fit
 LONG, SHORT = 1024, 128  # steps of a point where nothing else is asked for; short from BUSY rows times units on
 BUSY = 1 << 15
-LEAST = 0.9  # no single point below this
-# Rows of fastseq, and the least that each of them must reach over torch.nn: name, mode, group of rows, speed-up.
-TARGETS = (
-    ("H ≤ 128, B ≤ 64, bf16, LSTM and GRU", "inference", "small", 2.0),
-    ("H ≤ 128, B ≤ 64, bf16, LSTM and GRU", "training", "small", 1.5),
-    ("packed, T ≥ 128", "inference", "packed", 5.0),
-    ("packed, T ≥ 128", "training", "packed", 5.0),
-    ("every point", "inference", "", LEAST),
-    ("every point", "training", "", LEAST),
-)
 
 Point = tuple[str, RecurrentWorkload]  # its group, and what is computed
 
@@ -63,8 +52,8 @@ def own_name(cell: str) -> str:
     return f"fastseq.{cell}"
 
 
-def triton_name(cell: str) -> str:
-    return f"fastseq.{cell} ({FORCED})"
+def forced_name(cell: str, backend: str) -> str:
+    return f"fastseq.{cell} ({backend})"
 
 
 def compiled_name(cell: str) -> str:
@@ -90,7 +79,7 @@ def plan(options: Options) -> list[Case]:
         if w.precision != "bfloat16" and group in OF_BF16:
             group = "precision"
         cell = cell_of(w.function)
-        others = (compiled_name(cell), loop_name(cell)) if group == "programs" else (triton_name(cell),)
+        others = (compiled_name(cell), loop_name(cell)) if group == "programs" else tuple(forced_name(cell, b) for b in FORCED)
         names = (torch_name(cell), own_name(cell), *others)
         key = ("programs" if group == "programs" else "", w)
         cases.setdefault(
@@ -175,6 +164,14 @@ def own_of(participants: dict[str, Row]) -> Row | None:
     return participants.get(own_name(cell_of(next(iter(participants.values())).function)))
 
 
+def forced_of(participants: dict[str, Row], backend: str) -> Row | None:
+    """fastseq on a backend that it was forced to take, or that it took by itself."""
+    found, own = participants.get(forced_name(cell_of(next(iter(participants.values())).function), backend)), own_of(participants)
+    if found and not found.ok and own and [c for c in own.chose if c.startswith("backend: ")] == [f"backend: {backend}"]:
+        return own
+    return found
+
+
 def graph_ratio(participants: dict[str, Row]) -> float | None:
     """Speed-up over torch.nn with both as CUDA graphs, where both could be captured."""
     base, own = base_of(participants), own_of(participants)
@@ -186,51 +183,3 @@ def graph_ratio(participants: dict[str, Row]) -> float | None:
 def name(row: Row) -> str:
     sizes = f"T={row.T} B={row.B} H={row.H}"
     return f"{row.group} {cell_of(row.function)} {detail(row, 'precision')} {MODES[row.mode]} {sizes}"
-
-
-def derive(rows: list[Row]) -> dict[str, Any]:
-    own = [r for r in rows if is_own(r)]
-    timed = [(r.ratio["median"], r) for r in own if r.ok and r.ratio]
-    in_graphs = [(value, o) for p in points_of(rows) if (o := own_of(p)) and (value := graph_ratio(p)) is not None]
-    return {
-        "targets": [_target(own, *target) for target in TARGETS],
-        "means": _means(own),
-        "below least": [name(r) for value, r in timed if value < LEAST],
-        "below least in a graph": [name(r) for value, r in in_graphs if value < LEAST],
-        "losses": [name(r) for value, r in timed if value < 1],
-    }
-
-
-def _target(own: list[Row], title: str, mode: str, group: str, least: float) -> dict[str, Any]:
-    """Its lowest point; not reached unless every one of its points has a time."""
-    points = [r for r in own if r.mode == mode and counts(r, group) and r.status != "skipped"]
-    timed = {name(r): r.ratio["median"] for r in points if r.ok and r.ratio}
-    lowest = min(timed, key=lambda point: timed[point], default=None)
-    return {
-        "target": title,
-        "mode": mode,
-        "least": least,
-        "found": None if lowest is None else timed[lowest],
-        "mean": geometric_mean(list(timed.values())) if timed else None,
-        "lowest": lowest,
-        "points": len(timed),
-        "untimed": len(points) - len(timed),
-        "reached": lowest is not None and len(timed) == len(points) and timed[lowest] >= least,
-    }
-
-
-def counts(row: Row, group: str) -> bool:
-    if group == "small":
-        plain = not row.packed and detail(row, "layers") == detail(row, "directions") == 1
-        sized = row.H <= 128 and row.B <= 64 and detail(row, "precision") == "bfloat16"
-        return plain and sized and row.function != "rnn"
-    return group == "" or (row.group == group and row.T >= 128)
-
-
-def _means(own: list[Row]) -> list[dict[str, Any]]:
-    found = []
-    for group, mode in product(GROUPS, MODES):
-        values = [r.ratio["median"] for r in own if (r.group, r.mode) == (group, mode) and r.ok and r.ratio]
-        if values:
-            found.append({"group": group, "mode": mode, "points": len(values), "mean": geometric_mean(values)})
-    return found

@@ -25,22 +25,20 @@ from ..strips import Strip, draw
 from ..workloads import MODES
 from .recurrent_gpu import (
     GROUPS,
-    LEAST,
-    TARGETS,
     base_of,
     cell_of,
     compiled_name,
-    counts,
-    derive,
     detail,
+    forced_name,
+    forced_of,
     graph_ratio,
     is_own,
     loop_name,
     name,
     own_of,
     points_of,
-    triton_name,
 )
+from .recurrent_gpu_targets import LEAST, TARGETS, derive
 
 MARK = "ᴾ"  # beside a speed-up: cuDNN may choose its persistent kernel
 SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16", "tf32": "TF32", "float32": "fp32"}
@@ -57,9 +55,13 @@ def present(rows: list[Row]) -> list[Section]:
         f"cuDNN's algorithm is read from the names of the kernels that ran. {MARK}: torch lets cuDNN take its persistent kernel "
         "(fp16, one layer, one direction, H ≤ 1024 and I in steps of 128, B ≤ 128 in steps of 8, LSTM or RNN).",
     ]
-    tables = [_targets(derived), _persistent(rows)]
+    tables = [
+        _targets("Targets", derived["targets"]),
+        _targets("Targets of fastseq on CUDA C++", derived["CUDA targets"]),
+        _persistent(rows),
+    ]
     tables += [_matrix(rows, group, mode) for group in GROUPS for mode in MODES if group != "programs"]
-    tables += [_programs(rows), _losses(rows), _every_point(rows)]
+    tables += [_programs(rows), _losses(rows), _plans(rows), _every_point(rows)]
     return [
         Section(
             "Recurrent layers against torch.nn on a GPU", text, _cards(derived), [figure(rows)], [t for t in tables if t.rows]
@@ -84,23 +86,24 @@ def _strips(rows: list[Row], mode: str) -> list[Strip]:
     for group, cell in product(GROUPS, RECURRENT):
         if (group, cell.lower()) in measured:
             own = [r for r in rows if is_own(r) and (r.group, r.mode) == (group, mode) and cell_of(r.function) == cell]
-            targets = {
-                where: least for _, wanted, where, least in TARGETS if wanted == mode and any(counts(r, where) for r in own)
-            }
-            strips.append(Strip(f"{cell}, {group}", RECURRENT[cell], [r for r in own if r.ok and r.ratio], targets.get(group)))
+            meant = (t for t in TARGETS if (t.strip, t.mode) == (group, mode) and any(t.counts(r) for r in own))
+            least = next((t.least for t in meant), None)
+            strips.append(Strip(f"{cell}, {group}", RECURRENT[cell], [r for r in own if r.ok and r.ratio], least))
     return strips
 
 
-def _targets(derived: dict[str, Any]) -> Table:
+def _targets(title: str, targets: list[dict[str, Any]]) -> Table:
     body: list[list[Cell | str]] = []
-    for t in derived["targets"]:
+    for t in targets:
         measured = t["found"] is not None
         verdict = Cell("reached", "good") if t["reached"] else Cell("not reached" if measured else "not measured", "bad")
         untimed = f", {t['untimed']} without a time" if t["untimed"] else ""
-        figures = [f"{t['found']:.2f}×", t["lowest"], f"{t['mean']:.2f}×"] if measured else ["–", "", "–"]
-        body.append([t["target"], MODES[t["mode"]], f"{t['points']}{untimed}", f"{t['least']:g}×", *figures, verdict])
+        shown = "{:.0%} of floor" if t["of floor"] else "{:.2f}×"
+        figures = [shown.format(t["found"]), t["lowest"], shown.format(t["mean"])] if measured else ["–", "", "–"]
+        least = shown.format(t["least"]) if t["of floor"] else f"{t['least']:g}×"
+        body.append([t["target"], MODES[t["mode"]], f"{t['points']}{untimed}", least, *figures, verdict])
     columns = ["", "mode", "points", "at least", "lowest", "where", "geometric mean", ""]
-    return Table("Targets", columns, body, "Reached: by every point, all of them timed.")
+    return Table(title, columns, body, "Reached: by every point, all of them timed.")
 
 
 def _cards(derived: dict[str, Any]) -> list[Card]:
@@ -188,6 +191,7 @@ LINE = [
     "speed-up",
     "in a graph",
     "on Triton",
+    "on CUDA C++",
     "µs per step",
     "of floor",
     "kernels",
@@ -198,7 +202,6 @@ LINE = [
 def _line(participants: dict[str, Row]) -> list[Cell | str]:
     base, own = base_of(participants), own_of(participants)
     assert own is not None
-    triton = participants.get(triton_name(cell_of(own.function)))
     value = graph_ratio(participants)
     in_graph = Cell("–", "weak") if value is None else Cell(f"{value:.2f}×", speed_tone(value))
     return [
@@ -209,7 +212,7 @@ def _line(participants: dict[str, Row]) -> list[Cell | str]:
         _graph(own),
         ratio_cell(own),
         in_graph,
-        ratio_cell(triton),
+        *(ratio_cell(forced_of(participants, backend)) for backend in ("triton", "cuda")),
         f"{own.seconds / detail(own, 'steps') * 1e6:.2f}" if own.ok else "–",
         Cell(f"{own.of_floor:.0%}", "", f"bound by {own.floor['bound']}: {own.floor['note']}") if own.ok and own.floor else "–",
         "–" if own.launches is None else str(own.launches),
@@ -231,6 +234,23 @@ def _ran(row: Row) -> list[str]:
     if row.launches is None:
         return backends
     return [*backends, "whole sequence" if row.launches < detail(row, "steps") else "step by step"]
+
+
+def _plans(rows: list[Row]) -> Table:
+    body: list[list[Cell | str]] = []
+    for p in points_of(rows):
+        row = p.get(forced_name(cell_of(next(iter(p.values())).function), "cuda"))
+        if row is not None:
+            plans = [c.removeprefix("plan, ") for c in row.chose if c.startswith("plan, ")]
+            of_floor = f"{row.of_floor:.0%}" if row.ok and row.floor else "–"
+            body.append([name(row), time_cell(row), ratio_cell(row), of_floor, row.reason or "; ".join(plans)])
+    return Table(
+        f"fastseq on CUDA C++: {len(body)}",
+        ["point", "fastseq", "speed-up", "of floor", "plan, or why there is no row"],
+        body,
+        "A plan is how the work of a call was cut for this device; its time of a step is a model's, not measured.",
+        folded=True,
+    )
 
 
 def _every_point(rows: list[Row]) -> Table:

@@ -23,6 +23,7 @@ from ..presentation import (
     ratio_cell,
     tick_text,
     time_cell,
+    time_text,
 )
 from ..providers import PROVIDERS
 from ..results import Results, Row
@@ -138,11 +139,14 @@ def _threads(count: int) -> str:
 
 def picture(results: Results) -> Figure:
     rows = results.of_suite(NAME)
+    longest = [r for r in rows if r.mode == "training" and r.T == _lengths(rows)[-1] and r.ok]
     return Figure(
         "Sequential against parallel",
-        "",
+        "A training step of one layer at equal batch and width: time and peak memory against sequence length.",
         lambda canvas, theme: _panels(canvas, theme, rows, [("training", "seconds"), ("training", "memory")], results),
         (11.5, 4.6),
+        alt=f"At T = {_lengths(rows)[-1]}: "
+        + "; ".join(f"{r.provider} {time_text(r.seconds)} and {bytes_text(r.memory)}" for r in longest),
     )
 
 

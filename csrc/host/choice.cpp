@@ -59,7 +59,8 @@ Fiber* choose_uneven(uint64_t bits) {
   const int count = warp_count();
   if (machine.favour) {
     for (int warp = machine.uneven_begin; warp < machine.uneven_end; ++warp) {
-      if (const uint32_t lanes = machine.warps[warp].ready & machine.uneven_lanes) return take_lane(warp, random_lane(lanes, bits));
+      if (const uint32_t lanes = machine.warps[warp].ready & machine.uneven_lanes)
+        return take_lane(warp, random_lane(lanes, bits));
     }
   } else {
     int warp = ready_warp(static_cast<int>((bits >> 16) % count));
@@ -104,7 +105,9 @@ void choose_order() {
   // Clusters start in a circle, up or down.
   const bool down = by_chance() ? random_bits() & 1 : machine.schedule == Schedule::kLast;
   machine.cluster_step = down ? machine.cluster_count - 1 : 1;
-  machine.first_cluster = by_chance() ? static_cast<int>(random_bits() % machine.cluster_count) : down ? machine.cluster_count - 1 : 0;
+  machine.first_cluster = by_chance() ? static_cast<int>(random_bits() % machine.cluster_count)
+                          : down      ? machine.cluster_count - 1
+                                      : 0;
 }
 
 Fiber* choose_fiber() {

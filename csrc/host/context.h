@@ -6,7 +6,9 @@
 
 #if !defined(__x86_64__) || defined(FASTSEQ_HOST_UCONTEXT)
 #include <ucontext.h>
-#define FASTSEQ_HOST_UCONTEXT 1
+#if !defined(FASTSEQ_HOST_UCONTEXT)
+#define FASTSEQ_HOST_UCONTEXT
+#endif
 #endif
 
 namespace fastseq::gpu::host {
@@ -37,8 +39,8 @@ struct Context {
 inline void context_make(Context& context, void* bottom, size_t bytes, void (*entry)()) {
   uintptr_t top = (reinterpret_cast<uintptr_t>(bottom) + bytes) & ~uintptr_t{15};
   auto* slot = reinterpret_cast<void**>(top);
-  *--slot = nullptr;                           // entry never returns
-  *--slot = reinterpret_cast<void*>(entry);    // what context_switch returns to; the stack is then aligned as after a call
+  *--slot = nullptr;                         // entry never returns
+  *--slot = reinterpret_cast<void*>(entry);  // what context_switch returns to; the stack is then aligned as after a call
   for (int i = 0; i < 6; ++i) *--slot = nullptr;
   context.stack_pointer = slot;
 }

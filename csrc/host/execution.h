@@ -12,9 +12,11 @@ namespace fastseq::gpu::host {
 
 using Where = std::source_location;
 
-// Who runs when threads could run: anybody; a CTA, warp or thread is starved or favoured for a while; always the first; always the last.
+// Who runs when threads could run: anybody; a CTA, warp or thread is starved or favoured for a while; always the first; always
+// the last.
 enum class Schedule { kRandom, kUneven, kFirst, kLast };
-// When asynchronous copies arrive: when they are issued; when somebody waits for them and nobody else can run; at any time, in any order.
+// When asynchronous copies arrive: when they are issued; when somebody waits for them and nobody else can run; at any time, in
+// any order.
 enum class Landing { kAtOnce, kLate, kRandom };
 
 struct Counters {
@@ -27,8 +29,8 @@ struct Counters {
   uint64_t switches;                  // from one thread to another: equal in equal runs
 };
 
-// Before a launch. Without it the seed is FASTSEQ_HOST_SEED, or 0. The two orders follow from the seed: the first twelve have every pair
-// of them, those after leave out the two fixed schedules.
+// Before a launch. Without it the seed is FASTSEQ_HOST_SEED, or 0. The two orders follow from the seed: the first twelve have
+// every pair of them, those after leave out the two fixed schedules.
 void seed(uint64_t value);
 void choose(Schedule schedule, Landing landing);
 
@@ -53,7 +55,7 @@ uint32_t peer(void* own, int rank, Where where);
 void st_async(uint32_t to, Vec16 v, uint32_t barrier, Where where);
 void cp_async16(void* shared, const void* global, Where where);
 void cp_commit();
-void cp_wait(int pending, Where where);
+void cp_wait(int pending);
 void flag_publish(uint32_t* flag, uint32_t value, Where where);
 void flag_wait(const uint32_t* flag, uint32_t value, Where where);
 float shuffle_xor(float value, int mask, Where where);

@@ -1,7 +1,7 @@
 // Matrix products of a warp in the fragment layouts of PTX's mma.m16n8k16 and m16n8k8, and 16-bit numbers.
 //
-// Lane l is in group g = l / 4 at place t = l % 4. Of d it has rows g and g + 8, columns 2t and 2t + 1. Of a it has those rows, and of b
-// column g; along k it has pairs of 16-bit values at 2t and 2t + 8, or single values of 32 bits at t and t + 4.
+// Lane l is in group g = l / 4 at place t = l % 4. Of d it has rows g and g + 8, columns 2t and 2t + 1. Of a it has those rows,
+// and of b column g; along k it has pairs of 16-bit values at 2t and 2t + 8, or single values of 32 bits at t and t + 4.
 
 #include <bit>
 #include <cstdint>
@@ -57,8 +57,7 @@ void multiply_fragments(Product product, MmaArguments* const* lanes) {
       return multiply<16>(lanes, [](uint32_t word, int i) { return half_to_float(static_cast<uint16_t>(word >> 16 * i)); });
     case Product::kBfloat16:
       return multiply<16>(lanes, [](uint32_t word, int i) { return bfloat16_to_float(static_cast<uint16_t>(word >> 16 * i)); });
-    case Product::kTf32:
-      return multiply<8>(lanes, [](uint32_t word, int) { return tf32_to_float(word); });
+    case Product::kTf32: return multiply<8>(lanes, [](uint32_t word, int) { return tf32_to_float(word); });
   }
 }
 

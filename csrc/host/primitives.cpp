@@ -42,7 +42,8 @@ void collective(Wait what, Where where, void* arguments, Perform perform) {
   Fiber& self = *running;
   Warp& warp = *self.warp;
   if (warp.exited) fail(where, "%s, but lanes %08x of the warp have ended", name_of(what), warp.exited);
-  if (what != Wait::kWarpSync && warp.all != ~0u) fail(where, "%s by a warp of only %d lanes", name_of(what), std::popcount(warp.all));
+  if (what != Wait::kWarpSync && warp.all != ~0u)
+    fail(where, "%s by a warp of only %d lanes", name_of(what), std::popcount(warp.all));
   if (!warp.arrived) {
     warp.collective = what;
     warp.where = where;
@@ -61,14 +62,14 @@ void collective(Wait what, Where where, void* arguments, Perform perform) {
   wake(warp, warp.all & ~self.bit);
 }
 
-MbarrierRecord& record_of(const Cta& cta, Mbarrier* barrier, Where where) {
-  if (!inside(cta, barrier, sizeof(Mbarrier)) || reinterpret_cast<uintptr_t>(barrier) % 8) fail(where, "no place for an mbarrier");
+MbarrierRecord& record_of(Cta& cta, Mbarrier* barrier, Where where) {
+  if (!inside(cta, barrier, sizeof(Mbarrier)) || reinterpret_cast<uintptr_t>(barrier) % 8)
+    fail(where, "no place for an mbarrier");
   const uint64_t index = barrier->state - kMagic;
-  auto& records = const_cast<Cta&>(cta).mbarrier;
-  if (index >= static_cast<uint64_t>(cta.mbarriers) || records[index].address != barrier) {
+  if (index >= static_cast<uint64_t>(cta.mbarriers) || cta.mbarrier[index].address != barrier) {
     fail(where, "not an mbarrier: never initialised, or overwritten");
   }
-  return records[index];
+  return cta.mbarrier[index];
 }
 
 void complete_phase(MbarrierRecord& barrier) {
@@ -114,7 +115,8 @@ void cta_sync(Where where) {
   if (cta.live < machine.how.block) fail(where, "cta_sync, but %d threads of the CTA have ended", machine.how.block - cta.live);
   if (warp.arrived) fail(where, "cta_sync, while other lanes of the warp are in %s", name_of(warp.collective));
   if (warp.at_cta_sync && !same_line(where, warp.cta_sync_where)) {
-    fail(where, "cta_sync, while other lanes of the warp are in the one at line %u", static_cast<unsigned>(warp.cta_sync_where.line()));
+    fail(where, "cta_sync, while other lanes of the warp are in the one at line %u",
+         static_cast<unsigned>(warp.cta_sync_where.line()));
   }
   warp.cta_sync_where = where;
   warp.at_cta_sync |= self.bit;
@@ -137,7 +139,8 @@ void cluster_sync(Where where) {
   Fiber& self = *running;
   Cluster& cluster = *self.cta->cluster;
   const int threads = machine.how.cluster * machine.how.block;
-  if (cluster.live_threads < threads) fail(where, "cluster_sync, but %d threads of the cluster have ended", threads - cluster.live_threads);
+  if (cluster.live_threads < threads)
+    fail(where, "cluster_sync, but %d threads of the cluster have ended", threads - cluster.live_threads);
   step();
   const uint32_t generation = cluster.sync.generation;
   if (arrive(cluster.sync, threads, where)) {
@@ -214,7 +217,8 @@ void mbarrier_init(Mbarrier* barriers, int count, uint32_t bytes, Where where) {
   Cta& cta = *running->cta;
   for (int i = 0; i < count; ++i) {
     Mbarrier* barrier = barriers + i;
-    if (!inside(cta, barrier, sizeof(Mbarrier)) || reinterpret_cast<uintptr_t>(barrier) % 8) fail(where, "no place for an mbarrier");
+    if (!inside(cta, barrier, sizeof(Mbarrier)) || reinterpret_cast<uintptr_t>(barrier) % 8)
+      fail(where, "no place for an mbarrier");
     if (poisoned(barrier, sizeof(Mbarrier))) fail(where, "an mbarrier outside of every piece of shared memory");
     const uint64_t index = barrier->state - kMagic;
     if (index < static_cast<uint64_t>(cta.mbarriers)) fail(where, "an mbarrier initialised twice");
@@ -258,8 +262,8 @@ uint32_t peer(void* own, int rank, Where where) {
   return static_cast<uint32_t>(rank + 1) << kRankShift | static_cast<uint32_t>(static_cast<unsigned char*>(own) - cta.shared);
 }
 
-// ThreadSanitizer is told that the sender writes, and that all it did before is over for who sees the phase complete. The latter is more
-// than PTX promises, of the sent bytes alone.
+// ThreadSanitizer is told that the sender writes, and that all it did before is over for who sees the phase complete. The latter
+// is more than PTX promises, of the sent bytes alone.
 void st_async(uint32_t to, Vec16 v, uint32_t barrier, Where where) {
   step();
   Cta& cta = peer_of(to, where);
@@ -290,7 +294,8 @@ void land_flight(int index) {
   complete_phase(*flight.barrier);
 }
 
-// ThreadSanitizer is told that the issuer reads and writes, here and when the copy lands: whoever has no order with one of them races.
+// ThreadSanitizer is told that the issuer reads and writes, here and when the copy lands: whoever has no order with one of them
+// races.
 void cp_async16(void* shared, const void* global, Where where) {
   step();
   Fiber& self = *running;
@@ -328,7 +333,7 @@ void land_copy(Copy& copy) {
 
 void cp_commit() { ++running->groups; }
 
-void cp_wait(int pending, Where) {
+void cp_wait(int pending) {
   step();
   Fiber& self = *running;
   for (Copy** link = &self.copies; *link;) {

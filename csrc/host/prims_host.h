@@ -68,11 +68,13 @@ inline void st_async(Peer<Vec16> to, Vec16 v, Peer<Mbarrier> barrier, Where wher
   host::st_async(to.address, v, barrier.address, where);
 }
 
-inline void cp_async16(void* shared, const void* global, Where where = Where::current()) { host::cp_async16(shared, global, where); }
+inline void cp_async16(void* shared, const void* global, Where where = Where::current()) {
+  host::cp_async16(shared, global, where);
+}
 inline void cp_commit() { host::cp_commit(); }
 template <int kPending>
-void cp_wait(Where where = Where::current()) {
-  host::cp_wait(kPending, where);
+void cp_wait() {
+  host::cp_wait(kPending);
 }
 
 inline void flag_publish(uint32_t* flag, uint32_t value, Where where = Where::current()) {
@@ -119,7 +121,8 @@ inline float divide_exact(float a, float b) { return a / b; }
 inline float exp_fast(float x) { return std::exp(x); }
 // Nothing is divided by more than 2^126: so does div.approx.
 inline float divide_fast(float a, float b) {
-  if (std::fabs(b) > 0x1p126f && std::isfinite(b)) return std::isinf(a) ? std::numeric_limits<float>::quiet_NaN() : std::copysign(0.0f, a);
+  if (std::fabs(b) > 0x1p126f && std::isfinite(b))
+    return std::isinf(a) ? std::numeric_limits<float>::quiet_NaN() : std::copysign(0.0f, a);
   return a / b;
 }
 

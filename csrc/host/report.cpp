@@ -51,8 +51,8 @@ void append_awaited(const Fiber& fiber) {
 }  // namespace
 
 const char* name_of(Wait wait) {
-  static const char* const names[] = {"nothing", "cta_sync", "cluster_sync", "warp_sync", "shuffle_xor",
-                                      "mma", "ldmatrix_x2", "mbarrier_wait", "flags_wait"};
+  static const char* const names[] = {"nothing", "cta_sync",    "cluster_sync",  "warp_sync", "shuffle_xor",
+                                      "mma",     "ldmatrix_x2", "mbarrier_wait", "flags_wait"};
   return names[static_cast<int>(wait)];
 }
 
@@ -75,8 +75,8 @@ void report_deadlock() {
   machine.message[0] = '\0';
   append("deadlock: ");
   for (int q = 0; q < count; ++q) {
-    append("%s%d threads wait in %s at %s:%u", q ? "; " : "", queues[q].threads, name_of(queues[q].wait), queues[q].where.file_name(),
-           static_cast<unsigned>(queues[q].where.line()));
+    append("%s%d threads wait in %s at %s:%u", q ? "; " : "", queues[q].threads, name_of(queues[q].wait),
+           queues[q].where.file_name(), static_cast<unsigned>(queues[q].where.line()));
     append_awaited(*queues[q].one);
   }
   if (machine.started < machine.cluster_count) {

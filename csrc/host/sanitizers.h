@@ -1,5 +1,5 @@
-// What the sanitizers need to know of fibers and of memory that the host execution touches in the place of a kernel. The symbols are
-// weak: null where the program is built without that sanitizer. The files of this folder are never instrumented themselves.
+// What the sanitizers need to know of fibers and of memory that the host execution touches in the place of a kernel. The symbols
+// are weak: null where the program is built without that sanitizer. The files of this folder are never instrumented themselves.
 #pragma once
 
 #include <cstddef>

@@ -11,7 +11,8 @@ namespace {
 
 void check_guard(const Cta& cta, Where where) {
   for (size_t i = machine.shared_used; i < machine.shared_stride; ++i) {
-    if (cta.shared[i] != 0xff) fail(where, "the CTA wrote past its shared memory, %zu bytes from its end", i - machine.shared_used);
+    if (cta.shared[i] != 0xff)
+      fail(where, "the CTA wrote past its shared memory, %zu bytes from its end", i - machine.shared_used);
   }
 }
 

@@ -1,5 +1,5 @@
-// What the host execution knows of a launch. Lists are intrusive and memory is mapped before the threads start: malloc, memcpy and memset
-// would be seen by ThreadSanitizer as accesses of the thread that happens to run.
+// What the host execution knows of a launch. Lists are intrusive and memory is mapped before the threads start: malloc, memcpy
+// and memset would be seen by ThreadSanitizer as accesses of the thread that happens to run.
 #pragma once
 
 #include <cstdarg>
@@ -65,7 +65,7 @@ struct Warp {
   uint32_t all;  // lanes that exist
   uint32_t ready;
   uint32_t exited;
-  uint32_t arrived;     // at the collective below
+  uint32_t arrived;  // at the collective below
   uint32_t at_cta_sync;
   Wait collective;
   Where where;

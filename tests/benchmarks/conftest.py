@@ -11,12 +11,13 @@ from fastseq.benchmarks.attention import MODES as ATTENTION_MODES
 from fastseq.benchmarks.attention import AttentionWorkload
 from fastseq.benchmarks.attention_providers import EAGER, OWN, SDPA
 from fastseq.benchmarks.cells import CellWorkload
-from fastseq.benchmarks.floors import Peaks
+from fastseq.benchmarks.floors import Peaks, floor_of
+from fastseq.benchmarks.limits import LIMIT_PROVIDERS, LimitWorkload
 from fastseq.benchmarks.presentation import Options
 from fastseq.benchmarks.providers import PROVIDERS
 from fastseq.benchmarks.recurrent import RecurrentWorkload
 from fastseq.benchmarks.results import Results, Row
-from fastseq.benchmarks.suites import attention, cells, recurrent, recurrent_gpu, sequential_vs_parallel
+from fastseq.benchmarks.suites import attention, cells, limits, recurrent, recurrent_gpu, sequential_vs_parallel
 from fastseq.benchmarks.workloads import MODES, Workload
 
 LENGTHS = (32, 64, 128, 256, 512)
@@ -157,10 +158,26 @@ def single(ratio: Callable[[str, CellWorkload], float], device: str = "cpu") -> 
     return Results(dict(ENVIRONMENT), {"quick": False}, rows, [_peaks()], 12.0)
 
 
+def machine(amounts: Callable[[LimitWorkload], float], device: str = "cpu") -> Results:
+    """Rows of the suite limits; `amounts(workload)`: bytes, FLOP or launches in a second."""
+    rows = []
+    for case in limits.plan(Options(device, "float32", (1, 2) if device == "cpu" else (), quick=False)):
+        (participant,) = case.participants
+        w = participant.workload
+        row = Row.of(limits.NAME, case.group, participant.provider, w)
+        if case.group == "exchange":
+            row.status, row.reason = "unavailable", LIMIT_PROVIDERS[participant.provider].unavailable(w)
+        else:
+            timed(row, w.amount / amounts(w))
+            row.floor = floor_of(w, _peaks()).as_dict()
+        rows.append(row)
+    return Results(ENVIRONMENT | {"device": device}, {"quick": False}, rows, [_peaks()], 12.0)
+
+
 def _peaks() -> Peaks:
     return Peaks("cpu", 2, "float32", {64: 1e11, 65536: 5e10}, {256: 1e11, 131072: 2e10}, 1e11, {"operator": 1e-6})
 
 
 @pytest.fixture(scope="session")
 def synthetic() -> SimpleNamespace:
-    return SimpleNamespace(lengths=lengths, grid=grid, alone=alone, gpu=gpu, single=single)
+    return SimpleNamespace(timed=timed, lengths=lengths, grid=grid, alone=alone, gpu=gpu, single=single, machine=machine)

@@ -46,6 +46,24 @@ def test_crossover_the_other_way_round():
     assert (found.before, found.after) == ("b", "a")
 
 
+def test_a_crossover_has_the_interval_in_which_the_spread_decides_nothing():
+    """T² / 60 against 5 T, each known to 10 %: between 300 / 1.21 and 300 * 1.21 either may be lower."""
+    a, b = [T**2 / 60 for T in LENGTHS], [5 * T for T in LENGTHS]
+    spread = [(p / q / 1.21, p / q * 1.21) for p, q in zip(a, b, strict=True)]
+    for found in (crossover(LENGTHS, a, b, spread=spread), crossover(LENGTHS, b, a, spread=[(1 / h, 1 / w) for w, h in spread])):
+        assert (found.low, found.at, found.high) == pytest.approx((300 / 1.21, 300, 300 * 1.21), rel=1e-6)
+
+
+def test_without_spread_the_interval_is_the_tolerance():
+    found = crossover(LENGTHS, [T**2 / 60 for T in LENGTHS], [5 * T for T in LENGTHS], tolerance=0.05)
+    assert (found.low, found.high) == pytest.approx((300 * math.exp(-0.05), 300 * math.exp(0.05)), rel=1e-6)
+
+
+def test_an_interval_ends_where_the_measurement_ends():
+    found = crossover([32, 64], [1.0, 3.0], [2.0, 2.0], spread=[(0.1, 9.0)] * 2)
+    assert (found.low, found.high) == (32, 64) and 32 < found.at < 64
+
+
 def test_no_crossover_tells_who_is_lower():
     found = crossover(LENGTHS, [1.0] * 6, [2.0] * 6)
     assert (found.at, found.before, found.after, found.first, found.last) == (None, "a", "a", 32, 1024)

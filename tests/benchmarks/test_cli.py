@@ -23,7 +23,7 @@ def refused(capsys, *argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--suite", "speed"], "there is no suite 'speed'; there are: sequential-vs-parallel, recurrent, cells, attention"),
+        (["--suite", "speed"], "there is no suite 'speed'; there are: " + ", ".join(SUITES)),
         (["--device", "tpu"], "'tpu' is none of auto, cpu, cuda"),
         (["--device", "cuda:"], "'cuda:' is none of"),
         (["--threads", "two"], "'two' is not a list of positive numbers"),
@@ -36,6 +36,7 @@ def refused(capsys, *argv):
         (["--only", "B="], "'B=' is not of the form key=value"),
         (["--only", ""], "nothing given"),
         (["--only", "T=77"], "no point matches; these exist: T: 32, 64, 128"),
+        (["--resume"], "--out is needed"),
         (["--picture", "a.gif"], "neither .svg nor .png"),
         (["--json-in", "/does/not/exist.json"], "cannot read /does/not/exist.json"),
     ],
@@ -97,6 +98,81 @@ def test_what_is_there_is_kept_after_every_group(tmp_path, monkeypatch):
         cli.main(["--suite", "recurrent", "--device", "cpu", "--quick", "--threads", "1", "--out", str(tmp_path)])
     kept = Results.load(tmp_path / "results.json")
     assert {r.group for r in kept.rows} == {"padded"} and len(kept.rows) == 3 * 2 * 2 * 2 * 2  # cells, B, H, modes, providers
+
+
+class Counts:
+    """Measures nothing; `ran` has the points of every run, and the run with number `ends` of them is interrupted."""
+
+    ran: list[tuple] = []
+    ends = 10**9
+
+    def __init__(self, device, *, quick):
+        self.peaks = {}
+
+    def run(self, case, progress):
+        if len(self.ran) == self.ends:
+            raise KeyboardInterrupt
+        self.ran.append(self.point(case))
+        return [Row.of(case.suite, case.group, p.provider, p.workload, status="skipped") for p in case.participants]
+
+    @staticmethod
+    def point(case):
+        w = case.participants[0].workload
+        return case.group, w.function, w.mode, w.B, w.H
+
+
+def counted(monkeypatch, *argv, ends=10**9):
+    monkeypatch.setattr(cli, "Runner", Counts)
+    monkeypatch.setattr(Counts, "ran", [])
+    monkeypatch.setattr(Counts, "ends", ends)
+    code = cli.main(["--suite", "recurrent", "--device", "cpu", "--quick", "--threads", "1", *argv])
+    return code, Counts.ran
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    here = ("--out", str(tmp_path), "--resume")
+    code, first = counted(monkeypatch, *here, ends=7)
+    assert code == 130 and len(first) == 7 and Results.load(tmp_path / "results.json").options["interrupted"]
+    code, second = counted(monkeypatch, *here)
+    every = [Counts.point(case) for case in SUITES["recurrent"].plan(Options("cpu", "float32", (1,), quick=True))]
+    assert code == 0 and first + second == every
+    found = Results.load(tmp_path / "results.json")
+    assert "interrupted" not in found.options and len({r.key for r in found.rows}) == len(found.rows) > len(every)
+    assert counted(monkeypatch, *here) == (0, [])
+    assert counted(monkeypatch, "--out", str(tmp_path)) == (0, every)  # without --resume: anew
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"flags": {"deterministic": True}}, "deterministic was True, is False"),
+        ({"device name": "another"}, "device name was another, is"),
+        ({"versions": {"torch": "1.0"}}, "versions: torch was 1.0, is"),
+    ],
+)
+def test_a_run_of_another_program_is_not_resumed(change, message, tmp_path, monkeypatch, capsys):
+    counted(monkeypatch, "--out", str(tmp_path))
+    before = Results.load(tmp_path / "results.json")
+    before.environment |= change
+    before.save(tmp_path / "results.json")
+    with pytest.raises(SystemExit) as stop:
+        counted(monkeypatch, "--out", str(tmp_path), "--resume")
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_commits_of_a_resumed_run_are_listed(tmp_path, monkeypatch):
+    commits = iter(["abc", "def", "def"])
+    monkeypatch.setattr(cli.environment, "git_sha", lambda: next(commits))
+    for ends in (3, 5, 10**9):
+        counted(monkeypatch, "--out", str(tmp_path), "--resume", ends=ends)
+    assert Results.load(tmp_path / "results.json").environment["git"] == "abc, def"
+
+
+def test_other_options_are_not_resumed(tmp_path, monkeypatch, capsys):
+    counted(monkeypatch, "--out", str(tmp_path))
+    with pytest.raises(SystemExit):
+        counted(monkeypatch, "--out", str(tmp_path), "--resume", "--dtype", "float64")
+    assert "options were {'dtype': 'float32'" in capsys.readouterr().err
 
 
 def test_a_run_from_end_to_end(tmp_path, capsys):

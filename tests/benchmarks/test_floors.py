@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from fastseq.benchmarks import floors
 from fastseq.benchmarks.cells import CellWorkload
 from fastseq.benchmarks.floors import Peaks, floor_of, measure
 from fastseq.benchmarks.recurrent import RecurrentWorkload
@@ -61,11 +64,56 @@ def test_a_cell_reads_both_weights_or_computes_with_them(B, bound):
     assert floor_of(replace(w, mode="training"), PEAKS).seconds == pytest.approx(3 * 64 * step)
 
 
+@pytest.mark.parametrize(("mode", "launches"), [("inference", 1), ("training", 2)])
+def test_a_call_takes_a_launch_at_least(mode, launches):
+    tiny = Workload("rnn", 1, 1, 8, 8, mode)
+    slow = replace(PEAKS, launch={"operator": 5e-3, "kernel in a graph": 1e-3})
+    floor = floor_of(tiny, slow)
+    assert (floor.bound, floor.seconds) == ("launch", pytest.approx(launches * 1e-3))
+    assert floor_of(tiny, replace(PEAKS, launch={"operator": 5e-3})).seconds == pytest.approx(launches * 5e-3)
+    assert floor_of(CellWorkload("rnncell", 64, 1, 8, 8, mode), slow).seconds == pytest.approx(64 * launches * 1e-3)
+    assert floor_of(tiny, replace(PEAKS, launch={"operator": 1e-12})) == floor_of(tiny, PEAKS)
+
+
+def test_weights_that_stay_on_chip_are_read_once():
+    w = Workload("lstm", T, 1, H, H)
+    project, compute = 2 * T * 4 * H * H / 1e11, 2 * 4 * H * H / 1e11
+    once = floor_of(w, replace(PEAKS, on_chip=R))
+    assert once.seconds == pytest.approx(R / 1e11 + (T - 1) * compute + project)
+    assert floor_of(w, replace(PEAKS, on_chip=R - 1)) == floor_of(w, PEAKS)
+    short = floor_of(replace(w, T=1), replace(PEAKS, on_chip=R))
+    assert short.bound == "weights" and short.note.endswith("once")
+
+
 def test_attention_grows_with_the_square_of_t():
     def seconds(T):
         return floor_of(Workload("attention", T, 1, 64, 64), PEAKS).seconds
 
     assert seconds(16384) / seconds(8192) == pytest.approx(4, rel=0.05)
+
+
+def test_a_gpus_peaks(monkeypatch):
+    """Every rate is 1e9; a GPU of 4 multiprocessors with 100 KiB of shared memory each."""
+    clocks = []
+
+    def rate(w, clock=None, rounds=5):
+        clocks.append((w.function, clock))
+        return 1e9
+
+    chip = SimpleNamespace(multi_processor_count=4, shared_memory_per_multiprocessor=100 << 10)
+    monkeypatch.setattr(floors, "_rate", rate)
+    monkeypatch.setattr(floors, "GraphClock", lambda **options: "graph")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    peaks = measure("cuda:0", 1, "bfloat16")
+    assert peaks.on_chip == 4 * (100 + 256 << 10) and peaks.least == peaks.launch["kernel in a graph"] == 1e-9
+    assert ("launch", "graph") in clocks and ("launch", None) in clocks
+    assert list(peaks.read) == list(floors.READ_KIB["cuda"]) and peaks.gemm == 1e9 and peaks.dtype == "bfloat16"
+
+
+def test_peaks_of_an_older_file():
+    old = PEAKS.as_dict()
+    del old["on_chip"]
+    assert Peaks.from_dict(old) == PEAKS
 
 
 def test_bandwidth_between_the_measured_sizes():

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from fastseq.benchmarks import plots, readme
+from fastseq.benchmarks import claims, plots, readme
 from fastseq.benchmarks.results import Results
 from fastseq.benchmarks.suites import SUITES
 
@@ -37,8 +37,16 @@ def test_picture_is_the_files(committed, tmp_path):
     if f"<!-- matplotlib {matplotlib.__version__} -->" not in drawn:
         pytest.skip(f"drawn by another version than matplotlib {matplotlib.__version__}")
     fresh = tmp_path / "fresh.svg"
-    plots.save(SUITES[committed.suites()[0]].picture(committed), fresh, plots.THEMES["light"])
+    plots.save(SUITES[committed.suites()[0]].picture(committed), fresh, plots.AUTO)
     assert fresh.read_text(encoding="utf-8") == drawn
+
+
+def test_verdicts_are_those_of_the_claims(committed):
+    text = README.read_text(encoding="utf-8")
+    measured = [v for v in claims.verdicts(committed) if v.measured]
+    assert len(measured) >= 4
+    for v in measured:
+        assert f"| {v.statement} | {v.verdict}" in text and v.findings[0].sizes in text
 
 
 def test_only_what_stands_between_the_markers_changes(synthetic, tmp_path):
@@ -50,6 +58,7 @@ def test_only_what_stands_between_the_markers_changes(synthetic, tmp_path):
     text = file.read_text()
     assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
     assert "| forward, rows of equal length | 2.00× (1.00 to 4.00) | 3.00× (3.00 to 3.00) | 2.00× (1.00 to 4.00) |" in text
+    assert "| they say | measured here | figures |" in text and "come from `--suite attention`" in text
     next(row for row in results.rows if row.provider == "fastseq.LSTM").ratio = None
     assert "not measured" in readme.section(results)
     file.write_text("no markers")

@@ -12,16 +12,18 @@ import torch
 from torch import nn
 
 import fastseq
+from fastseq.backends import cuda_host
 from fastseq.backends.triton import _launch
 from fastseq.benchmarks import gate, report
 from fastseq.benchmarks.floors import Peaks
 from fastseq.benchmarks.presentation import Cell, Options
 from fastseq.benchmarks.providers import PROVIDERS, RECURRENT
 from fastseq.benchmarks.recurrent import PRECISIONS, RecurrentCall, RecurrentWorkload
-from fastseq.benchmarks.recurrent_providers import RECURRENT_PROVIDERS
+from fastseq.benchmarks.recurrent_providers import RECURRENT_PROVIDERS, forced
 from fastseq.benchmarks.runner import EVERY_PROVIDER, Case, Participant, Runner
 from fastseq.benchmarks.suites import recurrent, recurrent_gpu, recurrent_gpu_report
 from fastseq.benchmarks.timing import Effort, HostClock
+from fastseq.benchmarks.workloads import MODES
 
 GPU = Options("cuda", "float32", (1,), quick=False)
 POINT = RecurrentWorkload("lstm", 1024, 64, 512, 512, dtype="float16")
@@ -63,7 +65,11 @@ def test_who_takes_part():
     for case in recurrent.plan(GPU):
         names = [p.provider for p in case.participants]
         cell = recurrent_gpu.cell_of(case.participants[0].workload.function)
-        others = [f"torch.compile {cell}", f"eager {cell}Cell loop"] if case.group == "programs" else [f"fastseq.{cell} (triton)"]
+        others = (
+            [f"torch.compile {cell}", f"eager {cell}Cell loop"]
+            if case.group == "programs"
+            else [f"fastseq.{cell} (triton)", f"fastseq.{cell} (cuda)"]
+        )
         assert names == [f"torch.nn.{cell}", f"fastseq.{cell}", *others]
         assert case.baseline == tuple((name, names[0]) for name in names[1:])
         assert {EVERY_PROVIDER[name].function for name in names} == {cell.lower()}
@@ -147,13 +153,14 @@ def test_both_sides_run_under_the_same_flags_which_are_put_back(tf32, dies):
 
 
 def test_peaks_are_measured_under_the_flags_of_their_precision(monkeypatch):
-    def measure(device, threads, dtype, *, quick):
+    def measure(device, threads, dtype, *, quick, known):
         return replace(PEAKS, dtype=dtype, gemm=2.0 if torch.backends.cuda.matmul.allow_tf32 else 1.0)
 
     monkeypatch.setattr("fastseq.benchmarks.floors.measure", measure)
-    runner = Runner("cpu", providers={"absent": replace(PROVIDERS["torch.nn.GRU"], unavailable=lambda w: "absent")})
+    runner = Runner("cpu", providers=PROVIDERS)
     for tf32 in (True, False):
-        runner.run(Case("recurrent", "precision", (Participant("absent", replace(SMALL, tf32=tf32)),), Effort()))
+        w = replace(SMALL, tf32=tf32)
+        runner.run(Case("recurrent", "precision", (Participant("torch.nn.GRU", w),), Effort(0.01, 1, 1), check=False))
     assert [(p.dtype, p.gemm) for p in runner.peaks.values()] == [("tf32", 2.0), ("float32", 1.0)]
 
 
@@ -244,7 +251,7 @@ def test_the_forced_backend_says_why_it_has_no_row_of_its_own(monkeypatch):
     lacking = "bfloat16" if _launch.INTERPRETED else "float64"
     assert f"dtype {lacking} is not one of" in reason(replace(w, dtype=lacking))
     for backends, expected in ((["reference"], None), (["triton"], "it is what fastseq chooses by itself here")):
-        monkeypatch.setattr(fastseq, "explain", lambda *call, found=backends: SimpleNamespace(backends=found))
+        monkeypatch.setattr(fastseq, "explain", lambda *call, found=backends: SimpleNamespace(backends=found, calls=[]))
         assert reason(w) == expected
 
 
@@ -268,6 +275,119 @@ def test_targets_count_their_lowest_point(synthetic):
     assert derived["losses"] == derived["below least"] == []
     shown = table(synthetic.gpu(ratio), "Targets")
     assert [text(line[-1]) for line in shown.rows] == ["reached", "not reached", *["reached"] * 4]
+
+
+CUDA_TARGETS = {  # the least speed-up forward, and forward + backward, with a row that is meant and one that is not
+    "256 ≤ H ≤ 1024, B ≤ 64, bf16, TF32 and fp32, LSTM and GRU": (3.0, 2.5, ("tf32", 64, 512), ("float16", 64, 512)),
+    "H ≤ 1024, 128 ≤ B ≤ 256, cuDNN not persistent, LSTM and GRU": (2.0, 1.5, ("bfloat16", 256, 1024), ("bfloat16", 64, 1024)),
+    "LSTM in fp16 where cuDNN may be persistent": (1.0, 0.9, ("float16", 8, 1024), ("bfloat16", 16, 1024)),
+    "H = 2048, B ≤ 32, LSTM and GRU": (1.5, 1.3, ("bfloat16", 16, 2048), ("bfloat16", 64, 2048)),
+}
+
+
+def on_cuda(results, of=lambda row: True, **sizes):
+    return [
+        r for r in results.rows if r.provider.endswith("(cuda)") and of(r) and all(getattr(r, k) == v for k, v in sizes.items())
+    ]
+
+
+def cuda_verdicts(results):
+    return {(t["target"], t["mode"]): t for t in recurrent.derive(results)["CUDA targets"]}
+
+
+def speed(rows, ratio):
+    for row in rows:
+        row.ratio["median"] = ratio
+
+
+@pytest.mark.parametrize("title", CUDA_TARGETS)
+@pytest.mark.parametrize("mode", MODES)
+def test_targets_of_the_cuda_kernels_count_what_they_name(synthetic, title, mode):
+    least, (meant, other) = CUDA_TARGETS[title][list(MODES).index(mode)], CUDA_TARGETS[title][2:]
+    results = synthetic.gpu(lambda group, w: 0.1)  # fastseq's own choice does not matter
+    speed(on_cuda(results), least)
+    assert cuda_verdicts(results)[title, mode]["reached"]
+    for (precision, B, H), reached in ((other, True), (meant, False)):
+        rows = on_cuda(
+            results,
+            lambda r, p=precision: r.detail["precision"] == p and r.group in ("large", "precision"),
+            function="lstm",
+            mode=mode,
+            B=B,
+            H=H,
+        )
+        assert rows
+        speed(rows, least * 0.99)
+        assert cuda_verdicts(results)[title, mode]["reached"] is reached
+
+
+@pytest.mark.parametrize(
+    ("title", "group", "least"), [("both directions", "bidirectional", 2.5), ("packed, T ≥ 128", "packed", 5.0)]
+)
+def test_targets_of_the_cuda_kernels_for_a_structure(synthetic, title, group, least):
+    results = synthetic.gpu(lambda group, w: 1.0)
+    speed(on_cuda(results, group=group), least)
+    assert cuda_verdicts(results)[title, "training"]["reached"]
+    speed(on_cuda(results, group=group, mode="training")[-1:], least * 0.99)
+    assert not cuda_verdicts(results)[title, "training"]["reached"]
+
+
+def test_every_row_is_held_to_its_floor(synthetic):
+    results = synthetic.gpu(lambda group, w: 1.0)
+    title = "every point within 1.5× its floor"
+    for row in on_cuda(results):
+        row.floor["seconds"] = row.seconds / 1.5
+    verdict = cuda_verdicts(results)[title, "inference"]
+    assert verdict["reached"] and verdict["untimed"] == 0 and verdict["found"] == pytest.approx(1 / 1.5)
+    slow = on_cuda(results, mode="inference")[7]
+    slow.floor["seconds"] = slow.seconds / 1.6
+    verdict = cuda_verdicts(results)[title, "inference"]
+    assert not verdict["reached"] and verdict["lowest"] == recurrent_gpu.name(slow)
+    line = next(line for line in table(results, "Targets of fastseq on CUDA").rows if line[0] == title)
+    assert [text(cell) for cell in line[3:5]] == ["67% of floor", "62% of floor"] and text(line[-1]) == "not reached"
+
+
+def test_a_shape_without_a_plan_is_told_and_reaches_no_target(synthetic):
+    results = synthetic.gpu(lambda group, w: 9.0)
+    speed(on_cuda(results), 9.0)
+    row = on_cuda(results, H=2048, B=16, mode="training")[0]
+    row.status, row.reason, row.time, row.ratio = "unavailable", "its recurrent weights do not fit", None, None
+    verdict = cuda_verdicts(results)["H = 2048, B ≤ 32, LSTM and GRU", "training"]
+    assert not verdict["reached"] and verdict["untimed"] == 1
+    shown = {line[0]: line[-1] for line in table(results, "fastseq on CUDA C++").rows}
+    assert shown[recurrent_gpu.name(row)] == "its recurrent weights do not fit"
+
+
+def test_what_fastseq_chooses_by_itself_counts_for_the_backend_that_it_chose(synthetic):
+    results = synthetic.gpu(lambda group, w: 9.0)
+    for row in on_cuda(results):
+        row.status, row.reason, row.time, row.ratio = "unavailable", "it is what fastseq chooses by itself here", None, None
+    assert not any(t["reached"] for t in cuda_verdicts(results).values())
+    for row in results.rows:
+        if row.chose == ["backend: triton"]:
+            row.chose = ["backend: cuda", "cuDNN: none"]
+    verdicts = cuda_verdicts(results)
+    assert verdicts["both directions", "training"]["reached"] and verdicts["both directions", "training"]["found"] == 9.0
+
+
+def test_the_cuda_kernels_say_why_they_cannot_run_and_how_they_do(monkeypatch):
+    provider = RECURRENT_PROVIDERS["fastseq.GRU (cuda)"]
+    if not torch.cuda.is_available():
+        assert provider.unavailable(replace(SMALL, T=4)) == "runs on cuda tensors, not on cpu"
+    if cuda_host.available() is not None:
+        pytest.skip(cuda_host.available())
+    host = forced("GRU", "cuda-host", "plan", "")
+    w = replace(SMALL, T=2, layers=2)
+    assert host.unavailable(w) is None
+    assert "do not fit" in host.unavailable(replace(w, H=4096, mode="inference"))
+    obstacles = cuda_host.why_not
+    monkeypatch.setattr(cuda_host, "why_not", lambda query: ["too wide"] if query.backward else obstacles(query))
+    assert host.unavailable(w) == "backward: too wide" and host.unavailable(replace(w, mode="inference")) is None
+    monkeypatch.undo()
+    call = w.call(host.build(w), gate.problem(w), "time")
+    backend, forward, backward = host.chose(call)
+    assert backend == "backend: cuda-host"
+    assert forward.startswith("plan, forward: ") and backward.startswith("plan, backward: ") and "CTAs" in backward
 
 
 def test_a_point_below_the_least_and_one_below_it_in_a_graph(synthetic):

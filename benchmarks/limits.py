@@ -1,0 +1,188 @@
+"""Workloads that one limit of the machine binds and nothing else, and the programs that come closest to it.
+
+read     one buffer again and again, each thread its share, as recurrent weights are read at every step
+copy     one buffer into another
+product  a square matrix product of random numbers: the arithmetic within reach of a torch program
+launch   the shortest operator
+
+Letters: T times in a row, B threads that share a buffer, H KiB of it or order of the matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .providers import Provider
+from .workloads import Workload, results_of
+
+AMOUNTS = {"read": "B", "copy": "B", "product": "FLOP", "launch": "launch"}  # what a rate counts
+# Bytes of one measurement, so that what is around it does not count.
+READ_TOTAL = {"cpu": 48 << 20, "cuda": 2 << 30}
+COPY_TOTAL = {"cpu": 64 << 20, "cuda": 1 << 30}
+LAUNCHES = 100
+SAMPLES = 64  # rows of a result that are compared
+# Exchanges between the multiprocessors of a GPU within one kernel, which bound a sequence that runs in one launch.
+NOT_INSTALLED = {
+    "grid barrier": "a kernel whose blocks wait for each other across the whole GPU",
+    "cluster barrier": "a kernel whose blocks wait for each other within a cluster",
+    "state hand-off": "a kernel whose blocks pass a state on at every step",
+}
+
+
+@dataclass(frozen=True)
+class LimitWorkload(Workload):
+    @property
+    def kind(self) -> str:
+        return self.device.partition(":")[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the operand."""
+        if self.function == "product":
+            return self.H, self.H
+        return ((self.H << 10) // self.torch_dtype.itemsize // self.B,) if self.function in ("read", "copy") else (1,)
+
+    @property
+    def amount(self) -> int:
+        """Bytes, FLOP or launches of a call."""
+        size = math.prod(self.shape)
+        each = {
+            "read": size * self.torch_dtype.itemsize,
+            "copy": 2 * size * self.torch_dtype.itemsize,
+            "product": 2 * size * self.H,
+        }
+        return self.T * each.get(self.function, 1)
+
+    @property
+    def launches(self) -> int:
+        return self.T if self.function in ("copy", "launch") else 1
+
+    @property
+    def growth(self) -> int:
+        return 0
+
+    def small(self) -> LimitWorkload:
+        return replace(self, T=min(self.T, 7), H=min(self.H, 24))
+
+    def problem(self) -> LimitProblem:
+        a = torch.randn(self.shape, generator=self.generator(), dtype=torch.float64)
+        return LimitProblem(self, a.to(self.torch_dtype).double())
+
+    def call(self, built: Program, problem: LimitProblem, layout: str = "", **options: Any) -> LimitCall:
+        return LimitCall(built, problem, **options)
+
+    def torch_results(self, problem: LimitProblem, dtype: torch.dtype, device: str, *, in_parts: bool) -> dict[str, Tensor]:
+        """In parts: by the definition, and only what is compared."""
+        if not in_parts:
+            return results_of(LimitCall(PROGRAMS[self.function], problem, dtype=dtype, device=device))
+        return {"result": _truth(self, problem.a)}
+
+    def detail(self) -> dict[str, Any]:
+        return {"amount": self.amount, "unit": AMOUNTS.get(self.function, ""), "precision": self.precision}
+
+
+def read(device: str, kib: int, threads: int) -> LimitWorkload:
+    w = LimitWorkload("read", 1, 1, kib, kib, threads=threads, device=device)
+    B = threads if w.kind == "cpu" else 1
+    return replace(w, T=B * max(2, math.ceil(READ_TOTAL[w.kind] / (kib << 10))), B=B)
+
+
+def copy(device: str, kib: int, threads: int) -> LimitWorkload:
+    w = LimitWorkload("copy", 1, 1, kib, kib, threads=threads, device=device)
+    return replace(w, T=max(1, COPY_TOTAL[w.kind] // (kib << 10)))
+
+
+def product(device: str, order: int, threads: int, **precision: Any) -> LimitWorkload:
+    return LimitWorkload("product", 1, 1, order, order, threads=threads, device=device, **precision)
+
+
+def launch(device: str, threads: int) -> LimitWorkload:
+    return LimitWorkload("launch", LAUNCHES, 1, 1, 1, threads=threads, device=device)
+
+
+def exchange(device: str, name: str, threads: int) -> LimitWorkload:
+    return LimitWorkload(name, 1, 1, 1, 1, threads=threads, device=device)
+
+
+@dataclass
+class LimitProblem:
+    """The operand in fp64 on the CPU, rounded to the workload's dtype."""
+
+    workload: LimitWorkload
+    a: Tensor
+
+
+Program = Callable[[LimitWorkload, Tensor], Callable[[], Tensor]]
+
+
+def _read(w: LimitWorkload, a: Tensor) -> Callable[[], Tensor]:
+    return lambda: a.expand(w.T, len(a)).sum(1)  # threads share the outputs
+
+
+def _copy(w: LimitWorkload, a: Tensor) -> Callable[[], Tensor]:
+    out = torch.full_like(a, torch.nan)
+    return lambda: [out.copy_(a) for _ in range(w.T)][-1]
+
+
+def _product(w: LimitWorkload, a: Tensor) -> Callable[[], Tensor]:
+    out = torch.full_like(a, torch.nan)
+    return lambda: torch.mm(a, a, out=out)
+
+
+def _launch(w: LimitWorkload, a: Tensor) -> Callable[[], Tensor]:
+    out = torch.full_like(a, torch.nan)
+    return lambda: [out.fill_(1.0) for _ in range(w.T)][-1]
+
+
+PROGRAMS: dict[str, Program] = {"read": _read, "copy": _copy, "product": _product, "launch": _launch}
+
+
+def _truth(w: LimitWorkload, a: Tensor) -> Tensor:
+    if w.function == "read":
+        return _sample(a.sum().expand(w.T))
+    if w.function == "launch":
+        return torch.ones_like(a)
+    return _sample(a) @ a if w.function == "product" else _sample(a)
+
+
+def _sample(t: Tensor) -> Tensor:
+    return t[:: max(1, len(t) // SAMPLES)]
+
+
+class LimitCall:
+    """A program on its operand: what is timed (`run`), and what is compared (`outputs`)."""
+
+    mode, parameters = "inference", ()
+
+    def __init__(
+        self, program: Program, problem: LimitProblem, *, dtype: torch.dtype | None = None, device: str | None = None
+    ) -> None:
+        w = problem.workload
+        self.run = program(w, problem.a.to(device or w.device, dtype or w.torch_dtype))
+
+    def context(self) -> torch.inference_mode:
+        return torch.inference_mode()
+
+    def outputs(self) -> dict[str, Tensor]:
+        with self.context():
+            return {"result": _sample(self.run()).clone()}
+
+
+def _missing(what: str) -> Callable[[Workload], str]:
+    return lambda w: f"not installed: the library has no kernel for this alone; it needs {what}"
+
+
+NAMES = {"read": "torch.sum", "copy": "Tensor.copy_", "product": "torch.mm", "launch": "Tensor.fill_"}
+LIMIT_PROVIDERS = {
+    p.name: p
+    for p in (
+        *(Provider(NAMES[function], function, "", lambda w: PROGRAMS[w.function]) for function in PROGRAMS),
+        *(Provider(name, name, "", lambda w: None, _missing(what)) for name, what in NOT_INSTALLED.items()),
+    )
+}

@@ -1,0 +1,291 @@
+"""The day on a GPU, with stages that are small Python programs or not run at all, and a clock that they advance."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+import fastseq
+from fastseq.backends import BACKENDS, use_backend
+from fastseq.benchmarks import gpu_day, one_of_each, stages
+from fastseq.benchmarks.stages import Outcome, Stage
+from fastseq.benchmarks.suites import SUITES
+
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+TABLE = [Stage(name, ("program",), 4, f"{name}.txt") for name in ("a", "b", "c")]
+
+
+class Fake:
+    """Runs stages in no time but for the clock: `ends` has the minutes and the exit status of a stage, None if it never ends."""
+
+    def __init__(self, **ends):
+        self.ends, self.ran, self.seconds = ends, [], 0.0
+
+    def now(self):
+        return self.seconds
+
+    def execute(self, stage, folder, seconds):
+        self.ran.append(stage.name)
+        minutes, code = self.ends.get(stage.name, (1, 0))
+        if isinstance(code, BaseException):
+            raise code
+        (folder / stage.log).write_text(f"{stage.name} began\nthe last words of {stage.name}\n\n")
+        if 60 * minutes > seconds:
+            minutes, code = seconds / 60, None
+        self.seconds += 60 * minutes
+        return code
+
+    def walk(self, folder, minutes=25.0, table=TABLE, **options):
+        return stages.walk(table, folder, minutes, now=self.now, execute=self.execute, **options)
+
+    def day(self, monkeypatch, *argv, table=TABLE):
+        monkeypatch.setattr(gpu_day, "table", lambda: list(table))
+        monkeypatch.setattr(gpu_day, "device_name", lambda: "NVIDIA H100 80GB HBM3")
+        walk = partial(stages.walk, now=self.now, execute=self.execute)
+        monkeypatch.setattr(gpu_day, "stages", SimpleNamespace(walk=walk, last_line=stages.last_line))
+        return gpu_day.main([str(a) for a in argv])
+
+
+def statuses(outcomes):
+    return {name: outcome.status for name, outcome in outcomes.items()}
+
+
+def program(code, **more):
+    return Stage(**{"name": "own", "command": (sys.executable, "-c", code), "minutes": 1, "leaves": "own.txt"} | more)
+
+
+def test_stages_run_in_their_order_and_what_fails_or_takes_too_long_stops_nothing(tmp_path):
+    fake = Fake(a=(1, 3), b=(9, 0))
+    found = fake.walk(tmp_path)
+    assert fake.ran == ["a", "b", "c"]
+    assert statuses(found) == {"a": "failed", "b": "timed out", "c": "finished"}
+    assert found["a"].reason == "exit code 3: the last words of a"
+    assert found["b"] == Outcome("timed out", "stopped after 4.0 minutes", 4.0)
+
+
+def test_what_the_time_does_not_reach_is_left_out(tmp_path):
+    fake = Fake(a=(3, 0), b=(4, 0))
+    found = fake.walk(tmp_path, 6.0)
+    assert statuses(found) == {"a": "finished", "b": "timed out", "c": "left out"}
+    assert found["b"].minutes == 3.0 and found["c"].reason == "no time was left"
+
+
+def test_another_run_goes_on_where_the_last_one_stopped(tmp_path):
+    Fake(a=(1, 1), b=(4, 0)).walk(tmp_path, 5.0)
+    again = Fake()
+    found = again.walk(tmp_path, 10.0)
+    assert again.ran == ["c", "a"]  # b is finished, a had its turn
+    assert set(statuses(found).values()) == {"finished"}
+    everything = Fake()
+    everything.walk(tmp_path, again=True)
+    assert everything.ran == ["a", "b", "c"]
+
+
+def test_a_stage_that_was_cut_short_comes_last_and_gets_all_the_time_that_is_left(tmp_path):
+    Fake(a=(9, 0)).walk(tmp_path, 4.0)
+    fake = Fake(a=(9, 0), b=(1, 1))
+    found = fake.walk(tmp_path, 12.0)
+    assert fake.ran == ["b", "c", "a"] and found["a"] == Outcome("finished", "", 9.0)
+    assert Fake().walk(tmp_path, 0.1)["b"].status == "failed"  # what is known stays where no time is left
+
+
+def test_a_stage_whose_file_is_gone_is_not_finished(tmp_path):
+    Fake().walk(tmp_path)
+    (tmp_path / "b.txt").unlink()
+    fake = Fake()
+    fake.walk(tmp_path)
+    assert fake.ran == ["b"]
+
+
+def test_only_the_stages_that_run_are_forgotten(tmp_path):
+    Fake().walk(tmp_path)
+    fake = Fake(b=(1, 1))
+    found = fake.walk(tmp_path, table=TABLE[1:2], again=True)
+    assert fake.ran == ["b"] and statuses(found) == {"a": "finished", "b": "failed", "c": "finished"}
+
+
+def test_again_begins_with_nothing(tmp_path):
+    Fake().walk(tmp_path)
+    found = Fake(b=(1, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        found.walk(tmp_path, again=True)
+    assert [(tmp_path / f"{name}.txt").exists() for name in "abc"] == [True, False, False]
+
+
+def test_every_stage_is_kept_before_the_next_one_begins(tmp_path, monkeypatch):
+    fake = Fake(b=(1, KeyboardInterrupt()))
+    assert fake.day(monkeypatch, "--out", tmp_path) == 130
+    assert statuses(stages.recall(tmp_path)) == {"a": "finished"}
+    assert "| a | finished |" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_missing_tool_is_a_reason(tmp_path):
+    fake = Fake()
+    found = fake.walk(tmp_path, table=[replace(TABLE[0], tool="no-such-program-here")])
+    assert found["a"] == Outcome("left out", "no-such-program-here is not installed") and fake.ran == []
+
+
+def test_a_program_that_is_not_there(tmp_path):
+    found = stages.walk([replace(TABLE[0], command=("no-such-program-here",))], tmp_path, 1.0)
+    assert found["a"].status == "failed" and found["a"].reason.startswith("cannot start no-such-program-here: No such file")
+
+
+def test_a_stage_must_leave_its_file_and_only_that(tmp_path):
+    write = "import pathlib, sys; [pathlib.Path(f).write_text('x') for f in sys.argv[1:]]"
+    own = program(write, leaves="own/results.json", drops=("own/report.html",))
+    command = (*own.command, "{folder}/own/results.json", "{folder}/own/report.html")
+    assert stages.walk([own], tmp_path, 1.0)["own"].reason == "it left no own/results.json"
+    assert (tmp_path / "own.txt").is_file()  # the log of what did not finish
+    assert stages.walk([replace(own, command=command)], tmp_path, 1.0)["own"].status == "finished"
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["results.json", "stages.json"]
+
+
+def test_a_program_gets_its_environment_and_its_words_are_kept(tmp_path):
+    own = program("import os; print(os.environ['MARK'], os.getcwd())", environment={"MARK": "seen"})
+    assert stages.walk([own], tmp_path, 1.0)["own"].status == "finished"
+    assert (tmp_path / "own.txt").read_text() == f"seen {stages.ROOT}\n"
+
+
+def test_a_program_whose_time_is_up_is_interrupted_and_its_children_end(tmp_path):
+    code = (
+        "import subprocess, time\n"
+        "child = subprocess.Popen(['sh', '-c', 'trap : INT; while :; do sleep 1; done'])\n"
+        "print(child.pid, flush=True)\n"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: print('interrupted', flush=True)\n"
+    )
+    assert stages.execute(program(code), tmp_path, 1.5) is None
+    pid, word = (tmp_path / "own.txt").read_text().split()
+    assert word == "interrupted"
+    for _ in range(50):
+        if not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child still runs")
+
+
+def test_the_summary_names_what_failed_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / "environment.json").write_text(
+        json.dumps({"versions": {"torch": "2.13.0"}, "time": "2030-01-01", "git": "abc", "library": "sm_90a"})
+    )
+    suite = replace(TABLE[2], leaves="c/results.json")
+    (tmp_path / "c").mkdir()
+    rows = [{"status": status} for status in ("ok", "ok", "wrong")]
+    (tmp_path / "c/results.json").write_text(json.dumps({"rows": rows}))
+    table = [*TABLE[:2], suite, replace(suite, name="d", leaves="d.txt", tool="no-such-program")]
+    assert Fake(b=(1, 2)).day(monkeypatch, "--out", tmp_path, table=table) == 1
+    assert "b: failed after 1.0 minutes: exit code 2: the last words of b" in capsys.readouterr().out
+    lines = (tmp_path / "summary.md").read_text().splitlines()
+    assert lines[0] == "# NVIDIA H100 80GB HBM3"
+    assert lines[2] == "torch 2.13.0; commit abc; 2030-01-01. Library: sm_90a."
+    assert lines[6:] == [
+        "| b | failed | 1.0 | exit code 2: the last words of b |",
+        "| d | left out | 0.0 | no-such-program is not installed |",
+        "| a | finished | 1.0 | the last words of a |",
+        "| c | finished | 1.0 | rows: 2 ok, 1 wrong |",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_without_a_cuda_device(capsys):
+    assert gpu_day.main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: gpu-day needs a CUDA device: ") and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--stage", "lunch"], "there is no stage 'lunch'; there are: a, b, c"),
+        (["--minutes", "0"], "--minutes: 0 is not above 0"),
+        (["--minutes", "nan"], "--minutes: nan is not above 0"),
+        (["--out", "{file}/folder"], "cannot make the folder"),
+        (["--out", "{foreign}"], "does not hold the stages of an earlier run"),
+    ],
+)
+def test_bad_arguments_are_named(argv, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "stages.json").write_text('{"a": 1}')
+    assert Fake().day(monkeypatch, *(a.format(file=tmp_path / "file", foreign=tmp_path) for a in argv)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_day, "LIBRARY", tmp_path / "libfastseq.so")
+    assert gpu_day.main(["--list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    found = {stage.name: stage for stage in gpu_day.table("python3")}
+    assert listed == list(found) and len(listed) == len(set(listed))
+    assert listed[:5] == ["library", "environment", "tests", "memcheck", "limits"]
+    for name in SUITES:
+        assert found[name].leaves == f"{name}/results.json" and "--resume" in found[name].command
+    assert set(gpu_day.SUITE_MINUTES) <= set(SUITES)
+    (tmp_path / "libfastseq.so").write_text("")
+    assert [stage.name for stage in gpu_day.table()] == listed[1:]
+    assert gpu_day.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_a_suite_goes_on_where_it_was_cut_short(tmp_path):
+    """The command of the table, on this machine's CPU and a few points: a second run adds those that are missing."""
+    suite = next(stage for stage in gpu_day.table() if stage.name == "cells")
+    few = ("--quick", "--threads", "1", "--only")
+    command = tuple("cpu" if part == "cuda" else part for part in suite.command) + few
+    for only, rows in (("cell=rnncell H=128 B=1", 6), ("cell=rnncell H=128", 12)):
+        stage = replace(suite, command=(*command, only))
+        assert stages.walk([stage], tmp_path, 2.0, again=False)["cells"].status == "finished"
+        assert len(json.loads((tmp_path / "cells/results.json").read_text())["rows"]) == rows
+        assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["results.json", "stages.json"]
+        (tmp_path / "stages.json").unlink()
+
+
+def test_the_environment_is_written(tmp_path):
+    own = next(stage for stage in gpu_day.table() if stage.name == "environment")
+    assert stages.walk([own], tmp_path, 1.0)["environment"].status == "finished"
+    found = json.loads((tmp_path / "environment.json").read_text())
+    assert found["versions"]["torch"] == torch.__version__ and found["library"]
+    assert gpu_day.summary("x", {}, [own], tmp_path).count(found["time"]) == 1
+
+
+def explained(run):
+    def finite():
+        with torch.enable_grad():
+            assert all(tensor.isfinite().all() for tensor in run("cpu"))
+
+    return str(fastseq.explain(finite))
+
+
+@interpreted
+@pytest.mark.parametrize("name", one_of_each.FAMILIES["triton"])
+def test_one_of_each_triton_kernel_family_runs(name):
+    with use_backend("triton"):
+        said = explained(one_of_each.FAMILIES["triton"][name])
+    form = next((form for form in one_of_each.FORMS if f"'{form}'" in name), "")
+    assert "triton" in said and form in said
+
+
+@pytest.mark.skipif(BACKENDS["cuda-host"].available() is not None, reason="needs the CUDA kernels built for the host")
+@pytest.mark.parametrize("name", one_of_each.FAMILIES["cuda"])
+def test_one_of_each_cuda_kernel_family_runs(name):
+    with use_backend("cuda-host"):
+        assert "cuda-host" in explained(one_of_each.FAMILIES["cuda"][name])
+
+
+def test_a_family_that_gives_no_numbers_is_named(monkeypatch, capsys):
+    families = {"good": lambda device: [torch.zeros(1)], "bad": lambda device: [torch.full((1,), torch.nan)]}
+    absent = SimpleNamespace(available=lambda: "not on this machine")
+    monkeypatch.setattr(one_of_each, "BACKENDS", BACKENDS | {"absent": absent})
+    monkeypatch.setattr(one_of_each, "FAMILIES", {"reference": families, "absent": families})
+    assert one_of_each.main("cpu") == 1
+    said = ["reference, good: ran", "reference, bad: not finite", "absent: left out, not on this machine"]
+    assert capsys.readouterr().out.splitlines() == said
+    monkeypatch.delitem(families, "bad")
+    assert one_of_each.main("cpu") == 0

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastseq.benchmarks import cli, floors, gate, limits
+from fastseq.benchmarks.limits import LIMIT_PROVIDERS, NOT_INSTALLED, PROGRAMS, LimitWorkload
+from fastseq.benchmarks.presentation import Cell, Options
+from fastseq.benchmarks.runner import Runner
+from fastseq.benchmarks.suites import SUITES
+from fastseq.benchmarks.suites import limits as suite
+
+SMALL = {
+    "read": LimitWorkload("read", 6, 2, 64, 64, threads=2),
+    "copy": LimitWorkload("copy", 3, 1, 64, 64),
+    "product": LimitWorkload("product", 1, 1, 96, 96),
+    "launch": limits.launch("cpu", 1),
+}
+PEAKS = floors.Peaks("cpu", 1, "float32", {16: 1e11, 65536: 1e11}, {256: 4e10, 65536: 2e10}, 1e11, {"operator": 1e-6})
+RATES = {"read": 1e11, "copy": 2e10, "product": 1e11, "launch": 1e6}
+
+
+def text(cell):
+    return cell.text if isinstance(cell, Cell) else cell
+
+
+def table(results, title):
+    (section,) = suite.present(results)
+    return next((t for t in section.tables if t.title.startswith(title)), None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("function", PROGRAMS)
+def test_every_program_passes_the_gate(function, dtype):
+    w = replace(SMALL[function], dtype=dtype)
+    (provider,) = (p for p in LIMIT_PROVIDERS.values() if p.function == function)
+    result = gate.check(lambda shape: (provider.build(shape), ""), w)
+    assert result.ok, result.reason
+
+
+@pytest.mark.parametrize(
+    ("function", "program"),
+    [
+        ("read", lambda w, a: lambda: a[1:].expand(w.T, len(a) - 1).sum(1)),  # not every byte
+        ("copy", lambda w, a: lambda: a.clone().index_fill_(0, torch.tensor(len(a) // 2), 0.0)),
+        ("product", lambda w, a: lambda: torch.mm(a, a.T)),
+        ("launch", lambda w, a: lambda: torch.full_like(a, torch.nan)),
+    ],
+)
+def test_a_program_that_does_less_is_refused(function, program):
+    assert not gate.check(lambda shape: (program, ""), SMALL[function]).ok
+
+
+def test_what_a_call_does_is_counted():
+    assert limits.read("cpu", 1024, 2).amount == limits.READ_TOTAL["cpu"] * 2 // 2
+    assert SMALL["read"].amount == 6 * 32 * 1024  # every output is a sum over one thread's share
+    assert SMALL["copy"].amount == 2 * 3 * 64 * 1024
+    assert [SMALL[name].launches for name in ("read", "copy", "product")] == [1, 3, 1]
+    assert floors.floor_of(SMALL["read"], PEAKS).bound == "memory"  # one launch of 1 µs, and bytes for 2 µs
+    assert SMALL["product"].amount == 2 * 96**3
+    assert SMALL["launch"].amount == SMALL["launch"].launches == limits.LAUNCHES
+    assert limits.copy("cuda", 524288, 1).amount == 2 << 30
+    assert limits.read("cuda:1", 1024, 8).amount == limits.READ_TOTAL["cuda"]
+
+
+@pytest.mark.parametrize("function", PROGRAMS)
+def test_a_limit_is_its_own_floor(function):
+    w = limits.launch("cpu", 1) if function == "launch" else replace(SMALL[function], H=65536 if function != "product" else 512)
+    floor = floors.floor_of(w, PEAKS)
+    assert floor.seconds == pytest.approx(w.amount / RATES[function])
+    assert floor.bound == {"product": "arithmetic", "launch": "launch"}.get(function, "memory")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_plan(device):
+    cases = suite.plan(Options(device, "float32", (1, 2) if device == "cpu" else (), quick=False))
+    found = [c.participants[0].workload for c in cases]
+    assert len(found) == len(set(found)) == len({key for case in cases for key in case.keys()})
+    assert {w.device for w in found} == {device} and {p.provider for c in cases for p in c.participants} <= set(LIMIT_PROVIDERS)
+    products = {w.precision for w in found if w.function == "product"}
+    assert products == set(suite.PRECISIONS[device])
+    if device == "cpu":
+        assert {w.threads for w in found} == {1, 2} and not set(NOT_INSTALLED) & {w.function for w in found}
+    else:
+        assert {"tf32", "bfloat16"} <= products and set(NOT_INSTALLED) <= {w.function for w in found}
+    for w in found:
+        reference = gate._plain(w)  # a reference is shared by all thread counts
+        assert reference.shape == w.shape and reference.amount == w.amount
+    quick = suite.plan(Options(device, "float32", (), quick=True))
+    assert len(quick) < len(cases) and sum(c.effort.seconds for c in quick) < 5
+    only = suite.plan(Options(device, "float64", (1,), quick=True))
+    assert {c.participants[0].workload.dtype for c in only if c.group == "product"} == {"float64"}
+
+
+def test_peaks_of_another_precision_keep_what_does_not_depend_on_it(monkeypatch):
+    measured = []
+    monkeypatch.setattr(floors, "_rate", lambda w, *a, **k: measured.append(w.function) or 1e9)
+    runner = Runner("cpu", quick=True)
+    first = runner.peaks_for(SMALL["product"])
+    assert {"read", "copy", "launch", "product"} == set(measured)
+    measured.clear()
+    other = runner.peaks_for(replace(SMALL["product"], dtype="bfloat16"))
+    assert set(measured) == {"product"} and (other.dtype, other.read) == ("bfloat16", first.read)
+    assert list(runner.peaks.values()) == [first, other] and first.dtype == "float32"
+    runner.peaks_for(replace(SMALL["product"], threads=2))
+    assert "read" in measured
+
+
+def test_rates_and_what_was_not_found_again(synthetic):
+    def amounts(w):
+        if w.function == "product":
+            return 1e11 * w.threads / (1 + (w.H == 512))
+        return 1e10 if w.function == "copy" and w.H == 256 else RATES[w.function]
+
+    results = synthetic.machine(amounts)
+    derived = suite.derive(results)
+    assert derived["products"] == pytest.approx({"float32": 2e11, "bfloat16": 2e11, "float64": 2e11})
+    assert [found["eager"] for found in derived["launches"]] == pytest.approx([1e-6, 1e-6]) and not derived["not installed"]
+    assert "copy 256 KiB, 1 thread" in derived["disagreeing"] and "copy 128 MiB, 1 thread" not in derived["disagreeing"]
+    # The peaks are those of one thread; of the orders only the fastest is looked for again.
+    assert [name for name in derived["disagreeing"] if "product float32" in name] == ["product float32 2048, 2 threads"]
+    shown = table(results, "Bytes in a second")
+    assert shown.columns == ["buffer", "read, 1 thread", "read, 2 threads", "copy, 1 thread", "copy, 2 threads"]
+    assert [text(c) for c in next(r for r in shown.rows if r[0] == "256 KiB")] == ["256 KiB", *["100 GB/s"] * 2, *["10 GB/s"] * 2]
+    assert table(results, "Exchange") is None and text(table(results, "Launches").rows[0][1]) == "1.00 µs"
+
+
+def test_what_a_gpu_could_tell_has_its_place(synthetic):
+    results = synthetic.machine(lambda w: 1e12, "cuda")
+    for row in results.rows:
+        if row.function == "launch":
+            row.graph = {"median": row.time["median"] / 4}
+    derived = suite.derive(results)
+    assert derived["not installed"] == list(NOT_INSTALLED)
+    lines = {line[0]: line for line in table(results, "Exchange").rows}
+    for name, needs in NOT_INSTALLED.items():
+        assert (
+            text(lines[name][1]) == "not installed" and lines[name][2].startswith("not installed: ") and needs in lines[name][2]
+        )
+        (row,) = (r for r in results.rows if r.function == name)
+        assert row.status == "unavailable" and row.time is None and row.floor is None
+    (launch,) = derived["launches"]
+    assert launch["graph"] == pytest.approx(launch["eager"] / 4)
+
+
+def test_a_wrong_row_has_no_rate(synthetic):
+    results = synthetic.machine(lambda w: 1e10)
+    row = next(r for r in results.rows if r.function == "product")
+    row.status, row.reason, row.time = "wrong", "result is off by 1", None
+    assert suite.rate(row) is None
+    cells = [cell for line in table(results, "Matrix products").rows for cell in line if isinstance(cell, Cell)]
+    assert [(c.text, c.hint) for c in cells if c.tone == "bad"] == [("wrong", "result is off by 1")]
+
+
+@pytest.mark.parametrize("name", list(SUITES))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_timed_row_of_every_suite_has_a_floor(name, device):
+    """What binds it, and a time that is not nothing."""
+    peaks = replace(PEAKS, device=device)
+    for case in SUITES[name].plan(Options(device, "float32", (2,), quick=True)):
+        for participant in case.participants:
+            w = participant.workload
+            if w.function in NOT_INSTALLED or not case.timed:
+                continue
+            floor = floors.floor_of(w, peaks)
+            assert floor.seconds > 0 and floor.bound and floor.note, (participant.provider, w)
+
+
+def test_a_run_from_end_to_end(tmp_path, capsys):
+    only = "cell=product,launch,read H=512,1,64"
+    argv = ["--suite", "limits", "--quick", "--threads", "1", "--device", "cpu", "--only", only, "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {r["function"] for r in found["rows"]} == {"product", "launch", "read"}
+    for row in found["rows"]:
+        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["floor"]["bound"]
+    assert "What limits this machine" in (tmp_path / "report.html").read_text()
+    assert found["derived"]["suites"]["limits"]["products"]["float32"] > 0
+    assert "torch.mm" in capsys.readouterr().out

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fastseq.benchmarks import cli, gate, models
+from fastseq.benchmarks.model_providers import AFTER, BEFORE, EAGER, MODEL_PROVIDERS, OWN, SDPA
+from fastseq.benchmarks.models import MODELS, LanguageModel, ModelWorkload
+from fastseq.benchmarks.presentation import Options
+from fastseq.benchmarks.runner import Case, Participant, Runner
+from fastseq.benchmarks.suites import models as suite
+from fastseq.benchmarks.timing import Effort
+
+SMALL = ModelWorkload("lstm-lm", 9, 2, 24, 24, "training", vocabulary=40)
+WITHOUT = importlib.util.find_spec("transformers") is None
+PAIRS = [
+    pytest.param(
+        function,
+        name,
+        marks=pytest.mark.skipif(bool(model.package) and WITHOUT, reason="needs transformers"),
+    )
+    for function, model in MODELS.items()
+    for name in ((EAGER, SDPA, OWN) if model.package else (BEFORE, AFTER))
+]
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize(("function", "name"), PAIRS)
+def test_every_provider_passes_the_gate(function, name, mode):
+    provider, w = MODEL_PROVIDERS[name], replace(SMALL, function=function, mode=mode)
+    result = gate.check(lambda shape: (provider.build(shape), ""), w)
+    assert result.ok, result.reason
+    assert 0 < result.error <= result.bound < 1e-4
+    call = w.call(provider.build(w), gate.problem(w))
+    assert call.forward().shape == (2, 9, 40)
+    with call.context():
+        chose = provider.chose(call)
+    assert bool(chose) is (name in (AFTER, OWN)) and all(c.startswith("backend: ") for c in chose)
+
+
+def test_converted_is_converted():
+    model = MODEL_PROVIDERS[AFTER].build(SMALL)
+    assert type(model.layers).__module__.startswith("fastseq") and isinstance(
+        MODEL_PROVIDERS[BEFORE].build(SMALL).layers, nn.LSTM
+    )
+
+
+class Sharper(LanguageModel):
+    def forward(self, tokens):
+        return 1.0001 * super().forward(tokens)
+
+
+class Cut(LanguageModel):
+    """Right logits; the embedding learns nothing."""
+
+    def forward(self, tokens):
+        return self.readout(self.layers(self.embedding(tokens).detach())[0]) + 0 * self.embedding.weight.sum()
+
+
+@pytest.mark.parametrize(("cls", "reason"), [(Sharper, "output is off by"), (Cut, "grad embedding.weight is off by")])
+def test_a_wrong_model_is_refused(cls, reason):
+    result = gate.check(lambda w: (cls(w), ""), SMALL)
+    assert not result.ok and reason in result.reason
+
+
+def test_gradients_are_those_of_the_next_token():
+    call = SMALL.call(LanguageModel(SMALL), gate.problem(SMALL))
+    logits = call.model(call.tokens)
+    chances = logits[:, :-1].log_softmax(-1).gather(2, call.tokens[:, 1:, None])
+    want = torch.autograd.grad(-chances.mean(), call.model.readout.bias)[0]
+    torch.testing.assert_close(call.gradients()["readout.bias"], want)
+    assert list(call.gradients()) == [name for name, _ in call.model.named_parameters()]
+
+
+@pytest.mark.skipif(WITHOUT, reason="needs transformers")
+def test_a_gradient_that_is_rounding_alone_is_not_compared():
+    """Of BERT's key biases: in fp64 they are sixteen digits below those of the query biases."""
+    w = replace(SMALL, function="bert")
+    call = models.ModelCall(MODELS["bert"].build(w), gate.problem(w), dtype=torch.float64)
+    every = dict(zip(call.leaves, call._both(), strict=True))
+    assert not [name for name in call.gradients() if name.endswith("key.bias")]
+    hidden = {name: grad for name, grad in every.items() if name not in call.gradients()}
+    assert len(hidden) == w.layers
+    for name, grad in hidden.items():
+        assert grad.abs().max() < 1e-12 * every[name.replace("key", "query")].abs().max()
+
+
+@pytest.mark.parametrize("function", MODELS)
+def test_the_floor_counts_every_matrix(function, monkeypatch):
+    """Elements of the weights that a token goes through: all matrices but the tables that are looked up in."""
+    if MODELS[function].package and WITHOUT:
+        pytest.skip("needs transformers")
+    w = replace(SMALL, function=function, mode="inference")
+    model = MODELS[function].build(w)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    count = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in tables)
+    if MODELS[function].package:
+        count += w.vocabulary * w.H  # the readout is the table of the tokens
+    steps, flops, moved = w.cost()
+    assert (steps, flops, moved) == (1, 2 * count * w.tokens, 4 * count)
+    assert replace(w, mode="training").cost()[1] == 3 * flops
+
+
+def test_without_transformers_its_models_say_so(monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    w = replace(SMALL, function="gpt2")
+    rows = Runner("cpu").run(Case("models", "gpt2", tuple(Participant(n, w) for n in (EAGER, SDPA, OWN)), Effort()))
+    assert {(r.status, r.reason) for r in rows} == {
+        ("unavailable", "transformers is not installed: pip install 'fastseq-kernels[transformers]'")
+    }
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_plan(device, quick):
+    cases = suite.plan(Options(device, "float32", (1,), quick))
+    assert [c.group for c in cases if c.participants[0].workload.mode == "inference"][:: 1 if quick else 2] == list(MODELS)
+    for case in cases:
+        (w,) = {p.workload for p in case.participants}
+        assert w.function == case.group and w.device == device and w.H % w.heads == 0
+        assert w.dtype == ("bfloat16" if device == "cuda" else "float32") and (w.layers == 12) is (device == "cuda" and not quick)
+        names = [p.provider for p in case.participants]
+        assert names == ([EAGER, SDPA, OWN] if MODELS[w.function].package else [BEFORE, AFTER])
+        assert (names[-1], names[-2]) in case.baseline
+    if quick:
+        assert len(cases) == 8 and sum(c.effort.seconds for c in cases) < 5
+
+
+def test_a_run_from_end_to_end(tmp_path):
+    only = "group=lstm-lm mode=training"
+    argv = ["--suite", "models", "--quick", "--threads", "1", "--device", "cpu", "--only", only, "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    before, after = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (before["provider"], after["provider"]) == (BEFORE, AFTER)
+    for row in (before, after):
+        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["memory"] > row["kept"] / 2 > 0
+    assert after["ratio"]["baseline"] == BEFORE and after["chose"][0].startswith("backend: ")
+    assert "Whole models before and after" in (tmp_path / "report.html").read_text()

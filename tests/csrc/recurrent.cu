@@ -1,0 +1,230 @@
+// The recurrent kernels on a small LSTM, through global memory and through a cluster, against plain loops. Faults are planted in
+// copies of their sources; whether every cell and precision is right is asked elsewhere.
+
+#include <cmath>
+
+#include "harness.h"
+#include "recurrent/backward_kernel.cuh"
+#include "recurrent/cells/lstm.h"
+#include "recurrent/forward_kernel.cuh"
+
+using namespace fastseq;
+using namespace fastseq::recurrent;
+using harness::Array;
+using harness::value;
+
+namespace {
+
+constexpr int kHidden = 30, kBatch = 11, kSteps = 4, kGates = 4;
+constexpr int kUnitBits = 4, kCtas = 2;
+
+#if !defined(FASTSEQ_TEST_TILE)
+#define FASTSEQ_TEST_TILE Tile16<gpu::Bfloat16>
+#define FASTSEQ_TEST_WIDTH 1
+#endif
+// Few tiles of weights in registers: those of 8 numbers of depth have more, in shared memory.
+struct Tile : FASTSEQ_TEST_TILE {
+  static constexpr int kResident = 8;
+};
+constexpr int kTiles = FASTSEQ_TEST_WIDTH, kColumns = kTiles * kTileColumns;
+using Number = Tile::Number;
+// Of a number in a step: bfloat16 may be rounded the other way, TF32 rounds both factors of a sum below 1, float sums in another order.
+constexpr float kUnit = sizeof(Number) == 2 ? 0x1p-8f : Tile::kExact ? 0x1p-20f : 0x1p-10f;
+
+struct Exact {
+  using V = float;
+  static FASTSEQ_HOST_DEVICE float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
+  static FASTSEQ_HOST_DEVICE float tanh(float x) { return std::tanh(x); }
+};
+
+float number(int i, int salt) { return static_cast<float>((i * 7919 + salt * 104729) % 2003) / 1001.5f - 1.0f; }
+
+Number rounded(float x) { return harness::rounded<Number>(x); }
+
+void fill(Array<Number>& array, int salt, float scale) {
+  for (int i = 0; i < array.count(); ++i) array[i] = rounded(scale * number(i, salt));
+}
+void fill(Array<float>& array, int salt) {
+  for (int i = 0; i < array.count(); ++i) array[i] = number(i, salt);
+}
+
+// A call of the forward and the backward pass, by plain loops in the order of the definition, with states rounded as kernels
+// round them.
+struct Problem {
+  Array<Number> x{kSteps * kBatch * kGates * kHidden}, weight{kGates * kHidden * kHidden}, h0{kBatch * kHidden};
+  Array<Number> y{kSteps * kBatch * kHidden}, h_n{kBatch * kHidden}, gates{kSteps * kBatch * kGates * kHidden};
+  Array<float> c0{kBatch * kHidden}, c{kSteps * kBatch * kHidden}, c_n{kBatch * kHidden};
+  Array<Number> dy{kSteps * kBatch * kHidden}, dh_n{kBatch * kHidden}, dgates{kSteps * kBatch * kGates * kHidden},
+      dh0{kBatch * kHidden};
+  Array<float> dc_n{kBatch * kHidden}, dc0{kBatch * kHidden};
+  Array<int64_t> lengths{kBatch};
+  const bool reverse;
+
+  explicit Problem(bool backwards) : reverse(backwards) {
+    fill(x, 1, 1), fill(h0, 3, 1), fill(c0, 4), fill(dy, 5, 1), fill(dh_n, 6, 1), fill(dc_n, 7);
+    fill(weight, 2, 1.0f / kHidden);  // the sum of a row's magnitudes is below 1: errors do not grow from step to step
+    for (int b = 0; b < kBatch; ++b) lengths[b] = b % 4 == 3 ? kSteps - b / 4 : kSteps;
+    for (int b = 0; b < kBatch; ++b) forward(b);
+    for (int b = 0; b < kBatch; ++b) backward(b);
+  }
+
+  int time(int b, int s) { return reverse ? static_cast<int>(lengths[b]) - 1 - s : s; }
+  int row(int b, int s) { return time(b, s) * kBatch + b; }
+
+  void forward(int b) {
+    float h[kHidden], c_now[kHidden];
+    for (int u = 0; u < kHidden; ++u) h[u] = value(h0[b * kHidden + u]), c_now[u] = c0[b * kHidden + u];
+    for (int s = 0; s < lengths[b]; ++s) {
+      float h_next[kHidden];
+      for (int u = 0; u < kHidden; ++u) {
+        float in[kGates], r[kGates] = {}, saved[kGates], c_next;
+        for (int g = 0; g < kGates; ++g) {
+          in[g] = value(x[(row(b, s) * kGates + g) * kHidden + u]);
+          for (int k = 0; k < kHidden; ++k) r[g] += value(weight[(g * kHidden + u) * kHidden + k]) * h[k];
+        }
+        Lstm<Exact>::forward(in, r, nullptr, h[u], c_now + u, saved, h_next[u], &c_next);
+        y[row(b, s) * kHidden + u] = rounded(h_next[u]);
+        c[row(b, s) * kHidden + u] = c_now[u] = c_next;
+        for (int g = 0; g < kGates; ++g) gates[(row(b, s) * kGates + g) * kHidden + u] = rounded(saved[g]);
+      }
+      for (int u = 0; u < kHidden; ++u) h[u] = value(rounded(h_next[u]));
+    }
+    for (int u = 0; u < kHidden; ++u) h_n[b * kHidden + u] = rounded(h[u]), c_n[b * kHidden + u] = c_now[u];
+  }
+
+  void backward(int b) {
+    float dh[kHidden], dc[kHidden];
+    for (int u = 0; u < kHidden; ++u) dh[u] = value(dh_n[b * kHidden + u]), dc[u] = dc_n[b * kHidden + u];
+    for (int s = static_cast<int>(lengths[b]) - 1; s >= 0; --s) {
+      float sent[kGates][kHidden], dh_before[kHidden];
+      for (int u = 0; u < kHidden; ++u) {
+        const int at = row(b, s) * kHidden + u;
+        const float c_before = s ? c[row(b, s - 1) * kHidden + u] : c0[b * kHidden + u];
+        const float h_before = value(s ? y[row(b, s - 1) * kHidden + u] : h0[b * kHidden + u]);
+        float saved[kGates], dx[kGates], dr[kGates], dc_before;
+        for (int g = 0; g < kGates; ++g) saved[g] = value(gates[(row(b, s) * kGates + g) * kHidden + u]);
+        Lstm<Exact>::backward(dh[u] + value(dy[at]), dc + u, saved, nullptr, h_before, &c_before, value(y[at]), &c[at], dx, dr,
+                              dh_before[u], &dc_before);
+        dc[u] = dc_before;
+        for (int g = 0; g < kGates; ++g) {
+          sent[g][u] = value(rounded(dr[g]));
+          dgates[(row(b, s) * kGates + g) * kHidden + u] = rounded(dx[g]);
+        }
+      }
+      for (int u = 0; u < kHidden; ++u) {
+        dh[u] = dh_before[u];
+        for (int g = 0; g < kGates; ++g) {
+          for (int from = 0; from < kHidden; ++from) dh[u] += value(weight[(g * kHidden + from) * kHidden + u]) * sent[g][from];
+        }
+      }
+    }
+    for (int u = 0; u < kHidden; ++u) dh0[b * kHidden + u] = rounded(dh[u]), dc0[b * kHidden + u] = dc[u];
+  }
+
+  Walk walk() { return {nullptr, lengths.data(), kSteps, kBatch, 1, kHidden, reverse}; }
+};
+
+template <class T>
+void compare(const char* what, Array<T>& got, Array<T>& expected) {
+  float most = 0;
+  for (int i = 0; i < expected.count(); ++i) most = std::fmax(most, std::fabs(value(expected[i])));
+  for (int i = 0; i < expected.count(); ++i) {
+    const float error = std::fabs(value(got[i]) - value(expected[i]));
+    CHECK(error <= kSteps * kUnit * most, "wrong result: %s[%d] is %g, not %g", what, i, value(got[i]), value(expected[i]));
+  }
+}
+
+// A split that uses what there is: several chunks, segments and warps along the depth.
+Split split_of(bool cluster, int row_gates, int sent_gates) {
+  Split s{};
+  s.unit_bits = kUnitBits, s.ctas = kCtas, s.chunks = cluster ? 1 : 2, s.cluster = cluster;
+  s.parts = (kBatch + s.chunks * kColumns - 1) / (s.chunks * kColumns);
+  s.m_warps = row_gates << kUnitBits >> 4;
+  s.k_warps = row_gates > 1 ? (cluster ? 2 : 1) : Tile::kDepth == 8 ? 1 : 2;
+  s.k_tiles = (kCtas << kUnitBits) * sent_gates / Tile::kDepth;
+  s.segments = cluster ? 1 : row_gates > 1 ? 2 : 3;
+  return s;
+}
+
+struct Run {
+  Split split;
+  TileFacts tile{Tile::kDepth, Tile::kVector, Tile::kResident, kColumns};
+  gpu::Launch how;
+  Array<gpu::Vec16> operands;
+  Array<uint32_t> flags;
+
+  Run(bool cluster, int row_gates, int sent_gates, int states)
+      : split(split_of(cluster, row_gates, sent_gates)),
+        how{split.parts * kCtas,
+            kThreads,
+            cluster ? kCtas : 1,
+            shared_bytes(split, tile, row_gates, sent_gates, states, 0),
+            !cluster,
+            nullptr},
+        operands(static_cast<int>(operand_bytes(split, tile, row_gates, sent_gates) / 16) * split.parts, {{~0u, ~0u, ~0u, ~0u}}),
+        flags(split.parts * kCtas) {
+#if !defined(__CUDACC__)
+    gpu::host::reset_counters();
+#endif
+  }
+
+  Meeting meeting() { return {operands.data(), flags.data()}; }
+};
+
+// What a pass sends and waits for is known: every CTA's part of each step's operand to every CTA of its team, without bank
+// conflicts.
+void check_counters([[maybe_unused]] const Run& run, [[maybe_unused]] int row_gates, [[maybe_unused]] int sent_gates) {
+#if !defined(__CUDACC__)
+  const gpu::host::Counters seen = gpu::host::counters();
+  const Layout layout(run.split, run.tile, row_gates, sent_gates);
+  const uint64_t messages = run.split.parts * kSteps * kCtas * kCtas;
+  CHECK(seen.st_async == (run.split.cluster ? messages * layout.own * run.tile.columns : 0), "%d",
+        static_cast<int>(seen.st_async));
+  CHECK(seen.flags_waited == (run.split.cluster ? 0 : messages), "%d", static_cast<int>(seen.flags_waited));
+  CHECK((sizeof(Number) > 2 || seen.ldmatrix > 0) && seen.bank_conflicts == 0, "%d", static_cast<int>(seen.bank_conflicts));
+#endif
+}
+
+void forward(bool cluster, bool reverse) {
+  Problem p(reverse);
+  Run run(cluster, kGates, 1, 1);
+  Array<Number> y(p.y.count()), h_n(p.h_n.count()), gates(p.gates.count());
+  Array<float> c(p.c.count()), c_n(p.c_n.count());
+  harness::must_run(forward_kernel<Lstm, Tile, kTiles>, run.how,
+                    ForwardParams{p.x.data(), p.weight.data(), nullptr, p.h0.data(), p.c0.data(), y.data(), h_n.data(),
+                                  c_n.data(), c.data(), gates.data(), p.walk(), run.split, run.meeting()});
+  if (harness::failures) return;
+  check_counters(run, kGates, 1);
+  compare("y", y, p.y), compare("c", c, p.c), compare("gates", gates, p.gates), compare("h_n", h_n, p.h_n),
+      compare("c_n", c_n, p.c_n);
+}
+
+void backward(bool cluster, bool reverse) {
+  Problem p(reverse);
+  Run run(cluster, 1, kGates, 2);
+  Array<Number> dgates(p.dgates.count()), dh0(p.dh0.count());
+  Array<float> dc0(p.dc0.count());
+  harness::must_run(backward_kernel<Lstm, Tile, kTiles>, run.how,
+                    BackwardParams{p.dy.data(), p.dh_n.data(), p.dc_n.data(), nullptr, p.weight.data(), nullptr, p.h0.data(),
+                                   p.c0.data(), p.y.data(), p.c.data(), p.gates.data(), dgates.data(), nullptr, dh0.data(),
+                                   dc0.data(), p.walk(), run.split, run.meeting()});
+  if (harness::failures) return;
+  check_counters(run, 1, kGates);
+  compare("dgates", dgates, p.dgates), compare("dh0", dh0, p.dh0), compare("dc0", dc0, p.dc0);
+}
+
+void forward_flags() { forward(false, false); }
+void forward_cluster() { forward(true, true); }
+void backward_flags() { backward(false, true); }
+void backward_cluster() { backward(true, false); }
+
+const harness::Test tests[] = {
+    {"forward_flags", forward_flags, false},
+    {"forward_cluster", forward_cluster, true},
+    {"backward_flags", backward_flags, false},
+    {"backward_cluster", backward_cluster, true},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) { return harness::main(tests, argc, argv); }

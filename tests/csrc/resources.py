@@ -1,0 +1,197 @@
+"""What nvcc made of every CUDA kernel of the library, for each architecture: registers, spills, static shared memory.
+
+`python tests/csrc/resources.py --write` reads them from the library that is there and writes resources.json beside this file. No
+GPU is needed, only cuobjdump, of the CUDA toolkit or of Triton's package, and c++filt or cu++filt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastseq.backends import library
+from fastseq.backends.cuda.recurrent import CELLS
+
+Row = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = Path(__file__).with_suffix(".json")
+REGISTERS = 255  # that a thread can have
+RESERVED = 1 << 10  # bytes of shared memory that the system takes of each block; the compiler counts them from sm_90 on
+TILES = {"Half": "fp16", "Bfloat16": "bf16", "TileTf32": "tf32", "TileFloat": "fp32"}
+PRODUCTS = {"fp16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32", "fp32": "FFMA"}
+WORDS_OF_A_THREAD = "addresses and sums beside the weights that a wide tile keeps in registers: a few words a step, from L1"
+REASONS = (  # words of a key, bytes that a thread may spill, and why
+    ("wide", 96, WORDS_OF_A_THREAD),
+)
+
+
+class Unavailable(Exception):
+    """There is no tool, or no CUDA kernel in the library."""
+
+
+class Kernel(NamedTuple):
+    key: str  # words without a colon, the architecture last
+    symbol: str
+    architecture: str
+    row: Row
+
+
+def tool(*names: str) -> str:
+    """Of the toolkit, wherever nvcc is, or of Triton's package."""
+    nvcc, triton = shutil.which("nvcc"), find_spec("triton")
+    folders = [Path(nvcc).resolve().parent] if nvcc else []
+    folders += [Path("/usr/local/cuda/bin")]
+    if triton and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    for name in names:
+        found = shutil.which(name) or next((str(folder / name) for folder in folders if (folder / name).is_file()), None)
+        if found:
+            return found
+    raise Unavailable(f"needs {' or '.join(names)}")
+
+
+def built() -> Path:
+    """The library, if it has CUDA kernels."""
+    file = library.path()
+    if file is None or library.reason():
+        raise Unavailable(str(library.reason()))
+    if not any(name.startswith("sm_") for name in library.architectures()):
+        raise Unavailable(f"{file.name} was built without CUDA")
+    return file
+
+
+def toolkit() -> int:
+    """The version that compiled the library: 13000 is 13.0."""
+    return torch.ops.fastseq_native.cuda_versions()[0]
+
+
+def said(*command: str | Path, given: str | None = None) -> str:
+    return subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout
+
+
+def kernels(file: Path) -> list[Kernel]:
+    """Every kernel of every architecture."""
+    text = said(tool("cuobjdump"), "--dump-resource-usage", file)
+    found = []
+    for image in text.split("Fatbin elf code:")[1:]:
+        architecture = re.search(r"^arch = (\w+)", image, re.MULTILINE)[1]
+        for symbol, usage in re.findall(r"Function (\w+):\s*\n(.*)", image):
+            numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+            row = {
+                "registers": numbers["REG"],
+                "spilled": max(numbers["STACK"], numbers["LOCAL"]),
+                "shared": numbers["SHARED"],
+            }
+            found.append((symbol, architecture, row))
+    names = said(tool("c++filt", "cu++filt"), given="\n".join(symbol for symbol, *_ in found)).splitlines()
+    return [
+        Kernel(f"{words_of(name)} {where}", symbol, where, row) for name, (symbol, where, row) in zip(names, found, strict=True)
+    ]
+
+
+def words_of(name: str) -> str:
+    """forward lstm bf16 wide"""
+    match = re.search(r"(forward|backward)_kernel<(?:\w+::)*(\w+), (.*), (?:\(int\))?(\d+)>", name)
+    if not match:
+        return re.search(r"(\w+)\(", name)[1]
+    direction, cell, tile, columns = match.groups()
+    words = [direction, re.sub(r"(?<!^)(?=[A-Z])", "_", cell).lower(), TILES[re.findall(r"\w+", tile)[-1]]]
+    return " ".join(words + ["wide"] * (int(columns) > 1))
+
+
+def architectures() -> list[str]:
+    """That CMakeLists.txt names: machine code for all of them is in a library for which nobody chose others."""
+    lines = re.findall(r'(?:set\(wanted|APPEND wanted) (".*")', (ROOT / "CMakeLists.txt").read_text())
+    return [f"sm_{major}{rest}" for major, rest in re.findall(r"(\d+)\.(\d+a?)", " ".join(lines))]
+
+
+def expected(where: Iterable[str]) -> set[str]:
+    """Keys of the kernels of some architectures."""
+    sizes = product(("forward", "backward"), CELLS, PRODUCTS, ("", " wide"))
+    names = ["probe", *(f"{direction} {cell} {precision}{wide}" for direction, cell, precision, wide in sizes)]
+    return {f"{name} {architecture}" for name, architecture in product(names, where)}
+
+
+def reason_of(key: str, spilled: int) -> str | None:
+    """Why a kernel may spill so many bytes of each thread; None: it may not."""
+    words = set(key.split())
+    return next((why for needed, most, why in REASONS if set(needed.split()) <= words and spilled <= most), None)
+
+
+def faults(key: str, row: Row, before: Row | None) -> list[str]:
+    """What is wrong with a kernel's figures, by themselves and against the table's (None: those of another compiler)."""
+    found = []
+    if row["registers"] > REGISTERS:
+        found.append(f"{row['registers']} registers, {REGISTERS} are there")
+    if row["shared"] > RESERVED:
+        found.append(f"{row['shared']} bytes of static shared memory, which csrc/recurrent/plan.cpp gives away")
+    if row["spilled"] and reason_of(key, row["spilled"]) is None:
+        found.append(f"spills {row['spilled']} bytes of each thread into local memory")
+    if before is not None and row["spilled"] > before["spilled"]:
+        found.append(f"spills {row['spilled']} bytes of each thread, were {before['spilled']}")
+    return found
+
+
+def judged(rows: dict[str, Row], toolkit: int, where: Iterable[str]) -> dict[str, list[str]]:
+    """Every fault by key. Another compiler than the table's is held to the limits, not to the table."""
+    table = read()
+    same, before = table["toolkit"] == toolkit, table["kernels"]
+    found = {key: faults(key, row, before.get(key) if same else None) for key, row in rows.items()}
+    for key in rows.keys() - before.keys():
+        found[key].append("is not in the table: write it again")
+    for key in (before.keys() - rows.keys()) & {key for key in before if key.split()[-1] in where}:
+        found[key] = ["is not in the library, but in the table: write it again"]
+    return {key: faults for key, faults in found.items() if faults}
+
+
+def products(file: Path, wanted: Iterable[Kernel]) -> dict[str, set[str]]:
+    """The instructions that multiply in each of these kernels, from their machine code."""
+    found: dict[str, set[str]] = {}
+    chosen = list(wanted)
+    for architecture in dict.fromkeys(kernel.architecture for kernel in chosen):
+        keys = {kernel.symbol: kernel.key for kernel in chosen if kernel.architecture == architecture}
+        text = said(tool("cuobjdump"), "-sass", "-arch", architecture, "-fun", ",".join(keys), file)
+        for part in re.split(r"Function : ", text)[1:]:
+            symbol, code = part.split(None, 1)
+            found[keys[symbol]] = set(re.findall(r"\b(\w*MMA[\w.]*|FFMA)", code))
+    return found
+
+
+def read() -> dict[str, Any]:
+    return json.loads(TABLE.read_text())
+
+
+def write(rows: dict[str, Row], toolkit: int) -> None:
+    """The table, a line for each kernel."""
+    lines = []
+    for key, row in rows.items():
+        reason = reason_of(key, row["spilled"]) if row["spilled"] else None
+        lines.append(f"  {json.dumps(key)}: {json.dumps(row | ({'reason': reason} if reason else {}))}")
+    TABLE.write_text(f'{{\n "toolkit": {toolkit},\n "kernels": {{\n' + ",\n".join(lines) + "\n }\n}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table; else print the figures")
+    write_it = parser.parse_args().write
+    rows = {kernel.key: kernel.row for kernel in kernels(built())}
+    if write_it:
+        write(rows, toolkit())
+        return
+    for key, row in rows.items():
+        print(key, json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

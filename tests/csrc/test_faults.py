@@ -1,0 +1,219 @@
+"""Faults planted in copies of the sources are seen: the host execution finds what it is there to find."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .conftest import build, host_program
+
+SEEDS = 24
+WRONG = "wrong result"
+RACE = "ThreadSanitizer: data race"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Some words of a file, found there once, are replaced by others; a pattern is then in the output of some seed."""
+
+    name: str
+    old: str
+    new: str
+    seen: str
+    sanitizer: str = "plain"
+    file: str = "tests/csrc/exchange.cu"
+    program: str = "exchange"
+
+
+def engine(name: str, old: str, new: str, seen: str, sanitizer: str = "plain", file: str = "engine.cuh") -> Fault:
+    return Fault(f"recurrent: {name}", old, new, seen, sanitizer, f"csrc/recurrent/{file}", "recurrent")
+
+
+FORWARD, BACKWARD, LAYOUT = "forward_kernel.cuh", "backward_kernel.cuh", "layout.h"
+
+FAULTS = [
+    # states and flags in global memory
+    Fault("no wait for flags", "if (warp() == 0) flags_wait(p.flags, kCtas, step - 1);", "", WRONG),
+    Fault("flags seen by one warp", "cta_sync();  // the flags hold for all warps", "", WRONG),
+    Fault("no wait for copies", "cp_wait<0>();", "cp_wait<1>();", f"{WRONG}|without having waited for this cp_async16"),
+    Fault("copies of one warp", "cta_sync();  // the state is there", "", WRONG),
+    Fault("sums of one warp", "cta_sync();  // the partial sums are there", "", WRONG),
+    Fault("published too early", "cta_sync();  // the new state is written", "", WRONG),
+    Fault("one buffer", "p.states + step % 2 * kBatch", "p.states + (step - 1) % 2 * kBatch", WRONG),
+    Fault(
+        "a CTA skips its flag",
+        "if (warp() == 0) flag_publish",
+        "if (warp() == 0 && bid() != 2) flag_publish",
+        "deadlock: .* in flags_wait",
+    ),
+    Fault("not cooperative", "kPartialBytes, true", "kPartialBytes, false", "deadlock: .*the launch is not cooperative"),
+    Fault("little shared memory", "kPartialBytes, true", "kPartialBytes - 32, true", "bytes of shared memory, launched with"),
+    Fault("a warp leaves", "uint32_t a[4], b[2];", "uint32_t a[4], b[2];\n    if (warp() && k > 32) return;", WRONG),
+    Fault(
+        "a lane stays behind",
+        "ldmatrix_x2(b,",
+        "if (lane() != 5) ldmatrix_x2(b,",
+        "while other lanes of the warp are in ldmatrix_x2",
+    ),
+    Fault("half of the rows", "multiply(weights, state, partial);", "if (warp() == 0) multiply(weights, state, partial);", WRONG),
+    # states in the shared memory of a cluster
+    Fault(
+        "no first cluster_sync",
+        "cluster_sync();  // the barriers and",
+        "// the barriers and",
+        "never initialised, or overwritten",
+    ),
+    Fault("no wait for a phase", "mbarrier_wait(arrived + from, (step - 2) / 2 % 2);", "", f"{WRONG}|second arrival"),
+    Fault("wrong parity", "(step - 2) / 2 % 2", "(step - 1) / 2 % 2", f"{WRONG}|deadlock|second arrival"),
+    Fault("one buffer of two", "to = step % 2;", "to = from;", f"{WRONG}|deadlock"),
+    Fault(
+        "expects too much",
+        "sizeof(Bfloat16);\n  Smem",
+        "sizeof(Bfloat16) + 16;\n  Smem",
+        "deadlock: .*misses 0 arrivals and 16 bytes",
+    ),
+    Fault("does not expect", "mbarrier_expect(arrived + from, kBytes);", "{}", "deadlock: .*misses 1 arrivals"),
+    Fault("sums of a faster warp", "cta_sync();  // the partial sums are ready", "//", WRONG),
+    Fault("sent too early", "cta_sync();  // the new state is staged", "", WRONG),
+    Fault("counts elsewhere", "peer(arrived + to, rank)", "peer(arrived + from, rank)", f"{WRONG}|deadlock"),
+    Fault(
+        "ends too early", "mbarrier_wait(arrived + p.steps % 2, (p.steps - 1) / 2 % 2);", "", "which has ended|on its way to it"
+    ),
+    # outside of arrays
+    Fault(
+        "copies past a piece", "tid() % 8 * 8, before", "tid() % 8 * 8 + 72, before", "writes outside of every piece", "address"
+    ),
+    Fault(
+        "copies from past a tensor",
+        "before + tid() / 8",
+        "before + kBatch * kDepth + tid() / 8",
+        "reads outside of an array",
+        "address",
+    ),
+    Fault(
+        "stores past a piece",
+        "partial[(warp() * kRows",
+        "partial[(8 + warp() * kRows",
+        "AddressSanitizer: use-after-poison",
+        "address",
+    ),
+    Fault(
+        "stores past a tensor", "after[n * kDepth", "after[(n + 8) * kDepth", "AddressSanitizer: heap-buffer-overflow", "address"
+    ),
+    Fault("misaligned vector", "stage + n * kRows + 8 * half", "stage + n * kRows + half", "misaligned address", "address"),
+    # what no order of threads shows
+    Fault("relaxed flag", "kRelease = 3;", "kRelease = 0;", RACE, "thread", "csrc/host/primitives.cpp"),
+    Fault(
+        "two write the same",
+        "p.out[n * kDepth + m] = last[n * kStride + m];",
+        "for (int w = m; w < m + 2 * kRows; w += kRows) p.out[n * kDepth + w % kDepth] = last[n * kStride + w % kDepth];",
+        RACE,
+        "thread",
+    ),
+    # the recurrent kernels
+    engine("no wait for flags", "if (gpu::warp() == 0) gpu::flags_wait(flags_, split_.ctas, epoch);", "", WRONG),
+    engine("flags seen by one warp", "split_.ctas, epoch);\n      gpu::cta_sync();", "split_.ctas, epoch);", WRONG),
+    engine("no wait for copies", "gpu::cp_wait<0>();", "gpu::cp_wait<1>();", WRONG),
+    engine("copies of one warp", "gpu::cta_sync();  // it is here, and the other buffer is free", "", WRONG),
+    engine("one operand", "operands_ + (epoch & 1) * operand_vectors()", "operands_ + (epoch & 0) * operand_vectors()", WRONG),
+    engine(
+        "a CTA skips its flag",
+        "gpu::flag_publish(flags_ + rank_",
+        "if (rank_ == 0) gpu::flag_publish(flags_ + rank_",
+        "deadlock: ",
+    ),
+    engine("no first cluster_sync", "gpu::cluster_sync();\n    } else", "} else", "never initialised, or overwritten"),
+    engine("no wait for a phase", "gpu::mbarrier_wait(arrived, (epoch - 1) / 2 & 1);", "", f"{WRONG}|second arrival"),
+    engine("wrong parity", "(epoch - 1) / 2 & 1", "epoch / 2 & 1", f"{WRONG}|deadlock|second arrival"),
+    engine(
+        "does not expect",
+        "if (gpu::tid() == 0) gpu::mbarrier_expect",
+        "if (gpu::tid() < 0) gpu::mbarrier_expect",
+        "misses 1 arrivals",
+    ),
+    engine("expects too much", "2, used * kColumns *", "2, 2 * used * kColumns *", "deadlock: .*misses 0 arrivals"),
+    engine("one slot", "(epoch & 1) * buffer_vectors() + rank_ * vectors", "rank_ * vectors", WRONG),
+    engine("sums of one warp", "    }\n    gpu::cta_sync();\n  }", "    }\n  }", WRONG),
+    engine(
+        "sent too early", "      gpu::cta_sync();\n    }\n    if (kStoreLate", "    }\n    if (kStoreLate", WRONG, file=FORWARD
+    ),
+    engine("initial states too early", "    gpu::cta_sync();\n    const int steps", "    const int steps", WRONG, file=FORWARD),
+    engine(
+        "sent too early, backward",
+        "if (s == steps) break;\n      gpu::cta_sync();",
+        "if (s == steps) break;",
+        WRONG,
+        file=BACKWARD,
+    ),
+    engine("units beyond H", " && items_.has_unit(j);\n  }\n\n  // Reads the", ";\n  }\n\n  // Reads the", WRONG, file=FORWARD),
+    engine(
+        "no room for barriers", "gpu::piece_bytes<gpu::Mbarrier>(2)", "0", "bytes of shared memory, launched with", file=LAYOUT
+    ),
+    engine(
+        "one buffer for copies",
+        "split_.chunks * split_.segments) bring(piece + 1)",
+        "split_.chunks * split_.segments) bring(piece)",
+        WRONG,
+    ),
+    engine("weights beyond H", "from < hidden && to < hidden", "to < hidden", "heap-buffer-overflow", "address", BACKWARD),
+    engine(
+        "copies a whole last segment", "first < buffer_vectors() ? chunk", "first < 0 ? chunk", "outside of an array", "address"
+    ),
+]
+
+
+def planted(fault: Fault) -> Path:
+    """A copy of the sources with the fault in it."""
+    tree = build.BUILD / "planted" / re.sub(r"\W+", "_", fault.name)
+    shutil.rmtree(tree, ignore_errors=True)
+    for part in ("csrc", "tests/csrc"):
+        shutil.copytree(build.ROOT / part, tree / part, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    text = (tree / fault.file).read_text()
+    assert text.count(fault.old) == 1, f"{fault.file} has {text.count(fault.old)} times: {fault.old}"
+    (tree / fault.file).write_text(text.replace(fault.old, fault.new))
+    return tree
+
+
+def output_of(fault: Fault, sanitizer: str) -> str:
+    tree = planted(fault)
+    runtime = tree if fault.file.startswith("csrc/host/") else build.ROOT
+    program = host_program(fault.program, sanitizer, tree=tree, runtime=runtime)
+    done = subprocess.run([str(program), "0", str(SEEDS)], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode != 0, "nothing was seen"
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_is_seen(fault):
+    output = output_of(fault, fault.sanitizer)
+    assert re.search(fault.seen, output), output[-4000:]
+
+
+# Of these ThreadSanitizer knows without seeing harm done.
+RACES = (
+    "no wait for flags",
+    "flags seen by one warp",
+    "copies of one warp",
+    "sums of one warp",
+    "published too early",
+    "one buffer",
+    "no wait for a phase",
+    "sums of a faster warp",
+    "sent too early",
+    "recurrent: no wait for flags",
+    "recurrent: one operand",
+    "recurrent: copies of one warp",
+    "recurrent: sums of one warp",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.name in RACES], ids=lambda fault: fault.name)
+def test_is_a_race(fault):
+    output = output_of(fault, "thread")
+    assert RACE in output, output[-4000:]
