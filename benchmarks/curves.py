@@ -315,17 +315,29 @@ def _what_ran(rows: list[Row]) -> Table:
         share = max((c["error"] / c["bound"] for c in checks if c["bound"]), default=math.nan)
         status = Cell(f"{len(wrong)} wrong", "bad", wrong[0].reason or "") if wrong else Cell(f"{error:.1e}" if checks else "–")
         host = [r.host["median"] for r in own if r.host]
+        first = [r.first for r in own if r.first is not None]
         count = f"{max(r.parameters or 0 for r in own):,}" if any(r.parameters for r in own) else "–"
         chosen = ", ".join(sorted({name for r in own for name in r.chose}))
         reasons = "; ".join(dict.fromkeys(r.reason for r in own if r.reason))
         line = [provider, f"{sum(r.ok for r in own)} of {len(own)}", count, status, f"{share:.0%}" if checks else "–"]
-        body.append([*line, time_text(max(host)) if host else "–", chosen or reasons or "–"])
+        line += [time_text(max(found)) if found else "–" for found in (first, host)]
+        body.append([*line, chosen or reasons or "–"])
     return Table(
         "What ran",
-        ["", "points", "parameters", "error against fp64", "of its bound", "host time", "implementations, or why none"],
+        [
+            "",
+            "points",
+            "parameters",
+            "error against fp64",
+            "of its bound",
+            "first call",
+            "host time",
+            "implementations, or why none",
+        ],
         body,
         "Error: the largest deviation of outputs and gradients, relative to the tensor's largest value. A provider that refuses "
-        "a call, or was wrong, has no figure.",
+        "a call, or was wrong, has no figure. First call: compiling, warming up and allocating, which no other figure holds; the "
+        "longest, as of the host time.",
         folded=True,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Any
 
 import psutil
@@ -122,12 +123,14 @@ class Runner:
         if row.reason:
             row.status = "skipped"
             return None
+        first = self._first_call(provider, w) if timed else None  # before the gate, which would compile
         if check:
             result = gate.check(lambda shape: (provider.build(shape), provider.layout), w)
             row.check = result.as_dict()
             if not result.ok:
                 row.status, row.reason = "wrong", result.reason
                 return None
+        row.first = first
         call = w.call(provider.build(w), gate.problem(w), provider.layout)
         row.parameters = sum(p.numel() for p in call.parameters)
         metric = w.measure(provider)
@@ -144,6 +147,20 @@ class Runner:
             row.kept = memory.kept(call.forward, w.device)
         self._last_peak[self._series(provider, w)] = (w.T, seen.peak_bytes)
         return call
+
+    def _first_call(self, provider: Provider, w: Workload) -> float | None:
+        """Seconds; None if it raises, which the gate reports."""
+        problem = gate.problem(w)
+        try:
+            call = w.call(provider.build(w), problem, provider.layout)
+            with call.context():
+                run, start = call.run, perf_counter()
+                run()
+                if w.device.startswith("cuda"):
+                    torch.cuda.synchronize(w.device)
+                return perf_counter() - start
+        except Exception:  # noqa: BLE001  whatever a provider raises is its result
+            return None
 
     def _time(self, case: Case, runs: dict[str, Callable[[], object]], rows: dict[str, Row]) -> None:
         samples = interleave(runs, self.clock, case.effort)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
+from torch import nn
 
 from fastseq.benchmarks import plots
 from fastseq.benchmarks.curves import PEAK, TIME, Curves, number, of_metric, share
 from fastseq.benchmarks.presentation import Cell
+from fastseq.benchmarks.providers import Provider
 from fastseq.benchmarks.results import Results, Row
+from fastseq.benchmarks.runner import Case, Participant, Runner
+from fastseq.benchmarks.timing import Effort
 from fastseq.benchmarks.workloads import Metric, Workload
 
 NAME = "curves"
@@ -24,6 +29,7 @@ OTHER, OWN = "torch.nn.LSTM", "fastseq.LSTM"
 def timed(T, provider, seconds, ratio=None, **values):
     row = Row.of(NAME, "a", provider, replace(Workload("lstm", T, 2, 8, 8), **values))
     row.time = {"median": seconds, "low": 0.9 * seconds, "high": 1.1 * seconds, "fastest": seconds, "rounds": 5, "calls": 1}
+    row.first = 3.0 if provider == OWN else None
     row.memory, row.parameters, row.chose = 1024 * T, 640, ["backend: cpu"] if provider == OWN else []
     row.check = {"ok": True, "error": 2e-7, "bound": 1e-6, "worst": "output", "reason": None}
     row.floor = {"seconds": seconds / 2, "bound": "weights", "note": "1 KiB at 1 GB/s each step"}
@@ -86,7 +92,7 @@ def test_tables(both):
     assert norms.columns[-1] == "factor for a step" and text(norms.rows[0][-1]) == "0.5"
     assert norms.rows[0][1].hint == "0.06 to 0.13", "the extremes over seeds"
     ran = table(both, "What ran")
-    assert [text(c) for c in ran.rows[1]] == [OWN, "6 of 6", "640", "2.0e-07", "20%", "–", "backend: cpu"]
+    assert [text(c) for c in ran.rows[1]] == [OWN, "6 of 6", "640", "2.0e-07", "20%", "3.00 s", "–", "backend: cpu"]
     (section,) = CURVES.present(both)
     assert [c.value for c in section.cards] == ["8.00×"] and section.text[-1] == "H=8, B=2, float32, threads=1."
 
@@ -146,3 +152,29 @@ def test_a_place_on_the_axis_that_is_not_t():
         "20%",
         "40%",
     ]
+
+
+def test_the_first_call_is_reported_apart():
+    """Of a program that compiles when it is first called; one that raises has none, and no time."""
+    made = []
+
+    class Compiles(nn.LSTM):
+        def forward(self, x, hx=None):
+            if not made:
+                made.append(True)
+                time.sleep(0.3)
+            return super().forward(x, hx)
+
+    class Raises(nn.LSTM):
+        def forward(self, x, hx=None):
+            raise RuntimeError("no kernel")
+
+    providers = {
+        name: Provider(name, "lstm", "time", lambda w, cls=cls: cls(w.I, w.H)) for name, cls in (("a", Compiles), ("b", Raises))
+    }
+    case = Case(NAME, "a", tuple(Participant(name, Workload("lstm", 5, 2, 8, 8)) for name in providers), Effort(0.01, 1, 1))
+    compiles, raises = Runner("cpu", providers=providers, quick=True).run(case)
+    assert compiles.ok and compiles.first > 0.3 > compiles.seconds
+    assert raises.status == "wrong" and raises.first is None and "no kernel" in raises.reason
+    (untimed,) = Runner("cpu", providers=providers).run(replace(case, participants=case.participants[:1], timed=False))
+    assert untimed.ok and untimed.first is None

@@ -236,7 +236,7 @@ def test_reasons_against_a_call():
     assert against(dtype=torch.float64) == ["dtype float64 is not one of float16, bfloat16, float32"]
     assert against(projected=True) == ["a projection (proj_size) is not in its kernels"]
     assert against(zoned=True) == ["zoneout is not in its kernels"]
-    assert against(lanes=65) == ["65 lanes are more than 64"]
+    assert against(lanes=64) == ["64 lanes are more than 63"]
     (reason,) = against(hidden=4096)
     assert reason.startswith("its recurrent weights do not fit") and "H=4096" in reason
 
@@ -251,6 +251,24 @@ def test_it_stands_back_until_it_has_run_on_a_gpu(monkeypatch):
     assert "use_backend('cuda')" in backends.reasons("cuda", query)[0]
     with fastseq.use_backend("cuda"):
         assert backends.select(query).name == "cuda"
+
+
+@executed
+@pytest.mark.parametrize("direction", ("forward", "backward"))
+def test_the_gpu_is_given_the_same_arguments(direction, monkeypatch):
+    """The native op takes them by position: its schema has the names in the order that the host's kernels are given them."""
+    given = {}
+    run = cuda_host.MACHINE.run
+
+    def watch(way, cell, precision, plan, arguments):
+        given[way] = list(arguments)
+        run(way, cell, precision, plan, arguments)
+
+    monkeypatch.setattr(cuda_host, "MACHINE", cuda_host.MACHINE._replace(run=watch))
+    with fastseq.use_backend("cuda-host"):
+        fastseq.GRU(3, 4)(torch.randn(2, 2, 3))[0].sum().backward()
+    schema = getattr(torch.ops.fastseq_native, f"recurrent_cuda_{direction}").default._schema
+    assert [argument.name for argument in schema.arguments] == ["cell", "precision", "plan", *given[direction]]
 
 
 @executed

@@ -20,7 +20,7 @@ from ..rows import fp32_precision, room, state, walked
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 _PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_MOST_LANES = 64  # their directions are the bits of one number
+_MOST_LANES = 63  # their directions are the bits of one number
 
 
 class Device(NamedTuple):

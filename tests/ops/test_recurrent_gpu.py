@@ -1,0 +1,310 @@
+"""The recurrent op on a GPU: the battery on both backends, real plans of the CUDA kernels, streams, graphs, devices."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastseq
+from fastseq import backends
+from fastseq import functional as F
+from fastseq.backends import RecurrentQuery
+from fastseq.functional._recurrent_layers import LANES
+from fastseq.reference.recurrent import state_dtype
+from fastseq.testing.cases import RECURRENT_CASES, RecurrentCase
+from fastseq.testing.compare import assert_close_to_truth, pooled_error
+from fastseq.testing.recurrent import RecurrentBattery
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")]
+
+BACKENDS = ("triton", "cuda")
+PRECISIONS = {"ieee": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STEPS = 70_001  # more than fit 16 bits, where cuDNN's kernels end
+
+
+class Battery(RecurrentBattery):
+    """On a GPU, where products of fp32 may be TF32."""
+
+    def own_error(self, case, dtype):
+        own = super().own_error(case, dtype)
+        return max(own, half_error(case)) if dtype == torch.float32 and products() == "tf32" else own
+
+    def gradients_jump(self, case, dtype):
+        exact = dtype == torch.float32 and products() == "ieee"
+        return case.cell == "rnn_relu" and not exact  # test_relu_gradients instead
+
+
+def products() -> str:
+    return torch.backends.cudnn.rnn.fp32_precision
+
+
+@functools.cache
+def half_error(case: RecurrentCase) -> float:
+    """The reference's relative error in fp16, which keeps as many bits as TF32."""
+    battery = RecurrentBattery()
+    inputs = battery.make(case, torch.float16, "cuda")
+    outputs, grads = battery.truth(inputs)
+    with fastseq.use_backend("reference"):
+        found = battery.run(inputs)
+        found_grads = battery.gradients(found, inputs)
+    named = [{f"output {i}": out for i, out in enumerate(outs)} for outs in (found, outputs)]
+    return pooled_error(named[0] | found_grads, named[1] | grads)
+
+
+@pytest.fixture
+def precise(monkeypatch):
+    """Sets torch's flag for fp32 products of recurrent layers; returns the dtype of a precision."""
+
+    def choose(precision: str) -> torch.dtype:
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32" if precision == "tf32" else "ieee")
+        return PRECISIONS[precision]
+
+    return choose
+
+
+def needs(backend: str, case: RecurrentCase, dtype: torch.dtype, device: str = "cuda") -> None:
+    """Skips what the backend says that it cannot run."""
+    lanes = min(LANES, case.heads * (2 if case.bidirectional else 1))
+    for backward in (False, True):
+        query = RecurrentQuery(
+            "recurrent", torch.device(device, torch.cuda.current_device()), dtype, case.cell, case.steps, lanes,
+            case.hidden // case.heads, case.projection > 0, case.layout, any(case.zoneout), case.batch, backward,
+        )  # fmt: skip
+        against = backends.obstacles(backend, query)
+        if against:
+            pytest.skip("; ".join(against))
+
+
+def ran(inputs: dict, backend: str) -> list[Tensor]:
+    """Outputs and gradients."""
+    battery = Battery()
+    with fastseq.use_backend(backend):
+        outputs = battery.run(inputs)
+        return [*outputs, *battery.gradients(outputs, inputs).values()]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# the battery
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", RECURRENT_CASES, ids=str)
+def test_forward_and_gradients(case, precision, backend, precise):
+    dtype = precise(precision)
+    needs(backend, case, dtype)
+    Battery().check(case, dtype, backend, "cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("precision", ("tf32", "float16", "bfloat16"))
+def test_relu_gradients(precision, backend, precise):
+    """From the same forward outputs, so that both sides agree on which units were off."""
+    dtype = precise(precision)
+    needs(backend, RecurrentCase("rnn_relu", hidden=40, batch=9, bidirectional=True), dtype)
+    torch.manual_seed(0)
+    weight = (torch.randn(2, 40, 40) / 8).to("cuda", dtype)
+    x, w_ih = torch.randn(6, 9, 3).to("cuda", dtype), torch.randn(80, 3).to("cuda", dtype)
+    reverse = [0, 1]
+    with fastseq.use_backend("reference"):
+        y, *_ = torch.ops.fastseq.recurrent_forward(
+            x, w_ih, None, weight, *[None] * 8, "rnn_relu", reverse, 0.0, 0.0, False, False
+        )
+    dy, empty = torch.randn_like(y), y.new_empty(0)
+
+    def dgates(backend: str, dtype: torch.dtype) -> Tensor:
+        with fastseq.use_backend(backend):
+            return torch.ops.fastseq.recurrent_backward(
+                dy.to(dtype), None, None, None, weight.to(dtype), *[None] * 8, y.to(dtype), empty.to(state_dtype(dtype)),
+                empty.to(dtype), "rnn_relu", reverse, 0.0, 0.0,
+            )[0]  # fmt: skip
+
+    truth, plain = dgates("reference", torch.float64), dgates("reference", dtype)
+    own = 0.0
+    if precision == "tf32":
+        own = pooled_error({"dgates": dgates("reference", torch.float16).float()}, {"dgates": truth})
+    assert_close_to_truth(dgates(backend, dtype), plain, truth, "dgates", own_error=own)
+
+
+# sizes
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("batch", (1, 8, 64, 200))
+@pytest.mark.parametrize("hidden", (256, 512, 1024))
+@pytest.mark.parametrize("cell", ("lstm", "gru"))
+def test_real_plans(cell, hidden, batch, precision, precise):
+    dtype = precise(precision)
+    case = RecurrentCase(cell, steps=12, batch=batch, input=64, hidden=hidden)
+    needs("cuda", case, dtype)
+    Battery().check(case, dtype, "cuda", "cuda")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        RecurrentCase("lstm", steps=3, batch=1024, input=32, hidden=1024),  # teams that meet through flags, launch after launch
+        RecurrentCase("gru", steps=3, batch=8192, input=32, hidden=32, bidirectional=True),  # more CTAs than run at a time
+    ],
+    ids=str,
+)
+def test_several_waves(case, precise):
+    dtype = precise("ieee")
+    needs("cuda", case, dtype)
+    battery = Battery()
+    inputs = battery.make(case, dtype, "cuda")
+    plans = fastseq.explain(lambda: ran_forward(inputs)).notes
+    teams, ctas = (int(word) for word in plans[0][0].replace("teams of ", "").split()[:2])
+    assert teams * ctas > torch.cuda.get_device_properties("cuda").multi_processor_count, plans
+    battery.check(case, dtype, "cuda", "cuda")
+
+
+def ran_forward(inputs: dict) -> None:
+    with fastseq.use_backend("cuda"):
+        Battery().run(inputs)
+
+
+@pytest.mark.parametrize("form", ("whole", "streamed", "cuda"))
+def test_beyond_65535_steps(form, monkeypatch):
+    """As one call, and as two with the state carried over."""
+    backend = "cuda" if form == "cuda" else "triton"
+    if backend == "triton":
+        monkeypatch.setenv("FASTSEQ_TRITON_RECURRENT", form)
+    needs(backend, RecurrentCase("gru", steps=STEPS, batch=2, input=2, hidden=3), torch.float32)
+    torch.manual_seed(0)
+    params = [p.detach().cuda() for p in nn.GRU(2, 3).parameters()]
+    x = torch.randn(STEPS, 2, 2, device="cuda", requires_grad=True)
+    cut = 40_000
+    with fastseq.use_backend(backend):
+        told = fastseq.explain(F.gru, x, None, params)
+        assert told.notes[0][0].startswith(form) or backend == "cuda"
+        y, h_n = F.gru(x, None, params)
+        first, state = F.gru(x[:cut], None, params)
+        second, final = F.gru(x[cut:], state, params)
+        (grad,) = torch.autograd.grad(y[-1].sum() + y[5].sum(), x)
+        (expected,) = torch.autograd.grad(second[-1].sum() + first[5].sum(), x)
+    assert y.shape[0] == STEPS
+    torch.testing.assert_close(y, torch.cat((first, second)))
+    torch.testing.assert_close(h_n, final)
+    torch.testing.assert_close(grad, expected)
+    assert grad[:6].any() and grad[-1].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", ("lstm", "gru", "rnn_tanh"))
+def test_sequences_end_early(cell, backend, precise):
+    """All of them long before the last step, one before the first: nothing beyond is read, all of it is zero."""
+    dtype = precise("ieee")
+    case = RecurrentCase(cell, steps=6, batch=37, input=20, hidden=130, bidirectional=True, layout="lengths")
+    needs(backend, case, dtype)
+    battery = Battery()
+    short = battery.make(case, dtype, "cuda")
+    short["lengths"] = torch.arange(37, device="cuda") % 7
+    long = dict(short, x=torch.cat((short["x"], short["x"].new_full((494, 37, 20), torch.nan))).detach().requires_grad_())
+    with fastseq.use_backend(backend):
+        outputs, expected = battery.run(long), battery.run(short)
+        assert not outputs[0][6:].any()
+        assert same([outputs[0][:6], *outputs[1:]], list(expected))
+        wanted = battery.gradients(expected, short, seed=2)
+        given = [torch.zeros_like(outputs[0]), *(torch.zeros_like(out) for out in outputs[1:])]
+        generator = torch.Generator().manual_seed(2)
+        for i, out in enumerate(expected):
+            drawn = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype).cuda()
+            given[i][: len(drawn)] = drawn
+        (grad,) = torch.autograd.grad(outputs, long["x"], given)
+    assert not grad[6:].any()
+    torch.testing.assert_close(grad[:6], wanted["x"])
+
+
+# the machine around
+
+MIDDLING = RecurrentCase("lstm", steps=20, batch=33, input=24, hidden=130, bidirectional=True)
+CALLS = [(backend, precision) for backend in BACKENDS for precision in ("ieee", "bfloat16")]
+
+
+@pytest.fixture(params=CALLS, ids="-".join)
+def call(request, precise):
+    """A backend, and inputs of a call that it can run."""
+    backend, precision = request.param
+    dtype = precise(precision)
+    needs(backend, MIDDLING, dtype)
+    return backend, Battery().make(MIDDLING, dtype, "cuda")
+
+
+def test_reruns_are_bit_equal(call):
+    backend, inputs = call
+    first = ran(inputs, backend)
+    for _ in range(5):
+        assert same(ran(inputs, backend), first)
+
+
+def test_another_stream(call):
+    """Inputs arrive late on it: kernels of any other stream would not see them."""
+    backend, inputs = call
+    expected = ran(inputs, backend)
+    late = dict(inputs, x=torch.zeros_like(inputs["x"]).requires_grad_())
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        with torch.no_grad():
+            late["x"].copy_(inputs["x"])
+        found = ran(late, backend)
+    stream.synchronize()
+    assert same(found, expected)
+
+
+@pytest.mark.timeout(120)
+def test_two_streams_at_once(call):
+    """Kernels whose CTAs wait for each other neither mix nor block one another."""
+    backend, inputs = call
+    expected = ran(inputs, backend)
+    other = Battery().make(replace(MIDDLING, batch=7), inputs["x"].dtype, "cuda", seed=3)
+    expected_other = ran(other, backend)
+    torch.cuda.synchronize()
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    found: tuple[list, list] = ([], [])
+    for _ in range(20):
+        for stream, own, results in zip(streams, (inputs, other), found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(ran(own, backend))
+    torch.cuda.synchronize()
+    for results, wanted in zip(found, (expected, expected_other), strict=True):
+        assert all(same(result, wanted) for result in results)
+
+
+def test_a_graph_is_captured_and_replayed_with_other_inputs(call):
+    backend, inputs = call
+    others = [Battery().make(MIDDLING, inputs["x"].dtype, "cuda", seed=seed) for seed in (5, 6)]
+    expected = [ran(other, backend) for other in others]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ran(inputs, backend)  # what is compiled or looked up once
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    static = {name: value.to("cuda") if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    battery = Battery()
+    with torch.no_grad():
+        given = [torch.randn_like(out) for out in battery.run(static)]
+    with torch.cuda.graph(graph), fastseq.use_backend(backend):
+        outputs = battery.run(static)
+        leaves = [value for value in static.values() if isinstance(value, Tensor) and value.requires_grad]
+        grads = torch.autograd.grad(outputs, leaves, given)
+    for other, wanted in zip(others, expected, strict=True):
+        with torch.no_grad():
+            for name, value in static.items():
+                if isinstance(value, Tensor):
+                    value.copy_(other[name])
+            for target, out in zip(given, outputs, strict=True):
+                target.copy_(gradient_like(out, outputs))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same([*outputs, *grads], wanted)
