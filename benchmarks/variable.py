@@ -174,8 +174,9 @@ class Nested(EncoderBlock):
     def __init__(self, w: VariableWorkload) -> None:
         super().__init__(w)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says once that these tensors are a prototype
-            torch.nested.nested_tensor_from_jagged(torch.zeros(1, 1), torch.tensor([0, 1]))
+            warnings.simplefilter("ignore")  # torch says once, at the first attention, that these tensors are a prototype
+            one = torch.nested.nested_tensor_from_jagged(torch.zeros(1, 1, 1), torch.tensor([0, 1])).transpose(1, 2)
+            F.scaled_dot_product_attention(one, one, one)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with ExitStack() as stack:

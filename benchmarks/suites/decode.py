@@ -63,7 +63,7 @@ CURVES = Curves(
         "starts; a growing cache is concatenated anew for each token.",
         "The state of a recurrence has one size whatever the context; a cache has a key and a value for each token of it.",
     ),
-    {PREFILL: "prefill", TOKENS: "token by token"},
+    {TOKENS: "token by token", PREFILL: "prefill"},
     {
         PREFILL: (TIME,),
         TOKENS: (PER_STEP, of_bytes("State or cache", lambda r: r.detail["state bytes"] if r.detail else None)),

@@ -5,37 +5,29 @@
 // whole team and sums what reaches the states of its units, always in the same order.
 #pragma once
 
-#include "engine.cuh"
-#include "items.cuh"
-#include "math.cuh"
+#include "step.cuh"
 
 namespace fastseq::recurrent {
 
-template <template <class> class CellOf, class Tile, int kTiles>
-class BackwardStep {
-  using C = CellOf<Math<Tile::kExact>>;
-  using Number = typename Tile::Number;
-  using Engine_ = Engine<Tile, kTiles, 1, C::kGates>;
-  static constexpr int kColumns = Engine_::kColumns;
-  static constexpr int kItems = most_items(C::kGates, kColumns);
-  static constexpr int kStates = C::kStates ? C::kStates : 1, kSaved = C::kSaved ? C::kSaved : 1;
-  static constexpr int kVectors = C::kVectors ? C::kVectors : 1;
+template <class C, class Tile, int kTiles>
+class BackwardStep : Step<C, Tile, kTiles, 1, C::kGates, 1 + C::kStates> {
+  using Base = Step<C, Tile, kTiles, 1, C::kGates, 1 + C::kStates>;
+  using typename Base::Number;
+  using Base::arrived_, Base::engine_, Base::items_, Base::place_, Base::rows_, Base::split_, Base::vectors_, Base::walk_;
+  using Base::has_state, Base::kept, Base::place_in_row, Base::place_of_state, Base::works;
+  using Base::kItems, Base::kSaved, Base::kStates, Base::kVectors;
 
  public:
-  FASTSEQ_DEVICE explicit BackwardStep(const BackwardParams& p, gpu::Smem& smem)
-      : p_(p), place_(p.split), engine_(p.split, p.meeting, place_, smem), items_(p.split, place_, p.walk.hidden),
-        states_(smem.take<float>((1 + C::kStates) * p.split.chunks * kColumns * p.split.units())),
-        vectors_(smem.take<float>(C::kVectors * p.split.units())), rows_(p.walk, p.split, place_, smem),
-        arrived_(smem.take<gpu::Mbarrier>(2)) {}
+  FASTSEQ_DEVICE explicit BackwardStep(const BackwardParams& p, gpu::Smem& smem) : Base(p.walk, p.split, p.meeting, smem), p_(p) {}
 
   FASTSEQ_DEVICE void run() {
     load_weights();
     engine_.begin(arrived_);
     const int steps = rows_.longest();
-    for (int chunk = 0; chunk < p_.split.chunks; ++chunk) load_gradients(chunk);
+    for (int chunk = 0; chunk < split_.chunks; ++chunk) load_gradients(chunk);
     for (int s = 0; s <= steps; ++s) {
       const int t = rows_.time(steps - 1 - s);
-      for (int chunk = 0; chunk < p_.split.chunks; ++chunk) {
+      for (int chunk = 0; chunk < split_.chunks; ++chunk) {
         if (s < steps) fetch(chunk, t);
         if (s > 0) {
           if (chunk == 0) engine_.wait(s);
@@ -49,7 +41,7 @@ class BackwardStep {
       engine_.publish(s + 1);
     }
     engine_.end();
-    for (int chunk = 0; chunk < p_.split.chunks; ++chunk) store_gradients(chunk);
+    for (int chunk = 0; chunk < split_.chunks; ++chunk) store_gradients(chunk);
   }
 
  private:
@@ -59,37 +51,24 @@ class BackwardStep {
   };
 
   FASTSEQ_DEVICE void load_weights() {
-    const int hidden = p_.walk.hidden, bits = p_.split.unit_bits, units = p_.split.units();
-    const auto* weight = static_cast<const Number*>(p_.weight) + int64_t{place_.lane} * C::kGates * hidden * hidden;
-    const int first = place_.rank * units;
+    const int hidden = walk_.hidden, bits = split_.unit_bits, first = place_.rank << bits;
+    const Number* weight = this->weight_of(p_.weight);
     engine_.load([&](int row, int depth) {  // row: own unit; depth: (CTA * G + gate) * U + its unit
       const int sender = (depth >> bits) / C::kGates, gate = (depth >> bits) % C::kGates;
-      const int from = (sender << bits) + (depth & (units - 1)), to = first + row;
-      const bool inside = row < units && from < hidden && to < hidden;
+      const int from = (sender << bits) + (depth & ((1 << bits) - 1)), to = first + row;
+      const bool inside = row < 1 << bits && from < hidden && to < hidden;
       return inside ? weight[(int64_t{gate} * hidden + from) * hidden + to] : Number{};
     });
-    FASTSEQ_ROLLED
-    for (int i = gpu::tid(); i < C::kVectors * units; i += kThreads) {
-      const int unit = first + (i & (units - 1));
-      const auto* vector = static_cast<const Number*>(p_.vectors) + (int64_t{place_.lane} * C::kVectors + (i >> bits)) * hidden;
-      vectors_[i] = p_.vectors && unit < hidden ? gpu::to_float(vector[unit]) : 0.0f;
-    }
+    this->load_vectors(p_.vectors);
   }
 
   // gradient of h (which = 0) or of a wide state
-  FASTSEQ_DEVICE float& gradient(int chunk, int which, int j) {
-    return states_[(chunk * (1 + C::kStates) + which) * kColumns * p_.split.units() + items_.index(j)];
-  }
-
-  FASTSEQ_DEVICE int64_t place_of_state(int chunk, int j, int numbers, int which) const {
-    const int64_t row = int64_t{place_.lane} * p_.walk.batch + rows_.batch_row(chunk, items_.column(j));
-    return (row * numbers + which) * p_.walk.hidden + items_.hidden_unit(j);
-  }
+  FASTSEQ_DEVICE float& gradient(int chunk, int which, int j) { return kept(chunk, which, j); }
 
   FASTSEQ_DEVICE void load_gradients(int chunk) {
     FASTSEQ_ROLLED
     for (int j = 0; items_.exists(j); ++j) {
-      const bool given = rows_.exists(chunk, items_.column(j)) && items_.has_unit(j);
+      const bool given = has_state(chunk, j);
       const auto* dh_n = static_cast<const Number*>(p_.dh_n);
       gradient(chunk, 0, j) = given && dh_n ? gpu::to_float(dh_n[place_of_state(chunk, j, 1, 0)]) : 0.0f;
       for (int k = 0; k < C::kStates; ++k) {
@@ -101,14 +80,10 @@ class BackwardStep {
   FASTSEQ_DEVICE void store_gradients(int chunk) {
     FASTSEQ_ROLLED
     for (int j = 0; items_.exists(j); ++j) {
-      if (!rows_.exists(chunk, items_.column(j)) || !items_.has_unit(j)) continue;
+      if (!has_state(chunk, j)) continue;
       static_cast<Number*>(p_.dh0)[place_of_state(chunk, j, 1, 0)] = gpu::from_float<Number>(gradient(chunk, 0, j));
       for (int k = 0; k < C::kStates; ++k) p_.dc0[place_of_state(chunk, j, C::kStates, k)] = gradient(chunk, 1 + k, j);
     }
-  }
-
-  FASTSEQ_DEVICE bool works(int chunk, int j, int t) const {
-    return items_.exists(j) && rows_.active(chunk, items_.column(j), t) && items_.has_unit(j);
   }
 
   // Reads what a step needs ahead of the moment that needs it.
@@ -116,9 +91,9 @@ class BackwardStep {
     FASTSEQ_UNROLL
     for (int j = 0; j < kItems; ++j) {
       if (!works(chunk, j, t)) continue;
-      const int column = items_.column(j), unit = items_.hidden_unit(j), before = rows_.before(chunk, column, t);
+      const int column = items_.column(j), before = rows_.before(chunk, column, t);
       const int64_t row = rows_.row(chunk, column, t);
-      const auto at = [&](int numbers, int which) { return place_of(p_.walk, row, place_.lane, numbers, which, unit); };
+      const auto at = [&](int numbers, int which) { return place_in_row(row, j, numbers, which); };
       Inputs& in = in_[j];
       in.dy = p_.dy ? gpu::to_float(static_cast<const Number*>(p_.dy)[at(1, 0)]) : 0.0f;
       in.h = gpu::to_float(static_cast<const Number*>(p_.y)[at(1, 0)]);
@@ -131,9 +106,9 @@ class BackwardStep {
       }
       if (before >= 0) {
         const int64_t row_before = rows_.row(chunk, column, before);
-        in.h_before = gpu::to_float(static_cast<const Number*>(p_.y)[place_of(p_.walk, row_before, place_.lane, 1, 0, unit)]);
+        in.h_before = gpu::to_float(static_cast<const Number*>(p_.y)[place_in_row(row_before, j, 1, 0)]);
         FASTSEQ_UNROLL
-        for (int k = 0; k < C::kStates; ++k) in.c_before[k] = p_.c[place_of(p_.walk, row_before, place_.lane, C::kStates, k, unit)];
+        for (int k = 0; k < C::kStates; ++k) in.c_before[k] = p_.c[place_in_row(row_before, j, C::kStates, k)];
       } else {
         in.h_before = p_.h0 ? gpu::to_float(static_cast<const Number*>(p_.h0)[place_of_state(chunk, j, 1, 0)]) : 0.0f;
         FASTSEQ_UNROLL
@@ -163,7 +138,7 @@ class BackwardStep {
       const Inputs& in = in_[j];
       float vectors[kVectors], dc[kStates], dc_before[kStates], dx[C::kGates], dr[C::kGates], dh_direct;
       FASTSEQ_UNROLL
-      for (int v = 0; v < C::kVectors; ++v) vectors[v] = vectors_[v * p_.split.units() + unit];
+      for (int v = 0; v < C::kVectors; ++v) vectors[v] = vectors_[(v << split_.unit_bits) + unit];
       FASTSEQ_UNROLL
       for (int k = 0; k < C::kStates; ++k) dc[k] = gradient(chunk, 1 + k, j) + in.dc[k];
       C::backward(gradient(chunk, 0, j) + in.dy, dc, in.saved, vectors, in.h_before, in.c_before, in.h, in.c, dx, dr, dh_direct, dc_before);
@@ -175,32 +150,21 @@ class BackwardStep {
       for (int g = 0; g < C::kGates; ++g) {
         const Number sent = gpu::from_float<Number>(dr[g]);
         engine_.own(chunk, unit, column, g) = sent;
-        const int64_t at = place_of(p_.walk, row, place_.lane, C::kGates, g, items_.hidden_unit(j));
-        static_cast<Number*>(p_.dgates)[at] = gpu::from_float<Number>(dx[g]);
+        static_cast<Number*>(p_.dgates)[place_in_row(row, j, C::kGates, g)] = gpu::from_float<Number>(dx[g]);
         const int own = g - (C::kGates - C::kOwnRecurrent);
-        if (own >= 0) {
-          const int64_t there = place_of(p_.walk, row, place_.lane, C::kOwnRecurrent, own, items_.hidden_unit(j));
-          static_cast<Number*>(p_.drecurrent)[there] = sent;
-        }
+        if (own >= 0) static_cast<Number*>(p_.drecurrent)[place_in_row(row, j, C::kOwnRecurrent, own)] = sent;
       }
     }
   }
 
   const BackwardParams& p_;
-  const Place place_;
-  Engine_ engine_;
-  const Items<kColumns> items_;
-  float* states_;   // [chunks][1 + K][items]
-  float* vectors_;  // [V][U]
-  const Rows<kColumns> rows_;
-  gpu::Mbarrier* arrived_;
   Inputs in_[kItems];  // of the chunk in work
 };
 
 template <template <class> class CellOf, class Tile, int kTiles>
 FASTSEQ_KERNEL(kThreads) backward_kernel(FASTSEQ_PARAMETERS BackwardParams p) {
   gpu::Smem smem;
-  BackwardStep<CellOf, Tile, kTiles>(p, smem).run();
+  BackwardStep<CellOf<Math<Tile::kExact>>, Tile, kTiles>(p, smem).run();
 }
 
 }  // namespace fastseq::recurrent

@@ -69,9 +69,4 @@ class Items {
 // Of a thread in a chunk.
 constexpr int most_items(int gates, int columns) { return (most_units(gates) * columns + kThreads - 1) / kThreads; }
 
-// Where number `which` of a unit lies in a tensor [rows, D, numbers * H].
-FASTSEQ_DEVICE int64_t place_of(const Walk& walk, int64_t row, int lane, int numbers, int which, int unit) {
-  return (row * walk.lanes + lane) * numbers * walk.hidden + int64_t{which} * walk.hidden + unit;
-}
-
 }  // namespace fastseq::recurrent

@@ -13,17 +13,28 @@ using torch::headeronly::ScalarType;
 // Checks what the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
 class Arguments {
  public:
-  Arguments(const std::string& cell, const std::string& precision, const std::vector<int64_t>& plan, const Tensor& rows, const Walk& walk)
-      : walk_(walk), device_(rows.get_device_index()) {
+  Arguments(const std::string& cell, const std::string& precision, const std::vector<int64_t>& plan, const Tensor& y,
+            const std::optional<Tensor>& starts, const std::optional<Tensor>& lengths, Walk sizes)
+      : walk(sizes), device_(y.get_device_index()) {
     STD_TORCH_CHECK(find(cell, cell_), "there is no CUDA kernel for cell ", cell);
     STD_TORCH_CHECK(find(precision, precision_), "precision ", precision, " is none of fp16, bf16, tf32, ieee");
     STD_TORCH_CHECK(plan.size() == kPlanNumbers, "recurrent: a plan has ", kPlanNumbers, " numbers, got ", plan.size());
     plan_ = plan_of(plan);
-    narrow_ = precision_ == Precision::kHalf ? ScalarType::Half : precision_ == Precision::kBfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+    facts = facts_of(cell_);
+    narrow = precision_ == Precision::kHalf       ? ScalarType::Half
+             : precision_ == Precision::kBfloat16 ? ScalarType::BFloat16
+                                                  : ScalarType::Float;
+    units = int64_t{walk.lanes} * walk.hidden, states = walk.batch * units;
+    all = units ? y.numel() / units * units : 0;
+    walk.starts = take<int64_t>(starts, ScalarType::Long, walk.steps, "starts");
+    walk.lengths = take<int64_t>(lengths, ScalarType::Long, walk.batch, "lengths");
+    STD_TORCH_CHECK(walk.starts || all == walk.steps * states, "recurrent: y has ", y.numel(), " elements, not T x B x D x H");
   }
 
-  ScalarType narrow() const { return narrow_; }
-  CellFacts facts() const { return facts_of(cell_); }
+  Walk walk;
+  CellFacts facts;
+  ScalarType narrow;
+  int64_t units, states, all;  // D H; of all sequences; of all rows
 
   // Null for none and for an empty one; `elements` if there is one.
   template <class T = void>
@@ -36,6 +47,12 @@ class Arguments {
     return static_cast<T*>(tensor->mutable_data_ptr());
   }
 
+  // The same, but it must be there.
+  void* need(const Tensor& tensor, ScalarType type, int64_t elements, const char* name) const {
+    STD_TORCH_CHECK(tensor.numel() == elements, "recurrent: ", name, " must have ", elements, " elements, got ", tensor.numel());
+    return take(tensor, type, elements, name);
+  }
+
   Meeting meeting(const Tensor& operands, const Tensor& flags) const {
     return {take(operands, ScalarType::Byte, plan_.teams * plan_.operand_bytes, "operands"),
             take<uint32_t>(flags, ScalarType::Int, int64_t{plan_.teams} * plan_.split.ctas, "flags")};
@@ -43,7 +60,7 @@ class Arguments {
 
   template <class Params>
   void run_on_stream(const Params& params) const {
-    if (walk_.batch == 0 || walk_.hidden == 0) return;
+    if (walk.batch == 0 || walk.hidden == 0) return;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA streams");
     void* stream = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, "torch has no current CUDA stream for device ", device_);
@@ -54,12 +71,10 @@ class Arguments {
   }
 
  private:
-  Walk walk_;
   int32_t device_;
   Cell cell_{};
   Precision precision_{};
   Plan plan_;
-  ScalarType narrow_;
 };
 
 Walk sizes(int64_t steps, int64_t batch, int64_t lanes, int64_t hidden, int64_t reverse) {
@@ -76,21 +91,15 @@ void recurrent_cuda_forward(std::string cell, std::string precision, std::vector
                             Tensor c_n, Tensor c, Tensor gates, std::optional<Tensor> starts, std::optional<Tensor> lengths,
                             int64_t steps, int64_t batch, int64_t lanes, int64_t hidden, int64_t reverse, Tensor operands,
                             Tensor flags) {
-  Walk walk = sizes(steps, batch, lanes, hidden, reverse);
-  const Arguments a(cell, precision, plan, x_gates, walk);
-  const CellFacts facts = a.facts();
-  const ScalarType narrow = a.narrow(), wide = ScalarType::Float;
-  const int64_t units = lanes * hidden, states = batch * units;
-  const int64_t rows = units ? y.numel() / units : 0;
-  walk.starts = a.take<int64_t>(starts, ScalarType::Long, steps, "starts");
-  walk.lengths = a.take<int64_t>(lengths, ScalarType::Long, batch, "lengths");
-  STD_TORCH_CHECK(walk.starts || rows == steps * batch, "recurrent: y has ", rows, " rows, not steps x batch");
+  const Arguments a(cell, precision, plan, y, starts, lengths, sizes(steps, batch, lanes, hidden, reverse));
+  const CellFacts facts = a.facts;
+  const ScalarType narrow = a.narrow, wide = ScalarType::Float;
   a.run_on_stream(ForwardParams{
-      a.take(x_gates, narrow, rows * units * facts.gates, "x_gates"), a.take(weight, narrow, units * facts.gates * hidden, "weight"),
-      a.take(vectors, narrow, units * facts.vectors, "vectors"), a.take(h0, narrow, states, "h0"),
-      a.take<float>(c0, wide, states * facts.states, "c0"), a.take(y, narrow, rows * units, "y"), a.take(h_n, narrow, states, "h_n"),
-      a.take<float>(c_n, wide, states * facts.states, "c_n"), a.take<float>(c, wide, rows * units * facts.states, "c"),
-      a.take(gates, narrow, rows * units * facts.saved, "gates"), walk, {}, a.meeting(operands, flags)});
+      a.need(x_gates, narrow, a.all * facts.gates, "x_gates"), a.need(weight, narrow, a.units * facts.gates * hidden, "weight"),
+      a.take(vectors, narrow, a.units * facts.vectors, "vectors"), a.take(h0, narrow, a.states, "h0"),
+      a.take<float>(c0, wide, a.states * facts.states, "c0"), a.need(y, narrow, a.all, "y"), a.need(h_n, narrow, a.states, "h_n"),
+      a.take<float>(c_n, wide, a.states * facts.states, "c_n"), a.take<float>(c, wide, a.all * facts.states, "c"),
+      a.take(gates, narrow, a.all * facts.saved, "gates"), a.walk, {}, a.meeting(operands, flags)});
 }
 
 void recurrent_cuda_backward(std::string cell, std::string precision, std::vector<int64_t> plan, std::optional<Tensor> dy,
@@ -99,24 +108,18 @@ void recurrent_cuda_backward(std::string cell, std::string precision, std::vecto
                              Tensor gates, Tensor dgates, Tensor drecurrent, Tensor dh0, Tensor dc0, std::optional<Tensor> starts,
                              std::optional<Tensor> lengths, int64_t steps, int64_t batch, int64_t lanes, int64_t hidden,
                              int64_t reverse, Tensor operands, Tensor flags) {
-  Walk walk = sizes(steps, batch, lanes, hidden, reverse);
-  const Arguments a(cell, precision, plan, y, walk);
-  const CellFacts facts = a.facts();
-  const ScalarType narrow = a.narrow(), wide = ScalarType::Float;
-  const int64_t units = lanes * hidden, states = batch * units;
-  const int64_t rows = units ? y.numel() / units : 0;
-  walk.starts = a.take<int64_t>(starts, ScalarType::Long, steps, "starts");
-  walk.lengths = a.take<int64_t>(lengths, ScalarType::Long, batch, "lengths");
-  STD_TORCH_CHECK(walk.starts || rows == steps * batch, "recurrent: y has ", rows, " rows, not steps x batch");
+  const Arguments a(cell, precision, plan, y, starts, lengths, sizes(steps, batch, lanes, hidden, reverse));
+  const CellFacts facts = a.facts;
+  const ScalarType narrow = a.narrow, wide = ScalarType::Float;
   a.run_on_stream(BackwardParams{
-      a.take(dy, narrow, rows * units, "dy"), a.take(dh_n, narrow, states, "dh_n"),
-      a.take<float>(dc_n, wide, states * facts.states, "dc_n"), a.take<float>(dc, wide, rows * units * facts.states, "dc"),
-      a.take(weight, narrow, units * facts.gates * hidden, "weight"), a.take(vectors, narrow, units * facts.vectors, "vectors"),
-      a.take(h0, narrow, states, "h0"), a.take<float>(c0, wide, states * facts.states, "c0"), a.take(y, narrow, rows * units, "y"),
-      a.take<float>(c, wide, rows * units * facts.states, "c"), a.take(gates, narrow, rows * units * facts.saved, "gates"),
-      a.take(dgates, narrow, rows * units * facts.gates, "dgates"),
-      a.take(drecurrent, narrow, rows * units * facts.own_recurrent, "drecurrent"), a.take(dh0, narrow, states, "dh0"),
-      a.take<float>(dc0, wide, states * facts.states, "dc0"), walk, {}, a.meeting(operands, flags)});
+      a.take(dy, narrow, a.all, "dy"), a.take(dh_n, narrow, a.states, "dh_n"),
+      a.take<float>(dc_n, wide, a.states * facts.states, "dc_n"), a.take<float>(dc, wide, a.all * facts.states, "dc"),
+      a.need(weight, narrow, a.units * facts.gates * hidden, "weight"), a.take(vectors, narrow, a.units * facts.vectors, "vectors"),
+      a.take(h0, narrow, a.states, "h0"), a.take<float>(c0, wide, a.states * facts.states, "c0"), a.need(y, narrow, a.all, "y"),
+      a.take<float>(c, wide, a.all * facts.states, "c"), a.take(gates, narrow, a.all * facts.saved, "gates"),
+      a.need(dgates, narrow, a.all * facts.gates, "dgates"),
+      a.take(drecurrent, narrow, a.all * facts.own_recurrent, "drecurrent"), a.need(dh0, narrow, a.states, "dh0"),
+      a.take<float>(dc0, wide, a.states * facts.states, "dc0"), a.walk, {}, a.meeting(operands, flags)});
 }
 
 }  // namespace fastseq::recurrent

@@ -73,7 +73,8 @@ def plain(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         for size, zoneout in zip((width, case.hidden), case.zoneout, strict=True):
             drawn = case.training and zoneout > 0
             shape = (*leading, lanes, size)
-            holds.append(torch.empty(shape, dtype=torch.bool).bernoulli_(zoneout).flatten(0, -3) if drawn else None)
+            held = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(zoneout) if drawn else None
+            holds.append(None if held is None else held.flatten(0, -3))
         ys = []
         for lane in range(lanes):
             suffix = f"_l{layer}" + ("_reverse" if lane else "")

@@ -20,7 +20,7 @@ from fastseq.benchmarks.timing import Effort
 from fastseq.benchmarks.workloads import Metric
 
 GRADIENT = Experiment("lstm", 6, 16, 8, 8, dtype="float64", task="gradient", seeds=2)
-RECALL = Experiment("attention", 5, 32, 16, 16, task="recall", budget=80, seeds=2, heads=2)
+RECALL = Experiment("attention", 5, 16, 16, 16, task="recall", budget=80, seeds=2, heads=2, rate=1e-2)
 
 
 class Fades(nn.Module):

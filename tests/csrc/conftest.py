@@ -18,8 +18,8 @@ def host_program(name: str, sanitizer: str = "plain", *others: str, **where) -> 
         pytest.skip(str(reason))
 
 
-def gpu_program(name: str, capability: tuple[int, int]) -> Path:
+def gpu_program(name: str, capability: tuple[int, int], *flags: str) -> Path:
     try:
-        return build.gpu_program(name, capability)
+        return build.gpu_program(name, capability, *flags)
     except build.Unavailable as reason:
         pytest.skip(str(reason))

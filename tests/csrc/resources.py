@@ -30,9 +30,12 @@ REGISTERS = 255  # that a thread can have
 RESERVED = 1 << 10  # bytes of shared memory that the system takes of each block; the compiler counts them from sm_90 on
 TILES = {"Half": "fp16", "Bfloat16": "bf16", "TileTf32": "tf32", "TileFloat": "fp32"}
 PRODUCTS = {"fp16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32", "fp32": "FFMA"}
-WORDS_OF_A_THREAD = "addresses and sums beside the weights that a wide tile keeps in registers: a few words a step, from L1"
+ADDRESSES = "addresses and counters of a step, read before and after its products: weights have the registers"
 REASONS = (  # words of a key, bytes that a thread may spill, and why
-    ("wide", 96, WORDS_OF_A_THREAD),
+    ("fp16 wide", 64, ADDRESSES),
+    ("bf16 wide", 64, ADDRESSES),
+    ("tf32 wide", 8, ADDRESSES),
+    ("fp32", 64, ADDRESSES),
 )
 
 
@@ -155,16 +158,16 @@ def judged(rows: dict[str, Row], toolkit: int, where: Iterable[str]) -> dict[str
     return {key: faults for key, faults in found.items() if faults}
 
 
-def products(file: Path, wanted: Iterable[Kernel]) -> dict[str, set[str]]:
-    """The instructions that multiply in each of these kernels, from their machine code."""
-    found: dict[str, set[str]] = {}
+def instructions(file: Path, wanted: Iterable[Kernel]) -> dict[str, list[str]]:
+    """What multiplies and what moves spilled words in each of these kernels, in the order of their machine code."""
+    found: dict[str, list[str]] = {}
     chosen = list(wanted)
     for architecture in dict.fromkeys(kernel.architecture for kernel in chosen):
         keys = {kernel.symbol: kernel.key for kernel in chosen if kernel.architecture == architecture}
         text = said(tool("cuobjdump"), "-sass", "-arch", architecture, "-fun", ",".join(keys), file)
-        for part in re.split(r"Function : ", text)[1:]:
+        for part in text.split("Function : ")[1:]:
             symbol, code = part.split(None, 1)
-            found[keys[symbol]] = set(re.findall(r"\b(\w*MMA[\w.]*|FFMA)", code))
+            found[keys[symbol]] = re.findall(r"\b([A-Z]+MMA[\w.]*|FFMA|LDL|STL)", code)
     return found
 
 

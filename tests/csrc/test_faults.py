@@ -150,7 +150,7 @@ FAULTS = [
         WRONG,
         file=BACKWARD,
     ),
-    engine("units beyond H", " && items_.has_unit(j);\n  }\n\n  // Reads the", ";\n  }\n\n  // Reads the", WRONG, file=FORWARD),
+    engine("units beyond H", "items_.column(j), t) && items_.has_unit(j)", "items_.column(j), t)", WRONG, file="step.cuh"),
     engine(
         "no room for barriers", "gpu::piece_bytes<gpu::Mbarrier>(2)", "0", "bytes of shared memory, launched with", file=LAYOUT
     ),

@@ -79,7 +79,7 @@ ON_GPUS = ("test_prims", "exchange", "recurrent")
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_compiles_for_a_gpu(name, capability):
-    gpu_program(name, capability)
+    gpu_program(name, capability, "-Werror=all-warnings")
 
 
 @pytest.mark.gpu

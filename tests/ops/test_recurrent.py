@@ -289,10 +289,3 @@ class TestCpuKernels:
         torch_result, _ = nn.LSTM(4, 8, dtype=torch.bfloat16)(x.bfloat16())
         assert cells.dtype == torch_result.dtype
         assert_close_to_truth(cells, truth.bfloat16(), truth, "c", 4)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("case", RECURRENT_CASES, ids=str)
-def test_triton_on_a_gpu(case, dtype):
-    TestRecurrent().check(case, dtype, "triton", "cuda")
