@@ -174,3 +174,17 @@ def test_a_gpus_rounding_is_that_of_the_products_that_the_function_makes(tf32):
     assert gate.rounding(replace(layer, device="cpu")) == ieee
     with layer.settings():
         assert gate.rounding(layer) == ieee  # what every suite runs under
+
+
+def test_fp64_is_held_to_torchs_error_in_fp32_at_its_own_rounding_step():
+    """There is no finer truth: torch in fp64 is the reference itself, and others round in another order."""
+    w = Workload("lstm", 40, 3, 16, 16, "training", dtype="float64")
+
+    class Off(nn.LSTM):
+        def forward(self, x, hx=None):
+            y, state = super().forward(x, hx)
+            return y * (1 + 1e-13), state
+
+    right = gate.check(lambda s: (PROVIDERS["fastseq.LSTM"].build(s), "time"), w)
+    assert right.ok and 0 < right.error <= right.bound < 1e-14
+    assert not gate.check(lambda s: (Off(s.I, s.H), "time"), w).ok

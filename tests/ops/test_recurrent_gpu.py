@@ -103,6 +103,12 @@ def ran(inputs: dict, backend: str, given: list[Tensor] | None = None) -> list[T
         return [*outputs, *torch.autograd.grad(outputs, list(differentiable(inputs).values()), given)]
 
 
+def drawn(inputs: dict) -> list[Tensor]:
+    """Random gradients of the outputs."""
+    with torch.no_grad():
+        return [torch.randn_like(out) for out in Battery().run(inputs)]
+
+
 def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -167,7 +173,7 @@ def test_real_plans(cell, hidden, batch, precision, precise):
     "case",
     [
         RecurrentCase("lstm", steps=3, batch=1024, input=32, hidden=1024),  # teams that meet through flags, launch after launch
-        RecurrentCase("gru", steps=3, batch=8192, input=32, hidden=32, bidirectional=True),  # more CTAs than run at a time
+        RecurrentCase("lstm", steps=3, batch=4096, input=32, hidden=32),  # teams of one CTA, more of them than run at a time
     ],
     ids=str,
 )
@@ -179,7 +185,10 @@ def test_several_waves(case, precise):
     with fastseq.use_backend("cuda"):
         plans = fastseq.explain(battery.run, inputs).notes
     teams, ctas = (int(word) for word in plans[0][0].replace("teams of ", "").split()[:2])
-    assert teams * ctas > torch.cuda.get_device_properties("cuda").multi_processor_count, plans
+    chip = torch.cuda.get_device_properties("cuda")
+    if (chip.major, chip.minor) != (9, 0) and teams * ctas <= chip.multi_processor_count:
+        pytest.skip(f"one wave on this device: {plans[0][0]}")  # on a Hopper there must be more
+    assert teams * ctas > chip.multi_processor_count, plans
     battery.check(case, dtype, "cuda", "cuda")
 
 
@@ -267,25 +276,24 @@ def test_another_stream(call):
 def test_two_streams_at_once(call):
     """Kernels whose CTAs wait for each other neither mix nor block one another."""
     backend, inputs = call
-    expected = ran(inputs, backend)
-    other = Battery().make(replace(MIDDLING, batch=7), inputs["x"].dtype, "cuda", seed=3)
-    expected_other = ran(other, backend)
-    torch.cuda.synchronize()
+    both = inputs, Battery().make(replace(MIDDLING, batch=7), inputs["x"].dtype, "cuda", seed=3)
+    given = [drawn(own) for own in both]  # nothing in between waits for the device
+    expected = [ran(own, backend, gradients) for own, gradients in zip(both, given, strict=True)]
     streams = torch.cuda.Stream(), torch.cuda.Stream()
-    found: tuple[list, list] = ([], [])
-    for _ in range(20):
-        for stream, own, results in zip(streams, (inputs, other), found, strict=True):
-            with torch.cuda.stream(stream):
-                results.append(ran(own, backend))
     torch.cuda.synchronize()
-    for results, wanted in zip(found, (expected, expected_other), strict=True):
+    found: list[list[list[Tensor]]] = [[], []]
+    for _ in range(20):
+        for stream, own, gradients, results in zip(streams, both, given, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(ran(own, backend, gradients))
+    torch.cuda.synchronize()
+    for results, wanted in zip(found, expected, strict=True):
         assert all(same(result, wanted) for result in results)
 
 
 def test_a_graph_is_captured_and_replayed_with_other_inputs(call):
     backend, inputs = call
-    with torch.no_grad():
-        given = [torch.randn_like(out) for out in ran(inputs, backend)[:3]]
+    given = drawn(inputs)
     others = [Battery().make(MIDDLING, inputs["x"].dtype, "cuda", seed=seed) for seed in (5, 6)]
     expected = [ran(other, backend, given) for other in others]
     torch.cuda.synchronize()
