@@ -19,7 +19,7 @@ import torch
 from . import limits
 from .attention import AttentionWorkload
 from .cells import CellWorkload
-from .limits import LimitWorkload
+from .limits import EXCHANGES, LimitWorkload
 from .timing import Clock, GraphClock, clock_for
 from .workloads import GATES, Workload
 
@@ -160,7 +160,7 @@ def _work(w: Workload, peaks: Peaks) -> Floor:
 
 def _limit(w: LimitWorkload, peaks: Peaks) -> Floor:
     """By the same program, measured apart from this one."""
-    if w.function == "launch":
+    if w.function == "launch" or w.function in EXCHANGES:
         return Floor(0.0, "launch", "")
     if w.function == "product":
         return Floor(w.amount / peaks.gemm, "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")

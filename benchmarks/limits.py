@@ -4,6 +4,9 @@ read     one buffer again and again, each thread its share, as recurrent weights
 copy     one buffer into another
 product  a square matrix product of random numbers: the arithmetic within reach of a torch program
 launch   the shortest operator
+grid barrier, cluster barrier, grid hand-off, cluster hand-off
+         CTAs of one kernel that wait for each other, or pass a state on, in every one of T steps: through flags in global
+         memory, or in a cluster (csrc/limits)
 
 Letters: T times in a row, B threads that share a buffer, H KiB of it or order of the matrices.
 """
@@ -27,12 +30,9 @@ READ_TOTAL = {"cpu": 48 << 20, "cuda": 2 << 30}
 COPY_TOTAL = {"cpu": 64 << 20, "cuda": 1 << 30}
 LAUNCHES = 100
 SAMPLES = 64  # rows of a result that are compared
-# Exchanges between the multiprocessors of a GPU within one kernel, which bound a sequence that runs in one launch.
-NOT_INSTALLED = {
-    "grid barrier": "a kernel whose blocks wait for each other across the whole GPU",
-    "cluster barrier": "a kernel whose blocks wait for each other within a cluster",
-    "state hand-off": "a kernel whose blocks pass a state on at every step",
-}
+EXCHANGE_STEPS = 2000
+HAND_OFF_VECTORS = 32  # of 16 bytes: the bf16 states of 8 sequences in 32 units, as a CTA of a persistent LSTM passes them on
+HAND_OFF_CTAS = 16
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class LimitWorkload(Workload):
 
     def torch_results(self, problem: LimitProblem, dtype: torch.dtype, device: str, *, in_parts: bool) -> dict[str, Tensor]:
         """In parts: by the definition, and only what is compared."""
-        if not in_parts:
+        if not in_parts and self.function not in EXCHANGES:
             return results_of(LimitCall(PROGRAMS[self.function], problem, dtype=dtype, device=device))
         return {"result": _truth(self, problem.a)}
 
@@ -107,7 +107,7 @@ def launch(device: str, threads: int) -> LimitWorkload:
 
 
 def exchange(device: str, name: str, threads: int) -> LimitWorkload:
-    return LimitWorkload(name, 1, 1, 1, 1, threads=threads, device=device)
+    return LimitWorkload(name, EXCHANGE_STEPS, 1, 1, 1, threads=threads, device=device)
 
 
 @dataclass
@@ -140,7 +140,30 @@ def _launch(w: LimitWorkload, a: Tensor) -> Callable[[], Tensor]:
     return lambda: [out.fill_(1.0) for _ in range(w.T)][-1]
 
 
-PROGRAMS: dict[str, Program] = {"read": _read, "copy": _copy, "product": _product, "launch": _launch}
+def _exchange(w: LimitWorkload, a: Tensor) -> Callable[[], Tensor]:
+    limits = _gpu_limits(a.device)
+    ctas = limits.multiprocessors if w.function == "grid barrier" else HAND_OFF_CTAS
+    if w.function.startswith("cluster"):
+        ctas = min(ctas, limits.cluster)
+    flags, results = (torch.zeros(ctas, dtype=torch.int32, device=a.device) for _ in range(2))
+    operands = torch.empty(32 * ctas * HAND_OFF_VECTORS, dtype=torch.uint8, device=a.device)
+
+    def run() -> Tensor:
+        flags.zero_()
+        torch.ops.fastseq_native.exchange(w.function, w.T, ctas, HAND_OFF_VECTORS, flags, operands, results)
+        return results
+
+    return run
+
+
+EXCHANGES = ("grid barrier", "cluster barrier", "grid hand-off", "cluster hand-off")
+PROGRAMS: dict[str, Program] = {
+    "read": _read,
+    "copy": _copy,
+    "product": _product,
+    "launch": _launch,
+    **dict.fromkeys(EXCHANGES, _exchange),
+}
 
 
 def _truth(w: LimitWorkload, a: Tensor) -> Tensor:
@@ -148,6 +171,8 @@ def _truth(w: LimitWorkload, a: Tensor) -> Tensor:
         return _sample(a.sum().expand(w.T))
     if w.function == "launch":
         return torch.ones_like(a)
+    if w.function in EXCHANGES:
+        return torch.full_like(a, w.T)  # each CTA counts the steps in what others send it
     return _sample(a) @ a if w.function == "product" else _sample(a)
 
 
@@ -164,6 +189,7 @@ class LimitCall:
         self, program: Program, problem: LimitProblem, *, dtype: torch.dtype | None = None, device: str | None = None
     ) -> None:
         w = problem.workload
+        self.counts = w.function in EXCHANGES
         self.run = program(w, problem.a.to(device or w.device, dtype or w.torch_dtype))
 
     def context(self) -> torch.inference_mode:
@@ -171,18 +197,31 @@ class LimitCall:
 
     def outputs(self) -> dict[str, Tensor]:
         with self.context():
-            return {"result": _sample(self.run()).clone()}
+            result = self.run()
+            # the CTA that counted least
+            return {"result": result.min().float().view(1) if self.counts else _sample(result).clone()}
 
 
-def _missing(what: str) -> Callable[[Workload], str]:
-    return lambda w: f"not installed: the library has no kernel for this alone; it needs {what}"
+def _gpu_limits(device: torch.device) -> Any:
+    from fastseq.backends.cuda import recurrent
+
+    return recurrent.GPU.device(device)
+
+
+def _obstacle(w: Workload) -> str:
+    from fastseq.backends import cuda
+
+    reason = "it runs on a GPU" if w.kind != "cuda" else cuda.available()
+    if not reason and w.function.startswith("cluster") and not _gpu_limits(torch.device(w.device)).cluster:
+        reason = "this GPU has no thread-block clusters"
+    return reason or ""
 
 
 NAMES = {"read": "torch.sum", "copy": "Tensor.copy_", "product": "torch.mm", "launch": "Tensor.fill_"}
 LIMIT_PROVIDERS = {
     p.name: p
     for p in (
-        *(Provider(NAMES[function], function, "", lambda w: PROGRAMS[w.function]) for function in PROGRAMS),
-        *(Provider(name, name, "", lambda w: None, _missing(what)) for name, what in NOT_INSTALLED.items()),
+        *(Provider(name, function, "", lambda w: PROGRAMS[w.function]) for function, name in NAMES.items()),
+        *(Provider(f"fastseq {name}", name, "", lambda w: PROGRAMS[w.function], _obstacle) for name in EXCHANGES),
     )
 }

@@ -4,6 +4,7 @@
 #include "common/build.h"
 #include "common/device.h"
 #include "cpu/recurrent.h"
+#include "limits/exchange_op.h"
 #include "recurrent/recurrent.h"
 
 STABLE_TORCH_LIBRARY(fastseq_native, m) {
@@ -35,6 +36,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor weight, Tensor? vectors, Tensor? h0, Tensor? c0, Tensor y, Tensor c, Tensor gates, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) dh0, Tensor(d!) dc0, Tensor? starts, Tensor? lengths, int steps, int batch, int lanes, "
       "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags) -> ()");
+  m.def("exchange(str kind, int steps, int ctas, int vectors, Tensor(a!) flags, Tensor(b!) operands, Tensor(c!) results) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
@@ -44,6 +46,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
 
 #if defined(FASTSEQ_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CUDA, m) {
+  m.impl("exchange", TORCH_BOX(&fastseq::limits::exchange_cuda));
   m.impl("recurrent_cuda_forward", TORCH_BOX(&fastseq::recurrent::recurrent_cuda_forward));
   m.impl("recurrent_cuda_backward", TORCH_BOX(&fastseq::recurrent::recurrent_cuda_backward));
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import floors, limits
-from ..limits import NOT_INSTALLED, LimitWorkload
+from ..limits import EXCHANGES, LimitWorkload
 from ..plots import end_labels, log_axes, plain
 from ..presentation import BYTE_UNITS, Card, Cell, Figure, Options, Section, Table, bytes_text, tick_text, time_text
 from ..results import Results, Row
@@ -50,12 +50,12 @@ def plan(options: Options) -> list[Case]:
         found += [limits.product(options.device, order, n, **p) for p, order in product(precisions.values(), orders)]
         found.append(limits.launch(options.device, n))
     if kind == "cuda":
-        found += [limits.exchange(options.device, name, threads[-1]) for name in NOT_INSTALLED]
+        found += [limits.exchange(options.device, name, threads[-1]) for name in EXCHANGES]
     return [_case(w, effort) for w in found]
 
 
 def _case(w: LimitWorkload, effort: Effort) -> Case:
-    group = "exchange" if w.function in NOT_INSTALLED else w.function
+    group = "exchange" if w.function in EXCHANGES else w.function
     name = next(p.name for p in limits.LIMIT_PROVIDERS.values() if p.function == w.function)
     return Case(NAME, group, (Participant(name, w),), effort)
 
@@ -75,7 +75,7 @@ def derive(results: Results) -> dict[str, Any]:
     return {
         "products": _best_products(rows),
         "launches": [_launch(row) for row in rows if row.function == "launch" and row.ok],
-        "not installed": [row.function for row in rows if row.group == "exchange" and not row.ok],
+        "exchanges": {row.function: row.seconds / row.T for row in rows if row.group == "exchange" and row.ok},
         "disagreeing": [_name(row) for row in _peak_rows(rows) if row.floor and abs(row.of_floor - 1) > AGREE],
     }
 
@@ -93,7 +93,7 @@ def _best_products(rows: list[Row]) -> dict[str, float]:
 def _peak_rows(rows: list[Row]) -> list[Row]:
     """Those with a time, of products the fastest order only: a peak is that of the best."""
     fastest: dict[tuple[Any, ...], Row] = {}
-    for row in sorted((row for row in rows if rate(row)), key=lambda row: rate(row) or 0.0):
+    for row in sorted((row for row in rows if rate(row) and row.group != "exchange"), key=lambda row: rate(row) or 0.0):
         fastest[row.function, row.threads, precision(row), None if row.function == "product" else row.H] = row
     return [row for row in rows if row in fastest.values()]
 
@@ -191,12 +191,16 @@ def _launches(derived: dict[str, Any]) -> Table:
 def _exchanges(rows: list[Row]) -> Table:
     """Rows without a time say why."""
     body: list[list[Cell | str]] = [
-        [row.function, time_text(row.seconds) if row.ok else Cell("not installed", "weak"), row.reason or ""]
+        [row.function, time_text(row.seconds / row.T) if row.ok else Cell(row.status, "weak"), row.reason or ""]
         for row in rows
         if row.group == "exchange"
     ]
-    note = "They bound a sequence that runs in one launch; without them the floors of such kernels are lower than they could be."
-    return Table("Exchange between multiprocessors within a kernel", ["", "seconds", ""], body, note)
+    note = (
+        f"Of one step, in a kernel of {limits.EXCHANGE_STEPS}: a barrier of all multiprocessors or of a cluster; a state of "
+        f"{limits.HAND_OFF_CTAS} x {16 * limits.HAND_OFF_VECTORS} bytes that every CTA gets from all. They bound a sequence in "
+        "one launch."
+    )
+    return Table("Exchange between multiprocessors within a kernel", ["", "of a step", ""], body, note)
 
 
 def _disagreeing(derived: dict[str, Any], rows: list[Row]) -> Table:
@@ -213,7 +217,11 @@ def _figure(rows: list[Row]) -> Figure:
         "products of random numbers, the best order of each precision.",
         lambda canvas, theme: _draw(canvas, theme, rows),
         (11.5, 4.2),
-        alt="; ".join(f"{_name(row)}: {_rate_text(rate(row), limits.AMOUNTS[row.function] + '/s')}" for row in rows if row.ok),
+        alt="; ".join(
+            f"{_name(row)}: {_rate_text(rate(row), limits.AMOUNTS[row.function] + '/s')}"
+            for row in rows
+            if row.ok and row.group != "exchange"
+        ),
     )
 
 

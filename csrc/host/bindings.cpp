@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../limits/exchange.h"
 #include "../recurrent/run.h"
 #include "execution.h"
 
@@ -53,6 +54,13 @@ void backward(const std::string& cell, const std::string& precision, const std::
       pointer<void>(g, "drecurrent"), pointer<void>(g, "dh0"), pointer<float>(g, "dc0"), walk(g), {}, meeting(g)});
 }
 
+void exchange(const std::string& kind, int steps, int ctas, int vectors, uintptr_t flags, uintptr_t operands, uintptr_t results) {
+  const limits::ExchangeParams params{reinterpret_cast<uint32_t*>(flags), reinterpret_cast<void*>(operands),
+                                      reinterpret_cast<uint32_t*>(results), steps, ctas, vectors};
+  const std::string error = limits::exchange(kind, params, nullptr);
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
 py::dict counters() {
   const gpu::host::Counters c = gpu::host::counters();
   py::dict found;
@@ -70,6 +78,7 @@ py::dict counters() {
 PYBIND11_MODULE(fastseq_host, m) {
   m.def("forward", &fastseq::recurrent::forward);
   m.def("backward", &fastseq::recurrent::backward);
+  m.def("exchange", &fastseq::recurrent::exchange);
   m.def("seed", &fastseq::gpu::host::seed);
   m.def("counters", &fastseq::recurrent::counters);
   m.def("reset_counters", &fastseq::gpu::host::reset_counters);

@@ -61,9 +61,7 @@ class Arguments {
   template <class Params>
   void run_on_stream(const Params& params) const {
     if (walk.batch == 0 || walk.hidden == 0) return;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA streams");
-    void* stream = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, "torch has no current CUDA stream for device ", device_);
+    void* stream = current_stream(device_);
     OnDevice guard(device_);
     STD_TORCH_CHECK(guard.status() == cudaSuccess, "cannot use device ", device_, ": ", cudaGetErrorString(guard.status()));
     const char* error = run(plan_, cell_, precision_, params, stream);

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastseq.benchmarks import cli, floors, gate, limits
-from fastseq.benchmarks.limits import LIMIT_PROVIDERS, NOT_INSTALLED, PROGRAMS, LimitWorkload
+from fastseq.benchmarks.limits import EXCHANGES, LIMIT_PROVIDERS, NAMES, LimitWorkload
 from fastseq.benchmarks.presentation import Cell, Options
 from fastseq.benchmarks.runner import Runner
 from fastseq.benchmarks.suites import SUITES
@@ -33,7 +33,7 @@ def table(results, title):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("function", PROGRAMS)
+@pytest.mark.parametrize("function", NAMES)
 def test_every_program_passes_the_gate(function, dtype):
     w = replace(SMALL[function], dtype=dtype)
     (provider,) = (p for p in LIMIT_PROVIDERS.values() if p.function == function)
@@ -66,7 +66,7 @@ def test_what_a_call_does_is_counted():
     assert limits.read("cuda:1", 1024, 8).amount == limits.READ_TOTAL["cuda"]
 
 
-@pytest.mark.parametrize("function", PROGRAMS)
+@pytest.mark.parametrize("function", NAMES)
 def test_a_limit_is_its_own_floor(function):
     w = limits.launch("cpu", 1) if function == "launch" else replace(SMALL[function], H=65536 if function != "product" else 512)
     floor = floors.floor_of(w, PEAKS)
@@ -83,9 +83,9 @@ def test_the_plan(device):
     products = {w.precision for w in found if w.function == "product"}
     assert products == set(suite.PRECISIONS[device])
     if device == "cpu":
-        assert {w.threads for w in found} == {1, 2} and not set(NOT_INSTALLED) & {w.function for w in found}
+        assert {w.threads for w in found} == {1, 2} and not set(EXCHANGES) & {w.function for w in found}
     else:
-        assert {"tf32", "bfloat16"} <= products and set(NOT_INSTALLED) <= {w.function for w in found}
+        assert {"tf32", "bfloat16"} <= products and set(EXCHANGES) <= {w.function for w in found}
     for w in found:
         reference = gate._plain(w)  # a reference is shared by all thread counts
         assert reference.shape == w.shape and reference.amount == w.amount
@@ -118,7 +118,7 @@ def test_rates_and_what_was_not_found_again(synthetic):
     results = synthetic.machine(amounts)
     derived = suite.derive(results)
     assert derived["products"] == pytest.approx({"float32": 2e11, "bfloat16": 2e11, "float64": 2e11})
-    assert [found["eager"] for found in derived["launches"]] == pytest.approx([1e-6, 1e-6]) and not derived["not installed"]
+    assert [found["eager"] for found in derived["launches"]] == pytest.approx([1e-6, 1e-6]) and not derived["exchanges"]
     assert "copy 256 KiB, 1 thread" in derived["disagreeing"] and "copy 128 MiB, 1 thread" not in derived["disagreeing"]
     # The peaks are those of one thread; of the orders only the fastest is looked for again.
     assert [name for name in derived["disagreeing"] if "product float32" in name] == ["product float32 2048, 2 threads"]
@@ -128,20 +128,23 @@ def test_rates_and_what_was_not_found_again(synthetic):
     assert table(results, "Exchange") is None and text(table(results, "Launches").rows[0][1]) == "1.00 µs"
 
 
-def test_what_a_gpu_could_tell_has_its_place(synthetic):
+def test_exchanges_between_multiprocessors(synthetic):
+    """A time of one step, or why there is none."""
     results = synthetic.machine(lambda w: 1e12, "cuda")
+    rows = {row.function: row for row in results.rows if row.function in EXCHANGES}
+    assert list(rows) == list(EXCHANGES)
+    for row in rows.values():
+        row.status, row.reason, row.time = "unavailable", "no CUDA device is visible to torch", None
+    hand_off = rows["grid hand-off"]
+    hand_off.status, hand_off.reason, hand_off.time = "ok", None, {"median": hand_off.T * 1.5e-6}
     for row in results.rows:
         if row.function == "launch":
             row.graph = {"median": row.time["median"] / 4}
     derived = suite.derive(results)
-    assert derived["not installed"] == list(NOT_INSTALLED)
+    assert derived["exchanges"] == pytest.approx({"grid hand-off": 1.5e-6})
     lines = {line[0]: line for line in table(results, "Exchange").rows}
-    for name, needs in NOT_INSTALLED.items():
-        assert (
-            text(lines[name][1]) == "not installed" and lines[name][2].startswith("not installed: ") and needs in lines[name][2]
-        )
-        (row,) = (r for r in results.rows if r.function == name)
-        assert row.status == "unavailable" and row.time is None and row.floor is None
+    assert lines["grid hand-off"][1] == "1.50 µs"
+    assert text(lines["cluster barrier"][1]) == "unavailable" and "no CUDA device" in lines["cluster barrier"][2]
     (launch,) = derived["launches"]
     assert launch["graph"] == pytest.approx(launch["eager"] / 4)
 
@@ -163,7 +166,7 @@ def test_every_timed_row_of_every_suite_has_a_floor(name, device):
     for case in SUITES[name].plan(Options(device, "float32", (2,), quick=True)):
         for participant in case.participants:
             w = participant.workload
-            if w.function in NOT_INSTALLED or not case.timed:
+            if not case.timed:
                 continue
             floor = floors.floor_of(w, peaks)
             assert floor.seconds > 0 and floor.bound and floor.note, (participant.provider, w)

@@ -28,9 +28,9 @@ BUILD = ROOT / "build" / "host"
 RUNTIME = tuple(
     f"csrc/host/{name}.cpp" for name in ("context", "choice", "report", "scheduler", "primitives", "fragments", "launch")
 )
-KERNELS = tuple(
-    f"csrc/recurrent/{name}"
-    for name in ("plan.cpp", "kernels_half.cu", "kernels_bfloat16.cu", "kernels_tf32.cu", "kernels_float.cu")
+KERNELS = (
+    "csrc/limits/exchange.cu",
+    *(f"csrc/recurrent/{name}" for name in ("plan.cpp", *(f"kernels_{p}.cu" for p in ("half", "bfloat16", "tf32", "float")))),
 )
 # Kernels read 16-bit numbers as words of 32 bits, and shared memory as what they need.
 COMMON = ("-std=c++20", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror")

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_suffix(".json")
 REGISTERS = 255  # that a thread can have
 RESERVED = 1 << 10  # bytes of shared memory that the system takes of each block; the compiler counts them from sm_90 on
+DIRECTIONS = ("forward", "backward")
 TILES = {"Half": "fp16", "Bfloat16": "bf16", "TileTf32": "tf32", "TileFloat": "fp32"}
 PRODUCTS = {"fp16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32", "fp32": "FFMA"}
 ADDRESSES = "addresses and counters of a step, read before and after its products: weights have the registers"
@@ -104,10 +105,10 @@ def kernels(file: Path) -> list[Kernel]:
 
 
 def words_of(name: str) -> str:
-    """forward lstm bf16 wide"""
+    """forward lstm bf16 wide; of other kernels than the recurrence's the name alone"""
     match = re.search(r"(forward|backward)_kernel<(?:\w+::)*(\w+), (.*), (?:\(int\))?(\d+)>", name)
     if not match:
-        return re.search(r"(\w+)\(", name)[1]
+        return re.sub(r"\(.*", "", name.replace("(anonymous namespace)::", "")).split("::")[-1].split()[-1]
     direction, cell, tile, columns = match.groups()
     words = [direction, re.sub(r"(?<!^)(?=[A-Z])", "_", cell).lower(), TILES[re.findall(r"\w+", tile)[-1]]]
     return " ".join(words + ["wide"] * (int(columns) > 1))
@@ -120,10 +121,16 @@ def architectures() -> list[str]:
 
 
 def expected(where: Iterable[str]) -> set[str]:
-    """Keys of the kernels of some architectures."""
-    sizes = product(("forward", "backward"), CELLS, PRODUCTS, ("", " wide"))
-    names = ["probe", *(f"{direction} {cell} {precision}{wide}" for direction, cell, precision, wide in sizes)]
-    return {f"{name} {architecture}" for name, architecture in product(names, where)}
+    """Keys of the recurrent kernels of some architectures."""
+    sizes = product(DIRECTIONS, CELLS, PRODUCTS, ("", " wide"), where)
+    return {f"{direction} {cell} {precision}{wide} {arch}" for direction, cell, precision, wide, arch in sizes}
+
+
+def unlike(keys: Iterable[str], where: list[str]) -> set[str]:
+    """What these keys lack of, or have beyond, every kernel on every architecture."""
+    found = set(keys)
+    others = {key.rpartition(" ")[0] for key in found if key.split()[0] not in DIRECTIONS}
+    return found ^ (expected(where) | {f"{name} {arch}" for name, arch in product(others, where)})
 
 
 def reason_of(key: str, spilled: int) -> str | None:
