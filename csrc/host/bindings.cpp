@@ -31,10 +31,13 @@ Walk walk(const py::dict& given) {
 Meeting meeting(const py::dict& given) { return {pointer<void>(given, "operands"), pointer<uint32_t>(given, "flags")}; }
 
 template <class Params>
-void run_kernels(const std::string& cell_name, const std::string& precision_name, const std::vector<int64_t>& numbers, const Params& params) {
+void run_kernels(const std::string& cell_name, const std::string& precision_name, const std::vector<int64_t>& numbers,
+                 const Params& params) {
   Cell cell{};
   Precision precision{};
-  if (!find(cell_name, cell) || !find(precision_name, precision)) throw py::value_error("no kernel for " + cell_name + ", " + precision_name);
+  if (!find(cell_name, cell) || !find(precision_name, precision)) {
+    throw py::value_error("no kernel for " + cell_name + ", " + precision_name);
+  }
   const std::string error = run(plan_of(numbers), cell, precision, params, nullptr);
   if (!error.empty()) throw std::runtime_error(error);
 }

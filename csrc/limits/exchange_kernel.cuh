@@ -24,8 +24,8 @@ FASTSEQ_KERNEL(kExchangeThreads) cluster_barrier(FASTSEQ_PARAMETERS ExchangePara
   if (gpu::tid() == 0) p.results[gpu::bid()] = p.steps;
 }
 
-// Every CTA has p.vectors of the state; from the whole state of a step it makes its part of the next, each word one more than one that
-// a CTA sent it.
+// Every CTA has p.vectors of the state; from the whole state of a step it makes its part of the next, each word one more than one
+// that a CTA sent it.
 struct Part {
   const ExchangeParams& p;
   Vec16* own;

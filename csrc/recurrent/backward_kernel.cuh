@@ -141,7 +141,8 @@ class BackwardStep : Step<C, Tile, kTiles, 1, C::kGates, 1 + C::kStates> {
       for (int v = 0; v < C::kVectors; ++v) vectors[v] = vectors_[(v << split_.unit_bits) + unit];
       FASTSEQ_UNROLL
       for (int k = 0; k < C::kStates; ++k) dc[k] = gradient(chunk, 1 + k, j) + in.dc[k];
-      C::backward(gradient(chunk, 0, j) + in.dy, dc, in.saved, vectors, in.h_before, in.c_before, in.h, in.c, dx, dr, dh_direct, dc_before);
+      C::backward(gradient(chunk, 0, j) + in.dy, dc, in.saved, vectors, in.h_before, in.c_before, in.h, in.c, dx, dr, dh_direct,
+                  dc_before);
       gradient(chunk, 0, j) = dh_direct;
       FASTSEQ_UNROLL
       for (int k = 0; k < C::kStates; ++k) gradient(chunk, 1 + k, j) = dc_before[k];

@@ -28,7 +28,8 @@ class Engine {
   static constexpr int kColumns = kTiles * kTileColumns;
 
   FASTSEQ_DEVICE Engine(const Split& split, const Meeting& meeting, const Place& place, gpu::Smem& smem)
-      : split_(split), layout_(split, TileFacts{Tile::kDepth, Tile::kVector, Tile::kResident, kColumns}, kRowGates, kSentGates), rank_(place.rank) {
+      : split_(split), layout_(split, {Tile::kDepth, Tile::kVector, Tile::kResident, kColumns}, kRowGates, kSentGates),
+        rank_(place.rank) {
     shared_weights_ = smem.take<gpu::Vec16>(layout_.shared_tiles * kThreads);
     buffer_ = smem.take<gpu::Vec16>(layout_.buffers * buffer_vectors());
     sums_ = smem.take<float>(split.k_warps * kColumns * layout_.stride);

@@ -1,8 +1,9 @@
 // Products of 16 rows of weights with 8 columns (sequences), a warp at a time: fp16 and bf16, TF32, and fp32 by plain FMAs.
 //
-// The operand (states, or gate gradients) lies in shared memory as [depth / kVector][columns][kVector]: 16 bytes of depth a column, as
-// CTAs exchange it. Weights are four registers of a lane for 16 rows and kDepth of depth, in a layout that only this file knows. A warp
-// keeps kResident of its tiles in registers; a chunk of the batch is one tile of columns wide or kWide: with more of either, spills begin.
+// The operand (states, or gate gradients) lies in shared memory as [depth / kVector][columns][kVector]: 16 bytes of depth a
+// column, as CTAs exchange it. Weights are four registers of a lane for 16 rows and kDepth of depth, in a layout that only this
+// file knows. A warp keeps kResident of its tiles in registers; a chunk of the batch is one tile of columns wide or kWide: with
+// more of either, spills begin.
 #pragma once
 
 #include "../common/prims.cuh"
@@ -71,7 +72,8 @@ struct TileTf32 : MmaSums {
     for (int r = 0; r < 4; ++r) a[r] = gpu::to_tf32(at(quad() + 8 * (r & 1), place() + 4 * (r >> 1)));
   }
 
-  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const float* operand, int columns, int first_column) {
+  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const float* operand, int columns,
+                                      int first_column) {
     const float* at = operand + (first_column + quad()) * kVector + place();
     const uint32_t b[2] = {gpu::as_bits(at[0]), gpu::as_bits(at[columns * kVector])};
     gpu::mma_1688_tf32(d, a, b);
@@ -101,7 +103,8 @@ struct TileFloat {
     for (int r = 0; r < 4; ++r) a[r] = gpu::as_bits(at(gpu::lane() >> 1, 4 * (gpu::lane() & 1) + r));
   }
 
-  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const float* operand, int columns, int first_column) {
+  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const float* operand, int columns,
+                                      int first_column) {
     const auto* h = reinterpret_cast<const gpu::Vec16*>(operand) + (gpu::lane() & 1) * columns + first_column;
     FASTSEQ_UNROLL
     for (int n = 0; n < kSums; ++n) {
