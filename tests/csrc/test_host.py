@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from .conftest import gpu_program, host_program
+from fastseq.backends import cuda_host, library
+
+from .conftest import build, gpu_program, host_program
 
 # These have every pair of an order of threads and an order of copies.
 SEEDS = 12
@@ -40,6 +42,18 @@ def test_without_races_more(name):
 @pytest.mark.parametrize("name", ["test_prims", "exchange", "misuse", "recurrent"])
 def test_more_seeds(name):
     passes(host_program(name), SEEDS, 500)
+
+
+def test_the_backend_cuda_host_has_its_kernels():
+    """`make test` builds them first; where it could not, its tests are skipped, and this one says why."""
+    pytest.importorskip("pybind11")
+    try:
+        path = build.module_path()
+    except build.Unavailable as reason:
+        pytest.skip(str(reason))
+    if library.reason() is None and (build.BUILD / "fastseq_host.so").exists():
+        assert (build.BUILD / "fastseq_host.so").resolve() == path, "built from other sources: `make host-kernels`"
+        assert cuda_host.available() is None
 
 
 TILES = [("Tile16<gpu::Bfloat16>", 4), ("TileTf32", 1), ("TileTf32", 4), ("TileFloat", 1), ("TileFloat", 2)]
