@@ -15,7 +15,7 @@ from rich.text import Text
 
 from . import claim_figures, claims, environment, floor_plot, heatmaps, own, plots, reproduce
 from .presentation import NARROW, Cell, Section, Table, bytes_text, time_text
-from .results import Results
+from .results import NOISY, Results
 from .suites import DEFAULT, SUITES
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -30,12 +30,13 @@ def sections(results: Results) -> list[Section]:
         rows, of_suite = results.of_suite(name), SUITES[name].present(results)
         of_suite[0].figures += floor_plot.figures(rows) + heatmaps.figures(rows)
         found += of_suite
-    return [*found, *own.present(results), _peaks(results)]
+    return [*found, *own.present(results), *_noise(results), _peaks(results)]
 
 
 def derive(results: Results) -> dict[str, Any]:
     found = {name: SUITES[name].derive(results) for name in results.suites()}
-    return {"suites": found, "verdicts": [v.as_dict() for v in claims.verdicts(results)]}
+    noisy = [number for number, row in enumerate(results.rows) if row.noisy]
+    return {"suites": found, "verdicts": [v.as_dict() for v in claims.verdicts(results)], "noisy": noisy}
 
 
 def page(results: Results) -> str:
@@ -72,10 +73,16 @@ def notes(results: Results) -> list[str]:
             environment.busy(results.environment),
             given.get("quick")
             and "A quick run: short sequences or few points, few repetitions. The run without --quick says more.",
+            _noisy_rows(results),
             given.get("interrupted") and "This run was interrupted: what follows is what had been measured by then.",
         )
         if note
     ]
+
+
+def _noisy_rows(results: Results) -> str:
+    timed, noisy = sum(bool(row.time) for row in results.rows), sum(row.noisy for row in results.rows)
+    return f"{noisy} of {timed} rows are noisy: their times spread by more than {NOISY:.0%}. They are listed." if noisy else ""
 
 
 _NUMBER = re.compile(r"\d|T\^|–")
@@ -144,6 +151,27 @@ def rich_table(table: Table) -> RichTable:
         cells = [as_cell(value) for value in row]
         out.add_row(*(Text(cell.text, style=STYLES.get(cell.tone, "")) for cell in cells))
     return out
+
+
+def _noise(results: Results) -> list[Section]:
+    """The rows whose times spread far, the worst first."""
+    noisy = sorted((row for row in results.rows if row.noisy), key=lambda row: -row.spread)
+    lines: list[list[Cell | str]] = [
+        [
+            row.provider,
+            f"{row.suite}, {row.mode}",
+            f"T={row.T} B={row.B} H={row.H}, {row.dtype}, threads {row.threads}",
+            time_text(row.seconds),
+            Cell(f"{row.spread:.0%}", "bad"),
+        ]
+        for row in noisy
+    ]
+    note = (
+        f"More than {NOISY:.0%} of the median lies between the 20 and the 80 % quantile of the rounds: smaller differences say "
+        "nothing."
+    )
+    table = Table("Noisy rows", ["provider", "suite", "size", "median", "spread"], lines, note, folded=True)
+    return [Section("What was noisy", tables=[table])] if noisy else []
 
 
 def _peaks(results: Results) -> Section:

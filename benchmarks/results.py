@@ -15,6 +15,7 @@ from .workloads import Workload
 SCHEMA = "fastseq-benchmark"
 VERSION = 1
 STATUS = ("ok", "wrong", "unavailable", "skipped")
+NOISY = 0.25  # of the median: between the quantiles of a row that is called noisy
 COUNTED = ("flops", "bytes", "amount")  # in a row's detail, by formulas
 
 
@@ -94,6 +95,16 @@ class Row:
     def seconds(self) -> float:
         """Median time; NaN where there is none."""
         return self.time["median"] if self.ok and self.time else float("nan")
+
+    @property
+    def spread(self) -> float:
+        """Between the quantiles of the time, in medians; NaN where there is none."""
+        return (self.time["high"] - self.time["low"]) / self.time["median"] if self.ok and self.time else float("nan")
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the time spreads so far that small differences say nothing."""
+        return self.spread > NOISY
 
     @property
     def of_floor(self) -> float:

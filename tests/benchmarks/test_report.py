@@ -215,3 +215,19 @@ def test_pictures_are_the_same_every_time(results, tmp_path, suite):
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="svg or .png"):
         plots.save(figure, tmp_path / "picture.gif", plots.LIGHT)
+
+
+def test_a_row_that_spreads_says_so(synthetic):
+    """Marked in the JSON, counted at the head of the page, listed at its end; without one nothing is said."""
+    found = synthetic.lengths({name: lambda T: 1e-6 * T for name in ("torch.nn.LSTM", "fused attention")})
+    assert not any("noisy" in note for note in report.notes(found)) and report.derive(found)["noisy"] == []
+    timed = [row for row in found.rows if row.time]
+    row = timed[2]
+    row.time |= {"low": row.seconds * 0.8, "high": row.seconds * 1.2}
+    assert row.noisy and row.spread == pytest.approx(0.4)
+    assert report.derive(found)["noisy"] == [found.rows.index(row)]
+    (note,) = (note for note in report.notes(found) if "noisy" in note)
+    assert note.startswith(f"1 of {len(timed)} rows are noisy")
+    (section,) = (section for section in report.sections(found) if section.title == "What was noisy")
+    ((provider, *_, spread),) = section.tables[0].rows
+    assert provider == row.provider and spread.text == "40%"
