@@ -64,6 +64,7 @@ def execute(stage: Stage, folder: Path, seconds: float) -> int | None:
             stderr=subprocess.STDOUT,
             cwd=ROOT,
             env=os.environ | {"PATH": TOOLS} | dict(stage.environment),
+            preexec_fn=_heed_interrupts,
             start_new_session=True,  # signals reach its children, and Ctrl-C here does not
         )
         try:
@@ -72,6 +73,11 @@ def execute(stage: Stage, folder: Path, seconds: float) -> int | None:
             return None
         finally:
             _stop(process)
+
+
+def _heed_interrupts() -> None:
+    """A shell's background job ignores Ctrl-C, and so would its children; here it is how a stage is asked to end."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

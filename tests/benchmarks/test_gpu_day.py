@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -155,7 +156,8 @@ def test_a_program_gets_its_environment_and_its_words_are_kept(tmp_path):
     assert (tmp_path / "own.txt").read_text() == f"seen {stages.ROOT}\n"
 
 
-def test_a_program_whose_time_is_up_is_interrupted_and_its_children_end(tmp_path):
+@pytest.mark.parametrize("parent", (signal.default_int_handler, signal.SIG_IGN), ids=("foreground", "background"))
+def test_a_program_whose_time_is_up_is_interrupted_and_its_children_end(tmp_path, parent):
     code = (
         "import subprocess, time\n"
         "child = subprocess.Popen(['sh', '-c', 'trap : INT; while :; do sleep 1; done'])\n"
@@ -163,7 +165,11 @@ def test_a_program_whose_time_is_up_is_interrupted_and_its_children_end(tmp_path
         "try: time.sleep(60)\n"
         "except KeyboardInterrupt: print('interrupted', flush=True)\n"
     )
-    assert stages.execute(program(code), tmp_path, 1.5) is None
+    before = signal.signal(signal.SIGINT, parent)
+    try:
+        assert stages.execute(program(code), tmp_path, 3.0) is None
+    finally:
+        signal.signal(signal.SIGINT, before)
     pid, word = (tmp_path / "own.txt").read_text().split()
     assert word == "interrupted"
     for _ in range(50):
