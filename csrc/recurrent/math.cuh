@@ -10,7 +10,6 @@ template <bool kExact>
 struct Math {
   using V = float;
 
-  static FASTSEQ_DEVICE V exp(V x) { return kExact ? gpu::exp_exact(x) : gpu::exp_fast(x); }
   static FASTSEQ_DEVICE V sigmoid(V x) {
     return kExact ? gpu::divide_exact(1.0f, 1.0f + gpu::exp_exact(-x)) : gpu::divide_fast(1.0f, 1.0f + gpu::exp_fast(-x));
   }

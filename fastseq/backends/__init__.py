@@ -88,6 +88,12 @@ def reasons(name: str, query: Query) -> list[str]:
     return obstacles(name, query) or (backend.stands_back(query) if hasattr(backend, "stands_back") else [])
 
 
+def _serves(name: str, query: Query) -> bool:
+    """Whether there are no `reasons`, without forming them."""
+    stands_back = getattr(BACKENDS[name], "stands_back", None)
+    return not (stands_back and stands_back(query)) and not obstacles(name, query)
+
+
 def obstacles(name: str, query: Query) -> list[str]:
     """Why a backend cannot run a call, forced or not; empty if it can."""
     backend = BACKENDS[name]
@@ -109,7 +115,7 @@ def select(query: Query) -> ModuleType:
             raise RuntimeError(f"backend {_forced!r} was forced but cannot run [{query}]: {'; '.join(against)}")
         chosen = _forced
     else:
-        chosen = next(name for name in _CANDIDATES.get(query.device.type, ORDER) if not reasons(name, query))
+        chosen = next(name for name in _CANDIDATES.get(query.device.type, ORDER) if _serves(name, query))
     for watch in _watchers:
         watch(query, chosen)
     return BACKENDS[chosen]
@@ -124,10 +130,10 @@ def torch_runs(query: Callable[[], Query]) -> bool:
     return True
 
 
-def note(text: str) -> None:
-    """What the backend that was selected says of the way it takes, to whom asked for an explanation."""
+def note(way: object) -> None:
+    """What the backend that was selected says of the way it takes, as a string to whom asked for an explanation."""
     for listen in _listeners:
-        listen(text)
+        listen(str(way))
 
 
 @dataclass

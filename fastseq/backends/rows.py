@@ -16,7 +16,8 @@ def walked(call: Call) -> tuple[Tensor | None, Tensor | None]:
     starts = sizes.cumsum(0) - sizes
     # sequence b has a step t if batch_sizes[t] > b, and the sizes do not increase
     ends = (sizes[None, :] > torch.arange(call.batch)[:, None]).sum(1)
-    return starts.to(call.rows.device), ends.to(call.rows.device)
+    # these live in pageable memory, which is read before the call returns: nothing to wait for
+    return starts.to(call.rows.device, non_blocking=True), ends.to(call.rows.device, non_blocking=True)
 
 
 def room(call: Call, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -248,7 +248,7 @@ def _shifted(
         inside = step > 0
     source = torch.where(inside, begin[other] + slot, outside)
     states = torch.cat((own, own.new_zeros(1, own.shape[-1]) if start is None else start))
-    return states.index_select(0, source.to(rows.device))
+    return states.index_select(0, source.to(rows.device, non_blocking=True))
 
 
 def _recurrent_weight_grad(

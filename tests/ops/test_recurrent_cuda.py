@@ -280,8 +280,7 @@ def test_explain_shows_the_plan():
 
 
 @executed
-def test_a_layer_longer_than_its_batch_is_wide_runs_to_the_end():
-    """Sequences of length zero, and none of full length."""
+def test_sequences_of_length_zero_and_none_of_full_length():
     torch.manual_seed(0)
     params = [p.detach() for p in torch.nn.LSTM(3, 12).parameters()]
     x, lengths = torch.randn(6, 4, 3), torch.tensor([0, 3, 1, 0])

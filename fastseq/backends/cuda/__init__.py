@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from .. import library
@@ -19,7 +21,12 @@ ops = ("recurrent",)
 def available() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
-    return library.reason() or torch.ops.fastseq_native.cuda_obstacle(torch.cuda.current_device()) or None
+    return library.reason() or _obstacle(torch.cuda.current_device()) or None
+
+
+@lru_cache
+def _obstacle(device: int) -> str:
+    return torch.ops.fastseq_native.cuda_obstacle(device)
 
 
 def why_not(query: Query) -> list[str]:

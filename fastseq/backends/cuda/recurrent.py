@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
     def meeting(self, like: Tensor) -> dict[str, Tensor]:
         """Room for what the CTAs of a team exchange."""
-        teams, ctas, operand_bytes = self.numbers[10], self.numbers[1], self.numbers[13]
+        _, ctas, *_, teams, _, _, operand_bytes = self.numbers
         return {
             "operands": like.new_empty(teams * operand_bytes, dtype=torch.uint8),
             "flags": like.new_zeros(teams * ctas, dtype=torch.int32),
@@ -145,7 +145,7 @@ def _run(call: Call, machine: Machine, direction: str, **tensors: Tensor | None)
     from .. import note  # which imports this module
 
     chosen = _plan(call, direction == "backward", call.rows.device, machine)
-    note(str(chosen))
+    note(chosen)
     starts, lengths = walked(call)
     sizes = {"steps": call.steps, "batch": call.batch, "lanes": call.lanes, "hidden": call.hidden, "reverse": call.reverse_bits}
     arguments = tensors | {"starts": starts, "lengths": lengths} | sizes | chosen.meeting(call.rows)
