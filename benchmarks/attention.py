@@ -38,7 +38,7 @@ class AttentionWorkload(Workload):
     keys: int = 0
     causal: bool = False
     window: int = 0  # keys that a query sees, itself included; 0: all
-    block: int = 0  # side of the blocks of a block-sparse layout
+    block: int = 0  # side of the blocks of a block-sparse layout; positions of a chunk of hashed attention
     deterministic: bool = False
     tf32: bool = False
 
@@ -76,6 +76,8 @@ class AttentionWorkload(Workload):
         if self.window:
             w = min(self.window, self.T)
             return w * (w + 1) / 2 + (self.T - w) * w
+        if CASES[self.function].hashed:
+            return self.T * min(2 * self.block, self.T) / (2 if self.causal else 1)
         if self.block:
             seen = blocks_seen(self).double().mean().item()
             return seen * self.T * self.S
@@ -84,7 +86,8 @@ class AttentionWorkload(Workload):
     @property
     def bytes(self) -> float:
         """The least that goes through memory: operands and result once, and in a backward pass their gradients and them again."""
-        rows = self.B * self.E * (2 * self.heads * self.T + 2 * self.G * self.S)
+        keys = 1 if CASES[self.function].hashed else 2  # and values; hashed, keys are queries
+        rows = self.B * self.E * (2 * self.heads * self.T + keys * self.G * self.S)
         extra = sum(
             t.numel for name, t in CASES[self.function].operands(self).items() if name not in ("q", "k", "v") and t.gradient
         )
@@ -94,7 +97,10 @@ class AttentionWorkload(Workload):
         """Odd T across the edge of a tile, few heads, short windows; groups of query heads stay as they are."""
         G = min(self.G, 2)
         heads = self.heads // self.G * G
-        T = min(self.T, 67)
+        T, block = min(self.T, 67), min(self.block, 16)
+        if CASES[self.function].hashed:
+            T = T // block * block
+            block = T if self.block >= self.T else block
         return replace(
             self,
             T=T,
@@ -105,7 +111,7 @@ class AttentionWorkload(Workload):
             H=heads * self.E,
             keys=min(self.keys, 131),
             window=min(self.window, 16),
-            block=min(self.block, 16),
+            block=block,
         )
 
     def problem(self) -> AttentionProblem:
@@ -153,6 +159,7 @@ class Operand:
     head: int | None = None
     gradient: bool = True
     scale: float = 1.0
+    of: Callable[[AttentionWorkload, Tensors], Tensor] | None = None  # those before it; else it is drawn
 
     @property
     def numel(self) -> int:
@@ -204,7 +211,9 @@ class AttentionProblem:
             return drawn.mul_(scale).to(w.torch_dtype).double()
 
         case = CASES[w.function]
-        tensors = {name: draw(t.shape, t.scale) for name, t in case.operands(w).items()}
+        tensors: Tensors = {}
+        for name, t in case.operands(w).items():
+            tensors[name] = t.of(w, tensors) if t.of else draw(t.shape, t.scale)
         return cls(w, tensors, draw(case.output(w)))
 
 
@@ -227,7 +236,9 @@ class AttentionCall:
         dtype, device = dtype or w.torch_dtype, device or w.device
         operands = case.operands(w)
         tensors = {
-            name: t.to(device=device, dtype=dtype, copy=True).requires_grad_(differentiate and operands[name].gradient)
+            name: t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype, copy=True).requires_grad_(
+                differentiate and operands[name].gradient
+            )
             for name, t in problem.tensors.items()
         }
         self.grad = problem.grad.to(device=device, dtype=dtype)
@@ -277,6 +288,7 @@ class Attention:
     eager: Program
     learned: tuple[str, ...] = ()
     module: bool = False  # a whole nn.MultiheadAttention on x rather than q, k, v
+    hashed: bool = False  # queries are keys, and see those of their chunk of `block` and of the one before it
 
     def output(self, w: AttentionWorkload) -> tuple[int, ...]:
         return (w.B, w.T, w.H) if self.module else (w.B, w.heads, w.T, w.E)

@@ -1,4 +1,4 @@
-"""The programs that compute a case of attention: torch's, each of its backends alone, FlexAttention, flash-attn, fastseq.
+"""The programs that compute a case of attention: torch's and its backends, FlexAttention, flash-attn, Reformer's, fastseq.
 
 Masks and bucket indices that hold no gradient are built before the clock starts, for torch and FlexAttention as for fastseq: a
 model builds them once for all its layers. What carries a gradient (a bias from its table, Transformer-XL's term) is built inside.
@@ -33,10 +33,11 @@ from .attention import (
     valid_keys,
     visible,
 )
+from .hashed import HASHED, reformer, reformer_missing
 from .providers import Provider
 from .workloads import Workload
 
-ON_QKV = tuple(name for name, case in CASES.items() if not case.module)
+ON_QKV = tuple(name for name, case in CASES.items() if not (case.module or case.hashed))
 ON_X = tuple(name for name, case in CASES.items() if case.module)
 
 
@@ -292,6 +293,7 @@ FORCED = {
     "torch SDPA (math)": (SDPBackend.MATH, "#8d99ae"),
 }
 EAGER, SDPA, FLEX, FLASH, OWN = "eager attention", "torch SDPA", "FlexAttention", "flash-attn", "fastseq.attention"
+REFORMER = "Reformer (transformers)"
 TORCH_MODULE, OWN_MODULE = "torch.nn.MultiheadAttention", "fastseq.MultiheadAttention"
 
 ATTENTION_PROVIDERS = {
@@ -305,6 +307,7 @@ ATTENTION_PROVIDERS = {
         ),
         _provider(FLEX, _flex, _only(ON_QKV, _flex_missing), "#12a67c"),
         _provider(FLASH, _flash, _only(("dense", "window", "decode"), _flash_missing), "#000000"),
+        _provider(REFORMER, reformer, _only((HASHED,), reformer_missing), "#009e73"),
         _provider(OWN, _fastseq, _only(ON_QKV, _fastseq_missing("functional.attention")), "#1e88e5"),
         _provider(
             TORCH_MODULE, _multihead(lambda: nn.MultiheadAttention, lambda run: list), _only(ON_X, lambda w: None), "#d1495b"

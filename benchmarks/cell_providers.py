@@ -1,11 +1,15 @@
-"""The programs that compute a cell: torch's and fastseq's."""
+"""The programs that compute a cell: torch's, fastseq's, and fastseq's on the CUDA kernels, a sequence of one step."""
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
+
+import torch
 
 from .cells import CELLS, torch_cell
 from .providers import RECURRENT, Provider, fastseq_chose, fastseq_missing
+from .recurrent_providers import FORCED, forced, forced_name
 
 
 def torch_name(cell: str) -> str:
@@ -14,6 +18,16 @@ def torch_name(cell: str) -> str:
 
 def own_name(cell: str) -> str:
     return f"fastseq.{cell}"
+
+
+def cuda_name(cell: str) -> str:
+    return forced_name(cell, "cuda")
+
+
+def _step(w: Any, steps: int = 1) -> tuple[Any, ...]:
+    """A cell's input and states, the same at every step."""
+    x, *states = (torch.zeros(w.B, n, device=w.device, dtype=w.torch_dtype) for n in (w.I, *(w.H for _ in w.states)))
+    return x, states[0] if len(states) == 1 else tuple(states)
 
 
 def _providers(cell: str) -> list[Provider]:
@@ -29,6 +43,7 @@ def _providers(cell: str) -> list[Provider]:
             fastseq_chose,
             color,
         ),
+        forced(cell, "cuda", FORCED["cuda"], color, "", _step),
     ]
 
 

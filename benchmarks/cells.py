@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .workloads import Workload, results_of
+from .workloads import Workload, around, load, results_of
 
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
 
@@ -94,10 +94,8 @@ class CellCall:
         self.mode, self.steps, self.names = mode or w.mode, w.T, w.states
         dtype, device = dtype or w.torch_dtype, device or w.device
         self.module = module.to(device=device, dtype=dtype)
-        self.parameters = list(self.module.parameters())
-        with torch.no_grad():
-            for name, p in self.module.named_parameters():
-                p.copy_(problem.parameters[name])
+        learned = load(self.module, problem.parameters)
+        self.parameters = list(learned.values())
 
         def place(t: Tensor) -> Tensor:
             return t.to(device=device, dtype=dtype, copy=True)
@@ -107,7 +105,7 @@ class CellCall:
             leaf.requires_grad_(self.mode == "training")
         self.x, *states = self.leaves.values()
         self.state = tuple(states) if len(states) > 1 else states[0]
-        self.leaves |= dict(self.module.named_parameters())
+        self.leaves |= learned
         self.grads = [place(t) for t in problem.grads.values()]
 
     @property
@@ -123,7 +121,8 @@ class CellCall:
         return state if isinstance(state, tuple) else (state,)
 
     def _both(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.forward(), list(self.leaves.values()), self.grads)
+        with around(self.module):
+            return torch.autograd.grad(self.forward(), list(self.leaves.values()), self.grads)
 
     def context(self) -> AbstractContextManager[Any]:
         return torch.inference_mode(self.mode == "inference")

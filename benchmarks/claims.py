@@ -160,7 +160,8 @@ CLAIMS = {
     ),
     "overhead": Claim(
         "Sparse, windowed and hashed attention cut the cost of attention",
-        "Time and peak memory of a training step against T: full causal attention, a sliding window, a block-sparse layout.",
+        "Time and peak memory of a training step against T: full causal attention, a sliding window, a block-sparse layout, and "
+        "Reformer's hashed chunks.",
         (attention.NAME,),
         cost.overhead,
     ),

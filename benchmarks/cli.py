@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -23,10 +25,11 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
-from . import combine, compare, environment, gate, own, plots, readme, report, selection
-from .presentation import Options
+from . import combine, compare, environment, gate, own, plots, readme, report, selection, starts
+from .presentation import QUICK_STARTS, STARTS, Options
 from .results import Results, write_csv
 from .runner import Case, Runner
 from .suites import DEFAULT, SUITES
@@ -62,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
         "--only",
         metavar="FILTER",
         help='points to run, for instance "cell=GRU B=8 threads=1"; keys: ' + ", ".join(selection.KEYS),
+    )
+    p.add_argument(
+        "--starts",
+        metavar="N",
+        type=int,
+        help="processes that measure the headlines, each of them once, after everything else "
+        f"(default: {STARTS}, with --quick {QUICK_STARTS})",
     )
     p.add_argument("--out", metavar="DIR", type=Path, help="folder for the results (default: bench-results/<time>)")
     p.add_argument("--resume", action="store_true", help="go on with the run that --out holds, which was interrupted or killed")
@@ -138,40 +148,55 @@ def measure(
     console: Console,
     keep: Callable[[Results], None] = lambda results: None,
 ) -> None:
-    """Runs the cases that `results` lacks and adds them; Ctrl-C ends it early. `keep` gets what there is after every group."""
+    """Runs the cases that `results` lacks and adds them, then further starts of the headlines; Ctrl-C ends it early.
+
+    `keep` gets what there is after every group and every start.
+    """
     start, earlier = time.monotonic() - results.seconds, list(results.peaks)
     measured = {row.key for row in results.rows}
-    cases = [case for case in cases if not measured.issuperset(case.keys())]
+    planned, cases = cases, [case for case in cases if not measured.issuperset(case.keys())]
     others = environment.Others()
     runner = Runner(options.device, quick=options.quick)
 
-    def account() -> None:
+    def flush() -> None:
         results.environment["cpu used by others"] = round(others.share(), 3)
         results.peaks = earlier + list(runner.peaks.values())
         results.seconds = round(time.monotonic() - start, 1)
+        keep(results)
 
     columns = (
         SpinnerColumn(),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("measuring the machine's peaks", total=len(cases))
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=math.inf) as progress:
+        task = progress.add_task("measuring the machine's peaks", total=len(cases) + starts.left(planned, results, options))
         try:
-            for _, group in groupby(cases, lambda case: (case.suite, case.group)):
-                for case in group:
-                    results.rows += runner.run(case, lambda step: progress.update(task, description=step))
-                    progress.advance(task)
-                account()
-                keep(results)
+            with closing(runner):
+                for _, group in groupby(cases, lambda case: (case.suite, case.group)):
+                    for case in group:
+                        results.rows += runner.run(case, lambda step: progress.update(task, description=step))
+                        progress.advance(task)
+                    flush()
+            gate.forget()
+            progress.update(task, total=progress.tasks[task].completed + starts.left(planned, results, options))
+            starts.measure(
+                planned,
+                results,
+                options,
+                tell=lambda step: progress.update(task, description=step),
+                advance=lambda: progress.advance(task),
+                keep=flush,
+            )
         except KeyboardInterrupt:
             results.options["interrupted"] = True
         finally:
             gate.forget()
-    account()
-    keep(results)
+    flush()
 
 
 def _begin(options: Options, earlier: Path | None) -> Results:
@@ -181,12 +206,15 @@ def _begin(options: Options, earlier: Path | None) -> Results:
         "quick": options.quick,
         "full": options.full,
         "threads": list(options.threads),
+        "starts": options.starts,
     }
     begun = Results(environment.collect(options.device), given)
     if earlier is None or not earlier.is_file():
         return begun
     found = Results.load(earlier)
     found.options.pop("interrupted", None)
+    most = max(options.starts, found.options.get("starts", 1))  # another number is no other measurement
+    found.options["starts"] = given["starts"] = most
     differing = [*compare.conflicts(found, begun), *compare.differences(found, begun, ("versions", "flags"))]
     if found.options != given:
         differing.append(f"options were {found.options}, are {given}")
@@ -234,7 +262,10 @@ def _planned(args: argparse.Namespace) -> tuple[list[Case], Options]:
     device = device_of(args.device)
     if device == "cpu" and args.dtype == "float16":
         raise ValueError("--dtype: float16 is for GPUs; on the CPU use float32, float64 or bfloat16")
-    options = Options(device, args.dtype, _threads(args.threads), args.quick, args.full)
+    if args.starts is not None and args.starts < 1:
+        raise ValueError(f"--starts: {args.starts} is not a positive number of processes")
+    count = args.starts or (QUICK_STARTS if args.quick else STARTS)
+    options = Options(device, args.dtype, _threads(args.threads), args.quick, args.full, count)
     cases = [own.joined(case) for name in names for case in SUITES[name].plan(options)]
     return (selection.select(cases, selection.parse(args.only)) if args.only is not None else cases), options
 

@@ -55,6 +55,7 @@ def _together(every: Sequence[Results]) -> Results:
     if shares:
         environment["cpu used by others"] = max(shares)
     options: dict[str, Any] = {name: any(r.options.get(name) for r in every) for name in ("quick", "full")}
+    options["starts"] = max(r.options.get("starts", 1) for r in every)
     options["parts"] = [r.options | {"suites": r.suites(), "git": r.environment.get("git")} for r in every]
     if any(r.options.get("interrupted") for r in every):
         options["interrupted"] = True

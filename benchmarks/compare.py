@@ -1,6 +1,7 @@
 """`python -m fastseq bench compare OLD NEW`: what a second run measured faster, slower, or the same within the noise.
 
-A row's times lie between their 20 % and 80 % quantiles. Two rows are the same where these intervals overlap. Where both rows
+A row's times lie between their 20 % and 80 % quantiles, and between the medians of all starts of the process where there were
+several. Two rows are the same where these intervals overlap. A row whose timing was disturbed decides nothing. Where both rows
 have a speed-up over the same program of others, measured in turn with them, that must have moved in the same direction: it
 does not see a clock that was slower on one of the two days.
 """
@@ -23,11 +24,12 @@ from .presentation import Cell, Table, time_cell
 from .report import rich_table
 from .results import Results, Row
 
-SAME, FASTER, SLOWER = "same", "faster", "slower"
+SAME, FASTER, SLOWER, DISTURBED = "same", "faster", "slower", "disturbed"
 FOUND, LOST, NEITHER = "has a time now", "has no time now", "no time in either"
 ONLY_OLD, ONLY_NEW = "only in OLD", "only in NEW"
 # In the order of the table: what matters most stands last, above the summary.
-TONES = {ONLY_OLD: "weak", NEITHER: "weak", SAME: "weak", ONLY_NEW: "", FOUND: "good", FASTER: "good", LOST: "bad", SLOWER: "bad"}
+TONES = {ONLY_OLD: "weak", NEITHER: "weak", SAME: "weak", ONLY_NEW: "", DISTURBED: ""}
+TONES |= {FOUND: "good", FASTER: "good", LOST: "bad", SLOWER: "bad"}
 WORSE = (LOST, SLOWER)
 # Flags under which the same program computes something else.
 FLAGS = ("float32_matmul_precision", "cuda.matmul.allow_tf32", "cudnn.allow_tf32", "deterministic")
@@ -105,10 +107,13 @@ def _change(old: Row | None, new: Row | None, same_others: bool) -> Change:
     if not (old.ok and old.time and new.ok and new.time):
         verdict = FOUND if new.ok and new.time else LOST if old.ok and old.time else NEITHER
         return Change(verdict, old, new, reason=f"{new.status}: {new.reason}" if not new.ok else "")
-    then, now = old.time, new.time
-    speed = then["low"] / now["high"], then["median"] / now["median"], then["high"] / now["low"]
+    (then_low, then_high), (now_low, now_high) = old.interval, new.interval
+    speed = then_low / now_high, old.seconds / new.seconds, then_high / now_low
+    doubts = [f"{which}: {row.disturbed}" for which, row in (("old", old), ("new", new)) if row.disturbed]
+    if doubts:
+        return Change(DISTURBED, old, new, speed, "; ".join(doubts))
     verdict = _direction(speed[0], speed[2])
-    moved = _against_others(old.ratio, new.ratio) if same_others else None
+    moved = _against_others(old, new) if same_others else None
     if moved is None or moved == verdict:
         return Change(verdict, old, new, speed)
     assert new.ratio
@@ -119,11 +124,12 @@ def _direction(low: float, high: float) -> str:
     return FASTER if low > 1 else SLOWER if high < 1 else SAME
 
 
-def _against_others(old: dict[str, Any] | None, new: dict[str, Any] | None) -> str | None:
+def _against_others(old: Row, new: Row) -> str | None:
     """How the speed-up over somebody else's program moved; None without one in both."""
-    if not old or not new or old["baseline"] != new["baseline"] or new["baseline"].startswith(OWN):
+    if not old.ratio or not new.ratio or old.ratio["baseline"] != new.ratio["baseline"] or new.ratio["baseline"].startswith(OWN):
         return None
-    return _direction(new["low"] / old["high"], new["high"] / old["low"])
+    (then_low, then_high), (now_low, now_high) = old.ratio_interval, new.ratio_interval
+    return _direction(now_low / then_high, now_high / then_low)
 
 
 def _torch(results: Results) -> str | None:
@@ -138,7 +144,7 @@ def table(found: Sequence[Change]) -> Table:
         point = [c.row.suite, c.row.provider, _point(c.row, details[c.row.suite])]
         body.append([*point, time_cell(c.old), time_cell(c.new), *speed, Cell(c.verdict, TONES[c.verdict]), c.reason])
     columns = ["suite", "provider", "point", "old", "new", "speed", "between", "verdict", ""]
-    note = "Speed: the old time over the new one; between: with both times at the worse and the better end of their 20–80 %."
+    note = "Speed: the old time over the new one; between: with both times at the worse and the better end of their intervals."
     return Table(f"{len(found)} rows", columns, body, note)
 
 

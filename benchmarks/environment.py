@@ -126,7 +126,8 @@ class Others:
     def _times() -> tuple[float, float, float]:
         every, own = psutil.cpu_times(), psutil.Process().cpu_times()
         counted = [v for name, v in every._asdict().items() if name not in ("guest", "guest_nice")]
-        return sum(counted), every.idle + getattr(every, "iowait", 0.0), own.user + own.system
+        ours = own.user + own.system + own.children_user + own.children_system  # children that have ended
+        return sum(counted), every.idle + getattr(every, "iowait", 0.0), ours
 
 
 def busy(env: dict[str, Any]) -> str | None:

@@ -148,7 +148,8 @@ def line(
             continue
         values[x(row)] = float(found)
         if measured:
-            spread[x(row)] = (measured["low"] / per(row), measured["high"] / per(row))
+            low, high = (measured["low"], measured["high"]) if row.metric else row.interval
+            spread[x(row)] = (low / per(row), high / per(row))
     return Line(name, dict(sorted(values.items())), spread, color, dashed)
 
 

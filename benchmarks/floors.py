@@ -2,10 +2,14 @@
 
 read     bytes/s at sizes of recurrent weights
 copy     bytes/s read and written, inside L2, inside L3 and beyond; on a GPU beyond its L2
-gemm     FLOP/s, the best of a few sizes
+gemm     FLOP/s of torch.mm, the best of a few sizes
+fma      FLOP/s of multiply-adds in the registers of a CPU, in fp32 and fp64
 launch   seconds of the shortest operator: a call, and on a GPU also its kernel within a graph
 
-limits.py has the programs. Not among them yet: what it costs that the multiprocessors of a GPU wait for each other in a kernel.
+limits.py has the programs. Arithmetic is bound by the faster of gemm and fma: torch.mm is a program that others may beat, and a
+time that can be beaten is no floor. Where fma is not measured (bf16, for which a CPU may have other units; a GPU), gemm stands
+alone.
+Not among the limits yet: what it costs that the multiprocessors of a GPU wait for each other in a kernel.
 """
 
 from __future__ import annotations
@@ -44,6 +48,16 @@ class Peaks:
     gemm: float = 0.0  # FLOP/s
     launch: dict[str, float] = field(default_factory=dict)  # how -> seconds
     on_chip: int = 0  # bytes of registers and shared memory, in which a GPU's kernel can keep weights
+    fma: float = 0.0  # FLOP/s; 0: not measured
+
+    @property
+    def arithmetic(self) -> float:
+        """FLOP/s that no program exceeds."""
+        return max(self.gemm, self.fma)
+
+    @property
+    def arithmetic_note(self) -> str:
+        return f"{self.arithmetic / 1e9:.0f} GFLOP/s of {'multiply-adds' if self.fma >= self.gemm else 'torch.mm'}"
 
     def read_bandwidth(self, size: float) -> float:
         """bytes/s at a buffer of `size` bytes, interpolated over log(size)."""
@@ -72,6 +86,7 @@ class Peaks:
             d["gemm"],
             dict(d["launch"]),
             d.get("on_chip", 0),
+            d.get("fma", 0.0),
         )
 
 
@@ -93,22 +108,25 @@ class Floor:
 
 
 def measure(device: str, threads: int, dtype: str, *, quick: bool = False, known: Peaks | None = None) -> Peaks:
-    """`known`: peaks at another dtype, of which only the products are measured anew."""
+    """`known`: peaks at another dtype, of which only the arithmetic is measured anew."""
     kind = device.partition(":")[0]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            peaks = replace(known, dtype=dtype, gemm=0.0) if known else _anew(device, kind, threads, dtype)
+            peaks = replace(known, dtype=dtype, gemm=0.0, fma=0.0) if known else _anew(device, kind, threads, dtype)
             for n in GEMM_SIZES[kind][: 2 if quick else None]:
                 peaks.gemm = max(peaks.gemm, _rate(limits.product(device, n, threads, dtype=dtype)))
+            multiply_adds = limits.fma(device, threads, dtype=dtype)
+            if not limits.no_fma(multiply_adds):
+                peaks.fma = _rate(multiply_adds, rounds=30)  # short ones: all threads must find their cores free at the same time
     finally:
         torch.set_num_threads(before)
     return peaks
 
 
 def _anew(device: str, kind: str, threads: int, dtype: str) -> Peaks:
-    """Everything but the products."""
+    """Everything but the arithmetic."""
     peaks = Peaks(device, threads, dtype)
     peaks.read = {kib: _rate(limits.read(device, kib, threads)) for kib in READ_KIB[kind]}
     peaks.copy = {kib: _rate(limits.copy(device, kib, threads)) for kib in COPY_KIB[kind]}
@@ -162,8 +180,9 @@ def _limit(w: LimitWorkload, peaks: Peaks) -> Floor:
     """By the same program, measured apart from this one."""
     if w.function == "launch" or w.function in EXCHANGES:
         return Floor(0.0, "launch", "")
-    if w.function == "product":
-        return Floor(w.amount / peaks.gemm, "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")
+    if w.function in ("product", "fma"):
+        rate = peaks.gemm if w.function == "product" else peaks.fma or peaks.gemm
+        return Floor(w.amount / rate, "arithmetic", f"{rate / 1e9:.0f} GFLOP/s")
     bandwidth = peaks.read_bandwidth(w.H << 10) if w.function == "read" else peaks.copy_bandwidth(w.H << 10)
     return Floor(w.amount / bandwidth, "memory", f"{bandwidth / 1e9:.0f} GB/s")
 
@@ -176,13 +195,13 @@ def _recurrent(w: Workload, peaks: Peaks) -> Floor:
     G, itemsize = GATES[w.function], w.torch_dtype.itemsize
     weights = G * w.H * w.H * w.matrices * itemsize  # bytes of every R
     bandwidth, resident = peaks.read_bandwidth(weights), weights <= peaks.on_chip
-    compute = np.array([2 * rows * G * w.H * w.H * w.matrices / peaks.gemm for rows in w.active()])
+    compute = np.array([2 * rows * G * w.H * w.H * w.matrices / peaks.arithmetic for rows in w.active()])
     read = np.full(len(compute), weights / bandwidth)
     if resident:
         read[1:] = 0
     chain = np.maximum(read, compute).sum()
-    project = 2 * w.tokens * G * w.H * w.inputs / peaks.gemm
-    recurrent = 2 * w.tokens * G * w.H * w.H * w.matrices / peaks.gemm
+    project = 2 * w.tokens * G * w.H * w.inputs / peaks.arithmetic
+    recurrent = 2 * w.tokens * G * w.H * w.H * w.matrices / peaks.arithmetic
     seconds = chain + project
     if w.mode == "training":
         # backward: the chain with R transposed, then dW and, for an inner layer, dx (each like the projection) and dR
@@ -191,7 +210,7 @@ def _recurrent(w: Workload, peaks: Peaks) -> Floor:
     if read.sum() > compute.sum():
         often = "once" if resident else "each step"
         return Floor(float(seconds), "weights", f"R of {size} at {bandwidth / 1e9:.0f} GB/s {often}")
-    return Floor(float(seconds), "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")
+    return Floor(float(seconds), "arithmetic", peaks.arithmetic_note)
 
 
 def _cell(w: CellWorkload, peaks: Peaks) -> Floor:
@@ -204,9 +223,9 @@ def _cell(w: CellWorkload, peaks: Peaks) -> Floor:
 def _chain(steps: int, flops: float, size: float, peaks: Peaks) -> Floor:
     """Steps in turn, each computing, or reading the same bytes from the cache that holds them, whichever is slower."""
     bandwidth = peaks.read_bandwidth(size)
-    if size / bandwidth > flops / peaks.gemm:
+    if size / bandwidth > flops / peaks.arithmetic:
         return Floor(steps * size / bandwidth, "weights", f"{size / 1024:.0f} KiB at {bandwidth / 1e9:.0f} GB/s each step")
-    return Floor(steps * flops / peaks.gemm, "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")
+    return Floor(steps * flops / peaks.arithmetic, "arithmetic", peaks.arithmetic_note)
 
 
 def _attention(w: Workload, peaks: Peaks) -> Floor:
@@ -226,6 +245,6 @@ def _attention_alone(w: AttentionWorkload, peaks: Peaks) -> Floor:
 def _slower(flops: float, moved: float, peaks: Peaks) -> Floor:
     """Arithmetic or memory, whichever takes longer."""
     bandwidth = peaks.copy[max(peaks.copy)]
-    if moved / bandwidth > flops / peaks.gemm:
+    if moved / bandwidth > flops / peaks.arithmetic:
         return Floor(moved / bandwidth, "memory", f"{bandwidth / 1e9:.0f} GB/s")
-    return Floor(flops / peaks.gemm, "arithmetic", f"{peaks.gemm / 1e9:.0f} GFLOP/s")
+    return Floor(flops / peaks.arithmetic, "arithmetic", peaks.arithmetic_note)

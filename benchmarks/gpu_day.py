@@ -15,6 +15,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 
 from . import stages
 from .stages import FAILED, FINISHED, LEFT_OUT, ROOT, TIMED_OUT, Outcome, Stage
-from .suites import SUITES
+from .suites import DEFAULT, SUITES
 
 MINUTES = 25.0
 # Minutes that a suite gets at most in its first run, the worthiest suite first; the others of the registry follow.
@@ -44,8 +45,10 @@ def table(python: str = sys.executable) -> list[Stage]:
         Stage("environment", (*module, "fastseq.benchmarks.environment", "{folder}/environment.json"), 2, "environment.json"),
         Stage("tests", (*module, "pytest", "-q", "-m", "gpu", "--durations=15", *parallel, "tests"), 8, "tests.txt"),
         _sanitizer("memcheck", module),
-        *(_suite(name, module) for name in suites),
+        *(_suite(name, module, "--starts", "1") for name in suites),
+        _plans(module),
         _sanitizer("racecheck", module),
+        replace(_suite(DEFAULT, module), name="starts"),  # of the headlines; other suites come before they are measured again
     ]
 
 
@@ -57,10 +60,17 @@ def _sanitizer(tool: str, module: tuple[str, ...]) -> Stage:
     return Stage(tool, (*command, *program), 3, f"{tool}.txt", environment=alone, tool="compute-sanitizer")
 
 
-def _suite(name: str, module: tuple[str, ...]) -> Stage:
-    command = (*module, "fastseq", "bench", "--suite", name, "--device", "cuda", "--out", f"{{folder}}/{name}", "--resume")
+def _suite(name: str, module: tuple[str, ...], *more: str) -> Stage:
+    command = (*module, "fastseq", "bench", "--suite", name, "--device", "cuda", "--out", f"{{folder}}/{name}", "--resume", *more)
     drops = (f"{name}/rows.csv", f"{name}/report.html")  # bench --json-in writes them again
     return Stage(name, command, SUITE_MINUTES.get(name, OTHER_SUITE_MINUTES), f"{name}/results.json", drops)
+
+
+def _plans(module: tuple[str, ...]) -> Stage:
+    """The rows lie beside its tables and verdict on the planner's model, which it leaves."""
+    command = (*module, "fastseq.benchmarks.tune_recurrent", "--out", "{folder}/recurrent-plans.jsonl")
+    grid = ("--precision", "bf16,tf32", "--hidden", "512,1024", "--batch", "1,64", "--lanes", "1", "--candidates", "8")
+    return Stage("recurrent-plans", (*command, *grid), 3, "recurrent-plans.txt")
 
 
 def parser() -> argparse.ArgumentParser:

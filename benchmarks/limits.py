@@ -3,12 +3,14 @@
 read     one buffer again and again, each thread its share, as recurrent weights are read at every step
 copy     one buffer into another
 product  a square matrix product of random numbers: the arithmetic within reach of a torch program
+fma      multiply-adds of numbers that stay in a CPU's registers: the arithmetic beyond every program's reach (csrc/limits)
 launch   the shortest operator
 grid barrier, cluster barrier, grid hand-off, cluster hand-off
          CTAs of one kernel that wait for each other, or pass a state on, in every one of T steps: through flags in global
          memory, or in a cluster (csrc/limits)
 
-Letters: T times in a row, B threads that share a buffer, H KiB of it or order of the matrices.
+Letters: T times in a row, B threads that share a buffer or have numbers of their own, H KiB of a buffer, order of the matrices,
+or numbers of a thread.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 from .providers import Provider
 from .workloads import Workload, results_of
 
-AMOUNTS = {"read": "B", "copy": "B", "product": "FLOP", "launch": "launch"}  # what a rate counts
+AMOUNTS = {"read": "B", "copy": "B", "product": "FLOP", "fma": "FLOP", "launch": "launch"}  # what a rate counts
 # Bytes of one measurement, so that what is around it does not count.
 READ_TOTAL = {"cpu": 48 << 20, "cuda": 2 << 30}
 COPY_TOTAL = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -33,6 +35,9 @@ SAMPLES = 64  # rows of a result that are compared
 EXCHANGE_STEPS = 2000
 HAND_OFF_VECTORS = 32  # of 16 bytes: the bf16 states of 8 sequences in 32 units, as a CTA of a persistent LSTM passes them on
 HAND_OFF_CTAS = 16
+FMA_STEPS = 1 << 18  # about a millisecond; fp32 counts them exactly, as it would 2^24
+FMA_NUMBERS = 384  # a whole number of times what any instruction set holds in registers (csrc/limits/fma_op.h)
+FMA_DTYPES = ("float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class LimitWorkload(Workload):
         """Of the operand."""
         if self.function == "product":
             return self.H, self.H
+        if self.function == "fma":
+            return self.B, self.H
         return ((self.H << 10) // self.torch_dtype.itemsize // self.B,) if self.function in ("read", "copy") else (1,)
 
     @property
@@ -56,6 +63,7 @@ class LimitWorkload(Workload):
             "read": size * self.torch_dtype.itemsize,
             "copy": 2 * size * self.torch_dtype.itemsize,
             "product": 2 * size * self.H,
+            "fma": 2 * size,
         }
         return self.T * each.get(self.function, 1)
 
@@ -68,10 +76,12 @@ class LimitWorkload(Workload):
         return 0
 
     def small(self) -> LimitWorkload:
-        return replace(self, T=min(self.T, 7), H=min(self.H, 24))
+        return replace(self, T=min(self.T, 7), H=self.H if self.function == "fma" else min(self.H, 24))
 
     def problem(self) -> LimitProblem:
         a = torch.randn(self.shape, generator=self.generator(), dtype=torch.float64)
+        if self.function == "fma":
+            a = (8 * a).round()  # whole numbers, that counting from them is exact
         return LimitProblem(self, a.to(self.torch_dtype).double())
 
     def call(self, built: Program, problem: LimitProblem, layout: str = "", **options: Any) -> LimitCall:
@@ -79,7 +89,7 @@ class LimitWorkload(Workload):
 
     def torch_results(self, problem: LimitProblem, dtype: torch.dtype, device: str, *, in_parts: bool) -> dict[str, Tensor]:
         """In parts: by the definition, and only what is compared."""
-        if not in_parts and self.function not in EXCHANGES:
+        if not in_parts and self.function in NAMES:
             return results_of(LimitCall(PROGRAMS[self.function], problem, dtype=dtype, device=device))
         return {"result": _truth(self, problem.a)}
 
@@ -100,6 +110,10 @@ def copy(device: str, kib: int, threads: int) -> LimitWorkload:
 
 def product(device: str, order: int, threads: int, **precision: Any) -> LimitWorkload:
     return LimitWorkload("product", 1, 1, order, order, threads=threads, device=device, **precision)
+
+
+def fma(device: str, threads: int, **precision: Any) -> LimitWorkload:
+    return LimitWorkload("fma", FMA_STEPS, threads, FMA_NUMBERS, FMA_NUMBERS, threads=threads, device=device, **precision)
 
 
 def launch(device: str, threads: int) -> LimitWorkload:
@@ -135,6 +149,17 @@ def _product(w: LimitWorkload, a: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.mm(a, a, out=out)
 
 
+def _fma(w: LimitWorkload, a: Tensor) -> Callable[[], Tensor]:
+    """One is added to every number, T times, as a product with one and a sum: numbers that cost no more than any others."""
+    results = torch.full_like(a, torch.nan)
+
+    def run() -> Tensor:
+        torch.ops.fastseq_native.fma(a, 1.0, 1.0, w.T, results)
+        return results
+
+    return run
+
+
 def _launch(w: LimitWorkload, a: Tensor) -> Callable[[], Tensor]:
     out = torch.full_like(a, torch.nan)
     return lambda: [out.fill_(1.0) for _ in range(w.T)][-1]
@@ -161,6 +186,7 @@ PROGRAMS: dict[str, Program] = {
     "read": _read,
     "copy": _copy,
     "product": _product,
+    "fma": _fma,
     "launch": _launch,
     **dict.fromkeys(EXCHANGES, _exchange),
 }
@@ -173,6 +199,8 @@ def _truth(w: LimitWorkload, a: Tensor) -> Tensor:
         return torch.ones_like(a)
     if w.function in EXCHANGES:
         return torch.full_like(a, w.T)  # each CTA counts the steps in what others send it
+    if w.function == "fma":
+        return a + w.T
     return _sample(a) @ a if w.function == "product" else _sample(a)
 
 
@@ -208,6 +236,17 @@ def _gpu_limits(device: torch.device) -> Any:
     return recurrent.GPU.device(device)
 
 
+def no_fma(w: Workload) -> str:
+    """Why the multiply-adds of a CPU cannot be measured; "": they can."""
+    from fastseq.backends import library
+
+    if w.device != "cpu" or w.dtype not in FMA_DTYPES:
+        return f"it runs on a CPU, in {' and '.join(FMA_DTYPES)}"
+    if library.reason():
+        return f"it is in the native library: {library.reason()}"
+    return "" if hasattr(torch.ops.fastseq_native, "fma") else "the native library is older than this checkout: make library"
+
+
 def _obstacle(w: Workload) -> str:
     from fastseq.backends import cuda
 
@@ -222,6 +261,7 @@ LIMIT_PROVIDERS = {
     p.name: p
     for p in (
         *(Provider(name, function, "", lambda w: PROGRAMS[w.function]) for function, name in NAMES.items()),
+        Provider("fastseq fma", "fma", "", lambda w: PROGRAMS[w.function], no_fma),
         *(Provider(f"fastseq {name}", name, "", lambda w: PROGRAMS[w.function], _obstacle) for name in EXCHANGES),
     )
 }

@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import fastseq
-from fastseq.backends import BACKENDS, use_backend
+from fastseq.backends import BACKENDS, cuda_host, use_backend
+from fastseq.backends.cuda.recurrent import GPU, _precision
 from fastseq.functional import attention, attention_with_kv_cache
 from fastseq.kernels.recurrent.configs import FORMS
+from fastseq.testing.cuda_plans import forms, ranked
 
 FORCED_FORM = "FASTSEQ_TRITON_RECURRENT"
 Run = Callable[[str], Iterable[Tensor]]  # from a device to what it computes
@@ -56,6 +59,21 @@ def recurrent(cell: str, dtype: torch.dtype, form: str = "") -> Run:
     return run
 
 
+def persistent(cell: str, dtype: torch.dtype) -> Run:
+    """Forward and backward of a layer in CUDA C++, on the best plan of every form that the device allows."""
+
+    def run(device: str) -> Iterable[Tensor]:
+        machine = GPU if device.startswith("cuda") else cuda_host.MACHINE
+        name, precision = "rnn_tanh" if cell == "RNN" else cell.lower(), _precision(dtype, machine)
+        sizes = (3, 1, 20, machine.device(torch.device(device)))
+        ranks = [forms(name, precision, backward, *sizes).values() for backward in (False, True)]
+        for pair in zip_longest(*ranks, fillvalue=0):
+            with ranked(*pair):
+                yield from recurrent(cell, dtype)(device)
+
+    return run
+
+
 # By backend. The Triton kernels of all cells and dtypes have the same loads and stores; those in CUDA C++ do not.
 FAMILIES: dict[str, dict[str, Run]] = {
     "triton": {
@@ -65,7 +83,7 @@ FAMILIES: dict[str, dict[str, Run]] = {
         **{f"LSTM, form {form!r}": recurrent("LSTM", torch.float32, form) for form in FORMS},
     },
     "cuda": {
-        f"{cell}, {str(dtype).removeprefix('torch.')}": recurrent(cell, dtype)
+        f"{cell}, {str(dtype).removeprefix('torch.')}": persistent(cell, dtype)
         for cell in ("LSTM", "GRU", "RNN")
         for dtype in (torch.float32, torch.bfloat16)
     },

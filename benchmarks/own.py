@@ -77,6 +77,10 @@ def remove_provider(name: str) -> None:
     del EVERY_PROVIDER[name]
 
 
+def added(name: str) -> bool:
+    return name in _beside
+
+
 def joined(case: Case) -> Case:
     """The case with every own provider that belongs there."""
     workloads = {p.provider: p.workload for p in case.participants}

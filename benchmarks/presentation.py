@@ -11,6 +11,7 @@ from .results import Results, Row
 from .runner import Case
 
 NARROW = 4.1  # inches of a figure that a phone shows whole
+STARTS, QUICK_STARTS = 3, 1  # processes that measure the headlines, unless the command line says otherwise
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Options:
     threads: tuple[int, ...]  # empty: the suite's own choice
     quick: bool
     full: bool = False  # the whole grid, where a suite measures a part of it by default
+    starts: int = 1  # processes that measure the headlines
 
 
 class Suite(Protocol):
@@ -137,11 +139,8 @@ def ratio_cell(row: Row | None, *, losing: float = 1.0) -> Cell:
         return Cell("–", "weak")
     value = row.ratio["median"]
     tone = "bad" if value < losing else "good" if value > 1.05 else ""
-    return Cell(
-        f"{value:.2f}×",
-        tone,
-        f"{row.ratio['low']:.2f} to {row.ratio['high']:.2f} over {row.ratio['baseline']}",
-    )
+    hint = f"{row.ratio['low']:.2f} to {row.ratio['high']:.2f} over {row.ratio['baseline']}"
+    return Cell(f"{value:.2f}×", tone, hint + _starts_hint(row, "ratio_"))
 
 
 def heat_cell(row: Row | None, *, least: float, mark: str = "") -> Cell:
@@ -164,8 +163,17 @@ def time_cell(row: Row | None) -> Cell:
     if not row.ok:
         return _untimed(row)
     assert row.time is not None
-    return Cell(
-        time_text(row.seconds),
-        "",
-        f"{time_text(row.time['low'])} to {time_text(row.time['high'])}, {row.time['rounds']} rounds",
-    )
+    hint = f"{time_text(row.time['low'])} to {time_text(row.time['high'])}, {row.time['rounds']} rounds"
+    return Cell(time_text(row.seconds), "", hint + _starts_hint(row) + _condition_hint(row))
+
+
+def _starts_hint(row: Row, of: str = "") -> str:
+    if not row.starts or row.starts[f"{of}between"] is None:
+        return ""
+    between, within = (f"{row.starts[of + name]:.1%}" for name in ("between", "within"))
+    return f", {row.starts['count']} starts of the process: {between} between them, {within} within"
+
+
+def _condition_hint(row: Row) -> str:
+    redone = row.condition and row.condition["redone"]
+    return (f"; timed once more: {redone}" if redone else "") + (f"; disturbed: {row.disturbed}" if row.disturbed else "")

@@ -45,8 +45,10 @@ def section(results: Results) -> str:
 def verdicts(results: Results) -> list[str]:
     """A Markdown table of the claims that were measured, and how to measure the others."""
     every = claims.verdicts(results)
+    starts = max((row.starts["count"] for row in results.rows if row.starts), default=1)
+    medians = f", whose times are medians over {starts} starts of the process" if starts > 1 else ""
     lines = [
-        "What people say, and what this run says to it; the report shows the curves behind every line:",
+        f"What people say, and what this run says to it; the report shows the curves behind every line{medians}:",
         "",
         "| they say | measured here | figures |",
         "|---|---|---|",

@@ -5,15 +5,13 @@ Letters: T time, B batch, I input width, H hidden width, L layers, D directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .workloads import Call, Problem, Workload, torch_results
+from .workloads import Problem, Workload, torch_results
 
 PRECISIONS = ("bfloat16", "float16", "tf32", "float32")  # the last two: fp32, its products in TF32 or in IEEE fp32
 
@@ -58,9 +56,6 @@ class RecurrentWorkload(Workload):
         cell = self.function == "lstm" or (self.function == "rnn" and (self.B < 96 or self.H < 896))
         return shape and plain and cell
 
-    def call(self, built: Any, problem: Problem, layout: str, **options: Any) -> RecurrentCall:
-        return RecurrentCall(built, problem, layout, **options)
-
     def torch_results(self, problem: Problem, dtype: torch.dtype, device: str, *, in_parts: bool) -> dict[str, Tensor]:
         """On the workload's own device, fp64 as well: a GPU's grid is too large for a host."""
         return {name: t.cpu() for name, t in torch_results(self, problem, dtype, self.device, False).items()}
@@ -68,15 +63,6 @@ class RecurrentWorkload(Workload):
     def detail(self) -> dict[str, Any]:
         sizes = {"layers": self.layers, "directions": self.directions, "steps": self.steps}
         return {**sizes, "precision": self.precision, "persistent": self.persistent}
-
-
-class RecurrentCall(Call):
-    """A module whose attribute `around`, if it has one, is a context that its backward pass wants too."""
-
-    def _backward(self) -> tuple[Tensor, ...]:
-        around: Callable[[], AbstractContextManager[Any]] = getattr(self.module, "around", nullcontext)
-        with around():
-            return super()._backward()
 
 
 def precise(precision: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a GPU's suite sets beside torch.nn and fastseq's choice: fastseq forced on one backend, and torch.compile."""
+"""What is set beside torch.nn and fastseq's choice on a GPU: fastseq forced on one backend, and torch.compile."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Forced(Wrapped):
     def around(self) -> AbstractContextManager[None]:
         return importlib.import_module("fastseq").use_backend(self.backend)
 
-    def forward(self, x: Tensor | PackedSequence) -> Any:
+    def forward(self, *inputs: Any) -> Any:
         with self.around():
-            return self.module(x)
+            return self.module(*inputs)
 
 
 class Compiled(Wrapped):
@@ -55,7 +55,13 @@ class Compiled(Wrapped):
         return self.compiled[0](x)
 
 
-def _refuses(cell: str, backend: str) -> Callable[[Workload], str | None]:
+def _sequence(w: Workload, steps: int | None = None) -> tuple[Any, ...]:
+    """A layer's input, or that of its first steps."""
+    x = torch.zeros(w.T, w.B, w.I, device=w.device, dtype=w.torch_dtype)
+    return (x[:steps],) if steps else (arrange(x, "time", w.lengths),)
+
+
+def _refuses(cell: str, backend: str, inputs: Callable[..., tuple[Any, ...]] = _sequence) -> Callable[[Workload], str | None]:
     """Why the forced backend has no row of its own: fastseq's words from a call of this width, or that it is the free choice."""
     build, missing = fastseq_layer(cell), fastseq_missing(cell)
 
@@ -64,9 +70,8 @@ def _refuses(cell: str, backend: str) -> Callable[[Workload], str | None]:
             return missing(w)
         fastseq, obstacles = importlib.import_module("fastseq"), importlib.import_module("fastseq.backends").obstacles
         layer = build(w).to(w.device, w.torch_dtype)
-        x = torch.zeros(w.T, w.B, w.I, device=w.device, dtype=w.torch_dtype)
         try:
-            calls = fastseq.explain(Forced(layer, backend), x[:1]).calls
+            calls = fastseq.explain(Forced(layer, backend), *inputs(w, steps=1)).calls
         except RuntimeError as error:
             if "was forced but cannot run" in str(error):
                 return str(error).partition("]: ")[2]
@@ -75,7 +80,7 @@ def _refuses(cell: str, backend: str) -> Callable[[Workload], str | None]:
             against = [reason for query, *_ in calls for reason in obstacles(backend, query._replace(backward=True))]
             if against:
                 return f"backward: {'; '.join(dict.fromkeys(against))}"
-        chosen = fastseq.explain(layer, arrange(x, "time", w.lengths)).backends
+        chosen = fastseq.explain(layer, *inputs(w)).backends
         return "it is what fastseq chooses by itself here" if set(chosen) == {backend} else None
 
     return reason
@@ -98,15 +103,21 @@ def _way(word: str) -> Callable[[Any], list[str]]:
     return chose
 
 
-def forced(cell: str, backend: str, word: str, color: str) -> Provider:
-    """fastseq's layer on a backend whose way of taking a call goes by this word."""
+def forced_name(cell: str, backend: str) -> str:
+    return f"fastseq.{cell} ({backend})"
+
+
+def forced(
+    cell: str, backend: str, word: str, color: str, layout: str = "time", inputs: Callable[..., tuple[Any, ...]] = _sequence
+) -> Provider:
+    """fastseq's layer or cell on a backend whose way of taking a call goes by this word; `inputs`: of a call of a workload."""
     own = fastseq_layer(cell)
     return Provider(
-        f"fastseq.{cell} ({backend})",
+        forced_name(cell, backend),
         cell.lower(),
-        "time",
+        layout,
         lambda w: Forced(own(w), backend),
-        _refuses(cell, backend),
+        _refuses(cell, backend, inputs),
         _way(word),
         color,
     )

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from . import claim_figures, claims, environment, floor_plot, heatmaps, own, plots, reproduce
+from . import claim_figures, claims, doubts, floor_plot, heatmaps, own, plots, reproduce
+from .doubts import notes
 from .presentation import NARROW, Cell, Section, Table, bytes_text, time_text
-from .results import NOISY, Results
+from .results import Results
 from .suites import DEFAULT, SUITES
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -30,13 +31,16 @@ def sections(results: Results) -> list[Section]:
         rows, of_suite = results.of_suite(name), SUITES[name].present(results)
         of_suite[0].figures += floor_plot.figures(rows) + heatmaps.figures(rows)
         found += of_suite
-    return [*found, *own.present(results), *_noise(results), _peaks(results)]
+    return [*found, *own.present(results), *doubts.starts(results), *doubts.noise(results), _peaks(results)]
 
 
 def derive(results: Results) -> dict[str, Any]:
     found = {name: SUITES[name].derive(results) for name in results.suites()}
-    noisy = [number for number, row in enumerate(results.rows) if row.noisy]
-    return {"suites": found, "verdicts": [v.as_dict() for v in claims.verdicts(results)], "noisy": noisy}
+    marked = {
+        "noisy": [number for number, row in enumerate(results.rows) if row.noisy],
+        "disturbed": [number for number, row in enumerate(results.rows) if row.disturbed],
+    }
+    return {"suites": found, "verdicts": [v.as_dict() for v in claims.verdicts(results)]} | marked
 
 
 def page(results: Results) -> str:
@@ -55,6 +59,8 @@ def page(results: Results) -> str:
         verdicts=claims.verdicts(results),
         claim_figures=claim_figures.figures,
         notes=notes(results),
+        starts=max((row.starts["count"] for row in results.rows if row.starts), default=1),
+        watched=any(row.condition for row in results.rows),
         wrong=[r for r in results.rows if r.status == "wrong"],
         as_cell=as_cell,
         sides=sides,
@@ -62,27 +68,6 @@ def page(results: Results) -> str:
         environment_rows=list(_flatten(results.environment)),
         commands=reproduce.commands(results),
     )
-
-
-def notes(results: Results) -> list[str]:
-    """What makes the figures of a run doubtful or few."""
-    given = results.options
-    return [
-        note
-        for note in (
-            environment.busy(results.environment),
-            given.get("quick")
-            and "A quick run: short sequences or few points, few repetitions. The run without --quick says more.",
-            _noisy_rows(results),
-            given.get("interrupted") and "This run was interrupted: what follows is what had been measured by then.",
-        )
-        if note
-    ]
-
-
-def _noisy_rows(results: Results) -> str:
-    timed, noisy = sum(bool(row.time) for row in results.rows), sum(row.noisy for row in results.rows)
-    return f"{noisy} of {timed} rows are noisy: their times spread by more than {NOISY:.0%}. They are listed." if noisy else ""
 
 
 _NUMBER = re.compile(r"\d|T\^|–")
@@ -153,27 +138,6 @@ def rich_table(table: Table) -> RichTable:
     return out
 
 
-def _noise(results: Results) -> list[Section]:
-    """The rows whose times spread far, the worst first."""
-    noisy = sorted((row for row in results.rows if row.noisy), key=lambda row: -row.spread)
-    lines: list[list[Cell | str]] = [
-        [
-            row.provider,
-            f"{row.suite}, {row.mode}",
-            f"T={row.T} B={row.B} H={row.H}, {row.dtype}, threads {row.threads}",
-            time_text(row.seconds),
-            Cell(f"{row.spread:.0%}", "bad"),
-        ]
-        for row in noisy
-    ]
-    note = (
-        f"More than {NOISY:.0%} of the median lies between the 20 and the 80 % quantile of the rounds: smaller differences say "
-        "nothing."
-    )
-    table = Table("Noisy rows", ["provider", "suite", "size", "median", "spread"], lines, note, folded=True)
-    return [Section("What was noisy", tables=[table])] if noisy else []
-
-
 def _peaks(results: Results) -> Section:
     rows: list[list[Cell | str]] = []
     columns: list[str] = []
@@ -182,6 +146,7 @@ def _peaks(results: Results) -> Section:
             "threads": str(p.threads),
             "dtype": p.dtype,
             "torch.mm": f"{p.gemm / 1e9:.0f} GFLOP/s",
+            "multiply-adds": f"{p.fma / 1e9:.0f} GFLOP/s" if p.fma else "–",
             **{f"read {bytes_text(k << 10)}": f"{p.read[k] / 1e9:.0f} GB/s" for k in SHOWN_KIB if k in p.read},
             **{f"copy {bytes_text(k << 10)}": f"{v / 1e9:.0f} GB/s" for k, v in sorted(p.copy.items())},
             **{how: time_text(seconds) for how, seconds in p.launch.items()},
@@ -189,10 +154,11 @@ def _peaks(results: Results) -> Section:
         columns = list(values)
         rows.append(list(values.values()))
     note = (
-        "Measured in this run; the floors follow from them. torch.mm: the best of a few square products. "
+        "Measured in this run; the floors follow from them. torch.mm: the best of a few square products. multiply-adds: in a "
+        "CPU's registers alone; the faster of the two bounds arithmetic. "
         "read: one buffer again and again, each thread its share, as recurrent weights are at every step. "
         "copy: bytes read and written. operator: the shortest call of a torch operator. A program that beats "
-        "torch.mm or this way of reading is above 100 % of its floor."
+        "this way of reading, or torch.mm where nothing else bounds arithmetic, is above 100 % of its floor."
     )
     return Section("What the machine can do", tables=[Table("Measured peaks", columns, rows, note)] if rows else [])
 

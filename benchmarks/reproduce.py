@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .presentation import QUICK_STARTS, STARTS
 from .results import Results
 from .suites import DEFAULT
 
@@ -33,4 +34,7 @@ def _bench(part: dict, device: str) -> str:
     if part.get("threads"):
         words.append(f"--threads {','.join(map(str, part['threads']))}")
     words += [f"--{extent}" for extent in ("quick", "full") if part.get(extent)]
+    usual = QUICK_STARTS if part.get("quick") else STARTS
+    if part.get("starts", usual) != usual:
+        words.append(f"--starts {part['starts']}")
     return " ".join(words)

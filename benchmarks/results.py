@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .floors import Peaks
@@ -40,7 +41,7 @@ class Row:
     status: str = "ok"
     reason: str | None = None
     parameters: int | None = None
-    time: dict[str, float] | None = None  # timing.Timing, seconds
+    time: dict[str, float] | None = None  # timing.Timing, seconds; over process starts where there are several, see `starts`
     first: float | None = None  # seconds of the very first call: compiling, warming up, allocating; in no other figure
     graph: dict[str, float] | None = None  # the same inside a CUDA graph
     host: dict[str, float] | None = None  # host time until the call returns, on CUDA
@@ -53,6 +54,8 @@ class Row:
     chose: list[str] = field(default_factory=list)  # operators or kernels that show the implementation
     launches: int | None = None  # kernels that a call launches, on CUDA
     detail: dict[str, Any] | None = None  # what the workload says of itself beyond these columns
+    starts: dict[str, Any] | None = None  # starts.Starts, of a headline: what each process found
+    condition: dict[str, Any] | None = None  # condition.Condition: the machine while this was timed
 
     @classmethod
     def of(cls, suite: str, group: str, provider: str, w: Workload, **values: Any) -> Row:
@@ -97,14 +100,34 @@ class Row:
         return self.time["median"] if self.ok and self.time else float("nan")
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """Seconds between which the time lies: the quantiles over rounds, and the medians of all starts."""
+        assert self.time
+        return _around(self.time, self.starts, ("medians", "lows", "highs"))
+
+    @property
+    def ratio_interval(self) -> tuple[float, float]:
+        """The same for the speed-up."""
+        assert self.ratio
+        return _around(self.ratio, self.starts, ("ratios", "ratio_lows", "ratio_highs"))
+
+    @property
     def spread(self) -> float:
-        """Between the quantiles of the time, in medians; NaN where there is none."""
-        return (self.time["high"] - self.time["low"]) / self.time["median"] if self.ok and self.time else float("nan")
+        """The length of `interval`, in medians; NaN where there is no time."""
+        if not (self.ok and self.time):
+            return float("nan")
+        low, high = self.interval
+        return (high - low) / self.time["median"]
 
     @property
     def noisy(self) -> bool:
         """Whether the time spreads so far that small differences say nothing."""
         return self.spread > NOISY
+
+    @property
+    def disturbed(self) -> str | None:
+        """Why its figures are doubtful: the machine was throttled or busy, also when the row was timed once more."""
+        return self.condition["disturbed"] if self.condition else None
 
     @property
     def of_floor(self) -> float:
@@ -169,6 +192,17 @@ class Results:
             raise ValueError(f"{path} does not have the fields of version {VERSION}: {error}") from error
 
 
+def _around(overall: dict[str, Any], starts: dict[str, Any] | None, names: tuple[str, str, str]) -> tuple[float, float]:
+    """With several starts, whatever reaches further: their medians, or the quantiles that are usual within one of them.
+
+    The quantiles over two or three medians alone would lie closer together than the next start may fall.
+    """
+    if not starts or len(starts[names[0]]) < 2:
+        return overall["low"], overall["high"]
+    medians, lows, highs = (starts[name] for name in names)
+    return min(*medians, median(lows)), max(*medians, median(highs))
+
+
 def write_csv(rows: Iterable[Row], path: Path) -> None:
     """One line a row; nested fields become columns such as time.median."""
     flat = [_flat(asdict(row)) for row in rows]
@@ -184,9 +218,11 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            out |= {f"{name}.{k}": v for k, v in value.items()}
-        elif isinstance(value, list):
-            out[name] = " ".join(value)
+            out |= {f"{name}.{k}": _words(v) for k, v in value.items()}
         elif value is not None:
-            out[name] = value
+            out[name] = _words(value)
     return out
+
+
+def _words(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value

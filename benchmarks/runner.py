@@ -14,6 +14,7 @@ import torch
 from . import floors, gate, memory
 from .attention_providers import ATTENTION_PROVIDERS
 from .cell_providers import CELL_PROVIDERS
+from .condition import Condition, Watch
 from .decode_providers import DECODE_PROVIDERS
 from .floors import Peaks
 from .limits import LIMIT_PROVIDERS
@@ -28,6 +29,7 @@ from .workloads import Workload
 
 EVERY_PROVIDER = PROVIDERS | RECURRENT_PROVIDERS | CELL_PROVIDERS | ATTENTION_PROVIDERS | DECODE_PROVIDERS | VARIABLE_PROVIDERS
 EVERY_PROVIDER |= MODEL_PROVIDERS | LIMIT_PROVIDERS | STACK_PROVIDERS
+IN_VAIN = 3  # cases one after another that were disturbed both times: from then on a disturbed case is not timed once more
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Case:
     baseline: tuple[tuple[str, str], ...] = ()
     check: bool = True
     timed: bool = True  # else memory alone is observed
+    headline: bool = False  # measured again in further processes, see starts.py
 
     @property
     def label(self) -> str:
@@ -61,7 +64,7 @@ class Case:
 
 
 class Runner:
-    """Runs cases on one device. `providers` and `clock` can be replaced, for tests and for other programs."""
+    """Runs cases on one device. `providers`, `clock` and `watch` can be replaced, for tests and for other programs."""
 
     def __init__(
         self,
@@ -69,13 +72,20 @@ class Runner:
         *,
         providers: dict[str, Provider] | None = None,
         clock: Clock | None = None,
+        watch: Watch | None = None,
         quick: bool = False,
     ) -> None:
         self.device, self.quick = device, quick
         self.providers = EVERY_PROVIDER if providers is None else providers
         self.clock = clock or clock_for(device)
+        self.watch = watch or Watch(device)
         self.peaks: dict[tuple[int, str], Peaks] = {}
         self._last_peak: dict[tuple[str, ...], tuple[int, int]] = {}
+        self._in_vain = 0
+
+    def close(self) -> None:
+        """Ends what watches the device."""
+        self.watch.close()
 
     def peaks_for(self, w: Workload) -> Peaks:
         """Measured on first use under the workload's settings, then kept."""
@@ -110,7 +120,7 @@ class Runner:
         if calls and case.timed:
             progress(f"{case.label}: timing")
             with next(iter(calls.values())).context():
-                self._time(case, {name: call.run for name, call in calls.items()}, rows)
+                self._time(case, {name: call.run for name, call in calls.items()}, rows, progress)
         return list(rows.values())
 
     def _prepare(self, provider: Provider, w: Workload, row: Row, *, check: bool, timed: bool) -> Any:
@@ -162,21 +172,45 @@ class Runner:
         except Exception:  # noqa: BLE001  whatever a provider raises is its result
             return None
 
-    def _time(self, case: Case, runs: dict[str, Callable[[], object]], rows: dict[str, Row]) -> None:
+    def _time(
+        self, case: Case, runs: dict[str, Callable[[], object]], rows: dict[str, Row], progress: Callable[[str], None]
+    ) -> None:
+        """Once more if the machine was disturbed meanwhile; the figures that stay are those of the quieter time."""
+        figures, condition = self._watched(case, runs)
+        trouble = condition.trouble
+        if trouble and self._in_vain < IN_VAIN:
+            progress(f"{case.label}: timing once more, {trouble}")
+            again, then = self._watched(case, runs)
+            self._in_vain = self._in_vain + 1 if then.trouble else 0
+            if then.severity < condition.severity:
+                figures, condition = again, then
+            condition = replace(condition, redone=trouble)
+        elif not trouble:
+            self._in_vain = 0
+        for name, found in figures.items():
+            rows[name].condition = replace(condition, disturbed=condition.trouble).as_dict()
+            for column, value in found.items():
+                setattr(rows[name], column, value)
+
+    def _watched(self, case: Case, runs: dict[str, Callable[[], object]]) -> tuple[dict[str, dict[str, Any]], Condition]:
+        self.watch.begin()
+        figures = self._figures(case, runs)
+        return figures, self.watch.end()
+
+    def _figures(self, case: Case, runs: dict[str, Callable[[], object]]) -> dict[str, dict[str, Any]]:
+        """By provider, what becomes a column of its row."""
         samples = interleave(runs, self.clock, case.effort)
-        baselines = dict(case.baseline)
-        for name, sample in samples.items():
-            rows[name].time = sample.timing().as_dict()
-            base = baselines.get(name)
-            if base in samples and base != name:
-                rows[name].ratio = Ratio.of(base, samples[base].seconds, sample.seconds).as_dict()
+        figures: dict[str, dict[str, Any]] = {name: {"time": sample.timing().as_dict()} for name, sample in samples.items()}
+        for name, base in case.baseline:
+            if name in samples and base in samples and base != name:
+                figures[name]["ratio"] = Ratio.of(base, samples[base].seconds, samples[name].seconds).as_dict()
         if not self.device.startswith("cuda"):
-            return
+            return figures
         brief = replace(case.effort, seconds=case.effort.seconds / 4)
         for name, sample in interleave(runs, IssueClock(), brief).items():
-            rows[name].host = sample.timing().as_dict()
+            figures[name]["host"] = sample.timing().as_dict()
         if case.participants[0].workload.mode == "backward":
-            return  # its kernels go to the stream of the forward, which no capture of the backward holds
+            return figures  # its kernels go to the stream of the forward, which no capture of the backward holds
         for (
             name,
             run,
@@ -186,7 +220,8 @@ class Runner:
             except RuntimeError:
                 torch.cuda.synchronize(self.device)
                 continue
-            rows[name].graph = captured[name].timing().as_dict()
+            figures[name]["graph"] = captured[name].timing().as_dict()
+        return figures
 
     def _series(self, provider: Provider, w: Workload) -> tuple[str, ...]:
         return (provider.name, w.mode, str(w.B), str(w.H), w.dtype, str(w.options))

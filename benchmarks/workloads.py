@@ -10,7 +10,7 @@ of (time, batch) positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from statistics import median
@@ -249,6 +249,11 @@ def arrange(t: Tensor, layout: str, lengths: list[int] | None) -> Tensor | Packe
     return t.transpose(0, 1).contiguous() if layout == "batch" else t
 
 
+def around(module: Any) -> AbstractContextManager[Any]:
+    """The context that a module wants its backward pass in as well: its attribute `around`, if it has one."""
+    return getattr(module, "around", nullcontext)()
+
+
 def load(module: nn.Module, values: dict[str, Tensor]) -> dict[str, nn.Parameter]:
     """Gives a module its parameters; they are returned by the names that the function's own module gives them."""
     name_of: Callable[[str], str] = getattr(module, "canonical_name", lambda name: name)
@@ -298,7 +303,8 @@ class Call:
         return self.module(self.x)
 
     def _backward(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(_first(self.module(self.x)), list(self.leaves.values()), self.grad)
+        with around(self.module):
+            return torch.autograd.grad(_first(self.module(self.x)), list(self.leaves.values()), self.grad)
 
     def context(self) -> torch.inference_mode:
         """Gradient mode that `run` is called in."""

@@ -5,6 +5,7 @@
 #include "common/device.h"
 #include "cpu/recurrent.h"
 #include "limits/exchange_op.h"
+#include "limits/fma_op.h"
 #include "recurrent/recurrent.h"
 
 STABLE_TORCH_LIBRARY(fastseq_native, m) {
@@ -16,7 +17,8 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("cuda_stream_lent() -> bool");
   m.def("cpu_level() -> str");
   m.def("cuda_limits(int device) -> int[]");
-  m.def("recurrent_plan(str cell, str precision, bool backward, int batch, int lanes, int hidden, int[] device) -> (str, float, int[])");
+  m.def("recurrent_plan(str cell, str precision, bool backward, int batch, int lanes, int hidden, int[] device, "
+        "int rank=0) -> (str, float, int[], int)");
   m.def(
       "recurrent_forward(Tensor? x, Tensor? w_ih, Tensor? b_ih, Tensor? x_gates, Tensor? h_gates, Tensor weight, Tensor? vectors, "
       "Tensor? projection, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, str cell, "
@@ -36,10 +38,12 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor weight, Tensor? vectors, Tensor? h0, Tensor? c0, Tensor y, Tensor c, Tensor gates, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) dh0, Tensor(d!) dc0, Tensor? starts, Tensor? lengths, int steps, int batch, int lanes, "
       "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags) -> ()");
+  m.def("fma(Tensor start, float factor, float addend, int steps, Tensor(a!) results) -> ()");
   m.def("exchange(str kind, int steps, int ctas, int vectors, Tensor(a!) flags, Tensor(b!) operands, Tensor(c!) results) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
+  m.impl("fma", TORCH_BOX(&fastseq::limits::fma_cpu));
   m.impl("recurrent_forward", TORCH_BOX(&fastseq::cpu::recurrent_forward));
   m.impl("recurrent_backward", TORCH_BOX(&fastseq::cpu::recurrent_backward));
 }

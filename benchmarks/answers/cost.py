@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..analysis import local_exponents, power_law
-from ..attention_providers import ATTENTION_PROVIDERS, OWN
+from ..attention_providers import ATTENTION_PROVIDERS, OWN, REFORMER
 from ..evidence import (
     FAILS,
     FORMATS,
@@ -23,8 +23,8 @@ from ..evidence import (
     lowest,
     meet,
 )
+from ..hashed import HASHED
 from ..presentation import bytes_text, time_text
-from ..providers import PROVIDERS
 from ..results import Row
 from ..suites import attention as alone
 from ..suites import decode, memory_use
@@ -34,8 +34,8 @@ from .serving import state_lines
 
 FLAT = 0.5  # below this exponent the time counts as not growing with T
 TRANSFORMER = "attention block"  # has the parameters of the LSTM
-LSTMS = ("torch.nn.LSTM", "fastseq.LSTM")
-LAYERS = (*LSTMS, "torch.nn.GRU", "fastseq.GRU")
+LSTMS = ("torch.nn.LSTM", "fastseq.LSTM", length.CUDA_KERNELS["LSTM"])
+LAYERS = (*LSTMS, "torch.nn.GRU", "fastseq.GRU", length.CUDA_KERNELS["GRU"])
 ATTENTION = ("naive attention", "fused attention")
 FUSED = ("fused attention", "fastseq attention")
 Compare = Callable[[Line, Line], dict[float, bool | None]]
@@ -44,7 +44,8 @@ Compare = Callable[[Line, Line], dict[float, bool | None]]
 def _lines(rows: list[Row], providers: tuple[str, ...], mode: str, quantity: str = "seconds") -> list[Line]:
     own = {name: [r for r in rows if (r.provider, r.mode) == (name, mode)] for name in providers}
     value = None if quantity == "seconds" else lambda row: row.memory
-    return [line(of, name, value, color=PROVIDERS[name].color, dashed=PROVIDERS[name].dashed) for name, of in own.items()]
+    known = length.KNOWN
+    return [line(of, name, value, color=known[name].color, dashed=known[name].dashed) for name, of in own.items()]
 
 
 def _of(rows: list[Row], suite: str) -> dict[str, list[Row]]:
@@ -110,7 +111,7 @@ def train_faster(rows: list[Row]) -> list[Finding]:
         meetings = meet(block, lstm)
         where = "" if meetings else "; no crossover in the measured range"
         panel = Panel("Training step at equal parameters", (block, *(a for a in lstms if a)))
-        text = f"{figures}{where} (equal parameters and tokens, best of {' and '.join(LSTMS)})"
+        text = f"{figures}{where} (equal parameters and tokens, best of {' and '.join(a.name for a in lstms if a)})"
         findings.append(Finding(sizes, (judge(holds),), text, meetings, (panel,)))
     return findings
 
@@ -165,31 +166,47 @@ def _inference(rows: list[Row], compare: Compare) -> list[Finding]:
 
 
 def overhead(rows: list[Row]) -> list[Finding]:
-    """Training step of causal attention over a window, and over blocks, against all keys, by the same program."""
+    """Training step of causal attention over a window, over blocks and over hashed chunks, against all keys."""
     findings = []
     for sizes, own in _of([row for row in rows if row.group == "memory"], alone.NAME).items():
         parts, figures, panels = [], [], []
         meetings: list[Meeting] = []
         for quantity, what, unit in (("seconds", "time", "seconds"), ("memory", "memory", "bytes")):
-            full, window, blocks = (_kind(own, kind, quantity) for kind in (alone.FULL, alone.WINDOW, alone.BLOCKS))
-            for sparse, name in ((window, "sliding window"), (blocks, "block-sparse")):
+            lines = {kind: _kind(own, kind, quantity) for kind in COLORS}
+            for kind, every, name in CHEAPER:
+                sparse, full, about = lines[kind], lines[every], f"{what}, {name}"
                 holds = less(sparse, full)
                 if not holds:
                     continue
                 T, text = max(holds), FORMATS[unit]
-                parts.append(judge(holds, f"{what}, {name}"))
-                figures.append(f"{what}, {name} {text(sparse.values[T])} against {text(full.values[T])} at T = {T}")
-                meetings += meet(sparse, full, f"{what}, {name}")
-            panels.append(Panel(f"{what.capitalize()} of a training step", tuple(a for a in (full, window, blocks) if a), unit))
+                parts.append(judge(holds, about))
+                figures.append(f"{about} {text(sparse.values[T])} against {text(full.values[T])} at T = {T}")
+                meetings += meet(sparse, full, about)
+            panels.append(Panel(f"{what.capitalize()} of a training step", tuple(a for a in lines.values() if a), unit))
         if parts:
-            said = f"{OWN}, forward + backward: {'; '.join(figures)}; hashed attention not measured"
+            hashed = any(a.name == HASHED for panel in panels for a in panel.lines)
+            programs = f"hashed attention by {REFORMER}" if hashed else "hashed attention not measured"
+            said = f"{OWN}, forward + backward: {'; '.join(figures)}; {programs}"
             findings.append(Finding(sizes, tuple(parts), said, tuple(meetings), tuple(panels)))
     return findings
 
 
-COLORS = {alone.FULL: ATTENTION_PROVIDERS[OWN].color, alone.WINDOW: "#0072b2", alone.BLOCKS: "#d55e00"}
+COLORS = {
+    alone.FULL: ATTENTION_PROVIDERS[OWN].color,
+    alone.WINDOW: "#0072b2",
+    alone.BLOCKS: "#d55e00",
+    HASHED: ATTENTION_PROVIDERS[REFORMER].color,
+    alone.SHARED: "#8d99ae",
+}
+CHEAPER = (
+    (alone.WINDOW, alone.FULL, "sliding window"),
+    (alone.BLOCKS, alone.FULL, "block-sparse"),
+    (HASHED, alone.FULL, "hashed beside fused"),
+    (HASHED, alone.SHARED, "hashed beside all keys of its own program"),
+)
 
 
 def _kind(rows: list[Row], kind: str, quantity: str) -> Line:
-    own = [row for row in rows if row.provider == OWN and alone.kind_of(row) == kind]
+    program = REFORMER if kind in (HASHED, alone.SHARED) else OWN
+    own = [row for row in rows if row.provider == program and alone.kind_of(row) == kind]
     return line(own, kind, None if quantity == "seconds" else lambda row: row.memory, color=COLORS[kind])

@@ -17,9 +17,11 @@ from ..attention_providers import (
     FORCED,
     OWN,
     OWN_MODULE,
+    REFORMER,
     SDPA,
     TORCH_MODULE,
 )
+from ..hashed import CHUNK, HASHED
 from ..plots import end_labels, log_axes
 from ..presentation import (
     BYTE_UNITS,
@@ -41,7 +43,7 @@ from ..runner import Case, Participant
 from ..timing import Effort
 
 NAME = "attention"
-SUMMARY = "attention alone against torch (every backend), FlexAttention, flash-attn: dense, biased, windowed, decoding, memory"
+SUMMARY = "attention alone against torch (every backend), FlexAttention, flash-attn: dense, biased, windowed, hashed, decoding"
 
 CORE = (SDPA, *FORCED, FLEX, FLASH, OWN)
 # What must be reached over the named provider on an H200 (the devices of other classes have no targets).
@@ -59,7 +61,8 @@ DENSE_TARGETS = {"inference": 0.70, "backward": 0.55}  # over torch's cuDNN back
 DECODE_TARGET = 0.85  # of the copy bandwidth, at contexts of 8192 and more
 TARGET_DEVICE = "H200"
 LENGTH_CASES = ("dense", "window", "blocks", "t5", "transformer-xl", "bias")
-FULL, WINDOW, BLOCKS = "full causal", "window", "blocks"
+FULL, WINDOW, BLOCKS, SHARED = "full causal", "window", "blocks", "shared query-key"
+LENGTH_PROGRAMS = (EAGER, SDPA, OWN, REFORMER)
 
 
 def plan(options: Options) -> list[Case]:
@@ -124,6 +127,10 @@ def plan(options: Options) -> list[Case]:
         causal = function not in ("t5", "bias")
         workload = make(function, T, 1, W, E, "training", causal=causal, **more)
         add("memory", workload, (EAGER, SDPA, OWN), OWN, SDPA)
+    for T, block in product(_lengths(cuda, options.quick), (CHUNK, 0)):
+        W, E = (1024, 128) if cuda else (128, 64)
+        hashed = make(HASHED, T, 1, W, E, "training", causal=True, block=block or T)
+        cases.append(Case(NAME, "memory", (Participant(REFORMER, hashed),), effort))
     return cases
 
 
@@ -156,7 +163,9 @@ GROUPS = ("dense", "decode", "memory")  # every other group is a case where torc
 
 
 def kind_of(row: Row) -> str:
-    """What a row of the group "memory" is: its case, the causal dense one named FULL."""
+    """What a row of the group "memory" is: its case, the causal dense one named FULL, the hashed one in a single chunk SHARED."""
+    if row.function == HASHED:
+        return SHARED if (row.detail or {})["block"] >= row.T else HASHED
     return FULL if row.function == "dense" else row.function
 
 
@@ -236,7 +245,7 @@ def derive(results: Results) -> dict[str, Any]:
         elif own.seconds > other.seconds:
             losses.append({"point": _name(own), "to": other.provider, "ratio": other.seconds / own.seconds})
     growth = []
-    for kind, provider in product(_kinds(rows), (EAGER, SDPA, OWN)):
+    for kind, provider in product(_kinds(rows), LENGTH_PROGRAMS):
         for quantity in ("seconds", "memory"):
             points = curve(rows, kind, provider, quantity)
             fit = power_law(list(points), list(points.values()))
@@ -432,8 +441,10 @@ def _length_table(rows: list[Row], derived: dict[str, Any], quantity: str) -> Ta
     lengths = sorted({T for _, _, T in at})
     growth = {(g["case"], g["provider"]): g["exponent"] for g in derived["growth"] if g["quantity"] == quantity}
     body: list[list[Cell | str]] = []
-    for kind, provider in product(_kinds(rows), (EAGER, SDPA, OWN)):
+    for kind, provider in product(_kinds(rows), LENGTH_PROGRAMS):
         found = [at.get((kind, provider, T)) for T in lengths]
+        if not any(found):
+            continue
         if quantity == "memory":
             cells = [Cell(bytes_text(r.memory)) if r and r.ok else time_cell(r) for r in found]
         else:
@@ -441,7 +452,13 @@ def _length_table(rows: list[Row], derived: dict[str, Any], quantity: str) -> Ta
         exponent = growth.get((kind, provider))
         body.append([kind, provider, *cells, "–" if exponent is None else f"T^{exponent:.2f}"])
     title = "Peak memory" if quantity == "memory" else "Time"
-    return Table(f"{title} against T, forward + backward, B=1", ["case", "", *(f"T={T}" for T in lengths), "grows as"], body)
+    note = (
+        f"{HASHED}: Reformer's, one round of hashing, chunks of {CHUNK}; {SHARED}: the same program with a single chunk, that is "
+        "attention to every earlier position."
+    )
+    columns = ["case", "", *(f"T={T}" for T in lengths), "grows as"]
+    any_hashed = HASHED in _kinds(rows)
+    return Table(f"{title} against T, forward + backward, B=1", columns, body, note if any_hashed else "")
 
 
 def _loss_table(derived: dict[str, Any]) -> Table:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..analysis import geometric_mean
-from ..cell_providers import own_name, torch_name
+from ..cell_providers import cuda_name, own_name, torch_name
 from ..cells import CELLS, CellWorkload
 from ..presentation import (
     Card,
@@ -57,8 +57,9 @@ def plan(options: Options) -> list[Case]:
     for (group, mode), dtype, cell, B, H in product(KINDS, dtypes, CELLS, batches, widths):
         common: dict[str, Any] = {"threads": threads, "dtype": dtype, "device": options.device}
         w = CellWorkload(cell.lower(), STEPS[group], B, H, H, mode, **common)
-        names = torch_name(cell), own_name(cell)
-        cases.append(Case(NAME, group, tuple(Participant(name, w) for name in names), effort, (names[::-1],)))
+        base, own, cuda_kernels = torch_name(cell), own_name(cell), cuda_name(cell)
+        participants = tuple(Participant(name, w) for name in (base, own, cuda_kernels))
+        cases.append(Case(NAME, group, participants, effort, ((own, base), (cuda_kernels, base))))
     return cases
 
 
@@ -174,24 +175,29 @@ def _losses(derived: dict[str, Any]) -> Table:
 def _every_point(rows: list[Row]) -> Table:
     """Times of a call and of a step; in a graph where there is a GPU."""
     cuda = rows[0].device.startswith("cuda")
-    base = {(r.group, r.function, r.mode, r.B, r.H, r.dtype): r for r in rows if r.provider.startswith("torch.")}
+    at = {(r.provider, r.group, r.mode, r.B, r.H, r.dtype): r for r in rows}
     body: list[list[Cell | str]] = []
     for r in (r for group, mode in KINDS for r in _own(rows, group, mode)):
-        other = base.get((r.group, r.function, r.mode, r.B, r.H, r.dtype))
+        point = r.group, r.mode, r.B, r.H, r.dtype
+        other, kernels = (at.get((name(cell_of(r)), *point)) for name in (torch_name, cuda_name))
         line: list[Cell | str] = [_name(r), time_cell(other), time_cell(r), ratio_cell(r)]
         if cuda:
-            line += [*(_graph(x) for x in (other, r)), *(_host(x) for x in (other, r))]
+            line += [time_cell(kernels), *(_graph(x) for x in (other, r, kernels)), *(_host(x) for x in (other, r, kernels))]
         floor = Cell(f"{r.of_floor:.0%}", "", f"{r.floor['bound']}: {r.floor['note']}") if r.ok and r.floor else Cell("–", "weak")
         error = f"{r.check['error']:.1e}" if r.check and r.check["error"] is not None else "–"
         step = time_text(r.seconds / r.T)
         body.append([*line, step, floor, error, ", ".join(r.chose), ", ".join(other.chose) if other else ""])
-    graphs = ["torch.nn in a graph", "fastseq in a graph", "host time of torch.nn", "of fastseq"] if cuda else []
+    graphs = []
+    if cuda:
+        graphs = ["(cuda)", "torch.nn in a graph", "fastseq in a graph", "(cuda) in a graph"]
+        graphs += ["host time of torch.nn", "of fastseq", "of (cuda)"]
     columns = ["point", "torch.nn", "fastseq", "speed-up", *graphs, "fastseq per step", "of floor", "error"]
     return Table(
         f"Every point: {len(body)}",
         [*columns, "fastseq ran", "torch.nn ran"],
         body,
-        "Of floor: the time that reading both weights, or computing with them, takes at the measured peaks, over the time.",
+        "Of floor: the time that reading both weights, or computing with them, takes at the measured peaks, over the time."
+        + " (cuda): fastseq on its CUDA kernels, whose launch is made for a whole sequence." * cuda,
         folded=True,
     )
 

@@ -16,7 +16,7 @@ from ..runner import Case, Participant
 from ..timing import Effort
 
 NAME = "limits"
-SUMMARY = "what the machine can do: reading, copying, matrix products per precision, launches alone and in a CUDA graph"
+SUMMARY = "what the machine can do: reading, copying, matrix products per precision, multiply-adds, launches, a CUDA graph"
 
 PRECISIONS: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {name: {"dtype": name} for name in ("float32", "bfloat16", "float64")},
@@ -48,6 +48,8 @@ def plan(options: Options) -> list[Case]:
         found += [limits.copy(options.device, kib, n) for kib in floors.COPY_KIB[kind]]
         orders = floors.GEMM_SIZES[kind][: 2 if options.quick else None]
         found += [limits.product(options.device, order, n, **p) for p, order in product(precisions.values(), orders)]
+        if kind == "cpu":
+            found += [limits.fma(options.device, n, dtype=name) for name in precisions if name in limits.FMA_DTYPES]
         found.append(limits.launch(options.device, n))
     if kind == "cuda":
         found += [limits.exchange(options.device, name, threads[-1]) for name in EXCHANGES]
@@ -73,25 +75,38 @@ def precision(row: Row) -> str:
 def derive(results: Results) -> dict[str, Any]:
     rows = results.of_suite(NAME)
     return {
-        "products": _best_products(rows),
+        "products": _best(rows, "product"),
+        "multiply-adds": _best(rows, "fma"),
+        "products of multiply-adds": _shares(rows),
         "launches": [_launch(row) for row in rows if row.function == "launch" and row.ok],
         "exchanges": {row.function: row.seconds / row.T for row in rows if row.group == "exchange" and row.ok},
         "disagreeing": [_name(row) for row in _peak_rows(rows) if row.floor and abs(row.of_floor - 1) > AGREE],
     }
 
 
-def _best_products(rows: list[Row]) -> dict[str, float]:
+def _best(rows: list[Row], function: str) -> dict[str, float]:
     """FLOP/s by precision."""
     best: dict[str, float] = {}
     for row in rows:
         value = rate(row)
-        if row.function == "product" and value is not None:
+        if row.function == function and value is not None:
             best[precision(row)] = max(best.get(precision(row), 0.0), value)
     return best
 
 
+def _shares(rows: list[Row]) -> list[dict[str, Any]]:
+    """How much of the multiply-adds the best matrix product reaches, on as many threads."""
+    found = []
+    for name, n in dict.fromkeys((precision(row), row.threads) for row in rows if row.function == "fma"):
+        own = [row for row in rows if row.threads == n]
+        product, fma = (_best(own, function).get(name) for function in ("product", "fma"))
+        if product and fma:
+            found.append({"precision": name, "threads": n, "share": product / fma})
+    return found
+
+
 def _peak_rows(rows: list[Row]) -> list[Row]:
-    """Those with a time, of products the fastest order only: a peak is that of the best."""
+    """Those with a time, of matrix products the fastest order only: a peak is that of the best."""
     fastest: dict[tuple[Any, ...], Row] = {}
     for row in sorted((row for row in rows if rate(row) and row.group != "exchange"), key=lambda row: rate(row) or 0.0):
         fastest[row.function, row.threads, precision(row), None if row.function == "product" else row.H] = row
@@ -106,8 +121,8 @@ def _launch(row: Row) -> dict[str, Any]:
 
 
 def _name(row: Row) -> str:
-    size = f"{precision(row)} {row.H}" if row.function == "product" else bytes_text(row.H << 10)
-    return f"{row.function}{'' if row.function == 'launch' else ' ' + size}, {_where(row)}"
+    sizes = {"launch": "", "product": f" {precision(row)} {row.H}", "fma": f" {precision(row)}"}
+    return f"{row.function}{sizes.get(row.function, ' ' + bytes_text(row.H << 10))}, {_where(row)}"
 
 
 def _where(row: Row) -> str:
@@ -119,7 +134,8 @@ def present(results: Results) -> list[Section]:
     text = [
         "Read: one buffer summed again and again, each thread its share, as recurrent weights are read at every step. Copy: "
         "bytes read and written. Product: a square torch.mm of normal random numbers, the arithmetic within reach of a torch "
-        "program; regular numbers such as zeros run faster on some devices. Launch: a fill of one element.",
+        "program; regular numbers such as zeros run faster on some devices. Multiply-adds: independent chains of them in a CPU's "
+        "registers, the arithmetic beyond reach of any program. Launch: a fill of one element.",
         "Each program's result is compared with its definition first. The floors of every row follow from the same programs, "
         "measured apart at the start of a run, the best of a few; here it is the median.",
     ]
@@ -132,7 +148,11 @@ def picture(results: Results) -> Figure:
 
 
 def _cards(derived: dict[str, Any], rows: list[Row]) -> list[Card]:
-    cards = [Card(_rate_text(value, "FLOP/s"), f"torch.mm, {name}") for name, value in derived["products"].items()]
+    cards = [
+        Card(_rate_text(value, "FLOP/s"), f"{what}, {name}")
+        for key, what in (("products", "torch.mm"), ("multiply-adds", "multiply-adds in registers"))
+        for name, value in derived[key].items()
+    ]
     largest = max((row for row in rows if row.function == "copy" and row.ok), key=lambda r: (r.H, r.threads), default=None)
     if largest:
         cards.append(Card(_rate_text(rate(largest), "B/s"), f"copy of {bytes_text(largest.H << 10)}, {_where(largest)}"))
@@ -172,11 +192,18 @@ def _products(rows: list[Row]) -> Table:
     found = [row for row in rows if row.function == "product"]
     orders = sorted({row.H for row in found})
     at = {(precision(row), row.threads, row.H): row for row in found}
+    beyond = {(precision(row), row.threads): row for row in rows if row.function == "fma"}
+    shares = {(of["precision"], of["threads"]): of["share"] for of in _shares(rows)}
     body: list[list[Cell | str]] = []
-    for name, n in dict.fromkeys((precision(row), row.threads) for row in found):
-        own = [at.get((name, n, order)) for order in orders]
-        body.append([name, str(n), *(_rate_cell(row, "FLOP/s") for row in own)])
-    return Table("Matrix products", ["precision", "threads", *(f"order {order}" for order in orders)], body)
+    for key in dict.fromkeys((precision(row), row.threads) for row in found):
+        line: list[Cell | str] = [key[0], str(key[1]), *(_rate_cell(at.get((*key, order)), "FLOP/s") for order in orders)]
+        if beyond:
+            line += [_rate_cell(beyond.get(key), "FLOP/s"), f"{shares[key]:.0%}" if key in shares else "–"]
+        body.append(line)
+    more = ["multiply-adds", "torch.mm reaches"] if beyond else []
+    note = "torch.mm reaches: the share of the multiply-adds in registers, on as many threads, that its best order gets to."
+    columns = ["precision", "threads", *(f"order {order}" for order in orders), *more]
+    return Table("Matrix products", columns, body, note if beyond else "")
 
 
 def _launches(derived: dict[str, Any]) -> Table:
@@ -214,7 +241,7 @@ def _figure(rows: list[Row]) -> Figure:
     return Figure(
         "The limits of this machine",
         "Left: bytes in a second against the size of the buffer; a copy's bytes are those read and written. Right: matrix "
-        "products of random numbers, the best order of each precision.",
+        "products of random numbers, the best order of each precision, and multiply-adds in registers.",
         lambda canvas, theme: _draw(canvas, theme, rows),
         (11.5, 4.2),
         alt="; ".join(
@@ -244,8 +271,8 @@ def _draw(canvas: Any, theme: Any, rows: list[Row]) -> None:
         where = next(_where(row) for row in found if row.threads == n)
         ends.append((own[-1][1], f"{function}, {where}", COLORS[function]))
     end_labels(streams, ends)
-    plain(bars, theme, "matrix products")
-    best = _best_products(rows)
+    plain(bars, theme, "matrix products, and multiply-adds in registers")
+    best = _best(rows, "product") | {f"{name}, registers": value for name, value in _best(rows, "fma").items()}
     bars.barh(range(len(best)), list(best.values())[::-1], color=COLORS["product"], height=0.55)
     bars.set_yticks(range(len(best)), list(best)[::-1])
     for y, value in enumerate(reversed(best.values())):

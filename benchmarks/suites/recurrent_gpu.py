@@ -12,7 +12,7 @@ import torch
 from ..presentation import Options
 from ..providers import RECURRENT
 from ..recurrent import PRECISIONS, RecurrentWorkload, precise
-from ..recurrent_providers import FORCED
+from ..recurrent_providers import FORCED, forced_name
 from ..results import Row
 from ..runner import Case, Participant
 from ..timing import Effort
@@ -50,10 +50,6 @@ def torch_name(cell: str) -> str:
 
 def own_name(cell: str) -> str:
     return f"fastseq.{cell}"
-
-
-def forced_name(cell: str, backend: str) -> str:
-    return f"fastseq.{cell} ({backend})"
 
 
 def compiled_name(cell: str) -> str:

@@ -20,6 +20,7 @@ from ..presentation import (
 )
 from ..providers import RECURRENT
 from ..recurrent import PRECISIONS
+from ..recurrent_providers import forced_name
 from ..results import Row
 from ..strips import Strip, draw
 from ..workloads import MODES
@@ -29,7 +30,6 @@ from .recurrent_gpu import (
     cell_of,
     compiled_name,
     detail,
-    forced_name,
     forced_of,
     graph_ratio,
     is_own,

@@ -26,6 +26,7 @@ from ..presentation import (
     time_text,
 )
 from ..providers import PROVIDERS
+from ..recurrent_providers import RECURRENT_PROVIDERS, forced_name
 from ..results import Results, Row
 from ..runner import Case, Participant
 from ..timing import Effort
@@ -34,15 +35,18 @@ from ..workloads import MODES, Workload
 NAME = "sequential-vs-parallel"
 SUMMARY = "time and memory against T: LSTM and GRU (eager loop, torch, fastseq), attention (naive, fused, fastseq)"
 
-RECURRENT = ("eager LSTMCell loop", "torch.nn.LSTM", "torch.nn.GRU", "fastseq.LSTM", "fastseq.GRU")
+CUDA_KERNELS = {cell: forced_name(cell, "cuda") for cell in ("LSTM", "GRU")}  # no choice of fastseq's own yet
+RECURRENT = ("eager LSTMCell loop", "torch.nn.LSTM", "torch.nn.GRU", "fastseq.LSTM", "fastseq.GRU", *CUDA_KERNELS.values())
 PARALLEL = ("naive attention", "fused attention", "fastseq attention", "attention block")
 BASELINE = {
     "eager LSTMCell loop": "torch.nn.LSTM",
     "fastseq.LSTM": "torch.nn.LSTM",
     "fastseq.GRU": "torch.nn.GRU",
+    **{name: f"torch.nn.{cell}" for cell, name in CUDA_KERNELS.items()},
     "naive attention": "fused attention",
     "fastseq attention": "fused attention",
 }
+KNOWN = PROVIDERS | RECURRENT_PROVIDERS
 EQUAL = (
     "Equal means: the same input, batch and width, one layer each, causal, projections included. "
     "Parameters at width W: LSTM 8 W², GRU 6 W², attention 4 W² (query, key, value, output). The attention "
@@ -69,7 +73,7 @@ def plan(options: Options) -> list[Case]:
                 Participant(
                     name,
                     Workload(
-                        PROVIDERS[name].function,
+                        KNOWN[name].function,
                         T,
                         B,
                         W,
@@ -82,7 +86,7 @@ def plan(options: Options) -> list[Case]:
                 )
                 for name in RECURRENT + PARALLEL
             )
-            cases.append(Case(NAME, "length", participants, effort, tuple(BASELINE.items())))
+            cases.append(Case(NAME, "length", participants, effort, tuple(BASELINE.items()), headline=True))
     return cases
 
 
@@ -154,6 +158,11 @@ def _at(rows: list[Row], provider: str, mode: str, T: int) -> Row | None:
     return next((r for r in rows if (r.provider, r.mode, r.T) == (provider, mode, T)), None)
 
 
+def _there(rows: list[Row]) -> list[str]:
+    """Providers that have rows, in their order."""
+    return [provider for provider in RECURRENT + PARALLEL if any(row.provider == provider for row in rows)]
+
+
 def _lengths(rows: list[Row]) -> list[int]:
     return sorted({r.T for r in rows})
 
@@ -175,7 +184,7 @@ def _r2_text(derived: dict[str, Any], provider: str, mode: str, quantity: str) -
 def _times(rows: list[Row], derived: dict[str, Any], mode: str, title: str) -> Table:
     lengths = _lengths(rows)
     body: list[list[Cell | str]] = []
-    for provider in RECURRENT + PARALLEL:
+    for provider in _there(rows):
         longest = next((r for T in reversed(lengths) if (r := _at(rows, provider, mode, T)) and r.ok), None)
         body.append(
             [provider]
@@ -224,7 +233,7 @@ def _baseline_cell(row: Row) -> Cell:
 def _memory(rows: list[Row], derived: dict[str, Any], mode: str, title: str) -> Table:
     lengths = _lengths(rows)
     body: list[list[Cell | str]] = []
-    for provider in RECURRENT + PARALLEL:
+    for provider in _there(rows):
         at = [_at(rows, provider, mode, T) for T in lengths]
         body.append(
             [
@@ -253,6 +262,8 @@ def _crossovers(derived: dict[str, Any], mode: str, title: str) -> Table:
     body: list[list[Cell | str]] = []
     for recurrent in RECURRENT:
         cells = [found.get((recurrent, parallel)) for parallel in PARALLEL]
+        if not any(cells):
+            continue
         body.append([recurrent, *(crossover_text(c) if c else "–" for c in cells)])
     return Table(
         title,
@@ -264,10 +275,8 @@ def _crossovers(derived: dict[str, Any], mode: str, title: str) -> Table:
 
 def _implementations(rows: list[Row]) -> Table:
     body: list[list[Cell | str]] = []
-    for provider in RECURRENT + PARALLEL:
+    for provider in _there(rows):
         own = [r for r in rows if r.provider == provider]
-        if not own:
-            continue
         ran = sorted({name for r in own for name in r.chose})
         errors = [r.check["error"] for r in own if r.check and r.check["error"] is not None]
         bad = [r for r in own if r.status == "wrong"]
@@ -347,7 +356,7 @@ def _panel(axes: Any, theme: Any, rows: list[Row], mode: str, quantity: str) -> 
     )
     ends = []
     for name in RECURRENT + PARALLEL:
-        points, provider = curve(rows, name, mode, quantity), PROVIDERS[name]
+        points, provider = curve(rows, name, mode, quantity), KNOWN[name]
         if not points:
             continue
         own = name.startswith("fastseq")

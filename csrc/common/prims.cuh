@@ -23,6 +23,13 @@
 
 namespace fastseq::gpu {
 
+// Whether the code is compiled for an architecture that has thread-block clusters; without them their words trap.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
 // where a thread is
 
 FASTSEQ_DEVICE int tid() { return threadIdx.x; }

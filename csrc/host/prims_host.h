@@ -19,6 +19,8 @@ namespace fastseq::gpu {
 
 using host::Where;
 
+constexpr bool kHasClusters = true;
+
 inline int tid() { return host::place->tid; }
 inline int lane() { return host::place->tid & 31; }
 inline int warp() { return host::place->tid >> 5; }

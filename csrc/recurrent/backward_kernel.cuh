@@ -1,17 +1,20 @@
 // Backward over a whole sequence in one launch: gradients of the gates, from which large products outside give those of the weights
 // and of the input.
 //
-// A CTA owns the same units as in the forward pass, but columns of the weights instead of rows: it gathers the gate gradients of its
-// whole team and sums what reaches the states of its units, always in the same order.
+// A CTA owns the same units as in the forward pass. What reaches the states of its units is a sum over the gate gradients of its whole
+// team, always in the same order: it gathers those and multiplies them with its columns of the weights (gather.cuh), or it gathers the
+// products that others have made of theirs with their rows (scatter.cuh).
 #pragma once
 
+#include "gather.cuh"
+#include "scatter.cuh"
 #include "step.cuh"
 
 namespace fastseq::recurrent {
 
-template <class C, class Tile, int kTiles>
-class BackwardStep : Step<C, Tile, kTiles, 1, C::kGates, 1 + C::kStates> {
-  using Base = Step<C, Tile, kTiles, 1, C::kGates, 1 + C::kStates>;
+template <class C, class Engine>
+class BackwardStep : Step<C, Engine, 1 + C::kStates> {
+  using Base = Step<C, Engine, 1 + C::kStates>;
   using typename Base::Number;
   using Base::arrived_, Base::engine_, Base::items_, Base::place_, Base::rows_, Base::split_, Base::vectors_, Base::walk_;
   using Base::has_state, Base::kept, Base::place_in_row, Base::place_of_state, Base::works;
@@ -40,7 +43,6 @@ class BackwardStep : Step<C, Tile, kTiles, 1, C::kGates, 1 + C::kStates> {
       gpu::cta_sync();
       engine_.publish(s + 1);
     }
-    engine_.end();
     for (int chunk = 0; chunk < split_.chunks; ++chunk) store_gradients(chunk);
   }
 
@@ -51,12 +53,19 @@ class BackwardStep : Step<C, Tile, kTiles, 1, C::kGates, 1 + C::kStates> {
   };
 
   FASTSEQ_DEVICE void load_weights() {
-    const int hidden = walk_.hidden, bits = split_.unit_bits, first = place_.rank << bits;
+    const int hidden = walk_.hidden, units = split_.units, first = place_.rank * units;
     const Number* weight = this->weight_of(p_.weight);
-    engine_.load([&](int row, int depth) {  // row: own unit; depth: (CTA * G + gate) * U + its unit
-      const int sender = (depth >> bits) / C::kGates, gate = (depth >> bits) % C::kGates;
-      const int from = (sender << bits) + (depth & ((1 << bits) - 1)), to = first + row;
-      const bool inside = row < 1 << bits && from < hidden && to < hidden;
+    const Quotient per_units(units);
+    engine_.load([&](int row, int depth) {
+      int gate = per_units.of(depth), from = depth - gate * units, to = row;  // depth: gate * U + own unit; row: unit of the team
+      bool inside = gate < C::kGates;
+      if constexpr (Engine::kScatters) {
+        from += first;
+      } else {  // depth: (CTA * G + gate) * U + its unit; row: own unit
+        const int sender = gate / C::kGates;
+        gate %= C::kGates, from += sender * units, to += first, inside = row < units;
+      }
+      inside = inside && from < hidden && to < hidden;
       return inside ? weight[(int64_t{gate} * hidden + from) * hidden + to] : Number{};
     });
     this->load_vectors(p_.vectors);
@@ -132,13 +141,13 @@ class BackwardStep : Step<C, Tile, kTiles, 1, C::kGates, 1 + C::kStates> {
       const int unit = items_.unit(j), column = items_.column(j);
       if (!works(chunk, j, t)) {
         FASTSEQ_UNROLL
-        for (int g = 0; g < C::kGates; ++g) engine_.own(chunk, unit, column, g) = Number{};
+        for (int g = 0; g < C::kGates; ++g) engine_.send(chunk, unit, column, g, Number{});
         continue;
       }
       const Inputs& in = in_[j];
       float vectors[kVectors], dc[kStates], dc_before[kStates], dx[C::kGates], dr[C::kGates], dh_direct;
       FASTSEQ_UNROLL
-      for (int v = 0; v < C::kVectors; ++v) vectors[v] = vectors_[(v << split_.unit_bits) + unit];
+      for (int v = 0; v < C::kVectors; ++v) vectors[v] = vectors_[v * split_.units + unit];
       FASTSEQ_UNROLL
       for (int k = 0; k < C::kStates; ++k) dc[k] = gradient(chunk, 1 + k, j) + in.dc[k];
       C::backward(gradient(chunk, 0, j) + in.dy, dc, in.saved, vectors, in.h_before, in.c_before, in.h, in.c, dx, dr, dh_direct,
@@ -150,7 +159,7 @@ class BackwardStep : Step<C, Tile, kTiles, 1, C::kGates, 1 + C::kStates> {
       FASTSEQ_UNROLL
       for (int g = 0; g < C::kGates; ++g) {
         const Number sent = gpu::from_float<Number>(dr[g]);
-        engine_.own(chunk, unit, column, g) = sent;
+        engine_.send(chunk, unit, column, g, sent);
         static_cast<Number*>(p_.dgates)[place_in_row(row, j, C::kGates, g)] = gpu::from_float<Number>(dx[g]);
         const int own = g - (C::kGates - C::kOwnRecurrent);
         if (own >= 0) static_cast<Number*>(p_.drecurrent)[place_in_row(row, j, C::kOwnRecurrent, own)] = sent;
@@ -164,8 +173,16 @@ class BackwardStep : Step<C, Tile, kTiles, 1, C::kGates, 1 + C::kStates> {
 
 template <template <class> class CellOf, class Tile, int kTiles>
 FASTSEQ_KERNEL(kThreads) backward_kernel(FASTSEQ_PARAMETERS BackwardParams p) {
+  using C = CellOf<Math<Tile::kExact>>;
   gpu::Smem smem;
-  BackwardStep<CellOf<Math<Tile::kExact>>, Tile, kTiles>(p, smem).run();
+  BackwardStep<C, GatherEngine<Tile, kTiles, 1, C::kGates>>(p, smem).run();
+}
+
+template <template <class> class CellOf, class Tile>
+FASTSEQ_KERNEL(kThreads) backward_scatter_kernel(FASTSEQ_PARAMETERS BackwardParams p) {
+  using C = CellOf<Math<Tile::kExact>>;
+  gpu::Smem smem;
+  BackwardStep<C, ScatterEngine<Tile, C::kGates>>(p, smem).run();
 }
 
 }  // namespace fastseq::recurrent

@@ -1,19 +1,20 @@
 // Forward over a whole sequence in one launch.
 #pragma once
 
+#include "gather.cuh"
 #include "step.cuh"
 
 namespace fastseq::recurrent {
 
 template <class C, class Tile, int kTiles>
-class ForwardStep : Step<C, Tile, kTiles, C::kGates, 1, C::kStates> {
-  using Base = Step<C, Tile, kTiles, C::kGates, 1, C::kStates>;
+class ForwardStep : Step<C, GatherEngine<Tile, kTiles, C::kGates, 1>, C::kStates> {
+  using Base = Step<C, GatherEngine<Tile, kTiles, C::kGates, 1>, C::kStates>;
   using typename Base::Number;
   using Base::arrived_, Base::engine_, Base::items_, Base::place_, Base::rows_, Base::split_, Base::vectors_, Base::walk_;
   using Base::has_state, Base::kept, Base::place_in_row, Base::place_of_state, Base::works;
   using Base::kItems, Base::kSaved, Base::kStates, Base::kVectors;
-  // Nobody waits for what a step stores, so it comes after what others wait for, if there are registers to keep it in till then.
-  static constexpr bool kStoreLate = kItems <= 2;
+  // Nobody waits for what a step stores, so it comes after what others wait for: of as many items as there are registers for till then.
+  static constexpr int kLate = kItems <= 2 ? 1 : 0;
 
  public:
   FASTSEQ_DEVICE explicit ForwardStep(const ForwardParams& p, gpu::Smem& smem) : Base(p.walk, p.split, p.meeting, smem), p_(p) {}
@@ -26,28 +27,28 @@ class ForwardStep : Step<C, Tile, kTiles, C::kGates, 1, C::kStates> {
     const int steps = rows_.longest();
     for (int s = 0; s < steps; ++s) {
       engine_.publish(s + 1);
-      if (kStoreLate && s > 0) store_all(split_.chunks - 1, rows_.time(s - 1));
+      if (s > 0) store_late(split_.chunks - 1, rows_.time(s - 1));
       const int t = rows_.time(s);
       for (int chunk = 0; chunk < split_.chunks; ++chunk) {
         fetch(chunk, t);
         if (chunk == 0) engine_.wait(s + 1);
         engine_.product(chunk);
         step(chunk, t);
-        if (kStoreLate && chunk + 1 < split_.chunks) store_all(chunk, t);
+        if (chunk + 1 < split_.chunks) store_late(chunk, t);
       }
       gpu::cta_sync();
     }
-    if (kStoreLate && steps > 0) store_all(split_.chunks - 1, rows_.time(steps - 1));
-    engine_.end();
+    if (steps > 0) store_late(split_.chunks - 1, rows_.time(steps - 1));
     for (int chunk = 0; chunk < split_.chunks; ++chunk) store_states(chunk);
   }
 
  private:
   FASTSEQ_DEVICE void load_weights() {
-    const int hidden = walk_.hidden, bits = split_.unit_bits, first = place_.rank << bits;
+    const int hidden = walk_.hidden, units = split_.units, first = place_.rank * units;
     const Number* weight = this->weight_of(p_.weight);
+    const Quotient per_units(units);
     engine_.load([&](int row, int depth) {  // row: gate * U + unit
-      const int gate = row >> bits, unit = first + (row & ((1 << bits) - 1));
+      const int gate = per_units.of(row), unit = first + row - gate * units;
       const bool inside = gate < C::kGates && unit < hidden && depth < hidden;
       return inside ? weight[(int64_t{gate} * hidden + unit) * hidden + depth] : Number{};
     });
@@ -95,10 +96,10 @@ class ForwardStep : Step<C, Tile, kTiles, C::kGates, 1, C::kStates> {
       FASTSEQ_UNROLL
       for (int g = 0; g < C::kGates; ++g) {
         x[g] = gpu::to_float(x_[j][g]);
-        r[g] = engine_.sum(column, (g << split_.unit_bits) + unit);
+        r[g] = engine_.sum(column, g * split_.units + unit);
       }
       FASTSEQ_UNROLL
-      for (int v = 0; v < C::kVectors; ++v) vectors[v] = vectors_[(v << split_.unit_bits) + unit];
+      for (int v = 0; v < C::kVectors; ++v) vectors[v] = vectors_[v * split_.units + unit];
       FASTSEQ_UNROLL
       for (int k = 0; k < C::kStates; ++k) c[k] = kept(chunk, k, j);
       Number& h = engine_.own(chunk, unit, column);
@@ -107,14 +108,14 @@ class ForwardStep : Step<C, Tile, kTiles, C::kGates, 1, C::kStates> {
       h = y_[j] = gpu::from_float<Number>(h_new);
       FASTSEQ_UNROLL
       for (int k = 0; k < C::kStates; ++k) kept(chunk, k, j) = c_[j][k];
-      if (!kStoreLate) store(chunk, j, t);
+      if (j >= kLate) store(chunk, j, t);
     }
   }
 
-  // Writes what the last step() found.
-  FASTSEQ_DEVICE void store_all(int chunk, int t) {
+  // Writes what the last step() found and did not store.
+  FASTSEQ_DEVICE void store_late(int chunk, int t) {
     FASTSEQ_UNROLL
-    for (int j = 0; j < kItems; ++j) {
+    for (int j = 0; j < kLate; ++j) {
       if (works(chunk, j, t)) store(chunk, j, t);
     }
   }

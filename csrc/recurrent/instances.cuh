@@ -35,6 +35,7 @@ const char* launch_cell(bool wide, const gpu::Launch& how, const ForwardParams& 
 }
 template <template <class> class CellOf, class Tile>
 const char* launch_cell(bool wide, const gpu::Launch& how, const BackwardParams& params) {
+  if (params.split.scatter) return gpu::launch(backward_scatter_kernel<CellOf, Tile>, how, params);
   return gpu::launch(wide ? backward_kernel<CellOf, Tile, Tile::kWide> : backward_kernel<CellOf, Tile, 1>, how, params);
 }
 

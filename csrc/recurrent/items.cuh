@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../common/prims.cuh"
-#include "engine.cuh"
-#include "params.h"
+#include "layout.h"
+#include "place.cuh"
 
 namespace fastseq::recurrent {
 
@@ -12,12 +12,12 @@ template <int kColumns>
 class Rows {
  public:
   FASTSEQ_DEVICE Rows(const Walk& walk, const Split& split, const Place& place, gpu::Smem& smem)
-      : walk_(walk), first_(place.part * split.chunks * kColumns), backwards_(walk.reverse >> place.lane & 1) {
+      : walk_(walk), taken_(split.rows), first_(place.part * split.rows), backwards_(walk.reverse >> place.lane & 1) {
     const int count = split.chunks * kColumns;
     lengths_ = smem.take<int32_t>(count);
     for (int i = gpu::tid(); i < count; i += kThreads) {
       const int b = first_ + i;
-      lengths_[i] = b >= walk.batch ? 0 : walk.lengths ? static_cast<int32_t>(walk.lengths[b]) : walk.steps;
+      lengths_[i] = i >= taken_ || b >= walk.batch ? 0 : walk.lengths ? static_cast<int32_t>(walk.lengths[b]) : walk.steps;
     }
     gpu::cta_sync();
     for (int i = 0; i < count; ++i) longest_ = lengths_[i] > longest_ ? lengths_[i] : longest_;
@@ -25,7 +25,9 @@ class Rows {
 
   // Steps until the last sequence of the team ends.
   FASTSEQ_DEVICE int longest() const { return longest_; }
-  FASTSEQ_DEVICE bool exists(int chunk, int column) const { return batch_row(chunk, column) < walk_.batch; }
+  FASTSEQ_DEVICE bool exists(int chunk, int column) const {
+    return chunk * kColumns + column < taken_ && batch_row(chunk, column) < walk_.batch;
+  }
   FASTSEQ_DEVICE int batch_row(int chunk, int column) const { return first_ + chunk * kColumns + column; }
   FASTSEQ_DEVICE bool active(int chunk, int column, int t) const { return t < lengths_[chunk * kColumns + column]; }
   FASTSEQ_DEVICE int64_t row(int chunk, int column, int t) const {
@@ -41,32 +43,32 @@ class Rows {
 
  private:
   const Walk& walk_;
-  const int first_;
+  const int taken_, first_;
   const bool backwards_;
   int32_t* lengths_;
   int longest_ = 0;
 };
 
-// A thread's items of a chunk: unit tid % U of column tid / U, and so on every kThreads. At most kItems.
+// A thread's items of a chunk. Lanes side by side take units side by side, blocks of 8, 16 or 32 of one column after the other.
 template <int kColumns>
 class Items {
  public:
   FASTSEQ_DEVICE Items(const Split& split, const Place& place, int hidden)
-      : bits_(split.unit_bits), first_unit_(place.rank << split.unit_bits), hidden_(hidden) {}
+      : units_(split.units), bits_(units_ & 8 ? 3 : units_ & 16 ? 4 : 5), first_unit_(place.rank * units_), hidden_(hidden) {}
 
   FASTSEQ_DEVICE int index(int j) const { return gpu::tid() + j * kThreads; }
-  FASTSEQ_DEVICE int unit(int j) const { return index(j) & ((1 << bits_) - 1); }
-  FASTSEQ_DEVICE int column(int j) const { return index(j) >> bits_; }
-  FASTSEQ_DEVICE bool exists(int j) const { return column(j) < kColumns; }
-  // of the lane's H; those of the last CTA may lie beyond
+  FASTSEQ_DEVICE int unit(int j) const { return (index(j) >> bits_) / kColumns << bits_ | (index(j) & ((1 << bits_) - 1)); }
+  FASTSEQ_DEVICE int column(int j) const { return (index(j) >> bits_) % kColumns; }
+  FASTSEQ_DEVICE bool exists(int j) const { return index(j) < units_ * kColumns; }
+  // of the lane's H; those of the last CTAs may lie beyond
   FASTSEQ_DEVICE int hidden_unit(int j) const { return first_unit_ + unit(j); }
   FASTSEQ_DEVICE bool has_unit(int j) const { return hidden_unit(j) < hidden_; }
 
  private:
-  const int bits_, first_unit_, hidden_;
+  const int units_, bits_, first_unit_, hidden_;
 };
 
 // Of a thread in a chunk.
-constexpr int most_items(int gates, int columns) { return (most_units(gates) * columns + kThreads - 1) / kThreads; }
+constexpr int most_items(int units, int columns) { return (units * columns + kThreads - 1) / kThreads; }
 
 }  // namespace fastseq::recurrent

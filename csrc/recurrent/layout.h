@@ -10,8 +10,8 @@ namespace fastseq::recurrent {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-// Units of a CTA: at most a tile of the product's rows for every warp, and no more than leaves a thread registers.
-constexpr int most_units(int gates) { return gates == 1 ? 64 : 32; }
+// Units of a CTA at most: what leaves a thread registers for its weights. Wide: chunks of several tiles of columns.
+constexpr int most_units(int gates, bool gathers_gates, bool wide) { return gates == 1 ? 64 : gathers_gates || wide ? 32 : 40; }
 
 // Facts about a tile type that the host needs too.
 struct TileFacts {
@@ -32,45 +32,90 @@ constexpr TileFacts tile_facts(Precision precision, bool wide) {
   return {8, 4, 24, wide ? 16 : 8};
 }
 
-struct Layout {
+constexpr FASTSEQ_HOST_DEVICE int tiles_over(int rows) { return (rows + 15) / 16; }
+
+// Tiles of 16 rows of a CTA's product: gates of its own units if it gathers states, its own units if it gathers gate gradients, the
+// units of the whole team if it scatters.
+constexpr FASTSEQ_HOST_DEVICE int row_tiles(const Split& s, int row_gates) {
+  return tiles_over(s.scatter ? s.ctas * s.units : s.units * row_gates);
+}
+
+// Tiles of weights that the busiest warp has.
+constexpr FASTSEQ_HOST_DEVICE int most_tiles(const Split& s, int row_tiles) {
+  return ((row_tiles + s.m_warps - 1) / s.m_warps) * ((s.k_tiles + s.k_warps - 1) / s.k_warps);
+}
+constexpr FASTSEQ_HOST_DEVICE int tiles_beyond(int tiles, int resident) { return tiles > resident ? tiles - resident : 0; }
+
+// Between columns of sums: 4 beyond a multiple of 16, so that no two lanes of a fragment meet in a bank.
+constexpr FASTSEQ_HOST_DEVICE int stride_of_sums(int rows) { return tiles_over(rows) * 16 + 4; }
+
+// Of CTAs that gather: each has the whole operand.
+struct GatherLayout {
   int own;            // 16-byte vectors of depth that a CTA sends, per column
   int vectors;        // of a chunk's depth, per column
   int segment_tiles;  // depth of a segment, in tiles
-  int shared_tiles;   // of a warp's weights, in shared memory
   int buffers;        // of shared memory for segments
-  int rows;           // of a CTA's part of the product, whole tiles
   int stride;         // between columns of partial sums
 
   // gates: 1 in the backward pass for rows, G for what is sent; the other way round in the forward pass
-  constexpr FASTSEQ_HOST_DEVICE Layout(const Split& s, const TileFacts& tile, int row_gates, int sent_gates)
-      : own(s.units() * sent_gates / tile.vector),
+  constexpr FASTSEQ_HOST_DEVICE GatherLayout(const Split& s, const TileFacts& tile, int row_gates, int sent_gates)
+      : own(s.units * sent_gates / tile.vector),
         vectors(s.k_tiles * (tile.depth / tile.vector)),
         segment_tiles((((s.k_tiles + s.segments - 1) / s.segments) + s.k_warps - 1) / s.k_warps * s.k_warps),
-        shared_tiles(beyond((s.k_tiles + s.k_warps - 1) / s.k_warps, tile.resident)),
         buffers(s.cluster || s.chunks * s.segments > 1 ? 2 : 1),
-        rows((s.units() * row_gates + 15) / 16 * 16),
-        stride(rows + 4) {}  // 4 beyond a multiple of 16: no two lanes of a fragment meet in a bank
+        stride(stride_of_sums(s.units * row_gates)) {}
+};
 
-  static constexpr FASTSEQ_HOST_DEVICE int beyond(int tiles, int resident) { return tiles > resident ? tiles - resident : 0; }
+// Of CTAs that scatter: each has its own gate gradients, and what all send it: [CTA][unit][column].
+struct ScatterLayout {
+  int vectors;       // of 16 bytes: depth of the product per column
+  int quarter_bits;  // 2^quarter_bits times four columns are sent
+  int sent;          // vectors from one CTA to another in a step
+  int groups;        // of threads, which add up what every groups-th CTA sent
+  int stride;        // between columns of their sums
+
+  constexpr FASTSEQ_HOST_DEVICE ScatterLayout(const Split& s, const TileFacts& tile)
+      : vectors(s.k_tiles * (tile.depth / tile.vector)),
+        quarter_bits(s.column_bits > 2 ? 1 : 0),
+        sent(s.units << quarter_bits),
+        groups(kThreads / sent < s.ctas ? kThreads / sent : s.ctas),
+        stride(stride_of_sums(s.units)) {}
 };
 
 // Bytes of shared memory, in the order in which the kernels take it.
 inline int shared_bytes(const Split& s, const TileFacts& tile, int row_gates, int sent_gates, int states, int vectors) {
-  const Layout l(s, tile, row_gates, sent_gates);
-  const int items = s.chunks * tile.columns * s.units();
-  return gpu::piece_bytes<gpu::Vec16>(l.shared_tiles * kThreads) +
-         gpu::piece_bytes<gpu::Vec16>(l.buffers * l.segment_tiles * (tile.depth / tile.vector) * tile.columns) +
-         gpu::piece_bytes<float>(s.k_warps * tile.columns * l.stride) +
-         gpu::piece_bytes<gpu::Vec16>(s.chunks * l.own * tile.columns) + gpu::piece_bytes<float>(states * items) +
-         gpu::piece_bytes<float>(vectors * s.units()) + gpu::piece_bytes<int32_t>(s.chunks * tile.columns) +
-         gpu::piece_bytes<gpu::Mbarrier>(2);
+  using gpu::piece_bytes, gpu::Vec16;
+  int bytes = piece_bytes<Vec16>(tiles_beyond(most_tiles(s, row_tiles(s, row_gates)), tile.resident) * kThreads);
+  if (s.scatter) {
+    const ScatterLayout l(s, tile);
+    bytes += piece_bytes<Vec16>(s.cluster ? 2 * s.ctas * l.sent : 0) + piece_bytes<float>(l.groups * tile.columns * l.stride) +
+             piece_bytes<Vec16>(s.chunks * l.vectors * tile.columns);
+  } else {
+    const GatherLayout l(s, tile, row_gates, sent_gates);
+    bytes += piece_bytes<Vec16>(l.buffers * l.segment_tiles * (tile.depth / tile.vector) * tile.columns) +
+             piece_bytes<float>(s.k_warps * tile.columns * l.stride) + piece_bytes<Vec16>(s.chunks * l.own * tile.columns);
+  }
+  return bytes + piece_bytes<float>(states * s.chunks * tile.columns * s.units) + piece_bytes<float>(vectors * s.units) +
+         piece_bytes<int32_t>(s.chunks * tile.columns) + piece_bytes<gpu::Mbarrier>(2);
 }
 
 // Bytes that a team's CTAs exchange through, in global memory.
 inline int64_t operand_bytes(const Split& s, const TileFacts& tile, int row_gates, int sent_gates) {
   if (s.cluster) return 0;
-  const Layout l(s, tile, row_gates, sent_gates);
-  return 2 * static_cast<int64_t>(s.chunks) * l.vectors * tile.columns * static_cast<int64_t>(sizeof(gpu::Vec16));
+  const int64_t slots = 2 * static_cast<int64_t>(s.chunks) * static_cast<int64_t>(sizeof(gpu::Vec16));
+  if (s.scatter) return slots * s.ctas * s.ctas * ScatterLayout(s, tile).sent;
+  return slots * GatherLayout(s, tile, row_gates, sent_gates).vectors << s.column_bits;
 }
+
+// Quotients without a division: of numbers below kMostDepth by units up to 64, below 4096 by others up to 128.
+constexpr int kMostDepth = 16384;
+class Quotient {
+ public:
+  constexpr FASTSEQ_HOST_DEVICE explicit Quotient(int by) : inverse_(((1u << 20) + by - 1) / by) {}
+  constexpr FASTSEQ_HOST_DEVICE int of(int number) const { return static_cast<int>(number * inverse_ >> 20); }
+
+ private:
+  uint32_t inverse_;
+};
 
 }  // namespace fastseq::recurrent

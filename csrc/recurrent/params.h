@@ -21,23 +21,26 @@ struct Walk {
 // How the work is cut. A team of CTAs takes one lane and some rows of the batch, and holds the lane's recurrent weights once; a CTA
 // of it owns some hidden units, with all their gates. csrc/recurrent/plan.cpp chooses.
 struct Split {
-  int32_t unit_bits;   // a CTA has 2^unit_bits units, at least 8
-  int32_t ctas;        // of a team: together at least H units
-  int32_t parts;       // teams of a lane, which share its batch
-  int32_t chunks;      // blocks of columns (sequences) of a team, one after another in every step
-  int32_t m_warps;     // warps side by side over a CTA's rows of the product, 16 each
-  int32_t k_warps;     // and over its depth
-  int32_t k_tiles;     // depth of the product in tiles
-  int32_t segments;    // pieces of the depth that are brought to shared memory one after another
-  int32_t cluster;     // 1: the team is a cluster and sends its states through shared memory; 0: through global memory
-  int32_t first_team;  // of this launch
+  int32_t units;        // of a CTA: a multiple of 8
+  int32_t ctas;         // of a team: together at least H units
+  int32_t parts;        // teams of a lane, which share its batch
+  int32_t rows;         // of the batch that a team takes, at most
+  int32_t chunks;       // blocks of columns (sequences) of a team, one after another in every step
+  int32_t column_bits;  // 2^column_bits columns of a chunk are exchanged, whatever the width of a tile
+  int32_t m_warps;      // warps side by side over the rows of a CTA's product, in tiles of 16 that they take by turns
+  int32_t k_warps;      // and over its depth
+  int32_t k_tiles;      // depth of the product in tiles; a multiple of 2 k_warps if a warp takes more than one tile of rows
+  int32_t segments;     // pieces of the depth that are brought to shared memory one after another
+  int32_t cluster;      // 1: the team is a cluster and exchanges through shared memory; 0: through global memory
+  int32_t scatter;      // 1: CTAs send each other partial sums of the gradients of their states; 0: operands of the product
+  int32_t first_team;   // of this launch
 
-  constexpr FASTSEQ_HOST_DEVICE int units() const { return 1 << unit_bits; }
+  bool operator==(const Split&) const = default;
 };
 
 // Room for what a team's CTAs tell each other, allocated by the caller for one call.
 struct Meeting {
-  void* operands;   // [teams, 2, chunks, operand of a chunk] states (forward) or gate gradients (backward); unused by clusters
+  void* operands;   // [teams, 2, chunks, ...] states (forward), gate gradients or partial sums (backward); unused by clusters
   uint32_t* flags;  // [teams, ctas] zero at the beginning
 };
 

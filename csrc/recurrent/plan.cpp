@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace fastseq::recurrent {
 namespace {
@@ -16,18 +17,36 @@ constexpr double kClusterBytes = 14;      // a cycle, into one CTA's shared memo
 constexpr double kSharedTile = 32;        // a tile of every warp, read from shared memory
 constexpr double kSync = 60;              // a piece of the operand: wait and synchronise
 constexpr double kItem = 60;              // a unit of a sequence: activations, loads, stores
-constexpr double kSums = 150;             // partial sums through shared memory
+constexpr double kSums = 100;             // partial sums: write, synchronise, read
+constexpr double kLoad = 600;             // from L2, when nothing else is done meanwhile
+constexpr double kSharedBytes = 128;      // a cycle, of shared memory
 constexpr double kClusterOccupancy = 0.9;  // of the multiprocessors that clusters of 16 can cover, as they may not cross a GPC
+
+constexpr int64_t kMostInboxes = 64 << 20;  // bytes of partial sums, beyond which they do not stay in L2
 
 // a tile of every warp of a multiprocessor
 double tile_cycles(Precision precision) { return precision == Precision::kFloat ? 80 : 13; }
 
 int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// of the depth of the product, and of the batch: launches one after another
-struct Pieces {
+// how CTAs exchange, and how the depth of the product and the batch are cut: pieces, and launches one after another
+struct Form {
+  bool cluster, scatter, wide;
   int segments, waves;
 };
+
+std::vector<Form> forms(bool backward, bool clusters) {
+  std::vector<Form> found;
+  if (clusters && backward) found.push_back({true, true, false, 1, 1});
+  for (int waves = 1; waves <= 8 && backward; waves *= 2) found.push_back({false, true, false, 1, waves});
+  for (const bool wide : {false, true}) {
+    if (clusters) found.push_back({true, false, wide, 1, 1});
+    for (const auto& [segments, waves] : {std::pair{1, 1}, {2, 1}, {4, 1}, {8, 1}, {1, 2}, {4, 2}, {8, 2}, {4, 4}, {8, 8}}) {
+      found.push_back({false, false, wide, segments, waves});
+    }
+  }
+  return found;
+}
 
 struct Shape {
   int row_gates, sent_gates;
@@ -35,67 +54,99 @@ struct Shape {
 
 double step_cycles(const Plan& p, const TileFacts& tile, const Shape& shape, Precision precision) {
   const Split& s = p.split;
-  const Layout l(s, tile, shape.row_gates, shape.sent_gates);
-  const double operand = static_cast<double>(s.chunks) * l.vectors * tile.columns * 16;
+  const int most = most_tiles(s, row_tiles(s, shape.row_gates));
+  const double tiles = static_cast<double>(most) * s.chunks * over(1 << s.column_bits, 8);
+  const double beyond = static_cast<double>(tiles_beyond(most, tile.resident)) * s.chunks;
+  const double items = static_cast<double>(s.chunks) * over(static_cast<int64_t>(s.units) * tile.columns, kThreads);
+  const double own = tiles * tile_cycles(precision) + beyond * kSharedTile + items * kItem;
+  if (s.scatter) {
+    const ScatterLayout l(s, tile);
+    const double inbox = 16.0 * s.ctas * l.sent, sums = l.groups * tile.columns * l.stride * 8.0;
+    if (s.cluster) return own + kClusterSend + inbox / kClusterBytes + kSync + kSums + (inbox + sums) / kSharedBytes;
+    const double written_and_read = 2 * inbox / kGlobalBytes;
+    return own + kFlags + kFlagsPerCta * s.ctas + kSync + s.chunks * (written_and_read + kLoad + kSync + kSums + sums / kSharedBytes);
+  }
+  const GatherLayout l(s, tile, shape.row_gates, shape.sent_gates);
+  const double operand = 16 * static_cast<double>(static_cast<int64_t>(s.chunks) * l.vectors << s.column_bits);
   const double exchange = s.cluster ? kClusterSend + operand / kClusterBytes : kFlags + kFlagsPerCta * s.ctas + operand / kGlobalBytes;
-  const double tiles = static_cast<double>(over(s.k_tiles, s.k_warps)) * s.chunks * (tile.columns / 8);
-  const double product = tiles * tile_cycles(precision) + static_cast<double>(l.shared_tiles) * s.chunks * kSharedTile;
-  const double items = static_cast<double>(s.chunks) * over(static_cast<int64_t>(s.units()) * tile.columns, kThreads);
-  return exchange + product + s.chunks * (s.segments * kSync + kSums) + items * kItem;
+  const double sums = s.k_warps * tile.columns * l.stride * 8.0;
+  return own + exchange + s.chunks * (s.segments * kSync + kSums + sums / kSharedBytes);
+}
+
+// How the product's tiles of rows can be dealt to warps side by side: each its own, or several by turns in equal shares of the depth.
+std::vector<int> warps_over_rows(const Form& form, int row_tiles) {
+  if (form.scatter) return {std::min(kWarps, row_tiles)};
+  std::vector<int> found;
+  if (row_tiles <= kWarps) found.push_back(row_tiles);
+  for (int warps = 1; warps < row_tiles && warps <= kWarps && form.segments == 1; warps *= 2) found.push_back(warps);
+  return found;
+}
+
+int32_t power_of_two(int64_t least) {
+  int32_t n = 1;
+  while (n < least) n *= 2;
+  return n;
 }
 
 }  // namespace
 
-Plan plan(const Problem& problem, const Device& device) {
+std::vector<Plan> plans(const Problem& problem, const Device& device) {
   const CellFacts cell = facts_of(problem.cell);
   const Shape shape = problem.backward ? Shape{1, cell.gates} : Shape{cell.gates, 1};
-  Plan best{};
-  best.obstacle = "its recurrent weights do not fit the registers and shared memory of " + std::to_string(device.multiprocessors) +
-                  " multiprocessors, H=" + std::to_string(problem.hidden);
-  for (int bits = 3; 1 << bits <= most_units(cell.gates); ++bits) {
-    for (const bool wide : {false, true}) {
-      for (const bool cluster : {true, false}) {
-        for (const auto [segments, waves] : {Pieces{1, 1}, {2, 1}, {4, 1}, {8, 1}, {1, 2}, {4, 2}, {8, 2}, {4, 4}, {8, 8}}) {
-          const TileFacts tile = tile_facts(problem.precision, wide);
-          Plan p{};
-          Split& s = p.split;
-          s.unit_bits = bits;
-          s.ctas = static_cast<int32_t>(over(problem.hidden, s.units()));
-          s.cluster = cluster;
-          s.segments = segments;
-          s.m_warps = static_cast<int32_t>(over(s.units() * shape.row_gates, 16));
-          s.k_warps = kWarps / s.m_warps;
-          s.k_tiles = static_cast<int32_t>(over(static_cast<int64_t>(s.ctas) * s.units() * shape.sent_gates, tile.depth));
-          p.wide = wide;
-          // clusters of other sizes are not sure to be schedulable
-          if (cluster && (s.ctas > device.cluster || (s.ctas & (s.ctas - 1)) || segments * waves > 1)) continue;
-          if (!cluster && !device.cooperative && s.ctas > 1) continue;
-          const double covered = cluster && s.ctas > 8 ? kClusterOccupancy : 1;
-          const auto at_once = static_cast<int64_t>(device.multiprocessors * covered) / s.ctas;
-          if (at_once == 0) continue;
-          // as few sequences in a team as keep all teams running at the same time
-          const int64_t columns = tile.columns, teams_of_lane = waves * std::max<int64_t>(1, at_once / problem.lanes);
-          s.chunks = cluster ? 1 : static_cast<int32_t>(over(problem.batch, teams_of_lane * columns));
-          s.parts = static_cast<int32_t>(over(problem.batch, s.chunks * columns));
-          const int64_t teams = problem.lanes * s.parts;
-          if (teams * s.ctas > INT32_MAX) continue;
-          p.teams = static_cast<int32_t>(teams);
-          // clusters that find no room wait for others to end; a team that meets through flags may not
-          p.teams_at_once = static_cast<int32_t>(cluster ? teams : std::min(teams, at_once));
-          const int states = cell.states + (problem.backward ? 1 : 0);
-          const int64_t items = static_cast<int64_t>(s.chunks) * columns * s.units();
-          if (items * (states + 1) * 4 > device.shared_bytes) continue;
-          p.shared_bytes = shared_bytes(s, tile, shape.row_gates, shape.sent_gates, states, cell.vectors);
-          if (p.shared_bytes > device.shared_bytes) continue;
-          p.operand_bytes = operand_bytes(s, tile, shape.row_gates, shape.sent_gates);
-          const double cycles = over(teams, at_once) * step_cycles(p, tile, shape, problem.precision);
-          p.step_us = cycles / (1000 * kGigahertz);
-          if (!best.obstacle.empty() || p.step_us < best.step_us) best = p;
-        }
+  std::vector<Plan> found;
+  for (const Form& form : forms(problem.backward, device.cluster > 0)) {
+    const TileFacts tile = tile_facts(problem.precision, form.wide);
+    const int most = most_units(cell.gates, problem.backward && !form.scatter, form.wide);
+    for (int units = 8; units <= most; units += 8) {
+      Plan p{};
+      Split& s = p.split;
+      p.wide = form.wide;
+      s.units = units, s.cluster = form.cluster, s.scatter = form.scatter, s.segments = form.segments;
+      s.ctas = static_cast<int32_t>(over(problem.hidden, units));
+      if (s.cluster) s.ctas = power_of_two(s.ctas);  // clusters of other sizes are not sure to be schedulable
+      if (s.cluster ? s.ctas > device.cluster : s.ctas > 1 && !device.cooperative) continue;
+      const double covered = s.cluster && s.ctas > 8 ? kClusterOccupancy : 1;
+      const auto at_once = static_cast<int64_t>(device.multiprocessors * covered) / s.ctas;
+      if (at_once == 0) continue;
+      // as few sequences in a team as keep all teams running at the same time
+      const int64_t columns = tile.columns, teams_of_lane = form.waves * std::max<int64_t>(1, at_once / problem.lanes);
+      const int64_t fewest = over(problem.batch, teams_of_lane);
+      s.chunks = s.cluster ? 1 : static_cast<int32_t>(over(fewest, columns));
+      s.parts = static_cast<int32_t>(over(problem.batch, std::min(fewest, s.chunks * columns)));
+      s.rows = static_cast<int32_t>(over(problem.batch, s.parts));
+      while (1 << s.column_bits < (s.chunks > 1 ? columns : s.rows)) ++s.column_bits;
+      const int64_t teams = problem.lanes * s.parts;
+      if (teams * s.ctas > INT32_MAX) continue;
+      p.teams = static_cast<int32_t>(teams);
+      // clusters that find no room wait for others to end; a team that meets through flags may not
+      p.teams_at_once = static_cast<int32_t>(s.cluster ? teams : std::min(teams, at_once));
+      const int states = cell.states + (problem.backward ? 1 : 0);
+      if (static_cast<int64_t>(s.chunks) * columns * units * (states + 1) * 4 > device.shared_bytes) continue;
+      const int64_t depth = static_cast<int64_t>(units) * shape.sent_gates * (s.scatter ? 1 : s.ctas);
+      if (depth > kMostDepth / 2) continue;
+      const int rows = row_tiles(s, shape.row_gates);
+      for (const int m_warps : warps_over_rows(form, rows)) {
+        s.m_warps = m_warps;
+        s.k_warps = s.scatter ? 1 : kWarps / m_warps;
+        s.k_tiles = static_cast<int32_t>(over(depth, tile.depth));
+        if (m_warps < rows) s.k_tiles = static_cast<int32_t>(over(s.k_tiles, 2 * s.k_warps) * 2 * s.k_warps);
+        p.shared_bytes = shared_bytes(s, tile, shape.row_gates, shape.sent_gates, states, cell.vectors);
+        if (p.shared_bytes > device.shared_bytes) continue;
+        p.operand_bytes = operand_bytes(s, tile, shape.row_gates, shape.sent_gates);
+        if (s.scatter && p.teams * p.operand_bytes > kMostInboxes) continue;
+        const double cycles = over(teams, at_once) * step_cycles(p, tile, shape, problem.precision);
+        p.step_us = cycles / (1000 * kGigahertz);
+        if (std::find(found.begin(), found.end(), p) == found.end()) found.push_back(p);
       }
     }
   }
-  return best;
+  if (found.empty()) {
+    found.emplace_back();
+    found.back().obstacle = "its recurrent weights do not fit the registers and shared memory of " +
+                            std::to_string(device.multiprocessors) + " multiprocessors, H=" + std::to_string(problem.hidden);
+  }
+  std::stable_sort(found.begin(), found.end(), [](const Plan& a, const Plan& b) { return a.step_us < b.step_us; });
+  return found;
 }
 
 bool find(std::string_view name, Cell& cell) {
@@ -116,17 +167,18 @@ bool find(std::string_view name, Precision& precision) {
 
 std::vector<int64_t> numbers_of(const Plan& p) {
   const Split& s = p.split;
-  return {s.unit_bits, s.ctas,    s.parts, s.chunks, s.m_warps,       s.k_warps,      s.k_tiles,      s.segments,
-          s.cluster,   p.wide, p.teams, p.teams_at_once, p.shared_bytes, p.operand_bytes};
+  return {s.units,    s.ctas,    s.parts,   s.rows, s.chunks, s.column_bits,   s.m_warps,      s.k_warps,      s.k_tiles,
+          s.segments, s.cluster, s.scatter, p.wide, p.teams,  p.teams_at_once, p.shared_bytes, p.operand_bytes};
 }
 
 Plan plan_of(const std::vector<int64_t>& n) {
   Plan p{};
   const auto number = [&](int i) { return static_cast<int32_t>(n[i]); };
-  p.split = {number(0), number(1), number(2), number(3), number(4), number(5), number(6), number(7), number(8), 0};
-  p.wide = n[9];
-  p.teams = number(10), p.teams_at_once = number(11), p.shared_bytes = number(12);
-  p.operand_bytes = n[13];
+  p.split = {number(0), number(1), number(2), number(3),  number(4),  number(5), number(6),
+             number(7), number(8), number(9), number(10), number(11), 0};
+  p.wide = n[12];
+  p.teams = number(13), p.teams_at_once = number(14), p.shared_bytes = number(15);
+  p.operand_bytes = n[16];
   return p;
 }
 

@@ -35,16 +35,19 @@ struct Plan {
   int32_t shared_bytes;   // of a CTA
   int64_t operand_bytes;  // of a team, in global memory
   double step_us;         // what the model below predicts for a step of all teams
+
+  bool operator==(const Plan&) const = default;
 };
 
-Plan plan(const Problem& problem, const Device& device);
+// Every plan that fits the device, the fastest by the model first; or one that has the obstacle alone.
+std::vector<Plan> plans(const Problem& problem, const Device& device);
 
 // By the names that the ops use: "rnn_tanh", "rnn_relu", "lstm", "gru"; "fp16", "bf16", "tf32", "ieee". False: there is no such one.
 bool find(std::string_view name, Cell& cell);
 bool find(std::string_view name, Precision& precision);
 
 // A plan as plain numbers, for callers to keep, and back; kPlanNumbers of them, without obstacle and prediction.
-constexpr int kPlanNumbers = 14;
+constexpr int kPlanNumbers = 17;
 std::vector<int64_t> numbers_of(const Plan& plan);
 Plan plan_of(const std::vector<int64_t>& numbers);
 

@@ -1,28 +1,27 @@
 // What the forward and the backward kernel know of their place in a layer.
 #pragma once
 
-#include "engine.cuh"
 #include "items.cuh"
 #include "math.cuh"
+#include "place.cuh"
 
 namespace fastseq::recurrent {
 
 // kOwnSums: numbers that a unit of a sequence keeps from step to step, in fp32.
-template <class C, class Tile, int kTiles, int kRowGates, int kSentGates, int kOwnSums>
+template <class C, class Engine, int kOwnSums>
 class Step {
  protected:
-  using Number = typename Tile::Number;
-  using Engine_ = Engine<Tile, kTiles, kRowGates, kSentGates>;
-  static constexpr int kColumns = Engine_::kColumns;
-  static constexpr int kItems = most_items(C::kGates, kColumns);
+  using Number = typename Engine::Number;
+  static constexpr int kColumns = Engine::kColumns;
+  static constexpr int kItems = most_items(Engine::kMostUnits, kColumns);
   // arrays of no elements are no C++
   static constexpr int kStates = C::kStates ? C::kStates : 1, kSaved = C::kSaved ? C::kSaved : 1;
   static constexpr int kVectors = C::kVectors ? C::kVectors : 1;
 
   FASTSEQ_DEVICE Step(const Walk& walk, const Split& split, const Meeting& meeting, gpu::Smem& smem)
       : walk_(walk), split_(split), place_(split), engine_(split, meeting, place_, smem), items_(split, place_, walk.hidden),
-        kept_(smem.take<float>(kOwnSums * split.chunks * kColumns * split.units())),
-        vectors_(smem.take<float>(C::kVectors * split.units())), rows_(walk, split, place_, smem),
+        kept_(smem.take<float>(kOwnSums * split.chunks * kColumns * split.units)),
+        vectors_(smem.take<float>(C::kVectors * split.units)), rows_(walk, split, place_, smem),
         arrived_(smem.take<gpu::Mbarrier>(2)) {}
 
   FASTSEQ_DEVICE const Number* weight_of(const void* weight) const {
@@ -31,15 +30,15 @@ class Step {
 
   FASTSEQ_DEVICE void load_vectors(const void* vectors) {
     FASTSEQ_ROLLED
-    for (int i = gpu::tid(); i < C::kVectors * split_.units(); i += kThreads) {
-      const int unit = place_.rank * split_.units() + (i & (split_.units() - 1)), which = i >> split_.unit_bits;
+    for (int i = gpu::tid(); i < C::kVectors * split_.units; i += kThreads) {
+      const int which = i / split_.units, unit = place_.rank * split_.units + i % split_.units;
       const auto* vector = static_cast<const Number*>(vectors) + (int64_t{place_.lane} * C::kVectors + which) * walk_.hidden;
       vectors_[i] = vectors && unit < walk_.hidden ? gpu::to_float(vector[unit]) : 0.0f;
     }
   }
 
   FASTSEQ_DEVICE float& kept(int chunk, int which, int j) {
-    return kept_[(chunk * kOwnSums + which) * kColumns * split_.units() + items_.index(j)];
+    return kept_[(chunk * kOwnSums + which) * kColumns * split_.units + items_.index(j)];
   }
 
   // in a state [D, B, numbers * H]
@@ -62,7 +61,7 @@ class Step {
   const Walk& walk_;
   const Split& split_;
   const Place place_;
-  Engine_ engine_;
+  Engine engine_;
   const Items<kColumns> items_;
   float* kept_;     // [chunks][kOwnSums][items]
   float* vectors_;  // [V][U]

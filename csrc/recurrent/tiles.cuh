@@ -26,6 +26,16 @@ struct MmaSums {
     float* at = sums + 2 * place() * stride + quad();
     at[0] = d[0], at[stride] = d[1], at[8] = d[2], at[stride + 8] = d[3];
   }
+
+  // Four columns of one row: of row() the columns from 4 * quarter().
+  static FASTSEQ_DEVICE gpu::Vec16 vector(const float (&d)[kSums]) {
+    const bool odd = place() & 1;
+    const float other[2] = {gpu::shuffle_xor(odd ? d[0] : d[2], 1), gpu::shuffle_xor(odd ? d[1] : d[3], 1)};
+    return odd ? gpu::Vec16{{gpu::as_bits(other[0]), gpu::as_bits(other[1]), gpu::as_bits(d[2]), gpu::as_bits(d[3])}}
+               : gpu::Vec16{{gpu::as_bits(d[0]), gpu::as_bits(d[1]), gpu::as_bits(other[0]), gpu::as_bits(other[1])}};
+  }
+  static FASTSEQ_DEVICE int row() { return quad() + 8 * (place() & 1); }
+  static FASTSEQ_DEVICE int quarter() { return place() >> 1; }
 };
 
 template <class T>
@@ -55,6 +65,7 @@ struct Tile16 : MmaSums {
     gpu::mma_16816(d, a, b, T{});
   }
 
+  static FASTSEQ_DEVICE T operand(T x) { return x; }
   static FASTSEQ_DEVICE gpu::Vec16 sent(gpu::Vec16 v) { return v; }
 };
 
@@ -79,7 +90,8 @@ struct TileTf32 : MmaSums {
     gpu::mma_1688_tf32(d, a, b);
   }
 
-  // rounded once, by who sends it
+  // rounded once, by who sends it or who alone needs it
+  static FASTSEQ_DEVICE float operand(float x) { return gpu::as_float(gpu::to_tf32(x)); }
   static FASTSEQ_DEVICE gpu::Vec16 sent(gpu::Vec16 v) {
     FASTSEQ_UNROLL
     for (int i = 0; i < 4; ++i) v.word[i] = gpu::to_tf32(gpu::as_float(v.word[i]));
@@ -123,6 +135,20 @@ struct TileFloat {
     }
   }
 
+  static FASTSEQ_DEVICE gpu::Vec16 vector(const float (&d)[kSums]) {
+    const bool odd = gpu::lane() & 1;
+    gpu::Vec16 v;
+    FASTSEQ_UNROLL
+    for (int n = 0; n < 4; ++n) {
+      const float own = odd ? d[4 + n] : d[n], other = gpu::shuffle_xor(odd ? d[n] : d[4 + n], 1);
+      v.word[n] = gpu::as_bits(own + other);
+    }
+    return v;
+  }
+  static FASTSEQ_DEVICE int row() { return gpu::lane() >> 1; }
+  static FASTSEQ_DEVICE int quarter() { return gpu::lane() & 1; }
+
+  static FASTSEQ_DEVICE float operand(float x) { return x; }
   static FASTSEQ_DEVICE gpu::Vec16 sent(gpu::Vec16 v) { return v; }
 };
 

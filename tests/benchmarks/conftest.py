@@ -9,14 +9,15 @@ import pytest
 
 from fastseq.benchmarks.attention import MODES as ATTENTION_MODES
 from fastseq.benchmarks.attention import AttentionWorkload
-from fastseq.benchmarks.attention_providers import EAGER, OWN, SDPA
+from fastseq.benchmarks.attention_providers import EAGER, OWN, REFORMER, SDPA
 from fastseq.benchmarks.cells import CellWorkload
 from fastseq.benchmarks.floors import Peaks, floor_of
+from fastseq.benchmarks.hashed import HASHED
 from fastseq.benchmarks.limits import LIMIT_PROVIDERS, LimitWorkload
 from fastseq.benchmarks.presentation import Options
-from fastseq.benchmarks.providers import PROVIDERS
 from fastseq.benchmarks.recurrent import RecurrentWorkload
 from fastseq.benchmarks.results import Results, Row
+from fastseq.benchmarks.runner import EVERY_PROVIDER
 from fastseq.benchmarks.suites import attention, cells, limits, recurrent, recurrent_gpu, sequential_vs_parallel
 from fastseq.benchmarks.workloads import MODES, Workload
 
@@ -62,7 +63,7 @@ def lengths(
                     sequential_vs_parallel.NAME,
                     "length",
                     name,
-                    Workload(PROVIDERS[name].function, T, 8, 256, 256, mode),
+                    Workload(EVERY_PROVIDER[name].function, T, 8, 256, 256, mode),
                 )
                 if name in seconds:
                     size = (memory or {}).get(name, lambda T: 1e4 * T)
@@ -124,6 +125,9 @@ def alone(
             w = AttentionWorkload(function, T, 1, 128, 128, "training", heads=2, causal=True, **more)
             kind = attention.FULL if function == "dense" else function
             add("memory", kind, w, (EAGER, SDPA, OWN))
+        for kind, block in ((HASHED, 64), (attention.SHARED, T)):
+            w = AttentionWorkload(HASHED, T, 1, 128, 128, "training", heads=2, causal=True, block=block)
+            add("memory", kind, w, (REFORMER,))
     return Results(ENVIRONMENT | {"device name": device_name}, {"quick": False}, rows, [_peaks()], 12.0)
 
 

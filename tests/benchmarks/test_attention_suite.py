@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastseq.benchmarks.attention_providers import ATTENTION_PROVIDERS, EAGER, OWN, SDPA
+from fastseq.benchmarks.attention_providers import ATTENTION_PROVIDERS, EAGER, OWN, REFORMER, SDPA
 from fastseq.benchmarks.presentation import Cell, Options
 from fastseq.benchmarks.suites import attention
 
@@ -75,6 +75,9 @@ def test_growth_of_memory(synthetic):
     results = synthetic.alone(lambda kind, provider, T: 1.0, lambda kind, provider, T: T**2 if provider == EAGER else 7 * T)
     growth = {(g["case"], g["provider"]): g["exponent"] for g in attention.derive(results)["growth"] if g["quantity"] == "memory"}
     assert growth["full causal", EAGER] == pytest.approx(2) and growth["window", OWN] == pytest.approx(1)
+    assert growth["hashed", REFORMER] == pytest.approx(1) and ("hashed", OWN) not in growth
+    shown = table(results, "Peak memory against T")
+    assert {line[1] for line in shown.rows if line[0] in ("hashed", "shared query-key")} == {REFORMER} and shown.note
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -82,6 +85,9 @@ def test_growth_of_memory(synthetic):
 def test_the_plan(device, quick):
     cases = attention.plan(Options(device, "float32", (1,), quick))
     assert {p.provider for c in cases for p in c.participants} == set(ATTENTION_PROVIDERS)
+    hashed = {(p.workload.T, p.workload.block) for c in cases for p in c.participants if p.provider == REFORMER}
+    lengths = {p.workload.T for c in cases for p in c.participants if c.group == "memory" and p.provider == OWN}
+    assert hashed == {(T, block) for T in lengths for block in (64, T)}
     groups = {c.group for c in cases}
     assert set(attention.GROUPS) | set(attention.TARGETS) | {"fp32", "deterministic"} <= groups
     dense = [c.participants[0].workload for c in cases if c.group == "dense"]

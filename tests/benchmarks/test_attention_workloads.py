@@ -29,6 +29,7 @@ from fastseq.benchmarks.attention_providers import (
     FLEX,
     OWN,
     OWN_MODULE,
+    REFORMER,
     SDPA,
     TORCH_MODULE,
     flex_call,
@@ -55,6 +56,8 @@ POINTS = {
     "weights": workload("weights"),
     "padding": workload("padding"),
     "decode": workload("decode", "inference", T=1, keys=150, kv_heads=2),
+    "hashed": workload("hashed", causal=True, T=96, block=16),
+    "hashed, one chunk": workload("hashed", causal=True, block=70),
 }
 
 
@@ -68,6 +71,8 @@ POINTS = {
         (workload("window", "inference", T=8, causal=True, window=3), 4 * 2 * 64 * (1 + 2 + 6 * 3)),
         (workload("window", "inference", T=8, causal=True, window=30), 4 * 2 * 64 * 36),
         (workload("weights", "inference", T=8), 4 * 2 * 64 * 8 * 8 + 2 * 16 * 4 * 64 * 64),
+        (workload("hashed", "inference", T=64, causal=True, block=8), 4 * 2 * 64 * 64 * 2 * 8 / 2),
+        (workload("hashed", "inference", T=64, block=64), 4 * 2 * 64 * 64 * 64),
     ],
 )
 def test_flops(w, flops):
@@ -85,6 +90,7 @@ def test_pairs_are_those_that_are_seen(name):
 def test_bytes_and_floor():
     w = workload("decode", "inference", T=1, B=3, keys=100, kv_heads=2, H=64)
     assert w.bytes == 4 * 3 * 16 * (2 * 4 * 1 + 2 * 2 * 100)
+    assert replace(POINTS["hashed"], mode="inference").bytes == 4 * 3 * 2 * 96 * 64  # queries that are keys, values, the result
     slow_memory = Peaks("cpu", 1, "float32", copy={256: 1e12, 131072: 1e6}, gemm=1e12)
     assert floor_of(w, slow_memory).seconds == pytest.approx(w.bytes / 1e6) and floor_of(w, slow_memory).bound == "memory"
     slow_products = Peaks("cpu", 1, "float32", copy={256: 1.0, 131072: 1e12}, gemm=1e6)
@@ -121,11 +127,15 @@ def test_every_provider_that_is_there_passes_the_gate(name):
         assert result.ok, f"{provider.name}: {result.reason}"
         assert 0 < result.error <= result.bound < 1e-4
         passed.append(provider.name)
-    assert {TORCH_MODULE, OWN_MODULE} <= set(passed) if CASES[w.function].module else {SDPA, OWN} <= set(passed)
+    if CASES[w.function].hashed:
+        pytest.importorskip("transformers")
+        assert passed == [REFORMER]
+    else:
+        assert {TORCH_MODULE, OWN_MODULE} <= set(passed) if CASES[w.function].module else {SDPA, OWN} <= set(passed)
 
 
 @pytest.mark.filterwarnings("ignore:.*without torch.compile")
-@pytest.mark.parametrize("name", [n for n in POINTS if not CASES[POINTS[n].function].module])
+@pytest.mark.parametrize("name", [n for n in POINTS if not (CASES[POINTS[n].function].module or n.startswith("hashed"))])
 def test_flex_attention_computes_the_same(name):
     """Uncompiled, which needs no GPU; forward only."""
 
@@ -167,6 +177,9 @@ def test_settings_hold_inside_and_end():
         (FLASH, POINTS["t5"], "has nothing for T5's relative bias table"),
         (SDPA, POINTS["weights"], "has nothing for averaged attention weights"),
         (OWN_MODULE, POINTS["dense"], "has nothing for"),
+        (OWN, POINTS["hashed"], "has nothing for hashed attention"),
+        (REFORMER, POINTS["dense"], "has nothing for no mask"),
+        (REFORMER, replace(POINTS["hashed"], T=90), "a multiple of its chunks of 16, got 90"),
     ],
 )
 def test_who_cannot_says_why(provider, w, reason):

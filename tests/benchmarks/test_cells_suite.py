@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from fastseq.backends import cuda_host
 from fastseq.benchmarks import cli, gate
-from fastseq.benchmarks.cell_providers import CELL_PROVIDERS
+from fastseq.benchmarks.cell_providers import CELL_PROVIDERS, _step
 from fastseq.benchmarks.cells import CELLS, CellWorkload
 from fastseq.benchmarks.presentation import Cell, Options
+from fastseq.benchmarks.recurrent_providers import forced
 from fastseq.benchmarks.suites import cells
 
 STEP = CellWorkload("lstmcell", 1, 3, 24, 24, "training")
@@ -31,6 +33,15 @@ def table(results, title):
 def test_every_provider_passes_the_gate(name, steps, mode):
     provider = CELL_PROVIDERS[name]
     w = CellWorkload(provider.function, steps, 3, 24, 24, mode)
+    if name.endswith("(cuda)"):
+        if not torch.cuda.is_available():
+            assert provider.unavailable(w) == "runs on cuda tensors, not on cpu"
+        if cuda_host.available() is not None:
+            pytest.skip(cuda_host.available())
+        provider = forced(name.partition(".")[2].partition(" ")[0], "cuda-host", "plan", "", "", _step)
+        assert provider.unavailable(w) is None
+        said = provider.chose(w.call(provider.build(w), gate.problem(w)))
+        assert [backend for backend in said if backend.startswith("backend")] == ["backend: cuda-host"]
     result = gate.check(lambda shape: (provider.build(shape), ""), w)
     assert result.ok, result.reason
     assert 0 < result.error <= result.bound < 1e-4
@@ -89,9 +100,10 @@ def test_the_plan(device):
     assert {w.B for w in found} == {1, 4, 16, 64} and {w.H for w in found} == {128, 256, 512, 1024}
     assert {w.dtype for w in found} == {"float32" if device == "cpu" else "bfloat16"} and {w.device for w in found} == {device}
     for case in cases:
-        base, own = (p.provider for p in case.participants)
-        assert case.baseline == ((own, base),) and own.removeprefix("fastseq.") == base.removeprefix("torch.nn.")
-        assert CELL_PROVIDERS[own].function == case.participants[0].workload.function
+        base, own, kernels = (p.provider for p in case.participants)
+        assert case.baseline == ((own, base), (kernels, base))
+        assert (base, kernels) == (f"torch.nn.{own.removeprefix('fastseq.')}", f"{own} (cuda)")
+        assert {CELL_PROVIDERS[name].function for name in (own, kernels)} == {case.participants[0].workload.function}
     quick = cells.plan(Options(device, "float32", (1,), quick=True))
     assert len(quick) == 36 and sum(c.effort.seconds for c in quick) < 10
     full = cells.plan(Options("cuda", "float32", (1,), quick=False, full=True))
@@ -144,8 +156,11 @@ def test_a_run_from_end_to_end(tmp_path):
     assert cli.main(argv) == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert [(r["group"], r["mode"], r["provider"]) for r in found["rows"]] == [
-        (group, mode, provider) for group, mode in cells.KINDS for provider in ("torch.nn.GRUCell", "fastseq.GRUCell")
+        (group, mode, provider)
+        for group, mode in cells.KINDS
+        for provider in ("torch.nn.GRUCell", "fastseq.GRUCell", "fastseq.GRUCell (cuda)")
     ]
-    for row in found["rows"]:
+    assert {(r["status"], r["reason"]) for r in found["rows"][2::3]} == {("unavailable", "runs on cuda tensors, not on cpu")}
+    for row in (row for row in found["rows"] if not row["provider"].endswith("(cuda)")):
         assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["floor"]["seconds"] > 0
     assert "Single cells against torch.nn" in (tmp_path / "report.html").read_text()

@@ -122,6 +122,29 @@ def test_overhead_follows_time_and_memory_of_one_program(synthetic):
     assert not verdict(synthetic.lengths({}), "overhead").measured
 
 
+@pytest.mark.parametrize(
+    ("hashed", "fused", "own"),
+    [
+        (lambda T: 100 * T, "holds only from T = 512 on, measured to 512", "holds for T = 128…512"),
+        (lambda T: 1 * T, "holds for T = 128…512", "holds for T = 128…512"),
+        (lambda T: 9 * T * T, "does not hold here, T = 128…512", "does not hold here, T = 128…512"),
+        (lambda T: 4 * T * T, "does not hold here, T = 128…512", "undecided, no difference for T = 128…512"),
+    ],
+)
+def test_overhead_of_hashed_attention_is_beside_fused_and_beside_its_own_program(synthetic, hashed, fused, own):
+    """Everything takes T² / 4 when fused, and sixteen times that in the program that hashes."""
+    cost = {"hashed": hashed, "shared query-key": lambda T: 4 * T * T}
+    rows = synthetic.alone(lambda kind, provider, T: cost.get(kind, lambda T: T * T / 4)(T))
+    found = verdict(rows, "overhead")
+    assert f"time, hashed beside fused: {fused}" in found.verdict
+    assert f"time, hashed beside all keys of its own program: {own}" in found.verdict
+    assert "memory, hashed beside fused: undecided" in found.verdict and "hashed attention by Reformer" in found.figures
+    assert {line.name for panel in found.findings[0].panels for line in panel.lines} >= {"hashed", "shared query-key"}
+    rows.rows = [row for row in rows.rows if row.function != "hashed"]  # as an older file has them
+    assert "hashed beside" not in verdict(rows, "overhead").verdict
+    assert "hashed attention not measured" in verdict(rows, "overhead").figures
+
+
 def test_train_faster_holds_up_to_the_crossover(synthetic):
     """The block takes 1e-7 T², the LSTM 1e-5 T: they meet at T = 100."""
     results = synthetic.lengths({"attention block": square, "torch.nn.LSTM": linear})

@@ -37,6 +37,9 @@ def refused(capsys, *argv):
         (["--only", ""], "nothing given"),
         (["--only", "T=77"], "no point matches; these exist: T: 32, 64, 128"),
         (["--resume"], "--out is needed"),
+        (["--starts", "0"], "--starts: 0 is not a positive number of processes"),
+        (["--starts", "-2"], "--starts: -2 is not a positive number of processes"),
+        (["--starts", "two"], "--starts: invalid int value: 'two'"),
         (["--picture", "a.gif"], "neither .svg nor .png"),
         (["--json-in", "/does/not/exist.json"], "cannot read /does/not/exist.json"),
     ],
@@ -93,6 +96,9 @@ def test_what_is_there_is_kept_after_every_group(tmp_path, monkeypatch):
                 raise MemoryError
             return [Row.of(case.suite, case.group, p.provider, p.workload, status="skipped") for p in case.participants]
 
+        def close(self):
+            pass
+
     monkeypatch.setattr(cli, "Runner", Dies)
     with pytest.raises(MemoryError):
         cli.main(["--suite", "recurrent", "--device", "cpu", "--quick", "--threads", "1", "--out", str(tmp_path)])
@@ -114,6 +120,9 @@ class Counts:
             raise KeyboardInterrupt
         self.ran.append(self.point(case))
         return [Row.of(case.suite, case.group, p.provider, p.workload, status="skipped") for p in case.participants]
+
+    def close(self):
+        pass
 
     @staticmethod
     def point(case):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastseq.backends import library
 from fastseq.benchmarks import floors
 from fastseq.benchmarks.cells import CellWorkload
 from fastseq.benchmarks.floors import Peaks, floor_of, measure
@@ -112,8 +113,21 @@ def test_a_gpus_peaks(monkeypatch):
 
 def test_peaks_of_an_older_file():
     old = PEAKS.as_dict()
-    del old["on_chip"]
+    del old["on_chip"], old["fma"]
     assert Peaks.from_dict(old) == PEAKS
+    known = replace(PEAKS, fma=3e11)
+    assert Peaks.from_dict(known.as_dict()) == known
+
+
+@pytest.mark.parametrize(("fma", "peak", "which"), [(2e11, 2e11, "200 GFLOP/s of multiply-adds"), (5e10, 1e11, "of torch.mm")])
+@pytest.mark.parametrize(
+    "w", [Workload("lstm", T, 32, H, H), CellWorkload("grucell", 64, 64, H, H), Workload("attention", T, 8, H, H)]
+)
+def test_the_faster_arithmetic_is_the_floor_and_named(w, fma, peak, which):
+    """Nothing that was seen to run goes below it."""
+    floor, slow = floor_of(w, replace(PEAKS, fma=fma)), floor_of(w, PEAKS)
+    assert floor.bound == "arithmetic" and which in floor.note and slow.note == "100 GFLOP/s of torch.mm"
+    assert floor.seconds == pytest.approx(slow.seconds * 1e11 / peak)
 
 
 def test_bandwidth_between_the_measured_sizes():
@@ -128,4 +142,5 @@ def test_measured_peaks_are_plausible():
     peaks = measure("cpu", 1, "float32", quick=True)
     assert all(1e8 < b < 1e13 for b in [*peaks.read.values(), *peaks.copy.values()])
     assert 1e8 < peaks.gemm < 1e14
+    assert library.reason() or 1e9 < peaks.fma < 1e14
     assert 0 < peaks.launch["operator"] < 1e-2

@@ -234,6 +234,9 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     assert listed[:5] == ["library", "environment", "tests", "memcheck", "limits"]
     for name in SUITES:
         assert found[name].leaves == f"{name}/results.json" and "--resume" in found[name].command
+        assert found[name].command[-2:] == ("--starts", "1")
+    again, first = found[listed[-1]], found["sequential-vs-parallel"]
+    assert again.name == "starts" and (*again.command, "--starts", "1") == first.command and again.leaves == first.leaves
     assert set(gpu_day.SUITE_MINUTES) <= set(SUITES)
     (tmp_path / "libfastseq.so").write_text("")
     assert [stage.name for stage in gpu_day.table()] == listed[1:]
@@ -245,7 +248,7 @@ def test_a_suite_goes_on_where_it_was_cut_short(tmp_path):
     suite = next(stage for stage in gpu_day.table() if stage.name == "cells")
     few = ("--quick", "--threads", "1", "--only")
     command = tuple("cpu" if part == "cuda" else part for part in suite.command) + few
-    for only, rows in (("cell=rnncell H=128 B=1", 6), ("cell=rnncell H=128", 12)):
+    for only, rows in (("cell=rnncell H=128 B=1", 9), ("cell=rnncell H=128", 18)):
         stage = replace(suite, command=(*command, only))
         assert stages.walk([stage], tmp_path, 2.0, again=False)["cells"].status == "finished"
         assert len(json.loads((tmp_path / "cells/results.json").read_text())["rows"]) == rows

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastseq.backends import library
 from fastseq.benchmarks import cli, floors, gate, limits
-from fastseq.benchmarks.limits import EXCHANGES, LIMIT_PROVIDERS, NAMES, LimitWorkload
+from fastseq.benchmarks.limits import EXCHANGES, FMA_DTYPES, LIMIT_PROVIDERS, NAMES, LimitWorkload
 from fastseq.benchmarks.presentation import Cell, Options
 from fastseq.benchmarks.runner import Runner
 from fastseq.benchmarks.suites import SUITES
@@ -20,7 +21,9 @@ SMALL = {
     "launch": limits.launch("cpu", 1),
 }
 PEAKS = floors.Peaks("cpu", 1, "float32", {16: 1e11, 65536: 1e11}, {256: 4e10, 65536: 2e10}, 1e11, {"operator": 1e-6})
-RATES = {"read": 1e11, "copy": 2e10, "product": 1e11, "launch": 1e6}
+RATES = {"read": 1e11, "copy": 2e10, "product": 1e11, "fma": 4e11, "launch": 1e6}
+FMA = replace(limits.fma("cpu", 2), T=1000)
+needs_library = pytest.mark.skipif(library.reason() is not None, reason=f"make library: {library.reason()}")
 
 
 def text(cell):
@@ -54,6 +57,70 @@ def test_a_program_that_does_less_is_refused(function, program):
     assert not gate.check(lambda shape: (program, ""), SMALL[function]).ok
 
 
+@needs_library
+def test_the_library_has_the_multiply_adds():
+    assert limits.no_fma(FMA) == ""
+
+
+@needs_library
+@pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", FMA_DTYPES)
+def test_multiply_adds_are_counted_by_their_result(level, dtype, monkeypatch):
+    monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
+    if torch.ops.fastseq_native.cpu_level() != level:
+        pytest.skip(f"this processor has no {level}")
+    provider = LIMIT_PROVIDERS["fastseq fma"]
+    for w in (replace(FMA, dtype=dtype), replace(FMA, dtype=dtype, B=5, T=limits.FMA_STEPS)):
+        result = gate.check(lambda shape: (provider.build(shape), ""), w)
+        assert result.ok and result.error == 0, result.reason
+    start = torch.randn(3, 384, dtype=torch.float64).to(getattr(torch, dtype))
+    found = torch.empty_like(start)
+    torch.ops.fastseq_native.fma(start, 0.5, -3.0, 2, found)
+    torch.testing.assert_close(found, start / 4 - 4.5)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        lambda w, a: lambda: a + (w.T - 1),
+        lambda w, a: lambda: (a + w.T).index_copy_(1, torch.tensor([w.H - 1]), a[:, -1:]),
+        lambda w, a: lambda: (a + w.T).index_fill_(0, torch.tensor([w.B - 1]), torch.nan),
+    ],
+    ids=["a step less", "one chain removed", "one thread less"],
+)
+def test_fewer_multiply_adds_are_refused(program):
+    w = limits.fma("cpu", 2)
+    right = gate.check(lambda shape: (lambda w, a: lambda: a + w.T, ""), w)
+    assert right.ok and not gate.check(lambda shape: (program, ""), w).ok
+
+
+@needs_library
+def test_the_raw_op_refuses_what_does_not_fit():
+    right = torch.zeros(2, 384)
+
+    def call(start=right, results=right, steps=1):
+        torch.ops.fastseq_native.fma(start, 1.0, 1.0, steps, results)
+
+    call()
+    for wrong, message in (
+        ({"start": torch.zeros(2, 384, dtype=torch.bfloat16)}, "must be float32 or float64"),
+        ({"results": torch.zeros(2, 384, dtype=torch.float64)}, "of one shape and dtype"),
+        ({"results": torch.zeros(384, 2).T}, "must be contiguous"),
+        ({"start": torch.zeros(384), "results": torch.zeros(384)}, r"\[parts, count\]"),
+        ({"start": torch.zeros(2, 380), "results": torch.zeros(2, 380)}, "a part must be a multiple of [0-9]+ bytes, got 1520"),
+        ({"steps": -1}, "steps must not be negative, got -1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(**wrong)
+
+
+def test_multiply_adds_that_cannot_be_measured_say_why(monkeypatch):
+    assert "float32 and float64" in limits.no_fma(replace(FMA, dtype="bfloat16"))
+    assert "on a CPU" in limits.no_fma(replace(FMA, device="cuda"))
+    monkeypatch.setattr(library, "reason", lambda: "there is no library (`make library`)")
+    assert "make library" in LIMIT_PROVIDERS["fastseq fma"].unavailable(FMA)
+
+
 def test_what_a_call_does_is_counted():
     assert limits.read("cpu", 1024, 2).amount == limits.READ_TOTAL["cpu"] * 2 // 2
     assert SMALL["read"].amount == 6 * 32 * 1024  # every output is a sum over one thread's share
@@ -61,6 +128,7 @@ def test_what_a_call_does_is_counted():
     assert [SMALL[name].launches for name in ("read", "copy", "product")] == [1, 3, 1]
     assert floors.floor_of(SMALL["read"], PEAKS).bound == "memory"  # one launch of 1 µs, and bytes for 2 µs
     assert SMALL["product"].amount == 2 * 96**3
+    assert FMA.amount == 2 * 1000 * 2 * 384 and limits.fma("cpu", 2).amount == 2 * limits.FMA_STEPS * 2 * 384
     assert SMALL["launch"].amount == SMALL["launch"].launches == limits.LAUNCHES
     assert limits.copy("cuda", 524288, 1).amount == 2 << 30
     assert limits.read("cuda:1", 1024, 8).amount == limits.READ_TOTAL["cuda"]
@@ -84,8 +152,11 @@ def test_the_plan(device):
     assert products == set(suite.PRECISIONS[device])
     if device == "cpu":
         assert {w.threads for w in found} == {1, 2} and not set(EXCHANGES) & {w.function for w in found}
+        multiply_adds = {(w.dtype, w.threads, w.B) for w in found if w.function == "fma"}
+        assert multiply_adds == {(dtype, n, n) for dtype in FMA_DTYPES for n in (1, 2)}
     else:
         assert {"tf32", "bfloat16"} <= products and set(EXCHANGES) <= {w.function for w in found}
+        assert "fma" not in {w.function for w in found}
     for w in found:
         reference = gate._plain(w)  # a reference is shared by all thread counts
         assert reference.shape == w.shape and reference.amount == w.amount
@@ -100,10 +171,11 @@ def test_peaks_of_another_precision_keep_what_does_not_depend_on_it(monkeypatch)
     monkeypatch.setattr(floors, "_rate", lambda w, *a, **k: measured.append(w.function) or 1e9)
     runner = Runner("cpu", quick=True)
     first = runner.peaks_for(SMALL["product"])
-    assert {"read", "copy", "launch", "product"} == set(measured)
+    arithmetic = {"product"} if limits.no_fma(FMA) else {"product", "fma"}
+    assert {"read", "copy", "launch", *arithmetic} == set(measured)
     measured.clear()
     other = runner.peaks_for(replace(SMALL["product"], dtype="bfloat16"))
-    assert set(measured) == {"product"} and (other.dtype, other.read) == ("bfloat16", first.read)
+    assert set(measured) == {"product"} and (other.dtype, other.read, other.fma) == ("bfloat16", first.read, 0.0)
     assert list(runner.peaks.values()) == [first, other] and first.dtype == "float32"
     runner.peaks_for(replace(SMALL["product"], threads=2))
     assert "read" in measured
@@ -111,13 +183,16 @@ def test_peaks_of_another_precision_keep_what_does_not_depend_on_it(monkeypatch)
 
 def test_rates_and_what_was_not_found_again(synthetic):
     def amounts(w):
-        if w.function == "product":
-            return 1e11 * w.threads / (1 + (w.H == 512))
+        if w.function in ("product", "fma"):
+            return RATES[w.function] * w.threads / (1 + (w.H == 512))
         return 1e10 if w.function == "copy" and w.H == 256 else RATES[w.function]
 
     results = synthetic.machine(amounts)
     derived = suite.derive(results)
     assert derived["products"] == pytest.approx({"float32": 2e11, "bfloat16": 2e11, "float64": 2e11})
+    assert derived["multiply-adds"] == pytest.approx({"float32": 8e11, "float64": 8e11})
+    shares = {(of["precision"], of["threads"]): of["share"] for of in derived["products of multiply-adds"]}
+    assert shares == pytest.approx({(dtype, n): 0.25 for dtype in FMA_DTYPES for n in (1, 2)})
     assert [found["eager"] for found in derived["launches"]] == pytest.approx([1e-6, 1e-6]) and not derived["exchanges"]
     assert "copy 256 KiB, 1 thread" in derived["disagreeing"] and "copy 128 MiB, 1 thread" not in derived["disagreeing"]
     # The peaks are those of one thread; of the orders only the fastest is looked for again.
@@ -125,6 +200,11 @@ def test_rates_and_what_was_not_found_again(synthetic):
     shown = table(results, "Bytes in a second")
     assert shown.columns == ["buffer", "read, 1 thread", "read, 2 threads", "copy, 1 thread", "copy, 2 threads"]
     assert [text(c) for c in next(r for r in shown.rows if r[0] == "256 KiB")] == ["256 KiB", *["100 GB/s"] * 2, *["10 GB/s"] * 2]
+    products = {(line[0], line[1]): line for line in table(results, "Matrix products").rows}
+    assert [text(c) for c in products["float64", "2"][-2:]] == ["800 GFLOP/s", "25%"]
+    assert [text(c) for c in products["bfloat16", "2"][-2:]] == ["", "–"]
+    results.rows = [row for row in results.rows if row.function != "fma"]  # as an older file has them
+    assert table(results, "Matrix products").columns[-1] == "order 2048" and not suite.derive(results)["multiply-adds"]
     assert table(results, "Exchange") is None and text(table(results, "Launches").rows[0][1]) == "1.00 µs"
 
 
@@ -173,12 +253,13 @@ def test_every_timed_row_of_every_suite_has_a_floor(name, device):
 
 
 def test_a_run_from_end_to_end(tmp_path, capsys):
-    only = "cell=product,launch,read H=512,1,64"
+    only = "cell=product,launch,read,fma H=512,1,64,384"
     argv = ["--suite", "limits", "--quick", "--threads", "1", "--device", "cpu", "--only", only, "--out", str(tmp_path)]
     assert cli.main(argv) == 0
     found = json.loads((tmp_path / "results.json").read_text())
-    assert {r["function"] for r in found["rows"]} == {"product", "launch", "read"}
-    for row in found["rows"]:
+    assert {r["function"] for r in found["rows"]} == {"product", "launch", "read", "fma"}
+    rows = [row for row in found["rows"] if row["function"] != "fma" or library.reason() is None]
+    for row in rows:
         assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["floor"]["bound"]
     assert "What limits this machine" in (tmp_path / "report.html").read_text()
     assert found["derived"]["suites"]["limits"]["products"]["float32"] > 0

@@ -18,12 +18,12 @@ from fastseq.benchmarks import gate, report
 from fastseq.benchmarks.floors import Peaks
 from fastseq.benchmarks.presentation import Cell, Options
 from fastseq.benchmarks.providers import PROVIDERS, RECURRENT
-from fastseq.benchmarks.recurrent import PRECISIONS, RecurrentCall, RecurrentWorkload
+from fastseq.benchmarks.recurrent import PRECISIONS, RecurrentWorkload
 from fastseq.benchmarks.recurrent_providers import RECURRENT_PROVIDERS, forced
 from fastseq.benchmarks.runner import EVERY_PROVIDER, Case, Participant, Runner
 from fastseq.benchmarks.suites import recurrent, recurrent_gpu, recurrent_gpu_report
 from fastseq.benchmarks.timing import Effort, HostClock
-from fastseq.benchmarks.workloads import MODES
+from fastseq.benchmarks.workloads import MODES, Workload
 
 GPU = Options("cuda", "float32", (1,), quick=False)
 POINT = RecurrentWorkload("lstm", 1024, 64, 512, 512, dtype="float16")
@@ -211,7 +211,8 @@ def test_torch_compile_tells_that_it_compiles_nothing():
     assert len(call.parameters) == 4 and provider.chose(call) == ["compiled graphs: 0"]
 
 
-def test_a_forced_backend_is_forced_in_the_backward_pass_too():
+@pytest.mark.parametrize("of", [SMALL, Workload("gru", 9, 3, 24, 24, "training")], ids=["its suite", "the headline suite"])
+def test_a_forced_backend_is_forced_in_the_backward_pass_too(of):
     inside = []
 
     class Watched(torch.autograd.Function):
@@ -238,9 +239,7 @@ def test_a_forced_backend_is_forced_in_the_backward_pass_too():
             return Watched.apply(output), h_n
 
     active = [False]
-    call = SMALL.call(Module(24, 24), gate.problem(SMALL), "time")
-    assert isinstance(call, RecurrentCall)
-    call.run()
+    of.call(Module(24, 24), gate.problem(of), "time").run()
     assert inside == [True] and active[-1] is False
 
 

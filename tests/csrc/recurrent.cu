@@ -1,4 +1,4 @@
-// The recurrent kernels on a small LSTM, through global memory and through a cluster, against plain loops. Faults are planted in
+// The recurrent kernels on a small LSTM, through global memory and through clusters, against plain loops. Faults are planted in
 // copies of their sources; whether every cell and precision is right is asked elsewhere.
 
 #include <cmath>
@@ -16,7 +16,7 @@ using harness::value;
 namespace {
 
 constexpr int kHidden = 30, kBatch = 11, kSteps = 4, kGates = 4;
-constexpr int kUnitBits = 4, kCtas = 2;
+constexpr int kUnits = 16, kCtas = 2;
 
 #if !defined(FASTSEQ_TEST_TILE)
 #define FASTSEQ_TEST_TILE Tile16<gpu::Bfloat16>
@@ -27,6 +27,7 @@ struct Tile : FASTSEQ_TEST_TILE {
   static constexpr int kResident = 8;
 };
 constexpr int kTiles = FASTSEQ_TEST_WIDTH, kColumns = kTiles * kTileColumns;
+constexpr int kClusterRows = kTiles > 1 ? 9 : 4;  // fewer than columns
 using Number = Tile::Number;
 // Of a number in a step: bfloat16 may be rounded the other way, TF32 rounds both factors of a sum below 1, float sums in another order.
 constexpr float kUnit = sizeof(Number) == 2 ? 0x1p-8f : Tile::kExact ? 0x1p-20f : 0x1p-10f;
@@ -134,15 +135,22 @@ void compare(const char* what, Array<T>& got, Array<T>& expected) {
   }
 }
 
-// A split that uses what there is: several chunks, segments and warps along the depth.
-Split split_of(bool cluster, int row_gates, int sent_gates) {
+enum class Exchange { kFlags, kCluster, kFlagsScatter, kClusterScatter };
+
+// A split that uses what there is: several chunks, segments, warps along the depth, tiles of rows for each warp.
+Split split_of(Exchange exchange, int row_gates, int sent_gates) {
   Split s{};
-  s.unit_bits = kUnitBits, s.ctas = kCtas, s.chunks = cluster ? 1 : 2, s.cluster = cluster;
-  s.parts = (kBatch + s.chunks * kColumns - 1) / (s.chunks * kColumns);
-  s.m_warps = row_gates << kUnitBits >> 4;
-  s.k_warps = row_gates > 1 ? (cluster ? 2 : 1) : Tile::kDepth == 8 ? 1 : 2;
-  s.k_tiles = (kCtas << kUnitBits) * sent_gates / Tile::kDepth;
-  s.segments = cluster ? 1 : row_gates > 1 ? 2 : 3;
+  s.units = kUnits, s.ctas = kCtas;
+  s.cluster = exchange == Exchange::kCluster || exchange == Exchange::kClusterScatter;
+  s.scatter = exchange == Exchange::kFlagsScatter || exchange == Exchange::kClusterScatter;
+  s.chunks = s.cluster ? 1 : 2;
+  s.rows = s.cluster ? kClusterRows : kBatch;
+  s.parts = (kBatch + s.rows - 1) / s.rows;
+  while (1 << s.column_bits < (s.cluster ? s.rows : kColumns)) ++s.column_bits;
+  s.m_warps = s.scatter ? (s.cluster ? 1 : 2) : row_gates > 1 ? (s.cluster ? 2 : 4) : 1;
+  s.k_warps = s.scatter || row_gates > 1 || Tile::kDepth == 8 ? 1 : 2;
+  s.k_tiles = (s.scatter ? 1 : kCtas) * kUnits * sent_gates / Tile::kDepth;
+  s.segments = s.cluster || s.scatter ? 1 : row_gates > 1 ? 2 : 3;
   return s;
 }
 
@@ -153,13 +161,13 @@ struct Run {
   Array<gpu::Vec16> operands;
   Array<uint32_t> flags;
 
-  Run(bool cluster, int row_gates, int sent_gates, int states)
-      : split(split_of(cluster, row_gates, sent_gates)),
+  Run(Exchange exchange, int row_gates, int sent_gates, int states)
+      : split(split_of(exchange, row_gates, sent_gates)),
         how{split.parts * kCtas,
             kThreads,
-            cluster ? kCtas : 1,
+            split.cluster ? kCtas : 1,
             shared_bytes(split, tile, row_gates, sent_gates, states, 0),
-            !cluster,
+            !split.cluster,
             nullptr},
         operands(static_cast<int>(operand_bytes(split, tile, row_gates, sent_gates) / 16) * split.parts, {{~0u, ~0u, ~0u, ~0u}}),
         flags(split.parts * kCtas) {
@@ -171,23 +179,23 @@ struct Run {
   Meeting meeting() { return {operands.data(), flags.data()}; }
 };
 
-// What a pass sends and waits for is known: every CTA's part of each step's operand to every CTA of its team, without bank
-// conflicts.
+// What a pass sends and waits for is known: every CTA's part of each step's operand, or of the sums, to every CTA of its team, without
+// bank conflicts.
 void check_counters([[maybe_unused]] const Run& run, [[maybe_unused]] int row_gates, [[maybe_unused]] int sent_gates) {
 #if !defined(__CUDACC__)
   const gpu::host::Counters seen = gpu::host::counters();
-  const Layout layout(run.split, run.tile, row_gates, sent_gates);
+  const int operand = GatherLayout(run.split, run.tile, row_gates, sent_gates).own << run.split.column_bits;
+  const int message = run.split.scatter ? ScatterLayout(run.split, run.tile).sent : operand;
   const uint64_t messages = run.split.parts * kSteps * kCtas * kCtas;
-  CHECK(seen.st_async == (run.split.cluster ? messages * layout.own * run.tile.columns : 0), "%d",
-        static_cast<int>(seen.st_async));
+  CHECK(seen.st_async == (run.split.cluster ? messages * message : 0), "%d", static_cast<int>(seen.st_async));
   CHECK(seen.flags_waited == (run.split.cluster ? 0 : messages), "%d", static_cast<int>(seen.flags_waited));
   CHECK((sizeof(Number) > 2 || seen.ldmatrix > 0) && seen.bank_conflicts == 0, "%d", static_cast<int>(seen.bank_conflicts));
 #endif
 }
 
-void forward(bool cluster, bool reverse) {
+void forward(Exchange exchange, bool reverse) {
   Problem p(reverse);
-  Run run(cluster, kGates, 1, 1);
+  Run run(exchange, kGates, 1, 1);
   Array<Number> y(p.y.count()), h_n(p.h_n.count()), gates(p.gates.count());
   Array<float> c(p.c.count()), c_n(p.c_n.count());
   harness::must_run(forward_kernel<Lstm, Tile, kTiles>, run.how,
@@ -199,12 +207,13 @@ void forward(bool cluster, bool reverse) {
       compare("c_n", c_n, p.c_n);
 }
 
-void backward(bool cluster, bool reverse) {
+void backward(Exchange exchange, bool reverse) {
   Problem p(reverse);
-  Run run(cluster, 1, kGates, 2);
+  Run run(exchange, 1, kGates, 2);
   Array<Number> dgates(p.dgates.count()), dh0(p.dh0.count());
   Array<float> dc0(p.dc0.count());
-  harness::must_run(backward_kernel<Lstm, Tile, kTiles>, run.how,
+  const auto kernel = run.split.scatter ? backward_scatter_kernel<Lstm, Tile> : backward_kernel<Lstm, Tile, kTiles>;
+  harness::must_run(kernel, run.how,
                     BackwardParams{p.dy.data(), p.dh_n.data(), p.dc_n.data(), nullptr, p.weight.data(), nullptr, p.h0.data(),
                                    p.c0.data(), p.y.data(), p.c.data(), p.gates.data(), dgates.data(), nullptr, dh0.data(),
                                    dc0.data(), p.walk(), run.split, run.meeting()});
@@ -213,16 +222,22 @@ void backward(bool cluster, bool reverse) {
   compare("dgates", dgates, p.dgates), compare("dh0", dh0, p.dh0), compare("dc0", dc0, p.dc0);
 }
 
-void forward_flags() { forward(false, false); }
-void forward_cluster() { forward(true, true); }
-void backward_flags() { backward(false, true); }
-void backward_cluster() { backward(true, false); }
+void forward_flags() { forward(Exchange::kFlags, false); }
+void forward_cluster() { forward(Exchange::kCluster, true); }
+void backward_flags() { backward(Exchange::kFlags, true); }
+void backward_cluster() { backward(Exchange::kCluster, false); }
+[[maybe_unused]] void backward_flags_scatter() { backward(Exchange::kFlagsScatter, false); }
+[[maybe_unused]] void backward_cluster_scatter() { backward(Exchange::kClusterScatter, true); }
 
 const harness::Test tests[] = {
     {"forward_flags", forward_flags, false},
     {"forward_cluster", forward_cluster, true},
     {"backward_flags", backward_flags, false},
     {"backward_cluster", backward_cluster, true},
+#if FASTSEQ_TEST_WIDTH == 1
+    {"backward_flags_scatter", backward_flags_scatter, false},
+    {"backward_cluster_scatter", backward_cluster_scatter, true},
+#endif
 };
 
 }  // namespace

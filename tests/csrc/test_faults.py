@@ -30,11 +30,12 @@ class Fault:
     program: str = "exchange"
 
 
-def engine(name: str, old: str, new: str, seen: str, sanitizer: str = "plain", file: str = "engine.cuh") -> Fault:
+def engine(name: str, old: str, new: str, seen: str, sanitizer: str = "plain", file: str = "gather.cuh") -> Fault:
     return Fault(f"recurrent: {name}", old, new, seen, sanitizer, f"csrc/recurrent/{file}", "recurrent")
 
 
 FORWARD, BACKWARD, LAYOUT = "forward_kernel.cuh", "backward_kernel.cuh", "layout.h"
+WEIGHTS, SCATTER = "weights.cuh", "scatter.cuh"
 
 FAULTS = [
     # states and flags in global memory
@@ -136,12 +137,10 @@ FAULTS = [
         "if (gpu::tid() < 0) gpu::mbarrier_expect",
         "misses 1 arrivals",
     ),
-    engine("expects too much", "2, used * kColumns *", "2, 2 * used * kColumns *", "deadlock: .*misses 0 arrivals"),
-    engine("one slot", "(epoch & 1) * buffer_vectors() + rank_ * vectors", "rank_ * vectors", WRONG),
-    engine("sums of one warp", "    }\n    gpu::cta_sync();\n  }", "    }\n  }", WRONG),
-    engine(
-        "sent too early", "      gpu::cta_sync();\n    }\n    if (kStoreLate", "    }\n    if (kStoreLate", WRONG, file=FORWARD
-    ),
+    engine("expects too much", "2, bytes());", "2, 2 * bytes());", "deadlock: .*misses 0 arrivals"),
+    engine("one slot", "(epoch & 1) * buffer_vectors() + rank_ * layout_", "rank_ * layout_", WRONG),
+    engine("sums of one warp", "gpu::cta_sync();  // the sums are there", "", WRONG),
+    engine("sent too early", "      gpu::cta_sync();\n    }\n    if (steps", "    }\n    if (steps", WRONG, file=FORWARD),
     engine("initial states too early", "    gpu::cta_sync();\n    const int steps", "    const int steps", WRONG, file=FORWARD),
     engine(
         "sent too early, backward",
@@ -151,19 +150,47 @@ FAULTS = [
         file=BACKWARD,
     ),
     engine("units beyond H", "items_.column(j), t) && items_.has_unit(j)", "items_.column(j), t)", WRONG, file="step.cuh"),
-    engine(
-        "no room for barriers", "gpu::piece_bytes<gpu::Mbarrier>(2)", "0", "bytes of shared memory, launched with", file=LAYOUT
-    ),
+    engine("no room for barriers", "piece_bytes<gpu::Mbarrier>(2)", "0", "bytes of shared memory, launched with", file=LAYOUT),
     engine(
         "one buffer for copies",
         "split_.chunks * split_.segments) bring(piece + 1)",
         "split_.chunks * split_.segments) bring(piece)",
         WRONG,
     ),
-    engine("weights beyond H", "from < hidden && to < hidden", "to < hidden", "heap-buffer-overflow", "address", BACKWARD),
+    engine("weights beyond H", "inside && from < hidden && to", "inside && to", "heap-buffer-overflow", "address", BACKWARD),
+    engine("copies a whole last segment", "first < most ? chunk", "first < 0 ? chunk", "outside of an array", "address"),
+    engine("a row's sums go on in the next", "sums_[chain][tile][i] = 0;", "{}", WRONG, file=WEIGHTS),
+    engine("a row's depth goes on in the next", "begin = end, end += depths;", "end += depths;", WRONG, file=WEIGHTS),
+    engine("rows by turns", "row += split_.m_warps, begin", "row += 1, begin", WRONG, file=WEIGHTS),
+    # partial sums, scattered
+    engine("sums: no wait for a phase", "gpu::mbarrier_wait(arrived, (epoch - 1) / 2 & 1);", "", f"{WRONG}|second", file=SCATTER),
+    engine("sums: wrong parity", "(epoch - 1) / 2 & 1", "epoch / 2 & 1", f"{WRONG}|deadlock|second arrival", file=SCATTER),
+    engine("sums: one slot", "received_ + (epoch & 1) * inbox() + which", "received_ + which", WRONG, file=SCATTER),
+    engine("sums: one place for all", "rank_ * layout_.sent + (unit <<", "(unit <<", WRONG, file=SCATTER),
     engine(
-        "copies a whole last segment", "first < buffer_vectors() ? chunk", "first < 0 ? chunk", "outside of an array", "address"
+        "sums: does not expect",
+        "if (gpu::tid() == 0) gpu::mbarrier_expect",
+        "if (gpu::tid() < 0) gpu::mbarrier_expect",
+        "misses 1 arrivals",
+        file=SCATTER,
     ),
+    engine("sums: of one warp", "gpu::cta_sync();  // the sums are there", "", WRONG, file=SCATTER),
+    engine("sums: no first cluster_sync", "bytes());\n    gpu::cluster_sync();", "bytes());", "never initialised", file=SCATTER),
+    engine(
+        "sums: slots are too small",
+        "smem.take<gpu::Vec16>(clusters() ? 2 *",
+        "smem.take<gpu::Vec16>(clusters() ? 1 *",
+        "writes outside of every piece|into a piece|outside",
+        "address",
+        SCATTER,
+    ),
+    engine(
+        "sums: no wait for flags", "if (gpu::warp() == 0) gpu::flags_wait(", "if (false) gpu::flags_wait(", WRONG, file=SCATTER
+    ),
+    engine("sums: flags seen by one warp", "epoch);\n      gpu::cta_sync();", "epoch);", WRONG, file=SCATTER),
+    engine("sums: sent by one warp", "gpu::cta_sync();  // all warps have sent", "", WRONG, file=SCATTER),
+    engine("sums: one inbox", "((epoch & 1) * split_.chunks", "((epoch & 0) * split_.chunks", WRONG, file=SCATTER),
+    engine("sums: of the next chunk", "if (chunk > 0) gpu::cta_sync();", "", WRONG, file=SCATTER),
 ]
 
 

@@ -19,6 +19,7 @@ from fastseq.backends.cuda.recurrent import Device
 from fastseq.cells import CELLS
 from fastseq.testing.cases import RecurrentCase
 from fastseq.testing.compare import assert_all_close_to_truth, pooled_error
+from fastseq.testing.cuda_plans import ranked
 from fastseq.testing.recurrent import RecurrentBattery
 
 executed = pytest.mark.skipif(cuda_host.available() is not None, reason=str(cuda_host.available()))
@@ -60,6 +61,18 @@ def results(battery: RecurrentBattery, inputs: dict, backend: str) -> dict[str, 
         return {f"output {i}": out for i, out in enumerate(outputs)} | battery.gradients(outputs, inputs)
 
 
+def expected(battery: RecurrentBattery, case: RecurrentCase, inputs: dict, precision: str) -> tuple[dict, dict, float]:
+    """The fp64 truth, what PyTorch makes of it in this dtype, and its error in this precision, if that is another one."""
+    outputs, grads = battery.truth(inputs)
+    truth = {f"output {i}": out for i, out in enumerate(outputs)} | grads
+    plain = results(battery, inputs, "reference")
+    if precision != "tf32":
+        return truth, plain, 0.0
+    # TF32 keeps as many bits as fp16, which the reference can compute in
+    half = results(battery, battery.make(case, torch.float16), "reference")
+    return truth, plain, pooled_error({name: value.float() for name, value in half.items()}, truth)
+
+
 def refusals(case: RecurrentCase, precision: str) -> list[str]:
     battery = RecurrentBattery()
     inputs = battery.make(case, PRECISIONS[precision])
@@ -99,18 +112,29 @@ def test_every_form(name, shape, precision, machine):
         return
     battery, dtype = RecurrentBattery(), PRECISIONS[precision]
     inputs = battery.make(shape, dtype)
-    outputs, grads = battery.truth(inputs)
-    truth = {f"output {i}": out for i, out in enumerate(outputs)} | grads
-    plain = results(battery, inputs, "reference")
-    # TF32 keeps as many bits as fp16, which the reference can compute in
-    own = 0.0
-    if precision == "tf32":
-        half = battery.make(shape, torch.float16)
-        own = pooled_error({name: value.float() for name, value in results(battery, half, "reference").items()}, truth)
+    truth, plain, own = expected(battery, shape, inputs, precision)
     found = results(battery, inputs, "cuda-host")
     if battery.gradients_jump(shape, torch.bfloat16) and precision != "ieee":
         found, plain, truth = ({name: value for name, value in r.items() if "output" in name} for r in (found, plain, truth))
     assert_all_close_to_truth(found, plain, truth, own_error=own)
+
+
+@executed
+@pytest.mark.parametrize(("cell", "precision"), [("lstm", "bf16"), ("gru", "ieee"), ("rnn_tanh", "tf32")])
+def test_every_plan(cell, precision, machine):
+    """Not only those that the model finds best."""
+    machine("clusters", precision if precision in ("ieee", "tf32") else "ieee")
+    case = RecurrentCase(cell, steps=3, batch=11, input=3, hidden=56, layout="lengths")
+    battery = RecurrentBattery()
+    inputs = battery.make(case, PRECISIONS[precision])
+    truth, plain, own = expected(battery, case, inputs, precision)
+    of = [recurrent._cut(cell, precision, backward, 11, 1, 56, MACHINES["clusters"]).of for backward in (False, True)]
+    assert min(of) > 20
+    for rank in range(max(of)):
+        with ranked(min(rank, of[0] - 1), min(rank, of[1] - 1)):
+            assert_all_close_to_truth(results(battery, inputs, "cuda-host"), plain, truth, own_error=own)
+    with ranked(of[0]), pytest.raises(RuntimeError, match=f"rank must be from 0 to {of[0] - 1}, got {of[0]}"):
+        results(battery, inputs, "cuda-host")
 
 
 @planned
@@ -123,10 +147,17 @@ def test_the_machines_take_every_form():
                 shape.cell, precision, backward, shape.batch, 1 + shape.bidirectional, shape.hidden, MACHINES[name]
             )
             if not plan.obstacle:
-                in_shared_memory = plan.numbers[6] > 32 * plan.numbers[5]
-                plans[name, shape, precision, backward] = str(plan) + ", beyond registers" * in_shared_memory
-    for word in ("cluster", "flags", "chunks", "segments", "wide", "at a time", "of 1 CTAs", "beyond registers"):
-        for backward in (False, True):
+                n = plan.numbers
+                row_tiles = -(-n.units * (1 if backward else len(CELLS[shape.cell].gates)) // 16)
+                plans[name, shape, precision, backward] = (
+                    str(plan)
+                    + ", beyond registers" * (n.k_tiles > 32 * n.k_warps)
+                    + ", rows by turns" * (n.m_warps < row_tiles)
+                    + ", no power of two" * (n.units.bit_count() > 1)
+                )
+    words = ["cluster", "flags", "chunks", "segments", "wide", "at a time", "of 1 CTAs", "beyond registers", "no power of two"]
+    for backward in (False, True):
+        for word in (*words, *(("flags, partial sums", "cluster, partial sums") if backward else ("rows by turns",))):
             assert any(word in text for key, text in plans.items() if key[3] == backward), word
 
 
@@ -148,7 +179,7 @@ def test_every_schedule_gives_the_same_bits(name, machine):
 @executed
 @pytest.mark.parametrize("name", ("clusters", "flags"))
 def test_bytes_of_a_step(name, machine):
-    """What a CTA receives in a step is the operand once: the states forward, the gate gradients backward."""
+    """What a CTA receives in a step: states of its sequences; backward their gate gradients, or fp32 sums for its units."""
     machine(name)
     battery, host = RecurrentBattery(), cuda_host.kernels()
     case = RecurrentCase("lstm", steps=7, batch=8, input=3, hidden=64)
@@ -164,10 +195,10 @@ def test_bytes_of_a_step(name, machine):
     with fastseq.use_backend("cuda-host"):
         forward = received(lambda: outputs.append(battery.run(inputs)))
         backward = received(lambda: battery.gradients(outputs[0], inputs))
-    state_bytes = case.hidden * case.batch * 2
-    ctas = [recurrent._cut("lstm", "bf16", back, 8, 1, 64, MACHINES[name]).numbers[1] for back in (False, True)]
-    assert forward == case.steps * ctas[0] * state_bytes
-    assert backward == case.steps * ctas[1] * 4 * state_bytes
+    for back, bytes_received in ((False, forward), (True, backward)):
+        n = recurrent._cut("lstm", "bf16", back, 8, 1, 64, MACHINES[name]).numbers
+        each = 4 * -(-n.rows // 4) * 4 if n.scatter else (1 << n.column_bits) * 2 * (4 if back else 1)  # of a unit
+        assert bytes_received == case.steps * n.teams * n.ctas * case.hidden * each
 
 
 @planned
@@ -182,17 +213,23 @@ def test_plans_fit_the_device(device, cell):
         if plan.obstacle:
             assert hidden >= 500 and f"H={hidden}" in plan.obstacle
             continue
-        bits, ctas, parts, chunks, m_warps, k_warps, k_tiles, segments, cluster, wide, teams, at_once, shared, operand = (
-            plan.numbers
-        )
-        columns = (16 if precision == "ieee" else 32) if wide else 8
-        assert ctas << bits >= hidden > (ctas - 1) << bits and gates << bits <= 128
-        assert parts * chunks * columns >= batch and teams == lanes * parts
-        assert m_warps * 16 >= (1 if backward else gates) << bits and m_warps * k_warps <= 8
-        assert k_tiles * (16 if precision in ("fp16", "bf16") else 8) >= hidden * (gates if backward else 1)
-        assert shared <= device.shared_bytes and 0 < at_once <= teams and segments <= k_tiles
-        assert cluster or at_once * ctas <= device.multiprocessors
-        assert not cluster or (ctas <= device.cluster and chunks == 1 and operand == 0)
+        n = plan.numbers
+        columns = (16 if precision == "ieee" else 32) if n.wide else 8
+        least = -(-hidden // n.units)
+        assert n.units % 8 == 0 and gates * n.units <= 160 and n.ctas >= least and (n.cluster or n.ctas == least)
+        assert n.teams == lanes * n.parts
+        row_tiles = -(-(n.units * n.ctas if n.scatter else n.units * (1 if backward else gates)) // 16)
+        assert n.m_warps * n.k_warps <= 8
+        assert n.m_warps >= row_tiles or (n.segments == 1 and n.k_tiles % (2 * n.k_warps) == 0)
+        depth = gates * n.units * (1 if n.scatter else n.ctas) if backward else hidden
+        assert n.k_tiles * (16 if precision in ("fp16", "bf16") else 8) >= depth
+        assert n.shared_bytes <= device.shared_bytes and 0 < n.teams_at_once <= n.teams and n.segments <= n.k_tiles
+        assert n.parts * n.rows >= batch > (n.parts - 1) * n.rows and n.rows <= n.chunks * columns
+        assert 1 << n.column_bits >= (columns if n.chunks > 1 else n.rows)
+        if n.cluster:
+            assert n.ctas <= device.cluster and n.ctas.bit_count() == 1 and n.chunks == 1 and n.operand_bytes == 0
+        else:
+            assert n.teams_at_once * n.ctas <= device.multiprocessors
         assert plan.step_us > 0
 
 
@@ -200,13 +237,16 @@ def test_plans_fit_the_device(device, cell):
 def test_plans_for_a_hopper():
     """The shapes that the kernels exist for keep their weights on the device, with the exchange that fits them."""
     for batch in (1, 8):
-        text = str(recurrent._cut("lstm", "bf16", False, batch, 1, 512, H200))
-        assert text.startswith("1 teams of 16 CTAs with 32 units each, cluster")
+        for units in (16, 24, 32):
+            text = str(recurrent._cut("lstm", "bf16", False, batch, 1, 16 * units, H200))
+            assert f"teams of 16 CTAs with {units} units each for {min(batch, 2)} sequences, cluster (" in text
     for cell, precision in itertools.product(("lstm", "gru"), ("fp16", "bf16", "tf32")):
         for hidden, batch in itertools.product((256, 512, 1024), (1, 16, 64, 256)):
             for backward in (False, True):
                 assert not recurrent._cut(cell, precision, backward, batch, 1, hidden, H200).obstacle
     assert "flags" in str(recurrent._cut("lstm", "bf16", False, 1, 1, 2048, H200))
+    assert "for 4 sequences, cluster, partial sums (" in str(recurrent._cut("lstm", "bf16", True, 64, 1, 256, H200))
+    assert "for 32 sequences, 4 chunks, flags, partial sums (" in str(recurrent._cut("lstm", "tf32", True, 64, 1, 1024, H200))
     assert recurrent._cut("lstm", "tf32", False, 1, 1, 2048, H200).obstacle
 
 
@@ -276,7 +316,7 @@ def test_explain_shows_the_plan():
     module = fastseq.GRU(8, 64)
     with fastseq.use_backend("cuda-host"):
         text = str(fastseq.explain(module, torch.randn(3, 2, 8)))
-    assert ": cuda-host, 1 teams of 8 CTAs with 8 units each, cluster (a model predicts" in text
+    assert ": cuda-host, 2 teams of 8 CTAs with 8 units each for 1 sequences, cluster (a model predicts" in text
 
 
 @executed

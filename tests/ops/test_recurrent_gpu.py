@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 import fastseq
 from fastseq import backends
 from fastseq import functional as F
-from fastseq.backends import RecurrentQuery
+from fastseq.backends import RecurrentQuery, cuda
 from fastseq.functional._recurrent_layers import LANES
 from fastseq.reference.recurrent import state_dtype
 from fastseq.testing.battery import differentiable
 from fastseq.testing.cases import RECURRENT_CASES, RecurrentCase
 from fastseq.testing.compare import assert_close_to_truth, pooled_error
+from fastseq.testing.cuda_plans import forms, ranked
 from fastseq.testing.recurrent import RecurrentBattery
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")]
@@ -167,6 +169,23 @@ def test_real_plans(cell, hidden, batch, precision, precise):
     case = RecurrentCase(cell, steps=12, batch=batch, input=64, hidden=hidden)
     needs("cuda", case, dtype)
     Battery().check(case, dtype, "cuda", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("cell", "precision", "hidden"),
+    [("lstm", "bfloat16", 512), ("lstm", "float16", 640), ("gru", "tf32", 256), ("rnn_tanh", "ieee", 200), ("gru", "ieee", 24)],
+)
+def test_every_form(cell, precision, hidden, precise):
+    """Not only the plans that the model finds best."""
+    dtype = precise(precision)
+    case = RecurrentCase(cell, steps=4, batch=19, input=8, hidden=hidden, layout="lengths")
+    needs("cuda", case, dtype)
+    device = cuda.recurrent.GPU.device(torch.device("cuda"))
+    name = precision.replace("bfloat", "bf").replace("float", "fp")
+    ranks = [list(forms(cell, name, backward, 19, 1, hidden, device).values()) for backward in (False, True)]
+    for forward, backward in itertools.zip_longest(*ranks, fillvalue=0):
+        with ranked(forward, backward):
+            Battery().check(case, dtype, "cuda", "cuda")
 
 
 @pytest.mark.parametrize(

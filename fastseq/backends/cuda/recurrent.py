@@ -1,8 +1,8 @@
 """The recurrent op on the persistent kernels of ``csrc/recurrent``.
 
-A team of CTAs holds a lane's recurrent weights for the whole launch and exchanges every step's states (forward) or gate gradients
-(backward). ``csrc/recurrent/plan.cpp`` cuts the work, a pure function of sizes and device. The backend "cuda-host" runs the same
-kernels without a GPU.
+A team of CTAs holds a lane's recurrent weights for the whole launch and exchanges every step's states (forward), or gate
+gradients or partial sums of what they lead to (backward). ``csrc/recurrent/plan.cpp`` cuts the work, a pure function of sizes
+and device. The backend "cuda-host" runs the same kernels without a GPU.
 """
 
 from __future__ import annotations
@@ -32,30 +32,57 @@ class Device(NamedTuple):
     cooperative: bool  # whether a launch can demand that all its CTAs run at the same time
 
 
+class Numbers(NamedTuple):
+    """Of a plan, as the kernels are given them (`Split` in csrc/recurrent/params.h, `Plan` in plan.h)."""
+
+    units: int
+    ctas: int
+    parts: int
+    rows: int
+    chunks: int
+    column_bits: int
+    m_warps: int
+    k_warps: int
+    k_tiles: int
+    segments: int
+    cluster: int
+    scatter: int
+    wide: int
+    teams: int
+    teams_at_once: int
+    shared_bytes: int
+    operand_bytes: int
+
+    @property
+    def exchange(self) -> str:
+        return ("cluster" if self.cluster else "flags") + (", partial sums" if self.scatter else "")
+
+
 class Plan(NamedTuple):
     """How a call is cut."""
 
     obstacle: str
     step_us: float  # predicted, by a model
-    numbers: tuple[int, ...]
+    numbers: Numbers
+    of: int  # that the device allows; this is one of them
 
     def __str__(self) -> str:
-        bits, ctas, _, chunks, _, _, _, segments, cluster, wide, teams, at_once, *_ = self.numbers
+        n = self.numbers
         return (
-            f"{teams} teams of {ctas} CTAs with {1 << bits} units each"
-            + (f", {at_once} at a time" if at_once < teams else "")
-            + (f", {chunks} chunks" if chunks > 1 else "")
-            + (f", {segments} segments" if segments > 1 else "")
-            + (", wide" if wide else "")
-            + f", {'cluster' if cluster else 'flags'} (a model predicts {self.step_us:.2f} us a step)"
+            f"{n.teams} teams of {n.ctas} CTAs with {n.units} units each for {n.rows} sequences"
+            + (f", {n.teams_at_once} at a time" if n.teams_at_once < n.teams else "")
+            + (f", {n.chunks} chunks" if n.chunks > 1 else "")
+            + (f", {n.segments} segments" if n.segments > 1 else "")
+            + (", wide" if n.wide else "")
+            + f", {n.exchange} (a model predicts {self.step_us:.2f} us a step)"
         )
 
     def meeting(self, like: Tensor) -> dict[str, Tensor]:
         """Room for what the CTAs of a team exchange."""
-        _, ctas, *_, teams, _, _, operand_bytes = self.numbers
+        n = self.numbers
         return {
-            "operands": like.new_empty(teams * operand_bytes, dtype=torch.uint8),
-            "flags": like.new_zeros(teams * ctas, dtype=torch.int32),
+            "operands": like.new_empty(n.teams * n.operand_bytes, dtype=torch.uint8),
+            "flags": like.new_zeros(n.teams * n.ctas, dtype=torch.int32),
         }
 
 
@@ -69,13 +96,16 @@ class Machine(NamedTuple):
     device: Callable[[torch.device], Device]
     precision: Callable[[], str]  # of fp32: "tf32" or "ieee"
     run: Run
+    ranks: tuple[int, int] = (0, 0)  # of the plans to be taken forward and backward; 0: the best by the model
 
 
 @lru_cache(1024)
-def _cut(cell: str, precision: str, backward: bool, batch: int, lanes: int, hidden: int, device: Device) -> Plan:
+def _cut(cell: str, precision: str, backward: bool, batch: int, lanes: int, hidden: int, device: Device, rank: int = 0) -> Plan:
     numbers = [int(number) for number in device]
-    obstacle, step_us, found = torch.ops.fastseq_native.recurrent_plan(cell, precision, backward, batch, lanes, hidden, numbers)
-    return Plan(obstacle, step_us, tuple(found))
+    obstacle, step_us, found, count = torch.ops.fastseq_native.recurrent_plan(
+        cell, precision, backward, batch, lanes, hidden, numbers, rank
+    )
+    return Plan(obstacle, step_us, Numbers(*found), count)
 
 
 def _precision(dtype: torch.dtype, machine: Machine) -> str:
@@ -83,7 +113,8 @@ def _precision(dtype: torch.dtype, machine: Machine) -> str:
 
 
 def _plan(call: Call | RecurrentQuery, backward: bool, where: torch.device, machine: Machine) -> Plan:
-    return _cut(call.cell, _precision(call.dtype, machine), backward, call.batch, call.lanes, call.hidden, machine.device(where))
+    sizes = (call.batch, call.lanes, call.hidden)
+    return _cut(call.cell, _precision(call.dtype, machine), backward, *sizes, machine.device(where), machine.ranks[backward])
 
 
 def obstacles(query: RecurrentQuery, machine: Machine) -> list[str]:

@@ -1,0 +1,191 @@
+// The exchange of each step's results between the CTAs of a team, by which every CTA has all of them.
+//
+// In every step a CTA multiplies its rows of the weights with the whole operand of the step (the states, or the gate gradients, of all
+// CTAs of its team), works on its own units, and sends its part of the next operand to the others. Two operands alternate: a CTA writes
+// the next but one only after all others have sent the next, for which they had to be done with this one. All that is sent is waited
+// for: a CTA that leaves has received everything.
+//
+// In shared memory an operand is [depth][kColumns] vectors, of which only those columns that hold sequences are exchanged; what the
+// product makes of the others nobody reads. In global memory it is [depth][2^column_bits].
+#pragma once
+
+#include "place.cuh"
+#include "weights.cuh"
+
+namespace fastseq::recurrent {
+
+// kTiles: column tiles of a chunk. kRowGates: rows of the product per unit. kSentGates: numbers that a unit sends.
+template <class TileType, int kTiles, int kRowGates, int kSentGates>
+class GatherEngine {
+ public:
+  using Tile = TileType;
+  using Number = typename Tile::Number;
+  static constexpr int kColumns = kTiles * kTileColumns;
+  static constexpr int kMostUnits = most_units(kRowGates * kSentGates, kSentGates > 1, kTiles > 1);
+  static constexpr bool kScatters = false;
+
+  FASTSEQ_DEVICE GatherEngine(const Split& split, const Meeting& meeting, const Place& place, gpu::Smem& smem)
+      : split_(split), layout_(split, {Tile::kDepth, Tile::kVector, Tile::kResident, kColumns}, kRowGates, kSentGates),
+        rank_(place.rank), weights_(split, row_tiles(split, kRowGates), smem) {
+    buffer_ = smem.take<gpu::Vec16>(layout_.buffers * buffer_vectors());
+    sums_ = smem.take<float>(split.k_warps * kColumns * layout_.stride);
+    own_ = smem.take<gpu::Vec16>(split.chunks * layout_.own * kColumns);
+    flags_ = meeting.flags + place.team * split.ctas;
+    operands_ = static_cast<gpu::Vec16*>(meeting.operands) + int64_t{2} * place.team * operand_vectors();
+  }
+
+  template <class At>
+  FASTSEQ_DEVICE void load(const At& at) {
+    weights_.load(at);
+  }
+
+  // Before the first step. Depth that no CTA owns, up to a whole tile, is zero for good.
+  FASTSEQ_DEVICE void begin(gpu::Mbarrier* arrived) {
+    arrived_ = arrived;
+    const int used = split_.ctas * layout_.own;
+    if (clusters()) {
+      for (int slot = 0; slot < 2; ++slot) clear(buffer_ + slot * buffer_vectors(), used * kColumns, layout_.vectors * kColumns);
+      gpu::mbarrier_init(arrived_, 2, bytes());
+      gpu::cluster_sync();
+    } else if (rank_ == split_.ctas - 1) {
+      for (int block = 0; block < 2 * split_.chunks; ++block) {
+        clear(operands_ + int64_t{block} * chunk_vectors(), used << split_.column_bits, chunk_vectors());
+      }
+    }
+  }
+
+  // Of what this CTA sends: number `which` of a unit.
+  FASTSEQ_DEVICE Number& own(int chunk, int unit, int column, int which = 0) {
+    const int depth = which * split_.units + unit;
+    auto* numbers = reinterpret_cast<Number*>(own_ + (chunk * layout_.own + depth / Tile::kVector) * kColumns + column);
+    return numbers[depth % Tile::kVector];
+  }
+  // Sets one that only this step needs.
+  FASTSEQ_DEVICE void send(int chunk, int unit, int column, int which, Number x) { own(chunk, unit, column, which) = x; }
+
+  // Sends it, as the operand of this epoch: 1, 2, ... The CTA has synchronised since it was written.
+  FASTSEQ_DEVICE void publish(uint32_t epoch) {
+    const int vectors = layout_.own << split_.column_bits;
+    if (clusters()) {
+      gpu::Vec16* slot = buffer_ + (epoch & 1) * buffer_vectors() + rank_ * layout_.own * kColumns;
+      for (int i = gpu::tid(); i < split_.ctas * vectors; i += kThreads) {
+        const int to = i / vectors, which = spread(i % vectors);
+        gpu::st_async(gpu::peer(slot + which, to), Tile::sent(own_[which]), gpu::peer(arrived_ + (epoch & 1), to));
+      }
+    } else if (gpu::warp() == 0) {
+      for (int chunk = 0; chunk < split_.chunks; ++chunk) {
+        gpu::Vec16* slot = operand(epoch, chunk) + rank_ * vectors;
+        const gpu::Vec16* own = own_ + chunk * layout_.own * kColumns;
+        for (int i = gpu::lane(); i < vectors; i += 32) slot[i] = Tile::sent(own[spread(i)]);
+      }
+      gpu::flag_publish(flags_ + rank_, epoch);
+    }
+  }
+
+  // Until the operand of this epoch is complete.
+  FASTSEQ_DEVICE void wait(uint32_t epoch) {
+    epoch_ = epoch;
+    if (clusters()) {
+      gpu::Mbarrier* arrived = arrived_ + (epoch & 1);
+      gpu::mbarrier_wait(arrived, (epoch - 1) / 2 & 1);
+      // What counts for the next phase is sent after this CTA's next publish, hence after all its threads have come here.
+      if (gpu::tid() == 0) gpu::mbarrier_expect(arrived, bytes());
+    } else {
+      if (gpu::warp() == 0) gpu::flags_wait(flags_, split_.ctas, epoch);
+      gpu::cta_sync();
+      bring(0);
+    }
+  }
+
+  // The chunk's product, ready for sum(). Chunks come in order after a wait().
+  FASTSEQ_DEVICE void product(int chunk) {
+    Sums<Tile, kTiles> sums;
+    const auto store = [&](int row) {
+      FASTSEQ_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        float total[Tile::kSums];
+        sums.take(total, tile);
+        const int first = (weights_.k_warp() * kColumns + tile * kTileColumns) * layout_.stride + row * kTileRows;
+        Tile::store(total, sums_ + first, layout_.stride);
+      }
+    };
+    int row = 0;
+    for (int segment = 0; segment < split_.segments; ++segment) {
+      const gpu::Vec16* operand = buffer_ + (epoch_ & 1) * buffer_vectors();
+      if (!clusters()) {
+        const int piece = chunk * split_.segments + segment;
+        operand = buffer_ + (piece & 1) * buffer_vectors();
+        gpu::cp_wait<0>();
+        gpu::cta_sync();  // it is here, and the other buffer is free
+        if (piece + 1 < split_.chunks * split_.segments) bring(piece + 1);
+      }
+      const int first = segment * layout_.segment_tiles / split_.k_warps;
+      const int all = weights_.tiles(), after = first + layout_.segment_tiles / split_.k_warps;
+      const auto* numbers = reinterpret_cast<const Number*>(operand);
+      const auto multiply = [&](int n, const uint32_t (&a)[4], int depth) {
+        const Number* at = numbers + (weights_.k_warp() + depth * split_.k_warps) * (kTileVectors * kColumns * Tile::kVector);
+        FASTSEQ_UNROLL
+        for (int tile = 0; tile < kTiles; ++tile) {
+          if (tile == 0 || tile * kTileColumns < 1 << split_.column_bits) {
+            Tile::multiply(sums.at(n, tile), a, at, kColumns, tile * kTileColumns);
+          }
+        }
+      };
+      row = weights_.each(first, split_.segments > 1 && after < all ? after : all, multiply, store);
+    }
+    if (weights_.works()) store(row);
+    gpu::cta_sync();  // the sums are there
+  }
+
+  FASTSEQ_DEVICE float sum(int column, int row) const {
+    const float* at = sums_ + column * layout_.stride + row;
+    float total = at[0];
+    for (int k = 1; k < split_.k_warps; ++k) total += at[k * kColumns * layout_.stride];
+    return total;
+  }
+
+ private:
+  static constexpr int kTileVectors = Tile::kDepth / Tile::kVector;
+
+  FASTSEQ_DEVICE bool clusters() const { return gpu::kHasClusters && split_.cluster; }
+  FASTSEQ_DEVICE int buffer_vectors() const { return layout_.segment_tiles * kTileVectors * kColumns; }
+  FASTSEQ_DEVICE int chunk_vectors() const { return layout_.vectors << split_.column_bits; }
+  FASTSEQ_DEVICE uint32_t bytes() const { return (split_.ctas * layout_.own << split_.column_bits) * sizeof(gpu::Vec16); }
+  // Where vector i of those that are exchanged lies in shared memory.
+  FASTSEQ_DEVICE int spread(int i) const {
+    return (i >> split_.column_bits) * kColumns + (i & ((1 << split_.column_bits) - 1));
+  }
+  FASTSEQ_DEVICE int64_t operand_vectors() const { return int64_t{split_.chunks} * chunk_vectors(); }
+  FASTSEQ_DEVICE gpu::Vec16* operand(uint32_t epoch, int chunk) const {
+    return operands_ + (epoch & 1) * operand_vectors() + int64_t{chunk} * chunk_vectors();
+  }
+
+  FASTSEQ_DEVICE void clear(gpu::Vec16* vectors, int from, int to) const {
+    for (int i = from + gpu::tid(); i < to; i += kThreads) vectors[i] = {};
+  }
+
+  // Starts the copy of a piece of the operand to its buffer.
+  FASTSEQ_DEVICE void bring(int piece) {
+    const int most = layout_.segment_tiles * kTileVectors << split_.column_bits;
+    const int chunk = piece / split_.segments, first = piece % split_.segments * most;
+    const int count = chunk_vectors() - first < most ? chunk_vectors() - first : most;
+    const gpu::Vec16* from = operand(epoch_, chunk) + first;
+    gpu::Vec16* to = buffer_ + (piece & 1) * buffer_vectors();
+    for (int i = gpu::tid(); i < count; i += kThreads) gpu::cp_async16(to + spread(i), from + i);
+    gpu::cp_commit();
+  }
+
+  const Split& split_;
+  const GatherLayout layout_;
+  const int rank_;
+  Weights<Tile> weights_;
+  gpu::Vec16* buffer_;          // [buffers][depth of a segment][kColumns]; of a cluster: [slot][depth][kColumns]
+  float* sums_;                 // [k_warps][kColumns][stride]
+  gpu::Vec16* own_;             // [chunks][own][kColumns]
+  gpu::Vec16* operands_;        // [2][chunks][depth][2^column_bits]
+  uint32_t* flags_;             // [ctas]
+  gpu::Mbarrier* arrived_ = nullptr;
+  uint32_t epoch_ = 0;
+};
+
+}  // namespace fastseq::recurrent

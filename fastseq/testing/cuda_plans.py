@@ -1,0 +1,40 @@
+"""The CUDA kernels of the recurrence on another plan than the one that the model finds best: to try each, and to time it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..backends import cuda_host
+from ..backends.cuda import recurrent
+
+
+def forms(
+    cell: str, precision: str, backward: bool, batch: int, lanes: int, hidden: int, device: recurrent.Device
+) -> dict[str, int]:
+    """Ranks of the best plans of every form that a device allows, by words: "flags, wide, chunks". None if nothing fits."""
+    sizes = (cell, precision, backward, batch, lanes, hidden, device)
+    found: dict[str, int] = {}
+    best = recurrent._cut(*sizes)
+    for rank in range(0 if best.obstacle else best.of):
+        n = recurrent._cut(*sizes, rank).numbers
+        waves = n.teams_at_once < n.teams
+        features = {"wide": n.wide, "chunks": n.chunks > 1, "segments": n.segments > 1, "waves": waves, "alone": n.ctas == 1}
+        features["in blocks"] = n.units.bit_count() > 1
+        found.setdefault(", ".join([n.exchange, *(word for word, there in features.items() if there)]), rank)
+    return found
+
+
+@contextmanager
+def ranked(forward: int = 0, backward: int = 0) -> Iterator[None]:
+    """Inside, the backends "cuda" and "cuda-host" take the plans of these ranks: 0 is the best by the model.
+
+    Raises:
+        RuntimeError: from a call that has fewer plans (`Plan.of` says how many).
+    """
+    before = recurrent.GPU, cuda_host.MACHINE
+    recurrent.GPU, cuda_host.MACHINE = (machine._replace(ranks=(forward, backward)) for machine in before)
+    try:
+        yield
+    finally:
+        recurrent.GPU, cuda_host.MACHINE = before
