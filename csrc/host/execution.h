@@ -61,7 +61,7 @@ void flag_wait(const uint32_t* flag, uint32_t value, Where where);
 float shuffle_xor(float value, int mask, Where where);
 enum class Product { kHalf, kBfloat16, kTf32 };
 void mma(Product product, float* d, const uint32_t* a, const uint32_t* b, Where where);
-void ldmatrix_x2(uint32_t* r, const void* row, Where where);
+void ldmatrix(int matrices, uint32_t* r, const void* row, Where where);
 
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float x);

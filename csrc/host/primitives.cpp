@@ -188,19 +188,20 @@ void mma(Product product, float* d, const uint32_t* a, const uint32_t* b, Where 
   });
 }
 
-void ldmatrix_x2(uint32_t* r, const void* row, Where where) {
+void ldmatrix(int matrices, uint32_t* r, const void* row, Where where) {
   struct Arguments {
+    int matrices;
     uint32_t* r;
     const unsigned char* row;
-  } own{r, static_cast<const unsigned char*>(row)};
-  if (reinterpret_cast<uintptr_t>(row) % 16) fail(where, "ldmatrix_x2 from a row that is not aligned to 16 bytes");
+  } own{matrices, r, static_cast<const unsigned char*>(row)};
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail(where, "ldmatrix from a row that is not aligned to 16 bytes");
   if (!inside(*running->cta, row, 16) || poisoned(row, 16)) {
-    fail(where, "ldmatrix_x2 reads outside of every piece of the CTA's shared memory");
+    fail(where, "ldmatrix reads outside of every piece of the CTA's shared memory");
   }
-  if ((running->tid & 31) < 16) reads(row, 16);
+  if ((running->tid & 31) < 8 * matrices) reads(row, 16);
   collective(Wait::kLdmatrix, where, &own, [](Warp& warp) {
     ++machine.counters.ldmatrix;
-    for (int matrix = 0; matrix < 2; ++matrix) {
+    for (int matrix = 0; matrix < static_cast<Arguments*>(warp.fibers[0].arguments)->matrices; ++matrix) {
       const unsigned char* rows[8];
       for (int i = 0; i < 8; ++i) rows[i] = static_cast<Arguments*>(warp.fibers[8 * matrix + i].arguments)->row;
       for (int lane = 0; lane < 32; ++lane) {

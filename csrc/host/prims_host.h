@@ -137,7 +137,8 @@ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
 inline void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Where where = Where::current()) {
   host::mma(host::Product::kTf32, d, a, b, where);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, Where where = Where::current()) { host::ldmatrix_x2(r, row, where); }
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, Where where = Where::current()) { host::ldmatrix(2, r, row, where); }
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Where where = Where::current()) { host::ldmatrix(4, r, row, where); }
 
 template <class Params>
 const char* launch(void (*kernel)(Params), const Launch& how, const Params& params) {

@@ -52,7 +52,7 @@ void append_awaited(const Fiber& fiber) {
 
 const char* name_of(Wait wait) {
   static const char* const names[] = {"nothing", "cta_sync",    "cluster_sync",  "warp_sync", "shuffle_xor",
-                                      "mma",     "ldmatrix_x2", "mbarrier_wait", "flags_wait"};
+                                      "mma",     "ldmatrix",    "mbarrier_wait", "flags_wait"};
   return names[static_cast<int>(wait)];
 }
 

@@ -25,7 +25,7 @@ class GatherEngine {
   static constexpr bool kScatters = false;
 
   FASTSEQ_DEVICE GatherEngine(const Split& split, const Meeting& meeting, const Place& place, gpu::Smem& smem)
-      : split_(split), layout_(split, {Tile::kDepth, Tile::kVector, Tile::kResident, kColumns}, kRowGates, kSentGates),
+      : split_(split), layout_(split, {Tile::kDepth, Tile::kVector, Tile::kResident, kColumns, 0}, kRowGates, kSentGates),
         rank_(place.rank), weights_(split, row_tiles(split, kRowGates), smem) {
     buffer_ = smem.take<gpu::Vec16>(layout_.buffers * buffer_vectors());
     sums_ = smem.take<float>(split.k_warps * kColumns * layout_.stride);
@@ -119,19 +119,7 @@ class GatherEngine {
         gpu::cta_sync();  // it is here, and the other buffer is free
         if (piece + 1 < split_.chunks * split_.segments) bring(piece + 1);
       }
-      const int first = segment * layout_.segment_tiles / split_.k_warps;
-      const int all = weights_.tiles(), after = first + layout_.segment_tiles / split_.k_warps;
-      const auto* numbers = reinterpret_cast<const Number*>(operand);
-      const auto multiply = [&](int n, const uint32_t (&a)[4], int depth) {
-        const Number* at = numbers + (weights_.k_warp() + depth * split_.k_warps) * (kTileVectors * kColumns * Tile::kVector);
-        FASTSEQ_UNROLL
-        for (int tile = 0; tile < kTiles; ++tile) {
-          if (tile == 0 || tile * kTileColumns < 1 << split_.column_bits) {
-            Tile::multiply(sums.at(n, tile), a, at, kColumns, tile * kTileColumns);
-          }
-        }
-      };
-      row = weights_.each(first, split_.segments > 1 && after < all ? after : all, multiply, store);
+      row = weights_.multiply(sums, reinterpret_cast<const Number*>(operand), segment, store);
     }
     if (weights_.works()) store(row);
     gpu::cta_sync();  // the sums are there
@@ -145,10 +133,8 @@ class GatherEngine {
   }
 
  private:
-  static constexpr int kTileVectors = Tile::kDepth / Tile::kVector;
-
   FASTSEQ_DEVICE bool clusters() const { return gpu::kHasClusters && split_.cluster; }
-  FASTSEQ_DEVICE int buffer_vectors() const { return layout_.segment_tiles * kTileVectors * kColumns; }
+  FASTSEQ_DEVICE int buffer_vectors() const { return layout_.segment * kColumns; }
   FASTSEQ_DEVICE int chunk_vectors() const { return layout_.vectors << split_.column_bits; }
   FASTSEQ_DEVICE uint32_t bytes() const { return (split_.ctas * layout_.own << split_.column_bits) * sizeof(gpu::Vec16); }
   // Where vector i of those that are exchanged lies in shared memory.
@@ -166,10 +152,9 @@ class GatherEngine {
 
   // Starts the copy of a piece of the operand to its buffer.
   FASTSEQ_DEVICE void bring(int piece) {
-    const int most = layout_.segment_tiles * kTileVectors << split_.column_bits;
-    const int chunk = piece / split_.segments, first = piece % split_.segments * most;
-    const int count = chunk_vectors() - first < most ? chunk_vectors() - first : most;
-    const gpu::Vec16* from = operand(epoch_, chunk) + first;
+    const int chunk = piece / split_.segments, segment = piece % split_.segments;
+    const int count = layout_.segment << split_.column_bits;
+    const gpu::Vec16* from = operand(epoch_, chunk) + segment * count;
     gpu::Vec16* to = buffer_ + (piece & 1) * buffer_vectors();
     for (int i = gpu::tid(); i < count; i += kThreads) gpu::cp_async16(to + spread(i), from + i);
     gpu::cp_commit();

@@ -19,17 +19,18 @@ struct TileFacts {
   int vector;    // numbers in 16 bytes
   int resident;  // tiles of a warp's weights in registers
   int columns;   // of a chunk
+  int block;     // tiles of depth that are multiplied together
 };
 
 // The same facts as in tiles.cuh, for hosts; wide: whether a chunk has more than one tile of columns.
 constexpr TileFacts tile_facts(Precision precision, bool wide) {
   switch (precision) {
     case Precision::kHalf:
-    case Precision::kBfloat16: return {16, 8, 32, wide ? 32 : 8};
-    case Precision::kTf32: return {8, 4, 32, wide ? 32 : 8};
+    case Precision::kBfloat16: return {16, 8, 32, wide ? 32 : 8, wide ? 2 : 4};
+    case Precision::kTf32: return {8, 4, 32, wide ? 32 : 8, wide ? 2 : 4};
     case Precision::kFloat: break;
   }
-  return {8, 4, 24, wide ? 16 : 8};
+  return {8, 4, 24, wide ? 16 : 8, 2};
 }
 
 constexpr FASTSEQ_HOST_DEVICE int tiles_over(int rows) { return (rows + 15) / 16; }
@@ -42,7 +43,7 @@ constexpr FASTSEQ_HOST_DEVICE int row_tiles(const Split& s, int row_gates) {
 
 // Tiles of weights that the busiest warp has.
 constexpr FASTSEQ_HOST_DEVICE int most_tiles(const Split& s, int row_tiles) {
-  return ((row_tiles + s.m_warps - 1) / s.m_warps) * ((s.k_tiles + s.k_warps - 1) / s.k_warps);
+  return ((row_tiles + s.m_warps - 1) / s.m_warps) * s.depths * s.segments;
 }
 constexpr FASTSEQ_HOST_DEVICE int tiles_beyond(int tiles, int resident) { return tiles > resident ? tiles - resident : 0; }
 
@@ -51,17 +52,17 @@ constexpr FASTSEQ_HOST_DEVICE int stride_of_sums(int rows) { return tiles_over(r
 
 // Of CTAs that gather: each has the whole operand.
 struct GatherLayout {
-  int own;            // 16-byte vectors of depth that a CTA sends, per column
-  int vectors;        // of a chunk's depth, per column
-  int segment_tiles;  // depth of a segment, in tiles
-  int buffers;        // of shared memory for segments
-  int stride;         // between columns of partial sums
+  int own;      // 16-byte vectors of depth that a CTA sends, per column
+  int segment;  // vectors of a segment's depth, per column
+  int vectors;  // of a chunk's depth, per column
+  int buffers;  // of shared memory for segments
+  int stride;   // between columns of partial sums
 
   // gates: 1 in the backward pass for rows, G for what is sent; the other way round in the forward pass
   constexpr FASTSEQ_HOST_DEVICE GatherLayout(const Split& s, const TileFacts& tile, int row_gates, int sent_gates)
       : own(s.units * sent_gates / tile.vector),
-        vectors(s.k_tiles * (tile.depth / tile.vector)),
-        segment_tiles((((s.k_tiles + s.segments - 1) / s.segments) + s.k_warps - 1) / s.k_warps * s.k_warps),
+        segment(s.depths * s.k_warps * (tile.depth / tile.vector)),
+        vectors(s.segments * segment),
         buffers(s.cluster || s.chunks * s.segments > 1 ? 2 : 1),
         stride(stride_of_sums(s.units * row_gates)) {}
 };
@@ -75,7 +76,7 @@ struct ScatterLayout {
   int stride;        // between columns of their sums
 
   constexpr FASTSEQ_HOST_DEVICE ScatterLayout(const Split& s, const TileFacts& tile)
-      : vectors(s.k_tiles * (tile.depth / tile.vector)),
+      : vectors(s.depths * s.k_warps * (tile.depth / tile.vector)),
         quarter_bits(s.column_bits > 2 ? 1 : 0),
         sent(s.units << quarter_bits),
         groups(kThreads / sent < s.ctas ? kThreads / sent : s.ctas),
@@ -92,7 +93,7 @@ inline int shared_bytes(const Split& s, const TileFacts& tile, int row_gates, in
              piece_bytes<Vec16>(s.chunks * l.vectors * tile.columns);
   } else {
     const GatherLayout l(s, tile, row_gates, sent_gates);
-    bytes += piece_bytes<Vec16>(l.buffers * l.segment_tiles * (tile.depth / tile.vector) * tile.columns) +
+    bytes += piece_bytes<Vec16>(l.buffers * l.segment * tile.columns) +
              piece_bytes<float>(s.k_warps * tile.columns * l.stride) + piece_bytes<Vec16>(s.chunks * l.own * tile.columns);
   }
   return bytes + piece_bytes<float>(states * s.chunks * tile.columns * s.units) + piece_bytes<float>(vectors * s.units) +

@@ -19,7 +19,8 @@ struct Walk {
 };
 
 // How the work is cut. A team of CTAs takes one lane and some rows of the batch, and holds the lane's recurrent weights once; a CTA
-// of it owns some hidden units, with all their gates. csrc/recurrent/plan.cpp chooses.
+// of it owns some hidden units, with all their gates. The product's depth, from all of them or its own, is filled up with zeros.
+// csrc/recurrent/plan.cpp chooses.
 struct Split {
   int32_t units;        // of a CTA: a multiple of 8
   int32_t ctas;         // of a team: together at least H units
@@ -29,7 +30,7 @@ struct Split {
   int32_t column_bits;  // 2^column_bits columns of a chunk are exchanged, whatever the width of a tile
   int32_t m_warps;      // warps side by side over the rows of a CTA's product, in tiles of 16 that they take by turns
   int32_t k_warps;      // and over its depth
-  int32_t k_tiles;      // depth of the product in tiles; a multiple of 2 k_warps if a warp takes more than one tile of rows
+  int32_t depths;       // tiles of depth that a warp takes of every segment; with several tiles of rows there is one segment
   int32_t segments;     // pieces of the depth that are brought to shared memory one after another
   int32_t cluster;      // 1: the team is a cluster and exchanges through shared memory; 0: through global memory
   int32_t scatter;      // 1: CTAs send each other partial sums of the gradients of their states; 0: operands of the product

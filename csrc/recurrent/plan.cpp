@@ -55,7 +55,7 @@ struct Shape {
 double step_cycles(const Plan& p, const TileFacts& tile, const Shape& shape, Precision precision) {
   const Split& s = p.split;
   const int most = most_tiles(s, row_tiles(s, shape.row_gates));
-  const double tiles = static_cast<double>(most) * s.chunks * over(1 << s.column_bits, 8);
+  const double tiles = static_cast<double>(most) * s.chunks * (tile.columns / 8);
   const double beyond = static_cast<double>(tiles_beyond(most, tile.resident)) * s.chunks;
   const double items = static_cast<double>(s.chunks) * over(static_cast<int64_t>(s.units) * tile.columns, kThreads);
   const double own = tiles * tile_cycles(precision) + beyond * kSharedTile + items * kItem;
@@ -123,13 +123,13 @@ std::vector<Plan> plans(const Problem& problem, const Device& device) {
       const int states = cell.states + (problem.backward ? 1 : 0);
       if (static_cast<int64_t>(s.chunks) * columns * units * (states + 1) * 4 > device.shared_bytes) continue;
       const int64_t depth = static_cast<int64_t>(units) * shape.sent_gates * (s.scatter ? 1 : s.ctas);
-      if (depth > kMostDepth / 2) continue;
       const int rows = row_tiles(s, shape.row_gates);
       for (const int m_warps : warps_over_rows(form, rows)) {
         s.m_warps = m_warps;
         s.k_warps = s.scatter ? 1 : kWarps / m_warps;
-        s.k_tiles = static_cast<int32_t>(over(depth, tile.depth));
-        if (m_warps < rows) s.k_tiles = static_cast<int32_t>(over(s.k_tiles, 2 * s.k_warps) * 2 * s.k_warps);
+        const int64_t shares = s.k_warps * s.segments;
+        s.depths = static_cast<int32_t>(over(over(depth, tile.depth), shares * tile.block)) * tile.block;
+        if (s.depths * shares * tile.depth > kMostDepth) continue;
         p.shared_bytes = shared_bytes(s, tile, shape.row_gates, shape.sent_gates, states, cell.vectors);
         if (p.shared_bytes > device.shared_bytes) continue;
         p.operand_bytes = operand_bytes(s, tile, shape.row_gates, shape.sent_gates);
@@ -167,7 +167,7 @@ bool find(std::string_view name, Precision& precision) {
 
 std::vector<int64_t> numbers_of(const Plan& p) {
   const Split& s = p.split;
-  return {s.units,    s.ctas,    s.parts,   s.rows, s.chunks, s.column_bits,   s.m_warps,      s.k_warps,      s.k_tiles,
+  return {s.units,    s.ctas,    s.parts,   s.rows, s.chunks, s.column_bits,   s.m_warps,      s.k_warps,      s.depths,
           s.segments, s.cluster, s.scatter, p.wide, p.teams,  p.teams_at_once, p.shared_bytes, p.operand_bytes};
 }
 

@@ -22,7 +22,7 @@ class ScatterEngine {
   static constexpr bool kScatters = true;
 
   FASTSEQ_DEVICE ScatterEngine(const Split& split, const Meeting& meeting, const Place& place, gpu::Smem& smem)
-      : split_(split), layout_(split, {Tile::kDepth, Tile::kVector, Tile::kResident, kColumns}), rank_(place.rank),
+      : split_(split), layout_(split, {Tile::kDepth, Tile::kVector, Tile::kResident, kColumns, 0}), rank_(place.rank),
         weights_(split, row_tiles(split, 1), smem), per_eight_units_(split.units / 8), per_sent_(layout_.sent) {
     received_ = smem.take<gpu::Vec16>(clusters() ? 2 * split.ctas * layout_.sent : 0);
     sums_ = smem.take<float>(layout_.groups * kColumns * layout_.stride);
@@ -73,12 +73,7 @@ class ScatterEngine {
           inbox_of(to, epoch, chunk)[which] = v;
         }
       };
-      const auto* numbers = reinterpret_cast<const Number*>(own_ + chunk * own_vectors());
-      const auto multiply = [&](int n, const uint32_t (&a)[4], int depth) {
-        const Number* at = numbers + (weights_.k_warp() + depth * split_.k_warps) * (Tile::kDepth * kColumns);
-        Tile::multiply(sums.at(n, 0), a, at, kColumns, 0);
-      };
-      const int row = weights_.each(0, weights_.tiles(), multiply, scatter);
+      const int row = weights_.multiply(sums, reinterpret_cast<const Number*>(own_ + chunk * own_vectors()), 0, scatter);
       if (weights_.works()) scatter(row);
     }
     if (clusters()) return;

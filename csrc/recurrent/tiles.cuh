@@ -3,7 +3,8 @@
 // The operand (states, or gate gradients) lies in shared memory as [depth / kVector][columns][kVector]: 16 bytes of depth a
 // column, as CTAs exchange it. Weights are four registers of a lane for 16 rows and kDepth of depth, in a layout that only this
 // file knows. A warp keeps kResident of its tiles in registers; a chunk of the batch is one tile of columns wide or kWide: with
-// more of either, spills begin.
+// more of either, spills begin. Tiles of depth are multiplied kBlock at a time, kWideBlock with kWide tiles of columns, so that
+// operands are on their way from shared memory while others are multiplied.
 #pragma once
 
 #include "../common/prims.cuh"
@@ -16,6 +17,19 @@ constexpr int kTileColumns = 8;
 // lane = 4 * quad + place in PTX's fragments
 FASTSEQ_DEVICE int quad() { return gpu::lane() >> 2; }
 FASTSEQ_DEVICE int place() { return gpu::lane() & 3; }
+
+// Operands of mma.sync by ldmatrix, two tiles of depth at a time: a row of four vectors for every column. 32-bit numbers arrive as
+// pairs of 16-bit ones do.
+template <class Number>
+struct MmaOperand {
+  // Where this lane's part of it lies in the operand.
+  static FASTSEQ_DEVICE int offset(int columns) {
+    return ((gpu::lane() >> 3) * columns + (gpu::lane() & 7)) * static_cast<int>(sizeof(gpu::Vec16) / sizeof(Number));
+  }
+  FASTSEQ_DEVICE explicit MmaOperand(const Number* at, int) { gpu::ldmatrix_x4(words, at); }
+
+  uint32_t words[4];
+};
 
 // Accumulators of mma.sync: columns 2 * place() and the next, of rows quad() and quad() + 8.
 struct MmaSums {
@@ -41,10 +55,12 @@ struct MmaSums {
 template <class T>
 struct Tile16 : MmaSums {
   using Number = T;
+  using Operand = MmaOperand<T>;
   static constexpr int kDepth = 16;
   static constexpr int kVector = 8;
   static constexpr int kResident = 32;
   static constexpr int kWide = 4;
+  static constexpr int kBlock = 4, kWideBlock = 2;
   static constexpr bool kExact = false;
 
   // at(row, depth) gives a weight
@@ -57,11 +73,9 @@ struct Tile16 : MmaSums {
     }
   }
 
-  // operand: the tile's first row of [columns][kVector]
-  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const T* operand, int columns, int first_column) {
-    uint32_t b[2];
-    const int half = gpu::lane() >> 3 & 1, column = first_column + (gpu::lane() & 7);
-    gpu::ldmatrix_x2(b, operand + (half * columns + column) * kVector);
+  // by tile n of the operand's two
+  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const Operand& operand, int n) {
+    const uint32_t b[2] = {operand.words[2 * n], operand.words[2 * n + 1]};
     gpu::mma_16816(d, a, b, T{});
   }
 
@@ -71,10 +85,12 @@ struct Tile16 : MmaSums {
 
 struct TileTf32 : MmaSums {
   using Number = float;
+  using Operand = MmaOperand<float>;
   static constexpr int kDepth = 8;
   static constexpr int kVector = 4;
   static constexpr int kResident = 32;
   static constexpr int kWide = 4;
+  static constexpr int kBlock = 4, kWideBlock = 2;
   static constexpr bool kExact = false;
 
   template <class At>
@@ -83,10 +99,8 @@ struct TileTf32 : MmaSums {
     for (int r = 0; r < 4; ++r) a[r] = gpu::to_tf32(at(quad() + 8 * (r & 1), place() + 4 * (r >> 1)));
   }
 
-  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const float* operand, int columns,
-                                      int first_column) {
-    const float* at = operand + (first_column + quad()) * kVector + place();
-    const uint32_t b[2] = {gpu::as_bits(at[0]), gpu::as_bits(at[columns * kVector])};
+  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const Operand& operand, int n) {
+    const uint32_t b[2] = {operand.words[2 * n], operand.words[2 * n + 1]};
     gpu::mma_1688_tf32(d, a, b);
   }
 
@@ -101,11 +115,19 @@ struct TileTf32 : MmaSums {
 
 // Two lanes to a row, each with half of the tile's depth.
 struct TileFloat {
+  static constexpr int kVector = 4;
+  struct Operand {
+    static FASTSEQ_DEVICE int offset(int columns) { return (gpu::lane() & 1) * columns * kVector; }
+    FASTSEQ_DEVICE Operand(const float* at, int columns) : vectors(reinterpret_cast<const gpu::Vec16*>(at)), columns(columns) {}
+
+    const gpu::Vec16* vectors;
+    int columns;
+  };
   using Number = float;
   static constexpr int kDepth = 8;
-  static constexpr int kVector = 4;
   static constexpr int kResident = 24;
   static constexpr int kWide = 2;
+  static constexpr int kBlock = 2, kWideBlock = 2;
   static constexpr int kSums = 8;  // columns
   static constexpr bool kExact = true;
 
@@ -115,14 +137,13 @@ struct TileFloat {
     for (int r = 0; r < 4; ++r) a[r] = gpu::as_bits(at(gpu::lane() >> 1, 4 * (gpu::lane() & 1) + r));
   }
 
-  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const float* operand, int columns,
-                                      int first_column) {
-    const auto* h = reinterpret_cast<const gpu::Vec16*>(operand) + (gpu::lane() & 1) * columns + first_column;
+  static FASTSEQ_DEVICE void multiply(float (&d)[kSums], const uint32_t (&a)[4], const Operand& operand, int n) {
+    const gpu::Vec16* h = operand.vectors + n * (kDepth / kVector) * operand.columns;
     FASTSEQ_UNROLL
-    for (int n = 0; n < kSums; ++n) {
-      const gpu::Vec16 v = h[n];
+    for (int column = 0; column < kSums; ++column) {
+      const gpu::Vec16 v = h[column];
       FASTSEQ_UNROLL
-      for (int r = 0; r < 4; ++r) d[n] += gpu::as_float(a[r]) * gpu::as_float(v.word[r]);
+      for (int r = 0; r < 4; ++r) d[column] += gpu::as_float(a[r]) * gpu::as_float(v.word[r]);
     }
   }
 

@@ -33,15 +33,18 @@ multiply(FASTSEQ_PARAMETERS Params p) {
   }
 }
 
+FASTSEQ_DEVICE void load_rows(uint32_t (&r)[2], const void* row) { ldmatrix_x2(r, row); }
+FASTSEQ_DEVICE void load_rows(uint32_t (&r)[4], const void* row) { ldmatrix_x4(r, row); }
+
+template <int kMatrices>
 FASTSEQ_KERNEL(32) load(FASTSEQ_PARAMETERS Params p) {
   Smem smem;
-  auto* rows = smem.take<uint32_t>(64);
-  for (int i = tid(); i < 64; i += 32) rows[i] = p.rows[i];
+  auto* rows = smem.take<uint32_t>(32 * kMatrices);
+  for (int i = tid(); i < 32 * kMatrices; i += 32) rows[i] = p.rows[i];
   cta_sync();
-  uint32_t r[2];
-  ldmatrix_x2(r, rows + lane() % 16 * 4);
-  p.loaded[2 * lane()] = r[0];
-  p.loaded[2 * lane() + 1] = r[1];
+  uint32_t r[kMatrices];
+  load_rows(r, rows + lane() % (8 * kMatrices) * 4);
+  for (int i = 0; i < kMatrices; ++i) p.loaded[kMatrices * lane() + i] = r[i];
 }
 
 template <class T>
@@ -96,24 +99,27 @@ void half() { check_product<Half, cute::MMA_Traits<cute::SM80_16x8x16_F32F16F16F
 void bfloat16() { check_product<Bfloat16, cute::MMA_Traits<cute::SM80_16x8x16_F32BF16BF16F32_TN>>(); }
 void tf32() { check_product<float, cute::MMA_Traits<cute::SM80_16x8x8_F32TF32TF32F32_TN>>(); }
 
+template <int kMatrices, class Traits>
 void ldmatrix() {
-  using Traits = cute::Copy_Traits<cute::SM75_U32x2_LDSM_N>;
-  Array<uint32_t> rows(64), loaded(64);
-  for (int i = 0; i < 64; ++i) rows[i] = 0x01010101u * i;
-  harness::must_run(load, {1, 32, 1, 256, false, nullptr}, Params{nullptr, rows.data(), loaded.data()});
-  const Traits::SrcLayout source_of;
-  const Traits::DstLayout target_of;
-  for (int lane = 0; lane < 16; ++lane) CHECK(source_of(lane, 0) == lane * 128, "lane %d names row %d", lane, lane);
+  Array<uint32_t> rows(32 * kMatrices), loaded(32 * kMatrices);
+  for (int i = 0; i < rows.count(); ++i) rows[i] = 0x01010101u * i;
+  harness::must_run(load<kMatrices>, {1, 32, 1, 128 * kMatrices, false, nullptr}, Params{nullptr, rows.data(), loaded.data()});
+  const typename Traits::SrcLayout source_of;
+  const typename Traits::DstLayout target_of;
+  for (int lane = 0; lane < 8 * kMatrices; ++lane) CHECK(source_of(lane, 0) == lane * 128, "lane %d names row %d", lane, lane);
   for (int lane = 0; lane < 32; ++lane) {
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < kMatrices; ++r) {
       const int bit = target_of(lane, 32 * r);
-      CHECK(bit % 32 == 0 && loaded[2 * lane + r] == rows[bit / 32], "lane %d, register %d", lane, r);
+      CHECK(bit % 32 == 0 && loaded[kMatrices * lane + r] == rows[bit / 32], "lane %d, register %d", lane, r);
     }
   }
 }
 
+void ldmatrix_2() { ldmatrix<2, cute::Copy_Traits<cute::SM75_U32x2_LDSM_N>>(); }
+void ldmatrix_4() { ldmatrix<4, cute::Copy_Traits<cute::SM75_U32x4_LDSM_N>>(); }
+
 const harness::Test tests[] = {
-    {"half", half, false}, {"bfloat16", bfloat16, false}, {"tf32", tf32, false}, {"ldmatrix", ldmatrix, false}};
+    {"half", half, false}, {"bfloat16", bfloat16, false}, {"tf32", tf32, false}, {"ldmatrix_2", ldmatrix_2, false}, {"ldmatrix_4", ldmatrix_4, false}};
 
 }  // namespace
 

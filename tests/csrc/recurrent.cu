@@ -25,6 +25,7 @@ constexpr int kUnits = 16, kCtas = 2;
 // Few tiles of weights in registers: those of 8 numbers of depth have more, in shared memory.
 struct Tile : FASTSEQ_TEST_TILE {
   static constexpr int kResident = 8;
+  static constexpr int kBlock = 2;
 };
 constexpr int kTiles = FASTSEQ_TEST_WIDTH, kColumns = kTiles * kTileColumns;
 constexpr int kClusterRows = kTiles > 1 ? 9 : 4;  // fewer than columns
@@ -149,14 +150,15 @@ Split split_of(Exchange exchange, int row_gates, int sent_gates) {
   while (1 << s.column_bits < (s.cluster ? s.rows : kColumns)) ++s.column_bits;
   s.m_warps = s.scatter ? (s.cluster ? 1 : 2) : row_gates > 1 ? (s.cluster ? 2 : 4) : 1;
   s.k_warps = s.scatter || row_gates > 1 || Tile::kDepth == 8 ? 1 : 2;
-  s.k_tiles = (s.scatter ? 1 : kCtas) * kUnits * sent_gates / Tile::kDepth;
   s.segments = s.cluster || s.scatter ? 1 : row_gates > 1 ? 2 : 3;
+  const int tiles = (s.scatter ? 1 : kCtas) * kUnits * sent_gates / Tile::kDepth, shares = s.k_warps * s.segments * Tile::kBlock;
+  s.depths = (tiles + shares - 1) / shares * Tile::kBlock;
   return s;
 }
 
 struct Run {
   Split split;
-  TileFacts tile{Tile::kDepth, Tile::kVector, Tile::kResident, kColumns};
+  TileFacts tile{Tile::kDepth, Tile::kVector, Tile::kResident, kColumns, Tile::kBlock};
   gpu::Launch how;
   Array<gpu::Vec16> operands;
   Array<uint32_t> flags;

@@ -59,7 +59,7 @@ FAULTS = [
         "a lane stays behind",
         "ldmatrix_x2(b,",
         "if (lane() != 5) ldmatrix_x2(b,",
-        "while other lanes of the warp are in ldmatrix_x2",
+        "while other lanes of the warp are in ldmatrix",
     ),
     Fault("half of the rows", "multiply(weights, state, partial);", "if (warp() == 0) multiply(weights, state, partial);", WRONG),
     # states in the shared memory of a cluster
@@ -119,7 +119,9 @@ FAULTS = [
     # the recurrent kernels
     engine("no wait for flags", "if (gpu::warp() == 0) gpu::flags_wait(flags_, split_.ctas, epoch);", "", WRONG),
     engine("flags seen by one warp", "split_.ctas, epoch);\n      gpu::cta_sync();", "split_.ctas, epoch);", WRONG),
-    engine("no wait for copies", "gpu::cp_wait<0>();", "gpu::cp_wait<1>();", WRONG),
+    engine(
+        "no wait for copies", "gpu::cp_wait<0>();", "gpu::cp_wait<1>();", f"{WRONG}|without having waited for this cp_async16"
+    ),
     engine("copies of one warp", "gpu::cta_sync();  // it is here, and the other buffer is free", "", WRONG),
     engine("one operand", "operands_ + (epoch & 1) * operand_vectors()", "operands_ + (epoch & 0) * operand_vectors()", WRONG),
     engine(
@@ -158,10 +160,9 @@ FAULTS = [
         WRONG,
     ),
     engine("weights beyond H", "inside && from < hidden && to", "inside && to", "heap-buffer-overflow", "address", BACKWARD),
-    engine("copies a whole last segment", "first < most ? chunk", "first < 0 ? chunk", "outside of an array", "address"),
     engine("a row's sums go on in the next", "sums_[chain][tile][i] = 0;", "{}", WRONG, file=WEIGHTS),
-    engine("a row's depth goes on in the next", "begin = end, end += depths;", "end += depths;", WRONG, file=WEIGHTS),
-    engine("rows by turns", "row += split_.m_warps, begin", "row += 1, begin", WRONG, file=WEIGHTS),
+    engine("a row's depth goes on in the next", "operand -= depths * kStride;", "", WRONG, file=WEIGHTS),
+    engine("rows by turns", "row += split_.m_warps, end", "row += 1, end", WRONG, file=WEIGHTS),
     # partial sums, scattered
     engine("sums: no wait for a phase", "gpu::mbarrier_wait(arrived, (epoch - 1) / 2 & 1);", "", f"{WRONG}|second", file=SCATTER),
     engine("sums: wrong parity", "(epoch - 1) / 2 & 1", "epoch / 2 & 1", f"{WRONG}|deadlock|second arrival", file=SCATTER),

@@ -596,22 +596,26 @@ void products_of_bfloat16() { check_product(product_16<Bfloat16>, 16, 0); }
 void products_of_tf32() { check_product(product_tf32, 8, 0); }
 void products_from_ldmatrix() { check_product(product_ldmatrix, 16, 256); }
 
+FASTSEQ_DEVICE void load(uint32_t (&r)[2], const void* row) { ldmatrix_x2(r, row); }
+FASTSEQ_DEVICE void load(uint32_t (&r)[4], const void* row) { ldmatrix_x4(r, row); }
+
+template <int kMatrices>
 FASTSEQ_KERNEL(32) load_matrices(FASTSEQ_PARAMETERS Words p) {
   Smem smem;
-  auto* rows = smem.take<uint16_t>(16 * 24);  // rows 48 bytes apart
-  for (int i = tid(); i < 16 * 24; i += 32) rows[i] = static_cast<uint16_t>(i);
+  auto* rows = smem.take<uint16_t>(32 * 24);  // rows 48 bytes apart
+  for (int i = tid(); i < 32 * 24; i += 32) rows[i] = static_cast<uint16_t>(i);
   cta_sync();
-  uint32_t r[2];
-  ldmatrix_x2(r, rows + lane() % 16 * 24 + 8);
-  p.out[2 * lane()] = r[0];
-  p.out[2 * lane() + 1] = r[1];
+  uint32_t r[kMatrices];
+  load(r, rows + lane() % (8 * kMatrices) * 24 + 8);
+  for (int i = 0; i < kMatrices; ++i) p.out[kMatrices * lane() + i] = r[i];
 }
 
+template <int kMatrices>
 void matrices() {
-  Array<uint32_t> out(64);
-  must_run(load_matrices, plain(1, 32, piece_bytes<uint16_t>(16 * 24)), {nullptr, out.data()});
-  for (uint32_t i = 0; i < 64; ++i) {
-    const uint32_t first = (i % 2 * 8 + i / 8) * 24 + 8 + i / 2 % 4 * 2;
+  Array<uint32_t> out(32 * kMatrices);
+  must_run(load_matrices<kMatrices>, plain(1, 32, piece_bytes<uint16_t>(32 * 24)), {nullptr, out.data()});
+  for (uint32_t i = 0; i < 32 * kMatrices; ++i) {
+    const uint32_t lane = i / kMatrices, first = (i % kMatrices * 8 + lane / 4) * 24 + 8 + lane % 4 * 2;
     CHECK(out[i] == (first | (first + 1) << 16), "%u is %08x", i, out[i]);
   }
 }
@@ -654,7 +658,8 @@ const harness::Test tests[] = {
     {"products_of_bfloat16", products_of_bfloat16, false},
     {"products_of_tf32", products_of_tf32, false},
     {"products_from_ldmatrix", products_from_ldmatrix, false},
-    {"matrices", matrices, false},
+    {"two_matrices", matrices<2>, false},
+    {"four_matrices", matrices<4>, false},
     {"refusals", refusals, false},
 };
 

@@ -151,7 +151,7 @@ def test_the_machines_take_every_form():
                 row_tiles = -(-n.units * (1 if backward else len(CELLS[shape.cell].gates)) // 16)
                 plans[name, shape, precision, backward] = (
                     str(plan)
-                    + ", beyond registers" * (n.k_tiles > 32 * n.k_warps)
+                    + ", beyond registers" * (n.depths * n.segments > 32)
                     + ", rows by turns" * (n.m_warps < row_tiles)
                     + ", no power of two" * (n.units.bit_count() > 1)
                 )
@@ -220,10 +220,10 @@ def test_plans_fit_the_device(device, cell):
         assert n.teams == lanes * n.parts
         row_tiles = -(-(n.units * n.ctas if n.scatter else n.units * (1 if backward else gates)) // 16)
         assert n.m_warps * n.k_warps <= 8
-        assert n.m_warps >= row_tiles or (n.segments == 1 and n.k_tiles % (2 * n.k_warps) == 0)
+        assert n.m_warps >= row_tiles or n.segments == 1
         depth = gates * n.units * (1 if n.scatter else n.ctas) if backward else hidden
-        assert n.k_tiles * (16 if precision in ("fp16", "bf16") else 8) >= depth
-        assert n.shared_bytes <= device.shared_bytes and 0 < n.teams_at_once <= n.teams and n.segments <= n.k_tiles
+        assert n.depths * n.k_warps * n.segments * (16 if precision in ("fp16", "bf16") else 8) >= depth
+        assert n.shared_bytes <= device.shared_bytes and 0 < n.teams_at_once <= n.teams
         assert n.parts * n.rows >= batch > (n.parts - 1) * n.rows and n.rows <= n.chunks * columns
         assert 1 << n.column_bits >= (columns if n.chunks > 1 else n.rows)
         if n.cluster:

@@ -43,7 +43,7 @@ class Numbers(NamedTuple):
     column_bits: int
     m_warps: int
     k_warps: int
-    k_tiles: int
+    depths: int
     segments: int
     cluster: int
     scatter: int
