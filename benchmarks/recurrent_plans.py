@@ -31,7 +31,7 @@ MODULES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}  # rnn_relu does the
 WORKLOADS = dict(zip(("bf16", "fp16", "tf32", "ieee"), PRECISIONS, strict=True))  # the planner's precisions by those of workloads
 DIRECTIONS = ("forward", "backward")
 FIELDS = (  # as numbers_of in csrc/recurrent/plan.cpp
-    "units", "ctas", "parts", "chunks", "m_warps", "k_warps", "depths", "segments", "cluster", "scatter", "wide", "teams",
+    "units", "ctas", "parts", "chunks", "m_bits", "k_warps", "depths", "segments", "cluster", "scatter", "wide", "teams",
     "teams_at_once", "shared_bytes", "operand_bytes",
 )  # fmt: skip
 FLAGS, CLUSTER, SUMS = EXCHANGES = ("flags", "cluster", "partial sums")

@@ -130,7 +130,10 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
   FASTSEQ_DEVICE void gather(int chunk) {
     FASTSEQ_UNROLL
     for (int j = 0; j < kItems; ++j) {
-      if (items_.exists(j)) gradient(chunk, 0, j) += engine_.sum(items_.column(j), items_.unit(j));
+      if (!items_.exists(j)) continue;
+      float reached[1];
+      engine_.sums(reached, items_.column(j), items_.unit(j));
+      gradient(chunk, 0, j) += reached[0];
     }
   }
 

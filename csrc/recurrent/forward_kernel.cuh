@@ -93,11 +93,9 @@ class ForwardStep : Step<C, GatherEngine<Tile, kTiles, C::kGates, 1>, C::kStates
       if (!works(chunk, j, t)) continue;
       const int unit = items_.unit(j), column = items_.column(j);
       float x[C::kGates], r[C::kGates], vectors[kVectors], c[kStates];
+      engine_.sums(r, column, unit);
       FASTSEQ_UNROLL
-      for (int g = 0; g < C::kGates; ++g) {
-        x[g] = gpu::to_float(x_[j][g]);
-        r[g] = engine_.sum(column, g * split_.units + unit);
-      }
+      for (int g = 0; g < C::kGates; ++g) x[g] = gpu::to_float(x_[j][g]);
       FASTSEQ_UNROLL
       for (int v = 0; v < C::kVectors; ++v) vectors[v] = vectors_[v * split_.units + unit];
       FASTSEQ_UNROLL

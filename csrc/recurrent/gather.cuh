@@ -68,9 +68,10 @@ class GatherEngine {
     const int vectors = layout_.own << split_.column_bits;
     if (clusters()) {
       gpu::Vec16* slot = buffer_ + (epoch & 1) * buffer_vectors() + rank_ * layout_.own * kColumns;
-      for (int i = gpu::tid(); i < split_.ctas * vectors; i += kThreads) {
-        const int to = i / vectors, which = spread(i % vectors);
-        gpu::st_async(gpu::peer(slot + which, to), Tile::sent(own_[which]), gpu::peer(arrived_ + (epoch & 1), to));
+      for (int to = gpu::warp(); to < split_.ctas; to += kWarps) {
+        const gpu::Peer<gpu::Vec16> there = gpu::peer(slot, to);
+        const gpu::Peer<gpu::Mbarrier> arrived = gpu::peer(arrived_ + (epoch & 1), to);
+        for (int i = gpu::lane(); i < vectors; i += 32) gpu::st_async(there + spread(i), Tile::sent(own_[spread(i)]), arrived);
       }
     } else if (gpu::warp() == 0) {
       for (int chunk = 0; chunk < split_.chunks; ++chunk) {
@@ -93,11 +94,11 @@ class GatherEngine {
     } else {
       if (gpu::warp() == 0) gpu::flags_wait(flags_, split_.ctas, epoch);
       gpu::cta_sync();
-      bring(0);
+      bring(0, 0, 0);
     }
   }
 
-  // The chunk's product, ready for sum(). Chunks come in order after a wait().
+  // The chunk's product, ready for sums(). Chunks come in order after a wait().
   FASTSEQ_DEVICE void product(int chunk) {
     Sums<Tile, kTiles> sums;
     const auto store = [&](int row) {
@@ -117,7 +118,8 @@ class GatherEngine {
         operand = buffer_ + (piece & 1) * buffer_vectors();
         gpu::cp_wait<0>();
         gpu::cta_sync();  // it is here, and the other buffer is free
-        if (piece + 1 < split_.chunks * split_.segments) bring(piece + 1);
+        const bool last = segment + 1 == split_.segments;
+        if (!last || chunk + 1 < split_.chunks) bring(piece + 1, last ? chunk + 1 : chunk, last ? 0 : segment + 1);
       }
       row = weights_.multiply(sums, reinterpret_cast<const Number*>(operand), segment, store);
     }
@@ -125,11 +127,9 @@ class GatherEngine {
     gpu::cta_sync();  // the sums are there
   }
 
-  FASTSEQ_DEVICE float sum(int column, int row) const {
-    const float* at = sums_ + column * layout_.stride + row;
-    float total = at[0];
-    for (int k = 1; k < split_.k_warps; ++k) total += at[k * kColumns * layout_.stride];
-    return total;
+  // The product's rows of a unit, all its gates.
+  FASTSEQ_DEVICE void sums(float (&total)[kRowGates], int column, int unit) const {
+    add_up(total, sums_ + column * layout_.stride + unit, split_.units, split_.k_warps, kColumns * layout_.stride);
   }
 
  private:
@@ -151,8 +151,7 @@ class GatherEngine {
   }
 
   // Starts the copy of a piece of the operand to its buffer.
-  FASTSEQ_DEVICE void bring(int piece) {
-    const int chunk = piece / split_.segments, segment = piece % split_.segments;
+  FASTSEQ_DEVICE void bring(int piece, int chunk, int segment) {
     const int count = layout_.segment << split_.column_bits;
     const gpu::Vec16* from = operand(epoch_, chunk) + segment * count;
     gpu::Vec16* to = buffer_ + (piece & 1) * buffer_vectors();

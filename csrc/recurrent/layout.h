@@ -43,7 +43,7 @@ constexpr FASTSEQ_HOST_DEVICE int row_tiles(const Split& s, int row_gates) {
 
 // Tiles of weights that the busiest warp has.
 constexpr FASTSEQ_HOST_DEVICE int most_tiles(const Split& s, int row_tiles) {
-  return ((row_tiles + s.m_warps - 1) / s.m_warps) * s.depths * s.segments;
+  return ((row_tiles + s.m_warps() - 1) >> s.m_bits) * s.depths * s.segments;
 }
 constexpr FASTSEQ_HOST_DEVICE int tiles_beyond(int tiles, int resident) { return tiles > resident ? tiles - resident : 0; }
 

@@ -28,13 +28,15 @@ struct Split {
   int32_t rows;         // of the batch that a team takes, at most
   int32_t chunks;       // blocks of columns (sequences) of a team, one after another in every step
   int32_t column_bits;  // 2^column_bits columns of a chunk are exchanged, whatever the width of a tile
-  int32_t m_warps;      // warps side by side over the rows of a CTA's product, in tiles of 16 that they take by turns
-  int32_t k_warps;      // and over its depth
+  int32_t m_bits;       // 2^m_bits warps are side by side over the rows of a CTA's product, in tiles of 16 that they take by turns
+  int32_t k_warps;      // and so many over its depth
   int32_t depths;       // tiles of depth that a warp takes of every segment; with several tiles of rows there is one segment
   int32_t segments;     // pieces of the depth that are brought to shared memory one after another
   int32_t cluster;      // 1: the team is a cluster and exchanges through shared memory; 0: through global memory
   int32_t scatter;      // 1: CTAs send each other partial sums of the gradients of their states; 0: operands of the product
   int32_t first_team;   // of this launch
+
+  constexpr FASTSEQ_HOST_DEVICE int m_warps() const { return 1 << m_bits; }
 
   bool operator==(const Split&) const = default;
 };

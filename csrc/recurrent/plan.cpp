@@ -73,12 +73,13 @@ double step_cycles(const Plan& p, const TileFacts& tile, const Shape& shape, Pre
   return own + exchange + s.chunks * (s.segments * kSync + kSums + sums / kSharedBytes);
 }
 
-// How the product's tiles of rows can be dealt to warps side by side: each its own, or several by turns in equal shares of the depth.
+// How the product's tiles of rows can be dealt to 2^bits warps side by side: each its own, or several by turns.
 std::vector<int> warps_over_rows(const Form& form, int row_tiles) {
-  if (form.scatter) return {std::min(kWarps, row_tiles)};
   std::vector<int> found;
-  if (row_tiles <= kWarps) found.push_back(row_tiles);
-  for (int warps = 1; warps < row_tiles && warps <= kWarps && form.segments == 1; warps *= 2) found.push_back(warps);
+  for (int bits = form.scatter ? 3 : 0; 1 << bits <= kWarps; ++bits) {
+    if (form.segments == 1 || row_tiles <= 1 << bits) found.push_back(bits);
+    if (row_tiles <= 1 << bits) break;
+  }
   return found;
 }
 
@@ -124,9 +125,9 @@ std::vector<Plan> plans(const Problem& problem, const Device& device) {
       if (static_cast<int64_t>(s.chunks) * columns * units * (states + 1) * 4 > device.shared_bytes) continue;
       const int64_t depth = static_cast<int64_t>(units) * shape.sent_gates * (s.scatter ? 1 : s.ctas);
       const int rows = row_tiles(s, shape.row_gates);
-      for (const int m_warps : warps_over_rows(form, rows)) {
-        s.m_warps = m_warps;
-        s.k_warps = s.scatter ? 1 : kWarps / m_warps;
+      for (const int m_bits : warps_over_rows(form, rows)) {
+        s.m_bits = m_bits;
+        s.k_warps = kWarps >> m_bits;
         const int64_t shares = s.k_warps * s.segments;
         s.depths = static_cast<int32_t>(over(over(depth, tile.depth), shares * tile.block)) * tile.block;
         if (s.depths * shares * tile.depth > kMostDepth) continue;
@@ -167,7 +168,7 @@ bool find(std::string_view name, Precision& precision) {
 
 std::vector<int64_t> numbers_of(const Plan& p) {
   const Split& s = p.split;
-  return {s.units,    s.ctas,    s.parts,   s.rows, s.chunks, s.column_bits,   s.m_warps,      s.k_warps,      s.depths,
+  return {s.units,    s.ctas,    s.parts,   s.rows, s.chunks, s.column_bits,   s.m_bits,       s.k_warps,      s.depths,
           s.segments, s.cluster, s.scatter, p.wide, p.teams,  p.teams_at_once, p.shared_bytes, p.operand_bytes};
 }
 

@@ -95,7 +95,7 @@ class ScatterEngine {
     }
   }
 
-  // Adds up those of a chunk, ready for sum(). Chunks come in order after a wait().
+  // Adds up those of a chunk, ready for sums(). Chunks come in order after a wait().
   FASTSEQ_DEVICE void product(int chunk) {
     if (chunk > 0) gpu::cta_sync();  // nobody reads the sums of the chunk before
     const int group = per_sent_.of(gpu::tid()), which = gpu::tid() - group * layout_.sent;
@@ -123,11 +123,8 @@ class ScatterEngine {
     gpu::cta_sync();  // the sums are there
   }
 
-  FASTSEQ_DEVICE float sum(int column, int unit) const {
-    const float* at = sums_ + column * layout_.stride + unit;
-    float total = at[0];
-    for (int group = 1; group < layout_.groups; ++group) total += at[group * kColumns * layout_.stride];
-    return total;
+  FASTSEQ_DEVICE void sums(float (&total)[1], int column, int unit) const {
+    add_up(total, sums_ + column * layout_.stride + unit, 0, layout_.groups, kColumns * layout_.stride);
   }
 
  private:

@@ -32,7 +32,20 @@ class Sums {
   float sums_[kChains][kTiles][Tile::kSums] = {};
 };
 
-// A CTA's rows of the product, in tiles of 16 rows, dealt to its warps: m_warps share the rows, k_warps the depth of each segment. A
+// Adds up partial sums, `stride` numbers apart, of places that lie `step` apart.
+template <int kPlaces>
+FASTSEQ_DEVICE void add_up(float (&total)[kPlaces], const float* at, int step, int parts, int stride) {
+  FASTSEQ_UNROLL
+  for (int i = 0; i < kPlaces; ++i) total[i] = at[i * step];
+  FASTSEQ_ROLLED
+  for (int part = 1; part < parts; ++part) {
+    at += stride;
+    FASTSEQ_UNROLL
+    for (int i = 0; i < kPlaces; ++i) total[i] += at[i * step];
+  }
+}
+
+// A CTA's rows of the product, in tiles of 16 rows, dealt to its warps: 2^m_bits share the rows, k_warps the depth of each segment. A
 // warp has its tiles row by row, the first Tile::kResident of them in registers.
 template <class Tile>
 class Weights {
@@ -43,12 +56,12 @@ class Weights {
       : split_(split), row_tiles_(row_tiles),
         shared_(smem.take<gpu::Vec16>(tiles_beyond(most_tiles(split, row_tiles), Tile::kResident) * kThreads)) {}
 
-  FASTSEQ_DEVICE int m_warp() const { return gpu::warp() % split_.m_warps; }
-  FASTSEQ_DEVICE int k_warp() const { return gpu::warp() / split_.m_warps; }
+  FASTSEQ_DEVICE int m_warp() const { return gpu::warp() & (split_.m_warps() - 1); }
+  FASTSEQ_DEVICE int k_warp() const { return gpu::warp() >> split_.m_bits; }
   // Whether this warp has a part of the product, be it of no depth.
   FASTSEQ_DEVICE bool works() const { return k_warp() < split_.k_warps && m_warp() < row_tiles_; }
-  // of this warp: tiles m_warp(), m_warp() + m_warps, ... of the rows
-  FASTSEQ_DEVICE int rows() const { return (row_tiles_ - m_warp() + split_.m_warps - 1) / split_.m_warps; }
+  // of this warp: tiles m_warp(), m_warp() + 2^m_bits, ... of the rows
+  FASTSEQ_DEVICE int rows() const { return (row_tiles_ - m_warp() + split_.m_warps() - 1) >> split_.m_bits; }
   FASTSEQ_DEVICE int tiles() const { return works() ? rows() * split_.segments * split_.depths : 0; }
 
   // Takes them: at(row, depth), zero outside the matrix.
@@ -96,7 +109,7 @@ class Weights {
       if (i + kBlock != end || end == last) return;
       done(row);
       operand -= depths * kStride;
-      row += split_.m_warps, end += depths;
+      row += split_.m_warps(), end += depths;
     };
     FASTSEQ_UNROLL
     for (int i = 0; i < Tile::kResident; i += kBlock) {
@@ -121,7 +134,7 @@ class Weights {
 
   template <class At>
   FASTSEQ_DEVICE void load_tile(uint32_t (&a)[4], const At& at, int i) const {
-    const int each = split_.depths * split_.segments, row = m_warp() + i / each * split_.m_warps;
+    const int each = split_.depths * split_.segments, row = m_warp() + (i / each << split_.m_bits);
     const int segment = i % each / split_.depths, depth = (segment * split_.k_warps + k_warp()) * split_.depths + i % split_.depths;
     Tile::load(a, [&](int r, int d) { return at(row * kTileRows + r, depth * Tile::kDepth + d); });
   }

@@ -148,7 +148,7 @@ Split split_of(Exchange exchange, int row_gates, int sent_gates) {
   s.rows = s.cluster ? kClusterRows : kBatch;
   s.parts = (kBatch + s.rows - 1) / s.rows;
   while (1 << s.column_bits < (s.cluster ? s.rows : kColumns)) ++s.column_bits;
-  s.m_warps = s.scatter ? (s.cluster ? 1 : 2) : row_gates > 1 ? (s.cluster ? 2 : 4) : 1;
+  s.m_bits = s.scatter ? (s.cluster ? 0 : 1) : row_gates > 1 ? (s.cluster ? 1 : 2) : 0;
   s.k_warps = s.scatter || row_gates > 1 || Tile::kDepth == 8 ? 1 : 2;
   s.segments = s.cluster || s.scatter ? 1 : row_gates > 1 ? 2 : 3;
   const int tiles = (s.scatter ? 1 : kCtas) * kUnits * sent_gates / Tile::kDepth, shares = s.k_warps * s.segments * Tile::kBlock;

@@ -34,10 +34,9 @@ TILES = {"Half": "fp16", "Bfloat16": "bf16", "TileTf32": "tf32", "TileFloat": "f
 PRODUCTS = {"fp16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32", "fp32": "FFMA"}
 ADDRESSES = "addresses and counters of a step, read before and after its products: weights have the registers"
 REASONS = (  # words of a key, bytes that a thread may spill, and why
-    ("forward gru fp16 sm_90a", 8, ADDRESSES),
-    ("fp16 wide", 48, ADDRESSES),
-    ("bf16 wide", 48, ADDRESSES),
-    ("tf32 wide", 48, ADDRESSES),
+    ("fp16 wide", 40, ADDRESSES),
+    ("bf16 wide", 40, ADDRESSES),
+    ("tf32 wide", 40, ADDRESSES),
     ("fp32", 144, ADDRESSES),
 )
 

@@ -155,14 +155,14 @@ FAULTS = [
     engine("no room for barriers", "piece_bytes<gpu::Mbarrier>(2)", "0", "bytes of shared memory, launched with", file=LAYOUT),
     engine(
         "one buffer for copies",
-        "split_.chunks * split_.segments) bring(piece + 1)",
-        "split_.chunks * split_.segments) bring(piece)",
+        "split_.chunks) bring(piece + 1,",
+        "split_.chunks) bring(piece,",
         WRONG,
     ),
     engine("weights beyond H", "inside && from < hidden && to", "inside && to", "heap-buffer-overflow", "address", BACKWARD),
     engine("a row's sums go on in the next", "sums_[chain][tile][i] = 0;", "{}", WRONG, file=WEIGHTS),
     engine("a row's depth goes on in the next", "operand -= depths * kStride;", "", WRONG, file=WEIGHTS),
-    engine("rows by turns", "row += split_.m_warps, end", "row += 1, end", WRONG, file=WEIGHTS),
+    engine("rows by turns", "row += split_.m_warps(), end", "row += 1, end", WRONG, file=WEIGHTS),
     # partial sums, scattered
     engine("sums: no wait for a phase", "gpu::mbarrier_wait(arrived, (epoch - 1) / 2 & 1);", "", f"{WRONG}|second", file=SCATTER),
     engine("sums: wrong parity", "(epoch - 1) / 2 & 1", "epoch / 2 & 1", f"{WRONG}|deadlock|second arrival", file=SCATTER),

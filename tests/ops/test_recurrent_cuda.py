@@ -152,7 +152,7 @@ def test_the_machines_take_every_form():
                 plans[name, shape, precision, backward] = (
                     str(plan)
                     + ", beyond registers" * (n.depths * n.segments > 32)
-                    + ", rows by turns" * (n.m_warps < row_tiles)
+                    + ", rows by turns" * (1 << n.m_bits < row_tiles)
                     + ", no power of two" * (n.units.bit_count() > 1)
                 )
     words = ["cluster", "flags", "chunks", "segments", "wide", "at a time", "of 1 CTAs", "beyond registers", "no power of two"]
@@ -219,8 +219,8 @@ def test_plans_fit_the_device(device, cell):
         assert n.units % 8 == 0 and gates * n.units <= 160 and n.ctas >= least and (n.cluster or n.ctas == least)
         assert n.teams == lanes * n.parts
         row_tiles = -(-(n.units * n.ctas if n.scatter else n.units * (1 if backward else gates)) // 16)
-        assert n.m_warps * n.k_warps <= 8
-        assert n.m_warps >= row_tiles or n.segments == 1
+        assert n.k_warps << n.m_bits <= 8
+        assert 1 << n.m_bits >= row_tiles or n.segments == 1
         depth = gates * n.units * (1 if n.scatter else n.ctas) if backward else hidden
         assert n.depths * n.k_warps * n.segments * (16 if precision in ("fp16", "bf16") else 8) >= depth
         assert n.shared_bytes <= device.shared_bytes and 0 < n.teams_at_once <= n.teams

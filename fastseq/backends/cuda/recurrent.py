@@ -41,7 +41,7 @@ class Numbers(NamedTuple):
     rows: int
     chunks: int
     column_bits: int
-    m_warps: int
+    m_bits: int
     k_warps: int
     depths: int
     segments: int
