@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.backends.cuda import recurrent
-from fastseq.backends.cuda.recurrent import Device, Machine, Plan
+from fastseq.backends.cuda.recurrent import Device, Machine, Numbers, Plan
 from fastseq.cells import CELLS
 from fastseq.reference.recurrent import Backward, Forward, state_dtype
 from fastseq.testing.cuda_plans import ranked
@@ -30,11 +30,8 @@ from .timing import Clock, Effort, Run, Samples, interleave
 MODULES = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}  # rnn_relu does the same work as rnn_tanh
 WORKLOADS = dict(zip(("bf16", "fp16", "tf32", "ieee"), PRECISIONS, strict=True))  # the planner's precisions by those of workloads
 DIRECTIONS = ("forward", "backward")
-FIELDS = (  # as numbers_of in csrc/recurrent/plan.cpp
-    "units", "ctas", "parts", "chunks", "m_bits", "k_warps", "depths", "segments", "cluster", "scatter", "wide", "teams",
-    "teams_at_once", "shared_bytes", "operand_bytes",
-)  # fmt: skip
-FLAGS, CLUSTER, SUMS = EXCHANGES = ("flags", "cluster", "partial sums")
+FIELDS = Numbers._fields
+EXCHANGES = ("flags", "cluster", "flags, partial sums", "cluster, partial sums")
 CHECKED_STEPS = 7
 SECONDS = 0.02  # for each of the interleaved runs, unless `ROUNDS` take longer
 ROUNDS, MOST_ROUNDS = 7, 50
@@ -133,9 +130,9 @@ def candidates(point: Point, here: Target, most: int | None = None) -> Iterator[
 
 def described(plan: Plan) -> dict[str, Any]:
     """A plan's numbers by name, its exchange in a word, and room for what is measured."""
-    named = dict(zip(FIELDS, plan.numbers, strict=True))
-    exchange = SUMS if named["scatter"] else CLUSTER if named["cluster"] else FLAGS
-    return named | {"exchange": exchange, "predicted_us": plan.step_us, "check": None, "measured_us": None}
+    numbers = plan.numbers
+    found = {"exchange": numbers.exchange, "predicted_us": plan.step_us, "check": None, "measured_us": None}
+    return numbers._asdict() | found
 
 
 def check(point: Point, rank: int, here: Target) -> gate.Check:

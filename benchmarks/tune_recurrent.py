@@ -206,7 +206,7 @@ def _show(console: Console, rows: list[Row]) -> None:
 def _cells(row: Row) -> Iterator[str]:
     """Of COLUMNS."""
     yield from (str(row[name]) for name in ("rank", "units", "ctas", "parts", "chunks"))
-    yield f"{row['m_warps']} x {row['k_warps']}"
+    yield f"{1 << row['m_bits']} x {row['k_warps']}"
     yield from (str(row[name]) for name in ("segments", "teams_at_once", "shared_bytes"))
     yield row["exchange"] + (", wide" if row["wide"] else "")
     yield f"{row['predicted_us']:.2f}"

@@ -90,12 +90,21 @@ def test_every_cell_has_every_room(cell):
     missing = [path for path in rooms if not (ROOT / path).is_file()]
     assert not missing
     import fastseq
+    from fastseq.kernels.recurrent import configs
+    from fastseq.reference import cells as reference
     from fastseq.testing.cases import RECURRENT_CASES
+    from fastseq.testing.recurrent import MODULES
 
     names = {name.lower() for name in fastseq.__all__}
     module = cell.family.replace("_", "")
-    assert module in names and f"{module}cell" in names
-    assert any(case.cell == cell.name for case in RECURRENT_CASES)
+    assert {module, f"{module}cell"} <= names, "exported by fastseq/modules/__init__.py and fastseq/__init__.py"
+    for table, where in (
+        (reference._STEPS, "_STEPS of fastseq/reference/cells/__init__.py"),
+        (configs.CELLS, "CELLS of kernels/recurrent/configs.py"),
+        (MODULES, "MODULES of fastseq/testing/recurrent.py"),
+        ({case.cell for case in RECURRENT_CASES}, "a case of fastseq/testing/cases.py"),
+    ):
+        assert cell.name in table, where
 
 
 def test_cell_facts_agree_in_both_languages():

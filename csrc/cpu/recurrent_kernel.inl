@@ -637,8 +637,9 @@ auto with_cell(Cell cell, F&& body) {
     case Cell::kGru: return body.template operator()<S, A, Gru<Math<A>>>();
     case Cell::kCoupledLstm: return body.template operator()<S, A, CoupledLstm<Math<A>>>();
     case Cell::kPeepholeLstm: return body.template operator()<S, A, PeepholeLstm<Math<A>>>();
-    default: return body.template operator()<S, A, Slstm<Math<A>>>();
+    case Cell::kSlstm: break;
   }
+  return body.template operator()<S, A, Slstm<Math<A>>>();
 }
 
 template <class F>

@@ -2,9 +2,7 @@
 #pragma once
 
 #include "backward_kernel.cuh"
-#include "cells/gru.h"
-#include "cells/lstm.h"
-#include "cells/rnn.h"
+#include "cells.h"
 #include "forward_kernel.cuh"
 #include "launch.h"
 
@@ -42,10 +40,10 @@ const char* launch_cell(bool wide, const gpu::Launch& how, const BackwardParams&
 template <class Tile, class Params>
 const char* launch_tile(Cell cell, bool wide, const gpu::Launch& how, const Params& params) {
   switch (cell) {
-    case Cell::kRnnTanh: return launch_cell<RnnTanh, Tile>(wide, how, params);
-    case Cell::kRnnRelu: return launch_cell<RnnRelu, Tile>(wide, how, params);
-    case Cell::kLstm: return launch_cell<Lstm, Tile>(wide, how, params);
-    case Cell::kGru: return launch_cell<Gru, Tile>(wide, how, params);
+#define FASTSEQ_CELL(type, name) \
+  case Cell::k##type: return launch_cell<type, Tile>(wide, how, params);
+    FASTSEQ_CUDA_CELLS(FASTSEQ_CELL)
+#undef FASTSEQ_CELL
   }
   return "there are no CUDA kernels for this cell";
 }

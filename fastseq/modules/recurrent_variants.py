@@ -31,7 +31,7 @@ __all__ = [
     "SLSTMCell",
 ]
 
-_MODES = {3: "GRU", 4: "LSTM"}  # of torch's constructor, by the number of gates
+_GATES = 4  # of what torch's constructor makes
 
 
 class _Variant(Sequence):
@@ -64,13 +64,17 @@ class _Variant(Sequence):
         if unknown:
             raise TypeError(f"{kind_of(self)}.__init__() got an unexpected keyword argument '{min(unknown)}'")
         nn.RNNBase.__init__(
-            self, _MODES[len(row.gates)], input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             device=device, dtype=dtype, **options,
         )  # fmt: skip
         self.mode = row.mode
         for names in self._all_weights:
             suffix = names[0].removeprefix("weight_ih")
             like = getattr(self, names[0])
+            for name in names if len(row.gates) != _GATES else ():
+                given = getattr(self, name)
+                if not name.startswith("weight_hr"):
+                    setattr(self, name, nn.Parameter(given.new_empty(len(row.gates) * hidden_size, *given.shape[1:])))
             for name, size in row.extra(bias):
                 setattr(self, name + suffix, nn.Parameter(like.new_empty(size * hidden_size)))
                 names.append(name + suffix)
@@ -83,6 +87,17 @@ class _Variant(Sequence):
         """Uniform in +-1/sqrt(H) as torch.nn's; layer norm scales 1, shifts 0."""
         super().reset_parameters()
         reset_norms(self)
+
+
+class _Single(_Variant):
+    """A cell whose only state is h."""
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run every layer over the sequence. Arguments, results and errors are those of `fastseq.RNN.forward`."""
+        output, (h_n,), _ = self._run(input, hx, lengths)
+        return output, h_n
 
 
 class CoupledLSTM(_Variant, PairSequence):
@@ -177,7 +192,7 @@ class SLSTM(_Variant):
         return states
 
 
-class LayerNormGRU(_Variant):
+class LayerNormGRU(_Single):
     """GRU with layer normalisation of both products (after Ba et al. 2016), its reset gate after the product as in `fastseq.GRU`.
 
     r, z = sigmoid(N(W_ih x_t) w_ln_ih + b_ih + N(W_hh h_(t-1)) w_ln_hh + b_hh), their first two thirds; the last thirds give
@@ -187,13 +202,6 @@ class LayerNormGRU(_Variant):
     """
 
     CELL = "layer_norm_gru"
-
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """Run every layer over the sequence. Arguments, results and errors are those of `fastseq.RNN.forward`."""
-        output, (h_n,), _ = self._run(input, hx, lengths)
-        return output, h_n
 
 
 class _VariantCell(nn.RNNCellBase):

@@ -55,6 +55,8 @@ SMALL_RECURRENT_CASES = [
     )
 ] + [RecurrentCase("lstm", steps=3, batch=7, input=4, hidden=6, projection=5, bidirectional=True, layout="lengths")]
 
+SMALL_VARIANT_CASES = [RecurrentCase(cell, steps=3, batch=7, input=4, hidden=20 if "norm" in cell else 5) for cell in _VARIANTS]
+
 _ZONED = RecurrentCase("lstm", bidirectional=True, zoneout=(0.3, 0.5))
 
 # What torch.nn does not have: other cells, zoneout, blocks of units.
@@ -86,6 +88,7 @@ VARIANT_CASES = [
 
 RECURRENT_CASES = [
     *SMALL_RECURRENT_CASES,
+    *SMALL_VARIANT_CASES,
     *(replace(case, bidirectional=True) for case in _BASIC),
     *(replace(case, steps=1) for case in _BASIC),
     *(replace(case, bias=False, state=False) for case in _BASIC),

@@ -101,7 +101,8 @@ def test_candidates_are_distinct_and_the_best_by_the_model(direction):
     for r in rows:
         assert tuple(r[name] for name in recurrent_plans.FIELDS) == every[r["rank"]].numbers
         assert r["units"] * r["ctas"] >= 512 and r["parts"] == r["teams"] and r["predicted_us"] == every[r["rank"]].step_us
-        assert (r["exchange"] == "flags") == (not r["cluster"]) and (r["exchange"] == "partial sums") == bool(r["scatter"])
+        assert r["exchange"].startswith("cluster" if r["cluster"] else "flags")
+        assert r["exchange"].endswith("partial sums") == bool(r["scatter"])
     predicted = [r["predicted_us"] for r in rows]
     assert predicted == sorted(predicted)
     assert list(recurrent_plans.candidates(point, Target("h200", H200), 3)) == rows[:3]
@@ -294,7 +295,7 @@ def test_an_interrupted_run_keeps_its_rows(on_the_host, tmp_path, monkeypatch, c
 
 
 def test_cells_and_precisions_are_those_of_the_kernels():
-    assert set(recurrent_plans.MODULES) | {"rnn_relu"} == set(recurrent.CELLS)
+    assert set(recurrent_plans.MODULES) | {"rnn_relu"} == set(recurrent.CELLS) & {"lstm", "gru", "rnn_tanh", "rnn_relu"}
     for precision in recurrent_plans.WORKLOADS:
         assert POINT._replace(precision=precision).dtype in (torch.float16, torch.bfloat16, torch.float32)
         workload = POINT._replace(precision=precision).checked("cuda")
