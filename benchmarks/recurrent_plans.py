@@ -60,11 +60,8 @@ class Point(NamedTuple):
         return recurrent._cut(self.cell, self.precision, backward, self.B, self.lanes, self.H, limits, rank)
 
     def plans(self, limits: Device) -> dict[int, Plan]:
-        """By rank, each once: the planner comes to some in several ways. None fits: the one of rank 0 says why."""
-        first: dict[tuple[int, ...], int] = {}
-        for rank in range(self.plan(limits, 0).of):
-            first.setdefault(self.plan(limits, rank).numbers, rank)
-        return {rank: self.plan(limits, rank) for rank in first.values()}
+        """By rank, the best by the model first. None fits: the one of rank 0 says why."""
+        return {rank: self.plan(limits, rank) for rank in range(self.plan(limits, 0).of)}
 
     def checked(self, device: str) -> Checked:
         mode = "training" if self.direction == "backward" else "inference"
@@ -111,7 +108,7 @@ def candidates(point: Point, here: Target, most: int | None = None) -> Iterator[
     if plans[0].obstacle:
         yield common | {"obstacle": plans[0].obstacle}
         return
-    common |= {"of": plans[0].of, "distinct": len(plans)}
+    common |= {"of": len(plans)}
     rows = {rank: common | {"rank": rank, **described(plans[rank])} for rank in list(plans)[:most]}
     if here.machine is not None:
         with point.checked(here.device).settings():

@@ -190,7 +190,7 @@ def _show(console: Console, rows: list[Row]) -> None:
     if "obstacle" in rows[0]:
         console.print(f"no plan: {rows[0]['obstacle']}")
         return
-    table = Table(title=f"{len(rows)} of {rows[0]['distinct']} plans, microseconds of a step", title_justify="left", box=None)
+    table = Table(title=f"{len(rows)} of {rows[0]['of']} plans, microseconds of a step", title_justify="left", box=None)
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for place, row in enumerate(sorted(rows, key=_order)):

@@ -82,7 +82,7 @@ class Plan(NamedTuple):
         n = self.numbers
         return {
             "operands": like.new_empty(n.teams * n.operand_bytes, dtype=torch.uint8),
-            "flags": like.new_zeros(n.teams * n.ctas, dtype=torch.int32),
+            "flags": like.new_zeros(0 if n.cluster else n.teams * n.ctas, dtype=torch.int32),
         }
 
 
