@@ -1,7 +1,7 @@
 """The gate before every timing: outputs and gradients of a provider against the fp64 reference, on a small
 and on the actual shape.
 
-The bound is that of the tests (fastseq.testing.compare): twice the error that torch's own module
+The bound is that of the tests (fastseq.testing): twice the error that torch's own module
 makes in the same dtype, plus rounding. torch's own providers are held to it as well, and everyone to a coarse
 limit (the square root of the dtype's rounding step) that catches torch going wrong itself. A provider that
 fails has no time and no speed-up in the report.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.testing.compare import FACTOR, ROUNDINGS, relative_error
+from fastseq.testing import FACTOR, ROUNDINGS, relative_error
 
 from .workloads import GATES, Workload, results_of
 

@@ -17,9 +17,9 @@ from torch import Tensor
 import fastseq
 from fastseq.backends import BACKENDS, cuda_host, use_backend
 from fastseq.backends.cuda.recurrent import GPU, _precision
+from fastseq.benchmarks.gpu.cuda_plans import forms, ranked
 from fastseq.functional import attention, attention_with_kv_cache
 from fastseq.kernels.recurrent.configs import FORMS
-from fastseq.testing.cuda_plans import forms, ranked
 
 FORCED_FORM = "FASTSEQ_TRITON_RECURRENT"
 Run = Callable[[str], Iterable[Tensor]]  # from a device to what it computes

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fastseq.backends.cuda import recurrent
 from fastseq.backends.cuda.recurrent import Device, Machine, Numbers, Plan
+from fastseq.benchmarks.gpu.cuda_plans import ranked
 from fastseq.cells import CELLS
 from fastseq.reference.recurrent import Backward, Forward, state_dtype
-from fastseq.testing.cuda_plans import ranked
 
 from . import gate
 from .providers import fastseq_layer

@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def candidates(kernel: str, w: AttentionWorkload, capability: int, grid: list[list[int]]) -> Iterator[dict[str, Any]]:
     """A row for each: config, the compiler's figures, the model's, and where there is a GPU what was measured."""
+    from fastseq.benchmarks.gpu.triton_compile import attention_configs, resources
     from fastseq.kernels.attention.configs import Config
-    from fastseq.testing.triton_compile import attention_configs, resources
 
     for bm, bn, warps, stages in product(*grid):
         config = Config(bm, bn, warps, stages)
@@ -123,8 +123,8 @@ def candidates(kernel: str, w: AttentionWorkload, capability: int, grid: list[li
 def _launch(kernel: str, w: AttentionWorkload) -> Any:
     """What fastseq's own launcher gives this kernel for the workload."""
     from fastseq.backends.triton import attention
+    from fastseq.benchmarks.gpu.triton_compile import recorded
     from fastseq.ops.attention import Spec
-    from fastseq.testing.triton_compile import recorded
 
     make = torch.empty if w.device == "meta" else torch.randn
     q, k, v, dout = (make(w.B, w.heads, w.T, w.E, device=w.device, dtype=w.torch_dtype) for _ in range(4))

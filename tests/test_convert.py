@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fastseq
 from fastseq.convert import CONVERSIONS, Report, convert, patched, revert
 from fastseq.modules import keep_type as kept
-from fastseq.testing.compare import assert_close_to_truth
+from fastseq.testing import assert_close_to_truth
 
 SEQUENCES = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 import fastseq
 from fastseq.modules import keep_type
-from fastseq.testing.compare import assert_close_to_truth
+from fastseq.testing import assert_close_to_truth
 
 E, H, N, T = 8, 2, 3, 6
 

@@ -92,8 +92,8 @@ def test_every_cell_has_every_room(cell):
     import fastseq
     from fastseq.kernels.recurrent import configs
     from fastseq.reference import cells as reference
-    from fastseq.testing.cases import RECURRENT_CASES
-    from fastseq.testing.recurrent import MODULES
+    from support.cases import RECURRENT_CASES
+    from support.recurrent import MODULES
 
     names = {name.lower() for name in fastseq.__all__}
     module = cell.family.replace("_", "")
@@ -101,8 +101,8 @@ def test_every_cell_has_every_room(cell):
     for table, where in (
         (reference._STEPS, "_STEPS of fastseq/reference/cells/__init__.py"),
         (configs.CELLS, "CELLS of kernels/recurrent/configs.py"),
-        (MODULES, "MODULES of fastseq/testing/recurrent.py"),
-        ({case.cell for case in RECURRENT_CASES}, "a case of fastseq/testing/cases.py"),
+        (MODULES, "MODULES of tests/support/recurrent.py"),
+        ({case.cell for case in RECURRENT_CASES}, "a case of tests/support/cases.py"),
     ):
         assert cell.name in table, where
 

@@ -14,7 +14,7 @@ from fastseq import backends
 from fastseq.backends import BACKENDS, ORDER, RecurrentQuery
 from fastseq.ops import OPS
 from fastseq.ops.attention import attention
-from fastseq.testing.attention import PLAIN, make, spec_of
+from support.attention import PLAIN, make, spec_of
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 CALL = RecurrentQuery("recurrent", torch.device("cpu"), torch.float32, "gru", 5, 1, 16, False, "padded")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastseq.testing.triton_gate import loaded
+from tools.triton_gate import loaded
 
 build = loaded(Path(__file__).with_name("host_build.py"))
 

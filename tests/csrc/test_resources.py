@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastseq.testing.triton_gate import loaded
+from tools.triton_gate import loaded
 
 resources = loaded(Path(__file__).with_name("resources.py"))
 KEY = "forward lstm bf16 sm_90a"

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastseq
 from fastseq import functional as F
-from fastseq.testing.modules import FP64
+from support.modules import FP64
 
 B, HQ, HKV, TQ, TK, E, EV = 2, 4, 2, 18, 21, 8, 6
 LENGTH = TQ + TK - 1

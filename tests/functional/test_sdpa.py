@@ -13,9 +13,9 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fastseq
-from fastseq.testing.battery import headed
-from fastseq.testing.compare import assert_all_close_to_truth
-from fastseq.testing.modules import FP64
+from fastseq.testing import assert_all_close_to_truth
+from support.battery import headed
+from support.modules import FP64
 
 ours = fastseq.functional.scaled_dot_product_attention
 theirs = torch.nn.functional.scaled_dot_product_attention

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastseq
-from fastseq.testing.compare import assert_all_close_to_truth
+from fastseq.testing import assert_all_close_to_truth
 
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("needs transformers", allow_module_level=True)

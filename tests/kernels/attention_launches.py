@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastseq.testing.triton_gate import Gate, Row, architecture_of, kernel_of, point_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, it finds the checkout
+from tools.triton_gate import Gate, Row, architecture_of, kernel_of, point_of  # noqa: E402
 
 B, H, G, T = 2, 8, 4, 4096
 # Head dims by dtype: every tile, and those that pad it. tf32 takes fp32's tiles, once each.
@@ -132,7 +133,7 @@ def launches(point: Point) -> list[Any]:
     import torch
 
     from fastseq.backends.triton import attention, attention_decode
-    from fastseq.testing.triton_compile import attention_configs, recorded
+    from fastseq.benchmarks.gpu.triton_compile import attention_configs, recorded
 
     torch.backends.cuda.matmul.allow_tf32 = point.dtype == "tf32"
     dtype = torch.float32 if point.dtype == "tf32" else getattr(torch, point.dtype)

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastseq.cells import CELLS
-from fastseq.testing.triton_gate import Gate, Row, point_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, it finds the checkout
+from fastseq.cells import CELLS  # noqa: E402
+from tools.triton_gate import Gate, Row, point_of  # noqa: E402
 
 T, B, D = 4, 64, 2  # sizes of 1 would compile to less
 CALLS = ("forward", "backward")
@@ -152,7 +153,7 @@ def call_of(point: Point) -> Any:
 def form_of(point: Point) -> str:
     """The form that the backend takes by itself."""
     from fastseq.backends.triton.recurrent_parts import BackwardLaunch, ForwardLaunch
-    from fastseq.testing.triton_compile import recurrent_configs
+    from fastseq.benchmarks.gpu.triton_compile import recurrent_configs
 
     with _precision(point), recurrent_configs(point.capability):
         return (ForwardLaunch if point.call == "forward" else BackwardLaunch)(call_of(point)).config.form
@@ -173,7 +174,7 @@ def _precision(point: Point) -> Iterator[None]:
 def launches(point: Point) -> list[Any]:
     """What the launcher gives the kernels, of each kernel the last launch; configs are those of the architecture."""
     from fastseq.backends.triton import recurrent
-    from fastseq.testing.triton_compile import recorded, recurrent_configs
+    from fastseq.benchmarks.gpu.triton_compile import recorded, recurrent_configs
 
     run = recurrent.recurrent_forward if point.call == "forward" else recurrent.recurrent_backward
     with recorded() as found, _precision(point), recurrent_configs(point.capability):

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastseq.backends import triton as backend
 from fastseq.reference import attention as reference
 from fastseq.reference.attention import GRADIENTS
-from fastseq.testing.attention import AttentionCase, dense, make, spec_of
-from fastseq.testing.compare import assert_all_close_to_truth, assert_close_to_truth
+from fastseq.testing import assert_all_close_to_truth, assert_close_to_truth
+from support.attention import AttentionCase, dense, make, spec_of
 
 launcher = importlib.import_module("fastseq.backends.triton.attention_backward")  # the package has a function of this name
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastseq.testing.triton_gate import GateTests, kernel_of, loaded, point_of
+from tools.triton_gate import GateTests, kernel_of, loaded, point_of
 
 pytest.importorskip("triton")
 launches = loaded(Path(__file__).with_name("attention_launches.py"))
@@ -64,7 +64,7 @@ class TestGate(GateTests):
 
 
 def test_resident_blocks_by_hand():
-    from fastseq.testing.triton_compile import resident_blocks
+    from fastseq.benchmarks.gpu.triton_compile import resident_blocks
 
     assert resident_blocks(128, 0, 4, 90) == 4  # 65536 registers over 128 x 128
     assert resident_blocks(129, 0, 4, 90) == 3  # given in eights: 136

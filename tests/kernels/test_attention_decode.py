@@ -10,7 +10,7 @@ import torch
 from fastseq import backends
 from fastseq.backends.triton.attention_decode import choose_parts, choose_tile
 from fastseq.ops.attention_decode import attention_decode
-from fastseq.testing.attention_decode import DecodeCase, make_decode
+from support.attention_decode import DecodeCase, make_decode
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 

@@ -18,7 +18,7 @@ from fastseq.kernels.attention import bias, configs, mask, softmax
 from fastseq.kernels.attention.parts import DistanceRows, Dropout, Pairs, Parts, Sequences
 from fastseq.reference import attention as reference
 from fastseq.reference.attention import Spec
-from fastseq.testing.compare import assert_close_to_truth
+from fastseq.testing import assert_close_to_truth
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastseq.testing.triton_gate import GateTests, kernel_of, loaded, point_of
+from tools.triton_gate import GateTests, kernel_of, loaded, point_of
 
 pytest.importorskip("triton")
 launches = loaded(Path(__file__).with_name("recurrent_launches.py"))

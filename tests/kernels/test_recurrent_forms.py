@@ -18,7 +18,7 @@ from fastseq.cells import CELLS  # noqa: E402
 from fastseq.kernels.recurrent import configs  # noqa: E402
 from fastseq.reference import recurrent as reference  # noqa: E402
 from fastseq.reference.recurrent import Backward, Forward, state_dtype  # noqa: E402
-from fastseq.testing.compare import assert_all_close_to_truth  # noqa: E402
+from fastseq.testing import assert_all_close_to_truth  # noqa: E402
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 on_gpu = pytest.mark.gpu

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastseq
 from fastseq.functional._attention_call import Call
 from fastseq.modules import attention as module_under_test
-from fastseq.testing.compare import assert_close_to_truth
-from fastseq.testing.modules import assert_as_good
+from fastseq.testing import assert_close_to_truth
+from support.modules import assert_as_good
 
 N, L, S, E, H = 3, 5, 7, 6, 2
 KDIM, VDIM = 4, 8

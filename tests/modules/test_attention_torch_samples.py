@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing._internal.common_modules import module_db
 
 import fastseq
-from fastseq.testing.modules import assert_as_good
+from support.modules import assert_as_good
 
 NAMES = ("MultiheadAttention", "TransformerEncoderLayer", "TransformerEncoder", "TransformerDecoderLayer", "Transformer")
 INFOS = [info for info in module_db if info.module_cls.__module__.startswith("torch.nn.") and info.module_cls.__name__ in NAMES]

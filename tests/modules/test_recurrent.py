@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import fastseq
 from fastseq.modules import keep_type
-from fastseq.testing.modules import (
+from support.modules import (
     FP64,
     OPTIONS,
     B,

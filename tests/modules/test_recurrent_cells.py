@@ -11,7 +11,7 @@ from torch import nn
 
 import fastseq
 from fastseq.modules import keep_type
-from fastseq.testing.modules import assert_same, both, leaves, random
+from support.modules import assert_same, both, leaves, random
 
 CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
 CASES = [

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq.modules import keep_type
-from fastseq.testing.modules import OPTIONS, B, H, I, T, both, leaves, random
+from support.modules import OPTIONS, B, H, I, T, both, leaves, random
 
 NAMES = ["RNN", "LSTM", "GRU"]
 SIZES = [(T, B), (T + 3, B + 1), (T - 1, B + 2)]

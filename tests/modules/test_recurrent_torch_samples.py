@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import fastseq
-from fastseq.testing.modules import leaves, run
+from support.modules import leaves, run
 
 INFOS = [
     info

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq.modules import keep_type
-from fastseq.testing.modules import (
+from support.modules import (
     FP64,
     OPTIONS,
     B,

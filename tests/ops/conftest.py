@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from fastseq.testing.battery import OpBattery
-from fastseq.testing.cases import SMALL_RECURRENT_CASES
+from support.battery import OpBattery
+from support.cases import SMALL_RECURRENT_CASES
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

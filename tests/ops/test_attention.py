@@ -13,7 +13,7 @@ from fastseq.backends.cpu import attention_scores
 from fastseq.ops import attention as op
 from fastseq.ops.attention import GRADIENTS, Spec, attention, attention_backward, attention_weights, attention_with_weights
 from fastseq.reference import attention as reference
-from fastseq.testing.attention import (
+from support.attention import (
     ATTENTION_CASES,
     COMPILED_ATTENTION_CASES,
     PLAIN,
@@ -28,7 +28,7 @@ from fastseq.testing.attention import (
     resized,
     spec_of,
 )
-from fastseq.testing.battery import OpBattery, differentiable
+from support.battery import OpBattery, differentiable
 
 ABLE = [name for name, module in backends.BACKENDS.items() if "attention" in module.ops and {"cpu", "any"} & set(module.devices)]
 every_backend = pytest.mark.parametrize("backend", ABLE)

@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastseq
 from fastseq import backends
 from fastseq.ops.attention_decode import attention_decode
-from fastseq.testing.attention_decode import (
+from fastseq.testing import assert_all_close_to_truth
+from support.attention_decode import (
     DECODE_CASES,
     LONG_DECODE_CASES,
     SMALL_DECODE_CASES,
@@ -17,7 +18,6 @@ from fastseq.testing.attention_decode import (
     decode_by_torch,
     make_decode,
 )
-from fastseq.testing.compare import assert_all_close_to_truth
 
 ABLE = ["cpu", "reference", *(["triton"] if "cpu" in backends.BACKENDS["triton"].devices else [])]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -13,9 +13,9 @@ import fastseq
 from fastseq import functional as F
 from fastseq.backends.cpu.recurrent import CELLS as NATIVE
 from fastseq.reference.recurrent import state_dtype
-from fastseq.testing.cases import RECURRENT_CASES, RecurrentCase
-from fastseq.testing.compare import assert_close_to_truth
-from fastseq.testing.recurrent import RecurrentBattery
+from fastseq.testing import assert_close_to_truth
+from support.cases import RECURRENT_CASES, RecurrentCase
+from support.recurrent import RecurrentBattery
 
 
 class TestRecurrent(RecurrentBattery):

@@ -16,11 +16,11 @@ from fastseq import functional as F
 from fastseq.backends import cuda, cuda_host, library
 from fastseq.backends.cuda import recurrent
 from fastseq.backends.cuda.recurrent import Device
+from fastseq.benchmarks.gpu.cuda_plans import ranked
 from fastseq.cells import CELLS
-from fastseq.testing.cases import RecurrentCase
-from fastseq.testing.compare import assert_all_close_to_truth, pooled_error
-from fastseq.testing.cuda_plans import ranked
-from fastseq.testing.recurrent import RecurrentBattery
+from fastseq.testing import assert_all_close_to_truth, pooled_error
+from support.cases import RecurrentCase
+from support.recurrent import RecurrentBattery
 
 executed = pytest.mark.skipif(cuda_host.available() is not None, reason=str(cuda_host.available()))
 planned = pytest.mark.skipif(library.reason() is not None, reason=str(library.reason()))

@@ -15,13 +15,13 @@ import fastseq
 from fastseq import backends
 from fastseq import functional as F
 from fastseq.backends import RecurrentQuery, cuda
+from fastseq.benchmarks.gpu.cuda_plans import forms, ranked
 from fastseq.functional._recurrent_layers import LANES
 from fastseq.reference.recurrent import state_dtype
-from fastseq.testing.battery import differentiable
-from fastseq.testing.cases import RECURRENT_CASES, RecurrentCase
-from fastseq.testing.compare import assert_close_to_truth, pooled_error
-from fastseq.testing.cuda_plans import forms, ranked
-from fastseq.testing.recurrent import RecurrentBattery
+from fastseq.testing import assert_close_to_truth, pooled_error
+from support.battery import differentiable
+from support.cases import RECURRENT_CASES, RecurrentCase
+from support.recurrent import RecurrentBattery
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")]
 

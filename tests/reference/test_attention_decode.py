@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastseq.reference import attention_decode as reference
-from fastseq.testing.attention_decode import DECODE_CASES, decode_by_torch, make_decode
+from support.attention_decode import DECODE_CASES, decode_by_torch, make_decode
 
 
 def dense(tensor, table, b, length):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.attention import Spec, dropout_threshold, philox
-from ..reference.recurrent import state_dtype
-from .compare import FACTOR, pooled_error
+from fastseq.reference.attention import Spec, dropout_threshold, philox
+from fastseq.reference.recurrent import state_dtype
+from fastseq.testing import FACTOR, pooled_error
 
 
 @dataclass(frozen=True)

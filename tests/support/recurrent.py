@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import fastseq
+from fastseq import backends
+from fastseq import functional as F
+from fastseq.cells import CELLS, Cell
+from fastseq.reference.cells import steps
+from fastseq.reference.recurrent import state_dtype
+from fastseq.testing import pooled_error
 
-from .. import backends
-from .. import functional as F
-from ..cells import CELLS, Cell
-from ..reference.cells import steps
-from ..reference.recurrent import state_dtype
 from .battery import OpBattery
 from .cases import RECURRENT_CASES, SMALL_RECURRENT_CASES, SMALL_VARIANT_CASES, RecurrentCase
-from .compare import pooled_error
 
 SEED = 11  # of what zoneout draws
 FUNCTIONS: dict[str, Any] = {"lstm": F.lstm, "gru": F.gru, "rnn_tanh": F.rnn, "rnn_relu": F.rnn}

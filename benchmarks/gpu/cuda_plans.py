@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..backends import cuda_host
-from ..backends.cuda import recurrent
+from fastseq.backends import cuda_host
+from fastseq.backends.cuda import recurrent
 
 
 def forms(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import modules
-from fastseq.testing.compare import assert_close_to_truth
+from fastseq.testing import assert_close_to_truth
 
 # Sizes small enough for hundreds of cases, all different, none a multiple of a vector.
 T, B, I, H = 6, 3, 4, 5  # noqa: E741

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from .triton_compile import ARCHITECTURES, INSTRUCTIONS, Launch, resources
+from fastseq.benchmarks.gpu.triton_compile import ARCHITECTURES, INSTRUCTIONS, Launch, resources
 
 Row = dict[str, Any]
 # Registers and shared memory may grow as long as a multiprocessor holds as many blocks as before: less than that costs nothing.

@@ -2,7 +2,7 @@
 
 A test class inherits :class:`OpBattery`, names its op and lists its ``CASES``; ``tests/ops/conftest.py`` runs each test for each
 case, dtype and backend. The truth is the reference in fp64; the bound is twice what PyTorch itself loses in the dtype
-(``testing/compare.py``).
+(``fastseq/testing.py``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from .. import backends
-from .compare import assert_all_close_to_truth
+from fastseq import backends
+from fastseq.testing import assert_all_close_to_truth
 
 
 class OpBattery:
