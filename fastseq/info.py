@@ -126,6 +126,8 @@ def _cpu() -> dict[str, Any]:
     model = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kernels = {} if library.reason() else {"kernels": torch.ops.fastseq_native.cpu_level()}
+    if kernels and (obstacle := torch.ops.fastseq_native.cpu_amx_obstacle()):
+        kernels["no AMX"] = f"({obstacle})"
     return {
         "device": "cpu",
         "name": model[1].strip() if model else platform.processor() or platform.machine(),
