@@ -19,7 +19,7 @@ from fastseq.backends.cuda import recurrent
 from fastseq.backends.cuda.recurrent import Device, Machine, Numbers, Plan
 from fastseq.benchmarks.gpu.cuda_plans import ranked
 from fastseq.cells import CELLS
-from fastseq.reference.recurrent import Backward, Forward, state_dtype
+from fastseq.ops.types import Backward, Forward, state_dtype
 
 from . import gate
 from .providers import fastseq_layer

@@ -32,9 +32,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..ops.types import GRADIENTS, Spec, state_dtype
 from ..reference import attention as reference
-from ..reference.attention import GRADIENTS, Spec
-from ..reference.recurrent import state_dtype
 from ._dispatch import needs_plain_torch, outside_dynamo
 
 _SPEC = (

@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..ops.types import empty_rows, state_dtype
 from ..reference import attention_decode as reference
-from ..reference.attention import empty_rows
-from ..reference.recurrent import state_dtype
 from ._dispatch import needs_plain_torch, outside_dynamo
 
 _library = torch.library.Library("fastseq", "FRAGMENT")

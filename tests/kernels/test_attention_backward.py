@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastseq.backends import triton as backend
+from fastseq.ops.types import GRADIENTS
 from fastseq.reference import attention as reference
-from fastseq.reference.attention import GRADIENTS
 from fastseq.testing import assert_all_close_to_truth, assert_close_to_truth
 from support.attention import AttentionCase, dense, make, spec_of
 

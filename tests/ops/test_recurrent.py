@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastseq
 from fastseq import functional as F
 from fastseq.backends.cpu.recurrent import CELLS as NATIVE
-from fastseq.reference.recurrent import state_dtype
+from fastseq.ops.types import state_dtype
 from fastseq.testing import assert_close_to_truth
 from support.cases import RECURRENT_CASES, RecurrentCase
 from support.recurrent import RecurrentBattery

@@ -17,7 +17,7 @@ from fastseq import functional as F
 from fastseq.backends import RecurrentQuery, cuda
 from fastseq.benchmarks.gpu.cuda_plans import forms, ranked
 from fastseq.functional._recurrent_layers import LANES
-from fastseq.reference.recurrent import state_dtype
+from fastseq.ops.types import state_dtype
 from fastseq.testing import assert_close_to_truth, pooled_error
 from support.battery import differentiable
 from support.cases import RECURRENT_CASES, RecurrentCase

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.functional import layer_norm
 
 from fastseq.cells import CELLS
+from fastseq.ops.types import Backward, Forward
 from fastseq.reference import recurrent as reference
 from fastseq.reference.cells import steps
-from fastseq.reference.recurrent import Backward, Forward
 
 LAYOUTS = pytest.mark.parametrize("layout", ("padded", "lengths", "packed"))
 ZONEOUT = ("none", "mask", "proportion")
@@ -162,7 +162,7 @@ def test_backward_is_the_gradient_of_forward(cell, projection, layout, zoneout):
     if row.has_c:
         torch.testing.assert_close(dc0, expected["c0"])
     assert bool(drecurrent.numel()) == bool(row.own_recurrent)
-    assert bool(doutput.numel()) == bool(projection or row.normalised)
+    assert bool(doutput.numel()) == bool(projection or row.normalized)
 
 
 @LAYOUTS

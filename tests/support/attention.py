@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseq.reference.attention import Spec, dropout_threshold, philox
-from fastseq.reference.recurrent import state_dtype
+from fastseq.ops.types import Spec, state_dtype
+from fastseq.reference.attention import dropout_threshold, philox
 from fastseq.testing import FACTOR, pooled_error
 
 

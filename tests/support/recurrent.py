@@ -13,8 +13,8 @@ import fastseq
 from fastseq import backends
 from fastseq import functional as F
 from fastseq.cells import CELLS, Cell
+from fastseq.ops.types import state_dtype
 from fastseq.reference.cells import steps
-from fastseq.reference.recurrent import state_dtype
 from fastseq.testing import pooled_error
 
 from .battery import OpBattery
@@ -127,7 +127,7 @@ def input_and_vectors(case: RecurrentCase, cell: Cell, rows: Tensor, weights: di
     if cell.recurrent_bias:
         inside = b_hh[-case.hidden :].to(wide)
         b_hh = torch.cat((b_hh[: -case.hidden], zeros[: case.hidden]))
-    if cell.normalised:
+    if cell.normalized:
         x_gates = nn.functional.layer_norm(x_gates, x_gates.shape[-1:], weights["weight_ln_ih"])
         own = [weights["weight_ln_hh"]]
         if inside is None:
@@ -285,7 +285,7 @@ class RecurrentBattery(OpBattery):
         return [(torch.ops.fastseq.recurrent_forward.default, forward), (torch.ops.fastseq.recurrent_backward.default, backward)]
 
     def own_error(self, case, dtype):
-        return plain_error(case, dtype) if CELLS[case.cell].normalised else 0.0
+        return plain_error(case, dtype) if CELLS[case.cell].normalized else 0.0
 
     def gradients_jump(self, case, dtype):
         return case.cell == "rnn_relu" and dtype == torch.bfloat16  # test_relu_gradients_in_bfloat16 instead
