@@ -63,7 +63,7 @@ bench: $(ENVIRONMENT) $(LIBRARY)
 
 # It takes the library that is there, or builds one.
 gpu-day: $(ENVIRONMENT)
-	$(PY) -m fastseq.benchmarks.gpu_day $(ARGS)
+	$(PY) -m fastseq.benchmarks.gpu.day $(ARGS)
 
 library: $(ENVIRONMENT) $(LIBRARY)
 

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastseq.benchmarks import environment, floors, gate, memory
-from fastseq.benchmarks.attention import AttentionWorkload
-from fastseq.benchmarks.attention_providers import ATTENTION_PROVIDERS
 from fastseq.benchmarks.cli import device_of
-from fastseq.benchmarks.timing import BenchmarkTimer, clock_for
+from fastseq.benchmarks.measure import environment, memory
+from fastseq.benchmarks.measure.check import check_provider, problem_of
+from fastseq.benchmarks.ops.timer import BenchmarkTimer
+from fastseq.benchmarks.providers.attention import ATTENTION_PROVIDERS
+from fastseq.benchmarks.roofline.model import roofline_of
+from fastseq.benchmarks.roofline.peaks import Peaks, measure_peaks
+from fastseq.benchmarks.workloads.attention import AttentionWorkload
+from fastseq.benchmarks.workloads.clocks import clock_for
 
 ROUNDS, WARMUP_ROUNDS = 15, 2
 
@@ -34,8 +38,8 @@ def attention_dtype(device: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def attention_peaks(device: str, attention_dtype: str) -> floors.Peaks:
-    return floors.measure(device, torch.get_num_threads(), attention_dtype, quick=True)
+def attention_peaks(device: str, attention_dtype: str) -> Peaks:
+    return measure_peaks(device, torch.get_num_threads(), attention_dtype, quick=True)
 
 
 @pytest.fixture
@@ -51,10 +55,10 @@ def measure_attention(benchmark: Any, request: pytest.FixtureRequest, device: st
         missing = provider.unavailable(w)
         if missing:
             pytest.skip(missing)
-        check = gate.check(lambda shape: (provider.build(shape), provider.layout), w)
+        check = check_provider(lambda shape: (provider.build(shape), provider.layout), w)
         assert check.ok, check.reason
 
-        call = w.call(provider.build(w), gate.problem(w))
+        call = w.call(provider.build(w), problem_of(w))
         timer.clock = timer.clock or clock_for(device)
         benchmark.group = group
         shape = f"T={w.T} S={w.S} B={w.B} H={w.heads} G={w.G} E={w.E}"
@@ -66,12 +70,12 @@ def measure_attention(benchmark: Any, request: pytest.FixtureRequest, device: st
                 benchmark.extra_info.update(peak_bytes=seen.peak_bytes, chose=provider.chose(call) + seen.chose)
             benchmark.pedantic(timer.target(run), rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
         if not benchmark.disabled:
-            floor = floors.floor_of(w, request.getfixturevalue("attention_peaks"))
+            roofline = roofline_of(w, request.getfixturevalue("attention_peaks"))
             median = benchmark.stats.stats.median
             benchmark.extra_info.update(
-                floor_seconds=floor.seconds,
-                bound_by=floor.bound,
-                of_floor=floor.seconds / median,
+                roofline_seconds=roofline.seconds,
+                bound_by=roofline.bound,
+                of_roofline=roofline.seconds / median,
                 flops_per_second=w.flops / median,
                 bytes_per_second=w.bytes / median,
             )

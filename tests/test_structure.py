@@ -26,10 +26,10 @@ def room(path: Path) -> str | None:
     return name if name in ROOMS else None
 
 
-def imports(path: Path) -> set[str]:
-    """First component, below fastseq, of everything a file imports from fastseq."""
+def imported(path: Path) -> set[tuple[str, ...]]:
+    """Every dotted name that a file imports."""
     package = ("fastseq", *path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).parent.parts)
-    found = set()
+    found: set[tuple[str, ...]] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
@@ -39,8 +39,13 @@ def imports(path: Path) -> set[str]:
             names = [tuple(alias.name.split(".")) for alias in node.names]
         else:
             continue
-        found |= {name[1] for name in names if name[0] == "fastseq" and len(name) > 1}
+        found |= set(names)
     return found
+
+
+def imports(path: Path) -> set[str]:
+    """First component, below fastseq, of everything a file imports from fastseq."""
+    return {name[1] for name in imported(path) if name[0] == "fastseq" and len(name) > 1}
 
 
 @pytest.mark.parametrize("path", sorted(p for p in PACKAGE.rglob("*.py") if room(p)), ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -48,6 +53,26 @@ def test_imports_go_one_way(path):
     own = ROOMS.index(room(path))
     wrong = {name for name in imports(path) if name in ROOMS and ROOMS.index(name) < own}
     assert not wrong, f"{path.relative_to(ROOT)} imports from its left: {sorted(wrong)}"
+
+
+# The same for benchmarks/; what stands beside the rooms may import all of them.
+BENCHMARK_ROOMS = ("gpu", "claims", "suites", "report", "measure", "roofline", "providers", "workloads")
+BENCHMARK_FILES = sorted(p for name in BENCHMARK_ROOMS for p in (ROOT / "benchmarks" / name).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARK_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_benchmarks_import_one_way(path):
+    own = BENCHMARK_ROOMS.index(path.relative_to(ROOT / "benchmarks").parts[0])
+    names = [name[2:] for name in imported(path) if name[:2] == ("fastseq", "benchmarks") and len(name) > 2]
+    wrong = {name[0] for name in names if name[0] not in BENCHMARK_ROOMS or BENCHMARK_ROOMS.index(name[0]) < own}
+    assert not wrong, f"{path.relative_to(ROOT)} imports from its left: {sorted(wrong)}"
+
+
+def test_every_room_of_the_benchmarks_is_in_their_readme():
+    rooms = {p.name for p in (ROOT / "benchmarks").iterdir() if p.is_dir() and p.name not in ("results", "ops", "__pycache__")}
+    assert rooms == set(BENCHMARK_ROOMS)
+    text = (ROOT / "benchmarks/README.md").read_text()
+    assert all(f"`{name}/`" in text for name in (*rooms, "ops", "results"))
 
 
 def test_kernels_import_no_package_code():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fastseq.benchmarks.attention import MODES
-from fastseq.benchmarks.attention_providers import OWN, SDPA
-from fastseq.benchmarks.timing import BenchmarkTimer
+from fastseq.benchmarks.ops.timer import BenchmarkTimer
+from fastseq.benchmarks.providers.attention import OWN, SDPA
+from fastseq.benchmarks.workloads.base import ALL_MODES
 
 pytest.importorskip("pytest_benchmark")
 
@@ -26,9 +26,9 @@ CASES = {
 @pytest.mark.bench
 @pytest.mark.benchmark(timer=TIMER)
 @pytest.mark.parametrize("library", [SDPA, OWN])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_attention(measure_attention, device, case, mode, library):
     function, more = CASES[case]
     T, B, W = (2048, 8, 2048) if device.startswith("cuda") else (256, 2, 128)
-    measure_attention(TIMER, f"{case} {MODES[mode]}", library, function, mode, T=T, B=B, W=W, **more)
+    measure_attention(TIMER, f"{case} {ALL_MODES[mode]}", library, function, mode, T=T, B=B, W=W, **more)

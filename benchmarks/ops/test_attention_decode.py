@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastseq.benchmarks.attention_providers import OWN, SDPA
-from fastseq.benchmarks.timing import BenchmarkTimer
+from fastseq.benchmarks.ops.timer import BenchmarkTimer
+from fastseq.benchmarks.providers.attention import OWN, SDPA
 
 pytest.importorskip("pytest_benchmark")
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastseq.benchmarks import floors, gate, memory
-from fastseq.benchmarks.providers import PROVIDERS
-from fastseq.benchmarks.timing import BenchmarkTimer, clock_for
-from fastseq.benchmarks.workloads import MODES, Call, Workload
+from fastseq.benchmarks.measure import memory
+from fastseq.benchmarks.measure.check import check_provider, problem_of
+from fastseq.benchmarks.ops.timer import BenchmarkTimer
+from fastseq.benchmarks.providers.base import PROVIDERS
+from fastseq.benchmarks.roofline.model import roofline_of
+from fastseq.benchmarks.roofline.peaks import Peaks, measure_peaks
+from fastseq.benchmarks.workloads.base import MODES, Call, Workload
+from fastseq.benchmarks.workloads.clocks import clock_for
 
 pytest.importorskip("pytest_benchmark")
 
@@ -18,8 +22,8 @@ SHAPES = [(1, 128), (8, 256), (32, 256)]  # B, H
 
 
 @pytest.fixture(scope="session")
-def peaks(device: str) -> floors.Peaks:
-    return floors.measure(device, torch.get_num_threads(), "float32", quick=True)
+def peaks(device: str) -> Peaks:
+    return measure_peaks(device, torch.get_num_threads(), "float32", quick=True)
 
 
 @pytest.mark.bench
@@ -35,10 +39,10 @@ def test_recurrent(benchmark, request, device, cell, mode, B, H, packed, library
     missing = provider.unavailable(w)
     if missing:
         pytest.skip(missing)
-    check = gate.check(lambda shape: (provider.build(shape), provider.layout), w)
+    check = check_provider(lambda shape: (provider.build(shape), provider.layout), w)
     assert check.ok, check.reason
 
-    call = Call(provider.build(w), gate.problem(w), provider.layout)
+    call = Call(provider.build(w), problem_of(w), provider.layout)
     TIMER.clock = TIMER.clock or clock_for(device)
     benchmark.group = f"{cell} {MODES[mode]} B={B} H={H} {'packed' if packed else 'padded'}"
     benchmark.extra_info.update(
@@ -56,11 +60,11 @@ def test_recurrent(benchmark, request, device, cell, mode, B, H, packed, library
             benchmark.extra_info.update(peak_bytes=seen.peak_bytes, chose=provider.chose(call) + seen.chose)
         benchmark.pedantic(TIMER.target(call.run), rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
     if not benchmark.disabled:
-        floor = floors.floor_of(w, request.getfixturevalue("peaks"))
+        roofline = roofline_of(w, request.getfixturevalue("peaks"))
         median = benchmark.stats.stats.median
         benchmark.extra_info.update(
-            floor_seconds=floor.seconds,
-            bound_by=floor.bound,
-            of_floor=floor.seconds / median,
+            roofline_seconds=roofline.seconds,
+            bound_by=roofline.bound,
+            of_roofline=roofline.seconds / median,
             tokens_per_second=w.tokens / median,
         )

@@ -7,28 +7,15 @@ from typing import Any
 
 import torch
 
-from ..analysis import power_law
-from ..attention import CASES, FORMULA, MODES, AttentionWorkload
-from ..attention_providers import (
-    ATTENTION_PROVIDERS,
-    EAGER,
-    FLASH,
-    FLEX,
-    FORCED,
-    OWN,
-    OWN_MODULE,
-    REFORMER,
-    SDPA,
-    TORCH_MODULE,
-)
-from ..hashed import CHUNK, HASHED
-from ..plots import end_labels, log_axes
-from ..presentation import (
+from ..measure.case import Case, Options, Participant
+from ..measure.results import Results, Row
+from ..measure.timing import Effort
+from ..providers.attention import ATTENTION_PROVIDERS, EAGER, FLASH, FLEX, FORCED, OWN, OWN_MODULE, REFORMER, SDPA, TORCH_MODULE
+from ..report.model import (
     BYTE_UNITS,
     Card,
     Cell,
     Figure,
-    Options,
     Section,
     Table,
     bytes_text,
@@ -38,9 +25,11 @@ from ..presentation import (
     time_cell,
     time_text,
 )
-from ..results import Results, Row
-from ..runner import Case, Participant
-from ..timing import Effort
+from ..report.plots.style import end_labels, log_axes
+from ..report.statistics import power_law
+from ..workloads.attention import CASES, FORMULA, AttentionWorkload
+from ..workloads.base import ALL_MODES
+from ..workloads.hashed import CHUNK, HASHED
 
 NAME = "attention"
 SUMMARY = "attention alone against torch (every backend), FlexAttention, flash-attn: dense, biased, windowed, hashed, decoding"
@@ -83,7 +72,7 @@ def plan(options: Options) -> list[Case]:
     def make(function: str, T: int, B: int, W: int, E: int, mode: str, **more: Any) -> AttentionWorkload:
         return AttentionWorkload(function, T, B, W, W, mode, heads=W // E, **(common | more))
 
-    for E, T, causal, mode in product(*_dense_grid(cuda, options.quick), (False, True), MODES):
+    for E, T, causal, mode in product(*_dense_grid(cuda, options.quick), (False, True), ALL_MODES):
         W, tokens = _dense_size(cuda, options.quick)
         add("dense", make("dense", T, max(1, tokens // T), W, E, mode, causal=causal), CORE, OWN, SDPA)
 
@@ -230,7 +219,7 @@ def _name(row: Row) -> str:
     causal = " causal" if d["causal"] else ""
     keys = f" S={d['S']}" if row.group == "decode" else ""
     what = f"{row.group} {row.function}" if row.group == "memory" else row.group
-    return f"{what}{causal} {MODES[row.mode]} T={row.T}{keys} B={row.B} H={d['heads']}{groups} E={d['E']} {row.dtype}"
+    return f"{what}{causal} {ALL_MODES[row.mode]} T={row.T}{keys} B={row.B} H={d['heads']}{groups} E={d['E']} {row.dtype}"
 
 
 def derive(results: Results) -> dict[str, Any]:
@@ -268,10 +257,10 @@ def _targets(results: Results) -> list[dict[str, Any]]:
     cudnn = next(iter(FORCED))
     for mode, target in DENSE_TARGETS.items():
         values = _over([p for p in points if _is(p, "dense", mode) and _first(p).T >= 4096 and _E(p) < 256], cudnn)
-        judge(f"dense, hd 64 and 128, T ≥ 4096, {MODES[mode]}, over {cudnn}", target, values)
+        judge(f"dense, hd 64 and 128, T ≥ 4096, {ALL_MODES[mode]}, over {cudnn}", target, values)
     for name, (provider, target) in TARGETS.items():
         mode = "inference" if name in ("hd 256", "averaged weights", "padding + causal") else "training"
-        judge(f"{name}, {MODES[mode]}, over {provider}", target, _over([p for p in points if _is(p, name, mode)], provider))
+        judge(f"{name}, {ALL_MODES[mode]}, over {provider}", target, _over([p for p in points if _is(p, name, mode)], provider))
     copy = copy_bandwidth(results)
     shares = [
         _gb(r) * 1e9 / copy for p in points if _is(p, "decode", "inference") and (r := own_of(p)) and r.ok and _S(p) >= 8192
@@ -351,18 +340,18 @@ def _dense_tables(rows: list[Row]) -> list[Table]:
     lengths = sorted({r.T for r in dense})
     scale, unit = _unit(dense)
     tables = []
-    for E, causal, mode in product(sorted({_of(r, "E") for r in dense}), (False, True), MODES):
+    for E, causal, mode in product(sorted({_of(r, "E") for r in dense}), (False, True), ALL_MODES):
         at = {(r.provider, r.T): r for r in dense if r.mode == mode and _of(r, "E") == E and _of(r, "causal") == causal}
         body: list[list[Cell | str]] = []
         for provider in CORE:
             own = [at.get((provider, T)) for T in lengths]
             if any(r and r.ok for r in own):
-                body.append([provider, *(_flops_cell(r, scale) for r in own), _floor_cell([r for r in own if r and r.ok])])
+                body.append([provider, *(_flops_cell(r, scale) for r in own), _roofline_cell([r for r in own if r and r.ok])])
         own_rows = [at.get((OWN, T)) for T in lengths]
         if any(own_rows):
             body.append([f"{OWN} over {SDPA}", *(ratio_cell(r) for r in own_rows), ""])
-        title = f"{unit}, {'causal' if causal else 'full'}, head dim {E}, {MODES[mode]}"
-        tables.append(Table(title, ["", *(f"T={T}" for T in lengths), "of floor, longest"], body))
+        title = f"{unit}, {'causal' if causal else 'full'}, head dim {E}, {ALL_MODES[mode]}"
+        tables.append(Table(title, ["", *(f"T={T}" for T in lengths), "of roofline, longest"], body))
     return tables
 
 
@@ -376,10 +365,12 @@ def _flops_cell(row: Row | None, scale: float) -> Cell:
     return Cell(three_digits(flops(row) / scale), "", f"{time_text(row.seconds)}; {', '.join(row.chose)}")
 
 
-def _floor_cell(rows: list[Row]) -> Cell:
+def _roofline_cell(rows: list[Row]) -> Cell:
     row = rows[-1]
     return (
-        Cell(f"{row.of_floor:.0%}", "", f"bound by {row.floor['bound']}: {row.floor['note']}") if row.floor else Cell("–", "weak")
+        Cell(f"{row.of_roofline:.0%}", "", f"bound by {row.roofline['bound']}: {row.roofline['note']}")
+        if row.roofline
+        else Cell("–", "weak")
     )
 
 
@@ -405,7 +396,7 @@ def _feature_table(rows: list[Row]) -> Table:
         if torch_row is not None and torch_row.provider == TORCH_MODULE:
             times[1] = time_cell(torch_row)
         chosen = ", ".join(torch_row.chose[:1]) if torch_row and torch_row.ok else ""
-        body.append([first.group, MODES[first.mode], size, *times, time_cell(own), ratio_cell(own), against, *memory, chosen])
+        body.append([first.group, ALL_MODES[first.mode], size, *times, time_cell(own), ratio_cell(own), against, *memory, chosen])
     columns = ["case", "mode", "size", "eager", "torch", "FlexAttention", "flash-attn", "fastseq", "vs torch", "vs fastest other"]
     return Table(
         "Where torch is slow",
@@ -521,7 +512,7 @@ def _dense_figure(rows: list[Row]) -> Figure | None:
     def draw(canvas: Any, theme: Any) -> None:
         every = canvas.subplots(2, 2)
         for axes, (causal, mode) in zip(every.flat, product((False, True), ("inference", "backward")), strict=True):
-            title = f"{'causal' if causal else 'full'}, {MODES[mode]}, head dim {E}: {unit}"
+            title = f"{'causal' if causal else 'full'}, {ALL_MODES[mode]}, head dim {E}: {unit}"
             lines = {
                 p: {r.T: flops(r) / scale for r in shown if (r.provider, r.mode, _of(r, "causal")) == (p, mode, causal)}
                 for p in CORE

@@ -7,27 +7,15 @@ from typing import Any
 
 import torch
 
-from ..analysis import geometric_mean
-from ..cell_providers import cuda_name, own_name, torch_name
-from ..cells import CELLS, CellWorkload
-from ..presentation import (
-    Card,
-    Cell,
-    Figure,
-    Options,
-    Section,
-    Table,
-    heat_cell,
-    ratio_cell,
-    speed_tone,
-    time_cell,
-    time_text,
-)
-from ..providers import RECURRENT
-from ..results import Results, Row
-from ..runner import Case, Participant
-from ..strips import Strip, draw
-from ..timing import Effort
+from ..measure.case import Case, Options, Participant
+from ..measure.results import Results, Row
+from ..measure.timing import Effort
+from ..providers.base import RECURRENT
+from ..providers.cells import cuda_name, own_name, torch_name
+from ..report.model import Card, Cell, Figure, Section, Table, heat_cell, ratio_cell, speed_tone, time_cell, time_text
+from ..report.plots.strip import Strip, draw
+from ..report.statistics import geometric_mean
+from ..workloads.cells import CELLS, CellWorkload
 
 NAME = "cells"
 SUMMARY = "RNNCell, LSTMCell, GRUCell against torch.nn over batch and width: one step, its backward, a rollout step by step"
@@ -183,20 +171,24 @@ def _every_point(rows: list[Row]) -> Table:
         line: list[Cell | str] = [_name(r), time_cell(other), time_cell(r), ratio_cell(r)]
         if cuda:
             line += [time_cell(kernels), *(_graph(x) for x in (other, r, kernels)), *(_host(x) for x in (other, r, kernels))]
-        floor = Cell(f"{r.of_floor:.0%}", "", f"{r.floor['bound']}: {r.floor['note']}") if r.ok and r.floor else Cell("–", "weak")
+        roofline = (
+            Cell(f"{r.of_roofline:.0%}", "", f"{r.roofline['bound']}: {r.roofline['note']}")
+            if r.ok and r.roofline
+            else Cell("–", "weak")
+        )
         error = f"{r.check['error']:.1e}" if r.check and r.check["error"] is not None else "–"
         step = time_text(r.seconds / r.T)
-        body.append([*line, step, floor, error, ", ".join(r.chose), ", ".join(other.chose) if other else ""])
+        body.append([*line, step, roofline, error, ", ".join(r.chose), ", ".join(other.chose) if other else ""])
     graphs = []
     if cuda:
         graphs = ["(cuda)", "torch.nn in a graph", "fastseq in a graph", "(cuda) in a graph"]
         graphs += ["host time of torch.nn", "of fastseq", "of (cuda)"]
-    columns = ["point", "torch.nn", "fastseq", "speed-up", *graphs, "fastseq per step", "of floor", "error"]
+    columns = ["point", "torch.nn", "fastseq", "speed-up", *graphs, "fastseq per step", "of roofline", "error"]
     return Table(
         f"Every point: {len(body)}",
         [*columns, "fastseq ran", "torch.nn ran"],
         body,
-        "Of floor: the time that reading both weights, or computing with them, takes at the measured peaks, over the time."
+        "Of roofline: the time that reading both weights, or computing with them, takes at the measured peaks, over the time."
         + " (cuda): fastseq on its CUDA kernels, whose launch is made for a whole sequence." * cuda,
         folded=True,
     )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..curves import Curves, number, of_metric, share
-from ..experiments import SYMBOLS, Experiment
-from ..presentation import Options
-from ..providers import PROVIDERS
-from ..runner import Case, Participant
-from ..timing import Effort
+from ..measure.case import Case, Options, Participant
+from ..measure.timing import Effort
+from ..providers.base import PROVIDERS
+from ..report.curves import Curves, number, of_metric, share
+from ..workloads.experiments import SYMBOLS, Experiment
 
 NAME = "long-range"
 SUMMARY = "experiments against distance: norm of the gradient, accuracy of recall after a fixed budget; recurrence and attention"

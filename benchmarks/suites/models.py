@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from ..curves import PEAK, TIME, Curves
-from ..model_providers import AFTER, BEFORE, EAGER, OWN, SDPA
-from ..models import MODELS, ModelWorkload
-from ..presentation import Options
-from ..runner import Case, Participant
-from ..timing import Effort
-from ..workloads import MODES
+from ..measure.case import Case, Options, Participant
+from ..measure.timing import Effort
+from ..providers.models import AFTER, BEFORE, EAGER, OWN, SDPA
+from ..report.curves import PEAK, TIME, Curves
+from ..workloads.base import MODES
+from ..workloads.models import MODELS, ModelWorkload
 
 NAME = "models"
 SUMMARY = "whole models before and after: LSTM language model and nn.Transformer converted, BERT and GPT-2 of transformers"

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 
-from ..analysis import Crossover, crossover, power_law
-from ..plots import end_labels, log_axes
-from ..presentation import (
+from ..measure.case import Case, Options, Participant
+from ..measure.results import Results, Row
+from ..measure.timing import Effort
+from ..providers.base import PROVIDERS
+from ..providers.recurrent import RECURRENT_PROVIDERS, forced_name
+from ..report.model import (
     BYTE_UNITS,
     TIME_UNITS,
     Card,
     Cell,
     Figure,
-    Options,
     Section,
     Table,
     bytes_text,
@@ -25,12 +27,9 @@ from ..presentation import (
     time_cell,
     time_text,
 )
-from ..providers import PROVIDERS
-from ..recurrent_providers import RECURRENT_PROVIDERS, forced_name
-from ..results import Results, Row
-from ..runner import Case, Participant
-from ..timing import Effort
-from ..workloads import MODES, Workload
+from ..report.plots.style import end_labels, log_axes
+from ..report.statistics import Crossover, crossover, power_law
+from ..workloads.base import MODES, Workload
 
 NAME = "sequential-vs-parallel"
 SUMMARY = "time and memory against T: LSTM and GRU (eager loop, torch, fastseq), attention (naive, fused, fastseq)"
@@ -193,11 +192,11 @@ def _times(rows: list[Row], derived: dict[str, Any], mode: str, title: str) -> T
             + (
                 [
                     f"{longest.seconds / longest.T * 1e6:.1f}",
-                    _floor_cell(longest),
-                    longest.floor["bound"],
+                    _roofline_cell(longest),
+                    longest.roofline["bound"],
                     _baseline_cell(longest),
                 ]
-                if longest and longest.floor
+                if longest and longest.roofline
                 else ["–"] * 4
             )
         )
@@ -209,21 +208,21 @@ def _times(rows: list[Row], derived: dict[str, Any], mode: str, title: str) -> T
             "grows as",
             "R²",
             "µs per step",
-            "of floor",
+            "of roofline",
             "bound by",
             "vs torch",
         ],
         body,
-        "µs per step, distance to the floor and speed-up at the longest T measured. Floor: the time that "
+        "µs per step, distance to the roofline and speed-up at the longest T measured. Roofline: the time that "
         "the peaks measured in this run allow for the same arithmetic and weights (causal half of the "
         "scores for attention). vs torch: torch.nn for the recurrent layers, torch's fused attention for "
         "the other two.",
     )
 
 
-def _floor_cell(row: Row) -> Cell:
-    assert row.floor is not None
-    return Cell(f"{row.of_floor:.0%}", "", f"bound by {row.floor['bound']}: {row.floor['note']}")
+def _roofline_cell(row: Row) -> Cell:
+    assert row.roofline is not None
+    return Cell(f"{row.of_roofline:.0%}", "", f"bound by {row.roofline['bound']}: {row.roofline['note']}")
 
 
 def _baseline_cell(row: Row) -> Cell:

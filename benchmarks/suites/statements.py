@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from ..curves import PEAK, TIME, Curves, number, of_metric, share
-from ..experiments import SYMBOLS, Experiment
-from ..presentation import Options
-from ..providers import PROVIDERS
-from ..runner import Case, Participant
-from ..stack_providers import BLOCKS, HYBRID, LSTMS, STACK_PROVIDERS
-from ..statements import ALONE, CACHED, LAYERS, PLAIN, POSITIONED, StackWorkload, Statement
-from ..timing import Effort
+from ..measure.case import Case, Options, Participant
+from ..measure.timing import Effort
+from ..providers.base import PROVIDERS
+from ..providers.stacks import BLOCKS, HYBRID, LSTMS, STACK_PROVIDERS
+from ..report.curves import PEAK, TIME, Curves, number, of_metric, share
+from ..workloads.experiments import SYMBOLS, Experiment
+from ..workloads.statements import ALONE, CACHED, LAYERS, PLAIN, POSITIONED, StackWorkload, Statement
 
 NAME = "statements"
 SUMMARY = "experiments on single statements: order of the input, reach of cached segments, a stack of LSTM and attention block"

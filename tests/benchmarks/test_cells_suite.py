@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from fastseq.backends import cuda_host
-from fastseq.benchmarks import cli, gate
-from fastseq.benchmarks.cell_providers import CELL_PROVIDERS, _step
-from fastseq.benchmarks.cells import CELLS, CellWorkload
-from fastseq.benchmarks.presentation import Cell, Options
-from fastseq.benchmarks.recurrent_providers import forced
+from fastseq.benchmarks import cli
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.measure.check import check_provider, problem_of
+from fastseq.benchmarks.providers.cells import CELL_PROVIDERS, _step
+from fastseq.benchmarks.providers.recurrent import forced
+from fastseq.benchmarks.report.model import Cell
 from fastseq.benchmarks.suites import cells
+from fastseq.benchmarks.workloads.cells import CELLS, CellWorkload
 
 STEP = CellWorkload("lstmcell", 1, 3, 24, 24, "training")
 
@@ -40,9 +42,9 @@ def test_every_provider_passes_the_gate(name, steps, mode):
             pytest.skip(cuda_host.available())
         provider = forced(name.partition(".")[2].partition(" ")[0], "cuda-host", "plan", "", "", _step)
         assert provider.unavailable(w) is None
-        said = provider.chose(w.call(provider.build(w), gate.problem(w)))
+        said = provider.chose(w.call(provider.build(w), problem_of(w)))
         assert [backend for backend in said if backend.startswith("backend")] == ["backend: cuda-host"]
-    result = gate.check(lambda shape: (provider.build(shape), ""), w)
+    result = check_provider(lambda shape: (provider.build(shape), ""), w)
     assert result.ok, result.reason
     assert 0 < result.error <= result.bound < 1e-4
 
@@ -69,13 +71,13 @@ class Detached(nn.LSTMCell):
     ],
 )
 def test_a_wrong_cell_is_refused(cls, steps, mode, reason):
-    result = gate.check(lambda w: (cls(w.I, w.H), ""), replace(STEP, T=steps, mode=mode))
+    result = check_provider(lambda w: (cls(w.I, w.H), ""), replace(STEP, T=steps, mode=mode))
     assert not result.ok and reason in result.reason
 
 
 def test_a_rollout_feeds_the_output_back():
     w = replace(STEP, T=3, mode="inference")
-    call = w.call(nn.LSTMCell(24, 24), gate.problem(w))
+    call = w.call(nn.LSTMCell(24, 24), problem_of(w))
     h, c = call.leaves["h"], call.leaves["c"]
     x = call.x
     with torch.inference_mode():
@@ -87,7 +89,7 @@ def test_a_rollout_feeds_the_output_back():
 
 def test_backward_is_for_input_states_and_parameters():
     w = replace(STEP, function="grucell")
-    call = w.call(nn.GRUCell(24, 24), gate.problem(w))
+    call = w.call(nn.GRUCell(24, 24), problem_of(w))
     assert list(call.gradients()) == ["input", "h", "weight_ih", "weight_hh", "bias_ih", "bias_hh"]
 
 
@@ -162,5 +164,5 @@ def test_a_run_from_end_to_end(tmp_path):
     ]
     assert {(r["status"], r["reason"]) for r in found["rows"][2::3]} == {("unavailable", "runs on cuda tensors, not on cpu")}
     for row in (row for row in found["rows"] if not row["provider"].endswith("(cuda)")):
-        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["floor"]["seconds"] > 0
+        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["roofline"]["seconds"] > 0
     assert "Single cells against torch.nn" in (tmp_path / "report.html").read_text()

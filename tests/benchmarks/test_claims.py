@@ -6,19 +6,20 @@ import random
 
 import pytest
 
-from fastseq.benchmarks import claims
-from fastseq.benchmarks.decode import PREFILL, TOKENS, DecodeWorkload
-from fastseq.benchmarks.decode_providers import DECODE_PROVIDERS, GROWING, RESERVED, layer_name
-from fastseq.benchmarks.evidence import FAILS, HOLDS, PARTLY, UNDECIDED, Line, judge, less, lowest, meet, together
-from fastseq.benchmarks.experiments import Experiment
-from fastseq.benchmarks.providers import PROVIDERS
-from fastseq.benchmarks.results import Results, Row
-from fastseq.benchmarks.runner import EVERY_PROVIDER
-from fastseq.benchmarks.statements import StackWorkload, Statement
+from fastseq.benchmarks.claims import table as claims
+from fastseq.benchmarks.claims.evidence import judge, less, lowest, meet
+from fastseq.benchmarks.measure.results import Results, Row
+from fastseq.benchmarks.providers.base import PROVIDERS
+from fastseq.benchmarks.providers.decode import DECODE_PROVIDERS, GROWING, RESERVED, layer_name
+from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
+from fastseq.benchmarks.providers.variable_length import MASK, NESTED, VARIABLE_PROVIDERS
+from fastseq.benchmarks.providers.variable_length import layer_name as variable_name
+from fastseq.benchmarks.report.findings import FAILS, HOLDS, NOT_MEASURED, PARTLY, UNDECIDED, Line, together
 from fastseq.benchmarks.suites import SUITES, decode, long_range, sequential_vs_parallel, small_data, statements, variable_length
-from fastseq.benchmarks.variable import VariableWorkload
-from fastseq.benchmarks.variable_providers import MASK, NESTED, VARIABLE_PROVIDERS
-from fastseq.benchmarks.variable_providers import layer_name as variable_name
+from fastseq.benchmarks.workloads.decode import PREFILL, TOKENS, DecodeWorkload
+from fastseq.benchmarks.workloads.experiments import Experiment
+from fastseq.benchmarks.workloads.statements import StackWorkload, Statement
+from fastseq.benchmarks.workloads.variable_length import VariableWorkload
 
 LSTM = layer_name("fastseq", "LSTM")
 
@@ -95,7 +96,7 @@ def test_a_crossover_names_who_is_lower_and_its_interval():
 def test_every_statement_has_a_verdict_and_none_without_figures(synthetic):
     found = claims.verdicts(synthetic.lengths({}))
     assert [v.claim for v in found] == list(claims.CLAIMS) and len(found) == 13
-    assert {v.state for v in found} == {claims.NOT_MEASURED} and not any(v.figures for v in found)
+    assert {v.state for v in found} == {NOT_MEASURED} and not any(v.figures for v in found)
 
 
 def test_a_claim_without_rows_says_which_suite_to_run(synthetic):

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from fastseq.benchmarks import cli, selection
-from fastseq.benchmarks.presentation import Options
-from fastseq.benchmarks.results import Results, Row
-from fastseq.benchmarks.suites import SUITES
+from fastseq.benchmarks import cli
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.measure.results import Results, Row
+from fastseq.benchmarks.suites import SUITES, selection
 
 CPU = Options("cpu", "float32", (1,), quick=False)
 
@@ -37,9 +37,9 @@ def refused(capsys, *argv):
         (["--only", ""], "nothing given"),
         (["--only", "T=77"], "no point matches; these exist: T: 32, 64, 128"),
         (["--resume"], "--out is needed"),
-        (["--starts", "0"], "--starts: 0 is not a positive number of processes"),
-        (["--starts", "-2"], "--starts: -2 is not a positive number of processes"),
-        (["--starts", "two"], "--starts: invalid int value: 'two'"),
+        (["--restarts", "0"], "--restarts: 0 is not a positive number of processes"),
+        (["--restarts", "-2"], "--restarts: -2 is not a positive number of processes"),
+        (["--restarts", "two"], "--restarts: invalid int value: 'two'"),
         (["--picture", "a.gif"], "neither .svg nor .png"),
         (["--json-in", "/does/not/exist.json"], "cannot read /does/not/exist.json"),
     ],
@@ -210,7 +210,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     assert len(found["rows"]) == 2 * 2 * 4
     for row in found["rows"]:
         assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["memory"] > 0
-        assert row["floor"]["seconds"] > 0 and row["chose"] is not None
+        assert row["roofline"]["seconds"] > 0 and row["chose"] is not None
     assert found["environment"]["versions"]["torch"] == torch.__version__
     assert len((out / "rows.csv").read_text().splitlines()) == 17
 

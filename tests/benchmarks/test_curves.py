@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from fastseq.benchmarks import plots
-from fastseq.benchmarks.curves import PEAK, TIME, Curves, number, of_metric, share
-from fastseq.benchmarks.presentation import Cell
-from fastseq.benchmarks.providers import Provider
-from fastseq.benchmarks.results import Results, Row
-from fastseq.benchmarks.runner import Case, Participant, Runner
-from fastseq.benchmarks.timing import Effort
-from fastseq.benchmarks.workloads import Metric, Workload
+from fastseq.benchmarks.measure.case import Case, Participant
+from fastseq.benchmarks.measure.results import Results, Row
+from fastseq.benchmarks.measure.runner import Runner
+from fastseq.benchmarks.measure.timing import Effort
+from fastseq.benchmarks.providers.base import Provider
+from fastseq.benchmarks.report.curves import PEAK, TIME, Curves, number, of_metric, share
+from fastseq.benchmarks.report.model import Cell
+from fastseq.benchmarks.report.plots import style
+from fastseq.benchmarks.workloads.base import Metric, Workload
 
 NAME = "curves"
 ACCURACY, NORM = of_metric("Accuracy", share, 0), of_metric("Norm", number, 10, decays=True)
@@ -32,7 +33,7 @@ def timed(T, provider, seconds, ratio=None, **values):
     row.first = 3.0 if provider == OWN else None
     row.memory, row.parameters, row.chose = 1024 * T, 640, ["backend: cpu"] if provider == OWN else []
     row.check = {"ok": True, "error": 2e-7, "bound": 1e-6, "worst": "output", "reason": None}
-    row.floor = {"seconds": seconds / 2, "bound": "weights", "note": "1 KiB at 1 GB/s each step"}
+    row.roofline = {"seconds": seconds / 2, "bound": "weights", "note": "1 KiB at 1 GB/s each step"}
     if ratio:
         row.ratio = {"baseline": OTHER, "median": ratio, "low": 0.9 * ratio, "high": 1.1 * ratio}
     return row
@@ -136,7 +137,7 @@ def test_figures_can_be_drawn(both, title):
     both.rows.append(timed(8, "of somebody else", 1e-3))
     (section,) = CURVES.present(both)
     figure = next(f for f in section.figures if f.title.startswith(title))
-    drawn = plots.svg(figure, name=title)
+    drawn = style.svg(figure, name=title)
     assert "of a, forward" in drawn or "of b, forward + backward" in drawn
     assert (OWN in drawn) and ("of somebody else" in drawn) is (title in ("Time", "Peak memory"))
 

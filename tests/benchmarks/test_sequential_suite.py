@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastseq.benchmarks import claims
-from fastseq.benchmarks.presentation import Options
-from fastseq.benchmarks.runner import EVERY_PROVIDER
+from fastseq.benchmarks.claims import table as claims
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
 from fastseq.benchmarks.suites import sequential_vs_parallel as suite
 
 KERNELS = {"fastseq.LSTM (cuda)": "torch.nn.LSTM", "fastseq.GRU (cuda)": "torch.nn.GRU"}

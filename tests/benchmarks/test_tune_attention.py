@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from fastseq.benchmarks import attention_model as model
-from fastseq.benchmarks import tune_attention
+from fastseq.benchmarks.gpu import attention_model as model
+from fastseq.benchmarks.gpu import tune_attention
 
 
 def cost(kernel="forward", tile=(128, 64), causal=False, capability=90, resident=1, instruction="wgmma.mma_async", **more):
@@ -89,7 +89,7 @@ def test_one_command_without_a_gpu(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "fastseq.benchmarks.tune_attention",
+        "fastseq.benchmarks.gpu.tune_attention",
         "--out",
         str(out),
         "--features",
