@@ -84,7 +84,7 @@ def run_layers(
     for number, layer in enumerate(layers):
         part, last = slice(number * directions, (number + 1) * directions), number == options.num_layers - 1
         own = [None if state is None else state[part] for state in states]
-        x, of_layer, c = _run_layer(cell, x, own, layer, options, zoneout, batch_first and last)
+        x, of_layer, c = _run_layer(cell, x, own, layer, options, zoneout, last, batch_first and last)
         if options.training and options.dropout and not last:
             x = dropped(x, options.dropout)
         finals.append(of_layer)
@@ -103,6 +103,7 @@ def _run_layer(
     layer: Layer,
     options: Options,
     zoneout: tuple[float, float],
+    last: bool,
     batch_first: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """Output [.., D*P], [B, T, D*P] with ``batch_first``; final states [D, B, n]; c of every step [.., D*H]."""
@@ -130,6 +131,7 @@ def _run_layer(
             walk,
             return_cells=options.return_cells,
             recompute=options.recompute,
+            private=not last,
             batch_first=batch_first,
         )
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import flops
+
 
 def outside_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps out of an implementation what is meant for its caller: autocast, in backward passes as well, and Dynamo, which goes
@@ -51,3 +53,18 @@ def needs_plain_torch(tensors: Sequence[Tensor]) -> bool:
 
 def wants_gradient(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+
+
+def register_autograd(library: torch.library.Library, name: str, run: Callable[..., Any]) -> None:
+    """What an op of a recorded program does where autograd or a transform has to see through it: ``run``, with its arguments."""
+    op = getattr(torch.ops.fastseq, name).default
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        flops.announce()
+        given = [t for arg in args for t in (arg if isinstance(arg, list) else (arg,)) if isinstance(t, Tensor)]
+        if needs_plain_torch(given) or wants_gradient(given):
+            return run(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)

@@ -39,7 +39,8 @@ dh0, dc0       as h0, c0           always computed
 ``c`` and ``gates`` mean the same whichever backend wrote them, so any backend's backward takes any backend's forward.
 
 ``recurrent`` takes the parameters as ``Weights`` has them and gives y without D, [.., D*P], and c of every step only if it is
-asked for. Its y belongs to the caller, who may overwrite it: what the backward pass needs of it is not affected.
+asked for. Its y belongs to the caller, who may overwrite it unless he called it ``private``: what the backward pass needs of it
+is not affected.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from torch import Tensor
 from .. import backends
 from ..cells import CELLS
 from . import flops
-from ._dispatch import needs_plain_torch, outside_dynamo, recorded, wants_gradient
+from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd, wants_gradient
 from .recurrent_gradients import input_gradients, recomputed_gates, reference_layer
 from .types import Backward, Call, Forward, Walk, Weights
 
@@ -63,7 +64,8 @@ _WALK = (
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(
     "recurrent(Tensor x, Tensor? h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, "
-    f"Tensor[] vectors, {_WALK}, bool return_cells, bool recompute) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c)"
+    f"Tensor[] vectors, {_WALK}, bool return_cells, bool recompute, bool private) -> "
+    "(Tensor y, Tensor h_n, Tensor c_n, Tensor c)"
 )
 _library.define(
     "recurrent_forward(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor weight, Tensor? vectors, Tensor? projection, Tensor? h0, "
@@ -164,14 +166,9 @@ class _Layer(NamedTuple):
     walk: Walk
     return_cells: bool
     recompute: bool
+    private: bool  # nobody will overwrite the output
     batch_first: bool = False  # of the output alone
     packed: bool = False  # the output alone has the rows [N] of a packed batch, whose sequences are all of one length
-
-    def arguments(
-        self, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Weights, save_c: bool, save_gates: bool
-    ) -> tuple[Any, ...]:
-        """Of the forward op."""
-        return x, *weights.stacked(CELLS[self.walk.cell]), h0, c0, *self.walk, save_c, save_gates
 
     def output(self, y: Tensor) -> Tensor:
         """[.., D, P] -> [.., D*P], a view."""
@@ -189,19 +186,21 @@ class _Recurrent(torch.autograd.Function):
         """``kinds``: which of ``Weights`` are among ``params``."""
         walk = layer.walk
         weights, has_c = _grouped(params, kinds), CELLS[walk.cell].has_c
-        y, h_n, c_n, c, gates = _forward_op(*layer.arguments(x, h0, c0, weights, True, not layer.recompute))
+        y, h_n, c_n, c, gates = _forward_op(*weights.arguments(x, h0, c0, layer.walk, True, not layer.recompute))
         ctx.save_for_backward(x, h0, c0, *walk[:4], y, c, gates, *params)
         ctx.layer, ctx.kinds = layer._replace(walk=walk._replace(lengths=None, batch_sizes=None, hold_h=None, hold_c=None)), kinds
         ctx.set_materialize_grads(False)
-        # The caller may overwrite its output. In a recorded program that is a copy, which the compiler drops where nobody does.
-        # Else it shares its memory with the y saved, and a tensor without memory keeps the count of its changes.
-        out = layer.output(y)
+        # The caller may overwrite its output, which shares its memory with the y saved: a tensor without memory keeps the count
+        # of its changes. A recorded program has no such count, so that its output is a copy; not a clone, which Inductor removes
+        # although it is returned and y saved, and which like this is fused with what reads it.
+        out, ctx.changes = layer.output(y), None
         if recorded() or type(y) is not Tensor:
-            ctx.changes, out = None, out.clone()
+            out = out if layer.private else out.neg().neg()
         else:
             out = out.data
-            ctx.changes = out.detach()
-            ctx.changes.data = out.new_empty(0)
+            if not layer.private:
+                ctx.changes = out.detach()
+                ctx.changes.data = out.new_empty(0)
         return out, h_n, c_n if has_c else None, c if has_c and layer.return_cells else None
 
     @staticmethod
@@ -237,7 +236,7 @@ def _backward(ctx, layer, x, h0, c0, y, c, gates, params, given):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _differentiable_backward(wanted, (x, h0, c0, *params), ctx.kinds, walk, given)
     given = tuple(None if grad is None else grad.contiguous() for grad in given)
-    arguments = layer.arguments(x, h0, c0, weights, False, False)
+    arguments = weights.arguments(x, h0, c0, walk, False, False)
     if ctx.changes is not None and ctx.changes._version:
         y = _forward_op(*arguments)[0]
     if layer.recompute:
@@ -289,33 +288,26 @@ def _arguments(*args: Any) -> tuple[_Layer, Tensor, Tensor | None, Tensor | None
 
 def _recurrent(*args: Any) -> tuple[Tensor, ...]:
     layer, x, h0, c0, weights = _arguments(*args)
-    y, h_n, c_n, c, _ = _forward_op(*layer.arguments(x, h0, c0, weights, layer.return_cells, False))
+    y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, layer.return_cells, False))
     return layer.output(y).data, h_n, c_n, c
 
 
-def _recurrent_autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+def _through_recurrent(*args: Any) -> tuple[Tensor, ...]:
     layer, x, h0, c0, weights = _arguments(*args)
-    flops.announce()
-    given = [t for t in (x, h0, c0, *(tensor for kind in weights for tensor in kind)) if t is not None]
-    if needs_plain_torch(given):
-        results = _plain(layer, x, h0, c0, weights)
-    elif wants_gradient(given):
-        results = _applied(layer, x, h0, c0, weights)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _layer_op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    given = [t for t in (x, h0, c0, *[tensor for kind in weights for tensor in kind]) if t is not None]
+    results = (_plain if needs_plain_torch(given) else _applied)(layer, x, h0, c0, weights)
     return tuple(x.new_empty(0) if result is None else result for result in results)
 
 
 def _fake_recurrent(*args: Any) -> tuple[Tensor, ...]:
     layer, x, h0, c0, weights = _arguments(*args)
-    call = Forward(*layer.arguments(x, h0, c0, weights, layer.return_cells, False))
+    call = Forward(*weights.arguments(x, h0, c0, layer.walk, layer.return_cells, False))
     y, h_n, c_n, c, _ = call.empty_results(_fake_batch(call, h0, c0))
     return y.new_empty((*y.shape[:-2], call.lanes * call.width)), h_n, c_n, c
 
 
 _library.impl("recurrent", outside_dynamo(_recurrent), "CompositeExplicitAutograd")
-_library.impl("recurrent", _recurrent_autograd, "Autograd", with_keyset=True)
+register_autograd(_library, "recurrent", _through_recurrent)
 torch.library.register_fake("fastseq::recurrent", _fake_recurrent, lib=_library)
 _layer_op = torch.ops.fastseq.recurrent.default
 
@@ -329,6 +321,7 @@ def recurrent(
     *,
     return_cells: bool = False,
     recompute: bool = False,
+    private: bool = False,
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One layer, differentiable: y [.., D*P], h_n [D, B, P], c_n [D, B, K*H] or None, c of every step [.., D*K*H] or None.
@@ -338,6 +331,7 @@ def recurrent(
         return_cells: without it c is None.
         recompute: save no gate activations for the backward pass, but recompute them there (one large product, parallel over
             the steps): less memory, more time.
+        private: y goes nowhere where it could be overwritten, but into another layer.
         batch_first: y is ``[B, T, D*P]``; x is not.
     """
     batch_sizes, packed = walk.batch_sizes, False
@@ -348,7 +342,7 @@ def recurrent(
             hold_h, hold_c = (None if hold is None else hold.unflatten(0, (steps, batch)) for hold in (walk.hold_h, walk.hold_c))
             walk = walk._replace(batch_sizes=None, hold_h=hold_h, hold_c=hold_c)
             x, packed = x.view(steps, batch, x.shape[1]), True
-    layer = _Layer(walk, return_cells, recompute, batch_first, packed)
+    layer = _Layer(walk, return_cells, recompute, private, batch_first, packed)
     given = [t for t in (x, h0, c0, *[tensor for kind in weights for tensor in kind]) if t is not None]
     compiling = torch.compiler.is_compiling()
     if needs_plain_torch(given):
@@ -356,15 +350,15 @@ def recurrent(
     elif recorded() and (not compiling or torch.compiler.is_exporting() or wants_gradient(given)):
         if not compiling:
             flops.announce()
-        y, h_n, c_n, c = _layer_op(x, h0, c0, *weights, *walk, return_cells, recompute)
+        y, h_n, c_n, c = _layer_op(x, h0, c0, *weights, *walk, return_cells, recompute, private)
         y = layer.laid_out(y)
     elif compiling:
-        y, h_n, c_n, c, _ = _forward_op(*layer.arguments(x, h0, c0, weights, return_cells, False))
+        y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, return_cells, False))
         y = layer.output(y)
     elif wants_gradient(given):
         y, h_n, c_n, c = _applied(layer, x, h0, c0, weights)
     else:
-        y, h_n, c_n, c, _ = _forward_op(*layer.arguments(x, h0, c0, weights, return_cells, False))
+        y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, return_cells, False))
         y = layer.output(y).data  # of the caller's own, not a view
     has_c = CELLS[walk.cell].has_c
     if not has_c or not return_cells:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
 from ..reference import recurrent as reference
 from ..reference.cells import steps as cell_steps
 from ._dispatch import recorded
@@ -21,7 +20,7 @@ from .types import Backward, Forward, Walk, Weights
 
 def reference_layer(x: Tensor, h0: Tensor | None, c0: Tensor | None, walk: Walk, weights: Weights) -> tuple[Tensor, ...]:
     """A layer in plain, differentiable PyTorch: y, h_n, c_n, c."""
-    return reference.forward(Forward(x, *weights.stacked(CELLS[walk.cell]), h0, c0, *walk, True, False))[:4]
+    return reference.forward(Forward(*weights.arguments(x, h0, c0, walk, True, False)))[:4]
 
 
 def input_gradients(

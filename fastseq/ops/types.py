@@ -20,6 +20,19 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+class Walk(NamedTuple):
+    """How a layer is walked: what the recurrent ops take beside states and weights."""
+
+    lengths: Tensor | None
+    batch_sizes: Tensor | None
+    hold_h: Tensor | None
+    hold_c: Tensor | None
+    cell: str
+    reverse: list[int]
+    zoneout_h: float
+    zoneout_c: float
+
+
 class Weights(NamedTuple):
     """The parameters of a layer: of each kind a tensor for every lane, or none."""
 
@@ -29,6 +42,12 @@ class Weights(NamedTuple):
     b_hh: Sequence[Tensor]  # [G*H]
     w_hr: Sequence[Tensor]  # [P, H]
     vectors: Sequence[Tensor]  # [V*H]: what acts inside a step, but for a bias
+
+    def arguments(
+        self, x: Tensor, h0: Tensor | None, c0: Tensor | None, walk: Walk, save_c: bool, save_gates: bool
+    ) -> tuple[Any, ...]:
+        """Of the forward op."""
+        return x, *self.stacked(CELLS[walk.cell]), h0, c0, *walk, save_c, save_gates
 
     def stacked(self, row: Cell) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """``w_ih, b_ih, weight, vectors, projection`` of the forward op: every bias that can be is folded into ``b_ih``."""
@@ -54,19 +73,6 @@ class Weights(NamedTuple):
             torch.stack(list(vectors or inside)) if vectors or inside else None,
             torch.stack(list(w_hr)) if w_hr else None,
         )
-
-
-class Walk(NamedTuple):
-    """How a layer is walked: what the recurrent ops take beside states and weights."""
-
-    lengths: Tensor | None
-    batch_sizes: Tensor | None
-    hold_h: Tensor | None
-    hold_c: Tensor | None
-    cell: str
-    reverse: list[int]
-    zoneout_h: float
-    zoneout_c: float
 
 
 @dataclass(slots=True)

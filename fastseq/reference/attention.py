@@ -19,7 +19,6 @@ v; in a tile b sequences, R queries, C keys.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -174,23 +173,18 @@ class _Places:
     """Where the queries and keys of a tile stand; formed if asked for."""
 
     def __init__(self, tile: Tile, device: torch.device) -> None:
-        self._tile, self._device = tile, device
+        self.i = torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None]  # [R, 1]
+        self.j = torch.arange(tile.keys.start, tile.keys.stop, device=device)  # [C]
+        self._shift = tile.shift
+        self._distance: Tensor | None = None
 
-    @functools.cached_property
-    def i(self) -> Tensor:
-        """[R, 1]."""
-        return torch.arange(self._tile.rows.start, self._tile.rows.stop, device=self._device)[:, None]
-
-    @functools.cached_property
-    def j(self) -> Tensor:
-        """[C]."""
-        return torch.arange(self._tile.keys.start, self._tile.keys.stop, device=self._device)
-
-    @functools.cached_property
+    @property
     def distance(self) -> Tensor:
         """j - p: [b or 1, 1, R, C]."""
-        distance = self.j - (self.i + self._tile.shift)
-        return distance if distance.dim() == 4 else distance[None, None]
+        if self._distance is None:
+            distance = self.j - (self.i + self._shift)
+            self._distance = distance if distance.dim() == 4 else distance[None, None]
+        return self._distance
 
 
 def _hidden(own: Spec, at: _Places) -> Tensor | None:
