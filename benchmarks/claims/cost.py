@@ -90,9 +90,9 @@ def train_faster(rows: list[Row]) -> list[Finding]:
         holds = less(block, lstm)
         if not holds:
             continue
-        tokens = {row.T: row.tokens for row in own}
+        tokens: dict[float, int] = {row.T: row.tokens for row in own}
         figures = ", ".join(
-            f"T = {T}: {tokens[T] / block.values[T]:,.0f} tokens/s against {tokens[T] / lstm.values[T]:,.0f} for the LSTM"
+            f"T = {T:g}: {tokens[T] / block.values[T]:,.0f} tokens/s against {tokens[T] / lstm.values[T]:,.0f} for the LSTM"
             for T in sorted({holds.places[0], holds.places[-1]})
         )
         meetings = meet(block, lstm)

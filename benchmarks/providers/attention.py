@@ -75,7 +75,7 @@ def _sdpa_call(w: AttentionWorkload, device: torch.device) -> Callable[..., Tens
             mask = more["bias"]
         elif buckets is not None:
             mask = F.embedding(buckets, more["table"]).permute(2, 0, 1)[None]
-        if seen is not None and mask is not seen:
+        if seen is not None and mask is not None and mask is not seen:
             mask = mask.masked_fill(~seen, -torch.inf)
         return run(q, k, v, mask, 0.0, is_causal, scale=None, enable_gqa=w.G != w.heads)
 

@@ -29,7 +29,7 @@ class Provider:
     function: str
     layout: str  # "time" or "batch"
     build: Callable[[Workload], Any]
-    unavailable: Callable[[Workload], str | None] = lambda workload: None
+    unavailable: Callable[[Any], str | None] = lambda workload: None
     chose: Callable[[Any], list[str]] = lambda call: []
     color: str = "#888888"
     dashed: bool = False

@@ -323,7 +323,13 @@ def _what_ran(rows: list[Row]) -> Table:
         count = f"{max(r.parameters or 0 for r in own):,}" if any(r.parameters for r in own) else "–"
         chosen = ", ".join(sorted({name for r in own for name in r.chose}))
         reasons = "; ".join(dict.fromkeys(r.reason for r in own if r.reason))
-        line = [provider, f"{sum(r.ok for r in own)} of {len(own)}", count, status, f"{share:.0%}" if checks else "–"]
+        line: list[Cell | str] = [
+            provider,
+            f"{sum(r.ok for r in own)} of {len(own)}",
+            count,
+            status,
+            f"{share:.0%}" if checks else "–",
+        ]
         line += [time_text(max(found)) if found else "–" for found in (first, host)]
         body.append([*line, chosen or reasons or "–"])
     return Table(

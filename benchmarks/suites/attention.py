@@ -96,7 +96,7 @@ def plan(options: Options) -> list[Case]:
     ):
         if name == "TF32" and not cuda:
             continue
-        sizes = {"T": T, "B": B, "W": W, "E": E, **more}
+        sizes: dict[str, Any] = {"T": T, "B": B, "W": W, "E": E, **more}
         for mode in ("inference", "training"):
             workload = make(function, mode=mode, **sizes)
             if CASES[function].module:

@@ -177,7 +177,7 @@ def test_the_first_call_is_reported_apart():
     }
     case = Case(NAME, "a", tuple(Participant(name, Workload("lstm", 5, 2, 8, 8)) for name in providers), Effort(0.01, 1, 1))
     compiles, raises = Runner("cpu", providers=providers, quick=True).run(case)
-    assert compiles.ok and compiles.first > 0.3 > compiles.seconds
+    assert compiles.ok and made and compiles.first > max(0.3, compiles.seconds)
     assert raises.status == "wrong" and raises.first is None and "no kernel" in raises.reason
     (untimed,) = Runner("cpu", providers=providers).run(replace(case, participants=case.participants[:1], timed=False))
     assert untimed.ok and untimed.first is None
