@@ -30,8 +30,12 @@ def derive(results: Results) -> dict[str, Any]:
 
 
 def page(results: Results) -> str:
+    environment = results.environment
     headline = suites.SUITES[suites.DEFAULT].picture(results) if suites.DEFAULT in results.suites() else None
-    return html.page(results, sections(results), verdicts(results), headline)
+    device, cpus = environment.get("device name", "this device"), environment.get("cpu", {}).get("cpus")
+    of = f" ({cpus} vCPU)" if cpus and environment.get("device") == "cpu" else ""
+    what = "RNN vs attention" if headline else "fastseq benchmarks"
+    return html.page(f"{what} on {device}{of}", results, sections(results), verdicts(results), headline)
 
 
 def figures(results: Results) -> str:

@@ -34,7 +34,7 @@ from .measure.case import QUICK_RESTARTS, RESTARTS, Case, Options
 from .measure.check import forget_references
 from .measure.results import Results, write_csv
 from .measure.runner import Runner
-from .report import compare, readme
+from .report import compare, quality, readme
 from .report.plots import style
 from .suites import DEFAULT, SUITES, selection
 
@@ -45,7 +45,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m fastseq bench",
-        description="What recurrence costs against attention on this device, and what fastseq makes of it.",
+        description="Benchmark fastseq against PyTorch on this device and write an HTML report.",
         epilog="examples:\n"
         "  python -m fastseq bench --quick\n"
         '  python -m fastseq bench --suite recurrent --only "cell=GRU,LSTM B=8 threads=1 mode=training"\n'
@@ -131,6 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure(cases, results, options, console, lambda results: results.save(out / "results.json"))
         assembly.show(results, console)
         _write(results, out, console)
+    if args.picture or args.readme:
+        refusal = quality.refusal(results)
+        if refusal:
+            p.error(f"{'--readme' if args.readme else '--picture'}: {refusal}")
     if args.picture:
         suite = results.suites()[0]
         style.save(SUITES[suite].picture(results), args.picture, style.THEMES[args.theme])

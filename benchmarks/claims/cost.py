@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 from ..measure.results import Row
 from ..providers.attention import ATTENTION_PROVIDERS, OWN, REFORMER
-from ..report.findings import FAILS, FORMATS, HOLDS, PARTLY, Finding, Line, Meeting, Panel, Part
-from ..report.model import bytes_text, time_text
+from ..report.findings import FAILS, FORMATS, HOLDS, INCONCLUSIVE, PARTLY, Finding, Line, Meeting, Panel, Part
+from ..report.model import bytes_text, power, time_text
 from ..report.statistics import local_exponents, power_law
 from ..suites import attention as alone
 from ..suites import decode, memory_use
 from ..suites import sequential_vs_parallel as length
 from ..workloads.base import MODES
 from ..workloads.hashed import HASHED
-from .evidence import by_size, judge, less, line, lowest, meet
+from .evidence import Answers, by_size, crossing, judge, less, line, lowest, meet, unreliable
 from .serving import state_lines
 
 FLAT = 0.5  # below this exponent the time counts as not growing with T
@@ -23,7 +23,7 @@ LSTMS = ("torch.nn.LSTM", "fastseq.LSTM", length.CUDA_KERNELS["LSTM"])
 LAYERS = (*LSTMS, "torch.nn.GRU", "fastseq.GRU", length.CUDA_KERNELS["GRU"])
 ATTENTION = ("naive attention", "fused attention")
 FUSED = ("fused attention", "fastseq attention")
-Compare = Callable[[Line, Line], dict[float, bool | None]]
+Compare = Callable[[Line, Line], Answers]
 
 
 def _lines(rows: list[Row], providers: tuple[str, ...], mode: str, quantity: str = "seconds") -> list[Line]:
@@ -46,24 +46,28 @@ def parallel_ops(rows: list[Row]) -> list[Finding]:
             every = _lines(own, (*length.RECURRENT, *length.PARALLEL), mode)
             attention = lowest(_lines(own, FUSED, mode), "fused attention")
             layer = lowest(_lines(own, LAYERS, mode), "fastest recurrent layer")
-            fits = [power_law(list(a.values), list(a.values.values())) for a in (attention, layer)]
-            if len(attention.values) < 2 or len(layer.values) < 2 or not fits[0] or not fits[1]:
+            if len(attention.values) < 2 or len(layer.values) < 2:
+                continue
+            panels.append(Panel(f"Time of a layer, {title}", tuple(a for a in every if a)))
+            doubt = unreliable(attention, title) or unreliable(layer, title)
+            fits = [power_law(list(a.firm), list(a.firm.values())) for a in (attention, layer)]
+            if doubt or not fits[0] or not fits[1]:
+                parts.append(doubt or Part(INCONCLUSIVE, "inconclusive, no two times are beyond doubt", title))
                 continue
             parts.append(_flatness(attention, fits[1].exponent, title))
-            T = max(layer.values)
+            T = max(layer.firm)
             figures.append(
-                f"{title}: time grows as T^{fits[0].exponent:.2f} for fused attention and T^{fits[1].exponent:.2f} for the "
+                f"{title}: time grows as {power(fits[0].exponent)} for fused attention and {power(fits[1].exponent)} for the "
                 f"fastest recurrent layer, which takes {time_text(layer.values[T] / T)} per step"
             )
-            panels.append(Panel(f"Time of a layer, {title}", tuple(a for a in every if a)))
         if parts:
             findings.append(Finding(sizes, tuple(parts), "; ".join(figures), (), tuple(panels)))
     return findings
 
 
 def _flatness(attention: Line, layer_exponent: float, about: str) -> Part:
-    flat, first, last = 0.0, min(attention.values), max(attention.values)
-    for _, high, slope in local_exponents(list(attention.values), list(attention.values.values())):
+    flat, first, last = 0.0, min(attention.firm), max(attention.firm)
+    for _, high, slope in local_exponents(list(attention.firm), list(attention.firm.values())):
         if slope >= FLAT:
             break
         flat = high
@@ -72,10 +76,8 @@ def _flatness(attention: Line, layer_exponent: float, about: str) -> Part:
     if flat == last:
         return Part(HOLDS, f"holds for T = {first:g}…{last:g}: attention takes no longer for longer sequences", about)
     if flat:
-        return Part(PARTLY, f"holds only up to T = {flat:g}: beyond it the device is full and attention grows as well", about)
-    return Part(
-        FAILS, f"does not hold here as time, T = {first:g}…{last:g}: the device is full and attention grows as well", about
-    )
+        return Part(PARTLY, f"holds only up to T = {flat:g}: beyond it attention grows as well", about)
+    return Part(FAILS, f"does not hold here as time, T = {first:g}…{last:g}: attention grows as well", about)
 
 
 def train_faster(rows: list[Row]) -> list[Finding]:
@@ -88,13 +90,14 @@ def train_faster(rows: list[Row]) -> list[Finding]:
         holds = less(block, lstm)
         if not holds:
             continue
-        tokens = {row.T: row.tokens for row in own}
+        tokens: dict[float, int] = {row.T: row.tokens for row in own}
         figures = ", ".join(
-            f"T = {T}: {tokens[T] / block.values[T]:,.0f} tokens/s against {tokens[T] / lstm.values[T]:,.0f} for the LSTM"
-            for T in sorted({min(holds), max(holds)})
+            f"T = {T:g}: {tokens[T] / block.values[T]:,.0f} tokens/s against {tokens[T] / lstm.values[T]:,.0f} for the LSTM"
+            for T in sorted({holds.places[0], holds.places[-1]})
         )
         meetings = meet(block, lstm)
-        where = "" if meetings else "; no crossover in the measured range"
+        crosses = crossing(block, lstm)
+        where = "; no crossover in the measured range" if crosses and not crosses.count else ""
         panel = Panel("Training step at equal parameters", (block, *(a for a in lstms if a)))
         text = f"{figures}{where} (equal parameters and tokens, best of {' and '.join(a.name for a in lstms if a)})"
         findings.append(Finding(sizes, (judge(holds),), text, meetings, (panel,)))
@@ -121,7 +124,7 @@ def _memory(rows: list[Row], compare: Compare) -> list[Finding]:
             holds = compare(attention, layer)
             if not holds:
                 continue
-            T = max(holds)
+            T = holds.places[-1]
             parts.append(judge(holds, attention.name))
             figures.append(f"{attention.name} {bytes_text(attention.values[T])}")
             meetings += meet(attention, layer)
@@ -141,7 +144,7 @@ def _inference(rows: list[Row], compare: Compare) -> list[Finding]:
         state, cache = state_lines(own)
         holds = compare(cache, state)
         if holds:
-            T = max(holds)
+            T = holds.places[-1]
             text = (
                 f"kept after T = {T:g}: {bytes_text(cache.values[T])} of keys and values, {bytes_text(state.values[T])} of state"
             )
@@ -163,7 +166,7 @@ def overhead(rows: list[Row]) -> list[Finding]:
                 holds = less(sparse, full)
                 if not holds:
                     continue
-                T, text = max(holds), FORMATS[unit]
+                T, text = holds.places[-1], FORMATS[unit]
                 parts.append(judge(holds, about))
                 figures.append(f"{about} {text(sparse.values[T])} against {text(full.values[T])} at T = {T}")
                 meetings += meet(sparse, full, about)
@@ -181,7 +184,7 @@ COLORS = {
     alone.WINDOW: "#0072b2",
     alone.BLOCKS: "#d55e00",
     HASHED: ATTENTION_PROVIDERS[REFORMER].color,
-    alone.SHARED: "#8d99ae",
+    alone.SHARED: "#7c889e",
 }
 CHEAPER = (
     (alone.WINDOW, alone.FULL, "sliding window"),

@@ -41,12 +41,12 @@ def long_range(rows: list[Row]) -> list[Finding]:
     of_suite = [row for row in rows if row.suite == reach.NAME]
     for sizes, own in by_size(row for row in of_suite if row.group == reach.GRADIENT).items():
         layers, attention = _lines(own, RECURRENT), _lines(own, (ATTENTION,))
-        holds = less(highest(layers, "best recurrent layer"), attention[0]) if attention else {}
+        holds = less(highest(layers, "best recurrent layer"), attention[0]) if attention else None
         if not holds:
             continue
         part = judge(holds, "at initialisation, less gradient comes through recurrence than through attention")
         factors = ", ".join(f"{a.name} {fit.factor:.3g}" for a in layers if (fit := _decay(a)))
-        T = max(holds)
+        T = holds.places[-1]
         far = ", ".join(f"{a.name} {a.values[T]:.2g}" for a in (*layers, *attention) if T in a.values)
         text = f"factor of the gradient for each step: {factors}; gradient across T = {T:g}: {far}"
         panel = Panel("Gradient at initialisation", (*layers, *attention), "number", DISTANCE)
@@ -114,12 +114,12 @@ def small_data(rows: list[Row]) -> list[Finding]:
             of_task = [row for row in own if row.group == task]
             shown = {a.name: a for a in _lines(of_task, (*RECURRENT, BLOCK), x=_samples)}
             lstm, block = shown.get("fastseq.LSTM"), shown.get(BLOCK)
-            holds = less(lstm, block, apart=True) if lstm and block else {}
+            holds = less(lstm, block) if lstm and block else None
             if not lstm or not block or not holds:
                 continue
             parts.append(judge(holds, task, "n"))
             meetings += meet(lstm, block, task, "n")
-            ends = sorted({min(holds), max(holds)})
+            ends = sorted({holds.places[0], holds.places[-1]})
             figures.append(", ".join(f"{task}, n = {n:g}: {lstm.values[n]:.3g} against {block.values[n]:.3g}" for n in ends))
             panels.append(Panel(f"Test loss, {task}", tuple(shown.values()), "number", AMOUNT, log=False))
         if parts:
@@ -203,9 +203,9 @@ def hybrid(rows: list[Row]) -> list[Finding]:
                 continue
             both, others = lines[single.HYBRID], [lines[name] for name in (single.LSTMS, single.BLOCKS)]
             better = (highest if what == "recall" else lowest)(others, "better stack of one kind")
-            worse = less(both, better, apart=True) if what == "recall" else less(better, both)
-            parts.append(judge({T: v is not True for T, v in worse.items()}, f"{what}, as good as the better one"))
-            T, form = max(worse), FORMATS[unit]
+            worse = less(both, better) if what == "recall" else less(better, both)
+            parts.append(judge(worse.turned(lambda v: v is not True), f"{what}, as good as the better one"))
+            T, form = worse.places[-1], FORMATS[unit]
             figures.append(f"{what} at T = {T:g}: " + ", ".join(f"{a.name} {form(a.values[T])}" for a in lines.values()))
             label = DISTANCE if what == "recall" else "T, sequence length"
             panels.append(Panel(f"{what.capitalize()} of two layers", tuple(lines.values()), unit, label, log=what != "recall"))

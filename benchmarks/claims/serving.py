@@ -33,7 +33,7 @@ def infer_faster(rows: list[Row]) -> list[Finding]:
             holds = less(block, lstm)
             if not holds:
                 continue
-            T = max(holds)
+            T = holds.places[-1]
             parts.append(judge(holds, title))
             meetings += meet(block, lstm, title)
             what = "prefill of" if stage == PREFILL else "a token after"
@@ -100,7 +100,7 @@ def variable_length(rows: list[Row]) -> list[Finding]:
                 holds = less(padded, tight) if function == "lstm" else less(tight, padded)
                 if not holds:
                     continue
-                T = max(holds)
+                T = holds.places[-1]
                 best = f"{family} is fastest {'padded' if function == 'lstm' else 'without padding'}, {title}"
                 parts.append(judge(holds, best))
                 meetings += meet(padded, tight, title)

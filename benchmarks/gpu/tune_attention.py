@@ -111,8 +111,7 @@ def candidates(kernel: str, w: AttentionWorkload, capability: int, grid: list[li
                 yield row | {"failed": "does not fit on a multiprocessor"}
                 continue
             if w.device != "meta":
-                own = ATTENTION_PROVIDERS[OWN]
-                check = check_provider(lambda shape, own=own: (own.build(shape), ""), w)
+                check = check_provider(lambda shape: (ATTENTION_PROVIDERS[OWN].build(shape), ""), w)
                 row["check"] = check.as_dict()
                 if check.ok:
                     clock = CudaClock(device=w.device)

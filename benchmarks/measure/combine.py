@@ -56,7 +56,10 @@ def _together(every: Sequence[Results]) -> Results:
         environment["cpu used by others"] = max(shares)
     options: dict[str, Any] = {name: any(r.options.get(name) for r in every) for name in ("quick", "full")}
     options["restarts"] = max(r.options.get("restarts", 1) for r in every)
-    options["parts"] = [r.options | {"suites": r.suites(), "git": r.environment.get("git")} for r in every]
+    options["parts"] = [
+        r.options | {"suites": r.suites(), "git": r.environment.get("git"), "flags": r.environment.get("flags", {})}
+        for r in every
+    ]
     if any(r.options.get("interrupted") for r in every):
         options["interrupted"] = True
     peaks = {(p.device, p.threads, p.dtype): p for r in every for p in r.peaks}

@@ -58,7 +58,7 @@ class Contention:
 class Watch:
     """`begin` before and `end` after something is timed. Both together take about a millisecond, outside of the timing.
 
-    `others`, `cpu_clock` and `gpu` can be replaced, for tests.
+    `others`, `cpu_clock`, `gpu` and `now` can be replaced, for tests.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ class Watch:
     def _megahertz(self) -> float | None:
         if self._dear:
             return None
-        start = time.perf_counter()
+        start = self.now()
         found = self._cpu_clock()
-        self._dear = time.perf_counter() - start > DEAREST  # with many processors, each of which is asked for its own
+        self._dear = self.now() - start > DEAREST  # with many processors, each of which is asked for its own
         return found
 
 

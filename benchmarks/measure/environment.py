@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+VARIABLES = ("FASTSEQ_", "OMP_", "MKL_", "KMP_", "GOMP_")
 CUDA_QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,ecc.mode.current,clocks_throttle_reasons.active"
 
 # Flags under which the same program computes something else.
@@ -46,6 +48,20 @@ def collect(device: str) -> dict[str, Any]:
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu()["name"]
+
+
+def where(env: dict[str, Any]) -> str:
+    """The device with its processors, the commit and the date, for titles: "AMD EPYC, 2 vCPU, commit 58a2d6e, 2026-11-20"."""
+    cpus = env.get("cpu", {}).get("cpus")
+    parts = [str(env.get("device name", "this device")), f"{cpus} vCPU" if env.get("device") == "cpu" and cpus else ""]
+    parts += [f"commit {env['git']}" if env.get("git") else "", dates(env.get("time", ""))]
+    return ", ".join(part for part in parts if part)
+
+
+def dates(times: str) -> str:
+    """The first and the last day of "2026-11-20 13:36 UTC, ..."."""
+    days = sorted(re.findall(r"\d{4}-\d\d-\d\d", times))
+    return " to ".join(dict.fromkeys(days[:1] + days[-1:]))
 
 
 def cpu() -> dict[str, Any]:
@@ -110,9 +126,12 @@ def flags() -> dict[str, Any]:
         "cudnn.benchmark": torch.backends.cudnn.benchmark,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
-        "FASTSEQ_BACKEND": os.environ.get("FASTSEQ_BACKEND"),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-    }
+    } | variables()
+
+
+def variables() -> dict[str, str]:
+    """Variables of the environment that choose programs or threads."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
 
 
 class Others:
@@ -135,13 +154,13 @@ class Others:
 
 
 def busy(env: dict[str, Any]) -> str | None:
-    """A sentence when other programs were running, which makes every figure of the run doubtful."""
+    """What other programs did, if it makes the figures of the run doubtful."""
     share = env.get("cpu used by others", 0.0)
     if share > 0.05:
-        return f"Other programs used {share:.0%} of the CPU while this was measured: expect noise."
+        return f"other programs used {share:.0%} of the CPU"
     load, cpus = env.get("load average", 0.0), env["cpu"].get("cpus", 1)
     if load > 0.5 * cpus and "cpu used by others" not in env:
-        return f"The machine was busy when this began (load {load} on {cpus} CPUs): expect noise."
+        return f"the machine was busy when this began (load {load} on {cpus} CPUs)"
     return None
 
 

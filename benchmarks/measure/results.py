@@ -17,6 +17,7 @@ SCHEMA = "fastseq-benchmark"
 VERSION = 2
 STATUS = ("ok", "wrong", "unavailable", "skipped")
 NOISY = 0.25  # of the median: between the quantiles of a row that is called noisy
+DOUBTFUL = 0.2  # of the rows behind a conclusion: with more of them contended or noisy there is none
 COUNTED = ("flops", "bytes", "amount")  # in a row's detail, by formulas
 
 
@@ -126,8 +127,13 @@ class Row:
 
     @property
     def contended(self) -> str | None:
-        """Why its figures are doubtful: the machine was throttled or busy, also when the row was timed once more."""
+        """What was wrong with the machine: other programs, or throttling, also when the row was timed once more."""
         return self.contention["contended"] if self.contention else None
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether its time is no ground for a verdict, a crossover or a headline."""
+        return bool(self.time) and (bool(self.contended) or self.noisy)
 
     @property
     def of_roofline(self) -> float:
@@ -190,6 +196,12 @@ class Results:
             return cls(d["environment"], d["options"], rows, [Peaks.from_dict(p) for p in d["peaks"]], d["seconds"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not have the fields of version {VERSION}: {error}") from error
+
+
+def reliable(rows: Iterable[Row]) -> bool:
+    """Whether something may be concluded from these rows: at most a fifth of their times are doubtful."""
+    timed = [row.doubtful for row in rows if row.ok and row.time]
+    return sum(timed) <= DOUBTFUL * len(timed)
 
 
 def _around(overall: dict[str, Any], restarts: dict[str, Any] | None, names: tuple[str, str, str]) -> tuple[float, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fastseq.benchmarks.ops.timer import BenchmarkTimer
@@ -11,7 +13,7 @@ from fastseq.benchmarks.workloads.base import ALL_MODES
 pytest.importorskip("pytest_benchmark")
 
 TIMER = BenchmarkTimer()  # wall clock on the CPU, CUDA events on a GPU; the clock is set by the first test
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("dense", {}),
     "causal": ("dense", {"causal": True}),
     "grouped": ("dense", {"causal": True, "kv_heads": 1}),

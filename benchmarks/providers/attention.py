@@ -75,7 +75,7 @@ def _sdpa_call(w: AttentionWorkload, device: torch.device) -> Callable[..., Tens
             mask = more["bias"]
         elif buckets is not None:
             mask = F.embedding(buckets, more["table"]).permute(2, 0, 1)[None]
-        if seen is not None and mask is not seen:
+        if seen is not None and mask is not None and mask is not seen:
             mask = mask.masked_fill(~seen, -torch.inf)
         return run(q, k, v, mask, 0.0, is_causal, scale=None, enable_gqa=w.G != w.heads)
 
@@ -287,10 +287,10 @@ def _eager(w: AttentionWorkload, tensors: Tensors) -> Bound:
 
 
 FORCED = {
-    "torch SDPA (cudnn)": (SDPBackend.CUDNN_ATTENTION, "#7fb069"),
-    "torch SDPA (flash)": (SDPBackend.FLASH_ATTENTION, "#e29100"),
-    "torch SDPA (efficient)": (SDPBackend.EFFICIENT_ATTENTION, "#c77dff"),
-    "torch SDPA (math)": (SDPBackend.MATH, "#8d99ae"),
+    "torch SDPA (cudnn)": (SDPBackend.CUDNN_ATTENTION, "#5f9447"),
+    "torch SDPA (flash)": (SDPBackend.FLASH_ATTENTION, "#b97d00"),
+    "torch SDPA (efficient)": (SDPBackend.EFFICIENT_ATTENTION, "#c454b8"),
+    "torch SDPA (math)": (SDPBackend.MATH, "#7c889e"),
 }
 EAGER, SDPA, FLEX, FLASH, OWN = "eager attention", "torch SDPA", "FlexAttention", "flash-attn", "fastseq.attention"
 REFORMER = "Reformer (transformers)"
@@ -299,13 +299,13 @@ TORCH_MODULE, OWN_MODULE = "torch.nn.MultiheadAttention", "fastseq.MultiheadAtte
 ATTENTION_PROVIDERS = {
     p.name: p
     for p in (
-        _provider(EAGER, _eager, _only(ON_QKV, lambda w: None), "#8d99ae", True),
+        _provider(EAGER, _eager, _only(ON_QKV, lambda w: None), "#7c889e", True),
         _provider(SDPA, _sdpa(None), _only(ON_QKV, lambda w: None), "#d1495b"),
         *(
             _provider(name, _sdpa(backend), _only(ON_QKV, partial(_sdpa_refuses, backend)), color, True)
             for name, (backend, color) in FORCED.items()
         ),
-        _provider(FLEX, _flex, _only(ON_QKV, _flex_missing), "#12a67c"),
+        _provider(FLEX, _flex, _only(ON_QKV, _flex_missing), "#0f9a72"),
         _provider(FLASH, _flash, _only(("dense", "window", "decode"), _flash_missing), "#000000"),
         _provider(REFORMER, reformer, _only((HASHED,), reformer_missing), "#009e73"),
         _provider(OWN, _fastseq, _only(ON_QKV, _fastseq_missing("functional.attention")), "#1e88e5"),

@@ -13,7 +13,7 @@ from torch import nn
 from ..workloads.base import Workload
 from ..workloads.layers import Attention, CellLoop, TransformerBlock
 
-RECURRENT = {"LSTM": "#1e88e5", "GRU": "#12a67c", "RNN": "#e29100"}  # and their colours
+RECURRENT = {"LSTM": "#1e88e5", "GRU": "#0f9a72", "RNN": "#b97d00"}  # and their colours
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Provider:
     function: str
     layout: str  # "time" or "batch"
     build: Callable[[Workload], Any]
-    unavailable: Callable[[Workload], str | None] = lambda workload: None
+    unavailable: Callable[[Any], str | None] = lambda workload: None
     chose: Callable[[Any], list[str]] = lambda call: []
     color: str = "#888888"
     dashed: bool = False
@@ -65,7 +65,7 @@ def _recurrent(cls: str, color: str) -> list[Provider]:
     function, missing, one = cls.lower(), fastseq_missing(cls), getattr(nn, f"{cls}Cell")
     own, frugal = fastseq_layer(cls), fastseq_layer(cls, recompute=True)
     return [
-        Provider(f"eager {cls}Cell loop", function, "time", lambda w: CellLoop(one(w.I, w.H)), color="#8d99ae"),
+        Provider(f"eager {cls}Cell loop", function, "time", lambda w: CellLoop(one(w.I, w.H)), color="#7c889e"),
         Provider(f"torch.nn.{cls}", function, "time", _vendor(cls), color=color, dashed=True),
         Provider(f"fastseq.{cls}", function, "time", own, missing, fastseq_chose, color),
         Provider(f"fastseq.{cls} (recompute)", function, "time", frugal, missing, fastseq_chose, color, True),
@@ -98,14 +98,14 @@ PROVIDERS = {
             lambda w: Attention(w.H, w.heads, fused=importlib.import_module("fastseq.functional").scaled_dot_product_attention),
             fastseq_missing("functional.scaled_dot_product_attention"),
             fastseq_chose,
-            "#6a4c93",
+            "#9467d6",
         ),
         Provider(
             "attention block",
             "block",
             "batch",
             lambda w: TransformerBlock(w.H, w.heads, fused=True),
-            color="#c77dff",
+            color="#c454b8",
         ),
     )
 }

@@ -33,7 +33,7 @@ def add_provider(
     like: str,
     unavailable: Callable[[Workload], str | None] = lambda workload: None,
     chose: Callable[[Any], list[str]] = lambda call: [],
-    color: str = "#000000",
+    color: str = "#888888",
 ) -> Provider:
     """Adds a provider to every case in which `like` takes part, in this process.
 

@@ -47,7 +47,7 @@ def _recurrent(cell: str, package: str) -> list[Provider]:
     function = f"decode {cell.lower()}"
     return [
         Provider(layer_name(package, cell), function, "", _layer(package, cell), missing[0], chose, RECURRENT[cell], not own),
-        Provider(cell_name(package, cell), function, "", _cell(package, name), missing[1], chose, "#8d99ae", not own),
+        Provider(cell_name(package, cell), function, "", _cell(package, name), missing[1], chose, "#7c889e", not own),
     ]
 
 
@@ -64,7 +64,7 @@ DECODE_PROVIDERS = {
             _block(Own),
             fastseq_missing("functional.attention_with_kv_cache"),
             fastseq_chose,
-            "#6a4c93",
+            "#9467d6",
         ),
     )
 }

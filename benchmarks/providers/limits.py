@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..workloads.base import Workload
-from ..workloads.limits import EXCHANGES, FMA_DTYPES, PROGRAMS, TORCH, gpu_limits
+from ..workloads.limits import EXCHANGES, FMA_DTYPES, PROGRAMS, TORCH, LimitWorkload, gpu_limits
 from .base import Provider
 
 
-def no_fma(w: Workload) -> str:
+def no_fma(w: LimitWorkload) -> str:
     """Why the multiply-adds of a CPU cannot be measured; "": they can."""
     from fastseq.backends import library
 
@@ -20,7 +19,7 @@ def no_fma(w: Workload) -> str:
     return "" if hasattr(torch.ops.fastseq_native, "fma") else "the native library is older than this checkout: make library"
 
 
-def _obstacle(w: Workload) -> str:
+def _obstacle(w: LimitWorkload) -> str:
     from fastseq.backends import cuda
 
     reason = "it runs on a GPU" if w.kind != "cuda" else cuda.available()

@@ -42,7 +42,7 @@ MODEL_PROVIDERS = {
     for p in (
         Provider(BEFORE, "model", "", _built, color="#d1495b", dashed=True),
         Provider(AFTER, "model", "", _converted, fastseq_missing("convert"), fastseq_chose, "#1e88e5"),
-        Provider(EAGER, "model", "", _exchanged("eager"), color="#8d99ae", dashed=True),
+        Provider(EAGER, "model", "", _exchanged("eager"), color="#7c889e", dashed=True),
         Provider(SDPA, "model", "", _exchanged("sdpa"), color="#d1495b", dashed=True),
         Provider(OWN, "model", "", _exchanged("fastseq"), fastseq_missing("convert"), fastseq_chose, "#1e88e5"),
     )

@@ -12,7 +12,7 @@ from ..workloads.base import STACKS, Workload
 from ..workloads.layers import Stack, TransformerBlock
 from .base import Provider, fastseq_missing
 
-COLORS = {"lstm lstm": "#1e88e5", "block block": "#c77dff", "lstm block": "#d55e00"}
+COLORS = {"lstm lstm": "#1e88e5", "block block": "#c454b8", "lstm block": "#d55e00"}
 LSTMS, BLOCKS, HYBRID = ("LSTM on LSTM", "block on block", "block on LSTM")
 
 

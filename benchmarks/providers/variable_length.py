@@ -33,11 +33,11 @@ def _recurrent(cell: str, color: str) -> list[Provider]:
     function, missing = f"variable {cell.lower()}", fastseq_missing(cell)
     other, own = _layer("torch.nn", cell), _layer("fastseq", cell)
     return [
-        Provider(layer_name("torch.nn", cell, "padded"), function, "time", other, color="#8d99ae", dashed=True),
+        Provider(layer_name("torch.nn", cell, "padded"), function, "time", other, color="#7c889e", dashed=True),
         Provider(layer_name("torch.nn", cell, "packed"), function, "packed", other, color=color, dashed=True),
-        Provider(layer_name("fastseq", cell, "padded"), function, "time", own, missing, fastseq_chose, "#8d99ae"),
+        Provider(layer_name("fastseq", cell, "padded"), function, "time", own, missing, fastseq_chose, "#7c889e"),
         Provider(layer_name("fastseq", cell, "packed"), function, "packed", own, missing, fastseq_chose, color),
-        Provider(layer_name("fastseq", cell, "lengths"), function, "time", _told(own), missing, fastseq_chose, "#6a4c93"),
+        Provider(layer_name("fastseq", cell, "lengths"), function, "time", _told(own), missing, fastseq_chose, "#9467d6"),
     ]
 
 
@@ -50,7 +50,7 @@ VARIABLE_PROVIDERS = {
     for p in (
         *(provider for cell in CELLS for provider in _recurrent(cell, RECURRENT[cell])),
         Provider(MASK, "variable encoder", "batch", _encoder(Masked), color="#d1495b", dashed=True),
-        Provider(NESTED, "variable encoder", "rows", _encoder(Nested), color="#c77dff", dashed=True),
+        Provider(NESTED, "variable encoder", "rows", _encoder(Nested), color="#c454b8", dashed=True),
         Provider(FLASH, "variable encoder", "rows", _encoder(FlashRows), flash_missing, color="#000000"),
         Provider(
             OWN_LENGTHS,
@@ -59,7 +59,7 @@ VARIABLE_PROVIDERS = {
             _encoder(Lengths),
             fastseq_missing("functional.attention"),
             fastseq_chose,
-            "#6a4c93",
+            "#9467d6",
         ),
         Provider(
             OWN_ROWS,

@@ -23,6 +23,7 @@ from .model import (
     Section,
     Table,
     bytes_text,
+    power,
     ratio_cell,
     speed_tone,
     three_digits,
@@ -31,7 +32,7 @@ from .model import (
     time_text,
 )
 from .plots.style import end_labels, log_axes
-from .statistics import exponential, geometric_mean, power_law
+from .statistics import exponential, mean_of, power_law
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,10 @@ class Curves:
         for heading, panel in self.panels(rows).items():
             for provider in _providers(panel):
                 fits += [fit | {"panel": heading, "provider": provider} for fit in self._fits(panel, provider)]
-                ratios = [r.ratio for r in panel if r.provider == provider and r.ok and r.ratio]
-                if ratios:
-                    mean = geometric_mean([ratio["median"] for ratio in ratios])
-                    over = ratios[0]["baseline"]
-                    means.append({"panel": heading, "provider": provider, "over": over, "points": len(ratios), "mean": mean})
+                timed = [r for r in panel if r.provider == provider and r.ok and r.ratio]
+                if timed:
+                    over = timed[0].ratio["baseline"] if timed[0].ratio else ""
+                    means.append({"panel": heading, "provider": provider, "over": over} | mean_of(timed))
         own = [(heading, r) for heading, panel in self.panels(rows).items() for r in panel if r.ratio and "fastseq" in r.provider]
         return {
             "fits": fits,
@@ -183,7 +183,7 @@ class Curves:
             fit = fits.get(provider)
             body.append([provider, *(_value(at.get(T), quantity) for T in places)])
             if quantity.base:
-                body[-1].append(f"{self.x}^{fit['exponent']:.2f}" if fit else "–")
+                body[-1].append(power(fit["exponent"], self.x) if fit else "–")
             if quantity.decays:
                 body[-1].append(f"{fit['factor']:.3g}" if fit and "factor" in fit else "–")
         columns = ["", *(f"{self.x}={T}" for T in places)]
@@ -298,7 +298,7 @@ def _cards(derived: dict[str, Any]) -> list[Card]:
     return [
         Card(f"{m['mean']:.2f}×", f"{m['provider']} over {m['over']}, {m['panel']}", speed_tone(m["mean"]))
         for m in derived["means"]
-        if "fastseq" in m["provider"]
+        if "fastseq" in m["provider"] and m["reliable"]
     ][:8]
 
 
@@ -323,7 +323,13 @@ def _what_ran(rows: list[Row]) -> Table:
         count = f"{max(r.parameters or 0 for r in own):,}" if any(r.parameters for r in own) else "–"
         chosen = ", ".join(sorted({name for r in own for name in r.chose}))
         reasons = "; ".join(dict.fromkeys(r.reason for r in own if r.reason))
-        line = [provider, f"{sum(r.ok for r in own)} of {len(own)}", count, status, f"{share:.0%}" if checks else "–"]
+        line: list[Cell | str] = [
+            provider,
+            f"{sum(r.ok for r in own)} of {len(own)}",
+            count,
+            status,
+            f"{share:.0%}" if checks else "–",
+        ]
         line += [time_text(max(found)) if found else "–" for found in (first, host)]
         body.append([*line, chosen or reasons or "–"])
     return Table(

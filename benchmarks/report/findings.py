@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..measure.results import DOUBTFUL
 from .model import bytes_text, time_text
 
 NOT_MEASURED = "not measured"
-HOLDS, PARTLY, FAILS, UNDECIDED = "holds", "partly", "fails", "undecided"
+HOLDS, PARTLY, FAILS, UNDECIDED, INCONCLUSIVE = "holds", "partly", "fails", "undecided", "inconclusive"
+BRIEF = {HOLDS: "hold", PARTLY: "hold in part", FAILS: "do not hold", UNDECIDED: "undecided", INCONCLUSIVE: "inconclusive"}
 FORMATS: dict[str, Callable[[float], str]] = {
     "seconds": time_text,
     "bytes": bytes_text,
@@ -20,13 +23,19 @@ FORMATS: dict[str, Callable[[float], str]] = {
 
 @dataclass(frozen=True)
 class Line:
-    """y over x; `spread` holds the 20 % and 80 % quantiles where there are any."""
+    """y over x; `spread` holds the 20 % and 80 % quantiles where there are any; at `doubtful` x it decides nothing."""
 
     name: str
     values: dict[float, float]
     spread: dict[float, tuple[float, float]] = field(default_factory=dict)
     color: str | None = None
     dashed: bool = False
+    doubtful: frozenset[float] = frozenset()
+    timed: bool = False  # whether its values are times, which a busy machine spoils
+
+    @property
+    def firm(self) -> dict[float, float]:
+        return {x: y for x, y in self.values.items() if x not in self.doubtful}
 
     def __bool__(self) -> bool:
         return bool(self.values)
@@ -95,12 +104,28 @@ class Finding:
     panels: tuple[Panel, ...] = ()
 
     @property
+    def doubt(self) -> str:
+        """Why nothing follows from its rows, if so: too many of the times behind it were contended or noisy."""
+        timed = {id(a): a for panel in self.panels for a in panel.lines if a.timed}.values()
+        count, doubtful = sum(len(a.values) for a in timed), sum(len(a.doubtful) for a in timed)
+        return f"{doubtful} of {count} times were contended or noisy" if doubtful > DOUBTFUL * count else ""
+
+    @property
+    def void(self) -> bool:
+        """Whether it has no answer at all, and so no figures to go with it."""
+        return bool(self.doubt) or all(part.state == INCONCLUSIVE for part in self.parts)
+
+    @property
     def verdict(self) -> str:
-        return "; ".join(map(str, self.parts))
+        return f"{INCONCLUSIVE}: {self.doubt}" if self.doubt else "; ".join(map(str, self.parts))
 
     @property
     def state(self) -> str:
-        return together(part.state for part in self.parts)
+        return INCONCLUSIVE if self.doubt else together(part.state for part in self.parts)
+
+    @property
+    def crossovers(self) -> tuple[Meeting, ...]:
+        return () if self.doubt else self.meetings
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -111,7 +136,7 @@ class Finding:
             "crossovers": [
                 {"about": m.about, "lower before": m.first, "lower after": m.second, "of": m.letter}
                 | {"at": m.at, "low": m.low, "high": m.high}
-                for m in self.meetings
+                for m in self.crossovers
             ],
             "lines": [
                 {
@@ -129,8 +154,13 @@ class Finding:
 
 
 def together(states: Iterable[str]) -> str:
-    """One state for several answers: what all of them say, else that it holds in part; an open one decides nothing."""
+    """One state for several answers: what all of them say, else that it holds in part; an undecided one changes nothing.
+
+    Where one is inconclusive, so are all of them together.
+    """
     found = set(states) - {UNDECIDED}
+    if INCONCLUSIVE in found:
+        return INCONCLUSIVE
     return found.pop() if len(found) == 1 else PARTLY if found else UNDECIDED
 
 
@@ -160,6 +190,19 @@ class Verdict:
         return "; ".join(f"{finding.sizes}: {finding.verdict}" for finding in self.findings)
 
     @property
+    def brief(self) -> str:
+        """In a dozen words."""
+        doubts = [finding.doubt for finding in self.findings if finding.doubt]
+        if doubts:
+            return doubts[0]
+        parts = [part for finding in self.findings for part in finding.parts]
+        if len(parts) == 1:
+            return parts[0].text.removeprefix(f"{INCONCLUSIVE}, ").partition(" (")[0]
+        counts = Counter(part.state for part in parts)
+        said = [f"{counts[state]} {words}" for state, words in BRIEF.items() if counts[state]]
+        return f"of {len(parts)} answers {', '.join(said)}"
+
+    @property
     def advice(self) -> str:
         """How to measure what is missing; "" if nothing is."""
         return "python -m fastseq bench" + "".join(f" --suite {name}" for name in self.missing) if self.missing else ""
@@ -170,11 +213,11 @@ class Verdict:
 
     @property
     def figures(self) -> str:
-        return "; ".join(finding.figures for finding in self.findings)
+        return "; ".join(finding.figures for finding in self.findings if not finding.void)
 
     @property
     def crossovers(self) -> str:
-        return "; ".join(str(meeting) for finding in self.findings for meeting in finding.meetings)
+        return "; ".join(str(meeting) for finding in self.findings for meeting in finding.crossovers)
 
     def as_dict(self) -> dict[str, Any]:
         return {

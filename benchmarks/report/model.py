@@ -88,6 +88,14 @@ TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 BYTE_UNITS = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
 
 
+SUPERSCRIPTS = str.maketrans("0123456789.-", "⁰¹²³⁴⁵⁶⁷⁸⁹·⁻")
+
+
+def power(exponent: float, of: str = "T") -> str:
+    """T¹·²⁷"""
+    return of + f"{exponent:.2f}".translate(SUPERSCRIPTS)
+
+
 def three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
@@ -106,9 +114,9 @@ def ratio_cell(row: Row | None, *, losing: float = 1.0) -> Cell:
     if row.ratio is None:
         return Cell("–", "weak")
     value = row.ratio["median"]
-    tone = "bad" if value < losing else "good" if value > 1.05 else ""
+    tone = "weak" if row.doubtful else "bad" if value < losing else "good" if value > 1.05 else ""
     hint = f"{row.ratio['low']:.2f} to {row.ratio['high']:.2f} over {row.ratio['baseline']}"
-    return Cell(f"{value:.2f}×", tone, hint + _restarts_hint(row, "ratio_"))
+    return Cell(f"{value:.2f}×", tone, hint + _restarts_hint(row, "ratio_") + _doubt_hint(row))
 
 
 def heat_cell(row: Row | None, *, least: float, mark: str = "") -> Cell:
@@ -117,12 +125,33 @@ def heat_cell(row: Row | None, *, least: float, mark: str = "") -> Cell:
     if row is None or not row.ok or not row.ratio:
         return cell
     value = row.ratio["median"]
-    tone = "worst" if value < least else "bad" if value < 1 else "best" if value >= 2 else "good" if value >= 1.2 else ""
+    tone = (
+        "weak"
+        if row.doubtful
+        else "worst"
+        if value < least
+        else "bad"
+        if value < 1
+        else "best"
+        if value >= 2
+        else "good"
+        if value >= 1.2
+        else ""
+    )
     return Cell(cell.text + mark, tone, cell.hint)
 
 
 def speed_tone(ratio: float) -> str:
     return "good" if ratio > 1.05 else "bad" if ratio < 1 else ""
+
+
+def target_cell(target: dict[str, Any]) -> Cell:
+    """Whether a target was reached: "reached", "found" and "reliable" of it."""
+    if target["found"] is None:
+        return Cell("not measured", "bad")
+    if not target["reliable"]:
+        return Cell("inconclusive", "weak", "too many of its rows were contended or noisy")
+    return Cell("reached", "good") if target["reached"] else Cell("not reached", "bad")
 
 
 def time_cell(row: Row | None) -> Cell:
@@ -132,7 +161,7 @@ def time_cell(row: Row | None) -> Cell:
         return _untimed(row)
     assert row.time is not None
     hint = f"{time_text(row.time['low'])} to {time_text(row.time['high'])}, {row.time['rounds']} rounds"
-    return Cell(time_text(row.seconds), "", hint + _restarts_hint(row) + _contention_hint(row))
+    return Cell(time_text(row.seconds), "weak" if row.doubtful else "", hint + _restarts_hint(row) + _doubt_hint(row))
 
 
 def _restarts_hint(row: Row, of: str = "") -> str:
@@ -142,12 +171,13 @@ def _restarts_hint(row: Row, of: str = "") -> str:
     return f", {row.restarts['count']} processes: {between} between them, {within} within"
 
 
-def _contention_hint(row: Row) -> str:
+def _doubt_hint(row: Row) -> str:
     redone = row.contention and row.contention["redone"]
-    return (f"; timed once more: {redone}" if redone else "") + (f"; contended: {row.contended}" if row.contended else "")
+    said = [("timed once more", redone), ("contended", row.contended), ("noisy", f"spread {row.spread:.0%}" if row.noisy else "")]
+    return "".join(f"; {what}: {why}" for what, why in said if why)
 
 
-_NUMBER = re.compile(r"\d|T\^|–")
+_NUMBER = re.compile(r"\d|\w[⁰¹²³⁴⁵⁶⁷⁸⁹·⁻]+$|–")
 
 
 def sides(table: Table) -> list[str]:

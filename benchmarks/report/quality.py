@@ -2,27 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ..measure import environment
 from ..measure.contention import OTHERS, THROTTLED
-from ..measure.results import NOISY, Results, Row
+from ..measure.results import DOUBTFUL, NOISY, Results, Row
 from .model import Cell, Section, Table, time_text
 
+PUBLISHED = 0.05  # of the times: with more of them doubtful a file makes no figure for a README
 NAMED = ["provider", "suite", "size", "median"]
 
 
+@dataclass(frozen=True)
+class Status:
+    """`tone`: "good", "part" or "bad"."""
+
+    tone: str
+    text: str
+
+
+def status(results: Results) -> Status:
+    """How far the figures of a run may be trusted, in a line."""
+    timed = [row for row in results.rows if row.time]
+    doubtful, contended, noisy = (sum(map(bool, of)) for of in zip(*map(_doubts, timed), strict=True)) if timed else (0, 0, 0)
+    found = [f"{contended} of {len(timed)} times contended"] if contended else []
+    found += [f"{noisy} of {len(timed)} noisy"] if noisy else []
+    busy = environment.busy(results.environment)
+    found += [busy] if busy else []
+    words = "; ".join(found) or f"none of {len(timed)} times contended or noisy"
+    if doubtful > DOUBTFUL * len(timed):
+        return Status("bad", f"Low confidence: {words}")
+    if busy or doubtful > PUBLISHED * len(timed) or results.options.get("quick"):
+        quick = "a quick run; " if results.options.get("quick") else ""
+        return Status("part", f"Medium confidence: {quick}{words}")
+    return Status("good", f"Data quality is good: {words}")
+
+
+def _doubts(row: Row) -> tuple[bool, bool, bool]:
+    return row.doubtful, bool(row.contended), row.noisy
+
+
+def refusal(results: Results) -> str:
+    """Why no figure for a README may be made of a run; "": it may."""
+    timed = [row for row in results.rows if row.time]
+    doubtful = sum(row.doubtful for row in timed)
+    if doubtful <= PUBLISHED * len(timed):
+        return ""
+    return (
+        f"{doubtful} of {len(timed)} times ({doubtful / len(timed):.0%}) were contended or noisy, and a figure that is published "
+        f"takes at most {PUBLISHED:.0%}; measure again on a quiet machine"
+    )
+
+
 def notes(results: Results) -> list[str]:
-    """What makes the figures of a run doubtful or few."""
+    """What else there is to say of the figures of a run."""
     given = results.options
     return [
         note
         for note in (
-            environment.busy(results.environment),
             given.get("quick")
             and "A quick run: short sequences or few points, few repetitions. The run without --quick says more.",
-            _noisy_rows(results),
-            _contended_rows(results),
+            _doubtful_rows(results),
             _few_restarts(results),
             given.get("interrupted") and "This run was interrupted: what follows is what had been measured by then.",
         )
@@ -30,16 +72,10 @@ def notes(results: Results) -> list[str]:
     ]
 
 
-def _noisy_rows(results: Results) -> str:
-    timed, noisy = sum(bool(row.time) for row in results.rows), sum(row.noisy for row in results.rows)
-    return f"{noisy} of {timed} rows are noisy: their times spread by more than {NOISY:.0%}. They are listed." if noisy else ""
-
-
-def _contended_rows(results: Results) -> str:
-    timed, contended = sum(bool(row.time) for row in results.rows), sum(bool(row.contended) for row in results.rows)
-    if not contended:
+def _doubtful_rows(results: Results) -> str:
+    if not any(row.doubtful for row in results.rows):
         return ""
-    return f"{contended} of {timed} rows were contended while they were timed: a busy or throttled machine. They are listed."
+    return "Contended and noisy times are listed under Data quality; no verdict, crossover or headline is taken from them."
 
 
 def _few_restarts(results: Results) -> str:
@@ -75,7 +111,7 @@ def noise(results: Results) -> list[Section]:
         Table("Noisy rows", [*NAMED, "spread"], spreads, note, folded=True),
         Table("Contended rows", [*NAMED, "by"], causes, bounds, folded=True),
     ]
-    return [Section("What was noisy", tables=[table for table in tables if table.rows])] if noisy or contended else []
+    return [Section("Data quality", tables=[table for table in tables if table.rows])] if noisy or contended else []
 
 
 def restarts(results: Results) -> list[Section]:

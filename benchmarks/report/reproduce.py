@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from typing import Any
+
 from ..measure.case import QUICK_RESTARTS, RESTARTS
+from ..measure.environment import VARIABLES
 from ..measure.results import Results
 
 CHANGED = "+changes"  # see environment.git_sha
@@ -19,16 +23,20 @@ def commands(results: Results) -> list[str]:
             found.append(
                 f"git checkout {at.removesuffix(CHANGED)}" + ("  # and changes that were not committed" if CHANGED in at else "")
             )
-        found.append(_bench(part, here.get("device", "cpu")))
+        found.append(_bench(part, here, results))
     return [*found, "python -m fastseq bench --json-in bench-results/*/results.json"]
 
 
-def _bench(part: dict, device: str) -> str:
-    words = ["python -m fastseq bench", *(f"--suite {name}" for name in part["suites"]), f"--device {device}"]
+def _bench(part: dict[str, Any], here: dict[str, Any], results: Results) -> str:
+    """With the threads and variables that were in force, whether or not they were options."""
+    flags = part.get("flags", here.get("flags", {}))
+    words = [f"{name}={shlex.quote(str(value))}" for name, value in flags.items() if name.startswith(VARIABLES) and value]
+    words += ["python -m fastseq bench", *(f"--suite {name}" for name in part["suites"]), f"--device {here.get('device', 'cpu')}"]
     if part.get("dtype", "float32") != "float32":
         words.append(f"--dtype {part['dtype']}")
-    if part.get("threads"):
-        words.append(f"--threads {','.join(map(str, part['threads']))}")
+    threads = part.get("threads") or sorted({row.threads for row in results.rows if row.suite in part["suites"]})
+    if threads and here.get("device", "cpu") == "cpu":
+        words.append(f"--threads {','.join(map(str, threads))}")
     words += [f"--{extent}" for extent in ("quick", "full") if part.get(extent)]
     usual = QUICK_RESTARTS if part.get("quick") else RESTARTS
     if part.get("restarts", usual) != usual:

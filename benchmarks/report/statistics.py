@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from ..measure.results import Row, reliable
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,12 @@ def _turns(points: Sequence[tuple[float, float]]) -> list[float]:
 def geometric_mean(values: Sequence[float]) -> float:
     """NaN for no values."""
     return float(np.exp(np.mean(np.log(values)))) if len(values) else math.nan
+
+
+def mean_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """The geometric mean of their speed-ups, of how many, and whether it may be a headline."""
+    ratios = [row.ratio["median"] for row in rows if row.ratio]
+    return {"points": len(ratios), "mean": geometric_mean(ratios), "reliable": reliable(rows)}
 
 
 def local_exponents(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float, float]]:

@@ -12,24 +12,25 @@ from rich.text import Text
 from ..measure.results import Results
 from .findings import NOT_MEASURED, Verdict
 from .model import Section, Table, as_cell, sides
-from .quality import notes
+from .quality import notes, status
 
-STYLES = {"good": "green", "best": "bold green", "bad": "red", "worst": "bold red", "weak": "dim"}
+STYLES = {"good": "green", "best": "bold green", "bad": "red", "worst": "bold red", "weak": "dim", "part": "yellow"}
 
 
 def show(results: Results, sections: Sequence[Section], verdicts: Sequence[Verdict], console: Console) -> None:
     for section in sections:
-        console.print()
-        console.rule(Text(section.title, style="bold"), align="left")
-        for table in section.tables:
-            if not table.folded and table.rows:
-                console.print()
-                console.print(rich_table(table))
-                if table.note:
-                    console.print(Text(table.note, style="dim"))
+        shown = [table for table in section.tables if not table.folded and table.rows]
+        if shown:
+            console.print()
+            console.rule(Text(section.title, style="bold"), align="left")
+        for table in shown:
+            console.print()
+            console.print(rich_table(table))
+            if table.note:
+                console.print(Text(table.note, style="dim"))
     if any(v.measured for v in verdicts):
         said = RichTable(
-            title="What people say, and what was measured here",
+            title="Claims",
             title_justify="left",
             title_style="bold",
             box=box.SIMPLE_HEAD,
@@ -53,6 +54,8 @@ def show(results: Results, sections: Sequence[Section], verdicts: Sequence[Verdi
                     "bold red",
                 )
             )
+    quality = status(results)
+    console.print(Text(quality.text, style=STYLES[quality.tone]))
     for note in notes(results):
         console.print(Text(note, style="yellow"))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..measure.case import Case, Options, Participant
-from ..measure.results import Results, Row
+from ..measure.results import Results, Row, reliable
 from ..measure.timing import Effort
 from ..providers.attention import ATTENTION_PROVIDERS, EAGER, FLASH, FLEX, FORCED, OWN, OWN_MODULE, REFORMER, SDPA, TORCH_MODULE
 from ..report.model import (
@@ -19,7 +19,9 @@ from ..report.model import (
     Section,
     Table,
     bytes_text,
+    power,
     ratio_cell,
+    target_cell,
     three_digits,
     tick_text,
     time_cell,
@@ -94,7 +96,7 @@ def plan(options: Options) -> list[Case]:
     ):
         if name == "TF32" and not cuda:
             continue
-        sizes = {"T": T, "B": B, "W": W, "E": E, **more}
+        sizes: dict[str, Any] = {"T": T, "B": B, "W": W, "E": E, **more}
         for mode in ("inference", "training"):
             workload = make(function, mode=mode, **sizes)
             if CASES[function].module:
@@ -250,9 +252,10 @@ def _targets(results: Results) -> list[dict[str, Any]]:
     points = list(_points(results.of_suite(NAME)).values())
     found = []
 
-    def judge(name: str, target: float, values: list[float]) -> None:
-        found.append({"target": name, "least": target, "found": min(values), "reached": min(values) >= target} if values else
-                     {"target": name, "least": target, "found": None, "reached": False})  # fmt: skip
+    def judge(name: str, target: float, values: list[tuple[float, list[Row]]]) -> None:
+        least, rows = min((value for value, _ in values), default=None), [row for _, of in values for row in of]
+        reached = least is not None and least >= target
+        found.append({"target": name, "least": target, "found": least, "reached": reached, "reliable": reliable(rows)})
 
     cudnn = next(iter(FORCED))
     for mode, target in DENSE_TARGETS.items():
@@ -263,7 +266,9 @@ def _targets(results: Results) -> list[dict[str, Any]]:
         judge(f"{name}, {ALL_MODES[mode]}, over {provider}", target, _over([p for p in points if _is(p, name, mode)], provider))
     copy = copy_bandwidth(results)
     shares = [
-        _gb(r) * 1e9 / copy for p in points if _is(p, "decode", "inference") and (r := own_of(p)) and r.ok and _S(p) >= 8192
+        (_gb(r) * 1e9 / copy, [r])
+        for p in points
+        if _is(p, "decode", "inference") and (r := own_of(p)) and r.ok and _S(p) >= 8192
     ]
     judge("decode, context ≥ 8192, share of copy bandwidth", DECODE_TARGET, shares)
     return found
@@ -286,10 +291,10 @@ def _S(participants: dict[str, Row]) -> int:
     return (_first(participants).detail or {})["S"]
 
 
-def _over(points: list[dict[str, Row]], provider: str) -> list[float]:
-    """Speed-ups of fastseq over a provider, where both have a time."""
+def _over(points: list[dict[str, Row]], provider: str) -> list[tuple[float, list[Row]]]:
+    """Speed-ups of fastseq over a provider, where both have a time, with these two rows."""
     pairs = [(p.get(provider), own_of(p)) for p in points]
-    return [base.seconds / own.seconds for base, own in pairs if base and own and base.ok and own.ok]
+    return [(base.seconds / own.seconds, [base, own]) for base, own in pairs if base and own and base.ok and own.ok]
 
 
 def _gb(row: Row) -> float:
@@ -330,7 +335,7 @@ def picture(results: Results) -> Figure:
 def _target_table(derived: dict[str, Any]) -> Table:
     body: list[list[Cell | str]] = []
     for t in derived["targets"]:
-        verdict = Cell("reached", "good") if t["reached"] else Cell("not reached" if t["found"] else "not measured", "bad")
+        verdict = target_cell(t)
         body.append([t["target"], f"{t['least']:g}", "–" if t["found"] is None else f"{t['found']:.2f}", verdict])
     return Table("Targets", ["", "at least", "lowest point", ""], body)
 
@@ -441,7 +446,7 @@ def _length_table(rows: list[Row], derived: dict[str, Any], quantity: str) -> Ta
         else:
             cells = [time_cell(r) for r in found]
         exponent = growth.get((kind, provider))
-        body.append([kind, provider, *cells, "–" if exponent is None else f"T^{exponent:.2f}"])
+        body.append([kind, provider, *cells, "–" if exponent is None else power(exponent)])
     title = "Peak memory" if quantity == "memory" else "Time"
     note = (
         f"{HASHED}: Reformer's, one round of hashing, chunks of {CHUNK}; {SHARED}: the same program with a single chunk, that is "
@@ -493,7 +498,7 @@ def _cards(rows: list[Row]) -> list[Card]:
     cards = []
     for participants in _points([r for r in rows if r.group in TARGETS and r.mode == "training"]).values():
         own = own_of(participants)
-        if own and own.ok and own.ratio:
+        if own and own.ok and own.ratio and not own.doubtful:
             value = own.ratio["median"]
             tone = "good" if value > 1.05 else "bad" if value < 1 else ""
             cards.append(Card(f"{value:.2f}×", f"{own.group}, T={own.T}, forward + backward, over {own.ratio['baseline']}", tone))

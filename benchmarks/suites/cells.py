@@ -8,13 +8,25 @@ from typing import Any
 import torch
 
 from ..measure.case import Case, Options, Participant
-from ..measure.results import Results, Row
+from ..measure.results import Results, Row, reliable
 from ..measure.timing import Effort
 from ..providers.base import RECURRENT
 from ..providers.cells import cuda_name, own_name, torch_name
-from ..report.model import Card, Cell, Figure, Section, Table, heat_cell, ratio_cell, speed_tone, time_cell, time_text
+from ..report.model import (
+    Card,
+    Cell,
+    Figure,
+    Section,
+    Table,
+    heat_cell,
+    ratio_cell,
+    speed_tone,
+    target_cell,
+    time_cell,
+    time_text,
+)
 from ..report.plots.strip import Strip, draw
-from ..report.statistics import geometric_mean
+from ..report.statistics import mean_of
 from ..workloads.cells import CELLS, CellWorkload
 
 NAME = "cells"
@@ -68,9 +80,9 @@ def derive(results: Results) -> dict[str, Any]:
     every = [r for group, mode in KINDS for r in _own(rows, group, mode)]
     means = []
     for (group, mode), cell in product(KINDS, CELLS):
-        values = [r.ratio["median"] for r in _own(rows, group, mode, cell) if r.ok and r.ratio]
-        if values:
-            means.append({"group": group, "mode": mode, "cell": cell, "points": len(values), "mean": geometric_mean(values)})
+        timed = [r for r in _own(rows, group, mode, cell) if r.ok and r.ratio]
+        if timed:
+            means.append({"group": group, "mode": mode, "cell": cell} | mean_of(timed))
     return {
         "target": _target(rows),
         "means": means,
@@ -86,7 +98,8 @@ def _target(rows: list[Row]) -> dict[str, Any] | None:
     points = [r for r in _own(rows, STEP, "inference", TARGET_CELL) if r.H == TARGET_WIDTH and r.B <= TARGET_BATCH]
     values = [r.ratio["median"] for r in points if r.ok and r.ratio]
     reached = bool(values) and len(values) == len(points) and min(values) >= TARGET
-    return {"least": TARGET, "found": min(values, default=None), "points": len(points), "reached": reached}
+    found = {"least": TARGET, "found": min(values, default=None), "points": len(points), "reached": reached}
+    return found | {"reliable": reliable(points)}
 
 
 def _name(r: Row) -> str:
@@ -130,6 +143,7 @@ def _cards(derived: dict[str, Any]) -> list[Card]:
     return [
         Card(f"{m['mean']:.2f}×", f"{m['cell']}, {KINDS[m['group'], m['mode']]}, {m['points']} points", speed_tone(m["mean"]))
         for m in derived["means"]
+        if m["reliable"]
     ]
 
 
@@ -139,7 +153,7 @@ def _target_table(derived: dict[str, Any]) -> Table:
     if t:
         what = f"{TARGET_CELL}, {KINDS[STEP, 'inference']}, B ≤ {TARGET_BATCH}, H = {TARGET_WIDTH}"
         measured = t["found"] is not None
-        verdict = Cell("reached", "good") if t["reached"] else Cell("not reached" if measured else "not measured", "bad")
+        verdict = target_cell(t)
         body.append([what, str(t["points"]), f"{t['least']:g}×", f"{t['found']:.2f}×" if measured else "–", verdict])
     return Table("Target", ["", "points", "at least", "lowest", ""], body)
 

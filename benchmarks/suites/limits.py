@@ -30,7 +30,7 @@ PRECISIONS: dict[str, dict[str, dict[str, Any]]] = {
         "float64": {"dtype": "float64"},
     },
 }
-COLORS = {"read": "#1e88e5", "copy": "#d1495b", "product": "#6a4c93"}
+COLORS = {"read": "#1e88e5", "copy": "#d1495b", "product": "#9467d6"}
 RATES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
 AGREE = 0.2  # a peak that is further than this from the same program measured here makes rooflines doubtful
 

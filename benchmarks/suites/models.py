@@ -35,7 +35,7 @@ def plan(options: Options) -> list[Case]:
     return cases
 
 
-def _sizes(cuda: bool, quick: bool) -> tuple[tuple[int, ...], int, int, dict[str, int]]:
+def _sizes(cuda: bool, quick: bool) -> tuple[tuple[int, ...], int, int, dict[str, Any]]:
     """Lengths, batch, width and the rest: on a GPU those of the base models."""
     if cuda:
         return (256,) if quick else (128, 512), 16, 768, {"heads": 12, "layers": 2 if quick else 12, "vocabulary": 8192}

@@ -8,10 +8,22 @@ from typing import Any
 import torch
 
 from ..measure.case import Case, Options, Participant
-from ..measure.results import Results, Row
+from ..measure.results import Results, Row, reliable
 from ..measure.timing import Effort
 from ..providers.base import RECURRENT
-from ..report.model import Card, Cell, Figure, Section, Table, bytes_text, heat_cell, ratio_cell, speed_tone, time_cell
+from ..report.model import (
+    Card,
+    Cell,
+    Figure,
+    Section,
+    Table,
+    bytes_text,
+    heat_cell,
+    ratio_cell,
+    speed_tone,
+    target_cell,
+    time_cell,
+)
 from ..report.plots.strip import Strip, draw
 from ..report.statistics import geometric_mean
 from ..workloads.base import MODES, Workload
@@ -145,6 +157,7 @@ def derive(results: Results) -> dict[str, Any]:
                 "untimed": len(points) - len(timed),
                 "mean": value if timed else None,
                 "target": target,
+                "reliable": reliable(timed),
                 "reached": bool(timed) and len(timed) == len(points) and value >= target,
                 "threads": {str(n): _mean([r for r in timed if r.threads == n]) for n in sorted({r.threads for r in timed})},
             }
@@ -198,7 +211,7 @@ def _targets(derived: dict[str, Any]) -> Table:
     for m in derived["means"]:
         if not m["points"] and not m["untimed"]:
             continue
-        verdict = Cell("reached", "good") if m["reached"] else Cell("not reached", "bad")
+        verdict = target_cell(m | {"found": m["mean"]})
         by_threads = ", ".join(f"{v:.2f}× on {n}" for n, v in m["threads"].items())
         cells = "all cells" if m["cell"] == "any" else m["cell"]
         mean = "–" if m["mean"] is None else f"{m['mean']:.2f}×"
@@ -325,7 +338,7 @@ def _every_point(rows: list[Row]) -> Table:
 def _cards(derived: dict[str, Any]) -> list[Card]:
     cards = []
     for m in derived["means"]:
-        if m["mean"] is not None:
+        if m["mean"] is not None and m["reliable"]:
             cells = "all cells" if m["cell"] == "any" else m["cell"]
             kind = "inference" if m["mode"] == "inference" else "training step"
             cards.append(Card(f"{m['mean']:.2f}×", f"{cells}, {m['group']}, {kind}", speed_tone(m["mean"])))

@@ -8,7 +8,20 @@ from typing import Any
 from ..measure.results import Row
 from ..providers.base import RECURRENT
 from ..providers.recurrent import forced_name
-from ..report.model import Card, Cell, Figure, Section, Table, bytes_text, heat_cell, ratio_cell, speed_tone, time_cell, time_text
+from ..report.model import (
+    Card,
+    Cell,
+    Figure,
+    Section,
+    Table,
+    bytes_text,
+    heat_cell,
+    ratio_cell,
+    speed_tone,
+    target_cell,
+    time_cell,
+    time_text,
+)
 from ..report.plots.strip import Strip, draw
 from ..workloads.base import MODES
 from ..workloads.recurrent import PRECISIONS
@@ -84,7 +97,7 @@ def _targets(title: str, targets: list[dict[str, Any]]) -> Table:
     body: list[list[Cell | str]] = []
     for t in targets:
         measured = t["found"] is not None
-        verdict = Cell("reached", "good") if t["reached"] else Cell("not reached" if measured else "not measured", "bad")
+        verdict = target_cell(t)
         untimed = f", {t['untimed']} without a time" if t["untimed"] else ""
         shown = "{:.0%} of roofline" if t["of roofline"] else "{:.2f}×"
         figures = [shown.format(t["found"]), t["lowest"], shown.format(t["mean"])] if measured else ["–", "", "–"]
@@ -96,7 +109,7 @@ def _targets(title: str, targets: list[dict[str, Any]]) -> Table:
 
 def _cards(derived: dict[str, Any]) -> list[Card]:
     cards = []
-    for m in derived["means"]:
+    for m in (m for m in derived["means"] if m["reliable"]):
         kind = "inference" if m["mode"] == "inference" else "training step"
         cards.append(Card(f"{m['mean']:.2f}×", f"{GROUPS[m['group']]}, {kind}, {m['points']} points", speed_tone(m["mean"])))
     return cards

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any, NamedTuple
 
-from ..measure.results import Row
-from ..report.statistics import geometric_mean
+from ..measure.results import Row, reliable
+from ..report.statistics import geometric_mean, mean_of
 from ..workloads.base import MODES
 from .recurrent_gpu import GROUPS, detail, forced_of, graph_ratio, is_own, name, own_of, points_of
 
@@ -123,6 +123,7 @@ def _verdict(rows: list[Row], target: Target) -> dict[str, Any]:
         "lowest": lowest,
         "points": len(timed),
         "untimed": len(points) - len(timed),
+        "reliable": reliable(points),
         "reached": lowest is not None and len(timed) == len(points) and timed[lowest] >= target.least,
     }
 
@@ -136,7 +137,7 @@ def _reached(row: Row, target: Target) -> float | None:
 def _means(own: list[Row]) -> list[dict[str, Any]]:
     found = []
     for group, mode in product(GROUPS, MODES):
-        values = [r.ratio["median"] for r in own if (r.group, r.mode) == (group, mode) and r.ok and r.ratio]
-        if values:
-            found.append({"group": group, "mode": mode, "points": len(values), "mean": geometric_mean(values)})
+        timed = [r for r in own if (r.group, r.mode) == (group, mode) and r.ok and r.ratio]
+        if timed:
+            found.append({"group": group, "mode": mode} | mean_of(timed))
     return found

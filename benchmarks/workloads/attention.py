@@ -325,7 +325,11 @@ class Attention:
                 )
                 tensors = {name: cut(t, operands[name]) for name, t in problem.tensors.items()}
                 part = AttentionProblem(own, tensors, cut(problem.grad, everywhere["output"]))
-                yield part, lambda name, whole, cut=cut: cut(whole, everywhere[name])
+
+                def place(name: str, whole: Tensor, cut: Callable[[Tensor, Operand], Tensor] = cut) -> Tensor:
+                    return cut(whole, everywhere[name])
+
+                yield part, place
 
 
 def softmax_attention(
@@ -345,11 +349,9 @@ def softmax_attention(
 def visible(w: AttentionWorkload, device: torch.device | str) -> Tensor | None:
     """[T, S] of bool, True: attend. None: every pair."""
     i, j = torch.arange(w.T, device=device)[:, None], torch.arange(w.S, device=device)
-    seen = None
+    seen: Tensor | None = None
     if w.causal or w.window:
-        seen = j <= i
-    if w.window:
-        seen = seen & (j > i - w.window)
+        seen = (j <= i) & (j > i - w.window) if w.window else j <= i
     if w.block:
         blocks = blocks_seen(w).to(device).repeat_interleave(w.block, 0).repeat_interleave(w.block, 1)[: w.T, : w.S]
         seen = blocks if seen is None else seen & blocks

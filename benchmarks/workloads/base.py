@@ -166,7 +166,8 @@ class Metric:
 @contextmanager
 def fp32_products(*, tf32: bool) -> Iterator[None]:
     """How a GPU multiplies fp32 within the block. By torch's defaults: cuBLAS by IEEE, cuDNN's recurrent layers in TF32."""
-    products, layers = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
+    products = torch.backends.cuda.matmul
+    layers: Any = torch.backends.cudnn.rnn  # its attributes are made at import
     before = products.allow_tf32, layers.fp32_precision
     products.allow_tf32, layers.fp32_precision = tf32, "tf32" if tf32 else "ieee"
     try:

@@ -113,7 +113,8 @@ class DecodeCall:
         w: Any = problem.workload
         self.stage, self.room = w.stage, w.new
         place: dict[str, Any] = {"device": device or w.device, "dtype": dtype or w.torch_dtype}
-        self.decoder: Any = decoder.to(**place).eval()
+        built: Any = decoder.to(**place).eval()
+        self.decoder = built
         self.parameters = list(self.decoder.parameters())
         load(self.decoder, problem.parameters)
         self.context_tokens, new = problem.x.to(**place).split((w.T, w.new))
@@ -217,7 +218,8 @@ class BlockDecoder(TransformerBlock):
 
     def cached(self, k: Tensor, v: Tensor, room: int) -> Cache:
         T = k.shape[2]
-        return Cache(*(F.pad(t, (0, 0, 0, room)) for t in (k, v)), T)
+        k, v = (F.pad(t, (0, 0, 0, room)) for t in (k, v))
+        return Cache(k, v, T)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         raise NotImplementedError

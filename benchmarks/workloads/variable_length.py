@@ -140,6 +140,9 @@ class WithLengths(nn.Module):
 class EncoderBlock(TransformerBlock):
     """A block in which every valid position of a row sees every other; a subclass says how they find each other."""
 
+    lengths: Tensor
+    offsets: Tensor
+
     def __init__(self, w: VariableWorkload) -> None:
         super().__init__(w.H, w.heads, fused=True)
         self.longest, self.shortest = w.T, min(w.lengths)
@@ -159,6 +162,8 @@ class EncoderBlock(TransformerBlock):
 
 class Masked(EncoderBlock):
     """torch's attention with a mask over padding, [B, 1, 1, T]."""
+
+    visible: Tensor
 
     def __init__(self, w: VariableWorkload) -> None:
         super().__init__(w)
@@ -182,10 +187,14 @@ class Nested(EncoderBlock):
         with ExitStack() as stack:
             for manager in _differentiable_views():
                 stack.enter_context(manager)
-            sizes = {"min_seqlen": self.shortest, "max_seqlen": self.longest}
             rows = [_rows(t).contiguous() for t in (q, k, v)]  # which this way asks for
-            jagged = [torch.nested.nested_tensor_from_jagged(t, self.offsets, **sizes).transpose(1, 2) for t in rows]
-            return _heads_first(F.scaled_dot_product_attention(*jagged).transpose(1, 2).values())
+            q, k, v = (
+                torch.nested.nested_tensor_from_jagged(
+                    t, self.offsets, min_seqlen=self.shortest, max_seqlen=self.longest
+                ).transpose(1, 2)
+                for t in rows
+            )
+            return _heads_first(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).values())
 
 
 def _differentiable_views() -> list[AbstractContextManager[Any]]:

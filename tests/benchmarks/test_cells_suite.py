@@ -119,7 +119,7 @@ def test_the_target_is_a_gpus(synthetic, ratio, reached):
         return ratio if worst else 0.5 if w.B == 64 or w.function != "lstmcell" else 3.0
 
     results = synthetic.single(of, "cuda")
-    assert cells.derive(results)["target"] == {"least": 2.0, "found": ratio, "points": 3, "reached": reached}
+    assert cells.derive(results)["target"] == {"least": 2.0, "found": ratio, "points": 3, "reached": reached, "reliable": True}
     assert text(table(results, "Target").rows[0][-1]) == ("reached" if reached else "not reached")
     assert cells.derive(synthetic.single(of))["target"] is None and table(synthetic.single(of), "Target") is None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import queue
 import signal
 import stat
 import subprocess
@@ -82,8 +84,8 @@ def test_names_that_do_not_depend_on_which_gpus_are_visible():
 
 
 def program(folder, monkeypatch, *, field=NEW, line="1755, 1980, 0x0000000000000004", name="00000000:5d:00.0"):
-    """An nvidia-smi that knows one GPU and one field, and notes its starts; in a loop its clock sinks by 15 MHz a line, and it
-    does not mind that nobody listens."""
+    """An nvidia-smi that knows one GPU and one field, and notes its starts; in a loop it prints a line for each byte that comes
+    through the pipe `ticks`, its clock sinking by 15 MHz a line, and does not mind that nobody listens."""
     text = f"""#!{sys.executable}
 import os, sys, time
 with open({str(folder / "pids")!r}, "a") as file:
@@ -95,22 +97,26 @@ if not query.endswith(",{field}"):
     print(f'Field "{{query.split(",")[-1]}}" is not a valid field to query.')
     sys.exit(2)
 assert "--format=csv,noheader,nounits" in sys.argv
-loop = next((int(a.partition("=")[2]) for a in sys.argv if a.startswith("--loop-ms=")), None)
 clock, rest = {line!r}.split(",", 1)
-print(clock + "," + rest)
-while loop:
-    time.sleep(loop / 1000)
-    clock = str(int(clock) - 15) if clock.isdigit() else clock
+if not any(a.startswith("--loop-ms=") for a in sys.argv):
+    sys.exit(print(clock + "," + rest))
+ticks = open({str(folder / "ticks")!r}, "rb", buffering=0)
+while True:
+    if not ticks.read(1):
+        time.sleep(0.1)
+        continue
     try:
         print(clock + "," + rest, flush=True)
     except OSError:
         pass
+    clock = str(int(clock) - 15) if clock.isdigit() else clock
 """
+    if not (folder / "ticks").exists():
+        os.mkfifo(folder / "ticks")
     file = folder / "nvidia-smi"
     file.write_text(text)
     file.chmod(file.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.setattr(gpu_clocks, "PERIOD", 0.05)
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
 
 
@@ -118,41 +124,70 @@ def pids(folder):
     return [int(line) for line in (folder / "pids").read_text().split()]
 
 
+def until(happened):
+    """Waits as long as it takes, on a machine as busy as it may be; pytest's own timeout ends it."""
+    while not happened():
+        time.sleep(0.01)
+
+
 def gone(pid):
-    for _ in range(100):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.05)
-    return False
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def case(watch, ticks, count):
+    """What is found of a case during which nvidia-smi prints `count` lines."""
+    watch.begin()
+    ticks.write(b"." * count)
+    until(lambda: len(watch.gpu._collected) == count)
+    return watch.end()
 
 
 @pytest.mark.parametrize(("field", "starts"), [(NEW, 2), (OLD, 3)])
 def test_one_nvidia_smi_for_a_run(tmp_path, monkeypatch, field, starts):
-    """Both names of the field; what it prints outside of a case is not counted, and it ends with the run."""
+    """Under both names of the field; it ends with the run."""
     program(tmp_path, monkeypatch, field=field)
-    watch = Watch("cuda", gpu=gpu_clocks.find("cuda", Cuda(**BUS)))
-    found = []
-    for _ in range(2):
-        watch.begin()
-        time.sleep(0.6)
-        found.append(watch.end())
-        time.sleep(0.2)
-    first, second = found
+    watch = Watch("cuda", gpu=gpu_clocks.find("cuda", Cuda(**BUS)), others=Quiet)
+    with (tmp_path / "ticks").open("wb", buffering=0) as ticks:
+        first, second = case(watch, ticks, 3), case(watch, ticks, 1)
     assert first.throttled == second.throttled == 1 and first.reasons == "power" and first.allowed == 1980
-    assert 1500 < first.clock <= 1755 and second.clock < first.clock - 15 and first.highest == second.highest
-    assert first.trouble.endswith(f"the GPU was throttled (power) in 100% of the readings, at {first.clock:.0f} of 1980 MHz")
+    assert (first.clock, second.clock) == (1740, 1710) and first.highest == second.highest == 1755
+    assert first.trouble == "the GPU was throttled (power) in 100% of the readings, at 1740 of 1980 MHz"
     assert len(pids(tmp_path)) == starts, "the questions which field it knows, and the loop"
     watch.close()
-    assert gone(pids(tmp_path)[-1])
+    until(lambda: gone(pids(tmp_path)[-1]))
+
+
+def test_readings_outside_of_a_case_are_not_counted():
+    given = queue.Queue()
+
+    def readings():
+        while True:
+            yield given.get()
+            given.task_done()  # the one who collects has come for the next
+
+    def take(*clocks):
+        for clock in clocks:
+            given.put(Reading(clock, 2000, 0))
+        given.join()
+
+    gpu = gpu_clocks.Gpu(SimpleNamespace(readings=readings, read=None, close=lambda: None))
+    take(1000)
+    gpu.begin()
+    take(1100, 1200)
+    found = gpu.end()
+    take(1300)
+    assert [reading.clock for reading in found] == [1100, 1200]
+    gpu.begin()
+    take(1400)
+    assert [reading.clock for reading in gpu.end()] == [1400] and gpu.end() == []
 
 
 def test_a_gpu_that_tells_nothing(tmp_path, monkeypatch):
     """Under MIG."""
     program(tmp_path, monkeypatch, line="[N/A], [N/A], [N/A]")
-    watch = Watch("cuda", gpu=gpu_clocks.find("cuda", Cuda(**BUS)), others=lambda: Quiet())
-    watch.begin()
-    time.sleep(0.3)
-    found = watch.end()
+    watch = Watch("cuda", gpu=gpu_clocks.find("cuda", Cuda(**BUS)), others=Quiet)
+    with (tmp_path / "ticks").open("wb", buffering=0) as ticks:
+        found = case(watch, ticks, 2)
     watch.close()
     assert (found.clock, found.highest, found.throttled, found.reasons, found.trouble) == (None,) * 5
 
@@ -175,10 +210,13 @@ def test_nvidia_smi_ends_when_the_run_is_killed(tmp_path, monkeypatch):
     program(tmp_path, monkeypatch)
     code = (
         "from fastseq.benchmarks.measure.gpu_clocks import Smi; import os, signal, time\n"
-        "Smi({'bus': '00000000:5d:00.0'}); time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Smi({'bus': '00000000:5d:00.0'})\n"
+        f"while len(open({str(tmp_path / 'pids')!r}).readlines()) < 2: time.sleep(0.01)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], timeout=120)
-    assert done.returncode == -signal.SIGKILL and gone(pids(tmp_path)[-1])
+    done = subprocess.run([sys.executable, "-c", code])
+    assert done.returncode == -signal.SIGKILL
+    until(lambda: gone(pids(tmp_path)[-1]))
 
 
 class Fake:
@@ -249,6 +287,16 @@ class Quiet:
         self.share = lambda: share
 
 
+class Time:
+    """In place of a clock: it stands still until somebody passes it on."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
 class Source:
     """In place of what reads a GPU: these readings, over and over."""
 
@@ -258,15 +306,16 @@ class Source:
 
 
 def watched(seconds=1.0, others=0.0, readings=(), clocks=(2000.0, 3000.0)):
-    times, clock = iter((0.0, seconds)), iter(clocks)
+    passed, clock = Time(), iter(clocks)
     watch = Watch(
         "cpu",
         others=lambda: Quiet(others),
         cpu_clock=lambda: next(clock),
         gpu=Source(*readings).gpu if readings else None,
-        now=lambda: next(times),
+        now=passed,
     )
     watch.begin()
+    passed.now += seconds
     return watch.end()
 
 
@@ -290,26 +339,29 @@ def test_a_tenth_of_the_readings_may_be_throttled():
 
 
 def test_a_cpu_that_is_slow_to_tell_its_clock_is_asked_once():
-    asked = []
+    for takes, times in ((2 * contention.DEAREST, 1), (contention.DEAREST / 2, 6)):
+        asked, passed = [], Time()
 
-    def slow():
-        asked.append(time.sleep(2 * contention.DEAREST))
-        return 1000.0
+        def clock(asked=asked, passed=passed, takes=takes):
+            asked.append(True)
+            passed.now += takes
+            return 1000.0
 
-    watch = Watch("cpu", cpu_clock=slow)
-    for _ in range(3):
-        watch.begin()
-        watch.end()
-    assert len(asked) == 1
+        watch = Watch("cpu", cpu_clock=clock, others=Quiet, now=passed)
+        for _ in range(3):
+            watch.begin()
+            watch.end()
+        assert len(asked) == times
 
 
 def test_watching_costs_little():
+    """In time of this process's own, however busy the machine is."""
     watch, taken = Watch("cpu"), []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.thread_time()
         watch.begin()
         watch.end()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.thread_time() - start)
     assert sorted(taken)[2] < 0.05
 
 

@@ -155,7 +155,7 @@ def test_numbers_are_set_right_and_words_left():
     table = Table(
         "",
         ["", "time", "bound by", "grows as"],
-        [["a", "1.0 ms", "weights", "T^1.0"], ["b", "–", "arithmetic", "–"]],
+        [["a", "1.0 ms", "weights", "T¹·⁰⁰"], ["b", "–", "arithmetic", "–"]],
     )
     assert sides(table) == ["left", "right", "left", "right"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-import time
 from dataclasses import fields, replace
 
 import numpy as np
@@ -264,10 +263,9 @@ def test_a_process_that_does_not_heed_is_killed(here, process, tmp_path, monkeyp
         if error:
             raise error
 
-    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         restarts.measure(cases, results, THREE, advance=second)
-    assert time.monotonic() - start < 60 and not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 def test_no_speed_up_over_a_baseline_that_was_wrong(here, process):

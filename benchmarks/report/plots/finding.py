@@ -12,7 +12,7 @@ from ..model import BYTE_UNITS, NARROW, TIME_UNITS, Figure, tick_text
 from .style import plain
 
 # Told apart with every kind of colour vision; every line has a shape of its own as well.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8d99ae")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#c2649a", "#b97d00", "#3a8fd0", "#7c889e")
 MARKERS = "osD^vP*X<>"
 LONG = 22  # letters of a name that leaves no room for another beside it
 UNITS = {"seconds": TIME_UNITS, "bytes": BYTE_UNITS}

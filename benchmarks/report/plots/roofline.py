@@ -16,7 +16,7 @@ from .style import plain
 
 # Told apart by colour, with every kind of colour vision, and by shape.
 BOUNDS = {"weights": ("#0072b2", "o"), "arithmetic": ("#d55e00", "s"), "memory": ("#009e73", "^")}
-OTHER = ("#8d99ae", "D")
+OTHER = ("#7c889e", "D")
 TICKS = (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -68,11 +68,14 @@ def draw(canvas: Any, theme: Any, by_provider: dict[str, list[tuple[str, float]]
         values += [d for _, d in points]
         mean = geometric_mean([d for _, d in points])
         axes.plot([mean, mean], [y - 0.32, y + 0.32], color=theme.ink, linewidth=2.2, zorder=4)
-    for bound in bounds:
+    for bound in bounds if len(bounds) > 1 else ():
         color, marker = BOUNDS.get(bound, OTHER)
         axes.scatter([], [], color=color, marker=marker, label=bound)
-    legend = canvas.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8, labelcolor=theme.ink, title="bound by")
-    legend.get_title().set(color=theme.ink, fontsize=8)
+    if len(bounds) > 1:
+        legend = canvas.legend(
+            loc="outside upper left", ncols=4, frameon=False, fontsize=8, labelcolor=theme.ink, title="bound by"
+        )
+        legend.get_title().set(color=theme.ink, fontsize=8)
     axes.set_yticks(range(len(by_provider)), list(reversed(by_provider)))
     axes.set_ylim(-0.6, len(by_provider) - 0.4)
     shown = [t for t in TICKS if min(values) / 1.5 <= t <= max(values) * 1.5]

@@ -47,9 +47,8 @@ def draw(figure: Figure, theme: Theme) -> Canvas:
 
 def svg(figure: Figure, theme: Theme = PAGE, *, name: str = "figure") -> str:
     """An <svg> element without resources from elsewhere. The same figure gives the same text."""
-    text = theme is PAGE  # text as text in the page, as paths in a picture that stands alone
     settings: Any = {
-        "svg.fonttype": "none" if text else "path",
+        "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.family": "sans-serif",
     }
@@ -58,7 +57,7 @@ def svg(figure: Figure, theme: Theme = PAGE, *, name: str = "figure") -> str:
         draw(figure, theme).savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     found = buffer.getvalue()
     found = re.sub(r"<metadata>.*?</metadata>\s*", "", found, flags=re.DOTALL)
-    if text:
+    if theme is PAGE:
         found = found[found.index("<svg") :]
         title, alt = html.escape(figure.title), html.escape(figure.alt or figure.caption)
         least, most = (round(figure.size[0] * 72 * scale) for scale in (LEGIBLE, LARGE))
