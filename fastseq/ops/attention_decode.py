@@ -8,7 +8,7 @@ k_cache      [B, Hkv, S, E]            or, with a block table, [pages, Hkv, page
 v_cache      as k_cache, Ev
 lengths      int32 [B]                 valid keys, with those of these queries; taken as if clamped to [0, S]
 block_table  int32 [B, max_pages]      page of keys p page_size .. of a sequence; S is max_pages page_size
-slopes       fp32 [B or 1, Hq]         ALiBi
+slopes       wide [B or 1, Hq]         ALiBi, in fp32 or, with fp64, fp64
 sinks        [Hq] floating
 left, right  ints                      keys seen before and after a query's place, lengths[b] - Tq + i; -1: all
 splits       int                       parts that the keys are cut into; 0: the backend chooses

@@ -249,7 +249,7 @@ class Spec(NamedTuple):
     relative_bias: Tensor | None = None  # [Hq, L] floating
     relative_q: Tensor | None = None  # as q
     relative_k: Tensor | None = None  # [Hq, M, E]
-    slopes: Tensor | None = None  # fp32 [B or 1, Hq], ALiBi
+    slopes: Tensor | None = None  # fp32 or wider [B or 1, Hq], ALiBi
     sinks: Tensor | None = None  # [Hq] floating
     q_lengths: Tensor | None = None  # int32 [B]: valid queries and keys of each sequence. Padded only
     k_lengths: Tensor | None = None
