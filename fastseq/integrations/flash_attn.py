@@ -69,7 +69,7 @@ def flash_attn_func(
             q,
             k,
             v,
-            layout="bthe",
+            layout="bshd",
             **_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
             return_lse=True,
         ),
@@ -278,17 +278,17 @@ def flash_attn_with_kvcache(
         q,
         k_cache,
         v_cache,
-        lengths=cache_seqlens,
+        cache_seqlens=cache_seqlens,
         k_new=k,
         v_new=v,
         block_table=block_table,
-        layout="bthe",
+        layout="bshd",
         scale=softmax_scale,
         softcap=softcap,
-        window=window_size,
+        window_size=window_size,
         causal=causal,
         alibi_slopes=alibi_slopes,
-        splits=num_splits,
+        num_splits=num_splits,
         return_lse=return_softmax_lse,
     )
 
@@ -298,11 +298,11 @@ def _options(
 ) -> dict[str, Any]:
     """What the functions without a cache share, as ``attention`` calls it."""
     return dict(
-        dropout=dropout_p,
+        dropout_p=dropout_p,
         scale=softmax_scale,
-        causal="bottom_right" if causal else False,
-        align="bottom_right",
-        window=window_size,
+        causal=causal,
+        alignment="bottom_right",
+        window_size=window_size,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
     )
