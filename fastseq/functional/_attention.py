@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._keywords import own_keywords
+from .._arguments import own_keywords
 from ..ops import attention as ops
 from . import _nested
 from ._attention_call import AttentionOptions, Call, Layout, Options, check_tensors, checked_layout, prepared, rows, takes_options

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .._keywords import Function, own_keywords
+from .._arguments import Function, number, own_keywords
 from ..ops.attention import Spec
 from ._autocast import autocast_dtype, lowered
 
@@ -131,7 +130,7 @@ def prepared(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Call:
         raise ValueError(f"alignment must be one of {', '.join(_ALIGNMENTS)}, got {given.alignment!r}")
     if given.offset is not None and not isinstance(given.offset, (int, torch.SymInt)):
         raise TypeError(f"offset must be an int, got {type(given.offset).__name__}")
-    dropout_p = checked_number("dropout_p", given.dropout_p)
+    dropout_p = number("dropout_p", given.dropout_p)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     softcap = checked_softcap(given.softcap)
@@ -283,21 +282,14 @@ def checked_layout(layout: str | None, packed: bool) -> str:
     return layout
 
 
-def checked_number(name: str, value: Any) -> Any:
-    """The value, which is a real number."""
-    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, numbers.Real):
-        return value
-    raise TypeError(f"{name} must be a number, not {type(value).__name__}" + (f" {value!r}" if isinstance(value, str) else ""))
-
-
 def checked_softcap(softcap: Any) -> float:
-    if not 0 <= checked_number("softcap", softcap) < math.inf:
+    if not 0 <= number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap must be finite and not negative (0: none), got {softcap}")
     return float(softcap)
 
 
 def checked_scale(scale: Any) -> float:
-    if not -math.inf < checked_number("scale", scale) < math.inf:
+    if not -math.inf < number("scale", scale) < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._keywords import own_keywords
+from .._arguments import own_keywords
 from ..ops import attention_decode as ops
 from ._attention_call import (
     LAYOUTS,

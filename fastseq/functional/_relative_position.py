@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._keywords import own_keywords
+from .._arguments import own_keywords
 from ._attention import attention
 from ._attention_call import AttentionOptions, check_tensors, checked_layout, takes_options
 

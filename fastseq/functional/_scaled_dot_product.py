@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._keywords import own_keywords
+from .._arguments import number, own_keywords
 from ..ops.attention import Spec
 from ..ops.attention import attention as attention_op
 from . import _nested
 from ._attention import attention
-from ._attention_call import added, check_dtypes, check_tensors, checked_number, default_scale, rows, seed
+from ._attention_call import added, check_dtypes, check_tensors, default_scale, rows, seed
 from ._autocast import autocast_dtype, lowered
 
 __all__ = ["scaled_dot_product_attention"]
@@ -63,7 +63,7 @@ def scaled_dot_product_attention(
     """
     named = {"query": query, "key": key, "value": value}
     check_tensors(named)
-    if not 0 <= checked_number("dropout_p", dropout_p) <= 1:
+    if not 0 <= number("dropout_p", dropout_p) <= 1:
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
     if query.is_nested or key.is_nested or value.is_nested:
         if attn_mask is not None:
@@ -95,7 +95,7 @@ def scaled_dot_product_attention(
         mask=mask,
         bias=bias,
         seed=seed(q.device) if dropout_p else None,
-        scale=default_scale(q.shape[-1]) if scale is None else float(checked_number("scale", scale)),
+        scale=default_scale(q.shape[-1]) if scale is None else float(number("scale", scale)),
         dropout=float(dropout_p),
         right=0 if is_causal else -1,
         bottom_right=bottom_right,

@@ -13,6 +13,7 @@ What differs from torch's, on purpose:
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 
 from ..functional._attention_call import seed
 from ..ops.attention import Spec, attention, attention_weights, attention_with_weights
+from ._checks import public
 from .nested import Packed
 
 __all__ = ["MultiheadAttention"]
 
 
+@public
 class MultiheadAttention(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention``: its constructor, parameters, ``state_dict``, ``forward`` and errors.
 
@@ -33,6 +36,60 @@ class MultiheadAttention(nn.MultiheadAttention):
     Inside an ``nn.TransformerEncoderLayer`` that is in eval mode, torch computes the whole layer from its parameters and calls no
     submodule; ``fastseq.convert`` turns that off for the layers that hold this module.
     """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: Literal[True] = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        need_weights: Literal[False],
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]: ...
 
     def forward(
         self,
@@ -100,6 +157,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             out = out.transpose(1, 2) if batch_dim == 0 else out.permute(2, 0, 1, 3).contiguous()
         return self.out_proj(out.flatten(-2)), weights
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _forward_nested(
         self,

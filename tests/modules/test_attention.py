@@ -188,7 +188,7 @@ class TestSameAsTorch:
             theirs = nn.MultiheadAttention(E, H, **options)
             torch.manual_seed(3)
             ours = fastseq.MultiheadAttention(E, H, **options)
-            assert repr(ours) == repr(theirs)
+            assert repr(ours) == f"fastseq.{theirs!r}"
             assert list(ours.state_dict()) == list(theirs.state_dict())
             for name, value in theirs.state_dict().items():
                 assert torch.equal(ours.state_dict()[name], value) and ours.state_dict()[name].dtype == value.dtype

@@ -1,12 +1,17 @@
-"""Keyword arguments that a function does not have: a TypeError that says what the argument is called here."""
+"""Wrong arguments, alike for every public function: keywords that it does not have, choices that there are not, no numbers."""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -63,18 +68,26 @@ _NEEDLESS = {
 }
 
 
-def own_keywords(function: Function) -> Function:
-    """``function``; a keyword argument that it does not have raises a TypeError that names the one that is meant."""
+def own_keywords(function: Function, refused: Mapping[str, str] = MappingProxyType({})) -> Function:
+    """``function``; a keyword argument that it does not have raises a TypeError that names the one that is meant.
+
+    Args:
+        refused: arguments that it does not have, for which torch raises a ValueError of this text.
+    """
     accepted = tuple(
         name
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     )
 
+    names = frozenset(accepted)
+
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
-            if name not in accepted:
+            if name not in names:
+                if name in refused:
+                    raise ValueError(refused[name])
                 raise TypeError(unexpected(function.__qualname__, name, accepted))
         return function(*args, **kwargs)
 
@@ -100,3 +113,44 @@ def unknown(what: str, given: object, accepted: Any) -> str:
     names = [str(name) for name in accepted]
     near = difflib.get_close_matches(given, names, 1) if isinstance(given, str) else []
     return f"unknown {what} {given!r}; accepted: {', '.join(names)}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real))
+
+
+def number(name: str, value: Any) -> Any:
+    """The value, which is a real number.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, {_given(value)}")
+    return value
+
+
+def integer(name: str, value: Any) -> Any:
+    """The value, which is an int.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, {_given(value)}")
+    return value
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """The value, which is a tensor.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, not {type(value).__name__}")
+    return value
+
+
+def _given(value: Any) -> str:
+    return f"got {value!r}" if isinstance(value, (str, bool, float)) else f"not {type(value).__name__}"
