@@ -62,6 +62,7 @@ _FOREIGN: dict[str, tuple[str, ...]] = {
     "splits": ("num_splits",),
     "window": ("window_size",),
 }
+_NEAR = 0.7  # gpu is not meant for cpu
 _NEEDLESS = {
     "deterministic": "the gradients always are",
     "enable_gqa": "k and v may always have fewer heads than q",
@@ -102,7 +103,7 @@ def unexpected(function: str, name: str, accepted: tuple[str, ...]) -> str:
         return f"{text}; it is called {meant[0]} here"
     if name in _NEEDLESS and "layout" in accepted:
         return f"{text}; leave it out, {_NEEDLESS[name]}"
-    near = difflib.get_close_matches(name, accepted, 1)
+    near = difflib.get_close_matches(name, accepted, 1, _NEAR)
     if near:
         return f"{text}; did you mean {near[0]!r}?"
     return f"{text}; accepted: {', '.join(own for own in accepted if own != 'self')}"
@@ -111,7 +112,7 @@ def unexpected(function: str, name: str, accepted: tuple[str, ...]) -> str:
 def unknown(what: str, given: object, accepted: Any) -> str:
     """What to say of a value that is not one of ``accepted``."""
     names = [str(name) for name in accepted]
-    near = difflib.get_close_matches(given, names, 1) if isinstance(given, str) else []
+    near = difflib.get_close_matches(given, names, 1, _NEAR) if isinstance(given, str) else []
     return f"unknown {what} {given!r}; accepted: {', '.join(names)}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
