@@ -4,9 +4,9 @@
 """
 
 from . import functional
+from ._convert import Report, convert, patched, revert
 from ._version import __version__
 from .backends import Explanation, explain, use_backend
-from .convert import Report, convert, patched, revert
 from .modules import (
     GRU,
     LSTM,

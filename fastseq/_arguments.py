@@ -53,7 +53,8 @@ _FOREIGN: dict[str, tuple[str, ...]] = {
     "return_aux": ("return_lse",),
     "return_softmax_lse": ("return_lse",),
     "s_aux": ("sinks",),
-    "scaling": ("scale",),
+    "scale": ("softmax_scale",),
+    "scaling": ("scale", "softmax_scale"),
     "seqused_k": ("seqlens_k",),
     "seqused_q": ("seqlens_q",),
     "sliding_window": ("window_size",),
@@ -120,7 +121,7 @@ def is_number(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real))
 
 
-def number(name: str, value: Any) -> Any:
+def checked_number(name: str, value: Any) -> Any:
     """The value, which is a real number.
 
     Raises:
@@ -131,7 +132,7 @@ def number(name: str, value: Any) -> Any:
     return value
 
 
-def integer(name: str, value: Any) -> Any:
+def checked_int(name: str, value: Any) -> Any:
     """The value, which is an int.
 
     Raises:
@@ -142,7 +143,7 @@ def integer(name: str, value: Any) -> Any:
     return value
 
 
-def tensor(name: str, value: Any) -> Tensor:
+def checked_tensor(name: str, value: Any) -> Tensor:
     """The value, which is a tensor.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .._arguments import Function, number, own_keywords
+from .._arguments import Function, checked_int, checked_number, checked_tensor, own_keywords
 from ..ops.attention import Spec
 from ._autocast import autocast_dtype, lowered
 
@@ -128,9 +128,10 @@ def prepared(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Call:
     left, right = checked_window(given.causal, given.window_size)
     if given.alignment not in (None, *_ALIGNMENTS):
         raise ValueError(f"alignment must be one of {', '.join(_ALIGNMENTS)}, got {given.alignment!r}")
-    if given.offset is not None and not isinstance(given.offset, (int, torch.SymInt)):
-        raise TypeError(f"offset must be an int, got {type(given.offset).__name__}")
-    dropout_p = number("dropout_p", given.dropout_p)
+    for name in ("offset", "relative_bias_zero", "relative_key_zero", "max_seqlen_q", "max_seqlen_k", "block_size"):
+        if getattr(given, name) is not None:
+            checked_int(name, getattr(given, name))
+    dropout_p = checked_number("dropout_p", given.dropout_p)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     softcap = checked_softcap(given.softcap)
@@ -242,21 +243,21 @@ def takes_options(*without: str) -> Callable[[Function], Function]:
 
 def check_tensors(named: Mapping[str, Any], **others: Any) -> None:
     """Tensors, on one device; ``named`` are three, the others may be None."""
-    for name, tensor in {**named, **others}.items():
-        if not isinstance(tensor, Tensor) and (tensor is not None or name in named):
-            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
+    for name, value in {**named, **others}.items():
+        if value is not None or name in named:
+            checked_tensor(name, value)
     first, *rest = named.values()
-    if any(tensor.device != first.device for tensor in rest):
+    if any(other.device != first.device for other in rest):
         raise RuntimeError(f"{_listed(named)} must be on one device, got {_listed(t.device for t in named.values())}")
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
-            raise RuntimeError(f"{name} must be on the query's device {first.device}, got {tensor.device}")
+    for name, value in others.items():
+        if value is not None and value.device != first.device:
+            raise RuntimeError(f"{name} must be on the query's device {first.device}, got {value.device}")
 
 
 def check_dtypes(named: Mapping[str, Tensor]) -> None:
     """One dtype, of those that attention is computed in."""
     first, *rest = named.values()
-    if any(tensor.dtype != first.dtype for tensor in rest):
+    if any(other.dtype != first.dtype for other in rest):
         raise RuntimeError(f"{_listed(named)} must have one dtype, got {_listed(t.dtype for t in named.values())}")
     if first.dtype not in DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -283,13 +284,13 @@ def checked_layout(layout: str | None, packed: bool) -> str:
 
 
 def checked_softcap(softcap: Any) -> float:
-    if not 0 <= number("softcap", softcap) < math.inf:
+    if not 0 <= checked_number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap must be finite and not negative (0: none), got {softcap}")
     return float(softcap)
 
 
 def checked_scale(scale: Any) -> float:
-    if not -math.inf < number("scale", scale) < math.inf:
+    if not -math.inf < checked_number("scale", scale) < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
 
@@ -548,7 +549,7 @@ def _blocks(layout: Tensor | None, size: int | None, scores: tuple[int, int, int
         if layout is not None or size is not None:
             raise ValueError("block_layout and block_size go together")
         return None
-    if not isinstance(size, int) or size < _SMALLEST_BLOCK or size & (size - 1):
+    if size < _SMALLEST_BLOCK or size & (size - 1):
         raise ValueError(f"block_size must be a power of two and at least {_SMALLEST_BLOCK}, got {size}")
     batch, heads, tq, tk = scores
     blocks = (-(-tq // size), -(-tk // size))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._arguments import own_keywords
+from .._arguments import checked_int, checked_tensor, own_keywords
 from ..ops import attention_decode as ops
 from ._attention_call import (
     LAYOUTS,
@@ -134,13 +134,10 @@ def attention_with_kv_cache(
         raise ValueError("k_new and v_new go together")
     softcap = checked_softcap(softcap)
     scale = None if scale is None else checked_scale(scale)
-    if not isinstance(num_splits, int):
-        raise TypeError(f"num_splits must be an int (0: chosen), not {type(num_splits).__name__}")
-    if num_splits < 0:
+    if checked_int("num_splits", num_splits) < 0:
         raise ValueError(f"num_splits must not be negative (0: chosen), got {num_splits}")
     left, right = checked_window(causal, window_size)
-    if not isinstance(cache_seqlens, Tensor):
-        raise TypeError(f"cache_seqlens must be a Tensor [B], not {type(cache_seqlens).__name__}")
+    checked_tensor("cache_seqlens", cache_seqlens)
     others = {
         "cache_seqlens": cache_seqlens,
         "k_new": k_new,
@@ -156,10 +153,10 @@ def attention_with_kv_cache(
         k_new, v_new = (t if t is None else t.to(k_cache.dtype) for t in (k_new, v_new))
     check_dtypes({"q": q, "k_cache": k_cache, "v_cache": v_cache})
 
-    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k_new", k_new), ("v_new", v_new)):
-        if tensor is not None and tensor.dim() != 4:
+    for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k_new", k_new), ("v_new", v_new)):
+        if value is not None and value.dim() != 4:
             shape = "[B, H, T, E]" if layout == "bhsd" else "[B, T, H, E]"
-            raise RuntimeError(f"{name} must be {shape} (a cache in pages: B pages of T keys), got {list(tensor.shape)}")
+            raise RuntimeError(f"{name} must be {shape} (a cache in pages: B pages of T keys), got {list(value.shape)}")
     if layout == "bshd":
         q, k_cache, v_cache = q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         k_new, v_new = (t if t is None else t.transpose(1, 2) for t in (k_new, v_new))

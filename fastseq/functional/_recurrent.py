@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import backends
-from .._arguments import own_keywords, tensor, unknown
+from .._arguments import checked_tensor, own_keywords, unknown
 from ..cells import CELLS, Cell
 from ..ops._dispatch import needs_plain_torch
 from ._recurrent_layers import Options, check_states, run_layers
@@ -121,7 +121,7 @@ def recurrent_cell(
     Arguments and errors are those of :func:`recurrent`, for one layer and direction.
     """
     row = _cell(cell)
-    if tensor("input", input).dim() != 2:
+    if checked_tensor("input", input).dim() != 2:
         raise RuntimeError(f"input must be [B, I], got {list(input.shape)}")
     if hx is not None:
         check_states(row, hx)
@@ -367,7 +367,7 @@ def _one_step(
     b_hh: Tensor | None,
 ) -> tuple[Tensor, ...]:
     for name, value in (("input", input), ("w_ih", w_ih), ("w_hh", w_hh)):
-        tensor(name, value)
+        checked_tensor(name, value)
     if hx is not None:
         check_states(CELLS[cell], hx)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as dropped
 from torch.nn.functional import layer_norm, linear, pad
 
-from .._arguments import integer, is_number, number, tensor
+from .._arguments import checked_int, checked_number, checked_tensor, is_number
 from ..cells import Cell
 from ..ops.recurrent import recurrent
 from ..ops.types import Walk, Weights
@@ -50,9 +50,9 @@ def run_layers(
     cell: Cell, input: Tensor, states: Sequence[Tensor | None], params: Sequence[Tensor | None], options: Options
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """Output, final states, and c of every step of every layer if wanted."""
-    if not 0 <= number("dropout", options.dropout) <= 1:
+    if not 0 <= checked_number("dropout", options.dropout) <= 1:
         raise ValueError(f"dropout must lie in [0, 1], got {options.dropout}")
-    if not 0 <= number("weight_dropout", options.weight_dropout) <= 1:
+    if not 0 <= checked_number("weight_dropout", options.weight_dropout) <= 1:
         raise ValueError(f"weight_dropout must lie in [0, 1], got {options.weight_dropout}")
     zoneout = _zoneout(cell, options.zoneout)
     lengths, batch_sizes, directions = options.lengths, options.batch_sizes, 2 if options.bidirectional else 1
@@ -260,9 +260,9 @@ def _separate_states(cell: Cell, h_n: Tensor, c_n: Tensor | None, options: Optio
 
 def _layers(cell: Cell, given: Sequence[Tensor | None], options: Options, directions: int) -> list[Layer]:
     """The parameters of every layer; of a bias that only some directions lack, zeros."""
-    if integer("num_layers", options.num_layers) < 1:
+    if checked_int("num_layers", options.num_layers) < 1:
         raise ValueError(f"num_layers must be at least 1, got {options.num_layers}")
-    if integer("proj_size", options.proj_size) < 0:
+    if checked_int("proj_size", options.proj_size) < 0:
         raise ValueError(f"proj_size must not be negative (0: no projection), got {options.proj_size}")
     if not isinstance(given, Sequence):
         raise TypeError(f"params must be a list or tuple of Tensors, not {type(given).__name__}")
@@ -308,11 +308,11 @@ def check_states(cell: Cell, hx: Any) -> None:
         raise RuntimeError(f"{cell.name} has {len(cell.states)} states ({names}), got {len(hx)}")
     for name, state in zip(cell.states, hx, strict=True):
         if state is not None:
-            tensor(f"{name}0", state)
+            checked_tensor(f"{name}0", state)
 
 
 def _check_input(input: Tensor, batch_sizes: Tensor | None) -> None:
-    tensor("input", input)
+    checked_tensor("input", input)
     rank = 3 if batch_sizes is None else 2
     if input.dim() != rank:
         raise RuntimeError(f"input must have {rank} dimensions, got {input.dim()}")
@@ -323,8 +323,8 @@ def _check_input(input: Tensor, batch_sizes: Tensor | None) -> None:
 def _check_params(cell: Cell, input: Tensor, layers: list[Layer], options: Options, directions: int) -> int:
     """H."""
     w_hh, gates, heads = layers[0]["weight_hh"][0], len(cell.gates), options.num_heads
-    tensor("weight_hh", w_hh)
-    integer("num_heads", heads)
+    checked_tensor("weight_hh", w_hh)
+    checked_int("num_heads", heads)
     if w_hh.dim() != 2 or w_hh.shape[0] % gates:
         raise RuntimeError(f"weight_hh must be [{gates} * H, P], got {list(w_hh.shape)}")
     hidden = w_hh.shape[0] // gates
@@ -347,7 +347,7 @@ def _check_params(cell: Cell, input: Tensor, layers: list[Layer], options: Optio
     for index, layer in enumerate(layers):
         for name, of in layer.items():
             for param in of:
-                tensor(name, param)
+                checked_tensor(name, param)
                 if param.dtype != input.dtype:
                     raise RuntimeError(f"input dtype ({input.dtype}) does not match {name} dtype ({param.dtype})")
                 if param.device != input.device:
@@ -376,16 +376,17 @@ def _check_lengths(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | 
     if lengths is not None:
         if batch_sizes is not None:
             raise RuntimeError("give either lengths (padded input) or batch_sizes (packed input), not both")
-        tensor("lengths", lengths)
+        checked_tensor("lengths", lengths)
         if lengths.dtype not in (torch.int64, torch.int32):
             raise RuntimeError(f"lengths must be int64 or int32, got {lengths.dtype}")
         if lengths.shape != (input.shape[1],):
             raise RuntimeError(f"lengths must be [{input.shape[1]}], one for each row of the batch, got {list(lengths.shape)}")
         if lengths.device != input.device:
             raise RuntimeError(f"lengths must be on the input's device ({input.device}), got {lengths.device}")
-    if batch_sizes is not None and (
-        tensor("batch_sizes", batch_sizes).dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu"
-    ):
+    if batch_sizes is None:
+        return
+    checked_tensor("batch_sizes", batch_sizes)
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
         raise RuntimeError(
             "batch_sizes must be a 1-D int64 tensor on the CPU, "
             f"got {batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"

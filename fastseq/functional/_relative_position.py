@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._arguments import own_keywords
+from .._arguments import checked_int, checked_number, checked_tensor, own_keywords
 from ._attention import attention
 from ._attention_call import AttentionOptions, check_tensors, checked_layout, takes_options
 
@@ -42,12 +42,11 @@ def t5_relative_bias(
         ValueError: if a length is negative, a direction has fewer than 2 buckets, or ``max_distance`` is not beyond the
             exact ones.
     """
-    if not isinstance(table, Tensor):
-        raise TypeError(f"table must be a Tensor, not {type(table).__name__}")
+    checked_tensor("table", table)
+    checked_int("num_buckets", num_buckets)
+    checked_number("max_distance", max_distance)
     for name, length in (("query_length", query_length), ("key_length", key_length)):
-        if not isinstance(length, (int, torch.SymInt)):
-            raise TypeError(f"{name} must be an int, not {type(length).__name__}")
-        if length < 0:
+        if checked_int(name, length) < 0:
             raise ValueError(f"{name} must not be negative, got {length}")
     if table.dim() != 2 or table.shape[0] != num_buckets or not table.is_floating_point():
         raise RuntimeError(
@@ -135,7 +134,7 @@ def transformer_xl_attention(
 
     Returns, raises: as :func:`attention`.
     """
-    check_tensors({"query": query, "key": key, "value": value}, r=r, u=u, v=v)
+    check_tensors({"query": query, "key": key, "value": value, "r": r, "u": u, "v": v})
     layout = checked_layout(options.get("layout"), False)
     if query.dim() != 4:
         raise RuntimeError(f"query must be {'[B, H, T, E]' if layout == 'bhsd' else '[B, T, H, E]'}, got {list(query.shape)}")

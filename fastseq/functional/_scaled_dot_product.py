@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import number, own_keywords
+from .._arguments import checked_number, own_keywords
 from ..ops.attention import Spec
 from ..ops.attention import attention as attention_op
 from . import _nested
@@ -63,8 +63,10 @@ def scaled_dot_product_attention(
     """
     named = {"query": query, "key": key, "value": value}
     check_tensors(named)
-    if not 0 <= number("dropout_p", dropout_p) <= 1:
+    if not 0 <= checked_number("dropout_p", dropout_p) <= 1:
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, not {type(is_causal).__name__}")
     if query.is_nested or key.is_nested or value.is_nested:
         if attn_mask is not None:
             raise ValueError("attn_mask is not accepted with nested tensors")
@@ -95,7 +97,7 @@ def scaled_dot_product_attention(
         mask=mask,
         bias=bias,
         seed=seed(q.device) if dropout_p else None,
-        scale=default_scale(q.shape[-1]) if scale is None else float(number("scale", scale)),
+        scale=default_scale(q.shape[-1]) if scale is None else float(checked_number("scale", scale)),
         dropout=float(dropout_p),
         right=0 if is_causal else -1,
         bottom_right=bottom_right,

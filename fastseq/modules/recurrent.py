@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import functional
-from fastseq._arguments import number
+from fastseq._arguments import checked_number
 from fastseq.cells import CELLS
 from fastseq.functional._recurrent_layers import check_zoneout
 from fastseq.modules._checks import describe, kind_of, pair_of, public
@@ -49,7 +49,7 @@ class Sequence(nn.RNNBase):
         """What torch.nn's constructors do not know, after them: checked, kept, and `weight_hh` of the heads' width."""
         row = CELLS[self.cell]
         check_zoneout(row, zoneout)
-        if not 0 <= number("weight_dropout", weight_dropout) <= 1:
+        if not 0 <= checked_number("weight_dropout", weight_dropout) <= 1:
             raise ValueError(f"weight_dropout must lie in [0, 1], got {weight_dropout}")
         if not isinstance(recompute, bool):
             raise TypeError(f"recompute must be a bool, got {recompute!r}")
@@ -160,6 +160,8 @@ class Sequence(nn.RNNBase):
     def _run_padded(
         self, input: Tensor, hx: Any, lengths: Tensor | None, params: list[Tensor], options: dict[str, Any]
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        if not isinstance(input, Tensor):  # torch raises the same type, from inside
+            raise AttributeError(f"{kind_of(self)}: input must be a Tensor or a PackedSequence, not {describe(input)}")
         if input.dim() not in (2, 3):
             raise ValueError(f"{kind_of(self)}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3

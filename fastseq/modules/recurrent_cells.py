@@ -175,6 +175,8 @@ def _step_one_state(
 
 
 def check_cell_input(cell: nn.RNNCellBase, input: Tensor) -> None:
+    if not isinstance(input, Tensor):  # torch raises the same type, from inside
+        raise AttributeError(f"{kind_of(cell)}: input must be a Tensor, not {describe(input)}")
     check_cell_rank(cell, input, "input")
     if input.size(-1) != cell.input_size:
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {cell.input_size}")

@@ -172,6 +172,13 @@ BATCHED = {
 }
 
 
+@pytest.mark.parametrize("given", [None, [1.0], "x"], ids=str)
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_no_tensor(name, given):
+    theirs, ours = getattr(nn, name)(I, H), getattr(fastseq, name)(I, H)
+    assert_same_error(lambda: theirs(given), lambda: ours(given), f"{name}: input must be a Tensor", type(given).__name__)
+
+
 class TestLayers:
     @pytest.mark.parametrize("batch_first", [False, True])
     @pytest.mark.parametrize("case", BATCHED)
