@@ -81,7 +81,6 @@ def own_keywords(function: Function, refused: Mapping[str, str] = MappingProxyTy
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     )
-
     names = frozenset(accepted)
 
     @functools.wraps(function)
@@ -121,6 +120,10 @@ def is_number(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real))
 
 
+def is_int(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, torch.SymInt, numbers.Integral))
+
+
 def checked_number(name: str, value: Any) -> Any:
     """The value, which is a real number.
 
@@ -138,7 +141,7 @@ def checked_int(name: str, value: Any) -> Any:
     Raises:
         TypeError: if it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if not is_int(value):
         raise TypeError(f"{name} must be an int, {_given(value)}")
     return value
 

@@ -1,7 +1,8 @@
 """Attention with everything that may shape it, its gradient from outside, and the merge of attentions over parts of the keys.
 
 Letters: B batch, Hq query heads, Hkv key heads (Hq a multiple of Hkv, query head h reads key head h // (Hq / Hkv)), Tq queries,
-Tk keys, E features of q and k, Ev of v, N rows of all sequences together.
+Tk keys, E features of q and k, Ev of v, N rows of all sequences together. In names of layouts, as elsewhere, s is the sequence, d
+the features and t the rows.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .._arguments import Function, checked_int, checked_number, checked_tensor, own_keywords
+from .._arguments import Function, checked_int, checked_number, checked_tensor, is_int, own_keywords
 from ..ops.attention import Spec
 from ._autocast import autocast_dtype, lowered
 
@@ -338,7 +338,7 @@ def checked_window(causal: Any, window_size: Any) -> tuple[int, int]:
         raise TypeError(f"causal must be a bool, got {causal!r}{hint}")
     sides: list[Any] = []
     if window_size is not None:
-        if isinstance(window_size, (int, float, torch.SymInt)):
+        if isinstance(window_size, (int, float)) or is_int(window_size):
             raise TypeError(
                 f"window_size must be (left, right), the keys before and after its place that a query sees, got {window_size}: "
                 f"({window_size}, 0) or ({window_size}, {window_size})"
@@ -348,7 +348,7 @@ def checked_window(causal: Any, window_size: Any) -> tuple[int, int]:
         if len(window_size) != 2:
             raise ValueError(f"window_size must be (left, right), got {window_size!r}")
         for side in window_size:
-            if side is not None and not isinstance(side, (int, torch.SymInt)):
+            if side is not None and not is_int(side):
                 raise TypeError(f"window_size must hold ints or None, got {window_size!r}")
             if side is not None and side < -1:
                 raise ValueError(

@@ -44,7 +44,7 @@ def scaled_dot_product_attention(
         dropout_p: probability with which weights are zeroed, whether training or not.
         is_causal: query i sees the keys up to i, top left if L != S. Not together with ``attn_mask``.
         scale: of the products; None: 1 / sqrt(E).
-        enable_gqa: query heads are a multiple of those of key and value, which each serve a run of neighbouring query heads.
+        enable_gqa: query heads are a multiple of those of key and value, which each serve a run of neighboring query heads.
 
     Queries that see no key give zeros, with zero gradients. NaN or infinity in a key or value that is hidden may still reach the
     result. All three may be nested tensors: jagged ``[B, H, j, E]``, then with ``is_causal`` and fewer key heads as well, or of
