@@ -53,6 +53,7 @@ lint: $(TOOLS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_typing.py
 
 format: $(TOOLS)
 	$(PY) -m ruff check --fix .

@@ -30,7 +30,7 @@ def attention_with_gradients(device: str) -> Iterable[Tensor]:
     """Forward, both backward kernels and the bias's own."""
     q, k, v = (torch.randn(2, 2, 35, 24, device=device, requires_grad=True) for _ in range(3))
     bias = torch.randn(2, 35, 35, device=device, requires_grad=True)
-    out = attention(q, k, v, bias=bias, causal=True)
+    out = attention(q, k, v, attn_bias=bias, causal=True)
     return out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))
 
 
@@ -44,7 +44,7 @@ def decode(device: str) -> Iterable[Tensor]:
     q = torch.randn(2, 4, 2, 24, device=device)
     k, v = (torch.randn(2, 2, 150, 24, device=device) for _ in range(2))
     lengths = torch.tensor([150, 37], device=device)
-    return attention_with_kv_cache(q, k, v, lengths=lengths, splits=2, return_lse=True)
+    return attention_with_kv_cache(q, k, v, cache_seqlens=lengths, num_splits=2, return_lse=True)
 
 
 def recurrent(cell: str, dtype: torch.dtype, form: str = "") -> Run:
