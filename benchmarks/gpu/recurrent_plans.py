@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastseq.backends.cuda import recurrent
 from fastseq.backends.cuda.recurrent import Device, Machine, Numbers, Plan
 from fastseq.cells import CELLS
-from fastseq.reference.recurrent import Backward, Forward, state_dtype
+from fastseq.ops.types import Backward, Forward, state_dtype
 
 from ..measure.check import Check, check_provider
 from ..measure.timing import Effort, Samples, interleave

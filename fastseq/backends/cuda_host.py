@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.recurrent import Backward, Forward
+from ..ops.types import Backward, Forward
 from . import library
 from .cuda import recurrent
 from .cuda.recurrent import Device, Machine, Plan

@@ -150,7 +150,7 @@ def prepared(
             relative_bias=relative_bias,
             relative_q=None if relative_query is None else rows(relative_query),
             relative_k=relative_key,
-            slopes=None if alibi_slopes is None else checked_slopes(alibi_slopes, size),
+            slopes=None if alibi_slopes is None else checked_slopes(alibi_slopes, size, q.dtype),
             sinks=sinks,
             q_lengths=None if q_lengths is None else checked_lengths("q_lengths", q_lengths, size.batch, size.tq),
             k_lengths=None if k_lengths is None else checked_lengths("k_lengths", k_lengths, size.batch, size.tk),
@@ -313,8 +313,8 @@ def _relative_key(q: Tensor, relative_query: Tensor | None, relative_key: Tensor
     return rows(relative_key).expand(heads, -1, -1)
 
 
-def checked_slopes(slopes: Tensor, size: Sizes) -> Tensor:
-    """fp32 [B or 1, Hq]."""
+def checked_slopes(slopes: Tensor, size: Sizes, dtype: torch.dtype) -> Tensor:
+    """[B or 1, Hq] in the dtype of the scores: fp32, or fp64 where q is."""
     if not slopes.is_floating_point():
         raise RuntimeError(f"alibi_slopes must be floating point, got {slopes.dtype}")
     if slopes.requires_grad and torch.is_grad_enabled():
@@ -327,7 +327,7 @@ def checked_slopes(slopes: Tensor, size: Sizes) -> Tensor:
         raise RuntimeError(
             f"alibi_slopes must be [Hq] or [B or 1, Hq] with Hq = {size.q_heads} and B = {size.batch}, got {list(slopes.shape)}"
         )
-    return slopes.float().reshape(-1, size.q_heads).contiguous()
+    return slopes.to(torch.promote_types(dtype, torch.float32)).reshape(-1, size.q_heads).contiguous()
 
 
 def readable(tensor: Tensor) -> bool:

@@ -131,7 +131,8 @@ def attention_with_kv_cache(
     if block_table is not None:
         block_table = _checked_table(block_table, k_cache, total, queries + left if left >= 0 else None, lengths)
     if alibi_slopes is not None:
-        alibi_slopes = checked_slopes(alibi_slopes, Sizes(batch, heads, k_cache.shape[1], queries, capacity, features))
+        size = Sizes(batch, heads, k_cache.shape[1], queries, capacity, features)
+        alibi_slopes = checked_slopes(alibi_slopes, size, q.dtype)
     if sinks is not None:
         sinks = added("sinks", sinks, q.dtype).contiguous()
         if sinks.shape != (heads,):

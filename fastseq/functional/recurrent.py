@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import backends
-from ..cells import CELLS, Cell
+from ..cells import CELLS
+from ..ops._dispatch import needs_plain_torch
 from ._recurrent_layers import Options, run_layers
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "recurrent", "recurrent_cell", "rnn", "rnn_cell"]
@@ -24,7 +25,7 @@ def recurrent(
     cell: str,
     input: Tensor,
     hx: Sequence[Tensor] | None,
-    params: Sequence[Tensor],
+    params: Sequence[Tensor | None],
     *,
     has_biases: bool = True,
     num_layers: int = 1,
@@ -52,8 +53,9 @@ def recurrent(
         input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, or ``[N, I]`` with ``batch_sizes``; floating point.
         hx: None (zeros), or the cell's states, h ``[L*D, B, P]`` and the others ``[L*D, B, H]`` (sLSTM: c, n, m).
         params: per layer, per direction: w_ih ``[G*H, I or D*P]``, w_hh ``[G*H, P]`` (``[G*H, H/heads]``), b_ih and b_hh
-            ``[G*H]`` with ``has_biases``, w_hr ``[P, H]`` with ``proj_size``, then what the cell has beside: w_peephole ``[3H]``
-            (i, f, o); w_ln_ih, w_ln_hh ``[G*H]``, for the LSTM also w_ln_c ``[H]`` and with ``has_biases`` b_ln_c ``[H]``.
+            ``[G*H]`` with ``has_biases`` (None: zeros), w_hr ``[P, H]`` with ``proj_size``, then what the cell has beside:
+            w_peephole ``[3H]`` (i, f, o); w_ln_ih, w_ln_hh ``[G*H]``, for the LSTM also w_ln_c ``[H]`` and with ``has_biases``
+            b_ln_c ``[H]``.
         dropout: probability with which, in training, elements of every layer's output but the last's are zeroed.
         proj_size: P of cells whose states are h and c.
         lengths: integer ``[B]`` on the input's device, each in 0..T. Beyond a row's length the output is zero; final states are
@@ -77,15 +79,27 @@ def recurrent(
     """
     if cell not in CELLS:
         raise ValueError(f"unknown cell {cell!r}; accepted: {', '.join(CELLS)}")
-    options = Options(
-        has_biases, num_layers, dropout, training, bidirectional, batch_first, proj_size, lengths, batch_sizes, return_cells,
-        recompute, zoneout, weight_dropout, heads,
-    )  # fmt: skip
     row = CELLS[cell]
     if return_cells and not row.has_c:
         raise ValueError(f"return_cells needs a cell with a state c; {cell} has h alone")
     if hx is not None and len(hx) != len(row.states):
         raise RuntimeError(f"{cell} has {len(row.states)} states ({', '.join(row.states)}), got {len(hx)}")
+    options = Options(
+        has_biases=has_biases,
+        num_layers=num_layers,
+        dropout=dropout,
+        training=training,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        proj_size=proj_size,
+        lengths=lengths,
+        batch_sizes=batch_sizes,
+        return_cells=return_cells,
+        recompute=recompute,
+        zoneout=zoneout,
+        weight_dropout=weight_dropout,
+        heads=heads,
+    )
     return run_layers(row, input, [None] * len(row.states) if hx is None else hx, params, options)
 
 
@@ -93,7 +107,7 @@ def recurrent_cell(
     cell: str,
     input: Tensor,
     hx: Sequence[Tensor] | None,
-    params: Sequence[Tensor],
+    params: Sequence[Tensor | None],
     *,
     has_biases: bool = True,
     training: bool = False,
@@ -117,7 +131,7 @@ def recurrent_cell(
 def rnn(
     input: Tensor,
     hx: Tensor | None,
-    params: Sequence[Tensor],
+    params: Sequence[Tensor | None],
     *,
     nonlinearity: str = "tanh",
     has_biases: bool = True,
@@ -137,17 +151,28 @@ def rnn(
     Raises:
         ValueError: if ``nonlinearity`` is neither ``"tanh"`` nor ``"relu"``.
     """
-    options = Options(
-        has_biases, num_layers, dropout, training, bidirectional, batch_first, 0, lengths, batch_sizes, False, recompute
+    output, (h_n,), _ = recurrent(
+        _elman(nonlinearity),
+        input,
+        None if hx is None else (hx,),
+        params,
+        has_biases=has_biases,
+        num_layers=num_layers,
+        dropout=dropout,
+        training=training,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        lengths=lengths,
+        batch_sizes=batch_sizes,
+        recompute=recompute,
     )
-    output, (h_n,), _ = run_layers(_elman(nonlinearity), input, [hx], params, options)
     return output, h_n
 
 
 def gru(
     input: Tensor,
     hx: Tensor | None,
-    params: Sequence[Tensor],
+    params: Sequence[Tensor | None],
     *,
     has_biases: bool = True,
     num_layers: int = 1,
@@ -163,17 +188,28 @@ def gru(
 
     Arguments, shapes and errors are those of :func:`lstm`; ``hx`` is ``h0 [L*D, B, H]`` or None.
     """
-    options = Options(
-        has_biases, num_layers, dropout, training, bidirectional, batch_first, 0, lengths, batch_sizes, False, recompute
+    output, (h_n,), _ = recurrent(
+        "gru",
+        input,
+        None if hx is None else (hx,),
+        params,
+        has_biases=has_biases,
+        num_layers=num_layers,
+        dropout=dropout,
+        training=training,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        lengths=lengths,
+        batch_sizes=batch_sizes,
+        recompute=recompute,
     )
-    output, (h_n,), _ = run_layers(CELLS["gru"], input, [hx], params, options)
     return output, h_n
 
 
 def lstm(
     input: Tensor,
     hx: tuple[Tensor, Tensor] | None,
-    params: Sequence[Tensor],
+    params: Sequence[Tensor | None],
     *,
     has_biases: bool = True,
     num_layers: int = 1,
@@ -192,11 +228,23 @@ def lstm(
     Arguments, shapes and errors are those of :func:`recurrent`; ``hx`` is None (zeros) or ``(h0 [L*D, B, P], c0 [L*D, B, H])``,
     gates are in the order i, f, g, o.
     """
-    options = Options(
-        has_biases, num_layers, dropout, training, bidirectional, batch_first, proj_size, lengths, batch_sizes, return_cells,
-        recompute,
-    )  # fmt: skip
-    output, states, cells = run_layers(CELLS["lstm"], input, (None, None) if hx is None else hx, params, options)
+    output, states, cells = recurrent(
+        "lstm",
+        input,
+        hx,
+        params,
+        has_biases=has_biases,
+        num_layers=num_layers,
+        dropout=dropout,
+        training=training,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        proj_size=proj_size,
+        lengths=lengths,
+        batch_sizes=batch_sizes,
+        return_cells=return_cells,
+        recompute=recompute,
+    )
     return (output, *states) if cells is None else (output, *states, cells)
 
 
@@ -214,7 +262,7 @@ def rnn_cell(
 
     Raises as :func:`rnn`.
     """
-    return _one_step(_elman(nonlinearity).name, input, None if hx is None else (hx,), w_ih, w_hh, b_ih, b_hh)[0]
+    return _one_step(_elman(nonlinearity), input, None if hx is None else (hx,), w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def gru_cell(
@@ -242,10 +290,10 @@ def lstm_cell(
     return h, c
 
 
-def _elman(nonlinearity: str) -> Cell:
+def _elman(nonlinearity: str) -> str:
     if nonlinearity not in _NONLINEARITIES:
         raise ValueError(f"unknown nonlinearity {nonlinearity!r}; accepted: {', '.join(_NONLINEARITIES)}")
-    return CELLS[f"rnn_{nonlinearity}"]
+    return f"rnn_{nonlinearity}"
 
 
 def _one_step(
@@ -261,8 +309,9 @@ def _one_step(
         hidden = w_hh.shape[-1]
         return backends.RecurrentQuery("recurrent_cell", input.device, input.dtype, cell, 1, 1, hidden, False, "padded")
 
-    # of other dtypes autocast makes one, or an error says what was given
-    if all(t.dtype == w_ih.dtype for t in (input, *(hx or ()))) and backends.torch_runs(query):
+    given = (input, *(hx or ()))
+    # vmap has no rule for torch's LSTM cell; of other dtypes autocast makes one, or an error says what was given
+    plain = cell == "lstm" and needs_plain_torch([t for t in (*given, w_ih, w_hh, b_ih, b_hh) if t is not None])
+    if not plain and all([t.dtype == w_ih.dtype for t in given]) and backends.torch_runs(query):
         return backends.vendor.recurrent_cell(cell, input, hx, w_ih, w_hh, b_ih, b_hh)
-    params = [w_ih, w_hh] if b_ih is None or b_hh is None else [w_ih, w_hh, b_ih, b_hh]
-    return recurrent_cell(cell, input, hx, params, has_biases=b_ih is not None)
+    return recurrent_cell(cell, input, hx, [w_ih, w_hh, b_ih, b_hh])

@@ -8,7 +8,7 @@ k_cache      [B, Hkv, S, E]            or, with a block table, [pages, Hkv, page
 v_cache      as k_cache, Ev
 lengths      int32 [B]                 valid keys, with those of these queries; taken as if clamped to [0, S]
 block_table  int32 [B, max_pages]      page of keys p page_size .. of a sequence; S is max_pages page_size
-slopes       fp32 [B or 1, Hq]         ALiBi
+slopes       wide [B or 1, Hq]         ALiBi, in fp32 or, with fp64, fp64
 sinks        [Hq] floating
 left, right  ints                      keys seen before and after a query's place, lengths[b] - Tq + i; -1: all
 splits       int                       parts that the keys are cut into; 0: the backend chooses
@@ -22,14 +22,16 @@ device. The result depends on ``splits`` by rounding only; for the same shapes o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..ops.types import empty_rows, state_dtype
 from ..reference import attention_decode as reference
-from ..reference.attention import empty_rows
-from ..reference.recurrent import state_dtype
-from ._dispatch import needs_plain_torch, outside_dynamo
+from . import flops
+from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd
 
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(
@@ -98,16 +100,39 @@ torch.library.register_fake("fastseq::attention_decode", _fake_decode, lib=_libr
 _decode_op = torch.ops.fastseq.attention_decode.default
 
 
+class _WithoutBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        return _decode_op(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(_NO_BACKWARD)
+
+
+_NO_BACKWARD = (
+    "attention against a cache has no backward, but an argument requires grad: call it under torch.no_grad(), "
+    "or use fastseq.functional.attention(..., causal='bottom_right', k_lengths=lengths), which is differentiable"
+)
+
+
+def _through_decode(*args: Any) -> tuple[Tensor, Tensor]:
+    """In a recorded program, which may run with gradients enabled as long as none is taken through here."""
+    if needs_plain_torch([t for t in args if isinstance(t, Tensor)]):
+        return reference.forward(*args[:-1])
+    return _WithoutBackward.apply(*args)
+
+
+register_autograd(_library, "attention_decode", _through_decode)
+
+
 def refuse_gradients(*tensors: Tensor | None) -> None:
     """
     Raises:
         RuntimeError: if a gradient would be wanted: a tensor requires grad and gradients are enabled.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(
-            "attention against a cache has no backward, but an argument requires grad: call it under torch.no_grad(), "
-            "or use fastseq.functional.attention(..., causal='bottom_right', k_lengths=lengths), which is differentiable"
-        )
+        raise RuntimeError(_NO_BACKWARD)
 
 
 def attention_decode(
@@ -130,6 +155,8 @@ def attention_decode(
         RuntimeError: if a gradient would be wanted.
     """
     refuse_gradients(q, k_cache, v_cache, slopes, sinks)
+    if recorded() and not torch.compiler.is_compiling():
+        flops.announce()
     if needs_plain_torch([t for t in (q, k_cache, v_cache, slopes, sinks) if t is not None]):
         return reference.forward(q, k_cache, v_cache, lengths, block_table, slopes, sinks, scale, softcap, left, right)
     return _decode_op(q, k_cache, v_cache, lengths, block_table, slopes, sinks, scale, softcap, left, right, splits)

@@ -97,7 +97,7 @@ def call_of(point: Point) -> Any:
     """Arguments of the op, on tensors without memory."""
     import torch
 
-    from fastseq.reference.recurrent import Backward, Forward, state_dtype
+    from fastseq.ops.types import Backward, Forward, state_dtype
 
     _, form, cell, variant, name, hidden, batch, _ = point
     row, bare = CELLS[cell], variant == "bare"

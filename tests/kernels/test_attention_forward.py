@@ -16,8 +16,8 @@ from fastseq.backends import triton as backend
 from fastseq.backends.triton import attention_parts
 from fastseq.kernels.attention import bias, configs, mask, softmax
 from fastseq.kernels.attention.parts import DistanceRows, Dropout, Pairs, Parts, Sequences
+from fastseq.ops.types import Spec
 from fastseq.reference import attention as reference
-from fastseq.reference.attention import Spec
 from fastseq.testing import assert_close_to_truth
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,8 +19,9 @@ from fastseq.backends.cuda.recurrent import Device
 from fastseq.benchmarks.gpu.cuda_plans import ranked
 from fastseq.cells import CELLS
 from fastseq.testing import assert_all_close_to_truth, pooled_error
+from support import recurrent_equations
 from support.cases import RecurrentCase
-from support.recurrent import RecurrentBattery
+from support.recurrent import SEED, RecurrentBattery
 
 executed = pytest.mark.skipif(cuda_host.available() is not None, reason=str(cuda_host.available()))
 planned = pytest.mark.skipif(library.reason() is not None, reason=str(library.reason()))
@@ -65,12 +66,14 @@ def expected(battery: RecurrentBattery, case: RecurrentCase, inputs: dict, preci
     """The fp64 truth, what PyTorch makes of it in this dtype, and its error in this precision, if that is another one."""
     outputs, grads = battery.truth(inputs)
     truth = {f"output {i}": out for i, out in enumerate(outputs)} | grads
-    plain = results(battery, inputs, "reference")
-    if precision != "tf32":
-        return truth, plain, 0.0
-    # TF32 keeps as many bits as fp16, which the reference can compute in
-    half = results(battery, battery.make(case, torch.float16), "reference")
-    return truth, plain, pooled_error({name: value.float() for name, value in half.items()}, truth)
+    # TF32 keeps as many bits as fp16
+    own = pooled_error(by_equations(battery, battery.make(case, torch.float16)), truth) if precision == "tf32" else 0.0
+    return truth, by_equations(battery, inputs), own
+
+
+def by_equations(battery: RecurrentBattery, inputs: dict) -> dict[str, torch.Tensor]:
+    outputs = recurrent_equations.layers(inputs, SEED)
+    return {f"output {i}": out for i, out in enumerate(outputs)} | battery.gradients(outputs, inputs)
 
 
 def refusals(case: RecurrentCase, precision: str) -> list[str]:

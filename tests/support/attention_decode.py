@@ -92,7 +92,7 @@ def make_decode(case: DecodeCase, dtype: torch.dtype, device: str = "cpu", seed:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
-    batch = len(case.lengths)
+    batch, wide = len(case.lengths), torch.promote_types(dtype, torch.float32)
     q = random(batch, case.queries, case.heads, case.features).transpose(1, 2)
     contiguous = (batch, case.capacity, case.heads_k)
     k, v = random(*contiguous, case.features).transpose(1, 2), random(*contiguous, case.features_v).transpose(1, 2)
@@ -121,7 +121,7 @@ def make_decode(case: DecodeCase, dtype: torch.dtype, device: str = "cpu", seed:
         "v_cache": v,
         "lengths": torch.tensor(case.lengths, dtype=torch.int32, device=device),
         "block_table": table,
-        "slopes": random(1 if case.slopes == 1 else batch, case.heads).float().abs() if case.slopes else None,
+        "slopes": random(1 if case.slopes == 1 else batch, case.heads).to(wide).abs() if case.slopes else None,
         "sinks": sinks,
         "scale": 0.3,
         "softcap": case.softcap,
@@ -172,8 +172,8 @@ def decode_by_torch(
             if softcap:
                 s = softcap * torch.tanh(s / softcap)
             if slopes is not None:
-                distance = torch.tensor([abs(place - j) for j in seen], device=q.device, dtype=slopes.dtype)
-                s = s - (slopes[b % len(slopes)][:, None] * distance).to(s.dtype)
+                distance = torch.tensor([abs(place - j) for j in seen], device=q.device, dtype=wide)
+                s = s - (slopes[b % len(slopes)].to(wide)[:, None] * distance).to(s.dtype)
             if sinks is not None:
                 s = torch.cat((s, sinks[:, None].to(s.dtype)), 1)
             if s.shape[1] == 0:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...reference.attention import empty_rows
+from ...ops.types import empty_rows, state_dtype
 from ...reference.attention_decode import gathered
-from ...reference.recurrent import state_dtype
 from ..query import AttentionQuery
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default

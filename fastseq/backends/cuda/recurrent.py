@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...reference.recurrent import Backward, Call, Forward
+from ...ops.types import Backward, Call, Forward
+from ..dense import dense
+from ..precision import fp32_precision
 from ..query import RecurrentQuery
-from ..rows import fp32_precision, room, state, walked
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 _PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -138,36 +139,26 @@ def obstacles(query: RecurrentQuery, machine: Machine) -> list[str]:
 
 def forward(call: Forward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, h_n, c_n, c, gates, as the op's contract has them."""
-    row, x, lanes, hidden, wide = call.row, call.x, call.lanes, call.hidden, call.wide
-    leading, states = x.shape[:-1], call.row.wide_states * call.hidden
-    x_gates = call.input_gates().contiguous()
-    y = room(call, *leading, lanes, call.width)
-    h_n = x.new_empty(lanes, call.batch, call.width)
-    c_n = x.new_empty((lanes, call.batch, states) if row.has_c else (0,), dtype=wide)
-    c = room(call, *((*leading, lanes, states) if row.has_c and call.save_c else (0,)), dtype=wide)
-    gates = room(call, *((*leading, lanes, call.saved * hidden) if call.saved and call.save_gates else (0,)))
+    results = y, h_n, c_n, c, gates = call.empty_results(zeros=True)
     _run(
-        call, machine, "forward", x_gates=x_gates, weight=call.weight.contiguous(), vectors=_dense(call.vectors),
-        h0=state(call.h0, call.dtype), c0=state(call.c0, wide), y=y, h_n=h_n, c_n=c_n, c=c, gates=gates,
+        call, machine, "forward", x_gates=call.input_gates().contiguous(), weight=call.weight.contiguous(),
+        vectors=dense(call.vectors), h0=dense(call.h0, call.dtype), c0=dense(call.c0, call.wide), y=y, h_n=h_n, c_n=c_n, c=c,
+        gates=gates,
     )  # fmt: skip
-    return y, h_n, c_n, c, gates
+    return results
 
 
 def backward(call: Backward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dgates, drecurrent, doutput, dh0, dc0, as the op's contract has them."""
-    row, y, lanes, hidden, wide = call.row, call.y, call.lanes, call.hidden, call.wide
-    leading, states = y.shape[:-2], call.row.wide_states * call.hidden
-    dgates = room(call, *leading, lanes, call.weight.shape[1])
-    drecurrent = room(call, *((*leading, lanes, row.own_recurrent * hidden) if row.own_recurrent else (0,)))
-    dh0 = y.new_empty(lanes, call.batch, call.width)
-    dc0 = y.new_empty((lanes, call.batch, states) if row.has_c else (0,), dtype=wide)
+    dtype, wide = call.dtype, call.wide
+    results = dgates, drecurrent, _, dh0, dc0 = call.empty_results(zeros=True)
     _run(
-        call, machine, "backward", dy=state(call.dy, call.dtype), dh_n=state(call.dh_n, call.dtype), dc_n=state(call.dc_n, wide),
-        dc=state(call.dc, wide), weight=call.weight.contiguous(), vectors=_dense(call.vectors), h0=state(call.h0, call.dtype),
-        c0=state(call.c0, wide), y=y.contiguous(), c=call.c.contiguous(), gates=call.gates.contiguous(), dgates=dgates,
+        call, machine, "backward", dy=dense(call.dy, dtype), dh_n=dense(call.dh_n, dtype), dc_n=dense(call.dc_n, wide),
+        dc=dense(call.dc, wide), weight=call.weight.contiguous(), vectors=dense(call.vectors), h0=dense(call.h0, dtype),
+        c0=dense(call.c0, wide), y=call.y.contiguous(), c=call.c.contiguous(), gates=call.gates.contiguous(), dgates=dgates,
         drecurrent=drecurrent, dh0=dh0, dc0=dc0,
     )  # fmt: skip
-    return dgates, drecurrent, y.new_empty(0), dh0, dc0
+    return results
 
 
 def _run(call: Call, machine: Machine, direction: str, **tensors: Tensor | None) -> None:
@@ -177,14 +168,10 @@ def _run(call: Call, machine: Machine, direction: str, **tensors: Tensor | None)
 
     chosen = _plan(call, direction == "backward", call.rows.device, machine)
     note(chosen)
-    starts, lengths = walked(call)
+    starts, lengths = call.row_offsets()
     sizes = {"steps": call.steps, "batch": call.batch, "lanes": call.lanes, "hidden": call.hidden, "reverse": call.reverse_bits}
     arguments = tensors | {"starts": starts, "lengths": lengths} | sizes | chosen.meeting(call.rows)
     machine.run(direction, call.cell, _precision(call.dtype, machine), chosen, arguments)
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 @lru_cache

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...reference.attention import Spec, empty_rows
-from ...reference.recurrent import state_dtype
+from ...ops.types import Spec, empty_rows, state_dtype
 from ..query import AttentionQuery
 from . import _launch
 from .attention_backward import attention_backward, attention_weights_backward

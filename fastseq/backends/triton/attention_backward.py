@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...reference.attention import GRADIENTS, Spec, empty_gradients
+from ...ops.types import GRADIENTS, Spec, empty_gradients
 from . import _launch
 from .attention_parts import accumulator, number, pairs, parts_of, power, precision, rows, scalars, sizes
 

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...reference.attention import empty_rows
+from ...ops.types import empty_rows, state_dtype
 from ...reference.attention_decode import capacity
-from ...reference.recurrent import state_dtype
 from . import _launch
 from .attention import why_not
 from .attention_parts import accumulator, number, power, precision, rows, scalars

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...reference.attention import Spec, dropout_threshold
+from ...ops.types import Spec
+from ...reference.attention import dropout_threshold
 from . import _launch
 
 _SMALLEST_SCALE = 1e-6  # below, scores in units of it could overflow

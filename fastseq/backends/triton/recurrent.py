@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...reference.recurrent import Backward, Forward
+from ...ops.types import Backward, Forward
+from ..precision import fp32_precision
 from ..query import RecurrentQuery
-from ..rows import fp32_precision
 from . import recurrent_single, recurrent_stepwise, recurrent_streamed
 from ._launch import dtype_obstacles, on
 from .recurrent_parts import BackwardLaunch, ForwardLaunch

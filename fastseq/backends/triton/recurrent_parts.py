@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...reference.recurrent import Backward, Call, Forward
-from ..rows import fp32_precision, room, state, walked
+from ...ops.types import Backward, Call, Forward
+from ..dense import dense
+from ..precision import fp32_precision
 
 
 class _Launched:
@@ -20,15 +21,15 @@ class _Launched:
         row = call.row
         self.call, self.math = call, configs.CELLS[call.cell]
         self.config = configs.of(
-            call.rows.device, call.dtype, len(row.gates), call.hidden, call.batch, call.projection is not None, row.normalised,
+            call.rows.device, call.dtype, len(row.gates), call.hidden, call.batch, call.projection is not None, row.normalized,
             one_step=call.steps == 1 and call.lengths is None, backward=isinstance(call, Backward),
             exact=call.dtype == torch.float32 and fp32_precision() == "ieee",
         )  # fmt: skip
         self.layout = _layout(call)
         self.zoneout = _zoneout(call)
         self.weight = call.weight.contiguous()
-        self.vectors = None if call.vectors is None else call.vectors.contiguous()
-        self.h0, self.c0 = state(call.h0, call.dtype), state(call.c0, call.wide)
+        self.vectors = dense(call.vectors)
+        self.h0, self.c0 = dense(call.h0, call.dtype), dense(call.c0, call.wide)
         self.sizes = {"G": len(row.gates), "S": call.saved, "K": row.wide_states, "V": len(row.vectors)}
         self.options = {
             **self.sizes,
@@ -51,17 +52,11 @@ class ForwardLaunch(_Launched):
 
     def __init__(self, call: Forward) -> None:
         super().__init__(call)
-        row, x, lanes, states = call.row, call.x, call.lanes, call.row.wide_states * call.hidden
-        leading = x.shape[:-1]
         # the form with one step projects the input itself
         self.x_gates = None if self.config.form == "single" else call.input_gates().contiguous()
-        self.y = room(call, *leading, lanes, call.width)
-        self.h_n = x.new_empty(lanes, call.batch, call.width)
-        self.c_n = x.new_empty((lanes, call.batch, states) if row.has_c else (0,), dtype=call.wide)
-        c = room(call, *((*leading, lanes, states) if row.has_c and call.save_c else (0,)), dtype=call.wide)
-        gates = room(call, *((*leading, lanes, call.saved * call.hidden) if call.saved and call.save_gates else (0,)))
+        self.results = call.empty_results(zeros=True)
+        self.y, self.h_n, self.c_n, c, gates = self.results
         self.c, self.gates = c if c.numel() else None, gates if gates.numel() else None
-        self.results = self.y, self.h_n, self.c_n, c, gates
 
 
 class BackwardLaunch(_Launched):
@@ -69,21 +64,15 @@ class BackwardLaunch(_Launched):
 
     def __init__(self, call: Backward) -> None:
         super().__init__(call)
-        row, y, lanes, hidden = call.row, call.y, call.lanes, call.hidden
-        leading, states = y.shape[:-2], row.wide_states * hidden
-        self.dgates = room(call, *leading, lanes, call.weight.shape[1])
-        drecurrent = room(call, *((*leading, lanes, row.own_recurrent * hidden) if row.own_recurrent else (0,)))
-        doutput = room(call, *((*leading, lanes, call.width) if call.output_gradient else (0,)))
-        self.drecurrent = drecurrent if row.own_recurrent else None
+        self.results = call.empty_results(zeros=True)
+        self.dgates, drecurrent, doutput, self.dh0, self.dc0 = self.results
+        self.drecurrent = drecurrent if call.row.own_recurrent else None
         self.doutput = doutput if call.output_gradient else None
-        self.dh0 = y.new_empty(lanes, call.batch, call.width)
-        self.dc0 = y.new_empty((lanes, call.batch, states) if row.has_c else (0,), dtype=call.wide)
-        self.y, self.c, self.gates = y.contiguous(), call.c.contiguous(), call.gates.contiguous()
-        self.dy, self.dh_n = state(call.dy, call.dtype), state(call.dh_n, call.dtype)
-        self.dc_n, self.dc = state(call.dc_n, call.wide), state(call.dc, call.wide)
-        self.results = self.dgates, drecurrent, doutput, self.dh0, self.dc0
+        self.y, self.c, self.gates = call.y.contiguous(), call.c.contiguous(), call.gates.contiguous()
+        self.dy, self.dh_n = dense(call.dy, call.dtype), dense(call.dh_n, call.dtype)
+        self.dc_n, self.dc = dense(call.dc_n, call.wide), dense(call.dc, call.wide)
         self.options |= {
-            "OWN": row.own_recurrent,
+            "OWN": call.row.own_recurrent,
             "STEP_BACKWARD": self.math.step_backward,
             "CANDIDATE": self.math.candidate,
             "READS": self.math.reads,
@@ -93,7 +82,7 @@ class BackwardLaunch(_Launched):
 def _layout(call: Call) -> Any:
     from fastseq.kernels.recurrent.parts import Layout
 
-    starts, ends = walked(call)
+    starts, ends = call.row_offsets()
     return Layout(starts, ends, call.steps, call.batch, call.lanes, call.reverse_bits)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..rows import fp32_precision
+from ..precision import fp32_precision
 from .recurrent_parts import ForwardLaunch
 
 

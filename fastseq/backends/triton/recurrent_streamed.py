@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import fp32_precision
+from ..precision import fp32_precision
 from .recurrent_parts import BackwardLaunch, ForwardLaunch
 
 
