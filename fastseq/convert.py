@@ -176,7 +176,7 @@ def _attention_backend(module: Any) -> str | None:
         window=(-1, -1),
         offset=0,
         block_size=0,
-        parts=(),
+        uses=(),
         gradients=(),
     )
     return _selected(query)

@@ -115,7 +115,9 @@ def select(query: Query) -> ModuleType:
             raise RuntimeError(f"backend {_forced!r} was forced but cannot run [{query}]: {'; '.join(against)}")
         chosen = _forced
     else:
-        chosen = next(name for name in _CANDIDATES.get(query.device.type, ORDER) if _serves(name, query))
+        for chosen in _CANDIDATES.get(query.device.type, ORDER):  # the reference, the last, runs everything
+            if _serves(chosen, query):
+                break
     for watch in _watchers:
         watch(query, chosen)
     return BACKENDS[chosen]

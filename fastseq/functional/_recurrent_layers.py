@@ -56,7 +56,11 @@ def run_layers(
     zoneout = _zoneout(cell, options.zoneout) if options.zoneout else (0.0, 0.0)
     lengths, batch_sizes, directions = options.lengths, options.batch_sizes, 2 if options.bidirectional else 1
     layers = _layers(cell, params, options, directions)
-    _check_input(input, batch_sizes)
+    rank = 3 if batch_sizes is None else 2
+    if input.dim() != rank:
+        raise RuntimeError(f"input must have {rank} dimensions, got {input.dim()}")
+    if not input.is_floating_point():
+        raise RuntimeError(f"input must be floating point, got {input.dtype}")
     lower = autocast_dtype(input.device.type)
     if lower is not None:
         if cell.name == "gru" and input.device.type == "cpu":
@@ -83,7 +87,7 @@ def run_layers(
     cells = []
     for number, layer in enumerate(layers):
         part, last = slice(number * directions, (number + 1) * directions), number == options.num_layers - 1
-        own = [None if state is None else state[part] for state in states]
+        own = states if len(layers) == 1 else [None if state is None else state[part] for state in states]
         x, of_layer, c = _run_layer(cell, x, own, layer, options, zoneout, last, batch_first and last)
         if options.training and options.dropout and not last:
             x = dropped(x, options.dropout)
@@ -93,7 +97,7 @@ def run_layers(
     all_cells = None
     if options.return_cells:
         all_cells = torch.stack([c.transpose(0, 1) if batch_first else c for c in cells if c is not None]).to(x.dtype)
-    return x, tuple([state if state.dtype == x.dtype else state.to(x.dtype) for state in joined]), all_cells
+    return x, tuple(joined) if x.dtype in (torch.float32, torch.float64) else tuple([s.to(x.dtype) for s in joined]), all_cells
 
 
 def _run_layer(
@@ -115,7 +119,9 @@ def _run_layer(
         layer, reverse = _of_heads(cell, layer, heads), [direction for direction in reverse for _ in range(heads)]
     lanes, (gates, width) = len(reverse), layer["weight_hh"][0].shape
     hidden = gates // len(cell.gates)
-    h0, c0 = _joined_states(cell, states, x, lanes, hidden, options)
+    h0, c0 = states[0], None
+    if h0 is not None or cell.name == "slstm":
+        h0, c0 = _joined_states(cell, states, x, lanes, hidden, options)
 
     def run(lanes: int, layer: Layer, h0: Tensor | None, c0: Tensor | None, reverse: list[int]) -> tuple[Any, ...]:
         walk = Walk(options.lengths, options.batch_sizes, None, None, cell.name, reverse, *zoneout)
@@ -220,9 +226,7 @@ def _joined_states(
 ) -> tuple[Tensor | None, Tensor | None]:
     """h0 [lanes, B, P] and the others side by side [lanes, B, K*H], from states [D, B, n]."""
     h0, *others = states
-    if h0 is None:
-        if cell.name != "slstm":
-            return None, None
+    if h0 is None:  # of an sLSTM
         # nothing was seen yet: the first step forgets all, whatever its gates say
         batch = x.shape[1] if options.batch_sizes is None else int(options.batch_sizes[0])
         zeros = x.new_zeros(lanes, batch, 2 * hidden, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -262,8 +266,13 @@ def _layers(cell: Cell, given: Sequence[Tensor | None], options: Options, direct
     layers = []
     for number in range(options.num_layers):
         own = list(given[number * each * directions : (number + 1) * each * directions])
-        layer: Layer = {name: own[place::each] for place, name in enumerate(names)}
-        layers.append(_without_missing(layer, number) if any([tensor is None for tensor in own]) else layer)
+        layer: Layer = {}
+        missing = False
+        for place, name in enumerate(names):
+            layer[name] = own[place::each]
+            for tensor in layer[name]:
+                missing |= tensor is None
+        layers.append(_without_missing(layer, number) if missing else layer)
     return layers
 
 
@@ -277,14 +286,6 @@ def _without_missing(layer: Layer, number: int) -> Layer:
         if there:
             given[name] = [torch.zeros_like(there[0], requires_grad=False) if tensor is None else tensor for tensor in of]
     return given
-
-
-def _check_input(input: Tensor, batch_sizes: Tensor | None) -> None:
-    rank = 3 if batch_sizes is None else 2
-    if input.dim() != rank:
-        raise RuntimeError(f"input must have {rank} dimensions, got {input.dim()}")
-    if not input.is_floating_point():
-        raise RuntimeError(f"input must be floating point, got {input.dtype}")
 
 
 def _check_params(cell: Cell, input: Tensor, layers: list[Layer], options: Options, directions: int) -> int:

@@ -83,7 +83,7 @@ def _query(
         window=(spec.left, spec.right),
         offset=spec.offset,
         block_size=spec.block_size,
-        parts=tuple(names),
+        uses=tuple(names),
         gradients=tuple(name for name, want in zip(GRADIENTS, wanted or [], strict=False) if want),
     )
 

@@ -51,7 +51,7 @@ def _query(
     softcap: float,
     window: tuple[int, int],
 ) -> backends.AttentionQuery:
-    parts = {"slopes": slopes is not None, "sinks": sinks is not None, "softcap": bool(softcap)}
+    used = {"slopes": slopes is not None, "sinks": sinks is not None, "softcap": bool(softcap)}
     return backends.AttentionQuery(
         op="attention_decode",
         call="decode",
@@ -65,7 +65,7 @@ def _query(
         window=window,
         offset=0,
         block_size=0 if block_table is None else k_cache.shape[2],
-        parts=tuple(name for name, used in parts.items() if used),
+        uses=tuple(name for name, use in used.items() if use),
         gradients=(),
     )
 

@@ -53,7 +53,7 @@ from torch import Tensor
 from .. import backends
 from ..cells import CELLS
 from . import flops
-from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd, wants_gradient
+from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd, wants_gradient, watched
 from .recurrent_gradients import input_gradients, recomputed_gates, reference_layer
 from .types import Backward, Call, Forward, Walk, Weights
 
@@ -171,10 +171,8 @@ class _Layer(NamedTuple):
     packed: bool = False  # the output alone has the rows [N] of a packed batch, whose sequences are all of one length
 
     def output(self, y: Tensor) -> Tensor:
-        """[.., D, P] -> [.., D*P], a view."""
-        return self.laid_out(y.flatten(-2))
-
-    def laid_out(self, y: Tensor) -> Tensor:
+        """[.., D, P] -> [.., D*P] in the layout that is wanted, a view."""
+        y = y.flatten(-2)
         return y.transpose(0, 1) if self.batch_first else y.flatten(0, 1) if self.packed else y
 
 
@@ -343,15 +341,20 @@ def recurrent(
             walk = walk._replace(batch_sizes=None, hold_h=hold_h, hold_c=hold_c)
             x, packed = x.view(steps, batch, x.shape[1]), True
     layer = _Layer(walk, return_cells, recompute, private, batch_first, packed)
-    given = [t for t in (x, h0, c0, *[tensor for kind in weights for tensor in kind]) if t is not None]
+    w_ih, w_hh, b_ih, b_hh, w_hr, vectors = weights
+    given = [x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *vectors]
+    if h0 is not None:
+        given.append(h0)
+    if c0 is not None:
+        given.append(c0)
     compiling = torch.compiler.is_compiling()
     if needs_plain_torch(given):
         y, h_n, c_n, c = _plain(layer, x, h0, c0, weights)
-    elif recorded() and (not compiling or torch.compiler.is_exporting() or wants_gradient(given)):
+    elif (compiling and (torch.compiler.is_exporting() or wants_gradient(given))) or (not compiling and watched()):
         if not compiling:
             flops.announce()
         y, h_n, c_n, c = _layer_op(x, h0, c0, *weights, *walk, return_cells, recompute, private)
-        y = layer.laid_out(y)
+        y = layer.output(y.unsqueeze(-2))
     elif compiling:
         y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, return_cells, False))
         y = layer.output(y)

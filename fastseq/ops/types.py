@@ -5,9 +5,9 @@ The meaning of each tensor stands in the contract at the head of the op's file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,25 +52,28 @@ class Weights(NamedTuple):
     def stacked(self, row: Cell) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """``w_ih, b_ih, weight, vectors, projection`` of the forward op: every bias that can be is folded into ``b_ih``."""
         w_ih, w_hh, b_ih, b_hh, w_hr, vectors = self
-        inside: Sequence[Tensor] = ()
+        biases, inside = b_ih or b_hh, vectors
         if b_hh and row.recurrent_bias is not None:
             size = b_hh[0].shape[0] // len(row.gates)
             inside = [b[-size:] for b in b_hh]
             b_hh = [torch.nn.functional.pad(b[:-size], (0, size)) for b in b_hh]
-        biases = [a + b for a, b in zip(b_ih, b_hh, strict=True)] if b_ih and b_hh else b_ih or b_hh
+            biases = b_ih or b_hh
         if len(w_hh) == 1:
+            bias = b_ih[0] + b_hh[0] if b_ih and b_hh else biases[0] if biases else None
             return (
                 w_ih[0] if w_ih else None,
-                biases[0] if biases else None,
+                bias,
                 w_hh[0].unsqueeze(0),
-                vectors[0].unsqueeze(0) if vectors else inside[0].unsqueeze(0) if inside else None,
+                inside[0].unsqueeze(0) if inside else None,
                 w_hr[0].unsqueeze(0) if w_hr else None,
             )
+        if b_ih and b_hh:
+            biases = [a + b for a, b in zip(b_ih, b_hh, strict=True)]
         return (
             torch.cat(list(w_ih)) if w_ih else None,
             torch.cat(list(biases)) if biases else None,
             torch.stack(list(w_hh)),
-            torch.stack(list(vectors or inside)) if vectors or inside else None,
+            torch.stack(list(inside)) if inside else None,
             torch.stack(list(w_hr)) if w_hr else None,
         )
 
@@ -79,7 +82,9 @@ class Weights(NamedTuple):
 class Call:
     """What the sizes and facts of a recurrent call, forward or backward, follow from; formed once, as a short call asks often."""
 
-    rows: Tensor = field(init=False)  # its leading dimensions are the rows
+    ROWS: ClassVar[str]  # the tensor whose leading dimensions are the rows
+
+    rows: Tensor = field(init=False)
     row: Cell = field(init=False)
     dtype: torch.dtype = field(init=False)
     wide: torch.dtype = field(init=False)
@@ -108,8 +113,8 @@ class Call:
         zoneout_h: float
         zoneout_c: float
 
-    def _measure(self, rows: Tensor) -> None:
-        self.rows = rows
+    def __post_init__(self) -> None:
+        self.rows = rows = getattr(self, self.ROWS)
         self.row = row = CELLS[self.cell]
         self.dtype = rows.dtype
         self.wide = state_dtype(self.dtype)
@@ -127,7 +132,10 @@ class Call:
     @property
     def reverse_bits(self) -> int:
         """Bit d: lane d goes backwards."""
-        return sum([1 << lane for lane, backwards in enumerate(self.reverse) if backwards])
+        bits = 0
+        for lane, backwards in enumerate(self.reverse):
+            bits |= bool(backwards) << lane
+        return bits
 
     def row_offsets(self) -> tuple[Tensor | None, Tensor | None]:
         """On the device, the first row of every step of packed rows, [T], and the steps of every sequence, [B].
@@ -143,14 +151,12 @@ class Call:
         # these live in pageable memory, which is read before the call returns: nothing to wait for
         return starts.to(self.rows.device, non_blocking=True), ends.to(self.rows.device, non_blocking=True)
 
-    def _of_rows(self, zeros: bool) -> Callable[..., Tensor]:
-        """What makes a result of one row per step and sequence: of zeros, if asked for, where rows end early."""
-        return self.rows.new_zeros if zeros and self.lengths is not None else self.rows.new_empty
-
 
 @dataclass(slots=True)
 class Forward(Call):
     """Arguments of ``fastseq::recurrent_forward``, in the order of its schema."""
+
+    ROWS = "x"
 
     x: Tensor
     w_ih: Tensor | None
@@ -171,9 +177,6 @@ class Forward(Call):
     save_c: bool
     save_gates: bool
 
-    def __post_init__(self) -> None:
-        self._measure(self.x)
-
     def input_gates(self) -> Tensor:
         """The projected input [.., D, G*H]."""
         shape = (*self.x.shape[:-1], self.lanes, self.gates_width)
@@ -185,7 +188,8 @@ class Forward(Call):
 
     def empty_results(self, batch: Any = None, zeros: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Room for y, h_n, c_n, c, gates; with ``zeros`` for a kernel that does not visit what lies beyond a row's length."""
-        of_rows, empty, leading = self._of_rows(zeros), self.rows.new_empty, (*self.rows.shape[:-1], self.lanes)
+        empty, leading = self.rows.new_empty, (*self.rows.shape[:-1], self.lanes)
+        of_rows = self.rows.new_zeros if zeros and self.lengths is not None else empty
         batch, states = self.batch if batch is None else batch, self.row.wide_states * self.hidden
         return (
             of_rows((*leading, self.width)),
@@ -199,6 +203,8 @@ class Forward(Call):
 @dataclass(slots=True)
 class Backward(Call):
     """Arguments of ``fastseq::recurrent_backward``, in the order of its schema."""
+
+    ROWS = "y"
 
     dy: Tensor | None
     dh_n: Tensor | None
@@ -221,12 +227,10 @@ class Backward(Call):
     zoneout_h: float
     zoneout_c: float
 
-    def __post_init__(self) -> None:
-        self._measure(self.y)
-
     def empty_results(self, batch: Any = None, zeros: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Room for dgates, drecurrent, doutput, dh0, dc0; with ``zeros`` as ``Forward.empty_results``."""
-        of_rows, empty, leading, own = self._of_rows(zeros), self.rows.new_empty, self.y.shape[:-1], self.row.own_recurrent
+        empty, leading, own = self.rows.new_empty, self.y.shape[:-1], self.row.own_recurrent
+        of_rows = self.rows.new_zeros if zeros and self.lengths is not None else empty
         batch = self.batch if batch is None else batch
         return (
             of_rows((*leading, self.gates_width)),

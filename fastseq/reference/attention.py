@@ -130,7 +130,7 @@ def cut(group: Group, spec: Spec, size: int) -> Iterator[Tile]:
         yield group.tile(rows, slice(first, last))
 
 
-def parts(spec: Spec, tile: Tile) -> tuple[Spec, dict[str, tuple[Any, ...]]]:
+def of_tile(spec: Spec, tile: Tile) -> tuple[Spec, dict[str, tuple[Any, ...]]]:
     """The spec of a tile alone, and for every tensor of it the index in the whole."""
     everything = slice(None)
     at: dict[str, tuple[Any, ...]] = {}
@@ -385,7 +385,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor
     outs, lses = [], []
     k_wide, v_wide = k.to(wide), v.to(wide)
     for tile in tiles(q, k, spec):
-        own, _ = parts(spec, tile)
+        own, _ = of_tile(spec, tile)
         s, _ = _scores(q[tile.q].to(wide), k_wide[tile.k], own, tile)
         w, lse = _softmax(s, spec.sinks)
         w = _dropped(w, _keep(spec, tile, s.shape[1]), spec)
@@ -407,7 +407,7 @@ def weights(q: Tensor, k: Tensor, lse: Tensor | None, spec: Spec, average: bool)
     pieces = []
     k_wide, tk = k.to(wide), k.shape[2]
     for tile in tiles(q, k, spec):
-        own, _ = parts(spec, tile)
+        own, _ = of_tile(spec, tile)
         s, _ = _scores(q[tile.q].to(wide), k_wide[tile.k], own, tile)
         w = _softmax(s, spec.sinks)[0] if lse is None else _weights(s, lse[tile.q])
         w = _dropped(w, _keep(spec, tile, s.shape[1]), spec)
@@ -498,7 +498,7 @@ def _through_scores(
     through: Callable[[Tensor, Tensor | None], Tensor],
 ) -> None:
     """Gradients of a tile: ``through(w, keep)`` gives that of the scores, which goes on to all that shapes them."""
-    own, at = parts(spec, tile)
+    own, at = of_tile(spec, tile)
     q = q.to(lse.dtype)
     s, capped = _scores(q, k, own, tile)
     ds = through(_weights(s, lse), _keep(spec, tile, q.shape[1]))

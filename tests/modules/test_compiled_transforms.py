@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 import fastseq
 from fastseq import functional as F
 
-T, B, I, H = 3, 2, 4, 6  # noqa: E741
+T, B, I, H = 2, 2, 4, 6  # noqa: E741
 
 MODULES = {
     "RNN": lambda: fastseq.RNN(I, H),
@@ -37,7 +37,7 @@ CELLS = (
     "LayerNormGRUCell",
     "SLSTMCell",
 )
-MASK = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 1]]).bool()
+MASK = torch.tensor([[1, 0], [1, 1]]).bool()
 ATTENTIONS = {
     "attention": lambda q: F.attention(q, q, q),
     "attention-causal": lambda q: F.attention(q, q, q, causal=True),
@@ -87,7 +87,7 @@ def test_jvp(name):
     check(lambda p, x: jvp(loss(module), (p, x), (tangents, torch.ones_like(x)))[1], parameters, x)
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "LayerNormGRU"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_more_transforms(name):
     module, parameters, x = made(name)
 
@@ -121,9 +121,11 @@ def test_cells(name):
     cell = getattr(fastseq, name)(I, H, dtype=torch.float64)
     parameters = {key: value.detach() for key, value in cell.named_parameters()}
     x = torch.randn(B, I, dtype=torch.float64)
+    with torch.no_grad():
+        states = cell(x.flip(0))
 
     def first(parameters, x):
-        result = functional_call(cell, parameters, (x,))
+        result = functional_call(cell, parameters, (x, states))
         return (result if isinstance(result, torch.Tensor) else result[0]).square().sum()
 
     check(lambda p, x: grad(first)(p, x), parameters, x)

@@ -39,7 +39,7 @@ def why_not(query: AttentionQuery) -> list[str]:
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
     if query.features[0] == 0:
         against.append(f"{has} no products without features")
-    against += [f"{has} no {part}" for part in parts if part in query.parts]
+    against += [f"{has} no {part}" for part in parts if part in query.uses]
     against += [f"{has} no gradient of {name}" for name in query.gradients if name not in _DIFFERENTIABLE]
     return against
 
@@ -147,7 +147,7 @@ def _held(part: Tensor, heads: int) -> int:
 
 
 def _mask(q: Tensor, spec: Spec, tile: Tile) -> Tensor | None:
-    own, _ = reference.parts(spec, tile)
+    own, _ = reference.of_tile(spec, tile)
     return reference.added(own, tile, q.device, state_dtype(q.dtype))
 
 

@@ -16,7 +16,7 @@ def why_not(query: AttentionQuery) -> list[str]:
     against = []
     if query.features[0] != query.features[1]:
         against.append(f"torch's fused CPU attention needs one head dim for keys and values, got {query.features}")
-    if "softcap" in query.parts:
+    if "softcap" in query.uses:
         against.append("torch's fused CPU attention has no softcap")
     return against
 

@@ -108,7 +108,7 @@ class _Scores:
         alone = rows.requires_grad or keys.requires_grad  # an exported program: autograd follows what the op does
         s = torch.baddbmm(room, rows, keys, beta=0, alpha=self.spec.scale, out=None if alone else room)
         s = s.view(*q.shape[:3], keys.shape[2])
-        own, _ = reference.parts(self.spec, tile)
+        own, _ = reference.of_tile(self.spec, tile)
         mask = reference.added(own, tile, q.device, self.dtype)
         if mask is not None:
             s += mask

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...ops.types import Backward, Forward, state_dtype
 from .. import library
-from ..dense import dense
+from ..dense import all_dense, dense
 from ..query import RecurrentQuery
 
 # Rows of a step from which the input projection is done step by step, beside the recurrent product: it then keeps the registers
@@ -36,27 +36,27 @@ def why_not(query: RecurrentQuery) -> list[str]:
 def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, wide, w_ih = call.x, call.wide, call.w_ih
     results = call.empty_results()
-    h0 = dense(call.h0, call.dtype)
+    h0 = None if call.h0 is None else call.h0.to(call.dtype).contiguous()
     h_gates = None
     if call.steps == 1:
         zeros = x.new_zeros(call.lanes, call.batch, call.gates_width, dtype=wide)
         h_gates = zeros if h0 is None else _product(h0, call.weight.mT)
     fused = w_ih is not None and call.steps > 1 and call.dtype == wide and 0 < _FUSED_ROWS * call.steps * x.shape[-1] <= x.numel()
+    x_gates = None if fused else call.input_gates().contiguous()
+    weight, vectors, projection, hold_h, hold_c = all_dense(call.weight, call.vectors, call.projection, call.hold_h, call.hold_c)
     torch.ops.fastseq_native.recurrent_forward.default(
-        x.contiguous() if fused else None,
-        dense(w_ih) if fused else None,
-        dense(call.b_ih) if fused else None,
-        None if fused else call.input_gates().contiguous(),
+        *(all_dense(x, w_ih, call.b_ih) if fused else (None, None, None)),
+        x_gates,
         h_gates,
-        call.weight.contiguous(),
-        dense(call.vectors),
-        dense(call.projection),
+        weight,
+        vectors,
+        projection,
         h0,
-        dense(call.c0, wide),
-        dense(call.lengths, torch.int64),
+        None if call.c0 is None else call.c0.to(wide).contiguous(),
+        None if call.lengths is None else call.lengths.to(torch.int64).contiguous(),
         call.batch_sizes,
-        dense(call.hold_h),
-        dense(call.hold_c),
+        hold_h,
+        hold_c,
         call.cell,
         call.reverse_bits,
         call.zoneout_h,
