@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from fastseq.benchmarks.ops.timer import BenchmarkTimer
-from fastseq.benchmarks.providers.attention import OWN, SDPA
+from fastseq.benchmarks.ops.timer import TIMER
+from fastseq.benchmarks.providers.attention import ATTENTION_PROVIDERS, OWN, SDPA
 from fastseq.benchmarks.workloads.base import ALL_MODES
 
 pytest.importorskip("pytest_benchmark")
 
-TIMER = BenchmarkTimer()  # wall clock on the CPU, CUDA events on a GPU; the clock is set by the first test
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("dense", {}),
     "causal": ("dense", {"causal": True}),
@@ -33,4 +32,4 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_attention(measure_attention, device, case, mode, library):
     function, more = CASES[case]
     T, B, W = (2048, 8, 2048) if device.startswith("cuda") else (256, 2, 128)
-    measure_attention(TIMER, f"{case} {ALL_MODES[mode]}", library, function, mode, T=T, B=B, W=W, **more)
+    measure_attention(f"{case} {ALL_MODES[mode]}", ATTENTION_PROVIDERS[library], function, mode, T=T, B=B, W=W, **more)

@@ -18,21 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..workloads.attention import (
-    BUCKETS,
-    CASES,
-    MAX_DISTANCE,
-    AttentionWorkload,
-    Bound,
-    Program,
-    Tensors,
-    blocks_seen,
-    leaves_of,
-    positions,
-    t5_buckets,
-    valid_keys,
-    visible,
-)
+from ..workloads.attention import CASES, AttentionWorkload, Bound, Program, Tensors, leaves_of
+from ..workloads.attention_textbook import BUCKETS, MAX_DISTANCE, blocks_seen, positions, t5_buckets, valid_keys, visible
 from ..workloads.base import Workload
 from ..workloads.hashed import HASHED, reformer, reformer_missing
 from .base import Provider
@@ -306,7 +293,7 @@ ATTENTION_PROVIDERS = {
             for name, (backend, color) in FORCED.items()
         ),
         _provider(FLEX, _flex, _only(ON_QKV, _flex_missing), "#0f9a72"),
-        _provider(FLASH, _flash, _only(("dense", "window", "decode"), _flash_missing), "#000000"),
+        _provider(FLASH, _flash, _only(("dense", "window", "decode"), _flash_missing), "#888888"),
         _provider(REFORMER, reformer, _only((HASHED,), reformer_missing), "#009e73"),
         _provider(OWN, _fastseq, _only(ON_QKV, _fastseq_missing("functional.attention")), "#1e88e5"),
         _provider(

@@ -51,7 +51,7 @@ VARIABLE_PROVIDERS = {
         *(provider for cell in CELLS for provider in _recurrent(cell, RECURRENT[cell])),
         Provider(MASK, "variable encoder", "batch", _encoder(Masked), color="#d1495b", dashed=True),
         Provider(NESTED, "variable encoder", "rows", _encoder(Nested), color="#c454b8", dashed=True),
-        Provider(FLASH, "variable encoder", "rows", _encoder(FlashRows), flash_missing, color="#000000"),
+        Provider(FLASH, "variable encoder", "rows", _encoder(FlashRows), flash_missing, color="#888888"),
         Provider(
             OWN_LENGTHS,
             "variable encoder",

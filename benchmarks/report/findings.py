@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,8 @@ from .model import bytes_text, time_text
 
 NOT_MEASURED = "not measured"
 HOLDS, PARTLY, FAILS, UNDECIDED, INCONCLUSIVE = "holds", "partly", "fails", "undecided", "inconclusive"
-BRIEF = {HOLDS: "hold", PARTLY: "hold in part", FAILS: "do not hold", UNDECIDED: "undecided", INCONCLUSIVE: "inconclusive"}
+WORDS = 12  # of a verdict in brief
+BRIEF = {HOLDS: "holds", PARTLY: "partly", FAILS: "fails", UNDECIDED: "undecided", INCONCLUSIVE: "inconclusive"}
 FORMATS: dict[str, Callable[[float], str]] = {
     "seconds": time_text,
     "bytes": bytes_text,
@@ -198,9 +198,11 @@ class Verdict:
         parts = [part for finding in self.findings for part in finding.parts]
         if len(parts) == 1:
             return parts[0].text.removeprefix(f"{INCONCLUSIVE}, ").partition(" (")[0]
-        counts = Counter(part.state for part in parts)
-        said = [f"{counts[state]} {words}" for state, words in BRIEF.items() if counts[state]]
-        return f"of {len(parts)} answers {', '.join(said)}"
+        of_state = {state: [part for part in parts if part.state == state] for state in BRIEF}
+        told = [f"{', '.join(p.about for p in of)}: {BRIEF[state]}" for state, of in of_state.items() if of]
+        if len(self.findings) == 1 and len(" ".join(told).split()) <= WORDS:
+            return "; ".join(told)
+        return ", ".join(f"{len(of)} {BRIEF[state]}" for state, of in of_state.items() if of) + f" of {len(parts)}"
 
     @property
     def advice(self) -> str:

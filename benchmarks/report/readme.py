@@ -25,18 +25,19 @@ def verdict_table(every: Sequence[Verdict], results: Results) -> list[str]:
     restarts = max((row.restarts["count"] for row in results.rows if row.restarts), default=1)
     medians = f", whose times are medians over {restarts} fresh processes" if restarts > 1 else ""
     lines = [
-        f"What people say, and what this run says to it; the report shows the curves behind every line{medians}:",
+        f"Common claims, tested by this run; the report shows the curves behind every line{medians}:",
         "",
-        "| they say | measured here | figures |",
+        "| claim | verdict | figures |",
         "|---|---|---|",
     ]
     for v in every:
         if v.measured:
             figures = "; ".join(text for text in (v.figures, v.crossovers) if text)
-            lines.append(f"| {v.statement} | {_text(v.verdict)} ({', '.join(f.sizes for f in v.findings)}) | {_text(figures)} |")
+            sizes = ", ".join(dict.fromkeys(finding.sizes for finding in v.findings))
+            lines.append(f"| {v.statement} | {v.state}: {_text(v.brief)} ({sizes}) | {_text(figures)} |")
     rest = sorted({name for v in every if not v.measured for name in v.missing})
     if rest:
-        lines += ["", f"The verdicts on the other statements come from {', '.join(f'`--suite {name}`' for name in rest)}."]
+        lines += ["", f"The verdicts on the other claims come from {', '.join(f'`--suite {name}`' for name in rest)}."]
     return lines
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..measure.case import Case, Options, Participant
+from ..measure.environment import where
 from ..measure.results import Results, Row, reliable
 from ..measure.timing import Effort
 from ..providers.base import RECURRENT
@@ -41,8 +42,8 @@ GROUPS = {
     "activations": "activations",
 }
 TITLES = {
-    "padded": "an inner layer (the input wants a gradient too)",
-    "data": "a first layer (the input is data)",
+    "padded": "input.requires_grad=True",
+    "data": "input.requires_grad=False",
     "packed": "PackedSequence, lengths uniform in 1…T",
 }
 TIMED = ("padded", "data", "packed")  # groups compared with torch.nn
@@ -372,10 +373,16 @@ def _panels(rows: list[Row]) -> list[tuple[str, list[Strip]]]:
 def markdown(results: Results) -> list[str]:
     """For a README: where it was measured, and the geometric means of the speed-ups with their range."""
     environment = results.environment
+    measured = [row for row in results.of_suite(NAME) if row.group in TIMED and row.ok]
+    sizes = [
+        f"{name} in {', '.join(map(str, values))}" if len(values) > 1 else f"{name}={values[0]}"
+        for name in ("threads", "T", "B", "H")
+        if (values := sorted({getattr(row, name) for row in measured}))
+    ]
     lines = [
-        f"Measured on {environment['device name']}, torch {environment['versions']['torch']}, float32, one and two threads, "
-        "T=128, B in 1, 8, 32, H in 64, 128, 256, 512, providers interleaved in one run: fastseq's speed-up over torch.nn, "
-        "geometric mean (lowest to highest point).",
+        f"Measured on {where(environment)}, torch {environment['versions']['torch']}, "
+        f"{', '.join(dict.fromkeys(row.dtype for row in measured))}, {', '.join(sizes)}, providers interleaved in one run: "
+        "fastseq's speed-up over torch.nn, geometric mean (lowest to highest point).",
         "",
         "| | LSTM | GRU | RNN |",
         "|---|---|---|---|",

@@ -344,7 +344,7 @@ def _cards(rows: list[Row], derived: dict[str, Any]) -> list[Card]:
 def _figure(rows: list[Row], quantity: str, title: str) -> Figure:
     caption = (
         "Lower is better. Median of interleaved rounds; the band is the 20 % to 80 % quantile; beside a name how its time grows. "
-        "Both axes are logarithmic: every power of T is a straight line, and its exponent is the slope. Dotted: T¹ and T²."
+        "Both axes are logarithmic: every power of T is a straight line, and its exponent is the slope."
         if quantity == "seconds"
         else "Peak of what the call allocated."
     )
@@ -402,22 +402,5 @@ def _panel(axes: Any, theme: Any, rows: list[Row], mode: str, quantity: str) -> 
         ends.append((points[max(points)], f"{name}  {power(fit.exponent)}" if fit else name, provider.color))
     if not ends:
         return
-    bottom = axes.get_ylim()[0]
-    limits = axes.get_ylim()
-    for exponent in (1, 2):
-        guide = [bottom * 2.2 * (T / lengths[0]) ** exponent for T in lengths]
-        axes.plot(lengths, guide, color=theme.ink, alpha=0.4, linewidth=0.9, linestyle=":")
-        shown = [(T, y) for T, y in zip(lengths, guide, strict=True) if y < limits[1] / 1.5]
-        if shown:
-            axes.annotate(
-                f"T{'¹²'[exponent - 1]}",
-                shown[len(shown) // 2],
-                textcoords="offset points",
-                xytext=(5, -8),
-                fontsize=8,
-                color=theme.ink,
-                alpha=0.6,
-            )
-    axes.set_ylim(limits)
     axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.06)
     end_labels(axes, [(y, label, color) for y, label, color in ends if math.isfinite(y)])

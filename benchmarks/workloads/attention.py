@@ -1,7 +1,7 @@
-"""Workloads of attention alone, without projections around it: the cases, their textbook form, their cost.
+"""Workloads of attention alone, without projections around it: the cases, their problems, their cost.
 
-The textbook form (`Attention.eager`) materialises every score. In fp64, one key head of one row at a time, it is the truth that
-the gate compares with; in the workload's dtype it is torch's error to beat; and it is itself a provider.
+The textbook form (`Attention.eager`, attention_textbook.py) in fp64, one key head of one row at a time, is the truth of the
+check; in the workload's dtype it is torch's error to beat; and it is itself a provider.
 
 Letters: B batch, H query heads, G key heads (H a multiple of G), T queries, S keys, E head dim, W = H E width.
 """
@@ -17,12 +17,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import attention_textbook as textbook
 from .base import Workload, results_of
 
-BUCKETS, MAX_DISTANCE = 32, 128  # of T5's relative bias
 FORWARD, BACKWARD = 1.0, 2.5  # products of the backward pass in terms of those of the forward: five against two
 FORMULA = (
     "4 B H T S E for the forward pass (two products of 2 T S E per head), halved when causal, 2.5 times that for the backward"
@@ -78,7 +77,7 @@ class AttentionWorkload(Workload):
         if CASES[self.function].hashed:
             return self.T * min(2 * self.block, self.T) / (2 if self.causal else 1)
         if self.block:
-            seen = blocks_seen(self).double().mean().item()
+            seen = textbook.blocks_seen(self).double().mean().item()
             return seen * self.T * self.S
         return self.T * self.S / (2 if self.causal else 1)
 
@@ -332,69 +331,6 @@ class Attention:
                 yield part, place
 
 
-def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, visible: Tensor | None = None
-) -> Tensor:
-    """softmax(q k^T scale + bias) v with every score in memory: [B, H, T, E]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (t if group == 1 else t.repeat_interleave(group, 1) for t in (k, v))
-    scores = q @ k.mT * scale
-    if bias is not None:
-        scores = scores + bias
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -math.inf)
-    return scores.softmax(-1) @ v
-
-
-def visible(w: AttentionWorkload, device: torch.device | str) -> Tensor | None:
-    """[T, S] of bool, True: attend. None: every pair."""
-    i, j = torch.arange(w.T, device=device)[:, None], torch.arange(w.S, device=device)
-    seen: Tensor | None = None
-    if w.causal or w.window:
-        seen = (j <= i) & (j > i - w.window) if w.window else j <= i
-    if w.block:
-        blocks = blocks_seen(w).to(device).repeat_interleave(w.block, 0).repeat_interleave(w.block, 1)[: w.T, : w.S]
-        seen = blocks if seen is None else seen & blocks
-    return seen
-
-
-def blocks_seen(w: AttentionWorkload) -> Tensor:
-    """[T / block, S / block] of bool, rounded up: the four last blocks, and the first one, for all, as in sparse transformers."""
-    i, j = (torch.arange(-(-n // w.block)) for n in (w.T, w.S))
-    return (i[:, None] >= j) & ((i[:, None] - j < 4) | (j == 0))
-
-
-def t5_buckets(T: int, S: int, device: torch.device | str, *, bidirectional: bool = True) -> Tensor:
-    """[T, S] of int64: T5's bucket of the distance key - query (Raffel et al., 2020): half of them exact, half logarithmic."""
-    distance = torch.arange(S, device=device) - torch.arange(T, device=device)[:, None]
-    count = BUCKETS
-    first: Tensor | int = 0
-    if bidirectional:
-        count //= 2
-        first = (distance > 0).long() * count
-        distance = distance.abs()
-    else:
-        distance = -distance.clamp(max=0)
-    exact = count // 2
-    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(MAX_DISTANCE / exact)
-    far = (exact + (ratio * (count - exact)).long()).clamp(max=count - 1)
-    return first + torch.where(distance < exact, distance, far)
-
-
-def shifted(product: Tensor) -> Tensor:
-    """[.., T, M] over the rows of R, farthest first, to [.., T, S] over keys (T = S = M), by Transformer-XL's pad and view.
-
-    What it puts above the diagonal is of another row, and hidden by the causal mask.
-    """
-    *leading, T, M = product.shape
-    return F.pad(product, (1, 0)).view(*leading, M + 1, T)[..., 1:, :].view(*leading, T, M)
-
-
-def positions(w: AttentionWorkload, q: Tensor, u: Tensor, p: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Transformer-XL's content queries q + u and its term over distances, [B, H, T, S], scaled."""
-    return q + u[:, None], shifted((q + p[:, None]) @ r.mT) * w.E**-0.5
-
-
 def _qkv(w: AttentionWorkload) -> dict[str, Operand]:
     q, k = (w.B, w.heads, w.T, w.E), (w.B, w.G, w.S, w.E)
     return {"q": Operand(q, 0, 1), "k": Operand(k, 0, 1), "v": Operand(k, 0, 1)}
@@ -416,63 +352,26 @@ def _mha(w: AttentionWorkload) -> dict[str, Operand]:
     }
 
 
-def valid_keys(w: AttentionWorkload, lengths: Tensor) -> Tensor:
-    """[B, T] of bool, True: a real key. `lengths` are normal deviates; rows end between T / 2 and T."""
-    ends = (w.T * (0.75 + 0.25 * torch.tanh(lengths.double()))).long().clamp(min=1)
-    return torch.arange(w.T, device=lengths.device) < ends[:, None]
-
-
-def _eager_dense(w: AttentionWorkload, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return softmax_attention(q, k, v, w.E**-0.5, None, visible(w, q.device))
-
-
-def _eager_bias(w: AttentionWorkload, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    return softmax_attention(q, k, v, w.E**-0.5, bias, visible(w, q.device))
-
-
-def _eager_t5(w: AttentionWorkload, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-    bias = F.embedding(t5_buckets(w.T, w.S, q.device), table).permute(2, 0, 1)[None]
-    return softmax_attention(q, k, v, w.E**-0.5, bias, visible(w, q.device))
-
-
-def _eager_xl(w: AttentionWorkload, q: Tensor, k: Tensor, v: Tensor, u: Tensor, p: Tensor, r: Tensor) -> Tensor:
-    content, bias = positions(w, q, u, p, r)
-    return softmax_attention(content, k, v, w.E**-0.5, bias, visible(w, q.device))
-
-
-def _eager_mha(w: AttentionWorkload, x: Tensor, lengths: Tensor, **parameters: Tensor) -> tuple[Tensor, Tensor | None]:
-    T = x.shape[1]
-    heads = F.linear(x, parameters["in_proj_weight"], parameters["in_proj_bias"])
-    q, k, v = heads.view(*x.shape[:2], 3, w.heads, w.E).permute(2, 0, 3, 1, 4).unbind(0)
-    scores = q @ k.mT * w.E**-0.5
-    if w.function == "padding":
-        causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-        scores = scores.masked_fill(~(causal & valid_keys(w, lengths)[:, None, None]), -math.inf)
-    weights = scores.softmax(-1)
-    out = F.linear((weights @ v).transpose(1, 2).flatten(2), parameters["out_proj.weight"], parameters["out_proj.bias"])
-    return out, weights.mean(1) if w.function == "weights" else None
-
-
 _MHA_PARAMETERS = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 CASES: dict[str, Attention] = {
     case.name: case
     for case in (
-        Attention("dense", "no mask, or causal", _qkv, plain(_eager_dense)),
-        Attention("window", "sliding window", _qkv, plain(_eager_dense)),
-        Attention("blocks", "block-sparse layout", _qkv, plain(_eager_dense)),
-        Attention("decode", "one query against a cache of keys and values", _qkv, plain(_eager_dense)),
+        Attention("dense", "no mask, or causal", _qkv, plain(textbook.dense)),
+        Attention("window", "sliding window", _qkv, plain(textbook.dense)),
+        Attention("blocks", "block-sparse layout", _qkv, plain(textbook.dense)),
+        Attention("decode", "one query against a cache of keys and values", _qkv, plain(textbook.dense)),
         Attention(
             "bias",
             "learned bias with gradient",
             _plus(bias=lambda w: Operand((1, w.heads, w.T, w.S), None, 1)),
-            plain(_eager_bias),
+            plain(textbook.biased),
             ("bias",),
         ),
         Attention(
             "t5",
             "T5's relative bias table with gradient",
-            _plus(table=lambda w: Operand((BUCKETS, w.heads), None, 1)),
-            plain(_eager_t5),
+            _plus(table=lambda w: Operand((textbook.BUCKETS, w.heads), None, 1)),
+            plain(textbook.t5),
             ("table",),
         ),
         Attention(
@@ -483,10 +382,10 @@ CASES: dict[str, Attention] = {
                 p=lambda w: Operand((w.heads, w.E), None, 0, scale=0.1),
                 r=lambda w: Operand((w.heads, w.S, w.E), None, 0),
             ),
-            plain(_eager_xl),
+            plain(textbook.transformer_xl),
             ("u", "p", "r"),
         ),
-        Attention("weights", "averaged attention weights", _mha, plain(_eager_mha), _MHA_PARAMETERS, True),
-        Attention("padding", "padding and causal in MultiheadAttention", _mha, plain(_eager_mha), _MHA_PARAMETERS, True),
+        Attention("weights", "averaged attention weights", _mha, plain(textbook.multihead), _MHA_PARAMETERS, True),
+        Attention("padding", "padding and causal in MultiheadAttention", _mha, plain(textbook.multihead), _MHA_PARAMETERS, True),
     )
 }

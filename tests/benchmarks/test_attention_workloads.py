@@ -30,17 +30,8 @@ from fastseq.benchmarks.providers.attention import (
 from fastseq.benchmarks.providers.base import Provider
 from fastseq.benchmarks.roofline.model import roofline_of
 from fastseq.benchmarks.roofline.peaks import Peaks
-from fastseq.benchmarks.workloads.attention import (
-    CASES,
-    AttentionWorkload,
-    Bound,
-    leaves_of,
-    plain,
-    shifted,
-    softmax_attention,
-    t5_buckets,
-    visible,
-)
+from fastseq.benchmarks.workloads.attention import CASES, AttentionWorkload, Bound, leaves_of, plain
+from fastseq.benchmarks.workloads.attention_textbook import shifted, softmax_attention, t5_buckets, visible
 
 
 def workload(function, mode="training", **more):

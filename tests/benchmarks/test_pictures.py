@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
 from fastseq.benchmarks.report.findings import Finding, Line, Panel
 from fastseq.benchmarks.report.plots import finding, heatmap, style
 from fastseq.benchmarks.report.plots import roofline as roofline_plot
@@ -68,3 +69,18 @@ def test_a_claims_picture_tells_its_ends_in_words():
     (figure,) = finding.figures(found)
     assert "block from 1.00 ms at T = 32 to 4.00 ms at T = 64" in figure.alt and "B = 1" in figure.caption
     assert math.isfinite(figure.size[1]) and "block" in style.svg(figure)
+
+
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_every_line_has_contrast_on_either_background():
+    """3:1, as WCAG wants it of graphics."""
+    colors = {name: p.color for name, p in EVERY_PROVIDER.items()} | {f"claims {c}": c for c in finding.COLORS}
+    for name, color in colors.items():
+        for paper in (style.LIGHT.paper, style.DARK.paper):
+            dark, light = sorted((luminance(color), luminance(paper)))
+            assert (light + 0.05) / (dark + 0.05) >= 3, (name, color, paper)

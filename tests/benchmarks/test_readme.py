@@ -49,7 +49,7 @@ def test_verdicts_are_those_of_the_claims(committed):
     measured = [v for v in claims.verdicts(committed) if v.measured]
     assert len(measured) >= 4
     for v in measured:
-        assert f"| {v.statement} | {v.verdict}" in text and v.findings[0].sizes in text
+        assert f"| {v.statement} | {v.state}: {v.brief}" in text and v.findings[0].sizes in text
 
 
 def test_only_what_stands_between_the_markers_changes(synthetic, tmp_path):
@@ -61,7 +61,7 @@ def test_only_what_stands_between_the_markers_changes(synthetic, tmp_path):
     text = file.read_text()
     assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
     assert "| forward, rows of equal length | 2.00× (1.00 to 4.00) | 3.00× (3.00 to 3.00) | 2.00× (1.00 to 4.00) |" in text
-    assert "| they say | measured here | figures |" in text and "come from `--suite attention`" in text
+    assert "| claim | verdict | figures |" in text and "come from `--suite attention`" in text
     next(row for row in results.rows if row.provider == "fastseq.LSTM").ratio = None
     assert "not measured" in assembly.figures(results)
     file.write_text("no markers")

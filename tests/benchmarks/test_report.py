@@ -129,12 +129,13 @@ def test_page_and_terminal_show_what_went_wrong(results, page):
 
 
 def test_a_busy_machine_is_mentioned(results, page):
-    def notes(**environment):
-        return " ".join(quality.notes(Results({**results.environment, **environment}, results.options)))
+    def status(**environment):
+        return quality.status(Results({**results.environment, **environment}, {})).text
 
-    assert "load 1.9 on 2 CPUs" in notes(**{"load average": 1.9})
-    assert "used 30% of the CPU" in notes(**{"cpu used by others": 0.3})
-    assert "expect noise" not in notes(**{"load average": 1.9, "cpu used by others": 0.01})
+    assert "load 1.9 on 2 CPUs" in status(**{"load average": 1.9})
+    assert "used 30% of the CPU" in status(**{"cpu used by others": 0.3})
+    assert "load" not in status(**{"load average": 1.9, "cpu used by others": 0.01})
+    assert quality.status(results).text in page
     assert all(note in page for note in quality.notes(results)) and "A quick run" in page
 
 
@@ -214,7 +215,9 @@ def test_pictures_are_the_same_every_time(results, tmp_path, suite):
         style.save(figure, first, theme)
         style.save(figure, second, theme)
         assert first.read_bytes() == second.read_bytes()
-        assert (style.DARK if name == "auto" else theme).ink in first.read_text() and "<text" not in first.read_text()
+        assert (style.DARK if name == "auto" else theme).ink in first.read_text() and "<text" in first.read_text(), (
+            "labels are text"
+        )
     style.save(figure, tmp_path / "picture.png", style.AUTO)
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="svg or .png"):
@@ -224,14 +227,13 @@ def test_pictures_are_the_same_every_time(results, tmp_path, suite):
 def test_a_row_that_spreads_says_so(synthetic):
     """Marked in the JSON, counted at the head of the page, listed at its end; without one nothing is said."""
     found = synthetic.lengths({name: lambda T: 1e-6 * T for name in ("torch.nn.LSTM", "fused attention")})
-    assert not any("noisy" in note for note in quality.notes(found)) and assembly.derive(found)["noisy"] == []
+    assert "; 1 of" not in quality.status(found).text and assembly.derive(found)["noisy"] == []
     timed = [row for row in found.rows if row.time]
     row = timed[2]
     row.time |= {"low": row.seconds * 0.8, "high": row.seconds * 1.2}
     assert row.noisy and row.spread == pytest.approx(0.4)
     assert assembly.derive(found)["noisy"] == [found.rows.index(row)]
-    (note,) = (note for note in quality.notes(found) if "noisy" in note)
-    assert note.startswith(f"1 of {len(timed)} rows are noisy")
-    (section,) = (section for section in assembly.sections(found) if section.title == "What was noisy")
+    assert f"1 of {len(timed)} noisy" in quality.status(found).text and "Data quality" in " ".join(quality.notes(found))
+    (section,) = (section for section in assembly.sections(found) if section.title == "Data quality")
     ((provider, *_, spread),) = section.tables[0].rows
     assert provider == row.provider and spread.text == "40%"

@@ -412,7 +412,7 @@ def test_the_page(measured):
     page = assembly.page(measured)
     for part in ("Headlines by process", "Process restarts", "45.5%", "process 4: &lt;gone&gt;", "in up to 3 processes"):
         assert part in page, part
-    assert "Contended rows" in page and "1 of 8 rows were contended while they were timed" in page
+    assert "Contended rows" in page and "1 of 8 times contended" in page
     assert "timed once more: busy; contended: other programs used 40% of the CPU" in page
     assert assembly.derive(measured)["contended"] == [0]
     (section,) = quality.restarts(measured)
@@ -449,7 +449,7 @@ def test_the_command_that_repeats_it(here, options, words):
     results, _ = here
     quick = " --quick" if options["quick"] else ""
     command = reproduce.commands(replace(results, options=options))[0]
-    assert command == f"python -m fastseq bench --suite sequential-vs-parallel --device cpu{quick}{words}"
+    assert command == f"python -m fastseq bench --suite sequential-vs-parallel --device cpu --threads 1{quick}{words}"
 
 
 def test_compare_takes_the_spread_over_restarts(synthetic):

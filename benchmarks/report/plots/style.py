@@ -19,6 +19,7 @@ from ..model import Figure
 _INK, _FAINT = "#010203", "#040506"
 
 
+FONTS = "DejaVu Sans, Verdana, sans-serif"  # the first is what widths were computed with, the second is as wide
 LEGIBLE, LARGE = 1.1, 1.8  # pixels for each point of a figure: it scrolls before it gets smaller, and does not get larger
 
 
@@ -57,6 +58,7 @@ def svg(figure: Figure, theme: Theme = PAGE, *, name: str = "figure") -> str:
         draw(figure, theme).savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     found = buffer.getvalue()
     found = re.sub(r"<metadata>.*?</metadata>\s*", "", found, flags=re.DOTALL)
+    found = re.sub(r"font-family: [^;\"]*", f"font-family: {FONTS}", found)
     if theme is PAGE:
         found = found[found.index("<svg") :]
         title, alt = html.escape(figure.title), html.escape(figure.alt or figure.caption)
@@ -71,7 +73,6 @@ def svg(figure: Figure, theme: Theme = PAGE, *, name: str = "figure") -> str:
             found,
             count=1,
         )
-        found = re.sub(r"font: ([^;\"]*?)'[^\"]*\"", r'font: \1sans-serif"', found)
     elif theme is AUTO:
         found = re.sub(r"(<svg [^>]*>)", lambda m: m[1] + _STYLE, found, count=1)
     return found.replace(_INK, "currentColor").replace(_FAINT, "var(--line)")
