@@ -90,9 +90,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--readme", metavar="FILE", type=Path, help="also write speed-ups and verdicts between the markers of a Markdown file"
     )
-    p.add_argument(
-        "--theme", default="auto", choices=sorted(style.THEMES), help="colours of --picture (default: as the reader's)"
-    )
+    p.add_argument("--theme", default="auto", choices=sorted(style.THEMES), help="colors of --picture (default: as the reader's)")
     return p
 
 

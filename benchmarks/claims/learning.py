@@ -36,7 +36,7 @@ def _lines(rows: list[Row], names: Iterable[str], **how: Any) -> list[Line]:
 
 
 def long_range(rows: list[Row]) -> list[Finding]:
-    """The gradient at initialisation, compared at every distance, and what is recalled after training."""
+    """The gradient at initialization, compared at every distance, and what is recalled after training."""
     findings = []
     of_suite = [row for row in rows if row.suite == reach.NAME]
     for sizes, own in by_size(row for row in of_suite if row.group == reach.GRADIENT).items():
@@ -44,12 +44,12 @@ def long_range(rows: list[Row]) -> list[Finding]:
         holds = less(highest(layers, "best recurrent layer"), attention[0]) if attention else None
         if not holds:
             continue
-        part = judge(holds, "at initialisation, less gradient comes through recurrence than through attention")
+        part = judge(holds, "at initialization, less gradient comes through recurrence than through attention")
         factors = ", ".join(f"{a.name} {fit.factor:.3g}" for a in layers if (fit := _decay(a)))
         T = holds.places[-1]
         far = ", ".join(f"{a.name} {a.values[T]:.2g}" for a in (*layers, *attention) if T in a.values)
         text = f"factor of the gradient for each step: {factors}; gradient across T = {T:g}: {far}"
-        panel = Panel("Gradient at initialisation", (*layers, *attention), "number", DISTANCE)
+        panel = Panel("Gradient at initialization", (*layers, *attention), "number", DISTANCE)
         findings.append(Finding(sizes, (part,), text, meet(highest(layers, "recurrence"), attention[0]), (panel,)))
     for sizes, own in by_size(row for row in of_suite if row.group == reach.RECALL).items():
         layers, attention = _lines(own, RECURRENT), _lines(own, (ATTENTION, BLOCK))
@@ -72,7 +72,7 @@ def long_range(rows: list[Row]) -> list[Finding]:
 
 
 def vanishing(rows: list[Row]) -> list[Finding]:
-    """The decay of the gradient for each step at initialisation; mitigated is what decays, or grows, by less at a distance."""
+    """The decay of the gradient for each step at initialization; mitigated is what decays, or grows, by less at a distance."""
     findings = []
     gradients = [row for row in rows if row.suite == reach.NAME and row.group == reach.GRADIENT]
     for sizes, own in by_size(gradients).items():
@@ -88,7 +88,7 @@ def vanishing(rows: list[Row]) -> list[Finding]:
                 parts.append(judge(worse, f"{name} mitigates it"))
         factors = {a.name: found.factor for a in (plain, *layers.values()) if (found := _decay(a))}
         text = "factor of the gradient for each step: " + ", ".join(f"{name} {factor:.3g}" for name, factor in factors.items())
-        panel = Panel("Gradient at initialisation", (plain, *layers.values()), "number", DISTANCE)
+        panel = Panel("Gradient at initialization", (plain, *layers.values()), "number", DISTANCE)
         findings.append(Finding(sizes, tuple(parts), text, (), (panel,)))
     return findings
 

@@ -59,13 +59,13 @@ CLAIMS = {
     ),
     "long-range": Claim(
         "Recurrence forgets; attention reaches any distance",
-        "Norm of d output / d input across a distance at initialisation, and accuracy of recall across it after training.",
+        "Norm of d output / d input across a distance at initialization, and accuracy of recall across it after training.",
         (long_range.NAME,),
         learning.long_range,
     ),
     "vanishing": Claim(
         "RNN gradients vanish or explode, LSTM/GRU mitigate it",
-        "Norm of d output / d input across a distance at initialisation, with the fitted factor for each step.",
+        "Norm of d output / d input across a distance at initialization, with the fitted factor for each step.",
         (long_range.NAME,),
         learning.vanishing,
     ),

@@ -97,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _show(console, rows)
         except KeyboardInterrupt:
             console.print("interrupted", style="yellow")
-            _summarise(console, every)
+            _summarize(console, every)
             return 130
-    _summarise(console, every)
+    _summarize(console, every)
     return int(any("failed" in row for row in every))
 
 
@@ -216,7 +216,7 @@ def _cells(row: Row) -> Iterator[str]:
     yield row.get("failed", "")[:60] or ("" if row["rank"] else "the model's choice")
 
 
-def _summarise(console: Console, rows: list[Row]) -> None:
+def _summarize(console: Console, rows: list[Row]) -> None:
     """The model as a whole; the last line says it in a sentence."""
     table = Table(title="\nThe model, by exchange", title_justify="left", box=None)
     for column in ("exchange", "plans", "measured / predicted, median", "correlation", "least squares, us"):

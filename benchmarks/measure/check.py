@@ -1,4 +1,4 @@
-"""The gate before every timing: outputs and gradients of a provider against the fp64 reference, on a small
+"""The check before every timing: outputs and gradients of a provider against the fp64 reference, on a small
 and on the actual shape.
 
 The bound is that of the tests (fastseq.testing): twice the error that torch's own module

@@ -97,7 +97,7 @@ class Runner:
         if row.reason:
             row.status = "skipped"
             return None
-        first = self._first_call(provider, w) if timed else None  # before the gate, which would compile
+        first = self._first_call(provider, w) if timed else None  # before the check, which would compile
         if check:
             result = check_provider(lambda shape: (provider.build(shape), provider.layout), w)
             row.check = result.as_dict()
@@ -191,7 +191,7 @@ class Runner:
         return (provider.name, w.mode, str(w.B), str(w.H), w.dtype, str(w.options))
 
     def _too_large(self, provider: Provider, w: Workload) -> str | None:
-        """Extrapolates the provider's last peak over T, twice over for the references of the gate."""
+        """Extrapolates the provider's last peak over T, twice over for the references of the check."""
         T, peak = self._last_peak.get(self._series(provider, w), (w.T, 0))
         needed = 2 * peak * max(1, w.T / T) ** w.growth
         free = _free_memory(self.device)

@@ -103,7 +103,7 @@ def _sdpa_refuses(backend: SDPBackend, w: AttentionWorkload) -> str | None:
             return "runs out of memory"
         except RuntimeError as error:
             if not str(error).startswith(("No viable backend", "No available kernel")):
-                return None  # a failure, not a refusal: the gate reports it
+                return None  # a failure, not a refusal: the check reports it
             words = [str(w.message).partition(" (Triggered")[0] for w in said]
             reasons = [word for word in words if "not used because" not in word and "not been" not in word]
             return f"torch refuses: {'; '.join(reasons[:2]) or str(error).partition(' This')[0]}"

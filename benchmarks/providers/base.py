@@ -13,7 +13,7 @@ from torch import nn
 from ..workloads.base import Workload
 from ..workloads.layers import Attention, CellLoop, TransformerBlock
 
-RECURRENT = {"LSTM": "#1e88e5", "GRU": "#0f9a72", "RNN": "#b97d00"}  # and their colours
+RECURRENT = {"LSTM": "#1e88e5", "GRU": "#0f9a72", "RNN": "#b97d00"}  # and their colors
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Provider:
 
     `build` makes what `workload.call` takes: a module whose parameters have the names that the function's own module gives
     them, or that has a method `canonical_name` to translate them; for attention alone a program. `unavailable` says why it
-    cannot run a workload, `chose` which of its implementations ran. Colour and dashes are those of its line in a figure.
+    cannot run a workload, `chose` which of its implementations ran. Color and dashes are those of its line in a figure.
     """
 
     name: str

@@ -10,7 +10,7 @@
     add_provider("my.LSTM", lambda w: MyLSTM(w.I, w.H), like="torch.nn.LSTM")
     main(["--suite", "sequential-vs-parallel", "--quick"])
 
-It is checked by the same gate, timed in the same rounds, and compared with the one that it is like.
+It is checked alike, timed in the same rounds, and compared with the one that it is like.
 """
 
 from __future__ import annotations

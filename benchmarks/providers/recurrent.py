@@ -75,7 +75,7 @@ def _refuses(cell: str, backend: str, inputs: Callable[..., tuple[Any, ...]] = _
         except RuntimeError as error:
             if "was forced but cannot run" in str(error):
                 return str(error).partition("]: ")[2]
-            return None  # a failure, not a refusal: the gate reports it
+            return None  # a failure, not a refusal: the check reports it
         if w.mode == "training":
             against = [reason for query, *_ in calls for reason in obstacles(backend, query._replace(backward=True))]
             if against:

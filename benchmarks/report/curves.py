@@ -96,7 +96,7 @@ class Curves:
         return found
 
     def curve(self, rows: list[Row], provider: str, quantity: Quantity) -> dict[int, float]:
-        """x -> value of a provider in the rows of one panel; only where the gate passed and there is a value."""
+        """x -> value of a provider in the rows of one panel; only where the check passed and there is a value."""
         found = {self.at(r): quantity.of(r) for r in rows if r.provider == provider and r.ok}
         return {T: value for T, value in sorted(found.items()) if math.isfinite(value)}
 

@@ -29,7 +29,7 @@ class Table:
     rows: list[list[Cell | str]]
     note: str = ""
     folded: bool = False  # long: closed in the page at first, left out of the terminal
-    heat: bool = False  # colour whole cells by tone instead of their text
+    heat: bool = False  # color whole cells by tone instead of their text
 
 
 @dataclass
@@ -120,7 +120,7 @@ def ratio_cell(row: Row | None, *, losing: float = 1.0) -> Cell:
 
 
 def heat_cell(row: Row | None, *, least: float, mark: str = "") -> Cell:
-    """Speed-up for a table coloured by it; below `least` no point should be."""
+    """Speed-up for a table colored by it; below `least` no point should be."""
     cell = ratio_cell(row)
     if row is None or not row.ok or not row.ratio:
         return cell

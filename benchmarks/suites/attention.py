@@ -161,7 +161,7 @@ def kind_of(row: Row) -> str:
 
 
 def curve(rows: list[Row], kind: str, provider: str, quantity: str = "seconds") -> dict[int, float]:
-    """T -> seconds or bytes of a provider in the group "memory"; only rows that passed the gate."""
+    """T -> seconds or bytes of a provider in the group "memory"; only rows that passed their check."""
     found = {
         r.T: getattr(r, quantity) for r in rows if r.group == "memory" and r.ok and r.provider == provider and kind_of(r) == kind
     }

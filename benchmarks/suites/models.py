@@ -48,7 +48,7 @@ CURVES = Curves(
     NAME,
     "Whole models before and after",
     (
-        "Forward: logits. Forward + backward: a training step without the optimiser, cross entropy and the gradients of every "
+        "Forward: logits. Forward + backward: a training step without the optimizer, cross entropy and the gradients of every "
         "parameter. Models are built from sizes and a seed; all of one kind get the same parameters and tokens, and are timed "
         "only if logits and gradients are within the error that the model as built makes in that dtype.",
     ),

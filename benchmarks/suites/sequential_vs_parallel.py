@@ -56,7 +56,7 @@ EQUAL = (
     "parameters of the LSTM."
 )
 MEASURED = (
-    "Forward: inference mode. Forward + backward: one training step without the optimiser, gradients of "
+    "Forward: inference mode. Forward + backward: one training step without the optimizer, gradients of "
     "the input and of every parameter. Peak memory: what torch's allocator handed out during the call, "
     "above parameters and input. Exponents: least squares on log T, log time over the upper half of T."
 )

@@ -59,7 +59,7 @@ CURVES = Curves(
     NAME,
     "Single statements",
     (
-        "Order: the change of the last output of a layer as torch initialises it, relative to it, when the T steps before it "
+        "Order: the change of the last output of a layer as torch initializes it, relative to it, when the T steps before it "
         "change places. It is that of rounding where a layer does not know the order.",
         f"Context: {LAYERS} attention blocks that see segments of {SEGMENT} steps, alone or beside the {SEGMENT} hidden states "
         "before them, which get no gradient, as in Transformer-XL; the loss of the last token, which repeats one that stands "

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from .layers import Attention, Stack, TransformerBlock, materialised
+from .layers import Attention, Stack, TransformerBlock, materialized
 
 MODES = {
     "inference": "forward",
@@ -191,7 +191,7 @@ def _recurrent(cls: Callable[..., nn.Module]) -> Callable[[Workload], nn.Module]
 
 
 def _every_key(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-    return materialised(q, k, v, causal=False)
+    return materialized(q, k, v, causal=False)
 
 
 def _stack(function: str) -> Callable[[Workload], nn.Module]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import FUNCTIONS, GATES, Problem, Workload, load
-from .layers import TransformerBlock, materialised
+from .layers import TransformerBlock, materialized
 
 PREFILL, TOKENS = "prefill", "tokens"  # the stages
 
@@ -98,7 +98,7 @@ def whole(module: nn.Module, x: Tensor, last: int) -> Tensor:
         return module(x)[0][-last:]
     x = x.transpose(0, 1)
     q, k, v = module.attention.split(module.attention_norm(x))
-    y = module.attention.join(materialised(q[:, :, -last:], k, v))
+    y = module.attention.join(materialized(q[:, :, -last:], k, v))
     return module.feed_forward(x[:, -last:] + y).transpose(0, 1)
 
 

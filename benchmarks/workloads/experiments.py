@@ -27,7 +27,7 @@ HELD_OUT = 0.1  # of a record, its end: never trained on
 
 @dataclass(frozen=True)
 class Experiment(Workload):
-    """`task` with a layer of `function`. The gate checks that layer on input of the same size before anything is learned."""
+    """`task` with a layer of `function`. That layer is checked on input of the same size before anything is learned."""
 
     mode: str = "training"
     task: str = "gradient"

@@ -21,7 +21,7 @@ class Attention(nn.Module):
     """Causal multi-head self-attention: [B, T, W] -> [B, T, W].
 
     `fused`: a function with the signature of scaled_dot_product_attention, or True for that one; else scores and softmax are
-    materialised as [B, heads, T, T].
+    materialized as [B, heads, T, T].
     """
 
     def __init__(self, width: int, heads: int, *, fused: bool | Callable[..., Tensor]) -> None:
@@ -33,7 +33,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(x)
-        return self.join(self.fused(q, k, v, is_causal=True) if self.fused else materialised(q, k, v))
+        return self.join(self.fused(q, k, v, is_causal=True) if self.fused else materialized(q, k, v))
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key, value: [B, heads, T, W / heads] each."""
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def materialised(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
+def materialized(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
     """Attention with every score in memory; the last query stands at the last key."""
     T, S = q.shape[2], k.shape[2]
     scores = (q / math.sqrt(q.shape[3])) @ k.transpose(-1, -2)

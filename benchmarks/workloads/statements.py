@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .base import Workload
 from .experiments import SYMBOLS, TASKS, TESTED, Experiment, Task, learn, positions
-from .layers import TransformerBlock, materialised
+from .layers import TransformerBlock, materialized
 
 PLAIN, POSITIONED = "without positions", "with positions"
 ALONE, CACHED = "segments alone", "cached segments"
@@ -77,7 +77,7 @@ class Segments(nn.Module):
     def _one(self, block: Any, x: Tensor, start: int, end: int) -> Tensor:
         past, here = x[:, max(0, start - self.cache) : start].detach(), x[:, start:end]
         q, k, v = block.attention.split(block.attention_norm(torch.cat((past, here), dim=1)))
-        y = materialised(q[:, :, -here.shape[1] :], k, v)
+        y = materialized(q[:, :, -here.shape[1] :], k, v)
         return block.feed_forward(here + block.attention.join(y))
 
 

@@ -1,4 +1,4 @@
-"""The formulas of attention alone, its gate, and providers that refuse honestly."""
+"""The formulas of attention alone, its check, and providers that refuse honestly."""
 
 from __future__ import annotations
 

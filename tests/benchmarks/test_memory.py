@@ -41,7 +41,7 @@ def test_garbage_from_before_is_not_released_meanwhile():
 
 
 def test_saved_activations_count():
-    """Materialised attention keeps T x T scores for the backward pass, a linear layer does not."""
+    """Materialized attention keeps T x T scores for the backward pass, a linear layer does not."""
     from fastseq.benchmarks.workloads.layers import Attention
 
     T, W, heads = 256, 32, 2

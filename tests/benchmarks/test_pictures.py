@@ -34,7 +34,7 @@ def test_a_gpus_groups_share_a_map_and_a_row_of_widths_is_none(synthetic):
     assert not any("triton" in m.title for of_kind in found.values() for m in of_kind)
 
 
-def test_losses_have_another_colour_and_a_mark(synthetic):
+def test_losses_have_another_color_and_a_mark(synthetic):
     rows = synthetic.grid(lambda group, mode, cell, B, H: 0.97 if B == 1 else 1.02).rows
     drawn = style.svg(heatmap.figures(rows, ONE_LAYER)[0])
     assert drawn.count(f"0.97{heatmap.LOSS}") == 6 and drawn.count(">1.02<") == 6  # three cells, two widths

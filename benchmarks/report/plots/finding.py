@@ -11,7 +11,7 @@ from ..findings import FORMATS, Finding, Panel
 from ..model import BYTE_UNITS, NARROW, TIME_UNITS, Figure, tick_text
 from .style import plain
 
-# Told apart with every kind of colour vision; every line has a shape of its own as well.
+# Told apart with every kind of color vision; every line has a shape of its own as well.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#c2649a", "#b97d00", "#3a8fd0", "#7c889e")
 MARKERS = "osD^vP*X<>"
 LONG = 22  # letters of a name that leaves no room for another beside it

@@ -14,7 +14,7 @@ from ...measure.results import Row
 from ...workloads.base import MODES
 from ..model import NARROW, Figure
 
-# Told apart with every kind of colour vision; a loss is orange however small it is. Darker to four times either way.
+# Told apart with every kind of color vision; a loss is orange however small it is. Darker to four times either way.
 LOSSES = LinearSegmentedColormap.from_list("losses", ["#fdd3a8", "#e08214", "#8f3a00"])
 GAINS = LinearSegmentedColormap.from_list("gains", ["#f1f5f8", "#8fbfe0", "#3a8ac4", "#08407e"])
 DARKEST = 4.0

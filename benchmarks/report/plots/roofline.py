@@ -14,7 +14,7 @@ from ..model import NARROW, Figure
 from ..statistics import geometric_mean
 from .style import plain
 
-# Told apart by colour, with every kind of colour vision, and by shape.
+# Told apart by color, with every kind of color vision, and by shape.
 BOUNDS = {"weights": ("#0072b2", "o"), "arithmetic": ("#d55e00", "s"), "memory": ("#009e73", "^")}
 OTHER = ("#7c889e", "D")
 TICKS = (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -1,4 +1,4 @@
-"""How figures look: colours, axes, labels at the ends of lines. Drawn by matplotlib, as SVG or PNG."""
+"""How figures look: colors, axes, labels at the ends of lines. Drawn by matplotlib, as SVG or PNG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from ..model import Figure
 
-# Stand-ins that the page replaces by its own colours, so that a figure follows light and dark mode.
+# Stand-ins that the page replaces by its own colors, so that a figure follows light and dark mode.
 _INK, _FAINT = "#010203", "#040506"
 
 
@@ -35,7 +35,7 @@ DARK = Theme("#e6e8ee", "#3a4150", "#12151c")
 PAGE = Theme(_INK, _FAINT, None)
 AUTO = Theme(_INK, _FAINT, None)  # in a file of its own: light or dark as its reader's screen
 THEMES = {"auto": AUTO, "light": LIGHT, "dark": DARK}
-# On either background the colours of the lines have contrast.
+# On either background the colors of the lines have contrast.
 _COLORS = [f"svg {{ color: {theme.ink}; --line: {theme.faint}; background: {theme.paper}; }}" for theme in (LIGHT, DARK)]
 _STYLE = f"<style>{_COLORS[0]} @media (prefers-color-scheme: dark) {{ {_COLORS[1]} }}</style>"
 
@@ -123,7 +123,7 @@ def plain(axes: Any, theme: Theme, title: str) -> None:
 
 
 def end_labels(axes: Any, ends: list[tuple[float, str, str]]) -> None:
-    """Labels beside the last points [(y, text, colour)], pushed apart. The axis limits must be final."""
+    """Labels beside the last points [(y, text, color)], pushed apart. The axis limits must be final."""
     low, high = (math.log(v) for v in axes.get_ylim())
     ends = sorted(ends)
     heights = [(math.log(y) - low) / (high - low) for y, _, _ in ends]
