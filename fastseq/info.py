@@ -206,7 +206,7 @@ def _recurrent(cell: str) -> Callable[[torch.device, torch.dtype], Query]:
     return lambda device, dtype: RecurrentQuery("recurrent", device, dtype, cell, 128, 1, 256, False, "padded")
 
 
-def _attention(op: str, call: str, parts: tuple[str, ...] = ()) -> Callable[[torch.device, torch.dtype], Query]:
+def _attention(op: str, call: str, uses: tuple[str, ...] = ()) -> Callable[[torch.device, torch.dtype], Query]:
     backward = call.endswith("backward")
     return lambda device, dtype: AttentionQuery(
         op=op,
@@ -221,8 +221,8 @@ def _attention(op: str, call: str, parts: tuple[str, ...] = ()) -> Callable[[tor
         window=(-1, 0),
         offset=0,
         block_size=0,
-        parts=parts,
-        gradients=("q", "k", "v", *parts) if backward else (),
+        uses=uses,
+        gradients=("q", "k", "v", *uses) if backward else (),
     )
 
 
