@@ -36,7 +36,7 @@ else
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-SOURCES := CMakeLists.txt setup.py fastseq/_version.py $(shell find csrc -type f -not -path 'csrc/host/*')
+SOURCES := CMakeLists.txt setup.py fastseq/_version.py $(shell find csrc -type f)
 LIBRARY := fastseq/lib/.built-$(FASTSEQ_BUILD)
 
 .PHONY: test check lint format bench gpu-day library host-kernels wheel abi clean

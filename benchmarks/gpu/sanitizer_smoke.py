@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import fastseq
-from fastseq.backends import BACKENDS, cuda_host, use_backend
-from fastseq.backends.cuda.recurrent import GPU, _precision
+from fastseq.backends import BACKENDS, forced, use_backend
+from fastseq.backends.cuda.recurrent import precision_of
 from fastseq.functional import attention, attention_with_kv_cache
 from fastseq.kernels.recurrent.configs import FORMS
 
@@ -64,8 +64,8 @@ def persistent(cell: str, dtype: torch.dtype) -> Run:
     """Forward and backward of a layer in CUDA C++, on the best plan of every form that the device allows."""
 
     def run(device: str) -> Iterable[Tensor]:
-        machine = GPU if device.startswith("cuda") else cuda_host.MACHINE
-        name, precision = "rnn_tanh" if cell == "RNN" else cell.lower(), _precision(dtype, machine)
+        machine = BACKENDS[forced() or "cuda"].MACHINE
+        name, precision = "rnn_tanh" if cell == "RNN" else cell.lower(), precision_of(dtype, machine)
         sizes = (3, 1, 20, machine.device(torch.device(device)))
         ranks = [forms(name, precision, backward, *sizes).values() for backward in (False, True)]
         for pair in zip_longest(*ranks, fillvalue=0):

@@ -3,7 +3,8 @@
 A backend is a module with ``name``, ``devices`` (torch device types), ``available()`` (None, or why it cannot run on this
 machine), ``why_not(query)`` (reasons against one call; empty: it can) and one function per op with the op's signature. The
 first backend of ``ORDER`` without a reason runs; a forced backend raises instead of falling back. A backend with ``stands_back``
-gives reasons there that hold only while it is not forced. ``cuda-host`` is not in the order: tests force it.
+gives reasons there that hold only while it is not forced. Whoever adds a module to
+``BACKENDS`` without a place in the order can force it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 
 from .._arguments import Function, unknown
-from . import cpu, cuda, cuda_host, reference, triton, vendor
+from . import cpu, cuda, reference, triton, vendor
+from .notes import listeners, note
 from .query import AttentionQuery, Query, RecurrentQuery
 
 ORDER = ("cuda", "triton", "cpu", "torch", "reference")
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, vendor, reference, cuda_host)}
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, vendor, reference)}
 
 __all__ = [
     "BACKENDS",
@@ -59,7 +61,6 @@ _CANDIDATES: dict[str, tuple[str, ...]] = {
 
 _forced: str | None = _checked(os.environ.get("FASTSEQ_BACKEND"), "FASTSEQ_BACKEND")
 _watchers: list[Callable[[Query, str], None]] = []
-_listeners: list[Callable[[str], None]] = []
 
 
 class use_backend(ContextDecorator):
@@ -158,12 +159,6 @@ def torch_runs(query: Callable[[], Query]) -> bool:
     return True
 
 
-def note(way: object) -> None:
-    """What the backend that was selected says of the way it takes, as a string to whom asked for an explanation."""
-    for listen in _listeners:
-        listen(str(way))
-
-
 @dataclass
 class Explanation:
     """Which backend ran each call, and what stood against the others. ``print`` it."""
@@ -215,11 +210,11 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         notes.append(text)
 
     _watchers.append(watch)
-    _listeners.append(take)
+    listeners.append(take)
     try:
         with torch.no_grad():
             function(*args, **kwargs)
     finally:
         _watchers.remove(watch)
-        _listeners.remove(take)
+        listeners.remove(take)
     return explanation

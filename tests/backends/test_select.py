@@ -21,7 +21,7 @@ CALL = RecurrentQuery("recurrent", torch.device("cpu"), torch.float32, "gru", 5,
 
 
 def test_table_is_in_order():
-    assert tuple(BACKENDS) == (*ORDER, "cuda-host")
+    assert tuple(BACKENDS) == (*ORDER, "cuda-host")  # which tests/conftest.py adds
     for name, module in BACKENDS.items():
         assert module.name == name
         assert set(module.ops) <= set(OPS)

@@ -22,7 +22,7 @@ CALLS = ("forward", "backward", "weights", "weights_backward", "decode")
 EVERYTHING = "everything"
 REASONS = {  # variants and kernels that may spill, and why
     EVERYTHING: "no model uses every feature at once; it is compiled to see that the parts fit together",
-    "keys_backward": "dk and dv fill the registers; but for dropout, loops over tiles use little of what gives way",
+    "bwd_dkdv": "dk and dv fill the registers; but for dropout, loops over tiles use little of what gives way",
 }
 FEW = 8  # bytes of a thread
 FEW_REASON = "two words at most, which the compiler gives up to stay within a step of registers"

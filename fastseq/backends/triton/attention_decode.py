@@ -11,7 +11,7 @@ from ...ops.types import DecodeSpec, empty_rows, state_dtype
 from ...reference.attention_decode import capacity
 from . import _launch
 from .attention import why_not
-from .attention_parts import accumulator, number, power, precision, rows, scalars
+from .attention_args import accumulator, number, power, precision, rows, scalars
 
 __all__ = ["attention_decode_forward", "choose_parts", "choose_tile", "why_not"]
 
@@ -70,7 +70,7 @@ def _busy(programs: int, processors: int) -> float:
 
 def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec) -> tuple[Tensor, Tensor]:
     from fastseq.kernels.attention import decode as kernels
-    from fastseq.kernels.attention.parts import Parts, Scalars
+    from fastseq.kernels.attention.args import Parts, Scalars
 
     lengths, block_table, slopes, sinks, scale, softcap, left, right, num_splits = spec
     batch, heads, queries, features = q.shape
