@@ -28,11 +28,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from . import combine, compare, environment, gate, own, plots, readme, report, selection, starts
-from .presentation import QUICK_STARTS, STARTS, Options
-from .results import Results, write_csv
-from .runner import Case, Runner
-from .suites import DEFAULT, SUITES
+from . import assembly, suites
+from .measure import combine, environment, restarts
+from .measure.case import QUICK_RESTARTS, RESTARTS, Case, Options
+from .measure.check import forget_references
+from .measure.results import Results, write_csv
+from .measure.runner import Runner
+from .report import compare, quality, readme
+from .report.plots import style
+from .suites import DEFAULT, SUITES, selection
 
 LOG_WIDTH = 170
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -41,7 +45,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m fastseq bench",
-        description="What recurrence costs against attention on this device, and what fastseq makes of it.",
+        description="Benchmark fastseq against PyTorch on this device and write an HTML report.",
         epilog="examples:\n"
         "  python -m fastseq bench --quick\n"
         '  python -m fastseq bench --suite recurrent --only "cell=GRU,LSTM B=8 threads=1 mode=training"\n'
@@ -67,11 +71,11 @@ def parser() -> argparse.ArgumentParser:
         help='points to run, for instance "cell=GRU B=8 threads=1"; keys: ' + ", ".join(selection.KEYS),
     )
     p.add_argument(
-        "--starts",
+        "--restarts",
         metavar="N",
         type=int,
         help="processes that measure the headlines, each of them once, after everything else "
-        f"(default: {STARTS}, with --quick {QUICK_STARTS})",
+        f"(default: {RESTARTS}, with --quick {QUICK_RESTARTS})",
     )
     p.add_argument("--out", metavar="DIR", type=Path, help="folder for the results (default: bench-results/<time>)")
     p.add_argument("--resume", action="store_true", help="go on with the run that --out holds, which was interrupted or killed")
@@ -86,9 +90,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--readme", metavar="FILE", type=Path, help="also write speed-ups and verdicts between the markers of a Markdown file"
     )
-    p.add_argument(
-        "--theme", default="auto", choices=sorted(plots.THEMES), help="colours of --picture (default: as the reader's)"
-    )
+    p.add_argument("--theme", default="auto", choices=sorted(style.THEMES), help="colors of --picture (default: as the reader's)")
     return p
 
 
@@ -120,20 +122,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         p.error(str(error))
     if args.json_in:
-        report.terminal(results, console)
+        assembly.show(results, console)
         if args.out or not (args.picture or args.readme):
             _write(results, _folder(args.out), console)
     else:
         measure(cases, results, options, console, lambda results: results.save(out / "results.json"))
-        report.terminal(results, console)
+        assembly.show(results, console)
         _write(results, out, console)
+    if args.picture or args.readme:
+        refusal = quality.refusal(results)
+        if refusal:
+            p.error(f"{'--readme' if args.readme else '--picture'}: {refusal}")
     if args.picture:
         suite = results.suites()[0]
-        plots.save(SUITES[suite].picture(results), args.picture, plots.THEMES[args.theme])
+        style.save(SUITES[suite].picture(results), args.picture, style.THEMES[args.theme])
         console.print(f"picture: {args.picture}", highlight=False)
     if args.readme:
         try:
-            readme.update(args.readme, results)
+            readme.update(args.readme, assembly.figures(results))
         except (OSError, ValueError) as error:
             p.error(str(error))
     if results.options.get("interrupted"):
@@ -148,9 +154,9 @@ def measure(
     console: Console,
     keep: Callable[[Results], None] = lambda results: None,
 ) -> None:
-    """Runs the cases that `results` lacks and adds them, then further starts of the headlines; Ctrl-C ends it early.
+    """Runs the cases that `results` lacks and adds them, then the headlines again in fresh processes; Ctrl-C ends it early.
 
-    `keep` gets what there is after every group and every start.
+    `keep` gets what there is after every group and every process.
     """
     start, earlier = time.monotonic() - results.seconds, list(results.peaks)
     measured = {row.key for row in results.rows}
@@ -174,7 +180,7 @@ def measure(
         TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, console=console, transient=True, speed_estimate_period=math.inf) as progress:
-        task = progress.add_task("measuring the machine's peaks", total=len(cases) + starts.left(planned, results, options))
+        task = progress.add_task("measuring the machine's peaks", total=len(cases) + restarts.left(planned, results, options))
         try:
             with closing(runner):
                 for _, group in groupby(cases, lambda case: (case.suite, case.group)):
@@ -182,9 +188,9 @@ def measure(
                         results.rows += runner.run(case, lambda step: progress.update(task, description=step))
                         progress.advance(task)
                     flush()
-            gate.forget()
-            progress.update(task, total=progress.tasks[task].completed + starts.left(planned, results, options))
-            starts.measure(
+            forget_references()
+            progress.update(task, total=progress.tasks[task].completed + restarts.left(planned, results, options))
+            restarts.measure(
                 planned,
                 results,
                 options,
@@ -195,7 +201,7 @@ def measure(
         except KeyboardInterrupt:
             results.options["interrupted"] = True
         finally:
-            gate.forget()
+            forget_references()
     flush()
 
 
@@ -206,16 +212,16 @@ def _begin(options: Options, earlier: Path | None) -> Results:
         "quick": options.quick,
         "full": options.full,
         "threads": list(options.threads),
-        "starts": options.starts,
+        "restarts": options.restarts,
     }
     begun = Results(environment.collect(options.device), given)
     if earlier is None or not earlier.is_file():
         return begun
     found = Results.load(earlier)
     found.options.pop("interrupted", None)
-    most = max(options.starts, found.options.get("starts", 1))  # another number is no other measurement
-    found.options["starts"] = given["starts"] = most
-    differing = [*compare.conflicts(found, begun), *compare.differences(found, begun, ("versions", "flags"))]
+    most = max(options.restarts, found.options.get("restarts", 1))  # another number is no other measurement
+    found.options["restarts"] = given["restarts"] = most
+    differing = environment.otherwise(found.environment, begun.environment)
     if found.options != given:
         differing.append(f"options were {found.options}, are {given}")
     if differing:
@@ -262,11 +268,11 @@ def _planned(args: argparse.Namespace) -> tuple[list[Case], Options]:
     device = device_of(args.device)
     if device == "cpu" and args.dtype == "float16":
         raise ValueError("--dtype: float16 is for GPUs; on the CPU use float32, float64 or bfloat16")
-    if args.starts is not None and args.starts < 1:
-        raise ValueError(f"--starts: {args.starts} is not a positive number of processes")
-    count = args.starts or (QUICK_STARTS if args.quick else STARTS)
+    if args.restarts is not None and args.restarts < 1:
+        raise ValueError(f"--restarts: {args.restarts} is not a positive number of processes")
+    count = args.restarts or (QUICK_RESTARTS if args.quick else RESTARTS)
     options = Options(device, args.dtype, _threads(args.threads), args.quick, args.full, count)
-    cases = [own.joined(case) for name in names for case in SUITES[name].plan(options)]
+    cases = suites.plan(names, options)
     return (selection.select(cases, selection.parse(args.only)) if args.only is not None else cases), options
 
 
@@ -280,9 +286,9 @@ def _folder(out: Path | None) -> Path:
 
 
 def _write(results: Results, out: Path, console: Console) -> None:
-    results.save(out / "results.json", **report.derive(results))
+    results.save(out / "results.json", **assembly.derive(results))
     write_csv(results.rows, out / "rows.csv")
-    (out / "report.html").write_text(report.page(results), encoding="utf-8")
+    (out / "report.html").write_text(assembly.page(results), encoding="utf-8")
     console.print(
         f"\n{out / 'report.html'}\n{out / 'results.json'}\n{out / 'rows.csv'}",
         highlight=False,

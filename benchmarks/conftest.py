@@ -1,18 +1,26 @@
-"""`pytest benchmarks/`: operator benchmarks. `--benchmark-disable` runs each of them once, as a test."""
+"""`pytest benchmarks/`: one case at a time under pytest-benchmark, for its own `--benchmark-compare` and its statistics.
+
+The suites (`python -m fastseq bench`) measure in turn, watch the machine and judge; this is the door for a quick look at one
+call. `--benchmark-disable` runs each of them once, as a test.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-from fastseq.benchmarks import environment, floors, gate, memory
-from fastseq.benchmarks.attention import AttentionWorkload
-from fastseq.benchmarks.attention_providers import ATTENTION_PROVIDERS
 from fastseq.benchmarks.cli import device_of
-from fastseq.benchmarks.timing import BenchmarkTimer, clock_for
+from fastseq.benchmarks.measure import environment, memory
+from fastseq.benchmarks.measure.check import check_provider, problem_of
+from fastseq.benchmarks.ops.timer import TIMER
+from fastseq.benchmarks.roofline.model import roofline_of
+from fastseq.benchmarks.roofline.peaks import measure_peaks
+from fastseq.benchmarks.workloads.attention import AttentionWorkload
+from fastseq.benchmarks.workloads.clocks import clock_for
 
 ROUNDS, WARMUP_ROUNDS = 15, 2
 
@@ -28,52 +36,48 @@ def device() -> str:
     return device_of("auto")
 
 
-@pytest.fixture(scope="session")
-def attention_dtype(device: str) -> str:
-    return "bfloat16" if device.startswith("cuda") else "float32"
-
-
-@pytest.fixture(scope="session")
-def attention_peaks(device: str, attention_dtype: str) -> floors.Peaks:
-    return floors.measure(device, torch.get_num_threads(), attention_dtype, quick=True)
+peaks_of = cache(lambda device, dtype: measure_peaks(device, torch.get_num_threads(), dtype, quick=True))
 
 
 @pytest.fixture
-def measure_attention(benchmark: Any, request: pytest.FixtureRequest, device: str, attention_dtype: str) -> Callable[..., None]:
-    """Checks a provider on a workload of heads of 64 features, then times it; what is known of the point goes into extra_info."""
+def measure(benchmark: Any, device: str) -> Callable[..., None]:
+    """`measure(provider, workload, group)`: checked, then timed; what is known of the point goes into extra_info."""
 
-    def measure(
-        timer: BenchmarkTimer, group: str, library: str, function: str, mode: str, *, T: int, B: int, W: int, **more: Any
-    ) -> None:
-        provider = ATTENTION_PROVIDERS[library]
-        common = {"threads": torch.get_num_threads(), "dtype": attention_dtype, "device": device}
-        w = AttentionWorkload(function, T, B, W, W, mode, heads=W // 64, **common, **more)
+    def run(provider: Any, w: Any, group: str) -> None:
         missing = provider.unavailable(w)
         if missing:
             pytest.skip(missing)
-        check = gate.check(lambda shape: (provider.build(shape), provider.layout), w)
+        check = check_provider(lambda shape: (provider.build(shape), provider.layout), w)
         assert check.ok, check.reason
 
-        call = w.call(provider.build(w), gate.problem(w))
-        timer.clock = timer.clock or clock_for(device)
+        call = w.call(provider.build(w), problem_of(w), provider.layout)
+        TIMER.clock = TIMER.clock or clock_for(device)
         benchmark.group = group
-        shape = f"T={w.T} S={w.S} B={w.B} H={w.heads} G={w.G} E={w.E}"
-        benchmark.extra_info.update(common, shape=shape, clock=timer.clock.name, max_error=check.error)
+        benchmark.extra_info.update(vars(w), clock=TIMER.clock.name, tokens=w.tokens, max_error=check.error)
         with call.context():
-            run = call.run
             if not benchmark.disabled:
-                seen = memory.observe(run, device)
+                seen = memory.observe(call.run, device)
                 benchmark.extra_info.update(peak_bytes=seen.peak_bytes, chose=provider.chose(call) + seen.chose)
-            benchmark.pedantic(timer.target(run), rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
+            benchmark.pedantic(TIMER.target(call.run), rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
         if not benchmark.disabled:
-            floor = floors.floor_of(w, request.getfixturevalue("attention_peaks"))
-            median = benchmark.stats.stats.median
+            roofline, median = roofline_of(w, peaks_of(device, w.dtype)), benchmark.stats.stats.median
             benchmark.extra_info.update(
-                floor_seconds=floor.seconds,
-                bound_by=floor.bound,
-                of_floor=floor.seconds / median,
-                flops_per_second=w.flops / median,
-                bytes_per_second=w.bytes / median,
+                roofline_seconds=roofline.seconds,
+                bound_by=roofline.bound,
+                of_roofline=roofline.seconds / median,
+                tokens_per_second=w.tokens / median,
             )
 
-    return measure
+    return run
+
+
+@pytest.fixture
+def measure_attention(measure: Callable[..., None], device: str) -> Callable[..., None]:
+    """The same for attention over heads of 64 features."""
+
+    def run(group: str, provider: Any, function: str, mode: str, *, T: int, B: int, W: int, **more: Any) -> None:
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        common = {"threads": torch.get_num_threads(), "dtype": dtype, "device": device}
+        measure(provider, AttentionWorkload(function, T, B, W, W, mode, heads=W // 64, **common, **more), group)
+
+    return run

@@ -7,7 +7,7 @@ matrix product (cuDNN's ``linear_before_reset``, as ``torch.nn.GRU`` does), so o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,10 @@ class Cell:
         recurrent_bias: the gate whose recurrent bias cannot be folded into the input projection but is the last of ``vectors``.
         own_recurrent: how many gates, the last ones, have another gradient of R h than of the input gates.
         parameters: a layer's parameters beside weights and biases: name, size in units of H. Those named ``bias`` go with bias.
-        normalised: a step looks at all units of a row together, so a row of units cannot be divided among programs; gradients of
+        normalized: a step looks at all units of a row together, so a row of units cannot be divided among programs; gradients of
             its vectors need the gradient of the step's output.
+        wide_states: how many states there are beside h.
+        has_c: whether there is any.
     """
 
     name: str
@@ -39,20 +41,17 @@ class Cell:
     recurrent_bias: str | None = None
     own_recurrent: int = 0
     parameters: tuple[tuple[str, int], ...] = ()
-    normalised: bool = False
+    normalized: bool = False
+    wide_states: int = field(init=False)
+    has_c: bool = field(init=False)
 
-    @property
-    def wide_states(self) -> int:
-        """How many states there are beside h."""
-        return len(self.states) - 1
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "wide_states", len(self.states) - 1)
+        object.__setattr__(self, "has_c", len(self.states) > 1)
 
     def extra(self, bias: bool) -> tuple[tuple[str, int], ...]:
         """``parameters``, with or without biases."""
         return tuple((name, size) for name, size in self.parameters if bias or not name.startswith("bias"))
-
-    @property
-    def has_c(self) -> bool:
-        return self.wide_states > 0
 
 
 CELLS: dict[str, Cell] = {
@@ -75,7 +74,7 @@ CELLS: dict[str, Cell] = {
             ("p_i", "p_f", "p_o"),
             parameters=(("weight_peephole", 3),),
         ),
-        # R h itself is kept, which the backward pass normalises again
+        # R h itself is kept, which the backward pass normalizes again
         Cell(
             "layer_norm_lstm",
             "layer_norm_lstm",
@@ -86,7 +85,7 @@ CELLS: dict[str, Cell] = {
             ("w_i", "w_f", "w_g", "w_o", "w_c", "b_c"),
             own_recurrent=4,
             parameters=(("weight_ln_ih", 4), ("weight_ln_hh", 4), ("weight_ln_c", 1), ("bias_ln_c", 1)),
-            normalised=True,
+            normalized=True,
         ),
         Cell(
             "layer_norm_gru",
@@ -99,9 +98,9 @@ CELLS: dict[str, Cell] = {
             recurrent_bias="n",
             own_recurrent=3,
             parameters=(("weight_ln_ih", 3), ("weight_ln_hh", 3)),
-            normalised=True,
+            normalized=True,
         ),
-        # normaliser n and stabiliser m; s = sigmoid(f), while f is kept stabilised
+        # normalizer n and stabilizer m; s = sigmoid(f), while f is kept stabilized
         Cell("slstm", "slstm", "SLSTM", ("i", "f", "z", "o"), ("h", "c", "n", "m"), ("i", "f", "z", "o", "s")),
     )
 }

@@ -171,7 +171,7 @@ def test_wheel_contents(kind, request):
         f"fastseq_kernels-{fastseq.__version__}.dist-info",
     }
     assert "fastseq/py.typed" in inside
-    data = {f"fastseq/{file.relative_to(ROOT)}" for file in (ROOT / "benchmarks/templates").rglob("*") if file.is_file()}
+    data = {f"fastseq/{file.relative_to(ROOT)}" for file in (ROOT / "benchmarks/report/templates").rglob("*") if file.is_file()}
     assert data <= inside
 
 
@@ -194,7 +194,7 @@ found = [importlib.util.find_spec(name) for name in ("kernels", "benchmarks")]
 print(pathlib.Path(fastseq.__file__).parents[1])
 print(library.reason())
 print([spec and spec.origin for spec in found])
-from fastseq.benchmarks import workloads
+from fastseq.benchmarks.workloads import base as workloads
 print(workloads.__file__)
 """
 
@@ -204,7 +204,7 @@ def test_pure_install_works(pure_install, tmp_path):
     assert where == str(pure_install)
     assert "was not built when fastseq was installed (FASTSEQ_BUILD=none was set)" in reason
     assert top_level == "[None, None]"
-    assert workloads == f"{pure_install}/fastseq/benchmarks/workloads.py"
+    assert workloads == f"{pure_install}/fastseq/benchmarks/workloads/base.py"
 
 
 @needs_library
@@ -217,7 +217,7 @@ def test_native_install_works(native_wheel, tmp_path):
 
 def test_from_the_checkout():
     where, _, top_level, workloads = python("-c", LOOK).splitlines()
-    assert (where, workloads) == (str(ROOT), f"{ROOT}/benchmarks/workloads.py")
+    assert (where, workloads) == (str(ROOT), f"{ROOT}/benchmarks/workloads/base.py")
     assert top_level == "[None, None]", "a top-level folder has become a package"
 
 
@@ -247,7 +247,7 @@ def test_editable(sdist, tmp_path):
     code = f"import sys; sys.path += {paths}; import site; site.addsitedir(sys.path[-2])\n{LOOK}"
     where, _, top_level, workloads = python("-S", "-c", code, cwd=tmp_path).splitlines()
     assert (where, top_level) == (str(sdist), "[None, None]")
-    assert workloads == f"{sdist}/benchmarks/workloads.py"
+    assert workloads == f"{sdist}/benchmarks/workloads/base.py"
 
 
 @needs_library

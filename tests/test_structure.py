@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,19 +18,21 @@ from fastseq.ops import OPS
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastseq"
 
-# A file may import from rooms to its right (and from cells.py, which is facts), never from its left.
-ROOMS = ("convert", "modules", "functional", "ops", "backends", "kernels", "reference", "cells")
+# A file may import from rooms to its right, never from its left. What stands last is facts: the arguments of the ops, the cells.
+ROOMS = ("convert", "modules", "functional", "ops", "backends", "kernels", "reference", "ops.types", "cells")
 
 
 def room(path: Path) -> str | None:
-    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if path == PACKAGE / "ops" / "types.py":
+        return "ops.types"
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py").lstrip("_")
     return name if name in ROOMS else None
 
 
-def imports(path: Path) -> set[str]:
-    """First component, below fastseq, of everything a file imports from fastseq."""
+def imported(path: Path) -> set[tuple[str, ...]]:
+    """Every dotted name that a file imports."""
     package = ("fastseq", *path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).parent.parts)
-    found = set()
+    found: set[tuple[str, ...]] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
@@ -39,15 +42,55 @@ def imports(path: Path) -> set[str]:
             names = [tuple(alias.name.split(".")) for alias in node.names]
         else:
             continue
-        found |= {name[1] for name in names if name[0] == "fastseq" and len(name) > 1}
+        found |= set(names)
     return found
+
+
+def imports(path: Path) -> set[str]:
+    """First component, below fastseq, of everything a file imports from fastseq; of the ops' types both."""
+    below = {name[1:] for name in imported(path) if name[0] == "fastseq" and len(name) > 1}
+    return {"ops.types" if name[:2] == ("ops", "types") else name[0] for name in below}
 
 
 @pytest.mark.parametrize("path", sorted(p for p in PACKAGE.rglob("*.py") if room(p)), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_one_way(path):
     own = ROOMS.index(room(path))
-    wrong = {name for name in imports(path) if name in ROOMS and ROOMS.index(name) < own}
+    wrong = {name for name in map(lambda name: name.lstrip("_"), imports(path)) if name in ROOMS and ROOMS.index(name) < own}
     assert not wrong, f"{path.relative_to(ROOT)} imports from its left: {sorted(wrong)}"
+
+
+# The same for benchmarks/; what stands beside the rooms may import all of them.
+BENCHMARK_ROOMS = ("gpu", "claims", "suites", "report", "measure", "roofline", "providers", "workloads")
+BENCHMARK_FILES = sorted(p for name in BENCHMARK_ROOMS for p in (ROOT / "benchmarks" / name).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARK_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_benchmarks_import_one_way(path):
+    own = BENCHMARK_ROOMS.index(path.relative_to(ROOT / "benchmarks").parts[0])
+    names = [name[2:] for name in imported(path) if name[:2] == ("fastseq", "benchmarks") and len(name) > 2]
+    wrong = {name[0] for name in names if name[0] not in BENCHMARK_ROOMS or BENCHMARK_ROOMS.index(name[0]) < own}
+    assert not wrong, f"{path.relative_to(ROOT)} imports from its left: {sorted(wrong)}"
+
+
+def test_every_room_of_the_benchmarks_is_in_their_readme():
+    rooms = {p.name for p in (ROOT / "benchmarks").iterdir() if p.is_dir() and p.name not in ("results", "ops", "__pycache__")}
+    assert rooms == set(BENCHMARK_ROOMS)
+    text = (ROOT / "benchmarks/README.md").read_text()
+    assert all(f"`{name}/`" in text for name in (*rooms, "ops", "results"))
+
+
+def test_no_module_is_hidden_by_what_it_holds():
+    """``import fastseq.functional.attention as a`` must not be a function: importlib and autodoc go by names."""
+    import fastseq
+    import fastseq.integrations.flash_attn  # noqa: F401
+
+    hidden = []
+    for name, module in list(sys.modules.items()):
+        parent, _, last = name.rpartition(".")
+        if name.startswith("fastseq.") and not name.startswith("fastseq.benchmarks") and parent in sys.modules:
+            if getattr(sys.modules[parent], last, module) is not module:
+                hidden.append(name)
+    assert not hidden and callable(fastseq.convert) and callable(fastseq.functional.attention)
 
 
 def test_kernels_import_no_package_code():
@@ -125,13 +168,12 @@ def test_the_cells_of_the_cuda_kernels_agree_in_both_languages():
 
 
 def test_one_registration():
-    """STABLE_TORCH_LIBRARY stands in one file; the sources that CMake lists are the ones that exist, but for csrc/host."""
+    """STABLE_TORCH_LIBRARY stands in one file; the sources that CMake lists are the ones that exist."""
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h", ".inl")]
     assert [p.name for p in sources if "STABLE_TORCH_LIBRARY(" in p.read_text()] == ["registration.cpp"]
     listed = (ROOT / "CMakeLists.txt").read_text()
-    assert "csrc/host" not in listed, "the host execution belongs to tests, never to the library"
     for path in sources:
-        if path.suffix in (".cpp", ".cu") and path.parent.name != "host":
+        if path.suffix in (".cpp", ".cu"):
             name = str(path.relative_to(ROOT))
             pattern = re.sub(r"_(default|avx2|avx512|amx)\.cpp$", "_${level}.cpp", name)
             assert name in listed or pattern in listed, f"{name} is not in CMakeLists.txt"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from fastseq.benchmarks.attention import MODES
-from fastseq.benchmarks.attention_providers import OWN, SDPA
-from fastseq.benchmarks.timing import BenchmarkTimer
+from fastseq.benchmarks.ops.timer import TIMER
+from fastseq.benchmarks.providers.attention import ATTENTION_PROVIDERS, OWN, SDPA
+from fastseq.benchmarks.workloads.base import ALL_MODES
 
 pytest.importorskip("pytest_benchmark")
 
-TIMER = BenchmarkTimer()  # wall clock on the CPU, CUDA events on a GPU; the clock is set by the first test
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("dense", {}),
     "causal": ("dense", {"causal": True}),
     "grouped": ("dense", {"causal": True, "kv_heads": 1}),
@@ -26,9 +27,9 @@ CASES = {
 @pytest.mark.bench
 @pytest.mark.benchmark(timer=TIMER)
 @pytest.mark.parametrize("library", [SDPA, OWN])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_attention(measure_attention, device, case, mode, library):
     function, more = CASES[case]
     T, B, W = (2048, 8, 2048) if device.startswith("cuda") else (256, 2, 128)
-    measure_attention(TIMER, f"{case} {MODES[mode]}", library, function, mode, T=T, B=B, W=W, **more)
+    measure_attention(f"{case} {ALL_MODES[mode]}", ATTENTION_PROVIDERS[library], function, mode, T=T, B=B, W=W, **more)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fastseq.benchmarks.attention_providers import OWN, SDPA
-from fastseq.benchmarks.timing import BenchmarkTimer
+from fastseq.benchmarks.ops.timer import TIMER
+from fastseq.benchmarks.providers.attention import ATTENTION_PROVIDERS, OWN, SDPA
 
 pytest.importorskip("pytest_benchmark")
-
-TIMER = BenchmarkTimer()  # wall clock on the CPU, CUDA events on a GPU; the clock is set by the first test
 
 
 @pytest.mark.bench
@@ -20,4 +18,4 @@ TIMER = BenchmarkTimer()  # wall clock on the CPU, CUDA events on a GPU; the clo
 def test_attention_decode(measure_attention, device, B, group, library):
     S, W = (8192, 2048) if device.startswith("cuda") else (1024, 512)
     more = {"keys": S, "kv_heads": W // 64 // group}
-    measure_attention(TIMER, f"decode B={B} GQA={group}", library, "decode", "inference", T=1, B=B, W=W, **more)
+    measure_attention(f"decode B={B} GQA={group}", ATTENTION_PROVIDERS[library], "decode", "inference", T=1, B=B, W=W, **more)

@@ -7,40 +7,31 @@ from typing import Any
 
 import torch
 
-from ..analysis import power_law
-from ..attention import CASES, FORMULA, MODES, AttentionWorkload
-from ..attention_providers import (
-    ATTENTION_PROVIDERS,
-    EAGER,
-    FLASH,
-    FLEX,
-    FORCED,
-    OWN,
-    OWN_MODULE,
-    REFORMER,
-    SDPA,
-    TORCH_MODULE,
-)
-from ..hashed import CHUNK, HASHED
-from ..plots import end_labels, log_axes
-from ..presentation import (
+from ..measure.case import Case, Options, Participant
+from ..measure.results import Results, Row, reliable
+from ..measure.timing import Effort
+from ..providers.attention import ATTENTION_PROVIDERS, EAGER, FLASH, FLEX, FORCED, OWN, OWN_MODULE, REFORMER, SDPA, TORCH_MODULE
+from ..report.model import (
     BYTE_UNITS,
     Card,
     Cell,
     Figure,
-    Options,
     Section,
     Table,
     bytes_text,
+    power,
     ratio_cell,
+    target_cell,
     three_digits,
     tick_text,
     time_cell,
     time_text,
 )
-from ..results import Results, Row
-from ..runner import Case, Participant
-from ..timing import Effort
+from ..report.plots.style import end_labels, log_axes
+from ..report.statistics import power_law
+from ..workloads.attention import CASES, FORMULA, AttentionWorkload
+from ..workloads.base import ALL_MODES
+from ..workloads.hashed import CHUNK, HASHED
 
 NAME = "attention"
 SUMMARY = "attention alone against torch (every backend), FlexAttention, flash-attn: dense, biased, windowed, hashed, decoding"
@@ -83,7 +74,7 @@ def plan(options: Options) -> list[Case]:
     def make(function: str, T: int, B: int, W: int, E: int, mode: str, **more: Any) -> AttentionWorkload:
         return AttentionWorkload(function, T, B, W, W, mode, heads=W // E, **(common | more))
 
-    for E, T, causal, mode in product(*_dense_grid(cuda, options.quick), (False, True), MODES):
+    for E, T, causal, mode in product(*_dense_grid(cuda, options.quick), (False, True), ALL_MODES):
         W, tokens = _dense_size(cuda, options.quick)
         add("dense", make("dense", T, max(1, tokens // T), W, E, mode, causal=causal), CORE, OWN, SDPA)
 
@@ -105,7 +96,7 @@ def plan(options: Options) -> list[Case]:
     ):
         if name == "TF32" and not cuda:
             continue
-        sizes = {"T": T, "B": B, "W": W, "E": E, **more}
+        sizes: dict[str, Any] = {"T": T, "B": B, "W": W, "E": E, **more}
         for mode in ("inference", "training"):
             workload = make(function, mode=mode, **sizes)
             if CASES[function].module:
@@ -170,7 +161,7 @@ def kind_of(row: Row) -> str:
 
 
 def curve(rows: list[Row], kind: str, provider: str, quantity: str = "seconds") -> dict[int, float]:
-    """T -> seconds or bytes of a provider in the group "memory"; only rows that passed the gate."""
+    """T -> seconds or bytes of a provider in the group "memory"; only rows that passed their check."""
     found = {
         r.T: getattr(r, quantity) for r in rows if r.group == "memory" and r.ok and r.provider == provider and kind_of(r) == kind
     }
@@ -230,7 +221,7 @@ def _name(row: Row) -> str:
     causal = " causal" if d["causal"] else ""
     keys = f" S={d['S']}" if row.group == "decode" else ""
     what = f"{row.group} {row.function}" if row.group == "memory" else row.group
-    return f"{what}{causal} {MODES[row.mode]} T={row.T}{keys} B={row.B} H={d['heads']}{groups} E={d['E']} {row.dtype}"
+    return f"{what}{causal} {ALL_MODES[row.mode]} T={row.T}{keys} B={row.B} H={d['heads']}{groups} E={d['E']} {row.dtype}"
 
 
 def derive(results: Results) -> dict[str, Any]:
@@ -261,20 +252,23 @@ def _targets(results: Results) -> list[dict[str, Any]]:
     points = list(_points(results.of_suite(NAME)).values())
     found = []
 
-    def judge(name: str, target: float, values: list[float]) -> None:
-        found.append({"target": name, "least": target, "found": min(values), "reached": min(values) >= target} if values else
-                     {"target": name, "least": target, "found": None, "reached": False})  # fmt: skip
+    def judge(name: str, target: float, values: list[tuple[float, list[Row]]]) -> None:
+        least, rows = min((value for value, _ in values), default=None), [row for _, of in values for row in of]
+        reached = least is not None and least >= target
+        found.append({"target": name, "least": target, "found": least, "reached": reached, "reliable": reliable(rows)})
 
     cudnn = next(iter(FORCED))
     for mode, target in DENSE_TARGETS.items():
         values = _over([p for p in points if _is(p, "dense", mode) and _first(p).T >= 4096 and _E(p) < 256], cudnn)
-        judge(f"dense, hd 64 and 128, T ≥ 4096, {MODES[mode]}, over {cudnn}", target, values)
+        judge(f"dense, hd 64 and 128, T ≥ 4096, {ALL_MODES[mode]}, over {cudnn}", target, values)
     for name, (provider, target) in TARGETS.items():
         mode = "inference" if name in ("hd 256", "averaged weights", "padding + causal") else "training"
-        judge(f"{name}, {MODES[mode]}, over {provider}", target, _over([p for p in points if _is(p, name, mode)], provider))
+        judge(f"{name}, {ALL_MODES[mode]}, over {provider}", target, _over([p for p in points if _is(p, name, mode)], provider))
     copy = copy_bandwidth(results)
     shares = [
-        _gb(r) * 1e9 / copy for p in points if _is(p, "decode", "inference") and (r := own_of(p)) and r.ok and _S(p) >= 8192
+        (_gb(r) * 1e9 / copy, [r])
+        for p in points
+        if _is(p, "decode", "inference") and (r := own_of(p)) and r.ok and _S(p) >= 8192
     ]
     judge("decode, context ≥ 8192, share of copy bandwidth", DECODE_TARGET, shares)
     return found
@@ -297,10 +291,10 @@ def _S(participants: dict[str, Row]) -> int:
     return (_first(participants).detail or {})["S"]
 
 
-def _over(points: list[dict[str, Row]], provider: str) -> list[float]:
-    """Speed-ups of fastseq over a provider, where both have a time."""
+def _over(points: list[dict[str, Row]], provider: str) -> list[tuple[float, list[Row]]]:
+    """Speed-ups of fastseq over a provider, where both have a time, with these two rows."""
     pairs = [(p.get(provider), own_of(p)) for p in points]
-    return [base.seconds / own.seconds for base, own in pairs if base and own and base.ok and own.ok]
+    return [(base.seconds / own.seconds, [base, own]) for base, own in pairs if base and own and base.ok and own.ok]
 
 
 def _gb(row: Row) -> float:
@@ -341,7 +335,7 @@ def picture(results: Results) -> Figure:
 def _target_table(derived: dict[str, Any]) -> Table:
     body: list[list[Cell | str]] = []
     for t in derived["targets"]:
-        verdict = Cell("reached", "good") if t["reached"] else Cell("not reached" if t["found"] else "not measured", "bad")
+        verdict = target_cell(t)
         body.append([t["target"], f"{t['least']:g}", "–" if t["found"] is None else f"{t['found']:.2f}", verdict])
     return Table("Targets", ["", "at least", "lowest point", ""], body)
 
@@ -351,18 +345,18 @@ def _dense_tables(rows: list[Row]) -> list[Table]:
     lengths = sorted({r.T for r in dense})
     scale, unit = _unit(dense)
     tables = []
-    for E, causal, mode in product(sorted({_of(r, "E") for r in dense}), (False, True), MODES):
+    for E, causal, mode in product(sorted({_of(r, "E") for r in dense}), (False, True), ALL_MODES):
         at = {(r.provider, r.T): r for r in dense if r.mode == mode and _of(r, "E") == E and _of(r, "causal") == causal}
         body: list[list[Cell | str]] = []
         for provider in CORE:
             own = [at.get((provider, T)) for T in lengths]
             if any(r and r.ok for r in own):
-                body.append([provider, *(_flops_cell(r, scale) for r in own), _floor_cell([r for r in own if r and r.ok])])
+                body.append([provider, *(_flops_cell(r, scale) for r in own), _roofline_cell([r for r in own if r and r.ok])])
         own_rows = [at.get((OWN, T)) for T in lengths]
         if any(own_rows):
             body.append([f"{OWN} over {SDPA}", *(ratio_cell(r) for r in own_rows), ""])
-        title = f"{unit}, {'causal' if causal else 'full'}, head dim {E}, {MODES[mode]}"
-        tables.append(Table(title, ["", *(f"T={T}" for T in lengths), "of floor, longest"], body))
+        title = f"{unit}, {'causal' if causal else 'full'}, head dim {E}, {ALL_MODES[mode]}"
+        tables.append(Table(title, ["", *(f"T={T}" for T in lengths), "of roofline, longest"], body))
     return tables
 
 
@@ -376,10 +370,12 @@ def _flops_cell(row: Row | None, scale: float) -> Cell:
     return Cell(three_digits(flops(row) / scale), "", f"{time_text(row.seconds)}; {', '.join(row.chose)}")
 
 
-def _floor_cell(rows: list[Row]) -> Cell:
+def _roofline_cell(rows: list[Row]) -> Cell:
     row = rows[-1]
     return (
-        Cell(f"{row.of_floor:.0%}", "", f"bound by {row.floor['bound']}: {row.floor['note']}") if row.floor else Cell("–", "weak")
+        Cell(f"{row.of_roofline:.0%}", "", f"bound by {row.roofline['bound']}: {row.roofline['note']}")
+        if row.roofline
+        else Cell("–", "weak")
     )
 
 
@@ -405,7 +401,7 @@ def _feature_table(rows: list[Row]) -> Table:
         if torch_row is not None and torch_row.provider == TORCH_MODULE:
             times[1] = time_cell(torch_row)
         chosen = ", ".join(torch_row.chose[:1]) if torch_row and torch_row.ok else ""
-        body.append([first.group, MODES[first.mode], size, *times, time_cell(own), ratio_cell(own), against, *memory, chosen])
+        body.append([first.group, ALL_MODES[first.mode], size, *times, time_cell(own), ratio_cell(own), against, *memory, chosen])
     columns = ["case", "mode", "size", "eager", "torch", "FlexAttention", "flash-attn", "fastseq", "vs torch", "vs fastest other"]
     return Table(
         "Where torch is slow",
@@ -450,7 +446,7 @@ def _length_table(rows: list[Row], derived: dict[str, Any], quantity: str) -> Ta
         else:
             cells = [time_cell(r) for r in found]
         exponent = growth.get((kind, provider))
-        body.append([kind, provider, *cells, "–" if exponent is None else f"T^{exponent:.2f}"])
+        body.append([kind, provider, *cells, "–" if exponent is None else power(exponent)])
     title = "Peak memory" if quantity == "memory" else "Time"
     note = (
         f"{HASHED}: Reformer's, one round of hashing, chunks of {CHUNK}; {SHARED}: the same program with a single chunk, that is "
@@ -502,7 +498,7 @@ def _cards(rows: list[Row]) -> list[Card]:
     cards = []
     for participants in _points([r for r in rows if r.group in TARGETS and r.mode == "training"]).values():
         own = own_of(participants)
-        if own and own.ok and own.ratio:
+        if own and own.ok and own.ratio and not own.doubtful:
             value = own.ratio["median"]
             tone = "good" if value > 1.05 else "bad" if value < 1 else ""
             cards.append(Card(f"{value:.2f}×", f"{own.group}, T={own.T}, forward + backward, over {own.ratio['baseline']}", tone))
@@ -521,7 +517,7 @@ def _dense_figure(rows: list[Row]) -> Figure | None:
     def draw(canvas: Any, theme: Any) -> None:
         every = canvas.subplots(2, 2)
         for axes, (causal, mode) in zip(every.flat, product((False, True), ("inference", "backward")), strict=True):
-            title = f"{'causal' if causal else 'full'}, {MODES[mode]}, head dim {E}: {unit}"
+            title = f"{'causal' if causal else 'full'}, {ALL_MODES[mode]}, head dim {E}: {unit}"
             lines = {
                 p: {r.T: flops(r) / scale for r in shown if (r.provider, r.mode, _of(r, "causal")) == (p, mode, causal)}
                 for p in CORE

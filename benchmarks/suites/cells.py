@@ -7,27 +7,27 @@ from typing import Any
 
 import torch
 
-from ..analysis import geometric_mean
-from ..cell_providers import cuda_name, own_name, torch_name
-from ..cells import CELLS, CellWorkload
-from ..presentation import (
+from ..measure.case import Case, Options, Participant
+from ..measure.results import Results, Row, reliable
+from ..measure.timing import Effort
+from ..providers.base import RECURRENT
+from ..providers.cells import cuda_name, own_name, torch_name
+from ..report.model import (
     Card,
     Cell,
     Figure,
-    Options,
     Section,
     Table,
     heat_cell,
     ratio_cell,
     speed_tone,
+    target_cell,
     time_cell,
     time_text,
 )
-from ..providers import RECURRENT
-from ..results import Results, Row
-from ..runner import Case, Participant
-from ..strips import Strip, draw
-from ..timing import Effort
+from ..report.plots.strip import Strip, draw
+from ..report.statistics import mean_of
+from ..workloads.cells import CELLS, CellWorkload
 
 NAME = "cells"
 SUMMARY = "RNNCell, LSTMCell, GRUCell against torch.nn over batch and width: one step, its backward, a rollout step by step"
@@ -80,9 +80,9 @@ def derive(results: Results) -> dict[str, Any]:
     every = [r for group, mode in KINDS for r in _own(rows, group, mode)]
     means = []
     for (group, mode), cell in product(KINDS, CELLS):
-        values = [r.ratio["median"] for r in _own(rows, group, mode, cell) if r.ok and r.ratio]
-        if values:
-            means.append({"group": group, "mode": mode, "cell": cell, "points": len(values), "mean": geometric_mean(values)})
+        timed = [r for r in _own(rows, group, mode, cell) if r.ok and r.ratio]
+        if timed:
+            means.append({"group": group, "mode": mode, "cell": cell} | mean_of(timed))
     return {
         "target": _target(rows),
         "means": means,
@@ -98,7 +98,8 @@ def _target(rows: list[Row]) -> dict[str, Any] | None:
     points = [r for r in _own(rows, STEP, "inference", TARGET_CELL) if r.H == TARGET_WIDTH and r.B <= TARGET_BATCH]
     values = [r.ratio["median"] for r in points if r.ok and r.ratio]
     reached = bool(values) and len(values) == len(points) and min(values) >= TARGET
-    return {"least": TARGET, "found": min(values, default=None), "points": len(points), "reached": reached}
+    found = {"least": TARGET, "found": min(values, default=None), "points": len(points), "reached": reached}
+    return found | {"reliable": reliable(points)}
 
 
 def _name(r: Row) -> str:
@@ -142,6 +143,7 @@ def _cards(derived: dict[str, Any]) -> list[Card]:
     return [
         Card(f"{m['mean']:.2f}×", f"{m['cell']}, {KINDS[m['group'], m['mode']]}, {m['points']} points", speed_tone(m["mean"]))
         for m in derived["means"]
+        if m["reliable"]
     ]
 
 
@@ -151,7 +153,7 @@ def _target_table(derived: dict[str, Any]) -> Table:
     if t:
         what = f"{TARGET_CELL}, {KINDS[STEP, 'inference']}, B ≤ {TARGET_BATCH}, H = {TARGET_WIDTH}"
         measured = t["found"] is not None
-        verdict = Cell("reached", "good") if t["reached"] else Cell("not reached" if measured else "not measured", "bad")
+        verdict = target_cell(t)
         body.append([what, str(t["points"]), f"{t['least']:g}×", f"{t['found']:.2f}×" if measured else "–", verdict])
     return Table("Target", ["", "points", "at least", "lowest", ""], body)
 
@@ -183,20 +185,24 @@ def _every_point(rows: list[Row]) -> Table:
         line: list[Cell | str] = [_name(r), time_cell(other), time_cell(r), ratio_cell(r)]
         if cuda:
             line += [time_cell(kernels), *(_graph(x) for x in (other, r, kernels)), *(_host(x) for x in (other, r, kernels))]
-        floor = Cell(f"{r.of_floor:.0%}", "", f"{r.floor['bound']}: {r.floor['note']}") if r.ok and r.floor else Cell("–", "weak")
+        roofline = (
+            Cell(f"{r.of_roofline:.0%}", "", f"{r.roofline['bound']}: {r.roofline['note']}")
+            if r.ok and r.roofline
+            else Cell("–", "weak")
+        )
         error = f"{r.check['error']:.1e}" if r.check and r.check["error"] is not None else "–"
         step = time_text(r.seconds / r.T)
-        body.append([*line, step, floor, error, ", ".join(r.chose), ", ".join(other.chose) if other else ""])
+        body.append([*line, step, roofline, error, ", ".join(r.chose), ", ".join(other.chose) if other else ""])
     graphs = []
     if cuda:
         graphs = ["(cuda)", "torch.nn in a graph", "fastseq in a graph", "(cuda) in a graph"]
         graphs += ["host time of torch.nn", "of fastseq", "of (cuda)"]
-    columns = ["point", "torch.nn", "fastseq", "speed-up", *graphs, "fastseq per step", "of floor", "error"]
+    columns = ["point", "torch.nn", "fastseq", "speed-up", *graphs, "fastseq per step", "of roofline", "error"]
     return Table(
         f"Every point: {len(body)}",
         [*columns, "fastseq ran", "torch.nn ran"],
         body,
-        "Of floor: the time that reading both weights, or computing with them, takes at the measured peaks, over the time."
+        "Of roofline: the time that reading both weights, or computing with them, takes at the measured peaks, over the time."
         + " (cuda): fastseq on its CUDA kernels, whose launch is made for a whole sequence." * cuda,
         folded=True,
     )

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from ..curves import PER_STEP, TIME, Curves, of_bytes
-from ..decode import PREFILL, TOKENS, DecodeWorkload
-from ..decode_providers import CELLS, DECODE_PROVIDERS, GROWING, OWN, RESERVED, cell_name, layer_name
-from ..presentation import Options
-from ..runner import Case, Participant
-from ..timing import Effort
+from ..measure.case import Case, Options, Participant
+from ..measure.timing import Effort
+from ..providers.decode import CELLS, DECODE_PROVIDERS, GROWING, OWN, RESERVED, cell_name, layer_name
+from ..report.curves import PER_STEP, TIME, Curves, of_bytes
+from ..workloads.decode import PREFILL, TOKENS, DecodeWorkload
 
 NAME = "decode"
 SUMMARY = "prefill and token by token against context: recurrent state against KV cache, torch and fastseq"
@@ -60,7 +59,7 @@ CURVES = Curves(
     (
         "Prefill: the whole context in one call. Token by token: 16 calls after it, each with the state or the cache of the last "
         "one. Equal width; the attention block has the parameters of the LSTM. States and caches are in place before the clock "
-        "starts; a growing cache is concatenated anew for each token.",
+        "restarts; a growing cache is concatenated anew for each token.",
         "The state of a recurrence has one size whatever the context; a cache has a key and a value for each token of it.",
     ),
     {TOKENS: "token by token", PREFILL: "prefill"},

@@ -1,4 +1,4 @@
-"""The limits of this machine, each measured by a program that nothing else binds: what the floors of other suites follow from."""
+"""The limits of this machine, each measured by a program that nothing else binds; the rooflines follow from them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
-from .. import floors, limits
-from ..limits import EXCHANGES, LimitWorkload
-from ..plots import end_labels, log_axes, plain
-from ..presentation import BYTE_UNITS, Card, Cell, Figure, Options, Section, Table, bytes_text, tick_text, time_text
-from ..results import Results, Row
-from ..runner import Case, Participant
-from ..timing import Effort
+from ..measure.case import Case, Options, Participant
+from ..measure.results import Results, Row
+from ..measure.timing import Effort
+from ..providers.limits import LIMIT_PROVIDERS
+from ..report.model import BYTE_UNITS, Card, Cell, Figure, Section, Table, bytes_text, tick_text, time_text
+from ..report.plots.style import end_labels, log_axes, plain
+from ..roofline import peaks
+from ..workloads import limits
+from ..workloads.limits import EXCHANGES, LimitWorkload
 
 NAME = "limits"
 SUMMARY = "what the machine can do: reading, copying, matrix products per precision, multiply-adds, launches, a CUDA graph"
@@ -28,9 +30,9 @@ PRECISIONS: dict[str, dict[str, dict[str, Any]]] = {
         "float64": {"dtype": "float64"},
     },
 }
-COLORS = {"read": "#1e88e5", "copy": "#d1495b", "product": "#6a4c93"}
+COLORS = {"read": "#1e88e5", "copy": "#d1495b", "product": "#9467d6"}
 RATES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
-AGREE = 0.2  # a peak that is further than this from the same program measured here makes floors doubtful
+AGREE = 0.2  # a peak that is further than this from the same program measured here makes rooflines doubtful
 
 
 def plan(options: Options) -> list[Case]:
@@ -44,9 +46,9 @@ def plan(options: Options) -> list[Case]:
         precisions = {options.dtype: {"dtype": options.dtype}}
     found = []
     for n in threads:
-        found += [limits.read(options.device, kib, n) for kib in floors.READ_KIB[kind][every]]
-        found += [limits.copy(options.device, kib, n) for kib in floors.COPY_KIB[kind]]
-        orders = floors.GEMM_SIZES[kind][: 2 if options.quick else None]
+        found += [limits.read(options.device, kib, n) for kib in peaks.READ_KIB[kind][every]]
+        found += [limits.copy(options.device, kib, n) for kib in peaks.COPY_KIB[kind]]
+        orders = peaks.GEMM_SIZES[kind][: 2 if options.quick else None]
         found += [limits.product(options.device, order, n, **p) for p, order in product(precisions.values(), orders)]
         if kind == "cpu":
             found += [limits.fma(options.device, n, dtype=name) for name in precisions if name in limits.FMA_DTYPES]
@@ -58,7 +60,7 @@ def plan(options: Options) -> list[Case]:
 
 def _case(w: LimitWorkload, effort: Effort) -> Case:
     group = "exchange" if w.function in EXCHANGES else w.function
-    name = next(p.name for p in limits.LIMIT_PROVIDERS.values() if p.function == w.function)
+    name = next(p.name for p in LIMIT_PROVIDERS.values() if p.function == w.function)
     return Case(NAME, group, (Participant(name, w),), effort)
 
 
@@ -80,7 +82,7 @@ def derive(results: Results) -> dict[str, Any]:
         "products of multiply-adds": _shares(rows),
         "launches": [_launch(row) for row in rows if row.function == "launch" and row.ok],
         "exchanges": {row.function: row.seconds / row.T for row in rows if row.group == "exchange" and row.ok},
-        "disagreeing": [_name(row) for row in _peak_rows(rows) if row.floor and abs(row.of_floor - 1) > AGREE],
+        "disagreeing": [_name(row) for row in _peak_rows(rows) if row.roofline and abs(row.of_roofline - 1) > AGREE],
     }
 
 
@@ -136,7 +138,7 @@ def present(results: Results) -> list[Section]:
         "bytes read and written. Product: a square torch.mm of normal random numbers, the arithmetic within reach of a torch "
         "program; regular numbers such as zeros run faster on some devices. Multiply-adds: independent chains of them in a CPU's "
         "registers, the arithmetic beyond reach of any program. Launch: a fill of one element.",
-        "Each program's result is compared with its definition first. The floors of every row follow from the same programs, "
+        "Each program's result is compared with its definition first. The rooflines of every row follow from the same programs, "
         "measured apart at the start of a run, the best of a few; here it is the median.",
     ]
     tables = [_bandwidths(rows), _products(rows), _launches(derived), _exchanges(rows), _disagreeing(derived, rows)]
@@ -232,8 +234,8 @@ def _exchanges(rows: list[Row]) -> Table:
 
 def _disagreeing(derived: dict[str, Any], rows: list[Row]) -> Table:
     at = {_name(row): row for row in rows}
-    body: list[list[Cell | str]] = [[name, f"{at[name].of_floor:.0%}"] for name in derived["disagreeing"]]
-    note = f"More than {AGREE:.0%} from the peak that the floors of this run follow from: the machine was not quiet."
+    body: list[list[Cell | str]] = [[name, f"{at[name].of_roofline:.0%}"] for name in derived["disagreeing"]]
+    note = f"More than {AGREE:.0%} from the peak that the rooflines of this run follow from: the machine was not quiet."
     return Table("Peaks that were not found again", ["", "of the peak"], body, note, folded=True)
 
 

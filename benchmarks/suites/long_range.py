@@ -1,15 +1,14 @@
-"""How far a layer reaches: the gradient across a distance at initialisation, and what is recalled across it after training."""
+"""How far a layer reaches: the gradient across a distance at initialization, and what is recalled across it after training."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..curves import Curves, number, of_metric, share
-from ..experiments import SYMBOLS, Experiment
-from ..presentation import Options
-from ..providers import PROVIDERS
-from ..runner import Case, Participant
-from ..timing import Effort
+from ..measure.case import Case, Options, Participant
+from ..measure.timing import Effort
+from ..providers.base import PROVIDERS
+from ..report.curves import Curves, number, of_metric, share
+from ..workloads.experiments import SYMBOLS, Experiment
 
 NAME = "long-range"
 SUMMARY = "experiments against distance: norm of the gradient, accuracy of recall after a fixed budget; recurrence and attention"
@@ -49,13 +48,13 @@ CURVES = Curves(
     NAME,
     "How far a layer reaches",
     (
-        "Gradient: the root mean square of the singular values of d output[t + T] / d input[t] of one layer as torch initialises "
+        "Gradient: the root mean square of the singular values of d output[t + T] / d input[t] of one layer as torch initializes "
         "it. Fitted by a power of T and by a factor for each step; a recurrence forgets by a factor.",
         f"Recall: name one of {SYMBOLS} symbols after T steps that mean nothing, by a model of one layer, after a fixed budget "
         f"of training; chance is {1 / SYMBOLS:.1%}. Same data, same order, same number of steps for all; positions are added for "
         "attention. Medians over seeds.",
     ),
-    {GRADIENT: "at initialisation", RECALL: "after training"},
+    {GRADIENT: "at initialization", RECALL: "after training"},
     {
         GRADIENT: (of_metric("Norm of the gradient", number, 10, decays=True),),
         RECALL: (of_metric("Accuracy of recall", share, 0),),

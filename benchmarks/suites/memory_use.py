@@ -5,12 +5,11 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from ..curves import KEPT, PEAK, Curves
-from ..presentation import Options
-from ..providers import PROVIDERS
-from ..runner import Case, Participant
-from ..timing import Effort
-from ..workloads import MODES, Workload
+from ..measure.case import Case, Options, Participant
+from ..measure.timing import Effort
+from ..providers.base import PROVIDERS
+from ..report.curves import KEPT, PEAK, Curves
+from ..workloads.base import MODES, Workload
 
 NAME = "memory"
 SUMMARY = "peak memory and what is kept for backward against T: recurrence (saved, recomputed) and attention (naive, fused)"

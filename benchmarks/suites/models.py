@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from ..curves import PEAK, TIME, Curves
-from ..model_providers import AFTER, BEFORE, EAGER, OWN, SDPA
-from ..models import MODELS, ModelWorkload
-from ..presentation import Options
-from ..runner import Case, Participant
-from ..timing import Effort
-from ..workloads import MODES
+from ..measure.case import Case, Options, Participant
+from ..measure.timing import Effort
+from ..providers.models import AFTER, BEFORE, EAGER, OWN, SDPA
+from ..report.curves import PEAK, TIME, Curves
+from ..workloads.base import MODES
+from ..workloads.models import MODELS, ModelWorkload
 
 NAME = "models"
 SUMMARY = "whole models before and after: LSTM language model and nn.Transformer converted, BERT and GPT-2 of transformers"
@@ -36,7 +35,7 @@ def plan(options: Options) -> list[Case]:
     return cases
 
 
-def _sizes(cuda: bool, quick: bool) -> tuple[tuple[int, ...], int, int, dict[str, int]]:
+def _sizes(cuda: bool, quick: bool) -> tuple[tuple[int, ...], int, int, dict[str, Any]]:
     """Lengths, batch, width and the rest: on a GPU those of the base models."""
     if cuda:
         return (256,) if quick else (128, 512), 16, 768, {"heads": 12, "layers": 2 if quick else 12, "vocabulary": 8192}
@@ -49,7 +48,7 @@ CURVES = Curves(
     NAME,
     "Whole models before and after",
     (
-        "Forward: logits. Forward + backward: a training step without the optimiser, cross entropy and the gradients of every "
+        "Forward: logits. Forward + backward: a training step without the optimizer, cross entropy and the gradients of every "
         "parameter. Models are built from sizes and a seed; all of one kind get the same parameters and tokens, and are timed "
         "only if logits and gradients are within the error that the model as built makes in that dtype.",
     ),

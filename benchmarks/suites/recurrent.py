@@ -7,26 +7,27 @@ from typing import Any
 
 import torch
 
-from ..analysis import geometric_mean
-from ..presentation import (
+from ..measure.case import Case, Options, Participant
+from ..measure.environment import where
+from ..measure.results import Results, Row, reliable
+from ..measure.timing import Effort
+from ..providers.base import RECURRENT
+from ..report.model import (
     Card,
     Cell,
     Figure,
-    Options,
     Section,
     Table,
     bytes_text,
     heat_cell,
     ratio_cell,
     speed_tone,
+    target_cell,
     time_cell,
 )
-from ..providers import RECURRENT
-from ..results import Results, Row
-from ..runner import Case, Participant
-from ..strips import Strip, draw
-from ..timing import Effort
-from ..workloads import MODES, Workload
+from ..report.plots.strip import Strip, draw
+from ..report.statistics import geometric_mean
+from ..workloads.base import MODES, Workload
 from . import recurrent_gpu, recurrent_gpu_report, recurrent_gpu_targets
 
 NAME = "recurrent"
@@ -39,6 +40,11 @@ GROUPS = {
     "data": "rows of equal length, the input is data (a first layer: no gradient of the input)",
     "packed": "PackedSequence, lengths uniform in 1…T",
     "activations": "activations",
+}
+TITLES = {
+    "padded": "input.requires_grad=True",
+    "data": "input.requires_grad=False",
+    "packed": "PackedSequence, lengths uniform in 1…T",
 }
 TIMED = ("padded", "data", "packed")  # groups compared with torch.nn
 # The least that a release must reach over torch.nn: geometric means over B, H and threads ("any": and cells).
@@ -152,6 +158,7 @@ def derive(results: Results) -> dict[str, Any]:
                 "untimed": len(points) - len(timed),
                 "mean": value if timed else None,
                 "target": target,
+                "reliable": reliable(timed),
                 "reached": bool(timed) and len(timed) == len(points) and value >= target,
                 "threads": {str(n): _mean([r for r in timed if r.threads == n]) for n in sorted({r.threads for r in timed})},
             }
@@ -205,7 +212,7 @@ def _targets(derived: dict[str, Any]) -> Table:
     for m in derived["means"]:
         if not m["points"] and not m["untimed"]:
             continue
-        verdict = Cell("reached", "good") if m["reached"] else Cell("not reached", "bad")
+        verdict = target_cell(m | {"found": m["mean"]})
         by_threads = ", ".join(f"{v:.2f}× on {n}" for n, v in m["threads"].items())
         cells = "all cells" if m["cell"] == "any" else m["cell"]
         mean = "–" if m["mean"] is None else f"{m['mean']:.2f}×"
@@ -279,12 +286,12 @@ def _losses(rows: list[Row]) -> Table:
         if r.provider.startswith("fastseq.") and r.group != "activations" and not (r.ok and r.ratio and r.ratio["median"] >= 1)
     ]
     lost.sort(key=_ratio)
-    body: list[list[Cell | str]] = [[_name(r), ratio_cell(r), r.reason or _floor(r)] for r in lost]
+    body: list[list[Cell | str]] = [[_name(r), ratio_cell(r), r.reason or _roofline(r)] for r in lost]
     return Table(f"Points that fastseq loses: {len(lost)}", ["point", "speed-up", ""], body, folded=not lost)
 
 
-def _floor(r: Row) -> str:
-    return f"{r.of_floor:.0%} of the floor ({r.floor['bound']}: {r.floor['note']})" if r.floor else ""
+def _roofline(r: Row) -> str:
+    return f"{r.of_roofline:.0%} of the roofline ({r.roofline['bound']}: {r.roofline['note']})" if r.roofline else ""
 
 
 def _every_point(rows: list[Row]) -> Table:
@@ -292,19 +299,19 @@ def _every_point(rows: list[Row]) -> Table:
     body: list[list[Cell | str]] = []
     for r in (r for r in rows if r.provider.startswith("fastseq.") and r.group != "activations"):
         other = base.get((r.group, r.function, r.mode, r.B, r.H, r.threads))
-        floor: list[Cell | str] = ["–", "–", "–"]
-        if r.floor and other is not None:
-            floor = [
-                Cell(r.floor["bound"], "", r.floor["note"]),
-                f"{r.of_floor:.0%}",
-                f"{other.of_floor:.0%}" if other.ok else "–",
+        roofline: list[Cell | str] = ["–", "–", "–"]
+        if r.roofline and other is not None:
+            roofline = [
+                Cell(r.roofline["bound"], "", r.roofline["note"]),
+                f"{r.of_roofline:.0%}",
+                f"{other.of_roofline:.0%}" if other.ok else "–",
             ]
         error = f"{r.check['error']:.1e}" if r.check and r.check["error"] is not None else "–"
         backend = next((c.removeprefix("backend: ") for c in r.chose if c.startswith("backend: ")), "–")
         spread = f"{r.ratio['low']:.2f}–{r.ratio['high']:.2f}" if r.ratio else "–"
         point: list[Cell | str] = [r.group, cell_of(r), MODES[r.mode], str(r.B), str(r.H), str(r.threads)]
         body.append(
-            [*point, time_cell(other), time_cell(r), ratio_cell(r), spread, *floor, error, backend],
+            [*point, time_cell(other), time_cell(r), ratio_cell(r), spread, *roofline, error, backend],
         )
     sizes = ["", "cell", "mode", "B", "H", "threads"]
     figures = [
@@ -313,8 +320,8 @@ def _every_point(rows: list[Row]) -> Table:
         "speed-up",
         "20–80 %",
         "bound by",
-        "of floor",
-        "torch of floor",
+        "of roofline",
+        "torch of roofline",
         "error",
     ]
     columns = [*sizes, *figures, "backend"]
@@ -324,7 +331,7 @@ def _every_point(rows: list[Row]) -> Table:
         body,
         folded=True,
         note="Bound by: which measured peak limits the point: weights (R streamed once per step from the "
-        "cache that holds it) or arithmetic. Of floor: the time that this limit allows over the measured "
+        "cache that holds it) or arithmetic. Of roofline: the time that this limit allows over the measured "
         "time, for fastseq and for torch.nn.",
     )
 
@@ -332,7 +339,7 @@ def _every_point(rows: list[Row]) -> Table:
 def _cards(derived: dict[str, Any]) -> list[Card]:
     cards = []
     for m in derived["means"]:
-        if m["mean"] is not None:
+        if m["mean"] is not None and m["reliable"]:
             cells = "all cells" if m["cell"] == "any" else m["cell"]
             kind = "inference" if m["mode"] == "inference" else "training step"
             cards.append(Card(f"{m['mean']:.2f}×", f"{cells}, {m['group']}, {kind}", speed_tone(m["mean"])))
@@ -361,3 +368,41 @@ def _panels(rows: list[Row]) -> list[tuple[str, list[Strip]]]:
             strips.append(Strip(f"{cell}, {group}", RECURRENT[cell], points, target))
         panels.append((f"{title}: speed-up over torch.nn", strips))
     return panels
+
+
+def markdown(results: Results) -> list[str]:
+    """For a README: where it was measured, and the geometric means of the speed-ups with their range."""
+    environment = results.environment
+    measured = [row for row in results.of_suite(NAME) if row.group in TIMED and row.ok]
+    sizes = [
+        f"{name} in {', '.join(map(str, values))}" if len(values) > 1 else f"{name}={values[0]}"
+        for name in ("threads", "T", "B", "H")
+        if (values := sorted({getattr(row, name) for row in measured}))
+    ]
+    lines = [
+        f"Measured on {where(environment)}, torch {environment['versions']['torch']}, "
+        f"{', '.join(dict.fromkeys(row.dtype for row in measured))}, {', '.join(sizes)}, providers interleaved in one run: "
+        "fastseq's speed-up over torch.nn, geometric mean (lowest to highest point).",
+        "",
+        "| | LSTM | GRU | RNN |",
+        "|---|---|---|---|",
+    ]
+    for group in TIMED:
+        for mode, title in MODES.items():
+            if group == "data" and mode == "inference":
+                continue
+            what = TITLES[group] if group != "padded" or mode == "training" else "rows of equal length"
+            cells = [_summary([r for r in results.rows if _is(r, group, mode, cell)]) for cell in CELLS]
+            lines.append(f"| {title}, {what} | {' | '.join(cells)} |")
+    return lines
+
+
+def _is(row: Row, group: str, mode: str, cell: str) -> bool:
+    return row.suite == NAME and (row.group, row.mode, row.provider) == (group, mode, f"fastseq.{cell}")
+
+
+def _summary(rows: list[Row]) -> str:
+    ratios = sorted(row.ratio["median"] for row in rows if row.ok and row.ratio)
+    if not ratios or len(ratios) < len(rows):
+        return "not measured"
+    return f"{geometric_mean(ratios):.2f}× ({ratios[0]:.2f} to {ratios[-1]:.2f})"

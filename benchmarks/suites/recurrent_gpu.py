@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from ..presentation import Options
-from ..providers import RECURRENT
-from ..recurrent import PRECISIONS, RecurrentWorkload, precise
-from ..recurrent_providers import FORCED, forced_name
-from ..results import Row
-from ..runner import Case, Participant
-from ..timing import Effort
-from ..workloads import MODES
+from ..measure.case import Case, Options, Participant
+from ..measure.results import Row
+from ..measure.timing import Effort
+from ..providers.base import RECURRENT
+from ..providers.recurrent import FORCED, forced_name
+from ..workloads.base import MODES
+from ..workloads.recurrent import PRECISIONS, RecurrentWorkload, precise
 
 GROUPS = {
     "small": "one layer, H ≤ 128, bf16",
@@ -30,6 +29,7 @@ GROUPS = {
     "programs": "beside torch.compile and a loop over torch's cell",
 }
 OF_BF16 = ("small", "large", "length")
+ONE_LAYER = (*OF_BF16, "precision", "programs")  # they divide the same map
 STRUCTURES: dict[str, dict[str, Any]] = {
     "packed": {"packed": True},
     "bidirectional": {"bidirectional": True},

@@ -5,7 +5,10 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from ..presentation import (
+from ..measure.results import Row
+from ..providers.base import RECURRENT
+from ..providers.recurrent import forced_name
+from ..report.model import (
     Card,
     Cell,
     Figure,
@@ -15,15 +18,13 @@ from ..presentation import (
     heat_cell,
     ratio_cell,
     speed_tone,
+    target_cell,
     time_cell,
     time_text,
 )
-from ..providers import RECURRENT
-from ..recurrent import PRECISIONS
-from ..recurrent_providers import forced_name
-from ..results import Row
-from ..strips import Strip, draw
-from ..workloads import MODES
+from ..report.plots.strip import Strip, draw
+from ..workloads.base import MODES
+from ..workloads.recurrent import PRECISIONS
 from .recurrent_gpu import (
     GROUPS,
     base_of,
@@ -96,11 +97,11 @@ def _targets(title: str, targets: list[dict[str, Any]]) -> Table:
     body: list[list[Cell | str]] = []
     for t in targets:
         measured = t["found"] is not None
-        verdict = Cell("reached", "good") if t["reached"] else Cell("not reached" if measured else "not measured", "bad")
+        verdict = target_cell(t)
         untimed = f", {t['untimed']} without a time" if t["untimed"] else ""
-        shown = "{:.0%} of floor" if t["of floor"] else "{:.2f}×"
+        shown = "{:.0%} of roofline" if t["of roofline"] else "{:.2f}×"
         figures = [shown.format(t["found"]), t["lowest"], shown.format(t["mean"])] if measured else ["–", "", "–"]
-        least = shown.format(t["least"]) if t["of floor"] else f"{t['least']:g}×"
+        least = shown.format(t["least"]) if t["of roofline"] else f"{t['least']:g}×"
         body.append([t["target"], MODES[t["mode"]], f"{t['points']}{untimed}", least, *figures, verdict])
     columns = ["", "mode", "points", "at least", "lowest", "where", "geometric mean", ""]
     return Table(title, columns, body, "Reached: by every point, all of them timed.")
@@ -108,7 +109,7 @@ def _targets(title: str, targets: list[dict[str, Any]]) -> Table:
 
 def _cards(derived: dict[str, Any]) -> list[Card]:
     cards = []
-    for m in derived["means"]:
+    for m in (m for m in derived["means"] if m["reliable"]):
         kind = "inference" if m["mode"] == "inference" else "training step"
         cards.append(Card(f"{m['mean']:.2f}×", f"{GROUPS[m['group']]}, {kind}, {m['points']} points", speed_tone(m["mean"])))
     return cards
@@ -193,7 +194,7 @@ LINE = [
     "on Triton",
     "on CUDA C++",
     "µs per step",
-    "of floor",
+    "of roofline",
     "kernels",
     "peak",
 ]
@@ -214,7 +215,9 @@ def _line(participants: dict[str, Row]) -> list[Cell | str]:
         in_graph,
         *(ratio_cell(forced_of(participants, backend)) for backend in ("triton", "cuda")),
         f"{own.seconds / detail(own, 'steps') * 1e6:.2f}" if own.ok else "–",
-        Cell(f"{own.of_floor:.0%}", "", f"bound by {own.floor['bound']}: {own.floor['note']}") if own.ok and own.floor else "–",
+        Cell(f"{own.of_roofline:.0%}", "", f"bound by {own.roofline['bound']}: {own.roofline['note']}")
+        if own.ok and own.roofline
+        else "–",
         "–" if own.launches is None else str(own.launches),
         bytes_text(own.memory if own.ok else None),
     ]
@@ -242,11 +245,11 @@ def _plans(rows: list[Row]) -> Table:
         row = p.get(forced_name(cell_of(next(iter(p.values())).function), "cuda"))
         if row is not None:
             plans = [c.removeprefix("plan, ") for c in row.chose if c.startswith("plan, ")]
-            of_floor = f"{row.of_floor:.0%}" if row.ok and row.floor else "–"
-            body.append([name(row), time_cell(row), ratio_cell(row), of_floor, row.reason or "; ".join(plans)])
+            of_roofline = f"{row.of_roofline:.0%}" if row.ok and row.roofline else "–"
+            body.append([name(row), time_cell(row), ratio_cell(row), of_roofline, row.reason or "; ".join(plans)])
     return Table(
         f"fastseq on CUDA C++: {len(body)}",
-        ["point", "fastseq", "speed-up", "of floor", "plan, or why there is no row"],
+        ["point", "fastseq", "speed-up", "of roofline", "plan, or why there is no row"],
         body,
         "A plan is how the work of a call was cut for this device; its time of a step is a model's, not measured.",
         folded=True,
@@ -266,7 +269,7 @@ def _every_point(rows: list[Row]) -> Table:
         f"Every point: {len(found)}",
         [*LINE, "cuDNN ran", "fastseq ran", "error"],
         body,
-        "Kernels: launched by one call of fastseq. Floor: the arithmetic at torch.mm's peak, or R read at every step from the "
+        "Kernels: launched by one call of fastseq. Roofline: the arithmetic at torch.mm's peak, or R read at every step from the "
         "cache that holds it; a kernel that keeps R in registers or shared memory can be above 100 %.",
         folded=True,
     )

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any, NamedTuple
 
-from ..analysis import geometric_mean
-from ..results import Row
-from ..workloads import MODES
+from ..measure.results import Row, reliable
+from ..report.statistics import geometric_mean, mean_of
+from ..workloads.base import MODES
 from .recurrent_gpu import GROUPS, detail, forced_of, graph_ratio, is_own, name, own_of, points_of
 
 LEAST = 0.9  # no single point of fastseq's choice below this
-OF_FLOOR = 1.5  # times its floor that a row may take
+OF_ROOFLINE = 1.5  # times its roofline that a row may take
 
 
 class Target(NamedTuple):
@@ -23,7 +23,7 @@ class Target(NamedTuple):
     counts: Callable[[Row], bool]
     least: float
     backend: str = ""  # fastseq on it; else fastseq's own choice
-    of_floor: bool = False  # the fraction of the floor; else the speed-up over torch.nn
+    of_roofline: bool = False  # the fraction of the roofline; else the speed-up over torch.nn
     strip: str = ""  # the group on whose strips of the figure it is marked
 
 
@@ -86,7 +86,7 @@ CUDA_TARGETS = [
     *_pair("both directions", _both_directions, 3.0, 2.5, backend="cuda"),
     *_pair("packed, T ≥ 128", _packed, 5.0, 5.0, backend="cuda"),
     *_pair("H = 2048, B ≤ 32, LSTM and GRU", _widest, 1.5, 1.3, backend="cuda"),
-    *_pair(f"every point within {OF_FLOOR:g}× its floor", _every, *[1 / OF_FLOOR] * 2, backend="cuda", of_floor=True),
+    *_pair(f"every point within {OF_ROOFLINE:g}× its roofline", _every, *[1 / OF_ROOFLINE] * 2, backend="cuda", of_roofline=True),
 ]
 
 
@@ -117,26 +117,27 @@ def _verdict(rows: list[Row], target: Target) -> dict[str, Any]:
         "target": target.title,
         "mode": target.mode,
         "least": target.least,
-        "of floor": target.of_floor,
+        "of roofline": target.of_roofline,
         "found": None if lowest is None else timed[lowest],
         "mean": geometric_mean(list(timed.values())) if timed else None,
         "lowest": lowest,
         "points": len(timed),
         "untimed": len(points) - len(timed),
+        "reliable": reliable(points),
         "reached": lowest is not None and len(timed) == len(points) and timed[lowest] >= target.least,
     }
 
 
 def _reached(row: Row, target: Target) -> float | None:
-    if not row.ok or not (row.floor if target.of_floor else row.ratio):
+    if not row.ok or not (row.roofline if target.of_roofline else row.ratio):
         return None
-    return row.of_floor if target.of_floor else row.ratio["median"] if row.ratio else None
+    return row.of_roofline if target.of_roofline else row.ratio["median"] if row.ratio else None
 
 
 def _means(own: list[Row]) -> list[dict[str, Any]]:
     found = []
     for group, mode in product(GROUPS, MODES):
-        values = [r.ratio["median"] for r in own if (r.group, r.mode) == (group, mode) and r.ok and r.ratio]
-        if values:
-            found.append({"group": group, "mode": mode, "points": len(values), "mean": geometric_mean(values)})
+        timed = [r for r in own if (r.group, r.mode) == (group, mode) and r.ok and r.ratio]
+        if timed:
+            found.append({"group": group, "mode": mode} | mean_of(timed))
     return found

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 
-from ..analysis import Crossover, crossover, power_law
-from ..plots import end_labels, log_axes
-from ..presentation import (
+from ..measure.case import Case, Options, Participant
+from ..measure.environment import where
+from ..measure.results import DOUBTFUL, Results, Row, reliable
+from ..measure.timing import Effort
+from ..providers.base import PROVIDERS
+from ..providers.recurrent import RECURRENT_PROVIDERS, forced_name
+from ..report.model import (
     BYTE_UNITS,
     TIME_UNITS,
     Card,
     Cell,
     Figure,
-    Options,
     Section,
     Table,
     bytes_text,
+    power,
     ratio_cell,
     tick_text,
     time_cell,
     time_text,
 )
-from ..providers import PROVIDERS
-from ..recurrent_providers import RECURRENT_PROVIDERS, forced_name
-from ..results import Results, Row
-from ..runner import Case, Participant
-from ..timing import Effort
-from ..workloads import MODES, Workload
+from ..report.plots.style import end_labels, log_axes
+from ..report.statistics import Crossover, crossover, power_law
+from ..workloads.base import MODES, Workload
 
 NAME = "sequential-vs-parallel"
 SUMMARY = "time and memory against T: LSTM and GRU (eager loop, torch, fastseq), attention (naive, fused, fastseq)"
@@ -47,6 +48,7 @@ BASELINE = {
     "fastseq attention": "fused attention",
 }
 KNOWN = PROVIDERS | RECURRENT_PROVIDERS
+CROSSOVER = tuple(field.name for field in fields(Crossover))
 EQUAL = (
     "Equal means: the same input, batch and width, one layer each, causal, projections included. "
     "Parameters at width W: LSTM 8 W², GRU 6 W², attention 4 W² (query, key, value, output). The attention "
@@ -54,7 +56,7 @@ EQUAL = (
     "parameters of the LSTM."
 )
 MEASURED = (
-    "Forward: inference mode. Forward + backward: one training step without the optimiser, gradients of "
+    "Forward: inference mode. Forward + backward: one training step without the optimizer, gradients of "
     "the input and of every parameter. Peak memory: what torch's allocator handed out during the call, "
     "above parameters and input. Exponents: least squares on log T, log time over the upper half of T."
 )
@@ -91,14 +93,27 @@ def plan(options: Options) -> list[Case]:
 
 
 def curve(rows: list[Row], provider: str, mode: str, quantity: str = "seconds") -> dict[int, float]:
-    """T -> seconds, or bytes for quantity "memory". Only rows that passed the gate."""
+    """T -> seconds, or bytes for quantity "memory". Only rows that passed their check."""
     found = {r.T: getattr(r, quantity) for r in rows if r.provider == provider and r.mode == mode and r.ok}
     return dict(sorted((T, float(v)) for T, v in found.items() if v is not None))
 
 
-def compare(a: dict[int, float], b: dict[int, float]) -> Crossover | None:
-    shared = sorted(a.keys() & b.keys())
-    return crossover(shared, [a[T] for T in shared], [b[T] for T in shared])
+def compare(rows: list[Row], a: str, b: str, mode: str) -> dict[str, Any] | None:
+    """Where provider `a` meets `b`, of the times beyond doubt. `void`: why there is no answer, if there is none."""
+    at = {(r.provider, r.T): r for r in rows if r.mode == mode and r.provider in (a, b) and r.ok and r.time}
+    pairs = [(at[a, T], at[b, T]) for T in sorted({T for _, T in at}) if (a, T) in at and (b, T) in at]
+    firm = [pair for pair in pairs if not any(row.doubtful for row in pair)]
+    spread = [(p.interval[0] / q.interval[1], p.interval[1] / q.interval[0]) for p, q in firm]
+    times = [[row.seconds for row in of] for of in zip(*firm, strict=True)] or [[], []]
+    found = crossover([p.T for p, _ in firm], *times, spread=spread)
+    if not pairs:
+        return None
+    void = ""
+    if len(pairs) - len(firm) > DOUBTFUL * len(pairs):
+        void = f"contended or noisy at {len(pairs) - len(firm)} of {len(pairs)} T"
+    elif found and found.count > 1:
+        void = f"crosses {found.count} times"
+    return (asdict(found) if found and not void else dict.fromkeys(CROSSOVER)) | {"void": void}
 
 
 def derive(results: Results) -> dict[str, Any]:
@@ -113,9 +128,9 @@ def derive(results: Results) -> dict[str, Any]:
                     fits.append({"provider": provider, "mode": mode, "quantity": quantity} | asdict(fit))
         for recurrent in RECURRENT:
             for parallel in PARALLEL:
-                meeting = compare(curve(rows, parallel, mode), curve(rows, recurrent, mode))
+                meeting = compare(rows, parallel, recurrent, mode)
                 if meeting:
-                    crossings.append({"mode": mode, "a": parallel, "b": recurrent} | asdict(meeting))
+                    crossings.append({"mode": mode, "a": parallel, "b": recurrent} | meeting)
     return {"fits": fits, "crossovers": crossings}
 
 
@@ -123,7 +138,7 @@ def present(results: Results) -> list[Section]:
     rows = results.of_suite(NAME)
     derived = derive(results)
     w = rows[0]
-    where = f"B={w.B}, width {w.H}, {w.dtype}, " + (_threads(w.threads) if w.device == "cpu" else w.device)
+    sizes = f"B={w.B}, width {w.H}, {w.dtype}, " + (_threads(w.threads) if w.device == "cpu" else w.device)
     tables = []
     for mode, title in MODES.items():
         tables.append(_times(rows, derived, mode, f"Time, {title}"))
@@ -134,7 +149,7 @@ def present(results: Results) -> list[Section]:
         _figure(rows, "seconds", "Time against sequence length"),
         _figure(rows, "memory", "Peak memory against sequence length"),
     ]
-    return [Section(f"Sequential against parallel: {where}", [EQUAL, MEASURED], _cards(rows, derived), figures, tables)]
+    return [Section(f"Sequential against parallel: {sizes}", [EQUAL, MEASURED], _cards(rows, derived), figures, tables)]
 
 
 def _threads(count: int) -> str:
@@ -159,8 +174,9 @@ def _at(rows: list[Row], provider: str, mode: str, T: int) -> Row | None:
 
 
 def _there(rows: list[Row]) -> list[str]:
-    """Providers that have rows, in their order."""
-    return [provider for provider in RECURRENT + PARALLEL if any(row.provider == provider for row in rows)]
+    """Providers that could run here, in their order."""
+    ran = {row.provider for row in rows if row.status != "unavailable"}
+    return [provider for provider in RECURRENT + PARALLEL if provider in ran]
 
 
 def _lengths(rows: list[Row]) -> list[int]:
@@ -170,7 +186,7 @@ def _lengths(rows: list[Row]) -> list[int]:
 def _fit_text(derived: dict[str, Any], provider: str, mode: str, quantity: str) -> Cell:
     for fit in derived["fits"]:
         if (fit["provider"], fit["mode"], fit["quantity"]) == (provider, mode, quantity):
-            return Cell(f"T^{fit['exponent']:.2f}", "", f"R² {fit['r2']:.4f}, from T={fit['start']}")
+            return Cell(power(fit["exponent"]), "", f"R² {fit['r2']:.4f}, from T={fit['start']}")
     return Cell("–", "weak")
 
 
@@ -193,11 +209,11 @@ def _times(rows: list[Row], derived: dict[str, Any], mode: str, title: str) -> T
             + (
                 [
                     f"{longest.seconds / longest.T * 1e6:.1f}",
-                    _floor_cell(longest),
-                    longest.floor["bound"],
+                    _roofline_cell(longest),
+                    longest.roofline["bound"],
                     _baseline_cell(longest),
                 ]
-                if longest and longest.floor
+                if longest and longest.roofline
                 else ["–"] * 4
             )
         )
@@ -209,21 +225,21 @@ def _times(rows: list[Row], derived: dict[str, Any], mode: str, title: str) -> T
             "grows as",
             "R²",
             "µs per step",
-            "of floor",
+            "of roofline",
             "bound by",
             "vs torch",
         ],
         body,
-        "µs per step, distance to the floor and speed-up at the longest T measured. Floor: the time that "
+        "µs per step, share of the roofline and speed-up at the longest T measured. Roofline: the time that "
         "the peaks measured in this run allow for the same arithmetic and weights (causal half of the "
         "scores for attention). vs torch: torch.nn for the recurrent layers, torch's fused attention for "
         "the other two.",
     )
 
 
-def _floor_cell(row: Row) -> Cell:
-    assert row.floor is not None
-    return Cell(f"{row.of_floor:.0%}", "", f"bound by {row.floor['bound']}: {row.floor['note']}")
+def _roofline_cell(row: Row) -> Cell:
+    assert row.roofline is not None
+    return Cell(f"{row.of_roofline:.0%}", "", f"bound by {row.roofline['bound']}: {row.roofline['note']}")
 
 
 def _baseline_cell(row: Row) -> Cell:
@@ -246,15 +262,13 @@ def _memory(rows: list[Row], derived: dict[str, Any], mode: str, title: str) -> 
 
 
 def crossover_text(meeting: dict[str, Any]) -> str:
-    """`a` is attention, `b` the recurrence; lower means faster."""
-    span = f"T = {meeting['first']}…{meeting['last']}"
+    """Who is faster: `a` is attention, `b` the recurrence."""
+    if meeting["void"]:
+        return f"inconclusive: {meeting['void']}"
     names = {"a": "attention", "b": "recurrence"}
     if meeting["at"] is None:
-        if meeting["before"] == "neither":
-            return f"equal within 3 % for {span}"
-        return f"beyond measured range: {names[meeting['before']]} faster for all {span}"
-    more = f", {meeting['count']} crossings" if meeting["count"] > 1 else ""
-    return f"T ≈ {meeting['at']:.0f}: above it {names[meeting['after']]} is faster{more}"
+        return "equal (all T)" if meeting["before"] == "neither" else f"{names[meeting['before']]} (all T)"
+    return f"{names[meeting['after']]} above T ≈ {meeting['at']:.0f} ({meeting['low']:.0f}…{meeting['high']:.0f})"
 
 
 def _crossovers(derived: dict[str, Any], mode: str, title: str) -> Table:
@@ -264,18 +278,21 @@ def _crossovers(derived: dict[str, Any], mode: str, title: str) -> Table:
         cells = [found.get((recurrent, parallel)) for parallel in PARALLEL]
         if not any(cells):
             continue
-        body.append([recurrent, *(crossover_text(c) if c else "–" for c in cells)])
-    return Table(
-        title,
-        ["", *PARALLEL],
-        body,
-        "Interpolated in log-log between measured lengths; differences below 3 % decide nothing.",
+        body.append([recurrent, *(_crossover_cell(c) for c in cells)])
+    note = (
+        "Who is faster. Interpolated in log-log between measured lengths, with the interval that the spreads leave open; "
+        "differences below 3 % decide nothing, and curves that cross more than once have no crossover."
     )
+    return Table(title, ["", *(f"against {name}" for name in PARALLEL)], body, note)
+
+
+def _crossover_cell(meeting: dict[str, Any] | None) -> Cell:
+    return Cell(crossover_text(meeting), "weak" if meeting["void"] else "") if meeting else Cell("–", "weak")
 
 
 def _implementations(rows: list[Row]) -> Table:
     body: list[list[Cell | str]] = []
-    for provider in _there(rows):
+    for provider in dict.fromkeys(row.provider for row in rows):
         own = [r for r in rows if r.provider == provider]
         ran = sorted({name for r in own for name in r.chose})
         errors = [r.check["error"] for r in own if r.check and r.check["error"] is not None]
@@ -299,32 +316,35 @@ def _implementations(rows: list[Row]) -> Table:
 
 
 def _cards(rows: list[Row], derived: dict[str, Any]) -> list[Card]:
+    """Nothing from a row that is contended or noisy."""
     cards = []
     T = _lengths(rows)[-1]
     for cell in ("LSTM", "GRU"):
         row = _at(rows, f"fastseq.{cell}", "training", T)
-        if row and row.ok and row.ratio:
-            value = row.ratio["median"]
-            tone = "good" if value > 1.05 else "bad" if value < 0.95 else ""
-            cards.append(Card(f"{value:.2f}×", f"training step of fastseq.{cell} over torch.nn.{cell}, T={T}", tone))
+        if row and row.ok and row.ratio and not row.doubtful:
+            value, (low, high) = row.ratio["median"], row.ratio_interval
+            tone = "good" if low > 1 else "bad" if high < 1 else ""
+            label = f"({low:.2f} to {high:.2f}) training step of fastseq.{cell} over torch.nn.{cell}, T={T}"
+            cards.append(Card(f"{value:.2f}×", label, tone))
     for c in derived["crossovers"]:
-        if (c["mode"], c["a"], c["b"]) == ("training", "attention block", "fastseq.LSTM"):
+        if (c["mode"], c["a"], c["b"]) == ("training", "attention block", "fastseq.LSTM") and not c["void"]:
             who = {"a": "the attention block", "b": "fastseq.LSTM", "neither": "neither"}[c["after"]]
             label = f"crossover of attention block and fastseq.LSTM (equal parameters), training: {who} is faster"
             if c["at"]:
-                cards.append(Card(f"T ≈ {c['at']:.0f}", f"{label} above it"))
+                cards.append(Card(f"T ≈ {c['at']:.0f}", f"({c['low']:.0f} to {c['high']:.0f}) {label} above it"))
             else:
                 cards.append(Card("none", f"{label} for all T = {c['first']}…{c['last']}"))
     for provider in ("fastseq.LSTM", "naive attention"):
         growth = _fit_text(derived, provider, "training", "seconds")
-        if growth.tone != "weak":
+        if growth.tone != "weak" and reliable([r for r in rows if (r.provider, r.mode) == (provider, "training")]):
             cards.append(Card(growth.text, f"growth of the time of {provider}, forward + backward"))
     return cards
 
 
 def _figure(rows: list[Row], quantity: str, title: str) -> Figure:
     caption = (
-        "Median of interleaved rounds; the band is the 20 % to 80 % quantile. Dotted: T¹ and T² for orientation."
+        "Lower is better. Median of interleaved rounds; the band is the 20 % to 80 % quantile; beside a name how its time grows. "
+        "Both axes are logarithmic: every power of T is a straight line, and its exponent is the slope."
         if quantity == "seconds"
         else "Peak of what the call allocated."
     )
@@ -338,8 +358,10 @@ def _panels(canvas: Any, theme: Any, rows: list[Row], panels: list[tuple[str, st
         _panel(axes, theme, rows, mode, quantity)
     if results is not None:
         w = rows[0]
-        line = f"{results.environment['device name']}, B={w.B}, width {w.H}, {w.dtype}"
-        canvas.suptitle(f"Sequential against parallel: {line}", color=theme.ink, fontsize=11.5, x=0.01, ha="left")
+        line = f"{where(results.environment)}, B={w.B}, width {w.H}, {w.dtype}"
+        canvas.suptitle(
+            f"Sequential against parallel, lower is better: {line}", color=theme.ink, fontsize=11.5, x=0.01, ha="left"
+        )
 
 
 def _panel(axes: Any, theme: Any, rows: list[Row], mode: str, quantity: str) -> None:
@@ -376,25 +398,9 @@ def _panel(axes: Any, theme: Any, rows: list[Row], mode: str, quantity: str) -> 
             ]
             T, low, high = zip(*sorted(band), strict=True)
             axes.fill_between(T, low, high, color=provider.color, alpha=0.18, linewidth=0)
-        ends.append((points[max(points)], name, provider.color))
+        fit = power_law(list(points), list(points.values()))
+        ends.append((points[max(points)], f"{name}  {power(fit.exponent)}" if fit else name, provider.color))
     if not ends:
         return
-    bottom = axes.get_ylim()[0]
-    limits = axes.get_ylim()
-    for exponent in (1, 2):
-        guide = [bottom * 2.2 * (T / lengths[0]) ** exponent for T in lengths]
-        axes.plot(lengths, guide, color=theme.ink, alpha=0.4, linewidth=0.9, linestyle=":")
-        shown = [(T, y) for T, y in zip(lengths, guide, strict=True) if y < limits[1] / 1.5]
-        if shown:
-            axes.annotate(
-                f"T{'¹²'[exponent - 1]}",
-                shown[len(shown) // 2],
-                textcoords="offset points",
-                xytext=(5, -8),
-                fontsize=8,
-                color=theme.ink,
-                alpha=0.6,
-            )
-    axes.set_ylim(limits)
     axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.06)
     end_labels(axes, [(y, label, color) for y, label, color in ends if math.isfinite(y)])

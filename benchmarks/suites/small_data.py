@@ -5,12 +5,11 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from ..curves import Curves, number, of_metric
-from ..experiments import Experiment
-from ..presentation import Options
-from ..providers import PROVIDERS
-from ..runner import Case, Participant
-from ..timing import Effort
+from ..measure.case import Case, Options, Participant
+from ..measure.timing import Effort
+from ..providers.base import PROVIDERS
+from ..report.curves import Curves, number, of_metric
+from ..workloads.experiments import Experiment
 
 NAME = "small-data"
 SUMMARY = "experiments against the amount of data: test loss of recurrence and attention on a novel and on sunspots, fixed budget"

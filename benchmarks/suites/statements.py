@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from ..curves import PEAK, TIME, Curves, number, of_metric, share
-from ..experiments import SYMBOLS, Experiment
-from ..presentation import Options
-from ..providers import PROVIDERS
-from ..runner import Case, Participant
-from ..stack_providers import BLOCKS, HYBRID, LSTMS, STACK_PROVIDERS
-from ..statements import ALONE, CACHED, LAYERS, PLAIN, POSITIONED, StackWorkload, Statement
-from ..timing import Effort
+from ..measure.case import Case, Options, Participant
+from ..measure.timing import Effort
+from ..providers.base import PROVIDERS
+from ..providers.stacks import BLOCKS, HYBRID, LSTMS, STACK_PROVIDERS
+from ..report.curves import PEAK, TIME, Curves, number, of_metric, share
+from ..workloads.experiments import SYMBOLS, Experiment
+from ..workloads.statements import ALONE, CACHED, LAYERS, PLAIN, POSITIONED, StackWorkload, Statement
 
 NAME = "statements"
 SUMMARY = "experiments on single statements: order of the input, reach of cached segments, a stack of LSTM and attention block"
@@ -60,7 +59,7 @@ CURVES = Curves(
     NAME,
     "Single statements",
     (
-        "Order: the change of the last output of a layer as torch initialises it, relative to it, when the T steps before it "
+        "Order: the change of the last output of a layer as torch initializes it, relative to it, when the T steps before it "
         "change places. It is that of rounding where a layer does not know the order.",
         f"Context: {LAYERS} attention blocks that see segments of {SEGMENT} steps, alone or beside the {SEGMENT} hidden states "
         "before them, which get no gradient, as in Transformer-XL; the loss of the last token, which repeats one that stands "

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from ..curves import PEAK, TIME, Curves
-from ..presentation import Options
-from ..runner import Case, Participant
-from ..timing import Effort
-from ..variable import SPREADS, VariableWorkload
-from ..variable_providers import CELLS, FLASH, MASK, NESTED, OWN_LENGTHS, OWN_ROWS, layer_name
-from ..workloads import MODES
+from ..measure.case import Case, Options, Participant
+from ..measure.timing import Effort
+from ..providers.variable_length import CELLS, FLASH, MASK, NESTED, OWN_LENGTHS, OWN_ROWS, layer_name
+from ..report.curves import PEAK, TIME, Curves
+from ..workloads.base import MODES
+from ..workloads.variable_length import SPREADS, VariableWorkload
 
 NAME = "variable-length"
 SUMMARY = "rows of unequal length: padded, packed, with lengths, nested, concatenated; recurrence and attention"

@@ -47,7 +47,8 @@ def load() -> None:
 
 def reason() -> str | None:
     """None if the library is loaded (loading it if need be); else one sentence: why not, and the fix."""
-    load()
+    if not _attempted:
+        load()
     return _reason
 
 

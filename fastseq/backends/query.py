@@ -46,7 +46,7 @@ class AttentionQuery(NamedTuple):
     window: tuple[int, int]  # left and right, -1: unlimited
     offset: int
     block_size: int
-    parts: tuple[str, ...]  # fields of `Spec` that are in use
+    uses: tuple[str, ...]  # fields of `Spec` that are in use
     gradients: tuple[str, ...]  # backward: wanted
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class AttentionQuery(NamedTuple):
         window = "causal" if self.window == (-1, 0) else "" if self.window == (-1, -1) else f"window={self.window}"
         return (
             f"{self.op} {self.call}, {dtype} on {self.device}, {self.layout}, B={self.batch} H={self.heads} T={self.lengths} "
-            f"E={self.features}" + "".join(f", {part}" for part in (window, *self.parts) if part)
+            f"E={self.features}" + "".join(f", {use}" for use in (window, *self.uses) if use)
         )
 
 

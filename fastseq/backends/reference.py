@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from ..ops.types import DecodeSpec, Spec, empty_gradients, empty_rows
 from ..reference import attention, attention_decode, recurrent
-from ..reference.attention import Spec
 from .query import Query
 
 name = "reference"
@@ -28,14 +26,14 @@ def why_not(query: Query) -> list[str]:
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     out, lse = attention.forward(q, k, v, spec)
-    return attention.empty_rows(q, v.shape[-1]).copy_(out), lse
+    return empty_rows(q, v.shape[-1]).copy_(out), lse
 
 
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
     grads = attention.backward(dout, dlse, q, k, v, out, lse, spec, wanted)
-    room = attention.empty_gradients(q, k, v, spec, wanted)
+    room = empty_gradients(q, k, v, spec, wanted)
     return tuple(place.copy_(grad) for place, grad in zip(room, grads, strict=True))
 
 
@@ -47,10 +45,10 @@ def attention_weights_backward(
 ) -> tuple[Tensor, ...]:
     results = attention.weights_backward(dw, q, k, lse, spec, average, wanted)
     grads, delta = results[:-1], results[-1]
-    room = attention.empty_gradients(q, k, q, spec, [grad.dim() > 1 for grad in grads])
+    room = empty_gradients(q, k, q, spec, [grad.dim() > 1 for grad in grads])
     return tuple([place.copy_(grad) for place, grad in zip(room, grads, strict=True)] + [delta])
 
 
-def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    out, lse = attention_decode.forward(q, k_cache, v_cache, *rest[:-1])
-    return attention.empty_rows(q, v_cache.shape[-1]).copy_(out), lse
+def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec) -> tuple[Tensor, Tensor]:
+    out, lse = attention_decode.forward(q, k_cache, v_cache, spec)
+    return empty_rows(q, v_cache.shape[-1]).copy_(out), lse

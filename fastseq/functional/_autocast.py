@@ -13,7 +13,7 @@ _Operand = TypeVar("_Operand", Tensor, Tensor | None)
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks for on a type of device; None: autocast is off."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if torch._C._is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

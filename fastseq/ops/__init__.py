@@ -1,9 +1,10 @@
-"""The registered ops, one file each: schema, contract of the saved tensors, fake, autograd, call to a backend."""
+"""The registered ops, one file each: schema, contract of the saved tensors, fake, autograd, call to a backend.
+
+``types.py`` holds their arguments and results. Nothing is imported here, so that backends and the reference can import it.
+"""
 
 from __future__ import annotations
 
-from . import attention, attention_decode, recurrent
-
 OPS = ("recurrent", "attention", "attention_decode")
 
-__all__ = ["OPS", "attention", "attention_decode", "recurrent"]
+__all__ = ["OPS"]

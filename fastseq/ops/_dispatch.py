@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from . import flops
 
 
 def outside_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -18,10 +20,11 @@ def outside_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
 
     def implementation(*args: Any) -> Any:
         nonlocal disabled
-        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type  # the first argument may be None
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return implementation(*args)
+        if torch._C._is_any_autocast_enabled():
+            device = next(arg for arg in args if isinstance(arg, Tensor)).device.type  # the first argument may be None
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return implementation(*args)
         if "torch._dynamo" not in sys.modules:  # nothing is being compiled, and importing it would take a second
             return run(*args)
         disabled = disabled or torch.compiler.disable(run)
@@ -30,12 +33,43 @@ def outside_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
     return implementation
 
 
-def needs_plain_torch(tensors: list[Tensor]) -> bool:
-    """Whether a transform is active that an opaque op cannot follow: vmap, jvp, torch.func.grad, forward-mode AD."""
-    if torch.compiler.is_compiling():
-        return False
+def watched() -> bool:
+    """Whether torch.jit.trace or make_fx records what runs now, or a mode looks on."""
+    return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def recorded() -> bool:
+    """Whether a program is made of what runs now: ``watched``, or torch.compile or torch.export."""
+    return torch.compiler.is_compiling() or watched()
+
+
+def needs_plain_torch(tensors: Sequence[Tensor]) -> bool:
+    """Whether a transform is active that an opaque op cannot follow: vmap, jvp, torch.func.grad, forward-mode AD.
+
+    Asked while compiling as well: Dynamo knows the answer, but of an autograd function under a transform it keeps only the
+    forward (pytorch#193279).
+    """
     if torch._C._are_functorch_transforms_active():
         return True
     if forward_ad._current_level < 0:
         return False
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return any([forward_ad.unpack_dual(t).tangent is not None for t in tensors])
+
+
+def wants_gradient(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+
+
+def register_autograd(library: torch.library.Library, name: str, run: Callable[..., Any]) -> None:
+    """What an op of a recorded program does where autograd or a transform has to see through it: ``run``, with its arguments."""
+    op = getattr(torch.ops.fastseq, name).default
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        flops.announce()
+        given = [t for arg in args for t in (arg if isinstance(arg, list) else (arg,)) if isinstance(t, Tensor)]
+        if needs_plain_torch(given) or wants_gradient(given):
+            return run(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)

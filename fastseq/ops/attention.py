@@ -1,4 +1,4 @@
-"""``fastseq::attention_*``: fused multi-head attention, every feature of ``reference.attention.Spec`` in combination.
+"""``fastseq::attention_*``: fused multi-head attention, every feature of ``Spec`` (``types.py``) in combination.
 
 Contract (letters and meaning in ``reference/attention.py``; any strides, but the last dimension of q, k, v is contiguous):
 
@@ -33,9 +33,9 @@ from torch import Tensor
 
 from .. import backends
 from ..reference import attention as reference
-from ..reference.attention import GRADIENTS, Spec
-from ..reference.recurrent import state_dtype
-from ._dispatch import needs_plain_torch, outside_dynamo
+from . import flops
+from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd, wants_gradient
+from .types import GRADIENTS, Spec, empty_gradients, empty_rows, state_dtype
 
 _SPEC = (
     "Tensor? mask, Tensor? bias, Tensor? relative_bias, Tensor? relative_q, Tensor? relative_k, Tensor? slopes, Tensor? sinks, "
@@ -83,7 +83,7 @@ def _query(
         window=(spec.left, spec.right),
         offset=spec.offset,
         block_size=spec.block_size,
-        parts=tuple(names),
+        uses=tuple(names),
         gradients=tuple(name for name, want in zip(GRADIENTS, wanted or [], strict=False) if want),
     )
 
@@ -130,13 +130,13 @@ def _weights_backward(dw: Tensor, q: Tensor, k: Tensor, lse: Tensor, *rest: Any)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
-    return reference.empty_rows(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=state_dtype(q.dtype))
+    return empty_rows(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=state_dtype(q.dtype))
 
 
 def _fake_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return reference.empty_gradients(q, k, v, Spec(*rest[:FIELDS]), rest[FIELDS])
+    return empty_gradients(q, k, v, Spec(*rest[:FIELDS]), rest[FIELDS])
 
 
 def _fake_weights(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
@@ -150,7 +150,7 @@ def _fake_with_weights(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Ten
 
 def _fake_weights_backward(dw: Tensor, q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     wanted = [want and name != "v" for want, name in zip(rest[FIELDS + 1], GRADIENTS, strict=True)]
-    return *reference.empty_gradients(q, k, q, Spec(*rest[:FIELDS]), wanted), torch.empty_like(lse)
+    return *empty_gradients(q, k, q, Spec(*rest[:FIELDS]), wanted), torch.empty_like(lse)
 
 
 for _name, _run, _fake in (
@@ -186,7 +186,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, average, *fields):
-        results = _forward_op(q, k, v, *fields) if average is None else _with_weights_op(q, k, v, *fields, average)
+        with torch._C._AutoDispatchBelowAutograd():
+            results = _forward_op(q, k, v, *fields) if average is None else _with_weights_op(q, k, v, *fields, average)
         ctx.save_for_backward(q, k, v, *results[:2], *fields[:TENSORS])
         ctx.scalars, ctx.average = fields[TENSORS:], average
         ctx.set_materialize_grads(False)
@@ -218,7 +219,8 @@ class _AttentionWeights(torch.autograd.Function):
     def forward(ctx, q, k, lse, average, *fields):
         ctx.save_for_backward(q, k, lse, *fields[:TENSORS])
         ctx.scalars, ctx.average = fields[TENSORS:], average
-        return _weights_op(q, k, lse, *fields, average)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _weights_op(q, k, lse, *fields, average)
 
     @staticmethod
     def backward(ctx, dw):
@@ -285,48 +287,73 @@ def _differentiable_backward(needs, q, k, v, fields, grad_outputs, function):
     return results
 
 
-def _traced(*arguments: Any) -> tuple[Any, ...]:
-    """The arguments of an autograd function, as Dynamo can trace it: no tensor twice; and a float that it takes for dynamic is
-    met outside the function, or its symbol belongs to the inner graph."""
-    if not torch.compiler.is_compiling():
-        return arguments
-    return tuple(x.view_as(x) if isinstance(x, Tensor) else x * 1.0 if isinstance(x, float) else x for x in arguments)
+def _tensors(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> list[Tensor]:
+    return [t for t in (q, k, v, *spec[:TENSORS]) if isinstance(t, Tensor)]
+
+
+def _through_forward(q: Tensor, k: Tensor, v: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
+    spec = Spec(*fields)
+    if needs_plain_torch(_tensors(q, k, v, spec)):
+        with _plain_dtypes(q):
+            return reference.forward(q, k, v, spec)
+    return _Attention.apply(q, k, v, None, *fields)
+
+
+def _through_weights_op(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+    spec, (average,) = Spec(*rest[:FIELDS]), rest[FIELDS:]
+    if needs_plain_torch(_tensors(q, k, lse, spec)):
+        with _plain_dtypes(q):
+            return reference.weights(q, k, None, spec, average)
+    return _AttentionWeights.apply(q, k, lse.detach(), average, *spec)
+
+
+def _through_both(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    spec, (average,) = Spec(*rest[:FIELDS]), rest[FIELDS:]
+    if needs_plain_torch(_tensors(q, k, v, spec)):
+        with _plain_dtypes(q):
+            return *reference.forward(q, k, v, spec), reference.weights(q, k, None, spec, average)
+    return _Attention.apply(q, k, v, average, *spec)
+
+
+for _name, _through in (
+    ("attention_forward", _through_forward),
+    ("attention_weights", _through_weights_op),
+    ("attention_with_weights", _through_both),
+):
+    register_autograd(_library, _name, _through)
+
+
+def _differentiable(op: Any, through: Any, given: list[Tensor], *arguments: Any) -> Any:
+    """An op with its derivative. What records a program is shown the op; a plain call goes its way directly, which is faster."""
+    if needs_plain_torch(given):
+        return through(*arguments)
+    if recorded():
+        if not torch.compiler.is_compiling():
+            flops.announce()
+        return op(*arguments)
+    if wants_gradient(given):
+        return through(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     """out and lse, differentiable in q, k, v, the tensors of ``GRADIENTS`` and the sinks."""
-    given: list[Any] = [t for t in (q, k, v, *spec[:TENSORS]) if t is not None]
-    if needs_plain_torch(given):
-        with _plain_dtypes(q):
-            return reference.forward(q, k, v, spec)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        return _Attention.apply(*_traced(q, k, v, None, *spec))
-    return _forward_op(q, k, v, *spec)
+    return _differentiable(_forward_op, _through_forward, _tensors(q, k, v, spec), q, k, v, *spec)
 
 
 def attention_weights(q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bool) -> Tensor:
     """The weights, from the ``lse`` of ``attention``; differentiable as ``attention`` is, but lse itself gets no gradient."""
-    given: list[Any] = [t for t in (q, k, *spec[:TENSORS]) if t is not None]
-    if needs_plain_torch(given):
-        with _plain_dtypes(q):
-            return reference.weights(q, k, None, spec, average)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        return _AttentionWeights.apply(*_traced(q, k, lse.detach(), average, *spec))
-    return _weights_op(q, k, lse, *spec, average)
+    return _differentiable(_weights_op, _through_weights_op, _tensors(q, k, lse, spec), q, k, lse, *spec, average)
 
 
 def attention_with_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and weights: ``attention`` and ``attention_weights``, for which some backends need only one pass."""
-    given: list[Any] = [t for t in (q, k, v, *spec[:TENSORS]) if t is not None]
-    if needs_plain_torch(given):
-        with _plain_dtypes(q):
-            return *reference.forward(q, k, v, spec), reference.weights(q, k, None, spec, average)
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in given):
-        return _with_weights_op(q, k, v, *spec, average)
-    if torch.compiler.is_compiling():  # apart, so that the backward of an output that is not used is left out
-        out, lse = attention(q, k, v, spec)
+    given = _tensors(q, k, v, spec)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and wants_gradient(given):
+        out, lse = attention(q, k, v, spec)  # apart, so that the backward of an output that is not used is left out
         return out, lse, attention_weights(q, k, lse, spec, average)
-    return _Attention.apply(q, k, v, average, *spec)
+    return _differentiable(_with_weights_op, _through_both, given, q, k, v, *spec, average)
 
 
 def attention_backward(

@@ -1,10 +1,12 @@
-"""``fastseq::recurrent_forward`` and ``fastseq::recurrent_backward``: one layer of recurrence, all its lanes in one call.
+"""``fastseq::recurrent``: one layer of recurrence, all its lanes in one call; ``fastseq::recurrent_forward`` and
+``fastseq::recurrent_backward``, what runs of it on a backend.
 
 A lane is a direction, or a head of one where the recurrence is block-diagonal: ``reverse[d]`` is 1 if lane d walks from the last
 step to the first, else 0. The input projection belongs to the op, so that a backend may fuse it with the steps (the CPU kernels
 do: the projected input of a long sequence is larger than the caches) or do it as one large matrix product; without ``w_ih`` the
 input is projected already. The gradients of the weights and of the input are large matrix products after the backward op; they
-stand here, in the autograd function around both.
+stand in the autograd function around both. What records programs (torch.compile, export, torch.jit.trace) meets that function as
+the op ``recurrent``, which has it as its derivative; a plain call takes it directly, which is faster.
 
 Contract (letters in ``reference/recurrent.py``; rows are padded ``[T, B, D, n]`` or packed ``[N, D, n]``; time-major,
 contiguous):
@@ -30,33 +32,44 @@ gates          rows, S*H           ``cell.saved``, or with zoneout at least the 
                                    length; empty unless ``save_gates``
 dgates         rows, G*H           gradient of the input gates; zero beyond a row's length
 drecurrent     rows, own*H         gradient of R h, of the last ``cell.own_recurrent`` gates, where it is another; else empty
-doutput        rows, P             whole gradient of every step's output before zoneout; empty unless projected or normalised
+doutput        rows, P             whole gradient of every step's output before zoneout; empty unless projected or normalized
 dh0, dc0       as h0, c0           always computed
 =============  ==================  =====================================================================================
 
 ``c`` and ``gates`` mean the same whichever backend wrote them, so any backend's backward takes any backend's forward.
+
+``recurrent`` takes the parameters as ``Weights`` has them and gives y without D, [.., D*P], and c of every step only if it is
+asked for. Its y belongs to the caller, who may overwrite it unless he called it ``private``: what the backward pass needs of it
+is not affected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..cells import CELLS
-from ..reference.recurrent import Backward, Call, Forward
-from ._dispatch import needs_plain_torch, outside_dynamo
-from .recurrent_gradients import Walk, Weights, input_gradients, recomputed_gates, reference_layer
+from . import flops
+from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd, wants_gradient, watched
+from .recurrent_gradients import input_gradients, recomputed_gates, reference_layer
+from .types import Backward, Call, Forward, Walk, Weights
 
+_WALK = (
+    "Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, str cell, int[] reverse, float zoneout_h, "
+    "float zoneout_c"
+)
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(
+    "recurrent(Tensor x, Tensor? h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, "
+    f"Tensor[] vectors, {_WALK}, bool return_cells, bool recompute, bool private) -> "
+    "(Tensor y, Tensor h_n, Tensor c_n, Tensor c)"
+)
+_library.define(
     "recurrent_forward(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor weight, Tensor? vectors, Tensor? projection, Tensor? h0, "
-    "Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, str cell, int[] reverse, "
-    "float zoneout_h, float zoneout_c, bool save_c, bool save_gates) "
-    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
+    f"Tensor? c0, {_WALK}, bool save_c, bool save_gates) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
 )
 _library.define(
     "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
@@ -66,7 +79,7 @@ _library.define(
 )
 
 
-def _query(call: Call) -> backends.RecurrentQuery:
+def _query(call: Call, backward: bool) -> backends.RecurrentQuery:
     return backends.RecurrentQuery(
         op="recurrent",
         device=call.rows.device,
@@ -79,7 +92,7 @@ def _query(call: Call) -> backends.RecurrentQuery:
         layout="packed" if call.batch_sizes is not None else "padded" if call.lengths is None else "lengths",
         zoned=call.zoned,
         batch=call.batch,
-        backward=isinstance(call, Backward),
+        backward=backward,
     )
 
 
@@ -108,52 +121,32 @@ def _check_layout(rows: Tensor, lengths: Tensor | None, batch_sizes: Tensor | No
 
 def _recurrent_forward(*args: Any) -> tuple[Tensor, ...]:
     call = Forward(*args)
-    _check_layout(call.x, call.lengths, call.batch_sizes)
-    return backends.select(_query(call)).recurrent_forward(call)
+    if call.lengths is not None or call.batch_sizes is not None:
+        _check_layout(call.x, call.lengths, call.batch_sizes)
+    return backends.select(_query(call, False)).recurrent_forward(call)
 
 
 def _recurrent_backward(*args: Any) -> tuple[Tensor, ...]:
     call = Backward(*args)
-    return backends.select(_query(call)).recurrent_backward(call)
+    return backends.select(_query(call, True)).recurrent_backward(call)
+
+
+def _fake_batch(call: Call, *states: Tensor | None) -> Any:
+    """The batch of a call whose ``batch_sizes`` hold no values."""
+    if call.batch_sizes is None:
+        return call.rows.shape[1]
+    given = next((state for state in states if state is not None), None)
+    return torch.library.get_ctx().new_dynamic_size() if given is None else given.shape[1]
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
     call = Forward(*args)
-    row, lanes, hidden, leading = call.row, call.lanes, call.hidden, call.x.shape[:-1]
-    batch: int | torch.SymInt
-    if call.batch_sizes is None:
-        batch = call.x.shape[1]
-    elif call.h0 is not None:
-        batch = call.h0.shape[1]
-    else:
-        batch = torch.library.get_ctx().new_dynamic_size()
-    empty, states = call.x.new_empty, row.wide_states * hidden
-    return (
-        empty(*leading, lanes, call.width),
-        empty(lanes, batch, call.width),
-        empty((lanes, batch, states) if row.has_c else (0,), dtype=call.wide),
-        empty((*leading, lanes, states) if row.has_c and call.save_c else (0,), dtype=call.wide),
-        empty((*leading, lanes, call.saved * hidden) if call.saved and call.save_gates else (0,)),
-    )
+    return call.empty_results(_fake_batch(call, call.h0, call.c0))
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     call = Backward(*args)
-    row, lanes, hidden, leading = call.row, call.lanes, call.hidden, call.y.shape[:-2]
-    batch: int | torch.SymInt
-    if call.batch_sizes is None:
-        batch = call.y.shape[1]
-    else:
-        given = next((state for state in (call.h0, call.c0, call.dh_n, call.dc_n) if state is not None), None)
-        batch = torch.library.get_ctx().new_dynamic_size() if given is None else given.shape[1]
-    empty = call.y.new_empty
-    return (
-        empty(*leading, lanes, call.weight.shape[1]),
-        empty((*leading, lanes, row.own_recurrent * hidden) if row.own_recurrent else (0,)),
-        empty((*leading, lanes, call.width) if call.output_gradient else (0,)),
-        empty(lanes, batch, call.width),
-        empty((lanes, batch, row.wide_states * hidden) if row.has_c else (0,), dtype=call.wide),
-    )
+    return call.empty_results(_fake_batch(call, call.h0, call.c0, call.dh_n, call.dc_n))
 
 
 for _name, _run, _fake in (
@@ -167,63 +160,98 @@ _forward_op = torch.ops.fastseq.recurrent_forward.default
 _backward_op = torch.ops.fastseq.recurrent_backward.default
 
 
+class _Layer(NamedTuple):
+    """A call of a layer but for x, states and weights."""
+
+    walk: Walk
+    return_cells: bool
+    recompute: bool
+    private: bool  # nobody will overwrite the output
+    batch_first: bool = False  # of the output alone
+    packed: bool = False  # the output alone has the rows [N] of a packed batch, whose sequences are all of one length
+
+    def output(self, y: Tensor) -> Tensor:
+        """[.., D, P] -> [.., D*P] in the layout that is wanted, a view."""
+        y = y.flatten(-2)
+        return y.transpose(0, 1) if self.batch_first else y.flatten(0, 1) if self.packed else y
+
+
 class _Recurrent(torch.autograd.Function):
+    """y, h_n, c_n, c; None where the cell has no c, and for c unless it is returned."""
+
     @staticmethod
-    def forward(ctx, x, h0, c0, recompute, *rest):
-        walk, params = Walk(*rest[: len(Walk._fields)]), rest[len(Walk._fields) :]
-        weights = Weights(walk.cell, params)
-        y, h_n, c_n, c, gates = _forward_op(*weights.forward(x, h0, c0, walk, True, not recompute))
-        tensors, ctx.constants = walk[:4], walk[4:]
-        ctx.save_for_backward(x, h0, c0, *tensors, y, c, gates, *params)
-        ctx.recompute = recompute
+    def forward(ctx, layer, kinds, x, h0, c0, *params):
+        """``kinds``: which of ``Weights`` are among ``params``."""
+        walk = layer.walk
+        weights, has_c = _grouped(params, kinds), CELLS[walk.cell].has_c
+        y, h_n, c_n, c, gates = _forward_op(*weights.arguments(x, h0, c0, layer.walk, True, not layer.recompute))
+        ctx.save_for_backward(x, h0, c0, *walk[:4], y, c, gates, *params)
+        ctx.layer, ctx.kinds = layer._replace(walk=walk._replace(lengths=None, batch_sizes=None, hold_h=None, hold_c=None)), kinds
         ctx.set_materialize_grads(False)
-        if not CELLS[walk.cell].has_c:
-            ctx.mark_non_differentiable(c_n, c)
-        return y, h_n, c_n, c
+        # The caller may overwrite its output, which shares its memory with the y saved: a tensor without memory keeps the count
+        # of its changes. A recorded program has no such count, so that its output is a copy; not a clone, which Inductor removes
+        # although it is returned and y saved, and which like this is fused with what reads it.
+        out, ctx.changes = layer.output(y), None
+        if recorded() or type(y) is not Tensor:
+            out = out if layer.private else out.neg().neg()
+        else:
+            out = out.data
+            if not layer.private:
+                ctx.changes = out.detach()
+                ctx.changes.data = out.new_empty(0)
+        return out, h_n, c_n if has_c else None, c if has_c and layer.return_cells else None
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, dc):
         x, h0, c0, *rest = ctx.saved_tensors
-        tensors, (y, c, gates), params = rest[:4], rest[4:7], rest[7:]
-        walk = Walk(*tensors, *ctx.constants)
-        if not CELLS[walk.cell].has_c:
-            dc_n = dc = None
+        y, c, gates = rest[4:7]
+        params, layer = rest[7:], ctx.layer
+        layer = layer._replace(walk=Walk(*rest[:4], *layer.walk[4:]))
+        if dy is not None:
+            dy = (dy.transpose(0, 1) if layer.batch_first else dy).reshape(y.shape)
         given = (dy, dh_n, dc_n, dc)
         if all(grad is None for grad in given):
             return (None,) * len(ctx.needs_input_grad)
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                grads = _backward(ctx, x, h0, c0, walk, y, c, gates, params, given)
+                grads = _backward(ctx, layer, x, h0, c0, y, c, gates, params, given)
         else:
-            grads = _backward(ctx, x, h0, c0, walk, y, c, gates, params, given)
-        return *grads[:3], None, *(None for _ in walk), *grads[3:]
+            grads = _backward(ctx, layer, x, h0, c0, y, c, gates, params, given)
+        return None, None, *grads
 
 
-def _backward(ctx, x, h0, c0, walk, y, c, gates, params, given):
+def _grouped(flat: Any, kinds: tuple[bool, ...]) -> Weights:
+    """Of each kind a tensor for every lane, or none."""
+    each = len(flat) // sum(kinds)
+    places = iter(range(0, len(flat), each))
+    return Weights(*[flat[(at := next(places)) : at + each] if has else () for has in kinds])
+
+
+def _backward(ctx, layer, x, h0, c0, y, c, gates, params, given):
     """Gradients of x, h0, c0 and of every parameter."""
+    wanted = ctx.needs_input_grad[2:]
+    weights, walk = _grouped(params, ctx.kinds), layer.walk
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _differentiable_backward(ctx, (x, h0, c0, *params), walk, given)
-    weights = Weights(walk.cell, params)
-    if ctx.recompute:
-        gates = recomputed_gates(weights, x, h0, c0, walk, y, c)
-    arguments = (
-        *(None if grad is None else grad.contiguous() for grad in given), weights.recurrent_weight(), weights.vectors(),
-        weights.projection(), h0, c0, *walk[:4], y, c, gates, *walk[4:],
-    )  # fmt: skip
+        return _differentiable_backward(wanted, (x, h0, c0, *params), ctx.kinds, walk, given)
+    given = tuple(None if grad is None else grad.contiguous() for grad in given)
+    arguments = weights.arguments(x, h0, c0, walk, False, False)
+    if ctx.changes is not None and ctx.changes._version:
+        y = _forward_op(*arguments)[0]
+    if layer.recompute:
+        gates = recomputed_gates(Forward(*arguments), y, c)
+    arguments = (*given, *arguments[3:6], h0, c0, *walk[:4], y, c, gates, *walk[4:])
     results = _backward_op(*arguments)
-    wanted = ctx.needs_input_grad
-    dx, dparams = input_gradients(Backward(*arguments), results, x, params, wanted[4 + len(walk) :], wanted[0])
+    dx, dparams = input_gradients(Backward(*arguments), results, x, weights, _grouped(wanted[3:], ctx.kinds), wanted[0])
     dh0 = results[3].to(h0.dtype) if wanted[1] else None
     dc0 = results[4].to(c0.dtype) if wanted[2] else None
     return dx, dh0, dc0, *dparams
 
 
-def _differentiable_backward(ctx, inputs, walk, given):
+def _differentiable_backward(wanted, inputs, kinds, walk, given):
     """The gradients with a graph of their own (create_graph=True): through the reference, from the layer's inputs."""
-    wanted = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4 + len(walk) :]]
     # views, so that a tensor given twice (tied weights) has two places in the graph
     views = [t.view_as(t) if t is not None and want else t for t, want in zip(inputs, wanted, strict=True)]
-    outputs = reference_layer(views[0], views[1], views[2], walk, views[3:])
+    outputs = reference_layer(views[0], views[1], views[2], walk, _grouped(views[3:], kinds))
     used = [(out, grad) for out, grad in zip(outputs, given, strict=True) if grad is not None]
     results: list[Tensor | None] = [None] * len(inputs)
     places = [i for i, want in enumerate(wanted) if want]
@@ -240,57 +268,102 @@ def _differentiable_backward(ctx, inputs, walk, given):
     return results
 
 
+def _applied(layer: _Layer, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Weights) -> tuple[Any, ...]:
+    kinds = tuple([len(kind) > 0 for kind in weights])
+    return _Recurrent.apply(layer, kinds, x, h0, c0, *[tensor for kind in weights for tensor in kind])
+
+
+def _plain(layer: _Layer, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Weights) -> tuple[Any, ...]:
+    y, h_n, c_n, c = reference_layer(x, h0, c0, layer.walk, weights)
+    has_c = CELLS[layer.walk.cell].has_c
+    return layer.output(y), h_n, c_n if has_c else None, c if has_c and layer.return_cells else None
+
+
+def _arguments(*args: Any) -> tuple[_Layer, Tensor, Tensor | None, Tensor | None, Weights]:
+    """The arguments of the op ``recurrent``."""
+    return _Layer(Walk(*args[9:17]), *args[17:]), args[0], args[1], args[2], Weights(*args[3:9])
+
+
+def _recurrent(*args: Any) -> tuple[Tensor, ...]:
+    layer, x, h0, c0, weights = _arguments(*args)
+    y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, layer.return_cells, False))
+    return layer.output(y).data, h_n, c_n, c
+
+
+def _through_recurrent(*args: Any) -> tuple[Tensor, ...]:
+    layer, x, h0, c0, weights = _arguments(*args)
+    given = [t for t in (x, h0, c0, *[tensor for kind in weights for tensor in kind]) if t is not None]
+    results = (_plain if needs_plain_torch(given) else _applied)(layer, x, h0, c0, weights)
+    return tuple(x.new_empty(0) if result is None else result for result in results)
+
+
+def _fake_recurrent(*args: Any) -> tuple[Tensor, ...]:
+    layer, x, h0, c0, weights = _arguments(*args)
+    call = Forward(*weights.arguments(x, h0, c0, layer.walk, layer.return_cells, False))
+    y, h_n, c_n, c, _ = call.empty_results(_fake_batch(call, h0, c0))
+    return y.new_empty((*y.shape[:-2], call.lanes * call.width)), h_n, c_n, c
+
+
+_library.impl("recurrent", outside_dynamo(_recurrent), "CompositeExplicitAutograd")
+register_autograd(_library, "recurrent", _through_recurrent)
+torch.library.register_fake("fastseq::recurrent", _fake_recurrent, lib=_library)
+_layer_op = torch.ops.fastseq.recurrent.default
+
+
 def recurrent(
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    params: Sequence[Tensor | None],
+    weights: Weights,
+    walk: Walk,
     *,
-    cell: str,
-    reverse: list[int],
-    lengths: Tensor | None = None,
-    batch_sizes: Tensor | None = None,
-    hold_h: Tensor | None = None,
-    hold_c: Tensor | None = None,
-    zoneout_h: float = 0.0,
-    zoneout_c: float = 0.0,
     return_cells: bool = False,
     recompute: bool = False,
+    private: bool = False,
+    batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One layer, differentiable: y [.., D*P], h_n [D, B, P], c_n [D, B, K*H] or None, c of every step [.., D*K*H] or None.
 
     Args:
-        x: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes``; input gates, I = D*G*H, if the parameters hold no w_ih.
-        params: ``PARAMS`` per lane: w_ih, w_hh, b_ih, b_hh, w_hr, vectors, None where there is none.
+        x: ``[T, B, I]``, or ``[N, I]`` with ``batch_sizes``; input gates, I = D*G*H, if the weights hold no w_ih.
+        return_cells: without it c is None.
         recompute: save no gate activations for the backward pass, but recompute them there (one large product, parallel over
-            time).
+            the steps): less memory, more time.
+        private: y goes nowhere where it could be overwritten, but into another layer.
+        batch_first: y is ``[B, T, D*P]``; x is not.
     """
-    if batch_sizes is not None and len(batch_sizes) and not torch.compiler.is_compiling():
+    batch_sizes, packed = walk.batch_sizes, False
+    if batch_sizes is not None and not torch.compiler.is_compiling() and batch_sizes.numel() and type(batch_sizes) is Tensor:
         steps, batch = batch_sizes.shape[0], int(batch_sizes[0])
         # rows of one length (a single row always) are not ragged: the plain layout serves
         if x.shape[0] == steps * batch and bool((batch_sizes == batch).all()):
-            y, h_n, c_n, c = recurrent(
-                x.view(steps, batch, x.shape[1]),
-                h0,
-                c0,
-                params,
-                cell=cell,
-                reverse=reverse,
-                hold_h=None if hold_h is None else hold_h.unflatten(0, (steps, batch)),
-                hold_c=None if hold_c is None else hold_c.unflatten(0, (steps, batch)),
-                zoneout_h=zoneout_h,
-                zoneout_c=zoneout_c,
-                return_cells=return_cells,
-                recompute=recompute,
-            )
-            return y.flatten(0, 1), h_n, c_n, None if c is None else c.flatten(0, 1)
-    walk = Walk(lengths, batch_sizes, hold_h, hold_c, cell, reverse, zoneout_h, zoneout_c)
-    given = [t for t in (x, h0, c0, *params) if t is not None]
+            hold_h, hold_c = (None if hold is None else hold.unflatten(0, (steps, batch)) for hold in (walk.hold_h, walk.hold_c))
+            walk = walk._replace(batch_sizes=None, hold_h=hold_h, hold_c=hold_c)
+            x, packed = x.view(steps, batch, x.shape[1]), True
+    layer = _Layer(walk, return_cells, recompute, private, batch_first, packed)
+    w_ih, w_hh, b_ih, b_hh, w_hr, vectors = weights
+    given = [x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *vectors]
+    if h0 is not None:
+        given.append(h0)
+    if c0 is not None:
+        given.append(c0)
+    compiling = torch.compiler.is_compiling()
     if needs_plain_torch(given):
-        y, h_n, c_n, c = reference_layer(x, h0, c0, walk, params)
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        y, h_n, c_n, c = _Recurrent.apply(x, h0, c0, recompute, *walk, *params)
+        y, h_n, c_n, c = _plain(layer, x, h0, c0, weights)
+    elif (compiling and (torch.compiler.is_exporting() or wants_gradient(given))) or (not compiling and watched()):
+        if not compiling:
+            flops.announce()
+        y, h_n, c_n, c = _layer_op(x, h0, c0, *weights, *walk, return_cells, recompute, private)
+        y = layer.output(y.unsqueeze(-2))
+    elif compiling:
+        y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, return_cells, False))
+        y = layer.output(y)
+    elif wants_gradient(given):
+        y, h_n, c_n, c = _applied(layer, x, h0, c0, weights)
     else:
-        y, h_n, c_n, c, _ = _forward_op(*Weights(cell, params).forward(x, h0, c0, walk, return_cells, False))
-    has_c = CELLS[cell].has_c
-    return y.flatten(-2), h_n, c_n if has_c else None, c.flatten(-2) if has_c and return_cells else None
+        y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, return_cells, False))
+        y = layer.output(y).data  # of the caller's own, not a view
+    has_c = CELLS[walk.cell].has_c
+    if not has_c or not return_cells:
+        return y, h_n, c_n if has_c else None, None
+    return y, h_n, c_n, (c.flatten(0, 1) if packed else c).flatten(-2)

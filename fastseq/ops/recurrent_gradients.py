@@ -1,147 +1,72 @@
-"""What surrounds the recurrent ops in autograd: a layer's parameters as the ops want them, the gradients of those parameters, the
-gates recomputed. Large matrix products and elementwise work, parallel over time.
+"""Autograd of a recurrent layer around its ops: gradients of input and parameters, gates recomputed, the layer in plain PyTorch.
+
+Large matrix products and elementwise work, parallel over time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
 from ..reference import recurrent as reference
 from ..reference.cells import steps as cell_steps
-from ..reference.recurrent import Backward, Forward
-
-# of one lane: w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H], vectors [V*H]; all but w_hh may be None
-PARAMS = 6
+from ._dispatch import recorded
+from .types import Backward, Forward, Walk, Weights
 
 
-class Walk(NamedTuple):
-    """How a layer is walked: what the ops take beside states and weights."""
-
-    lengths: Tensor | None
-    batch_sizes: Tensor | None
-    hold_h: Tensor | None
-    hold_c: Tensor | None
-    cell: str
-    reverse: list[int]
-    zoneout_h: float
-    zoneout_c: float
-
-
-class Weights:
-    """The parameters of a layer's lanes, as the op wants them."""
-
-    w_hh: list[Tensor]
-    # a Tensor in every lane, or None in every lane
-    w_ih: list[Any]
-    b_ih: list[Any]
-    b_hh: list[Any]
-    w_hr: list[Any]
-    vector: list[Any]
-
-    def __init__(self, cell: str, params: Sequence[Any]) -> None:
-        self.cell = CELLS[cell]
-        self.w_ih, self.w_hh, self.b_ih, self.b_hh, self.w_hr, self.vector = (list(params[i::PARAMS]) for i in range(PARAMS))
-        self.lanes = len(self.w_hh)
-
-    def input_weight(self) -> Tensor | None:
-        """[D*G*H, I]"""
-        return None if self.w_ih[0] is None else _join(self.w_ih)
-
-    def input_bias(self) -> Tensor | None:
-        """[D*G*H]"""
-        return None if self.b_ih[0] is None else _join([self._folded_bias(lane) for lane in range(self.lanes)])
-
-    def recurrent_weight(self) -> Tensor:
-        return _stack(self.w_hh)
-
-    def vectors(self) -> Tensor | None:
-        if self.vector[0] is not None:
-            return _stack(self.vector)
-        if self.cell.recurrent_bias is None or self.b_hh[0] is None:
-            return None
-        return _stack([b[-b.shape[0] // len(self.cell.gates) :] for b in self.b_hh])
-
-    def projection(self) -> Tensor | None:
-        return None if self.w_hr[0] is None else _stack(self.w_hr)
-
-    def _folded_bias(self, lane: int) -> Tensor:
-        b_ih, b_hh = self.b_ih[lane], self.b_hh[lane]
-        if self.cell.recurrent_bias is None:
-            return b_ih + b_hh
-        inside = b_hh.shape[0] // len(self.cell.gates)
-        return b_ih + torch.nn.functional.pad(b_hh[:-inside], (0, inside))
-
-    def forward(
-        self, x: Tensor, h0: Tensor | None, c0: Tensor | None, walk: Walk, save_c: bool, save_gates: bool
-    ) -> tuple[Any, ...]:
-        """Arguments of the forward op."""
-        return (
-            x, self.input_weight(), self.input_bias(), self.recurrent_weight(), self.vectors(), self.projection(), h0, c0, *walk,
-            save_c, save_gates,
-        )  # fmt: skip
-
-
-def _join(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def reference_layer(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, walk: Walk, params: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
+def reference_layer(x: Tensor, h0: Tensor | None, c0: Tensor | None, walk: Walk, weights: Weights) -> tuple[Tensor, ...]:
     """A layer in plain, differentiable PyTorch: y, h_n, c_n, c."""
-    weights = Weights(walk.cell, params)
-    return reference.forward(Forward(*weights.forward(x, h0, c0, walk, True, False)))[:4]
+    return reference.forward(Forward(*weights.arguments(x, h0, c0, walk, True, False)))[:4]
 
 
 def input_gradients(
-    call: Backward,
-    results: tuple[Tensor, ...],
-    x: Tensor,
-    params: Sequence[Any],
-    wanted: Sequence[bool],
-    wanted_x: bool,
+    call: Backward, results: tuple[Tensor, ...], x: Tensor, weights: Weights, wanted: Weights, wanted_x: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of x and of the parameters, from what the backward op gave."""
-    weights, cell = Weights(call.cell, params), call.row
+    """Gradients of x and of the weights, kind by kind, from what the backward op gave. ``wanted`` holds bools."""
+    cell, lanes = call.row, call.lanes
     dgates, drecurrent, doutput, _, _ = results
-    flat_x = x.flatten(0, -2)
+    flat_x = _flat(x)
     dx = None
     if wanted_x:
-        w_ih = weights.input_weight()
-        flat = dgates.view(flat_x.shape[0], weights.lanes * dgates.shape[-1])  # [rows, D*G*H]
-        dx = (flat if w_ih is None else flat @ w_ih).view(x.shape)
-    dparams: list[Tensor | None] = []
-    for lane in range(weights.lanes):
-        w_ih_wanted, w_hh_wanted, b_ih_wanted, b_hh_wanted, w_hr_wanted, vectors_wanted = wanted[lane * PARAMS :][:PARAMS]
+        flat = dgates.reshape(flat_x.shape[0], lanes * call.gates_width)
+        if weights.w_ih:
+            flat = flat @ (weights.w_ih[0] if lanes == 1 else torch.cat(list(weights.w_ih)))
+        dx = flat.view(x.shape)
+    grads: list[list[Tensor | None]] = [[] for _ in weights]
+    for lane in range(lanes):
+        w_ih, w_hh, b_ih, b_hh, w_hr, vectors = (bool(kind) and kind[lane] for kind in wanted)
         d = _lane(dgates, lane)  # [rows, G*H]
         dr = _lane(drecurrent, lane) if cell.own_recurrent else None  # [rows, own*H]
-        dw_ih = _outer_sum(d, flat_x) if w_ih_wanted else None
+        dw_ih = _outer_sum(d, flat_x) if w_ih else None
         dw_hh = db_ih = db_hh = dw_hr = None
-        if w_hh_wanted:
+        if w_hh:
             h_first, h_prev = _before(call.y, call.h0, call.lengths, call.batch_sizes, lane, call.reverse[lane])
             dw_hh = _recurrent_weight_grad(d, dr, h_first, h_prev, dgates.shape, call.reverse[lane])
-        if b_ih_wanted or b_hh_wanted:
+        if b_ih or b_hh:
             db_ih = db_hh = d.sum(0)
             if dr is not None:
                 db_hh = torch.cat((db_ih[: -dr.shape[1]], dr.sum(0)))
-            elif b_ih_wanted and b_hh_wanted:
+            elif b_ih and b_hh:
                 db_hh = db_ih.clone()
-        if w_hr_wanted:
+        if w_hr:
             saved, _, c = _kept_of(call, lane, slice(None))
             m = cell_steps(call.cell).output(saved, None if call.vectors is None else call.vectors[lane].to(call.wide), c)
             dw_hr = _outer_sum(_lane(doutput, lane), m.to(doutput.dtype))
-        dvectors = _vector_gradients(call, results, lane) if vectors_wanted else None
-        dparams += [dw_ih, dw_hh, db_ih if b_ih_wanted else None, db_hh if b_hh_wanted else None, dw_hr, dvectors]
-    return dx, dparams
+        dvectors = _vector_gradients(call, results, lane) if vectors else None
+        of_lane = (dw_ih, dw_hh, db_ih if b_ih else None, db_hh if b_hh else None, dw_hr, dvectors)
+        for kind, given, grad in zip(grads, weights, of_lane, strict=True):
+            if given:
+                kind.append(grad)
+    return dx, [grad for kind in grads for grad in kind]
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """[.., n] -> [rows, n]. Here and below ``reshape`` and not ``flatten``, which batched gradients have no rule for."""
+    return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
 
 
 def _kept_of(call: Backward, lane: int, part: slice) -> tuple[Tensor, Any, Any]:
@@ -169,14 +94,14 @@ def _vector_gradients(call: Backward, results: tuple[Tensor, ...], lane: int) ->
         dx = _lane(dgates, lane)[part].to(wide)
         dr = _lane(drecurrent, lane)[part].to(wide) if call.row.own_recurrent else dx
         saved, c_prev, c = _kept_of(call, lane, part)
-        total += cell_steps(call.cell).vector_gradients(dx, dr, dm, saved, vectors, c_prev, c).sum(0)
+        total = total + cell_steps(call.cell).vector_gradients(dx, dr, dm, saved, vectors, c_prev, c).sum(0)
     return total.to(call.vectors.dtype)
 
 
 def _blocks(total: int) -> Iterator[slice]:
     """Rows in blocks, so that the intermediate values of one block are all that is held beside the result."""
-    if torch.compiler.is_compiling():
-        yield slice(None)  # a loop over blocks would fix the number of rows in the compiled code
+    if recorded():
+        yield slice(None)  # a loop over blocks would fix the number of rows in the recorded code
         return
     block = max(1, -(-total // 16))
     for begin in range(0, total, block):
@@ -185,7 +110,9 @@ def _blocks(total: int) -> Iterator[slice]:
 
 def _lane(rows: Tensor, lane: int) -> Tensor:
     """[.., D, n] -> [rows, n] of one lane."""
-    return rows.flatten(0, -2) if rows.shape[-2] == 1 else rows.flatten(0, -3)[:, lane]
+    if rows.shape[-2] == 1:
+        return _flat(rows)
+    return rows.reshape(math.prod(rows.shape[:-2]), *rows.shape[-2:]).select(1, lane)
 
 
 def _outer_sum(a: Tensor, b: Tensor) -> Tensor:
@@ -194,17 +121,13 @@ def _outer_sum(a: Tensor, b: Tensor) -> Tensor:
     On one thread a large product is faster with fewer rows than columns (MKL: 5 to 10 %), which pays for transposing the result.
     """
     if (
-        not torch.compiler.is_compiling()
+        not recorded()
         and torch.get_num_threads() == 1
         and a.shape[1] > b.shape[1]
         and a.shape[0] * a.shape[1] * b.shape[1] > 1 << 22
     ):
         return (b.t() @ a).t().contiguous()
     return a.t() @ b
-
-
-def _contiguous(grad: Tensor | None) -> Tensor | None:
-    return None if grad is None else grad.contiguous()
 
 
 def _before(
@@ -267,23 +190,20 @@ def _recurrent_weight_grad(
         if h_first is not None:
             product = torch.addmm(product, (grad[-batch:] if backwards else grad[:batch]).t(), h_first)
         products.append(product)
-    return _join(products)
+    return products[0] if len(products) == 1 else torch.cat(products)
 
 
-def recomputed_gates(
-    weights: Weights, x: Tensor, h0: Tensor | None, c0: Tensor | None, walk: Walk, y: Tensor, c: Tensor
-) -> Tensor:
-    """The ``gates`` that the forward pass did not save."""
-    call = Forward(*weights.forward(x, h0, c0, walk, False, False))
+def recomputed_gates(call: Forward, y: Tensor, c: Tensor) -> Tensor:
+    """The ``gates`` that a forward pass did not save."""
     if not call.saved:
         return y.new_empty(0)
     step, wide, lanes = cell_steps(call.cell).step, call.wide, call.lanes
-    flat_x = x.flatten(0, -2)
+    flat_x = _flat(call.x)
     gates = y.new_empty(flat_x.shape[0], lanes, call.saved * call.hidden)
     before = []
-    for lane, backwards in enumerate(walk.reverse):
-        h_prev = _shifted(y, h0, walk.lengths, walk.batch_sizes, lane, backwards).flatten(0, -2)
-        c_prev = _shifted(c, c0, walk.lengths, walk.batch_sizes, lane, backwards).flatten(0, -2) if call.row.has_c else None
+    for lane, backwards in enumerate(call.reverse):
+        h_prev = _flat(_shifted(y, call.h0, call.lengths, call.batch_sizes, lane, backwards))
+        c_prev = _flat(_shifted(c, call.c0, call.lengths, call.batch_sizes, lane, backwards)) if call.row.has_c else None
         before.append((h_prev, c_prev))
     for part in _blocks(flat_x.shape[0]):
         call.x = flat_x[part]
@@ -291,7 +211,7 @@ def recomputed_gates(
         for lane, (h_prev, c_prev) in enumerate(before):
             h, _, saved = step(
                 x_gates[:, lane].to(wide),
-                (h_prev[part] @ weights.w_hh[lane].t()).to(wide),
+                (h_prev[part] @ call.weight[lane].t()).to(wide),
                 None if call.vectors is None else call.vectors[lane].to(wide),
                 h_prev[part].to(wide),
                 None if c_prev is None else c_prev[part],

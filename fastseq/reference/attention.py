@@ -19,52 +19,13 @@ v; in a tile b sequences, R queries, C keys.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .recurrent import state_dtype
-
-
-class Spec(NamedTuple):
-    """What shapes an attention beside q, k and v; the arguments of the ops after them, in this order.
-
-    Padded: q ``[B, Hq, Tq, E]``, k ``[B, Hkv, Tk, E]``, v ``[B, Hkv, Tk, Ev]``. Packed (``cu_q``): ``[H, N, E]``, sequence b in
-    rows cu_q[b] .. cu_q[b + 1] of q and cu_k[b] .. cu_k[b + 1] of k and v; cu[0] = 0, cu[B] = N. Any strides.
-    """
-
-    mask: Tensor | None = None  # bool, 4-D, each dimension that of [B, Hq, Tq, Tk] or 1; True: attend. Padded only
-    bias: Tensor | None = None  # floating, likewise. Padded only
-    relative_bias: Tensor | None = None  # [Hq, L] floating
-    relative_q: Tensor | None = None  # as q
-    relative_k: Tensor | None = None  # [Hq, M, E]
-    slopes: Tensor | None = None  # fp32 [B or 1, Hq], ALiBi
-    sinks: Tensor | None = None  # [Hq] floating
-    q_lengths: Tensor | None = None  # int32 [B]: valid queries and keys of each sequence. Padded only
-    k_lengths: Tensor | None = None
-    cu_q: Tensor | None = None  # int32 [B + 1], both or none: packed
-    cu_k: Tensor | None = None
-    blocks: Tensor | None = None  # bool [B or 1, Hq or 1, ceil(Tq / block_size), ceil(Tk / block_size)]: False hides a block
-    seed: Tensor | None = None  # int64 [1], of the dropout
-    scale: float = 1.0
-    softcap: float = 0.0  # 0: none; else softcap tanh(s / softcap)
-    dropout: float = 0.0
-    left: int = -1  # keys that a query sees before and after its place; -1: all. Causal: right = 0
-    right: int = -1
-    bottom_right: bool = False
-    offset: int = 0
-    relative_bias_zero: int = 0
-    relative_k_zero: int = 0
-    block_size: int = 0
-    max_q: int = 0  # packed: the longest sequence
-    max_k: int = 0
-
-
-# What may want a gradient, in the order of the backward op's results.
-GRADIENTS = ("q", "k", "v", "bias", "relative_bias", "relative_q", "relative_k")
+from ..ops.types import GRADIENTS, Spec, state_dtype
 
 _HELD = 1 << 22  # scores held at once
 _ROWS = 128  # a tile has at least as many queries, if there are: its gradients of the keys cost as much as so many rows
@@ -169,7 +130,7 @@ def cut(group: Group, spec: Spec, size: int) -> Iterator[Tile]:
         yield group.tile(rows, slice(first, last))
 
 
-def parts(spec: Spec, tile: Tile) -> tuple[Spec, dict[str, tuple[Any, ...]]]:
+def of_tile(spec: Spec, tile: Tile) -> tuple[Spec, dict[str, tuple[Any, ...]]]:
     """The spec of a tile alone, and for every tensor of it the index in the whole."""
     everything = slice(None)
     at: dict[str, tuple[Any, ...]] = {}
@@ -212,23 +173,18 @@ class _Places:
     """Where the queries and keys of a tile stand; formed if asked for."""
 
     def __init__(self, tile: Tile, device: torch.device) -> None:
-        self._tile, self._device = tile, device
+        self.i = torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None]  # [R, 1]
+        self.j = torch.arange(tile.keys.start, tile.keys.stop, device=device)  # [C]
+        self._shift = tile.shift
+        self._distance: Tensor | None = None
 
-    @functools.cached_property
-    def i(self) -> Tensor:
-        """[R, 1]."""
-        return torch.arange(self._tile.rows.start, self._tile.rows.stop, device=self._device)[:, None]
-
-    @functools.cached_property
-    def j(self) -> Tensor:
-        """[C]."""
-        return torch.arange(self._tile.keys.start, self._tile.keys.stop, device=self._device)
-
-    @functools.cached_property
+    @property
     def distance(self) -> Tensor:
         """j - p: [b or 1, 1, R, C]."""
-        distance = self.j - (self.i + self._tile.shift)
-        return distance if distance.dim() == 4 else distance[None, None]
+        if self._distance is None:
+            distance = self.j - (self.i + self._shift)
+            self._distance = distance if distance.dim() == 4 else distance[None, None]
+        return self._distance
 
 
 def _hidden(own: Spec, at: _Places) -> Tensor | None:
@@ -429,7 +385,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor
     outs, lses = [], []
     k_wide, v_wide = k.to(wide), v.to(wide)
     for tile in tiles(q, k, spec):
-        own, _ = parts(spec, tile)
+        own, _ = of_tile(spec, tile)
         s, _ = _scores(q[tile.q].to(wide), k_wide[tile.k], own, tile)
         w, lse = _softmax(s, spec.sinks)
         w = _dropped(w, _keep(spec, tile, s.shape[1]), spec)
@@ -451,7 +407,7 @@ def weights(q: Tensor, k: Tensor, lse: Tensor | None, spec: Spec, average: bool)
     pieces = []
     k_wide, tk = k.to(wide), k.shape[2]
     for tile in tiles(q, k, spec):
-        own, _ = parts(spec, tile)
+        own, _ = of_tile(spec, tile)
         s, _ = _scores(q[tile.q].to(wide), k_wide[tile.k], own, tile)
         w = _softmax(s, spec.sinks)[0] if lse is None else _weights(s, lse[tile.q])
         w = _dropped(w, _keep(spec, tile, s.shape[1]), spec)
@@ -542,7 +498,7 @@ def _through_scores(
     through: Callable[[Tensor, Tensor | None], Tensor],
 ) -> None:
     """Gradients of a tile: ``through(w, keep)`` gives that of the scores, which goes on to all that shapes them."""
-    own, at = parts(spec, tile)
+    own, at = of_tile(spec, tile)
     q = q.to(lse.dtype)
     s, capped = _scores(q, k, own, tile)
     ds = through(_weights(s, lse), _keep(spec, tile, q.shape[1]))
@@ -566,23 +522,3 @@ def _through_scores(
             grads.add("relative_q", table @ own.relative_k.to(ds.dtype), tile.q)
         if "relative_k" in grads.given:
             grads.add("relative_k", (table.mT @ own.relative_q.to(ds.dtype)).sum(0), at["relative_k"])
-
-
-def empty_rows(like: Tensor, features: int) -> Tensor:
-    """[.., H, T, features], time before heads in memory: what follows attention flattens the heads without a copy."""
-    *leading, heads, time, _ = like.shape
-    return like.new_empty(*leading, time, heads, features).transpose(-3, -2)
-
-
-def empty_gradients(q: Tensor, k: Tensor, v: Tensor, spec: Spec, wanted: list[bool]) -> tuple[Tensor, ...]:
-    """Room for the gradients of ``GRADIENTS``; (0,) where not wanted."""
-    given = (q, k, v, spec.bias, spec.relative_bias, spec.relative_q, spec.relative_k)
-    results = []
-    for name, tensor, want in zip(GRADIENTS, given, wanted, strict=True):
-        if not want or tensor is None:
-            results.append(q.new_empty(0))
-        elif name in ("q", "k", "v", "relative_q"):
-            results.append(empty_rows(tensor, tensor.shape[-1]))
-        else:
-            results.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device))
-    return tuple(results)

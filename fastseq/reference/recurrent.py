@@ -8,26 +8,20 @@ and sequence":
 * packed: ``[N, D, n]`` with ``batch_sizes`` [T], as ``torch.nn.utils.rnn.PackedSequence`` stores it: step t holds the first
   ``batch_sizes[t]`` sequences, which are sorted by decreasing length.
 
-``forward`` and ``backward`` take the arguments of the registered ops (``ops/recurrent.py``, where the contract is written) as one
-object, as every backend does. Sixteen-bit inputs are computed in fp32; the output of a step is rounded before it is fed back, as
-it is stored.
+``forward`` and ``backward`` take the arguments of the registered ops as one object of ``ops/types.py``, as every backend does;
+their contract is written in ``ops/recurrent.py``. Sixteen-bit inputs are computed in fp32; the output of a step is rounded before
+it is fed back, as it is stored.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cells import CELLS, Cell
+from ..ops.types import Backward, Call, Forward
 from .cells import steps
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of c and of the accumulators: fp32, or wider if the input is."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 class Layout:
@@ -76,153 +70,6 @@ class Layout:
         return torch.stack(per_step) if self.sizes is None else torch.cat(per_step)
 
 
-def input_gates(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, lanes: int) -> Tensor:
-    """The input projection: x [.., I] -> [.., D, G*H]."""
-    flat = x.flatten(0, -2)
-    gates = flat @ w_ih.t() if b_ih is None else torch.addmm(b_ih, flat, w_ih.t())
-    return gates.view(*x.shape[:-1], lanes, w_ih.shape[0] // lanes)
-
-
-@dataclass(slots=True)
-class Call:
-    """What the sizes and facts of a call, forward or backward, follow from; formed once, as a short call asks for them often."""
-
-    row: Cell = field(init=False)
-    dtype: torch.dtype = field(init=False)
-    wide: torch.dtype = field(init=False)
-    lanes: int = field(init=False)
-    hidden: int = field(init=False)  # H
-    width: int = field(init=False)  # P
-
-    # of Forward and Backward
-    if TYPE_CHECKING:
-        cell: str
-        weight: Tensor
-        vectors: Tensor | None
-        projection: Tensor | None
-        h0: Tensor | None
-        c0: Tensor | None
-        lengths: Tensor | None
-        batch_sizes: Tensor | None
-        hold_h: Tensor | None
-        hold_c: Tensor | None
-        reverse: list[int]
-        zoneout_h: float
-        zoneout_c: float
-
-    def __post_init__(self) -> None:
-        self.row = row = CELLS[self.cell]
-        self.dtype = self.rows.dtype
-        self.wide = state_dtype(self.dtype)
-        self.lanes, gates, self.width = self.weight.shape
-        self.hidden = gates // len(row.gates)
-
-    @property
-    def rows(self) -> Tensor:
-        """The tensor whose leading dimensions are the rows."""
-        raise NotImplementedError
-
-    @property
-    def steps(self) -> int:
-        return self.rows.shape[0] if self.batch_sizes is None else self.batch_sizes.shape[0]
-
-    @property
-    def batch(self) -> int:
-        return self.rows.shape[1] if self.batch_sizes is None else int(self.batch_sizes[0])
-
-    @property
-    def zoned(self) -> bool:
-        """Whether zoneout does anything."""
-        return self.hold_h is not None or self.hold_c is not None or self.zoneout_h > 0 or self.zoneout_c > 0
-
-    @property
-    def saved(self) -> int:
-        """S: activations of ``gates``; a cell that keeps none keeps its output if zoneout hides it."""
-        return len(self.row.saved) or int(self.zoned)
-
-    @property
-    def output_gradient(self) -> bool:
-        """Whether the backward pass gives ``doutput``."""
-        return self.projection is not None or self.row.normalised
-
-    @property
-    def reverse_bits(self) -> int:
-        """Bit d: lane d goes backwards."""
-        return sum(1 << lane for lane, backwards in enumerate(self.reverse) if backwards)
-
-    def kept(self, layout: Layout, t: int, lane: int) -> tuple[Any, Any]:
-        """What zoneout keeps of h and of c in step t: a mask, a proportion, or None."""
-
-        def kept(hold: Tensor | None, proportion: float) -> Tensor | float | None:
-            return layout.take(hold, t, lane) if hold is not None else proportion if proportion > 0 else None
-
-        return kept(self.hold_h, self.zoneout_h), kept(self.hold_c, self.zoneout_c)
-
-
-@dataclass(slots=True)
-class Forward(Call):
-    """Arguments of ``fastseq::recurrent_forward``, in the order of its schema."""
-
-    x: Tensor
-    w_ih: Tensor | None
-    b_ih: Tensor | None
-    weight: Tensor
-    vectors: Tensor | None
-    projection: Tensor | None
-    h0: Tensor | None
-    c0: Tensor | None
-    lengths: Tensor | None
-    batch_sizes: Tensor | None
-    hold_h: Tensor | None
-    hold_c: Tensor | None
-    cell: str
-    reverse: list[int]
-    zoneout_h: float
-    zoneout_c: float
-    save_c: bool
-    save_gates: bool
-
-    @property
-    def rows(self) -> Tensor:
-        return self.x
-
-    def input_gates(self) -> Tensor:
-        """The projected input [.., D, G*H]."""
-        if self.w_ih is None:
-            return self.x.view(*self.x.shape[:-1], self.lanes, self.weight.shape[1])
-        return input_gates(self.x, self.w_ih, self.b_ih, self.lanes)
-
-
-@dataclass(slots=True)
-class Backward(Call):
-    """Arguments of ``fastseq::recurrent_backward``, in the order of its schema."""
-
-    dy: Tensor | None
-    dh_n: Tensor | None
-    dc_n: Tensor | None
-    dc: Tensor | None
-    weight: Tensor
-    vectors: Tensor | None
-    projection: Tensor | None
-    h0: Tensor | None
-    c0: Tensor | None
-    lengths: Tensor | None
-    batch_sizes: Tensor | None
-    hold_h: Tensor | None
-    hold_c: Tensor | None
-    y: Tensor
-    c: Tensor
-    gates: Tensor
-    cell: str
-    reverse: list[int]
-    zoneout_h: float
-    zoneout_c: float
-
-    @property
-    def rows(self) -> Tensor:
-        return self.y
-
-
 def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row, math = call.row, steps(call.cell)
     dtype, wide, hidden, out = call.dtype, call.wide, call.hidden, call.width
@@ -247,7 +94,7 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
                 h_new = h_new @ call.projection[lane].to(wide).mT
             h_new = h_new.to(dtype).to(wide)
             saved = h_new if saved is None else saved
-            keep_h, keep_c = call.kept(layout, t, lane)
+            keep_h, keep_c = kept(call, layout, t, lane)
             h_new = held(keep_h, h_prev, h_new).to(dtype).to(wide)
             h = layout.update(h, h_new, t)
             ys.append(layout.masked(h_new, t).to(dtype))
@@ -300,7 +147,7 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         for t in reversed(layout.order(backwards)):
             h_prev = previous(layout, y, first_h, t, lane, backwards)
             c_prev = previous(layout, call.c, first_c, t, lane, backwards) if row.has_c else None
-            keep_h, keep_c = call.kept(layout, t, lane)
+            keep_h, keep_c = kept(call, layout, t, lane)
             dh_t = layout.active(dh, t)
             if call.dy is not None:
                 dh_t = dh_t + layout.take(call.dy, t, lane).to(wide)
@@ -348,6 +195,15 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         torch.stack(dh0),
         torch.stack(dc0) if row.has_c else y.new_zeros(0, dtype=wide),
     )
+
+
+def kept(call: Call, layout: Layout, t: int, lane: int) -> tuple[Any, Any]:
+    """What zoneout keeps of h and of c in step t: a mask, a proportion, or None."""
+
+    def of(hold: Tensor | None, proportion: float) -> Tensor | float | None:
+        return layout.take(hold, t, lane) if hold is not None else proportion if proportion > 0 else None
+
+    return of(call.hold_h, call.zoneout_h), of(call.hold_c, call.zoneout_c)
 
 
 def held(keep: Tensor | float | None, old: Any, new: Tensor) -> Tensor:

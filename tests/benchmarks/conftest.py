@@ -7,19 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastseq.benchmarks.attention import MODES as ATTENTION_MODES
-from fastseq.benchmarks.attention import AttentionWorkload
-from fastseq.benchmarks.attention_providers import EAGER, OWN, REFORMER, SDPA
-from fastseq.benchmarks.cells import CellWorkload
-from fastseq.benchmarks.floors import Peaks, floor_of
-from fastseq.benchmarks.hashed import HASHED
-from fastseq.benchmarks.limits import LIMIT_PROVIDERS, LimitWorkload
-from fastseq.benchmarks.presentation import Options
-from fastseq.benchmarks.recurrent import RecurrentWorkload
-from fastseq.benchmarks.results import Results, Row
-from fastseq.benchmarks.runner import EVERY_PROVIDER
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.measure.results import Results, Row
+from fastseq.benchmarks.providers.attention import EAGER, OWN, REFORMER, SDPA
+from fastseq.benchmarks.providers.limits import LIMIT_PROVIDERS
+from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
+from fastseq.benchmarks.roofline.model import roofline_of
+from fastseq.benchmarks.roofline.peaks import Peaks
 from fastseq.benchmarks.suites import attention, cells, limits, recurrent, recurrent_gpu, sequential_vs_parallel
-from fastseq.benchmarks.workloads import MODES, Workload
+from fastseq.benchmarks.workloads.attention import AttentionWorkload
+from fastseq.benchmarks.workloads.base import ALL_MODES, MODES, Workload
+from fastseq.benchmarks.workloads.cells import CellWorkload
+from fastseq.benchmarks.workloads.hashed import HASHED
+from fastseq.benchmarks.workloads.limits import LimitWorkload
+from fastseq.benchmarks.workloads.recurrent import RecurrentWorkload
 
 LENGTHS = (32, 64, 128, 256, 512)
 ENVIRONMENT = {
@@ -43,7 +44,7 @@ def timed(row: Row, seconds: float, memory: int = 1 << 20, *, over: str | None =
     }
     row.memory, row.parameters, row.chose = memory, 1000, ["aten::something"]
     row.check = {"ok": True, "error": 1e-7, "bound": 1e-6, "worst": "output", "reason": None}
-    row.floor = {"seconds": seconds / 4, "bound": "weights", "note": "R of 64 KiB at 100 GB/s each step"}
+    row.roofline = {"seconds": seconds / 4, "bound": "weights", "note": "R of 64 KiB at 100 GB/s each step"}
     if over:
         row.ratio = {"baseline": over, "median": ratio, "low": ratio * 0.97, "high": ratio * 1.03}
     return row
@@ -113,7 +114,7 @@ def alone(
             rows.append(row)
 
     for T in (1024, 4096):
-        for mode in ATTENTION_MODES:
+        for mode in ALL_MODES:
             add("dense", "dense", AttentionWorkload("dense", T, 4, 256, 256, mode, heads=4, causal=True), attention.CORE)
     for name in ("learned bias", "T5 table"):
         function = {"learned bias": "bias", "T5 table": "t5"}[name]
@@ -173,7 +174,7 @@ def machine(amounts: Callable[[LimitWorkload], float], device: str = "cpu") -> R
             row.status, row.reason = "unavailable", LIMIT_PROVIDERS[participant.provider].unavailable(w)
         else:
             timed(row, w.amount / amounts(w))
-            row.floor = floor_of(w, _peaks()).as_dict()
+            row.roofline = roofline_of(w, _peaks()).as_dict()
         rows.append(row)
     return Results(ENVIRONMENT | {"device": device}, {"quick": False}, rows, [_peaks()], 12.0)
 

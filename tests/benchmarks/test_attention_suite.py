@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from fastseq.benchmarks.attention_providers import ATTENTION_PROVIDERS, EAGER, OWN, REFORMER, SDPA
-from fastseq.benchmarks.presentation import Cell, Options
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.providers.attention import ATTENTION_PROVIDERS, EAGER, OWN, REFORMER, SDPA
+from fastseq.benchmarks.report.model import Cell
 from fastseq.benchmarks.suites import attention
 
 

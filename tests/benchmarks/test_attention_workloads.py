@@ -1,4 +1,4 @@
-"""The formulas of attention alone, its gate, and providers that refuse honestly."""
+"""The formulas of attention alone, its check, and providers that refuse honestly."""
 
 from __future__ import annotations
 
@@ -11,19 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from fastseq.benchmarks import gate
-from fastseq.benchmarks.attention import (
-    CASES,
-    AttentionWorkload,
-    Bound,
-    leaves_of,
-    plain,
-    shifted,
-    softmax_attention,
-    t5_buckets,
-    visible,
-)
-from fastseq.benchmarks.attention_providers import (
+from fastseq.benchmarks.measure.case import Case, Participant
+from fastseq.benchmarks.measure.check import check_provider, problem_of
+from fastseq.benchmarks.measure.runner import Runner
+from fastseq.benchmarks.measure.timing import Effort
+from fastseq.benchmarks.providers.attention import (
     ATTENTION_PROVIDERS,
     FLASH,
     FLEX,
@@ -35,10 +27,11 @@ from fastseq.benchmarks.attention_providers import (
     flex_call,
     flex_mask,
 )
-from fastseq.benchmarks.floors import Peaks, floor_of
-from fastseq.benchmarks.providers import Provider
-from fastseq.benchmarks.runner import Case, Participant, Runner
-from fastseq.benchmarks.timing import Effort
+from fastseq.benchmarks.providers.base import Provider
+from fastseq.benchmarks.roofline.model import roofline_of
+from fastseq.benchmarks.roofline.peaks import Peaks
+from fastseq.benchmarks.workloads.attention import CASES, AttentionWorkload, Bound, leaves_of, plain
+from fastseq.benchmarks.workloads.attention_textbook import shifted, softmax_attention, t5_buckets, visible
 
 
 def workload(function, mode="training", **more):
@@ -87,15 +80,15 @@ def test_pairs_are_those_that_are_seen(name):
     assert w.pairs() == seen if name == "window" else w.pairs() >= seen
 
 
-def test_bytes_and_floor():
+def test_bytes_and_roofline():
     w = workload("decode", "inference", T=1, B=3, keys=100, kv_heads=2, H=64)
     assert w.bytes == 4 * 3 * 16 * (2 * 4 * 1 + 2 * 2 * 100)
     assert replace(POINTS["hashed"], mode="inference").bytes == 4 * 3 * 2 * 96 * 64  # queries that are keys, values, the result
     slow_memory = Peaks("cpu", 1, "float32", copy={256: 1e12, 131072: 1e6}, gemm=1e12)
-    assert floor_of(w, slow_memory).seconds == pytest.approx(w.bytes / 1e6) and floor_of(w, slow_memory).bound == "memory"
+    assert roofline_of(w, slow_memory).seconds == pytest.approx(w.bytes / 1e6) and roofline_of(w, slow_memory).bound == "memory"
     slow_products = Peaks("cpu", 1, "float32", copy={256: 1.0, 131072: 1e12}, gemm=1e6)
-    assert floor_of(w, slow_products).seconds == pytest.approx(w.flops / 1e6)
-    assert floor_of(w, slow_products).bound == "arithmetic"
+    assert roofline_of(w, slow_products).seconds == pytest.approx(w.flops / 1e6)
+    assert roofline_of(w, slow_products).bound == "arithmetic"
 
 
 def test_the_textbook_form_is_torchs_attention():
@@ -123,7 +116,7 @@ def test_every_provider_that_is_there_passes_the_gate(name):
     for provider in ATTENTION_PROVIDERS.values():
         if provider.unavailable(w):
             continue
-        result = gate.check(lambda shape, p=provider: (p.build(shape), ""), w)
+        result = check_provider(lambda shape, p=provider: (p.build(shape), ""), w)
         assert result.ok, f"{provider.name}: {result.reason}"
         assert 0 < result.error <= result.bound < 1e-4
         passed.append(provider.name)
@@ -145,13 +138,13 @@ def test_flex_attention_computes_the_same(name):
 
         return Bound(lambda: flex_call(w, tensors, attention), leaves_of(w, tensors))
 
-    result = gate.check(lambda shape: (run, ""), replace(POINTS[name], mode="inference"))
+    result = check_provider(lambda shape: (run, ""), replace(POINTS[name], mode="inference"))
     assert result.ok, result.reason
 
 
 def test_the_backward_alone_can_be_run_again():
     w = replace(POINTS["transformer-xl"], mode="backward")
-    call = w.call(ATTENTION_PROVIDERS[OWN].build(w), gate.problem(w))
+    call = w.call(ATTENTION_PROVIDERS[OWN].build(w), problem_of(w))
     run = call.run
     first, second = run(), run()
     assert [t.shape for t in first] == [t.shape for t in call.leaves.values()]
@@ -195,7 +188,7 @@ def test_a_backend_that_takes_the_call_is_not_refused():
 def test_the_choice_of_torch_is_named():
     for name, choice in (("dense", "FLASH_ATTENTION"), ("bias, grouped", "MATH")):
         w = POINTS[name]
-        call = w.call(ATTENTION_PROVIDERS[SDPA].build(w), gate.problem(w))
+        call = w.call(ATTENTION_PROVIDERS[SDPA].build(w), problem_of(w))
         assert ATTENTION_PROVIDERS[SDPA].chose(call) == [choice]
 
 
@@ -236,4 +229,4 @@ def test_wrong_attention_has_no_time_and_no_speed_up(function, w, reason):
     assert good.ok and good.time and good.detail["flops"] == w.flops
     assert bad.status == "wrong"
     assert re.search(reason, bad.reason), bad.reason
-    assert (bad.time, bad.ratio, bad.floor, bad.memory) == (None, None, None, None)
+    assert (bad.time, bad.ratio, bad.roofline, bad.memory) == (None, None, None, None)

@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from fastseq.benchmarks import report
+from fastseq.benchmarks import assembly
 
 LOOK = Path(__file__).with_name("chromium.py")
 NO_BROWSER = 3
@@ -29,7 +29,7 @@ def page(synthetic, tmp_path_factory):
     grid = synthetic.grid(lambda group, mode, cell, B, H: 0.8 if B == 1 else 2.5)
     results.rows += [row for row in grid.rows if row.group == "packed"]
     file = tmp_path_factory.mktemp("browser") / "report.html"
-    file.write_text(report.page(results), encoding="utf-8")
+    file.write_text(assembly.page(results), encoding="utf-8")
     return file
 
 

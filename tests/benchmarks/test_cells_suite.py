@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastseq.backends import cuda_host
-from fastseq.benchmarks import cli, gate
-from fastseq.benchmarks.cell_providers import CELL_PROVIDERS, _step
-from fastseq.benchmarks.cells import CELLS, CellWorkload
-from fastseq.benchmarks.presentation import Cell, Options
-from fastseq.benchmarks.recurrent_providers import forced
+from fastseq.benchmarks import cli
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.measure.check import check_provider, problem_of
+from fastseq.benchmarks.providers.cells import CELL_PROVIDERS, _step
+from fastseq.benchmarks.providers.recurrent import forced
+from fastseq.benchmarks.report.model import Cell
 from fastseq.benchmarks.suites import cells
+from fastseq.benchmarks.workloads.cells import CELLS, CellWorkload
+from support import cuda_host
 
 STEP = CellWorkload("lstmcell", 1, 3, 24, 24, "training")
 
@@ -40,9 +42,9 @@ def test_every_provider_passes_the_gate(name, steps, mode):
             pytest.skip(cuda_host.available())
         provider = forced(name.partition(".")[2].partition(" ")[0], "cuda-host", "plan", "", "", _step)
         assert provider.unavailable(w) is None
-        said = provider.chose(w.call(provider.build(w), gate.problem(w)))
+        said = provider.chose(w.call(provider.build(w), problem_of(w)))
         assert [backend for backend in said if backend.startswith("backend")] == ["backend: cuda-host"]
-    result = gate.check(lambda shape: (provider.build(shape), ""), w)
+    result = check_provider(lambda shape: (provider.build(shape), ""), w)
     assert result.ok, result.reason
     assert 0 < result.error <= result.bound < 1e-4
 
@@ -69,13 +71,13 @@ class Detached(nn.LSTMCell):
     ],
 )
 def test_a_wrong_cell_is_refused(cls, steps, mode, reason):
-    result = gate.check(lambda w: (cls(w.I, w.H), ""), replace(STEP, T=steps, mode=mode))
+    result = check_provider(lambda w: (cls(w.I, w.H), ""), replace(STEP, T=steps, mode=mode))
     assert not result.ok and reason in result.reason
 
 
 def test_a_rollout_feeds_the_output_back():
     w = replace(STEP, T=3, mode="inference")
-    call = w.call(nn.LSTMCell(24, 24), gate.problem(w))
+    call = w.call(nn.LSTMCell(24, 24), problem_of(w))
     h, c = call.leaves["h"], call.leaves["c"]
     x = call.x
     with torch.inference_mode():
@@ -87,7 +89,7 @@ def test_a_rollout_feeds_the_output_back():
 
 def test_backward_is_for_input_states_and_parameters():
     w = replace(STEP, function="grucell")
-    call = w.call(nn.GRUCell(24, 24), gate.problem(w))
+    call = w.call(nn.GRUCell(24, 24), problem_of(w))
     assert list(call.gradients()) == ["input", "h", "weight_ih", "weight_hh", "bias_ih", "bias_hh"]
 
 
@@ -117,7 +119,7 @@ def test_the_target_is_a_gpus(synthetic, ratio, reached):
         return ratio if worst else 0.5 if w.B == 64 or w.function != "lstmcell" else 3.0
 
     results = synthetic.single(of, "cuda")
-    assert cells.derive(results)["target"] == {"least": 2.0, "found": ratio, "points": 3, "reached": reached}
+    assert cells.derive(results)["target"] == {"least": 2.0, "found": ratio, "points": 3, "reached": reached, "reliable": True}
     assert text(table(results, "Target").rows[0][-1]) == ("reached" if reached else "not reached")
     assert cells.derive(synthetic.single(of))["target"] is None and table(synthetic.single(of), "Target") is None
 
@@ -162,5 +164,5 @@ def test_a_run_from_end_to_end(tmp_path):
     ]
     assert {(r["status"], r["reason"]) for r in found["rows"][2::3]} == {("unavailable", "runs on cuda tensors, not on cpu")}
     for row in (row for row in found["rows"] if not row["provider"].endswith("(cuda)")):
-        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["floor"]["seconds"] > 0
+        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["roofline"]["seconds"] > 0
     assert "Single cells against torch.nn" in (tmp_path / "report.html").read_text()

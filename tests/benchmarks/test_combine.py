@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fastseq.benchmarks import cli, combine, reproduce
-from fastseq.benchmarks.results import Results
+from fastseq.benchmarks import cli
+from fastseq.benchmarks.measure import combine
+from fastseq.benchmarks.measure.results import Results
+from fastseq.benchmarks.report import reproduce
 
 
 @pytest.fixture
@@ -39,11 +41,14 @@ def test_rows_of_every_file(files):
 
 
 def test_the_commands_of_every_run(files):
+    """With the threads and the variables that were in force, options or not."""
+    change(files[0], flags={"OMP_NUM_THREADS": "1", "FASTSEQ_CPU_LEVEL": "avx2", "mkldnn": True})
     assert reproduce.commands(combine.load(files)) == [
         "git checkout a12",
-        "python -m fastseq bench --device cpu --threads 2",
+        "OMP_NUM_THREADS=1 FASTSEQ_CPU_LEVEL=avx2 "
+        "python -m fastseq bench --suite sequential-vs-parallel --device cpu --threads 2",
         "git checkout b12",
-        "python -m fastseq bench --suite cells --device cpu --quick",
+        "python -m fastseq bench --suite cells --device cpu --threads 2 --quick",
         "python -m fastseq bench --json-in bench-results/*/results.json",
     ]
     change(files[0], git="a12+changes")

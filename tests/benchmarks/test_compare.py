@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from fastseq.benchmarks import cli, compare
-from fastseq.benchmarks.compare import FASTER, FOUND, LOST, NEITHER, ONLY_NEW, ONLY_OLD, SAME, SLOWER
+from fastseq.benchmarks import cli
+from fastseq.benchmarks.report import compare
+from fastseq.benchmarks.report.compare import FASTER, FOUND, LOST, NEITHER, ONLY_NEW, ONLY_OLD, SAME, SLOWER
 
 OWN, BASE = "fastseq.LSTM", "torch.nn.LSTM"
 

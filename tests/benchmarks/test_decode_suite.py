@@ -7,18 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from fastseq.benchmarks import cli, gate
-from fastseq.benchmarks.decode import PREFILL, TOKENS, Cache, DecodeWorkload, LayerDecoder, Own, Reserved
-from fastseq.benchmarks.decode_providers import DECODE_PROVIDERS, GROWING, OWN, RESERVED, layer_name
-from fastseq.benchmarks.floors import Peaks, floor_of
-from fastseq.benchmarks.presentation import Options
+from fastseq.benchmarks import cli
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.measure.check import check_provider, problem_of
+from fastseq.benchmarks.providers.decode import DECODE_PROVIDERS, GROWING, OWN, RESERVED, layer_name
+from fastseq.benchmarks.roofline.model import roofline_of
+from fastseq.benchmarks.roofline.peaks import Peaks
 from fastseq.benchmarks.suites import decode
+from fastseq.benchmarks.workloads.decode import PREFILL, TOKENS, Cache, DecodeWorkload, LayerDecoder, Own, Reserved
 
 SMALL = DecodeWorkload("block", 9, 2, 24, 24, new=4)
 
 
 def checked(build, w):
-    return gate.check(lambda shape: (build(shape), ""), w)
+    return check_provider(lambda shape: (build(shape), ""), w)
 
 
 @pytest.mark.parametrize("stage", [PREFILL, TOKENS])
@@ -71,14 +73,14 @@ def test_tokens_can_be_decoded_again(name):
     """A call is timed many times: each begins with the cache or the state that the context left."""
     provider = DECODE_PROVIDERS[name]
     w = replace(SMALL, function=provider.function.removeprefix("decode "))
-    call = w.call(provider.build(w), gate.problem(w))
+    call = w.call(provider.build(w), problem_of(w))
     first, second = call.outputs()["output"], call.outputs()["output"]
     assert first.shape == (4, 2, 24) and torch.equal(first, second)
 
 
 def test_prefill_leaves_the_cache_that_tokens_go_on_from():
     w = replace(SMALL, stage=PREFILL)
-    call = w.call(Own(24, 4), gate.problem(w))
+    call = w.call(Own(24, 4), problem_of(w))
     with call.context():
         _, cache = call.forward()
     assert cache.k.shape == (2, 4, 9 + 4, 6) and cache.length.tolist() == [9, 9]
@@ -92,17 +94,17 @@ def test_a_state_has_one_size_and_a_cache_grows():
     assert size("block", 1000) == 100 * size("block", 10) == 2 * 1000 * 3 * 64 * 4
 
 
-def test_floors():
+def test_rooflines():
     """At 1 GFLOP/s and 1 GB/s: tokens of one row are bound by what is read, the prefill of attention by its products."""
     peaks = Peaks("cpu", 1, "float32", {16: 1e9, 65536: 1e9}, {131072: 1e9}, 1e12)
-    tokens = floor_of(DecodeWorkload("block", 1000, 1, 64, 64, new=16), peaks)
+    tokens = roofline_of(DecodeWorkload("block", 1000, 1, 64, 64, new=16), peaks)
     assert tokens.bound == "weights" and tokens.seconds == pytest.approx(16 * 4 * (8 * 64 * 64 + 2 * 1000 * 64) / 1e9)
-    step = floor_of(DecodeWorkload("lstm", 1000, 1, 64, 64, new=16), peaks)
+    step = roofline_of(DecodeWorkload("lstm", 1000, 1, 64, 64, new=16), peaks)
     assert step.seconds == pytest.approx(16 * 4 * 8 * 64 * 64 / 1e9)
-    prefill = floor_of(DecodeWorkload("block", 4000, 1, 64, 64, stage=PREFILL), peaks)
+    prefill = roofline_of(DecodeWorkload("block", 4000, 1, 64, 64, stage=PREFILL), peaks)
     assert prefill.bound == "arithmetic"
     assert prefill.seconds == pytest.approx(2 * 4000 * (8 * 64 * 64 + 4001 * 64) / 1e12)
-    chain = floor_of(DecodeWorkload("lstm", 4000, 1, 64, 64, stage=PREFILL), peaks)
+    chain = roofline_of(DecodeWorkload("lstm", 4000, 1, 64, 64, stage=PREFILL), peaks)
     assert chain.seconds == pytest.approx(4000 * 4 * 4 * 64 * 64 / 1e9)
 
 
@@ -133,7 +135,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {r["provider"] for r in rows} == {"torch.nn.LSTM (state)", "fastseq.LSTM (state)", RESERVED, OWN} and len(rows) == 8
     for row in rows:
-        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["floor"]["seconds"] > 0
+        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["roofline"]["seconds"] > 0
     assert {r["detail"]["state bytes"] for r in rows if r["function"] == "lstm"} == {2 * 256 * 4}
     said = capsys.readouterr().out
     assert "Time per token" in said and "State or cache" in said

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastseq.benchmarks import cli, experiments
-from fastseq.benchmarks.experiments import SYMBOLS, TASKS, Experiment, positions
-from fastseq.benchmarks.presentation import Options
-from fastseq.benchmarks.providers import PROVIDERS, Provider
-from fastseq.benchmarks.runner import Case, Participant, Runner
+from fastseq.benchmarks import cli
+from fastseq.benchmarks.measure.case import Case, Options, Participant
+from fastseq.benchmarks.measure.runner import Runner
+from fastseq.benchmarks.measure.timing import Effort
+from fastseq.benchmarks.providers.base import PROVIDERS, Provider
 from fastseq.benchmarks.suites import long_range, small_data
-from fastseq.benchmarks.timing import Effort
-from fastseq.benchmarks.workloads import Metric
+from fastseq.benchmarks.workloads import experiments
+from fastseq.benchmarks.workloads.base import Metric
+from fastseq.benchmarks.workloads.experiments import SYMBOLS, TASKS, Experiment, positions
 
 GRADIENT = Experiment("lstm", 6, 16, 8, 8, dtype="float64", task="gradient", seeds=2)
 RECALL = Experiment("attention", 5, 16, 16, 16, task="recall", budget=80, seeds=2, heads=2, rate=1e-2)
@@ -159,7 +160,7 @@ def test_an_experiment_is_gated_and_not_timed():
     w = replace(GRADIENT, dtype="float32")
     right, wrong = run(w, {"a": of(lambda w: nn.LSTM(w.I, w.H)), "b": of(lambda w: Wrong(w.I, w.H))})
     assert right.ok and right.metric["name"] == "gradient norm" and right.parameters == 4 * (8 * 16 + 16)
-    assert right.time is None and right.floor is None and right.check["ok"]
+    assert right.time is None and right.roofline is None and right.check["ok"]
     assert wrong.status == "wrong" and wrong.metric is None and "is off by" in wrong.reason
 
 

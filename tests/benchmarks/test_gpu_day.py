@@ -17,8 +17,8 @@ import torch
 
 import fastseq
 from fastseq.backends import BACKENDS, use_backend
-from fastseq.benchmarks import gpu_day, one_of_each, stages
-from fastseq.benchmarks.stages import Outcome, Stage
+from fastseq.benchmarks.gpu import day, sanitizer_smoke, stages
+from fastseq.benchmarks.gpu.stages import Outcome, Stage
 from fastseq.benchmarks.suites import SUITES
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
@@ -49,11 +49,11 @@ class Fake:
         return stages.walk(table, folder, minutes, now=self.now, execute=self.execute, **options)
 
     def day(self, monkeypatch, *argv, table=TABLE):
-        monkeypatch.setattr(gpu_day, "table", lambda: list(table))
-        monkeypatch.setattr(gpu_day, "device_name", lambda: "NVIDIA H100 80GB HBM3")
+        monkeypatch.setattr(day, "table", lambda: list(table))
+        monkeypatch.setattr(day, "device_name", lambda: "NVIDIA H100 80GB HBM3")
         walk = partial(stages.walk, now=self.now, execute=self.execute)
-        monkeypatch.setattr(gpu_day, "stages", SimpleNamespace(walk=walk, last_line=stages.last_line))
-        return gpu_day.main([str(a) for a in argv])
+        monkeypatch.setattr(day, "stages", SimpleNamespace(walk=walk, last_line=stages.last_line))
+        return day.main([str(a) for a in argv])
 
 
 def statuses(outcomes):
@@ -203,7 +203,7 @@ def test_the_summary_names_what_failed_first(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_without_a_cuda_device(capsys):
-    assert gpu_day.main([]) == 2
+    assert day.main([]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("error: gpu-day needs a CUDA device: ") and said.err.count("\n") == 1
 
@@ -226,26 +226,26 @@ def test_bad_arguments_are_named(argv, message, tmp_path, monkeypatch, capsys):
 
 
 def test_the_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_day, "LIBRARY", tmp_path / "libfastseq.so")
-    assert gpu_day.main(["--list"]) == 0
+    monkeypatch.setattr(day, "LIBRARY", tmp_path / "libfastseq.so")
+    assert day.main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    found = {stage.name: stage for stage in gpu_day.table("python3")}
+    found = {stage.name: stage for stage in day.table("python3")}
     assert listed == list(found) and len(listed) == len(set(listed))
     assert listed[:5] == ["library", "environment", "tests", "memcheck", "limits"]
     for name in SUITES:
         assert found[name].leaves == f"{name}/results.json" and "--resume" in found[name].command
-        assert found[name].command[-2:] == ("--starts", "1")
+        assert found[name].command[-2:] == ("--restarts", "1")
     again, first = found[listed[-1]], found["sequential-vs-parallel"]
-    assert again.name == "starts" and (*again.command, "--starts", "1") == first.command and again.leaves == first.leaves
-    assert set(gpu_day.SUITE_MINUTES) <= set(SUITES)
+    assert again.name == "restarts" and (*again.command, "--restarts", "1") == first.command and again.leaves == first.leaves
+    assert set(day.SUITE_MINUTES) <= set(SUITES)
     (tmp_path / "libfastseq.so").write_text("")
-    assert [stage.name for stage in gpu_day.table()] == listed[1:]
-    assert gpu_day.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert [stage.name for stage in day.table()] == listed[1:]
+    assert day.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
 def test_a_suite_goes_on_where_it_was_cut_short(tmp_path):
     """The command of the table, on this machine's CPU and a few points: a second run adds those that are missing."""
-    suite = next(stage for stage in gpu_day.table() if stage.name == "cells")
+    suite = next(stage for stage in day.table() if stage.name == "cells")
     few = ("--quick", "--threads", "1", "--only")
     command = tuple("cpu" if part == "cuda" else part for part in suite.command) + few
     for only, rows in (("cell=rnncell H=128 B=1", 9), ("cell=rnncell H=128", 18)):
@@ -257,11 +257,11 @@ def test_a_suite_goes_on_where_it_was_cut_short(tmp_path):
 
 
 def test_the_environment_is_written(tmp_path):
-    own = next(stage for stage in gpu_day.table() if stage.name == "environment")
+    own = next(stage for stage in day.table() if stage.name == "environment")
     assert stages.walk([own], tmp_path, 1.0)["environment"].status == "finished"
     found = json.loads((tmp_path / "environment.json").read_text())
     assert found["versions"]["torch"] == torch.__version__ and found["library"]
-    assert gpu_day.summary("x", {}, [own], tmp_path).count(found["time"]) == 1
+    assert day.summary("x", {}, [own], tmp_path).count(found["time"]) == 1
 
 
 def explained(run):
@@ -273,28 +273,28 @@ def explained(run):
 
 
 @interpreted
-@pytest.mark.parametrize("name", one_of_each.FAMILIES["triton"])
+@pytest.mark.parametrize("name", sanitizer_smoke.FAMILIES["triton"])
 def test_one_of_each_triton_kernel_family_runs(name):
     with use_backend("triton"):
-        said = explained(one_of_each.FAMILIES["triton"][name])
-    form = next((form for form in one_of_each.FORMS if f"'{form}'" in name), "")
+        said = explained(sanitizer_smoke.FAMILIES["triton"][name])
+    form = next((form for form in sanitizer_smoke.FORMS if f"'{form}'" in name), "")
     assert "triton" in said and form in said
 
 
 @pytest.mark.skipif(BACKENDS["cuda-host"].available() is not None, reason="needs the CUDA kernels built for the host")
-@pytest.mark.parametrize("name", one_of_each.FAMILIES["cuda"])
+@pytest.mark.parametrize("name", sanitizer_smoke.FAMILIES["cuda"])
 def test_one_of_each_cuda_kernel_family_runs(name):
     with use_backend("cuda-host"):
-        assert "cuda-host" in explained(one_of_each.FAMILIES["cuda"][name])
+        assert "cuda-host" in explained(sanitizer_smoke.FAMILIES["cuda"][name])
 
 
 def test_a_family_that_gives_no_numbers_is_named(monkeypatch, capsys):
     families = {"good": lambda device: [torch.zeros(1)], "bad": lambda device: [torch.full((1,), torch.nan)]}
     absent = SimpleNamespace(available=lambda: "not on this machine")
-    monkeypatch.setattr(one_of_each, "BACKENDS", BACKENDS | {"absent": absent})
-    monkeypatch.setattr(one_of_each, "FAMILIES", {"reference": families, "absent": families})
-    assert one_of_each.main("cpu") == 1
+    monkeypatch.setattr(sanitizer_smoke, "BACKENDS", BACKENDS | {"absent": absent})
+    monkeypatch.setattr(sanitizer_smoke, "FAMILIES", {"reference": families, "absent": families})
+    assert sanitizer_smoke.main("cpu") == 1
     said = ["reference, good: ran", "reference, bad: not finite", "absent: left out, not on this machine"]
     assert capsys.readouterr().out.splitlines() == said
     monkeypatch.delitem(families, "bad")
-    assert one_of_each.main("cpu") == 0
+    assert sanitizer_smoke.main("cpu") == 0

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastseq.benchmarks import gate, hashed
-from fastseq.benchmarks.attention import CASES, AttentionWorkload, plain
-from fastseq.benchmarks.attention_providers import ATTENTION_PROVIDERS, REFORMER
+from fastseq.benchmarks.measure.check import check_provider, problem_of
+from fastseq.benchmarks.providers.attention import ATTENTION_PROVIDERS, REFORMER
+from fastseq.benchmarks.workloads import hashed
+from fastseq.benchmarks.workloads.attention import CASES, AttentionWorkload, plain
 
 W = AttentionWorkload("hashed", 64, 2, 32, 32, "training", heads=2, causal=True, block=8)
 SHORT = replace(W, block=4)  # with more buckets than one hash tells apart
@@ -79,10 +80,10 @@ def test_one_chunk_is_attention_to_every_other_position():
 def test_the_library_passes_the_gate(w, dtype):
     provider, w = ATTENTION_PROVIDERS[REFORMER], replace(w, dtype=dtype)
     assert provider.unavailable(w) is None
-    result = gate.check(lambda shape: (provider.build(shape), ""), w)
+    result = check_provider(lambda shape: (provider.build(shape), ""), w)
     assert result.ok, result.reason
     assert result.error <= result.bound
-    call = w.call(provider.build(w), gate.problem(w))
+    call = w.call(provider.build(w), problem_of(w))
     (said,) = provider.chose(call)
     assert said == (
         "one chunk, no hashing" if w.block == 64 else f"one round, {32 if w.block == 4 else 16} buckets, chunks of {w.block}"
@@ -124,8 +125,8 @@ def _no_gradient_of_keys(w, q, v, buckets):
     ],
 )
 def test_what_is_not_hashed_attention_is_refused(program, reason):
-    assert gate.check(lambda shape: (CASES["hashed"].eager, ""), W).ok
-    result = gate.check(lambda shape: (plain(program), ""), W)
+    assert check_provider(lambda shape: (CASES["hashed"].eager, ""), W).ok
+    result = check_provider(lambda shape: (plain(program), ""), W)
     assert not result.ok and reason in result.reason
 
 

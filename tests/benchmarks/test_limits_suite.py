@@ -7,12 +7,17 @@ import pytest
 import torch
 
 from fastseq.backends import library
-from fastseq.benchmarks import cli, floors, gate, limits
-from fastseq.benchmarks.limits import EXCHANGES, FMA_DTYPES, LIMIT_PROVIDERS, NAMES, LimitWorkload
-from fastseq.benchmarks.presentation import Cell, Options
-from fastseq.benchmarks.runner import Runner
+from fastseq.benchmarks import cli
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.measure.check import _plain, check_provider
+from fastseq.benchmarks.measure.runner import Runner
+from fastseq.benchmarks.providers.limits import LIMIT_PROVIDERS, no_fma
+from fastseq.benchmarks.report.model import Cell
+from fastseq.benchmarks.roofline import model, peaks
 from fastseq.benchmarks.suites import SUITES
 from fastseq.benchmarks.suites import limits as suite
+from fastseq.benchmarks.workloads import limits
+from fastseq.benchmarks.workloads.limits import EXCHANGES, FMA_DTYPES, TORCH, LimitWorkload
 
 SMALL = {
     "read": LimitWorkload("read", 6, 2, 64, 64, threads=2),
@@ -20,7 +25,7 @@ SMALL = {
     "product": LimitWorkload("product", 1, 1, 96, 96),
     "launch": limits.launch("cpu", 1),
 }
-PEAKS = floors.Peaks("cpu", 1, "float32", {16: 1e11, 65536: 1e11}, {256: 4e10, 65536: 2e10}, 1e11, {"operator": 1e-6})
+PEAKS = peaks.Peaks("cpu", 1, "float32", {16: 1e11, 65536: 1e11}, {256: 4e10, 65536: 2e10}, 1e11, {"operator": 1e-6})
 RATES = {"read": 1e11, "copy": 2e10, "product": 1e11, "fma": 4e11, "launch": 1e6}
 FMA = replace(limits.fma("cpu", 2), T=1000)
 needs_library = pytest.mark.skipif(library.reason() is not None, reason=f"make library: {library.reason()}")
@@ -36,11 +41,11 @@ def table(results, title):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("function", NAMES)
+@pytest.mark.parametrize("function", TORCH)
 def test_every_program_passes_the_gate(function, dtype):
     w = replace(SMALL[function], dtype=dtype)
     (provider,) = (p for p in LIMIT_PROVIDERS.values() if p.function == function)
-    result = gate.check(lambda shape: (provider.build(shape), ""), w)
+    result = check_provider(lambda shape: (provider.build(shape), ""), w)
     assert result.ok, result.reason
 
 
@@ -54,12 +59,12 @@ def test_every_program_passes_the_gate(function, dtype):
     ],
 )
 def test_a_program_that_does_less_is_refused(function, program):
-    assert not gate.check(lambda shape: (program, ""), SMALL[function]).ok
+    assert not check_provider(lambda shape: (program, ""), SMALL[function]).ok
 
 
 @needs_library
 def test_the_library_has_the_multiply_adds():
-    assert limits.no_fma(FMA) == ""
+    assert no_fma(FMA) == ""
 
 
 @needs_library
@@ -71,7 +76,7 @@ def test_multiply_adds_are_counted_by_their_result(level, dtype, monkeypatch):
         pytest.skip(f"this processor has no {level}")
     provider = LIMIT_PROVIDERS["fastseq fma"]
     for w in (replace(FMA, dtype=dtype), replace(FMA, dtype=dtype, B=5, T=limits.FMA_STEPS)):
-        result = gate.check(lambda shape: (provider.build(shape), ""), w)
+        result = check_provider(lambda shape: (provider.build(shape), ""), w)
         assert result.ok and result.error == 0, result.reason
     start = torch.randn(3, 384, dtype=torch.float64).to(getattr(torch, dtype))
     found = torch.empty_like(start)
@@ -90,8 +95,8 @@ def test_multiply_adds_are_counted_by_their_result(level, dtype, monkeypatch):
 )
 def test_fewer_multiply_adds_are_refused(program):
     w = limits.fma("cpu", 2)
-    right = gate.check(lambda shape: (lambda w, a: lambda: a + w.T, ""), w)
-    assert right.ok and not gate.check(lambda shape: (program, ""), w).ok
+    right = check_provider(lambda shape: (lambda w, a: lambda: a + w.T, ""), w)
+    assert right.ok and not check_provider(lambda shape: (program, ""), w).ok
 
 
 @needs_library
@@ -115,8 +120,8 @@ def test_the_raw_op_refuses_what_does_not_fit():
 
 
 def test_multiply_adds_that_cannot_be_measured_say_why(monkeypatch):
-    assert "float32 and float64" in limits.no_fma(replace(FMA, dtype="bfloat16"))
-    assert "on a CPU" in limits.no_fma(replace(FMA, device="cuda"))
+    assert "float32 and float64" in no_fma(replace(FMA, dtype="bfloat16"))
+    assert "on a CPU" in no_fma(replace(FMA, device="cuda"))
     monkeypatch.setattr(library, "reason", lambda: "there is no library (`make library`)")
     assert "make library" in LIMIT_PROVIDERS["fastseq fma"].unavailable(FMA)
 
@@ -126,7 +131,7 @@ def test_what_a_call_does_is_counted():
     assert SMALL["read"].amount == 6 * 32 * 1024  # every output is a sum over one thread's share
     assert SMALL["copy"].amount == 2 * 3 * 64 * 1024
     assert [SMALL[name].launches for name in ("read", "copy", "product")] == [1, 3, 1]
-    assert floors.floor_of(SMALL["read"], PEAKS).bound == "memory"  # one launch of 1 µs, and bytes for 2 µs
+    assert model.roofline_of(SMALL["read"], PEAKS).bound == "memory"  # one launch of 1 µs, and bytes for 2 µs
     assert SMALL["product"].amount == 2 * 96**3
     assert FMA.amount == 2 * 1000 * 2 * 384 and limits.fma("cpu", 2).amount == 2 * limits.FMA_STEPS * 2 * 384
     assert SMALL["launch"].amount == SMALL["launch"].launches == limits.LAUNCHES
@@ -134,12 +139,12 @@ def test_what_a_call_does_is_counted():
     assert limits.read("cuda:1", 1024, 8).amount == limits.READ_TOTAL["cuda"]
 
 
-@pytest.mark.parametrize("function", NAMES)
-def test_a_limit_is_its_own_floor(function):
+@pytest.mark.parametrize("function", TORCH)
+def test_a_limit_is_its_own_roofline(function):
     w = limits.launch("cpu", 1) if function == "launch" else replace(SMALL[function], H=65536 if function != "product" else 512)
-    floor = floors.floor_of(w, PEAKS)
-    assert floor.seconds == pytest.approx(w.amount / RATES[function])
-    assert floor.bound == {"product": "arithmetic", "launch": "launch"}.get(function, "memory")
+    roofline = model.roofline_of(w, PEAKS)
+    assert roofline.seconds == pytest.approx(w.amount / RATES[function])
+    assert roofline.bound == {"product": "arithmetic", "launch": "launch"}.get(function, "memory")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -158,7 +163,7 @@ def test_the_plan(device):
         assert {"tf32", "bfloat16"} <= products and set(EXCHANGES) <= {w.function for w in found}
         assert "fma" not in {w.function for w in found}
     for w in found:
-        reference = gate._plain(w)  # a reference is shared by all thread counts
+        reference = _plain(w)  # a reference is shared by all thread counts
         assert reference.shape == w.shape and reference.amount == w.amount
     quick = suite.plan(Options(device, "float32", (), quick=True))
     assert len(quick) < len(cases) and sum(c.effort.seconds for c in quick) < 5
@@ -168,10 +173,10 @@ def test_the_plan(device):
 
 def test_peaks_of_another_precision_keep_what_does_not_depend_on_it(monkeypatch):
     measured = []
-    monkeypatch.setattr(floors, "_rate", lambda w, *a, **k: measured.append(w.function) or 1e9)
+    monkeypatch.setattr(peaks, "_rate", lambda w, *a, **k: measured.append(w.function) or 1e9)
     runner = Runner("cpu", quick=True)
     first = runner.peaks_for(SMALL["product"])
-    arithmetic = {"product"} if limits.no_fma(FMA) else {"product", "fma"}
+    arithmetic = {"product"} if no_fma(FMA) else {"product", "fma"}
     assert {"read", "copy", "launch", *arithmetic} == set(measured)
     measured.clear()
     other = runner.peaks_for(replace(SMALL["product"], dtype="bfloat16"))
@@ -240,7 +245,7 @@ def test_a_wrong_row_has_no_rate(synthetic):
 
 @pytest.mark.parametrize("name", list(SUITES))
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_timed_row_of_every_suite_has_a_floor(name, device):
+def test_every_timed_row_of_every_suite_has_a_roofline(name, device):
     """What binds it, and a time that is not nothing."""
     peaks = replace(PEAKS, device=device)
     for case in SUITES[name].plan(Options(device, "float32", (2,), quick=True)):
@@ -248,8 +253,8 @@ def test_every_timed_row_of_every_suite_has_a_floor(name, device):
             w = participant.workload
             if not case.timed:
                 continue
-            floor = floors.floor_of(w, peaks)
-            assert floor.seconds > 0 and floor.bound and floor.note, (participant.provider, w)
+            roofline = model.roofline_of(w, peaks)
+            assert roofline.seconds > 0 and roofline.bound and roofline.note, (participant.provider, w)
 
 
 def test_a_run_from_end_to_end(tmp_path, capsys):
@@ -260,7 +265,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     assert {r["function"] for r in found["rows"]} == {"product", "launch", "read", "fma"}
     rows = [row for row in found["rows"] if row["function"] != "fma" or library.reason() is None]
     for row in rows:
-        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["floor"]["bound"]
+        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["roofline"]["bound"]
     assert "What limits this machine" in (tmp_path / "report.html").read_text()
     assert found["derived"]["suites"]["limits"]["products"]["float32"] > 0
     assert "torch.mm" in capsys.readouterr().out

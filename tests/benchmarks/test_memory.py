@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
-from fastseq.benchmarks import memory
-from fastseq.benchmarks.memory import Event, cudnn_algorithms, kept, observe
+from fastseq.benchmarks.measure import memory
+from fastseq.benchmarks.measure.memory import Event, cudnn_algorithms, kept, observe
 
 FLOAT = 4
 
@@ -41,8 +41,8 @@ def test_garbage_from_before_is_not_released_meanwhile():
 
 
 def test_saved_activations_count():
-    """Materialised attention keeps T x T scores for the backward pass, a linear layer does not."""
-    from fastseq.benchmarks.layers import Attention
+    """Materialized attention keeps T x T scores for the backward pass, a linear layer does not."""
+    from fastseq.benchmarks.workloads.layers import Attention
 
     T, W, heads = 256, 32, 2
     layer, x = Attention(W, heads, fused=False), torch.randn(1, T, W, requires_grad=True)

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from fastseq.benchmarks.presentation import Options
-from fastseq.benchmarks.runner import EVERY_PROVIDER, Runner
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.measure.runner import Runner
+from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
 from fastseq.benchmarks.suites import memory_use
 
 
@@ -25,7 +26,7 @@ def test_memory_is_observed_and_nothing_is_timed():
     rows = {
         (r.provider, r.mode, r.T): r for T in (16, 64) for mode in ("inference", "training") for r in runner.run(few(mode, T))
     }
-    assert len(rows) == 4 * len(memory_use.NAMES) and not runner.peaks, "no peaks are needed where there is no floor"
+    assert len(rows) == 4 * len(memory_use.NAMES) and not runner.peaks, "no peaks are needed where there is no roofline"
     for (_, mode, _), row in rows.items():
         assert row.ok, row.reason
         assert row.time is None and row.memory > 0 and (row.kept or 0) >= 0 and (row.kept is None) == (mode == "inference")

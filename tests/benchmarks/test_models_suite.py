@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastseq.benchmarks import cli, gate, models
-from fastseq.benchmarks.model_providers import AFTER, BEFORE, EAGER, MODEL_PROVIDERS, OWN, SDPA
-from fastseq.benchmarks.models import MODELS, LanguageModel, ModelWorkload
-from fastseq.benchmarks.presentation import Options
-from fastseq.benchmarks.runner import Case, Participant, Runner
+from fastseq.benchmarks import cli
+from fastseq.benchmarks.measure.case import Case, Options, Participant
+from fastseq.benchmarks.measure.check import check_provider, problem_of
+from fastseq.benchmarks.measure.runner import Runner
+from fastseq.benchmarks.measure.timing import Effort
+from fastseq.benchmarks.providers.models import AFTER, BEFORE, EAGER, MODEL_PROVIDERS, OWN, SDPA
 from fastseq.benchmarks.suites import models as suite
-from fastseq.benchmarks.timing import Effort
+from fastseq.benchmarks.workloads import models
+from fastseq.benchmarks.workloads.models import MODELS, LanguageModel, ModelWorkload
 
 SMALL = ModelWorkload("lstm-lm", 9, 2, 24, 24, "training", vocabulary=40)
 WITHOUT = importlib.util.find_spec("transformers") is None
@@ -33,10 +35,10 @@ PAIRS = [
 @pytest.mark.parametrize(("function", "name"), PAIRS)
 def test_every_provider_passes_the_gate(function, name, mode):
     provider, w = MODEL_PROVIDERS[name], replace(SMALL, function=function, mode=mode)
-    result = gate.check(lambda shape: (provider.build(shape), ""), w)
+    result = check_provider(lambda shape: (provider.build(shape), ""), w)
     assert result.ok, result.reason
     assert 0 < result.error <= result.bound < 1e-4
-    call = w.call(provider.build(w), gate.problem(w))
+    call = w.call(provider.build(w), problem_of(w))
     assert call.forward().shape == (2, 9, 40)
     with call.context():
         chose = provider.chose(call)
@@ -64,12 +66,12 @@ class Cut(LanguageModel):
 
 @pytest.mark.parametrize(("cls", "reason"), [(Sharper, "output is off by"), (Cut, "grad embedding.weight is off by")])
 def test_a_wrong_model_is_refused(cls, reason):
-    result = gate.check(lambda w: (cls(w), ""), SMALL)
+    result = check_provider(lambda w: (cls(w), ""), SMALL)
     assert not result.ok and reason in result.reason
 
 
 def test_gradients_are_those_of_the_next_token():
-    call = SMALL.call(LanguageModel(SMALL), gate.problem(SMALL))
+    call = SMALL.call(LanguageModel(SMALL), problem_of(SMALL))
     logits = call.model(call.tokens)
     chances = logits[:, :-1].log_softmax(-1).gather(2, call.tokens[:, 1:, None])
     want = torch.autograd.grad(-chances.mean(), call.model.readout.bias)[0]
@@ -81,7 +83,7 @@ def test_gradients_are_those_of_the_next_token():
 def test_a_gradient_that_is_rounding_alone_is_not_compared():
     """Of BERT's key biases: in fp64 they are sixteen digits below those of the query biases."""
     w = replace(SMALL, function="bert")
-    call = models.ModelCall(MODELS["bert"].build(w), gate.problem(w), dtype=torch.float64)
+    call = models.ModelCall(MODELS["bert"].build(w), problem_of(w), dtype=torch.float64)
     every = dict(zip(call.leaves, call._both(), strict=True))
     assert not [name for name in call.gradients() if name.endswith("key.bias")]
     hidden = {name: grad for name, grad in every.items() if name not in call.gradients()}
@@ -91,7 +93,7 @@ def test_a_gradient_that_is_rounding_alone_is_not_compared():
 
 
 @pytest.mark.parametrize("function", MODELS)
-def test_the_floor_counts_every_matrix(function, monkeypatch):
+def test_the_roofline_counts_every_matrix(function, monkeypatch):
     """Elements of the weights that a token goes through: all matrices but the tables that are looked up in."""
     if MODELS[function].package and WITHOUT:
         pytest.skip("needs transformers")

@@ -1,4 +1,4 @@
-"""Maps of speed-ups and distances to the floor show what the rows say."""
+"""Maps of speed-ups and distances to the roofline show what the rows say."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import math
 
 import pytest
 
-from fastseq.benchmarks import claim_figures, floor_plot, heatmaps, plots
-from fastseq.benchmarks.evidence import Finding, Line, Panel
+from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
+from fastseq.benchmarks.report.findings import Finding, Line, Panel
+from fastseq.benchmarks.report.plots import finding, heatmap, style
+from fastseq.benchmarks.report.plots import roofline as roofline_plot
+from fastseq.benchmarks.suites.recurrent_gpu import ONE_LAYER
 
 
 def test_a_map_for_every_cell_and_thread_count(synthetic):
     rows = synthetic.grid(lambda group, mode, cell, B, H: 0.8 if (cell, B, H) == ("LSTM", 32, 64) else 2.0).rows
-    found = heatmaps.maps(rows)
+    found = heatmap.maps(rows, ONE_LAYER)
     assert [m.title for m in found["padded", "training"]] == [f"{cell}, T=128, 1 thread" for cell in ("LSTM", "GRU", "RNN")]
     lstm = found["packed", "inference"][0]
     assert lstm.points == {(1, 64): 2.0, (1, 256): 2.0, (32, 64): 0.8, (32, 256): 2.0}
@@ -23,7 +26,7 @@ def test_a_map_for_every_cell_and_thread_count(synthetic):
 
 def test_a_gpus_groups_share_a_map_and_a_row_of_widths_is_none(synthetic):
     rows = synthetic.gpu(lambda group, w: w.H / 100).rows
-    found = heatmaps.maps(rows)
+    found = heatmap.maps(rows, ONE_LAYER)
     whole = {m.title: m for m in found["one layer", "training"]}["LSTM, T=1024, bfloat16"]
     assert {(1, 64), (64, 512), (16, 1024)} <= whole.points.keys()
     for of_kind in found.values():
@@ -31,11 +34,11 @@ def test_a_gpus_groups_share_a_map_and_a_row_of_widths_is_none(synthetic):
     assert not any("triton" in m.title for of_kind in found.values() for m in of_kind)
 
 
-def test_losses_have_another_colour_and_a_mark(synthetic):
+def test_losses_have_another_color_and_a_mark(synthetic):
     rows = synthetic.grid(lambda group, mode, cell, B, H: 0.97 if B == 1 else 1.02).rows
-    drawn = plots.svg(heatmaps.figures(rows)[0])
-    assert drawn.count(f"0.97{heatmaps.LOSS}") == 6 and drawn.count(">1.02<") == 6  # three cells, two widths
-    small = [colorsys.rgb_to_hsv(*colors(0.0)[:3])[0] * 360 for colors in (heatmaps.LOSSES, heatmaps.GAINS)]
+    drawn = style.svg(heatmap.figures(rows, ONE_LAYER)[0])
+    assert drawn.count(f"0.97{heatmap.LOSS}") == 6 and drawn.count(">1.02<") == 6  # three cells, two widths
+    small = [colorsys.rgb_to_hsv(*colors(0.0)[:3])[0] * 360 for colors in (heatmap.LOSSES, heatmap.GAINS)]
     assert 15 < small[0] < 45 and 190 < small[1] < 230  # orange and blue, however small the difference
 
 
@@ -44,25 +47,40 @@ def test_what_was_not_measured_stays_empty(synthetic):
     for row in rows:
         if (row.B, row.H) == (32, 256):
             row.status, row.time = "skipped", None
-    drawn = plots.svg(heatmaps.figures(rows)[0])
+    drawn = style.svg(heatmap.figures(rows, ONE_LAYER)[0])
     assert drawn.count(">2.50<") == 9
 
 
-def test_distance_to_the_floor_is_the_time_over_it(synthetic):
+def test_distance_to_the_roofline_is_the_time_over_it(synthetic):
     rows = synthetic.grid(lambda group, mode, cell, B, H: 1.0).rows
     for row in rows:
-        row.floor = {"seconds": row.seconds / 3, "bound": "weights" if row.H == 64 else "arithmetic", "note": ""}
-    found = floor_plot.distances(rows)
+        row.roofline = {"seconds": row.seconds / 3, "bound": "weights" if row.H == 64 else "arithmetic", "note": ""}
+    found = roofline_plot.distances(rows)
     assert {bound for bound, _ in found["torch.nn.GRU"]} == {"weights", "arithmetic"}
     assert all(d == pytest.approx(3) for points in found.values() for _, d in points)
-    figure = floor_plot.figures(rows)[0]
+    figure = roofline_plot.figures(rows)[0]
     assert "torch.nn.GRU 3.0" in figure.alt and "weights, arithmetic" in figure.alt
-    assert floor_plot.figures([]) == []
+    assert roofline_plot.figures([]) == []
 
 
 def test_a_claims_picture_tells_its_ends_in_words():
     lines = (Line("block", {32: 1e-3, 64: 4e-3}, {32: (9e-4, 2e-3), 64: (3e-3, 5e-3)}), Line("gone", {}), Line("zero", {32: 0.0}))
-    finding = Finding("B = 1", (), "", (), (Panel("Training", lines), Panel("Empty", (Line("none", {}),))))
-    (figure,) = claim_figures.figures(finding)
+    found = Finding("B = 1", (), "", (), (Panel("Training", lines), Panel("Empty", (Line("none", {}),))))
+    (figure,) = finding.figures(found)
     assert "block from 1.00 ms at T = 32 to 4.00 ms at T = 64" in figure.alt and "B = 1" in figure.caption
-    assert math.isfinite(figure.size[1]) and "block" in plots.svg(figure)
+    assert math.isfinite(figure.size[1]) and "block" in style.svg(figure)
+
+
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_every_line_has_contrast_on_either_background():
+    """3:1, as WCAG wants it of graphics."""
+    colors = {name: p.color for name, p in EVERY_PROVIDER.items()} | {f"claims {c}": c for c in finding.COLORS}
+    for name, color in colors.items():
+        for paper in (style.LIGHT.paper, style.DARK.paper):
+            dark, light = sorted((luminance(color), luminance(paper)))
+            assert (light + 0.05) / (dark + 0.05) >= 3, (name, color, paper)

@@ -8,8 +8,11 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from fastseq.benchmarks import claims, plots, readme
-from fastseq.benchmarks.results import Results
+from fastseq.benchmarks import assembly
+from fastseq.benchmarks.claims import table as claims
+from fastseq.benchmarks.measure.results import Results
+from fastseq.benchmarks.report import readme
+from fastseq.benchmarks.report.plots import style
 from fastseq.benchmarks.suites import SUITES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +29,8 @@ def committed():
 
 def test_table_is_the_files(committed):
     text = README.read_text(encoding="utf-8")
-    assert text.split(readme.BEGIN)[1].split(readme.END)[0].strip() == readme.section(committed)
-    assert "not measured" not in readme.section(committed)
+    assert text.split(readme.BEGIN)[1].split(readme.END)[0].strip() == assembly.figures(committed)
+    assert "not measured" not in assembly.figures(committed)
 
 
 def test_picture_is_the_files(committed, tmp_path):
@@ -37,7 +40,7 @@ def test_picture_is_the_files(committed, tmp_path):
     if f"<!-- matplotlib {matplotlib.__version__} -->" not in drawn:
         pytest.skip(f"drawn by another version than matplotlib {matplotlib.__version__}")
     fresh = tmp_path / "fresh.svg"
-    plots.save(SUITES[committed.suites()[0]].picture(committed), fresh, plots.AUTO)
+    style.save(SUITES[committed.suites()[0]].picture(committed), fresh, style.AUTO)
     assert fresh.read_text(encoding="utf-8") == drawn
 
 
@@ -46,7 +49,7 @@ def test_verdicts_are_those_of_the_claims(committed):
     measured = [v for v in claims.verdicts(committed) if v.measured]
     assert len(measured) >= 4
     for v in measured:
-        assert f"| {v.statement} | {v.verdict}" in text and v.findings[0].sizes in text
+        assert f"| {v.statement} | {v.state}: {v.brief}" in text and v.findings[0].sizes in text
 
 
 def test_only_what_stands_between_the_markers_changes(synthetic, tmp_path):
@@ -54,13 +57,13 @@ def test_only_what_stands_between_the_markers_changes(synthetic, tmp_path):
     results.environment |= {"device name": "a device", "versions": {"torch": "2.x"}}
     file = tmp_path / "page.md"
     file.write_text(f"above\n{readme.BEGIN}\nold\n{readme.END}\nbelow\n")
-    readme.update(file, results)
+    readme.update(file, assembly.figures(results))
     text = file.read_text()
     assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
     assert "| forward, rows of equal length | 2.00× (1.00 to 4.00) | 3.00× (3.00 to 3.00) | 2.00× (1.00 to 4.00) |" in text
-    assert "| they say | measured here | figures |" in text and "come from `--suite attention`" in text
+    assert "| claim | verdict | figures |" in text and "come from `--suite attention`" in text
     next(row for row in results.rows if row.provider == "fastseq.LSTM").ratio = None
-    assert "not measured" in readme.section(results)
+    assert "not measured" in assembly.figures(results)
     file.write_text("no markers")
     with pytest.raises(ValueError, match="lacks the markers"):
-        readme.update(file, results)
+        readme.update(file, assembly.figures(results))

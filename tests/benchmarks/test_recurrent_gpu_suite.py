@@ -12,18 +12,22 @@ import torch
 from torch import nn
 
 import fastseq
-from fastseq.backends import cuda_host
 from fastseq.backends.triton import _launch
-from fastseq.benchmarks import gate, report
-from fastseq.benchmarks.floors import Peaks
-from fastseq.benchmarks.presentation import Cell, Options
-from fastseq.benchmarks.providers import PROVIDERS, RECURRENT
-from fastseq.benchmarks.recurrent import PRECISIONS, RecurrentWorkload
-from fastseq.benchmarks.recurrent_providers import RECURRENT_PROVIDERS, forced
-from fastseq.benchmarks.runner import EVERY_PROVIDER, Case, Participant, Runner
+from fastseq.benchmarks import assembly
+from fastseq.benchmarks.measure.case import Case, Options, Participant
+from fastseq.benchmarks.measure.check import check_provider, problem_of
+from fastseq.benchmarks.measure.runner import Runner
+from fastseq.benchmarks.measure.timing import Effort
+from fastseq.benchmarks.providers.base import PROVIDERS, RECURRENT
+from fastseq.benchmarks.providers.recurrent import RECURRENT_PROVIDERS, forced
+from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
+from fastseq.benchmarks.report.model import Cell
+from fastseq.benchmarks.roofline.peaks import Peaks
 from fastseq.benchmarks.suites import recurrent, recurrent_gpu, recurrent_gpu_report
-from fastseq.benchmarks.timing import Effort, HostClock
-from fastseq.benchmarks.workloads import MODES, Workload
+from fastseq.benchmarks.workloads.base import MODES, Workload
+from fastseq.benchmarks.workloads.clocks import HostClock
+from fastseq.benchmarks.workloads.recurrent import PRECISIONS, RecurrentWorkload
+from support import cuda_host
 
 GPU = Options("cuda", "float32", (1,), quick=False)
 POINT = RecurrentWorkload("lstm", 1024, 64, 512, 512, dtype="float16")
@@ -156,7 +160,7 @@ def test_peaks_are_measured_under_the_flags_of_their_precision(monkeypatch):
     def measure(device, threads, dtype, *, quick, known):
         return replace(PEAKS, dtype=dtype, gemm=2.0 if torch.backends.cuda.matmul.allow_tf32 else 1.0)
 
-    monkeypatch.setattr("fastseq.benchmarks.floors.measure", measure)
+    monkeypatch.setattr("fastseq.benchmarks.measure.runner.measure_peaks", measure)
     runner = Runner("cpu", providers=PROVIDERS)
     for tf32 in (True, False):
         w = replace(SMALL, tf32=tf32)
@@ -175,9 +179,9 @@ def test_every_provider_is_timed_in_a_graph_too(monkeypatch, capturable):
                 raise RuntimeError("operation not permitted when stream is capturing")
             return run
 
-    monkeypatch.setattr("fastseq.benchmarks.runner.GraphClock", Graph)
-    monkeypatch.setattr("fastseq.benchmarks.runner.IssueClock", HostClock)
-    monkeypatch.setattr("fastseq.benchmarks.runner._free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr("fastseq.benchmarks.measure.runner.GraphClock", Graph)
+    monkeypatch.setattr("fastseq.benchmarks.measure.runner.IssueClock", HostClock)
+    monkeypatch.setattr("fastseq.benchmarks.measure.runner._free_memory", lambda device: 1 << 40)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     runner = Runner("cuda", clock=HostClock())
     runner.peaks[1, "float32"] = PEAKS
@@ -193,21 +197,23 @@ def test_every_provider_is_timed_in_a_graph_too(monkeypatch, capturable):
 @pytest.mark.parametrize("name", ["torch.nn.LSTM", "fastseq.LSTM", "fastseq.LSTM (triton)"])
 def test_deep_and_bidirectional_layers_pass_the_gate(name, change):
     provider, w = EVERY_PROVIDER[name], replace(SMALL, function="lstm", T=4, **change)
-    result = gate.check(lambda shape: (provider.build(shape), provider.layout), w)
+    result = check_provider(lambda shape: (provider.build(shape), provider.layout), w)
     assert result.ok, result.reason
 
 
 @pytest.mark.parametrize("name", ["torch.compile GRU", "fastseq.GRU (triton)", "eager GRUCell loop", "eager RNNCell loop"])
 def test_the_other_programs_pass_the_gate(name):
     provider = EVERY_PROVIDER[name]
-    result = gate.check(lambda shape: (provider.build(shape), provider.layout), replace(SMALL, function=provider.function, T=4))
+    result = check_provider(
+        lambda shape: (provider.build(shape), provider.layout), replace(SMALL, function=provider.function, T=4)
+    )
     assert result.ok, result.reason
 
 
 def test_torch_compile_tells_that_it_compiles_nothing():
     provider = RECURRENT_PROVIDERS["torch.compile LSTM"]
     w = replace(SMALL, function="lstm")
-    call = w.call(provider.build(w), gate.problem(w), "time")
+    call = w.call(provider.build(w), problem_of(w), "time")
     assert len(call.parameters) == 4 and provider.chose(call) == ["compiled graphs: 0"]
 
 
@@ -239,7 +245,7 @@ def test_a_forced_backend_is_forced_in_the_backward_pass_too(of):
             return Watched.apply(output), h_n
 
     active = [False]
-    of.call(Module(24, 24), gate.problem(of), "time").run()
+    of.call(Module(24, 24), problem_of(of), "time").run()
     assert inside == [True] and active[-1] is False
 
 
@@ -331,19 +337,19 @@ def test_targets_of_the_cuda_kernels_for_a_structure(synthetic, title, group, le
     assert not cuda_verdicts(results)[title, "training"]["reached"]
 
 
-def test_every_row_is_held_to_its_floor(synthetic):
+def test_every_row_is_held_to_its_roofline(synthetic):
     results = synthetic.gpu(lambda group, w: 1.0)
-    title = "every point within 1.5× its floor"
+    title = "every point within 1.5× its roofline"
     for row in on_cuda(results):
-        row.floor["seconds"] = row.seconds / 1.5
+        row.roofline["seconds"] = row.seconds / 1.5
     verdict = cuda_verdicts(results)[title, "inference"]
     assert verdict["reached"] and verdict["untimed"] == 0 and verdict["found"] == pytest.approx(1 / 1.5)
     slow = on_cuda(results, mode="inference")[7]
-    slow.floor["seconds"] = slow.seconds / 1.6
+    slow.roofline["seconds"] = slow.seconds / 1.6
     verdict = cuda_verdicts(results)[title, "inference"]
     assert not verdict["reached"] and verdict["lowest"] == recurrent_gpu.name(slow)
     line = next(line for line in table(results, "Targets of fastseq on CUDA").rows if line[0] == title)
-    assert [text(cell) for cell in line[3:5]] == ["67% of floor", "62% of floor"] and text(line[-1]) == "not reached"
+    assert [text(cell) for cell in line[3:5]] == ["67% of roofline", "62% of roofline"] and text(line[-1]) == "not reached"
 
 
 def test_a_shape_without_a_plan_is_told_and_reaches_no_target(synthetic):
@@ -383,7 +389,7 @@ def test_the_cuda_kernels_say_why_they_cannot_run_and_how_they_do(monkeypatch):
     monkeypatch.setattr(cuda_host, "why_not", lambda query: ["too wide"] if query.backward else obstacles(query))
     assert host.unavailable(w) == "backward: too wide" and host.unavailable(replace(w, mode="inference")) is None
     monkeypatch.undo()
-    call = w.call(host.build(w), gate.problem(w), "time")
+    call = w.call(host.build(w), problem_of(w), "time")
     backend, forward, backward = host.chose(call)
     assert backend == "backend: cuda-host"
     assert forward.startswith("plan, forward: ") and backward.startswith("plan, backward: ") and "CTAs" in backward
@@ -440,7 +446,7 @@ def test_other_programs_have_their_own_table(synthetic):
 
 def test_the_page_of_a_gpu(synthetic):
     results = synthetic.gpu(lambda group, w: 0.8 if w.B == 1 else 2.5)
-    page = report.page(results)
+    page = assembly.page(results)
     assert "Speed-up over torch.nn, every point" in page and "not reached" in page and "cuDNN ran" in page
     strips = recurrent_gpu_report._strips(results.rows, "inference")
     targets = {strip.label: strip.target for strip in strips if strip.target}

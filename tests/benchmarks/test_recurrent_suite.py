@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastseq.benchmarks.presentation import Cell, Options
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.report.model import Cell
 from fastseq.benchmarks.suites import recurrent
 
 

@@ -8,9 +8,13 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from fastseq.benchmarks import claim_figures, claims, environment, plots, report
-from fastseq.benchmarks.presentation import Table
-from fastseq.benchmarks.results import Results, write_csv
+from fastseq.benchmarks import assembly
+from fastseq.benchmarks.claims import table as claims
+from fastseq.benchmarks.measure import environment
+from fastseq.benchmarks.measure.results import Results, write_csv
+from fastseq.benchmarks.report import quality
+from fastseq.benchmarks.report.model import Table, sides
+from fastseq.benchmarks.report.plots import finding, style
 from fastseq.benchmarks.suites import SUITES
 
 
@@ -39,7 +43,7 @@ def results(synthetic):
 @pytest.fixture(scope="module")
 def page(results):
     """Drawn once: it has many pictures."""
-    return report.page(results)
+    return assembly.page(results)
 
 
 class Page(HTMLParser):
@@ -82,8 +86,8 @@ def test_the_page_needs_nothing_but_itself(results, page):
 
 def report_figures(results):
     """The headline, those of the claims, those of the sections."""
-    of_claims = [f for v in claims.verdicts(results) for finding in v.findings for f in claim_figures.figures(finding)]
-    return ["headline", *of_claims, *(f for section in report.sections(results) for f in section.figures)]
+    of_claims = [f for v in claims.verdicts(results) for found in v.findings for f in finding.figures(found)]
+    return ["headline", *of_claims, *(f for section in assembly.sections(results) for f in section.figures)]
 
 
 def test_every_picture_is_described(page):
@@ -94,8 +98,8 @@ def test_every_picture_is_described(page):
         assert (title_label, alt_label) == (title_id, alt_id) and len(title) > 3 and len(alt) > 20
 
 
-def test_the_page_shows_claims_maps_floors_and_how_to_reproduce(results, page):
-    for part in ("Speed-up over batch and width, padded, forward", "Time over the floor, forward", "How to reproduce it"):
+def test_the_page_shows_claims_maps_rooflines_and_how_to_reproduce(results, page):
+    for part in ("Speed-up over batch and width, padded, forward", "Distance to the roofline, forward", "How to reproduce it"):
         assert part in page
     assert "python -m fastseq bench --suite sequential-vs-parallel --suite recurrent" in page
     assert page.count('<article class="claim"') == sum(v.measured for v in claims.verdicts(results))
@@ -110,7 +114,7 @@ def test_the_page_escapes_what_it_shows(page):
 
 def test_page_and_terminal_show_what_went_wrong(results, page):
     out = StringIO()
-    report.terminal(results, Console(file=out, width=160))
+    assembly.show(results, Console(file=out, width=160))
     for text in (page, out.getvalue()):
         for part in (
             "wrong result",
@@ -125,13 +129,14 @@ def test_page_and_terminal_show_what_went_wrong(results, page):
 
 
 def test_a_busy_machine_is_mentioned(results, page):
-    def notes(**environment):
-        return " ".join(report.notes(Results({**results.environment, **environment}, results.options)))
+    def status(**environment):
+        return quality.status(Results({**results.environment, **environment}, {})).text
 
-    assert "load 1.9 on 2 CPUs" in notes(**{"load average": 1.9})
-    assert "used 30% of the CPU" in notes(**{"cpu used by others": 0.3})
-    assert "expect noise" not in notes(**{"load average": 1.9, "cpu used by others": 0.01})
-    assert all(note in page for note in report.notes(results)) and "A quick run" in page
+    assert "load 1.9 on 2 CPUs" in status(**{"load average": 1.9})
+    assert "used 30% of the CPU" in status(**{"cpu used by others": 0.3})
+    assert "load" not in status(**{"load average": 1.9, "cpu used by others": 0.01})
+    assert quality.status(results).text in page
+    assert all(note in page for note in quality.notes(results)) and "A quick run" in page
 
 
 def test_cpu_time_of_others(monkeypatch):
@@ -141,7 +146,7 @@ def test_cpu_time_of_others(monkeypatch):
 
 
 def test_labels_are_pushed_apart_and_keep_their_order():
-    found = plots._apart([0.1, 0.5, 0.5, 0.52, 0.9], gap=0.1)
+    found = style._apart([0.1, 0.5, 0.5, 0.52, 0.9], gap=0.1)
     assert all(b - a >= 0.1 - 1e-9 for a, b in zip(found, found[1:], strict=False))
     assert found[0] == 0.1 and found[-1] == 0.9
     assert sum(found[1:4]) / 3 == pytest.approx(0.51, abs=0.02)
@@ -151,23 +156,23 @@ def test_numbers_are_set_right_and_words_left():
     table = Table(
         "",
         ["", "time", "bound by", "grows as"],
-        [["a", "1.0 ms", "weights", "T^1.0"], ["b", "–", "arithmetic", "–"]],
+        [["a", "1.0 ms", "weights", "T¹·⁰⁰"], ["b", "–", "arithmetic", "–"]],
     )
-    assert report.sides(table) == ["left", "right", "left", "right"]
+    assert sides(table) == ["left", "right", "left", "right"]
 
 
 def test_the_same_results_give_the_same_page(synthetic):
     results = synthetic.single(lambda group, w: w.H / 256)
     results.rows = [row for row in results.rows if (row.group, row.mode, row.function) == ("step", "inference", "lstmcell")]
-    assert report.page(results) == report.page(results)
+    assert assembly.page(results) == assembly.page(results)
 
 
 def test_json_round_trip(results, tmp_path):
     path = tmp_path / "results.json"
-    results.save(path, **report.derive(results))
+    results.save(path, **assembly.derive(results))
     again = Results.load(path)
     assert again == results
-    assert report.derive(again) == report.derive(results)
+    assert assembly.derive(again) == assembly.derive(results)
     derived = json.loads(path.read_text())["derived"]
     assert {v["claim"] for v in derived["verdicts"]} >= {"parallel-ops", "memory-less"}
 
@@ -178,10 +183,10 @@ def test_json_round_trip(results, tmp_path):
         ("{", "is not JSON"),
         ("[]", "not a result file"),
         ('{"schema": "other"}', "not a result file"),
-        ('{"schema": "fastseq-benchmark", "version": 99}', "version 99; this fastseq reads version 1"),
-        ('{"schema": "fastseq-benchmark", "version": 1}', "does not have the fields"),
+        ('{"schema": "fastseq-benchmark", "version": 99}', "version 99; this fastseq reads version 2"),
+        ('{"schema": "fastseq-benchmark", "version": 2}', "does not have the fields"),
         (
-            '{"schema": "fastseq-benchmark", "version": 1, "environment": {}, "options": {}, "peaks": [],'
+            '{"schema": "fastseq-benchmark", "version": 2, "environment": {}, "options": {}, "peaks": [],'
             ' "seconds": 1, "rows": [{"x": 1}]}',
             "does not have the fields",
         ),
@@ -199,35 +204,36 @@ def test_csv_has_a_line_per_row(results, tmp_path):
     write_csv(results.rows, path)
     lines = path.read_text().splitlines()
     assert len(lines) == len(results.rows) + 1
-    assert {"provider", "time.median", "ratio.baseline", "floor.bound", "check.error"} <= set(lines[0].split(","))
+    assert {"provider", "time.median", "ratio.baseline", "roofline.bound", "check.error"} <= set(lines[0].split(","))
 
 
 @pytest.mark.parametrize("suite", ["sequential-vs-parallel", "recurrent", "cells", "attention"])
 def test_pictures_are_the_same_every_time(results, tmp_path, suite):
     figure = SUITES[suite].picture(results)
-    for name, theme in plots.THEMES.items():
+    for name, theme in style.THEMES.items():
         first, second = tmp_path / f"{name}1.svg", tmp_path / f"{name}2.svg"
-        plots.save(figure, first, theme)
-        plots.save(figure, second, theme)
+        style.save(figure, first, theme)
+        style.save(figure, second, theme)
         assert first.read_bytes() == second.read_bytes()
-        assert (plots.DARK if name == "auto" else theme).ink in first.read_text() and "<text" not in first.read_text()
-    plots.save(figure, tmp_path / "picture.png", plots.AUTO)
+        assert (style.DARK if name == "auto" else theme).ink in first.read_text() and "<text" in first.read_text(), (
+            "labels are text"
+        )
+    style.save(figure, tmp_path / "picture.png", style.AUTO)
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="svg or .png"):
-        plots.save(figure, tmp_path / "picture.gif", plots.LIGHT)
+        style.save(figure, tmp_path / "picture.gif", style.LIGHT)
 
 
 def test_a_row_that_spreads_says_so(synthetic):
     """Marked in the JSON, counted at the head of the page, listed at its end; without one nothing is said."""
     found = synthetic.lengths({name: lambda T: 1e-6 * T for name in ("torch.nn.LSTM", "fused attention")})
-    assert not any("noisy" in note for note in report.notes(found)) and report.derive(found)["noisy"] == []
+    assert "; 1 of" not in quality.status(found).text and assembly.derive(found)["noisy"] == []
     timed = [row for row in found.rows if row.time]
     row = timed[2]
     row.time |= {"low": row.seconds * 0.8, "high": row.seconds * 1.2}
     assert row.noisy and row.spread == pytest.approx(0.4)
-    assert report.derive(found)["noisy"] == [found.rows.index(row)]
-    (note,) = (note for note in report.notes(found) if "noisy" in note)
-    assert note.startswith(f"1 of {len(timed)} rows are noisy")
-    (section,) = (section for section in report.sections(found) if section.title == "What was noisy")
+    assert assembly.derive(found)["noisy"] == [found.rows.index(row)]
+    assert f"1 of {len(timed)} noisy" in quality.status(found).text and "Data quality" in " ".join(quality.notes(found))
+    (section,) = (section for section in assembly.sections(found) if section.title == "Data quality")
     ((provider, *_, spread),) = section.tables[0].rows
     assert provider == row.provider and spread.text == "40%"

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastseq.benchmarks.layers import TransformerBlock
-from fastseq.benchmarks.presentation import Options
-from fastseq.benchmarks.providers import PROVIDERS
-from fastseq.benchmarks.runner import EVERY_PROVIDER, Runner
-from fastseq.benchmarks.stack_providers import STACK_PROVIDERS
-from fastseq.benchmarks.statements import CACHED, PLAIN, POSITIONED, Segments, Statement
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.measure.runner import Runner
+from fastseq.benchmarks.providers.base import PROVIDERS
+from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
+from fastseq.benchmarks.providers.stacks import STACK_PROVIDERS
 from fastseq.benchmarks.suites import statements
+from fastseq.benchmarks.workloads.layers import TransformerBlock
+from fastseq.benchmarks.workloads.statements import CACHED, PLAIN, POSITIONED, Segments, Statement
 
 QUICK, FULL = (Options("cpu", "float32", (1,), quick=quick) for quick in (True, False))
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastseq.benchmarks import selection
-from fastseq.benchmarks.presentation import Options
-from fastseq.benchmarks.runner import EVERY_PROVIDER
-from fastseq.benchmarks.suites import SUITES
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
+from fastseq.benchmarks.suites import SUITES, selection
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 

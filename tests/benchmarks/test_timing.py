@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fastseq.benchmarks.timing import (
-    BenchmarkTimer,
-    CudaClock,
-    Effort,
-    GraphClock,
-    HostClock,
-    IssueClock,
-    Ratio,
-    Timing,
-    interleave,
-)
+from fastseq.benchmarks.measure.timing import Effort, Ratio, Timing, interleave
+from fastseq.benchmarks.ops.timer import BenchmarkTimer
+from fastseq.benchmarks.workloads.clocks import CudaClock, GraphClock, HostClock, IssueClock
 
 
 class World:

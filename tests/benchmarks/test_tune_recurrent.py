@@ -10,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastseq.backends import BACKENDS, cuda_host, library
+from fastseq.backends import BACKENDS, library
 from fastseq.backends.cuda import recurrent
-from fastseq.benchmarks import gpu_day, recurrent_plans, stages, tune_recurrent
-from fastseq.benchmarks.recurrent_plans import Point, Target
-from fastseq.benchmarks.timing import HostClock, Samples
+from fastseq.benchmarks.gpu import day, recurrent_plans, stages, tune_recurrent
+from fastseq.benchmarks.gpu.recurrent_plans import Point, Target
+from fastseq.benchmarks.measure.timing import Samples
+from fastseq.benchmarks.workloads.clocks import HostClock
+from support import cuda_host
 
 planned = pytest.mark.skipif(library.reason() is not None, reason=str(library.reason()))
 executed = pytest.mark.skipif(cuda_host.available() is not None, reason=str(cuda_host.available()))
@@ -196,7 +198,7 @@ def test_the_order_of_a_table():
 @planned
 def test_one_command_without_a_gpu(tmp_path):
     out = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "fastseq.benchmarks.tune_recurrent", "--out", str(out), "--device-model", "a100"]
+    command = [sys.executable, "-m", "fastseq.benchmarks.gpu.tune_recurrent", "--out", str(out), "--device-model", "a100"]
     command += ["--cell", "lstm", "--precision", "bf16,ieee", "--hidden", "256,4096", "--batch", "8", "--lanes", "1"]
     done = subprocess.run([*command, "--candidates", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -217,12 +219,12 @@ def test_one_command_without_a_gpu(tmp_path):
 @planned
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_the_stage_of_a_day_on_a_gpu(tmp_path):
-    stage = next(stage for stage in gpu_day.table() if stage.name == "recurrent-plans")
+    stage = next(stage for stage in day.table() if stage.name == "recurrent-plans")
     assert stages.walk([stage], tmp_path, 2.0)[stage.name].status == "finished"
     rows = [json.loads(line) for line in (tmp_path / "recurrent-plans.jsonl").read_text().splitlines()]
     assert len({Point(*(r[name] for name in Point._fields)) for r in rows}) == 32
     assert all("obstacle" not in r and r["rank"] < r["of"] for r in rows)
-    assert gpu_day.said(tmp_path / stage.leaves, "finished") == f"32 combinations, {len(rows)} plans; nothing is measured"
+    assert day.said(tmp_path / stage.leaves, "finished") == f"32 combinations, {len(rows)} plans; nothing is measured"
 
 
 @pytest.fixture

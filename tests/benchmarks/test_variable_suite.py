@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastseq.benchmarks import cli, gate
-from fastseq.benchmarks.floors import Peaks, floor_of
-from fastseq.benchmarks.presentation import Options
+from fastseq.benchmarks import cli
+from fastseq.benchmarks.measure.case import Options
+from fastseq.benchmarks.measure.check import check_provider, problem_of
+from fastseq.benchmarks.providers.variable_length import FLASH, VARIABLE_PROVIDERS
+from fastseq.benchmarks.roofline.model import roofline_of
+from fastseq.benchmarks.roofline.peaks import Peaks
 from fastseq.benchmarks.suites import variable_length
-from fastseq.benchmarks.variable import SPREADS, EncoderBlock, VariableWorkload, WithLengths, flash_missing
-from fastseq.benchmarks.variable_providers import FLASH, VARIABLE_PROVIDERS
+from fastseq.benchmarks.workloads.variable_length import SPREADS, EncoderBlock, VariableWorkload, WithLengths, flash_missing
 
 SMALL = VariableWorkload("encoder", 11, 4, 24, 24, "training")
 HERE = [name for name in VARIABLE_PROVIDERS if name != FLASH]
@@ -24,7 +26,7 @@ HERE = [name for name in VARIABLE_PROVIDERS if name != FLASH]
 def test_every_provider_passes_the_gate(name, mode):
     provider = VARIABLE_PROVIDERS[name]
     w = replace(SMALL, function=provider.function.removeprefix("variable "), mode=mode)
-    result = gate.check(lambda shape: (provider.build(shape), provider.layout), w)
+    result = check_provider(lambda shape: (provider.build(shape), provider.layout), w)
     assert result.ok, result.reason
     assert 0 < result.error <= result.bound < 1e-5
 
@@ -35,7 +37,7 @@ class Unmasked(EncoderBlock):
 
 
 def test_attention_that_sees_padding_is_refused():
-    result = gate.check(lambda w: (Unmasked(w), "batch"), SMALL)
+    result = check_provider(lambda w: (Unmasked(w), "batch"), SMALL)
     assert not result.ok and "is off by" in result.reason
 
 
@@ -43,7 +45,7 @@ def test_lengths_that_are_wrong_are_refused():
     import fastseq
 
     short = lambda w: [max(1, n - 1) for n in w.lengths]  # noqa: E731
-    result = gate.check(lambda w: (WithLengths(fastseq.LSTM(w.I, w.H), short(w)), "time"), replace(SMALL, function="lstm"))
+    result = check_provider(lambda w: (WithLengths(fastseq.LSTM(w.I, w.H), short(w)), "time"), replace(SMALL, function="lstm"))
     assert not result.ok and "output is off by" in result.reason
 
 
@@ -51,7 +53,7 @@ def test_lengths_that_are_wrong_are_refused():
 def test_every_layout_holds_the_same_rows(layout):
     """What a module that changes nothing gives back are the valid rows, one sequence after the other."""
     w = replace(SMALL, function="lstm", mode="inference")
-    problem = gate.problem(w)
+    problem = problem_of(w)
     call = w.call(nn.LSTM(24, 24), problem, layout if layout == "packed" else "time")
     call.layout = layout
     placed = call._place(problem.x, w)
@@ -70,13 +72,13 @@ def test_lengths(spread):
     assert w.tokens == sum(w.lengths) == w.offsets[-1] and w.steps == 1000
 
 
-def test_the_floor_of_attention_counts_valid_rows():
+def test_the_roofline_of_attention_counts_valid_rows():
     peaks = Peaks("cpu", 1, "float32", {16: 1e15, 65536: 1e15}, {131072: 1e15}, 1e9)
     w = replace(SMALL, mode="inference")
     pairs = sum(n * n for n in w.lengths)
-    assert floor_of(w, peaks).seconds == pytest.approx((16 * w.tokens * 24 * 24 + 4 * pairs * 24) / 1e9)
-    assert floor_of(SMALL, peaks).seconds == pytest.approx(3 * floor_of(w, peaks).seconds)
-    assert floor_of(replace(w, function="lstm"), peaks).seconds < floor_of(replace(w, function="lstm", B=40), peaks).seconds
+    assert roofline_of(w, peaks).seconds == pytest.approx((16 * w.tokens * 24 * 24 + 4 * pairs * 24) / 1e9)
+    assert roofline_of(SMALL, peaks).seconds == pytest.approx(3 * roofline_of(w, peaks).seconds)
+    assert roofline_of(replace(w, function="lstm"), peaks).seconds < roofline_of(replace(w, function="lstm", B=40), peaks).seconds
 
 
 def test_flash_attn_says_why_it_is_missing():
@@ -108,6 +110,6 @@ def test_a_run_from_end_to_end(tmp_path):
     assert rows.pop(FLASH)["status"] == "unavailable"
     assert len(rows) == 4
     for row in rows.values():
-        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["floor"]["seconds"] > 0
+        assert row["status"] == "ok" and row["check"]["ok"] and row["time"]["median"] > 0 and row["roofline"]["seconds"] > 0
         assert 0 < row["detail"]["padding"] < 1 and row["tokens"] < row["T"] * row["B"]
     assert rows["fastseq.GRU (lengths)"]["ratio"]["baseline"] == "torch.nn.GRU (padded)"

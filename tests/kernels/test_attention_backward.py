@@ -1,8 +1,7 @@
-"""The Triton attention backward against the fp64 reference, with several tiles in every direction."""
+"""The Triton attention backward against plain PyTorch in fp64, with several tiles in every direction."""
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor
 
 from fastseq.backends import triton as backend
+from fastseq.backends.triton import _attention_backward as launcher
+from fastseq.ops.types import GRADIENTS
 from fastseq.reference import attention as reference
-from fastseq.reference.attention import GRADIENTS
-from fastseq.testing import assert_all_close_to_truth, assert_close_to_truth
+from fastseq.testing import assert_all_close_to_truth, assert_close_to_truth, pooled_error
 from support.attention import AttentionCase, dense, make, spec_of
+from support.battery import in_fp64
 
-launcher = importlib.import_module("fastseq.backends.triton.attention_backward")  # the package has a function of this name
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = torch.float32 if DEVICE == "cuda" else torch.float64  # the widest that the kernels take there
 TILES = AttentionCase("tiles", batch=1, heads=(2, 1), lengths=(33, 35), features=(8, 12))
@@ -29,6 +29,9 @@ EVERYTHING = replace(
 CASES = [
     TILES,
     replace(TWO, name="grouped", heads=(4, 2), lengths=(20, 35)),
+    # several key heads: each query head reads its own, in the gradients of the biases too
+    replace(TWO, name="grouped-biases", heads=(4, 2), lengths=(20, 35), bias="hqk", relative_bias=41, relative_k=30),
+    replace(TWO, name="key-heads-broadcast-bias", heads=(3, 3), lengths=(20, 35), bias="qk", dropout=0.2),
     replace(TILES, name="causal", right=0),
     replace(TILES, name="causal-bottom-right-dead", right=0, bottom_right=True, lengths=(41, 37)),
     replace(TILES, name="window", left=7, right=3, offset=5, lengths=(50, 70)),
@@ -56,9 +59,9 @@ CASES = [
 ]
 
 
-def _doubled(inputs: dict[str, Any]) -> dict[str, Any]:
+def _cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {
-        name: value.detach().double().requires_grad_(value.requires_grad)
+        name: value.detach().to(dtype).requires_grad_(value.requires_grad)
         if isinstance(value, Tensor) and value.is_floating_point()
         else value
         for name, value in inputs.items()
@@ -73,6 +76,7 @@ class Setting:
     """A case's inputs, what comes back to its results, and the gradients by plain PyTorch in the same dtype and in fp64."""
 
     def __init__(self, case: AttentionCase, dtype: torch.dtype = EXACT) -> None:
+        self.changes: dict[str, Any] = {}  # of the spec, as the case does not have them
         self.inputs = make(case, dtype, DEVICE)
         self.spec = spec_of(self.inputs)
         self.wanted = [name in self.inputs for name in GRADIENTS]
@@ -86,21 +90,26 @@ class Setting:
         names = ("dout", "dlse", "q", "k", "v", "out", "lse", "spec", "wanted")
         return backend.attention_backward(*(changes.get(name, getattr(self, name)) for name in names))
 
+    def by_torch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The gradients by autograd, every score in memory."""
+        given = {name: inputs[name] for name in GRADIENTS if name in inputs}
+        out, lse, _ = dense(inputs, **self.changes)
+        back = [self.dout.to(out.dtype), self.dlse.to(lse.dtype)]
+        grads = torch.autograd.grad([out, lse], list(given.values()), back, allow_unused=True, materialize_grads=True)
+        return dict(zip(given, grads, strict=True))
+
     def expected(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """By torch in the dtype, and the truth."""
-        given = [self.inputs[name] for name, want in zip(GRADIENTS, self.wanted, strict=True) if want]
-        out, lse, _ = dense(self.inputs)
-        own = torch.autograd.grad([out, lse], given, [self.dout, self.dlse], allow_unused=True, materialize_grads=True)
-        doubled = _doubled(self.inputs)
-        q, k, v, spec = *(doubled[name].detach() for name in "qkv"), spec_of(doubled)
-        with torch.no_grad():
-            out, lse = reference.forward(q, k, v, spec)
-            truth = reference.backward(self.dout.double(), self.dlse.double(), q, k, v, out, lse, spec, self.wanted)
-        names = [name for name in GRADIENTS if name in self.inputs]
-        return dict(zip(names, own, strict=True)), _named(truth, self.inputs)
+        return self.by_torch(self.inputs), self.by_torch(_cast(self.inputs, torch.float64))
+
+    def own_error(self) -> float:
+        """Torch's in fp64, from that in fp32; in other dtypes it is measured beside the result."""
+        if self.q.dtype != torch.float64:
+            return 0.0
+        return in_fp64(pooled_error(self.by_torch(_cast(self.inputs, torch.float32)), self.by_torch(self.inputs)))
 
     def check(self, grads: tuple[Tensor, ...]) -> None:
-        assert_all_close_to_truth(_named(grads, self.inputs), *self.expected())
+        assert_all_close_to_truth(_named(grads, self.inputs), *self.expected(), own_error=self.own_error())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -127,16 +136,19 @@ def test_gradients_of_the_weights(name, average):
     *grads, delta = backend.attention_weights_backward(dw, q, k, lse, spec, average, wanted)
     assert grads[2].numel() == 0
     found = {**_named(grads, setting.inputs, "v"), "delta": delta}
-    doubled = _doubled(setting.inputs)
-    q, k, spec = doubled["q"].detach(), doubled["k"].detach(), spec_of(doubled)
-    with torch.no_grad():
-        lse = reference.forward(q, k, doubled["v"].detach(), spec)[1]
-        *truth, delta = reference.weights_backward(dw.double(), q, k, lse, spec, average, wanted)
-    weights = dense(setting.inputs)[2]
-    names = [name for name in GRADIENTS if name in setting.inputs and name != "v"]
-    own = torch.autograd.grad(weights.mean(1) if average else weights, [setting.inputs[name] for name in names], dw)
-    expected = {**dict(zip(names, own, strict=True)), "delta": delta.to(setting.lse.dtype)}
-    assert_all_close_to_truth(found, expected, {**_named(truth, setting.inputs, "v"), "delta": delta})
+
+    def by_torch(dtype: torch.dtype) -> dict[str, Tensor]:
+        inputs = _cast(setting.inputs, dtype)
+        given = {name: inputs[name] for name in GRADIENTS if name in inputs and name != "v"}
+        weights = dense(inputs)[2]
+        own_dw = dw.to(dtype)
+        grads = torch.autograd.grad(weights.mean(1) if average else weights, list(given.values()), own_dw)
+        each = own_dw[:, None] / weights.shape[1] if average else own_dw
+        return {**dict(zip(given, grads, strict=True)), "delta": (weights * each).sum(-1).detach()}
+
+    own, truth = by_torch(EXACT), by_torch(torch.float64)
+    own_error = in_fp64(pooled_error(by_torch(torch.float32), truth)) if EXACT == torch.float64 else 0.0
+    assert_all_close_to_truth(found, own, truth, own_error=own_error)
 
 
 @pytest.mark.parametrize("shared", [1, 512], ids=["one-program", "shares"])
@@ -147,7 +159,7 @@ def test_bias_gradient_sums_what_the_bias_is_broadcast_along(dims, shared, monke
     wanted = [name == "bias" for name in GRADIENTS]
     bias = setting.run(wanted=wanted)[3]
     own, truth = setting.expected()
-    assert_close_to_truth(bias, own["bias"], truth["bias"], f"bias of {dims}")
+    assert_close_to_truth(bias, own["bias"], truth["bias"], f"bias of {dims}", own_error=setting.own_error())
 
 
 @pytest.mark.parametrize(
@@ -169,15 +181,10 @@ def test_relative_gradients_wherever_the_tables_begin_and_end(changes, shared, m
     case = replace(TWO, lengths=(20, 35), features=(8, 8), q_lengths=(20, 7), relative_bias=21, relative_k=25, dropout=0.2)
     setting = Setting(replace(case, bottom_right=True), torch.float32)
 
-    def run(of, dtype, function):
-        of, spec = {name: of[name].detach() for name in "qkv"}, spec_of(of)._replace(**changes)
-        spec = spec._replace(**{name: getattr(spec, name).detach() for name in GRADIENTS[4:]})
-        out, lse = reference.forward(*of.values(), spec)
-        return _named(function(setting.dout.to(dtype), None, *of.values(), out, lse, spec, setting.wanted), setting.inputs)
-
-    found = run(setting.inputs, torch.float32, backend.attention_backward)
-    own = run(setting.inputs, torch.float32, reference.backward)
-    assert_all_close_to_truth(found, own, run(_doubled(setting.inputs), torch.float64, reference.backward))
+    setting.spec, setting.changes = setting.spec._replace(**changes), changes
+    with torch.no_grad():
+        setting.out, setting.lse = reference.forward(setting.q, setting.k, setting.v, setting.spec)
+    setting.check(setting.run())
 
 
 def test_reruns_give_the_same_bits():
@@ -193,7 +200,7 @@ def test_only_what_is_wanted(name):
     assert [one for one, grad in zip(GRADIENTS, grads, strict=True) if grad.numel()] == [name]
     place = GRADIENTS.index(name)
     own, truth = setting.expected()
-    assert_close_to_truth(grads[place], own[name], truth[name], name, own_error=1e-14 if EXACT == torch.float64 else 1e-6)
+    assert_close_to_truth(grads[place], own[name], truth[name], name, own_error=setting.own_error() or 1e-6)
 
 
 def test_hidden_rows_and_keys_get_exact_zeros():

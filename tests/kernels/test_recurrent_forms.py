@@ -13,16 +13,16 @@ pytest.importorskip("triton")
 from fastseq import backends  # noqa: E402
 from fastseq import functional as F  # noqa: E402
 from fastseq.backends.triton import recurrent as triton_backend  # noqa: E402
-from fastseq.backends.triton.recurrent_parts import BackwardLaunch, ForwardLaunch  # noqa: E402
+from fastseq.backends.triton.recurrent_args import BackwardLaunch, ForwardLaunch  # noqa: E402
 from fastseq.cells import CELLS  # noqa: E402
 from fastseq.kernels.recurrent import configs  # noqa: E402
+from fastseq.ops.types import Backward, Forward, state_dtype  # noqa: E402
 from fastseq.reference import recurrent as reference  # noqa: E402
-from fastseq.reference.recurrent import Backward, Forward, state_dtype  # noqa: E402
 from fastseq.testing import assert_all_close_to_truth  # noqa: E402
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 on_gpu = pytest.mark.gpu
-DIVISIBLE = [name for name, row in CELLS.items() if not row.normalised]
+DIVISIBLE = [name for name, row in CELLS.items() if not row.normalized]
 OUTPUTS = ("y", "h_n", "c_n", "c", "gates")
 GRADIENTS = ("dgates", "drecurrent", "doutput", "dh0", "dc0")
 H100, A100, CONSUMER = 227 << 10, 163 << 10, 99 << 10
@@ -254,7 +254,7 @@ def test_as_precise_as_the_reference(forced, form, steps, batch, cell, device, d
 def chosen(shared, dtype, cell, hidden, batch=32, projected=False, form=None, one_step=False, backward=False):
     row = CELLS[cell]
     return configs.recurrent(
-        shared, dtype, len(row.gates), hidden, batch, projected, row.normalised, form, one_step, backward
+        shared, dtype, len(row.gates), hidden, batch, projected, row.normalized, form, one_step, backward
     )  # fmt: skip
 
 

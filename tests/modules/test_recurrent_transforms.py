@@ -187,21 +187,37 @@ def test_double_backward_through_cells():
 class TestAutocast:
     @every_option
     def test_is_bf16_with_fp32_parameters(self, name, options):
-        """bf16 out, fp32 gradients, as near to the truth as torch's module that is bf16 itself."""
+        """bf16 out but of a GRU, fp32 gradients, as near to the truth as torch's module that is bf16 itself."""
         theirs, ours = both(name, **options)
         low = copy.deepcopy(theirs).bfloat16()
         input, hx = random(T, B, I), initial(theirs)
         with torch.autocast("cpu", torch.bfloat16):
             actual = run(ours, input, hx)
         expected = run(low, input, hx)
-        assert {v.dtype for k, v in actual.items() if k.startswith("result")} == {torch.bfloat16}
+        wanted = torch.float32 if name == "GRU" else torch.bfloat16
+        assert {v.dtype for k, v in actual.items() if k.startswith("result")} == {wanted}
         assert {v.dtype for k, v in actual.items() if k.startswith("grad")} == {torch.float32}
         actual = {k: v.bfloat16() for k, v in actual.items()}
         assert_as_good(actual, expected, run(copy.deepcopy(theirs).double(), input, hx))
 
-    @pytest.mark.parametrize("name", NAMES)
-    def test_same_dtypes_for_every_kind_of_input(self, name):
-        _, ours = both(name)
+    @pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("name", ["RNN", "GRU"])
+    def test_dtypes_of_torch_for_every_kind_of_input(self, name, lower):
+        theirs, ours = both(name)
+        input, lengths, hx = random(T, B, I), torch.tensor([6, 4, 1]), initial(theirs)
+        low, packed = input.to(lower), pack_padded_sequence(input, lengths)
+        for arguments in ((input,), (input, hx), (input, hx.to(lower)), (low,), (low, hx), (packed,)):
+            with torch.autocast("cpu", lower):
+                expected, actual = theirs(*arguments), ours(*arguments)
+            for e, a in zip(leaves(expected), leaves(actual), strict=True):
+                assert a.dtype == e.dtype
+                torch.testing.assert_close(a.float(), e.float(), rtol=0.05, atol=0.02)
+        with torch.autocast("cpu", lower):
+            kinds = {leaf.dtype for leaf in leaves(ours(input, lengths=lengths))}
+        assert kinds == {torch.float32 if name == "GRU" else lower}
+
+    def test_same_dtypes_of_an_lstm_for_every_kind_of_input(self):
+        _, ours = both("LSTM")
         input, lengths = random(T, B, I), torch.tensor([6, 4, 1])
         with torch.autocast("cpu", torch.bfloat16):
             plain, given = ours(input), ours(input, lengths=lengths)
@@ -209,6 +225,19 @@ class TestAutocast:
             low = ours(input.bfloat16())
         for results in (plain, given, packed, low):
             assert {leaf.dtype for leaf in leaves(results)} == {torch.bfloat16}
+
+    @pytest.mark.parametrize("name", ["GRU", "GRUCell"])
+    def test_a_state_goes_back_in(self, name):
+        """Out of autocast, into a module in fp32; on a forced backend the cell as well."""
+        ours = getattr(fastseq, name)(I, H)
+        input = random(T, B, I) if name == "GRU" else random(B, I)
+        for backend in ("auto", "cpu", "reference"):
+            with fastseq.use_backend(backend):
+                with torch.autocast("cpu", torch.bfloat16):
+                    state = ours(input)
+                state = state[1] if name == "GRU" else state
+                assert state.dtype == torch.float32
+                ours(input, state)
 
     @pytest.mark.parametrize("name", NAMES)
     def test_leaves_fp64_alone(self, name):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -12,8 +15,10 @@ from torch import Tensor, nn
 import fastseq
 from fastseq import functional as F
 from fastseq.backends.cpu.recurrent import CELLS as NATIVE
-from fastseq.reference.recurrent import state_dtype
+from fastseq.cells import CELLS
+from fastseq.ops.types import state_dtype
 from fastseq.testing import assert_close_to_truth
+from support import recurrent_equations
 from support.cases import RECURRENT_CASES, RecurrentCase
 from support.recurrent import RecurrentBattery
 
@@ -161,21 +166,100 @@ class TestRecurrent(RecurrentBattery):
                     F.gru(x[0].repeat(3, 1)[:6], None, params, batch_sizes=torch.tensor(sizes))
 
     def test_recomputing_gives_the_same_gradients_and_holds_less(self, backend):
-        case = RecurrentCase("lstm", steps=20, batch=8, hidden=32, input=32)
-        held = {}
-        for recompute in (False, True):
-            inputs = self.make(replace(case, recompute=recompute), torch.float32)
-            saved: list[Tensor] = []
+        check_recomputing(RecurrentCase("lstm", steps=6, batch=4, hidden=16, input=3), backend)
 
-            def keep(tensor: Tensor, saved=saved) -> Tensor:
-                saved.append(tensor)
-                return tensor
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_a_sequence_cut_in_pieces_gives_the_same_bits(self, backend, cell, monkeypatch):
+        """What goes from step to step is what goes from call to call: h rounded as it is stored, the other states in fp32."""
+        pieces = [(1,) * 5]
+        if backend == "cpu":
+            pieces = [(2, 3), (3, 2)]  # a call of one step does its product otherwise, by torch
+        elif backend == "triton":
+            monkeypatch.setenv("FASTSEQ_TRITON_RECURRENT", "stepwise")  # the same form for a call of one step
+        row, hidden = CELLS[cell], 20
+        gates = len(row.gates) * hidden
+        # Triton's interpreter gets bfloat16 wrong
+        for dtype in (torch.float32, torch.float16 if backend == "triton" else torch.bfloat16):
+            if not self.supports(RecurrentCase(cell), dtype, backend):
+                continue
+            torch.manual_seed(0)
+            x, weight = torch.randn(5, 3, gates).to(dtype), torch.randn(1, gates, hidden).to(dtype)
+            vectors = torch.randn(1, len(row.vectors) * hidden).to(dtype) if row.vectors else None
+            h0 = torch.randn(1, 3, hidden).to(dtype)
+            c0 = torch.rand(1, 3, row.wide_states * hidden) if row.has_c else None
 
-            with fastseq.use_backend(backend), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                self.run(inputs)
-            held[recompute] = sum(t.nbytes for t in {t.data_ptr(): t for t in saved if t.numel()}.values())
-        gates = 20 * 8 * 4 * 32 * 4
-        assert held[False] - held[True] == gates
+            def run(x, h, c, weight=weight / 4, vectors=vectors):
+                return torch.ops.fastseq.recurrent_forward(
+                    x, None, None, weight, vectors, None, h, c, *[None] * 4, cell, [0], 0.0, 0.0, True, True
+                )
+
+            with fastseq.use_backend(backend):
+                whole = run(x, h0, c0)
+                for sizes in pieces:
+                    h, c, parts = h0, c0, []
+                    for piece in x.split(sizes):
+                        parts.append(run(piece, h, c))
+                        _, h, c_n, *_ = parts[-1]
+                        c = c_n if row.has_c else None
+                    assert torch.equal(torch.cat([part[0] for part in parts]), whole[0])
+                    assert all(torch.equal(*pair) for pair in zip(parts[-1][1:3], whole[1:3], strict=True))
+                    kept = [torch.cat([part[i] for part in parts]) for i in (3, 4)]
+                    assert all(torch.equal(*pair) for pair in zip(kept, whole[3:], strict=True))
+
+    @pytest.mark.parametrize("cell", ("lstm", "gru", "rnn_tanh", "peephole_lstm", "slstm"))
+    def test_one_step_of_which_some_sequences_have_none(self, backend, cell):
+        """The batch in any order of lengths: a sequence without a step keeps its state, and no other takes its place."""
+        if backend in ("triton", "cuda-host"):
+            batch, hidden = 5, 20
+        else:
+            batch, hidden = 32, 256
+        case = RecurrentCase(cell, steps=1, batch=batch, hidden=hidden, bidirectional=True, layout="lengths")
+        dtype, before = self.widest(backend), torch.get_num_threads()
+        inputs = self.make(case, dtype)
+        inputs["lengths"] = torch.randint(0, 2, (batch,))
+        assert inputs["lengths"].any() and not inputs["lengths"].all()
+        expected = recurrent_equations.layers(inputs, 0)
+        expected_grads = self.gradients(expected, inputs)
+        able = self.supports(case, dtype, backend)
+        try:
+            for threads in (1, 2) if backend == "cpu" else (before,):
+                torch.set_num_threads(threads)
+                with fastseq.use_backend(backend if able else "auto"):
+                    outputs = self.run(inputs)
+                with self.backward_of(inputs, backend):
+                    grads = self.gradients(outputs, inputs)
+                torch.testing.assert_close(outputs, expected)
+                torch.testing.assert_close(grads, expected_grads)
+        finally:
+            torch.set_num_threads(before)
+
+
+def check_recomputing(case: RecurrentCase, backend: str) -> None:
+    battery, held, results = RecurrentBattery(), {}, {}
+    for recompute in (False, True):
+        inputs = battery.make(replace(case, recompute=recompute), torch.float32)
+        saved: list[Tensor] = []
+
+        def keep(tensor: Tensor, saved=saved) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with fastseq.use_backend(backend):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                outputs = battery.run(inputs)
+            results[recompute] = [*outputs, *battery.gradients(outputs, inputs).values()]
+        held[recompute] = sum(t.nbytes for t in {t.data_ptr(): t for t in saved if t.numel()}.values())
+    rows, lanes = inputs["x"].shape[:-1].numel(), 2 if case.bidirectional else 1
+    assert held[False] - held[True] == rows * lanes * len(CELLS[case.cell].saved) * case.hidden * 4
+    torch.testing.assert_close(results[True], results[False])
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+@pytest.mark.parametrize("layout", ("padded", "lengths", "packed"))
+@pytest.mark.parametrize("cell", CELLS)
+def test_recomputing_of_every_cell_and_layout(cell, layout, backend):
+    """The states before a step are found by its place in the layout, in both directions."""
+    check_recomputing(RecurrentCase(cell, steps=6, batch=4, hidden=16, input=3, bidirectional=True, layout=layout), backend)
 
 
 class TestCpuKernels:
@@ -247,6 +331,29 @@ class TestCpuKernels:
                 battery.test_forward_and_gradients(case, torch.float32, "cpu")
         finally:
             torch.set_num_threads(before)
+
+    def test_fewer_threads_than_asked_for(self):
+        """A thread that stands for several participants of a team counts for all of them at its barrier, or nobody gets past."""
+        code = """
+import torch
+torch.set_num_threads(4)
+import fastseq
+from fastseq import functional as F
+torch.manual_seed(0)
+for module, call in ((torch.nn.LSTM, F.lstm), (torch.nn.GRU, F.gru)):
+    params = list(module(40, 320).parameters())
+    x = torch.randn(6, 2, 40, requires_grad=True)
+    results = []
+    for backend in ("cpu", "reference"):
+        with fastseq.use_backend(backend):
+            y, *_ = call(x, None, params)
+            results.append((y, *torch.autograd.grad(y.sum(), [x, *params])))
+    torch.testing.assert_close(*results)
+print("done")
+"""
+        environment = os.environ | {"OMP_NUM_THREADS": "4", "OMP_THREAD_LIMIT": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == "done", done.stderr
 
     def test_concurrent_callers(self):
         """Several Python threads, each with a team of its own, neither mix nor wait for one another for ever."""

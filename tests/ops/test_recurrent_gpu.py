@@ -17,11 +17,12 @@ from fastseq import functional as F
 from fastseq.backends import RecurrentQuery, cuda
 from fastseq.benchmarks.gpu.cuda_plans import forms, ranked
 from fastseq.functional._recurrent_layers import LANES
-from fastseq.reference.recurrent import state_dtype
+from fastseq.ops.types import state_dtype
 from fastseq.testing import assert_close_to_truth, pooled_error
+from support import recurrent_equations
 from support.battery import differentiable
 from support.cases import RECURRENT_CASES, RecurrentCase
-from support.recurrent import RecurrentBattery
+from support.recurrent import SEED, RecurrentBattery
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")]
 
@@ -32,10 +33,6 @@ STEPS = 70_001  # more than fit 16 bits, where cuDNN's kernels end
 
 class Battery(RecurrentBattery):
     """On a GPU, where products of fp32 may be TF32."""
-
-    def run_torch(self, inputs):
-        lengths = {"lengths": inputs["lengths"].cpu()} if "lengths" in inputs else {}  # where torch wants them
-        return super().run_torch(inputs | lengths)
 
     def own_error(self, case, dtype):
         own = super().own_error(case, dtype)
@@ -60,13 +57,12 @@ def products() -> str:
 
 @functools.cache
 def half_error(case: RecurrentCase) -> float:
-    """The reference's relative error in fp16, which keeps as many bits as TF32."""
+    """The relative error of the equations in fp16, which keeps as many bits as TF32."""
     battery = RecurrentBattery()
     inputs = battery.make(case, torch.float16, "cuda")
     outputs, grads = battery.truth(inputs)
-    with fastseq.use_backend("reference"):
-        found = battery.run(inputs)
-        found_grads = battery.gradients(found, inputs)
+    found = recurrent_equations.layers(inputs, SEED)
+    found_grads = battery.gradients(found, inputs)
     named = [{f"output {i}": out for i, out in enumerate(outs)} for outs in (found, outputs)]
     return pooled_error(named[0] | found_grads, named[1] | grads)
 

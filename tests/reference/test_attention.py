@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastseq.ops.types import Spec
 from fastseq.reference import attention as reference
-from fastseq.reference.attention import Spec
 
 DOUBLE = torch.float64
 

@@ -7,13 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import layer_norm
 
 from fastseq.cells import CELLS
+from fastseq.ops.types import Backward, Forward
 from fastseq.reference import recurrent as reference
 from fastseq.reference.cells import steps
-from fastseq.reference.recurrent import Backward, Forward
+from support import recurrent_equations
+from support.cases import RECURRENT_CASES
+from support.recurrent import RecurrentBattery, is_torchs
 
+ROUNDING = dict(rtol=1e-12, atol=1e-13)  # of sums in fp64
 LAYOUTS = pytest.mark.parametrize("layout", ("padded", "lengths", "packed"))
 ZONEOUT = ("none", "mask", "proportion")
 
@@ -88,33 +91,17 @@ def test_one_step_is_torchs_cell(cell):
     assert (0 if saved is None else saved.shape[-1] // 4) == len(row.saved)
 
 
-def variant_step(cell: str, x, r, v, h, c):
-    """The equations of the papers, gate by gate."""
-    sigmoid, tanh = torch.sigmoid, torch.tanh
-    if cell == "coupled_lstm":
-        i, g, o = (x + r).chunk(3, -1)
-        c = (1 - sigmoid(i)) * c + sigmoid(i) * tanh(g)
-        return sigmoid(o) * tanh(c), c
+def named(cell: str, v: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The op's vectors by the names of a module's parameters, for 4 units."""
+    zero = torch.zeros((), dtype=torch.float64)
+    w = {"weight_ln_ih": zero, "bias_hh": zero}
     if cell == "peephole_lstm":
-        i, f, g, o = (x + r).chunk(4, -1)
-        p_i, p_f, p_o = v.chunk(3)
-        c_new = sigmoid(f + p_f * c) * c + sigmoid(i + p_i * c) * tanh(g)
-        return sigmoid(o + p_o * c_new) * tanh(c_new), c_new
+        return w | {"weight_peephole": v}
     if cell == "layer_norm_lstm":
-        i, f, g, o = (x + layer_norm(r, r.shape[-1:], v[:16])).chunk(4, -1)
-        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
-        return sigmoid(o) * tanh(layer_norm(c, c.shape[-1:], v[16:20], v[20:])), c
+        return w | {"weight_ln_hh": v[:16], "weight_ln_c": v[16:20], "bias_ln_c": v[20:]}
     if cell == "layer_norm_gru":
-        (x_r, x_z, x_n), (r_r, r_z, r_n) = x.chunk(3, -1), layer_norm(r, r.shape[-1:], v[:12]).chunk(3, -1)
-        z, n = sigmoid(x_z + r_z), tanh(x_n + sigmoid(x_r + r_r) * (r_n + v[12:]))
-        return (1 - z) * n + z * h, None
-    assert cell == "slstm"
-    i, f, z, o = (x + r).chunk(4, -1)
-    c, n, m = c.chunk(3, -1)
-    # without stabiliser: the true states are e^m times the kept ones
-    c, n = (sigmoid(f) * state * m.exp() + i.exp() * new for state, new in ((c, tanh(z)), (n, 1)))
-    m = torch.maximum(sigmoid(f).log() + m, i)
-    return sigmoid(o) * c / n, torch.cat((c / m.exp(), n / m.exp(), m), -1)
+        return w | {"weight_ln_hh": v[:12], "bias_hh": torch.cat((zero.expand(8), v[12:]))}
+    return w
 
 
 @pytest.mark.parametrize("cell", [name for name in CELLS if name not in ("lstm", "gru", "rnn_tanh", "rnn_relu")])
@@ -126,11 +113,25 @@ def test_one_step_is_the_papers(cell):
     c = c.abs() if cell == "slstm" else c
     v = torch.randn(len(row.vectors) * 4, dtype=torch.float64) if row.vectors else None
     h_new, c_new, saved = steps(cell).step(x, r, v, h, c if row.has_c else None)
-    expected_h, expected_c = variant_step(cell, x, r, v, h, c)
-    torch.testing.assert_close(h_new, expected_h)
+    # the input gates are whole already: a bias of W x = 0
+    weights = named(cell, v) | {"bias_ih": x}
+    expected_h, states = recurrent_equations.step(
+        cell, weights, torch.zeros_like(x), r, h, [*c.split(4, -1)] if row.has_c else []
+    )
+    torch.testing.assert_close(h_new, expected_h, **ROUNDING)
     if row.has_c:
-        torch.testing.assert_close(c_new, expected_c)
+        torch.testing.assert_close(c_new, torch.cat(states, -1), **ROUNDING)
     assert saved.shape[-1] // 4 == len(row.saved)
+
+
+@pytest.mark.parametrize("case", [case for case in RECURRENT_CASES if is_torchs(case)], ids=str)
+def test_the_equations_are_torchs(case):
+    """What stands for the truth of cells that torch.nn does not have agrees with it about those that it has."""
+    battery = RecurrentBattery()
+    inputs = battery.make(case, torch.float64)
+    expected, outputs = battery.run_torch(inputs), recurrent_equations.layers(inputs, 0)
+    torch.testing.assert_close(outputs, expected, **ROUNDING)
+    torch.testing.assert_close(battery.gradients(outputs, inputs), battery.gradients(expected, inputs), **ROUNDING)
 
 
 def test_slstm_does_not_overflow():
@@ -162,7 +163,7 @@ def test_backward_is_the_gradient_of_forward(cell, projection, layout, zoneout):
     if row.has_c:
         torch.testing.assert_close(dc0, expected["c0"])
     assert bool(drecurrent.numel()) == bool(row.own_recurrent)
-    assert bool(doutput.numel()) == bool(projection or row.normalised)
+    assert bool(doutput.numel()) == bool(projection or row.normalized)
 
 
 @LAYOUTS

@@ -84,7 +84,9 @@ VARIANT_CASES = [
     ),
     *(RecurrentCase(cell, hidden=12, heads=3, bidirectional=True, layers=2) for cell in ("lstm", "gru", "rnn_relu")),
     RecurrentCase("slstm", hidden=12, heads=2, layout="packed", bidirectional=True),
+    RecurrentCase("gru", hidden=12, heads=3, bidirectional=True, zoneout=(0.4, 0.0), training=True, layout="packed"),
     RecurrentCase("lstm", hidden=66, heads=66, batch=2, steps=3),  # more lanes than an op takes
+    RecurrentCase("gru", hidden=40, heads=40, bidirectional=True, batch=4, steps=3, layout="lengths"),  # lanes of both directions
 ]
 
 RECURRENT_CASES = [

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...ops.types import Spec, empty_gradients, empty_rows, state_dtype
 from ...reference import attention as reference
-from ...reference.attention import Spec, Tile
-from ...reference.recurrent import state_dtype
+from ...reference.attention import Tile
 from ..query import AttentionQuery
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -39,7 +39,7 @@ def why_not(query: AttentionQuery) -> list[str]:
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
     if query.features[0] == 0:
         against.append(f"{has} no products without features")
-    against += [f"{has} no {part}" for part in parts if part in query.parts]
+    against += [f"{has} no {part}" for part in parts if part in query.uses]
     against += [f"{has} no gradient of {name}" for name in query.gradients if name not in _DIFFERENTIABLE]
     return against
 
@@ -50,7 +50,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tens
         out, lse = _run_forward(q, k, v, plan.tiles[0][1] == "causal", None, spec.scale)
         out, lse = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
         return (out, lse) if spec.sinks is None else _with_sinks(out, lse, spec.sinks)
-    out = reference.empty_rows(q, v.shape[-1]).zero_()
+    out = empty_rows(q, v.shape[-1]).zero_()
     lse = q.new_full(q.shape[:-1], -torch.inf, dtype=state_dtype(q.dtype))
     for tile, way in plan.tiles:
         mask = _mask(q, plan.spec, tile) if way == "masked" else None
@@ -72,7 +72,7 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
-    results = reference.empty_gradients(q, k, v, spec, wanted)
+    results = empty_gradients(q, k, v, spec, wanted)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row without keys: exp(-inf - inf) = 0
     plan = _plan(q, k, v, spec)
     if plan.covering is not None:
@@ -147,7 +147,7 @@ def _held(part: Tensor, heads: int) -> int:
 
 
 def _mask(q: Tensor, spec: Spec, tile: Tile) -> Tensor | None:
-    own, _ = reference.parts(spec, tile)
+    own, _ = reference.of_tile(spec, tile)
     return reference.added(own, tile, q.device, state_dtype(q.dtype))
 
 

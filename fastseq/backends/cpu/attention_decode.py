@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...reference.attention import empty_rows
+from ...ops.types import DecodeSpec, empty_rows, state_dtype
 from ...reference.attention_decode import gathered
-from ...reference.recurrent import state_dtype
 from ..query import AttentionQuery
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -17,25 +16,13 @@ def why_not(query: AttentionQuery) -> list[str]:
     against = []
     if query.features[0] != query.features[1]:
         against.append(f"torch's fused CPU attention needs one head dim for keys and values, got {query.features}")
-    if "softcap" in query.parts:
+    if "softcap" in query.uses:
         against.append("torch's fused CPU attention has no softcap")
     return against
 
 
-def attention_decode_forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-    splits: int,
-) -> tuple[Tensor, Tensor]:
+def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec) -> tuple[Tensor, Tensor]:
+    lengths, block_table, slopes, sinks, scale, _, left, right, _ = spec
     batch, heads, queries, features = q.shape
     heads_k, page = k_cache.shape[1], k_cache.shape[2]
     keys = page if block_table is None else page * block_table.shape[1]

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...ops.types import Spec, empty_gradients, empty_rows, state_dtype
 from ...reference import attention as reference
-from ...reference.attention import Group, Spec, Tile
-from ...reference.recurrent import state_dtype
+from ...reference.attention import Group, Tile
 
 _HELD = 1 << 18  # scores held at once: 1 MiB of fp32
 _ROWS = 16  # queries of a block at least
@@ -30,7 +30,7 @@ def attention_weights(q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bo
 def attention_with_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool) -> tuple[Tensor, Tensor, Tensor]:
     """out and lse of ``attention_forward``, and the weights, from one pass over the scores."""
     weights = _empty_weights(q, k, spec, average)
-    out = reference.empty_rows(q, v.shape[-1])
+    out = empty_rows(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=state_dtype(q.dtype))
     if not _covered(k, spec):
         out, lse = out.zero_(), lse.fill_(-torch.inf)
@@ -46,7 +46,7 @@ def attention_with_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average:
 def attention_weights_backward(
     dw: Tensor, q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bool, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
-    results = reference.empty_gradients(q, k, q, spec, [wanted[0], wanted[1], *[False] * 5])
+    results = empty_gradients(q, k, q, spec, [wanted[0], wanted[1], *[False] * 5])
     dq, dk = (torch.zeros(t.shape, dtype=lse.dtype, device=q.device) for t in (q, k))
     delta = torch.zeros_like(lse)
     scores = _Scores(q, k, spec)
@@ -108,7 +108,7 @@ class _Scores:
         alone = rows.requires_grad or keys.requires_grad  # an exported program: autograd follows what the op does
         s = torch.baddbmm(room, rows, keys, beta=0, alpha=self.spec.scale, out=None if alone else room)
         s = s.view(*q.shape[:3], keys.shape[2])
-        own, _ = reference.parts(self.spec, tile)
+        own, _ = reference.of_tile(self.spec, tile)
         mask = reference.added(own, tile, q.device, self.dtype)
         if mask is not None:
             s += mask

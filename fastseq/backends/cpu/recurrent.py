@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...reference.recurrent import Backward, Forward, state_dtype
+from ...ops.types import Backward, Forward, state_dtype
 from .. import library
+from ..dense import all_dense, dense
 from ..query import RecurrentQuery
-from ..rows import state
 
 # Rows of a call (steps times sequences) from which its kernels project the input themselves, chunk by chunk of steps, so that the
 # projected input of a long sequence is neither stored nor, in bfloat16, rounded. With fewer, packing the input weights (they are
@@ -33,71 +33,56 @@ def why_not(query: RecurrentQuery) -> list[str]:
 
 
 def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row, x, wide, lanes, hidden = call.row, call.x, call.wide, call.lanes, call.hidden
-    leading, batch, states = x.shape[:-1], call.batch, row.wide_states * hidden
-    y = x.new_empty(*leading, lanes, call.width)
-    h_n = x.new_empty(lanes, batch, call.width)
-    c_n = x.new_empty((lanes, batch, states) if row.has_c else (0,), dtype=wide)
-    c = x.new_empty((*leading, lanes, states) if row.has_c and call.save_c else (0,), dtype=wide)
-    gates = x.new_empty((*leading, lanes, call.saved * hidden) if call.saved and call.save_gates else (0,))
-    h0 = state(call.h0, call.dtype)
+    x, wide, w_ih = call.x, call.wide, call.w_ih
+    results = call.empty_results()
+    h0 = None if call.h0 is None else call.h0.to(call.dtype).contiguous()
     h_gates = None
     if call.steps == 1:
-        zeros = x.new_zeros(lanes, batch, call.weight.shape[1], dtype=wide)
+        zeros = x.new_zeros(call.lanes, call.batch, call.gates_width, dtype=wide)
         h_gates = zeros if h0 is None else _product(h0, call.weight.mT)
-    w_ih = call.w_ih
     own = w_ih is not None and call.steps > 1 and x.numel() >= _OWN_PROJECTION_ROWS[call.dtype] * x.shape[-1] > 0
+    x_gates = None if own else call.input_gates().contiguous()
+    weight, vectors, projection, hold_h, hold_c = all_dense(call.weight, call.vectors, call.projection, call.hold_h, call.hold_c)
     torch.ops.fastseq_native.recurrent_forward.default(
-        x.contiguous() if own else None,
-        _dense(w_ih) if own else None,
-        _dense(call.b_ih) if own else None,
-        None if own else call.input_gates().contiguous(),
+        *(all_dense(x, w_ih, call.b_ih) if own else (None, None, None)),
+        x_gates,
         h_gates,
-        call.weight.contiguous(),
-        _dense(call.vectors),
-        _dense(call.projection),
+        weight,
+        vectors,
+        projection,
         h0,
-        state(call.c0, wide),
-        _int64(call.lengths),
+        None if call.c0 is None else call.c0.to(wide).contiguous(),
+        None if call.lengths is None else call.lengths.to(torch.int64).contiguous(),
         call.batch_sizes,
-        _dense(call.hold_h),
-        _dense(call.hold_c),
+        hold_h,
+        hold_c,
         call.cell,
         call.reverse_bits,
         call.zoneout_h,
         call.zoneout_c,
-        y,
-        h_n,
-        c_n,
-        c,
-        gates,
+        *results,
     )
-    return y, h_n, c_n, c, gates
+    return results
 
 
 def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row, y, dtype, wide, lanes, hidden = call.row, call.y, call.dtype, call.wide, call.lanes, call.hidden
-    leading, batch = y.shape[:-2], call.batch
-    dgates = y.new_empty(*leading, lanes, call.weight.shape[1])
-    drecurrent = y.new_empty((*leading, lanes, row.own_recurrent * hidden) if row.own_recurrent else (0,))
-    doutput = y.new_empty((*leading, lanes, call.width) if call.output_gradient else (0,))
-    dh0 = y.new_empty(lanes, batch, call.width)
-    dc0 = y.new_empty((lanes, batch, row.wide_states * hidden) if row.has_c else (0,), dtype=wide)
+    y, dtype, wide = call.y, call.dtype, call.wide
+    results = dgates, drecurrent, _, dh0, _ = call.empty_results()
     once = call.steps == 1
     torch.ops.fastseq_native.recurrent_backward.default(
-        state(call.dy, dtype),
-        state(call.dh_n, dtype),
-        state(call.dc_n, wide),
-        state(call.dc, wide),
+        dense(call.dy, dtype),
+        dense(call.dh_n, dtype),
+        dense(call.dc_n, wide),
+        dense(call.dc, wide),
         call.weight.contiguous(),
-        _dense(call.vectors),
-        _dense(call.projection),
-        state(call.h0, dtype),
-        state(call.c0, wide),
-        _int64(call.lengths),
+        dense(call.vectors),
+        dense(call.projection),
+        dense(call.h0, dtype),
+        dense(call.c0, wide),
+        dense(call.lengths, torch.int64),
         call.batch_sizes,
-        _dense(call.hold_h),
-        _dense(call.hold_c),
+        dense(call.hold_h),
+        dense(call.hold_c),
         y.contiguous(),
         call.c.contiguous(),
         call.gates.contiguous(),
@@ -106,18 +91,15 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, 
         call.zoneout_h,
         call.zoneout_c,
         not once,
-        dgates,
-        drecurrent,
-        doutput,
-        dh0,
-        dc0,
+        *results,
     )
     if once:
-        dr = dgates.view(batch, lanes, -1).transpose(0, 1)
-        if row.own_recurrent:
-            dr = torch.cat((dr[..., :-hidden], drecurrent.view(batch, lanes, -1).transpose(0, 1)), -1)
+        dr = dgates.view(call.batch, call.lanes, -1).transpose(0, 1)
+        if call.row.own_recurrent:
+            own = drecurrent.view(call.batch, call.lanes, -1).transpose(0, 1)
+            dr = torch.cat((dr[..., : -own.shape[-1]], own), -1)
         dh0 += _product(dr, call.weight).to(dtype)
-    return dgates, drecurrent, doutput, dh0, dc0
+    return results
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -125,11 +107,3 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     wide = state_dtype(a.dtype)
     a, b = a.to(wide), b.to(wide)
     return torch.mm(a[0], b[0]).unsqueeze(0) if a.shape[0] == 1 else torch.bmm(a, b)
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _int64(lengths: Tensor | None) -> Tensor | None:
-    return None if lengths is None else lengths.to(torch.int64).contiguous()

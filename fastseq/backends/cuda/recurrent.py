@@ -1,8 +1,8 @@
 """The recurrent op on the persistent kernels of ``csrc/recurrent``.
 
 A team of CTAs holds a lane's recurrent weights for the whole launch and exchanges every step's states (forward), or gate
-gradients or partial sums of what they lead to (backward). ``csrc/recurrent/plan.cpp`` cuts the work, a pure function of sizes
-and device. The backend "cuda-host" runs the same kernels without a GPU.
+gradients or partial sums of what they lead to (backward); ``plan.py`` says how the work is cut. Tests run the same kernels
+without a GPU, on another `Machine`. docs/design/recurrence-on-a-gpu.md explains the kernels.
 """
 
 from __future__ import annotations
@@ -14,79 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...reference.recurrent import Backward, Call, Forward
+from ...ops.types import Backward, Call, Forward
+from ..dense import dense
+from ..notes import note
+from ..precision import fp32_precision
 from ..query import RecurrentQuery
-from ..rows import fp32_precision, room, state, walked
+from .plan import Device, Plan, plan_of
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 _PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _MOST_LANES = 63  # their directions are the bits of one number
+RANKS = (0, 0)  # of the plans taken forward and backward, for whoever tries others than the best by the model
 
-
-class Device(NamedTuple):
-    """What a plan depends on (csrc/recurrent/plan.h)."""
-
-    multiprocessors: int
-    shared_bytes: int  # that a CTA may have
-    cluster: int  # CTAs of a cluster at most; 0: no clusters
-    cooperative: bool  # whether a launch can demand that all its CTAs run at the same time
-
-
-class Numbers(NamedTuple):
-    """Of a plan, as the kernels are given them (`Split` in csrc/recurrent/params.h, `Plan` in plan.h)."""
-
-    units: int
-    ctas: int
-    parts: int
-    rows: int
-    chunks: int
-    column_bits: int
-    m_bits: int
-    k_warps: int
-    depths: int
-    segments: int
-    cluster: int
-    scatter: int
-    wide: int
-    teams: int
-    teams_at_once: int
-    shared_bytes: int
-    operand_bytes: int
-
-    @property
-    def exchange(self) -> str:
-        return ("cluster" if self.cluster else "flags") + (", partial sums" if self.scatter else "")
-
-
-class Plan(NamedTuple):
-    """How a call is cut."""
-
-    obstacle: str
-    step_us: float  # predicted, by a model
-    numbers: Numbers
-    of: int  # that the device allows; this is one of them
-
-    def __str__(self) -> str:
-        n = self.numbers
-        return (
-            f"{n.teams} teams of {n.ctas} CTAs with {n.units} units each for {n.rows} sequences"
-            + (f", {n.teams_at_once} at a time" if n.teams_at_once < n.teams else "")
-            + (f", {n.chunks} chunks" if n.chunks > 1 else "")
-            + (f", {n.segments} segments" if n.segments > 1 else "")
-            + (", wide" if n.wide else "")
-            + f", {n.exchange} (a model predicts {self.step_us:.2f} us a step)"
-        )
-
-    def meeting(self, like: Tensor) -> dict[str, Tensor]:
-        """Room for what the CTAs of a team exchange."""
-        n = self.numbers
-        return {
-            "operands": like.new_empty(n.teams * n.operand_bytes, dtype=torch.uint8),
-            "flags": like.new_zeros(0 if n.cluster else n.teams * n.ctas, dtype=torch.int32),
-        }
-
-
-# runs "forward" or "backward": direction, cell, precision, plan, arguments by name in the order of the native op
+# runs "forward" or "backward": direction, cell, precision, plan, the other arguments by their names in the native op
 Run = Callable[[str, str, str, Plan, dict[str, Any]], None]
 
 
@@ -96,25 +36,16 @@ class Machine(NamedTuple):
     device: Callable[[torch.device], Device]
     precision: Callable[[], str]  # of fp32: "tf32" or "ieee"
     run: Run
-    ranks: tuple[int, int] = (0, 0)  # of the plans to be taken forward and backward; 0: the best by the model
 
 
-@lru_cache(1024)
-def _cut(cell: str, precision: str, backward: bool, batch: int, lanes: int, hidden: int, device: Device, rank: int = 0) -> Plan:
-    numbers = [int(number) for number in device]
-    obstacle, step_us, found, count = torch.ops.fastseq_native.recurrent_plan(
-        cell, precision, backward, batch, lanes, hidden, numbers, rank
-    )
-    return Plan(obstacle, step_us, Numbers(*found), count)
-
-
-def _precision(dtype: torch.dtype, machine: Machine) -> str:
+def precision_of(dtype: torch.dtype, machine: Machine) -> str:
+    """Of a call's products: "fp16", "bf16", "tf32" or "ieee"."""
     return machine.precision() if dtype == torch.float32 else _PRECISIONS[dtype]
 
 
 def _plan(call: Call | RecurrentQuery, backward: bool, where: torch.device, machine: Machine) -> Plan:
     sizes = (call.batch, call.lanes, call.hidden)
-    return _cut(call.cell, _precision(call.dtype, machine), backward, *sizes, machine.device(where), machine.ranks[backward])
+    return plan_of(call.cell, precision_of(call.dtype, machine), backward, *sizes, machine.device(where), RANKS[backward])
 
 
 def obstacles(query: RecurrentQuery, machine: Machine) -> list[str]:
@@ -138,53 +69,37 @@ def obstacles(query: RecurrentQuery, machine: Machine) -> list[str]:
 
 def forward(call: Forward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, h_n, c_n, c, gates, as the op's contract has them."""
-    row, x, lanes, hidden, wide = call.row, call.x, call.lanes, call.hidden, call.wide
-    leading, states = x.shape[:-1], call.row.wide_states * call.hidden
-    x_gates = call.input_gates().contiguous()
-    y = room(call, *leading, lanes, call.width)
-    h_n = x.new_empty(lanes, call.batch, call.width)
-    c_n = x.new_empty((lanes, call.batch, states) if row.has_c else (0,), dtype=wide)
-    c = room(call, *((*leading, lanes, states) if row.has_c and call.save_c else (0,)), dtype=wide)
-    gates = room(call, *((*leading, lanes, call.saved * hidden) if call.saved and call.save_gates else (0,)))
+    results = y, h_n, c_n, c, gates = call.empty_results(zeros=True)
     _run(
-        call, machine, "forward", x_gates=x_gates, weight=call.weight.contiguous(), vectors=_dense(call.vectors),
-        h0=state(call.h0, call.dtype), c0=state(call.c0, wide), y=y, h_n=h_n, c_n=c_n, c=c, gates=gates,
+        call, machine, "forward", x_gates=call.input_gates().contiguous(), weight=call.weight.contiguous(),
+        vectors=dense(call.vectors), h0=dense(call.h0, call.dtype), c0=dense(call.c0, call.wide), y=y, h_n=h_n, c_n=c_n, c=c,
+        gates=gates,
     )  # fmt: skip
-    return y, h_n, c_n, c, gates
+    return results
 
 
 def backward(call: Backward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dgates, drecurrent, doutput, dh0, dc0, as the op's contract has them."""
-    row, y, lanes, hidden, wide = call.row, call.y, call.lanes, call.hidden, call.wide
-    leading, states = y.shape[:-2], call.row.wide_states * call.hidden
-    dgates = room(call, *leading, lanes, call.weight.shape[1])
-    drecurrent = room(call, *((*leading, lanes, row.own_recurrent * hidden) if row.own_recurrent else (0,)))
-    dh0 = y.new_empty(lanes, call.batch, call.width)
-    dc0 = y.new_empty((lanes, call.batch, states) if row.has_c else (0,), dtype=wide)
+    dtype, wide = call.dtype, call.wide
+    results = dgates, drecurrent, _, dh0, dc0 = call.empty_results(zeros=True)
     _run(
-        call, machine, "backward", dy=state(call.dy, call.dtype), dh_n=state(call.dh_n, call.dtype), dc_n=state(call.dc_n, wide),
-        dc=state(call.dc, wide), weight=call.weight.contiguous(), vectors=_dense(call.vectors), h0=state(call.h0, call.dtype),
-        c0=state(call.c0, wide), y=y.contiguous(), c=call.c.contiguous(), gates=call.gates.contiguous(), dgates=dgates,
+        call, machine, "backward", dy=dense(call.dy, dtype), dh_n=dense(call.dh_n, dtype), dc_n=dense(call.dc_n, wide),
+        dc=dense(call.dc, wide), weight=call.weight.contiguous(), vectors=dense(call.vectors), h0=dense(call.h0, dtype),
+        c0=dense(call.c0, wide), y=call.y.contiguous(), c=call.c.contiguous(), gates=call.gates.contiguous(), dgates=dgates,
         drecurrent=drecurrent, dh0=dh0, dc0=dc0,
     )  # fmt: skip
-    return dgates, drecurrent, y.new_empty(0), dh0, dc0
+    return results
 
 
 def _run(call: Call, machine: Machine, direction: str, **tensors: Tensor | None) -> None:
     if not (call.batch and call.hidden):
         return
-    from .. import note  # which imports this module
-
     chosen = _plan(call, direction == "backward", call.rows.device, machine)
     note(chosen)
-    starts, lengths = walked(call)
+    starts, lengths = call.row_offsets()
     sizes = {"steps": call.steps, "batch": call.batch, "lanes": call.lanes, "hidden": call.hidden, "reverse": call.reverse_bits}
-    arguments = tensors | {"starts": starts, "lengths": lengths} | sizes | chosen.meeting(call.rows)
-    machine.run(direction, call.cell, _precision(call.dtype, machine), chosen, arguments)
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    arguments = tensors | {"starts": starts, "lengths": lengths} | sizes | chosen.exchange_buffers(call.rows)
+    machine.run(direction, call.cell, precision_of(call.dtype, machine), chosen, arguments)
 
 
 @lru_cache
@@ -196,7 +111,7 @@ def _device(index: int) -> Device:
 def _launch(direction: str, cell: str, precision: str, chosen: Plan, arguments: dict[str, Any]) -> None:
     native = torch.ops.fastseq_native
     op = native.recurrent_cuda_forward if direction == "forward" else native.recurrent_cuda_backward
-    op.default(cell, precision, chosen.numbers, *arguments.values())
+    op.default(cell=cell, precision=precision, plan=chosen.packed(), **arguments)
 
 
 def _limits(device: torch.device) -> Device:

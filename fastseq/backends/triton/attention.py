@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...reference.attention import Spec, empty_rows
-from ...reference.recurrent import state_dtype
+from ...ops.types import Spec, empty_rows, state_dtype
 from ..query import AttentionQuery
 from . import _launch
-from .attention_backward import attention_backward, attention_weights_backward
-from .attention_parts import accumulator, pairs, parts_of, power, precision, rows, scalars, sizes
+from ._attention_backward import attention_backward, attention_weights_backward
+from .attention_args import accumulator, pairs, parts_of, power, precision, rows, scalars, sizes
 
 __all__ = ["attention_backward", "attention_forward", "attention_weights", "attention_weights_backward", "why_not"]
 
@@ -23,7 +22,7 @@ def why_not(query: AttentionQuery) -> list[str]:
     against = _launch.dtype_obstacles(query)
     if not 1 <= min(query.features) <= max(query.features) <= _MOST_FEATURES:
         against.append(f"features of a head must be 1 to {_MOST_FEATURES}, got {query.features}")
-    if "blocks" in query.parts and query.block_size < _SMALLEST_BLOCK:
+    if "blocks" in query.uses and query.block_size < _SMALLEST_BLOCK:
         against.append(f"the blocks of a layout must be at least {_SMALLEST_BLOCK}, got {query.block_size}")
     if abs(query.offset) + sum(query.lengths) >= _FARTHEST:
         against.append(f"offset and lengths together must be below 2^29, got {query.offset} and {query.lengths}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..rows import fp32_precision
-from .recurrent_parts import ForwardLaunch
+from ..precision import fp32_precision
+from .recurrent_args import ForwardLaunch
 
 
 def forward(launch: ForwardLaunch) -> None:

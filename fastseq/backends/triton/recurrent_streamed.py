@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import fp32_precision
-from .recurrent_parts import BackwardLaunch, ForwardLaunch
+from ..precision import fp32_precision
+from .recurrent_args import BackwardLaunch, ForwardLaunch
 
 
 def forward(launch: ForwardLaunch) -> None:

@@ -1,7 +1,7 @@
-"""LSTM cell with layer-normalised gates and cell output (Ba et al. 2016, "Layer Normalization", equations 20 to 22).
+"""LSTM cell with layer-normalized gates and cell output (Ba et al. 2016, "Layer Normalization", equations 20 to 22).
 
-i, f, o = sigmoid(x + w N(R h)), g = tanh(x + w N(R h)), c = f c + i g, h = o tanh(w_c N(c) + b_c): N normalises R h over all
-gates together, c over the units. The input gates x come normalised, scaled and shifted.
+i, f, o = sigmoid(x + w N(R h)), g = tanh(x + w N(R h)), c = f c + i g, h = o tanh(w_c N(c) + b_c): N normalizes R h over all
+gates together, c over the units. The input gates x come normalized, scaled and shifted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .normalisation import normalise, normalise_backward
+from .normalization import normalize, normalize_backward
 
 
 def candidate(saved: Tensor, c_prev: Tensor) -> Tensor:
@@ -19,15 +19,15 @@ def candidate(saved: Tensor, c_prev: Tensor) -> Tensor:
 
 def output(saved: Tensor, vectors: Tensor, c: Tensor) -> Tensor:
     _, w_c, b_c = _split(vectors)
-    return saved.chunk(8, -1)[3] * (w_c * normalise(c)[0] + b_c).tanh()
+    return saved.chunk(8, -1)[3] * (w_c * normalize(c)[0] + b_c).tanh()
 
 
 def step(x: Tensor, r: Tensor, vectors: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     w, w_c, b_c = _split(vectors)
-    i, f, g, o = (x + w * normalise(r)[0]).chunk(4, -1)
+    i, f, g, o = (x + w * normalize(r)[0]).chunk(4, -1)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     c = f * c + i * g
-    return o * (w_c * normalise(c)[0] + b_c).tanh(), c, torch.cat((i, f, g, o, r.expand_as(x)), -1)
+    return o * (w_c * normalize(c)[0] + b_c).tanh(), c, torch.cat((i, f, g, o, r.expand_as(x)), -1)
 
 
 def step_backward(
@@ -35,24 +35,24 @@ def step_backward(
 ) -> tuple[Tensor, Tensor, None, Tensor]:
     i, f, g, o, *_ = saved.chunk(8, -1)
     w, w_c, b_c = _split(vectors)
-    normal_c, scale_c = normalise(c)
+    normal_c, scale_c = normalize(c)
     s = (w_c * normal_c + b_c).tanh()
-    dc = dc + normalise_backward(dh * o * (1 - s * s) * w_c, normal_c, scale_c)
+    dc = dc + normalize_backward(dh * o * (1 - s * s) * w_c, normal_c, scale_c)
     di = dc * g * i * (1 - i)
     df = dc * c_prev * f * (1 - f)
     dg = dc * i * (1 - g * g)
     do = dh * s * o * (1 - o)
     dx = torch.cat((di, df, dg, do), -1)
-    return dx, normalise_backward(dx * w, *normalise(_product(saved))), None, dc * f
+    return dx, normalize_backward(dx * w, *normalize(_product(saved))), None, dc * f
 
 
 def vector_gradients(dx: Tensor, dr: Tensor, dh: Tensor, saved: Tensor, vectors: Tensor, c_prev: Tensor, c: Tensor) -> Tensor:
     o = saved.chunk(8, -1)[3]
     _, w_c, b_c = _split(vectors)
-    normal_c, _ = normalise(c)
+    normal_c, _ = normalize(c)
     s = (w_c * normal_c + b_c).tanh()
     ds = dh * o * (1 - s * s)
-    return torch.cat((dx * normalise(_product(saved))[0], ds * normal_c, ds), -1)
+    return torch.cat((dx * normalize(_product(saved))[0], ds * normal_c, ds), -1)
 
 
 def _split(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""sLSTM cell: exponential input gate, normaliser, stabiliser (Beck et al. 2024, "xLSTM", equations 8 to 17; sigmoid forget gate).
+"""sLSTM cell: exponential input gate, normalizer, stabilizer (Beck et al. 2024, "xLSTM", equations 8 to 17; sigmoid forget gate).
 
 z, o = tanh(x + R h), sigmoid(x + R h), m' = max(log sigmoid(f) + m, i), i' = exp(i - m'), f' = exp(log sigmoid(f) + m - m'),
 c' = f' c + i' z, n' = f' n + i', h' = o c' / n', where i and f stand for x + R h of their gates. The states c, n, m lie side by

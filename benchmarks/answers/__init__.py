@@ -1,1 +1,0 @@
-"""Answers to the claims of claims.py: functions from rows to findings, one for every size that was measured."""

@@ -1,0 +1,219 @@
+"""What a layer can do rather than what it costs: how far it reaches, what it knows of order, what it learns from little data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..measure.results import Row
+from ..providers.registry import EVERY_PROVIDER
+from ..report.findings import FAILS, FORMATS, HOLDS, Finding, Line, Meeting, Panel, Part
+from ..report.statistics import Exponential, exponential
+from ..suites import long_range as reach
+from ..suites import small_data as little
+from ..suites import statements as single
+from ..workloads.experiments import SYMBOLS
+from .evidence import EQUAL, by_size, highest, judge, less, line, lowest, meet
+
+RECURRENT = ("fastseq.RNN", "fastseq.LSTM", "fastseq.GRU")
+ATTENTION, BLOCK = "fastseq attention", "attention block"
+RECALLED = (1 + 1 / SYMBOLS) / 2  # halfway between chance and certainty
+UNKNOWN = math.log(SYMBOLS) / 2  # nats, halfway between chance and certainty
+ROUNDING = math.sqrt(torch.finfo(torch.float64).eps)  # a change below it is none
+DISTANCE, AMOUNT = "T, distance", "n, steps of the record that are trained on"
+
+
+def _lines(rows: list[Row], names: Iterable[str], **how: Any) -> list[Line]:
+    found = []
+    for name in names:
+        p = EVERY_PROVIDER[name]
+        found.append(line([row for row in rows if row.provider == name], name, color=p.color, dashed=p.dashed, **how))
+    return [a for a in found if a]
+
+
+def long_range(rows: list[Row]) -> list[Finding]:
+    """The gradient at initialization, compared at every distance, and what is recalled after training."""
+    findings = []
+    of_suite = [row for row in rows if row.suite == reach.NAME]
+    for sizes, own in by_size(row for row in of_suite if row.group == reach.GRADIENT).items():
+        layers, attention = _lines(own, RECURRENT), _lines(own, (ATTENTION,))
+        holds = less(highest(layers, "best recurrent layer"), attention[0]) if attention else None
+        if not holds:
+            continue
+        part = judge(holds, "at initialization, less gradient comes through recurrence than through attention")
+        factors = ", ".join(f"{a.name} {fit.factor:.3g}" for a in layers if (fit := _decay(a)))
+        T = holds.places[-1]
+        far = ", ".join(f"{a.name} {a.values[T]:.2g}" for a in (*layers, *attention) if T in a.values)
+        text = f"factor of the gradient for each step: {factors}; gradient across T = {T:g}: {far}"
+        panel = Panel("Gradient at initialization", (*layers, *attention), "number", DISTANCE)
+        findings.append(Finding(sizes, (part,), text, meet(highest(layers, "recurrence"), attention[0]), (panel,)))
+    for sizes, own in by_size(row for row in of_suite if row.group == reach.RECALL).items():
+        layers, attention = _lines(own, RECURRENT), _lines(own, (ATTENTION, BLOCK))
+        recurrence, other = highest(layers, "best recurrent layer"), highest(attention, "best attention")
+        if not recurrence or not other:
+            continue
+        parts = (
+            judge({T: v < RECALLED for T, v in recurrence.values.items()}, "recurrence forgets, trained"),
+            judge({T: v >= RECALLED for T, v in other.values.items()}, "attention recalls, trained"),
+        )
+        shared = recurrence.values.keys() & other.values.keys()
+        text = "; ".join(
+            f"T = {T:g}: {recurrence.values[T]:.0%} of recurrence, {other.values[T]:.0%} of attention" for T in sorted(shared)
+        )
+        panel = Panel("Accuracy of recall after a fixed budget", (*layers, *attention), "share", DISTANCE, log=False)
+        findings.append(
+            Finding(sizes, parts, f"recalled, best of each family, {text}; chance is {1 / SYMBOLS:.1%}", (), (panel,))
+        )
+    return findings
+
+
+def vanishing(rows: list[Row]) -> list[Finding]:
+    """The decay of the gradient for each step at initialization; mitigated is what decays, or grows, by less at a distance."""
+    findings = []
+    gradients = [row for row in rows if row.suite == reach.NAME and row.group == reach.GRADIENT]
+    for sizes, own in by_size(gradients).items():
+        layers = {a.name: a for a in _lines(own, RECURRENT)}
+        plain = layers.pop(RECURRENT[0], None)
+        fit = _decay(plain) if plain else None
+        if plain is None or fit is None or not layers:
+            continue
+        parts = [_bounded(plain, fit)]
+        for name, gated in layers.items() if parts[0].state == HOLDS else ():
+            worse = less(plain, gated) if fit.factor < 1 else less(gated, plain)
+            if worse:
+                parts.append(judge(worse, f"{name} mitigates it"))
+        factors = {a.name: found.factor for a in (plain, *layers.values()) if (found := _decay(a))}
+        text = "factor of the gradient for each step: " + ", ".join(f"{name} {factor:.3g}" for name, factor in factors.items())
+        panel = Panel("Gradient at initialization", (plain, *layers.values()), "number", DISTANCE)
+        findings.append(Finding(sizes, tuple(parts), text, (), (panel,)))
+    return findings
+
+
+def _bounded(plain: Line, fit: Exponential) -> Part:
+    span = f"T = {min(plain.values):g}…{max(plain.values):g}"
+    if abs(math.log(fit.factor)) < EQUAL:
+        return Part(FAILS, f"does not hold here, {span}: neither vanishes nor explodes", plain.name)
+    return Part(HOLDS, f"holds for {span}: the gradient {'vanishes' if fit.factor < 1 else 'explodes'}", plain.name)
+
+
+def _decay(a: Line) -> Exponential | None:
+    return exponential(list(a.values), list(a.values.values()))
+
+
+def small_data(rows: list[Row]) -> list[Finding]:
+    """Test loss of an LSTM and of the attention block with as many parameters; seeds that overlap decide nothing."""
+    findings = []
+    for sizes, own in by_size(row for row in rows if row.suite == little.NAME).items():
+        parts, figures, panels = [], [], []
+        meetings: list[Meeting] = []
+        for task in (little.TEXT, little.SERIES):
+            of_task = [row for row in own if row.group == task]
+            shown = {a.name: a for a in _lines(of_task, (*RECURRENT, BLOCK), x=_samples)}
+            lstm, block = shown.get("fastseq.LSTM"), shown.get(BLOCK)
+            holds = less(lstm, block) if lstm and block else None
+            if not lstm or not block or not holds:
+                continue
+            parts.append(judge(holds, task, "n"))
+            meetings += meet(lstm, block, task, "n")
+            ends = sorted({holds.places[0], holds.places[-1]})
+            figures.append(", ".join(f"{task}, n = {n:g}: {lstm.values[n]:.3g} against {block.values[n]:.3g}" for n in ends))
+            panels.append(Panel(f"Test loss, {task}", tuple(shown.values()), "number", AMOUNT, log=False))
+        if parts:
+            text = f"test loss of the LSTM against that of the attention block, medians over seeds: {'; '.join(figures)}"
+            findings.append(Finding(sizes, tuple(parts), text, tuple(meetings), tuple(panels)))
+    return findings
+
+
+def _samples(row: Row) -> float:
+    return (row.detail or {})["samples"]
+
+
+def order(rows: list[Row]) -> list[Finding]:
+    """What changes by no more than rounding when the steps before change places does not know the order."""
+    findings = []
+    for sizes, own in _of_groups(rows, single.ORDER.values()).items():
+        plain, told = ([row for row in own if row.group == single.ORDER[how]] for how in (single.PLAIN, single.POSITIONED))
+        parts, figures = [], []
+        for name in (ATTENTION, BLOCK):
+            for a in _lines(plain, (name,)):
+                blind = {T: v < ROUNDING for T, v in a.values.items()}
+                parts.append(judge(blind, f"{name} does not know the order"))
+                figures.append(f"{name} without positions {max(a.values.values()):.2g}")
+            for a in _lines(told, (name,)):
+                parts.append(judge({T: v >= ROUNDING for T, v in a.values.items()}, f"{name} with positions knows it"))
+                figures.append(f"with them {min(a.values.values()):.2g}")
+        if parts:
+            recurrent = _lines(plain, ("fastseq.LSTM",))
+            figures += [f"{a.name} {min(a.values.values()):.2g}" for a in recurrent]
+            shown = [
+                replace(a, name=f"{a.name}, {how}")
+                for how, of in ((single.PLAIN, plain), (single.POSITIONED, told))
+                for a in _lines(of, (ATTENTION, BLOCK))
+            ]
+            text = f"change of the last output when the steps before it change places: {', '.join(figures)}"
+            panel = Panel("Change of the last output", (*shown, *recurrent), "number", "T, steps that change places")
+            findings.append(Finding(sizes, tuple(parts), text, (), (panel,)))
+    return findings
+
+
+def fixed_context(rows: list[Row]) -> list[Finding]:
+    """Where the token that is needed is known, with and without cached segments; known is a loss below half of chance's."""
+    findings = []
+    for sizes, own in _of_groups(rows, single.CONTEXT.values()).items():
+        alone, cached = (
+            line([row for row in own if row.group == single.CONTEXT[how]], how, color=color)
+            for how, color in ((single.ALONE, "#d55e00"), (single.CACHED, "#0072b2"))
+        )
+        beyond = [{T: v for T, v in a.values.items() if T >= single.SEGMENT} for a in (alone, cached)]
+        if not all(beyond):
+            continue
+        parts = (
+            judge(
+                {T: v > UNKNOWN for T, v in beyond[0].items()}, f"beyond {single.SEGMENT} steps, segments alone miss the token"
+            ),
+            judge({T: v < UNKNOWN for T, v in beyond[1].items()}, "cached segments see it"),
+        )
+        text = "; ".join(
+            f"T = {T:g}: {v:.2g} alone, {cached.values[T]:.2g} cached" for T, v in alone.values.items() if T in cached.values
+        )
+        panel = Panel("Loss of the last token", (alone, cached), "number", "T, distance of the token that it needs", log=False)
+        figures = f"loss of the last token in nats, {math.log(SYMBOLS):.2f} by chance, {text}"
+        findings.append(Finding(sizes, parts, figures, meet(cached, alone), (panel,)))
+    return findings
+
+
+def hybrid(rows: list[Row]) -> list[Finding]:
+    """On each axis: is the stack of both as good as the better stack of one kind?"""
+    findings = []
+    for sizes, own in _of_groups(rows, (single.COST, single.RECALL)).items():
+        parts, figures, panels = [], [], []
+        for group, what, unit in (
+            (single.COST, "time", "seconds"),
+            (single.COST, "memory", "bytes"),
+            (single.RECALL, "recall", "share"),
+        ):
+            value = (lambda row: row.memory) if what == "memory" else None
+            of_group = [row for row in own if row.group == group]
+            lines = {a.name: a for a in _lines(of_group, single.STACKS, value=value)}
+            if len(lines) < len(single.STACKS):
+                continue
+            both, others = lines[single.HYBRID], [lines[name] for name in (single.LSTMS, single.BLOCKS)]
+            better = (highest if what == "recall" else lowest)(others, "better stack of one kind")
+            worse = less(both, better) if what == "recall" else less(better, both)
+            parts.append(judge(worse.turned(lambda v: v is not True), f"{what}, as good as the better one"))
+            T, form = worse.places[-1], FORMATS[unit]
+            figures.append(f"{what} at T = {T:g}: " + ", ".join(f"{a.name} {form(a.values[T])}" for a in lines.values()))
+            label = DISTANCE if what == "recall" else "T, sequence length"
+            panels.append(Panel(f"{what.capitalize()} of two layers", tuple(lines.values()), unit, label, log=what != "recall"))
+        if parts:
+            findings.append(Finding(sizes, tuple(parts), "; ".join(figures), (), tuple(panels)))
+    return findings
+
+
+def _of_groups(rows: Iterable[Row], groups: Iterable[str]) -> dict[str, list[Row]]:
+    wanted = set(groups)
+    return by_size(row for row in rows if row.suite == single.NAME and row.group in wanted)

@@ -1,0 +1,194 @@
+"""`make gpu-day`: everything that only a machine with a GPU can tell, in order of worth and within a time; no network needed.
+
+It leaves one folder to commit, benchmarks/results/<device>: results.json of each suite, tests.txt, what compute-sanitizer says,
+environment.json, and summary.md with what ran, what failed and what was left out. Run again, also on another machine that has
+the folder, it goes on where it stopped: finished stages are skipped, those that were never tried come before those that
+failed or were cut short, and a suite measures only the points that it lacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ..measure.results import last_line
+from ..suites import DEFAULT, SUITES
+from . import stages
+from .stages import FAILED, FINISHED, LEFT_OUT, ROOT, TIMED_OUT, Outcome, Stage
+
+MINUTES = 25.0
+# Minutes that a suite gets at most in its first run, the worthiest suite first; the others of the registry follow.
+SUITE_MINUTES = {"limits": 3.0, "attention": 6.0, "recurrent": 5.0, "cells": 3.0, "sequential-vs-parallel": 4.0}
+OTHER_SUITE_MINUTES = 4.0
+TEST_PROCESSES = 8
+LIBRARY = ROOT / "fastseq" / "lib" / "libfastseq.so"
+SUMMARY = "summary.md"
+
+
+def table(python: str = sys.executable) -> list[Stage]:
+    """Every stage, the worthiest first. A library that is already there is taken as it is."""
+    module = (python, "-m")
+    parallel = ("-n", str(min(TEST_PROCESSES, os.cpu_count() or 1)), "--dist", "loadgroup") if find_spec("xdist") else ()
+    build = Stage("library", (python, "setup.py", "--quiet", "build_native", "--inplace"), 8, str(LIBRARY))
+    suites = [*SUITE_MINUTES, *(name for name in SUITES if name not in SUITE_MINUTES)]
+    return [
+        *([] if LIBRARY.is_file() else [build]),
+        Stage(
+            "environment", (*module, "fastseq.benchmarks.measure.environment", "{folder}/environment.json"), 2, "environment.json"
+        ),
+        Stage("tests", (*module, "pytest", "-q", "-m", "gpu", "--durations=15", *parallel, "tests"), 8, "tests.txt"),
+        _sanitizer("memcheck", module),
+        *(_suite(name, module, "--restarts", "1") for name in suites),
+        _plans(module),
+        _sanitizer("racecheck", module),
+        replace(_suite(DEFAULT, module), name="restarts"),  # of the headlines; other suites come before they are measured again
+    ]
+
+
+def _sanitizer(tool: str, module: tuple[str, ...]) -> Stage:
+    command = ("compute-sanitizer", "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "9")
+    # Without torch's cache of memory, an access beyond a tensor is one beyond an allocation.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    program = (*module, "fastseq.benchmarks.gpu.sanitizer_smoke")
+    return Stage(tool, (*command, *program), 3, f"{tool}.txt", environment=alone, tool="compute-sanitizer")
+
+
+def _suite(name: str, module: tuple[str, ...], *more: str) -> Stage:
+    command = (*module, "fastseq", "bench", "--suite", name, "--device", "cuda", "--out", f"{{folder}}/{name}", "--resume", *more)
+    drops = (f"{name}/rows.csv", f"{name}/report.html")  # bench --json-in writes them again
+    return Stage(name, command, SUITE_MINUTES.get(name, OTHER_SUITE_MINUTES), f"{name}/results.json", drops)
+
+
+def _plans(module: tuple[str, ...]) -> Stage:
+    """The rows lie beside its tables and verdict on the planner's model, which it leaves."""
+    command = (*module, "fastseq.benchmarks.gpu.tune_recurrent", "--out", "{folder}/recurrent-plans.jsonl")
+    grid = ("--precision", "bf16,tf32", "--hidden", "512,1024", "--batch", "1,64", "--lanes", "1", "--candidates", "8")
+    return Stage("recurrent-plans", (*command, *grid), 3, "recurrent-plans.txt")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m fastseq.benchmarks.gpu.day",
+        description=__doc__,
+        epilog="examples:\n"
+        "  make gpu-day\n"
+        '  make gpu-day PYTHON=python3 ARGS="--minutes 60"\n'
+        '  make gpu-day ARGS="--again --stage tests"\n'
+        "  make gpu-day ARGS=--list",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    more = "for everything, and half a minute more if a stage must be stopped (default: %(default)g)"
+    p.add_argument("--minutes", type=float, default=MINUTES, metavar="N", help=more)
+    p.add_argument("--again", action="store_true", help="also what is finished, as if nothing had run before")
+    p.add_argument("--stage", action="append", metavar="NAME", help="only this one, repeatable")
+    p.add_argument("--out", type=Path, metavar="DIR", help="the folder (default: benchmarks/results/<device>)")
+    p.add_argument("--list", action="store_true", help="list the stages and stop")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done, as far as the time went; 1: a stage failed; 2: bad arguments or no CUDA device; 130: interrupted."""
+    args = parser().parse_args(argv)
+    every = table()
+    if args.list:
+        for stage in every:
+            print(f"{stage.name:24}{stage.minutes:3g} minutes at most, leaves {stage.leaves}")
+        return 0
+    try:
+        wanted = _wanted(every, args.stage)
+        if not args.minutes > 0:
+            raise ValueError(f"--minutes: {args.minutes:g} is not above 0")
+        name = device_name()
+        folder = _folder(args.out or ROOT / "benchmarks" / "results" / slug(name))
+
+        def keep(stage: Stage, outcomes: dict[str, Outcome]) -> None:
+            print(_sentence(stage.name, outcomes[stage.name]), flush=True)
+            (folder / SUMMARY).write_text(summary(name, outcomes, every, folder), encoding="utf-8")
+
+        outcomes = stages.walk(wanted, folder, args.minutes, again=args.again, keep=keep)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; {folder} has what was finished")
+        return 130
+    print(folder / SUMMARY)
+    return int(any(outcomes[stage.name].status == FAILED for stage in wanted))
+
+
+def summary(name: str, outcomes: dict[str, Outcome], every: Sequence[Stage], folder: Path) -> str:
+    """Markdown: the device, then the stages, those that did not finish first."""
+    rank = (FAILED, TIMED_OUT, LEFT_OUT, FINISHED)
+    leaves = {stage.name: folder / stage.leaves for stage in every}
+    lines = [f"# {name}", "", *_versions(folder), "| stage | outcome | minutes | |", "|---|---|---|---|"]
+    for stage, outcome in sorted(outcomes.items(), key=lambda item: rank.index(item[1].status)):
+        words = said(leaves[stage], outcome.status) if stage in leaves else ""
+        told = "; ".join(part for part in (outcome.reason, words) if part).replace("|", "\\|")
+        lines.append(f"| {stage} | {outcome.status} | {outcome.minutes:.1f} | {told} |")
+    return "\n".join(lines) + "\n"
+
+
+def said(file: Path, status: str) -> str:
+    """A result file in a few words: its rows; or the line that the log of a finished stage ends with."""
+    if file.name != "results.json":
+        return last_line(file) if file.suffix == ".txt" and status == FINISHED else ""
+    if not file.is_file():
+        return ""
+    counts = Counter(row["status"] for row in json.loads(file.read_text())["rows"])
+    return "rows: " + ", ".join(f"{count} {status}" for status, count in counts.most_common())
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _versions(folder: Path) -> list[str]:
+    try:
+        found = json.loads((folder / "environment.json").read_text())
+    except (OSError, ValueError):
+        return []
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return [f"{versions}; commit {found.get('git', 'unknown')}; {found['time']}. Library: {found['library']}.", ""]
+
+
+def _sentence(stage: str, outcome: Outcome) -> str:
+    took = "" if outcome.status == LEFT_OUT else f" after {outcome.minutes:.1f} minutes"
+    return f"{stage}: {outcome.status}{took}{': ' if outcome.reason else ''}{outcome.reason}"
+
+
+def _wanted(every: list[Stage], names: list[str] | None) -> list[Stage]:
+    unknown = sorted(set(names or ()) - {stage.name for stage in every})
+    if unknown:
+        raise ValueError(f"--stage: there is no stage {unknown[0]!r}; there are: {', '.join(stage.name for stage in every)}")
+    return [stage for stage in every if not names or stage.name in names]
+
+
+def device_name() -> str:
+    if not (ROOT / "setup.py").is_file():
+        raise ValueError(f"gpu-day runs in a checkout, which has the tests; {ROOT} is none")
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU or no driver"
+        raise ValueError(f"gpu-day needs a CUDA device: {why}")
+    return torch.cuda.get_device_name()
+
+
+def _folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: cannot make the folder {folder}: {error.strerror}") from error
+    return folder.resolve()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""Every program that a suite can ask for, by name."""
+
+from __future__ import annotations
+
+from .attention import ATTENTION_PROVIDERS
+from .base import PROVIDERS
+from .cells import CELL_PROVIDERS
+from .decode import DECODE_PROVIDERS
+from .limits import LIMIT_PROVIDERS
+from .models import MODEL_PROVIDERS
+from .recurrent import RECURRENT_PROVIDERS
+from .stacks import STACK_PROVIDERS
+from .variable_length import VARIABLE_PROVIDERS
+
+EVERY_PROVIDER = PROVIDERS | RECURRENT_PROVIDERS | CELL_PROVIDERS | ATTENTION_PROVIDERS | DECODE_PROVIDERS | VARIABLE_PROVIDERS
+EVERY_PROVIDER |= MODEL_PROVIDERS | LIMIT_PROVIDERS | STACK_PROVIDERS

@@ -1,0 +1,638 @@
+"""`convert` makes a model's torch.nn modules fastseq's, in place; `revert` undoes it; `patched` builds them.
+
+A conversion is a swap of `module.__class__`: parameters, buffers, hooks, names and state_dict are the same
+objects before and after, so optimizers, tied weights and averaged copies go on working. `CONVERSIONS` is the
+table of what becomes what; a new module is a row there. What cannot be converted right is left alone and
+stands in the report with its reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ContextDecorator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import backends
+from . import modules as own_modules
+from .cells import CELLS
+from .modules import keep_type as keep_type_modules
+from .parity import Probe, as_arguments
+
+__all__ = ["Report", "Row", "convert", "patched", "revert"]
+
+ModuleKinds = type[nn.Module] | str | Iterable[type[nn.Module] | str]
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module of the model, tied or not.
+
+    Attributes:
+        names: every name that reaches it from the model ("" is the model itself).
+        old: its class before.
+        new: its class after, or None if it was left alone.
+        backend: the backend that runs it where its parameters lie now; None if left alone or on the meta
+            device.
+        reason: why it was left alone; empty if it was converted.
+        unsupported: whether it was left alone because it cannot be converted, not because nobody asked for
+            it.
+    """
+
+    names: tuple[str, ...]
+    old: str
+    new: str | None = None
+    backend: str | None = None
+    reason: str = ""
+    unsupported: bool = False
+
+
+@dataclass
+class Report:
+    """What `convert` or `revert` did. Print it. True if it changed anything; `len` counts those modules."""
+
+    title: str
+    converted: list[Row] = field(default_factory=list)
+    skipped: list[Row] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.converted)
+
+    def __str__(self) -> str:
+        lines = [self._summary()]
+        for head, rows in self._tables():
+            widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+            for row in [head, *rows]:
+                cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+                lines.append(("  " + "  ".join(cells)).rstrip())
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p>{html.escape(self._summary())}</p>"]
+        for head, rows in self._tables():
+            parts.append("<table>")
+            for tag, row in [("th", head), *(("td", row) for row in rows)]:
+                cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+                parts.append(f"<tr>{cells}</tr>")
+            parts.append("</table>")
+        return "".join(parts)
+
+    def _summary(self) -> str:
+        return f"{self.title}: {len(self.converted)} changed, {len(self.skipped)} left alone"
+
+    def _tables(self) -> Iterator[tuple[list[str], list[list[str]]]]:
+        if self.converted:
+            rows = [[_named(r.names), r.old, r.new or "", r.backend or "-"] for r in self.converted]
+            yield ["name", "was", "is", "backend"], rows
+        if self.skipped:
+            rows = [[_named(r.names), r.old, r.reason] for r in self.skipped]
+            yield ["name", "is", "left alone because"], rows
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One row of the table.
+
+    Attributes:
+        torch_class: what is converted; subclasses are not.
+        backend: name of the backend that runs a converted module, or None where that cannot be told.
+        apply: what else must change in the module once its class is ours.
+        join: what must change in the modules that hold it, if it has not yet.
+        undo: takes `apply` and `join` back, once its class is torch's again.
+    """
+
+    torch_class: type[nn.Module]
+    backend: Callable[[nn.Module], str | None]
+    apply: Callable[[nn.Module, Options], None] = lambda module, options: None
+    join: Callable[[nn.Module, tuple[nn.Module, ...]], None] = lambda module, parents: None
+    undo: Callable[[nn.Module, tuple[nn.Module, ...]], None] = lambda module, parents: None
+
+    @property
+    def name(self) -> str:
+        return self.torch_class.__name__
+
+    def own_class(self, keep_type: bool) -> type[nn.Module]:
+        return getattr(keep_type_modules if keep_type else own_modules, self.name)
+
+    def own_classes(self) -> tuple[type[nn.Module], type[nn.Module]]:
+        return self.own_class(keep_type=False), self.own_class(keep_type=True)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller of `convert` asked of every module."""
+
+    keep_type: bool = False
+    recompute: bool = False
+
+
+def _recurrent_backend(module: Any) -> str | None:
+    weight = next(module.parameters())
+    if weight.is_meta:
+        return None
+    cells = {cell.mode: cell.name for cell in CELLS.values()}
+    mode = getattr(module, "mode", None) or type(module).__name__.removesuffix("Cell")
+    query = backends.RecurrentQuery(
+        op="recurrent",
+        device=weight.device,
+        dtype=weight.dtype,
+        cell=cells.get(mode) or f"rnn_{module.nonlinearity}",
+        steps=128 if isinstance(module, nn.RNNBase) else 1,
+        lanes=2 if getattr(module, "bidirectional", False) else 1,
+        hidden=module.hidden_size,
+        projected=getattr(module, "proj_size", 0) > 0,
+        layout="padded",
+    )
+    if isinstance(module, nn.RNNCellBase) and backends.torch_runs(lambda: query):
+        return backends.vendor.name
+    return _selected(query)
+
+
+def _attention_backend(module: Any) -> str | None:
+    weight = module.out_proj.weight
+    if weight.is_meta:
+        return None
+    query = backends.AttentionQuery(
+        op="attention",
+        call="forward",
+        device=weight.device,
+        dtype=weight.dtype,
+        batch=1,
+        heads=(module.num_heads, module.num_heads),
+        lengths=(128, 128),
+        features=(module.head_dim, module.head_dim),
+        layout="padded",
+        window=(-1, -1),
+        offset=0,
+        block_size=0,
+        uses=(),
+        gradients=(),
+    )
+    return _selected(query)
+
+
+def _selected(query: backends.Query) -> str:
+    try:
+        return backends.select(query).name
+    except RuntimeError:
+        return "none (the one forced cannot run it)"
+
+
+def _set_recompute(module: nn.Module, options: Options) -> None:
+    if options.recompute:
+        module.recompute = True  # type: ignore[assignment]
+
+
+def _restore_flat_weights(module: Any, parents: tuple[nn.Module, ...]) -> None:
+    """torch.nn's forward reads a list of its weights and, on a GPU, wants them in one buffer again."""
+    vars(module).pop("recompute", None)
+    module._init_flat_weights()
+
+
+# In eval mode nn.TransformerEncoderLayer computes all of itself from its parameters, and calls no submodule, if this attribute is
+# true; the attribute decides about nothing else.
+_FAST_PATH = "activation_relu_or_gelu"
+_FAST_PATH_BEFORE = f"_fastseq_{_FAST_PATH}"
+
+
+def _leave_fast_path(module: nn.Module, parents: tuple[nn.Module, ...]) -> None:
+    for layer in parents:
+        if isinstance(layer, nn.TransformerEncoderLayer) and layer.self_attn is module and _FAST_PATH_BEFORE not in vars(layer):
+            vars(layer)[_FAST_PATH_BEFORE] = getattr(layer, _FAST_PATH, 0)
+            vars(layer)[_FAST_PATH] = 0
+
+
+def _restore_fast_path(module: nn.Module, parents: tuple[nn.Module, ...]) -> None:
+    for layer in parents:
+        if isinstance(layer, nn.TransformerEncoderLayer) and layer.self_attn is module and _FAST_PATH_BEFORE in vars(layer):
+            vars(layer)[_FAST_PATH] = vars(layer).pop(_FAST_PATH_BEFORE)
+
+
+_init_layer = nn.TransformerEncoderLayer.__init__
+
+
+@functools.wraps(_init_layer)
+def _init_layer_around_ours(self: nn.TransformerEncoderLayer, *args: Any, **kwargs: Any) -> None:
+    _init_layer(self, *args, **kwargs)
+    if isinstance(self.self_attn, own_modules.MultiheadAttention):
+        _leave_fast_path(self.self_attn, (self,))
+
+
+# The classes as torch has them, whatever patched() puts in their place later.
+CONVERSIONS: dict[str, Conversion] = {
+    conversion.name: conversion
+    for conversion in (
+        Conversion(nn.RNN, _recurrent_backend, apply=_set_recompute, undo=_restore_flat_weights),
+        Conversion(nn.LSTM, _recurrent_backend, apply=_set_recompute, undo=_restore_flat_weights),
+        Conversion(nn.GRU, _recurrent_backend, apply=_set_recompute, undo=_restore_flat_weights),
+        Conversion(nn.RNNCell, _recurrent_backend),
+        Conversion(nn.LSTMCell, _recurrent_backend),
+        Conversion(nn.GRUCell, _recurrent_backend),
+        Conversion(nn.MultiheadAttention, _attention_backend, join=_leave_fast_path, undo=_restore_fast_path),
+    )
+}
+
+_ON_UNSUPPORTED = ("skip", "warn", "raise")
+
+
+def convert(
+    model: nn.Module,
+    modules: ModuleKinds | None = None,
+    *,
+    filter_fn: FilterFn | None = None,
+    on_unsupported: str = "skip",
+    example_inputs: Any = None,
+    keep_type: bool = False,
+    recompute: bool = False,
+) -> Report:
+    """Make the nn.RNN, nn.LSTM, nn.GRU, their cells and the nn.MultiheadAttention in `model` fastseq's, in
+    place, and tell what was done.
+
+    Every parameter, buffer, hook and name stays the same object, so an optimizer made before goes on working,
+    and state_dict, deepcopy and DistributedDataParallel do not notice. A module with several names is
+    converted once. The model itself may be such a module. Converting again changes nothing.
+
+    An nn.TransformerEncoderLayer around a converted nn.MultiheadAttention calls it in eval mode too: torch's
+    fast path through the whole layer, which calls no submodule, is off for that layer until `revert`. This
+    holds as well for a fastseq.MultiheadAttention that was put there by hand. nn.TransformerEncoder goes on
+    packing padded batches into nested tensors where it did.
+
+    Left alone, with the reason in the report: subclasses, a forward replaced on the instance, modules under
+    torch.nn.utils.parametrize, quantized, scripted, FSDP-managed and not yet initialised ones. Old-style
+    weight_norm, spectral_norm and pruning are fine. Convert before `fully_shard`, `torch.jit.script` and
+    parametrizations.
+
+    Args:
+        model: any module; wrappers (DistributedDataParallel, torch.compile's) are looked through.
+        modules: which classes, as `nn.LSTM`, `"LSTM"` or several of them. None: all that can be converted.
+        filter_fn: called with (module, name) for each of them; converted if true, for every name if it has
+            several.
+        on_unsupported: what to do about a module that was asked for and cannot be converted: "skip" (it is in
+            the report), "warn", or "raise" before anything is changed.
+        example_inputs: arguments for the model: a tensor, a tuple of positional ones (a dict at its end holds
+            keyword ones), or a dict of keyword ones. The model is run before and after, in eval and in train
+            mode, in the latter with gradients if autograd is on; nothing of these runs remains. If a result
+            differs by more than rounding explains, everything is taken back.
+        keep_type: use classes that are subclasses of torch's too, for code that asks `isinstance(m,
+            nn.LSTM)`. The price: torch.compile(fullgraph=True) refuses RNN, LSTM and GRU, as it refuses
+            torch's own. fastseq.MultiheadAttention always is a subclass of torch's.
+        recompute: compute gate activations again in the backward pass of nn.RNN, nn.LSTM and nn.GRU rather
+            than keep them: less memory, more time.
+
+    Returns:
+        The report; `print` it.
+
+    Raises:
+        TypeError, ValueError: an argument that is not what it has to be.
+        NotImplementedError: a module cannot be converted, with on_unsupported="raise". The model is as it
+            was.
+        RuntimeError: results differ on example_inputs. The model is as it was.
+
+    Warns:
+        UserWarning: if nothing was converted, unless all was already.
+    """
+    chosen = _chosen(modules)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function (module, name) -> bool, got {type(filter_fn).__name__}")
+    if on_unsupported not in _ON_UNSUPPORTED:
+        raise ValueError(f"on_unsupported must be one of {', '.join(_ON_UNSUPPORTED)}, got {on_unsupported!r}")
+    if example_inputs is not None:
+        as_arguments(example_inputs)
+    options = Options(keep_type=bool(keep_type), recompute=bool(recompute))
+
+    report = Report("fastseq.convert")
+    plan: list[tuple[_Found, Conversion]] = []
+    ready: list[tuple[_Found, Conversion]] = []
+    for found in _walk(model):
+        conversion = _recognise(found)
+        if conversion is None:
+            continue
+        reason, unsupported = _why_not_asked(found, conversion, chosen, filter_fn), False
+        if not reason and isinstance(found.module, conversion.own_classes()):
+            reason = "already fastseq's"
+            ready.append((found, conversion))
+        if not reason:
+            reason = _why_not_possible(found, conversion, "convert") or _why_not_faster(found, conversion)
+            unsupported = bool(reason)
+        if reason:
+            report.skipped.append(_row(found, reason=reason, unsupported=unsupported))
+        else:
+            plan.append((found, conversion))
+    _complain(report, on_unsupported)
+    if not plan and not ready:
+        warnings.warn(
+            f"fastseq.convert: nothing to convert in {type(model).__name__} (looked for "
+            f"{', '.join(sorted(chosen))}; {len(report.skipped)} left alone, see the report)",
+            stacklevel=2,
+        )
+
+    probe = None
+    if plan and example_inputs is not None:
+        probe = Probe(model, example_inputs, [found.module for found, _ in plan])
+    before = [_class_name(type(found.module)) for found, _ in plan]
+    swapped: list[tuple[_Found, Conversion]] = []
+    try:
+        for found, conversion in plan:
+            found.module.__class__ = conversion.own_class(options.keep_type)
+            swapped.append((found, conversion))
+            conversion.apply(found.module, options)
+            conversion.join(found.module, found.parents)
+        complaint = probe.compare() if probe is not None else None
+        if complaint is not None:
+            names = ", ".join(_named(found.names) for found, _ in plan)
+            raise RuntimeError(
+                f"fastseq.convert: on example_inputs the converted model disagrees: {complaint}. "
+                f"The model was put back; converted were {names}"
+            )
+    except BaseException:
+        for found, conversion in reversed(swapped):
+            _swap_back(found, conversion)
+        raise
+    for found, conversion in ready:
+        conversion.join(found.module, found.parents)
+    for (found, conversion), old in zip(plan, before, strict=True):
+        report.converted.append(_row(found, old=old, backend=conversion.backend(found.module)))
+    return report
+
+
+def revert(model: nn.Module) -> Report:
+    """Make every fastseq module in `model` the torch.nn module that it stands for: the inverse of `convert`.
+
+    This holds for modules that `convert` made as well as for those built as fastseq's, by name or under
+    `patched`. Parameters keep their identity. Reverting again changes nothing.
+
+    Returns:
+        The report; what could not be reverted (subclasses, modules wrapped by FSDP or a parametrization
+        since) stands in `skipped` with its reason.
+
+    Raises:
+        TypeError: if `model` is no nn.Module.
+
+    Warns:
+        UserWarning: if something could not be reverted.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    report = Report("fastseq.revert")
+    for found in _walk(model):
+        conversion = _recognise(found)
+        if conversion is None or not isinstance(found.module, conversion.own_classes()):
+            continue
+        reason = _why_not_possible(found, conversion, "revert")
+        if reason:
+            report.skipped.append(_row(found, reason=reason, unsupported=True))
+        else:
+            old = _class_name(type(found.module))
+            _swap_back(found, conversion)
+            report.converted.append(_row(found, old=old))
+    _complain(report, "warn")
+    return report
+
+
+class patched(ContextDecorator):
+    """Within `with fastseq.patched():` the constructors nn.RNN, nn.LSTM, nn.GRU, their cells and
+    nn.MultiheadAttention build fastseq's modules.
+
+    For code that builds models out of your reach. The names are replaced in torch.nn, torch.nn.modules and
+    the modules below that, so `from torch.nn import LSTM` inside the block gets ours too, and so do torch's
+    own nn.Transformer and its layers; a name that a file imported before is out of reach (use `convert` on the
+    result). On the way out, also by an error, torch's
+    classes stand there again; modules built inside stay fastseq's (`revert` makes them torch's). Blocks nest.
+    Also a decorator.
+
+    The replacement holds for the whole process: other threads see it as well while any thread is inside, and
+    it is taken back when the last leaves. Keep the block to building models: inside, `isinstance(m, nn.LSTM)`
+    asks for fastseq's class, and torch.compile treats that as its own, which it refuses.
+
+    Args:
+        modules: which classes, as for `convert`.
+        keep_type: as for `convert`.
+
+    Raises:
+        TypeError, ValueError: an argument that is not what it has to be.
+    """
+
+    _lock = threading.RLock()
+    _entries: list[dict[str, type[nn.Module]]] = []  # of all threads, the latest last
+
+    def __init__(self, modules: ModuleKinds | None = None, *, keep_type: bool = False):
+        self._classes = {name: CONVERSIONS[name].own_class(bool(keep_type)) for name in _chosen(modules)}
+        self._mine: list[dict[str, type[nn.Module]]] = []
+
+    def __enter__(self) -> None:
+        entry = dict(self._classes)
+        with self._lock:
+            self._entries.append(entry)
+            self._mine.append(entry)
+            self._install()
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            entry = self._mine.pop()
+            del self._entries[next(i for i, other in enumerate(self._entries) if other is entry)]
+            self._install()
+
+    @classmethod
+    def _install(cls) -> None:
+        """Put the latest entry's classes, else torch's, in every place that has one of ours or torch's."""
+        for name, conversion in CONVERSIONS.items():
+            wanted = next((entry[name] for entry in reversed(cls._entries) if name in entry), conversion.torch_class)
+            known = (conversion.torch_class, *conversion.own_classes())
+            for place in (nn, nn.modules, nn.modules.transformer, sys.modules[conversion.torch_class.__module__]):
+                if getattr(place, name, None) in known:
+                    setattr(place, name, wanted)
+        if nn.TransformerEncoderLayer.__init__ in (_init_layer, _init_layer_around_ours):
+            ours = nn.MultiheadAttention in CONVERSIONS["MultiheadAttention"].own_classes()
+            nn.TransformerEncoderLayer.__init__ = _init_layer_around_ours if ours else _init_layer  # type: ignore[method-assign]
+
+
+@dataclass
+class _Found:
+    """A module, with every name and every module that holds it."""
+
+    module: nn.Module
+    names: list[str] = field(default_factory=list)
+    holders: list[nn.Module] = field(default_factory=list)
+    ancestors: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def parents(self) -> tuple[nn.Module, ...]:
+        return tuple(self.holders)
+
+
+def _walk(model: nn.Module) -> list[_Found]:
+    """Every module once, in the order of named_modules(), which knows only the first name of each."""
+    found: dict[int, _Found] = {}
+
+    def visit(module: nn.Module, name: str, above: tuple[nn.Module, ...]) -> None:
+        here = found.setdefault(id(module), _Found(module))
+        here.names.append(name)
+        here.ancestors.extend(above)
+        if above and not any(above[-1] is holder for holder in here.holders):
+            here.holders.append(above[-1])
+        if any(module is ancestor for ancestor in above):
+            return
+        for child_name, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{name}.{child_name}" if name else child_name, (*above, module))
+
+    visit(model, "", ())
+    return list(found.values())
+
+
+def _chosen(modules: ModuleKinds | None) -> set[str]:
+    """Names in `CONVERSIONS` for what the caller gave."""
+    if modules is None:
+        return set(CONVERSIONS)
+    accepted = f"accepted: {', '.join(f'nn.{name} or {name!r}' for name in CONVERSIONS)}, or several of these"
+    if isinstance(modules, type | str):
+        modules = (modules,)
+    if not isinstance(modules, Iterable) or isinstance(modules, nn.Module):
+        raise TypeError(f"modules must be classes or their names, got {type(modules).__name__}; {accepted}")
+    chosen = set()
+    for kind in modules:
+        if isinstance(kind, str):
+            name = kind.removeprefix("torch.").removeprefix("nn.")
+            known = name in CONVERSIONS
+        elif isinstance(kind, type):
+            name = kind.__name__
+            known = name in CONVERSIONS and kind in (
+                CONVERSIONS[name].torch_class,
+                *CONVERSIONS[name].own_classes(),
+            )
+        else:
+            raise TypeError(f"modules must be classes or their names, got {kind!r} among them; {accepted}")
+        if not known:
+            raise ValueError(f"modules: {kind!r} is nothing that can be converted; {accepted}")
+        chosen.add(name)
+    if not chosen:
+        raise ValueError(f"modules is empty, so there is nothing to convert; {accepted}")
+    return chosen
+
+
+_QUANTIZED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.quantizable.")
+
+
+def _recognise(found: _Found) -> Conversion | None:
+    """The row that a module falls under, even if in the end it cannot be converted."""
+    module = found.module
+    if isinstance(module, torch.jit.ScriptModule):
+        return CONVERSIONS.get(getattr(module, "original_name", ""))
+    if _is_quantized(module):
+        part_of_another = any(_is_quantized(ancestor) for ancestor in found.ancestors)
+        return None if part_of_another else CONVERSIONS.get(type(module).__name__)
+    for kind in type(module).__mro__:
+        conversion = CONVERSIONS.get(kind.__name__)
+        if conversion is not None and (kind is conversion.torch_class or kind in conversion.own_classes()):
+            return conversion
+    return None
+
+
+def _why_not_asked(found: _Found, conversion: Conversion, chosen: set[str], filter_fn: FilterFn | None) -> str:
+    if conversion.name not in chosen:
+        return "not among the modules asked for"
+    if filter_fn is not None:
+        refused = [name for name in found.names if not filter_fn(found.module, name)]
+        if refused:
+            return f"filter_fn refused {_named(refused)}"
+    return ""
+
+
+def _why_not_possible(found: _Found, conversion: Conversion, verb: str) -> str:
+    """One reason, the first that holds, against a swap of the module's class; empty if there is none."""
+    module, kind = found.module, type(found.module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"compiled by TorchScript: {verb} before torch.jit.script or trace"
+    if _is_quantized(module):
+        return "quantized (torch.ao): its weights and kernels are other ones"
+    if any(_is_fsdp(holder) for holder in (module, *found.ancestors)):
+        return f"managed by FSDP: {verb} before fully_shard"
+    if parametrize.is_parametrized(module):
+        names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        return f"parametrized (torch.nn.utils.parametrize: {names}): {verb} before registering parametrizations"
+    if kind is not conversion.torch_class and kind not in conversion.own_classes():
+        base = next(base for base in kind.__mro__ if base is conversion.torch_class or base in conversion.own_classes())
+        own = next(base for base in kind.__mro__ if "forward" in vars(base)) is not base
+        return f"subclass of {_class_name(base)}" + (" with its own forward" if own else "")
+    if "forward" in vars(module):
+        return f"its forward is replaced on the instance: {verb} before that"
+    for name, parameter in module.named_parameters(recurse=False):
+        if nn.parameter.is_lazy(parameter):
+            return f"{name} is not initialised yet: run the model once before"
+        if is_traceable_wrapper_subclass(parameter):
+            wrapper = type(parameter.data).__name__
+            return f"{name} is a {wrapper}: {verb} before parameters are distributed or quantized"
+    return ""
+
+
+def _why_not_faster(found: _Found, conversion: Conversion) -> str:
+    if backends.forced() is not None:
+        return ""
+    backend = conversion.backend(found.module)
+    if backend == "triton" and isinstance(found.module, nn.RNNBase):
+        return "fastseq's Triton kernels are not measured against cuDNN yet: within fastseq.use_backend('triton') it is converted"
+    if backend == "reference":
+        weight = next(found.module.parameters())
+        dtype, device = str(weight.dtype).removeprefix("torch."), weight.device.type
+        return (
+            f"no fastseq kernel runs {dtype} on {device} here, and the reference is slower than torch.nn (python -m fastseq info)"
+        )
+    return ""
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(_QUANTIZED)
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule | fsdp.FullyShardedDataParallel)
+
+
+def _swap_back(found: _Found, conversion: Conversion) -> None:
+    found.module.__class__ = conversion.torch_class
+    conversion.undo(found.module, found.parents)
+
+
+def _complain(report: Report, on_unsupported: str) -> None:
+    rows = [row for row in report.skipped if row.unsupported]
+    if not rows or on_unsupported == "skip":
+        return
+    reasons = "; ".join(f"{_named(row.names)} ({row.old}): {row.reason}" for row in rows)
+    if on_unsupported == "raise":
+        raise NotImplementedError(f"{report.title}: nothing was changed, because of {reasons}")
+    warnings.warn(f"{report.title} leaves alone {reasons}", stacklevel=3)
+
+
+def _row(found: _Found, old: str | None = None, **values: Any) -> Row:
+    """`old` is given for a module whose class has changed."""
+    current = _class_name(type(found.module))
+    if old is None:
+        return Row(tuple(found.names), current, **values)
+    return Row(tuple(found.names), old, current, **values)
+
+
+def _named(names: Iterable[str]) -> str:
+    return ", ".join(name or "(model)" for name in names)
+
+
+def _class_name(kind: type) -> str:
+    for name, conversion in CONVERSIONS.items():
+        for prefix, own in zip(("torch.nn", "fastseq", "fastseq.modules.keep_type"),
+                               (conversion.torch_class, *conversion.own_classes()), strict=True):  # fmt: skip
+            if kind is own:
+                return f"{prefix}.{name}"
+    return f"{kind.__module__}.{kind.__qualname__}"

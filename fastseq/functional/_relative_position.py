@@ -1,0 +1,156 @@
+"""Relative positions of well-known models, as ``attention`` takes them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .._arguments import checked_int, checked_number, checked_tensor, own_keywords
+from ._attention import attention
+from ._attention_call import AttentionOptions, check_tensors, checked_layout, takes_options
+
+__all__ = ["t5_relative_bias", "transformer_xl_attention"]
+
+
+@own_keywords
+def t5_relative_bias(
+    table: Tensor,
+    query_length: int,
+    key_length: int,
+    *,
+    bidirectional: bool = True,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+) -> tuple[Tensor, int]:
+    """T5's learned bias as ``attention`` takes it: ``relative_bias`` ``[Hq, L]`` and ``relative_bias_zero``.
+
+    Source: Raffel et al., 2020. Half of the buckets of a direction are for one distance (key - query) each, the others for
+    distances that grow logarithmically up to ``max_distance``, the last one also for all beyond. Bidirectional, the second half
+    of the buckets is for keys after the query; otherwise these share bucket 0.
+
+    Args:
+        table: ``[num_buckets, Hq]``, floating point; gets a gradient, the same bits at every run.
+        query_length, key_length: Tq and Tk; L = Tq + Tk - 1 distances occur. No [Tq, Tk] tensor is built.
+
+    Raises:
+        RuntimeError: if ``table`` is not ``[num_buckets, Hq]`` of a floating dtype.
+        TypeError: if ``table`` is no tensor or a length no int.
+        ValueError: if a length is negative, a direction has fewer than 2 buckets, or ``max_distance`` is not beyond the
+            exact ones.
+    """
+    checked_tensor("table", table)
+    checked_int("num_buckets", num_buckets)
+    checked_number("max_distance", max_distance)
+    for name, length in (("query_length", query_length), ("key_length", key_length)):
+        if checked_int(name, length) < 0:
+            raise ValueError(f"{name} must not be negative, got {length}")
+    if table.dim() != 2 or table.shape[0] != num_buckets or not table.is_floating_point():
+        raise RuntimeError(
+            f"table must be floating point [num_buckets, Hq], num_buckets = {num_buckets}, got {table.dtype} {list(table.shape)}"
+        )
+    buckets = num_buckets // 2 if bidirectional else num_buckets
+    exact = buckets // 2
+    if exact < 1 or max_distance <= exact:
+        raise ValueError(
+            f"a direction needs at least 2 buckets, and max_distance more than half of them; got num_buckets={num_buckets}, "
+            f"bidirectional={bidirectional}, max_distance={max_distance}"
+        )
+    zero = max(query_length - 1, 0)
+    distance = torch.arange(max(query_length + key_length - 1, 0), device=table.device) - zero
+    size = distance.abs() if bidirectional else (-distance).clamp(min=0)
+    # in fp32 and in this order of operations, as checkpoints were trained: some distances lie on the edge of a bucket
+    logarithm = torch.log(size.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (logarithm * (buckets - exact)).long()).clamp(max=buckets - 1)
+    bucket = torch.where(size < exact, size, far)
+    if bidirectional:
+        bucket = bucket + (distance > 0) * buckets
+    return torch.nn.functional.embedding(bucket, table).t().contiguous(), zero
+
+
+@overload
+def transformer_xl_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    r: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+@overload
+def transformer_xl_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    r: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = False,
+    return_weights: bool | Literal["average"] = False,
+    **options: Unpack[AttentionOptions],
+) -> Any: ...
+
+
+@takes_options(
+    "causal",
+    "alignment",
+    "relative_query",
+    "relative_key",
+    "relative_key_zero",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "max_seqlen_q",
+    "max_seqlen_k",
+)
+def transformer_xl_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    r: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = False,
+    return_weights: bool | Literal["average"] = False,
+    **options: Unpack[AttentionOptions],
+) -> Any:
+    """Causal attention of Transformer-XL (Dai et al., 2019): the scores are ((q + u) k^T + (q + v) R^T) / sqrt(E).
+
+    Args:
+        query: ``[B, H, Tq, E]``, or ``[B, Tq, H, E]`` with ``layout="bshd"``.
+        key, value: likewise with Tk = memory + Tq steps: the caller puts the memory before the segment.
+        r: the paper's R after its projection, ``[H or 1, Tk, E]``: from the farthest distance, Tk - 1, to 0.
+        u, v: the paper's biases, ``[H, E]``.
+        options: further ones of :func:`attention`, such as ``dropout_p`` or ``attn_mask``.
+        return_lse, return_weights: as there.
+
+    Returns, raises: as :func:`attention`.
+    """
+    check_tensors({"query": query, "key": key, "value": value, "r": r, "u": u, "v": v})
+    layout = checked_layout(options.get("layout"), False)
+    if query.dim() != 4:
+        raise RuntimeError(f"query must be {'[B, H, T, E]' if layout == 'bhsd' else '[B, T, H, E]'}, got {list(query.shape)}")
+    if r.dim() != 3:
+        raise RuntimeError(f"r must be [H or 1, Tk, E], got {list(r.shape)}")
+    for name, vector in (("u", u), ("v", v)):
+        heads = query.shape[1 if layout == "bhsd" else 2]
+        if vector.shape != (heads, query.shape[-1]):
+            raise RuntimeError(f"{name} must be [H, E] = [{heads}, {query.shape[-1]}], got {list(vector.shape)}")
+    if layout == "bhsd":
+        u, v = u[:, None], v[:, None]
+    options |= {
+        "causal": True,
+        "alignment": "bottom_right",
+        "relative_query": query + v,
+        "relative_key": r,
+        "relative_key_zero": r.shape[-2] - 1,
+    }
+    return attention(query + u, key, value, return_lse=return_lse, return_weights=return_weights, **options)
