@@ -7,6 +7,7 @@ struct MultiplyAdd {
   using V = typename Lanes<A>::V;
   static constexpr int64_t W = Math<A>::kWidth;
   static constexpr bool kInterleaves = false;
+  static constexpr int64_t kChunkRows = 128;
   static constexpr int64_t kMostRows = 48;  // of one product: with a run of weights, their sums and their operands stay in the first cache
 
   // The left-hand matrix. Rows are a line further apart than they need: a power of two would put those of a block into one cache set.
@@ -108,6 +109,9 @@ struct MultiplyAdd {
   }
   static_assert(rows_of_block(4) == (FASTSEQ_VECTOR_REGISTERS == 32 ? 6 : 3));
 
+  // Subtracting zero is nothing, so that one load remains; adding it, which turns -0 into 0, would take two of the ports that multiply.
+  static FASTSEQ_HOST_DEVICE V broadcast(A a) { return a - V{}; }
+
   using Kernel = void (*)(const A*, int64_t, const A*, int64_t, Start<A>, A*);
 
   // sums[r][v] = start + rows[r] (depth values) times a tile (depth x NV vectors)
@@ -135,7 +139,7 @@ struct MultiplyAdd {
         }
 #pragma GCC unroll 8
         for (int r = 0; r < RB; ++r) {
-          const V value = V{} + rows[r * stride + k + s];
+          const V value = broadcast(rows[r * stride + k + s]);
 #pragma GCC unroll 4
           for (int v = 0; v < NV; ++v) sum[s][r][v] += value * weight[v];
         }
@@ -145,7 +149,7 @@ struct MultiplyAdd {
 #pragma GCC unroll 8
       for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[0][r][v] += (V{} + rows[r * stride + k]) * *(const V*)(tile + (k * NV + v) * W);
+        for (int v = 0; v < NV; ++v) sum[0][r][v] += broadcast(rows[r * stride + k]) * *(const V*)(tile + (k * NV + v) * W);
 #pragma GCC unroll 8
     for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4

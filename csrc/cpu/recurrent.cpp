@@ -6,9 +6,9 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
+#include <cstring>
 #include <numeric>
-#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "level.h"
@@ -92,21 +92,63 @@ Zoneout zoneout_of(const std::optional<Tensor>& hold_h, const std::optional<Tens
 
 bool any(const Zoneout& zoneout) { return zoneout.hold_h || zoneout.hold_c || zoneout.h > 0 || zoneout.c > 0; }
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<void, Free>;
+// Memory for packed weights and states, 64-byte aligned, since the kernels load whole registers. What it holds is undefined: with
+// FASTSEQ_CPU_POISON set, NaN in every dtype, so that a test sees what is read before it is written. Each thread keeps what it has freed,
+// up to kKept bytes: pages that the system has to clear anew at every call cost as much as a tenth of it.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t bytes) : size_((std::max<int64_t>(bytes, 1) + 4095) / 4096 * 4096) {
+    auto& free = kept().blocks;
+    const auto fits = [&](const Block& block) { return block.size >= size_ && block.size <= 2 * size_; };
+    const auto found = std::find_if(free.begin(), free.end(), fits);
+    if (found != free.end()) {
+      data_ = found->data, size_ = found->size;
+      kept().total -= size_;
+      free.erase(found);
+    } else {
+      data_ = std::aligned_alloc(64, size_);
+      STD_TORCH_CHECK(data_, "out of memory: ", size_, " bytes for packed recurrent weights or states");
+    }
+    if (std::getenv("FASTSEQ_CPU_POISON")) std::memset(data_, 0xff, size_);
+  }
+  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_), std::swap(size_, other.size_);
+    return *this;
+  }
+  ~Buffer() {
+    if (!data_) return;
+    if (kept().total + size_ > kKept) {
+      std::free(data_);
+    } else {
+      kept().blocks.push_back({data_, size_});
+      kept().total += size_;
+    }
+  }
+  void* get() const { return data_; }
 
-// 64-byte aligned, since the kernels load whole registers. What it holds is undefined: with FASTSEQ_CPU_POISON set, NaN in every dtype,
-// so that a test sees what is read before it is written.
-Buffer allocate(int64_t bytes) {
-  const bool poison = std::getenv("FASTSEQ_CPU_POISON");
-  const int64_t size = (std::max<int64_t>(bytes, 1) + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, size);
-  STD_TORCH_CHECK(p, "out of memory: ", size, " bytes for packed recurrent weights or states");
-  if (poison) std::memset(p, 0xff, size);
-  return Buffer(p);
-}
+ private:
+  static constexpr int64_t kKept = 16 << 20;
+  struct Block {
+    void* data;
+    int64_t size;
+  };
+  struct Kept {
+    std::vector<Block> blocks;
+    int64_t total = 0;
+    ~Kept() {
+      for (const Block& block : blocks) std::free(block.data);
+    }
+  };
+  static Kept& kept() {
+    static thread_local Kept kept;
+    return kept;
+  }
+
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
 
 // The rows of a call, cut into parts of the batch. Slots are sorted by decreasing length, and dealt to the parts in turn.
 class Batch {
@@ -179,7 +221,7 @@ void run_teams(const Plan& plan, int64_t lanes, int64_t reverse, const Batch& ba
   std::vector<Buffer> workspaces(teams);
   for (int64_t team = 0; team < teams; ++team) {
     barriers[team].reset(plan.members);
-    workspaces[team] = allocate(workspace_size(shape, batch.rows(team % plan.batch_parts).slots));
+    workspaces[team] = Buffer(workspace_size(shape, batch.rows(team % plan.batch_parts).slots));
   }
   const auto participate = [&](int64_t team, int64_t begin, int64_t end) {
     Work work{};
@@ -209,7 +251,7 @@ void run_teams(const Plan& plan, int64_t lanes, int64_t reverse, const Batch& ba
 // Packed weights of all lanes, [lanes, tiles] of tile_bytes: pack(lane, tile, to) fills one.
 template <class Pack>
 Buffer packed_tiles(int64_t lanes, int64_t tiles, int64_t tile_bytes, int64_t work_of_tile, const Pack& pack) {
-  Buffer packed = allocate(lanes * tiles * tile_bytes);
+  Buffer packed(lanes * tiles * tile_bytes);
   const int64_t grain = std::max<int64_t>(1, kWorkOfPacking / std::max<int64_t>(work_of_tile, 1));
   torch::stable::parallel_for(0, lanes * tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) pack(i / tiles, i % tiles, static_cast<char*>(packed.get()) + i * tile_bytes);
@@ -289,7 +331,7 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
   const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, P + a.input, tiling.gates * H, unit_tiles, bytes);
   const Batch batch(steps, a.batch, lengths, batch_sizes, plan.batch_parts);
   run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.forward_workspace, a.shape, [&](Work& work) {
-    const Buffer scratch = allocate(kernel.forward_scratch(a, work));
+    const Buffer scratch(kernel.forward_scratch(a, work));
     work.scratch = scratch.get();
     kernel.forward(a, work);
   });

@@ -141,7 +141,7 @@ class Waiting {
   void rest() { up_to(item_.count); }
 
  private:
-  static constexpr int64_t kLeastRows = 4;
+  static constexpr int64_t kLeastRows = 2;
 
   void up_to(int64_t end) {
     if (next_ < end) finish_(item_, next_, end);
@@ -242,7 +242,7 @@ struct Range {
 
 // The input of some steps, projected before them: their rows together serve each input weight fetched, and what is projected is
 // read again before it leaves the second-level cache.
-constexpr int64_t kChunkRows = 128, kLeastChunkRows = 32, kChunkBytes = 512 << 10;
+constexpr int64_t kLeastChunkRows = 32, kChunkBytes = 512 << 10;
 
 template <class Product, class S, template <class> class Cell, bool kZoned>
 class ForwardKernel {
@@ -279,7 +279,7 @@ class ForwardKernel {
 
     Chunk(const Forward& a, const Work& w, void* scratch) {
       const int64_t slots = max(w.rows.slots, 1), row = G * a.shape.hidden * sizeof(A);
-      steps = max(1, min(max(kChunkBytes / row, kLeastChunkRows), kChunkRows) / slots);
+      steps = max(1, min(max(kChunkBytes / row, kLeastChunkRows), Product::kChunkRows) / slots);
       steps = min(steps, w.rows.steps);
       const int64_t rows = (blocks_of(steps * slots, 16) + 1) * 16, tiles = a.x ? w.unit_tiles[1] - w.unit_tiles[0] : 0;
       tile_size = rows * NV * W;  // a product takes, and gives, whole blocks of rows
@@ -556,7 +556,7 @@ class ForwardKernel {
   // of the step at hand
   int64_t t = 0, chunk_row = 0;
   const Matrix *old_h = nullptr, *new_h = nullptr;
-  int64_t chunk_start[kChunkRows];
+  int64_t chunk_start[Product::kChunkRows];
   alignas(64) A sums[(Product::kInterleaves ? 2 : 1) * Product::kMostRows * kTileVectors * W];
 };
 

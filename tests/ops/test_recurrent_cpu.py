@@ -168,11 +168,12 @@ def test_amx_needs_permission():
         "stack = Stack(ctypes.addressof(memory), 0, 8192)\n"
         "assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0\n"
         "import torch, fastseq\n"
+        "from fastseq import info\n"
         "from fastseq import functional as F\n"
         "params = [p.detach().bfloat16() for p in torch.nn.LSTM(4, 5).parameters()]\n"
         "with fastseq.use_backend('cpu'):\n"
         "    assert not F.lstm(torch.randn(3, 2, 4).bfloat16(), None, params)[0].isnan().any()\n"
-        "print(torch.ops.fastseq_native.cpu_level(), fastseq.info.collect()['devices'][0])\n"
+        "print(torch.ops.fastseq_native.cpu_level(), info.collect()['devices'][0])\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "FASTSEQ_CPU_LEVEL"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
