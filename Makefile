@@ -36,7 +36,7 @@ else
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
-SOURCES := CMakeLists.txt setup.py fastseq/_version.py $(shell find csrc -type f -not -path 'csrc/host/*')
+SOURCES := CMakeLists.txt setup.py fastseq/_version.py $(shell find csrc -type f)
 LIBRARY := fastseq/lib/.built-$(FASTSEQ_BUILD)
 
 .PHONY: test check lint format bench gpu-day library host-kernels wheel abi clean
@@ -53,6 +53,7 @@ lint: $(TOOLS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_typing.py
 
 format: $(TOOLS)
 	$(PY) -m ruff check --fix .

@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("cuda_stream_lent() -> bool");
   m.def("cpu_level() -> str");
   m.def("cuda_limits(int device) -> int[]");
+  m.def("recurrent_plan_fields() -> str[]");
   m.def("recurrent_plan(str cell, str precision, bool backward, int batch, int lanes, int hidden, int[] device, "
         "int rank=0) -> (str, float, int[], int)");
   m.def(
@@ -38,6 +39,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor weight, Tensor? vectors, Tensor? h0, Tensor? c0, Tensor y, Tensor c, Tensor gates, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) dh0, Tensor(d!) dc0, Tensor? starts, Tensor? lengths, int steps, int batch, int lanes, "
       "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags) -> ()");
+  // The benchmark suite `limits` measures the machine with these; no module and no function of fastseq calls them.
   m.def("fma(Tensor start, float factor, float addend, int steps, Tensor(a!) results) -> ()");
   m.def("exchange(str kind, int steps, int ctas, int vectors, Tensor(a!) flags, Tensor(b!) operands, Tensor(c!) results) -> ()");
 }
@@ -65,5 +67,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_stream_lent", TORCH_BOX(&fastseq::cuda_stream_lent));
   m.impl("cpu_level", TORCH_BOX(&fastseq::cpu::cpu_level));
   m.impl("cuda_limits", TORCH_BOX(&fastseq::cuda_limits));
+  m.impl("recurrent_plan_fields", TORCH_BOX(&fastseq::recurrent::recurrent_plan_fields));
   m.impl("recurrent_plan", TORCH_BOX(&fastseq::recurrent::recurrent_plan));
 }

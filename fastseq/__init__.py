@@ -4,9 +4,9 @@
 """
 
 from . import functional
+from ._convert import Report, convert, patched, revert
 from ._version import __version__
-from .backends import explain, use_backend
-from .convert import convert, patched, revert
+from .backends import Explanation, explain, use_backend
 from .modules import (
     GRU,
     LSTM,
@@ -34,6 +34,7 @@ __all__ = [
     "SLSTM",
     "CoupledLSTM",
     "CoupledLSTMCell",
+    "Explanation",
     "GRUCell",
     "LSTMCell",
     "LayerNormGRU",
@@ -44,6 +45,7 @@ __all__ = [
     "PeepholeLSTM",
     "PeepholeLSTMCell",
     "RNNCell",
+    "Report",
     "SLSTMCell",
     "__version__",
     "convert",

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastseq", description="Fast kernels for sequence models.")
     parser.add_argument("--version", action="version", version=f"fastseq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    info_parser = commands.add_parser("info", help="versions, the compiled library, devices, and which backend runs what")
+    info_parser = commands.add_parser("info", help="devices, versions, the compiled library, and which backend runs what")
     info_parser.add_argument("--json", action="store_true", help="print it as JSON")
     commands.add_parser(
         "bench",

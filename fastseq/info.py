@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,23 @@ from fastseq._version import __version__
 from fastseq.backends import AttentionQuery, Query, RecurrentQuery, library
 from fastseq.cells import CELLS
 
+_LEVELS = {
+    "default": "baseline",
+    "avx2": "AVX2",
+    "avx512": "AVX-512",
+}  # of CPU kernels; one that is not here goes by its own name
+_CALLS = 44  # columns of the matrix for the names of calls
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def collect() -> dict[str, Any]:
     """Everything that ``info`` prints, as JSON-able data."""
     return {
+        "devices": [_cpu(), *_gpus()],
         "versions": _versions(),
         "library": _library(),
-        "devices": [_cpu(), *_gpus()],
-        "backends": _backends(),
+        "backends": [{"name": name, "reason": backends.BACKENDS[name].available()} for name in backends.ORDER],
+        "support": _support(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTSEQ_")},
     }
 
@@ -38,34 +46,49 @@ def as_json() -> str:
 
 def as_text() -> str:
     found = collect()
-    lines = ["versions"]
+    lines = ["devices"]
+    for device in found["devices"]:
+        facts = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
+        lines.append(f"  {device['device']:<14}{device['name']}" + (f" ({facts})" if facts else ""))
+
+    lines += ["", "versions"]
     lines += [f"  {name:<14}{value}" for name, value in found["versions"].items()]
 
     state = found["library"]
     lines += ["", "library", f"  {'file':<14}{state['path'] or 'none'}"]
     lines.append(f"  {'loaded':<14}{'yes' if state['reason'] is None else 'no: ' + state['reason']}")
     if state["reason"] is None:
-        lines.append(f"  {'compiled for':<14}{' '.join(state['architectures'])}")
+        targets = "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in state["targets"].items())
+        lines.append(f"  {'compiled for':<14}{targets}")
 
-    lines += ["", "devices"]
-    for device in found["devices"]:
-        facts = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
-        lines.append(f"  {device['device']:<14}{device['name']}" + (f" ({facts})" if facts else ""))
-
-    lines += ["", "backends (the first that can)"]
-    for backend in found["backends"]["available"]:
+    lines += ["", "backends, in order of preference"]
+    for backend in found["backends"]:
         lines.append(f"  {backend['name']:<14}{'available' if backend['reason'] is None else backend['reason']}")
 
-    lines += ["", "which backend runs what"]
-    for choice in found["backends"]["choices"]:
-        by_backend: dict[str, list[str]] = {}
-        for dtype, backend in choice["by_dtype"].items():
-            by_backend.setdefault(backend, []).append(dtype)
-        runs = "; ".join(f"{backend}: {' '.join(dtypes)}" for backend, dtypes in by_backend.items())
-        lines.append(f"  {choice['device']:<10}{choice['op'] + ' ' + choice['call']:<24} {runs}")
+    for device in dict.fromkeys(choice["device"] for choice in found["support"]):
+        lines += ["", f"which backend runs what on {device}"]
+        lines += _matrix([choice for choice in found["support"] if choice["device"] == device])
+    if any("none" in choice["by_dtype"].values() for choice in found["support"]):
+        lines.append("  none: the backend that FASTSEQ_BACKEND forces cannot run it, and raises")
     if found["environment"]:
         lines += ["", "environment", *(f"  {name}={value}" for name, value in found["environment"].items())]
     return "\n".join(lines)
+
+
+def _matrix(choices: list[dict[str, Any]]) -> list[str]:
+    """A row for the calls of an op that go the same way, a column for each dtype."""
+    folded: dict[tuple[str, ...], list[str]] = {}
+    for choice in choices:
+        folded.setdefault((choice["op"], *choice["by_dtype"].values()), []).append(choice["call"])
+    rows = []  # cells of each line; calls that do not fit go on in the next
+    for (op, *by_dtype), calls in folded.items():
+        first, *more = textwrap.wrap(", ".join(calls), _CALLS)
+        rows += [[op, first, *by_dtype], *([["", line] for line in more])]
+    head = ["", "", *choices[0]["by_dtype"]]
+    widths = [max(len(row[column]) for row in [head, *rows] if column < len(row)) for column in range(len(head))]
+    return [
+        ("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))).rstrip() for row in [head, *rows]
+    ]
 
 
 def _versions() -> dict[str, str]:
@@ -114,25 +137,31 @@ def _driver() -> str:
 
 def _library() -> dict[str, Any]:
     file = library.path()
+    names = library.architectures()
     return {
         "path": str(file) if file else None,
         "bytes": file.stat().st_size if file else None,
         "reason": library.reason(),
-        "architectures": library.architectures(),
+        "targets": {
+            "CPU": [_LEVELS.get(name, name) for name in names if not name.startswith(("sm_", "compute_"))],
+            "CUDA": [name for name in names if name.startswith("sm_")],
+            "PTX": [name for name in names if name.startswith("compute_")],
+        },
     }
 
 
 def _cpu() -> dict[str, Any]:
     model = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kernels = {} if library.reason() else {"kernels": torch.ops.fastseq_native.cpu_level()}
+    used = torch.backends.cpu.get_cpu_capability()
+    level = "none" if library.reason() else torch.ops.fastseq_native.cpu_level()
     return {
         "device": "cpu",
         "name": model[1].strip() if model else platform.processor() or platform.machine(),
         "processors": usable,
         "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        **kernels,
+        "torch kernels": _LEVELS.get(used.lower(), used),
+        "fastseq kernels": _LEVELS.get(level, level),
     }
 
 
@@ -160,7 +189,7 @@ def _gpus() -> list[dict[str, Any]]:
     return found
 
 
-def _backends() -> dict[str, Any]:
+def _support() -> list[dict[str, Any]]:
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -170,17 +199,14 @@ def _backends() -> dict[str, Any]:
             for call, query in _QUERIES[op].items():
                 by_dtype = {str(dtype).removeprefix("torch."): _choice(query(device, dtype)) for dtype in DTYPES}
                 choices.append({"device": str(device), "op": op, "call": call, "by_dtype": by_dtype})
-    return {
-        "available": [{"name": name, "reason": backends.BACKENDS[name].available()} for name in backends.ORDER],
-        "choices": choices,
-    }
+    return choices
 
 
 def _recurrent(cell: str) -> Callable[[torch.device, torch.dtype], Query]:
     return lambda device, dtype: RecurrentQuery("recurrent", device, dtype, cell, 128, 1, 256, False, "padded")
 
 
-def _attention(op: str, call: str, parts: tuple[str, ...] = ()) -> Callable[[torch.device, torch.dtype], Query]:
+def _attention(op: str, call: str, uses: tuple[str, ...] = ()) -> Callable[[torch.device, torch.dtype], Query]:
     backward = call.endswith("backward")
     return lambda device, dtype: AttentionQuery(
         op=op,
@@ -195,8 +221,8 @@ def _attention(op: str, call: str, parts: tuple[str, ...] = ()) -> Callable[[tor
         window=(-1, 0),
         offset=0,
         block_size=0,
-        parts=parts,
-        gradients=("q", "k", "v", *parts) if backward else (),
+        uses=uses,
+        gradients=("q", "k", "v", *uses) if backward else (),
     )
 
 
@@ -217,7 +243,7 @@ def _choice(query: Query) -> str:
     forced = os.environ.get("FASTSEQ_BACKEND")
     if forced in backends.BACKENDS:
         against = backends.obstacles(forced, query)
-        return f"none, {forced} is forced and {'; '.join(against)}" if against else forced
+        return "none" if against else forced
     return backends.select(query).name
 
 

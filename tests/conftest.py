@@ -14,7 +14,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 
 import fastseq  # noqa: E402
-from fastseq.backends import library  # noqa: E402
+from fastseq.backends import BACKENDS, library  # noqa: E402
+from support import cuda_host  # noqa: E402
+
+BACKENDS[cuda_host.name] = cuda_host  # has no place in the order: only where it is forced
 
 
 def pytest_report_header() -> list[str]:

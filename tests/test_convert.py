@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
-from fastseq.convert import CONVERSIONS, Report, convert, patched, revert
+from fastseq._convert import CONVERSIONS, Report, convert, patched, revert
 from fastseq.modules import keep_type as kept
 from fastseq.testing import assert_close_to_truth
 
@@ -677,7 +677,7 @@ class TestReport:
 
     def test_what_is_not_measured_stays(self, monkeypatch):
         """cuDNN's recurrence on a GPU is not given up for kernels that nobody has timed there, unless they are asked for."""
-        monkeypatch.setattr(sys.modules["fastseq.convert"], "_selected", lambda query: "triton")
+        monkeypatch.setattr(sys.modules["fastseq._convert"], "_selected", lambda query: "triton")
         assert convert(nn.LSTM(4, 4)).skipped[0].reason.startswith("fastseq's Triton kernels are not measured against cuDNN yet")
         with fastseq.use_backend("triton"):
             assert convert(nn.LSTM(4, 4)).converted[0].backend == "triton"
@@ -808,7 +808,7 @@ class TestExampleInputs:
         """Makes `kind` the class that convert puts in the place of nn.<name>."""
         kind.check_forward_args = torch_class(name).check_forward_args
         kind.permute_hidden = torch_class(name).permute_hidden
-        monkeypatch.setattr(importlib.import_module("fastseq.convert").own_modules, name, kind)
+        monkeypatch.setattr(importlib.import_module("fastseq._convert").own_modules, name, kind)
 
     @pytest.mark.parametrize(
         "fault, names",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 import fastseq
 from fastseq.backends import library
+from fastseq.cells import CELLS
 from fastseq.ops import OPS
 
 LIBRARY = library.path()
@@ -39,6 +41,7 @@ def run(code: str, *, hide: tuple[str, ...] = (), **environment: str) -> str:
 TELL = """
 import fastseq
 from fastseq.backends import library
+from fastseq.cells import CELLS
 import torch
 library.load()
 assert library.reason() is None or library.architectures() == []
@@ -227,12 +230,28 @@ def test_info():
     for expected in (
         fastseq.__version__,
         torch.__version__,
-        "library",
-        "devices",
-        "recurrent lstm",
+        "backends, in order of preference",
+        "which backend runs what on cpu",
         "reference",
     ):
         assert expected in told
+    titles = [line.split(",")[0] for line in told.splitlines() if line and not line.startswith(" ")]
+    assert titles[:4] == ["devices", "versions", "library", "backends"]
+
+
+@needs_library
+def test_info_is_a_matrix():
+    """Calls that go the same way are one row, and backends stand below their dtypes."""
+    told = command("info", FASTSEQ_BACKEND="").stdout
+    assert "CPU: baseline, AVX2, AVX-512; CUDA: " in told
+    lines = told[told.index("which backend runs what on cpu") :].splitlines()
+    places = [match.start() for match in re.finditer(r"\S+", lines[1])]
+    rows = [line for line in lines[2:] if re.match("  (recurrent|attention)", line)]
+    assert all(line[place - 2 : place] == "  " and line[place] != " " for line in rows for place in places)
+    lstm = next(line for line in rows if "lstm" in line)
+    assert "gru" in lstm and lstm.split()[-4:] == ["cpu", "cpu", "cpu", "reference"]
+    assert sum(line.startswith("  recurrent") for line in rows) < len(CELLS)
+    assert all(re.search(rf"\b{cell}\b", "\n".join(lines)) for cell in CELLS)
 
 
 def test_info_as_json_with_a_broken_library(tmp_path):
@@ -240,7 +259,7 @@ def test_info_as_json_with_a_broken_library(tmp_path):
     found = json.loads(done.stdout)
     assert "is not a file" in found["library"]["reason"]
     assert found["devices"][0]["device"] == "cpu"
-    on_cpu = [choice for choice in found["backends"]["choices"] if choice["device"] == "cpu"]
+    on_cpu = [choice for choice in found["support"] if choice["device"] == "cpu"]
     by_op = {op: {choice["by_dtype"]["float32"] for choice in on_cpu if choice["op"] == op} for op in OPS}
     assert by_op["recurrent"] == {"reference"}
     assert "cpu" in by_op["attention"]  # torch's own kernel
@@ -248,7 +267,8 @@ def test_info_as_json_with_a_broken_library(tmp_path):
 
 def test_info_with_a_forced_backend():
     told = command("info", FASTSEQ_BACKEND="reference").stdout
-    assert "reference: float32 float64 bfloat16 float16" in told and "FASTSEQ_BACKEND=reference" in told
+    rows = [line for line in told.splitlines() if re.match("  (recurrent|attention)", line)]
+    assert all(row.split()[-4:] == ["reference"] * 4 for row in rows) and "FASTSEQ_BACKEND=reference" in told
 
 
 def test_bench_without_its_packages():

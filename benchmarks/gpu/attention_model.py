@@ -4,8 +4,8 @@ A block of the grid walks over tiles of BM queries and BN keys. Per tile of E fe
 
     kernel    products of 2 BM BN n FLOP, n summed     bytes streamed             held by the block
     forward   E + V         (q k, w v)                 keys and values            queries, result
-    queries   2 E + V       (q k, dout v, dz k)        keys and values            queries, dout, dq
-    keys      2 E + 2 V     (q k, dout v, w dout, dz q)  queries and dout         keys, values, dk, dv
+    bwd_dq    2 E + V       (q k, dout v, dz k)        keys and values            queries, dout, dq
+    bwd_dkdv  2 E + 2 V     (q k, dout v, w dout, dz q)  queries and dout         keys, values, dk, dv
 
 A multiprocessor needs, for a tile, as many cycles as its slowest unit (matrix units, exponential units, second-level cache) if
 others of its blocks fill the gaps, and up to their sum if it holds one block only: slowest + (sum - slowest) / resident blocks.
@@ -59,8 +59,8 @@ class Cost:
         return asdict(self)
 
 
-PRODUCTS = {"forward": (1, 1), "queries": (2, 1), "keys": (2, 2)}  # of E, of V
-STREAMS = {"forward": "keys", "queries": "keys", "keys": "queries"}
+PRODUCTS = {"forward": (1, 1), "bwd_dq": (2, 1), "bwd_dkdv": (2, 2)}  # of E, of V
+STREAMS = {"forward": "keys", "bwd_dq": "keys", "bwd_dkdv": "queries"}
 
 
 def cost(

@@ -5,36 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastseq.backends import cuda_host
 from fastseq.backends.cuda import recurrent
+from fastseq.backends.cuda.plan import Device, plan_of
 
 
-def forms(
-    cell: str, precision: str, backward: bool, batch: int, lanes: int, hidden: int, device: recurrent.Device
-) -> dict[str, int]:
-    """Ranks of the best plans of every form that a device allows, by words: "flags, wide, chunks". None if nothing fits."""
+def forms(cell: str, precision: str, backward: bool, batch: int, lanes: int, hidden: int, device: Device) -> dict[str, int]:
+    """Ranks of the best plans of every form that a device allows, by words: "flags, wide, batch tiles". None if nothing fits."""
     sizes = (cell, precision, backward, batch, lanes, hidden, device)
     found: dict[str, int] = {}
-    best = recurrent._cut(*sizes)
+    best = plan_of(*sizes)
     for rank in range(0 if best.obstacle else best.of):
-        n = recurrent._cut(*sizes, rank).numbers
+        n = plan_of(*sizes, rank).numbers
         waves = n.teams_at_once < n.teams
-        features = {"wide": n.wide, "chunks": n.chunks > 1, "segments": n.segments > 1, "waves": waves, "alone": n.ctas == 1}
-        features["in blocks"] = n.units.bit_count() > 1
+        features = {
+            "wide": n.n_tiles > 1,
+            "batch tiles": n.batch_tiles > 1,
+            "segments": n.k_segments > 1,
+            "waves": waves,
+            "alone": n.ctas == 1,
+            "in blocks": n.units.bit_count() > 1,
+        }
         found.setdefault(", ".join([n.exchange, *(word for word, there in features.items() if there)]), rank)
     return found
 
 
 @contextmanager
 def ranked(forward: int = 0, backward: int = 0) -> Iterator[None]:
-    """Inside, the backends "cuda" and "cuda-host" take the plans of these ranks: 0 is the best by the model.
+    """Inside, the kernels run on the plans of these ranks: 0 is the best by the model.
 
     Raises:
         RuntimeError: from a call that has fewer plans (`Plan.of` says how many).
     """
-    before = recurrent.GPU, cuda_host.MACHINE
-    recurrent.GPU, cuda_host.MACHINE = (machine._replace(ranks=(forward, backward)) for machine in before)
+    before, recurrent.RANKS = recurrent.RANKS, (forward, backward)
     try:
         yield
     finally:
-        recurrent.GPU, cuda_host.MACHINE = before
+        recurrent.RANKS = before

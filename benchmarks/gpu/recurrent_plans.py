@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastseq.backends.cuda import recurrent
-from fastseq.backends.cuda.recurrent import Device, Machine, Numbers, Plan
+from fastseq.backends.cuda.plan import Device, Numbers, Plan, plan_of
+from fastseq.backends.cuda.recurrent import Machine
 from fastseq.cells import CELLS
 from fastseq.ops.types import Backward, Forward, state_dtype
 
@@ -58,7 +59,7 @@ class Point(NamedTuple):
 
     def plan(self, limits: Device, rank: int) -> Plan:
         backward = self.direction == "backward"
-        return recurrent._cut(self.cell, self.precision, backward, self.B, self.lanes, self.H, limits, rank)
+        return plan_of(self.cell, self.precision, backward, self.B, self.lanes, self.H, limits, rank)
 
     def plans(self, limits: Device) -> dict[int, Plan]:
         """By rank, the best by the model first. None fits: the one of rank 0 says why."""
@@ -167,7 +168,7 @@ def step(whole: Samples, half: Samples, between: int) -> dict[str, Any]:
 
 
 def launches(point: Point, steps: int, here: Target) -> Callable[[Plan], Run]:
-    """From a plan to the kernel on it. All share their tensors but for the meeting place, whose flags start at zero."""
+    """From a plan to the kernel on it. All share their tensors but for the exchange buffers, whose flags start at zero."""
     assert here.machine is not None
     run, given = here.machine.run, []
     call = arguments(point, steps, here.device)
@@ -179,7 +180,7 @@ def launches(point: Point, steps: int, here: Target) -> Callable[[Plan], Run]:
     direction, cell, precision, _, shared = given[0]
 
     def launch(plan: Plan) -> Run:
-        own = shared | plan.meeting(call.rows)
+        own = shared | plan.exchange_buffers(call.rows)
 
         def once() -> None:
             own["flags"].zero_()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import fastseq
-from fastseq.backends import BACKENDS, cuda_host, use_backend
-from fastseq.backends.cuda.recurrent import GPU, _precision
+from fastseq.backends import BACKENDS, forced, use_backend
+from fastseq.backends.cuda.recurrent import precision_of
 from fastseq.functional import attention, attention_with_kv_cache
 from fastseq.kernels.recurrent.configs import FORMS
 
@@ -30,7 +30,7 @@ def attention_with_gradients(device: str) -> Iterable[Tensor]:
     """Forward, both backward kernels and the bias's own."""
     q, k, v = (torch.randn(2, 2, 35, 24, device=device, requires_grad=True) for _ in range(3))
     bias = torch.randn(2, 35, 35, device=device, requires_grad=True)
-    out = attention(q, k, v, bias=bias, causal=True)
+    out = attention(q, k, v, attn_bias=bias, causal=True)
     return out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))
 
 
@@ -44,7 +44,7 @@ def decode(device: str) -> Iterable[Tensor]:
     q = torch.randn(2, 4, 2, 24, device=device)
     k, v = (torch.randn(2, 2, 150, 24, device=device) for _ in range(2))
     lengths = torch.tensor([150, 37], device=device)
-    return attention_with_kv_cache(q, k, v, lengths=lengths, splits=2, return_lse=True)
+    return attention_with_kv_cache(q, k, v, cache_seqlens=lengths, num_splits=2, return_lse=True)
 
 
 def recurrent(cell: str, dtype: torch.dtype, form: str = "") -> Run:
@@ -64,8 +64,8 @@ def persistent(cell: str, dtype: torch.dtype) -> Run:
     """Forward and backward of a layer in CUDA C++, on the best plan of every form that the device allows."""
 
     def run(device: str) -> Iterable[Tensor]:
-        machine = GPU if device.startswith("cuda") else cuda_host.MACHINE
-        name, precision = "rnn_tanh" if cell == "RNN" else cell.lower(), _precision(dtype, machine)
+        machine = BACKENDS[forced() or "cuda"].MACHINE
+        name, precision = "rnn_tanh" if cell == "RNN" else cell.lower(), precision_of(dtype, machine)
         sizes = (3, 1, 20, machine.device(torch.device(device)))
         ranks = [forms(name, precision, backward, *sizes).values() for backward in (False, True)]
         for pair in zip_longest(*ranks, fillvalue=0):

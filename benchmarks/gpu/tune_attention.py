@@ -26,7 +26,7 @@ from ..workloads.attention import AttentionWorkload
 from ..workloads.clocks import CudaClock
 from . import attention_model as model
 
-KERNELS = {"forward": "forward", "queries": "queries_backward", "keys": "keys_backward"}  # config's name: kernel's name
+KERNELS = ("forward", "bwd_dq", "bwd_dkdv")  # by their names, which those of configs are
 BM, BN, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)
 ROUNDS = 10
 LOG_WIDTH = 150
@@ -134,7 +134,7 @@ def _launch(kernel: str, w: AttentionWorkload) -> Any:
         out, lse = attention.attention_forward(q, k, v, spec)
         if kernel != "forward":
             attention.attention_backward(dout, None, q, k, v, out, lse, spec, [True] * 3 + [False] * 4)
-    return next(launch for launch in launches if launch.kernel.__name__ == KERNELS[kernel])
+    return next(launch for launch in launches if launch.kernel.__name__ == kernel)
 
 
 def _numbers(option: str, text: str, count: int | None = None) -> list[int]:

@@ -35,7 +35,7 @@ MODELS = {
     "rtx5090": Device(170, 99 << 10, 8, True),
 }
 COLUMNS = (
-    "rank", "units", "CTAs", "parts", "chunks", "warps", "segments", "teams at once", "shared", "exchange", "predicted",
+    "rank", "units", "CTAs", "parts", "batch tiles", "warps", "segments", "teams at once", "shared", "exchange", "predicted",
     "measured", "20 % to 80 %", "",
 )  # fmt: skip
 SHOWN = 10  # rows of a table, beside the model's choice and what fails
@@ -205,10 +205,10 @@ def _show(console: Console, rows: list[Row]) -> None:
 
 def _cells(row: Row) -> Iterator[str]:
     """Of COLUMNS."""
-    yield from (str(row[name]) for name in ("rank", "units", "ctas", "parts", "chunks"))
+    yield from (str(row[name]) for name in ("rank", "units", "ctas", "parts", "batch_tiles"))
     yield f"{1 << row['m_bits']} x {row['k_warps']}"
-    yield from (str(row[name]) for name in ("segments", "teams_at_once", "shared_bytes"))
-    yield row["exchange"] + (", wide" if row["wide"] else "")
+    yield from (str(row[name]) for name in ("k_segments", "teams_at_once", "shared_bytes"))
+    yield row["exchange"] + (", wide" if row["n_tiles"] > 1 else "")
     yield f"{row['predicted_us']:.2f}"
     timed = row["measured_us"] is not None
     yield f"{row['measured_us']:.2f}" if timed else "–"

@@ -226,9 +226,9 @@ def _fastseq(w: AttentionWorkload, tensors: Tensors) -> Bound:
     def run() -> Tensor:
         q, k, v, *more = tensors.values()
         if w.function == "decode":
-            return functional.attention_with_kv_cache(q, k, v, lengths=lengths, layout="bhte")
+            return functional.attention_with_kv_cache(q, k, v, cache_seqlens=lengths)
         if w.function == "bias":
-            return attention(q, k, v, bias=more[0])
+            return attention(q, k, v, attn_bias=more[0])
         if w.function == "t5":
             sizes = {"bidirectional": True, "num_buckets": BUCKETS, "max_distance": MAX_DISTANCE}
             table, zero = functional.t5_relative_bias(more[0], w.T, w.S, **sizes)
@@ -238,7 +238,7 @@ def _fastseq(w: AttentionWorkload, tensors: Tensors) -> Bound:
             relative = {"relative_query": q + p[:, None], "relative_key": r, "relative_key_zero": w.S - 1}
             return attention(q + u[:, None], k, v, causal=True, **relative)
         if w.function == "window":
-            return attention(q, k, v, window=(w.window - 1, 0))
+            return attention(q, k, v, window_size=(w.window - 1, 0))
         if w.function == "blocks":
             return attention(q, k, v, causal=w.causal, block_layout=blocks, block_size=w.block)
         return attention(q, k, v, causal=w.causal)

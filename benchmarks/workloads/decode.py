@@ -257,7 +257,7 @@ class Own(BlockDecoder):
         return Cache(k, v, torch.full((k.shape[0],), T, dtype=torch.int32, device=k.device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        y = _functional().attention_with_kv_cache(q, cache.k, cache.v, lengths=cache.length, k_new=k, v_new=v)
+        y = _functional().attention_with_kv_cache(q, cache.k, cache.v, cache_seqlens=cache.length, k_new=k, v_new=v)
         return y, Cache(cache.k, cache.v, cache.length + 1)
 
 

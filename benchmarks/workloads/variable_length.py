@@ -207,7 +207,7 @@ class Lengths(EncoderBlock):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attention = importlib.import_module("fastseq.functional").attention
-        return attention(q, k, v, q_lengths=self.lengths, k_lengths=self.lengths)
+        return attention(q, k, v, seqlens_q=self.lengths, seqlens_k=self.lengths)
 
 
 class Rows(EncoderBlock):

@@ -1,5 +1,5 @@
 // The machine, as kernels see it: the only file with inline PTX, built-in variables and shared memory. Kernels are written in these
-// words alone, so that the same source runs on a GPU and, compiled by the host's compiler against csrc/host/prims_host.h, on a CPU.
+// words alone, so that the same source runs on a GPU and, compiled by the host's compiler against the emulator of tests/csrc, on a CPU.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 #include "machine.h"
 
 #if !defined(__CUDACC__)
-#include "host/prims_host.h"
+#include "emulator/prims_host.h"
 #else
 
 #include <cuda_bf16.h>

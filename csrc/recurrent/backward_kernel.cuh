@@ -1,13 +1,14 @@
 // Backward over a whole sequence in one launch: gradients of the gates, from which large products outside give those of the weights
 // and of the input.
 //
-// A CTA owns the same units as in the forward pass. What reaches the states of its units is a sum over the gate gradients of its whole
-// team, always in the same order: it gathers those and multiplies them with its columns of the weights (gather.cuh), or it gathers the
-// products that others have made of theirs with their rows (scatter.cuh).
+// A CTA owns the same units as in the forward pass. What reaches the states of its units is a sum over the gate gradients of its
+// whole team, always in the same order: the CTA gathers those and multiplies them with its columns of the weights (all_gather.cuh),
+// or it adds up the products that others have made of theirs with their rows (reduce_scatter.cuh).
 #pragma once
 
-#include "gather.cuh"
-#include "scatter.cuh"
+#include "all_gather.cuh"
+#include "quotient.h"
+#include "reduce_scatter.cuh"
 #include "step.cuh"
 
 namespace fastseq::recurrent {
@@ -16,34 +17,34 @@ template <class C, class Engine>
 class BackwardStep : Step<C, Engine, 1 + C::kStates> {
   using Base = Step<C, Engine, 1 + C::kStates>;
   using typename Base::Number;
-  using Base::arrived_, Base::engine_, Base::items_, Base::place_, Base::rows_, Base::split_, Base::vectors_, Base::walk_;
-  using Base::has_state, Base::kept, Base::place_in_row, Base::place_of_state, Base::works;
+  using Base::arrived_, Base::engine_, Base::items_, Base::cta_, Base::rows_, Base::split_, Base::vectors_, Base::walk_;
+  using Base::has_state, Base::carried, Base::offset_in_row, Base::offset_of_state, Base::works;
   using Base::kItems, Base::kSaved, Base::kStates, Base::kVectors;
 
  public:
-  FASTSEQ_DEVICE explicit BackwardStep(const BackwardParams& p, gpu::Smem& smem) : Base(p.walk, p.split, p.meeting, smem), p_(p) {}
+  FASTSEQ_DEVICE explicit BackwardStep(const BackwardParams& p, gpu::Smem& smem) : Base(p.walk, p.split, p.exchange, smem), p_(p) {}
 
   FASTSEQ_DEVICE void run() {
     load_weights();
     engine_.begin(arrived_);
     const int steps = rows_.longest();
-    for (int chunk = 0; chunk < split_.chunks; ++chunk) load_gradients(chunk);
+    for (int batch_tile = 0; batch_tile < split_.batch_tiles; ++batch_tile) load_gradients(batch_tile);
     for (int s = 0; s <= steps; ++s) {
       const int t = rows_.time(steps - 1 - s);
-      for (int chunk = 0; chunk < split_.chunks; ++chunk) {
-        if (s < steps) fetch(chunk, t);
+      for (int batch_tile = 0; batch_tile < split_.batch_tiles; ++batch_tile) {
+        if (s < steps) fetch(batch_tile, t);
         if (s > 0) {
-          if (chunk == 0) engine_.wait(s);
-          engine_.product(chunk);
-          gather(chunk);
+          if (batch_tile == 0) engine_.wait(s);
+          engine_.product(batch_tile);
+          add_reached(batch_tile);
         }
-        if (s < steps) step(chunk, t);
+        if (s < steps) step(batch_tile, t);
       }
       if (s == steps) break;
       gpu::cta_sync();
       engine_.publish(s + 1);
     }
-    for (int chunk = 0; chunk < split_.chunks; ++chunk) store_gradients(chunk);
+    for (int batch_tile = 0; batch_tile < split_.batch_tiles; ++batch_tile) store_gradients(batch_tile);
   }
 
  private:
@@ -53,13 +54,13 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
   };
 
   FASTSEQ_DEVICE void load_weights() {
-    const int hidden = walk_.hidden, units = split_.units, first = place_.rank * units;
+    const int hidden = walk_.hidden, units = split_.units, first = cta_.rank * units;
     const Number* weight = this->weight_of(p_.weight);
     const Quotient per_units(units);
     engine_.load([&](int row, int depth) {
       int gate = per_units.of(depth), from = depth - gate * units, to = row;  // depth: gate * U + own unit; row: unit of the team
       bool inside = gate < C::kGates;
-      if constexpr (Engine::kScatters) {
+      if constexpr (Engine::kSendsSums) {
         from += first;
       } else {  // depth: (CTA * G + gate) * U + its unit; row: own unit
         const int sender = gate / C::kGates;
@@ -72,37 +73,37 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
   }
 
   // gradient of h (which = 0) or of a wide state
-  FASTSEQ_DEVICE float& gradient(int chunk, int which, int j) { return kept(chunk, which, j); }
+  FASTSEQ_DEVICE float& gradient(int batch_tile, int which, int j) { return carried(batch_tile, which, j); }
 
-  FASTSEQ_DEVICE void load_gradients(int chunk) {
+  FASTSEQ_DEVICE void load_gradients(int batch_tile) {
     FASTSEQ_ROLLED
     for (int j = 0; items_.exists(j); ++j) {
-      const bool given = has_state(chunk, j);
+      const bool given = has_state(batch_tile, j);
       const auto* dh_n = static_cast<const Number*>(p_.dh_n);
-      gradient(chunk, 0, j) = given && dh_n ? gpu::to_float(dh_n[place_of_state(chunk, j, 1, 0)]) : 0.0f;
+      gradient(batch_tile, 0, j) = given && dh_n ? gpu::to_float(dh_n[offset_of_state(batch_tile, j, 1, 0)]) : 0.0f;
       for (int k = 0; k < C::kStates; ++k) {
-        gradient(chunk, 1 + k, j) = given && p_.dc_n ? p_.dc_n[place_of_state(chunk, j, C::kStates, k)] : 0.0f;
+        gradient(batch_tile, 1 + k, j) = given && p_.dc_n ? p_.dc_n[offset_of_state(batch_tile, j, C::kStates, k)] : 0.0f;
       }
     }
   }
 
-  FASTSEQ_DEVICE void store_gradients(int chunk) {
+  FASTSEQ_DEVICE void store_gradients(int batch_tile) {
     FASTSEQ_ROLLED
     for (int j = 0; items_.exists(j); ++j) {
-      if (!has_state(chunk, j)) continue;
-      static_cast<Number*>(p_.dh0)[place_of_state(chunk, j, 1, 0)] = gpu::from_float<Number>(gradient(chunk, 0, j));
-      for (int k = 0; k < C::kStates; ++k) p_.dc0[place_of_state(chunk, j, C::kStates, k)] = gradient(chunk, 1 + k, j);
+      if (!has_state(batch_tile, j)) continue;
+      static_cast<Number*>(p_.dh0)[offset_of_state(batch_tile, j, 1, 0)] = gpu::from_float<Number>(gradient(batch_tile, 0, j));
+      for (int k = 0; k < C::kStates; ++k) p_.dc0[offset_of_state(batch_tile, j, C::kStates, k)] = gradient(batch_tile, 1 + k, j);
     }
   }
 
   // Reads what a step needs ahead of the moment that needs it.
-  FASTSEQ_DEVICE void fetch(int chunk, int t) {
+  FASTSEQ_DEVICE void fetch(int batch_tile, int t) {
     FASTSEQ_UNROLL
     for (int j = 0; j < kItems; ++j) {
-      if (!works(chunk, j, t)) continue;
-      const int column = items_.column(j), before = rows_.before(chunk, column, t);
-      const int64_t row = rows_.row(chunk, column, t);
-      const auto at = [&](int numbers, int which) { return place_in_row(row, j, numbers, which); };
+      if (!works(batch_tile, j, t)) continue;
+      const int column = items_.column(j), before = rows_.before(batch_tile, column, t);
+      const int64_t row = rows_.row(batch_tile, column, t);
+      const auto at = [&](int numbers, int which) { return offset_in_row(row, j, numbers, which); };
       Inputs& in = in_[j];
       in.dy = p_.dy ? gpu::to_float(static_cast<const Number*>(p_.dy)[at(1, 0)]) : 0.0f;
       in.h = gpu::to_float(static_cast<const Number*>(p_.y)[at(1, 0)]);
@@ -114,37 +115,37 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
         in.c[k] = p_.c[at(C::kStates, k)];
       }
       if (before >= 0) {
-        const int64_t row_before = rows_.row(chunk, column, before);
-        in.h_before = gpu::to_float(static_cast<const Number*>(p_.y)[place_in_row(row_before, j, 1, 0)]);
+        const int64_t row_before = rows_.row(batch_tile, column, before);
+        in.h_before = gpu::to_float(static_cast<const Number*>(p_.y)[offset_in_row(row_before, j, 1, 0)]);
         FASTSEQ_UNROLL
-        for (int k = 0; k < C::kStates; ++k) in.c_before[k] = p_.c[place_in_row(row_before, j, C::kStates, k)];
+        for (int k = 0; k < C::kStates; ++k) in.c_before[k] = p_.c[offset_in_row(row_before, j, C::kStates, k)];
       } else {
-        in.h_before = p_.h0 ? gpu::to_float(static_cast<const Number*>(p_.h0)[place_of_state(chunk, j, 1, 0)]) : 0.0f;
+        in.h_before = p_.h0 ? gpu::to_float(static_cast<const Number*>(p_.h0)[offset_of_state(batch_tile, j, 1, 0)]) : 0.0f;
         FASTSEQ_UNROLL
-        for (int k = 0; k < C::kStates; ++k) in.c_before[k] = p_.c0 ? p_.c0[place_of_state(chunk, j, C::kStates, k)] : 0.0f;
+        for (int k = 0; k < C::kStates; ++k) in.c_before[k] = p_.c0 ? p_.c0[offset_of_state(batch_tile, j, C::kStates, k)] : 0.0f;
       }
     }
   }
 
   // Adds what the later step's gates say of h.
-  FASTSEQ_DEVICE void gather(int chunk) {
+  FASTSEQ_DEVICE void add_reached(int batch_tile) {
     FASTSEQ_UNROLL
     for (int j = 0; j < kItems; ++j) {
       if (!items_.exists(j)) continue;
       float reached[1];
       engine_.sums(reached, items_.column(j), items_.unit(j));
-      gradient(chunk, 0, j) += reached[0];
+      gradient(batch_tile, 0, j) += reached[0];
     }
   }
 
-  FASTSEQ_DEVICE void step(int chunk, int t) {
+  FASTSEQ_DEVICE void step(int batch_tile, int t) {
     FASTSEQ_UNROLL
     for (int j = 0; j < kItems; ++j) {
       if (!items_.exists(j)) continue;
       const int unit = items_.unit(j), column = items_.column(j);
-      if (!works(chunk, j, t)) {
+      if (!works(batch_tile, j, t)) {
         FASTSEQ_UNROLL
-        for (int g = 0; g < C::kGates; ++g) engine_.send(chunk, unit, column, g, Number{});
+        for (int g = 0; g < C::kGates; ++g) engine_.send(batch_tile, unit, column, g, Number{});
         continue;
       }
       const Inputs& in = in_[j];
@@ -152,40 +153,40 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
       FASTSEQ_UNROLL
       for (int v = 0; v < C::kVectors; ++v) vectors[v] = vectors_[v * split_.units + unit];
       FASTSEQ_UNROLL
-      for (int k = 0; k < C::kStates; ++k) dc[k] = gradient(chunk, 1 + k, j) + in.dc[k];
-      C::backward(gradient(chunk, 0, j) + in.dy, dc, in.saved, vectors, in.h_before, in.c_before, in.h, in.c, dx, dr, dh_direct,
+      for (int k = 0; k < C::kStates; ++k) dc[k] = gradient(batch_tile, 1 + k, j) + in.dc[k];
+      C::backward(gradient(batch_tile, 0, j) + in.dy, dc, in.saved, vectors, in.h_before, in.c_before, in.h, in.c, dx, dr, dh_direct,
                   dc_before);
-      gradient(chunk, 0, j) = dh_direct;
+      gradient(batch_tile, 0, j) = dh_direct;
       FASTSEQ_UNROLL
-      for (int k = 0; k < C::kStates; ++k) gradient(chunk, 1 + k, j) = dc_before[k];
-      const int64_t row = rows_.row(chunk, column, t);
+      for (int k = 0; k < C::kStates; ++k) gradient(batch_tile, 1 + k, j) = dc_before[k];
+      const int64_t row = rows_.row(batch_tile, column, t);
       FASTSEQ_UNROLL
       for (int g = 0; g < C::kGates; ++g) {
         const Number sent = gpu::from_float<Number>(dr[g]);
-        engine_.send(chunk, unit, column, g, sent);
-        static_cast<Number*>(p_.dgates)[place_in_row(row, j, C::kGates, g)] = gpu::from_float<Number>(dx[g]);
+        engine_.send(batch_tile, unit, column, g, sent);
+        static_cast<Number*>(p_.dgates)[offset_in_row(row, j, C::kGates, g)] = gpu::from_float<Number>(dx[g]);
         const int own = g - (C::kGates - C::kOwnRecurrent);
-        if (own >= 0) static_cast<Number*>(p_.drecurrent)[place_in_row(row, j, C::kOwnRecurrent, own)] = sent;
+        if (own >= 0) static_cast<Number*>(p_.drecurrent)[offset_in_row(row, j, C::kOwnRecurrent, own)] = sent;
       }
     }
   }
 
   const BackwardParams& p_;
-  Inputs in_[kItems];  // of the chunk in work
+  Inputs in_[kItems];  // of the batch tile in work
 };
 
-template <template <class> class CellOf, class Tile, int kTiles>
+template <template <class> class CellOf, class Tile, int kNTiles>
 FASTSEQ_KERNEL(kThreads) backward_kernel(FASTSEQ_PARAMETERS BackwardParams p) {
   using C = CellOf<Math<Tile::kExact>>;
   gpu::Smem smem;
-  BackwardStep<C, GatherEngine<Tile, kTiles, 1, C::kGates>>(p, smem).run();
+  BackwardStep<C, AllGather<Tile, kNTiles, 1, C::kGates>>(p, smem).run();
 }
 
 template <template <class> class CellOf, class Tile>
-FASTSEQ_KERNEL(kThreads) backward_scatter_kernel(FASTSEQ_PARAMETERS BackwardParams p) {
+FASTSEQ_KERNEL(kThreads) backward_reduce_scatter_kernel(FASTSEQ_PARAMETERS BackwardParams p) {
   using C = CellOf<Math<Tile::kExact>>;
   gpu::Smem smem;
-  BackwardStep<C, ScatterEngine<Tile, C::kGates>>(p, smem).run();
+  BackwardStep<C, ReduceScatter<Tile, C::kGates>>(p, smem).run();
 }
 
 }  // namespace fastseq::recurrent

@@ -1,50 +1,52 @@
-// Forward over a whole sequence in one launch.
+// Forward over a whole sequence in one launch, the recurrent weights on the chip: "Persistent RNNs: stashing recurrent weights on-chip"
+// (Diamos et al., ICML 2016). FlashRNN (arXiv 2412.07752) is related work. docs/design/recurrence-on-a-gpu.md has the loop in ten lines.
 #pragma once
 
-#include "gather.cuh"
+#include "all_gather.cuh"
+#include "quotient.h"
 #include "step.cuh"
 
 namespace fastseq::recurrent {
 
-template <class C, class Tile, int kTiles>
-class ForwardStep : Step<C, GatherEngine<Tile, kTiles, C::kGates, 1>, C::kStates> {
-  using Base = Step<C, GatherEngine<Tile, kTiles, C::kGates, 1>, C::kStates>;
+template <class C, class Tile, int kNTiles>
+class ForwardStep : Step<C, AllGather<Tile, kNTiles, C::kGates, 1>, C::kStates> {
+  using Base = Step<C, AllGather<Tile, kNTiles, C::kGates, 1>, C::kStates>;
   using typename Base::Number;
-  using Base::arrived_, Base::engine_, Base::items_, Base::place_, Base::rows_, Base::split_, Base::vectors_, Base::walk_;
-  using Base::has_state, Base::kept, Base::place_in_row, Base::place_of_state, Base::works;
+  using Base::arrived_, Base::engine_, Base::items_, Base::cta_, Base::rows_, Base::split_, Base::vectors_, Base::walk_;
+  using Base::has_state, Base::carried, Base::offset_in_row, Base::offset_of_state, Base::works;
   using Base::kItems, Base::kSaved, Base::kStates, Base::kVectors;
-  // Nobody waits for what a step stores, so it comes after what others wait for: of as many items as there are registers for till then.
+  // Nobody waits for what a step stores, so it comes after what others wait for: of as many items as there are registers for.
   static constexpr int kLate = kItems <= 2 ? 1 : 0;
 
  public:
-  FASTSEQ_DEVICE explicit ForwardStep(const ForwardParams& p, gpu::Smem& smem) : Base(p.walk, p.split, p.meeting, smem), p_(p) {}
+  FASTSEQ_DEVICE explicit ForwardStep(const ForwardParams& p, gpu::Smem& smem) : Base(p.walk, p.split, p.exchange, smem), p_(p) {}
 
   FASTSEQ_DEVICE void run() {
     load_weights();
     engine_.begin(arrived_);
-    for (int chunk = 0; chunk < split_.chunks; ++chunk) load_states(chunk);
+    for (int batch_tile = 0; batch_tile < split_.batch_tiles; ++batch_tile) load_states(batch_tile);
     gpu::cta_sync();
     const int steps = rows_.longest();
     for (int s = 0; s < steps; ++s) {
       engine_.publish(s + 1);
-      if (s > 0) store_late(split_.chunks - 1, rows_.time(s - 1));
+      if (s > 0) store_late(split_.batch_tiles - 1, rows_.time(s - 1));
       const int t = rows_.time(s);
-      for (int chunk = 0; chunk < split_.chunks; ++chunk) {
-        fetch(chunk, t);
-        if (chunk == 0) engine_.wait(s + 1);
-        engine_.product(chunk);
-        step(chunk, t);
-        if (chunk + 1 < split_.chunks) store_late(chunk, t);
+      for (int batch_tile = 0; batch_tile < split_.batch_tiles; ++batch_tile) {
+        fetch(batch_tile, t);
+        if (batch_tile == 0) engine_.wait(s + 1);
+        engine_.product(batch_tile);
+        step(batch_tile, t);
+        if (batch_tile + 1 < split_.batch_tiles) store_late(batch_tile, t);
       }
       gpu::cta_sync();
     }
-    if (steps > 0) store_late(split_.chunks - 1, rows_.time(steps - 1));
-    for (int chunk = 0; chunk < split_.chunks; ++chunk) store_states(chunk);
+    if (steps > 0) store_late(split_.batch_tiles - 1, rows_.time(steps - 1));
+    for (int batch_tile = 0; batch_tile < split_.batch_tiles; ++batch_tile) store_states(batch_tile);
   }
 
  private:
   FASTSEQ_DEVICE void load_weights() {
-    const int hidden = walk_.hidden, units = split_.units, first = place_.rank * units;
+    const int hidden = walk_.hidden, units = split_.units, first = cta_.rank * units;
     const Number* weight = this->weight_of(p_.weight);
     const Quotient per_units(units);
     engine_.load([&](int row, int depth) {  // row: gate * U + unit
@@ -55,42 +57,42 @@ class ForwardStep : Step<C, GatherEngine<Tile, kTiles, C::kGates, 1>, C::kStates
     this->load_vectors(p_.vectors);
   }
 
-  FASTSEQ_DEVICE void load_states(int chunk) {
+  FASTSEQ_DEVICE void load_states(int batch_tile) {
     FASTSEQ_ROLLED
     for (int j = 0; items_.exists(j); ++j) {
-      const bool given = has_state(chunk, j);
+      const bool given = has_state(batch_tile, j);
       const auto* h0 = static_cast<const Number*>(p_.h0);
-      engine_.own(chunk, items_.unit(j), items_.column(j)) = given && h0 ? h0[place_of_state(chunk, j, 1, 0)] : Number{};
+      engine_.own(batch_tile, items_.unit(j), items_.column(j)) = given && h0 ? h0[offset_of_state(batch_tile, j, 1, 0)] : Number{};
       for (int k = 0; k < C::kStates; ++k) {
-        kept(chunk, k, j) = given && p_.c0 ? p_.c0[place_of_state(chunk, j, C::kStates, k)] : 0.0f;
+        carried(batch_tile, k, j) = given && p_.c0 ? p_.c0[offset_of_state(batch_tile, j, C::kStates, k)] : 0.0f;
       }
     }
   }
 
-  FASTSEQ_DEVICE void store_states(int chunk) {
+  FASTSEQ_DEVICE void store_states(int batch_tile) {
     FASTSEQ_ROLLED
     for (int j = 0; items_.exists(j); ++j) {
-      if (!has_state(chunk, j)) continue;
-      static_cast<Number*>(p_.h_n)[place_of_state(chunk, j, 1, 0)] = engine_.own(chunk, items_.unit(j), items_.column(j));
-      for (int k = 0; k < C::kStates; ++k) p_.c_n[place_of_state(chunk, j, C::kStates, k)] = kept(chunk, k, j);
+      if (!has_state(batch_tile, j)) continue;
+      static_cast<Number*>(p_.h_n)[offset_of_state(batch_tile, j, 1, 0)] = engine_.own(batch_tile, items_.unit(j), items_.column(j));
+      for (int k = 0; k < C::kStates; ++k) p_.c_n[offset_of_state(batch_tile, j, C::kStates, k)] = carried(batch_tile, k, j);
     }
   }
 
   // Reads the input of a step ahead of the moment that needs it.
-  FASTSEQ_DEVICE void fetch(int chunk, int t) {
+  FASTSEQ_DEVICE void fetch(int batch_tile, int t) {
     FASTSEQ_UNROLL
     for (int j = 0; j < kItems; ++j) {
-      if (!works(chunk, j, t)) continue;
-      const int64_t row = rows_.row(chunk, items_.column(j), t);
+      if (!works(batch_tile, j, t)) continue;
+      const int64_t row = rows_.row(batch_tile, items_.column(j), t);
       FASTSEQ_UNROLL
-      for (int g = 0; g < C::kGates; ++g) x_[j][g] = static_cast<const Number*>(p_.x_gates)[place_in_row(row, j, C::kGates, g)];
+      for (int g = 0; g < C::kGates; ++g) x_[j][g] = static_cast<const Number*>(p_.x_gates)[offset_in_row(row, j, C::kGates, g)];
     }
   }
 
-  FASTSEQ_DEVICE void step(int chunk, int t) {
+  FASTSEQ_DEVICE void step(int batch_tile, int t) {
     FASTSEQ_UNROLL
     for (int j = 0; j < kItems; ++j) {
-      if (!works(chunk, j, t)) continue;
+      if (!works(batch_tile, j, t)) continue;
       const int unit = items_.unit(j), column = items_.column(j);
       float x[C::kGates], r[C::kGates], vectors[kVectors], c[kStates];
       engine_.sums(r, column, unit);
@@ -99,51 +101,51 @@ class ForwardStep : Step<C, GatherEngine<Tile, kTiles, C::kGates, 1>, C::kStates
       FASTSEQ_UNROLL
       for (int v = 0; v < C::kVectors; ++v) vectors[v] = vectors_[v * split_.units + unit];
       FASTSEQ_UNROLL
-      for (int k = 0; k < C::kStates; ++k) c[k] = kept(chunk, k, j);
-      Number& h = engine_.own(chunk, unit, column);
+      for (int k = 0; k < C::kStates; ++k) c[k] = carried(batch_tile, k, j);
+      Number& h = engine_.own(batch_tile, unit, column);
       float h_new;
       C::forward(x, r, vectors, gpu::to_float(h), c, saved_[j], h_new, c_[j]);
       h = y_[j] = gpu::from_float<Number>(h_new);
       FASTSEQ_UNROLL
-      for (int k = 0; k < C::kStates; ++k) kept(chunk, k, j) = c_[j][k];
-      if (j >= kLate) store(chunk, j, t);
+      for (int k = 0; k < C::kStates; ++k) carried(batch_tile, k, j) = c_[j][k];
+      if (j >= kLate) store(batch_tile, j, t);
     }
   }
 
   // Writes what the last step() found and did not store.
-  FASTSEQ_DEVICE void store_late(int chunk, int t) {
+  FASTSEQ_DEVICE void store_late(int batch_tile, int t) {
     FASTSEQ_UNROLL
     for (int j = 0; j < kLate; ++j) {
-      if (works(chunk, j, t)) store(chunk, j, t);
+      if (works(batch_tile, j, t)) store(batch_tile, j, t);
     }
   }
 
-  FASTSEQ_DEVICE void store(int chunk, int j, int t) {
-    const int64_t row = rows_.row(chunk, items_.column(j), t);
-    static_cast<Number*>(p_.y)[place_in_row(row, j, 1, 0)] = y_[j];
+  FASTSEQ_DEVICE void store(int batch_tile, int j, int t) {
+    const int64_t row = rows_.row(batch_tile, items_.column(j), t);
+    static_cast<Number*>(p_.y)[offset_in_row(row, j, 1, 0)] = y_[j];
     if (p_.c) {
       FASTSEQ_UNROLL
-      for (int k = 0; k < C::kStates; ++k) p_.c[place_in_row(row, j, C::kStates, k)] = c_[j][k];
+      for (int k = 0; k < C::kStates; ++k) p_.c[offset_in_row(row, j, C::kStates, k)] = c_[j][k];
     }
     if (p_.gates) {
       FASTSEQ_UNROLL
       for (int k = 0; k < C::kSaved; ++k) {
-        static_cast<Number*>(p_.gates)[place_in_row(row, j, C::kSaved, k)] = gpu::from_float<Number>(saved_[j][k]);
+        static_cast<Number*>(p_.gates)[offset_in_row(row, j, C::kSaved, k)] = gpu::from_float<Number>(saved_[j][k]);
       }
     }
   }
 
   const ForwardParams& p_;
-  // of the chunk in work
+  // of the batch tile in work
   Number x_[kItems][C::kGates];
   Number y_[kItems];
   float c_[kItems][kStates], saved_[kItems][kSaved];
 };
 
-template <template <class> class CellOf, class Tile, int kTiles>
+template <template <class> class CellOf, class Tile, int kNTiles>
 FASTSEQ_KERNEL(kThreads) forward_kernel(FASTSEQ_PARAMETERS ForwardParams p) {
   gpu::Smem smem;
-  ForwardStep<CellOf<Math<Tile::kExact>>, Tile, kTiles>(p, smem).run();
+  ForwardStep<CellOf<Math<Tile::kExact>>, Tile, kNTiles>(p, smem).run();
 }
 
 }  // namespace fastseq::recurrent

@@ -1,8 +1,8 @@
-#include "instances.cuh"
+#include "kernels.cuh"
 
 namespace fastseq::recurrent {
 
-template const char* launch<Precision::kBfloat16>(Cell, bool, const gpu::Launch&, const ForwardParams&);
-template const char* launch<Precision::kBfloat16>(Cell, bool, const gpu::Launch&, const BackwardParams&);
+template Kernel<ForwardParams> kernel_of<Precision::kBfloat16, ForwardParams>(Cell, const Plan&);
+template Kernel<BackwardParams> kernel_of<Precision::kBfloat16, BackwardParams>(Cell, const Plan&);
 
 }  // namespace fastseq::recurrent

@@ -18,33 +18,33 @@ struct Walk {
   uint64_t reverse;  // bit d: lane d goes backwards
 };
 
-// How the work is cut. A team of CTAs takes one lane and some rows of the batch, and holds the lane's recurrent weights once; a CTA
-// of it owns some hidden units, with all their gates. The product's depth, from all of them or its own, is filled up with zeros.
-// csrc/recurrent/plan.cpp chooses.
+// How the work is cut. A team of CTAs takes one lane and some sequences of the batch, and holds the lane's recurrent weights once; a
+// CTA of it owns some hidden units, with all their gates. The sequences are the columns of its product, in batch tiles one after
+// another. The product's depth (K), from all units or its own, is filled up with zeros. csrc/recurrent/plan.cpp chooses.
 struct Split {
-  int32_t units;        // of a CTA: a multiple of 8
-  int32_t ctas;         // of a team: together at least H units
-  int32_t parts;        // teams of a lane, which share its batch
-  int32_t rows;         // of the batch that a team takes, at most
-  int32_t chunks;       // blocks of columns (sequences) of a team, one after another in every step
-  int32_t column_bits;  // 2^column_bits columns of a chunk are exchanged, whatever the width of a tile
-  int32_t m_bits;       // 2^m_bits warps are side by side over the rows of a CTA's product, in tiles of 16 that they take by turns
-  int32_t k_warps;      // and so many over its depth
-  int32_t depths;       // tiles of depth that a warp takes of every segment; with several tiles of rows there is one segment
-  int32_t segments;     // pieces of the depth that are brought to shared memory one after another
-  int32_t cluster;      // 1: the team is a cluster and exchanges through shared memory; 0: through global memory
-  int32_t scatter;      // 1: CTAs send each other partial sums of the gradients of their states; 0: operands of the product
-  int32_t first_team;   // of this launch
+  int32_t units;           // of a CTA: a multiple of 8
+  int32_t ctas;            // of a team: together at least H units
+  int32_t parts;           // teams of a lane, which share its batch
+  int32_t rows;            // of the batch that a team takes, at most
+  int32_t batch_tiles;     // blocks of columns (sequences) of a team, one after another in every step
+  int32_t column_bits;     // 2^column_bits columns of a batch tile are exchanged, whatever the width of a tile
+  int32_t m_bits;          // 2^m_bits warps are side by side over the rows of a CTA's product, in tiles of 16 that they take by turns
+  int32_t k_warps;         // and so many over its depth
+  int32_t k_tiles;         // tiles of depth that a warp takes of every segment; with several tiles of rows there is one segment
+  int32_t k_segments;      // pieces of the depth that are brought to shared memory one after another
+  int32_t cluster;         // 1: the team is a cluster and exchanges through shared memory; 0: through global memory
+  int32_t reduce_scatter;  // 1: CTAs send each other partial sums of the gradients of their states; 0: operands of the product
+  int32_t first_team;      // of this launch
 
   constexpr FASTSEQ_HOST_DEVICE int m_warps() const { return 1 << m_bits; }
 
   bool operator==(const Split&) const = default;
 };
 
-// Room for what a team's CTAs tell each other, allocated by the caller for one call.
-struct Meeting {
-  void* operands;   // [teams, 2, chunks, ...] states (forward), gate gradients or partial sums (backward); unused by clusters
-  uint32_t* flags;  // [teams, ctas] zero at the beginning
+// Room for what a team's CTAs send each other, allocated by the caller for one call.
+struct ExchangeBuffers {
+  void* operands;   // [teams, 2, batch_tiles, ...] states (forward), gate gradients or partial sums (backward); unused by clusters
+  uint32_t* flags;  // [teams, ctas] zero at the beginning; unused by clusters
 };
 
 struct ForwardParams {
@@ -60,7 +60,7 @@ struct ForwardParams {
   void* gates;          // [rows, D, S*H] or null: not wanted
   Walk walk;
   Split split;
-  Meeting meeting;
+  ExchangeBuffers exchange;
 };
 
 struct BackwardParams {
@@ -81,7 +81,7 @@ struct BackwardParams {
   float* dc0;           // [D, B, K*H]
   Walk walk;
   Split split;
-  Meeting meeting;
+  ExchangeBuffers exchange;
 };
 
 enum class Precision : int32_t { kHalf, kBfloat16, kTf32, kFloat };

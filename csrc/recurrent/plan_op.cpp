@@ -5,6 +5,8 @@
 
 namespace fastseq::recurrent {
 
+std::vector<std::string> recurrent_plan_fields() { return plan_fields(); }
+
 std::tuple<std::string, double, std::vector<int64_t>, int64_t> recurrent_plan(std::string cell, std::string precision, bool backward,
                                                                               int64_t batch, int64_t lanes, int64_t hidden,
                                                                               std::vector<int64_t> device, int64_t rank) {

@@ -3,7 +3,7 @@
 #include "common/on_device.h"
 #include "common/stream.h"
 #include "recurrent.h"
-#include "run.h"
+#include "run.cuh"
 
 namespace fastseq::recurrent {
 namespace {
@@ -18,7 +18,7 @@ class Arguments {
       : walk(sizes), device_(y.get_device_index()) {
     STD_TORCH_CHECK(find(cell, cell_), "there is no CUDA kernel for cell ", cell);
     STD_TORCH_CHECK(find(precision, precision_), "precision ", precision, " is none of fp16, bf16, tf32, ieee");
-    STD_TORCH_CHECK(plan.size() == kPlanNumbers, "recurrent: a plan has ", kPlanNumbers, " numbers, got ", plan.size());
+    STD_TORCH_CHECK(plan.size() == kPlanFields, "recurrent: a plan has ", kPlanFields, " fields, got ", plan.size());
     plan_ = plan_of(plan);
     facts = facts_of(cell_);
     narrow = precision_ == Precision::kHalf       ? ScalarType::Half
@@ -53,7 +53,7 @@ class Arguments {
     return take(tensor, type, elements, name);
   }
 
-  Meeting meeting(const Tensor& operands, const Tensor& flags) const {
+  ExchangeBuffers buffers(const Tensor& operands, const Tensor& flags) const {
     return {take(operands, ScalarType::Byte, plan_.teams * plan_.operand_bytes, "operands"),
             take<uint32_t>(flags, ScalarType::Int, int64_t{plan_.teams} * plan_.split.ctas, "flags")};
   }
@@ -97,7 +97,7 @@ void recurrent_cuda_forward(std::string cell, std::string precision, std::vector
       a.take(vectors, narrow, a.units * facts.vectors, "vectors"), a.take(h0, narrow, a.states, "h0"),
       a.take<float>(c0, wide, a.states * facts.states, "c0"), a.need(y, narrow, a.all, "y"), a.need(h_n, narrow, a.states, "h_n"),
       a.take<float>(c_n, wide, a.states * facts.states, "c_n"), a.take<float>(c, wide, a.all * facts.states, "c"),
-      a.take(gates, narrow, a.all * facts.saved, "gates"), a.walk, {}, a.meeting(operands, flags)});
+      a.take(gates, narrow, a.all * facts.saved, "gates"), a.walk, {}, a.buffers(operands, flags)});
 }
 
 void recurrent_cuda_backward(std::string cell, std::string precision, std::vector<int64_t> plan, std::optional<Tensor> dy,
@@ -117,7 +117,7 @@ void recurrent_cuda_backward(std::string cell, std::string precision, std::vecto
       a.take<float>(c, wide, a.all * facts.states, "c"), a.take(gates, narrow, a.all * facts.saved, "gates"),
       a.need(dgates, narrow, a.all * facts.gates, "dgates"),
       a.take(drecurrent, narrow, a.all * facts.own_recurrent, "drecurrent"), a.need(dh0, narrow, a.states, "dh0"),
-      a.take<float>(dc0, wide, a.states * facts.states, "dc0"), a.walk, {}, a.meeting(operands, flags)});
+      a.take<float>(dc0, wide, a.states * facts.states, "dc0"), a.walk, {}, a.buffers(operands, flags)});
 }
 
 }  // namespace fastseq::recurrent

@@ -13,14 +13,17 @@ namespace fastseq::recurrent {
 
 using torch::stable::Tensor;
 
-// (why no kernel can run it or "", predicted microseconds of a step, the plan's numbers, how many plans there are). precision: fp16,
+// Names of a plan's fields, in the order of its numbers.
+std::vector<std::string> recurrent_plan_fields();
+
+// (why no kernel can run it or "", predicted microseconds of a step, the plan's fields, how many plans there are). precision: fp16,
 // bf16, tf32 or ieee. device: multiprocessors, bytes of shared memory for a CTA, CTAs of a cluster (0: none), whether launches can be
 // cooperative. rank: 0 for the best plan by the model, 1 for the second.
 std::tuple<std::string, double, std::vector<int64_t>, int64_t> recurrent_plan(std::string cell, std::string precision, bool backward,
                                                                               int64_t batch, int64_t lanes, int64_t hidden,
                                                                               std::vector<int64_t> device, int64_t rank);
 
-// starts [T] and lengths [B], int64: as in params.h. plan: the numbers of recurrent_plan for the tensors' device. operands and
+// starts [T] and lengths [B], int64: as in params.h. plan: the fields of recurrent_plan for the tensors' device. operands and
 // flags: as much as the plan asks for, flags zero. Tensors that nobody wants or has are empty.
 void recurrent_cuda_forward(std::string cell, std::string precision, std::vector<int64_t> plan, Tensor x_gates, Tensor weight,
                             std::optional<Tensor> vectors, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor y, Tensor h_n,

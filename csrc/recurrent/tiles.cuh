@@ -2,17 +2,13 @@
 //
 // The operand (states, or gate gradients) lies in shared memory as [depth / kVector][columns][kVector]: 16 bytes of depth a
 // column, as CTAs exchange it. Weights are four registers of a lane for 16 rows and kDepth of depth, in a layout that only this
-// file knows. A warp keeps kResident of its tiles in registers; a chunk of the batch is one tile of columns wide or kWide: with
-// more of either, spills begin. Tiles of depth are multiplied kBlock at a time, kWideBlock with kWide tiles of columns, so that
-// operands are on their way from shared memory while others are multiplied.
+// file knows. tile_sizes.h has the sizes.
 #pragma once
 
 #include "../common/prims.cuh"
+#include "tile_sizes.h"
 
 namespace fastseq::recurrent {
-
-constexpr int kTileRows = 16;
-constexpr int kTileColumns = 8;
 
 // lane = 4 * quad + place in PTX's fragments
 FASTSEQ_DEVICE int quad() { return gpu::lane() >> 2; }
@@ -53,14 +49,9 @@ struct MmaSums {
 };
 
 template <class T>
-struct Tile16 : MmaSums {
+struct Tile16 : MmaSums, Sizes16 {
   using Number = T;
   using Operand = MmaOperand<T>;
-  static constexpr int kDepth = 16;
-  static constexpr int kVector = 8;
-  static constexpr int kResident = 32;
-  static constexpr int kWide = 4;
-  static constexpr int kBlock = 4, kWideBlock = 2;
   static constexpr bool kExact = false;
 
   // at(row, depth) gives a weight
@@ -83,14 +74,9 @@ struct Tile16 : MmaSums {
   static FASTSEQ_DEVICE gpu::Vec16 sent(gpu::Vec16 v) { return v; }
 };
 
-struct TileTf32 : MmaSums {
+struct TileTf32 : MmaSums, SizesTf32 {
   using Number = float;
   using Operand = MmaOperand<float>;
-  static constexpr int kDepth = 8;
-  static constexpr int kVector = 4;
-  static constexpr int kResident = 32;
-  static constexpr int kWide = 4;
-  static constexpr int kBlock = 4, kWideBlock = 2;
   static constexpr bool kExact = false;
 
   template <class At>
@@ -114,8 +100,7 @@ struct TileTf32 : MmaSums {
 };
 
 // Two lanes to a row, each with half of the tile's depth.
-struct TileFloat {
-  static constexpr int kVector = 4;
+struct TileFloat : SizesFloat {
   struct Operand {
     static FASTSEQ_DEVICE int offset(int columns) { return (gpu::lane() & 1) * columns * kVector; }
     FASTSEQ_DEVICE Operand(const float* at, int columns) : vectors(reinterpret_cast<const gpu::Vec16*>(at)), columns(columns) {}
@@ -124,10 +109,6 @@ struct TileFloat {
     int columns;
   };
   using Number = float;
-  static constexpr int kDepth = 8;
-  static constexpr int kResident = 24;
-  static constexpr int kWide = 2;
-  static constexpr int kBlock = 2, kWideBlock = 2;
   static constexpr int kSums = 8;  // columns
   static constexpr bool kExact = true;
 

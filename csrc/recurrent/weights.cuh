@@ -9,7 +9,7 @@
 namespace fastseq::recurrent {
 
 // Of one tile of rows; products of a tile depend on each other, and several sums at a time hide that.
-template <class Tile, int kTiles>
+template <class Tile, int kNTiles>
 class Sums {
  public:
   FASTSEQ_DEVICE float (&at(int n, int tile))[Tile::kSums] { return sums_[n % kChains][tile]; }
@@ -27,9 +27,9 @@ class Sums {
   }
 
  private:
-  static constexpr int kChains = Tile::kSums == 4 && kTiles < 4 ? 4 / kTiles : 1;
+  static constexpr int kChains = Tile::kSums == 4 && kNTiles < 4 ? 4 / kNTiles : 1;
 
-  float sums_[kChains][kTiles][Tile::kSums] = {};
+  float sums_[kChains][kNTiles][Tile::kSums] = {};
 };
 
 // Adds up partial sums, `stride` numbers apart, of places that lie `step` apart.
@@ -62,7 +62,7 @@ class Weights {
   FASTSEQ_DEVICE bool works() const { return k_warp() < split_.k_warps && m_warp() < row_tiles_; }
   // of this warp: tiles m_warp(), m_warp() + 2^m_bits, ... of the rows
   FASTSEQ_DEVICE int rows() const { return (row_tiles_ - m_warp() + split_.m_warps() - 1) >> split_.m_bits; }
-  FASTSEQ_DEVICE int tiles() const { return works() ? rows() * split_.segments * split_.depths : 0; }
+  FASTSEQ_DEVICE int tiles() const { return works() ? rows() * split_.k_segments * split_.k_tiles : 0; }
 
   // Takes them: at(row, depth), zero outside the matrix.
   template <class At>
@@ -87,20 +87,20 @@ class Weights {
 
   // Adds to the sums the products of this warp's tiles with a segment of the operand, [depth][columns] in shared memory. After each
   // tile of rows but the last, calls done(row), which takes the sums. Returns the last row.
-  template <int kTiles, class Done>
-  FASTSEQ_DEVICE int multiply(Sums<Tile, kTiles>& sums, const Number* operand, int segment, const Done& done) const {
-    constexpr int kColumns = kTiles * kTileColumns, kStride = Tile::kDepth * kColumns;
-    constexpr int kBlock = kTiles > 1 ? Tile::kWideBlock : Tile::kBlock;
+  template <int kNTiles, class Done>
+  FASTSEQ_DEVICE int multiply(Sums<Tile, kNTiles>& sums, const Number* operand, int segment, const Done& done) const {
+    constexpr int kColumns = kNTiles * kTileColumns, kStride = Tile::kDepth * kColumns;
+    constexpr int kBlock = kNTiles > 1 ? Tile::kWideBlock : Tile::kBlock;
     static_assert(Tile::kResident % kBlock == 0);
     if (!works()) return 0;
-    const int depths = split_.depths, first = segment * depths, last = split_.segments > 1 ? first + depths : tiles();
-    operand += Tile::Operand::offset(kColumns) + (k_warp() * depths - first) * kStride;  // where tile 0 of the warp would be
-    int row = m_warp(), end = rows() > 1 ? depths : last;
+    const int k_tiles = split_.k_tiles, first = segment * k_tiles, last = split_.k_segments > 1 ? first + k_tiles : tiles();
+    operand += Tile::Operand::offset(kColumns) + (k_warp() * k_tiles - first) * kStride;  // where tile 0 of the warp would be
+    int row = m_warp(), end = rows() > 1 ? k_tiles : last;
     const auto block = [&](int i, const uint32_t (*a)[4]) {
       FASTSEQ_UNROLL
       for (int n = 0; n < kBlock; n += 2) {
         FASTSEQ_UNROLL
-        for (int tile = 0; tile < kTiles; ++tile) {
+        for (int tile = 0; tile < kNTiles; ++tile) {
           const typename Tile::Operand two(operand + (i + n) * kStride + tile * kTileColumns * Tile::kVector, kColumns);
           Tile::multiply(sums.at(n, tile), a[n], two, 0);
           Tile::multiply(sums.at(n + 1, tile), a[n + 1], two, 1);
@@ -108,8 +108,8 @@ class Weights {
       }
       if (i + kBlock != end || end == last) return;
       done(row);
-      operand -= depths * kStride;
-      row += split_.m_warps(), end += depths;
+      operand -= k_tiles * kStride;
+      row += split_.m_warps(), end += k_tiles;
     };
     FASTSEQ_UNROLL
     for (int i = 0; i < Tile::kResident; i += kBlock) {
@@ -134,8 +134,8 @@ class Weights {
 
   template <class At>
   FASTSEQ_DEVICE void load_tile(uint32_t (&a)[4], const At& at, int i) const {
-    const int each = split_.depths * split_.segments, row = m_warp() + (i / each << split_.m_bits);
-    const int segment = i % each / split_.depths, depth = (segment * split_.k_warps + k_warp()) * split_.depths + i % split_.depths;
+    const int each = split_.k_tiles * split_.k_segments, row = m_warp() + (i / each << split_.m_bits);
+    const int segment = i % each / split_.k_tiles, depth = (segment * split_.k_warps + k_warp()) * split_.k_tiles + i % split_.k_tiles;
     Tile::load(a, [&](int r, int d) { return at(row * kTileRows + r, depth * Tile::kDepth + d); });
   }
 

@@ -3,25 +3,28 @@
 A backend is a module with ``name``, ``devices`` (torch device types), ``available()`` (None, or why it cannot run on this
 machine), ``why_not(query)`` (reasons against one call; empty: it can) and one function per op with the op's signature. The
 first backend of ``ORDER`` without a reason runs; a forced backend raises instead of falling back. A backend with ``stands_back``
-gives reasons there that hold only while it is not forced. ``cuda-host`` is not in the order: tests force it.
+gives reasons there that hold only while it is not forced. Whoever adds a module to
+``BACKENDS`` without a place in the order can force it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from . import cpu, cuda, cuda_host, reference, triton, vendor
+from .._arguments import Function, unknown
+from . import cpu, cuda, reference, triton, vendor
+from .notes import listeners, note
 from .query import AttentionQuery, Query, RecurrentQuery
 
 ORDER = ("cuda", "triton", "cpu", "torch", "reference")
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, vendor, reference, cuda_host)}
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, vendor, reference)}
 
 __all__ = [
     "BACKENDS",
@@ -43,8 +46,10 @@ __all__ = [
 def _checked(name: str | None, source: str) -> str | None:
     if name is None or name in ("", "auto"):
         return None
+    if not isinstance(name, str):
+        raise TypeError(f"{source}: a backend is named by a str, not {type(name).__name__}")
     if name not in BACKENDS:
-        raise ValueError(f"{source}: unknown backend {name!r}; accepted: auto, {', '.join(ORDER)}")
+        raise ValueError(f"{source}: {unknown('backend', name, ('auto', *ORDER))}")
     return name
 
 
@@ -56,25 +61,43 @@ _CANDIDATES: dict[str, tuple[str, ...]] = {
 
 _forced: str | None = _checked(os.environ.get("FASTSEQ_BACKEND"), "FASTSEQ_BACKEND")
 _watchers: list[Callable[[Query, str], None]] = []
-_listeners: list[Callable[[str], None]] = []
 
 
-@contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
-    """Force a backend within a ``with`` block: one of ``ORDER``; ``"auto"`` or None: the best one, call by call.
+class use_backend(ContextDecorator):
+    """Force a backend: within a ``with`` block or a decorated function, or, called by itself, from here on.
+
+    One of ``ORDER``; ``"auto"`` or None: the best one, call by call.
 
     A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting
     holds for the whole process (backward passes run in other threads). ``FASTSEQ_BACKEND`` sets the same from outside.
 
     Raises:
         ValueError: if there is no such backend.
+        TypeError: if it is no str.
     """
-    global _forced
-    before, _forced = _forced, _checked(name, "use_backend")
-    try:
-        yield
-    finally:
-        _forced = before
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        self.name = _checked(name, "use_backend")
+        self._before, _forced = _forced, self.name
+        self._called = True  # and not yet entered
+
+    def __enter__(self) -> None:
+        global _forced
+        if not self._called:
+            self._before = _forced
+        self._called, _forced = False, self.name
+
+    def __exit__(self, *error: object) -> None:
+        global _forced
+        _forced = self._before
+
+    def __call__(self, function: Function) -> Function:
+        self.__exit__()
+        return super().__call__(function)
+
+    def _recreate_cm(self) -> use_backend:
+        return use_backend(self.name)
 
 
 def forced() -> str | None:
@@ -112,7 +135,11 @@ def select(query: Query) -> ModuleType:
     if _forced is not None:
         against = obstacles(_forced, query)
         if against:
-            raise RuntimeError(f"backend {_forced!r} was forced but cannot run [{query}]: {'; '.join(against)}")
+            free = next(name for name in _CANDIDATES.get(query.device.type, ORDER) if _serves(name, query))
+            raise RuntimeError(
+                f"backend {_forced!r} was forced but cannot run [{query}]: {'; '.join(against)} "
+                f"(use_backend(None) lets {free!r} run it)"
+            )
         chosen = _forced
     else:
         for chosen in _CANDIDATES.get(query.device.type, ORDER):  # the reference, the last, runs everything
@@ -130,12 +157,6 @@ def torch_runs(query: Callable[[], Query]) -> bool:
     for watch in _watchers:
         watch(query(), "torch")
     return True
-
-
-def note(way: object) -> None:
-    """What the backend that was selected says of the way it takes, as a string to whom asked for an explanation."""
-    for listen in _listeners:
-        listen(str(way))
 
 
 @dataclass
@@ -165,7 +186,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     Example:
         >>> print(fastseq.explain(fastseq.GRU(8, 16), torch.randn(5, 2, 8)))
+
+    Raises:
+        TypeError: if there is nothing to call.
     """
+    if not callable(function):
+        raise TypeError(f"explain takes a function or module and then its arguments, not {type(function).__name__}")
     explanation = Explanation()
     seen: set[Query] = set()
     notes: list[str] = []  # of the call that runs
@@ -184,11 +210,11 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         notes.append(text)
 
     _watchers.append(watch)
-    _listeners.append(take)
+    listeners.append(take)
     try:
         with torch.no_grad():
             function(*args, **kwargs)
     finally:
         _watchers.remove(watch)
-        _listeners.remove(take)
+        listeners.remove(take)
     return explanation

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from ..ops.types import Spec, empty_gradients, empty_rows
+from ..ops.types import DecodeSpec, Spec, empty_gradients, empty_rows
 from ..reference import attention, attention_decode, recurrent
 from .query import Query
 
@@ -51,6 +49,6 @@ def attention_weights_backward(
     return tuple([place.copy_(grad) for place, grad in zip(room, grads, strict=True)] + [delta])
 
 
-def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    out, lse = attention_decode.forward(q, k_cache, v_cache, *rest[:-1])
+def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec) -> tuple[Tensor, Tensor]:
+    out, lse = attention_decode.forward(q, k_cache, v_cache, spec)
     return empty_rows(q, v_cache.shape[-1]).copy_(out), lse

@@ -1,10 +1,10 @@
 """Functional forms: check, default, lay out, call one op."""
 
-from .attention import attention, attention_grad, merge_attention
-from .attention_decode import attention_with_kv_cache
-from .recurrent import gru, gru_cell, lstm, lstm_cell, recurrent, recurrent_cell, rnn, rnn_cell
-from .relative_position import t5_relative_bias, transformer_xl_attention
-from .scaled_dot_product import scaled_dot_product_attention
+from ._attention import attention, attention_grad, merge_attention
+from ._attention_decode import attention_with_kv_cache
+from ._recurrent import gru, gru_cell, lstm, lstm_cell, recurrent, recurrent_cell, rnn, rnn_cell
+from ._relative_position import t5_relative_bias, transformer_xl_attention
+from ._scaled_dot_product import scaled_dot_product_attention
 
 __all__ = [
     "attention",

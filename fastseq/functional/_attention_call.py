@@ -2,21 +2,105 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .._arguments import Function, checked_int, checked_number, checked_tensor, is_int, own_keywords
 from ..ops.attention import Spec
 from ._autocast import autocast_dtype, lowered
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LAYOUTS = ("bhte", "bthe")
+Layout = Literal["bhsd", "bshd", "thd"]
+LAYOUTS = ("bhsd", "bshd")  # padded
+Alignment = Literal["top_left", "bottom_right"]
 _ALIGNMENTS = ("top_left", "bottom_right")
 _SMALLEST_BLOCK = 16
+_MOST_HEADS = 128  # beyond what models have
+
+
+_TENSORS = (
+    "attn_mask",
+    "attn_bias",
+    "alibi_slopes",
+    "relative_bias",
+    "relative_query",
+    "relative_key",
+    "sinks",
+    "seqlens_q",
+    "seqlens_k",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "block_layout",
+)
+
+
+class AttentionOptions(TypedDict, total=False):
+    """The keyword arguments of ``attention`` but for what it returns: for annotations, with ``Unpack``."""
+
+    layout: Layout | None
+    attn_mask: Tensor | None
+    attn_bias: Tensor | None
+    causal: bool
+    window_size: Sequence[int | None] | None
+    alignment: Alignment | None
+    offset: int | None
+    scale: float | None
+    softcap: float
+    alibi_slopes: Tensor | None
+    relative_bias: Tensor | None
+    relative_bias_zero: int | None
+    relative_query: Tensor | None
+    relative_key: Tensor | None
+    relative_key_zero: int | None
+    sinks: Tensor | None
+    dropout_p: float
+    seqlens_q: Tensor | None
+    seqlens_k: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    block_layout: Tensor | None
+    block_size: int | None
+
+
+@dataclass(slots=True)
+class Options:
+    """The same with their defaults, as they were given: ``prepared`` checks them."""
+
+    layout: Layout | None = None
+    attn_mask: Tensor | None = None
+    attn_bias: Tensor | None = None
+    causal: bool = False
+    window_size: Sequence[int | None] | None = None
+    alignment: Alignment | None = None
+    offset: int | None = None
+    scale: float | None = None
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    relative_bias: Tensor | None = None
+    relative_bias_zero: int | None = None
+    relative_query: Tensor | None = None
+    relative_key: Tensor | None = None
+    relative_key_zero: int | None = None
+    sinks: Tensor | None = None
+    dropout_p: float = 0.0
+    seqlens_q: Tensor | None = None
+    seqlens_k: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    block_layout: Tensor | None = None
+    block_size: int | None = None
 
 
 class Call(NamedTuple):
@@ -37,76 +121,37 @@ class Sizes(NamedTuple):
     features: int
 
 
-def prepared(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    layout: str = "bhte",
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    causal: bool | str = False,
-    window: Sequence[int | None] | None = None,
-    align: str = "top_left",
-    offset: int = 0,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    relative_bias: Tensor | None = None,
-    relative_bias_zero: int | None = None,
-    relative_query: Tensor | None = None,
-    relative_key: Tensor | None = None,
-    relative_key_zero: int | None = None,
-    sinks: Tensor | None = None,
-    dropout: float = 0.0,
-    q_lengths: Tensor | None = None,
-    k_lengths: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    block_layout: Tensor | None = None,
-    block_size: int | None = None,
-) -> Call:
+def prepared(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Call:
     """The call of the op, or the exception that says what is wrong. Arguments and exceptions: see ``attention``."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    left, right, bottom_right = checked_window(causal, window, align)
-    if not isinstance(offset, (int, torch.SymInt)):
-        raise TypeError(f"offset must be an int, got {type(offset).__name__}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be finite and not negative (0: none), got {softcap}")
-    tensors = {
-        "mask": mask,
-        "bias": bias,
-        "alibi_slopes": alibi_slopes,
-        "relative_bias": relative_bias,
-        "relative_query": relative_query,
-        "relative_key": relative_key,
-        "sinks": sinks,
-        "q_lengths": q_lengths,
-        "k_lengths": k_lengths,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "block_layout": block_layout,
-    }
-    check_tensors(q, k, v, **tensors)
+    packed = given.cu_seqlens_q is not None or given.cu_seqlens_k is not None
+    layout = checked_layout(given.layout, packed)
+    left, right = checked_window(given.causal, given.window_size)
+    if given.alignment not in (None, *_ALIGNMENTS):
+        raise ValueError(f"alignment must be one of {', '.join(_ALIGNMENTS)}, got {given.alignment!r}")
+    for name in ("offset", "relative_bias_zero", "relative_key_zero", "max_seqlen_q", "max_seqlen_k", "block_size"):
+        if getattr(given, name) is not None:
+            checked_int(name, getattr(given, name))
+    dropout_p = checked_number("dropout_p", given.dropout_p)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
+    softcap = checked_softcap(given.softcap)
+    tensors = {name: getattr(given, name) for name in _TENSORS}
+    check_tensors({"q": q, "k": k, "v": v}, **tensors)
     lower = autocast_dtype(q.device.type)
     q, k, v = lowered(q, lower), lowered(k, lower), lowered(v, lower)
-    bias, sinks = lowered(bias, lower), lowered(sinks, lower)
-    relative_bias = lowered(relative_bias, lower)
-    relative_query, relative_key = lowered(relative_query, lower), lowered(relative_key, lower)
-    check_dtypes(q, k, v)
+    attn_mask, attn_bias, sinks = given.attn_mask, lowered(given.attn_bias, lower), lowered(given.sinks, lower)
+    relative_bias = lowered(given.relative_bias, lower)
+    relative_query, relative_key = lowered(given.relative_query, lower), lowered(given.relative_key, lower)
+    check_dtypes({"q": q, "k": k, "v": v})
 
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    q, k, v = (_heads_first(name, t, layout, packed) for name, t in (("q", q), ("k", k), ("v", v)))
+    q, k, v = (_heads_first(name, t, layout) for name, t in (("q", q), ("k", k), ("v", v)))
     if relative_query is not None:
-        relative_query = _heads_first("relative_query", relative_query, layout, packed)
+        relative_query = _heads_first("relative_query", relative_query, layout)
+    cu_seqlens_q, cu_seqlens_k = given.cu_seqlens_q, given.cu_seqlens_k
+    max_seqlen_q, max_seqlen_k = given.max_seqlen_q, given.max_seqlen_k
     if packed:
-        for name, tensor in (("mask", mask), ("bias", bias), ("q_lengths", q_lengths), ("k_lengths", k_lengths)):
-            if tensor is not None:
+        for name in ("attn_mask", "attn_bias", "seqlens_q", "seqlens_k"):
+            if tensors[name] is not None:
                 raise ValueError(f"{name} goes with padded sequences, not with cu_seqlens")
         cu_seqlens_q, max_seqlen_q = _cumulated("q", cu_seqlens_q, max_seqlen_q, q.shape[1])
         cu_seqlens_k, max_seqlen_k = _cumulated("k", cu_seqlens_k, max_seqlen_k, k.shape[1])
@@ -116,19 +161,21 @@ def prepared(
             )
     elif max_seqlen_q is not None or max_seqlen_k is not None:
         raise ValueError("max_seqlen_q and max_seqlen_k go with cu_seqlens_q and cu_seqlens_k")
-    size = _sizes(q, k, v, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
-    if scale is None:
-        scale = default_scale(size.features)
-    elif not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
+    size = _sizes(q, k, v, layout, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    if given.layout is None and not packed:
+        _warn_if_time_first(size)
+    scale = default_scale(size.features) if given.scale is None else checked_scale(given.scale)
 
     scores = (size.batch, size.q_heads, size.tq, size.tk)
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise RuntimeError(f"mask must be bool (True: attend), got {mask.dtype}; what is added to the scores is the bias")
-        mask = onto_scores("mask", mask, scores)
-    if bias is not None:
-        bias = onto_scores("bias", added("bias", bias, q.dtype), scores)
+    if attn_mask is not None:
+        if attn_mask.dtype != torch.bool:
+            raise RuntimeError(
+                f"attn_mask must be bool (True: attend), got {attn_mask.dtype}; what is added to the scores is the attn_bias"
+            )
+        attn_mask = onto_scores("attn_mask", attn_mask, scores)
+    if attn_bias is not None:
+        attn_bias = onto_scores("attn_bias", added("attn_bias", attn_bias, q.dtype), scores)
+    relative_bias_zero, relative_key_zero = given.relative_bias_zero, given.relative_key_zero
     if relative_bias is not None:
         relative_bias = added("relative_bias", relative_bias, q.dtype)
         relative_bias, relative_bias_zero = _table("relative_bias", relative_bias, relative_bias_zero, size.q_heads)
@@ -137,63 +184,122 @@ def prepared(
     if relative_query is not None or relative_key is not None or relative_key_zero is not None:
         relative_key = _relative_key(q, relative_query, relative_key, relative_key_zero)
     if sinks is not None:
-        sinks = added("sinks", sinks, q.dtype).contiguous()
-        if sinks.shape != (size.q_heads,):
-            raise RuntimeError(f"sinks must be [Hq] = [{size.q_heads}], got {list(sinks.shape)}")
+        sinks = checked_sinks(sinks, q.dtype, size.q_heads)
+    slopes = None if given.alibi_slopes is None else checked_slopes(given.alibi_slopes, size, q.dtype)
+    if given.alignment is None and given.offset is None:
+        _refuse_ambiguity(given, left, right, size)
+    seqlens_q, seqlens_k = given.seqlens_q, given.seqlens_k
     return Call(
         rows(q),
         rows(k),
         rows(v),
         Spec(
-            mask=mask,
-            bias=bias,
+            mask=attn_mask,
+            bias=attn_bias,
             relative_bias=relative_bias,
             relative_q=None if relative_query is None else rows(relative_query),
             relative_k=relative_key,
-            slopes=None if alibi_slopes is None else checked_slopes(alibi_slopes, size, q.dtype),
+            slopes=slopes,
             sinks=sinks,
-            q_lengths=None if q_lengths is None else checked_lengths("q_lengths", q_lengths, size.batch, size.tq),
-            k_lengths=None if k_lengths is None else checked_lengths("k_lengths", k_lengths, size.batch, size.tk),
+            q_lengths=None if seqlens_q is None else checked_lengths("seqlens_q", seqlens_q, size.batch, size.tq),
+            k_lengths=None if seqlens_k is None else checked_lengths("seqlens_k", seqlens_k, size.batch, size.tk),
             cu_q=cu_seqlens_q,
             cu_k=cu_seqlens_k,
-            blocks=_blocks(block_layout, block_size, scores),
-            seed=seed(q.device) if dropout else None,
-            scale=float(scale),
-            softcap=float(softcap),
-            dropout=float(dropout),
+            blocks=_blocks(given.block_layout, given.block_size, scores),
+            seed=seed(q.device) if dropout_p else None,
+            scale=scale,
+            softcap=softcap,
+            dropout=float(dropout_p),
             left=left,
             right=right,
-            bottom_right=bottom_right,
-            offset=offset,
+            bottom_right=given.alignment == "bottom_right",
+            offset=given.offset or 0,
             relative_bias_zero=relative_bias_zero or 0,
             relative_k_zero=relative_key_zero or 0,
-            block_size=block_size or 0,
+            block_size=given.block_size or 0,
             max_q=max_seqlen_q or 0,
             max_k=max_seqlen_k or 0,
         ),
     )
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> None:
-    """Tensors, on one device."""
-    for name, tensor in {"query": q, "key": k, "value": v, **others}.items():
-        if not isinstance(tensor, Tensor) and (tensor is not None or name not in others):
-            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
-    if not q.device == k.device == v.device:
-        raise RuntimeError(f"query, key and value must be on one device, got {q.device}, {k.device} and {v.device}")
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != q.device:
-            raise RuntimeError(f"{name} must be on the query's device {q.device}, got {tensor.device}")
+def takes_options(*without: str) -> Callable[[Function], Function]:
+    """For a function with ``**options``: its signature shows each of ``Options`` but ``without``, and others raise TypeError."""
+
+    def decorated(function: Function) -> Function:
+        own = inspect.signature(function)
+        first = [p for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        last = [p for p in own.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        options = [
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for field in fields(Options)
+            if field.name not in without
+        ]
+        function.__signature__ = own.replace(parameters=[*first, *options, *last])  # type: ignore[attr-defined]
+        return own_keywords(function)
+
+    return decorated
 
 
-def check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_tensors(named: Mapping[str, Any], **others: Any) -> None:
+    """Tensors, on one device; ``named`` are three, the others may be None."""
+    for name, value in {**named, **others}.items():
+        if value is not None or name in named:
+            checked_tensor(name, value)
+    first, *rest = named.values()
+    if any(other.device != first.device for other in rest):
+        raise RuntimeError(f"{_listed(named)} must be on one device, got {_listed(t.device for t in named.values())}")
+    for name, value in others.items():
+        if value is not None and value.device != first.device:
+            raise RuntimeError(f"{name} must be on the query's device {first.device}, got {value.device}")
+
+
+def check_dtypes(named: Mapping[str, Tensor]) -> None:
     """One dtype, of those that attention is computed in."""
-    if not q.dtype == k.dtype == v.dtype:
-        raise RuntimeError(f"query, key and value must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if q.dtype not in DTYPES:
+    first, *rest = named.values()
+    if any(other.dtype != first.dtype for other in rest):
+        raise RuntimeError(f"{_listed(named)} must have one dtype, got {_listed(t.dtype for t in named.values())}")
+    if first.dtype not in DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        kind = NotImplementedError if q.is_complex() or q.is_floating_point() else RuntimeError
-        raise kind(f"query, key and value must be one of {accepted}, got {q.dtype}")
+        kind = NotImplementedError if first.is_complex() or first.is_floating_point() else RuntimeError
+        raise kind(f"{_listed(named)} must be one of {accepted}, got {first.dtype}")
+
+
+def _listed(values: Any) -> str:
+    *most, last = (str(value) for value in values)
+    return f"{', '.join(most)} and {last}"
+
+
+def checked_layout(layout: str | None, packed: bool) -> str:
+    """The layout, which may be left to the other arguments."""
+    if layout is None:
+        return "thd" if packed else "bhsd"
+    if layout not in (*LAYOUTS, "thd"):
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, thd (packed, with cu_seqlens), got {layout!r}")
+    if layout == "thd" and not packed:
+        raise ValueError("layout='thd' is [N, H, E] of packed sequences, with cu_seqlens, got padded ones")
+    if packed and layout != "thd":
+        raise ValueError(f"layout={layout!r} is for padded sequences, got packed ones [N, H, E]: leave it out, or pass 'thd'")
+    return layout
+
+
+def checked_softcap(softcap: Any) -> float:
+    if not 0 <= checked_number("softcap", softcap) < math.inf:
+        raise ValueError(f"softcap must be finite and not negative (0: none), got {softcap}")
+    return float(softcap)
+
+
+def checked_scale(scale: Any) -> float:
+    if not -math.inf < checked_number("scale", scale) < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def checked_sinks(sinks: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
+    sinks = added("sinks", sinks, dtype).contiguous()
+    if sinks.shape != (heads,):
+        raise RuntimeError(f"sinks must be [Hq] = [{heads}], got {list(sinks.shape)}")
+    return sinks
 
 
 def default_scale(features: int) -> float:
@@ -225,39 +331,99 @@ def onto_scores(name: str, tensor: Tensor, scores: Sequence[int]) -> Tensor:
     return tensor[(None,) * (4 - tensor.dim())]
 
 
-def checked_window(causal: bool | str, window: Sequence[int | None] | None, align: str) -> tuple[int, int, bool]:
-    """left, right (-1: unlimited), and whether the last query stands at the last key."""
-    if align not in _ALIGNMENTS:
-        raise ValueError(f"align must be one of {', '.join(_ALIGNMENTS)}, got {align!r}")
-    if not (causal is True or causal is False or causal in _ALIGNMENTS):
-        raise ValueError(f"causal must be a bool or one of {', '.join(_ALIGNMENTS)}, got {causal!r}")
-    if causal == "top_left" and align == "bottom_right":
-        raise ValueError("causal='top_left' contradicts align='bottom_right'")
-    sides = []
-    if window is not None:
-        if len(window) != 2:
-            raise ValueError(f"window must be (left, right), got {window!r}")
-        for side in window:
-            if side is not None and not isinstance(side, (int, torch.SymInt)):
-                raise TypeError(f"window must hold ints or None, got {window!r}")
+def checked_window(causal: Any, window_size: Any) -> tuple[int, int]:
+    """left, right; -1: unlimited."""
+    if not isinstance(causal, bool):
+        hint = "; where the queries stand is the alignment" if causal in _ALIGNMENTS else ""
+        raise TypeError(f"causal must be a bool, got {causal!r}{hint}")
+    sides: list[Any] = []
+    if window_size is not None:
+        if isinstance(window_size, (int, float)) or is_int(window_size):
+            raise TypeError(
+                f"window_size must be (left, right), the keys before and after its place that a query sees, got {window_size}: "
+                f"({window_size}, 0) or ({window_size}, {window_size})"
+            )
+        if not isinstance(window_size, Sequence) or isinstance(window_size, str):
+            raise TypeError(f"window_size must be (left, right) of ints or None, not {type(window_size).__name__}")
+        if len(window_size) != 2:
+            raise ValueError(f"window_size must be (left, right), got {window_size!r}")
+        for side in window_size:
+            if side is not None and not is_int(side):
+                raise TypeError(f"window_size must hold ints or None, got {window_size!r}")
             if side is not None and side < -1:
-                raise ValueError(f"window must be (left, right), each at least 0, or None or -1 for unlimited, got {window!r}")
+                raise ValueError(
+                    f"window_size must be (left, right), each at least 0, or None or -1 for unlimited, got {window_size!r}"
+                )
             sides.append(-1 if side is None else side)
     left, right = sides or (-1, -1)
-    return left, 0 if causal else right, "bottom_right" in (causal, align)
+    return left, 0 if causal else right
 
 
-def _heads_first(name: str, tensor: Tensor, layout: str, packed: bool) -> Tensor:
+def _refuse_ambiguity(given: Options, left: int, right: int, size: Sizes) -> None:
+    """Where queries and keys differ in number, what counts from a query's place needs that place said."""
+    placed = {
+        "causal": given.causal,
+        "window_size": left >= 0 or (right >= 0 and not given.causal),
+        "alibi_slopes": given.alibi_slopes is not None,
+        "relative_bias": given.relative_bias is not None,
+        "relative_key": given.relative_key is not None,
+    }
+    names = [name for name, used in placed.items() if used]
+    if not names:
+        return
+    if given.cu_seqlens_q is None or given.cu_seqlens_k is None:
+        if not _may_differ(size.tq, size.tk):
+            return
+        numbers_differ = f"with {size.tq} queries and {size.tk} keys"
+    else:
+        if _same(given.cu_seqlens_q, given.cu_seqlens_k):
+            return
+        numbers_differ = "with cu_seqlens_q and cu_seqlens_k that are not seen to be equal"
+    raise ValueError(
+        f"{' and '.join(names)} {numbers_differ}: ambiguous; pass alignment='bottom_right' (the last query stands at the last "
+        "key, as in flash-attn), alignment='top_left' (the first query at the first key, as in "
+        "torch's scaled_dot_product_attention), or an offset, the place of the first query"
+    )
+
+
+def _may_differ(tq: int, tk: int) -> bool:
+    """Sizes that are not known while tracing may."""
+    if torch.compiler.is_compiling() or isinstance(tq, torch.SymInt) or isinstance(tk, torch.SymInt):
+        from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+        return guard_or_true(tq != tk)
+    return tq != tk
+
+
+def _same(cu_q: Tensor, cu_k: Tensor) -> bool:
+    if cu_q is cu_k:
+        return True
+    return readable(cu_q) and readable(cu_k) and cu_q.tolist() == cu_k.tolist()
+
+
+def _warn_if_time_first(size: Sizes) -> None:
+    """Nobody has so many heads over so few steps."""
+    if torch.compiler.is_compiling() or isinstance(size.tq, torch.SymInt):
+        return
+    if min(size.q_heads, size.k_heads) > max(_MOST_HEADS, size.tq, size.tk):
+        warnings.warn(
+            f"attention takes q as [B, H, T, E] unless layout says otherwise, which makes {size.q_heads} heads of {size.tq} "
+            "steps here; pass layout='bshd' if it is [B, T, H, E], or layout='bhsd' to say that it is not",
+            stacklevel=5,  # of the caller of `attention`, which `own_keywords` wraps
+        )
+
+
+def _heads_first(name: str, tensor: Tensor, layout: str) -> Tensor:
     """[B, H, T, E], or packed [H, N, E], from the caller's layout."""
-    expected = "[N, H, E] (with cu_seqlens)" if packed else "[B, H, T, E]" if layout == "bhte" else "[B, T, H, E]"
-    if tensor.dim() != (3 if packed else 4):
+    expected = {"thd": "[N, H, E] (with cu_seqlens)", "bhsd": "[B, H, T, E]", "bshd": "[B, T, H, E]"}[layout]
+    if tensor.dim() != (3 if layout == "thd" else 4):
         raise RuntimeError(f"{name} must be {expected}, got {list(tensor.shape)}")
-    if packed:
+    if layout == "thd":
         return tensor.transpose(0, 1)
-    return tensor if layout == "bhte" else tensor.transpose(1, 2)
+    return tensor if layout == "bhsd" else tensor.transpose(1, 2)
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, max_q: int | None, max_k: int | None) -> Sizes:
+def _sizes(q: Tensor, k: Tensor, v: Tensor, layout: str, cu_q: Tensor | None, max_q: int | None, max_k: int | None) -> Sizes:
     *q_batch, q_heads, tq, features = q.shape
     *k_batch, k_heads, tk, _ = k.shape
     for name, tensor in (("k", k), ("v", v)):
@@ -270,7 +436,8 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, max_q: int | No
     if k.shape[-1] != features:
         raise RuntimeError(f"q and k must have the same features, got {features} and {k.shape[-1]}")
     if q_heads != k_heads and (k_heads == 0 or q_heads % k_heads):
-        raise RuntimeError(f"q's heads must be a multiple of those of k and v, got {q_heads} and {k_heads}")
+        hint = "; [B, T, H, E] is layout='bshd'" if layout == "bhsd" else ""
+        raise RuntimeError(f"q's heads must be a multiple of those of k and v, got {q_heads} and {k_heads}{hint}")
     if cu_q is None:
         return Sizes(q_batch[0], q_heads, k_heads, tq, tk, features)
     return Sizes(cu_q.shape[0] - 1, q_heads, k_heads, max_q or 0, max_k or 0, features)
@@ -318,7 +485,7 @@ def checked_slopes(slopes: Tensor, size: Sizes, dtype: torch.dtype) -> Tensor:
     if not slopes.is_floating_point():
         raise RuntimeError(f"alibi_slopes must be floating point, got {slopes.dtype}")
     if slopes.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("alibi_slopes get no gradient: detach them, or learn a relative_bias or a bias instead")
+        raise RuntimeError("alibi_slopes get no gradient: detach them, or learn a relative_bias or an attn_bias instead")
     if (
         slopes.dim() not in (1, 2)
         or slopes.shape[-1] != size.q_heads
@@ -382,7 +549,7 @@ def _blocks(layout: Tensor | None, size: int | None, scores: tuple[int, int, int
         if layout is not None or size is not None:
             raise ValueError("block_layout and block_size go together")
         return None
-    if not isinstance(size, int) or size < _SMALLEST_BLOCK or size & (size - 1):
+    if size < _SMALLEST_BLOCK or size & (size - 1):
         raise ValueError(f"block_size must be a power of two and at least {_SMALLEST_BLOCK}, got {size}")
     batch, heads, tq, tk = scores
     blocks = (-(-tq // size), -(-tk // size))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_TIME = {"bhte": 2, "bthe": 1}  # the dimension that differs between sequences
+_TIME = {"bhsd": 2, "bshd": 1}  # the dimension that differs between sequences
 
 
 class Jagged(NamedTuple):
@@ -38,9 +38,9 @@ def jagged(tensor: Tensor, layout: str) -> Jagged:
         raise ValueError(f"query, key and value must all be nested with layout torch.jagged if one of them is; one is {kind}")
     whole: Any = tensor
     if tensor.dim() != 4 or whole._ragged_idx != _TIME[layout]:
-        expected = "[B, H, j, E]" if layout == "bhte" else "[B, j, H, E]"
+        expected = "[B, H, j, E]" if layout == "bhsd" else "[B, j, H, E]"
         raise RuntimeError(f"nested tensors must be {expected} with the ragged dimension j, got {list(tensor.shape)}")
-    if layout == "bhte":
+    if layout == "bhsd":
         whole = whole.transpose(1, 2)
     if whole.lengths() is not None:
         whole = whole.contiguous()

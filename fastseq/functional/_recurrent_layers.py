@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as dropped
 from torch.nn.functional import layer_norm, linear, pad
 
+from .._arguments import checked_int, checked_number, checked_tensor, is_number
 from ..cells import Cell
 from ..ops.recurrent import recurrent
 from ..ops.types import Walk, Weights
@@ -42,20 +43,21 @@ class Options:
     recompute: bool
     zoneout: float | tuple[float, float]
     weight_dropout: float
-    heads: int
+    num_heads: int
 
 
 def run_layers(
     cell: Cell, input: Tensor, states: Sequence[Tensor | None], params: Sequence[Tensor | None], options: Options
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """Output, final states, and c of every step of every layer if wanted."""
-    if not 0 <= options.dropout <= 1:
+    if not 0 <= checked_number("dropout", options.dropout) <= 1:
         raise ValueError(f"dropout must lie in [0, 1], got {options.dropout}")
-    if not 0 <= options.weight_dropout <= 1:
+    if not 0 <= checked_number("weight_dropout", options.weight_dropout) <= 1:
         raise ValueError(f"weight_dropout must lie in [0, 1], got {options.weight_dropout}")
-    zoneout = _zoneout(cell, options.zoneout) if options.zoneout else (0.0, 0.0)
+    zoneout = _zoneout(cell, options.zoneout)
     lengths, batch_sizes, directions = options.lengths, options.batch_sizes, 2 if options.bidirectional else 1
     layers = _layers(cell, params, options, directions)
+    checked_tensor("input", input)
     rank = 3 if batch_sizes is None else 2
     if input.dim() != rank:
         raise RuntimeError(f"input must have {rank} dimensions, got {input.dim()}")
@@ -85,8 +87,8 @@ def run_layers(
         x = x.masked_fill(~valid[..., None], 0)
     finals: list[tuple[Tensor, ...]] = []
     cells = []
-    for number, layer in enumerate(layers):
-        part, last = slice(number * directions, (number + 1) * directions), number == options.num_layers - 1
+    for index, layer in enumerate(layers):
+        part, last = slice(index * directions, (index + 1) * directions), index == options.num_layers - 1
         own = states if len(layers) == 1 else [None if state is None else state[part] for state in states]
         x, of_layer, c = _run_layer(cell, x, own, layer, options, zoneout, last, batch_first and last)
         if options.training and options.dropout and not last:
@@ -111,7 +113,7 @@ def _run_layer(
     batch_first: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """Output [.., D*P], [B, T, D*P] with ``batch_first``; final states [D, B, n]; c of every step [.., D*H]."""
-    heads, training = options.heads, options.training
+    heads, training = options.num_heads, options.training
     if training and options.weight_dropout:
         layer = layer | {"weight_hh": [dropped(w_hh, options.weight_dropout) for w_hh in layer["weight_hh"]]}
     reverse = [0, 1] if options.bidirectional else [0]
@@ -163,13 +165,26 @@ def _run_layer(
 
 def _zoneout(cell: Cell, given: float | tuple[float, float]) -> tuple[float, float]:
     """Probabilities for h and for c."""
-    zone_h, zone_c = given if isinstance(given, (tuple, list)) else (given, 0.0)
-    for probability in (zone_h, zone_c):
-        if not 0 <= probability <= 1:
-            raise ValueError(f"zoneout must lie in [0, 1], got {given}")
-    if zone_c and cell.wide_states != 1:
-        raise ValueError(f"zoneout of c needs a cell with one c; {cell.name} has the states {', '.join(cell.states)}")
+    check_zoneout(cell, given)
+    zone_h, *rest = given if isinstance(given, (tuple, list)) else (given,)
+    zone_c = rest[0] if rest else 0
     return float(zone_h) if zone_h else 0.0, float(zone_c) if zone_c else 0.0
+
+
+def check_zoneout(cell: Cell, zoneout: Any) -> None:
+    """
+    Raises:
+        TypeError: unless ``zoneout`` is a number, or a pair of them.
+        ValueError: if one is no probability, or there are two for a cell that has not h and one c.
+    """
+    pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout,)
+    most = 2 if cell.wide_states == 1 else 1
+    accepted = "a number in [0, 1], or one for h and one for c" if most == 2 else "a number in [0, 1]"
+    for probability in pair:
+        if not is_number(probability):
+            raise TypeError(f"zoneout must be {accepted}, got {zoneout!r}")
+    if len(pair) not in (1, most) or not all(0 <= probability <= 1 for probability in pair):
+        raise ValueError(f"zoneout must be {accepted}, got {zoneout}")
 
 
 def _held(x: Tensor, shape: tuple[int, ...], probability: float) -> Tensor | None:
@@ -231,10 +246,10 @@ def _joined_states(
         batch = x.shape[1] if options.batch_sizes is None else int(options.batch_sizes[0])
         zeros = x.new_zeros(lanes, batch, 2 * hidden, dtype=torch.promote_types(x.dtype, torch.float32))
         return None, torch.cat((zeros, torch.full_like(zeros[..., :hidden], -torch.inf)), -1)
-    if options.heads > 1:
+    if options.num_heads > 1:
         # [D, B, H] -> [D*heads, B, H/heads]
         given = [state for state in states if state is not None]
-        h0, *others = (s.unflatten(-1, (options.heads, -1)).permute(0, 2, 1, 3).flatten(0, 1) for s in given)
+        h0, *others = (s.unflatten(-1, (options.num_heads, -1)).permute(0, 2, 1, 3).flatten(0, 1) for s in given)
     if len(others) < 2:
         return h0, others[0] if others else None
     return h0, torch.cat([state for state in others if state is not None], -1)
@@ -243,13 +258,19 @@ def _joined_states(
 def _separate_states(cell: Cell, h_n: Tensor, c_n: Tensor | None, options: Options) -> tuple[Tensor, ...]:
     """The states [D, B, n], from those of the lanes."""
     states = (h_n,) if c_n is None else (h_n, c_n) if cell.wide_states == 1 else (h_n, *c_n.chunk(cell.wide_states, -1))
-    if options.heads == 1:
+    if options.num_heads == 1:
         return states
-    return tuple(s.unflatten(0, (-1, options.heads)).transpose(1, 2).flatten(-2) for s in states)
+    return tuple(s.unflatten(0, (-1, options.num_heads)).transpose(1, 2).flatten(-2) for s in states)
 
 
 def _layers(cell: Cell, given: Sequence[Tensor | None], options: Options, directions: int) -> list[Layer]:
     """The parameters of every layer; of a bias that only some directions lack, zeros."""
+    if checked_int("num_layers", options.num_layers) < 1:
+        raise ValueError(f"num_layers must be at least 1, got {options.num_layers}")
+    if checked_int("proj_size", options.proj_size) < 0:
+        raise ValueError(f"proj_size must not be negative (0: no projection), got {options.proj_size}")
+    if not isinstance(given, Sequence):
+        raise TypeError(f"params must be a list or tuple of Tensors, not {type(given).__name__}")
     names = ["weight_ih", "weight_hh"]
     if options.has_biases:
         names += ["bias_ih", "bias_hh"]
@@ -264,40 +285,54 @@ def _layers(cell: Cell, given: Sequence[Tensor | None], options: Options, direct
             f"directions), got {len(given)}"
         )
     layers = []
-    for number in range(options.num_layers):
-        own = list(given[number * each * directions : (number + 1) * each * directions])
+    for index in range(options.num_layers):
+        own = list(given[index * each * directions : (index + 1) * each * directions])
         layer: Layer = {}
         missing = False
         for place, name in enumerate(names):
             layer[name] = own[place::each]
             for tensor in layer[name]:
                 missing |= tensor is None
-        layers.append(_without_missing(layer, number) if missing else layer)
+        layers.append(_without_missing(layer, index) if missing else layer)
     return layers
 
 
-def _without_missing(layer: Layer, number: int) -> Layer:
+def _without_missing(layer: Layer, index: int) -> Layer:
     """A layer some of whose parameters are None."""
     given: Layer = {}
     for name, of in layer.items():
         there = [tensor for tensor in of if tensor is not None]
         if len(there) < len(of) and not name.startswith("bias"):
-            raise TypeError(f"{name} of layer {number} must be a Tensor, got None")
+            raise TypeError(f"{name} of layer {index} must be a Tensor, not NoneType")
         if there:
             given[name] = [torch.zeros_like(there[0], requires_grad=False) if tensor is None else tensor for tensor in of]
     return given
 
 
+def check_states(cell: Cell, hx: Any) -> None:
+    """Raise unless ``hx`` is a tuple with a tensor, or None, for each state of the cell."""
+    names = ", ".join(cell.states)
+    if not isinstance(hx, (tuple, list)):
+        raise TypeError(f"hx must be a tuple of Tensors ({names}), not {type(hx).__name__}")
+    if len(hx) != len(cell.states):
+        raise RuntimeError(f"{cell.name} has {len(cell.states)} states ({names}), got {len(hx)}")
+    for name, state in zip(cell.states, hx, strict=True):
+        if state is not None:
+            checked_tensor(f"{name}0", state)
+
+
 def _check_params(cell: Cell, input: Tensor, layers: list[Layer], options: Options, directions: int) -> int:
     """H."""
-    w_hh, gates, heads = layers[0]["weight_hh"][0], len(cell.gates), options.heads
+    w_hh, gates, heads = layers[0]["weight_hh"][0], len(cell.gates), options.num_heads
+    checked_tensor("weight_hh", w_hh)
+    checked_int("num_heads", heads)
     if w_hh.dim() != 2 or w_hh.shape[0] % gates:
         raise RuntimeError(f"weight_hh must be [{gates} * H, P], got {list(w_hh.shape)}")
     hidden = w_hh.shape[0] // gates
     if heads < 1 or hidden % heads:
-        raise ValueError(f"heads must divide the hidden size; got {heads} heads and a hidden size of {hidden}")
+        raise ValueError(f"num_heads must divide the hidden size; got {heads} heads and a hidden size of {hidden}")
     if options.proj_size and heads > 1:
-        raise ValueError(f"proj_size and heads exclude each other; got proj_size={options.proj_size}, heads={heads}")
+        raise ValueError(f"proj_size and num_heads exclude each other; got proj_size={options.proj_size}, num_heads={heads}")
     if options.proj_size and cell.wide_states != 1:
         raise ValueError(f"proj_size argument is only supported for LSTM, not {cell.name}")
     width, columns = options.proj_size or hidden, input.shape[-1]
@@ -310,16 +345,17 @@ def _check_params(cell: Cell, input: Tensor, layers: list[Layer], options: Optio
     }
     for name, size in cell.parameters:
         shapes[name] = (size * hidden,)
-    for number, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         for name, of in layer.items():
             for param in of:
+                checked_tensor(name, param)
                 if param.dtype != input.dtype:
                     raise RuntimeError(f"input dtype ({input.dtype}) does not match {name} dtype ({param.dtype})")
                 if param.device != input.device:
                     devices = f"input is on {input.device} and {name} on {param.device}"
                     raise RuntimeError(f"Expected all tensors to be on the same device, but {devices}")
                 if param.shape != shapes[name]:
-                    raise RuntimeError(f"{name} of layer {number} must be {list(shapes[name])}, got {list(param.shape)}")
+                    raise RuntimeError(f"{name} of layer {index} must be {list(shapes[name])}, got {list(param.shape)}")
         shapes["weight_ih"] = (gates * hidden, width * directions)
     return hidden
 
@@ -341,17 +377,17 @@ def _check_lengths(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | 
     if lengths is not None:
         if batch_sizes is not None:
             raise RuntimeError("give either lengths (padded input) or batch_sizes (packed input), not both")
-        if not isinstance(lengths, Tensor):
-            raise TypeError(f"lengths must be a Tensor, got {type(lengths).__name__}")
+        checked_tensor("lengths", lengths)
         if lengths.dtype not in (torch.int64, torch.int32):
             raise RuntimeError(f"lengths must be int64 or int32, got {lengths.dtype}")
         if lengths.shape != (input.shape[1],):
             raise RuntimeError(f"lengths must be [{input.shape[1]}], one for each row of the batch, got {list(lengths.shape)}")
         if lengths.device != input.device:
             raise RuntimeError(f"lengths must be on the input's device ({input.device}), got {lengths.device}")
-    if batch_sizes is not None and (
-        batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu"
-    ):
+    if batch_sizes is None:
+        return
+    checked_tensor("batch_sizes", batch_sizes)
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
         raise RuntimeError(
             "batch_sizes must be a 1-D int64 tensor on the CPU, "
             f"got {batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import checked_tensor, own_keywords
 from ..functional import attention, attention_with_kv_cache
 
 __all__ = [
@@ -32,6 +33,7 @@ Window = tuple[int, int]
 _UNLIMITED = (-1, -1)
 
 
+@own_keywords
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -69,7 +71,7 @@ def flash_attn_func(
             q,
             k,
             v,
-            layout="bthe",
+            layout="bshd",
             **_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
             return_lse=True,
         ),
@@ -77,6 +79,7 @@ def flash_attn_func(
     )
 
 
+@own_keywords
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -96,6 +99,7 @@ def flash_attn_kvpacked_func(
     )
 
 
+@own_keywords
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -114,6 +118,7 @@ def flash_attn_qkvpacked_func(
     )
 
 
+@own_keywords
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -144,6 +149,8 @@ def flash_attn_varlen_func(
 
     The rest: see ``flash_attn_func``; lse is ``[Hq, Nq]``.
     """
+    checked_tensor("cu_seqlens_q", cu_seqlens_q)
+    checked_tensor("cu_seqlens_k", cu_seqlens_k)
     if block_table is not None:
         k, v = _gathered(k, v, cu_seqlens_k, max_seqlen_k, block_table)
     return _results(
@@ -162,6 +169,7 @@ def flash_attn_varlen_func(
     )
 
 
+@own_keywords
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -186,6 +194,7 @@ def flash_attn_varlen_kvpacked_func(
     )  # fmt: skip
 
 
+@own_keywords
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -207,6 +216,7 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
+@own_keywords
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -260,6 +270,16 @@ def flash_attn_with_kvcache(
         raise ValueError("cache_seqlens is needed with k and v: it says where they are written")
     if block_table is not None and (cache_batch_idx is not None or cache_leftpad is not None):
         raise ValueError("block_table goes without cache_batch_idx and cache_leftpad")
+    for name, given in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if checked_tensor(name, given).dim() != 4:
+            raise RuntimeError(
+                f"{name} must be [B, T, H, E] (a cache in pages: [pages, page_size, H, E]), got {list(given.shape)}"
+            )
+    for name, maybe in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad), ("block_table", block_table)):
+        if maybe is not None:
+            checked_tensor(name, maybe)
+    if not isinstance(cache_seqlens, (int, Tensor, type(None))):
+        raise TypeError(f"cache_seqlens must be an int or a Tensor [B], not {type(cache_seqlens).__name__}")
     batch = q.shape[0]
     if cache_seqlens is None:
         cache_seqlens = k_cache.shape[1] if block_table is None else block_table.shape[1] * k_cache.shape[1]
@@ -278,17 +298,17 @@ def flash_attn_with_kvcache(
         q,
         k_cache,
         v_cache,
-        lengths=cache_seqlens,
+        cache_seqlens=cache_seqlens,
         k_new=k,
         v_new=v,
         block_table=block_table,
-        layout="bthe",
+        layout="bshd",
         scale=softmax_scale,
         softcap=softcap,
-        window=window_size,
+        window_size=window_size,
         causal=causal,
         alibi_slopes=alibi_slopes,
-        splits=num_splits,
+        num_splits=num_splits,
         return_lse=return_softmax_lse,
     )
 
@@ -298,11 +318,11 @@ def _options(
 ) -> dict[str, Any]:
     """What the functions without a cache share, as ``attention`` calls it."""
     return dict(
-        dropout=dropout_p,
+        dropout_p=dropout_p,
         scale=softmax_scale,
-        causal="bottom_right" if causal else False,
-        align="bottom_right",
-        window=window_size,
+        causal=causal,
+        alignment="bottom_right",
+        window_size=window_size,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
     )
@@ -314,14 +334,14 @@ def _results(results: tuple[Tensor, Tensor], with_lse: bool) -> Tensor | tuple[T
 
 
 def _unpacked(name: str, packed: Tensor, rank: int, count: int) -> tuple[Tensor, ...]:
-    if packed.dim() != rank or packed.shape[-3] != count:
+    if checked_tensor(name, packed).dim() != rank or packed.shape[-3] != count:
         leading = "B, T" if rank == 5 else "N"
         raise RuntimeError(f"{name} must be [{leading}, {count}, H, E], got {list(packed.shape)}")
     return packed.unbind(-3)
 
 
-def _together(name: str, tensor: Tensor | None, other_name: str, other: Tensor | None) -> None:
-    if (tensor is None) != (other is None):
+def _together(name: str, given: Tensor | None, other_name: str, other: Tensor | None) -> None:
+    if (given is None) != (other is None):
         raise ValueError(f"{name} and {other_name} go together")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional.attention import attention as fused_attention
+from ..functional import attention as fused_attention
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -111,23 +111,23 @@ def attention(
     if query.shape[0] == 1:
         query = query.expand(key.shape[0], -1, -1, -1)
     wanted = _weights_wanted(output_attentions)
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux, "dropout": dropout}
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux, "dropout_p": dropout}
     bias = position_bias
     if attention_mask is None:
         options |= _without_mask(module, query.shape[2], key.shape[2], is_causal, sliding_window)
     elif isinstance(attention_mask, masks.BandMask) and attention_mask.elements is None:
-        options |= {"window": attention_mask.band, "offset": attention_mask.offset}
+        options |= {"window_size": attention_mask.band, "offset": attention_mask.offset}
         if attention_mask.cu_seqlens is None:
-            options |= {"mask": attention_mask.keys, "k_lengths": attention_mask.lengths}
+            options |= {"attn_mask": attention_mask.keys, "seqlens_k": attention_mask.lengths}
         elif bias is None and not wanted:
             return _texts_apart(query, key, value, attention_mask.cu_seqlens, attention_mask.longest, options), None
         else:
-            options["mask"] = attention_mask.materialized()
+            options["attn_mask"] = attention_mask.materialized()
     elif attention_mask.is_floating_point():
         bias = attention_mask if bias is None else bias + attention_mask
     else:
-        options["mask"] = attention_mask.materialized() if isinstance(attention_mask, masks.BandMask) else attention_mask
-    result = fused_attention(query, key, value, bias=bias, return_weights=wanted, **options)
+        options["attn_mask"] = attention_mask.materialized() if isinstance(attention_mask, masks.BandMask) else attention_mask
+    result = fused_attention(query, key, value, attn_bias=bias, return_weights=wanted, **options)
     out, weights = result if wanted else (result, None)
     return out.transpose(1, 2), weights
 
@@ -152,5 +152,5 @@ def _without_mask(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     side = None if sliding_window is None else sliding_window - 1
     if tq == 1:
-        return {} if side is None else {"window": (side, None), "offset": tk - 1}
-    return {"window": (side, 0 if causal else side)}
+        return {} if side is None else {"window_size": (side, None), "offset": tk - 1}
+    return {"window_size": (side, 0 if causal else side), "alignment": "top_left"}

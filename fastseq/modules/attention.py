@@ -13,18 +13,22 @@ What differs from torch's, on purpose:
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._arguments import checked_int
 from ..functional._attention_call import seed
 from ..ops.attention import Spec, attention, attention_weights, attention_with_weights
+from ._checks import describe, public
 from .nested import Packed
 
 __all__ = ["MultiheadAttention"]
 
 
+@public
 class MultiheadAttention(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention``: its constructor, parameters, ``state_dict``, ``forward`` and errors.
 
@@ -33,6 +37,62 @@ class MultiheadAttention(nn.MultiheadAttention):
     Inside an ``nn.TransformerEncoderLayer`` that is in eval mode, torch computes the whole layer from its parameters and calls no
     submodule; ``fastseq.convert`` turns that off for the layers that hold this module.
     """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        checked_int("embed_dim", embed_dim)
+        checked_int("num_heads", num_heads)
+        super().__init__(embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: Literal[True] = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        need_weights: Literal[False],
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]: ...
 
     def forward(
         self,
@@ -71,7 +131,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 devices that do not go together.
             ValueError: in training, a dropout that is no probability.
         """
-        _check_mask_types(key_padding_mask, attn_mask)
+        _check_types(query, key, value, key_padding_mask, attn_mask)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -100,6 +160,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             out = out.transpose(1, 2) if batch_dim == 0 else out.permute(2, 0, 1, 3).contiguous()
         return self.out_proj(out.flatten(-2)), weights
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _forward_nested(
         self,
@@ -284,7 +347,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise AssertionError(f"nested tensors must hold [L_i, E], got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D")
 
 
-def _check_mask_types(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
+def _check_types(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
+    named = {"query": query, "key": key, "value": value, "key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+    for name, given in named.items():
+        if not isinstance(given, Tensor) and (given is not None or not name.endswith("mask")):  # torch's type, from inside
+            raise AttributeError(f"MultiheadAttention: {name} must be a Tensor, not {describe(given)}")
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")

@@ -9,30 +9,37 @@ a subclass of torch's in any case.
 from torch import nn
 
 from fastseq.modules import recurrent, recurrent_cells
+from fastseq.modules._checks import public
 from fastseq.modules.attention import MultiheadAttention
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "MultiheadAttention", "RNN", "RNNCell"]
 
 
-class RNN(recurrent.RNN, nn.RNN):  # type: ignore[misc]
+@public
+class RNN(recurrent.RNN, nn.RNN):
     """`fastseq.RNN` that is also an `nn.RNN`."""
 
 
-class LSTM(recurrent.LSTM, nn.LSTM):  # type: ignore[misc]
+@public
+class LSTM(recurrent.LSTM, nn.LSTM):
     """`fastseq.LSTM` that is also an `nn.LSTM`."""
 
 
-class GRU(recurrent.GRU, nn.GRU):  # type: ignore[misc]
+@public
+class GRU(recurrent.GRU, nn.GRU):
     """`fastseq.GRU` that is also an `nn.GRU`."""
 
 
+@public
 class RNNCell(recurrent_cells.RNNCell, nn.RNNCell):
     """`fastseq.RNNCell` that is also an `nn.RNNCell`."""
 
 
+@public
 class LSTMCell(recurrent_cells.LSTMCell, nn.LSTMCell):
     """`fastseq.LSTMCell` that is also an `nn.LSTMCell`."""
 
 
+@public
 class GRUCell(recurrent_cells.GRUCell, nn.GRUCell):
     """`fastseq.GRUCell` that is also an `nn.GRUCell`."""

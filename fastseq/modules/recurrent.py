@@ -1,6 +1,6 @@
 """RNN, LSTM and GRU: torch.nn's constructors, parameters and results, on fastseq's kernels.
 
-The classes derive from nn.RNNBase and nn.RNNCellBase, which give parameters, initialisation, repr and
+The classes derive from nn.RNNBase and nn.RNNCellBase, which give parameters, initialization, repr and
 state_dict, and not from nn.LSTM and its kin, which torch.compile refuses to trace. What stands here is what a
 module adds to `fastseq.functional`: its parameters, unbatched input and PackedSequence. Values are checked
 there, ranks here.
@@ -10,17 +10,21 @@ Letters: T time, B batch, I input_size, H hidden_size, P proj_size if > 0 else H
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import functional
-from fastseq.cells import CELLS, Cell
-from fastseq.modules._checks import describe, kind_of, pair_of
+from fastseq._arguments import checked_number
+from fastseq.cells import CELLS
+from fastseq.functional._recurrent_layers import check_zoneout
+from fastseq.modules._checks import describe, kind_of, pair_of, public
 
 __all__ = ["GRU", "LSTM", "RNN"]
+
+Input = TypeVar("Input", Tensor, PackedSequence)
 
 
 class Sequence(nn.RNNBase):
@@ -33,35 +37,41 @@ class Sequence(nn.RNNBase):
     recompute: bool = False
     zoneout: float | tuple[float, float] = 0.0
     weight_dropout: float = 0.0
-    heads: int = 1
+    num_heads: int = 1
+    _REFUSED = {"proj_size": "proj_size argument is only supported for LSTM, not RNN or GRU"}
 
     @property
     def cell(self) -> str:
         """The name of the cell in `fastseq.cells`."""
         return self.mode.lower()
 
-    def _extend(self, recompute: bool, zoneout: float | tuple[float, float], weight_dropout: float, heads: int) -> None:
+    def _extend(self, recompute: bool, zoneout: float | tuple[float, float], weight_dropout: float, num_heads: int) -> None:
         """What torch.nn's constructors do not know, after them: checked, kept, and `weight_hh` of the heads' width."""
         row = CELLS[self.cell]
         check_zoneout(row, zoneout)
-        if not 0 <= weight_dropout <= 1:
+        if not 0 <= checked_number("weight_dropout", weight_dropout) <= 1:
             raise ValueError(f"weight_dropout must lie in [0, 1], got {weight_dropout}")
-        if not isinstance(heads, int) or heads < 1 or self.hidden_size % heads:
-            raise ValueError(f"heads must be a positive integer that divides hidden_size ({self.hidden_size}), got {heads!r}")
-        if heads > 1 and self.proj_size:
-            raise ValueError(f"proj_size and heads exclude each other, got proj_size={self.proj_size} and heads={heads}")
-        self.recompute, self.zoneout, self.weight_dropout, self.heads = recompute, zoneout, weight_dropout, heads
-        if heads > 1:
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute must be a bool, got {recompute!r}")
+        if not isinstance(num_heads, int) or num_heads < 1 or self.hidden_size % num_heads:
+            kind = ValueError if isinstance(num_heads, (int, float)) else TypeError
+            raise kind(f"num_heads must be a positive integer that divides hidden_size ({self.hidden_size}), got {num_heads!r}")
+        if num_heads > 1 and self.proj_size:
+            raise ValueError(
+                f"proj_size and num_heads exclude each other, got proj_size={self.proj_size} and num_heads={num_heads}"
+            )
+        self.recompute, self.zoneout, self.weight_dropout, self.num_heads = recompute, zoneout, weight_dropout, num_heads
+        if num_heads > 1:
             for name in self._flat_weights_names:
                 if name.startswith("weight_hh"):
                     whole = getattr(self, name)
-                    setattr(self, name, nn.Parameter(whole.new_empty(whole.shape[0], self.hidden_size // heads)))
+                    setattr(self, name, nn.Parameter(whole.new_empty(whole.shape[0], self.hidden_size // num_heads)))
             self.reset_parameters()
 
     def extra_repr(self) -> str:
         given = [
             f"{name}={getattr(self, name)}"
-            for name in ("recompute", "zoneout", "weight_dropout", "heads")
+            for name in ("recompute", "zoneout", "weight_dropout", "num_heads")
             if getattr(self, name) != getattr(Sequence, name)
         ]
         return ", ".join([super().extra_repr(), *given])
@@ -119,7 +129,7 @@ class Sequence(nn.RNNBase):
             recompute=self.recompute,
             zoneout=self.zoneout,
             weight_dropout=self.weight_dropout,
-            heads=self.heads,
+            num_heads=self.num_heads,
         )
         if isinstance(input, PackedSequence):
             if lengths is not None:
@@ -150,6 +160,8 @@ class Sequence(nn.RNNBase):
     def _run_padded(
         self, input: Tensor, hx: Any, lengths: Tensor | None, params: list[Tensor], options: dict[str, Any]
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        if not isinstance(input, Tensor):  # torch raises the same type, from inside
+            raise AttributeError(f"{kind_of(self)}: input must be a Tensor or a PackedSequence, not {describe(input)}")
         if input.dim() not in (2, 3):
             raise ValueError(f"{kind_of(self)}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
@@ -179,10 +191,11 @@ class Sequence(nn.RNNBase):
         return output.squeeze(batch_dim), states, None if cells is None else cells.squeeze(batch_dim + 1)
 
 
+@public
 class RNN(Sequence):
     """`torch.nn.RNN`: h_t = act(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), act being tanh or ReLU.
 
-    Constructor, parameters, initialisation and state_dict are those of `torch.nn.RNN`.
+    Constructor, parameters, initialization and state_dict are those of `torch.nn.RNN`.
 
     Args:
         input_size: I, features of a step of the input.
@@ -200,17 +213,16 @@ class RNN(Sequence):
             states are mixed in that proportion (Krueger et al. 2017).
         weight_dropout: probability of zeroing an element of weight_hh, once for a forward pass of training
             (DropConnect; Merity et al. 2018).
-        heads: blocks of units without connections between them; weight_hh is then [G*H, H / heads].
+        num_heads: blocks of units without connections between them; weight_hh is then [G*H, H / num_heads].
 
     Raises:
         ValueError: a size that is not positive, a probability outside [0, 1], an unknown nonlinearity, any
-            `proj_size`, heads that do not divide hidden_size.
+            `proj_size`, num_heads that does not divide hidden_size.
         TypeError: input_size or hidden_size no int; bias or batch_first no bool.
     """
 
     nonlinearity: str
 
-    @overload
     def __init__(
         self,
         input_size: int,
@@ -227,34 +239,20 @@ class RNN(Sequence):
         recompute: bool = False,
         zoneout: float = 0.0,
         weight_dropout: float = 0.0,
-        heads: int = 1,
-    ) -> None: ...
-
-    @overload
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __init__(
-        self,
-        *args: Any,
-        recompute: bool = False,
-        zoneout: float = 0.0,
-        weight_dropout: float = 0.0,
-        heads: int = 1,
-        **kwargs: Any,
+        num_heads: int = 1,
     ) -> None:
-        refuse_proj_size(kwargs)
-        nonlinearity = args[3] if len(args) > 3 else kwargs.pop("nonlinearity", "tanh")
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         # Named, not super(): between this class and RNNBase keep_type has nn.RNN, whose own constructor is
         # not wanted.
-        nn.RNNBase.__init__(self, f"RNN_{nonlinearity.upper()}", *args[:3], *args[4:], **kwargs)
+        nn.RNNBase.__init__(
+            self, f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            device=device, dtype=dtype,
+        )  # fmt: skip
         self.nonlinearity = nonlinearity
-        self._extend(recompute, zoneout, weight_dropout, heads)
+        self._extend(recompute, zoneout, weight_dropout, num_heads)
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+    def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Input, Tensor]:
         """Run every layer over the sequence.
 
         Args:
@@ -278,6 +276,9 @@ class RNN(Sequence):
         """
         output, (h_n,), _ = self._run(input, hx, lengths)
         return output, h_n
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class PairSequence(Sequence):
@@ -317,6 +318,29 @@ class PairSequence(Sequence):
             )
         return h_0, c_0
 
+    @overload
+    def forward(
+        self,
+        input: Input,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        return_cells: Literal[False] = False,
+    ) -> tuple[Input, tuple[Tensor, Tensor]]: ...
+    @overload
+    def forward(
+        self,
+        input: Input,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        return_cells: Literal[True],
+    ) -> tuple[Input, tuple[Tensor, Tensor], Tensor]: ...
+    @overload
+    def forward(
+        self, input: Input, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None, return_cells: bool
+    ) -> Any: ...
+
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -324,7 +348,7 @@ class PairSequence(Sequence):
         *,
         lengths: Tensor | None = None,
         return_cells: bool = False,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]] | tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor]:
+    ) -> Any:
         """Run every layer over the sequence.
 
         Args:
@@ -353,13 +377,17 @@ class PairSequence(Sequence):
         output, (h_n, c_n), cells = self._run(input, hx, lengths, return_cells)
         return (output, (h_n, c_n)) if cells is None else (output, (h_n, c_n), cells)
 
+    if TYPE_CHECKING:
+        __call__ = forward
 
+
+@public
 class LSTM(PairSequence):
     """`torch.nn.LSTM`, with projections, lengths as a tensor, and the cell state of every step on request.
 
     i, f, g, o = W_ih x_t + b_ih + W_hh h_(t-1) + b_hh;  c_t = sigmoid(f) c_(t-1) + sigmoid(i) tanh(g);
     h_t = sigmoid(o) tanh(c_t), and with proj_size h_t = W_hr (sigmoid(o) tanh(c_t)).
-    Constructor, parameters, initialisation and state_dict are those of `torch.nn.LSTM`.
+    Constructor, parameters, initialization and state_dict are those of `torch.nn.LSTM`.
 
     Args:
         input_size: I, features of a step of the input.
@@ -377,15 +405,14 @@ class LSTM(PairSequence):
             at inference old and new states are mixed in that proportion (Krueger et al. 2017).
         weight_dropout: probability of zeroing an element of weight_hh, once for a forward pass of training
             (DropConnect; Merity et al. 2018).
-        heads: blocks of units without connections between them; weight_hh is then [G*H, H / heads].
+        num_heads: blocks of units without connections between them; weight_hh is then [G*H, H / num_heads].
 
     Raises:
         ValueError: a size that is not positive, a probability outside [0, 1], proj_size outside [0, hidden_size),
-            heads that do not divide hidden_size or are given with a proj_size.
+            num_heads that does not divide hidden_size or is given with a proj_size.
         TypeError: input_size or hidden_size no int; bias or batch_first no bool.
     """
 
-    @overload
     def __init__(
         self,
         input_size: int,
@@ -402,31 +429,21 @@ class LSTM(PairSequence):
         recompute: bool = False,
         zoneout: float | tuple[float, float] = 0.0,
         weight_dropout: float = 0.0,
-        heads: int = 1,
-    ) -> None: ...
-
-    @overload
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __init__(
-        self,
-        *args: Any,
-        recompute: bool = False,
-        zoneout: float | tuple[float, float] = 0.0,
-        weight_dropout: float = 0.0,
-        heads: int = 1,
-        **kwargs: Any,
+        num_heads: int = 1,
     ) -> None:
-        nn.RNNBase.__init__(self, "LSTM", *args, **kwargs)
-        self._extend(recompute, zoneout, weight_dropout, heads)
+        nn.RNNBase.__init__(
+            self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+        )
+        self._extend(recompute, zoneout, weight_dropout, num_heads)
 
 
+@public
 class GRU(Sequence):
     """`torch.nn.GRU`, with the reset gate applied after the matmul as there.
 
     r, z = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), their first two thirds;
     n = tanh(W_in x_t + b_in + r (W_hn h_(t-1) + b_hn));  h_t = (1 - z) n + z h_(t-1).
-    Constructor, parameters, initialisation and state_dict are those of `torch.nn.GRU`.
+    Constructor, parameters, initialization and state_dict are those of `torch.nn.GRU`.
 
     Args:
         input_size: I, features of a step of the input.
@@ -443,15 +460,14 @@ class GRU(Sequence):
             states are mixed in that proportion (Krueger et al. 2017).
         weight_dropout: probability of zeroing an element of weight_hh, once for a forward pass of training
             (DropConnect; Merity et al. 2018).
-        heads: blocks of units without connections between them; weight_hh is then [G*H, H / heads].
+        num_heads: blocks of units without connections between them; weight_hh is then [G*H, H / num_heads].
 
     Raises:
-        ValueError: a size that is not positive, a probability outside [0, 1], any `proj_size`, heads that do not
+        ValueError: a size that is not positive, a probability outside [0, 1], any `proj_size`, num_heads that does not
             divide hidden_size.
         TypeError: input_size or hidden_size no int; bias or batch_first no bool.
     """
 
-    @overload
     def __init__(
         self,
         input_size: int,
@@ -467,48 +483,33 @@ class GRU(Sequence):
         recompute: bool = False,
         zoneout: float = 0.0,
         weight_dropout: float = 0.0,
-        heads: int = 1,
-    ) -> None: ...
-
-    @overload
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __init__(
-        self,
-        *args: Any,
-        recompute: bool = False,
-        zoneout: float = 0.0,
-        weight_dropout: float = 0.0,
-        heads: int = 1,
-        **kwargs: Any,
+        num_heads: int = 1,
     ) -> None:
-        refuse_proj_size(kwargs)
-        nn.RNNBase.__init__(self, "GRU", *args, **kwargs)
-        self._extend(recompute, zoneout, weight_dropout, heads)
+        nn.RNNBase.__init__(
+            self,
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        self._extend(recompute, zoneout, weight_dropout, num_heads)
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+    def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Input, Tensor]:
         """Run every layer over the sequence. Arguments, results and errors are those of
         `fastseq.RNN.forward`.
         """
         output, (h_n,), _ = self._run(input, hx, lengths)
         return output, h_n
 
-
-def check_zoneout(cell: Cell, zoneout: float | tuple[float, float]) -> None:
-    """Raise ValueError unless `zoneout` is a probability, or a pair of them for a cell with h and one c."""
-    pair = zoneout if isinstance(zoneout, (tuple, list)) else (zoneout,)
-    most = 2 if cell.wide_states == 1 else 1
-    if len(pair) not in (1, most) or not all(0 <= probability <= 1 for probability in pair):
-        accepted = "a number in [0, 1], or one for h and one for c" if most == 2 else "a number in [0, 1]"
-        raise ValueError(f"zoneout must be {accepted}, got {zoneout}")
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def _states(hx: Any) -> tuple[Tensor, ...]:
     return (hx,) if isinstance(hx, Tensor) else tuple(hx)
-
-
-def refuse_proj_size(options: dict[str, Any]) -> None:
-    if "proj_size" in options:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

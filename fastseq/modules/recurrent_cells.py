@@ -6,21 +6,22 @@ Letters: B batch, I input_size, H hidden_size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastseq import functional
-from fastseq.modules._checks import describe, kind_of, pair_of
+from fastseq.modules._checks import describe, kind_of, pair_of, public
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 
+@public
 class RNNCell(nn.RNNCellBase):
     """`torch.nn.RNNCell`: one step, h' = act(W_ih x + b_ih + W_hh h + b_hh), act being tanh or ReLU.
 
-    Constructor, parameters, initialisation and state_dict are those of `torch.nn.RNNCell`.
+    Constructor, parameters, initialization and state_dict are those of `torch.nn.RNNCell`.
 
     Args:
         input_size: I, features of the input.
@@ -63,11 +64,15 @@ class RNNCell(nn.RNNCellBase):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'.")
         return _step_one_state(self, functional.rnn_cell, input, hx, nonlinearity=self.nonlinearity)
 
+    if TYPE_CHECKING:
+        __call__ = forward
 
+
+@public
 class LSTMCell(nn.RNNCellBase):
     """`torch.nn.LSTMCell`: one step of `fastseq.LSTM` without projection.
 
-    Constructor, parameters, initialisation and state_dict are those of `torch.nn.LSTMCell`.
+    Constructor, parameters, initialization and state_dict are those of `torch.nn.LSTMCell`.
 
     Args:
         input_size: I, features of the input.
@@ -116,11 +121,15 @@ class LSTMCell(nn.RNNCellBase):
         h, c = functional.lstm_cell(input.unsqueeze(0), hx, *parameters)
         return h.squeeze(0), c.squeeze(0)
 
+    if TYPE_CHECKING:
+        __call__ = forward
 
+
+@public
 class GRUCell(nn.RNNCellBase):
     """`torch.nn.GRUCell`: one step of `fastseq.GRU`.
 
-    Constructor, parameters, initialisation and state_dict are those of `torch.nn.GRUCell`.
+    Constructor, parameters, initialization and state_dict are those of `torch.nn.GRUCell`.
 
     Args:
         input_size: I, features of the input.
@@ -143,6 +152,9 @@ class GRUCell(nn.RNNCellBase):
         """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
         return _step_one_state(self, functional.gru_cell, input, hx)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 def _step_one_state(
     cell: RNNCell | GRUCell, function: Callable[..., Tensor], input: Tensor, hx: Tensor | None, **options: Any
@@ -163,6 +175,8 @@ def _step_one_state(
 
 
 def check_cell_input(cell: nn.RNNCellBase, input: Tensor) -> None:
+    if not isinstance(input, Tensor):  # torch raises the same type, from inside
+        raise AttributeError(f"{kind_of(cell)}: input must be a Tensor, not {describe(input)}")
     check_cell_rank(cell, input, "input")
     if input.size(-1) != cell.input_size:
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {cell.input_size}")

@@ -6,16 +6,15 @@ Coupled gates, peepholes, layer norm, exponential gating; for each a module over
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import functional
 from fastseq.cells import CELLS
-from fastseq.modules._checks import describe, kind_of
-from fastseq.modules.recurrent import PairSequence, Sequence, refuse_proj_size
+from fastseq.modules._checks import describe, kind_of, public
+from fastseq.modules.recurrent import Input, PairSequence, Sequence
 from fastseq.modules.recurrent_cells import check_cell_input, check_cell_rank, check_cell_state
 
 __all__ = [
@@ -49,24 +48,33 @@ class _Variant(Sequence):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
-        recompute: bool = False,
-        zoneout: float | tuple[float, float] = 0.0,
-        weight_dropout: float = 0.0,
-        heads: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: Any,
+        recompute: bool = False,
+        zoneout: float = 0.0,
+        weight_dropout: float = 0.0,
+        num_heads: int = 1,
+    ) -> None:
+        self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype)
+        self._extend(recompute, zoneout, weight_dropout, num_heads)
+
+    def _build(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
         row = CELLS[self.CELL]
-        if row.wide_states != 1:
-            refuse_proj_size(options)
-        unknown = set(options) - {"proj_size"}
-        if unknown:
-            raise TypeError(f"{kind_of(self)}.__init__() got an unexpected keyword argument '{min(unknown)}'")
         nn.RNNBase.__init__(
-            self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-            device=device, dtype=dtype, **options,
-        )  # fmt: skip
+            self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+        )
         self.mode = row.mode
         for names in self._all_weights:
             suffix = names[0].removeprefix("weight_ih")
@@ -81,7 +89,6 @@ class _Variant(Sequence):
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
         self.reset_parameters()
-        self._extend(recompute, zoneout, weight_dropout, heads)
 
     def reset_parameters(self) -> None:
         """Uniform in +-1/sqrt(H) as torch.nn's; layer norm scales 1, shifts 0."""
@@ -89,18 +96,33 @@ class _Variant(Sequence):
         reset_norms(self)
 
 
-class _Single(_Variant):
-    """A cell whose only state is h."""
+class _Pair(_Variant, PairSequence):
+    """A cell whose states are h and c."""
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """Run every layer over the sequence. Arguments, results and errors are those of `fastseq.RNN.forward`."""
-        output, (h_n,), _ = self._run(input, hx, lengths)
-        return output, h_n
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0,
+        num_heads: int = 1,
+    ) -> None:
+        self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
+        self._extend(recompute, zoneout, weight_dropout, num_heads)
 
 
-class CoupledLSTM(_Variant, PairSequence):
+@public
+class CoupledLSTM(_Pair):
     """LSTM whose forget gate is one minus its input gate: three gates, a quarter less work (Greff et al. 2017, CIFG).
 
     i, g, o = W_ih x_t + b_ih + W_hh h_(t-1) + b_hh;  c_t = (1 - sigmoid(i)) c_(t-1) + sigmoid(i) tanh(g);
@@ -112,7 +134,8 @@ class CoupledLSTM(_Variant, PairSequence):
     CELL = "coupled_lstm"
 
 
-class PeepholeLSTM(_Variant, PairSequence):
+@public
+class PeepholeLSTM(_Pair):
     """LSTM whose gates see the cell state (Gers and Schmidhuber 2000).
 
     i, f, o see p_i c_(t-1), p_f c_(t-1) and p_o c_t besides what the gates of `fastseq.LSTM` see.
@@ -123,38 +146,40 @@ class PeepholeLSTM(_Variant, PairSequence):
     CELL = "peephole_lstm"
 
 
-class LayerNormLSTM(_Variant, PairSequence):
-    """LSTM with layer normalisation of both products and of c (Ba et al. 2016, equations 20 to 22).
+@public
+class LayerNormLSTM(_Pair):
+    """LSTM with layer normalization of both products and of c (Ba et al. 2016, equations 20 to 22).
 
     i, f, g, o = N(W_ih x_t) w_ln_ih + b_ih + N(W_hh h_(t-1)) w_ln_hh + b_hh;  c_t = sigmoid(f) c_(t-1) + sigmoid(i) tanh(g);
     h_t = sigmoid(o) tanh(N(c_t) w_ln_c + b_ln_c), where N takes the mean and the deviation over all gates together, of c over
-    its units (with heads: of each by itself), with eps 1e-5.
+    its units (with num_heads: of each head by itself), with eps 1e-5.
 
     Args, forward and errors are those of `fastseq.LSTM`; beside its parameters weight_ln_ih, weight_ln_hh [4H], weight_ln_c
-    [H] and, with bias, bias_ln_c [H]. What normalises cannot be divided among programs: the kernels run it row by row.
+    [H] and, with bias, bias_ln_c [H]. What normalizes cannot be divided among programs: the kernels run it row by row.
     """
 
     CELL = "layer_norm_lstm"
 
 
+@public
 class SLSTM(_Variant):
-    """sLSTM: exponential input gate, normaliser n and stabiliser m (Beck et al. 2024, "xLSTM"), with a sigmoid forget gate.
+    """sLSTM: exponential input gate, normalizer n and stabiliser m (Beck et al. 2024, "xLSTM"), with a sigmoid forget gate.
 
     i, f, z, o = W_ih x_t + b_ih + W_hh h_(t-1) + b_hh;  c_t = sigmoid(f) c_(t-1) + exp(i) tanh(z);
     n_t = sigmoid(f) n_(t-1) + exp(i);  h_t = sigmoid(o) c_t / n_t, where c and n are kept times exp(-m).
 
-    Args are those of `fastseq.GRU`. `heads` gives the paper's block-diagonal recurrence.
+    Args are those of `fastseq.GRU`. `num_heads` gives the paper's block-diagonal recurrence.
     """
 
     CELL = "slstm"
 
     def forward(
         self,
-        input: Tensor | PackedSequence,
+        input: Input,
         hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
         *,
         lengths: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
+    ) -> tuple[Input, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Run every layer over the sequence. Arguments and errors are those of `fastseq.LSTM.forward`, but for the states.
 
         Args:
@@ -163,8 +188,11 @@ class SLSTM(_Variant):
         Returns:
             output [T, B, D*H] in the layout of the input, and (h_n, c_n, n_n, m_n), each [L*D, B, H].
         """
-        output, states, _ = self._run(input, hx, lengths)
-        return output, states
+        output, (h_n, c_n, n_n, m_n), _ = self._run(input, hx, lengths)
+        return output, (h_n, c_n, n_n, m_n)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def check_forward_args(
         self,
@@ -192,8 +220,9 @@ class SLSTM(_Variant):
         return states
 
 
-class LayerNormGRU(_Single):
-    """GRU with layer normalisation of both products (after Ba et al. 2016), its reset gate after the product as in `fastseq.GRU`.
+@public
+class LayerNormGRU(_Variant):
+    """GRU with layer normalization of both products (after Ba et al. 2016), its reset gate after the product as in `fastseq.GRU`.
 
     r, z = sigmoid(N(W_ih x_t) w_ln_ih + b_ih + N(W_hh h_(t-1)) w_ln_hh + b_hh), their first two thirds; the last thirds give
     n as there. N takes the mean and the deviation over all gates together, with eps 1e-5.
@@ -202,6 +231,14 @@ class LayerNormGRU(_Single):
     """
 
     CELL = "layer_norm_gru"
+
+    def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Input, Tensor]:
+        """Run every layer over the sequence. Arguments, results and errors are those of `fastseq.RNN.forward`."""
+        output, (h_n,), _ = self._run(input, hx, lengths)
+        return output, h_n
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class _VariantCell(nn.RNNCellBase):
@@ -235,21 +272,8 @@ class _VariantCell(nn.RNNCellBase):
         super().reset_parameters()
         reset_norms(self)
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """One step.
-
-        Args:
-            input: [B, I], or unbatched [I].
-            hx: the states, each [B, H], or unbatched [H]: one tensor, or a tuple where there are several. None: zeros.
-
-        Returns:
-            The states after the step, as hx has them.
-
-        Raises:
-            ValueError: input or a state neither 1-D nor 2-D.
-            RuntimeError: sizes, dtypes or devices that do not fit each other.
-            TypeError: hx is no tuple where there are several states.
-        """
+    def _step(self, input: Tensor, hx: Any) -> tuple[Tensor, ...]:
+        """The states after a step, of input [B, I] or [I] and the states before it."""
         row = CELLS[self.CELL]
         check_cell_input(self, input)
         states = None
@@ -267,37 +291,84 @@ class _VariantCell(nn.RNNCellBase):
         results = functional.recurrent_cell(self.CELL, input, states, params, has_biases=self.bias)
         if unbatched:
             results = tuple(state.squeeze(0) for state in results)
-        return results[0] if len(results) == 1 else results
+        return results
 
 
-class CoupledLSTMCell(_VariantCell):
+class _PairCell(_VariantCell):
+    """A cell whose states are h and c."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """One step. Arguments, result and errors are those of `fastseq.LSTMCell.forward`."""
+        h, c = self._step(input, hx)
+        return h, c
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+@public
+class CoupledLSTMCell(_PairCell):
     """One step of `fastseq.CoupledLSTM` without projection: (h, c) from (h, c)."""
 
     CELL = "coupled_lstm"
 
 
-class PeepholeLSTMCell(_VariantCell):
+@public
+class PeepholeLSTMCell(_PairCell):
     """One step of `fastseq.PeepholeLSTM` without projection: (h, c) from (h, c)."""
 
     CELL = "peephole_lstm"
 
 
-class LayerNormLSTMCell(_VariantCell):
+@public
+class LayerNormLSTMCell(_PairCell):
     """One step of `fastseq.LayerNormLSTM` without projection: (h, c) from (h, c)."""
 
     CELL = "layer_norm_lstm"
 
 
+@public
 class LayerNormGRUCell(_VariantCell):
     """One step of `fastseq.LayerNormGRU`: h from h."""
 
     CELL = "layer_norm_gru"
 
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
+        return self._step(input, hx)[0]
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+@public
 class SLSTMCell(_VariantCell):
     """One step of `fastseq.SLSTM`: (h, c, n, m) from (h, c, n, m)."""
 
     CELL = "slstm"
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One step.
+
+        Args:
+            input: [B, I], or unbatched [I].
+            hx: (h, c, n, m), each [B, H], or unbatched [H]. None: nothing was seen yet.
+
+        Returns:
+            The states after the step, as hx has them.
+
+        Raises:
+            ValueError: input or a state neither 1-D nor 2-D.
+            RuntimeError: sizes, dtypes or devices that do not fit each other.
+            TypeError: hx is no tuple.
+        """
+        h, c, n, m = self._step(input, hx)
+        return h, c, n, m
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def reset_norms(module: nn.Module) -> None:

@@ -11,13 +11,13 @@ block_table  int32 [B, max_pages]      page of keys p page_size .. of a sequence
 slopes       wide [B or 1, Hq]         ALiBi, in fp32 or, with fp64, fp64
 sinks        [Hq] floating
 left, right  ints                      keys seen before and after a query's place, lengths[b] - Tq + i; -1: all
-splits       int                       parts that the keys are cut into; 0: the backend chooses
+num_splits   int                       parts that the keys are cut into; 0: the backend chooses
 out          [B, Hq, Tq, Ev]           q's dtype; time before heads in memory; 0 for a query without keys
 lse          [B, Hq, Tq]               in ``state_dtype``, contiguous; -inf for a query without keys (and without sinks)
 ===========  ========================  ===================================================================================
 
 Keys that no query sees are not read, nor are their entries of the block table: they may hold anything. Nothing waits for the
-device. The result depends on ``splits`` by rounding only; for the same shapes on the same device it is the same, bit by bit.
+device. The result depends on ``num_splits`` by rounding only; for the same shapes on the same device it is the same, bit by bit.
 """
 
 from __future__ import annotations
@@ -28,30 +28,22 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..ops.types import empty_rows, state_dtype
 from ..reference import attention_decode as reference
 from . import flops
 from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd
+from .types import DecodeSpec, empty_rows, state_dtype
 
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, "
-    "Tensor? slopes, Tensor? sinks, float scale, float softcap, SymInt left, SymInt right, SymInt splits) "
+    "Tensor? slopes, Tensor? sinks, float scale, float softcap, SymInt left, SymInt right, SymInt num_splits) "
     "-> (Tensor out, Tensor lse)"
 )
 
 
-def _query(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    softcap: float,
-    window: tuple[int, int],
-) -> backends.AttentionQuery:
-    used = {"slopes": slopes is not None, "sinks": sinks is not None, "softcap": bool(softcap)}
+def _query(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec) -> backends.AttentionQuery:
+    table = spec.block_table
+    used = {"slopes": spec.slopes is not None, "sinks": spec.sinks is not None, "softcap": bool(spec.softcap)}
     return backends.AttentionQuery(
         op="attention_decode",
         call="decode",
@@ -59,35 +51,20 @@ def _query(
         dtype=q.dtype,
         batch=q.shape[0],
         heads=(q.shape[1], k_cache.shape[1]),
-        lengths=(q.shape[2], reference.capacity(k_cache, block_table)),
+        lengths=(q.shape[2], reference.capacity(k_cache, table)),
         features=(q.shape[3], v_cache.shape[3]),
-        layout="contiguous" if block_table is None else "paged",
-        window=window,
+        layout="contiguous" if table is None else "paged",
+        window=(spec.left, spec.right),
         offset=0,
-        block_size=0 if block_table is None else k_cache.shape[2],
+        block_size=0 if table is None else k_cache.shape[2],
         uses=tuple(name for name, use in used.items() if use),
         gradients=(),
     )
 
 
-def _decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-    splits: int,
-) -> tuple[Tensor, Tensor]:
-    query = _query(q, k_cache, v_cache, block_table, slopes, sinks, softcap, (left, right))
-    return backends.select(query).attention_decode_forward(
-        q, k_cache, v_cache, lengths, block_table, slopes, sinks, scale, softcap, left, right, splits
-    )
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
+    spec = DecodeSpec(*fields)
+    return backends.select(_query(q, k_cache, v_cache, spec)).attention_decode_forward(q, k_cache, v_cache, spec)
 
 
 def _fake_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
@@ -112,14 +89,15 @@ class _WithoutBackward(torch.autograd.Function):
 
 _NO_BACKWARD = (
     "attention against a cache has no backward, but an argument requires grad: call it under torch.no_grad(), "
-    "or use fastseq.functional.attention(..., causal='bottom_right', k_lengths=lengths), which is differentiable"
+    "or use fastseq.functional.attention(causal=True, alignment='bottom_right', seqlens_k=...), which is differentiable"
 )
 
 
 def _through_decode(*args: Any) -> tuple[Tensor, Tensor]:
     """In a recorded program, which may run with gradients enabled as long as none is taken through here."""
     if needs_plain_torch([t for t in args if isinstance(t, Tensor)]):
-        return reference.forward(*args[:-1])
+        q, k_cache, v_cache, *fields = args
+        return reference.forward(q, k_cache, v_cache, DecodeSpec(*fields))
     return _WithoutBackward.apply(*args)
 
 
@@ -135,28 +113,15 @@ def refuse_gradients(*tensors: Tensor | None) -> None:
         raise RuntimeError(_NO_BACKWARD)
 
 
-def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None = None,
-    slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float = 0.0,
-    left: int = -1,
-    right: int = 0,
-    splits: int = 0,
-) -> tuple[Tensor, Tensor]:
+def attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec) -> tuple[Tensor, Tensor]:
     """out and lse.
 
     Raises:
         RuntimeError: if a gradient would be wanted.
     """
-    refuse_gradients(q, k_cache, v_cache, slopes, sinks)
+    refuse_gradients(q, k_cache, v_cache, spec.slopes, spec.sinks)
     if recorded() and not torch.compiler.is_compiling():
         flops.announce()
-    if needs_plain_torch([t for t in (q, k_cache, v_cache, slopes, sinks) if t is not None]):
-        return reference.forward(q, k_cache, v_cache, lengths, block_table, slopes, sinks, scale, softcap, left, right)
-    return _decode_op(q, k_cache, v_cache, lengths, block_table, slopes, sinks, scale, softcap, left, right, splits)
+    if needs_plain_torch([t for t in (q, k_cache, v_cache, spec.slopes, spec.sinks) if t is not None]):
+        return reference.forward(q, k_cache, v_cache, spec)
+    return _decode_op(q, k_cache, v_cache, *spec)

@@ -275,6 +275,20 @@ class Spec(NamedTuple):
     max_k: int = 0
 
 
+class DecodeSpec(NamedTuple):
+    """A call but for q and the caches. Shapes: ``ops/attention_decode.py``."""
+
+    lengths: Tensor
+    block_table: Tensor | None = None
+    slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    left: int = -1
+    right: int = 0
+    num_splits: int = 0
+
+
 # What may want a gradient, in the order of the results of the attention ops' backward.
 GRADIENTS = ("q", "k", "v", "bias", "relative_bias", "relative_q", "relative_k")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.types import DecodeSpec, Spec
 from . import attention
-from .attention import Spec
 
 
 def capacity(cache: Tensor, block_table: Tensor | None) -> int:
@@ -23,30 +23,25 @@ def gathered(cache: Tensor, block_table: Tensor) -> Tensor:
     return pages.transpose(1, 2).flatten(2, 3)
 
 
-def forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, call: DecodeSpec) -> tuple[Tensor, Tensor]:
     """out as q with Ev features, in q's dtype; lse ``[B, Hq, Tq]`` in the dtype of accumulation. Differentiable."""
-    if block_table is not None:
-        k_cache, v_cache = gathered(k_cache, block_table), gathered(v_cache, block_table)
-    lengths = lengths.clamp(0, k_cache.shape[2])
+    if call.block_table is not None:
+        k_cache, v_cache = gathered(k_cache, call.block_table), gathered(v_cache, call.block_table)
+    lengths = call.lengths.clamp(0, k_cache.shape[2])
     # A cache may hold anything where no query looks, and zero times anything is not always zero.
     j = torch.arange(k_cache.shape[2], device=q.device)
     hidden = j >= lengths[:, None]
-    if left >= 0:
-        hidden = hidden | (j < lengths[:, None] - q.shape[2] - left)
+    if call.left >= 0:
+        hidden = hidden | (j < lengths[:, None] - q.shape[2] - call.left)
     v_cache = v_cache.masked_fill(hidden[:, None, :, None], 0)
     spec = Spec(
-        slopes=slopes, sinks=sinks, k_lengths=lengths, scale=scale, softcap=softcap, left=left, right=right, bottom_right=True
+        slopes=call.slopes,
+        sinks=call.sinks,
+        k_lengths=lengths,
+        scale=call.scale,
+        softcap=call.softcap,
+        left=call.left,
+        right=call.right,
+        bottom_right=True,
     )
     return attention.forward(q, k_cache, v_cache, spec)

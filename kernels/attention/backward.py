@@ -1,5 +1,8 @@
 """Attention backward: every pass owns its results, so that no two programs add to one place and reruns give the same bits.
 
+As in "FlashAttention-2" (arXiv 2307.08691), the weights are formed again from the lse, and delta is known beforehand; unlike
+there, dq has a pass of its own in place of atomic additions. docs/design/attention.md has an overview.
+
 With ds_ij = w_ij (dropped(dw_ij) - delta_i), dw_ij = dout_i . v_j and delta_i = dout_i . out_i - dlse_i:
 
     dv_j = sum_i dropped(w_ij) dout_i,   dq_i = scale sum_j dz_ij k_j,   dk_j = scale sum_i dz_ij q_i
@@ -14,7 +17,7 @@ import triton.language as tl
 
 from fastseq.kernels.attention.bias import band, from_band, scores, to_band
 from fastseq.kernels.attention.mask import any_block, keys_of, queries_of, seen, sequence
-from fastseq.kernels.attention.rows import load_rows, load_scalars, owner, pair_places, store_rows, store_scalars
+from fastseq.kernels.attention.memory import load_rows, load_scalars, owner, pair_places, store_rows, store_scalars
 from fastseq.kernels.attention.softmax import kept, survives, weights
 
 
@@ -171,7 +174,7 @@ def _walk_keys(
 
 
 @triton.jit
-def queries_backward(
+def bwd_dq(
     q, k,
     dq,  # Rows as q, or None
     drq,  # Rows as relative_q, or None
@@ -261,7 +264,7 @@ def _walk_queries(
 
 
 @triton.jit
-def keys_backward(
+def bwd_dkdv(
     q, k,
     dk,  # Rows as k, or None
     dv,  # Rows as v, or None

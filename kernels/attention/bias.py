@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastseq.kernels.attention.rows import pair_places
+from fastseq.kernels.attention.memory import pair_places
 from fastseq.kernels.recurrent.activations import tanh
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from fastseq.kernels.attention.backward import load_lse, through_cap, tile
 from fastseq.kernels.attention.bias import to_band
 from fastseq.kernels.attention.mask import any_block, sequence
-from fastseq.kernels.attention.rows import load_rows, load_scalars
+from fastseq.kernels.attention.memory import load_rows, load_scalars
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _tile_at(
 
 
 @triton.jit
-def pairs_backward(
+def bwd_dbias(
     q, k,
     dbias,  # Pairs, in shares: [shares, B or 1, Hq or 1, Tq or 1, Tk or 1], contiguous
     incoming, parts, dropout, seq, Tq, Tk, Hq, GROUP,
@@ -91,7 +91,7 @@ def pairs_backward(
 
 
 @triton.jit
-def distances_backward(
+def bwd_drelbias(
     q, k,
     dbias,  # of relative_bias, or None: [shares, Hq, diagonals, 2 BM], contiguous
     drows,  # of relative_k, or None: [shares, Hq, diagonals, 2 BM, E], contiguous

@@ -1,7 +1,8 @@
 """Attention of a few queries against a cache, contiguous or paged.
 
 One program per sequence, key head, row block and part of the keys; the rows of a block are the query heads of that key head times
-the queries, so the cache is read once. Parts of the keys are merged by their lse.
+the queries, so the cache is read once. Parts of the keys are merged by their lse (split-KV: "Flash-Decoding for long-context
+inference", https://pytorch.org/blog/flash-decoding/); pages are those of "PagedAttention" (arXiv 2309.06180).
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import triton.language as tl
 
 from fastseq.kernels.attention.bias import scores
 from fastseq.kernels.attention.mask import keys_of, seen
-from fastseq.kernels.attention.rows import load_rows, owner, store_rows, store_scalars
+from fastseq.kernels.attention.memory import load_rows, owner, store_rows, store_scalars
 from fastseq.kernels.attention.softmax import LOG2E, exp, finish, start, update
 
 
@@ -69,8 +70,8 @@ def decode(
     end = tl.minimum(end, begin + share)
 
     acc = tl.zeros((BM, BEV), ACC)
-    highest, total = start(parts, h, BM, ACC)
-    highest = tl.where(part == 0, highest, float("-inf"))  # the sink is in one part only
+    m_i, l_i = start(parts, h, BM, ACC)
+    m_i = tl.where(part == 0, m_i, float("-inf"))  # the sink is in one part only
     for j0 in range(begin, end, BN):
         j = j0 + tl.arange(0, BN)
         wanted = (j >= lowest) & (j < end)
@@ -78,10 +79,10 @@ def decode(
         product = tl.dot(query, tl.trans(key), input_precision=PRECISION, out_dtype=ACC)
         s, capped = scores(product, parts, b, h[:, None], i, j, shift, Tq, Tk)
         s = tl.where(seen(parts, b, h, i, j, shift, Tq, Tk, True), s, float("-inf"))
-        w, highest, total, factor = update(s, highest, total, parts)
+        w, m_i, l_i, factor = update(s, m_i, l_i, parts)
         value = _load_cached(v, pages, b, hk, j, wanted, PAGE, EV, BEV)
         acc = tl.dot(w.to(value.dtype), value, acc * factor[:, None], input_precision=PRECISION, out_dtype=ACC)
-    factor, row_lse = finish(highest, total, parts)
+    factor, row_lse = finish(m_i, l_i, parts)
     at = b + part.to(tl.int64) * B
     store_scalars(lse, row_lse, at, h, 0, i, Tq)
     store_rows(out, acc * factor[:, None], at, h[:, None], 0, i, Tq, EV, BEV)
@@ -100,9 +101,9 @@ def combine(
     row, rows = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     every = tl.arange(0, BP)
     lses = tl.load(part_lse + every * rows + row, mask=every < PARTS, other=float("-inf"))
-    highest = tl.max(lses, 0)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(exp(lses - highest), 0)
+    m_i = tl.max(lses, 0)
+    m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
+    l_i = tl.sum(exp(lses - m_i), 0)
     cols = tl.arange(0, BEV)
     acc = tl.zeros((BEV,), part_out.dtype.element_ty)
     for p0 in range(0, PARTS, CHUNK):
@@ -110,9 +111,9 @@ def combine(
         one = tl.load(part_lse + p * rows + row, mask=p < PARTS, other=float("-inf"))
         valid = (one > float("-inf"))[:, None] & (cols < EV)[None, :]
         values = tl.load(part_out + (p * rows + row)[:, None] * EV + cols[None, :], mask=valid, other=0.0)
-        acc += tl.sum(exp(one - highest)[:, None] * values, 0)
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    tl.store(lse + row, tl.where(empty, float("-inf"), highest + tl.log2(total) / LOG2E))
+        acc += tl.sum(exp(one - m_i)[:, None] * values, 0)
+    empty = l_i == 0.0
+    l_i = tl.where(empty, 1.0, l_i)
+    tl.store(lse + row, tl.where(empty, float("-inf"), m_i + tl.log2(l_i) / LOG2E))
     at = out.pointer + b * out.batch + h * out.head + t * out.time + cols
-    tl.store(at, (acc / total).to(out.pointer.dtype.element_ty), mask=cols < EV)
+    tl.store(at, (acc / l_i).to(out.pointer.dtype.element_ty), mask=cols < EV)

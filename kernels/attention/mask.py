@@ -1,9 +1,9 @@
-"""Which keys a query sees: sequences, windows, masks, block-sparse layouts."""
+"""Masking: which keys a query sees, by sequences, windows, masks and block-sparse layouts."""
 
 import triton
 import triton.language as tl
 
-from fastseq.kernels.attention.rows import pair_places
+from fastseq.kernels.attention.memory import pair_places
 
 SMALLEST_BLOCK: tl.constexpr = tl.constexpr(16)  # of a block-sparse layout
 

@@ -1,4 +1,7 @@
-"""Softmax in pieces, and dropout of its weights.
+"""Online softmax, and dropout of its weights.
+
+m_i is the running maximum of a row's scores, l_i the running sum of their exponentials ("FlashAttention", arXiv 2205.14135;
+"Online normalizer calculation for softmax", arXiv 1805.02867).
 
 Scores are as `bias.scores` has them. exp2 is the exponential that devices have: where nothing but a positive scale shapes the
 product (`parts.base2`), one multiply-add per score leads to it; else differences of scores are formed first, as a score of
@@ -22,40 +25,40 @@ def exp(x):
 
 @triton.jit
 def start(parts, h, BM: tl.constexpr, acc: tl.constexpr):
-    """Highest score and sum of a row before its first key: of the sink, if there is one."""
-    highest = tl.full((BM,), float("-inf"), acc)
-    total = tl.zeros((BM,), acc)
+    """m_i and l_i of a row before its first key: of the sink, if there is one."""
+    m_i = tl.full((BM,), float("-inf"), acc)
+    l_i = tl.zeros((BM,), acc)
     if parts.sinks is not None:
         sink = tl.load(parts.sinks + h).to(acc)
-        highest = tl.zeros((BM,), acc) + sink
-        total = tl.where(highest == float("-inf"), 0.0, total + 1)
-    return highest, total
+        m_i = tl.zeros((BM,), acc) + sink
+        l_i = tl.where(m_i == float("-inf"), 0.0, l_i + 1)
+    return m_i, l_i
 
 
 @triton.jit
-def update(s, highest, total, parts):
-    """exp(s - new highest) [BM, BN], new highest and sum, and the factor for what was summed before."""
-    new = tl.maximum(highest, tl.max(s, 1))
+def update(s, m_i, l_i, parts):
+    """exp(s - m_i) [BM, BN] for the new m_i, which is next, then l_i, and the factor for what was summed before."""
+    new = tl.maximum(m_i, tl.max(s, 1))
     base = tl.where(new == float("-inf"), 0.0, new)  # a row without keys so far
     if parts.base2 is not None:
         w = tl.exp2(s * parts.base2 - (base * parts.base2)[:, None])
-        factor = tl.exp2((highest - base) * parts.base2)
+        factor = tl.exp2((m_i - base) * parts.base2)
     else:
         w = exp(s - base[:, None])
-        factor = exp(highest - base)
-    return w, new, total * factor + tl.sum(w, 1), factor
+        factor = exp(m_i - base)
+    return w, new, l_i * factor + tl.sum(w, 1), factor
 
 
 @triton.jit
-def finish(highest, total, parts):
+def finish(m_i, l_i, parts):
     """What a row's sum of weighted values is multiplied by, and its lse: 0 and -inf for a row without keys."""
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
+    empty = l_i == 0.0
+    l_i = tl.where(empty, 1.0, l_i)
     if parts.base2 is not None:
-        lse = (highest * parts.base2 + tl.log2(total)) / LOG2E
+        lse = (m_i * parts.base2 + tl.log2(l_i)) / LOG2E
     else:
-        lse = highest + tl.log2(total) / LOG2E
-    return tl.where(empty, 0.0, 1 / total), tl.where(empty, float("-inf"), lse)
+        lse = m_i + tl.log2(l_i) / LOG2E
+    return tl.where(empty, 0.0, 1 / l_i), tl.where(empty, float("-inf"), lse)
 
 
 @triton.jit

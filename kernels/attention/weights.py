@@ -5,7 +5,7 @@ import triton.language as tl
 
 from fastseq.kernels.attention.bias import band, from_band, scores
 from fastseq.kernels.attention.mask import any_block, keys_of, seen, sequence
-from fastseq.kernels.attention.rows import load_rows, load_scalars, owner, pair_places
+from fastseq.kernels.attention.memory import load_rows, load_scalars, owner, pair_places
 from fastseq.kernels.attention.softmax import dropped, weights
 
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastseq.kernels.recurrent.args import Cell
 from fastseq.kernels.recurrent.cells import (
     coupled_lstm,
     gru,
@@ -19,7 +20,6 @@ from fastseq.kernels.recurrent.cells import (
     rnn,
     slstm,
 )
-from fastseq.kernels.recurrent.parts import Cell
 
 CELLS = {
     "rnn_tanh": Cell(rnn.step_tanh, rnn.step_backward_tanh, reads="h"),

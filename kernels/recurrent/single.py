@@ -6,7 +6,13 @@ A program reads the weights of BH units, of all gates in one tile: row g BH + u,
 import triton
 import triton.language as tl
 
-from fastseq.kernels.recurrent.parts import held, held_states, load_tiles, load_vectors, store_tiles, zero_tiles
+from fastseq.kernels.recurrent.step import (
+    load_tiles,
+    load_vectors,
+    run_step,
+    store_tiles,
+    zero_tiles,
+)
 
 
 @triton.jit
@@ -57,13 +63,11 @@ def forward(
     v = load_vectors(vectors, d, u, H, V, BH, ACC)
 
     x_gates, r_gates = by_gate(x_rows, G, BB, GP, BH), by_gate(r_rows, G, BB, GP, BH)
-    h_new, c_new, saved = STEP(x_gates, r_gates, v, h_old, c_old, real, H)
-    h_new = h_new.to(y.dtype.element_ty)
-    if OUTPUT_SAVED:
-        saved = (h_new,)
     at = row * H + u[None, :]
-    h_new = held(zoneout.hold_h, at, active, KEEP_H, h_old, h_new.to(ACC)).to(y.dtype.element_ty)
-    c_new = held_states(zoneout.hold_c, at, active, KEEP_C, c_old, c_new, K)
+    h_new, c_new, saved = run_step(
+        x_gates, r_gates, v, h_old, c_old, zoneout, at, active, real, H,
+        STEP, K, OUTPUT_SAVED, KEEP_H, KEEP_C, y.dtype.element_ty, ACC,
+    )  # fmt: skip
     tl.store(y + at, h_new, mask=active)
     tl.store(h_n + place * H + u[None, :], h_new, mask=active)
     if K > 0:

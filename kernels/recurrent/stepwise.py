@@ -1,25 +1,30 @@
 """One step of a cell, everything but its matrix products, in one launch: for hidden sizes whose weights fit no program.
 
 Grid of every kernel: (blocks of the batch, blocks of the hidden units, D). ``n`` counts the steps of the walk. A cell that
-normalises needs BH >= H.
+normalises needs BH >= H. haste (https://github.com/lmnt-com/haste) does the same: for each step a product and a pointwise kernel.
 """
 
 import triton
 import triton.language as tl
 
-from fastseq.kernels.recurrent.parts import (
+from fastseq.kernels.recurrent.step import (
     add,
     choose,
-    held,
-    held_states,
+    goes_back,
+    lane_rows,
     lengths_of,
+    load_initial,
+    load_step_backward,
     load_tiles,
     load_vectors,
-    rows_of,
-    split,
-    split_states,
+    run_step,
+    step_before,
+    store_step_backward,
     store_tiles,
     zero_tiles,
+    zone_out,
+    zone_out_backward,
+    zone_out_states_backward,
 )
 
 
@@ -39,11 +44,11 @@ def forward(
     BB: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     b, u, d = tl.program_id(0) * BB + tl.arange(0, BB), tl.program_id(1) * BH + tl.arange(0, BH), tl.program_id(2)
-    t = tl.where(((layout.reverse >> d) & 1) != 0, layout.T - 1 - n, n)
+    t = tl.where(goes_back(layout, d), layout.T - 1 - n, n)
     real = (u < H)[None, :]
     active = (t < lengths_of(layout, b))[:, None] & real
     place = (d * layout.B + b).to(tl.int64)[:, None]
-    row = (rows_of(layout, t, b) * layout.D + d)[:, None]
+    row = lane_rows(layout, t, b, d)
     at, at_state, at_states = row * H + u[None, :], place * H + u[None, :], place * (K * H) + u[None, :]
     x = load_tiles(x_gates, row * (G * H) + u[None, :], active, H, G, ACC)
     r = load_tiles(r_gates, place * (G * H) + u[None, :], active, H, G, ACC)
@@ -51,13 +56,10 @@ def forward(
     h_old, c_old = tl.zeros((BB, BH), ACC), load_tiles(c, at_states, active, H, K, ACC)
     if not PROJECTED:
         h_old = tl.load(h + at_state, mask=active, other=0.0).to(ACC)
-    h_new, c_new, saved = STEP(x, r, v, h_old, c_old, real, H)
-    h_new = h_new.to(h.dtype.element_ty)
-    if OUTPUT_SAVED:
-        saved = (h_new,)
-    if not PROJECTED:
-        h_new = held(zoneout.hold_h, at, active, KEEP_H, h_old, h_new.to(ACC)).to(h.dtype.element_ty)
-    c_new = held_states(zoneout.hold_c, at, active, KEEP_C, c_old, c_new, K)
+    h_new, c_new, saved = run_step(
+        x, r, v, h_old, c_old, zoneout, at, active, real, H,
+        STEP, K, OUTPUT_SAVED, KEEP_H, KEEP_C, h.dtype.element_ty, ACC, PROJECTED,
+    )  # fmt: skip
     tl.store(h + at_state, h_new, mask=active)
     if y is not None:
         tl.store(y + at, h_new, mask=active)
@@ -78,14 +80,14 @@ def emit(
 ):  # fmt: skip
     """The projected output of a step."""
     b, u, d = tl.program_id(0) * BB + tl.arange(0, BB), tl.program_id(1) * BP + tl.arange(0, BP), tl.program_id(2)
-    t = tl.where(((layout.reverse >> d) & 1) != 0, layout.T - 1 - n, n)
+    t = tl.where(goes_back(layout, d), layout.T - 1 - n, n)
     active = (t < lengths_of(layout, b))[:, None] & (u < P)[None, :]
     state = (d * layout.B + b).to(tl.int64)[:, None] * P + u[None, :]
-    at = (rows_of(layout, t, b) * layout.D + d)[:, None] * P + u[None, :]
+    at = lane_rows(layout, t, b, d) * P + u[None, :]
     wide = projected.dtype.element_ty
     value = tl.load(projected + state, mask=active, other=0.0).to(y.dtype.element_ty).to(wide)
     old = tl.load(h + state, mask=active, other=0.0).to(wide)
-    value = held(zoneout.hold_h, at, active, KEEP_H, old, value).to(y.dtype.element_ty)
+    value = zone_out(zoneout.mask_h, at, active, KEEP_H, old, value).to(y.dtype.element_ty)
     tl.store(h + state, value, mask=active)
     tl.store(y + at, value, mask=active)
 
@@ -102,16 +104,16 @@ def gather(
 ):  # fmt: skip
     """The gradient of a projected output, before the product with the projection."""
     b, u, d = tl.program_id(0) * BB + tl.arange(0, BB), tl.program_id(1) * BP + tl.arange(0, BP), tl.program_id(2)
-    t = tl.where(((layout.reverse >> d) & 1) != 0, n, layout.T - 1 - n)
+    t = tl.where(goes_back(layout, d), n, layout.T - 1 - n)
     own = (b < layout.B)[:, None] & (u < P)[None, :]
     active = (t < lengths_of(layout, b))[:, None] & own
     state = (d * layout.B + b).to(tl.int64)[:, None] * P + u[None, :]
-    row = (rows_of(layout, t, b) * layout.D + d)[:, None] * P + u[None, :]
+    row = lane_rows(layout, t, b, d) * P + u[None, :]
     waiting = tl.load(dh + state, mask=own, other=0.0) + tl.load(through + state, mask=own, other=0.0)
     value = waiting
     if dy is not None:
         value += tl.load(dy + row, mask=active, other=0.0).to(value.dtype)
-    kept, value = split(zoneout.hold_h, row, active, KEEP_H, value)
+    kept, value = zone_out_backward(zoneout.mask_h, row, active, KEEP_H, value)
     tl.store(dh + state, tl.where(active, kept, waiting), mask=own)
     tl.store(total + state, tl.where(active, value, 0.0).to(total.dtype.element_ty), mask=own)
     tl.store(doutput + row, value.to(doutput.dtype.element_ty), mask=active)
@@ -141,19 +143,17 @@ def backward(
     BB: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     b, u, d = tl.program_id(0) * BB + tl.arange(0, BB), tl.program_id(1) * BH + tl.arange(0, BH), tl.program_id(2)
-    backwards = ((layout.reverse >> d) & 1) != 0
-    t = tl.where(backwards, n, layout.T - 1 - n)
+    back = goes_back(layout, d)
+    t = tl.where(back, n, layout.T - 1 - n)
     lengths = lengths_of(layout, b)
     real = (u < H)[None, :]
     own = (b < layout.B)[:, None] & real
     active = (t < lengths)[:, None] & real
     place = (d * layout.B + b).to(tl.int64)[:, None]
     at_state, at_states = place * H + u[None, :], place * (K * H) + u[None, :]
-    row = (rows_of(layout, t, b) * layout.D + d)[:, None]
+    row = lane_rows(layout, t, b, d)
     at = row * H + u[None, :]
-    before = tl.where(backwards, t + 1, t - 1)
-    was = ((before >= 0) & (before < lengths))[:, None] & active
-    row_before = (rows_of(layout, tl.minimum(tl.maximum(before, 0), layout.T - 1), b) * layout.D + d)[:, None]
+    had, row_before = step_before(layout, t, back, lengths, b, d)
 
     dh_t = tl.load(through + at_state, mask=own, other=0.0)
     if dh is not None:
@@ -163,35 +163,20 @@ def backward(
         dh_t += tl.load(dy + at, mask=active, other=0.0).to(ACC)
     dh_kept = tl.zeros((BB, BH), ACC)
     if dh is not None:
-        dh_kept, dh_t = split(zoneout.hold_h, at, active, KEEP_H, dh_t)
+        dh_kept, dh_t = zone_out_backward(zoneout.mask_h, at, active, KEEP_H, dh_t)
     dc_old = load_tiles(dc, at_states, active, H, K, ACC)
     dc_t = dc_old
     if dc_all is not None:
         dc_t = add(dc_t, load_tiles(dc_all, row * (K * H) + u[None, :], active, H, K, ACC), K)
-    dc_kept, dc_t = split_states(zoneout.hold_c, at, active, KEEP_C, dc_t, K)
-    saved = load_tiles(gates, row * (S * H) + u[None, :], active, H, S, ACC)
+    dc_kept, dc_t = zone_out_states_backward(zoneout.mask_c, at, active, KEEP_C, dc_t, K)
     v = load_vectors(vectors, d, u, H, V, BH, ACC)
-    h_prev, h, c_prev, c = dh_t, dh_t, dc_t, dc_t
-    if K > 0:
-        c = load_tiles(c_all, row * (K * H) + u[None, :], active, H, K, ACC)
-        c_prev = zero_tiles(K, BB, BH, ACC)
-        if c0 is not None:
-            c_prev = load_tiles(c0, at_states, active, H, K, ACC)
-        c_prev = choose(was, load_tiles(c_all, row_before * (K * H) + u[None, :], was, H, K, ACC), c_prev, K)
-        if zoneout.hold_c is not None or KEEP_C > 0:
-            c = (CANDIDATE(saved, c_prev[0]),)
-    if READS == "h_prev":
-        h_prev = tl.load(y + row_before * H + u[None, :], mask=was, other=0.0).to(ACC)
-        if h0 is not None:
-            h_prev = tl.where(was, h_prev, tl.load(h0 + at_state, mask=active, other=0.0).to(ACC))
-    if OUTPUT_SAVED:
-        h = saved[0]
-    elif READS == "h":
-        h = tl.load(y + at, mask=active, other=0.0).to(ACC)
+    first_h, first_c = load_initial(h0, c0, place, u, active, H, READS, K, BB, BH, ACC)
+    saved, h_prev, h, c_prev, c = load_step_backward(
+        y, c_all, gates, first_h, first_c, zoneout, row, row_before, u, active, had & real, H,
+        CANDIDATE, READS, S, K, OUTPUT_SAVED, KEEP_C, ACC,
+    )  # fmt: skip
     dx, dr, direct, dc_new = STEP_BACKWARD(dh_t, dc_t, saved, v, h_prev, c_prev, h, c, real, H)
-    store_tiles(dgates, row * (G * H) + u[None, :], dx, active, H, G)
-    if drecurrent is not None:
-        store_tiles(drecurrent, row * (OWN * H) + u[None, :], dr, active, H, OWN, G - OWN)
+    store_step_backward(dgates, drecurrent, dx, dr, row, u, active, H, G, OWN)
     if doutput is not None:
         tl.store(doutput + at, dh_t.to(doutput.dtype.element_ty), mask=active)
     store_tiles(dr_gates, place * (G * H) + u[None, :], choose(active, dr, zero_tiles(G, BB, BH, ACC), G), own, H, G)

@@ -9,19 +9,23 @@ are padded with zeros to HP units, a multiple of 16, so that they are read in wh
 import triton
 import triton.language as tl
 
-from fastseq.kernels.recurrent.parts import (
+from fastseq.kernels.recurrent.step import (
     add,
     choose,
-    held,
-    held_states,
+    goes_back,
+    lane_rows,
     lengths_of,
+    load_initial,
+    load_step_backward,
     load_tiles,
     load_vectors,
-    rows_of,
-    split,
-    split_states,
+    run_step,
+    step_before,
+    store_step_backward,
     store_tiles,
     zero_tiles,
+    zone_out_backward,
+    zone_out_states_backward,
 )
 
 
@@ -47,13 +51,13 @@ def forward(
     mine = (b < layout.B)[:, None]
     place = (d * layout.B + b).to(tl.int64)[:, None]
     lengths = lengths_of(layout, b)
-    backwards = ((layout.reverse >> d) & 1) != 0
+    back = goes_back(layout, d)
     narrow = y.dtype.element_ty
 
     steps = tl.max(lengths, 0)
     for n in range(steps):
-        t = tl.where(backwards, steps - 1 - n, n)
-        row = (rows_of(layout, t, b) * layout.D + d)[:, None]
+        t = tl.where(back, steps - 1 - n, n)
+        row = lane_rows(layout, t, b, d)
         old = ((2 * d + n % 2) * layout.B + b).to(tl.int64)[:, None] * HP
         new = ((2 * d + 1 - n % 2) * layout.B + b).to(tl.int64)[:, None] * HP
         for u0 in range(0, H, BH):
@@ -74,13 +78,10 @@ def forward(
                     r_k = tl.load(weight + entry, mask=(k < HP)[:, None] & (u < HP)[None, :], other=0.0)
                     more = more + (tl.dot(h_k, r_k, r[g], input_precision=PRECISION, out_dtype=ACC),)
                 r = more
-            h_new, c_new, saved = STEP(x, r, v, h_old.to(ACC), c_old, real, H)
-            h_new = h_new.to(narrow)
-            if OUTPUT_SAVED:
-                saved = (h_new,)
             at = row * H + u[None, :]
-            h_new = held(zoneout.hold_h, at, active, KEEP_H, h_old.to(ACC), h_new.to(ACC)).to(narrow)
-            c_new = held_states(zoneout.hold_c, at, active, KEEP_C, c_old, c_new, K)
+            h_new, c_new, saved = run_step(
+                x, r, v, h_old.to(ACC), c_old, zoneout, at, active, real, H, STEP, K, OUTPUT_SAVED, KEEP_H, KEEP_C, narrow, ACC
+            )
             tl.store(h + new + u[None, :], tl.where(active, h_new, h_old), mask=own)
             tl.store(y + at, h_new, mask=active)
             store_tiles(c, place * (K * H) + u[None, :], c_new, active, H, K)
@@ -125,57 +126,40 @@ def backward(
     mine = (b < layout.B)[:, None]
     place = (d * layout.B + b).to(tl.int64)[:, None]
     lengths = lengths_of(layout, b)
-    backwards = ((layout.reverse >> d) & 1) != 0
+    back = goes_back(layout, d)
     narrow = y.dtype.element_ty
     own_weight = weight + d.to(tl.int64) * (G * HP) * HP
 
     steps = tl.max(lengths, 0)
     for n in range(steps):
-        t = tl.where(backwards, n, steps - 1 - n)
-        row = (rows_of(layout, t, b) * layout.D + d)[:, None]
-        before = tl.where(backwards, t + 1, t - 1)
-        had = ((before >= 0) & (before < lengths) & (t < lengths))[:, None]
-        row_before = (rows_of(layout, tl.minimum(tl.maximum(before, 0), layout.T - 1), b) * layout.D + d)[:, None]
+        t = tl.where(back, n, steps - 1 - n)
+        row = lane_rows(layout, t, b, d)
+        had, row_before = step_before(layout, t, back, lengths, b, d)
         old = ((2 * d + n % 2) * layout.B + b).to(tl.int64)[:, None] * (G * HP)
         new = ((2 * d + 1 - n % 2) * layout.B + b).to(tl.int64)[:, None] * (G * HP)
         for u0 in range(0, H, BH):
             u = u0 + tl.arange(0, BH)
             real = (u < H)[None, :]
-            own, active, was = mine & real, (t < lengths)[:, None] & real, had & real
+            own, active = mine & real, (t < lengths)[:, None] & real
             at, at_state, at_states = row * H + u[None, :], place * H + u[None, :], place * (K * H) + u[None, :]
             dh_t = through(dr_gates + old, mine, own_weight, u, HP, G * HP, BB, BH, BK, ACC, PRECISION)
             dh_t += tl.load(dh + at_state, mask=own, other=0.0)
             waiting = dh_t
             if dy is not None:
                 dh_t += tl.load(dy + at, mask=active, other=0.0).to(ACC)
-            dh_kept, dh_t = split(zoneout.hold_h, at, active, KEEP_H, dh_t)
+            dh_kept, dh_t = zone_out_backward(zoneout.mask_h, at, active, KEEP_H, dh_t)
             dc_t = load_tiles(dc, at_states, active, H, K, ACC)
             if dc_all is not None:
                 dc_t = add(dc_t, load_tiles(dc_all, row * (K * H) + u[None, :], active, H, K, ACC), K)
-            dc_kept, dc_t = split_states(zoneout.hold_c, at, active, KEEP_C, dc_t, K)
-            saved = load_tiles(gates, row * (S * H) + u[None, :], active, H, S, ACC)
+            dc_kept, dc_t = zone_out_states_backward(zoneout.mask_c, at, active, KEEP_C, dc_t, K)
             v = load_vectors(vectors, d, u, H, V, BH, ACC)
-            h_prev, h, c_prev, c = dh_t, dh_t, dc_t, dc_t
-            if K > 0:
-                c = load_tiles(c_all, row * (K * H) + u[None, :], active, H, K, ACC)
-                c_prev = zero_tiles(K, BB, BH, ACC)
-                if c0 is not None:
-                    c_prev = load_tiles(c0, at_states, active, H, K, ACC)
-                c_prev = choose(was, load_tiles(c_all, row_before * (K * H) + u[None, :], was, H, K, ACC), c_prev, K)
-                if zoneout.hold_c is not None or KEEP_C > 0:
-                    c = (CANDIDATE(saved, c_prev[0]),)
-            if READS == "h_prev":
-                h_prev = tl.load(y + row_before * H + u[None, :], mask=was, other=0.0).to(ACC)
-                if h0 is not None:
-                    h_prev = tl.where(was, h_prev, tl.load(h0 + at_state, mask=active, other=0.0).to(ACC))
-            if OUTPUT_SAVED:
-                h = saved[0]
-            elif READS == "h":
-                h = tl.load(y + at, mask=active, other=0.0).to(ACC)
+            first_h, first_c = load_initial(h0, c0, place, u, active, H, READS, K, BB, BH, ACC)
+            saved, h_prev, h, c_prev, c = load_step_backward(
+                y, c_all, gates, first_h, first_c, zoneout, row, row_before, u, active, had & real, H,
+                CANDIDATE, READS, S, K, OUTPUT_SAVED, KEEP_C, ACC,
+            )  # fmt: skip
             dx, dr, direct, dc_new = STEP_BACKWARD(dh_t, dc_t, saved, v, h_prev, c_prev, h, c, real, H)
-            store_tiles(dgates, row * (G * H) + u[None, :], dx, active, H, G)
-            if drecurrent is not None:
-                store_tiles(drecurrent, row * (OWN * H) + u[None, :], dr, active, H, OWN, G - OWN)
+            store_step_backward(dgates, drecurrent, dx, dr, row, u, active, H, G, OWN)
             dr = choose(active, dr, zero_tiles(G, BB, BH, ACC), G)
             store_tiles(dr_gates, new + u[None, :], dr, mine & (u < HP)[None, :], HP, G)
             tl.store(dh + at_state, tl.where(active, direct + dh_kept, waiting), mask=own)

@@ -1,25 +1,30 @@
 """Whole sequences in one launch: a program walks over all steps of a lane and a block of the batch, its weights resident.
 
 h = step(x, R h) for every step, R held in shared memory (or registers) by the program, h and the other states in registers.
-Nothing passes between programs.
+Nothing passes between programs. After "Persistent RNNs: stashing recurrent weights on-chip" (Diamos et al., ICML 2016); FlashRNN
+(arXiv 2412.07752) is related work. docs/design/recurrence-on-a-gpu.md has an overview.
 """
 
 import triton
 import triton.language as tl
 
-from fastseq.kernels.recurrent.parts import (
+from fastseq.kernels.recurrent.step import (
     add,
     choose,
-    held,
-    held_states,
+    goes_back,
+    lane_rows,
     lengths_of,
+    load_initial,
+    load_step_backward,
     load_tiles,
     load_vectors,
-    rows_of,
-    split,
-    split_states,
+    run_step,
+    step_before,
+    store_step_backward,
     store_tiles,
     zero_tiles,
+    zone_out_backward,
+    zone_out_states_backward,
 )
 
 
@@ -47,7 +52,7 @@ def forward(
     own = (b < layout.B)[:, None] & real
     place = (d * layout.B + b).to(tl.int64)[:, None]
     lengths = lengths_of(layout, b)
-    backwards = ((layout.reverse >> d) & 1) != 0
+    back = goes_back(layout, d)
     narrow = y.dtype.element_ty
 
     resident = ()  # of every gate R_g^T [BH (k), BH (u)]
@@ -64,21 +69,18 @@ def forward(
 
     steps = tl.max(lengths, 0)
     for n in range(steps):
-        t = tl.where(backwards, steps - 1 - n, n)
+        t = tl.where(back, steps - 1 - n, n)
         active = (t < lengths)[:, None] & real
-        row = (rows_of(layout, t, b) * layout.D + d)[:, None]
+        row = lane_rows(layout, t, b, d)
+        at = row * H + u[None, :]
         x = load_tiles(x_gates, row * (G * H) + u[None, :], active, H, G, ACC)
         r = ()
         for g in tl.static_range(G):
             r = r + (tl.dot(h, resident[g], input_precision=PRECISION, out_dtype=ACC),)
-        h_new, c_new, saved = STEP(x, r, v, h.to(ACC), c, real, H)
-        h_new = h_new.to(narrow)
-        if OUTPUT_SAVED:
-            saved = (h_new,)
-        at = row * H + u[None, :]
-        h_new = held(zoneout.hold_h, at, active, KEEP_H, h.to(ACC), h_new.to(ACC))
-        c_new = held_states(zoneout.hold_c, at, active, KEEP_C, c, c_new, K)
-        h = tl.where(active, h_new.to(narrow), h)
+        h_new, c_new, saved = run_step(
+            x, r, v, h.to(ACC), c, zoneout, at, active, real, H, STEP, K, OUTPUT_SAVED, KEEP_H, KEEP_C, narrow, ACC
+        )
+        h = tl.where(active, h_new, h)
         c = choose(active, c_new, c, K)
         tl.store(y + at, h, mask=active)
         if c_all is not None:
@@ -122,7 +124,7 @@ def backward(
     place = (d * layout.B + b).to(tl.int64)[:, None]
     at_state, at_states = place * H + u[None, :], place * (K * H) + u[None, :]
     lengths = lengths_of(layout, b)
-    backwards = ((layout.reverse >> d) & 1) != 0
+    back = goes_back(layout, d)
     narrow = y.dtype.element_ty
 
     resident = ()  # of every gate R_g [BH (u), BH (k)]
@@ -131,11 +133,7 @@ def backward(
         entry = ((d * G + g) * H + u[:, None]).to(tl.int64) * H + u[None, :]
         resident = resident + (tl.load(weight + entry, mask=square, other=0.0),)
     v = load_vectors(vectors, d, u, H, V, BH, ACC)
-    first_h, first_c = tl.zeros((BB, BH), ACC), zero_tiles(K, BB, BH, ACC)
-    if h0 is not None:
-        first_h = tl.load(h0 + at_state, mask=own, other=0.0).to(ACC)
-    if c0 is not None:
-        first_c = load_tiles(c0, at_states, own, H, K, ACC)
+    first_h, first_c = load_initial(h0, c0, place, u, own, H, READS, K, BB, BH, ACC)
     dh, dc = tl.zeros((BB, BH), ACC), zero_tiles(K, BB, BH, ACC)
     if dh_n is not None:
         dh = tl.load(dh_n + at_state, mask=own, other=0.0).to(ACC)
@@ -144,37 +142,24 @@ def backward(
 
     steps = tl.max(lengths, 0)
     for n in range(steps):
-        t = tl.where(backwards, n, steps - 1 - n)
+        t = tl.where(back, n, steps - 1 - n)
         active = (t < lengths)[:, None] & real
-        row = (rows_of(layout, t, b) * layout.D + d)[:, None]
+        row = lane_rows(layout, t, b, d)
         at = row * H + u[None, :]
-        before = tl.where(backwards, t + 1, t - 1)
-        was = ((before >= 0) & (before < lengths))[:, None] & active
-        row_before = (rows_of(layout, tl.minimum(tl.maximum(before, 0), layout.T - 1), b) * layout.D + d)[:, None]
+        had, row_before = step_before(layout, t, back, lengths, b, d)
         dh_t, dc_t = dh, dc
         if dy is not None:
             dh_t += tl.load(dy + at, mask=active, other=0.0).to(ACC)
         if dc_all is not None:
             dc_t = add(dc_t, load_tiles(dc_all, row * (K * H) + u[None, :], active, H, K, ACC), K)
-        dh_kept, dh_t = split(zoneout.hold_h, at, active, KEEP_H, dh_t)
-        dc_kept, dc_t = split_states(zoneout.hold_c, at, active, KEEP_C, dc_t, K)
-        saved = load_tiles(gates, row * (S * H) + u[None, :], active, H, S, ACC)
-        h_prev, h, c_prev, c = dh, dh, dc, dc
-        if K > 0:
-            c = load_tiles(c_all, row * (K * H) + u[None, :], active, H, K, ACC)
-            c_prev = choose(was, load_tiles(c_all, row_before * (K * H) + u[None, :], was, H, K, ACC), first_c, K)
-            if zoneout.hold_c is not None or KEEP_C > 0:
-                c = (CANDIDATE(saved, c_prev[0]),)
-        if READS == "h_prev":
-            h_prev = tl.where(was, tl.load(y + row_before * H + u[None, :], mask=was, other=0.0).to(ACC), first_h)
-        if OUTPUT_SAVED:
-            h = saved[0]
-        elif READS == "h":
-            h = tl.load(y + at, mask=active, other=0.0).to(ACC)
+        dh_kept, dh_t = zone_out_backward(zoneout.mask_h, at, active, KEEP_H, dh_t)
+        dc_kept, dc_t = zone_out_states_backward(zoneout.mask_c, at, active, KEEP_C, dc_t, K)
+        saved, h_prev, h, c_prev, c = load_step_backward(
+            y, c_all, gates, first_h, first_c, zoneout, row, row_before, u, active, had & real, H,
+            CANDIDATE, READS, S, K, OUTPUT_SAVED, KEEP_C, ACC,
+        )  # fmt: skip
         dx, dr, direct, dc_new = STEP_BACKWARD(dh_t, dc_t, saved, v, h_prev, c_prev, h, c, real, H)
-        store_tiles(dgates, row * (G * H) + u[None, :], dx, active, H, G)
-        if drecurrent is not None:
-            store_tiles(drecurrent, row * (OWN * H) + u[None, :], dr, active, H, OWN, G - OWN)
+        store_step_backward(dgates, drecurrent, dx, dr, row, u, active, H, G, OWN)
         if doutput is not None:
             tl.store(doutput + at, dh_t.to(narrow), mask=active)
         dh_new = direct + dh_kept

@@ -21,7 +21,7 @@ CALL = RecurrentQuery("recurrent", torch.device("cpu"), torch.float32, "gru", 5,
 
 
 def test_table_is_in_order():
-    assert tuple(BACKENDS) == (*ORDER, "cuda-host")
+    assert tuple(BACKENDS) == (*ORDER, "cuda-host")  # which tests/conftest.py adds
     for name, module in BACKENDS.items():
         assert module.name == name
         assert set(module.ops) <= set(OPS)
@@ -70,6 +70,43 @@ def test_forcing_ends_with_the_block_even_on_error():
             assert backends.select(CALL).name == "cpu"
         raise ZeroDivisionError
     assert backends.select(CALL).name == "cpu"
+
+
+def test_called_by_itself_it_holds_from_there_on():
+    try:
+        fastseq.use_backend("reference")
+        assert backends.select(CALL).name == "reference"
+        with fastseq.use_backend(None):
+            assert backends.select(CALL).name == "cpu"
+        assert backends.select(CALL).name == "reference"
+    finally:
+        fastseq.use_backend(None)
+    assert backends.select(CALL).name == "cpu"
+
+
+def test_forcing_again_and_by_decorator():
+    force = fastseq.use_backend("reference")
+    for _ in range(2):
+        with force:
+            assert backends.select(CALL).name == "reference"
+        assert backends.select(CALL).name == "cpu"
+
+    @fastseq.use_backend("reference")
+    def chosen():
+        return backends.select(CALL).name
+
+    assert [chosen(), backends.select(CALL).name, chosen()] == ["reference", "cpu", "reference"]
+
+
+def test_who_would_run_what_a_forced_backend_cannot():
+    half = RecurrentQuery("recurrent", torch.device("cpu"), torch.float16, "gru", 5, 1, 16, False, "padded")
+    with fastseq.use_backend("cpu"), pytest.raises(RuntimeError, match=r"use_backend\(None\) lets 'reference' run it"):
+        backends.select(half)
+
+
+def test_nothing_to_explain():
+    with pytest.raises(TypeError, match="a function or module and then its arguments, not Tensor"):
+        fastseq.explain(torch.zeros(2))
 
 
 def test_unknown_backend():

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from fastseq.backends import cuda_host
 from fastseq.benchmarks import cli
 from fastseq.benchmarks.measure.case import Options
 from fastseq.benchmarks.measure.check import check_provider, problem_of
@@ -16,6 +15,7 @@ from fastseq.benchmarks.providers.recurrent import forced
 from fastseq.benchmarks.report.model import Cell
 from fastseq.benchmarks.suites import cells
 from fastseq.benchmarks.workloads.cells import CELLS, CellWorkload
+from support import cuda_host
 
 STEP = CellWorkload("lstmcell", 1, 3, 24, 24, "training")
 

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import fastseq
-from fastseq.backends import cuda_host
 from fastseq.backends.triton import _launch
 from fastseq.benchmarks import assembly
 from fastseq.benchmarks.measure.case import Case, Options, Participant
@@ -28,6 +27,7 @@ from fastseq.benchmarks.suites import recurrent, recurrent_gpu, recurrent_gpu_re
 from fastseq.benchmarks.workloads.base import MODES, Workload
 from fastseq.benchmarks.workloads.clocks import HostClock
 from fastseq.benchmarks.workloads.recurrent import PRECISIONS, RecurrentWorkload
+from support import cuda_host
 
 GPU = Options("cuda", "float32", (1,), quick=False)
 POINT = RecurrentWorkload("lstm", 1024, 64, 512, 512, dtype="float16")

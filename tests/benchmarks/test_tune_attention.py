@@ -32,10 +32,10 @@ def test_a_tile_by_hand():
 
 def test_all_products_of_a_head_are_counted():
     """Full attention has 4 T S E FLOP per head; its backward by two passes 6 + 8."""
-    for kernel, factor in (("forward", 4), ("queries", 6), ("keys", 8)):
+    for kernel, factor in (("forward", 4), ("bwd_dq", 6), ("bwd_dkdv", 8)):
         c = cost(kernel)
         assert c.tile_flops * c.tiles == factor * 8 * 1024 * 1024 * 128
-    assert cost("keys").tile_bytes == 128 * 256 * 2  # streams queries
+    assert cost("bwd_dkdv").tile_bytes == 128 * 256 * 2  # streams queries
 
 
 def test_causal_has_half_the_tiles_and_those_of_the_diagonal():

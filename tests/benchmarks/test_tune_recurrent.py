@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastseq.backends import BACKENDS, cuda_host, library
+from fastseq.backends import BACKENDS, library
 from fastseq.backends.cuda import recurrent
 from fastseq.benchmarks.gpu import day, recurrent_plans, stages, tune_recurrent
 from fastseq.benchmarks.gpu.recurrent_plans import Point, Target
 from fastseq.benchmarks.measure.timing import Samples
 from fastseq.benchmarks.workloads.clocks import HostClock
+from support import cuda_host
 
 planned = pytest.mark.skipif(library.reason() is not None, reason=str(library.reason()))
 executed = pytest.mark.skipif(cuda_host.available() is not None, reason=str(cuda_host.available()))

@@ -26,7 +26,8 @@ BUILD = ROOT / "build" / "host"
 
 # What runs kernels on the host must not be instrumented: it would be seen doing what the kernels' threads do.
 RUNTIME = tuple(
-    f"csrc/host/{name}.cpp" for name in ("context", "choice", "report", "scheduler", "primitives", "fragments", "launch")
+    f"tests/csrc/emulator/{name}.cpp"
+    for name in ("context", "choice", "report", "scheduler", "primitives", "fragments", "launch")
 )
 KERNELS = (
     "csrc/limits/exchange.cu",
@@ -87,7 +88,7 @@ def made(name: str, suffix: str, inputs: Iterable[str], *command: str | Path) ->
 
 def compiled(source: Path, tree: Path, flags: tuple[str, ...], sanitizer: str = "plain") -> Path:
     with_ = compiler(sanitizer)
-    command = (with_, *COMMON, *flags, f"-I{tree / 'csrc'}", "-x", "c++")
+    command = (with_, *COMMON, *flags, f"-I{tree / 'csrc'}", f"-I{tree / 'tests/csrc'}", "-x", "c++")
     return made(source.stem, ".o", (version(with_), run(*command, "-E", source)), *command, "-c", source)
 
 
@@ -132,7 +133,7 @@ def module_path() -> Path:
     includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     parts = (
         *objects(RUNTIME, ROOT, ("-O3",)),
-        *objects(("csrc/host/bindings.cpp",), ROOT, ("-O0", *includes)),
+        *objects(("tests/csrc/emulator/bindings.cpp",), ROOT, ("-O0", *includes)),
         *objects(KERNELS, ROOT, ("-O1",)),
     )
     return made("fastseq_host", ".so", (), compiler(), "-shared", *parts)

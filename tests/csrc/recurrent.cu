@@ -27,8 +27,8 @@ struct Tile : FASTSEQ_TEST_TILE {
   static constexpr int kResident = 8;
   static constexpr int kBlock = 2;
 };
-constexpr int kTiles = FASTSEQ_TEST_WIDTH, kColumns = kTiles * kTileColumns;
-constexpr int kClusterRows = kTiles > 1 ? 9 : 4;  // fewer than columns
+constexpr int kNTiles = FASTSEQ_TEST_WIDTH, kColumns = kNTiles * kTileColumns;
+constexpr int kClusterRows = kNTiles > 1 ? 9 : 4;  // fewer than columns
 using Number = Tile::Number;
 // Of a number in a step: bfloat16 may be rounded the other way, TF32 rounds both factors of a sum below 1, float sums in another order.
 constexpr float kUnit = sizeof(Number) == 2 ? 0x1p-8f : Tile::kExact ? 0x1p-20f : 0x1p-10f;
@@ -136,35 +136,36 @@ void compare(const char* what, Array<T>& got, Array<T>& expected) {
   }
 }
 
-enum class Exchange { kFlags, kCluster, kFlagsScatter, kClusterScatter };
+enum class Form { kFlags, kCluster, kFlagsReduceScatter, kClusterReduceScatter };
 
-// A split that uses what there is: several chunks, segments, warps along the depth, tiles of rows for each warp.
-Split split_of(Exchange exchange, int row_gates, int sent_gates) {
+// A split that uses what there is: several batch tiles, segments, warps along the depth, tiles of rows for each warp.
+Split split_of(Form form, int row_gates, int sent_gates) {
   Split s{};
   s.units = kUnits, s.ctas = kCtas;
-  s.cluster = exchange == Exchange::kCluster || exchange == Exchange::kClusterScatter;
-  s.scatter = exchange == Exchange::kFlagsScatter || exchange == Exchange::kClusterScatter;
-  s.chunks = s.cluster ? 1 : 2;
+  s.cluster = form == Form::kCluster || form == Form::kClusterReduceScatter;
+  s.reduce_scatter = form == Form::kFlagsReduceScatter || form == Form::kClusterReduceScatter;
+  s.batch_tiles = s.cluster ? 1 : 2;
   s.rows = s.cluster ? kClusterRows : kBatch;
   s.parts = (kBatch + s.rows - 1) / s.rows;
   while (1 << s.column_bits < (s.cluster ? s.rows : kColumns)) ++s.column_bits;
-  s.m_bits = s.scatter ? (s.cluster ? 0 : 1) : row_gates > 1 ? (s.cluster ? 1 : 2) : 0;
-  s.k_warps = s.scatter || row_gates > 1 || Tile::kDepth == 8 ? 1 : 2;
-  s.segments = s.cluster || s.scatter ? 1 : row_gates > 1 ? 2 : 3;
-  const int tiles = (s.scatter ? 1 : kCtas) * kUnits * sent_gates / Tile::kDepth, shares = s.k_warps * s.segments * Tile::kBlock;
-  s.depths = (tiles + shares - 1) / shares * Tile::kBlock;
+  s.m_bits = s.reduce_scatter ? (s.cluster ? 0 : 1) : row_gates > 1 ? (s.cluster ? 1 : 2) : 0;
+  s.k_warps = s.reduce_scatter || row_gates > 1 || Tile::kDepth == 8 ? 1 : 2;
+  s.k_segments = s.cluster || s.reduce_scatter ? 1 : row_gates > 1 ? 2 : 3;
+  const int tiles = (s.reduce_scatter ? 1 : kCtas) * kUnits * sent_gates / Tile::kDepth;
+  const int shares = s.k_warps * s.k_segments * Tile::kBlock;
+  s.k_tiles = (tiles + shares - 1) / shares * Tile::kBlock;
   return s;
 }
 
 struct Run {
   Split split;
-  TileFacts tile{Tile::kDepth, Tile::kVector, Tile::kResident, kColumns, Tile::kBlock};
+  TileFacts tile = facts_of_tile<Tile>(kNTiles);
   gpu::Launch how;
   Array<gpu::Vec16> operands;
   Array<uint32_t> flags;
 
-  Run(Exchange exchange, int row_gates, int sent_gates, int states)
-      : split(split_of(exchange, row_gates, sent_gates)),
+  Run(Form form, int row_gates, int sent_gates, int states)
+      : split(split_of(form, row_gates, sent_gates)),
         how{split.parts * kCtas,
             kThreads,
             split.cluster ? kCtas : 1,
@@ -178,7 +179,7 @@ struct Run {
 #endif
   }
 
-  Meeting meeting() { return {operands.data(), flags.data()}; }
+  ExchangeBuffers buffers() { return {operands.data(), flags.data()}; }
 };
 
 // What a pass sends and waits for is known: every CTA's part of each step's operand, or of the sums, to every CTA of its team, without
@@ -186,8 +187,8 @@ struct Run {
 void check_counters([[maybe_unused]] const Run& run, [[maybe_unused]] int row_gates, [[maybe_unused]] int sent_gates) {
 #if !defined(__CUDACC__)
   const gpu::host::Counters seen = gpu::host::counters();
-  const int operand = GatherLayout(run.split, run.tile, row_gates, sent_gates).own << run.split.column_bits;
-  const int message = run.split.scatter ? ScatterLayout(run.split, run.tile).sent : operand;
+  const int operand = AllGatherLayout(run.split, run.tile, row_gates, sent_gates).own << run.split.column_bits;
+  const int message = run.split.reduce_scatter ? ReduceScatterLayout(run.split, run.tile).sent : operand;
   const uint64_t messages = run.split.parts * kSteps * kCtas * kCtas;
   CHECK(seen.st_async == (run.split.cluster ? messages * message : 0), "%d", static_cast<int>(seen.st_async));
   CHECK(seen.flags_waited == (run.split.cluster ? 0 : messages), "%d", static_cast<int>(seen.flags_waited));
@@ -195,41 +196,41 @@ void check_counters([[maybe_unused]] const Run& run, [[maybe_unused]] int row_ga
 #endif
 }
 
-void forward(Exchange exchange, bool reverse) {
+void forward(Form form, bool reverse) {
   Problem p(reverse);
-  Run run(exchange, kGates, 1, 1);
+  Run run(form, kGates, 1, 1);
   Array<Number> y(p.y.count()), h_n(p.h_n.count()), gates(p.gates.count());
   Array<float> c(p.c.count()), c_n(p.c_n.count());
-  harness::must_run(forward_kernel<Lstm, Tile, kTiles>, run.how,
+  harness::must_run(forward_kernel<Lstm, Tile, kNTiles>, run.how,
                     ForwardParams{p.x.data(), p.weight.data(), nullptr, p.h0.data(), p.c0.data(), y.data(), h_n.data(),
-                                  c_n.data(), c.data(), gates.data(), p.walk(), run.split, run.meeting()});
+                                  c_n.data(), c.data(), gates.data(), p.walk(), run.split, run.buffers()});
   if (harness::failures) return;
   check_counters(run, kGates, 1);
   compare("y", y, p.y), compare("c", c, p.c), compare("gates", gates, p.gates), compare("h_n", h_n, p.h_n),
       compare("c_n", c_n, p.c_n);
 }
 
-void backward(Exchange exchange, bool reverse) {
+void backward(Form form, bool reverse) {
   Problem p(reverse);
-  Run run(exchange, 1, kGates, 2);
+  Run run(form, 1, kGates, 2);
   Array<Number> dgates(p.dgates.count()), dh0(p.dh0.count());
   Array<float> dc0(p.dc0.count());
-  const auto kernel = run.split.scatter ? backward_scatter_kernel<Lstm, Tile> : backward_kernel<Lstm, Tile, kTiles>;
+  const auto kernel = run.split.reduce_scatter ? backward_reduce_scatter_kernel<Lstm, Tile> : backward_kernel<Lstm, Tile, kNTiles>;
   harness::must_run(kernel, run.how,
                     BackwardParams{p.dy.data(), p.dh_n.data(), p.dc_n.data(), nullptr, p.weight.data(), nullptr, p.h0.data(),
                                    p.c0.data(), p.y.data(), p.c.data(), p.gates.data(), dgates.data(), nullptr, dh0.data(),
-                                   dc0.data(), p.walk(), run.split, run.meeting()});
+                                   dc0.data(), p.walk(), run.split, run.buffers()});
   if (harness::failures) return;
   check_counters(run, 1, kGates);
   compare("dgates", dgates, p.dgates), compare("dh0", dh0, p.dh0), compare("dc0", dc0, p.dc0);
 }
 
-void forward_flags() { forward(Exchange::kFlags, false); }
-void forward_cluster() { forward(Exchange::kCluster, true); }
-void backward_flags() { backward(Exchange::kFlags, true); }
-void backward_cluster() { backward(Exchange::kCluster, false); }
-[[maybe_unused]] void backward_flags_scatter() { backward(Exchange::kFlagsScatter, false); }
-[[maybe_unused]] void backward_cluster_scatter() { backward(Exchange::kClusterScatter, true); }
+void forward_flags() { forward(Form::kFlags, false); }
+void forward_cluster() { forward(Form::kCluster, true); }
+void backward_flags() { backward(Form::kFlags, true); }
+void backward_cluster() { backward(Form::kCluster, false); }
+[[maybe_unused]] void backward_flags_reduce_scatter() { backward(Form::kFlagsReduceScatter, false); }
+[[maybe_unused]] void backward_cluster_reduce_scatter() { backward(Form::kClusterReduceScatter, true); }
 
 const harness::Test tests[] = {
     {"forward_flags", forward_flags, false},
@@ -237,8 +238,8 @@ const harness::Test tests[] = {
     {"backward_flags", backward_flags, false},
     {"backward_cluster", backward_cluster, true},
 #if FASTSEQ_TEST_WIDTH == 1
-    {"backward_flags_scatter", backward_flags_scatter, false},
-    {"backward_cluster_scatter", backward_cluster_scatter, true},
+    {"backward_flags_reduce_scatter", backward_flags_reduce_scatter, false},
+    {"backward_cluster_reduce_scatter", backward_cluster_reduce_scatter, true},
 #endif
 };
 

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_suffix(".json")
 REGISTERS = 255  # that a thread can have
 RESERVED = 1 << 10  # bytes of shared memory that the system takes of each block; the compiler counts them from sm_90 on
-SCATTER = "backward_scatter"  # chunks of one tile of columns only
-DIRECTIONS = ("forward", "backward", SCATTER)
+REDUCE_SCATTER = "backward_reduce_scatter"  # batch tiles of one tile of columns only
+DIRECTIONS = ("forward", "backward", REDUCE_SCATTER)
 TILES = {"Half": "fp16", "Bfloat16": "bf16", "TileTf32": "tf32", "TileFloat": "fp32"}
 PRODUCTS = {"fp16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16", "tf32": "HMMA.1688.F32.TF32", "fp32": "FFMA"}
 ADDRESSES = "addresses and counters of a step, read before and after its products: weights have the registers"
@@ -107,7 +107,9 @@ def kernels(file: Path) -> list[Kernel]:
 
 def words_of(name: str) -> str:
     """forward lstm bf16 wide; of other kernels than the recurrence's the name alone"""
-    match = re.search(r"(forward|backward|backward_scatter)_kernel<(?:\w+::)*(\w+), (.*?)(?:, (?:\(int\))?(\d+))?>\(", name)
+    match = re.search(
+        r"(forward|backward|backward_reduce_scatter)_kernel<(?:\w+::)*(\w+), (.*?)(?:, (?:\(int\))?(\d+))?>\(", name
+    )
     if not match:
         return re.sub(r"\(.*", "", name.replace("(anonymous namespace)::", "")).split("::")[-1].split()[-1]
     direction, cell, tile, columns = match.groups()
@@ -124,7 +126,11 @@ def architectures() -> list[str]:
 def expected(where: Iterable[str]) -> set[str]:
     """Keys of the recurrent kernels of some architectures."""
     sizes = product(DIRECTIONS, CELLS, PRODUCTS, ("", " wide"), where)
-    return {f"{way} {cell} {precision}{wide} {arch}" for way, cell, precision, wide, arch in sizes if way != SCATTER or not wide}
+    return {
+        f"{way} {cell} {precision}{wide} {arch}"
+        for way, cell, precision, wide, arch in sizes
+        if way != REDUCE_SCATTER or not wide
+    }
 
 
 def unlike(keys: Iterable[str], where: list[str]) -> set[str]:

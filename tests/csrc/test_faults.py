@@ -28,14 +28,28 @@ class Fault:
     sanitizer: str = "plain"
     file: str = "tests/csrc/exchange.cu"
     program: str = "exchange"
+    tests: tuple[str, ...] = ()  # of the program; none: all
 
 
-def engine(name: str, old: str, new: str, seen: str, sanitizer: str = "plain", file: str = "gather.cuh") -> Fault:
-    return Fault(f"recurrent: {name}", old, new, seen, sanitizer, f"csrc/recurrent/{file}", "recurrent")
+def engine(
+    name: str, old: str, new: str, seen: str, sanitizer: str = "plain", file: str = "all_gather.cuh", tests: tuple[str, ...] = ()
+) -> Fault:
+    return Fault(f"recurrent: {name}", old, new, seen, sanitizer, f"csrc/recurrent/{file}", "recurrent", tests)
 
 
 FORWARD, BACKWARD, LAYOUT = "forward_kernel.cuh", "backward_kernel.cuh", "layout.h"
-WEIGHTS, SCATTER = "weights.cuh", "scatter.cuh"
+WEIGHTS, EXCHANGE, REDUCE_SCATTER = "weights.cuh", "exchange.cuh", "reduce_scatter.cuh"
+# What both exchanges share is wrong for either of them.
+SUMS = ("backward_flags_reduce_scatter", "backward_cluster_reduce_scatter")
+OPERANDS = ("forward_flags", "forward_cluster", "backward_flags", "backward_cluster")
+
+
+def of_both(name: str, old: str, new: str, seen: str) -> tuple[Fault, Fault]:
+    return (
+        engine(name, old, new, seen, file=EXCHANGE, tests=OPERANDS),
+        engine(f"sums: {name}", old, new, seen, file=EXCHANGE, tests=SUMS),
+    )
+
 
 FAULTS = [
     # states and flags in global memory
@@ -108,7 +122,7 @@ FAULTS = [
     ),
     Fault("misaligned vector", "stage + n * kRows + 8 * half", "stage + n * kRows + half", "misaligned address", "address"),
     # what no order of threads shows
-    Fault("relaxed flag", "kRelease = 3;", "kRelease = 0;", RACE, "thread", "csrc/host/primitives.cpp"),
+    Fault("relaxed flag", "kRelease = 3;", "kRelease = 0;", RACE, "thread", "tests/csrc/emulator/primitives.cpp"),
     Fault(
         "two write the same",
         "p.out[n * kDepth + m] = last[n * kStride + m];",
@@ -117,29 +131,29 @@ FAULTS = [
         "thread",
     ),
     # the recurrent kernels
-    engine("no wait for flags", "if (gpu::warp() == 0) gpu::flags_wait(flags_, split_.ctas, epoch);", "", WRONG),
-    engine("flags seen by one warp", "split_.ctas, epoch);\n      gpu::cta_sync();", "split_.ctas, epoch);", WRONG),
+    *of_both("no wait for flags", "if (gpu::warp() == 0) gpu::flags_wait(flags_, split_.ctas, epoch);", "", WRONG),
+    *of_both("flags seen by one warp", "split_.ctas, epoch);\n    gpu::cta_sync();", "split_.ctas, epoch);", WRONG),
     engine(
         "no wait for copies", "gpu::cp_wait<0>();", "gpu::cp_wait<1>();", f"{WRONG}|without having waited for this cp_async16"
     ),
     engine("copies of one warp", "gpu::cta_sync();  // it is here, and the other buffer is free", "", WRONG),
     engine("one operand", "operands_ + (epoch & 1) * operand_vectors()", "operands_ + (epoch & 0) * operand_vectors()", WRONG),
-    engine(
+    *of_both(
         "a CTA skips its flag",
         "gpu::flag_publish(flags_ + rank_",
         "if (rank_ == 0) gpu::flag_publish(flags_ + rank_",
         "deadlock: ",
     ),
-    engine("no first cluster_sync", "gpu::cluster_sync();\n    } else", "} else", "never initialised, or overwritten"),
-    engine("no wait for a phase", "gpu::mbarrier_wait(arrived, (epoch - 1) / 2 & 1);", "", f"{WRONG}|second arrival"),
-    engine("wrong parity", "(epoch - 1) / 2 & 1", "epoch / 2 & 1", f"{WRONG}|deadlock|second arrival"),
-    engine(
+    *of_both("no first cluster_sync", "gpu::cluster_sync();", "", "never initialised, or overwritten"),
+    *of_both("no wait for a phase", "gpu::mbarrier_wait(arrived, (epoch - 1) / 2 & 1);", "", f"{WRONG}|second arrival"),
+    *of_both("wrong parity", "(epoch - 1) / 2 & 1", "epoch / 2 & 1", f"{WRONG}|deadlock|second arrival"),
+    *of_both(
         "does not expect",
         "if (gpu::tid() == 0) gpu::mbarrier_expect",
         "if (gpu::tid() < 0) gpu::mbarrier_expect",
         "misses 1 arrivals",
     ),
-    engine("expects too much", "2, bytes());", "2, 2 * bytes());", "deadlock: .*misses 0 arrivals"),
+    *of_both("expects too much", "2, bytes);", "2, 2 * bytes);", "deadlock: .*misses 0 arrivals"),
     engine("one slot", "(epoch & 1) * buffer_vectors() + rank_ * layout_", "rank_ * layout_", WRONG),
     engine("sums of one warp", "gpu::cta_sync();  // the sums are there", "", WRONG),
     engine("sent too early", "      gpu::cta_sync();\n    }\n    if (steps", "    }\n    if (steps", WRONG, file=FORWARD),
@@ -155,43 +169,31 @@ FAULTS = [
     engine("no room for barriers", "piece_bytes<gpu::Mbarrier>(2)", "0", "bytes of shared memory, launched with", file=LAYOUT),
     engine(
         "one buffer for copies",
-        "split_.chunks) bring(piece + 1,",
-        "split_.chunks) bring(piece,",
+        "split_.batch_tiles) bring(piece + 1,",
+        "split_.batch_tiles) bring(piece,",
         WRONG,
     ),
     engine("weights beyond H", "inside && from < hidden && to", "inside && to", "heap-buffer-overflow", "address", BACKWARD),
     engine("a row's sums go on in the next", "sums_[chain][tile][i] = 0;", "{}", WRONG, file=WEIGHTS),
-    engine("a row's depth goes on in the next", "operand -= depths * kStride;", "", WRONG, file=WEIGHTS),
+    engine("a row's depth goes on in the next", "operand -= k_tiles * kStride;", "", WRONG, file=WEIGHTS),
     engine("rows by turns", "row += split_.m_warps(), end", "row += 1, end", WRONG, file=WEIGHTS),
-    # partial sums, scattered
-    engine("sums: no wait for a phase", "gpu::mbarrier_wait(arrived, (epoch - 1) / 2 & 1);", "", f"{WRONG}|second", file=SCATTER),
-    engine("sums: wrong parity", "(epoch - 1) / 2 & 1", "epoch / 2 & 1", f"{WRONG}|deadlock|second arrival", file=SCATTER),
-    engine("sums: one slot", "received_ + (epoch & 1) * inbox() + which", "received_ + which", WRONG, file=SCATTER),
-    engine("sums: one place for all", "rank_ * layout_.sent + (unit <<", "(unit <<", WRONG, file=SCATTER),
-    engine(
-        "sums: does not expect",
-        "if (gpu::tid() == 0) gpu::mbarrier_expect",
-        "if (gpu::tid() < 0) gpu::mbarrier_expect",
-        "misses 1 arrivals",
-        file=SCATTER,
-    ),
-    engine("sums: of one warp", "gpu::cta_sync();  // the sums are there", "", WRONG, file=SCATTER),
-    engine("sums: no first cluster_sync", "bytes());\n    gpu::cluster_sync();", "bytes());", "never initialised", file=SCATTER),
+    # partial sums
+    engine("sums: one slot", "received_ + (epoch & 1) * inbox() + which", "received_ + which", WRONG, file=REDUCE_SCATTER),
+    engine("sums: one place for all", "rank_ * layout_.sent + (unit <<", "(unit <<", WRONG, file=REDUCE_SCATTER),
+    engine("sums: of one warp", "gpu::cta_sync();  // the sums are there", "", WRONG, file=REDUCE_SCATTER),
     engine(
         "sums: slots are too small",
         "smem.take<gpu::Vec16>(clusters() ? 2 *",
         "smem.take<gpu::Vec16>(clusters() ? 1 *",
         "writes outside of every piece|into a piece|outside",
         "address",
-        SCATTER,
+        REDUCE_SCATTER,
     ),
+    engine("sums: sent by one warp", "gpu::cta_sync();  // all warps have sent", "", WRONG, file=REDUCE_SCATTER),
     engine(
-        "sums: no wait for flags", "if (gpu::warp() == 0) gpu::flags_wait(", "if (false) gpu::flags_wait(", WRONG, file=SCATTER
+        "sums: one inbox", "((epoch & 1) * split_.batch_tiles", "((epoch & 0) * split_.batch_tiles", WRONG, file=REDUCE_SCATTER
     ),
-    engine("sums: flags seen by one warp", "epoch);\n      gpu::cta_sync();", "epoch);", WRONG, file=SCATTER),
-    engine("sums: sent by one warp", "gpu::cta_sync();  // all warps have sent", "", WRONG, file=SCATTER),
-    engine("sums: one inbox", "((epoch & 1) * split_.chunks", "((epoch & 0) * split_.chunks", WRONG, file=SCATTER),
-    engine("sums: of the next chunk", "if (chunk > 0) gpu::cta_sync();", "", WRONG, file=SCATTER),
+    engine("sums: of the next batch tile", "if (batch_tile > 0) gpu::cta_sync();", "", WRONG, file=REDUCE_SCATTER),
 ]
 
 
@@ -209,9 +211,9 @@ def planted(fault: Fault) -> Path:
 
 def output_of(fault: Fault, sanitizer: str) -> str:
     tree = planted(fault)
-    runtime = tree if fault.file.startswith("csrc/host/") else build.ROOT
+    runtime = tree if fault.file.startswith("tests/csrc/emulator/") else build.ROOT
     program = host_program(fault.program, sanitizer, tree=tree, runtime=runtime)
-    done = subprocess.run([str(program), "0", str(SEEDS)], capture_output=True, text=True, check=False, timeout=240)
+    done = subprocess.run([str(program), "0", str(SEEDS), *fault.tests], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode != 0, "nothing was seen"
     return done.stdout + done.stderr
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastseq.backends import cuda_host, library
+from fastseq.backends import library
+from support import cuda_host
 
 from .conftest import build, gpu_program, host_program
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastseq.backends import cuda_host
+from support import cuda_host
 
 pytestmark = pytest.mark.skipif(cuda_host.available() is not None, reason=str(cuda_host.available()))
 STEPS, SEEDS = 9, 12

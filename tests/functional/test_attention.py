@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastseq
 from fastseq import functional as F
+from fastseq.functional._attention_call import AttentionOptions, Options
 from support.modules import FP64
 
 B, HQ, HKV, TQ, TK, E, EV = 2, 4, 2, 18, 21, 8, 6
@@ -71,10 +76,11 @@ def from_table(table: Tensor, zero: int, at: Tensor) -> Tensor:
 def everything() -> tuple[dict[str, Any], dict[str, Any]]:
     """Features that combine, and the same for `dense`."""
     options = dict(
-        mask=torch.rand(B, 1, TQ, TK) > 0.2,
-        bias=normal(HQ, 1, TK),
-        causal="bottom_right",
-        window=(9, 4),
+        attn_mask=torch.rand(B, 1, TQ, TK) > 0.2,
+        attn_bias=normal(HQ, 1, TK),
+        causal=True,
+        alignment="bottom_right",
+        window_size=(9, 4),
         scale=0.4,
         softcap=2.0,
         relative_bias=normal(HQ, 11),
@@ -82,9 +88,13 @@ def everything() -> tuple[dict[str, Any], dict[str, Any]]:
     )
     at = distances(shift=TK - TQ)
     relative = from_table(options["relative_bias"], 5, at)
-    allowed = options["mask"] & (at <= 0) & (at >= -9)
+    allowed = options["attn_mask"] & (at <= 0) & (at >= -9)
     return options, dict(
-        after=options["bias"] + relative, allowed=allowed, scale=0.4, cap=lambda s: 2 * torch.tanh(s / 2), sinks=options["sinks"]
+        after=options["attn_bias"] + relative,
+        allowed=allowed,
+        scale=0.4,
+        cap=lambda s: 2 * torch.tanh(s / 2),
+        sinks=options["sinks"],
     )
 
 
@@ -93,19 +103,21 @@ def relative_keys() -> tuple[dict[str, Any], dict[str, Any]]:
     index = distances() + 8
     inside = (index >= 0) & (index < 15)
     product = torch.einsum("bhie,hije->bhij", rq, rk[:, index.clamp(0, 14)])
-    return dict(relative_query=rq, relative_key=rk, relative_key_zero=8), dict(before=torch.where(inside, product, 0))
+    return dict(relative_query=rq, relative_key=rk, relative_key_zero=8, alignment="top_left"), dict(
+        before=torch.where(inside, product, 0)
+    )
 
 
 def shared_relative_keys() -> tuple[dict[str, Any], dict[str, Any]]:
     rq, rk = normal(B, HQ, TQ, E), normal(1, LENGTH, E)
     product = torch.einsum("bhie,ije->bhij", rq, rk[0, distances() + TQ - 1])
-    return dict(relative_query=rq, relative_key=rk, relative_key_zero=TQ - 1), dict(before=product)
+    return dict(relative_query=rq, relative_key=rk, relative_key_zero=TQ - 1, alignment="top_left"), dict(before=product)
 
 
 def bias_of(*shape: int) -> Callable[[], tuple[dict[str, Any], dict[str, Any]]]:
     def options() -> tuple[dict[str, Any], dict[str, Any]]:
         bias = normal(*shape)
-        return dict(bias=bias), dict(after=bias)
+        return dict(attn_bias=bias), dict(after=bias)
 
     return options
 
@@ -113,7 +125,7 @@ def bias_of(*shape: int) -> Callable[[], tuple[dict[str, Any], dict[str, Any]]]:
 def mask_of(*shape: int) -> Callable[[], tuple[dict[str, Any], dict[str, Any]]]:
     def options() -> tuple[dict[str, Any], dict[str, Any]]:
         mask = torch.rand(shape) > 0.4
-        return dict(mask=mask), dict(allowed=mask)
+        return dict(attn_mask=mask), dict(allowed=mask)
 
     return options
 
@@ -125,17 +137,17 @@ def windowed(left: int, right: int, shift: int = 0, **options: Any) -> Callable[
 
 
 def lengths() -> tuple[dict[str, Any], dict[str, Any]]:
-    q_lengths, k_lengths = torch.tensor([18, 7]), torch.tensor([0, 13], dtype=torch.int32)
-    allowed = (torch.arange(TQ)[:, None] < q_lengths[:, None, None]) & (torch.arange(TK) < k_lengths[:, None, None])
-    return dict(q_lengths=q_lengths, k_lengths=k_lengths), dict(allowed=allowed[:, None])
+    seqlens_q, seqlens_k = torch.tensor([18, 7]), torch.tensor([0, 13], dtype=torch.int32)
+    allowed = (torch.arange(TQ)[:, None] < seqlens_q[:, None, None]) & (torch.arange(TK) < seqlens_k[:, None, None])
+    return dict(seqlens_q=seqlens_q, seqlens_k=seqlens_k), dict(allowed=allowed[:, None])
 
 
 def aligned_lengths() -> tuple[dict[str, Any], dict[str, Any]]:
-    q_lengths, k_lengths = torch.tensor([5, 18]), torch.tensor([13, 3])
+    seqlens_q, seqlens_k = torch.tensor([5, 18]), torch.tensor([13, 3])
     i, j = torch.arange(TQ)[:, None], torch.arange(TK)
-    tq, tk = q_lengths[:, None, None], k_lengths[:, None, None]
+    tq, tk = seqlens_q[:, None, None], seqlens_k[:, None, None]
     allowed = (i < tq) & (j < tk) & (j <= i + tk - tq)
-    return dict(q_lengths=q_lengths, k_lengths=k_lengths, causal="bottom_right"), dict(allowed=allowed[:, None])
+    return dict(seqlens_q=seqlens_q, seqlens_k=seqlens_k, causal=True, alignment="bottom_right"), dict(allowed=allowed[:, None])
 
 
 def blocks() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -150,7 +162,7 @@ def alibi(*shape: int) -> Callable[[], tuple[dict[str, Any], dict[str, Any]]]:
     def options() -> tuple[dict[str, Any], dict[str, Any]]:
         slopes = normal(*shape).detach().abs()  # as exact as the scores: rounded to fp32, they would be off by 1e-8
         at = distances(shift=TK - TQ).abs()
-        return dict(alibi_slopes=slopes, align="bottom_right"), dict(after=-slopes.reshape(-1, HQ, 1, 1) * at)
+        return dict(alibi_slopes=slopes, alignment="bottom_right"), dict(after=-slopes.reshape(-1, HQ, 1, 1) * at)
 
     return options
 
@@ -158,7 +170,9 @@ def alibi(*shape: int) -> Callable[[], tuple[dict[str, Any], dict[str, Any]]]:
 def relative_bias(heads: int, entries: int, zero: int | None, at: int) -> Callable[[], tuple[dict[str, Any], dict[str, Any]]]:
     def options() -> tuple[dict[str, Any], dict[str, Any]]:
         table = normal(heads, entries)
-        return dict(relative_bias=table, relative_bias_zero=zero), dict(after=from_table(table, at, distances()))
+        return dict(relative_bias=table, relative_bias_zero=zero, alignment="top_left"), dict(
+            after=from_table(table, at, distances())
+        )
 
     return options
 
@@ -180,17 +194,15 @@ FEATURES: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Any]]]] = {
     "bias [1, Tq, 1]": bias_of(1, TQ, 1),
     "bias [B, Hq, Tq, Tk]": bias_of(B, HQ, TQ, TK),
     "bias [B, 1, 1, Tk]": bias_of(B, 1, 1, TK),
-    "causal": windowed(-1, 0, causal=True),
-    "causal top left": windowed(-1, 0, causal="top_left"),
-    "causal bottom right": windowed(-1, 0, TK - TQ, causal="bottom_right"),
-    "causal with align": windowed(-1, 0, TK - TQ, causal=True, align="bottom_right"),
+    "causal": windowed(-1, 0, causal=True, alignment="top_left"),
+    "causal bottom right": windowed(-1, 0, TK - TQ, causal=True, alignment="bottom_right"),
     "causal with offset": windowed(-1, 0, -4, causal=True, offset=-4),
-    "window": windowed(3, 2, window=(3, 2)),
-    "window to the left": windowed(3, -1, window=(3, None)),
-    "window to the right": windowed(-1, 2, window=(-1, 2)),
-    "window of one": windowed(0, 0, window=(0, 0)),
-    "window causal": windowed(3, 0, window=(3, 5), causal=True),
-    "window aligned with offset": windowed(4, 1, TK - TQ + 2, window=(4, 1), align="bottom_right", offset=2),
+    "window": windowed(3, 2, window_size=(3, 2), alignment="top_left"),
+    "window to the left": windowed(3, -1, window_size=(3, None), alignment="top_left"),
+    "window to the right": windowed(-1, 2, window_size=(-1, 2), alignment="top_left"),
+    "window of one": windowed(0, 0, window_size=(0, 0), alignment="top_left"),
+    "window causal": windowed(3, 0, window_size=(3, 5), causal=True, alignment="top_left"),
+    "window aligned with offset": windowed(4, 1, TK - TQ + 2, window_size=(4, 1), alignment="bottom_right", offset=2),
     "alibi [Hq]": alibi(HQ),
     "alibi [B, Hq]": alibi(B, HQ),
     "relative bias": relative_bias(HQ, 9, None, 4),
@@ -216,10 +228,10 @@ def gradients(outputs: tuple[Tensor, ...], leaves: dict[str, Tensor]) -> dict[st
 
 
 def swapped(layout: str, tensor: Tensor) -> Tensor:
-    return tensor if layout == "bhte" else tensor.transpose(1, 2)
+    return tensor if layout == "bhsd" else tensor.transpose(1, 2)
 
 
-@pytest.mark.parametrize("layout", ["bhte", "bthe"])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name, layout):
     """Output, lse, weights and every gradient."""
@@ -240,7 +252,7 @@ if "cpu" in fastseq.backends.BACKENDS["triton"].devices:  # in its interpreter
     @pytest.mark.parametrize("name", ["everything", "relative keys of all heads"])
     def test_features_on_triton(name):
         with fastseq.use_backend("triton"):
-            test_features(name, "bthe")
+            test_features(name, "bshd")
 
 
 @pytest.mark.parametrize("name", ["plain", "bias [1, Tq, 1]", "sinks", "relative bias", "everything"])
@@ -259,7 +271,7 @@ PACKED = ["plain", "softcap", "causal", "causal bottom right", "window aligned w
 Q_LENGTHS, K_LENGTHS = [18, 0, 7], [5, 4, 21]
 
 
-@pytest.mark.parametrize("form", ["cu_seqlens", "jagged bhte", "jagged bthe"])
+@pytest.mark.parametrize("form", ["cu_seqlens", "jagged bhsd", "jagged bshd"])
 @pytest.mark.parametrize("name", PACKED)
 def test_packed(name, form):
     """Each sequence as if it were alone."""
@@ -283,7 +295,7 @@ def test_packed(name, form):
             own["alibi_slopes"] = own["alibi_slopes"][b]
         if "block_layout" in own:
             own["block_layout"] = own["block_layout"][..., : -(-Q_LENGTHS[b] // 16), : -(-K_LENGTHS[b] // 16)]
-        out, lse = F.attention(q[None, rows], k[None, keys], v[None, keys], **own, layout="bthe", return_lse=True)
+        out, lse = F.attention(q[None, rows], k[None, keys], v[None, keys], **own, layout="bshd", return_lse=True)
         outs.append(out[0])
         lses.append(lse[0])
     expected = torch.cat(outs), torch.cat(lses, 1)
@@ -296,7 +308,7 @@ def test_packed(name, form):
 
         def jagged(tensor: Tensor, offsets: Tensor) -> Tensor:
             nested = torch.nested.nested_tensor_from_jagged(tensor, offsets)
-            return nested.transpose(1, 2) if layout == "bhte" else nested
+            return nested.transpose(1, 2) if layout == "bhsd" else nested
 
         options |= {n: jagged(t, cu_q) for n, t in by_row.items()}
         nested = jagged(q, cu_q), jagged(k, cu_k), jagged(v, cu_k)
@@ -304,9 +316,9 @@ def test_packed(name, form):
         assert (
             out.is_nested
             and out.shape[:-1] == nested[0].shape[:-1]
-            and lse.shape == (3, HQ, nested[0].shape[1 + (layout == "bhte")])
+            and lse.shape == (3, HQ, nested[0].shape[1 + (layout == "bhsd")])
         )
-        actual = (out.transpose(1, 2) if layout == "bhte" else out).values(), lse.values()
+        actual = (out.transpose(1, 2) if layout == "bhsd" else out).values(), lse.values()
     torch.testing.assert_close(actual, expected, **FP64)
     torch.testing.assert_close(gradients(actual, leaves), gradients(expected, leaves), **GRADIENTS)
 
@@ -316,12 +328,12 @@ def test_nested_with_gaps():
     padded = torch.randn(2, 6, HQ, E)
     begin, length = torch.tensor([1, 0]), torch.tensor([3, 5])
     nested = torch.nested.narrow(padded, 1, begin, length, layout=torch.jagged)
-    for layout in ("bthe", "bhte"):
-        given = nested if layout == "bthe" else nested.transpose(1, 2)
+    for layout in ("bshd", "bhsd"):
+        given = nested if layout == "bshd" else nested.transpose(1, 2)
         parts = F.attention(given, given, given, layout=layout).unbind()
         for part, rows in zip(parts, (padded[:1, 1:4], padded[1:, :5]), strict=True):
-            alone = F.attention(rows, rows, rows, layout="bthe")[0]
-            torch.testing.assert_close(part, alone if layout == "bthe" else alone.transpose(0, 1))
+            alone = F.attention(rows, rows, rows, layout="bshd")[0]
+            torch.testing.assert_close(part, alone if layout == "bshd" else alone.transpose(0, 1))
 
 
 def test_what_is_returned():
@@ -358,26 +370,27 @@ def test_dropout():
     tensors = inputs()
     whole = F.attention(**tensors, return_weights=True)[1]
     torch.manual_seed(3)
-    out, weights = F.attention(**tensors, dropout=0.3, return_weights=True)
+    out, weights = F.attention(**tensors, dropout_p=0.3, return_weights=True)
     torch.manual_seed(3)
-    again = F.attention(**tensors, dropout=0.3)
-    assert torch.equal(out, again) and not torch.equal(out, F.attention(**tensors, dropout=0.3))
+    again = F.attention(**tensors, dropout_p=0.3)
+    assert torch.equal(out, again) and not torch.equal(out, F.attention(**tensors, dropout_p=0.3))
     kept = weights != 0
     torch.testing.assert_close(weights, torch.where(kept, whole / 0.7, 0))
     torch.testing.assert_close(out, weights @ tensors["v"].repeat_interleave(HQ // HKV, 1))
     share = kept.double().mean().item()
     assert abs(share - 0.7) < 5 * (0.3 * 0.7 / kept.numel()) ** 0.5
-    assert not F.attention(**tensors, dropout=1.0).any()
+    assert not F.attention(**tensors, dropout_p=1.0).any()
 
 
 def test_autocast():
     tensors = {n: t.detach().float().requires_grad_() for n, t in inputs().items()}
-    extra = dict(bias=torch.randn(TQ, TK), relative_bias=torch.randn(HQ, 5), sinks=torch.randn(HQ))
+    extra: dict[str, Any] = dict(attn_bias=torch.randn(TQ, TK), relative_bias=torch.randn(HQ, 5), sinks=torch.randn(HQ))
+    placed: dict[str, Any] = dict(alignment="top_left", return_lse=True)
     low, low_extra = ({n: t.detach().bfloat16() for n, t in group.items()} for group in (tensors, extra))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, lse = F.attention(**tensors, **extra, return_lse=True)
+        out, lse = F.attention(**tensors, **extra, **placed)
         gradient = torch.autograd.grad(out.float().sum(), tensors["q"])[0]
-    expected = F.attention(**low, **low_extra, return_lse=True)
+    expected = F.attention(**low, **low_extra, **placed)
     assert out.dtype == torch.bfloat16 and lse.dtype == gradient.dtype == torch.float32
     assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
 
@@ -418,8 +431,8 @@ def test_compile_for_any_size():
 
     def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, table: Tensor, slopes: Tensor, lengths: Tensor) -> Any:
         return F.attention(
-            q, k, v, bias=bias, relative_bias=table, relative_bias_zero=3, alibi_slopes=slopes, k_lengths=lengths, causal=True,
-            window=(6, 0), return_weights=True,
+            q, k, v, attn_bias=bias, relative_bias=table, relative_bias_zero=3, alibi_slopes=slopes, seqlens_k=lengths,
+            causal=True, window_size=(6, 0), alignment="top_left", return_weights=True,
         )  # fmt: skip
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
@@ -441,7 +454,7 @@ def test_compile_packed():
 
 SHARED: dict[str, Callable[[Tensor, Tensor, Tensor], dict[str, Any]]] = {
     "keys are values": lambda x, y, ints: dict(q=x, k=y, v=y, return_weights=True),
-    "queries are keys": lambda x, y, ints: dict(q=x, k=x, v=y, q_lengths=ints, k_lengths=ints),
+    "queries are keys": lambda x, y, ints: dict(q=x, k=x, v=y, seqlens_q=ints, seqlens_k=ints),
     "packed": lambda x, y, ints: dict(
         q=y[0], k=y[0], v=x[0], cu_seqlens_q=ints, cu_seqlens_k=ints, max_seqlen_q=HQ, max_seqlen_k=HQ),
     "relative queries": lambda x, y, ints: dict(
@@ -469,9 +482,13 @@ def test_vmap():
     torch.manual_seed(0)
     q, k, bias = torch.randn(3, B, HQ, TQ, E), torch.randn(3, B, HKV, TK, E), torch.randn(3, HQ, 1, TK)
     lengths = torch.tensor([[20, 3], [21, 0], [1, 7]])
-    function = torch.vmap(lambda q, k, bias, n: F.attention(q, k, k, bias=bias, k_lengths=n, causal=True))
+    function = torch.vmap(
+        lambda q, k, bias, n: F.attention(q, k, k, attn_bias=bias, seqlens_k=n, causal=True, alignment="top_left")
+    )
     rows = zip(q, k, bias, lengths, strict=True)
-    expected = [F.attention(one, keys, keys, bias=own, k_lengths=n, causal=True) for one, keys, own, n in rows]
+    expected = [
+        F.attention(one, keys, keys, attn_bias=own, seqlens_k=n, causal=True, alignment="top_left") for one, keys, own, n in rows
+    ]
     torch.testing.assert_close(function(q, k, bias, lengths), torch.stack(expected))
 
 
@@ -481,17 +498,26 @@ def tensor(*shape: int, **options: Any) -> Tensor:
 
 CU = torch.tensor([0, 4, 9], dtype=torch.int32)
 ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
-    (TypeError, "query must be a Tensor, not list", dict(q=[1])),
-    (TypeError, "mask must be a Tensor", dict(mask=[[True]])),
-    (TypeError, "offset must be an int, got float", dict(offset=1.0)),
-    (TypeError, "window must hold ints", dict(window=(1.5, 0))),
-    (ValueError, "layout must be one of bhte, bthe", dict(layout="thbe")),
-    (ValueError, "causal must be", dict(causal="left")),
-    (ValueError, "align must be", dict(align="left")),
-    (ValueError, "contradicts", dict(causal="top_left", align="bottom_right")),
-    (ValueError, r"window must be \(left, right\)", dict(window=(1, 2, 3))),
-    (ValueError, "at least 0, or None or -1", dict(window=(-2, 0))),
-    (ValueError, r"dropout must lie in \[0, 1\], got 1.5", dict(dropout=1.5)),
+    (TypeError, "^q must be a Tensor, not list", dict(q=[1])),
+    (TypeError, "mask must be a Tensor", dict(attn_mask=[[True]])),
+    (TypeError, "offset must be an int, got 1.0", dict(offset=1.0)),
+    (TypeError, "window_size must hold ints", dict(window_size=(1.5, 0))),
+    (ValueError, "layout must be one of bhsd, bshd, thd", dict(layout="sbhd")),
+    (ValueError, r"layout='thd' is \[N, H, E\]", dict(layout="thd")),
+    (TypeError, "causal must be a bool, got 'left'$", dict(causal="left")),
+    (TypeError, "'bottom_right'; where the queries stand is the alignment", dict(causal="bottom_right")),
+    (ValueError, "alignment must be one of top_left, bottom_right, got 'left'", dict(alignment="left")),
+    (ValueError, r"window_size must be \(left, right\), got \(1, 2, 3\)", dict(window_size=(1, 2, 3))),
+    (TypeError, r"window_size must be \(left, right\), .*, got 4: \(4, 0\) or \(4, 4\)", dict(window_size=4)),
+    (TypeError, "window_size must be .*, not str", dict(window_size="44")),
+    (ValueError, "at least 0, or None or -1", dict(window_size=(-2, 0))),
+    (ValueError, r"dropout_p must lie in \[0, 1\], got 1.5", dict(dropout_p=1.5)),
+    (TypeError, "dropout_p must be a number, got '0.1'", dict(dropout_p="0.1")),
+    (TypeError, "scale must be a number, not Tensor", dict(scale=tensor())),
+    (TypeError, "softcap must be a number, not NoneType", dict(softcap=None)),
+    (TypeError, "relative_bias_zero must be an int, got '4'", dict(relative_bias=tensor(4, 9), relative_bias_zero="4")),
+    (TypeError, "max_seqlen_q must be an int, got 5.0", dict(max_seqlen_q=5.0)),
+    (TypeError, "block_size must be an int, got '16'", dict(block_size="16")),
     (ValueError, "softcap must be finite and not negative", dict(softcap=-1.0)),
     (ValueError, "scale must be finite", dict(scale=float("nan"))),
     (ValueError, "return_weights", dict(return_weights="sum")),
@@ -502,13 +528,14 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (RuntimeError, "one batch size, got 2 and 1", dict(k=tensor(1, 2, 6, 8), v=tensor(1, 2, 6, 8))),
     (RuntimeError, "one dtype, got torch.float32, torch.float64", dict(k=tensor(2, 2, 6, 8, dtype=torch.float64))),
     (RuntimeError, "one device, got cpu, meta", dict(k=tensor(2, 2, 6, 8, device="meta"))),
-    (RuntimeError, "mask must be on the query's device", dict(mask=tensor(5, 6, dtype=torch.bool, device="meta"))),
-    (RuntimeError, "mask must be bool .*the bias", dict(mask=tensor(5, 6))),
-    (RuntimeError, r"\[2, 4, 5, 6\] or 1, got \[6\]", dict(mask=tensor(6, dtype=torch.bool))),
-    (RuntimeError, r"got \[2, 5, 6\]; one for each sequence is \[B, 1, Tq, Tk\]", dict(mask=tensor(2, 5, 6, dtype=torch.bool))),
-    (RuntimeError, r"bias must be .* got \[6, 5\]", dict(bias=tensor(6, 5))),
-    (RuntimeError, r"bias must be .* got \[2, 2, 5, 6\]", dict(bias=tensor(2, 2, 5, 6))),
-    (RuntimeError, "bias must have the query's dtype", dict(bias=tensor(5, 6, dtype=torch.float64))),
+    (RuntimeError, "mask must be on the query's device", dict(attn_mask=tensor(5, 6, dtype=torch.bool, device="meta"))),
+    (RuntimeError, "attn_mask must be bool .*the attn_bias", dict(attn_mask=tensor(5, 6))),
+    (RuntimeError, r"\[2, 4, 5, 6\] or 1, got \[6\]", dict(attn_mask=tensor(6, dtype=torch.bool))),
+    (RuntimeError, r"got \[2, 5, 6\]; one for each sequence is \[B, 1, Tq, Tk\]",
+     dict(attn_mask=tensor(2, 5, 6, dtype=torch.bool))),
+    (RuntimeError, r"bias must be .* got \[6, 5\]", dict(attn_bias=tensor(6, 5))),
+    (RuntimeError, r"bias must be .* got \[2, 2, 5, 6\]", dict(attn_bias=tensor(2, 2, 5, 6))),
+    (RuntimeError, "bias must have the query's dtype", dict(attn_bias=tensor(5, 6, dtype=torch.float64))),
     (RuntimeError, r"alibi_slopes must be \[Hq\] or", dict(alibi_slopes=tensor(2))),
     (RuntimeError, "alibi_slopes get no gradient", dict(alibi_slopes=tensor(4, requires_grad=True))),
     (RuntimeError, "alibi_slopes must be floating", dict(alibi_slopes=tensor(4, dtype=torch.int64))),
@@ -522,9 +549,9 @@ ERRORS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (RuntimeError, r"relative_key must be \[Hq or 1, M, E\]", dict(
         relative_query=tensor(2, 4, 5, 8), relative_key=tensor(2, 6, 8), relative_key_zero=0)),
     (RuntimeError, r"sinks must be \[Hq\] = \[4\], got \[2\]", dict(sinks=tensor(2))),
-    (RuntimeError, "q_lengths must be int32 or int64", dict(q_lengths=tensor(2))),
-    (RuntimeError, r"k_lengths must be \[B\] = \[2\], got \[3\]", dict(k_lengths=tensor(3, dtype=torch.int64))),
-    (RuntimeError, r"k_lengths must lie in 0..6, got \[7, 1\]", dict(k_lengths=torch.tensor([7, 1]))),
+    (RuntimeError, "seqlens_q must be int32 or int64", dict(seqlens_q=tensor(2))),
+    (RuntimeError, r"seqlens_k must be \[B\] = \[2\], got \[3\]", dict(seqlens_k=tensor(3, dtype=torch.int64))),
+    (RuntimeError, r"seqlens_k must lie in 0..6, got \[7, 1\]", dict(seqlens_k=torch.tensor([7, 1]))),
     (ValueError, "got no cu_seqlens_k", dict(q=tensor(9, 4, 8), k=tensor(9, 2, 8), v=tensor(9, 2, 8), cu_seqlens_q=CU)),
     (RuntimeError, r"q must be \[N, H, E\]", dict(cu_seqlens_q=CU, cu_seqlens_k=CU)),
     (ValueError, "go with cu_seqlens", dict(max_seqlen_q=5)),
@@ -551,9 +578,10 @@ def test_errors(kind, message, wrong):
         (RuntimeError, "of one length, got 2 and 3", dict(cu_seqlens_q=torch.tensor([0, 9]))),
         (RuntimeError, "must be int32 or int64", dict(cu_seqlens_q=CU.float())),
         (RuntimeError, "max_seqlen_k is 4, but the longest", dict(max_seqlen_k=4)),
-        (ValueError, "mask goes with padded", dict(mask=tensor(9, 9, dtype=torch.bool))),
-        (ValueError, "q_lengths goes with padded", dict(q_lengths=torch.tensor([4, 5]))),
+        (ValueError, "attn_mask goes with padded", dict(attn_mask=tensor(9, 9, dtype=torch.bool))),
+        (ValueError, "seqlens_q goes with padded", dict(seqlens_q=torch.tensor([4, 5]))),
         (ValueError, "return_weights goes with padded", dict(return_weights=True)),
+        (ValueError, "layout='bshd' is for padded sequences", dict(layout="bshd")),
     ],
 )
 def test_packed_errors(kind, message, wrong):
@@ -570,17 +598,17 @@ def test_any_strides():
     )
     contiguous = (t.contiguous() for t in (q, k, v))
     bias = torch.randn(TK, TQ).t()
-    torch.testing.assert_close(F.attention(q, k, v, bias=bias), F.attention(*contiguous, bias=bias.contiguous()))
+    torch.testing.assert_close(F.attention(q, k, v, attn_bias=bias), F.attention(*contiguous, attn_bias=bias.contiguous()))
 
 
-@pytest.mark.parametrize("layout", ["bhte", "bthe"])
-@pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(window=(4, 3), softcap=2.0)], ids=str)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(window_size=(4, 3), softcap=2.0)], ids=str)
 def test_merged_parts_are_the_whole(options, layout):
     """Attention over two halves of the keys, each at its offset, and the backward of each half with out and lse of the whole."""
     tensors = {n: t.detach().requires_grad_() for n, t in ((n, swapped(layout, t)) for n, t in inputs(16, 16).items())}
     q, k, v = tensors.values()
     whole = F.attention(q, k, v, layout=layout, **options, return_lse=True)
-    time = 2 if layout == "bhte" else 1
+    time = 2 if layout == "bhsd" else 1
     halves = list(zip(k.split(8, time), v.split(8, time), (0, -8), strict=True))
     parts = [F.attention(q, *kv, offset=offset, layout=layout, **options, return_lse=True) for *kv, offset in halves]
     merged = F.merge_attention(*parts[0], *parts[1], layout=layout)
@@ -635,7 +663,7 @@ def test_attention_grad_errors():
     q = torch.zeros(1, 2, 3, 4)
     out, lse = F.attention(q, q, q, return_lse=True)
     with pytest.raises(ValueError, match="dropout"):
-        F.attention_grad(out, q, q, q, out, lse, dropout=0.5)
+        F.attention_grad(out, q, q, q, out, lse, dropout_p=0.5)
     with pytest.raises(RuntimeError, match=r"lse must be \[1, 2, 3\]"):
         F.attention_grad(out, q, q, q, out, lse[..., None])
     with pytest.raises(TypeError, match="unexpected keyword"):
@@ -678,7 +706,7 @@ def test_t5_relative_bias(sizes, bidirectional):
         return
     tensors = inputs(tq, tk)
     leaves = tensors | dict(table=table)
-    actual = F.attention(**tensors, relative_bias=bias, relative_bias_zero=zero)
+    actual = F.attention(**tensors, relative_bias=bias, relative_bias_zero=zero, alignment="top_left")
     true = dense(**tensors, after=expected)[0]
     torch.testing.assert_close(gradients((actual,), leaves), gradients((true,), leaves), **GRADIENTS)
 
@@ -698,7 +726,7 @@ def shifted(scores: Tensor) -> Tensor:
     return torch.stack(rows, -2)
 
 
-@pytest.mark.parametrize("layout", ["bhte", "bthe"])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_transformer_xl(layout):
     torch.manual_seed(0)
     q, k, v = normal(B, HQ, TQ, E), normal(B, HQ, TK, E), normal(B, HQ, TK, E)
@@ -720,3 +748,111 @@ def test_explained():
         F.attention, torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), causal=True
     )
     assert explanation.backends == ["cpu"] and "attention forward" in str(explanation)
+
+
+@pytest.mark.parametrize("options, name", [
+    (dict(causal=True), "causal"),
+    (dict(window_size=(3, None)), "window_size"),
+    (dict(window_size=(-1, 2)), "window_size"),
+    (dict(causal=True, window_size=(2, 0)), "causal and window_size"),
+    (dict(alibi_slopes=torch.ones(4)), "alibi_slopes"),
+    (dict(relative_bias=torch.zeros(4, 5)), "relative_bias"),
+])  # fmt: skip
+def test_ambiguous_places_are_refused(options, name):
+    """torch counts from the first query, flash-attn from the last: the same words, other numbers."""
+    q, same, more = tensor(2, 4, 5, 8), tensor(2, 2, 5, 8), tensor(2, 2, 6, 8)
+    with pytest.raises(ValueError, match=f"{name} with 5 queries and 6 keys: ambiguous; pass alignment='bottom_right'"):
+        F.attention(q, more, more, **options)
+    F.attention(q, same, same, **options)
+    for said in (dict(alignment="top_left"), dict(alignment="bottom_right"), dict(offset=0)):
+        F.attention(q, more, more, **options, **said)
+
+
+def test_ambiguous_places_of_packed_sequences():
+    q, k, other = tensor(9, 4, 8), tensor(9, 2, 8), torch.tensor([0, 3, 9])
+    F.attention(q, k, k, cu_seqlens_q=CU, cu_seqlens_k=CU.clone(), causal=True)
+    with pytest.raises(ValueError, match="causal with cu_seqlens_q and cu_seqlens_k that are not seen to be equal: ambiguous"):
+        F.attention(q, k, k, cu_seqlens_q=CU, cu_seqlens_k=other, causal=True)
+    F.attention(q, k, k, cu_seqlens_q=CU, cu_seqlens_k=other, causal=True, alignment="top_left")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_ambiguous_places_are_refused_in_compiled_code(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k: F.attention(q, k, k, causal=True), backend="aot_eager", dynamic=dynamic)
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    torch.testing.assert_close(compiled(q, k), F.attention(q, k, k, causal=True))
+    with pytest.raises(ValueError, match="causal with 5 queries and 6 keys: ambiguous"):
+        compiled(q, torch.randn(2, 2, 6, 8))
+
+
+def test_exported_with_lengths_of_their_own():
+    """An alignment that is said leaves both lengths open."""
+
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return F.attention(q, k, k, causal=True, alignment="bottom_right")
+
+    tq, tk = torch.export.Dim("tq", min=2, max=64), torch.export.Dim("tk", min=2, max=64)
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    exported = torch.export.export(Module(), (q, k), dynamic_shapes=({2: tq}, {2: tk})).module()
+    for length in (7, 11):
+        k = torch.randn(2, 2, length, 8)
+        torch.testing.assert_close(exported(q, k), Module()(q, k))
+
+
+def test_time_before_heads_is_noticed():
+    """Where no model has so many heads; elsewhere shapes alone do not tell."""
+    wrong = tensor(1, 200, 4, 8)
+    with pytest.warns(UserWarning, match=r"200 heads of 4 steps here; pass layout='bshd'") as warned:
+        F.attention(wrong, wrong, wrong)
+    assert warned[0].filename == __file__
+    with pytest.raises(RuntimeError, match=r"got 9 and 5; \[B, T, H, E\] is layout='bshd'"):
+        F.attention(tensor(1, 9, 4, 8), tensor(1, 5, 4, 8), tensor(1, 5, 4, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.attention(wrong, wrong, wrong, layout="bhsd")
+        F.attention(wrong, wrong, wrong, layout="bshd")
+        F.attention(tensor(1, 128, 1, 8), tensor(1, 1, 4, 8), tensor(1, 1, 4, 8))
+
+
+def test_options_are_one_list():
+    """What the annotations promise, what is checked, and what help() shows."""
+    options = {field.name: field.type for field in dataclasses.fields(Options)}
+    annotated = {name: hint.__forward_arg__ for name, hint in AttentionOptions.__annotations__.items()}
+    assert options == annotated
+    signature = inspect.signature(F.attention)
+    assert list(signature.parameters) == ["q", "k", "v", *options, "return_lse", "return_weights"]
+    assert signature.parameters["softcap"].default == 0.0
+    assert not any(p.kind is p.VAR_KEYWORD for f in F.__all__ for p in inspect.signature(getattr(F, f)).parameters.values())
+
+
+@pytest.mark.parametrize("name, own", [
+    ("softmax_scale", "scale"), ("sm_scale", "scale"), ("is_causal", "causal"), ("window", "window_size"),
+    ("sliding_window", "window_size"), ("dropout", "dropout_p"), ("mask", "attn_mask"), ("bias", "attn_bias"),
+    ("q_lengths", "seqlens_q"), ("cu_seq_k", "cu_seqlens_k"), ("align", "alignment"), ("s_aux", "sinks"),
+    ("need_weights", "return_weights"), ("return_attn_probs", "return_lse"),
+])  # fmt: skip
+def test_names_of_other_packages(name, own):
+    message = f"attention() got an unexpected keyword argument '{name}'; it is called {own} here"
+    for function in (F.attention, torch.compile(F.attention, backend="eager")):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            function(*3 * (tensor(1, 2, 3, 8),), **{name: None})
+
+
+def test_names_of_nobody():
+    q = tensor(1, 2, 3, 8)
+    with pytest.raises(TypeError, match="'softcapp'; did you mean 'softcap'"):
+        F.attention(q, q, q, softcapp=1.0)
+    with pytest.raises(TypeError, match="'colour'; accepted: q, k, v, layout, attn_mask"):
+        F.attention(q, q, q, colour=1.0)
+    with pytest.raises(TypeError, match="'enable_gqa'; leave it out, k and v may always have fewer heads"):
+        F.attention(q, q, q, enable_gqa=True)
+    with pytest.raises(TypeError, match="transformer_xl_attention.. got an unexpected keyword argument 'causal'"):
+        F.transformer_xl_attention(q, q, q, q[0], q[0, :, 0], q[0, :, 0], causal=True)
+    with pytest.raises(TypeError, match="'splits'; it is called num_splits here"):
+        F.attention_with_kv_cache(q, q, q, cache_seqlens=torch.tensor([3]), splits=2)
+    with pytest.raises(TypeError, match="'lengths'; it is called cache_seqlens here"):
+        F.attention_with_kv_cache(q, q, q, lengths=torch.tensor([3]))
+    with pytest.raises(TypeError, match="'causal'; did you mean 'is_causal'"):
+        F.scaled_dot_product_attention(q, q, q, causal=True)

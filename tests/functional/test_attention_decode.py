@@ -11,38 +11,44 @@ B, HQ, HKV, E, PAGE, PAGES = 2, 4, 2, 8, 4, 5
 CAPACITY = PAGE * PAGES
 
 
-def caches(paged, layout="bhte", dtype=torch.float32):
+def caches(paged, layout="bhsd", dtype=torch.float32):
     """k_cache, v_cache full of NaN, and the block table."""
     shape = (B * PAGES + 1, PAGE, HKV, E) if paged else (B, CAPACITY, HKV, E)
     pair = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)]
-    if layout == "bhte":
+    if layout == "bhsd":
         pair = [cache.transpose(1, 2) for cache in pair]
     table = torch.randperm(B * PAGES + 1)[: B * PAGES].view(B, PAGES).int() if paged else None
     return *pair, table
 
 
-@pytest.mark.parametrize("layout", ["bhte", "bthe"])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("window", [None, (3, -1)])
 def test_a_growing_cache_is_one_attention(layout, paged, window):
     """A prompt at once, then one and three tokens at a time: the rows of causal attention over everything."""
     torch.manual_seed(0)
     q, k, v = torch.randn(B, HQ, 12, E), torch.randn(B, HKV, 12, E), torch.randn(B, HKV, 12, E)
-    expected, expected_lse = attention(q, k, v, causal=True, window=window, return_lse=True)
+    expected, expected_lse = attention(q, k, v, causal=True, window_size=window, return_lse=True)
     k_cache, v_cache, table = caches(paged, layout)
-    given = (lambda t: t) if layout == "bhte" else (lambda t: t.transpose(1, 2))
+    given = (lambda t: t) if layout == "bhsd" else (lambda t: t.transpose(1, 2))
     before = 0
     for count in (5, 1, 1, 3, 2):
         part = slice(before, before + count)
         out, lse = attention_with_kv_cache(
-            given(q[:, :, part]), k_cache, v_cache, lengths=torch.full((B,), before), k_new=given(k[:, :, part]),
-            v_new=given(v[:, :, part]), block_table=table, layout=layout, window=window, return_lse=True,
+            given(q[:, :, part]), k_cache, v_cache, cache_seqlens=torch.full((B,), before), k_new=given(k[:, :, part]),
+            v_new=given(v[:, :, part]), block_table=table, layout=layout, window_size=window, return_lse=True,
         )  # fmt: skip
         torch.testing.assert_close(given(out), expected[:, :, part])
         torch.testing.assert_close(lse, expected_lse[:, :, part])
         before += count
     again = attention_with_kv_cache(
-        given(q[:, :, -2:]), k_cache, v_cache, lengths=torch.full((B,), before), block_table=table, layout=layout, window=window
+        given(q[:, :, -2:]),
+        k_cache,
+        v_cache,
+        cache_seqlens=torch.full((B,), before),
+        block_table=table,
+        layout=layout,
+        window_size=window,
     )
     assert torch.equal(again, out)
 
@@ -52,7 +58,9 @@ def test_only_the_new_places_are_written(paged):
     k_cache, v_cache, table = caches(paged)
     lengths, new = torch.tensor([3, 7], dtype=torch.int32), torch.randn(B, HKV, 2, E)
     k_cache.zero_(), v_cache.zero_()
-    attention_with_kv_cache(torch.randn(B, HQ, 1, E), k_cache, v_cache, lengths=lengths, k_new=new, v_new=-new, block_table=table)
+    attention_with_kv_cache(
+        torch.randn(B, HQ, 1, E), k_cache, v_cache, cache_seqlens=lengths, k_new=new, v_new=-new, block_table=table
+    )
     rows = k_cache if table is None else torch.stack([torch.cat(list(k_cache[pages]), 1) for pages in table.long()])
     expected = torch.zeros(B, HKV, CAPACITY, E)
     for b, length in enumerate(lengths.tolist()):
@@ -65,17 +73,19 @@ def test_options_reach_the_op():
     torch.manual_seed(0)
     q, k, v = torch.randn(B, HQ, 3, E), torch.randn(B, HKV, 9, E), torch.randn(B, HKV, 9, E)
     slopes, sinks, lengths = torch.rand(B, HQ), torch.randn(HQ), torch.tensor([9, 5])
-    for options in (dict(scale=0.7), dict(softcap=1.5), dict(window=(2, 0)), dict(sinks=sinks), dict(alibi_slopes=slopes)):
-        expected = attention(q, k, v, causal="bottom_right", k_lengths=lengths, **options)
-        torch.testing.assert_close(attention_with_kv_cache(q, k, v, lengths=lengths, **options), expected)
-    expected = attention(q, k, v, align="bottom_right", window=(2, 1), k_lengths=lengths)
-    torch.testing.assert_close(attention_with_kv_cache(q, k, v, lengths=lengths, window=(2, 1), causal=False), expected)
+    for options in (dict(scale=0.7), dict(softcap=1.5), dict(window_size=(2, 0)), dict(sinks=sinks), dict(alibi_slopes=slopes)):
+        expected = attention(q, k, v, causal=True, alignment="bottom_right", seqlens_k=lengths, **options)
+        torch.testing.assert_close(attention_with_kv_cache(q, k, v, cache_seqlens=lengths, **options), expected)
+    expected = attention(q, k, v, alignment="bottom_right", window_size=(2, 1), seqlens_k=lengths)
+    torch.testing.assert_close(
+        attention_with_kv_cache(q, k, v, cache_seqlens=lengths, window_size=(2, 1), causal=False), expected
+    )
 
 
 def test_under_autocast_everything_takes_the_dtype_of_the_cache():
     k_cache, v_cache, _ = caches(False, dtype=torch.bfloat16)
     q, new = torch.randn(B, HQ, 1, E), torch.randn(B, HKV, 1, E)
-    call = dict(lengths=torch.zeros(B, dtype=torch.int32), k_new=new, v_new=new)
+    call = dict(cache_seqlens=torch.zeros(B, dtype=torch.int32), k_new=new, v_new=new)
     with pytest.raises(RuntimeError, match="must have one dtype"):
         attention_with_kv_cache(q, k_cache, v_cache, **call)
     with torch.autocast("cpu", torch.bfloat16):
@@ -86,7 +96,7 @@ def test_under_autocast_everything_takes_the_dtype_of_the_cache():
 
 def test_compiles_in_one_graph():
     def step(q, k_cache, v_cache, lengths, new, table):
-        return attention_with_kv_cache(q, k_cache, v_cache, lengths=lengths, k_new=new, v_new=new, block_table=table)
+        return attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens=lengths, k_new=new, v_new=new, block_table=table)
 
     q, new, lengths = torch.randn(B, HQ, 1, E), torch.randn(B, HKV, 1, E), torch.tensor([3, 7])
     k_cache, v_cache, table = (t.nan_to_num() for t in caches(True))
@@ -103,21 +113,22 @@ NEW = (B, HKV, 1, E)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (dict(layout="bhet"), ValueError, "layout must be one of bhte, bthe, got 'bhet'"),
-        (dict(causal="bottom_right"), ValueError, "causal must be a bool"),
-        (dict(window=(1, 2, 3)), ValueError, "window must be"),
+        (dict(layout="bhet"), ValueError, "layout must be one of bhsd, bshd, got 'bhet'"),
+        (dict(causal="bottom_right"), TypeError, "causal must be a bool"),
+        (dict(window_size=(1, 2, 3)), ValueError, "window_size must be"),
         (dict(softcap=-1.0), ValueError, "softcap must be finite and not negative"),
         (dict(scale=float("nan")), ValueError, "scale must be finite"),
-        (dict(splits=-1), ValueError, "splits must be an int and not negative"),
+        (dict(num_splits=-1), ValueError, "num_splits must not be negative"),
+        (dict(num_splits="2"), TypeError, "num_splits must be an int"),
         (dict(k_new=torch.zeros(NEW)), ValueError, "k_new and v_new go together"),
-        (dict(lengths=[1, 2]), TypeError, "lengths must be a Tensor"),
-        (dict(lengths=torch.ones(B)), RuntimeError, "lengths must be int32 or int64"),
-        (dict(lengths=torch.ones(B + 1, dtype=torch.int32)), RuntimeError, r"lengths must be \[B\] = \[2\]"),
-        (dict(lengths=torch.tensor([1, CAPACITY + 1])), RuntimeError, r"lengths must lie in 0\.\.20, got \[1, 21\]"),
+        (dict(cache_seqlens=[1, 2]), TypeError, "cache_seqlens must be a Tensor"),
+        (dict(cache_seqlens=torch.ones(B)), RuntimeError, "cache_seqlens must be int32 or int64"),
+        (dict(cache_seqlens=torch.ones(B + 1, dtype=torch.int32)), RuntimeError, r"cache_seqlens must be \[B\] = \[2\]"),
+        (dict(cache_seqlens=torch.tensor([1, CAPACITY + 1])), RuntimeError, r"cache_seqlens must lie in 0\.\.20, got \[1, 21\]"),
         (
-            dict(lengths=torch.tensor([1, CAPACITY]), k_new=torch.zeros(NEW), v_new=torch.zeros(NEW)),
+            dict(cache_seqlens=torch.tensor([1, CAPACITY]), k_new=torch.zeros(NEW), v_new=torch.zeros(NEW)),
             RuntimeError,
-            r"lengths must lie in 0\.\.19, got \[1, 20\]",
+            r"cache_seqlens must lie in 0\.\.19, got \[1, 20\]",
         ),
         (dict(q=torch.zeros(B, 3, 1, E)), RuntimeError, "heads must be a multiple of those of the cache, got 3 and 2"),
         (dict(q=torch.zeros(B + 1, HQ, 1, E)), RuntimeError, "must have one batch size, got 3 and 2"),
@@ -144,7 +155,7 @@ NEW = (B, HKV, 1, E)
 )
 def test_what_is_refused(changes, error, message):
     cache = torch.zeros(KV)
-    call = dict(q=torch.zeros(Q), k_cache=cache, v_cache=cache.clone(), lengths=torch.tensor([1, 2])) | changes
+    call = dict(q=torch.zeros(Q), k_cache=cache, v_cache=cache.clone(), cache_seqlens=torch.tensor([1, 2])) | changes
     with pytest.raises(error, match=message):
         attention_with_kv_cache(call.pop("q"), call.pop("k_cache"), call.pop("v_cache"), **call)
     assert not cache.any()
@@ -154,10 +165,13 @@ def test_entries_of_pages_out_of_use_may_be_anything():
     k_cache, v_cache, table = caches(True)
     k_cache, v_cache = torch.randn_like(k_cache), torch.randn_like(v_cache)
     lengths = torch.tensor([11, 17], dtype=torch.int32)
-    expected = attention_with_kv_cache(torch.ones(Q), k_cache, v_cache, lengths=lengths, block_table=table, window=(4, 0))
+    expected = attention_with_kv_cache(
+        torch.ones(Q), k_cache, v_cache, cache_seqlens=lengths, block_table=table, window_size=(4, 0)
+    )
     table[0, :1], table[0, 3:], table[1, :3] = -1, 1 << 30, -7
     assert torch.equal(
-        attention_with_kv_cache(torch.ones(Q), k_cache, v_cache, lengths=lengths, block_table=table, window=(4, 0)), expected
+        attention_with_kv_cache(torch.ones(Q), k_cache, v_cache, cache_seqlens=lengths, block_table=table, window_size=(4, 0)),
+        expected,
     )
     with pytest.raises(RuntimeError, match=r"block_table\[0, 0\] is -1"):
-        attention_with_kv_cache(torch.ones(Q), k_cache, v_cache, lengths=lengths, block_table=table, window=(8, 0))
+        attention_with_kv_cache(torch.ones(Q), k_cache, v_cache, cache_seqlens=lengths, block_table=table, window_size=(8, 0))

@@ -299,3 +299,20 @@ def test_arguments_stand_in_the_published_order():
     assert sorted(published) == flash_attn.__all__
     for name, arguments in published.items():
         assert list(inspect.signature(getattr(flash_attn, name)).parameters) == arguments
+
+
+def test_wrong_calls():
+    """Types and names, before anything runs."""
+    q, cache = torch.zeros(2, 1, 4, 8), torch.zeros(2, 16, 4, 8)
+    with pytest.raises(TypeError, match=r"flash_attn_func.* keyword argument 'scale'; it is called softmax_scale here"):
+        flash_attn.flash_attn_func(q, q, q, scale=1.0)
+    with pytest.raises(TypeError, match=r"window_size must be \(left, right\).* got 4"):
+        flash_attn.flash_attn_func(q, q, q, window_size=4)
+    with pytest.raises(TypeError, match="qkv must be a Tensor, not list"):
+        flash_attn.flash_attn_qkvpacked_func([1])
+    with pytest.raises(TypeError, match="cu_seqlens_q must be a Tensor, not NoneType"):
+        flash_attn.flash_attn_varlen_func(q[0], q[0], q[0], None, None, 1, 1)
+    with pytest.raises(TypeError, match="cache_seqlens must be an int or a Tensor"):
+        flash_attn.flash_attn_with_kvcache(q, cache, cache, cache_seqlens="3")
+    with pytest.raises(TypeError, match="cache_batch_idx must be a Tensor, not list"):
+        flash_attn.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=3, cache_batch_idx=[0, 1])

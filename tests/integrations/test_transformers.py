@@ -299,7 +299,7 @@ def test_prefill_in_pieces(case, padding, calls):
         results.append({"logits": valid_rows(case, given, torch.cat(rows, 1))})
     assert_all_close_to_truth(*results)
     assert any(call.get("offset") for call in calls)
-    assert all(call.get("mask") is None or call["mask"].shape[2] == 1 for call in calls)
+    assert all(call.get("mask") is None or call["attn_mask"].shape[2] == 1 for call in calls)
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -315,7 +315,7 @@ def test_documents_in_one_row(case, weights, calls):
     assert len(calls) == LAYERS
     for call in calls:
         if weights:
-            assert call["mask"].shape == (BATCH, 1, TIME, TIME)
+            assert call["attn_mask"].shape == (BATCH, 1, TIME, TIME)
         else:
             assert call["cu_seqlens_q"].tolist() == [0, 4, 11, 22, 23, 31, 33] and call["max_seqlen_q"] == 11
 

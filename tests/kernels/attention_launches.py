@@ -22,7 +22,7 @@ CALLS = ("forward", "backward", "weights", "weights_backward", "decode")
 EVERYTHING = "everything"
 REASONS = {  # variants and kernels that may spill, and why
     EVERYTHING: "no model uses every feature at once; it is compiled to see that the parts fit together",
-    "keys_backward": "dk and dv fill the registers; but for dropout, loops over tiles use little of what gives way",
+    "bwd_dkdv": "dk and dv fill the registers; but for dropout, loops over tiles use little of what gives way",
 }
 FEW = 8  # bytes of a thread
 FEW_REASON = "two words at most, which the compiler gives up to stay within a step of registers"
@@ -134,6 +134,7 @@ def launches(point: Point) -> list[Any]:
 
     from fastseq.backends.triton import attention, attention_decode
     from fastseq.benchmarks.gpu.triton_compile import attention_configs, recorded
+    from fastseq.ops.types import DecodeSpec
 
     torch.backends.cuda.matmul.allow_tf32 = point.dtype == "tf32"
     dtype = torch.float32 if point.dtype == "tf32" else getattr(torch, point.dtype)
@@ -166,9 +167,8 @@ def launches(point: Point) -> list[Any]:
             sinks = torch.empty(H, device="meta", dtype=dtype) if everything else None
             more = (30.0, 511, 0) if everything else (0.0, -1, 0)
             splits = 20 if point.variant == "split" else 8  # more than the merge holds at once, and fewer
-            attention_decode.attention_decode_forward(
-                q[:, :, :1], cache, cache, lengths, table, slopes, sinks, point.features**-0.5, *more, splits
-            )
+            call = DecodeSpec(lengths, table, slopes, sinks, point.features**-0.5, *more, splits)
+            attention_decode.attention_decode_forward(q[:, :, :1], cache, cache, call)
     return found
 
 

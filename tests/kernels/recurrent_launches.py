@@ -152,7 +152,7 @@ def call_of(point: Point) -> Any:
 
 def form_of(point: Point) -> str:
     """The form that the backend takes by itself."""
-    from fastseq.backends.triton.recurrent_parts import BackwardLaunch, ForwardLaunch
+    from fastseq.backends.triton.recurrent_args import BackwardLaunch, ForwardLaunch
     from fastseq.benchmarks.gpu.triton_compile import recurrent_configs
 
     with _precision(point), recurrent_configs(point.capability):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fastseq.backends import triton as backend
+from fastseq.backends.triton import _attention_backward as launcher
 from fastseq.ops.types import GRADIENTS
 from fastseq.reference import attention as reference
 from fastseq.testing import assert_all_close_to_truth, assert_close_to_truth, pooled_error
 from support.attention import AttentionCase, dense, make, spec_of
 from support.battery import in_fp64
 
-launcher = importlib.import_module("fastseq.backends.triton.attention_backward")  # the package has a function of this name
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = torch.float32 if DEVICE == "cuda" else torch.float64  # the widest that the kernels take there
 TILES = AttentionCase("tiles", batch=1, heads=(2, 1), lengths=(33, 35), features=(8, 12))

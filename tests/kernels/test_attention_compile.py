@@ -49,7 +49,7 @@ class TestGate(GateTests):
     def test_the_normal_run_has_every_kernel(self):
         table = GATE.read()["kernels"]
         seen = {kernel_of(key) for key in table if point_of(key) in self.NORMAL}
-        assert {kernel_of(key) for key in table} - seen <= {"delta_of_weights", "distances_backward"}  # in the slow run
+        assert {kernel_of(key) for key in table} - seen <= {"delta_of_weights", "bwd_drelbias"}  # in the slow run
 
     @pytest.mark.parametrize(
         ("products", "fault"),

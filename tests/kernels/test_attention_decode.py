@@ -9,23 +9,22 @@ import torch
 
 from fastseq import backends
 from fastseq.backends.triton.attention_decode import choose_parts, choose_tile
-from fastseq.ops.attention_decode import attention_decode
-from support.attention_decode import DecodeCase, decode_by_torch, make_decode
+from support.attention_decode import DecodeCase, decode, decode_by_torch, make_decode
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
 
 def decoded(case, dtype=torch.float64, **changes):
     with backends.use_backend("triton"):
-        return attention_decode(**make_decode(case, dtype) | changes)
+        return decode(**make_decode(case, dtype) | changes)
 
 
 @interpreted
-@pytest.mark.parametrize("splits", [2, 7, 18, 25])
-def test_every_cut_of_the_keys_gives_the_same(splits):
+@pytest.mark.parametrize("num_splits", [2, 7, 18, 25])
+def test_every_cut_of_the_keys_gives_the_same(num_splits):
     """Parts of several tiles, of one, and empty ones; the sink counts once."""
     case = DecodeCase(heads=2, heads_k=1, lengths=(300,), capacity=310, sinks=True)
-    for one, other in zip(decoded(case), decoded(case, splits=splits), strict=True):
+    for one, other in zip(decoded(case), decoded(case, num_splits=num_splits), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -33,7 +32,7 @@ def test_every_cut_of_the_keys_gives_the_same(splits):
 def test_more_rows_than_a_program_holds():
     case = DecodeCase(heads=6, heads_k=2, queries=12, lengths=(30, 17), capacity=32, left=9, slopes=1)
     expected = decode_by_torch(**make_decode(case, torch.float64))
-    for one, other in zip(decoded(case, splits=2), expected, strict=True):
+    for one, other in zip(decoded(case, num_splits=2), expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -46,10 +45,10 @@ def test_offsets_beyond_32_bits(device):
     inputs = make_decode(DecodeCase(heads=2, lengths=(2,), capacity=2), torch.float16, device)
     inputs |= {"k_cache": cache, "v_cache": cache}
     with backends.use_backend("triton"):
-        out, _ = attention_decode(**inputs)
+        out, _ = decode(**inputs)
     dense = cache.clone(memory_format=torch.contiguous_format)
     with backends.use_backend("triton"):
-        expected, _ = attention_decode(**inputs | {"k_cache": dense, "v_cache": dense})
+        expected, _ = decode(**inputs | {"k_cache": dense, "v_cache": dense})
     assert torch.equal(out, expected)
 
 

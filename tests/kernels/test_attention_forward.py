@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fastseq.backends import AttentionQuery
 from fastseq.backends import triton as backend
-from fastseq.backends.triton import attention_parts
+from fastseq.backends.triton import attention_args
 from fastseq.kernels.attention import bias, configs, mask, softmax
-from fastseq.kernels.attention.parts import DistanceRows, Dropout, Pairs, Parts, Sequences
+from fastseq.kernels.attention.args import DistanceRows, Dropout, Pairs, Parts, Sequences
 from fastseq.ops.types import Spec
 from fastseq.reference import attention as reference
 from fastseq.testing import assert_close_to_truth
@@ -129,8 +129,8 @@ def test_masks_windows_and_blocks_hide_what_they_should(block):
         1.0,
         left=20,
         right=10,
-        mask=attention_parts.pairs(dense[None, None].to(DEVICE)),
-        blocks=attention_parts.pairs(blocks[None, None].to(DEVICE)),
+        mask=attention_args.pairs(dense[None, None].to(DEVICE)),
+        blocks=attention_args.pairs(blocks[None, None].to(DEVICE)),
         block_size=block,
     )
     full = blocks.repeat_interleave(block, 0).repeat_interleave(block, 1)[:tq, :tk]
@@ -422,20 +422,20 @@ def test_the_interpreter_refuses_bfloat16():
 
 def test_parts_are_absent_where_they_change_nothing():
     q, k = _tensors(dtype=torch.float16)
-    parts, dropout, seq = attention_parts.parts_of(q, k, Spec(scale=0.5, left=124, right=10**12))
+    parts, dropout, seq = attention_args.parts_of(q, k, Spec(scale=0.5, left=124, right=10**12))
     assert parts._replace(base2=None) == Parts(0.5) and parts.base2 is not None
     assert dropout is None and seq == Sequences()
-    assert attention_parts.parts_of(q, k, Spec(left=123))[0].left == 123
-    assert attention_parts.parts_of(q.float(), k.float(), Spec())[0].base2 is None
+    assert attention_args.parts_of(q, k, Spec(left=123))[0].left == 123
+    assert attention_args.parts_of(q.float(), k.float(), Spec())[0].base2 is None
     assert all(
-        attention_parts.parts_of(q, k, spec)[0].base2 is None
+        attention_args.parts_of(q, k, spec)[0].base2 is None
         for spec in (Spec(scale=0.0), Spec(scale=-1.0), Spec(softcap=2.0), Spec(sinks=torch.zeros(2)))
     )
 
 
 def test_pairs_of_masks_are_their_bytes():
     visible = torch.tensor([[True, False]], device=DEVICE)[None, None].expand(3, 1, 1, 2)
-    pairs = attention_parts.pairs(visible)
+    pairs = attention_args.pairs(visible)
     assert pairs[1:] == (0, 0, 0, 1) and isinstance(pairs, Pairs) and pairs.pointer.dtype == torch.uint8
 
 
@@ -444,7 +444,7 @@ def test_products_of_fp32_follow_the_flag_of_torch(setting):
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = setting
-        assert attention_parts.precision(torch.float32) == setting
-        assert attention_parts.precision(torch.float16) == "ieee"
+        assert attention_args.precision(torch.float32) == setting
+        assert attention_args.precision(torch.float16) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

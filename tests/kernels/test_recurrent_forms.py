@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from fastseq import backends  # noqa: E402
 from fastseq import functional as F  # noqa: E402
 from fastseq.backends.triton import recurrent as triton_backend  # noqa: E402
-from fastseq.backends.triton.recurrent_parts import BackwardLaunch, ForwardLaunch  # noqa: E402
+from fastseq.backends.triton.recurrent_args import BackwardLaunch, ForwardLaunch  # noqa: E402
 from fastseq.cells import CELLS  # noqa: E402
 from fastseq.kernels.recurrent import configs  # noqa: E402
 from fastseq.ops.types import Backward, Forward, state_dtype  # noqa: E402

@@ -174,7 +174,9 @@ class TestSameAsTorch:
             torch.testing.assert_close(actual, expected)
 
     def test_constructor_and_state(self):
-        assert inspect.signature(fastseq.MultiheadAttention) == inspect.signature(nn.MultiheadAttention)
+        assert [(p.name, p.default) for p in inspect.signature(fastseq.MultiheadAttention).parameters.values()] == [
+            (p.name, p.default) for p in inspect.signature(nn.MultiheadAttention).parameters.values()
+        ]
         assert [*inspect.signature(fastseq.MultiheadAttention.forward).parameters.values()] == [
             parameter.replace(annotation=p.annotation)
             for parameter, p in zip(
@@ -188,7 +190,7 @@ class TestSameAsTorch:
             theirs = nn.MultiheadAttention(E, H, **options)
             torch.manual_seed(3)
             ours = fastseq.MultiheadAttention(E, H, **options)
-            assert repr(ours) == repr(theirs)
+            assert repr(ours) == f"fastseq.{theirs!r}"
             assert list(ours.state_dict()) == list(theirs.state_dict())
             for name, value in theirs.state_dict().items():
                 assert torch.equal(ours.state_dict()[name], value) and ours.state_dict()[name].dtype == value.dtype
@@ -615,3 +617,20 @@ class TestCompiled:
         x, padding = torch.randn(2, 9, E), torch.arange(9) >= torch.tensor([9, 4])[:, None]
         for a, e in zip(program.module()(x, x.clone(), x.clone(), padding), ours(x, x, x, padding), strict=True):
             torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_no_tensor(place):
+    """torch's type of error, which it raises from inside, and the name of the argument."""
+    x = torch.zeros(3, 2, 8)
+    given = [x, x, x, None, False, None]
+    given[(0, 1, 2, 3, 5)[place]] = [1]
+    name = ("query", "key", "value", "key_padding_mask", "attn_mask")[place]
+    with pytest.raises(AttributeError, match=f"MultiheadAttention: {name} must be a Tensor, not a list of 1"):
+        fastseq.MultiheadAttention(8, 2)(*given)
+
+
+def test_sizes_that_are_no_ints():
+    for arguments, name in ((("8", 2), "embed_dim"), ((8, "2"), "num_heads")):
+        with pytest.raises(TypeError, match=f"{name} must be an int, got '[82]'"):
+            fastseq.MultiheadAttention(*arguments)

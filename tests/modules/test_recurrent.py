@@ -63,7 +63,7 @@ class TestConstruction:
             assert torch.equal(actual[key], value), key
         theirs.load_state_dict(actual)
         ours.load_state_dict(expected)
-        assert repr(ours) == repr(theirs)
+        assert repr(ours) == f"fastseq.{theirs!r}"
         assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
         assert [[p.shape for p in layer] for layer in ours.all_weights] == [
             [p.shape for p in layer] for layer in theirs.all_weights
@@ -75,7 +75,7 @@ class TestConstruction:
         if name == "RNN":
             arguments.insert(3, "relu")
         theirs, ours = getattr(nn, name)(*arguments), getattr(fastseq, name)(*arguments)
-        assert repr(ours) == repr(theirs)
+        assert repr(ours) == f"fastseq.{theirs!r}"
         assert ours.mode == theirs.mode
         public = {k for k in vars(theirs) if not k.startswith("_")}
         assert public <= set(vars(ours))
@@ -424,7 +424,7 @@ class TestKeepType:
         assert isinstance(kept, getattr(nn, name)) and isinstance(kept, getattr(fastseq, name))
         assert cls.forward is getattr(fastseq, name).forward
         assert cls.__init__ is getattr(fastseq, name).__init__
-        assert repr(kept) == repr(theirs)
+        assert repr(kept) == f"fastseq.{theirs!r}"
         kept.load_state_dict(theirs.state_dict())
         input, hx = random(T, B, I), initial(ours)
         expected, actual = run(ours, input, hx), run(kept, input, hx)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
+import typing
 
 import pytest
 import torch
@@ -72,21 +74,21 @@ def test_layouts_agree(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_saved_and_loaded(name):
-    module = make(name, heads=2, zoneout=0.25, num_layers=2)
+    module = make(name, num_heads=2, zoneout=0.25, num_layers=2)
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
     for other in (copy.deepcopy(module), torch.load(file, weights_only=False)):
-        assert (other.heads, other.zoneout, repr(other)) == (2, 0.25, repr(module))
+        assert (other.num_heads, other.zoneout, repr(other)) == (2, 0.25, repr(module))
         other.eval(), module.eval()
         torch.testing.assert_close(flat(other(sequence())), flat(module(sequence())), rtol=0, atol=0)
-    assert "zoneout=0.25, heads=2" in repr(module)
+    assert "zoneout=0.25, num_heads=2" in repr(module)
     assert [len(names) for names in module.all_weights] == [len(names) for names in module._all_weights]
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_parameter_gets_a_gradient(name):
-    module = make(name, bidirectional=True, num_layers=2, heads=3, zoneout=0.3, weight_dropout=0.2)
+    module = make(name, bidirectional=True, num_layers=2, num_heads=3, zoneout=0.3, weight_dropout=0.2)
     module(sequence())[0].square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
 
@@ -101,7 +103,7 @@ def test_peepholes_of_zero_are_an_lstm():
 
 @pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN", "CoupledLSTM", "PeepholeLSTM", "SLSTM"))
 def test_heads_are_blocks_of_the_recurrent_weight(name):
-    blocks, whole = make(name, heads=2, bidirectional=True), make(name, bidirectional=True)
+    blocks, whole = make(name, num_heads=2, bidirectional=True), make(name, bidirectional=True)
     state = blocks.state_dict()
     for key, value in state.items():
         if key.startswith("weight_hh"):
@@ -167,7 +169,7 @@ def test_weight_dropout():
 @pytest.mark.parametrize("name", ("LayerNormLSTM", "SLSTM"))
 @pytest.mark.parametrize("training", (True, False))
 def test_compiled(name, training):
-    module = make(name, heads=2, zoneout=0.4, num_layers=2).train(training)
+    module = make(name, num_heads=2, zoneout=0.4, num_layers=2).train(training)
     call = torch.compile(module, fullgraph=True, backend="aot_eager")
     outputs = []
     for run in (call, module):
@@ -193,11 +195,16 @@ def test_autocast_and_double_backward(name):
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("LSTM", {"heads": 4}, ValueError, r"heads must be a positive integer that divides hidden_size \(6\), got 4"),
-        ("GRU", {"heads": 0}, ValueError, "got 0"),
-        ("GRU", {"heads": 2.0}, ValueError, "got 2.0"),
-        ("LSTM", {"heads": 2, "proj_size": 2}, ValueError, "proj_size and heads exclude each other"),
+        ("LSTM", {"num_heads": 4}, ValueError, r"num_heads must be a positive integer that divides hidden_size \(6\), got 4"),
+        ("GRU", {"num_heads": 0}, ValueError, "got 0"),
+        ("GRU", {"num_heads": 2.0}, ValueError, "got 2.0"),
+        ("LSTM", {"num_heads": 2, "proj_size": 2}, ValueError, "proj_size and num_heads exclude each other"),
         ("LSTM", {"zoneout": 1.5}, ValueError, "zoneout must be a number in .* got 1.5"),
+        ("LSTM", {"zoneout": "0.1"}, TypeError, "zoneout must be a number in .* got '0.1'"),
+        ("LSTM", {"zoneout": (0.1, None)}, TypeError, "got .0.1, None."),
+        ("RNN", {"weight_dropout": "0.1"}, TypeError, "weight_dropout must be a number, got '0.1'"),
+        ("GRU", {"num_heads": "2"}, TypeError, "num_heads must be a positive integer"),
+        ("GRU", {"recompute": "yes"}, TypeError, "recompute must be a bool, got 'yes'"),
         ("LSTM", {"zoneout": (0.1, 0.2, 0.3)}, ValueError, "got .0.1, 0.2, 0.3"),
         ("GRU", {"zoneout": (0.1, 0.2)}, ValueError, "zoneout must be a number in"),
         ("SLSTM", {"zoneout": (0.1, 0.2)}, ValueError, "zoneout must be a number in"),
@@ -234,11 +241,53 @@ def test_a_cell_without_c_has_none_to_return():
         fastseq.functional.recurrent("gru", sequence(), None, params, return_cells=True)
     with pytest.raises(ValueError, match="unknown cell 'lsmt'; accepted: rnn_tanh"):
         fastseq.functional.recurrent("lsmt", sequence(), None, params)
+    with pytest.raises(ValueError, match="unknown cell 'lstmm'; accepted: .*did you mean 'lstm'"):
+        fastseq.functional.recurrent_cell("lstmm", sequence()[0], None, params)
+    with pytest.raises(TypeError, match=r"hx must be a tuple of Tensors \(h, c\), not Tensor"):
+        fastseq.functional.lstm(sequence(), sequence(), params)
+    with pytest.raises(TypeError, match="input must be a Tensor, not list"):
+        fastseq.functional.gru([1.0], None, params)
+    with pytest.raises(TypeError, match="weight_ih must be a Tensor, not str"):
+        fastseq.functional.gru(sequence(), None, ["w", *params[1:]])
+    with pytest.raises(TypeError, match="dropout must be a number, got '0.5'"):
+        fastseq.functional.gru(sequence(), None, params, dropout="0.5")
+    with pytest.raises(TypeError, match="recurrent.. got an unexpected keyword argument 'heads'; it is called num_heads here"):
+        fastseq.functional.recurrent("gru", sequence(), None, params, heads=2)
     with pytest.raises(RuntimeError, match=r"gru has 1 states \(h\), got 2"):
         fastseq.functional.recurrent("gru", sequence(), (None, None), params)
 
 
 def test_kept_types_have_the_options():
-    module = keep_type.LSTM(I, H, zoneout=0.5, heads=2)
+    module = keep_type.LSTM(I, H, zoneout=0.5, num_heads=2)
     assert isinstance(module, nn.LSTM) and module.weight_hh_l0.shape == (4 * H, H // 2)
     assert fastseq.convert(nn.LSTM(I, H)) is not None
+
+
+PUBLIC = [(module, name) for module in (fastseq, keep_type) for name in module.__all__ if isinstance(getattr(module, name), type)
+          and issubclass(getattr(module, name), nn.Module)]  # fmt: skip
+
+
+@pytest.mark.parametrize("module, name", PUBLIC, ids=lambda value: getattr(value, "__name__", value))
+def test_a_public_class_goes_by_its_name(module, name):
+    """In repr, in help() and in Python's own errors, wherever its methods are written; and its signature is torch's."""
+    kind = getattr(module, name)
+    arguments = (8, 2) if name == "MultiheadAttention" else (8, 4)
+    assert repr(kind(*arguments)).startswith(f"fastseq.{name}(")
+    assert repr(type("Own", (kind,), {})(*arguments)).startswith("Own(")
+    assert kind.__init__.__qualname__ == f"{name}.__init__" and kind.forward.__qualname__ == f"{name}.forward"
+    assert kind.forward.__doc__
+    with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) missing"):
+        kind()
+    with pytest.raises(TypeError, match=rf"^{name}\.forward\(\) takes from"):
+        kind(*arguments)(*range(20))
+    parameters = inspect.signature(kind).parameters
+    assert {parameter.kind for parameter in parameters.values()} <= {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    }
+    if hasattr(nn, name) and hasattr(typing, "get_overloads"):
+        constructor = getattr(nn, name).__init__
+        theirs = list(inspect.signature([*typing.get_overloads(constructor), constructor][0]).parameters)[1:]
+        assert [own for own in parameters if own in theirs] == theirs
+        more = [parameter for own, parameter in parameters.items() if own not in theirs]
+        assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in more)

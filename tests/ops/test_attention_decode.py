@@ -10,13 +10,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastseq
 from fastseq import backends
-from fastseq.ops.attention_decode import attention_decode
 from fastseq.testing import assert_all_close_to_truth, pooled_error
 from support.attention_decode import (
     DECODE_CASES,
     LONG_DECODE_CASES,
     SMALL_DECODE_CASES,
     DecodeCase,
+    decode,
     decode_by_torch,
     make_decode,
 )
@@ -60,8 +60,8 @@ def check(case, dtype, backend, device="cpu"):
     """As close to the truth as PyTorch, and the same bits when run again."""
     inputs = make_decode(case, dtype, device)
     with backends.use_backend(backend):
-        results = attention_decode(**inputs)
-        again = attention_decode(**inputs)
+        results = decode(**inputs)
+        again = decode(**inputs)
     by_torch, truth = decode_by_torch(**inputs), decode_by_torch(**exactly(inputs))
     assert torch.equal(results[1] == -torch.inf, by_torch[1] == -torch.inf)
     assert_all_close_to_truth(finite(results), finite(by_torch), finite(truth), own_error=own_error(case, dtype))
@@ -74,7 +74,7 @@ def check(case, dtype, backend, device="cpu"):
 def test_results(case, dtype, backend):
     if refused(backend, case, dtype):
         with backends.use_backend(backend), pytest.raises(RuntimeError, match=f"'{backend}' was forced but cannot run"):
-            attention_decode(**make_decode(case, dtype))
+            decode(**make_decode(case, dtype))
         return
     check(case, dtype, backend)
 
@@ -99,7 +99,7 @@ def test_triton_on_a_gpu(case, dtype):
 def test_memory_layout_is_the_contracts(backend):
     inputs = make_decode(DecodeCase(queries=3), torch.float32)
     with backends.use_backend(backend):
-        out, lse = attention_decode(**inputs)
+        out, lse = decode(**inputs)
     assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous() and lse.dtype == torch.float32
 
 
@@ -107,8 +107,8 @@ def test_memory_layout_is_the_contracts(backend):
 def test_lengths_beyond_the_cache_are_clamped(backend):
     inputs = make_decode(DecodeCase(lengths=(35, 0)), torch.float32)
     with backends.use_backend(backend):
-        expected = attention_decode(**inputs)
-        results = attention_decode(**inputs | {"lengths": torch.tensor([99, -5], dtype=torch.int32)})
+        expected = decode(**inputs)
+        results = decode(**inputs | {"lengths": torch.tensor([99, -5], dtype=torch.int32)})
     assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
 
 
@@ -126,42 +126,42 @@ def test_wanted_gradients_are_refused():
     for name in ("q", "k_cache", "v_cache"):
         wanting = inputs | {name: inputs[name].detach().requires_grad_()}
         with pytest.raises(RuntimeError, match=r"has no backward.*fastseq\.functional\.attention"):
-            attention_decode(**wanting)
+            decode(**wanting)
         with torch.no_grad():
-            attention_decode(**wanting)
+            decode(**wanting)
 
 
 def test_compile_one_graph_for_every_length():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
-    def decode(tensors):
-        return attention_decode(**tensors, scale=0.3, splits=2)
+    def step(tensors):
+        return decode(**tensors, scale=0.3, num_splits=2)
 
-    compiled = torch.compile(decode, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     graphs = 0  # what the first call compiled
     for lengths, capacity in (((9, 3, 7), 11), ((12, 5, 2, 0, 8, 8, 1), 17)):  # sizes differ, or Dynamo takes them for one
         case = DecodeCase(lengths=lengths, capacity=capacity, queries=5, features=6, features_v=9)
         inputs = make_decode(case, torch.float32)
         tensors = {name: inputs[name] for name in ("q", "k_cache", "v_cache", "lengths")}
-        torch.testing.assert_close(compiled(tensors), decode(tensors))
+        torch.testing.assert_close(compiled(tensors), step(tensors))
         graphs = graphs or counter.frame_count
     assert counter.frame_count == graphs
 
 
 def test_vmap_and_functional_transforms_run_the_reference():
     inputs = make_decode(DecodeCase(lengths=(19, 35)), torch.float64)
-    expected, _ = attention_decode(**inputs)
-    stacked, _ = torch.func.vmap(lambda q: attention_decode(**inputs | {"q": q}))(torch.stack([inputs["q"], 2 * inputs["q"]]))
+    expected, _ = decode(**inputs)
+    stacked, _ = torch.func.vmap(lambda q: decode(**inputs | {"q": q}))(torch.stack([inputs["q"], 2 * inputs["q"]]))
     torch.testing.assert_close(stacked[0], expected)
-    torch.testing.assert_close(stacked[1], attention_decode(**inputs | {"q": 2 * inputs["q"]})[0])
+    torch.testing.assert_close(stacked[1], decode(**inputs | {"q": 2 * inputs["q"]})[0])
 
 
 def test_explain_names_the_call():
     inputs = make_decode(DecodeCase(page=5, softcap=2.0), torch.float32)
-    explanation = fastseq.explain(attention_decode, **inputs)
+    explanation = fastseq.explain(decode, **inputs)
     assert explanation.backends == ["reference"]
     text = str(explanation)
     assert "attention_decode decode" in text and "paged" in text and "softcap" in text
     inputs = make_decode(DecodeCase(), torch.float32)
-    assert fastseq.explain(attention_decode, **inputs).backends == ["cpu"]
+    assert fastseq.explain(decode, **inputs).backends == ["cpu"]

@@ -13,13 +13,13 @@ import torch
 import fastseq
 from fastseq import backends
 from fastseq import functional as F
-from fastseq.backends import cuda, cuda_host, library
+from fastseq.backends import cuda, library
 from fastseq.backends.cuda import recurrent
-from fastseq.backends.cuda.recurrent import Device
+from fastseq.backends.cuda.plan import Device, Numbers, fields, plan_of
 from fastseq.benchmarks.gpu.cuda_plans import ranked
 from fastseq.cells import CELLS
 from fastseq.testing import assert_all_close_to_truth, pooled_error
-from support import recurrent_equations
+from support import cuda_host, recurrent_equations
 from support.cases import RecurrentCase
 from support.recurrent import SEED, RecurrentBattery
 
@@ -30,7 +30,7 @@ H200 = Device(132, 227 << 10, 16, True)
 MACHINES = {
     "clusters": Device(32, 100 << 10, 8, True),
     "flags": Device(32, 100 << 10, 0, True),
-    "few": Device(9, 100 << 10, 0, True),  # chunks, waves, weights that do not fit the registers
+    "few": Device(9, 100 << 10, 0, True),  # batch tiles, waves, weights that do not fit the registers
     "small": Device(9, 12 << 10, 0, True),  # segments
     "smaller": Device(9, 8 << 10, 0, True),
     "alone": Device(4, 100 << 10, 0, False),  # CTAs that cannot wait for each other
@@ -131,7 +131,7 @@ def test_every_plan(cell, precision, machine):
     battery = RecurrentBattery()
     inputs = battery.make(case, PRECISIONS[precision])
     truth, plain, own = expected(battery, case, inputs, precision)
-    of = [recurrent._cut(cell, precision, backward, 11, 1, 56, MACHINES["clusters"]).of for backward in (False, True)]
+    of = [plan_of(cell, precision, backward, 11, 1, 56, MACHINES["clusters"]).of for backward in (False, True)]
     assert min(of) > 20
     for rank in range(max(of)):
         with ranked(min(rank, of[0] - 1), min(rank, of[1] - 1)):
@@ -146,19 +146,18 @@ def test_the_machines_take_every_form():
     plans = {}
     for name, shape, precision in itertools.product(MACHINES, SHAPES, PRECISIONS):
         for backward in (False, True):
-            plan = recurrent._cut(
-                shape.cell, precision, backward, shape.batch, 1 + shape.bidirectional, shape.hidden, MACHINES[name]
-            )
+            plan = plan_of(shape.cell, precision, backward, shape.batch, 1 + shape.bidirectional, shape.hidden, MACHINES[name])
             if not plan.obstacle:
                 n = plan.numbers
                 row_tiles = -(-n.units * (1 if backward else len(CELLS[shape.cell].gates)) // 16)
                 plans[name, shape, precision, backward] = (
                     str(plan)
-                    + ", beyond registers" * (n.depths * n.segments > 32)
+                    + ", beyond registers" * (n.k_tiles * n.k_segments > 32)
                     + ", rows by turns" * (1 << n.m_bits < row_tiles)
                     + ", no power of two" * (n.units.bit_count() > 1)
                 )
-    words = ["cluster", "flags", "chunks", "segments", "wide", "at a time", "of 1 CTAs", "beyond registers", "no power of two"]
+    words = ["cluster", "flags", "batch tiles", "segments", "wide", "at a time", "of 1 CTAs"]
+    words += ["beyond registers", "no power of two"]
     for backward in (False, True):
         for word in (*words, *(("flags, partial sums", "cluster, partial sums") if backward else ("rows by turns",))):
             assert any(word in text for key, text in plans.items() if key[3] == backward), word
@@ -199,8 +198,8 @@ def test_bytes_of_a_step(name, machine):
         forward = received(lambda: outputs.append(battery.run(inputs)))
         backward = received(lambda: battery.gradients(outputs[0], inputs))
     for back, bytes_received in ((False, forward), (True, backward)):
-        n = recurrent._cut("lstm", "bf16", back, 8, 1, 64, MACHINES[name]).numbers
-        each = 4 * -(-n.rows // 4) * 4 if n.scatter else (1 << n.column_bits) * 2 * (4 if back else 1)  # of a unit
+        n = plan_of("lstm", "bf16", back, 8, 1, 64, MACHINES[name]).numbers
+        each = 4 * -(-n.rows // 4) * 4 if n.reduce_scatter else (1 << n.column_bits) * 2 * (4 if back else 1)  # of a unit
         assert bytes_received == case.steps * n.teams * n.ctas * case.hidden * each
 
 
@@ -212,25 +211,26 @@ def test_plans_fit_the_device(device, cell):
     for precision, backward, batch, lanes, hidden in itertools.product(
         PRECISIONS, (False, True), (1, 8, 60, 300), (1, 2), (1, 63, 128, 500, 1024, 2048)
     ):
-        plan = recurrent._cut(cell, precision, backward, batch, lanes, hidden, device)
+        plan = plan_of(cell, precision, backward, batch, lanes, hidden, device)
         if plan.obstacle:
             assert hidden >= 500 and f"H={hidden}" in plan.obstacle
             continue
         n = plan.numbers
-        columns = (16 if precision == "ieee" else 32) if n.wide else 8
+        columns = 8 * n.n_tiles
+        assert n.n_tiles in (1, 2 if precision == "ieee" else 4)
         least = -(-hidden // n.units)
         assert n.units % 8 == 0 and gates * n.units <= 160 and n.ctas >= least and (n.cluster or n.ctas == least)
         assert n.teams == lanes * n.parts
-        row_tiles = -(-(n.units * n.ctas if n.scatter else n.units * (1 if backward else gates)) // 16)
+        row_tiles = -(-(n.units * n.ctas if n.reduce_scatter else n.units * (1 if backward else gates)) // 16)
         assert n.k_warps << n.m_bits <= 8
-        assert 1 << n.m_bits >= row_tiles or n.segments == 1
-        depth = gates * n.units * (1 if n.scatter else n.ctas) if backward else hidden
-        assert n.depths * n.k_warps * n.segments * (16 if precision in ("fp16", "bf16") else 8) >= depth
+        assert 1 << n.m_bits >= row_tiles or n.k_segments == 1
+        depth = gates * n.units * (1 if n.reduce_scatter else n.ctas) if backward else hidden
+        assert n.k_tiles * n.k_warps * n.k_segments * (16 if precision in ("fp16", "bf16") else 8) >= depth
         assert n.shared_bytes <= device.shared_bytes and 0 < n.teams_at_once <= n.teams
-        assert n.parts * n.rows >= batch > (n.parts - 1) * n.rows and n.rows <= n.chunks * columns
-        assert 1 << n.column_bits >= (columns if n.chunks > 1 else n.rows)
+        assert n.parts * n.rows >= batch > (n.parts - 1) * n.rows and n.rows <= n.batch_tiles * columns
+        assert 1 << n.column_bits >= (columns if n.batch_tiles > 1 else n.rows)
         if n.cluster:
-            assert n.ctas <= device.cluster and n.ctas.bit_count() == 1 and n.chunks == 1 and n.operand_bytes == 0
+            assert n.ctas <= device.cluster and n.ctas.bit_count() == 1 and n.batch_tiles == 1 and n.operand_bytes == 0
         else:
             assert n.teams_at_once * n.ctas <= device.multiprocessors
         assert plan.step_us > 0
@@ -241,16 +241,16 @@ def test_plans_for_a_hopper():
     """The shapes that the kernels exist for keep their weights on the device, with the exchange that fits them."""
     for batch in (1, 8):
         for units in (16, 24, 32):
-            text = str(recurrent._cut("lstm", "bf16", False, batch, 1, 16 * units, H200))
+            text = str(plan_of("lstm", "bf16", False, batch, 1, 16 * units, H200))
             assert f"teams of 16 CTAs with {units} units each for {min(batch, 2)} sequences, cluster (" in text
     for cell, precision in itertools.product(("lstm", "gru"), ("fp16", "bf16", "tf32")):
         for hidden, batch in itertools.product((256, 512, 1024), (1, 16, 64, 256)):
             for backward in (False, True):
-                assert not recurrent._cut(cell, precision, backward, batch, 1, hidden, H200).obstacle
-    assert "flags" in str(recurrent._cut("lstm", "bf16", False, 1, 1, 2048, H200))
-    assert "for 4 sequences, cluster, partial sums (" in str(recurrent._cut("lstm", "bf16", True, 64, 1, 256, H200))
-    assert "for 32 sequences, 4 chunks, flags, partial sums (" in str(recurrent._cut("lstm", "tf32", True, 64, 1, 1024, H200))
-    assert recurrent._cut("lstm", "tf32", False, 1, 1, 2048, H200).obstacle
+                assert not plan_of(cell, precision, backward, batch, 1, hidden, H200).obstacle
+    assert "flags" in str(plan_of("lstm", "bf16", False, 1, 1, 2048, H200))
+    assert "for 4 sequences, cluster, partial sums (" in str(plan_of("lstm", "bf16", True, 64, 1, 256, H200))
+    assert "for 32 sequences, 4 batch tiles, flags, partial sums (" in str(plan_of("lstm", "tf32", True, 64, 1, 1024, H200))
+    assert plan_of("lstm", "tf32", False, 1, 1, 2048, H200).obstacle
 
 
 @planned
@@ -299,19 +299,26 @@ def test_it_stands_back_until_it_has_run_on_a_gpu(monkeypatch):
 @executed
 @pytest.mark.parametrize("direction", ("forward", "backward"))
 def test_the_gpu_is_given_the_same_arguments(direction, monkeypatch):
-    """The native op takes them by position: its schema has the names in the order that the host's kernels are given them."""
+    """The native op takes them by the names that the host's kernels are given."""
     given = {}
     run = cuda_host.MACHINE.run
 
     def watch(way, cell, precision, plan, arguments):
-        given[way] = list(arguments)
+        given[way] = set(arguments)
         run(way, cell, precision, plan, arguments)
 
     monkeypatch.setattr(cuda_host, "MACHINE", cuda_host.MACHINE._replace(run=watch))
     with fastseq.use_backend("cuda-host"):
         fastseq.GRU(3, 4)(torch.randn(2, 2, 3))[0].sum().backward()
     schema = getattr(torch.ops.fastseq_native, f"recurrent_cuda_{direction}").default._schema
-    assert [argument.name for argument in schema.arguments] == ["cell", "precision", "plan", *given[direction]]
+    assert {argument.name for argument in schema.arguments} == {"cell", "precision", "plan", *given[direction]}
+
+
+@planned
+def test_a_plan_has_the_same_fields_in_both_languages():
+    assert fields() == Numbers._fields
+    plan = plan_of("lstm", "fp16", True, 8, 2, 512, H200)
+    assert plan.packed() == list(plan.numbers)
 
 
 @executed

@@ -6,8 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastseq.ops.types import DecodeSpec
 from fastseq.reference import attention_decode as reference
 from support.attention_decode import DECODE_CASES, decode_by_torch, make_decode
+
+
+def forward(q, k_cache, v_cache, **fields):
+    return reference.forward(q, k_cache, v_cache, DecodeSpec(**fields))
 
 
 def dense(tensor, table, b, length):
@@ -21,8 +26,7 @@ def dense(tensor, table, b, length):
 @pytest.mark.parametrize("case", [c for c in DECODE_CASES if c.left < 0 and not (c.softcap or c.sinks)], ids=str)
 def test_against_torch(case):
     inputs = make_decode(case, torch.float64)
-    inputs.pop("splits")
-    out, lse = reference.forward(**inputs)
+    out, lse = forward(**inputs)
     for b, length in enumerate(case.lengths):
         k, v = (dense(inputs[name], inputs["block_table"], b, length) for name in ("k_cache", "v_cache"))
         distance = torch.arange(length) - (torch.arange(case.queries) + length - case.queries)[:, None]
@@ -44,16 +48,14 @@ def test_against_queries_one_by_one(case):
     """Windows, softcap and sinks, which torch has not; and nothing that no query sees is looked at, for it is NaN."""
     inputs = make_decode(case, torch.float64)
     expected = decode_by_torch(**inputs)
-    inputs.pop("splits")
-    torch.testing.assert_close(reference.forward(**inputs), expected)
+    torch.testing.assert_close(forward(**inputs), expected)
 
 
 def test_is_differentiable():
     inputs = make_decode(DECODE_CASES[1], torch.float64)
-    inputs.pop("splits")
     tensors = [inputs[name].nan_to_num(neginf=-1.0).requires_grad_() for name in ("q", "k_cache", "v_cache", "sinks")]
 
     def function(q, k_cache, v_cache, sinks):
-        return reference.forward(**inputs | {"q": q, "k_cache": k_cache, "v_cache": v_cache, "sinks": sinks})[0]
+        return forward(**inputs | {"q": q, "k_cache": k_cache, "v_cache": v_cache, "sinks": sinks})[0]
 
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.ops.attention_decode import attention_decode
+from fastseq.ops.types import DecodeSpec
+
 
 @dataclass(frozen=True)
 class DecodeCase:
@@ -26,7 +29,7 @@ class DecodeCase:
     slopes: int = 0  # 1: [1, Hq], 2: [B, Hq]
     sinks: bool = False
     softcap: float = 0.0
-    splits: int = 0
+    num_splits: int = 0
 
     def __str__(self) -> str:
         marks = [
@@ -36,7 +39,7 @@ class DecodeCase:
             f"slopes{self.slopes}" if self.slopes else "",
             "sinks" if self.sinks else "",
             "softcap" if self.softcap else "",
-            f"splits{self.splits}" if self.splits else "",
+            f"splits{self.num_splits}" if self.num_splits else "",
         ]
         return "-".join(filter(None, marks))
 
@@ -52,7 +55,7 @@ SMALL_DECODE_CASES = [
         slopes=2,
         sinks=True,
         softcap=3.0,
-        splits=2,
+        num_splits=2,
         features=8,
         features_v=5,
     ),
@@ -61,26 +64,28 @@ SMALL_DECODE_CASES = [
 DECODE_CASES = [
     *SMALL_DECODE_CASES,
     DecodeCase(),
-    DecodeCase(splits=3),
+    DecodeCase(num_splits=3),
     DecodeCase(heads=3, heads_k=3, features=5, features_v=5, left=10),
-    DecodeCase(heads=6, heads_k=1, queries=3, features=24, features_v=40, page=16, lengths=(40, 47), capacity=48, splits=2),
-    DecodeCase(page=5, left=7, right=2, queries=4, slopes=1, sinks=True, splits=4),
+    DecodeCase(heads=6, heads_k=1, queries=3, features=24, features_v=40, page=16, lengths=(40, 47), capacity=48, num_splits=2),
+    DecodeCase(page=5, left=7, right=2, queries=4, slopes=1, sinks=True, num_splits=4),
     DecodeCase(queries=9, lengths=(5, 20), capacity=20, slopes=2, sinks=True),
     DecodeCase(queries=9, lengths=(5, 20), capacity=20, left=3),
     DecodeCase(queries=20, lengths=(30, 12), capacity=30, left=7, right=-1, heads=2, heads_k=1, page=10),
-    DecodeCase(heads=2, heads_k=1, lengths=(131,), capacity=150, softcap=2.0, page=1, splits=18),
+    DecodeCase(heads=2, heads_k=1, lengths=(131,), capacity=150, softcap=2.0, page=1, num_splits=18),
     DecodeCase(lengths=(), capacity=8),
     DecodeCase(queries=0),
 ]
 
-# Several tiles, row blocks and parts of the sizes that a GPU has; without `splits`, so many parts as keep it busy.
+# Several tiles, row blocks and parts of the sizes that a GPU has; without `num_splits`, so many parts as keep it busy.
 LONG_DECODE_CASES = [
     DecodeCase(heads=8, lengths=(700, 0, 1021), capacity=1024, features=64, features_v=64),
     DecodeCase(heads=4, heads_k=1, lengths=(4000,), capacity=4096, features=128, features_v=128, left=3500),
-    DecodeCase(heads=8, lengths=(1280, 300), capacity=1280, features=128, features_v=96, page=16, sinks=True, splits=20),
-    DecodeCase(heads=8, queries=20, lengths=(290, 130), capacity=320, features=64, features_v=64, page=64, left=200, splits=3),
+    DecodeCase(heads=8, lengths=(1280, 300), capacity=1280, features=128, features_v=96, page=16, sinks=True, num_splits=20),
     DecodeCase(
-        heads=2, queries=2, lengths=(90, 300), capacity=320, features=256, features_v=256, softcap=3.0, slopes=2, splits=17
+        heads=8, queries=20, lengths=(290, 130), capacity=320, features=64, features_v=64, page=64, left=200, num_splits=3
+    ),
+    DecodeCase(
+        heads=2, queries=2, lengths=(90, 300), capacity=320, features=256, features_v=256, softcap=3.0, slopes=2, num_splits=17
     ),
 ]
 
@@ -127,8 +132,13 @@ def make_decode(case: DecodeCase, dtype: torch.dtype, device: str = "cpu", seed:
         "softcap": case.softcap,
         "left": case.left,
         "right": case.right,
-        "splits": case.splits,
+        "num_splits": case.num_splits,
     }
+
+
+def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, **fields: Any) -> tuple[Tensor, Tensor]:
+    """The op, of what ``make_decode`` gives."""
+    return attention_decode(q, k_cache, v_cache, DecodeSpec(**fields))
 
 
 def in_pages(cache: Tensor, page: int) -> Tensor:
@@ -148,7 +158,7 @@ def decode_by_torch(
     softcap: float,
     left: int,
     right: int,
-    splits: int,
+    num_splits: int,
 ) -> tuple[Tensor, Tensor]:
     """out and lse by plain PyTorch, sequence by sequence, query by query, over the keys that a query sees and no others."""
     batch, heads, queries, _ = q.shape

@@ -61,7 +61,7 @@ class RecurrentBattery(OpBattery):
 
     def make(self, case, dtype, device="cpu", seed=0):
         torch.manual_seed(seed)
-        module = module_of(fastseq, case, torch.float64, heads=case.heads)
+        module = module_of(fastseq, case, torch.float64, num_heads=case.heads)
         lanes = case.layers * (2 if case.bidirectional else 1)
         lengths = torch.randint(1, case.steps + 1, (case.batch,))
         lengths[0] = case.steps
@@ -125,7 +125,7 @@ class RecurrentBattery(OpBattery):
             if case.training:
                 torch.manual_seed(SEED)
             zoneout = case.zoneout if case.zoneout[1] else case.zoneout[0]
-            options |= dict(proj_size=case.projection, heads=case.heads, zoneout=zoneout, training=case.training)
+            options |= dict(proj_size=case.projection, num_heads=case.heads, zoneout=zoneout, training=case.training)
             y, finals, _ = F.recurrent(case.cell, inputs["x"], states or None, params, **options)
             return y, *finals
         if case.cell == "lstm":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops.types import empty_rows, state_dtype
+from ...ops.types import DecodeSpec, empty_rows, state_dtype
 from ...reference.attention_decode import gathered
 from ..query import AttentionQuery
 
@@ -21,20 +21,8 @@ def why_not(query: AttentionQuery) -> list[str]:
     return against
 
 
-def attention_decode_forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-    splits: int,
-) -> tuple[Tensor, Tensor]:
+def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec) -> tuple[Tensor, Tensor]:
+    lengths, block_table, slopes, sinks, scale, _, left, right, _ = spec
     batch, heads, queries, features = q.shape
     heads_k, page = k_cache.shape[1], k_cache.shape[2]
     keys = page if block_table is None else page * block_table.shape[1]

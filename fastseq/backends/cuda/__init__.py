@@ -9,9 +9,20 @@ import torch
 from .. import library
 from ..query import Query, RecurrentQuery
 from . import recurrent
+from .recurrent import GPU as MACHINE
 from .recurrent import recurrent_backward, recurrent_forward
 
-__all__ = ["available", "devices", "name", "ops", "recurrent_backward", "recurrent_forward", "stands_back", "why_not"]
+__all__ = [
+    "MACHINE",
+    "available",
+    "devices",
+    "name",
+    "ops",
+    "recurrent_backward",
+    "recurrent_forward",
+    "stands_back",
+    "why_not",
+]
 
 name = "cuda"
 devices = ("cuda",)

@@ -1,8 +1,8 @@
 """The recurrent op on the persistent kernels of ``csrc/recurrent``.
 
 A team of CTAs holds a lane's recurrent weights for the whole launch and exchanges every step's states (forward), or gate
-gradients or partial sums of what they lead to (backward). ``csrc/recurrent/plan.cpp`` cuts the work, a pure function of sizes
-and device. The backend "cuda-host" runs the same kernels without a GPU.
+gradients or partial sums of what they lead to (backward); ``plan.py`` says how the work is cut. Tests run the same kernels
+without a GPU, on another `Machine`. docs/design/recurrence-on-a-gpu.md explains the kernels.
 """
 
 from __future__ import annotations
@@ -16,78 +16,17 @@ from torch import Tensor
 
 from ...ops.types import Backward, Call, Forward
 from ..dense import dense
+from ..notes import note
 from ..precision import fp32_precision
 from ..query import RecurrentQuery
+from .plan import Device, Plan, plan_of
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 _PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _MOST_LANES = 63  # their directions are the bits of one number
+RANKS = (0, 0)  # of the plans taken forward and backward, for whoever tries others than the best by the model
 
-
-class Device(NamedTuple):
-    """What a plan depends on (csrc/recurrent/plan.h)."""
-
-    multiprocessors: int
-    shared_bytes: int  # that a CTA may have
-    cluster: int  # CTAs of a cluster at most; 0: no clusters
-    cooperative: bool  # whether a launch can demand that all its CTAs run at the same time
-
-
-class Numbers(NamedTuple):
-    """Of a plan, as the kernels are given them (`Split` in csrc/recurrent/params.h, `Plan` in plan.h)."""
-
-    units: int
-    ctas: int
-    parts: int
-    rows: int
-    chunks: int
-    column_bits: int
-    m_bits: int
-    k_warps: int
-    depths: int
-    segments: int
-    cluster: int
-    scatter: int
-    wide: int
-    teams: int
-    teams_at_once: int
-    shared_bytes: int
-    operand_bytes: int
-
-    @property
-    def exchange(self) -> str:
-        return ("cluster" if self.cluster else "flags") + (", partial sums" if self.scatter else "")
-
-
-class Plan(NamedTuple):
-    """How a call is cut."""
-
-    obstacle: str
-    step_us: float  # predicted, by a model
-    numbers: Numbers
-    of: int  # that the device allows; this is one of them
-
-    def __str__(self) -> str:
-        n = self.numbers
-        return (
-            f"{n.teams} teams of {n.ctas} CTAs with {n.units} units each for {n.rows} sequences"
-            + (f", {n.teams_at_once} at a time" if n.teams_at_once < n.teams else "")
-            + (f", {n.chunks} chunks" if n.chunks > 1 else "")
-            + (f", {n.segments} segments" if n.segments > 1 else "")
-            + (", wide" if n.wide else "")
-            + f", {n.exchange} (a model predicts {self.step_us:.2f} us a step)"
-        )
-
-    def meeting(self, like: Tensor) -> dict[str, Tensor]:
-        """Room for what the CTAs of a team exchange."""
-        n = self.numbers
-        return {
-            "operands": like.new_empty(n.teams * n.operand_bytes, dtype=torch.uint8),
-            "flags": like.new_zeros(0 if n.cluster else n.teams * n.ctas, dtype=torch.int32),
-        }
-
-
-# runs "forward" or "backward": direction, cell, precision, plan, arguments by name in the order of the native op
+# runs "forward" or "backward": direction, cell, precision, plan, the other arguments by their names in the native op
 Run = Callable[[str, str, str, Plan, dict[str, Any]], None]
 
 
@@ -97,25 +36,16 @@ class Machine(NamedTuple):
     device: Callable[[torch.device], Device]
     precision: Callable[[], str]  # of fp32: "tf32" or "ieee"
     run: Run
-    ranks: tuple[int, int] = (0, 0)  # of the plans to be taken forward and backward; 0: the best by the model
 
 
-@lru_cache(1024)
-def _cut(cell: str, precision: str, backward: bool, batch: int, lanes: int, hidden: int, device: Device, rank: int = 0) -> Plan:
-    numbers = [int(number) for number in device]
-    obstacle, step_us, found, count = torch.ops.fastseq_native.recurrent_plan(
-        cell, precision, backward, batch, lanes, hidden, numbers, rank
-    )
-    return Plan(obstacle, step_us, Numbers(*found), count)
-
-
-def _precision(dtype: torch.dtype, machine: Machine) -> str:
+def precision_of(dtype: torch.dtype, machine: Machine) -> str:
+    """Of a call's products: "fp16", "bf16", "tf32" or "ieee"."""
     return machine.precision() if dtype == torch.float32 else _PRECISIONS[dtype]
 
 
 def _plan(call: Call | RecurrentQuery, backward: bool, where: torch.device, machine: Machine) -> Plan:
     sizes = (call.batch, call.lanes, call.hidden)
-    return _cut(call.cell, _precision(call.dtype, machine), backward, *sizes, machine.device(where), machine.ranks[backward])
+    return plan_of(call.cell, precision_of(call.dtype, machine), backward, *sizes, machine.device(where), RANKS[backward])
 
 
 def obstacles(query: RecurrentQuery, machine: Machine) -> list[str]:
@@ -164,14 +94,12 @@ def backward(call: Backward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, 
 def _run(call: Call, machine: Machine, direction: str, **tensors: Tensor | None) -> None:
     if not (call.batch and call.hidden):
         return
-    from .. import note  # which imports this module
-
     chosen = _plan(call, direction == "backward", call.rows.device, machine)
     note(chosen)
     starts, lengths = call.row_offsets()
     sizes = {"steps": call.steps, "batch": call.batch, "lanes": call.lanes, "hidden": call.hidden, "reverse": call.reverse_bits}
-    arguments = tensors | {"starts": starts, "lengths": lengths} | sizes | chosen.meeting(call.rows)
-    machine.run(direction, call.cell, _precision(call.dtype, machine), chosen, arguments)
+    arguments = tensors | {"starts": starts, "lengths": lengths} | sizes | chosen.exchange_buffers(call.rows)
+    machine.run(direction, call.cell, precision_of(call.dtype, machine), chosen, arguments)
 
 
 @lru_cache
@@ -183,7 +111,7 @@ def _device(index: int) -> Device:
 def _launch(direction: str, cell: str, precision: str, chosen: Plan, arguments: dict[str, Any]) -> None:
     native = torch.ops.fastseq_native
     op = native.recurrent_cuda_forward if direction == "forward" else native.recurrent_cuda_backward
-    op.default(cell, precision, chosen.numbers, *arguments.values())
+    op.default(cell=cell, precision=precision, plan=chosen.packed(), **arguments)
 
 
 def _limits(device: torch.device) -> Device:

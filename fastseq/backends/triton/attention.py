@@ -8,8 +8,8 @@ from torch import Tensor
 from ...ops.types import Spec, empty_rows, state_dtype
 from ..query import AttentionQuery
 from . import _launch
-from .attention_backward import attention_backward, attention_weights_backward
-from .attention_parts import accumulator, pairs, parts_of, power, precision, rows, scalars, sizes
+from ._attention_backward import attention_backward, attention_weights_backward
+from .attention_args import accumulator, pairs, parts_of, power, precision, rows, scalars, sizes
 
 __all__ = ["attention_backward", "attention_forward", "attention_weights", "attention_weights_backward", "why_not"]
 

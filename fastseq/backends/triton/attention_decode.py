@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops.types import empty_rows, state_dtype
+from ...ops.types import DecodeSpec, empty_rows, state_dtype
 from ...reference.attention_decode import capacity
 from . import _launch
 from .attention import why_not
-from .attention_parts import accumulator, number, power, precision, rows, scalars
+from .attention_args import accumulator, number, power, precision, rows, scalars
 
 __all__ = ["attention_decode_forward", "choose_parts", "choose_tile", "why_not"]
 
@@ -68,23 +68,11 @@ def _busy(programs: int, processors: int) -> float:
     return programs / (-(-programs // processors) * processors)
 
 
-def attention_decode_forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-    splits: int,
-) -> tuple[Tensor, Tensor]:
+def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec) -> tuple[Tensor, Tensor]:
     from fastseq.kernels.attention import decode as kernels
-    from fastseq.kernels.attention.parts import Parts, Scalars
+    from fastseq.kernels.attention.args import Parts, Scalars
 
+    lengths, block_table, slopes, sinks, scale, softcap, left, right, num_splits = spec
     batch, heads, queries, features = q.shape
     features_v, heads_k, wide = v_cache.shape[3], k_cache.shape[1], state_dtype(q.dtype)
     out, lse = empty_rows(q, features_v), q.new_empty(batch, heads, queries, dtype=wide)
@@ -95,7 +83,7 @@ def attention_decode_forward(
     block_e, block_ev = power(features), power(features_v)
     tile = _INTERPRETED if _launch.INTERPRETED else choose_tile(group * queries, max(block_e, block_ev), q.element_size())
     programs = batch * heads_k * -(-group * queries // tile.rows)
-    parts = splits or choose_parts(programs, -(-keys // tile.keys), _processors(q.device))
+    parts = num_splits or choose_parts(programs, -(-keys // tile.keys), _processors(q.device))
     part_out, part_lse = out, lse
     if parts > 1:
         part_out = q.new_empty(parts * batch, heads, queries, features_v, dtype=wide)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...ops.types import Backward, Forward
+from ..notes import note
 from ..precision import fp32_precision
 from ..query import RecurrentQuery
 from . import recurrent_single, recurrent_stepwise, recurrent_streamed
 from ._launch import dtype_obstacles, on
-from .recurrent_parts import BackwardLaunch, ForwardLaunch
+from .recurrent_args import BackwardLaunch, ForwardLaunch
 
 
 def why_not(query: RecurrentQuery) -> list[str]:
@@ -25,8 +26,6 @@ def why_not(query: RecurrentQuery) -> list[str]:
 
 
 def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from .. import note  # which imports this module
-
     launch = ForwardLaunch(call)
     if call.batch and call.hidden:
         note(f"{launch.config.form} ({launch.config.reason})")

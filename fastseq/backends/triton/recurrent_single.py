@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..precision import fp32_precision
-from .recurrent_parts import ForwardLaunch
+from .recurrent_args import ForwardLaunch
 
 
 def forward(launch: ForwardLaunch) -> None:

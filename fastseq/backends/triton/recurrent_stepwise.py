@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .recurrent_parts import BackwardLaunch, ForwardLaunch, product
+from .recurrent_args import BackwardLaunch, ForwardLaunch, product
 
 
 def forward(launch: ForwardLaunch) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..precision import fp32_precision
-from .recurrent_parts import BackwardLaunch, ForwardLaunch
+from .recurrent_args import BackwardLaunch, ForwardLaunch
 
 
 def forward(launch: ForwardLaunch) -> None:

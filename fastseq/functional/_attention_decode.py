@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from .._arguments import checked_int, checked_tensor, own_keywords
 from ..ops import attention_decode as ops
 from ._attention_call import (
     LAYOUTS,
     Sizes,
-    added,
     check_dtypes,
     check_tensors,
     checked_lengths,
+    checked_scale,
+    checked_sinks,
     checked_slopes,
+    checked_softcap,
     checked_window,
     default_scale,
     readable,
@@ -27,49 +31,92 @@ from ._autocast import autocast_dtype, without_autocast
 __all__ = ["attention_with_kv_cache"]
 
 
+class CacheOptions(TypedDict, total=False):
+    """Keyword arguments of ``attention_with_kv_cache``."""
+
+    k_new: Tensor | None
+    v_new: Tensor | None
+    block_table: Tensor | None
+    layout: Literal["bhsd", "bshd"]
+    scale: float | None
+    softcap: float
+    window_size: Sequence[int | None] | None
+    causal: bool
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    num_splits: int
+
+
+@overload
 def attention_with_kv_cache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     *,
-    lengths: Tensor,
+    cache_seqlens: Tensor,
+    return_lse: Literal[False] = False,
+    **options: Unpack[CacheOptions],
+) -> Tensor: ...
+@overload
+def attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    return_lse: Literal[True],
+    **options: Unpack[CacheOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_with_kv_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, return_lse: bool, **options: Unpack[CacheOptions]
+) -> Any: ...
+
+
+@own_keywords
+def attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
     k_new: Tensor | None = None,
     v_new: Tensor | None = None,
     block_table: Tensor | None = None,
-    layout: str = "bhte",
+    layout: Literal["bhsd", "bshd"] = "bhsd",
     scale: float | None = None,
     softcap: float = 0.0,
-    window: Sequence[int | None] | None = None,
+    window_size: Sequence[int | None] | None = None,
     causal: bool = True,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    splits: int = 0,
+    num_splits: int = 0,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Attention of the latest queries against all keys and values so far; new ones are first written into the cache, in place.
 
     The last query stands at the last valid key. Inference only. Nothing waits for the device, so a step can be captured in a CUDA
     graph. Entries of the cache that no query sees may hold anything.
 
     Args:
-        q: ``[B, Hq, Tq, E]``, or ``[B, Tq, Hq, E]`` with ``layout="bthe"``; fp16, bf16, fp32 or fp64. Under autocast it takes the
+        q: ``[B, Hq, Tq, E]``, or ``[B, Tq, Hq, E]`` with ``layout="bshd"``; fp16, bf16, fp32 or fp64. Under autocast it takes the
             cache's dtype, as ``k_new`` and ``v_new`` do.
         k_cache: ``[B, Hkv, S, E]`` or ``[B, S, Hkv, E]``; with a block table ``[pages, Hkv, page_size, E]`` or
             ``[pages, page_size, Hkv, E]``. The last dimension is contiguous.
         v_cache: likewise, with Ev features.
-        lengths: int32 or int64 ``[B]``, keys of each sequence in the cache before this call. Without ``k_new`` that includes the
-            keys of these queries. Values are checked on the CPU only: on a GPU that would mean to wait for it.
-        k_new, v_new: ``[B, Hkv, Tn, E]`` or ``[B, Tn, Hkv, E]`` (v: Ev), written at the places lengths .. lengths + Tn - 1.
+        cache_seqlens: int32 or int64 ``[B]``, keys of each sequence in the cache before this call. Without ``k_new`` that
+            includes the keys of these queries. Values are checked on the CPU only: on a GPU that would mean to wait for it.
+        k_new, v_new: ``[B, Hkv, Tn, E]`` or ``[B, Tn, Hkv, E]`` (v: Ev), written behind the first ``cache_seqlens`` keys.
         block_table: int32 or int64 ``[B, max_pages]``: key j of sequence b lies in page block_table[b, j // page_size], at
             j % page_size. Entries of pages that nothing is read from or written to may hold anything.
-        layout: ``"bhte"`` or ``"bthe"``.
+        layout: ``"bhsd"`` or ``"bshd"``.
         scale: of the products; None: 1 / sqrt(E).
         softcap: if not 0, softcap tanh(scores / softcap) takes the place of the scaled products.
-        window: ``(left, right)``: the query at place p sees the keys p - left .. p + right; None or -1: unlimited.
+        window_size: ``(left, right)``: the query at place p sees the keys p - left .. p + right; None or -1: unlimited.
         causal: a query sees no key after its place.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``.
         sinks: ``[Hq]``, one more score for each query, of a key without a value.
-        splits: parts that the keys are cut into, to occupy a device with few sequences; 0: chosen.
+        num_splits: parts that the keys are cut into, to occupy a device with few sequences; 0: chosen.
         return_lse: also return the logarithm of the sum of exponentials, ``[B, Hq, Tq]``, fp32 (fp64 for fp64).
 
     Returns:
@@ -83,39 +130,34 @@ def attention_with_kv_cache(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if not isinstance(causal, bool):
-        raise ValueError(f"causal must be a bool, got {causal!r}: the last query always stands at the last key")
     if (k_new is None) != (v_new is None):
         raise ValueError("k_new and v_new go together")
-    if not (softcap >= 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap must be finite and not negative (0: none), got {softcap}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    if not isinstance(splits, int) or splits < 0:
-        raise ValueError(f"splits must be an int and not negative (0: chosen), got {splits!r}")
-    left, right, _ = checked_window(causal, window, "bottom_right")
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths must be a Tensor, not {type(lengths).__name__}")
+    softcap = checked_softcap(softcap)
+    scale = None if scale is None else checked_scale(scale)
+    if checked_int("num_splits", num_splits) < 0:
+        raise ValueError(f"num_splits must not be negative (0: chosen), got {num_splits}")
+    left, right = checked_window(causal, window_size)
+    checked_tensor("cache_seqlens", cache_seqlens)
     others = {
-        "lengths": lengths,
+        "cache_seqlens": cache_seqlens,
         "k_new": k_new,
         "v_new": v_new,
         "block_table": block_table,
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
     }
-    check_tensors(q, k_cache, v_cache, **others)
+    check_tensors({"q": q, "k_cache": k_cache, "v_cache": v_cache}, **others)
     ops.refuse_gradients(q, k_cache, v_cache, k_new, v_new, alibi_slopes, sinks)
     if autocast_dtype(q.device.type) is not None:
         q = q.to(k_cache.dtype)
         k_new, v_new = (t if t is None else t.to(k_cache.dtype) for t in (k_new, v_new))
-    check_dtypes(q, k_cache, v_cache)
+    check_dtypes({"q": q, "k_cache": k_cache, "v_cache": v_cache})
 
-    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k_new", k_new), ("v_new", v_new)):
-        if tensor is not None and tensor.dim() != 4:
-            shape = "[B, H, T, E]" if layout == "bhte" else "[B, T, H, E]"
-            raise RuntimeError(f"{name} must be {shape} (a cache in pages: B pages of T keys), got {list(tensor.shape)}")
-    if layout == "bthe":
+    for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k_new", k_new), ("v_new", v_new)):
+        if value is not None and value.dim() != 4:
+            shape = "[B, H, T, E]" if layout == "bhsd" else "[B, T, H, E]"
+            raise RuntimeError(f"{name} must be {shape} (a cache in pages: B pages of T keys), got {list(value.shape)}")
+    if layout == "bshd":
         q, k_cache, v_cache = q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         k_new, v_new = (t if t is None else t.transpose(1, 2) for t in (k_new, v_new))
     batch, heads, queries, features = q.shape
@@ -126,27 +168,35 @@ def attention_with_kv_cache(
         if k_new.shape[2] != v_new.shape[2]:
             raise RuntimeError(f"k_new and v_new must be of one length, got {k_new.shape[2]} and {v_new.shape[2]}")
     more = 0 if k_new is None else k_new.shape[2]
-    lengths = checked_lengths("lengths", lengths, batch, capacity - more)
-    total = lengths + more
+    if capacity < more:
+        raise RuntimeError(f"the cache has room for {capacity} keys of each sequence, k_new brings {more}")
+    before = checked_lengths("cache_seqlens", cache_seqlens, batch, capacity - more)
+    total = before + more
     if block_table is not None:
-        block_table = _checked_table(block_table, k_cache, total, queries + left if left >= 0 else None, lengths)
+        block_table = _checked_table(block_table, k_cache, total, queries + left if left >= 0 else None, before)
     if alibi_slopes is not None:
         size = Sizes(batch, heads, k_cache.shape[1], queries, capacity, features)
         alibi_slopes = checked_slopes(alibi_slopes, size, q.dtype)
     if sinks is not None:
-        sinks = added("sinks", sinks, q.dtype).contiguous()
-        if sinks.shape != (heads,):
-            raise RuntimeError(f"sinks must be [Hq] = [{heads}], got {list(sinks.shape)}")
+        sinks = checked_sinks(sinks, q.dtype, heads)
 
     if k_new is not None and v_new is not None:
-        _append(k_cache, k_new, lengths, block_table)
-        _append(v_cache, v_new, lengths, block_table)
-    scale = default_scale(features) if scale is None else float(scale)
+        _append(k_cache, k_new, before, block_table)
+        _append(v_cache, v_new, before, block_table)
+    spec = ops.DecodeSpec(
+        lengths=total,
+        block_table=block_table,
+        slopes=alibi_slopes,
+        sinks=sinks,
+        scale=default_scale(features) if scale is None else scale,
+        softcap=softcap,
+        left=left,
+        right=right,
+        num_splits=num_splits,
+    )
     with without_autocast(q.device.type):
-        out, lse = ops.attention_decode(
-            rows(q), k_cache, v_cache, total, block_table, alibi_slopes, sinks, scale, float(softcap), left, right, splits
-        )
-    out = out if layout == "bhte" else out.transpose(1, 2)
+        out, lse = ops.attention_decode(rows(q), k_cache, v_cache, spec)
+    out = out if layout == "bhsd" else out.transpose(1, 2)
     return (out, lse) if return_lse else out
 
 
@@ -187,14 +237,14 @@ def _check_new(q: Tensor, new: Tensor, cache: Tensor, name: str) -> None:
         raise RuntimeError(f"{name}_new must have the cache's dtype {cache.dtype}, got {new.dtype}")
 
 
-def _checked_table(table: Tensor, cache: Tensor, total: Tensor, reach: int | None, lengths: Tensor) -> Tensor:
+def _checked_table(table: Tensor, cache: Tensor, total: Tensor, reach: int | None, before: Tensor) -> Tensor:
     """int32, contiguous; the entries in use name pages. `reach`: keys before the end that a query may see; None: all."""
     if readable(table) and readable(total):
         size = cache.shape[2]
         first = torch.arange(table.shape[1]) * size
         used = first < total[:, None]
         if reach is not None:
-            used &= first + size > torch.minimum(total - reach, lengths)[:, None]
+            used &= first + size > torch.minimum(total - reach, before)[:, None]
         wrong = used & ((table < 0) | (table >= cache.shape[0]))
         if wrong.any():
             b, entry = wrong.nonzero()[0].tolist()
@@ -202,9 +252,9 @@ def _checked_table(table: Tensor, cache: Tensor, total: Tensor, reach: int | Non
     return table.to(torch.int32).contiguous()
 
 
-def _append(cache: Tensor, new: Tensor, lengths: Tensor, block_table: Tensor | None) -> None:
-    """Writes ``new`` [B, Hkv, Tn, E] behind the first ``lengths`` keys."""
-    places = lengths.long()[:, None] + torch.arange(new.shape[2], device=new.device)  # [B, Tn]
+def _append(cache: Tensor, new: Tensor, before: Tensor, block_table: Tensor | None) -> None:
+    """Writes ``new`` [B, Hkv, Tn, E] behind the first ``before`` keys."""
+    places = before.long()[:, None] + torch.arange(new.shape[2], device=new.device)  # [B, Tn]
     if block_table is None:
         first = torch.arange(new.shape[0], device=new.device)[:, None]
     else:

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "../common/machine.h"
+#include "common/machine.h"
 #include "execution.h"
 
 #define FASTSEQ_KERNEL(threads) void

@@ -24,7 +24,7 @@ def sizes(q: Tensor, k: Tensor, spec: Spec) -> tuple[int, int, int]:
 
 def parts_of(q: Tensor, k: Tensor, spec: Spec) -> tuple[Any, Any, Any]:
     """``Parts``, ``Dropout`` or None, and ``Sequences``."""
-    from fastseq.kernels.attention.parts import DistanceRows, Distances, Dropout, Parts, Scalars, Sequences
+    from fastseq.kernels.attention.args import DistanceRows, Distances, Dropout, Parts, Scalars, Sequences
 
     _, tq, tk = sizes(q, k, spec)
     reach = tq + tk + abs(spec.offset)
@@ -75,7 +75,7 @@ def _clamped(zero: int, reach: int, length: int) -> int:
 
 def rows(tensor: Tensor) -> Any:
     """``Rows`` of [B, H, T, n] or [H, N, n]."""
-    from fastseq.kernels.attention.parts import Rows
+    from fastseq.kernels.attention.args import Rows
 
     tensor = _last_contiguous(tensor)
     return Rows(tensor, *((0,) if tensor.dim() == 3 else ()), *tensor.stride()[:-1])
@@ -83,7 +83,7 @@ def rows(tensor: Tensor) -> Any:
 
 def scalars(tensor: Tensor) -> Any:
     """``Scalars`` of [B, H, T] or [H, N], contiguous in T."""
-    from fastseq.kernels.attention.parts import Scalars
+    from fastseq.kernels.attention.args import Scalars
 
     tensor = _last_contiguous(tensor)
     return Scalars(tensor, *((0,) if tensor.dim() == 2 else ()), *tensor.stride()[:-1])
@@ -91,7 +91,7 @@ def scalars(tensor: Tensor) -> Any:
 
 def pairs(tensor: Tensor) -> Any:
     """``Pairs`` of four dimensions, broadcast where they are 1; of a mask, its bytes."""
-    from fastseq.kernels.attention.parts import Pairs
+    from fastseq.kernels.attention.args import Pairs
 
     return Pairs(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, *_strides(tensor))
 

@@ -1,4 +1,4 @@
-"""Which program does what, and how it reads and writes rows."""
+"""Which program does what, and how it reads and writes rows of tensors in global memory."""
 
 import triton
 import triton.language as tl

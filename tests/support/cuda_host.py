@@ -1,4 +1,7 @@
-"""The CUDA kernels executed on the host, in a model of a GPU: slowly, for tests, only in a checkout and only when forced."""
+"""Backend "cuda-host": the CUDA kernels executed on the host, in a model of a GPU: slowly, and only when forced.
+
+`tests/conftest.py` adds it to fastseq's backends.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.types import Backward, Forward
-from . import library
-from .cuda import recurrent
-from .cuda.recurrent import Device, Machine, Plan
-from .query import Query, RecurrentQuery
+from fastseq.backends import Query, RecurrentQuery, library
+from fastseq.backends.cuda import recurrent
+from fastseq.backends.cuda.plan import Device, Plan
+from fastseq.backends.cuda.recurrent import Machine
+from fastseq.ops.types import Backward, Forward
 
 name = "cuda-host"
 devices = ("cpu",)
@@ -25,7 +28,7 @@ ops = ("recurrent",)
 # a small GPU with clusters: every form of exchange, several teams, sizes that do not fit
 device = Device(16, 100 << 10, 8, True)
 precision = "ieee"  # of fp32: CPU tensors know no other; tests may say "tf32"
-_FILE = Path(__file__).resolve().parent.parent.parent / "build" / "host" / "fastseq_host.so"
+_FILE = Path(__file__).resolve().parents[2] / "build" / "host" / "fastseq_host.so"
 
 
 def available() -> str | None:
@@ -48,7 +51,7 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
 @lru_cache(1)
 def kernels() -> ModuleType:
-    """The module of ``csrc/host/bindings.cpp``: the kernels, the seed of their schedule, counters.
+    """The module of ``tests/csrc/emulator/bindings.cpp``: the kernels, the seed of their schedule, counters.
 
     Raises:
         ImportError: if it is not built.
@@ -69,7 +72,7 @@ def _run(direction: str, cell: str, precision: str, chosen: Plan, arguments: dic
         key: (value.data_ptr() if value.numel() else None) if isinstance(value, torch.Tensor) else value
         for key, value in arguments.items()
     }
-    getattr(kernels(), direction)(cell, precision, chosen.numbers, addresses)
+    getattr(kernels(), direction)(cell, precision, chosen.packed(), addresses)
 
 
 MACHINE = Machine(lambda _: device, lambda: precision, _run)

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <source_location>
 
-#include "../common/machine.h"
+#include "common/machine.h"
 
 namespace fastseq::gpu::host {
 

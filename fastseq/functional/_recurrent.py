@@ -8,19 +8,23 @@ direction: w_ih, w_hh, then b_ih, b_hh if biased, then w_hr if projected, then w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal, TypedDict, overload
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .. import backends
-from ..cells import CELLS
+from .._arguments import checked_tensor, own_keywords, unknown
+from ..cells import CELLS, Cell
 from ..ops._dispatch import needs_plain_torch
-from ._recurrent_layers import Options, run_layers
+from ._recurrent_layers import Options, check_states, run_layers
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "recurrent", "recurrent_cell", "rnn", "rnn_cell"]
 
 _NONLINEARITIES = ("tanh", "relu")
 
 
+@own_keywords
 def recurrent(
     cell: str,
     input: Tensor,
@@ -40,7 +44,7 @@ def recurrent(
     recompute: bool = False,
     zoneout: float | tuple[float, float] = 0,
     weight_dropout: float = 0,
-    heads: int = 1,
+    num_heads: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """Any cell of ``fastseq.cells`` over a sequence: ``(output, final states, c of every step or None)``.
 
@@ -52,7 +56,7 @@ def recurrent(
             ``"layer_norm_lstm"``, ``"layer_norm_gru"`` or ``"slstm"``.
         input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, or ``[N, I]`` with ``batch_sizes``; floating point.
         hx: None (zeros), or the cell's states, h ``[L*D, B, P]`` and the others ``[L*D, B, H]`` (sLSTM: c, n, m).
-        params: per layer, per direction: w_ih ``[G*H, I or D*P]``, w_hh ``[G*H, P]`` (``[G*H, H/heads]``), b_ih and b_hh
+        params: per layer, per direction: w_ih ``[G*H, I or D*P]``, w_hh ``[G*H, P]`` (``[G*H, H/num_heads]``), b_ih and b_hh
             ``[G*H]`` with ``has_biases`` (None: zeros), w_hr ``[P, H]`` with ``proj_size``, then what the cell has beside:
             w_peephole ``[3H]`` (i, f, o); w_ln_ih, w_ln_hh ``[G*H]``, for the LSTM also w_ln_c ``[H]`` and with ``has_biases``
             b_ln_c ``[H]``.
@@ -69,21 +73,19 @@ def recurrent(
             states are mixed in that proportion (Krueger et al. 2017, "Zoneout").
         weight_dropout: probability with which, in training, elements of w_hh are zeroed, once for the whole sequence (Merity et
             al. 2018, "Regularizing and Optimizing LSTM Language Models").
-        heads: number of equal blocks of units without connections between them; a block reads its own rows of w_hh. Layer norm is
-            of each block by itself.
+        num_heads: number of equal blocks of units without connections between them; a block reads its own rows of w_hh. Layer
+            norm is of each block by itself.
 
     Raises:
-        ValueError: if there is no such cell, a probability is outside [0, 1], ``heads`` does not divide H, or the cell cannot
+        ValueError: if there is no such cell, a probability is outside [0, 1], ``num_heads`` does not divide H, or the cell cannot
             have what is asked.
         RuntimeError: if ranks, sizes, dtypes, devices or ``lengths`` do not fit.
     """
-    if cell not in CELLS:
-        raise ValueError(f"unknown cell {cell!r}; accepted: {', '.join(CELLS)}")
-    row = CELLS[cell]
+    row = _cell(cell)
     if return_cells and not row.has_c:
         raise ValueError(f"return_cells needs a cell with a state c; {cell} has h alone")
-    if hx is not None and len(hx) != len(row.states):
-        raise RuntimeError(f"{cell} has {len(row.states)} states ({', '.join(row.states)}), got {len(hx)}")
+    if hx is not None:
+        check_states(row, hx)
     options = Options(
         has_biases=has_biases,
         num_layers=num_layers,
@@ -98,11 +100,12 @@ def recurrent(
         recompute=recompute,
         zoneout=zoneout,
         weight_dropout=weight_dropout,
-        heads=heads,
+        num_heads=num_heads,
     )
     return run_layers(row, input, [None] * len(row.states) if hx is None else hx, params, options)
 
 
+@own_keywords
 def recurrent_cell(
     cell: str,
     input: Tensor,
@@ -117,9 +120,11 @@ def recurrent_cell(
 
     Arguments and errors are those of :func:`recurrent`, for one layer and direction.
     """
-    if input.dim() != 2:
+    row = _cell(cell)
+    if checked_tensor("input", input).dim() != 2:
         raise RuntimeError(f"input must be [B, I], got {list(input.shape)}")
-    row = CELLS[cell]
+    if hx is not None:
+        check_states(row, hx)
     for name, state in zip(row.states, hx or (), strict=False):
         if state.dim() != 2:
             raise RuntimeError(f"{name} must be [B, H], got {list(state.shape)}")
@@ -128,6 +133,7 @@ def recurrent_cell(
     return tuple(state[0] for state in finals)
 
 
+@own_keywords
 def rnn(
     input: Tensor,
     hx: Tensor | None,
@@ -169,6 +175,7 @@ def rnn(
     return output, h_n
 
 
+@own_keywords
 def gru(
     input: Tensor,
     hx: Tensor | None,
@@ -206,6 +213,51 @@ def gru(
     return output, h_n
 
 
+class LSTMOptions(TypedDict, total=False):
+    """Keyword arguments of ``lstm``."""
+
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+    proj_size: int
+    lengths: Tensor | None
+    batch_sizes: Tensor | None
+    recompute: bool
+
+
+@overload
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    params: Sequence[Tensor | None],
+    *,
+    return_cells: Literal[False] = False,
+    **options: Unpack[LSTMOptions],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    params: Sequence[Tensor | None],
+    *,
+    return_cells: Literal[True],
+    **options: Unpack[LSTMOptions],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+@overload
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    params: Sequence[Tensor | None],
+    *,
+    return_cells: bool,
+    **options: Unpack[LSTMOptions],
+) -> Any: ...
+
+
+@own_keywords
 def lstm(
     input: Tensor,
     hx: tuple[Tensor, Tensor] | None,
@@ -222,7 +274,7 @@ def lstm(
     batch_sizes: Tensor | None = None,
     return_cells: bool = False,
     recompute: bool = False,
-) -> tuple[Tensor, ...]:
+) -> Any:
     """LSTM over a sequence, as ``torch.nn.LSTM``: ``(output, h_n, c_n)``, and every step's c with ``return_cells``.
 
     Arguments, shapes and errors are those of :func:`recurrent`; ``hx`` is None (zeros) or ``(h0 [L*D, B, P], c0 [L*D, B, H])``,
@@ -248,6 +300,7 @@ def lstm(
     return (output, *states) if cells is None else (output, *states, cells)
 
 
+@own_keywords
 def rnn_cell(
     input: Tensor,
     hx: Tensor | None,
@@ -265,6 +318,7 @@ def rnn_cell(
     return _one_step(_elman(nonlinearity), input, None if hx is None else (hx,), w_ih, w_hh, b_ih, b_hh)[0]
 
 
+@own_keywords
 def gru_cell(
     input: Tensor,
     hx: Tensor | None,
@@ -277,6 +331,7 @@ def gru_cell(
     return _one_step("gru", input, None if hx is None else (hx,), w_ih, w_hh, b_ih, b_hh)[0]
 
 
+@own_keywords
 def lstm_cell(
     input: Tensor,
     hx: tuple[Tensor, Tensor] | None,
@@ -290,9 +345,15 @@ def lstm_cell(
     return h, c
 
 
+def _cell(name: str) -> Cell:
+    if name not in CELLS:
+        raise ValueError(unknown("cell", name, CELLS))
+    return CELLS[name]
+
+
 def _elman(nonlinearity: str) -> str:
     if nonlinearity not in _NONLINEARITIES:
-        raise ValueError(f"unknown nonlinearity {nonlinearity!r}; accepted: {', '.join(_NONLINEARITIES)}")
+        raise ValueError(unknown("nonlinearity", nonlinearity, _NONLINEARITIES))
     return f"rnn_{nonlinearity}"
 
 
@@ -305,6 +366,11 @@ def _one_step(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    for name, value in (("input", input), ("w_ih", w_ih), ("w_hh", w_hh)):
+        checked_tensor(name, value)
+    if hx is not None:
+        check_states(CELLS[cell], hx)
+
     def query() -> backends.RecurrentQuery:
         hidden = w_hh.shape[-1]
         return backends.RecurrentQuery("recurrent_cell", input.device, input.dtype, cell, 1, 1, hidden, False, "padded")

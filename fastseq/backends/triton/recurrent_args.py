@@ -80,14 +80,14 @@ class BackwardLaunch(_Launched):
 
 
 def _layout(call: Call) -> Any:
-    from fastseq.kernels.recurrent.parts import Layout
+    from fastseq.kernels.recurrent.args import Layout
 
     starts, ends = call.row_offsets()
     return Layout(starts, ends, call.steps, call.batch, call.lanes, call.reverse_bits)
 
 
 def _zoneout(call: Call) -> Any:
-    from fastseq.kernels.recurrent.parts import Zoneout
+    from fastseq.kernels.recurrent.args import Zoneout
 
     return Zoneout(*(None if hold is None else hold.contiguous().view(torch.uint8) for hold in (call.hold_h, call.hold_c)))
 

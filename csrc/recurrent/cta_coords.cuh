@@ -1,4 +1,4 @@
-// The place of a CTA among those of a launch.
+// Which part of the work a CTA does, among those of a launch.
 #pragma once
 
 #include "../common/prims.cuh"
@@ -6,10 +6,11 @@
 
 namespace fastseq::recurrent {
 
-struct Place {
-  int team, rank, lane, part;
+struct CtaCoords {
+  int team, rank;  // of the whole call; in its team
+  int lane, part;  // of the team: its lane, its part of the batch
 
-  FASTSEQ_DEVICE explicit Place(const Split& s)
+  FASTSEQ_DEVICE explicit CtaCoords(const Split& s)
       : team(s.first_team + gpu::bid() / s.ctas), rank(gpu::bid() % s.ctas), lane(team / s.parts), part(team % s.parts) {}
 };
 

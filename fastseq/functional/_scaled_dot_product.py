@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._arguments import checked_number, own_keywords
 from ..ops.attention import Spec
 from ..ops.attention import attention as attention_op
 from . import _nested
+from ._attention import attention
 from ._attention_call import added, check_dtypes, check_tensors, default_scale, rows, seed
 from ._autocast import autocast_dtype, lowered
-from .attention import attention
 
 __all__ = ["scaled_dot_product_attention"]
 
 
+@own_keywords
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -42,7 +44,7 @@ def scaled_dot_product_attention(
         dropout_p: probability with which weights are zeroed, whether training or not.
         is_causal: query i sees the keys up to i, top left if L != S. Not together with ``attn_mask``.
         scale: of the products; None: 1 / sqrt(E).
-        enable_gqa: query heads are a multiple of those of key and value, which each serve a run of neighbouring query heads.
+        enable_gqa: query heads are a multiple of those of key and value, which each serve a run of neighboring query heads.
 
     Queries that see no key give zeros, with zero gradients. NaN or infinity in a key or value that is hidden may still reach the
     result. All three may be nested tensors: jagged ``[B, H, j, E]``, then with ``is_causal`` and fewer key heads as well, or of
@@ -55,13 +57,16 @@ def scaled_dot_product_attention(
         RuntimeError: if ranks, sizes, dtypes or devices do not fit, with both ``attn_mask`` and ``is_causal`` (also where some of
             torch's kernels take both), or if ``dropout_p`` is not in [0, 1].
         IndexError: a mask of fewer than 2 dimensions beside a 4-D query; ``enable_gqa`` without heads.
-        TypeError: if an argument is not a tensor.
+        TypeError: if an argument has a type or a name that is not accepted.
         ValueError: for a causal bias together with ``is_causal``, and for nested tensors mixed with others or with a mask.
         NotImplementedError: for floating dtypes other than those above.
     """
-    check_tensors(query, key, value)
-    if not 0 <= dropout_p <= 1:
+    named = {"query": query, "key": key, "value": value}
+    check_tensors(named)
+    if not 0 <= checked_number("dropout_p", dropout_p) <= 1:
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, not {type(is_causal).__name__}")
     if query.is_nested or key.is_nested or value.is_nested:
         if attn_mask is not None:
             raise ValueError("attn_mask is not accepted with nested tensors")
@@ -79,10 +84,10 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         raise RuntimeError("attn_mask and is_causal exclude each other: put the causal part into attn_mask")
     if attn_mask is not None:
-        check_tensors(query, key, value, attn_mask=attn_mask)
+        check_tensors(named, attn_mask=attn_mask)
     lower = autocast_dtype(query.device.type)
     query, key, value, attn_mask = lowered(query, lower), lowered(key, lower), lowered(value, lower), lowered(attn_mask, lower)
-    check_dtypes(query, key, value)
+    check_dtypes({"query": query, "key": key, "value": value})
     q, k, v, leading, of_scores = _four_dimensions(query, key, value, enable_gqa)
     mask = bias = None
     if attn_mask is not None:
@@ -92,7 +97,7 @@ def scaled_dot_product_attention(
         mask=mask,
         bias=bias,
         seed=seed(q.device) if dropout_p else None,
-        scale=default_scale(q.shape[-1]) if scale is None else float(scale),
+        scale=default_scale(q.shape[-1]) if scale is None else float(checked_number("scale", scale)),
         dropout=float(dropout_p),
         right=0 if is_causal else -1,
         bottom_right=bottom_right,
@@ -187,16 +192,16 @@ def _nested_attention(query: Tensor, key: Tensor, value: Tensor, options: dict[s
         kinds = ", ".join(f"nested {t.layout}" if t.is_nested else "not nested" for t in tensors)
         raise ValueError(f"query, key and value must all be nested tensors of one layout if one of them is, got {kinds}")
     if query.layout == torch.jagged and all(t.dim() == 4 and t._ragged_idx == 1 for t in tensors):  # type: ignore[attr-defined]
-        of_q, *others = (_nested.jagged(t, "bthe") for t in tensors)  # the heads are ragged: each row attends by itself
+        of_q, *others = (_nested.jagged(t, "bshd") for t in tensors)  # the heads are ragged: each row attends by itself
         if not all(t.offsets is of_q.offsets or torch.equal(t.offsets, of_q.offsets) for t in others):
             raise RuntimeError("query, key and value must agree in the ragged dimension if it is not the second last")
         out = scaled_dot_product_attention(of_q.values, others[0].values, others[1].values, **options)
-        return of_q.nested(out, "bthe")
+        return of_q.nested(out, "bshd")
     causal, dropout, scale = options["is_causal"], options["dropout_p"], options["scale"]
     if query.layout == torch.jagged:
-        heads = [_nested.jagged(t, "bhte").values.shape[1] for t in tensors]
+        heads = [_nested.jagged(t, "bhsd").values.shape[1] for t in tensors]
         _check_heads(heads, options["enable_gqa"])
-        return attention(query, key, value, causal=causal, dropout=dropout, scale=scale)
+        return attention(query, key, value, causal=causal, alignment="top_left", dropout_p=dropout, scale=scale)
     q, k, v = (_nested.stacked(t) for t in tensors)
     _check_heads([t.values.shape[1] for t in (q, k, v)], options["enable_gqa"])
     if k.lengths != v.lengths or len(q.lengths) != len(k.lengths):
@@ -206,7 +211,8 @@ def _nested_attention(query: Tensor, key: Tensor, value: Tensor, options: dict[s
         k.values,
         v.values,
         causal=causal,
-        dropout=dropout,
+        alignment="top_left",
+        dropout_p=dropout,
         scale=scale,
         cu_seqlens_q=q.offsets,
         cu_seqlens_k=k.offsets,

@@ -1,34 +1,34 @@
-// The exchange of partial sums: each CTA multiplies what it alone knows, its own gate gradients, with the weights that lead from its
-// units to all units of the team, and sends every CTA the sums for that one's units.
+// Reduce-scatter of partial sums: each CTA multiplies what it alone knows, its own gate gradients, with the weights that lead from
+// its units to all units of the team, and sends every CTA the sums for that one's units (exchange.cuh).
 //
-// In a step a CTA receives units x CTAs sums per sequence in fp32, four sequences at a time, and adds them up in a fixed order;
-// gathering, it would receive all gate gradients of the team (gather.cuh). What is received alternates between two slots: a CTA sends
-// for the next but one step only after all others have sent for the next, for which they had to be done with this one. All that is
-// sent is waited for: a CTA that leaves has received everything.
+// In a step a CTA receives units x CTAs sums per sequence in fp32, four sequences at a time, and adds them up in a fixed order; in an
+// all-gather it would receive all gate gradients of the team.
 #pragma once
 
-#include "place.cuh"
+#include "exchange.cuh"
+#include "layout.h"
+#include "quotient.h"
 #include "weights.cuh"
 
 namespace fastseq::recurrent {
 
 template <class TileType, int kGates>
-class ScatterEngine {
+class ReduceScatter : Exchange {
  public:
   using Tile = TileType;
   using Number = typename Tile::Number;
   static constexpr int kColumns = kTileColumns;
   static constexpr int kMostUnits = most_units(kGates, false, false);
-  static constexpr bool kScatters = true;
+  static constexpr bool kSendsSums = true;
 
-  FASTSEQ_DEVICE ScatterEngine(const Split& split, const Meeting& meeting, const Place& place, gpu::Smem& smem)
-      : split_(split), layout_(split, {Tile::kDepth, Tile::kVector, Tile::kResident, kColumns, 0}), rank_(place.rank),
-        weights_(split, row_tiles(split, 1), smem), per_eight_units_(split.units / 8), per_sent_(layout_.sent) {
+  FASTSEQ_DEVICE ReduceScatter(const Split& split, const ExchangeBuffers& buffers, const CtaCoords& cta, gpu::Smem& smem)
+      : Exchange(split, cta), layout_(split, facts_of_tile<Tile>(1)), weights_(split, row_tiles(split, 1), smem),
+        per_eight_units_(split.units / 8), per_sent_(layout_.sent) {
     received_ = smem.take<gpu::Vec16>(clusters() ? 2 * split.ctas * layout_.sent : 0);
     sums_ = smem.take<float>(layout_.groups * kColumns * layout_.stride);
-    own_ = smem.take<gpu::Vec16>(split.chunks * own_vectors());
-    flags_ = meeting.flags + place.team * split.ctas;
-    inboxes_ = static_cast<gpu::Vec16*>(meeting.operands) + int64_t{2} * place.team * split.chunks * split.ctas * inbox();
+    own_ = smem.take<gpu::Vec16>(split.batch_tiles * own_vectors());
+    find_flags(buffers, cta);
+    inboxes_ = static_cast<gpu::Vec16*>(buffers.operands) + int64_t{2} * cta.team * split.batch_tiles * split.ctas * inbox();
   }
 
   template <class At>
@@ -40,24 +40,22 @@ class ScatterEngine {
   FASTSEQ_DEVICE void begin(gpu::Mbarrier* arrived) {
     arrived_ = arrived;
     const int used = split_.units * kGates / Tile::kVector * kColumns;
-    for (int chunk = 0; chunk < split_.chunks; ++chunk) {
-      for (int i = used + gpu::tid(); i < own_vectors(); i += kThreads) own_[chunk * own_vectors() + i] = {};
+    for (int batch_tile = 0; batch_tile < split_.batch_tiles; ++batch_tile) {
+      for (int i = used + gpu::tid(); i < own_vectors(); i += kThreads) own_[batch_tile * own_vectors() + i] = {};
     }
-    if (!clusters()) return;
-    gpu::mbarrier_init(arrived_, 2, bytes());
-    gpu::cluster_sync();
+    if (clusters()) meet(bytes());
   }
 
   // Sets gate gradient `which` of a unit.
-  FASTSEQ_DEVICE void send(int chunk, int unit, int column, int which, Number x) {
+  FASTSEQ_DEVICE void send(int batch_tile, int unit, int column, int which, Number x) {
     const int depth = which * split_.units + unit;
-    auto* numbers = reinterpret_cast<Number*>(own_ + chunk * own_vectors() + depth / Tile::kVector * kColumns + column);
+    auto* numbers = reinterpret_cast<Number*>(own_ + batch_tile * own_vectors() + depth / Tile::kVector * kColumns + column);
     numbers[depth % Tile::kVector] = Tile::operand(x);
   }
 
   // Multiplies them and sends the sums, of this epoch: 1, 2, ... The CTA has synchronised since they were set.
   FASTSEQ_DEVICE void publish(uint32_t epoch) {
-    for (int chunk = 0; chunk < split_.chunks; ++chunk) {
+    for (int batch_tile = 0; batch_tile < split_.batch_tiles; ++batch_tile) {
       Sums<Tile, 1> sums;
       const auto scatter = [&](int row_tile) {
         float total[Tile::kSums];
@@ -70,37 +68,33 @@ class ScatterEngine {
         if (clusters()) {
           gpu::st_async(gpu::peer(received_ + (epoch & 1) * inbox() + which, to), v, gpu::peer(arrived_ + (epoch & 1), to));
         } else {
-          inbox_of(to, epoch, chunk)[which] = v;
+          inbox_of(to, epoch, batch_tile)[which] = v;
         }
       };
-      const int row = weights_.multiply(sums, reinterpret_cast<const Number*>(own_ + chunk * own_vectors()), 0, scatter);
+      const int row = weights_.multiply(sums, reinterpret_cast<const Number*>(own_ + batch_tile * own_vectors()), 0, scatter);
       if (weights_.works()) scatter(row);
     }
     if (clusters()) return;
     gpu::cta_sync();  // all warps have sent
-    if (gpu::warp() == 0) gpu::flag_publish(flags_ + rank_, epoch);
+    if (gpu::warp() == 0) raise_flag(epoch);
   }
 
   // Until the sums of this epoch have arrived.
   FASTSEQ_DEVICE void wait(uint32_t epoch) {
     epoch_ = epoch;
     if (clusters()) {
-      gpu::Mbarrier* arrived = arrived_ + (epoch & 1);
-      gpu::mbarrier_wait(arrived, (epoch - 1) / 2 & 1);
-      // What counts for the next phase is sent after this CTA's next publish, hence after all its threads have come here.
-      if (gpu::tid() == 0) gpu::mbarrier_expect(arrived, bytes());
+      await_bytes(epoch, bytes());
     } else {
-      if (gpu::warp() == 0) gpu::flags_wait(flags_, split_.ctas, epoch);
-      gpu::cta_sync();
+      await_flags(epoch);
     }
   }
 
-  // Adds up those of a chunk, ready for sums(). Chunks come in order after a wait().
-  FASTSEQ_DEVICE void product(int chunk) {
-    if (chunk > 0) gpu::cta_sync();  // nobody reads the sums of the chunk before
+  // Adds up those of a batch tile, ready for sums(). Chunks come in order after a wait().
+  FASTSEQ_DEVICE void product(int batch_tile) {
+    if (batch_tile > 0) gpu::cta_sync();  // nobody reads the sums of the batch tile before
     const int group = per_sent_.of(gpu::tid()), which = gpu::tid() - group * layout_.sent;
     if (group < layout_.groups) {
-      const gpu::Vec16* from = (clusters() ? received_ + (epoch_ & 1) * inbox() : inbox_of(rank_, epoch_, chunk)) + which;
+      const gpu::Vec16* from = (clusters() ? received_ + (epoch_ & 1) * inbox() : inbox_of(rank_, epoch_, batch_tile)) + which;
       float total[4] = {};
       for (int first = group; first < split_.ctas; first += kAtOnce * layout_.groups) {
         gpu::Vec16 v[kAtOnce] = {};
@@ -130,26 +124,20 @@ class ScatterEngine {
  private:
   static constexpr int kAtOnce = 4;  // loads that do not wait for each other
 
-  FASTSEQ_DEVICE bool clusters() const { return gpu::kHasClusters && split_.cluster; }
   FASTSEQ_DEVICE int own_vectors() const { return layout_.vectors * kColumns; }
   FASTSEQ_DEVICE int inbox() const { return split_.ctas * layout_.sent; }
   FASTSEQ_DEVICE uint32_t bytes() const { return inbox() * sizeof(gpu::Vec16); }
-  FASTSEQ_DEVICE gpu::Vec16* inbox_of(int cta, uint32_t epoch, int chunk) const {
-    return inboxes_ + (((epoch & 1) * split_.chunks + chunk) * split_.ctas + cta) * inbox();
+  FASTSEQ_DEVICE gpu::Vec16* inbox_of(int cta, uint32_t epoch, int batch_tile) const {
+    return inboxes_ + (((epoch & 1) * split_.batch_tiles + batch_tile) * split_.ctas + cta) * inbox();
   }
 
-  const Split& split_;
-  const ScatterLayout layout_;
-  const int rank_;
+  const ReduceScatterLayout layout_;
   Weights<Tile> weights_;
   const Quotient per_eight_units_, per_sent_;
   gpu::Vec16* received_;  // of a cluster: [2] inboxes: [CTA][unit][quarter], four columns in each
   float* sums_;           // [groups][kColumns][stride]
-  gpu::Vec16* own_;       // [chunks][depth][kColumns]
-  gpu::Vec16* inboxes_;   // in global memory: [2][chunks][CTA] inboxes
-  uint32_t* flags_;       // [ctas]
-  gpu::Mbarrier* arrived_ = nullptr;
-  uint32_t epoch_ = 0;
+  gpu::Vec16* own_;       // [batch_tiles][depth][kColumns]
+  gpu::Vec16* inboxes_;   // in global memory: [2][batch_tiles][CTA] inboxes
 };
 
 }  // namespace fastseq::recurrent

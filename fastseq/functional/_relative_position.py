@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from .attention import attention
+from .._arguments import checked_int, checked_number, checked_tensor, own_keywords
+from ._attention import attention
+from ._attention_call import AttentionOptions, check_tensors, checked_layout, takes_options
 
 __all__ = ["t5_relative_bias", "transformer_xl_attention"]
 
 
+@own_keywords
 def t5_relative_bias(
     table: Tensor,
     query_length: int,
@@ -34,8 +38,16 @@ def t5_relative_bias(
 
     Raises:
         RuntimeError: if ``table`` is not ``[num_buckets, Hq]`` of a floating dtype.
-        ValueError: if a direction has fewer than 2 buckets, or ``max_distance`` is not beyond the exact ones.
+        TypeError: if ``table`` is no tensor or a length no int.
+        ValueError: if a length is negative, a direction has fewer than 2 buckets, or ``max_distance`` is not beyond the
+            exact ones.
     """
+    checked_tensor("table", table)
+    checked_int("num_buckets", num_buckets)
+    checked_number("max_distance", max_distance)
+    for name, length in (("query_length", query_length), ("key_length", key_length)):
+        if checked_int(name, length) < 0:
+            raise ValueError(f"{name} must not be negative, got {length}")
     if table.dim() != 2 or table.shape[0] != num_buckets or not table.is_floating_point():
         raise RuntimeError(
             f"table must be floating point [num_buckets, Hq], num_buckets = {num_buckets}, got {table.dtype} {list(table.shape)}"
@@ -59,34 +71,86 @@ def t5_relative_bias(
     return torch.nn.functional.embedding(bucket, table).t().contiguous(), zero
 
 
+@overload
 def transformer_xl_attention(
-    query: Tensor, key: Tensor, value: Tensor, r: Tensor, u: Tensor, v: Tensor, *, layout: str = "bhte", **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    r: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+@overload
+def transformer_xl_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    r: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = False,
+    return_weights: bool | Literal["average"] = False,
+    **options: Unpack[AttentionOptions],
+) -> Any: ...
+
+
+@takes_options(
+    "causal",
+    "alignment",
+    "relative_query",
+    "relative_key",
+    "relative_key_zero",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "max_seqlen_q",
+    "max_seqlen_k",
+)
+def transformer_xl_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    r: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = False,
+    return_weights: bool | Literal["average"] = False,
+    **options: Unpack[AttentionOptions],
 ) -> Any:
     """Causal attention of Transformer-XL (Dai et al., 2019): the scores are ((q + u) k^T + (q + v) R^T) / sqrt(E).
 
     Args:
-        query: ``[B, H, Tq, E]``, or ``[B, Tq, H, E]`` with ``layout="bthe"``.
+        query: ``[B, H, Tq, E]``, or ``[B, Tq, H, E]`` with ``layout="bshd"``.
         key, value: likewise with Tk = memory + Tq steps: the caller puts the memory before the segment.
         r: the paper's R after its projection, ``[H or 1, Tk, E]``: from the farthest distance, Tk - 1, to 0.
         u, v: the paper's biases, ``[H, E]``.
-        options: further ones of :func:`attention`, such as ``dropout``, ``mask`` or ``return_weights``.
+        options: further ones of :func:`attention`, such as ``dropout_p`` or ``attn_mask``.
+        return_lse, return_weights: as there.
 
     Returns, raises: as :func:`attention`.
     """
+    check_tensors({"query": query, "key": key, "value": value, "r": r, "u": u, "v": v})
+    layout = checked_layout(options.get("layout"), False)
+    if query.dim() != 4:
+        raise RuntimeError(f"query must be {'[B, H, T, E]' if layout == 'bhsd' else '[B, T, H, E]'}, got {list(query.shape)}")
+    if r.dim() != 3:
+        raise RuntimeError(f"r must be [H or 1, Tk, E], got {list(r.shape)}")
     for name, vector in (("u", u), ("v", v)):
-        heads = query.shape[1 if layout == "bhte" else 2]
+        heads = query.shape[1 if layout == "bhsd" else 2]
         if vector.shape != (heads, query.shape[-1]):
             raise RuntimeError(f"{name} must be [H, E] = [{heads}, {query.shape[-1]}], got {list(vector.shape)}")
-    if layout == "bhte":
+    if layout == "bhsd":
         u, v = u[:, None], v[:, None]
-    return attention(
-        query + u,
-        key,
-        value,
-        layout=layout,
-        causal="bottom_right",
-        relative_query=query + v,
-        relative_key=r,
-        relative_key_zero=r.shape[-2] - 1,
-        **options,
-    )
+    options |= {
+        "causal": True,
+        "alignment": "bottom_right",
+        "relative_query": query + v,
+        "relative_key": r,
+        "relative_key_zero": r.shape[-2] - 1,
+    }
+    return attention(query + u, key, value, return_lse=return_lse, return_weights=return_weights, **options)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...ops.types import GRADIENTS, Spec, empty_gradients
 from . import _launch
-from .attention_parts import accumulator, number, pairs, parts_of, power, precision, rows, scalars, sizes
+from .attention_args import accumulator, number, pairs, parts_of, power, precision, rows, scalars, sizes
 
 _SHARED = 512  # programs that a sum is divided among, at most
 
@@ -39,7 +39,7 @@ def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
     from fastseq.kernels.attention import backward as kernels
-    from fastseq.kernels.attention.parts import Incoming
+    from fastseq.kernels.attention.args import Incoming
 
     grads = empty_gradients(q, k, v, spec, wanted)
     if _nothing(q, k, spec):
@@ -62,7 +62,7 @@ def attention_weights_backward(
     dw: Tensor, q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bool, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
     from fastseq.kernels.attention import backward as kernels
-    from fastseq.kernels.attention.parts import Incoming
+    from fastseq.kernels.attention.args import Incoming
 
     wanted = [want and name != "v" for want, name in zip(wanted, GRADIENTS, strict=True)]
     grads = empty_gradients(q, k, q, spec, wanted)
@@ -73,7 +73,7 @@ def attention_weights_backward(
     incoming = Incoming(scalars(lse), scalars(delta), dw=of_heads, scale=number(1 / q.shape[1] if average else 1.0, q.dtype))
     call = _call(q, k, 1, spec, incoming)
     with _launch.on(q.device):
-        config = call.config("queries")
+        config = call.config("bwd_dq")
         blocks = -(-call.lengths[0] // config.BM)
         kernels.delta_of_weights[(blocks * call.heads * call.batch,)](
             rows(q),
@@ -125,15 +125,15 @@ def _passes(call: _Call, grads: tuple[Tensor, ...]) -> None:
 
     dq, dk, dv, dbias, drelative_bias, drelative_q, drelative_k = (grad if grad.dim() > 1 else None for grad in grads)
     if dq is not None or drelative_q is not None:
-        config = call.config("queries")
-        _own_rows(call, kernels.queries_backward, config, (dq, drelative_q), call.heads, -(-call.lengths[0] // config.BM))
+        config = call.config("bwd_dq")
+        _own_rows(call, kernels.bwd_dq, config, (dq, drelative_q), call.heads, -(-call.lengths[0] // config.BM))
     if dk is not None or dv is not None:
-        config = call.config("keys")
-        _own_rows(call, kernels.keys_backward, config, (dk, dv), call.heads // call.group, -(-call.lengths[1] // config.BN))
+        config = call.config("bwd_dkdv")
+        _own_rows(call, kernels.bwd_dkdv, config, (dk, dv), call.heads // call.group, -(-call.lengths[1] // config.BN))
     if dbias is not None:
-        _pairs_backward(call, dbias)
+        _bwd_dbias(call, dbias)
     if drelative_bias is not None or drelative_k is not None:
-        _distances_backward(call, drelative_bias, drelative_k)
+        _bwd_drelbias(call, drelative_bias, drelative_k)
 
 
 def _own_rows(call: _Call, kernel: Any, config: Any, results: tuple[Tensor | None, ...], heads: int, blocks: int) -> None:
@@ -149,10 +149,10 @@ def _shares(programs: int, steps: int) -> int:
     return max(1, min(steps, _SHARED // programs))
 
 
-def _pairs_backward(call: _Call, dbias: Tensor) -> None:
+def _bwd_dbias(call: _Call, dbias: Tensor) -> None:
     from fastseq.kernels.attention import bias_gradient as kernels
 
-    config = call.config("pairs")
+    config = call.config("bwd_dbias")
     programs, steps = 1, 1
     sums = []
     for own, extent, block in zip(
@@ -164,7 +164,7 @@ def _pairs_backward(call: _Call, dbias: Tensor) -> None:
     per_share = -(-steps // _shares(programs, steps))
     shares = -(-steps // per_share)
     room = dbias if shares == 1 else dbias.new_empty(shares, *dbias.shape, dtype=call.wide)
-    kernels.pairs_backward[(programs * shares,)](
+    kernels.bwd_dbias[(programs * shares,)](
         rows(call.q), rows(call.k), room, *call.arguments, *call.lengths, call.heads, call.group, *dbias.shape, *sums[1:],
         steps, per_share, OWN_ROWS=dbias.shape[2] > 1, OWN_COLUMNS=dbias.shape[3] > 1, **call.constants, **config.arguments(),
     )  # fmt: skip
@@ -193,10 +193,10 @@ def _aligned(call: _Call) -> bool:
     return not varies and (spec.offset + call.lengths[1] - call.lengths[0]) % 4 == 0
 
 
-def _distances_backward(call: _Call, dbias: Tensor | None, drows: Tensor | None) -> None:
+def _bwd_drelbias(call: _Call, dbias: Tensor | None, drows: Tensor | None) -> None:
     from fastseq.kernels.attention import bias_gradient as kernels
 
-    config = call.config("distances")
+    config = call.config("bwd_drelbias")
     block = config.BM
     zeros = call.spec.relative_bias_zero, call.spec.relative_k_zero
     wanted = [(grad, zero) for grad, zero in zip((dbias, drows), zeros, strict=True) if grad is not None]
@@ -213,7 +213,7 @@ def _distances_backward(call: _Call, dbias: Tensor | None, drows: Tensor | None)
         for grad in (dbias, drows)
     ]
     options = {name: value for name, value in config.arguments().items() if name != "BN"}
-    kernels.distances_backward[(diagonals * call.heads * shares,)](
+    kernels.bwd_drelbias[(diagonals * call.heads * shares,)](
         rows(call.q), rows(call.k), *rooms, *call.arguments, call.batch, *call.lengths, call.heads, call.group,
         shares, diagonals, first, QUADS=_aligned(call), **call.constants, **options,
     )  # fmt: skip

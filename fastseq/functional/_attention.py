@@ -1,0 +1,256 @@
+"""Attention with everything that may shape it, its gradient from outside, and the merge of attentions over parts of the keys.
+
+Letters: B batch, Hq query heads, Hkv key heads (Hq a multiple of Hkv, query head h reads key head h // (Hq / Hkv)), Tq queries,
+Tk keys, E features of q and k, Ev of v, N rows of all sequences together. In names of layouts, as elsewhere, s is the sequence, d
+the features and t the rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .._arguments import own_keywords
+from ..ops import attention as ops
+from . import _nested
+from ._attention_call import AttentionOptions, Call, Layout, Options, check_tensors, checked_layout, prepared, rows, takes_options
+
+__all__ = ["attention", "attention_grad", "merge_attention"]
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_weights: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[True, "average"],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    return_weights: Literal[True, "average"],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = False,
+    return_weights: bool | Literal["average"] = False,
+    **options: Unpack[AttentionOptions],
+) -> Any: ...
+
+
+@takes_options()
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = False,
+    return_weights: bool | Literal["average"] = False,
+    **options: Unpack[AttentionOptions],
+) -> Any:
+    """softmax(scores) v for q, k and v heads first, ``[B, H, T, E]``, unless ``layout`` says otherwise.
+
+    The scores of query i at place p = i + ``offset`` (+ Tk - Tq if aligned ``"bottom_right"``) are
+
+    softcap(scale (q_i . k_j + relative_query_i . relative_key[j - p])) + attn_bias_ij - slope |j - p| + relative_bias[j - p].
+
+    All features combine. A query that sees no key gives zeros, with zero gradients. NaN or infinity in a key or value that a mask
+    hides may still reach the result.
+
+    Args:
+        q: ``[B, Hq, Tq, E]``, ``[B, Tq, Hq, E]`` with ``layout="bshd"``, or packed ``[N, Hq, E]`` with ``cu_seqlens_q``; fp16,
+            bf16, fp32 or fp64. Jagged nested tensors of either padded layout work likewise, and then give nested results.
+        k, v: likewise with Hkv heads; v with Ev features.
+        layout: ``"bhsd"``, ``"bshd"`` or ``"thd"`` (packed); None: ``"thd"`` with ``cu_seqlens_q``, else ``"bhsd"``.
+        attn_mask: bool, True where a query attends: ``[Tq, Tk]``, ``[Hq, Tq, Tk]`` or ``[B, Hq, Tq, Tk]``, or 1 for any of them.
+        attn_bias: added to the scores, shapes as ``attn_mask``; dtype that of q, or fp32 beside a 16-bit q. Its gradient is
+            summed over the dimensions that are 1.
+        causal: query i sees the keys j <= p.
+        window_size: ``(left, right)``: query i sees the keys p - left .. p + right; None or -1: unlimited.
+        alignment: where queries stand among keys of another number: ``"top_left"``, the first at the first key, as ``is_causal``
+            of torch's scaled_dot_product_attention has it, or ``"bottom_right"``, the last at the last key, as flash-attn has it.
+            Of padded sequences with ``seqlens_q`` or ``seqlens_k`` the last valid ones. None: top left, as far as that is no
+            guess: where the numbers differ (packed: are not seen to be equal) and a place matters, for ``causal``,
+            ``window_size``, ``alibi_slopes``, ``relative_bias`` or ``relative_key``, it must be given, or else ``offset``.
+        offset: added to the place of every query; None: 0.
+        scale: of the products; None: 1 / sqrt(E).
+        softcap: if not 0, softcap tanh(scores / softcap) takes the place of the scaled products.
+        alibi_slopes: ``[Hq]`` or ``[B, Hq]``; no gradient.
+        relative_bias: ``[Hq or 1, L]``; entry ``relative_bias_zero`` (None: L // 2, if L is odd) is for distance 0, those after
+            it for later keys; beyond the table 0. With gradient; dtype as ``attn_bias``.
+        relative_query: as q, with ``relative_key`` ``[Hq or 1, M, E]`` whose row ``relative_key_zero`` is for distance 0.
+        sinks: ``[Hq]``, one more score for each query, of a key without a value; with gradient; dtype as ``attn_bias``.
+        dropout_p: probability with which weights are zeroed (whether training or not); ``torch.manual_seed`` repeats it.
+        seqlens_q, seqlens_k: int32 or int64 ``[B]``, valid queries and keys of padded sequences. Values are checked on the CPU
+            only: on a GPU that would mean to wait for it. Rows beyond give zeros.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[B + 1]``: sequence b lies in the packed rows cu[b] .. cu[b + 1]. Checked
+            likewise.
+        max_seqlen_q, max_seqlen_k: length of the longest packed sequence, or more; None: found, if the cu_seqlens are on the CPU.
+        block_layout: bool ``[.., Tq / block_size, Tk / block_size]`` (rounded up; packed: of the longest), before it Hq or 1 and
+            B or 1; False hides a block, which costs nothing then.
+        block_size: power of two, at least 16.
+        return_lse: also return the logarithm of the sum of exponentials, ``[B, Hq, Tq]`` or packed ``[Hq, N]``, fp32 (fp64 for
+            fp64): -inf where no key is seen. Differentiable.
+        return_weights: also return the weights after dropout: True: ``[B, Hq, Tq, Tk]``; ``"average"``: their mean over the heads
+            ``[B, Tq, Tk]``, for which no tensor with heads exists. Differentiable. Padded sequences only.
+
+    Returns:
+        ``out`` as q, with Ev features; or ``(out, lse)``, ``(out, weights)``, ``(out, lse, weights)``.
+
+    Raises:
+        RuntimeError: if ranks, sizes, dtypes, devices, lengths or cu_seqlens do not fit.
+        ValueError: if an option has a value that is not accepted, options contradict each other, or the alignment is ambiguous.
+        TypeError: if an argument has a type that is not accepted, or a name that is not.
+        NotImplementedError: for floating dtypes other than those above.
+
+    Warns:
+        UserWarning: if q and k, without a ``layout``, have more heads than any model, and more heads than steps.
+    """
+    if return_weights not in (False, True, "average"):
+        raise ValueError(f"return_weights must be False, True or 'average', got {return_weights!r}")
+    given = Options(**options)
+    if any(isinstance(t, Tensor) and t.is_nested for t in (q, k, v)):
+        if return_weights:
+            raise ValueError("return_weights goes with padded sequences, not with nested tensors")
+        return _nested_attention(q, k, v, given, return_lse)
+    call = prepared(q, k, v, given)
+    if return_weights and call.spec.cu_q is not None:
+        raise ValueError("return_weights goes with padded sequences, not with cu_seqlens")
+    if return_weights:
+        out, lse, *weights = ops.attention_with_weights(*call, return_weights == "average")
+    else:
+        (out, lse), weights = ops.attention(*call), []
+    results = [_as_given(out, call, given.layout), *([lse] if return_lse else []), *weights]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _nested_attention(q: Tensor, k: Tensor, v: Tensor, given: Options, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"):
+        if getattr(given, name) is not None:
+            raise ValueError(f"{name} goes with tensors that are not nested")
+    layout = checked_layout(given.layout, False)
+    if given.relative_query is not None:
+        given.relative_query = _nested.jagged(given.relative_query, layout).values
+    of_q, of_k, of_v = _nested.sequences(q, k, v, layout)
+    given.layout, given.cu_seqlens_q, given.cu_seqlens_k = "thd", of_q.offsets, of_k.offsets
+    given.max_seqlen_q, given.max_seqlen_k = of_q.longest, of_k.longest
+    out, lse = ops.attention(*prepared(of_q.values, of_k.values, of_v.values, given))
+    out = of_q.nested(out if layout == "bhsd" else out.transpose(0, 1), layout)
+    return (out, of_q.nested(lse, "bhsd")) if return_lse else out
+
+
+def _as_given(tensor: Tensor, call: Call, layout: str | None) -> Tensor:
+    if call.spec.cu_q is not None:
+        return tensor.transpose(0, 1)
+    return tensor.transpose(1, 2) if layout == "bshd" else tensor
+
+
+@takes_options()
+def attention_grad(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Unpack[AttentionOptions]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of the share that the keys k and values v have in a larger attention: the backward of ring attention.
+
+    Args:
+        dout, out, lse: of the whole attention, shapes as ``attention`` returns them (see :func:`merge_attention`).
+        q, k, v, options: as :func:`attention` takes them, but without dropout and nested tensors, and with the ``offset`` at
+            which this part of the keys lies. Sinks belong into the lse.
+
+    Raises:
+        as :func:`attention`.
+    """
+    given = Options(**options)
+    if given.dropout_p:
+        raise ValueError("attention_grad cannot know which weights a dropout zeroed")
+    check_tensors({"dout": dout, "out": out, "lse": lse})
+    call, layout = prepared(q, k, v, given), given.layout
+    expected = {
+        "dout": (*call.q.shape[:-1], v.shape[-1]),
+        "out": (*call.q.shape[:-1], v.shape[-1]),
+        "lse": tuple(call.q.shape[:-1]),
+    }
+    whole = {"dout": _as_given(dout, call, layout), "out": _as_given(out, call, layout), "lse": lse}
+    for name, tensor in whole.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise RuntimeError(f"{name} must be {list(expected[name])} (heads first), got {list(tensor.shape)}")
+        if tensor.device != call.q.device:
+            raise RuntimeError(f"{name} must be on the query's device {call.q.device}, got {tensor.device}")
+    wide = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    dout, out = (rows(whole[name].to(call.q.dtype)) for name in ("dout", "out"))
+    lse = lse.to(wide).contiguous()
+    dq, dk, dv, *_ = ops.attention_backward(dout, None, call.q, call.k, call.v, out, lse, call.spec, [True] * 3 + [False] * 4)
+    return _as_given(dq, call, layout), _as_given(dk, call, layout), _as_given(dv, call, layout)
+
+
+@own_keywords
+def merge_attention(
+    out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor, *, layout: Layout | None = None
+) -> tuple[Tensor, Tensor]:
+    """The attention over two disjoint sets of keys from the attentions over each: ``(out, lse)``.
+
+    Args:
+        out1, out2: ``[B, Hq, Tq, Ev]``, ``[B, Tq, Hq, Ev]`` with ``layout="bshd"``, or packed ``[N, Hq, Ev]``; to merge more than
+            two without rounding in between, give them in fp32.
+        lse1, lse2: ``[B, Hq, Tq]`` or packed ``[Hq, N]``; -inf: no key was seen. Sinks may be in one of them only.
+        layout: as :func:`attention` takes it.
+
+    Everything is differentiable. Results have the dtypes that the arguments promote to.
+
+    Raises:
+        RuntimeError: if shapes do not fit.
+        ValueError: if ``layout`` is not accepted.
+        TypeError: if an argument is no tensor.
+    """
+    check_tensors({"out1": out1, "lse1": lse1, "out2": out2, "lse2": lse2})
+    swapped = checked_layout(layout, out1.dim() == 3) != "bhsd"
+    expected = out1.transpose(-3, -2).shape[:-1] if swapped else out1.shape[:-1]
+    if out1.shape != out2.shape or lse1.shape != lse2.shape or lse1.shape != expected:
+        raise RuntimeError(
+            f"out1 and out2 must have one shape, and lse1 and lse2 that shape heads first and without features, got out "
+            f"{list(out1.shape)} and {list(out2.shape)}, lse {list(lse1.shape)} and {list(lse2.shape)}"
+        )
+    highest = torch.maximum(lse1, lse2).detach()
+    dead = highest == -torch.inf
+    highest = highest.masked_fill(dead, 0)
+    first, second = torch.exp(lse1 - highest), torch.exp(lse2 - highest)
+    total = (first + second).masked_fill(dead, 1)
+    lse = (torch.log(total) + highest).masked_fill(dead, -torch.inf)
+    first, second = ((share / total).unsqueeze(-1) for share in (first, second))
+    if swapped:
+        first, second = first.transpose(-3, -2), second.transpose(-3, -2)
+    return (out1 * first + out2 * second).to(torch.promote_types(out1.dtype, out2.dtype)), lse
