@@ -3,6 +3,7 @@
 
 #include "common/build.h"
 #include "common/device.h"
+#include "cpu/level.h"
 #include "cpu/recurrent.h"
 #include "limits/exchange_op.h"
 #include "limits/fma_op.h"
@@ -16,6 +17,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("cuda_image(int device) -> int[]");
   m.def("cuda_stream_lent() -> bool");
   m.def("cpu_level() -> str");
+  m.def("cpu_amx_obstacle() -> str");
   m.def("cuda_limits(int device) -> int[]");
   m.def("recurrent_plan_fields() -> str[]");
   m.def("recurrent_plan(str cell, str precision, bool backward, int batch, int lanes, int hidden, int[] device, "
@@ -66,6 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_image", TORCH_BOX(&fastseq::cuda_image));
   m.impl("cuda_stream_lent", TORCH_BOX(&fastseq::cuda_stream_lent));
   m.impl("cpu_level", TORCH_BOX(&fastseq::cpu::cpu_level));
+  m.impl("cpu_amx_obstacle", TORCH_BOX(&fastseq::cpu::cpu_amx_obstacle));
   m.impl("cuda_limits", TORCH_BOX(&fastseq::cuda_limits));
   m.impl("recurrent_plan_fields", TORCH_BOX(&fastseq::recurrent::recurrent_plan_fields));
   m.impl("recurrent_plan", TORCH_BOX(&fastseq::recurrent::recurrent_plan));

@@ -23,6 +23,7 @@ _LEVELS = {
     "default": "baseline",
     "avx2": "AVX2",
     "avx512": "AVX-512",
+    "amx": "AMX",
 }  # of CPU kernels; one that is not here goes by its own name
 _CALLS = 44  # columns of the matrix for the names of calls
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -155,6 +156,7 @@ def _cpu() -> dict[str, Any]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     used = torch.backends.cpu.get_cpu_capability()
     level = "none" if library.reason() else torch.ops.fastseq_native.cpu_level()
+    obstacle = level == "avx512" and torch.ops.fastseq_native.cpu_amx_obstacle()
     return {
         "device": "cpu",
         "name": model[1].strip() if model else platform.processor() or platform.machine(),
@@ -162,6 +164,7 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch kernels": _LEVELS.get(used.lower(), used),
         "fastseq kernels": _LEVELS.get(level, level),
+        **({"AMX not used": obstacle} if obstacle else {}),
     }
 
 

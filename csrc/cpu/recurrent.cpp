@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "level.h"
 #include "recurrent_kernel.h"
 #include "recurrent_plan.h"
 
@@ -39,19 +40,19 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-const Kernels& kernels() {
+// The kernels that serve a call. AMX takes bfloat16 (products of its own rate, 14 times that of fp32 multiply-adds) but not what is
+// projected: a projection's operand, o tanh(c), would be rounded to bfloat16 on its way.
+const Kernels& kernels_of(const Shape& shape) {
+  switch (level()) {
 #if defined(__x86_64__)
-  const char* wanted = std::getenv("FASTSEQ_CPU_LEVEL");
-  const std::string_view level = wanted ? wanted : "";
-  static const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  STD_TORCH_CHECK(level == "" || level == "default" || level == "avx2" || level == "avx512",
-                  "FASTSEQ_CPU_LEVEL=", wanted, " is none of default, avx2, avx512");
-  if (avx512 && (level == "" || level == "avx512")) return kernels_avx512();
-  if (avx2 && level != "default") return kernels_avx2();
+    case Level::kAmx:
+      if (shape.type == Type::kBfloat16 && !shape.projected) return kernels_amx();
+      [[fallthrough]];
+    case Level::kAvx512: return kernels_avx512();
+    case Level::kAvx2: return kernels_avx2();
 #endif
-  return kernels_default();
+    default: return kernels_default();
+  }
 }
 
 Cell cell_of(const std::string& name) {
@@ -96,12 +97,14 @@ struct Free {
 };
 using Buffer = std::unique_ptr<void, Free>;
 
-// 64-byte aligned, since the kernels load whole registers.
-Buffer allocate(int64_t bytes, bool zero) {
+// 64-byte aligned, since the kernels load whole registers. What it holds is undefined: with FASTSEQ_CPU_POISON set, NaN in every dtype,
+// so that a test sees what is read before it is written.
+Buffer allocate(int64_t bytes) {
+  const bool poison = std::getenv("FASTSEQ_CPU_POISON");
   const int64_t size = (std::max<int64_t>(bytes, 1) + 63) / 64 * 64;
   void* p = std::aligned_alloc(64, size);
   STD_TORCH_CHECK(p, "out of memory: ", size, " bytes for packed recurrent weights or states");
-  if (zero) std::memset(p, 0, size);
+  if (poison) std::memset(p, 0xff, size);
   return Buffer(p);
 }
 
@@ -170,13 +173,13 @@ class Batch {
 // Runs body(work) for every participant of every team, teams sharing work as the plan says.
 template <class Body>
 void run_teams(const Plan& plan, int64_t lanes, int64_t reverse, const Batch& batch, int64_t unit_tiles, int64_t output_tiles,
-               int64_t (*workspace_size)(const Shape&, int64_t), const Shape& shape, int64_t bytes, const Body& body) {
+               int64_t (*workspace_size)(const Shape&, int64_t), const Shape& shape, const Body& body) {
   const int64_t teams = lanes * plan.batch_parts;
   std::vector<Barrier> barriers(teams);
   std::vector<Buffer> workspaces(teams);
   for (int64_t team = 0; team < teams; ++team) {
     barriers[team].reset(plan.members);
-    workspaces[team] = allocate(workspace_size(shape, batch.rows(team % plan.batch_parts).slots) * bytes, true);
+    workspaces[team] = allocate(workspace_size(shape, batch.rows(team % plan.batch_parts).slots));
   }
   const auto participate = [&](int64_t team, int64_t begin, int64_t end) {
     Work work{};
@@ -203,6 +206,17 @@ void run_teams(const Plan& plan, int64_t lanes, int64_t reverse, const Batch& ba
   });
 }
 
+// Packed weights of all lanes, [lanes, tiles] of tile_bytes: pack(lane, tile, to) fills one.
+template <class Pack>
+Buffer packed_tiles(int64_t lanes, int64_t tiles, int64_t tile_bytes, int64_t work_of_tile, const Pack& pack) {
+  Buffer packed = allocate(lanes * tiles * tile_bytes);
+  const int64_t grain = std::max<int64_t>(1, kWorkOfPacking / std::max<int64_t>(work_of_tile, 1));
+  torch::stable::parallel_for(0, lanes * tiles, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pack(i / tiles, i % tiles, static_cast<char*>(packed.get()) + i * tile_bytes);
+  });
+  return packed;
+}
+
 int64_t tiles_of(int64_t columns, int64_t tile) { return (columns + tile - 1) / tile; }
 
 // With zoneout, a cell that saves nothing saves its output.
@@ -212,19 +226,17 @@ int64_t saved_of(const Tiling& tiling, const Shape& shape) {
 
 }  // namespace
 
-std::string cpu_level() { return kernels().name; }
-
 void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std::optional<Tensor> b_ih,
                        std::optional<Tensor> x_gates, std::optional<Tensor> h_gates, Tensor weight, std::optional<Tensor> vectors,
                        std::optional<Tensor> projection, std::optional<Tensor> h0, std::optional<Tensor> c0,
                        std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h,
                        std::optional<Tensor> hold_c, std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, Tensor y,
                        Tensor h_n, Tensor c_n, Tensor c, Tensor gates) {
-  const Kernels& kernel = kernels();
   Forward a{};
   a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
   a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
-  const Tiling tiling = kernel.tiling(a.shape.cell, a.shape.type);
+  const Kernels& kernel = kernels_of(a.shape);
+  const Tiling tiling = kernel.tiling(a.shape);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates;
   a.batch = h_n.size(1);
   const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
@@ -235,9 +247,9 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
 
   const ScalarType narrow = y.scalar_type(), wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = y.numel() / (D * P), GH = tiling.gates * H, input = x ? x->size(x->dim() - 1) : 0;
-  STD_TORCH_CHECK(x.has_value() == w_ih.has_value() && x.has_value() != x_gates.has_value() && (!x || narrow == wide),
-                  "recurrent: needs either x and w_ih (float32 or float64), or x_gates");
-  expect(x, wide, rows * input, "x"), expect(w_ih, wide, D * GH * input, "w_ih"), expect(b_ih, narrow, D * GH, "b_ih");
+  STD_TORCH_CHECK(x.has_value() == w_ih.has_value() && x.has_value() != x_gates.has_value(),
+                  "recurrent: needs either x and w_ih, or x_gates");
+  expect(x, narrow, rows * input, "x"), expect(w_ih, narrow, D * GH * input, "w_ih"), expect(b_ih, narrow, D * GH, "b_ih");
   expect(x_gates, narrow, rows * D * GH, "x_gates"), expect(h_gates, wide, D * a.batch * GH, "h_gates");
   expect(weight, narrow, D * GH * P, "weight"), expect(vectors, narrow, D * tiling.vectors * H, "vectors");
   expect(projection, narrow, D * P * H, "projection");
@@ -250,19 +262,11 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
   expect(c_n, wide, D * a.batch * tiling.states * H, "c_n"), expect(c, wide, c.numel() ? rows * D * tiling.states * H : 0, "c");
   expect(gates, narrow, gates.numel() ? rows * D * saved_of(tiling, a.shape) * H : 0, "gates");
 
-  // [D, G*H, depth] S -> [D, tiles, depth, tile] A
-  const auto pack = [&](const Tensor& weights, int64_t depth) {
-    const int64_t lane = unit_tiles * unit_tile * tiling.gates * depth * bytes, work = unit_tile * tiling.gates * depth;
-    Buffer packed = allocate(D * lane, false);
-    torch::stable::parallel_for(0, D * unit_tiles, std::max<int64_t>(1, kWorkOfPacking / std::max<int64_t>(work, 1)),
-                                [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t d = i / unit_tiles;
-        kernel.pack_forward(a.shape.cell, a.shape.type, static_cast<const char*>(data(weights)) + d * tiling.gates * H * depth * stored,
-                            H, depth, i % unit_tiles, static_cast<char*>(packed.get()) + d * lane);
-      }
+  const auto pack = [&](const Tensor& weights, int64_t depth) {  // [D, G*H, depth]
+    const int64_t tile_bytes = kernel.unit_tile_bytes(a.shape, depth), work = unit_tile * tiling.gates * depth;
+    return packed_tiles(D, unit_tiles, tile_bytes, work, [&](int64_t d, int64_t tile, void* to) {
+      kernel.pack_units(a.shape, static_cast<const char*>(data(weights)) + d * GH * depth * stored, depth, tile, to);
     });
-    return packed;
   };
   Buffer packed, packed_input, packed_projection;
   if (!h_gates) packed = pack(weight, P);
@@ -271,14 +275,11 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
     a.input = input;
     packed_input = pack(*w_ih, a.input);
   }
-  if (projection) {
-    const int64_t lane = tiles_of(P, tiling.width) * tiling.width * H * bytes;
-    packed_projection = allocate(D * lane, false);
-    for (int64_t d = 0; d < D; ++d)
-      for (int64_t tile = 0; tile < output_tiles; ++tile)
-        kernel.pack_columns(a.shape.type, static_cast<const char*>(data(projection)) + d * P * H * stored, P, H, tile,
-                            static_cast<char*>(packed_projection.get()) + d * lane);
-  }
+  if (projection)
+    packed_projection = packed_tiles(
+        D, output_tiles, kernel.column_tile_bytes(a.shape, H), output_tile * H, [&](int64_t d, int64_t tile, void* to) {
+          kernel.pack_columns(a.shape, static_cast<const char*>(data(projection)) + d * P * H * stored, P, H, tile, to);
+        });
   a.x_gates = data(x_gates), a.h_gates = data(h_gates), a.vectors = data(vectors);
   a.input_weights = packed_input.get(), a.input_bias = data(b_ih);
   a.h0 = data(h0), a.c0 = data(c0);
@@ -287,8 +288,11 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
 
   const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, P + a.input, tiling.gates * H, unit_tiles, bytes);
   const Batch batch(steps, a.batch, lengths, batch_sizes, plan.batch_parts);
-  run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.forward_workspace, a.shape, bytes,
-            [&](const Work& work) { kernel.forward(a, work); });
+  run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.forward_workspace, a.shape, [&](Work& work) {
+    const Buffer scratch = allocate(kernel.forward_scratch(a, work));
+    work.scratch = scratch.get();
+    kernel.forward(a, work);
+  });
 }
 
 void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc,
@@ -297,11 +301,11 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
                         std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
                         std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool through_weights, Tensor dgates,
                         Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0) {
-  const Kernels& kernel = kernels();
   Backward a{};
   a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
   a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
-  const Tiling tiling = kernel.tiling(a.shape.cell, a.shape.type);
+  const Kernels& kernel = kernels_of(a.shape);
+  const Tiling tiling = kernel.tiling(a.shape);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates, GH = tiling.gates * H;
   a.batch = dh0.size(1);
   const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
@@ -328,26 +332,16 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   const int64_t unit_tiles = tiles_of(H, tile_columns), output_tiles = tiles_of(P, tile_columns);
 
   Buffer packed, packed_projection;
-  if (through_weights) {
-    const int64_t lane = tiles_of(P, tiling.width) * tiling.width * GH * bytes;
-    packed = allocate(D * lane, false);
-    torch::stable::parallel_for(0, D * output_tiles, std::max<int64_t>(1, kWorkOfPacking / (tile_columns * GH)),
-                                [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t d = i / output_tiles;
-        kernel.pack_rows(a.shape.type, static_cast<const char*>(data(weight)) + d * GH * P * stored, GH, P, i % output_tiles,
-                         static_cast<char*>(packed.get()) + d * lane);
-      }
-    });
-  }
-  if (projection) {
-    const int64_t lane = tiles_of(H, tiling.width) * tiling.width * P * bytes;
-    packed_projection = allocate(D * lane, false);
-    for (int64_t d = 0; d < D; ++d)
-      for (int64_t tile = 0; tile < unit_tiles; ++tile)
-        kernel.pack_rows(a.shape.type, static_cast<const char*>(data(projection)) + d * P * H * stored, P, H, tile,
-                         static_cast<char*>(packed_projection.get()) + d * lane);
-  }
+  if (through_weights)
+    packed = packed_tiles(
+        D, output_tiles, kernel.column_tile_bytes(a.shape, GH), tile_columns * GH, [&](int64_t d, int64_t tile, void* to) {
+          kernel.pack_rows(a.shape, static_cast<const char*>(data(weight)) + d * GH * P * stored, GH, P, tile, to);
+        });
+  if (projection)
+    packed_projection = packed_tiles(
+        D, unit_tiles, kernel.column_tile_bytes(a.shape, P), tile_columns * P, [&](int64_t d, int64_t tile, void* to) {
+          kernel.pack_rows(a.shape, static_cast<const char*>(data(projection)) + d * P * H * stored, P, H, tile, to);
+        });
   a.dy = data(dy), a.dh_n = data(dh_n), a.dc_n = data(dc_n), a.dc = data(dc);
   a.vectors = data(vectors), a.h0 = data(h0), a.c0 = data(c0);
   a.y = data(y), a.c = data(c), a.gates = data(gates);
@@ -358,7 +352,7 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   const Plan plan =
       make_plan(torch::stable::get_num_threads(), D, a.batch, GH, P, std::min(unit_tiles, output_tiles), bytes);
   const Batch batch(steps, a.batch, lengths, batch_sizes, plan.batch_parts);
-  run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.backward_workspace, a.shape, bytes,
+  run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.backward_workspace, a.shape,
             [&](const Work& work) { kernel.backward(a, work); });
 }
 

@@ -11,7 +11,7 @@ namespace fastseq::cpu {
 
 using torch::stable::Tensor;
 
-// Either the input x with w_ih and b_ih (float32 and float64), or x_gates (rows x G*H), the input as projected outside.
+// Either the input x with w_ih and b_ih, or x_gates (rows x G*H), the input as projected outside.
 // h_gates [D, B, G*H] in the state's dtype: the product of h0 with the weights, given when there is a single step.
 void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std::optional<Tensor> b_ih,
                        std::optional<Tensor> x_gates, std::optional<Tensor> h_gates, Tensor weight, std::optional<Tensor> vectors,
@@ -27,8 +27,5 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
                         std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
                         std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool through_weights, Tensor dgates,
                         Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0);
-
-// The instruction set that the kernels of this process use: "avx512", "avx2" or "default" (FASTSEQ_CPU_LEVEL lowers it).
-std::string cpu_level();
 
 }  // namespace fastseq::cpu

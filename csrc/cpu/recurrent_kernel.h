@@ -3,6 +3,7 @@
 // Letters: T time, B batch, D lanes, H hidden, G gates, P output of a lane, K states beside h, V vectors of a cell, N rows of a
 // packed batch.
 // "rows x n" is [T, B, D, n] or packed [N, D, n]; S is the storage type (float, double, bfloat16), A the arithmetic type (float, double).
+// Packed weights lie as the kernels want them, tile after tile; only the kernels know how.
 // Nothing is allocated here and no pointer is kept after the call. No two pointers alias.
 #pragma once
 
@@ -26,7 +27,6 @@ struct Tiling {
 };
 
 constexpr int64_t kTileVectors = 4;  // of a tile over plain columns (backward, projection)
-constexpr int64_t kMaxRows = 8;      // of a row block, any tile
 
 // The part of the batch that a team works on, and where its rows lie. Slots are sequences, longest first.
 struct Rows {
@@ -72,17 +72,17 @@ struct Zoneout {
 struct Forward {
   Shape shape;
   const void* x_gates;     // rows x G*H, S: the projected input; or null:
-  const void* x;           // [T, B, I] or [N, I], S = A
+  const void* x;           // [T, B, I] or [N, I], S
   int64_t input;           // I
-  const void* input_weights;  // [D, tiles, I, tile] A, packed by pack_forward
+  const void* input_weights;  // [D, unit tiles], packed by pack_units over depth I
   const void* input_bias;     // [D, G*H] S or null
   const void* h_gates;     // [D, B, G*H] A: R h of a single step, in place of weights; or null
   int64_t batch;           // B, of h_gates
   const void* vectors;     // [D, V*H] S or null
   const void* h0;          // [D, B, P] S or null
   const void* c0;          // [D, B, K*H] A or null
-  const void* weights;     // [D, tiles, P, tile] A, packed by pack_forward
-  const void* projection;  // [D, tiles, H, tile] A, packed by pack_columns, or null
+  const void* weights;     // [D, unit tiles], packed by pack_units over depth P; null with h_gates
+  const void* projection;  // [D, column tiles over P], packed by pack_columns over depth H, or null
   Zoneout zoneout;
   void* y;                 // rows x P, S
   void* h_n;               // [D, B, P] S
@@ -105,8 +105,8 @@ struct Backward {
   const void* y;             // rows x P, S
   const void* c;             // rows x K*H, A
   const void* gates;         // rows x saved*H, S
-  const void* weights;       // [D, tiles, G*H, tile] A, packed by pack_rows; null: a single step, R takes no part
-  const void* projection;    // [D, tiles, P, tile] A, packed by pack_rows, or null
+  const void* weights;       // [D, column tiles over P], packed by pack_rows over depth G*H; null: a single step, R takes no part
+  const void* projection;    // [D, column tiles over H], packed by pack_rows over depth P, or null
   void* dgates;              // rows x G*H, S
   void* drecurrent;          // rows x own_recurrent*H, S
   void* doutput;             // rows x P, S, projection only
@@ -124,21 +124,26 @@ struct Work {
   bool first;               // of its team: clears what has ended
   int64_t weight;           // participants that it stands for
   Barrier* barrier;         // null: alone
-  void* workspace;          // A, shared by the team, of forward_workspace or backward_workspace elements
+  void* workspace;          // shared by the team, of forward_workspace or backward_workspace bytes
+  void* scratch;            // the participant's own, of forward_scratch bytes
 };
 
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
-  Tiling (*tiling)(Cell, Type);
-  // [G*H, P] S -> tiles of the gates of whole units: [tiles, P, G * unit_blocks * width] A; one tile
-  void (*pack_forward)(Cell, Type, const void* weight, int64_t hidden, int64_t output, int64_t tile, void* packed);
-  // [columns, depth] S -> [tiles, depth, kTileVectors * width] A, transposed; one tile
-  void (*pack_columns)(Type, const void* weight, int64_t columns, int64_t depth, int64_t tile, void* packed);
-  // [depth, columns] S -> the same; one tile
-  void (*pack_rows)(Type, const void* weight, int64_t depth, int64_t columns, int64_t tile, void* packed);
+  Tiling (*tiling)(const Shape&);
+  // bytes of a packed tile of the gates of whole units, of one of kTileVectors vectors of plain columns
+  int64_t (*unit_tile_bytes)(const Shape&, int64_t depth);
+  int64_t (*column_tile_bytes)(const Shape&, int64_t depth);
+  // [G*H, depth] S -> a tile of the gates of whole units
+  void (*pack_units)(const Shape&, const void* weight, int64_t depth, int64_t tile, void* packed);
+  // [columns, depth] S -> a tile of columns, transposed
+  void (*pack_columns)(const Shape&, const void* weight, int64_t columns, int64_t depth, int64_t tile, void* packed);
+  // [depth, columns] S -> the same
+  void (*pack_rows)(const Shape&, const void* weight, int64_t depth, int64_t columns, int64_t tile, void* packed);
   int64_t (*forward_workspace)(const Shape&, int64_t slots);
   int64_t (*backward_workspace)(const Shape&, int64_t slots);
+  int64_t (*forward_scratch)(const Forward&, const Work&);
   void (*forward)(const Forward&, const Work&);
   void (*backward)(const Backward&, const Work&);
 };
@@ -147,6 +152,7 @@ const Kernels& kernels_default();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_amx();  // bfloat16 only
 #endif
 
 }  // namespace fastseq::cpu

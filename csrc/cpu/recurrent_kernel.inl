@@ -1,12 +1,18 @@
 // The recurrence over time for one instruction set: forward and backward, any cell. Included by recurrent_<level>.cpp, which defines
-// FASTSEQ_LEVEL, FASTSEQ_VECTOR_BYTES and FASTSEQ_VECTOR_REGISTERS; contracts stand in recurrent_kernel.h.
+// FASTSEQ_LEVEL, FASTSEQ_VECTOR_BYTES, FASTSEQ_VECTOR_REGISTERS and, where bfloat16 is multiplied by AMX tiles, FASTSEQ_TILES; contracts
+// stand in recurrent_kernel.h.
 //
-// Each step multiplies the state of up to kMaxRows sequences with a tile of packed weights in registers, and finishes that tile's units
-// (gates, state, outputs) while the sums are still in the first-level cache. A team meets once a step, when the new state is complete.
+// Each step multiplies the state of the sequences with one tile of packed weights after the other, and finishes that tile's units (gates,
+// state, outputs) while the sums are still in the first-level cache. A team meets once a step, when the new state is complete. What
+// multiplies (product_fma.inl, product_amx.inl) also says how states and weights lie; the rest is written once.
 
 #include <cstddef>
 #include <cstdint>
 #include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "../recurrent/cells/coupled_lstm.h"
 #include "../recurrent/cells/gru.h"
@@ -22,100 +28,73 @@ namespace {
 #include "vector.inl"
 
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-// State rows are this far apart: a power of two would put the rows of a block into the same cache set.
+// Transposes a W x W square in registers: exchanges its off-diagonal quarters of S x S, then those of each quarter, and so on.
+template <int S, int W, class V>
+FASTSEQ_HOST_DEVICE void transpose(V* square) {
+  if constexpr (S > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i & S) continue;
+      const V a = square[i], b = square[i + S];
+      [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
+        square[i] = __builtin_shufflevector(a, b, (J & S ? W + J - S : J)...);
+        square[i + S] = __builtin_shufflevector(a, b, (J & S ? W + J : J + S)...);
+      }(std::make_integer_sequence<int, W>());
+    }
+    transpose<S / 2, W>(square);
+  }
+}
+
+// What sums start from: the first `vectors` of those of a row at rows + r * stride, the others from zero.
+template <class A>
+struct Start {
+  const A* rows = nullptr;
+  int64_t stride = 0;  // elements; 0: one row for all
+  int64_t vectors = 0;
+  Start of_row(int64_t r) const { return {rows + r * stride, stride, vectors}; }
+};
+
+#if defined(FASTSEQ_TILES)
+#include "product_amx.inl"
+#else
+#include "product_fma.inl"
+#endif
+
+template <class T>
+T* at(void* base, int64_t offset) {
+  return base ? static_cast<T*>(base) + offset : nullptr;
+}
+template <class T>
+const T* at(const void* base, int64_t offset) {
+  return base ? static_cast<const T*>(base) + offset : nullptr;
+}
+
+FASTSEQ_HOST_DEVICE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Parts of a workspace or scratch, in turn; only their size where the memory is null.
+class Carver {
+ public:
+  explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
+  void* take(int64_t bytes) {
+    char* part = memory_ ? memory_ + used_ : nullptr;
+    used_ += blocks_of(bytes, 64) * 64;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+// Rows of plain vectors, a line further apart than they need: a power of two would put neighbours into one cache set.
 template <class A>
 int64_t padded(int64_t columns) {
   constexpr int64_t line = 64 / sizeof(A);
   return blocks_of(columns, line) * line + line;
-}
-
-// Rows of a block for a tile of that many vectors. The sums fill the registers, but for what a product needs beside them: with 32
-// registers a tile row and a broadcast value, with 16 one of either.
-constexpr int64_t rows_of_block(int64_t vectors) {
-  return FASTSEQ_VECTOR_REGISTERS == 32 ? min(kMaxRows, (32 - 2 - vectors) / vectors) : 12 / vectors;
-}
-static_assert(rows_of_block(4) == (FASTSEQ_VECTOR_REGISTERS == 32 ? 6 : 3));
-
-// Products are summed in runs of this many, and the runs then added up: a sum of n terms loses about sqrt(n) roundings.
-constexpr int64_t kRun = 128;
-
-// sums[r][v] = rows[r] (depth values) times a tile (depth x NV vectors)
-template <class A, int RB, int NV>
-void multiply(const A* const* rows, const A* tile, int64_t depth, A* sums) {
-  using V = typename Lanes<A>::V;
-  constexpr int W = sizeof(V) / sizeof(A);
-  // few sums would wait for one another: then two interleaved sets, over even and odd depths
-  constexpr int SETS = RB * NV < 8 ? 2 : 1;
-  const A* row[RB];
-#pragma GCC unroll 8
-  for (int r = 0; r < RB; ++r) row[r] = rows[r];
-  for (int64_t begin = 0; begin < depth; begin += kRun) {
-    const int64_t end = min(begin + kRun, depth);
-    V sum[SETS][RB][NV];
-#pragma GCC unroll 2
-    for (int s = 0; s < SETS; ++s)
-#pragma GCC unroll 8
-      for (int r = 0; r < RB; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[s][r][v] = V{};
-    int64_t k = begin;
-    for (; k + SETS <= end; k += SETS) {
-#pragma GCC unroll 2
-      for (int s = 0; s < SETS; ++s) {
-        V weight[NV];
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) weight[v] = *(const V*)(tile + ((k + s) * NV + v) * W);
-#pragma GCC unroll 8
-        for (int r = 0; r < RB; ++r) {
-          const V value = V{} + row[r][k + s];
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) sum[s][r][v] += value * weight[v];
-        }
-      }
-    }
-    for (; k < end; ++k)
-#pragma GCC unroll 8
-      for (int r = 0; r < RB; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[0][r][v] += (V{} + row[r][k]) * *(const V*)(tile + (k * NV + v) * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < RB; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        V* to = (V*)(sums + (r * NV + v) * W);
-        if (SETS == 2) sum[0][r][v] += sum[SETS - 1][r][v];
-        *to = begin ? *to + sum[0][r][v] : sum[0][r][v];
-      }
-  }
-}
-
-template <class A>
-using Multiply = void (*)(const A* const*, const A*, int64_t, A*);
-
-template <class A, int NV>
-Multiply<A> multiply_rows(int64_t rows) {
-  switch (rows) {
-    case 1: return multiply<A, 1, NV>;
-    case 2: return multiply<A, 2, NV>;
-    case 3: return multiply<A, 3, NV>;
-    case 4: return multiply<A, 4, NV>;
-    case 5: return multiply<A, 5, NV>;
-    case 6: return multiply<A, 6, NV>;
-    case 7: return multiply<A, 7, NV>;
-    default: return multiply<A, 8, NV>;
-  }
-}
-
-template <class A>
-Multiply<A> multiply_of(int64_t rows, int64_t vectors) {
-  switch (vectors) {
-    case 1: return multiply_rows<A, 1>(rows);
-    case 2: return multiply_rows<A, 2>(rows);
-    case 3: return multiply_rows<A, 3>(rows);
-    default: return multiply_rows<A, 4>(rows);
-  }
 }
 
 // A tile of plain columns: which it covers, and how many vectors (the last tile may have fewer).
@@ -127,17 +106,6 @@ struct Columns {
       : begin(tile * kTileVectors * kWidth), blocks(min(kTileVectors, blocks_of(columns - begin, kWidth))) {}
 };
 
-FASTSEQ_HOST_DEVICE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-
-template <class T>
-T* at(void* base, int64_t offset) {
-  return base ? static_cast<T*>(base) + offset : nullptr;
-}
-template <class T>
-const T* at(const void* base, int64_t offset) {
-  return base ? static_cast<const T*>(base) + offset : nullptr;
-}
-
 // Walks the tiles of a step, every other step backwards: what the last step left in the caches is used before it is displaced. (A
 // repeated walk in one direction finds nothing of a set of weights larger than the cache; to and fro finds the cache's size of it.)
 template <class F>
@@ -146,21 +114,74 @@ FASTSEQ_HOST_DEVICE void for_tiles(const int64_t tiles[2], int64_t step, F&& bod
   for (int64_t i = 0; i < count; ++i) body(step & 1 ? tiles[1] - 1 - i : tiles[0] + i);
 }
 
-// Walks the row blocks of a step: begin and count of each, sizes as even as possible.
-template <class F>
-FASTSEQ_HOST_DEVICE void for_row_blocks(int64_t rows, int64_t most, F&& body) {
-  const int64_t count = blocks_of(rows, most);
-  for (int64_t b = 0; b < count; ++b) {
-    const int64_t begin = rows * b / count;
-    body(begin, rows * (b + 1) / count - begin);
-  }
-}
-
-// After a meeting, half of a state or more lies in other cores' caches: fetch it all at once rather than line by line when multiplied.
+// Rows [begin, begin + count) of a step, multiplied with one tile of weights: sums [count][vectors][W].
 template <class A>
-FASTSEQ_HOST_DEVICE void gather(const A* state, int64_t stride, int64_t columns, int64_t slots) {
-  for (int64_t s = 0; s < slots; ++s)
-    for (int64_t j = 0; j < columns; j += 64 / sizeof(A)) prefetch(state + s * stride + j);
+struct Item {
+  int64_t tile, begin, count, vectors;
+  const A* sums;
+};
+
+// What an item's rows are multiplied with, and what their sums start from.
+template <class A>
+struct Weights {
+  const void* packed;  // of one tile; null: the sums are there already
+  int64_t depth;
+  Start<A> start;
+};
+
+// Work that waits for the next product to run beside it: the rows of an item, finished by finish(item, from, to), several at a time:
+// the latencies of one pass during the operations of others.
+template <class A, class Finish>
+class Waiting {
+ public:
+  explicit Waiting(const Finish& finish) : finish_(finish) {}
+  void set(const Item<A>& item) { item_ = item, next_ = 0; }
+  void share(int64_t parts) { share_ = max(blocks_of(item_.count, parts), kLeastRows); }
+  void operator()() { up_to(min(next_ + share_, item_.count)); }
+  void rest() { up_to(item_.count); }
+
+ private:
+  static constexpr int64_t kLeastRows = 4;
+
+  void up_to(int64_t end) {
+    if (next_ < end) finish_(item_, next_, end);
+    next_ = end;
+  }
+
+  const Finish& finish_;
+  Item<A> item_{};
+  int64_t next_ = 0, share_ = 0;
+};
+
+struct NothingWaits {
+  void share(int64_t) {}
+  void operator()() {}
+  void rest() {}
+};
+
+// The products of one step: every tile of the range with the rows [0, active) of a matrix; finish(item, from, to) for all its rows, as soon
+// as possible. prepare(item) comes first.
+template <class Product, class A, class Prepare, class Finish>
+FASTSEQ_HOST_DEVICE void multiply_step(const Product& product, const typename Product::Matrix& matrix, int64_t active,
+                                       const int64_t tiles[2], int64_t step, A* sums, const Prepare& prepare, const Finish& finish) {
+  constexpr int64_t kSums = Product::kMostRows * kTileVectors * Product::W;
+  const int64_t block = active ? product.block(active) : 1;
+  Waiting<A, Finish> waiting(finish);
+  int64_t turn = 0;
+  for_tiles(tiles, step, [&](int64_t tile) __attribute__((always_inline)) {
+    for (int64_t begin = 0; begin < active; begin += block) {
+      A* own = sums + (Product::kInterleaves ? turn++ & 1 : 0) * kSums;
+      Item<A> item{tile, begin, min(block, active - begin), 0, own};
+      const Weights<A> weights = prepare(item);
+      if (weights.packed)
+        product.multiply(matrix, begin, item.count, weights.packed, item.vectors, weights.depth, weights.start, own, waiting);
+      else
+        waiting.rest();
+      waiting.set(item);
+      if (!Product::kInterleaves || !weights.packed) waiting.rest();
+    }
+  });
+  waiting.rest();
 }
 
 struct Steps {
@@ -169,7 +190,8 @@ struct Steps {
 
   int64_t time(int64_t step) const { return reverse ? rows.steps - 1 - step : step; }
   int64_t active(int64_t t) const { return rows.active ? rows.active[t] : rows.slots; }
-  int64_t row(int64_t t, int64_t slot) const { return (rows.start ? rows.start[t] : t * rows.stride) + rows.index[slot]; }
+  int64_t row_of(int64_t t) const { return rows.start ? rows.start[t] : t * rows.stride; }
+  int64_t row(int64_t t, int64_t slot) const { return row_of(t) + rows.index[slot]; }
   int64_t length(int64_t slot) const { return rows.length ? rows.length[slot] : rows.steps; }
 
   // Zeroes what a padded tensor (elements of S, `columns` wide, rows `stride` apart) holds beyond the rows' lengths.
@@ -182,7 +204,7 @@ struct Steps {
   }
 };
 
-template <class C, class A>
+template <class C>
 constexpr int64_t unit_blocks() {
   return C::kGates == 1 ? kTileVectors : 1;
 }
@@ -218,173 +240,287 @@ struct Range {
       : begin(min(tiles[0] * tile, columns)), end(min(tiles[1] * tile, columns)) {}
 };
 
-template <class S, class A, class C, bool kZoned>
-struct ForwardKernel {
+// The input of some steps, projected before them: their rows together serve each input weight fetched, and what is projected is
+// read again before it leaves the second-level cache.
+constexpr int64_t kChunkRows = 128, kLeastChunkRows = 32, kChunkBytes = 512 << 10;
+
+template <class Product, class S, template <class> class Cell, bool kZoned>
+class ForwardKernel {
+  using A = typename Product::A;
+  using C = Cell<Math<A>>;
+  using Matrix = typename Product::Matrix;
   using M = Math<A>;
   using V = typename M::V;
   static constexpr int64_t W = M::kWidth;
-  static constexpr int G = C::kGates, K = C::kStates;
+  static constexpr int G = C::kGates, K = C::kStates, kOwn = C::kOwnRecurrent;
   static constexpr int kSaved = saved_of<C, kZoned>();
-  static constexpr int64_t UB = unit_blocks<C, A>();
+  static constexpr int64_t UB = unit_blocks<C>(), NV = G * UB;
 
   struct Buffers {  // of a team, [slots, ..] each
-    int64_t ldh, ldc;
-    A* h[2];  // state before and after the step
-    A* c;     // K states, each like a row
-    A* m;  // what the projection sees
+    Matrix h[2];  // state before and after the step
+    A* c;         // K states, each like a row
+    Matrix m;     // what the projection sees
+    int64_t ldc, bytes;
 
-    Buffers(const Shape& shape, int64_t slots, void* workspace)
-        : ldh(padded<A>(shape.output)), ldc(padded<A>(shape.hidden)) {
-      A* p = static_cast<A*>(workspace);
-      h[0] = p, p += slots * ldh;
-      h[1] = p, p += slots * ldh;
-      c = p, p += slots * K * ldc;
-      m = p, p += shape.projected ? slots * ldc : 0;
-      size = p - static_cast<A*>(workspace);
+    Buffers(const Shape& shape, int64_t slots, void* workspace) : ldc(padded<A>(shape.hidden)) {
+      Carver carver(workspace);
+      for (auto& state : h) state = Matrix(carver.take(Matrix::bytes(slots, shape.output)), shape.output);
+      c = static_cast<A*>(carver.take(slots * K * ldc * sizeof(A)));
+      m = Matrix(carver.take(shape.projected ? Matrix::bytes(slots, shape.hidden) : 0), shape.hidden);
+      bytes = carver.used();
     }
-    int64_t size;
   };
 
-  static void run(const Forward& a, const Work& w) {
-    const int64_t H = a.shape.hidden, P = a.shape.output, D = a.shape.lanes, d = w.lane, B = a.batch;
-    const int64_t GH = G * H;
-    const bool projected = K == 1 && a.shape.projected;
-    const Steps steps{w.rows, w.reverse};
-    const Buffers buf(a.shape, w.rows.slots, w.workspace);
-    const Range units(w.unit_tiles, UB * W, H), outputs(w.output_tiles, kTileVectors * W, P);
+  struct Chunk {  // of a participant
+    int64_t steps, tile_size, bytes;
+    Matrix x;   // [rows, I]
+    A* gates;   // [own unit tiles][rows][vectors][W]
+    A* bias;    // [own unit tiles][vectors][W]
 
-    const int64_t I = a.input;
-    const S* x_gates = at<S>(a.x_gates, d * GH);
-    const A* x_all = static_cast<const A*>(a.x);
-    const A* input_weights = at<A>(a.input_weights, d * blocks_of(H, UB * W) * UB * G * W * I);
-    const S* input_bias = at<S>(a.input_bias, d * GH);
-    const A* h_gates = at<A>(a.h_gates, d * B * GH);
-    const S* vectors = at<S>(a.vectors, d * C::kVectors * H);
-    const A* weights = at<A>(a.weights, d * blocks_of(H, UB * W) * UB * G * W * P);
-    const A* projection = at<A>(a.projection, d * blocks_of(P, W) * W * H);
-    S* y = at<S>(a.y, d * P);
-    A* c_all = at<A>(a.c, d * K * H);
-    S* gates = at<S>(a.gates, d * kSaved * H);
-    const Keep<A> keep_h(at<bool>(a.zoneout.hold_h, d * P), a.zoneout.h), keep_c(at<bool>(a.zoneout.hold_c, d * H), a.zoneout.c);
+    Chunk(const Forward& a, const Work& w, void* scratch) {
+      const int64_t slots = max(w.rows.slots, 1), row = G * a.shape.hidden * sizeof(A);
+      steps = max(1, min(max(kChunkBytes / row, kLeastChunkRows), kChunkRows) / slots);
+      steps = min(steps, w.rows.steps);
+      const int64_t rows = (blocks_of(steps * slots, 16) + 1) * 16, tiles = a.x ? w.unit_tiles[1] - w.unit_tiles[0] : 0;
+      tile_size = rows * NV * W;  // a product takes, and gives, whole blocks of rows
+      Carver carver(scratch);
+      x = Matrix(carver.take(a.x ? Matrix::bytes(rows, a.input) : 0), a.input);
+      gates = static_cast<A*>(carver.take(tiles * tile_size * sizeof(A)));
+      bias = static_cast<A*>(carver.take(tiles * NV * W * sizeof(A)));
+      bytes = carver.used();
+    }
+  };
 
-    // own columns of the first state; both h buffers hold it until a slot's first step has passed
-    const Range own_h = projected ? outputs : units;
+ public:
+  static int64_t workspace(const Shape& shape, int64_t slots) { return Buffers(shape, slots, nullptr).bytes; }
+  static int64_t scratch(const Forward& a, const Work& w) { return Chunk(a, w, nullptr).bytes; }
+
+  ForwardKernel(const Forward& a, const Work& w)
+      : a(a), w(w), H(a.shape.hidden), P(a.shape.output), D(a.shape.lanes), d(w.lane), B(a.batch), GH(G * H), I(a.input),
+        projected(K == 1 && a.shape.projected), steps{w.rows, w.reverse}, buf(a.shape, w.rows.slots, w.workspace),
+        chunk(a, w, w.scratch), units(w.unit_tiles, UB * W, H), outputs(w.output_tiles, kTileVectors * W, P),
+        own_h(projected ? outputs : units), keep_h(at<bool>(a.zoneout.hold_h, d * P), a.zoneout.h),
+        keep_c(at<bool>(a.zoneout.hold_c, d * H), a.zoneout.c) {}
+
+  void run() {
+    begin();
+    if (w.barrier) w.barrier->wait(w.weight);
+    for (int64_t step = 0; step < w.rows.steps;) {
+      const int64_t end = x ? min(step + chunk.steps, w.rows.steps) : w.rows.steps;
+      if (x) project_input(step, end);
+      const Product product(w.rows.slots);
+      for (const int64_t start = step; step < end; ++step) {
+        t = steps.time(step);
+        chunk_row = x ? chunk_start[step - start] : 0;
+        old_h = &buf.h[step & 1], new_h = &buf.h[1 - (step & 1)];
+        walk(product, step);
+      }
+    }
+    finish();
+  }
+
+ private:
+  const void* unit_tile(const void* packed, int64_t tile, int64_t depth) const {
+    return at<char>(packed, (d * blocks_of(H, UB * W) + tile) * Product::tile_bytes(NV, depth));
+  }
+
+  // own columns of the first state; both h buffers hold it until a slot's first step has passed
+  void begin() {
     for (int64_t s = 0; s < w.rows.slots; ++s) {
       const int64_t place = d * B + w.rows.index[s];
-      for (int64_t j = own_h.begin; j < own_h.end; ++j)
-        buf.h[0][s * buf.ldh + j] = buf.h[1][s * buf.ldh + j] = a.h0 ? Memory<S, A>::value(at<S>(a.h0, place * P)[j]) : A(0);
+      for (int64_t j = own_h.begin; j < own_h.end; j += W) {
+        const V h = a.h0 ? Memory<S, A>::load(at<S>(a.h0, place * P) + j, P - j) : V{};
+        for (auto& state : buf.h) state.template store<S>(s, j, h, P - j);
+      }
       for (int k = 0; k < K; ++k)
-        for (int64_t j = units.begin; j < units.end; ++j)
-          buf.c[(s * K + k) * buf.ldc + j] = a.c0 ? at<A>(a.c0, (place * K + k) * H)[j] : A(0);
+        for (int64_t j = units.begin; j < units.end; j += W)
+          *(V*)(buf.c + (s * K + k) * buf.ldc + j) = a.c0 ? Memory<A, A>::load(at<A>(a.c0, (place * K + k) * H) + j, H - j) : V{};
     }
+    if (x)
+      for (int64_t tile = w.unit_tiles[0]; tile < w.unit_tiles[1]; ++tile) {
+        const int64_t u0 = tile * UB * W, blocks = min(UB, blocks_of(H - u0, W));
+        A* to = chunk.bias + (tile - w.unit_tiles[0]) * NV * W;
+        for (int g = 0; g < G; ++g)
+          for (int64_t b = 0; b < blocks; ++b, to += W)
+            *(V*)to = bias ? Memory<S, A>::load(bias + g * H + u0 + b * W, H - u0 - b * W) : V{};
+      }
     if (w.first) {
+      for (auto& state : buf.h) state.clear_rest(w.rows.slots, P);
+      if (projected) buf.m.clear_rest(w.rows.slots, H);
       steps.clear(y, D * P, P);
       steps.clear(c_all, D * K * H, K * H);
       steps.clear(gates, D * kSaved * H, kSaved * H);
     }
-    if (w.barrier) w.barrier->wait(w.weight);
+  }
 
-    constexpr int64_t NV = G * UB;
-    alignas(64) A sums[kMaxRows * kTileVectors * W], x_sums[kMaxRows * kTileVectors * W];
-    const A *rows[kMaxRows], *x_rows[kMaxRows];
-    for (int64_t step = 0; step < w.rows.steps; ++step) {
-      const int64_t t = steps.time(step), active = steps.active(t);
-      const A* h_old = buf.h[step & 1];
-      A* h_new = buf.h[1 - (step & 1)];
-      if (w.barrier) gather(h_old, buf.ldh, P, active);
-      for_tiles(w.unit_tiles, step, [&](int64_t tile) __attribute__((always_inline)) {
-        const int64_t u0 = tile * UB * W, blocks = min(UB, blocks_of(H - u0, W)), registers = G * blocks;
-        const A* packed = weights ? weights + tile * UB * G * W * P : nullptr;
-        for_row_blocks(active, rows_of_block(NV), [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-          for (int64_t r = 0; r < count; ++r) {
-            rows[r] = h_old + (begin + r) * buf.ldh;
-            const int64_t row = steps.row(t, begin + r);
-            if (x_all)
-              x_rows[r] = x_all + row * I;
-            else
-              for (int g = 0; g < G; ++g) prefetch(x_gates + row * D * GH + g * H + u0);
-          }
-          if (x_all) multiply_of<A>(count, registers)(x_rows, input_weights + tile * UB * G * W * I, I, x_sums);
-          if (packed) {
-            multiply_of<A>(count, registers)(rows, packed, P, sums);
-          } else {  // the single step of this call: R h was computed outside
-            for (int64_t r = 0; r < count; ++r)
-              for (int g = 0; g < G; ++g)
-                for (int64_t b = 0; b < blocks; ++b) {
-                  const A* given = h_gates + w.rows.index[begin + r] * GH + g * H + u0 + b * W;
-                  *(V*)(sums + (r * registers + g * blocks + b) * W) = Memory<A, A>::load(given, H - u0 - b * W);
-                }
-          }
-          for (int64_t r = 0; r < count; ++r) {
-            const int64_t slot = begin + r, row = steps.row(t, slot);
-            for (int64_t b = 0; b < blocks; ++b) {
-              const int64_t u = u0 + b * W, n = H - u;
-              V x[G], rh[G], inner[C::kVectors + 1], saved[kSaved + 1], h, c[K + 1], h_next, c_next[K + 1];
-#pragma GCC unroll 4
-              for (int g = 0; g < G; ++g) {
-                if (x_all)
-                  x[g] = *(const V*)(x_sums + (r * registers + g * blocks + b) * W) +
-                         (input_bias ? Memory<S, A>::load(input_bias + g * H + u, n) : V{});
-                else
-                  x[g] = Memory<S, A>::load(x_gates + row * D * GH + g * H + u, n);
-                rh[g] = *(const V*)(sums + (r * registers + g * blocks + b) * W);
-              }
-#pragma GCC unroll 4
-              for (int k = 0; k < K; ++k) c[k] = *(const V*)(buf.c + (slot * K + k) * buf.ldc + u);
-#pragma GCC unroll 4
-              for (int v = 0; v < C::kVectors; ++v) inner[v] = vectors ? Memory<S, A>::load(vectors + v * H + u, n) : V{};
-              // the cells that read h (GRU) have no projection, so that P = H
-              h = projected ? V{} : *(const V*)(h_old + slot * buf.ldh + u);
-              C::forward(x, rh, inner, h, c, saved, h_next, c_next);
-              if constexpr (kZoned) {
-                if (!C::kSaved) saved[0] = h_next;
-                if (!projected)
-                  h_next = keep_h.held(keep_h.load(row * D * P + u, n), h, Memory<S, A>::rounded(h_next));
-                if (K == 1) c_next[0] = keep_c.held(keep_c.load(row * D * H + u, n), c[0], c_next[0]);
-              }
-#pragma GCC unroll 4
-              for (int k = 0; k < K; ++k) {
-                *(V*)(buf.c + (slot * K + k) * buf.ldc + u) = c_next[k];
-                if (c_all) Memory<A, A>::store(c_all + (row * D * K + k) * H + u, c_next[k], n);
-              }
-              if (gates)
-#pragma GCC unroll 8
-                for (int g = 0; g < kSaved; ++g) Memory<S, A>::store(gates + (row * D * kSaved + g) * H + u, saved[g], n);
-              if (projected) {
-                *(V*)(buf.m + slot * buf.ldc + u) = h_next;
-              } else {
-                *(V*)(h_new + slot * buf.ldh + u) = Memory<S, A>::rounded(h_next);
-                Memory<S, A>::store(y + row * D * P + u, h_next, n);
-              }
-            }
-          }
-        });
-      });
-      if (projected) {
-        if (w.barrier) w.barrier->wait(w.weight);
-        for (int64_t tile = w.output_tiles[0]; tile < w.output_tiles[1]; ++tile) {
-          const Columns<A> columns(tile, P);
-          for_row_blocks(active, rows_of_block(kTileVectors), [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-            for (int64_t r = 0; r < count; ++r) rows[r] = buf.m + (begin + r) * buf.ldc;
-            multiply_of<A>(count, columns.blocks)(rows, projection + columns.begin * H, H, sums);
-            for (int64_t r = 0; r < count; ++r)
-              for (int64_t b = 0; b < columns.blocks; ++b) {
-                const int64_t j = columns.begin + b * W;
-                V h = *(const V*)(sums + (r * columns.blocks + b) * W);
-                if constexpr (kZoned) {
-                  const V before = *(const V*)(h_old + (begin + r) * buf.ldh + j);
-                  const V keep = keep_h.load(steps.row(t, begin + r) * D * P + j, P - j);
-                  h = keep_h.held(keep, before, Memory<S, A>::rounded(h));
-                }
-                *(V*)(h_new + (begin + r) * buf.ldh + j) = Memory<S, A>::rounded(h);
-                Memory<S, A>::store(y + steps.row(t, begin + r) * D * P + j, h, P - j);
-              }
-          });
-        }
-      }
-      if (w.barrier) w.barrier->wait(w.weight);
+  // x of the steps [begin, end) -> chunk.gates
+  void project_input(int64_t begin, int64_t end) {
+    int64_t rows = 0;
+    for (int64_t step = begin; step < end; ++step) {
+      const int64_t at_time = steps.time(step), active = steps.active(at_time);
+      chunk_start[step - begin] = rows;
+      for (int64_t slot = 0; slot < active; ++slot) chunk.x.put(rows++, x + steps.row(at_time, slot) * I, I);
     }
+    if (rows == 0) return;
+    chunk.x.clear_rest(rows, I);
+    const Product product(rows);
+    const int64_t block = product.block(rows);
+    for_tiles(w.unit_tiles, begin / chunk.steps, [&](int64_t tile) {
+      const int64_t vectors = G * min(UB, blocks_of(H - tile * UB * W, W));
+      const Start<A> start{chunk.bias + (tile - w.unit_tiles[0]) * NV * W, 0, vectors};
+      A* to = chunk.gates + (tile - w.unit_tiles[0]) * chunk.tile_size;
+      for (int64_t r = 0; r < rows; r += block)
+        product.multiply(chunk.x, r, min(block, rows - r), unit_tile(a.input_weights, tile, I), vectors, I, start, to + r * vectors * W,
+                         NothingWaits());
+    });
+  }
 
+  void walk(const Product& product, int64_t step) {
+    const int64_t active = steps.active(t);
+    if (w.barrier) old_h->prefetch(active);
+    const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
+      const int64_t u0 = item.tile * UB * W;
+      item.vectors = G * min(UB, blocks_of(H - u0, W));
+      if (x) return {unit_tile(a.weights, item.tile, P), P, {projected_input(item, 0), item.vectors * W, item.vectors / G * (G - kOwn)}};
+      for (int64_t r = 0; r < item.count; ++r)
+        for (int g = 0; g < G; ++g) prefetch(x_gates + steps.row(t, item.begin + r) * D * GH + g * H + u0);
+      if (h_gates) given_sums(item);
+      return {unit_tile(a.weights, item.tile, P), P, {}};
+    };
+    const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
+      finish_rows(item, from, to);
+    };
+    multiply_step<Product, A>(product, *old_h, active, w.unit_tiles, step, sums, prepare, finish);
+    if (projected) {
+      if (w.barrier) w.barrier->wait(w.weight);
+      const auto columns = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
+        item.vectors = Columns<A>(item.tile, P).blocks;
+        const int64_t tile = d * blocks_of(P, kTileVectors * W) + item.tile;
+        return {at<char>(a.projection, tile * Product::tile_bytes(kTileVectors, H)), H, {}};
+      };
+      const auto project = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
+        for (int64_t r = from; r < to; ++r) project_row(item, r);
+      };
+      multiply_step<Product, A>(product, buf.m, active, w.output_tiles, step, sums, columns, project);
+    }
+    if (w.barrier) w.barrier->wait(w.weight);
+  }
+
+  // the single step of a call whose R h was computed outside
+  void given_sums(const Item<A>& item) {
+    const int64_t u0 = item.tile * UB * W, blocks = item.vectors / G;
+    for (int64_t r = 0; r < item.count; ++r)
+      for (int g = 0; g < G; ++g)
+        for (int64_t b = 0; b < blocks; ++b) {
+          const A* given = h_gates + w.rows.index[item.begin + r] * GH + g * H + u0 + b * W;
+          *(V*)(const_cast<A*>(item.sums) + (r * item.vectors + g * blocks + b) * W) = Memory<A, A>::load(given, H - u0 - b * W);
+        }
+  }
+
+  // [vectors][W] of a row of an item
+  const A* projected_input(const Item<A>& item, int64_t r) const {
+    return chunk.gates + (item.tile - w.unit_tiles[0]) * chunk.tile_size + (chunk_row + item.begin + r) * item.vectors * W;
+  }
+
+  // the units of a tile, of some sequences
+  __attribute__((noinline)) void finish_rows(const Item<A>& item, int64_t from, int64_t to) const {
+    const int64_t blocks = item.vectors / G;
+    for (int64_t b = 0; b < blocks; ++b) {
+      // whole vectors without a test at every access
+      const int64_t u = (item.tile * UB + b) * W;
+      if (!kZoned && H - u >= W)
+        finish_units<true>(item, from, to, b, u);
+      else
+        finish_units<false>(item, from, to, b, u);
+    }
+  }
+
+  template <bool kWhole>
+  FASTSEQ_HOST_DEVICE void finish_units(const Item<A>& item, int64_t from, int64_t to, int64_t b, int64_t u) const {
+    // what the loop needs of the members, which stores in it might otherwise change
+    const int64_t units = H, n = kWhole ? W : units - u, blocks = item.vectors / G, ldc = buf.ldc, stride = item.vectors * W;
+    const int64_t first_row = steps.row_of(t), gates_stride = D * GH, c_stride = D * K * units, saved_stride = D * kSaved * units;
+    const int64_t y_stride = D * P;
+    const int64_t* index = w.rows.index + item.begin;
+    const A* sums_of = item.sums + b * W;
+    const A* x_sums = x && kOwn ? projected_input(item, 0) + b * W : nullptr;
+    const S* x_of = x ? nullptr : x_gates + u;
+    const S* inner_of = vectors ? vectors + u : nullptr;
+    A* c_of = buf.c + item.begin * K * ldc + u;
+    A* c_to = c_all ? c_all + u : nullptr;
+    S* saved_to = gates ? gates + u : nullptr;
+    S* y_to = y + u;
+    const Matrix before = *old_h, after = *new_h, m = buf.m;
+    const bool through_m = projected;
+
+    const auto finish = [&]<class Rows>(int64_t first) __attribute__((always_inline)) {
+      using R = typename Rows::V;
+      int64_t row[Rows::kRows];
+#pragma GCC unroll 2
+      for (int64_t i = 0; i < Rows::kRows; ++i) row[i] = first_row + index[first + i];
+      R gx[G], gr[G], inner[C::kVectors + 1], saved[kSaved + 1], c[K + 1], h_next, c_next[K + 1];
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        gx[g] = R{};
+        // with x itself, of the input too
+        gr[g] = Rows::gather([&](int64_t i) { return *(const V*)(sums_of + (first + i) * stride + g * blocks * W); });
+        if (x_of)
+          gx[g] = Rows::gather([&](int64_t i) { return Memory<S, A>::load(x_of + row[i] * gates_stride + g * units, n); });
+        else if (g >= G - kOwn)
+          gx[g] = Rows::gather([&](int64_t i) { return *(const V*)(x_sums + (first + i) * stride + g * blocks * W); });
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) c[k] = Rows::gather([&](int64_t i) { return *(const V*)(c_of + ((first + i) * K + k) * ldc); });
+#pragma GCC unroll 4
+      for (int v = 0; v < C::kVectors; ++v)
+        inner[v] = Rows::gather([&](int64_t) { return inner_of ? Memory<S, A>::load(inner_of + v * units, n) : V{}; });
+      // the cells that read h (GRU) have no projection, so that P = H
+      const R h = through_m ? R{} : Rows::gather([&](int64_t i) { return before.load(item.begin + first + i, u); });
+      Cell<Rows>::forward(gx, gr, inner, h, c, saved, h_next, c_next);
+      if constexpr (kZoned) {
+        if (!C::kSaved) saved[0] = h_next;
+        if (!through_m) h_next = keep_h.held(keep_h.load(row[0] * D * P + u, n), h, Memory<S, A>::rounded(h_next));
+        if (K == 1) c_next[0] = keep_c.held(keep_c.load(row[0] * D * units + u, n), c[0], c_next[0]);
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k)
+        Rows::scatter(c_next[k], [&](int64_t i, V v) {
+          *(V*)(c_of + ((first + i) * K + k) * ldc) = v;
+          if (c_to) Memory<A, A>::store(c_to + row[i] * c_stride + k * units, v, n);
+        });
+      if (saved_to)
+#pragma GCC unroll 8
+        for (int g = 0; g < kSaved; ++g)
+          Rows::scatter(saved[g], [&](int64_t i, V v) { Memory<S, A>::store(saved_to + row[i] * saved_stride + g * units, v, n); });
+      Rows::scatter(h_next, [&](int64_t i, V v) {
+        if (through_m) {
+          m.template store<A>(item.begin + first + i, u, v, n);
+        } else {
+          after.template store<S>(item.begin + first + i, u, v, n);
+          Memory<S, A>::store(y_to + row[i] * y_stride, v, n);
+        }
+      });
+    };
+    int64_t r = from;
+    if constexpr (!kZoned && kWhole && FASTSEQ_VECTOR_REGISTERS == 32)
+      for (; r + 2 <= to; r += 2) finish.template operator()<TwoRows<A>>(r);
+    for (; r < to; ++r) finish.template operator()<OneRow<A>>(r);
+  }
+
+  // the outputs of a tile, of one sequence
+  void project_row(const Item<A>& item, int64_t r) const {
+    const int64_t slot = item.begin + r, row = steps.row(t, slot);
+    for (int64_t b = 0; b < item.vectors; ++b) {
+      const int64_t j = (item.tile * kTileVectors + b) * W;
+      V h = *(const V*)(item.sums + (r * item.vectors + b) * W);
+      if constexpr (kZoned)
+        h = keep_h.held(keep_h.load(row * D * P + j, P - j), old_h->load(slot, j), Memory<S, A>::rounded(h));
+      new_h->template store<S>(slot, j, h, P - j);
+      Memory<S, A>::store(y + row * D * P + j, h, P - j);
+    }
+  }
+
+  void finish() const {
     for (int64_t s = 0; s < w.rows.slots; ++s) {
       const int64_t place = d * B + w.rows.index[s], length = steps.length(s);
       const int64_t last = w.reverse ? 0 : length - 1;
@@ -393,16 +529,42 @@ struct ForwardKernel {
       if (h)
         __builtin_memcpy(h_n, h + own_h.begin, (own_h.end - own_h.begin) * sizeof(S));
       else
-        __builtin_memset(h_n, 0, (own_h.end - own_h.begin) * sizeof(S));
+        __builtin_memset((void*)h_n, 0, (own_h.end - own_h.begin) * sizeof(S));
       for (int k = 0; k < K; ++k)
         __builtin_memcpy(at<A>(a.c_n, (place * K + k) * H) + units.begin, buf.c + (s * K + k) * buf.ldc + units.begin,
                          (units.end - units.begin) * sizeof(A));
     }
   }
+
+  const Forward& a;
+  const Work& w;
+  const int64_t H, P, D, d, B, GH, I;
+  const bool projected;
+  const Steps steps;
+  const Buffers buf;
+  const Chunk chunk;
+  const Range units, outputs, own_h;
+  const Keep<A> keep_h, keep_c;
+  const S* x = static_cast<const S*>(a.x);
+  const S* x_gates = at<S>(a.x_gates, d * GH);
+  const S* bias = at<S>(a.input_bias, d * GH);
+  const A* h_gates = at<A>(a.h_gates, d * B * GH);
+  const S* vectors = at<S>(a.vectors, d * C::kVectors * H);
+  S* y = at<S>(a.y, d * P);
+  A* c_all = at<A>(a.c, d * K * H);
+  S* gates = at<S>(a.gates, d * kSaved * H);
+  // of the step at hand
+  int64_t t = 0, chunk_row = 0;
+  const Matrix *old_h = nullptr, *new_h = nullptr;
+  int64_t chunk_start[kChunkRows];
+  alignas(64) A sums[(Product::kInterleaves ? 2 : 1) * Product::kMostRows * kTileVectors * W];
 };
 
-template <class S, class A, class C, bool kZoned>
-struct BackwardKernel {
+template <class Product, class S, template <class> class Cell, bool kZoned>
+class BackwardKernel {
+  using A = typename Product::A;
+  using C = Cell<Math<A>>;
+  using Matrix = typename Product::Matrix;
   using M = Math<A>;
   using V = typename M::V;
   static constexpr int64_t W = M::kWidth;
@@ -411,358 +573,389 @@ struct BackwardKernel {
   static constexpr int64_t UB = kTileVectors;  // unit blocks of a tile
 
   struct Buffers {  // of a team, [slots, ..] each
-    int64_t ldg, ldh, ldp;
-    A* dgates[2];  // gradient of R h, of the step before (in the walk) and of this one
-    A* dh;         // what reached h other than through R h; before a slot's first step, its dh_n
-    A* dc;         // K states, each like a row
-    A* dp;  // gradient of the projected output
+    Matrix dgates[2];  // gradient of R h, of the step before (in the walk) and of this one
+    A* dh;             // what reached h other than through R h; before a slot's first step, its dh_n
+    A* dc;             // K states, each like a row
+    Matrix dp;         // gradient of the projected output
+    int64_t ldh, ldp, bytes;
 
-    Buffers(const Shape& shape, int64_t slots, void* workspace)
-        : ldg(padded<A>(G * shape.hidden)), ldh(padded<A>(shape.output)), ldp(padded<A>(shape.hidden)) {
-      A* p = static_cast<A*>(workspace);
-      dgates[0] = p, p += slots * ldg;
-      dgates[1] = p, p += slots * ldg;
-      dh = p, p += slots * ldh;
-      dc = p, p += slots * K * ldp;
-      dp = p, p += shape.projected ? slots * ldh : 0;
-      size = p - static_cast<A*>(workspace);
+    Buffers(const Shape& shape, int64_t slots, void* workspace) : ldh(padded<A>(shape.output)), ldp(padded<A>(shape.hidden)) {
+      Carver carver(workspace);
+      for (auto& grads : dgates) grads = Matrix(carver.take(Matrix::bytes(slots, G * shape.hidden)), G * shape.hidden);
+      dh = static_cast<A*>(carver.take(slots * ldh * sizeof(A)));
+      dc = static_cast<A*>(carver.take(slots * K * ldp * sizeof(A)));
+      dp = Matrix(carver.take(shape.projected ? Matrix::bytes(slots, shape.output) : 0), shape.output);
+      bytes = carver.used();
     }
-    int64_t size;
   };
 
-  static void run(const Backward& a, const Work& w) {
-    const int64_t H = a.shape.hidden, P = a.shape.output, D = a.shape.lanes, d = w.lane, B = a.batch;
-    const int64_t GH = G * H;
-    const bool projected = K == 1 && a.shape.projected;
-    const Steps steps{w.rows, !w.reverse};  // against the direction of the forward pass
-    const Buffers buf(a.shape, w.rows.slots, w.workspace);
-    const Range units(w.unit_tiles, UB * W, H), outputs(w.output_tiles, UB * W, P);
-    const Range own_h = projected ? outputs : units;
+ public:
+  static int64_t workspace(const Shape& shape, int64_t slots) { return Buffers(shape, slots, nullptr).bytes; }
 
-    const S* dy = at<S>(a.dy, d * P);
-    const A* dc_all = at<A>(a.dc, d * K * H);
-    const S* vectors = at<S>(a.vectors, d * C::kVectors * H);
-    const S* y = at<S>(a.y, d * P);
-    const A* c_all = at<A>(a.c, d * K * H);
-    const S* gates = at<S>(a.gates, d * kSaved * H);
-    const A* weights = at<A>(a.weights, d * blocks_of(P, W) * W * GH);
-    const A* projection = at<A>(a.projection, d * blocks_of(H, W) * W * P);
-    S* dgates = at<S>(a.dgates, d * GH);
-    S* drecurrent = kOwn ? at<S>(a.drecurrent, d * kOwn * H) : nullptr;
-    S* doutput = projected ? at<S>(a.doutput, d * P) : nullptr;
-    const Keep<A> keep_h(at<bool>(a.zoneout.hold_h, d * P), a.zoneout.h), keep_c(at<bool>(a.zoneout.hold_c, d * H), a.zoneout.c);
+  BackwardKernel(const Backward& a, const Work& w)
+      : a(a), w(w), H(a.shape.hidden), P(a.shape.output), D(a.shape.lanes), d(w.lane), B(a.batch), GH(G * H),
+        projected(K == 1 && a.shape.projected), steps{w.rows, !w.reverse}, buf(a.shape, w.rows.slots, w.workspace),
+        units(w.unit_tiles, UB * W, H), outputs(w.output_tiles, UB * W, P), own_h(projected ? outputs : units),
+        keep_h(at<bool>(a.zoneout.hold_h, d * P), a.zoneout.h), keep_c(at<bool>(a.zoneout.hold_c, d * H), a.zoneout.c) {}
 
+  void run() {
+    begin();
+    if (w.barrier) w.barrier->wait(w.weight);
+    const Product product(w.rows.slots);
+    for (int64_t step = 0; step < w.rows.steps; ++step) {
+      t = steps.time(step);
+      old_dgates = &buf.dgates[step & 1], new_dgates = &buf.dgates[1 - (step & 1)];
+      walk(product, step);
+    }
+    finish(product);
+  }
+
+ private:
+  void begin() {
     for (int64_t s = 0; s < w.rows.slots; ++s) {
       const int64_t place = d * B + w.rows.index[s];
-      for (int64_t j = own_h.begin; j < own_h.end; ++j)
-        buf.dh[s * buf.ldh + j] = a.dh_n ? Memory<S, A>::value(at<S>(a.dh_n, place * P)[j]) : A(0);
+      for (int64_t j = own_h.begin; j < own_h.end; j += W)
+        *(V*)(buf.dh + s * buf.ldh + j) = a.dh_n ? Memory<S, A>::load(at<S>(a.dh_n, place * P) + j, P - j) : V{};
       for (int64_t g = 0; g < G; ++g)
-        for (int64_t j = units.begin; j < units.end; ++j)
-          buf.dgates[0][s * buf.ldg + g * H + j] = buf.dgates[1][s * buf.ldg + g * H + j] = A(0);
+        for (int64_t j = units.begin; j < units.end; j += W)
+          for (auto& grads : buf.dgates) grads.template store<A>(s, g * H + j, V{}, H - j);
       for (int k = 0; k < K; ++k)
-        for (int64_t j = units.begin; j < units.end; ++j)
-          buf.dc[(s * K + k) * buf.ldp + j] = a.dc_n ? at<A>(a.dc_n, (place * K + k) * H)[j] : A(0);
+        for (int64_t j = units.begin; j < units.end; j += W)
+          *(V*)(buf.dc + (s * K + k) * buf.ldp + j) = a.dc_n ? Memory<A, A>::load(at<A>(a.dc_n, (place * K + k) * H) + j, H - j) : V{};
     }
     if (w.first) {
+      for (auto& grads : buf.dgates) grads.clear_rest(w.rows.slots, GH);
+      if (projected) buf.dp.clear_rest(w.rows.slots, P);
       steps.clear(dgates, D * GH, GH);
       steps.clear(drecurrent, D * kOwn * H, kOwn * H);
       steps.clear(doutput, D * P, P);
     }
-    if (w.barrier) w.barrier->wait(w.weight);
+  }
 
-    alignas(64) A sums[kMaxRows * kTileVectors * W];
-    const A* rows[kMaxRows];
+  const void* recurrent_tile(int64_t tile) const {
+    return at<char>(a.weights, (d * blocks_of(P, UB * W) + tile) * Product::tile_bytes(UB, GH));
+  }
 
-    // sums = what reached h through R h of the following step: [count, columns.blocks vectors]; rows are set
-    const auto through_weights = [&](const Columns<A>& columns, int64_t count, bool any) __attribute__((always_inline)) {
-      if (weights && any) {
-        multiply_of<A>(count, columns.blocks)(rows, weights + columns.begin * GH, GH, sums);
-      } else {
-        for (int64_t i = 0; i < count * columns.blocks * W; ++i) sums[i] = A(0);
-      }
+  void no_sums(const Item<A>& item) {
+    __builtin_memset(const_cast<A*>(item.sums), 0, item.count * item.vectors * W * sizeof(A));
+  }
+
+  void walk(const Product& product, int64_t step) {
+    const int64_t active = steps.active(t);
+    const bool through = a.weights && step > 0;
+    if (w.barrier && through) old_dgates->prefetch(active);
+    const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
+      item.vectors = Columns<A>(item.tile, P).blocks;
+      if (!projected) fetch(item);
+      if (through) return {recurrent_tile(item.tile), GH, {}};
+      no_sums(item);
+      return {};
     };
-    // one block of units of one slot, given the gradient of what the step computed (before the projection), and what zoneout kept
-    const auto finish = [&](int64_t t, int64_t slot, int64_t row, int64_t u, V dh, V dh_kept, A* dgates_new)
-                            __attribute__((always_inline)) {
-      const int64_t n = H - u;
-      // the forward pass came from this step, if the slot was active in it
-      const int64_t before = w.reverse ? t + 1 : t - 1;
-      const bool inside = before >= 0 && before < w.rows.steps && slot < steps.active(before);
-      const int64_t before_row = inside ? steps.row(before, slot) : 0, place = d * B + w.rows.index[slot];
-      V saved[kSaved + 1], inner[C::kVectors + 1], h{}, c[K + 1], h_new{}, c_new[K + 1], dc[K + 1];
-      V dx[G], dr[G], dh_direct{}, dc_prev[K + 1], dc_kept{};
-#pragma GCC unroll 8
-      for (int g = 0; g < kSaved; ++g) saved[g] = Memory<S, A>::load(gates + (row * D * kSaved + g) * H + u, n);
-#pragma GCC unroll 4
-      for (int v = 0; v < C::kVectors; ++v) inner[v] = vectors ? Memory<S, A>::load(vectors + v * H + u, n) : V{};
-#pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) {
-        c_new[k] = Memory<A, A>::load(c_all + (row * D * K + k) * H + u, n);
-        c[k] = V{};
-        if (inside)
-          c[k] = Memory<A, A>::load(c_all + (before_row * D * K + k) * H + u, n);
-        else if (a.c0)
-          c[k] = Memory<A, A>::load(at<A>(a.c0, (place * K + k) * H) + u, n);
-        dc[k] = *(const V*)(buf.dc + (slot * K + k) * buf.ldp + u);
-        if (dc_all) dc[k] += Memory<A, A>::load(dc_all + (row * D * K + k) * H + u, n);
-      }
-      if (!K && C::kSaved) {
-        if (inside)
-          h = Memory<S, A>::load(y + before_row * D * P + u, n);
-        else if (a.h0)
-          h = Memory<S, A>::load(at<S>(a.h0, place * P) + u, n);
-      } else if (!K) {
-        h_new = kZoned ? saved[0] : Memory<S, A>::load(y + row * D * P + u, n);
-      }
-      if constexpr (kZoned && K == 1) {
-        if (keep_c.any()) {
-          const V keep = keep_c.load(row * D * H + u, n);
-          dc_kept = keep * dc[0];
-          dc[0] = (A(1) - keep) * dc[0];
-          c_new[0] = C::candidate(saved, c[0]);
+    const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
+      finish_rows(item, from, to);
+    };
+    multiply_step<Product, A>(product, *old_dgates, active, projected ? w.output_tiles : w.unit_tiles, step, sums, prepare, finish);
+    if (projected) {
+      if (w.barrier) w.barrier->wait(w.weight);
+      const auto columns = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
+        item.vectors = Columns<A>(item.tile, H).blocks;
+        fetch(item);
+        const int64_t tile = d * blocks_of(H, UB * W) + item.tile;
+        return {at<char>(a.projection, tile * Product::tile_bytes(UB, P)), P, {}};
+      };
+      const auto through_projection = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
+        for (int64_t r = from; r < to; ++r) {
+          const int64_t slot = item.begin + r, row = steps.row(t, slot);
+          for (int64_t b = 0; b < item.vectors; ++b)
+            finish_units(slot, row, (item.tile * UB + b) * W, *(const V*)(item.sums + (r * item.vectors + b) * W), V{});
         }
-      }
-      C::backward(dh, dc, saved, inner, h, c, h_new, c_new, dx, dr, dh_direct, dc_prev);
-      if constexpr (kZoned && K == 1) dc_prev[0] += dc_kept;
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
-        Memory<S, A>::store(dgates + row * D * GH + g * H + u, dx[g], n);
-        Memory<A, A>::store(dgates_new + slot * buf.ldg + g * H + u, Memory<S, A>::rounded(dr[g]), n);
-      }
-#pragma GCC unroll 4
-      for (int g = 0; g < kOwn; ++g) Memory<S, A>::store(drecurrent + (row * D * kOwn + g) * H + u, dr[G - kOwn + g], n);
-#pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) *(V*)(buf.dc + (slot * K + k) * buf.ldp + u) = dc_prev[k];
-      if (!projected) *(V*)(buf.dh + slot * buf.ldh + u) = kZoned ? dh_direct + dh_kept : dh_direct;
-    };
-    const auto fetch = [&](int64_t t, int64_t slot, int64_t u0, int64_t blocks) __attribute__((always_inline)) {
-      const int64_t row = steps.row(t, slot);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t u = u0 + b * W;
+      };
+      multiply_step<Product, A>(product, buf.dp, active, w.unit_tiles, step, sums, columns, through_projection);
+    }
+    if (w.barrier) w.barrier->wait(w.weight);
+  }
+
+  void fetch(const Item<A>& item) const {
+    for (int64_t r = 0; r < item.count; ++r) {
+      const int64_t row = steps.row(t, item.begin + r);
+      for (int64_t b = 0; b < item.vectors; ++b) {
+        const int64_t u = (item.tile * UB + b) * W;
         for (int g = 0; g < kSaved; ++g) prefetch(gates + (row * D * kSaved + g) * H + u);
         for (int k = 0; k < K; ++k) prefetch(c_all + (row * D * K + k) * H + u);
         if (dy) prefetch(dy + row * D * P + u);
       }
-    };
+    }
+  }
 
-    for (int64_t step = 0; step < w.rows.steps; ++step) {
-      const int64_t t = steps.time(step), active = steps.active(t);
-      const A* dgates_old = buf.dgates[step & 1];
-      A* dgates_new = buf.dgates[1 - (step & 1)];
-      if (w.barrier && weights) gather(dgates_old, buf.ldg, GH, active);
-      const int64_t* tiles = projected ? w.output_tiles : w.unit_tiles;
-      for_tiles(tiles, step, [&](int64_t tile) __attribute__((always_inline)) {
-        const Columns<A> columns(tile, P);
-        for_row_blocks(active, rows_of_block(kTileVectors), [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-          for (int64_t r = 0; r < count; ++r) {
-            rows[r] = dgates_old + (begin + r) * buf.ldg;
-            if (!projected) fetch(t, begin + r, columns.begin, columns.blocks);
-          }
-          through_weights(columns, count, step > 0);
-          for (int64_t r = 0; r < count; ++r) {
-            const int64_t slot = begin + r, row = steps.row(t, slot);
-            for (int64_t b = 0; b < columns.blocks; ++b) {
-              const int64_t u = columns.begin + b * W;
-              V dh = *(const V*)(sums + (r * columns.blocks + b) * W) + *(const V*)(buf.dh + slot * buf.ldh + u);
-              if (dy) dh += Memory<S, A>::load(dy + row * D * P + u, P - u);
-              V kept{};
-              if constexpr (kZoned) {
-                const V keep = keep_h.load(row * D * P + u, P - u);
-                kept = keep * dh;
-                dh = (A(1) - keep) * dh;
-              }
-              if (projected) {
-                *(V*)(buf.dp + slot * buf.ldh + u) = dh;
-                *(V*)(buf.dh + slot * buf.ldh + u) = kept;
-                Memory<S, A>::store(doutput + row * D * P + u, dh, P - u);
-              } else {
-                finish(t, slot, row, u, dh, kept, dgates_new);
-              }
-            }
-          }
-        });
-      });
-      if (projected) {
-        if (w.barrier) w.barrier->wait(w.weight);
-        for (int64_t tile = w.unit_tiles[0]; tile < w.unit_tiles[1]; ++tile) {
-          const Columns<A> columns(tile, H);
-          for_row_blocks(active, rows_of_block(kTileVectors), [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-            for (int64_t r = 0; r < count; ++r) {
-              rows[r] = buf.dp + (begin + r) * buf.ldh;
-              fetch(t, begin + r, columns.begin, columns.blocks);
-            }
-            multiply_of<A>(count, columns.blocks)(rows, projection + columns.begin * P, P, sums);
-            for (int64_t r = 0; r < count; ++r)
-              for (int64_t b = 0; b < columns.blocks; ++b)
-                finish(t, begin + r, steps.row(t, begin + r), columns.begin + b * W,
-                       *(const V*)(sums + (r * columns.blocks + b) * W), V{}, dgates_new);
-          });
-        }
+  // the columns of a tile of h's gradient, of some sequences
+  __attribute__((noinline)) void finish_rows(const Item<A>& item, int64_t from, int64_t to) const {
+    for (int64_t r = from; r < to; ++r) finish_row(item, r);
+  }
+
+  FASTSEQ_HOST_DEVICE void finish_row(const Item<A>& item, int64_t r) const {
+    const int64_t slot = item.begin + r, row = steps.row(t, slot);
+    for (int64_t b = 0; b < item.vectors; ++b) {
+      const int64_t u = (item.tile * UB + b) * W;
+      V dh = *(const V*)(item.sums + (r * item.vectors + b) * W) + *(const V*)(buf.dh + slot * buf.ldh + u);
+      if (dy) dh += Memory<S, A>::load(dy + row * D * P + u, P - u);
+      V kept{};
+      if constexpr (kZoned) {
+        const V keep = keep_h.load(row * D * P + u, P - u);
+        kept = keep * dh;
+        dh = (A(1) - keep) * dh;
       }
+      if (projected) {
+        buf.dp.template store<A>(slot, u, dh, P - u);
+        *(V*)(buf.dh + slot * buf.ldh + u) = kept;
+        Memory<S, A>::store(doutput + row * D * P + u, dh, P - u);
+      } else {
+        finish_units(slot, row, u, dh, kept);
+      }
+    }
+  }
+
+  // one block of units of one slot, given the gradient of what the step computed (before the projection), and what zoneout kept
+  FASTSEQ_HOST_DEVICE void finish_units(int64_t slot, int64_t row, int64_t u, V dh, V dh_kept) const {
+    // whole vectors without a test at every access
+    if (!kZoned && H - u >= W)
+      finish_units_of<true>(slot, row, u, dh, dh_kept);
+    else
+      finish_units_of<false>(slot, row, u, dh, dh_kept);
+  }
+
+  template <bool kWhole>
+  FASTSEQ_HOST_DEVICE void finish_units_of(int64_t slot, int64_t row, int64_t u, V dh, V dh_kept) const {
+    const int64_t units = H, n = kWhole ? W : units - u, ldp = buf.ldp;
+    // the forward pass came from this step, if the slot was active in it
+    const int64_t before = w.reverse ? t + 1 : t - 1;
+    const bool inside = before >= 0 && before < w.rows.steps && slot < steps.active(before);
+    const int64_t before_row = inside ? steps.row(before, slot) : 0, place = d * B + w.rows.index[slot];
+    const S* saved_of = gates + row * D * kSaved * units + u;
+    const A* c_of = c_all + row * D * K * units + u;
+    const A* c_before = inside ? c_all + before_row * D * K * units + u : a.c0 ? at<A>(a.c0, place * K * units + u) : nullptr;
+    const A* dc_of = dc_all ? dc_all + row * D * K * units + u : nullptr;
+    A* dc_sum = buf.dc + slot * K * ldp + u;
+    S* dgates_to = dgates + row * D * GH + u;
+    S* drecurrent_to = kOwn ? drecurrent + row * D * kOwn * units + u : nullptr;
+    V saved[kSaved + 1], inner[C::kVectors + 1], h{}, c[K + 1], h_new{}, c_new[K + 1], dc[K + 1];
+    V dx[G], dr[G], dh_direct{}, dc_prev[K + 1], dc_kept{};
+#pragma GCC unroll 8
+    for (int g = 0; g < kSaved; ++g) saved[g] = Memory<S, A>::load(saved_of + g * units, n);
+#pragma GCC unroll 4
+    for (int v = 0; v < C::kVectors; ++v) inner[v] = vectors ? Memory<S, A>::load(vectors + v * units + u, n) : V{};
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) {
+      c_new[k] = Memory<A, A>::load(c_of + k * units, n);
+      c[k] = c_before ? Memory<A, A>::load(c_before + k * units, n) : V{};
+      dc[k] = *(const V*)(dc_sum + k * ldp);
+      if (dc_of) dc[k] += Memory<A, A>::load(dc_of + k * units, n);
+    }
+    if (!K && C::kSaved) {
+      if (inside)
+        h = Memory<S, A>::load(y + before_row * D * P + u, n);
+      else if (a.h0)
+        h = Memory<S, A>::load(at<S>(a.h0, place * P) + u, n);
+    } else if (!K) {
+      h_new = kZoned ? saved[0] : Memory<S, A>::load(y + row * D * P + u, n);
+    }
+    if constexpr (kZoned && K == 1) {
+      if (keep_c.any()) {
+        const V keep = keep_c.load(row * D * units + u, n);
+        dc_kept = keep * dc[0];
+        dc[0] = (A(1) - keep) * dc[0];
+        c_new[0] = C::candidate(saved, c[0]);
+      }
+    }
+    C::backward(dh, dc, saved, inner, h, c, h_new, c_new, dx, dr, dh_direct, dc_prev);
+    if constexpr (kZoned && K == 1) dc_prev[0] += dc_kept;
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      Memory<S, A>::store(dgates_to + g * units, dx[g], n);
+      new_dgates->template store<S>(slot, g * units + u, dr[g], n);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < kOwn; ++g) Memory<S, A>::store(drecurrent_to + g * units, dr[G - kOwn + g], n);
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) *(V*)(dc_sum + k * ldp) = dc_prev[k];
+    if (!projected) *(V*)(buf.dh + slot * buf.ldh + u) = kZoned ? dh_direct + dh_kept : dh_direct;
+  }
+
+  // what remains has reached the first state; a slot's last dgates lie in the buffer of its last step
+  void finish(const Product& product) {
+    const Matrix& last = buf.dgates[w.rows.steps & 1];
+    if (w.reverse && w.rows.length) {
+      if (w.first)
+        for (int64_t s = 0; s < w.rows.slots; ++s)
+          if ((steps.length(s) ^ w.rows.steps) & 1) last.copy(s, buf.dgates[steps.length(s) & 1], GH);
       if (w.barrier) w.barrier->wait(w.weight);
     }
-
-    // what remains has reached the first state; a slot's last dgates lie in the buffer of its last step
-    const int64_t* tiles = projected ? w.output_tiles : w.unit_tiles;
-    for (int64_t tile = tiles[0]; tile < tiles[1]; ++tile) {
-      const Columns<A> columns(tile, P);
-      for_row_blocks(w.rows.slots, rows_of_block(kTileVectors), [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-        for (int64_t r = 0; r < count; ++r) {
-          const int64_t walked = w.reverse ? steps.length(begin + r) : w.rows.steps;
-          rows[r] = buf.dgates[walked & 1] + (begin + r) * buf.ldg;
+    const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
+      item.vectors = Columns<A>(item.tile, P).blocks;
+      if (a.weights) return {recurrent_tile(item.tile), GH, {}};
+      no_sums(item);
+      return {};
+    };
+    const auto first_state = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
+      for (int64_t r = from; r < to; ++r) {
+        const int64_t slot = item.begin + r;
+        for (int64_t b = 0; b < item.vectors; ++b) {
+          const int64_t u = (item.tile * UB + b) * W;
+          const V dh = *(const V*)(item.sums + (r * item.vectors + b) * W) + *(const V*)(buf.dh + slot * buf.ldh + u);
+          Memory<S, A>::store(at<S>(a.dh0, (d * B + w.rows.index[slot]) * P) + u, dh, P - u);
         }
-        through_weights(columns, count, true);
-        for (int64_t r = 0; r < count; ++r)
-          for (int64_t b = 0; b < columns.blocks; ++b) {
-            const int64_t u = columns.begin + b * W, slot = begin + r;
-            const V dh = *(const V*)(sums + (r * columns.blocks + b) * W) + *(const V*)(buf.dh + slot * buf.ldh + u);
-            Memory<S, A>::store(at<S>(a.dh0, (d * B + w.rows.index[slot]) * P) + u, dh, P - u);
-          }
-      });
-    }
+      }
+    };
+    multiply_step<Product, A>(product, last, w.rows.slots, projected ? w.output_tiles : w.unit_tiles, w.rows.steps, sums, prepare,
+                              first_state);
     for (int64_t s = 0; s < w.rows.slots; ++s)
       for (int k = 0; k < K; ++k)
         __builtin_memcpy(at<A>(a.dc0, ((d * B + w.rows.index[s]) * K + k) * H) + units.begin,
                          buf.dc + (s * K + k) * buf.ldp + units.begin, (units.end - units.begin) * sizeof(A));
   }
+
+  const Backward& a;
+  const Work& w;
+  const int64_t H, P, D, d, B, GH;
+  const bool projected;
+  const Steps steps;  // against the direction of the forward pass
+  const Buffers buf;
+  const Range units, outputs, own_h;
+  const Keep<A> keep_h, keep_c;
+  const S* dy = at<S>(a.dy, d * P);
+  const A* dc_all = at<A>(a.dc, d * K * H);
+  const S* vectors = at<S>(a.vectors, d * C::kVectors * H);
+  const S* y = at<S>(a.y, d * P);
+  const A* c_all = at<A>(a.c, d * K * H);
+  const S* gates = at<S>(a.gates, d * kSaved * H);
+  S* dgates = at<S>(a.dgates, d * GH);
+  S* drecurrent = kOwn ? at<S>(a.drecurrent, d * kOwn * H) : nullptr;
+  S* doutput = projected ? at<S>(a.doutput, d * P) : nullptr;
+  // of the step at hand
+  int64_t t = 0;
+  const Matrix *old_dgates = nullptr, *new_dgates = nullptr;
+  alignas(64) A sums[(Product::kInterleaves ? 2 : 1) * Product::kMostRows * kTileVectors * W];
 };
 
-// Calls body.template operator()<S, A, C>() for the types and the cell of a shape.
-template <class S, class A, class F>
+// Calls body.template operator()<Product, S, Cell>() for the types and the cell of a shape.
+template <class Product, class S, class F>
 auto with_cell(Cell cell, F&& body) {
   switch (cell) {
-    case Cell::kRnnTanh: return body.template operator()<S, A, RnnTanh<Math<A>>>();
-    case Cell::kRnnRelu: return body.template operator()<S, A, RnnRelu<Math<A>>>();
-    case Cell::kLstm: return body.template operator()<S, A, Lstm<Math<A>>>();
-    case Cell::kGru: return body.template operator()<S, A, Gru<Math<A>>>();
-    case Cell::kCoupledLstm: return body.template operator()<S, A, CoupledLstm<Math<A>>>();
-    case Cell::kPeepholeLstm: return body.template operator()<S, A, PeepholeLstm<Math<A>>>();
+    case Cell::kRnnTanh: return body.template operator()<Product, S, RnnTanh>();
+    case Cell::kRnnRelu: return body.template operator()<Product, S, RnnRelu>();
+    case Cell::kLstm: return body.template operator()<Product, S, Lstm>();
+    case Cell::kGru: return body.template operator()<Product, S, Gru>();
+    case Cell::kCoupledLstm: return body.template operator()<Product, S, CoupledLstm>();
+    case Cell::kPeepholeLstm: return body.template operator()<Product, S, PeepholeLstm>();
     case Cell::kSlstm: break;
   }
-  return body.template operator()<S, A, Slstm<Math<A>>>();
+  return body.template operator()<Product, S, Slstm>();
+}
+
+// Calls body.template operator()<Product, S>() for the types of a shape.
+template <class F>
+auto with_types([[maybe_unused]] Type type, F&& body) {
+#if defined(FASTSEQ_TILES)
+  return body.template operator()<TileProduct, bfloat16>();
+#else
+  switch (type) {
+    case Type::kFloat: return body.template operator()<MultiplyAdd<float>, float>();
+    case Type::kDouble: return body.template operator()<MultiplyAdd<double>, double>();
+    default: return body.template operator()<MultiplyAdd<float>, bfloat16>();
+  }
+#endif
 }
 
 template <class F>
-auto with_types(Cell cell, Type type, F&& body) {
-  switch (type) {
-    case Type::kFloat: return with_cell<float, float>(cell, body);
-    case Type::kDouble: return with_cell<double, double>(cell, body);
-    default: return with_cell<bfloat16, float>(cell, body);
-  }
+auto with_shape(const Shape& shape, F&& body) {
+  return with_types(shape.type, [&]<class Product, class S>() { return with_cell<Product, S>(shape.cell, body); });
 }
 
-// Transposes a W x W square in registers: exchanges its off-diagonal quarters of S x S, then those of each quarter, and so on.
-template <int S, int W, class V>
-FASTSEQ_HOST_DEVICE void transpose(V* square) {
-  if constexpr (S > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      if (i & S) continue;
-      const V a = square[i], b = square[i + S];
-      [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
-        square[i] = __builtin_shufflevector(a, b, (J & S ? W + J - S : J)...);
-        square[i + S] = __builtin_shufflevector(a, b, (J & S ? W + J : J + S)...);
-      }(std::make_integer_sequence<int, W>());
-    }
-    transpose<S / 2, W>(square);
-  }
-}
-
-Tiling tiling(Cell cell, Type type) {
-  return with_types(cell, type, []<class S, class A, class C>() {
-    return Tiling{C::kGates, C::kSaved, C::kStates, C::kVectors, C::kOwnRecurrent, Math<A>::kWidth, unit_blocks<C, A>()};
+Tiling tiling(const Shape& shape) {
+  return with_shape(shape, []<class Product, class S, template <class> class Cell>() {
+    using C = Cell<Math<typename Product::A>>;
+    return Tiling{C::kGates, C::kSaved, C::kStates, C::kVectors, C::kOwnRecurrent, Product::W, unit_blocks<C>()};
   });
 }
 
-void pack_forward(Cell cell, Type type, const void* weight, int64_t H, int64_t P, int64_t tile, void* packed) {
-  with_types(cell, type, [&]<class S, class A, class C>() {
-    constexpr int64_t W = Math<A>::kWidth, UB = unit_blocks<C, A>(), G = C::kGates;
-    const int64_t u0 = tile * UB * W, blocks = min(UB, blocks_of(H - u0, W)), vectors = G * blocks;
-    const S* from = static_cast<const S*>(weight);
-    A* to = static_cast<A*>(packed) + tile * UB * G * W * P;
-    for (int64_t k0 = 0; k0 < P; k0 += W) {  // W x W squares: whole cache lines on either side
-      const int64_t depth = min(W, P - k0);
-      for (int64_t g = 0; g < G; ++g)
-        for (int64_t b = 0; b < blocks; ++b) {
-          typename Math<A>::V square[W];
-          for (int64_t j = 0; j < W; ++j) {
-            const int64_t u = u0 + b * W + j;
-            square[j] = u < H ? Memory<S, A>::load(from + (g * H + u) * P + k0, depth) : typename Math<A>::V{};
-          }
-          transpose<W / 2, W>(square);
-          for (int64_t k = 0; k < depth; ++k) *(typename Math<A>::V*)(to + ((k0 + k) * vectors + g * blocks + b) * W) = square[k];
-        }
-    }
+int64_t unit_tile_bytes(const Shape& shape, int64_t depth) {
+  return with_shape(shape, [&]<class Product, class S, template <class> class Cell>() {
+    using C = Cell<Math<typename Product::A>>;
+    return Product::tile_bytes(C::kGates * unit_blocks<C>(), depth);
   });
 }
 
-template <class F>
-void with_storage(Type type, F&& body) {
-  switch (type) {
-    case Type::kFloat: return body.template operator()<float, float>();
-    case Type::kDouble: return body.template operator()<double, double>();
-    default: return body.template operator()<bfloat16, float>();
-  }
+int64_t column_tile_bytes(const Shape& shape, int64_t depth) {
+  return with_types(shape.type, [&]<class Product, class S>() { return Product::tile_bytes(kTileVectors, depth); });
 }
 
-void pack_columns(Type type, const void* weight, int64_t columns, int64_t depth, int64_t tile, void* packed) {
-  with_storage(type, [&]<class S, class A>() {
-    constexpr int64_t W = Math<A>::kWidth;
-    const Columns<A> part(tile, columns);
-    const S* from = static_cast<const S*>(weight);
-    A* to = static_cast<A*>(packed) + part.begin * depth;
-    for (int64_t j = 0; j < part.blocks * W; ++j)
-      for (int64_t k = 0; k < depth; ++k)
-        to[k * part.blocks * W + j] = part.begin + j < columns ? Memory<S, A>::value(from[(part.begin + j) * depth + k]) : A(0);
+void pack_units(const Shape& shape, const void* weight, int64_t depth, int64_t tile, void* packed) {
+  with_shape(shape, [&]<class Product, class S, template <class> class Cell>() {
+    using C = Cell<Math<typename Product::A>>;
+    constexpr int64_t W = Product::W, UB = unit_blocks<C>(), G = C::kGates;
+    const int64_t H = shape.hidden, u0 = tile * UB * W, blocks = min(UB, blocks_of(H - u0, W));
+    Product::template pack_transposed<S>(G * blocks, depth, packed, [&](int64_t vector, int64_t lane) {
+      const int64_t u = u0 + vector % blocks * W + lane;
+      return u < H ? static_cast<const S*>(weight) + (vector / blocks * H + u) * depth : nullptr;
+    });
   });
 }
 
-void pack_rows(Type type, const void* weight, int64_t depth, int64_t columns, int64_t tile, void* packed) {
-  with_storage(type, [&]<class S, class A>() {
-    constexpr int64_t W = Math<A>::kWidth;
-    const Columns<A> part(tile, columns);
-    const S* from = static_cast<const S*>(weight) + part.begin;
-    A* to = static_cast<A*>(packed) + part.begin * depth;
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t b = 0; b < part.blocks; ++b)
-        *(typename Lanes<A>::V*)(to + (k * part.blocks + b) * W) =
-            Memory<S, A>::load(from + k * columns + b * W, columns - part.begin - b * W);
+void pack_columns(const Shape& shape, const void* weight, int64_t columns, int64_t depth, int64_t tile, void* packed) {
+  with_types(shape.type, [&]<class Product, class S>() {
+    const Columns<typename Product::A> part(tile, columns);
+    Product::template pack_transposed<S>(part.blocks, depth, packed, [&](int64_t vector, int64_t lane) {
+      const int64_t j = part.begin + vector * Product::W + lane;
+      return j < columns ? static_cast<const S*>(weight) + j * depth : nullptr;
+    });
+  });
+}
+
+void pack_rows(const Shape& shape, const void* weight, int64_t depth, int64_t columns, int64_t tile, void* packed) {
+  with_types(shape.type, [&]<class Product, class S>() {
+    const Columns<typename Product::A> part(tile, columns);
+    Product::template pack<S>(part.blocks, depth, columns - part.begin, columns, static_cast<const S*>(weight) + part.begin, packed);
   });
 }
 
 int64_t forward_workspace(const Shape& shape, int64_t slots) {
-  return with_types(shape.cell, shape.type, [&]<class S, class A, class C>() {
-    return typename ForwardKernel<S, A, C, false>::Buffers(shape, slots, nullptr).size;
+  return with_shape(shape, [&]<class Product, class S, template <class> class Cell>() {
+    return ForwardKernel<Product, S, Cell, false>::workspace(shape, slots);
   });
 }
 
 int64_t backward_workspace(const Shape& shape, int64_t slots) {
-  return with_types(shape.cell, shape.type, [&]<class S, class A, class C>() {
-    return typename BackwardKernel<S, A, C, false>::Buffers(shape, slots, nullptr).size;
+  return with_shape(shape, [&]<class Product, class S, template <class> class Cell>() {
+    return BackwardKernel<Product, S, Cell, false>::workspace(shape, slots);
+  });
+}
+
+int64_t forward_scratch(const Forward& arguments, const Work& work) {
+  return with_shape(arguments.shape, [&]<class Product, class S, template <class> class Cell>() {
+    return ForwardKernel<Product, S, Cell, false>::scratch(arguments, work);
   });
 }
 
 void forward(const Forward& arguments, const Work& work) {
-  with_types(arguments.shape.cell, arguments.shape.type, [&]<class S, class A, class C>() {
+  with_shape(arguments.shape, [&]<class Product, class S, template <class> class Cell>() {
     if (arguments.shape.zoned)
-      ForwardKernel<S, A, C, true>::run(arguments, work);
+      ForwardKernel<Product, S, Cell, true>(arguments, work).run();
     else
-      ForwardKernel<S, A, C, false>::run(arguments, work);
+      ForwardKernel<Product, S, Cell, false>(arguments, work).run();
   });
 }
 
 void backward(const Backward& arguments, const Work& work) {
-  with_types(arguments.shape.cell, arguments.shape.type, [&]<class S, class A, class C>() {
+  with_shape(arguments.shape, [&]<class Product, class S, template <class> class Cell>() {
     if (arguments.shape.zoned)
-      BackwardKernel<S, A, C, true>::run(arguments, work);
+      BackwardKernel<Product, S, Cell, true>(arguments, work).run();
     else
-      BackwardKernel<S, A, C, false>::run(arguments, work);
+      BackwardKernel<Product, S, Cell, false>(arguments, work).run();
   });
 }
 
 }  // namespace
 
-constexpr Kernels kKernels{FASTSEQ_LEVEL_NAME, tiling,   pack_forward, pack_columns, pack_rows, forward_workspace,
-                           backward_workspace, forward, backward};
+constexpr Kernels kKernels{FASTSEQ_LEVEL_NAME, tiling,     unit_tile_bytes,   column_tile_bytes,  pack_units,      pack_columns,
+                           pack_rows,          forward_workspace, backward_workspace, forward_scratch, forward, backward};
 
 }  // namespace fastseq::cpu::FASTSEQ_LEVEL

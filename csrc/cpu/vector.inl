@@ -1,5 +1,6 @@
-// Vectors of one instruction set, in GCC's vector extension: no intrinsics, so the same lines serve every width and machine.
-// Included inside the namespace of an instruction set; FASTSEQ_VECTOR_BYTES is its register width.
+// Vectors of one instruction set, in GCC's vector extension, so that the same lines serve every width and machine; intrinsics only
+// where the extension has no words: heads of registers, estimates, roundings.
+// Included inside the namespace of an instruction set, after <immintrin.h>; FASTSEQ_VECTOR_BYTES is its register width.
 
 struct bfloat16 {
   uint16_t bits;
@@ -63,6 +64,18 @@ struct Math {
   using I = typename Lanes<A>::I;
   static constexpr int kWidth = sizeof(V) / sizeof(A);
 
+  // a / b of normal numbers with a normal reciprocal of b. A division occupies its unit for 16 cycles and more, while an estimate of 14
+  // bits and a correction by the remainder, nearly as exact, run beside other things.
+  static FASTSEQ_HOST_DEVICE V divide(V a, V b) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) {
+      const V estimate = (V)_mm512_maskz_rcp14_ps(0xffff, (__m512)b), quotient = a * estimate;
+      return quotient + estimate * (a - b * quotient);
+    }
+#endif
+    return a / b;
+  }
+
   // e^(k x) = 2^n (1 + p): gives 2^n and p, |p| < 1/2 (a NaN stays one). |k x| must not exceed kLargest; up to twice that, the upper
   // bits of 2^n, then no number, still tell n
   static FASTSEQ_HOST_DEVICE void exp_parts(V x, A k, V& scale, V& fraction) {
@@ -79,20 +92,35 @@ struct Math {
     scale = (V)(((I)shifted << L::kMantissa) + L::kOne);
   }
 
+  // x within [-most, most]; a NaN stays one
+  static FASTSEQ_HOST_DEVICE V clamped(V x, A most) {
+    return at_least(at_most(x, most), -most);
+  }
+  static FASTSEQ_HOST_DEVICE V at_most(V x, A most) {
+#if defined(__AVX512F__)  // the instruction gives its second operand if either is a NaN, which the compiler does not rely on
+    if constexpr (sizeof(A) == 4) return (V)_mm512_maskz_min_ps(0xffff, (__m512)(V{} + most), (__m512)x);
+#endif
+    return x > most ? V{} + most : x;
+  }
+  static FASTSEQ_HOST_DEVICE V at_least(V x, A least) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) return (V)_mm512_maskz_max_ps(0xffff, (__m512)(V{} + least), (__m512)x);
+#endif
+    return x < least ? V{} + least : x;
+  }
+
   static FASTSEQ_HOST_DEVICE V sigmoid(V x) {
     V scale, fraction;
-    x = x > Lanes<A>::kLargest ? V{} + Lanes<A>::kLargest : x;
-    x = x < -Lanes<A>::kLargest ? V{} - Lanes<A>::kLargest : x;
+    x = clamped(x, Lanes<A>::kLargest);
     exp_parts(x, -1, scale, fraction);
-    return A(1) / (A(1) + (scale + scale * fraction));
+    return divide(V{} + 1, A(1) + (scale + scale * fraction));
   }
 
   // e^x over the whole range, subnormal numbers included: 2^n, which may not fit, as the product of two halves
   static FASTSEQ_HOST_DEVICE V exp(V x) {
     using L = Lanes<A>;
     V scale, fraction;
-    x = x > 2 * L::kLargest ? V{} + 2 * L::kLargest : x;
-    x = x < -2 * L::kLargest ? V{} - 2 * L::kLargest : x;
+    x = clamped(x, 2 * L::kLargest);
     exp_parts(x, 1, scale, fraction);
     const I n = ((I)scale - L::kOne) >> L::kMantissa, half = n >> 1;
     const V power = (V)((half << L::kMantissa) + L::kOne), rest = (V)(((n - half) << L::kMantissa) + L::kOne);
@@ -117,11 +145,11 @@ struct Math {
     V scale, fraction;
     const I sign = (I)x & Lanes<A>::kSign;
     V a = (V)((I)x ^ sign);
-    a = a > Lanes<A>::kTanhIsOne ? V{} + Lanes<A>::kTanhIsOne : a;
+    a = at_most(a, Lanes<A>::kTanhIsOne);
     exp_parts(a, 2, scale, fraction);
     const V e = scale * fraction + (scale - A(1));
     const auto small = e < A(2);  // |x| < 0.55
-    const V quotient = (small ? e : V{} + 2) / (e + A(2));
+    const V quotient = divide(small ? e : V{} + 2, e + A(2));
     return (V)((I)(small ? quotient : A(1) - quotient) ^ sign);
   }
 
@@ -137,6 +165,98 @@ struct Math {
   static FASTSEQ_HOST_DEVICE V maximum(V a, V b) { return (a > b) | (a != a) ? a : b; }
 };
 
+// Two vectors that go through a cell side by side: the long chain of one row's operations leaves room for another's.
+template <class A>
+struct Pair {
+  using V = typename Lanes<A>::V;
+  V a, b;
+  friend FASTSEQ_HOST_DEVICE Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+  friend FASTSEQ_HOST_DEVICE Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
+  friend FASTSEQ_HOST_DEVICE Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+  friend FASTSEQ_HOST_DEVICE Pair operator/(Pair x, Pair y) { return {x.a / y.a, x.b / y.b}; }
+  friend FASTSEQ_HOST_DEVICE Pair operator+(Pair x, A y) { return {x.a + y, x.b + y}; }
+};
+
+// Mathematics of one row, and of two: a value of the cell is gathered from value(row), and given to take(row, value).
+template <class A>
+struct OneRow : Math<A> {
+  using V = typename Math<A>::V;
+  static constexpr int64_t kRows = 1;
+  template <class F>
+  static FASTSEQ_HOST_DEVICE V gather(F&& value) {
+    return value(0);
+  }
+  template <class F>
+  static FASTSEQ_HOST_DEVICE void scatter(V v, F&& take) {
+    take(0, v);
+  }
+};
+
+template <class A>
+struct TwoRows {
+  using M = Math<A>;
+  using V = Pair<A>;
+  static constexpr int64_t kRows = 2;
+  template <class F>
+  static FASTSEQ_HOST_DEVICE V gather(F&& value) {
+    return {value(0), value(1)};
+  }
+  template <class F>
+  static FASTSEQ_HOST_DEVICE void scatter(V v, F&& take) {
+    take(0, v.a), take(1, v.b);
+  }
+  static FASTSEQ_HOST_DEVICE V sigmoid(V x) { return {M::sigmoid(x.a), M::sigmoid(x.b)}; }
+  static FASTSEQ_HOST_DEVICE V exp(V x) { return {M::exp(x.a), M::exp(x.b)}; }
+  static FASTSEQ_HOST_DEVICE V log_sigmoid(V x) { return {M::log_sigmoid(x.a), M::log_sigmoid(x.b)}; }
+  static FASTSEQ_HOST_DEVICE V tanh(V x) { return {M::tanh(x.a), M::tanh(x.b)}; }
+  static FASTSEQ_HOST_DEVICE V relu(V x) { return {M::relu(x.a), M::relu(x.b)}; }
+  static FASTSEQ_HOST_DEVICE V maximum(V x, V y) { return {M::maximum(x.a, y.a), M::maximum(x.b, y.b)}; }
+};
+
+// The first n elements, fewer than a register's, at the end of a row: the register's others are zero, memory's are not touched.
+template <class R, class E>
+FASTSEQ_HOST_DEVICE R load_head(const E* p, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (uint32_t(1) << n) - 1;
+  if constexpr (sizeof(R) == 64 && sizeof(E) == 4) return (R)_mm512_maskz_loadu_epi32(mask, p);
+  if constexpr (sizeof(R) == 64 && sizeof(E) == 8) return (R)_mm512_maskz_loadu_epi64(mask, p);
+  if constexpr (sizeof(R) == 32 && sizeof(E) == 2) return (R)_mm256_maskz_loadu_epi16(mask, p);
+  if constexpr (sizeof(R) == 16 && sizeof(E) == 1) return (R)_mm_maskz_loadu_epi8(mask, p);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(R) == 32 && sizeof(E) == 4) {
+    const auto lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return (R)_mm256_maskload_epi32((const int*)p, lanes);
+  }
+  if constexpr (sizeof(R) == 32 && sizeof(E) == 8) {
+    const auto lanes = _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+    return (R)_mm256_maskload_epi64((const long long*)p, lanes);
+  }
+#endif
+  R v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+
+template <class R, class E>
+FASTSEQ_HOST_DEVICE void store_head(E* p, R v, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (uint32_t(1) << n) - 1;
+  if constexpr (sizeof(R) == 64 && sizeof(E) == 4) return _mm512_mask_storeu_epi32(p, mask, (__m512i)v);
+  if constexpr (sizeof(R) == 64 && sizeof(E) == 8) return _mm512_mask_storeu_epi64(p, mask, (__m512i)v);
+  if constexpr (sizeof(R) == 32 && sizeof(E) == 2) return _mm256_mask_storeu_epi16(p, mask, (__m256i)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(R) == 32 && sizeof(E) == 4) {
+    const auto lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_maskstore_epi32((int*)p, lanes, (__m256i)v);
+  }
+  if constexpr (sizeof(R) == 32 && sizeof(E) == 8) {
+    const auto lanes = _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+    return _mm256_maskstore_epi64((long long*)p, lanes, (__m256i)v);
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+
 // Moves between memory (float, double or bfloat16) and vectors; n < kWidth at the end of a row.
 template <class S, class A>
 struct Memory {
@@ -144,22 +264,15 @@ struct Memory {
   static constexpr int kWidth = sizeof(V) / sizeof(A);
 
   static FASTSEQ_HOST_DEVICE V load(const S* p, int64_t n) {
+    if (n < kWidth) return load_head<V>(p, n);
     V v;
-    if (n >= kWidth) {
-      __builtin_memcpy(&v, p, sizeof(V));
-    } else {
-      v = V{};
-      for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-    }
+    __builtin_memcpy(&v, p, sizeof(V));
     return v;
   }
 
   static FASTSEQ_HOST_DEVICE void store(S* p, V v, int64_t n) {
-    if (n >= kWidth) {
-      __builtin_memcpy(p, &v, sizeof(V));
-    } else {
-      for (int64_t i = 0; i < n; ++i) p[i] = v[i];
-    }
+    if (n < kWidth) return store_head(p, v, n);
+    __builtin_memcpy(p, &v, sizeof(V));
   }
 
   static FASTSEQ_HOST_DEVICE V rounded(V v) { return v; }
@@ -174,33 +287,32 @@ struct Memory<bfloat16, float> {
   typedef uint16_t H __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
 
   static FASTSEQ_HOST_DEVICE V load(const bfloat16* p, int64_t n) {
+    if (n < kWidth) return widened(load_head<H>(&p->bits, n));
     H half;
-    if (n >= kWidth) {
-      __builtin_memcpy(&half, p, sizeof(H));
-    } else {
-      half = H{};
-      for (int64_t i = 0; i < n; ++i) half[i] = p[i].bits;
-    }
-    return (V)(__builtin_convertvector(half, U) << 16);
-  }
-
-  // round to nearest even; a NaN stays a quiet NaN
-  static FASTSEQ_HOST_DEVICE U to_bits(V v) {
-    const U bits = (U)v;
-    const U nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return v == v ? nearest : U{} + 0x7fc0;
+    __builtin_memcpy(&half, p, sizeof(H));
+    return widened(half);
   }
 
   static FASTSEQ_HOST_DEVICE void store(bfloat16* p, V v, int64_t n) {
-    const H half = __builtin_convertvector(to_bits(v), H);
-    if (n >= kWidth) {
-      __builtin_memcpy(p, &half, sizeof(H));
-    } else {
-      for (int64_t i = 0; i < n; ++i) p[i].bits = half[i];
-    }
+    const H half = narrowed(v);
+    if (n < kWidth) return store_head(&p->bits, half, n);
+    __builtin_memcpy(p, &half, sizeof(H));
   }
 
-  static FASTSEQ_HOST_DEVICE V rounded(V v) { return (V)(to_bits(v) << 16); }
+  static FASTSEQ_HOST_DEVICE V widened(H half) { return (V)(__builtin_convertvector(half, U) << 16); }
+
+  // round to nearest even; a NaN stays a quiet NaN
+  static FASTSEQ_HOST_DEVICE H narrowed(V v) {
+#if defined(__AVX512BF16__)
+    return (H)_mm512_cvtneps_pbh((__m512)v);  // takes and gives zero for subnormal numbers
+#else
+    const U bits = (U)v;
+    const U nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(v == v ? nearest : U{} + 0x7fc0, H);
+#endif
+  }
+
+  static FASTSEQ_HOST_DEVICE V rounded(V v) { return widened(narrowed(v)); }
   static FASTSEQ_HOST_DEVICE float value(bfloat16 s) {
     const uint32_t bits = uint32_t(s.bits) << 16;
     float f;
@@ -217,12 +329,10 @@ struct Memory<bool, A> {
   static constexpr int kWidth = sizeof(V) / sizeof(A);
 
   static FASTSEQ_HOST_DEVICE V load(const bool* p, int64_t n) {
-    B bytes{};
-    if (n >= kWidth) {
-      __builtin_memcpy(&bytes, p, sizeof(B));
-    } else {
-      for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
-    }
+    const auto* given = (const uint8_t*)p;
+    if (n < kWidth) return __builtin_convertvector(load_head<B>(given, n), V);
+    B bytes;
+    __builtin_memcpy(&bytes, given, sizeof(B));
     return __builtin_convertvector(bytes, V);
   }
 };

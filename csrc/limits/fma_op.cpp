@@ -3,9 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <string>
-
-#include "../cpu/recurrent.h"
+#include "../cpu/level.h"
 #include "fma.h"
 
 namespace fastseq::limits {
@@ -16,9 +14,9 @@ using torch::headeronly::ScalarType;
 // Of the instruction set that the recurrent kernels use.
 const FmaKernels& kernels() {
 #if defined(__x86_64__)
-  const std::string level = cpu::cpu_level();
-  if (level == "avx512") return fma_avx512();
-  if (level == "avx2") return fma_avx2();
+  const cpu::Level level = cpu::level();
+  if (level >= cpu::Level::kAvx512) return fma_avx512();
+  if (level == cpu::Level::kAvx2) return fma_avx2();
 #endif
   return fma_default();
 }

@@ -270,7 +270,7 @@ class TestCpuKernels:
         with fastseq.use_backend("cpu"):
             yield
 
-    @pytest.mark.parametrize("level", ("default", "avx2", "avx512"))
+    @pytest.mark.parametrize("level", ("default", "avx2", "avx512", "amx"))
     @pytest.mark.parametrize("dtype", TestRecurrent.DTYPES, ids=str)
     def test_every_instruction_set(self, level, dtype, monkeypatch):
         monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)

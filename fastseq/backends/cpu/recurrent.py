@@ -10,11 +10,10 @@ from .. import library
 from ..dense import all_dense, dense
 from ..query import RecurrentQuery
 
-# Rows of a step from which the input projection is done step by step, beside the recurrent product: it then keeps the registers
-# as busy as one large product would, and the projected input is never stored. With fewer rows, each weight fetched would serve
-# too few of them. A single step is two plain matrix products, for which packing the weights would not pay; 16-bit inputs go to
-# torch's 16-bit product.
-_FUSED_ROWS = 4
+# Rows of a call (steps times sequences) from which its kernels project the input themselves, chunk by chunk of steps, so that the
+# projected input of a long sequence is neither stored nor, in bfloat16, rounded. With fewer, packing the input weights (they are
+# transposed) costs more than that saves. A single step is two plain matrix products.
+_OWN_PROJECTION_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 64}
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "coupled_lstm", "peephole_lstm", "slstm")
@@ -41,11 +40,11 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     if call.steps == 1:
         zeros = x.new_zeros(call.lanes, call.batch, call.gates_width, dtype=wide)
         h_gates = zeros if h0 is None else _product(h0, call.weight.mT)
-    fused = w_ih is not None and call.steps > 1 and call.dtype == wide and 0 < _FUSED_ROWS * call.steps * x.shape[-1] <= x.numel()
-    x_gates = None if fused else call.input_gates().contiguous()
+    own = w_ih is not None and call.steps > 1 and x.numel() >= _OWN_PROJECTION_ROWS[call.dtype] * x.shape[-1] > 0
+    x_gates = None if own else call.input_gates().contiguous()
     weight, vectors, projection, hold_h, hold_c = all_dense(call.weight, call.vectors, call.projection, call.hold_h, call.hold_c)
     torch.ops.fastseq_native.recurrent_forward.default(
-        *(all_dense(x, w_ih, call.b_ih) if fused else (None, None, None)),
+        *(all_dense(x, w_ih, call.b_ih) if own else (None, None, None)),
         x_gates,
         h_gates,
         weight,

@@ -1,0 +1,90 @@
+#include "level.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <string_view>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace fastseq::cpu {
+namespace {
+
+constexpr std::string_view kNames[] = {"default", "avx2", "avx512", "amx"};
+
+#if defined(__x86_64__)
+
+// Tiles with bfloat16, AVX512-BF16 beside them, and the system's permission to use the tiles' registers, which are saved only for
+// processes that ask. One permission serves every thread, those to come as well.
+const std::string& amx_obstacle() {
+  static const std::string obstacle = []() -> std::string {
+    unsigned a, b, c, d, a1 = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return "this processor has no AMX";
+    constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22, kVectorBf16 = 1u << 5;
+    if ((d & (kTile | kBf16)) != (kTile | kBf16)) return "this processor has no AMX with bfloat16";
+    if (!__get_cpuid_count(7, 1, &a1, &b, &c, &d) || !(a1 & kVectorBf16)) return "this processor has no AVX512-BF16";
+    uint32_t low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    constexpr uint32_t kTileState = 3u << 17;
+    if ((low & kTileState) != kTileState) return "the system does not save AMX registers";
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return "";
+    // ENOSPC: some thread's alternative signal stack is too small for the larger frame
+    if (errno == ENOSPC) return "the system denies AMX: a thread's alternative signal stack is too small (ENOSPC)";
+    return std::string("the system denies AMX: ") + std::strerror(errno);
+  }();
+  return obstacle;
+}
+
+Level highest() {
+  static const Level found = [] {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      return Level::kAvx512;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? Level::kAvx2
+                                                                                                            : Level::kDefault;
+  }();
+  // asked last, and only where it may be used: permission is a property of the process
+  return found == Level::kAvx512 && amx_obstacle().empty() ? Level::kAmx : found;
+}
+
+#endif
+
+}  // namespace
+
+Level level() {
+  const char* wanted = std::getenv("FASTSEQ_CPU_LEVEL");
+  int most = static_cast<int>(Level::kAmx);
+  if (wanted && *wanted) {
+    most = static_cast<int>(std::size(kNames)) - 1;
+    while (most >= 0 && kNames[most] != wanted) --most;
+    STD_TORCH_CHECK(most >= 0, "FASTSEQ_CPU_LEVEL=", wanted, " is none of default, avx2, avx512, amx");
+  }
+#if defined(__x86_64__)
+  if (most == 0) return Level::kDefault;
+  return static_cast<Level>(std::min(most, static_cast<int>(highest())));
+#else
+  return Level::kDefault;
+#endif
+}
+
+std::string cpu_level() { return std::string(kNames[static_cast<int>(level())]); }
+
+std::string cpu_amx_obstacle() {
+#if defined(__x86_64__)
+  return amx_obstacle();
+#else
+  return "this processor has no AMX";
+#endif
+}
+
+}  // namespace fastseq::cpu

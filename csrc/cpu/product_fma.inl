@@ -1,0 +1,182 @@
+// Products by multiply-adds: sums[row][vector] = rows x a tile of weights, the sums of a block of rows in registers.
+// Included inside the namespace of an instruction set, after vector.inl.
+
+template <class A_>
+struct MultiplyAdd {
+  using A = A_;
+  using V = typename Lanes<A>::V;
+  static constexpr int64_t W = Math<A>::kWidth;
+  static constexpr bool kInterleaves = false;
+  static constexpr int64_t kMostRows = 48;  // of one product: with a run of weights, their sums and their operands stay in the first cache
+
+  // The left-hand matrix. Rows are a line further apart than they need: a power of two would put those of a block into one cache set.
+  class Matrix {
+   public:
+    Matrix() = default;
+    Matrix(void* memory, int64_t columns) : data_(static_cast<A*>(memory)), stride_(stride_of(columns)) {}
+    static int64_t bytes(int64_t rows, int64_t columns) { return rows * stride_of(columns) * sizeof(A); }
+
+    const A* row(int64_t r) const { return data_ + r * stride_; }
+    int64_t stride() const { return stride_; }
+    V load(int64_t r, int64_t u) const { return *(const V*)(row(r) + u); }
+    template <class S>
+    void store(int64_t r, int64_t u, V v, int64_t n) const {
+      Memory<A, A>::store(data_ + r * stride_ + u, Memory<S, A>::rounded(v), n);
+    }
+    // a row of a tensor
+    template <class S>
+    void put(int64_t r, const S* from, int64_t columns) const {
+      A* to = data_ + r * stride_;
+      for (int64_t j = 0; j < columns; j += W) Memory<A, A>::store(to + j, Memory<S, A>::load(from + j, columns - j), columns - j);
+    }
+    void copy(int64_t r, const Matrix& from, int64_t columns) const {
+      __builtin_memcpy(data_ + r * stride_, from.row(r), columns * sizeof(A));
+    }
+    // zeroes what is loaded, though never used, beyond the columns
+    void clear_rest(int64_t rows, int64_t columns) const {
+      for (int64_t r = 0; r < rows; ++r) __builtin_memset(data_ + r * stride_ + columns, 0, (stride_ - columns) * sizeof(A));
+    }
+    void prefetch(int64_t rows) const {
+      for (int64_t i = 0; i < rows * stride_; i += 64 / sizeof(A)) __builtin_prefetch(data_ + i, 0, 3);
+    }
+
+   private:
+    static int64_t stride_of(int64_t columns) {
+      constexpr int64_t line = 64 / sizeof(A);
+      return blocks_of(columns, line) * line + line;
+    }
+    A* data_ = nullptr;
+    int64_t stride_ = 0;
+  };
+
+  explicit MultiplyAdd(int64_t) {}
+  int64_t block(int64_t rows) const { return blocks_of(rows, blocks_of(rows, kMostRows)); }
+
+  static int64_t tile_bytes(int64_t vectors, int64_t depth) { return vectors * W * depth * sizeof(A); }
+
+  // The tile [depth][vectors][W] is walked once, in runs; a run stays in the first cache while every block of rows is multiplied. Sums
+  // start as given.
+  template <class Aside>
+  void multiply(const Matrix& rows, int64_t begin, int64_t count, const void* packed, int64_t vectors, int64_t depth, Start<A> start,
+                A* sums, Aside&&) const {
+    const A* tile = static_cast<const A*>(packed);
+    const int64_t most = rows_of_block(vectors), blocks = blocks_of(count, most), run = blocks == 1 ? kRun : kRunOfBlocks;
+    for (int64_t k = 0; k < depth; k += run)
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t r = count * b / blocks, n = count * (b + 1) / blocks - r;
+        A* to = sums + r * vectors * W;
+        const Start<A> from = k ? Start<A>{to, vectors * W, vectors} : start.of_row(r);
+        kernel_of(n, vectors)(rows.row(begin + r) + k, rows.stride(), tile + k * vectors * W, min(run, depth - k), from, to);
+      }
+  }
+
+  // of weights [vectors*W rows, depth], rows given by row(vector, lane) or null: transposed
+  template <class S, class Row>
+  static void pack_transposed(int64_t vectors, int64_t depth, void* packed, const Row& row) {
+    A* to = static_cast<A*>(packed);
+    for (int64_t k0 = 0; k0 < depth; k0 += W)  // W x W squares: whole cache lines on either side
+      for (int64_t v = 0; v < vectors; ++v) {
+        V square[W];
+        for (int64_t j = 0; j < W; ++j) {
+          const S* from = row(v, j);
+          square[j] = from ? Memory<S, A>::load(from + k0, depth - k0) : V{};
+        }
+        transpose<W / 2, W>(square);
+        for (int64_t k = 0; k < min(W, depth - k0); ++k) *(V*)(to + ((k0 + k) * vectors + v) * W) = square[k];
+      }
+  }
+
+  // of weights [depth, columns], as they lie
+  template <class S>
+  static void pack(int64_t vectors, int64_t depth, int64_t columns, int64_t stride, const S* from, void* packed) {
+    A* to = static_cast<A*>(packed);
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t v = 0; v < vectors; ++v)
+        *(V*)(to + (k * vectors + v) * W) = Memory<S, A>::load(from + k * stride + v * W, columns - v * W);
+  }
+
+ private:
+  // Products are summed in runs of this many, and the runs then added up: a sum of n terms loses about sqrt(n) roundings. With
+  // several blocks of rows, the shorter run leaves room for operands and sums beside its weights.
+  static constexpr int64_t kRun = 128, kRunOfBlocks = 64;
+  static constexpr int64_t kMostOfBlock = 8;
+
+  // The sums fill the registers, but for what a product needs beside them: with 32 registers a tile row and a broadcast value, with 16
+  // one of either.
+  static constexpr int64_t rows_of_block(int64_t vectors) {
+    return FASTSEQ_VECTOR_REGISTERS == 32 ? min(kMostOfBlock, (32 - 2 - vectors) / vectors) : min(kMostOfBlock, 12 / vectors);
+  }
+  static_assert(rows_of_block(4) == (FASTSEQ_VECTOR_REGISTERS == 32 ? 6 : 3));
+
+  using Kernel = void (*)(const A*, int64_t, const A*, int64_t, Start<A>, A*);
+
+  // sums[r][v] = start + rows[r] (depth values) times a tile (depth x NV vectors)
+  template <int RB, int NV>
+  static void kernel(const A* rows, int64_t stride, const A* tile, int64_t depth, Start<A> start, A* sums) {
+    // few sums would wait for one another: then interleaved sets, over depths modulo their number
+    constexpr int SETS = RB * NV <= 4 ? 4 : RB * NV < 8 ? 2 : 1;
+    constexpr int64_t ahead = 1024 / (NV * W * sizeof(A));  // depths between a product and the fetching of its weights
+    V sum[SETS][RB][NV];
+#pragma GCC unroll 4
+    for (int s = 0; s < SETS; ++s)
+#pragma GCC unroll 8
+      for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sum[s][r][v] = V{};
+    int64_t k = 0;
+    for (; k + SETS <= depth; k += SETS) {
+#pragma GCC unroll 4
+      for (int s = 0; s < SETS; ++s) {
+        V weight[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          weight[v] = *(const V*)(tile + ((k + s) * NV + v) * W);
+          __builtin_prefetch(tile + ((k + s + ahead) * NV + v) * W, 0, 3);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < RB; ++r) {
+          const V value = V{} + rows[r * stride + k + s];
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) sum[s][r][v] += value * weight[v];
+        }
+      }
+    }
+    for (; k < depth; ++k)
+#pragma GCC unroll 8
+      for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sum[0][r][v] += (V{} + rows[r * stride + k]) * *(const V*)(tile + (k * NV + v) * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        if (SETS == 4) sum[0][r][v] += sum[SETS / 2][r][v], sum[SETS / 4][r][v] += sum[SETS - 1][r][v];
+        if (SETS > 1) sum[0][r][v] += sum[SETS > 2 ? 1 : SETS - 1][r][v];
+        if (v < start.vectors) sum[0][r][v] += *(const V*)(start.rows + r * start.stride + v * W);
+        *(V*)(sums + (r * NV + v) * W) = sum[0][r][v];
+      }
+  }
+
+  template <int NV>
+  static Kernel kernel_of_rows(int64_t rows) {
+    switch (rows) {
+      case 1: return kernel<1, NV>;
+      case 2: return kernel<2, NV>;
+      case 3: return kernel<3, NV>;
+      case 4: return kernel<4, NV>;
+      case 5: return kernel<5, NV>;
+      case 6: return kernel<6, NV>;
+      case 7: return kernel<7, NV>;
+      default: return kernel<8, NV>;
+    }
+  }
+
+  static Kernel kernel_of(int64_t rows, int64_t vectors) {
+    switch (vectors) {
+      case 1: return kernel_of_rows<1>(rows);
+      case 2: return kernel_of_rows<2>(rows);
+      case 3: return kernel_of_rows<3>(rows);
+      default: return kernel_of_rows<4>(rows);
+    }
+  }
+};

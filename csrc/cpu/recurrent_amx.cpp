@@ -1,0 +1,12 @@
+// The recurrent kernels that multiply bfloat16 by AMX tiles, beside AVX-512 (F, BW, DQ, VL, BF16). CMakeLists.txt gives this file its
+// flags; the tile instructions are assembly and need none.
+#define FASTSEQ_LEVEL level_amx
+#define FASTSEQ_LEVEL_NAME "amx"
+#define FASTSEQ_VECTOR_BYTES 64
+#define FASTSEQ_VECTOR_REGISTERS 32
+#define FASTSEQ_TILES
+#include "recurrent_kernel.inl"
+
+namespace fastseq::cpu {
+const Kernels& kernels_amx() { return level_amx::kKernels; }
+}  // namespace fastseq::cpu
