@@ -172,6 +172,34 @@ def test_transforms_of_a_program(name):
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "attention"])
+def test_vmap_over_a_program(name):
+    module, many = model(name), torch.stack((random(), random(4)))
+    program = torch.export.export(module, (random(0),)).module()
+    torch.testing.assert_close(torch.vmap(program)(many), torch.stack([module(x) for x in many]))
+    grad = torch.func.grad(lambda x: program(x).square().sum())
+    torch.testing.assert_close(torch.vmap(grad)(many), torch.stack([gradients(module, x)["x"] for x in many]))
+
+
+@pytest.mark.slow
+def test_ahead_of_time_package(tmp_path):
+    module = model("GRU").eval()
+    program = torch.export.export(module, (random(0),))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(random()), module(random()))
+
+
+def test_compiled_autograd():
+    module = model("GRU")
+    expected = gradients(module, random())
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        module(random()).square().sum().backward()
+    torch.testing.assert_close(
+        {name: p.grad for name, p in module.named_parameters()}, {k: v for k, v in expected.items() if k != "x"}
+    )
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "attention"])
 def test_recorded_ops_have_no_gradient_without_autograd(name):
     """Inference of a program: the op without what a backward pass would need, and no graph."""
     module = model(name)
