@@ -179,7 +179,7 @@ def test_batched_gradients(name, kind):
     """is_grads_batched, vectorize=True: all cotangents in one call give what each gives alone."""
     torch.manual_seed(0)
     base, _, option = name.partition("-")
-    options = {"projected": {"proj_size": 3}, "heads": {"heads": 2}, "": {}}[option]
+    options = {"projected": {"proj_size": 3}, "heads": {"num_heads": 2}, "": {}}[option]
     extra = {"recompute": {"recompute": True}, "zoneout": {"zoneout": 0.2}}.get(kind, {})
     module = getattr(fastseq, base)(I, 6, num_layers=2, bidirectional=True, dtype=torch.float64, **options, **extra)
     x = random(4, 2, I, dtype=torch.float64).requires_grad_()
