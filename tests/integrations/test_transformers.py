@@ -379,7 +379,7 @@ def test_gradient_checkpointing():
     given = inputs_of("gpt2", "right")
     expected = outcome("gpt2", model_of("gpt2", "fastseq"), given)
     model = model_of("gpt2", "fastseq")
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     found = outcome("gpt2", model, given)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
