@@ -15,8 +15,10 @@ from typing_extensions import Unpack
 
 from .. import backends
 from .._arguments import checked_tensor, own_keywords, unknown
+from ..backends.torch import recurrent as torchs
 from ..cells import CELLS, Cell
 from ..ops._dispatch import needs_plain_torch
+from ._recording import recorder
 from ._recurrent_layers import Options, check_states, run_layers
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "recurrent", "recurrent_cell", "rnn", "rnn_cell"]
@@ -378,6 +380,6 @@ def _one_step(
     given = (input, *(hx or ()))
     # vmap has no rule for torch's LSTM cell; of other dtypes autocast makes one, or an error says what was given
     plain = cell == "lstm" and needs_plain_torch([t for t in (*given, w_ih, w_hh, b_ih, b_hh) if t is not None])
-    if not plain and all([t.dtype == w_ih.dtype for t in given]) and backends.torch_runs(query):
-        return backends.vendor.recurrent_cell(cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+    if not plain and all([t.dtype == w_ih.dtype for t in given]) and (recorder() or backends.torch_runs(query, torchs.WHY_STEP)):
+        return torchs.step(cell, input, hx, w_ih, w_hh, b_ih, b_hh)
     return recurrent_cell(cell, input, hx, [w_ih, w_hh, b_ih, b_hh])

@@ -15,10 +15,13 @@ from torch.nn.functional import dropout as dropped
 from torch.nn.functional import layer_norm, linear, pad
 
 from .._arguments import checked_int, checked_number, checked_tensor, is_number
+from ..backends.torch import recurrent as torchs
 from ..cells import Cell
 from ..ops.recurrent import recurrent
 from ..ops.types import Walk, Weights
 from ._autocast import autocast_dtype, lowered, without_autocast
+from ._recording import refuse_onnx
+from ._torch_layers import torch_layers
 
 LANES = 62  # of one op: a bit for each in an int64
 
@@ -85,6 +88,24 @@ def run_layers(
         # What stands beyond a row's length is not the caller's data: 0 * NaN must not reach the weights' gradients.
         valid = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
         x = x.masked_fill(~valid[..., None], 0)
+    lacking = _torch_lacks(cell, options)
+    if not lacking:
+        with without_autocast(x.device.type):
+            done = torch_layers(
+                cell.name,
+                x,
+                None if states[0] is None else [state for state in states if state is not None],
+                [tensor for layer in layers for tensor in _flat(layer, options)],
+                has_biases=options.has_biases,
+                num_layers=options.num_layers,
+                dropout=options.dropout,
+                training=options.training,
+                bidirectional=options.bidirectional,
+                batch_sizes=batch_sizes,
+            )
+        if done is not None:
+            return done[0].transpose(0, 1) if batch_first else done[0], done[1], None
+    refuse_onnx(lacking, "torch.export takes it")
     finals: list[tuple[Tensor, ...]] = []
     cells = []
     for index, layer in enumerate(layers):
@@ -100,6 +121,28 @@ def run_layers(
     if options.return_cells:
         all_cells = torch.stack([c.transpose(0, 1) if batch_first else c for c in cells if c is not None]).to(x.dtype)
     return x, tuple(joined) if x.dtype in (torch.float32, torch.float64) else tuple([s.to(x.dtype) for s in joined]), all_cells
+
+
+def _torch_lacks(cell: Cell, options: Options) -> str:
+    """What of a call torch's LSTM, GRU and RNN do not have, in words; empty: nothing."""
+    if cell.name not in torchs.GATES:
+        return f"a layer of {cell.name}"
+    more = {
+        "lengths": options.lengths is not None,
+        "zoneout": bool(options.zoneout),
+        "weight_dropout": options.weight_dropout and options.training,
+        "num_heads": options.num_heads > 1,
+        "return_cells": options.return_cells,
+    }
+    names = [name for name, given in more.items() if given]
+    return f"{cell.name} with {', '.join(names)}" if names else ""
+
+
+def _flat(layer: Layer, options: Options) -> list[Tensor | None]:
+    """The parameters of a layer as torch's functions take them, direction by direction; None for a bias that is missing."""
+    names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if options.has_biases else [])]
+    names += ["weight_hr"] if options.proj_size else []
+    return [layer[name][lane] if name in layer else None for lane in range(len(layer["weight_hh"])) for name in names]
 
 
 def _run_layer(
