@@ -159,7 +159,7 @@ def select(query: Query) -> ModuleType:
 
 def _say_once(query: Query) -> None:
     """That the reference runs a call that nobody asked it to run, and why, once for each kind of call."""
-    cell = query.cell if isinstance(query, RecurrentQuery) else ", ".join(query.parts)
+    cell = query.cell if isinstance(query, RecurrentQuery) else ", ".join(query.uses)
     kind = (query.op, cell, query.dtype, query.device.type)
     if kind not in _said:
         _said.add(kind)

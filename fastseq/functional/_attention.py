@@ -156,7 +156,7 @@ def attention(
     more: list[Tensor] | tuple[Tensor, ...]
     if not return_lse:
         if not return_weights:
-            return _as_given(attention_output(*call), call, layout)
+            return _as_given(attention_output(*call), call, given.layout)
         out, *more = attention_and_weights(*call, average)
     elif return_weights:
         out, *more = ops.attention_with_weights(*call[:3], seeded(call.q, call.spec), average)

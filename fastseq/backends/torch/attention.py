@@ -77,5 +77,5 @@ def _mask(q: Tensor, k: Tensor, spec: Spec) -> tuple[bool, Tensor | None]:
         if spec.mask is None and shift + spec.right == 0:
             return True, None
     tile = Group(slice(0, q.shape[0]), tq, tk, shift).tile(slice(0, tq), slice(0, tk))
-    own, _ = reference.parts(spec, tile)
+    own, _ = reference.of_tile(spec, tile)
     return False, reference.added(own, tile, q.device, q.dtype)
