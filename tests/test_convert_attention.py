@@ -52,6 +52,8 @@ def counted(model: nn.Module) -> Iterator[list[str]]:
 
 
 class TestEncoder:
+    @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True, but:UserWarning")  # tanh
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
     @pytest.mark.parametrize("padding", [None, padded(T, 3, 2)])
     @pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh])
     def test_fused_path_stays(self, padding, activation):

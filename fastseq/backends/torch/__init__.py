@@ -21,9 +21,7 @@ def available() -> str | None:
 
 def why_not(query: Query) -> list[str]:
     if query.op == "recurrent":
-        return [
-            "torch has LSTM, GRU and RNN, eager, without lengths, zoneout, weight_dropout, num_heads and return_cells"
-        ]
+        return ["torch has LSTM, GRU and RNN, eager, without lengths, zoneout, weight_dropout, num_heads and return_cells"]
     if query.op == "attention":
         return ["torch has attention of padded sequences, eager, without softcap, sinks, lengths, relative keys and the lse"]
     return [f"torch has no {query.op}"]
