@@ -13,6 +13,7 @@ import html
 import sys
 import threading
 import warnings
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
@@ -43,8 +44,9 @@ class Row:
         names: every name that reaches it from the model ("" is the model itself).
         old: its class before.
         new: its class after, or None if it was left alone.
-        backend: the backend that runs it where its parameters lie now; None if left alone or on the meta
-            device.
+        backend: the backend that runs a long call of it where its parameters lie now, or, with example_inputs,
+            those that ran it; None if left alone, on the meta device, or not called.
+        note: what a conversion does not change in it; empty if there is nothing to say.
         reason: why it was left alone; empty if it was converted.
         unsupported: whether it was left alone because it cannot be converted, not because nobody asked for
             it.
@@ -54,6 +56,7 @@ class Row:
     old: str
     new: str | None = None
     backend: str | None = None
+    note: str = ""
     reason: str = ""
     unsupported: bool = False
 
@@ -93,8 +96,8 @@ class Report:
 
     def _tables(self) -> Iterator[tuple[list[str], list[list[str]]]]:
         if self.converted:
-            rows = [[_named(r.names), r.old, r.new or "", r.backend or "-"] for r in self.converted]
-            yield ["name", "was", "is", "backend"], rows
+            rows = [[_named(r.names), r.old, r.new or "", r.backend or "-", r.note] for r in self.converted]
+            yield ["name", "was", "is", "backend", "note"], rows
         if self.skipped:
             rows = [[_named(r.names), r.old, r.reason] for r in self.skipped]
             yield ["name", "is", "left alone because"], rows
@@ -105,18 +108,16 @@ class Conversion:
     """One row of the table.
 
     Attributes:
-        torch_class: what is converted; subclasses are not.
+        torch_class: what is converted, and subclasses that leave its forward alone.
         backend: name of the backend that runs a converted module, or None where that cannot be told.
         apply: what else must change in the module once its class is ours.
-        join: what must change in the modules that hold it, if it has not yet.
-        undo: takes `apply` and `join` back, once its class is torch's again.
+        undo: takes `apply` back, once its class is torch's again.
     """
 
     torch_class: type[nn.Module]
     backend: Callable[[nn.Module], str | None]
     apply: Callable[[nn.Module, Options], None] = lambda module, options: None
-    join: Callable[[nn.Module, tuple[nn.Module, ...]], None] = lambda module, parents: None
-    undo: Callable[[nn.Module, tuple[nn.Module, ...]], None] = lambda module, parents: None
+    undo: Callable[[nn.Module], None] = lambda module: None
 
     @property
     def name(self) -> str:
@@ -154,8 +155,9 @@ def _recurrent_backend(module: Any) -> str | None:
         projected=getattr(module, "proj_size", 0) > 0,
         layout="padded",
     )
-    if isinstance(module, nn.RNNCellBase) and backends.torch_runs(lambda: query):
-        return backends.vendor.name
+    own_choice = backends.forced() in (None, backends.torch.name)
+    if own_choice and (isinstance(module, nn.RNNCellBase) or backends.torch.recurrent.why_layers(query, gradients=False)):
+        return backends.torch.name
     return _selected(query)
 
 
@@ -194,39 +196,10 @@ def _set_recompute(module: nn.Module, options: Options) -> None:
         module.recompute = True  # type: ignore[assignment]
 
 
-def _restore_flat_weights(module: Any, parents: tuple[nn.Module, ...]) -> None:
+def _restore_flat_weights(module: Any) -> None:
     """torch.nn's forward reads a list of its weights and, on a GPU, wants them in one buffer again."""
     vars(module).pop("recompute", None)
     module._init_flat_weights()
-
-
-# In eval mode nn.TransformerEncoderLayer computes all of itself from its parameters, and calls no submodule, if this attribute is
-# true; the attribute decides about nothing else.
-_FAST_PATH = "activation_relu_or_gelu"
-_FAST_PATH_BEFORE = f"_fastseq_{_FAST_PATH}"
-
-
-def _leave_fast_path(module: nn.Module, parents: tuple[nn.Module, ...]) -> None:
-    for layer in parents:
-        if isinstance(layer, nn.TransformerEncoderLayer) and layer.self_attn is module and _FAST_PATH_BEFORE not in vars(layer):
-            vars(layer)[_FAST_PATH_BEFORE] = getattr(layer, _FAST_PATH, 0)
-            vars(layer)[_FAST_PATH] = 0
-
-
-def _restore_fast_path(module: nn.Module, parents: tuple[nn.Module, ...]) -> None:
-    for layer in parents:
-        if isinstance(layer, nn.TransformerEncoderLayer) and layer.self_attn is module and _FAST_PATH_BEFORE in vars(layer):
-            vars(layer)[_FAST_PATH] = vars(layer).pop(_FAST_PATH_BEFORE)
-
-
-_init_layer = nn.TransformerEncoderLayer.__init__
-
-
-@functools.wraps(_init_layer)
-def _init_layer_around_ours(self: nn.TransformerEncoderLayer, *args: Any, **kwargs: Any) -> None:
-    _init_layer(self, *args, **kwargs)
-    if isinstance(self.self_attn, own_modules.MultiheadAttention):
-        _leave_fast_path(self.self_attn, (self,))
 
 
 # The classes as torch has them, whatever patched() puts in their place later.
@@ -239,7 +212,7 @@ CONVERSIONS: dict[str, Conversion] = {
         Conversion(nn.RNNCell, _recurrent_backend),
         Conversion(nn.LSTMCell, _recurrent_backend),
         Conversion(nn.GRUCell, _recurrent_backend),
-        Conversion(nn.MultiheadAttention, _attention_backend, join=_leave_fast_path, undo=_restore_fast_path),
+        Conversion(nn.MultiheadAttention, _attention_backend),
     )
 }
 
@@ -255,6 +228,7 @@ def convert(
     example_inputs: Any = None,
     keep_type: bool = False,
     recompute: bool = False,
+    even_if_slower: bool = False,
 ) -> Report:
     """Make the nn.RNN, nn.LSTM, nn.GRU, their cells and the nn.MultiheadAttention in `model` fastseq's, in
     place, and tell what was done.
@@ -263,15 +237,25 @@ def convert(
     and state_dict, deepcopy and DistributedDataParallel do not notice. A module with several names is
     converted once. The model itself may be such a module. Converting again changes nothing.
 
-    An nn.TransformerEncoderLayer around a converted nn.MultiheadAttention calls it in eval mode too: torch's
-    fast path through the whole layer, which calls no submodule, is off for that layer until `revert`. This
-    holds as well for a fastseq.MultiheadAttention that was put there by hand. nn.TransformerEncoder goes on
-    packing padded batches into nested tensors where it did.
+    What changes is what a module's forward runs, call by call: a fastseq kernel, or torch's own where that is
+    the faster one (short sequences, dropout of attention on a CPU; `fastseq.explain` tells). Code that takes a
+    module's weights and calls functions with them, or torch's fused path for nn.TransformerEncoderLayer in eval
+    mode without gradients, which calls no submodule, goes on as before.
 
-    Left alone, with the reason in the report: subclasses, a forward replaced on the instance, modules under
-    torch.nn.utils.parametrize, quantized, scripted, FSDP-managed and not yet initialised ones. Old-style
-    weight_norm, spectral_norm and pruning are fine. Convert before `fully_shard`, `torch.jit.script` and
-    parametrizations.
+    Subclasses without a forward of their own are converted as well: a module's class is then a subclass of its
+    own class and ours, so isinstance, methods and attributes stay, and it can be copied and pickled.
+
+    Left alone, with the reason in the report: subclasses with a forward of their own, a forward replaced on the
+    instance, modules under torch.nn.utils.parametrize, quantized, scripted, FSDP-managed and not yet
+    initialised ones, and those that torch's own kernel runs in any case. Old-style weight_norm, spectral_norm and
+    pruning are fine. Convert before `fully_shard` and parametrizations.
+
+    Other tools meet a converted model thus. torch.fx: each module is a leaf, as torch's are. torch.jit.trace and
+    torch.onnx.export, by either exporter: torch's functions run, and are recorded. torch.jit.script: compiles
+    torch's classes, and leaves them in the model. Quantization of torch.ao (quantize_dynamic, prepare): looks for
+    torch's classes by type and passes ours by, with a warning: `revert` first. torch.export: programs hold
+    fastseq's ops, so that `import fastseq` comes before torch.export.load, torch.jit.load of a variant, or
+    loading an AOTInductor package; without it they say "could not find schema".
 
     Args:
         model: any module; wrappers (DistributedDataParallel, torch.compile's) are looked through.
@@ -287,6 +271,8 @@ def convert(
         keep_type: use classes that are subclasses of torch's too, for code that asks `isinstance(m,
             nn.LSTM)`. The price: torch.compile(fullgraph=True) refuses RNN, LSTM and GRU, as it refuses
             torch's own. fastseq.MultiheadAttention always is a subclass of torch's.
+        even_if_slower: convert also what no fastseq kernel runs, or none that is known to be faster (float16 on a
+            CPU, RNN, LSTM and GRU on a GPU).
         recompute: compute gate activations again in the backward pass of nn.RNN, nn.LSTM and nn.GRU rather
             than keep them: less memory, more time.
 
@@ -315,17 +301,18 @@ def convert(
 
     report = Report("fastseq.convert")
     plan: list[tuple[_Found, Conversion]] = []
-    ready: list[tuple[_Found, Conversion]] = []
+    ready = False
     for found in _walk(model):
         conversion = _recognise(found)
         if conversion is None:
             continue
         reason, unsupported = _why_not_asked(found, conversion, chosen, filter_fn), False
         if not reason and isinstance(found.module, conversion.own_classes()):
-            reason = "already fastseq's"
-            ready.append((found, conversion))
+            reason, ready = "already fastseq's", True
         if not reason:
-            reason = _why_not_possible(found, conversion, "convert") or _why_not_faster(found, conversion)
+            reason = _why_not_possible(found, conversion, "convert")
+            if not reason and not even_if_slower:
+                reason = _why_not_faster(found, conversion)
             unsupported = bool(reason)
         if reason:
             report.skipped.append(_row(found, reason=reason, unsupported=unsupported))
@@ -346,10 +333,9 @@ def convert(
     swapped: list[tuple[_Found, Conversion]] = []
     try:
         for found, conversion in plan:
-            found.module.__class__ = conversion.own_class(options.keep_type)
+            found.module.__class__ = _own_class(type(found.module), conversion, options)
             swapped.append((found, conversion))
             conversion.apply(found.module, options)
-            conversion.join(found.module, found.parents)
         complaint = probe.compare() if probe is not None else None
         if complaint is not None:
             names = ", ".join(_named(found.names) for found, _ in plan)
@@ -361,11 +347,22 @@ def convert(
         for found, conversion in reversed(swapped):
             _swap_back(found, conversion)
         raise
-    for found, conversion in ready:
-        conversion.join(found.module, found.parents)
     for (found, conversion), old in zip(plan, before, strict=True):
-        report.converted.append(_row(found, old=old, backend=conversion.backend(found.module)))
+        if probe is None:
+            backend, note = conversion.backend(found.module), _note(found)
+        else:
+            ran = probe.ran.get(id(found.module))
+            backend = ", ".join(sorted(ran)) if ran else None
+            note = _note(found) if ran is not None else "its forward is not called on example_inputs: nothing changes there"
+        report.converted.append(_row(found, old=old, backend=backend, note=note))
     return report
+
+
+def _note(found: _Found) -> str:
+    fused = isinstance(found.module, nn.MultiheadAttention) and any(
+        isinstance(holder, nn.TransformerEncoderLayer) and holder.self_attn is found.module for holder in found.holders
+    )
+    return "in eval mode without gradients torch's fused path runs the whole layer" if fused else ""
 
 
 def revert(model: nn.Module) -> Report:
@@ -409,13 +406,13 @@ class patched(ContextDecorator):
     For code that builds models out of your reach. The names are replaced in torch.nn, torch.nn.modules and
     the modules below that, so `from torch.nn import LSTM` inside the block gets ours too, and so do torch's
     own nn.Transformer and its layers; a name that a file imported before is out of reach (use `convert` on the
-    result). On the way out, also by an error, torch's
+    result). Only calls change: `class Mine(nn.LSTM)` derives from torch's class, inside as outside, and
+    `isinstance(m, nn.LSTM)` is true for fastseq's modules and torch's. On the way out, also by an error, torch's
     classes stand there again; modules built inside stay fastseq's (`revert` makes them torch's). Blocks nest.
     Also a decorator.
 
     The replacement holds for the whole process: other threads see it as well while any thread is inside, and
-    it is taken back when the last leaves. Keep the block to building models: inside, `isinstance(m, nn.LSTM)`
-    asks for fastseq's class, and torch.compile treats that as its own, which it refuses.
+    it is taken back when the last leaves. Keep the block to building models.
 
     Args:
         modules: which classes, as for `convert`.
@@ -429,7 +426,7 @@ class patched(ContextDecorator):
     _entries: list[dict[str, type[nn.Module]]] = []  # of all threads, the latest last
 
     def __init__(self, modules: ModuleKinds | None = None, *, keep_type: bool = False):
-        self._classes = {name: CONVERSIONS[name].own_class(bool(keep_type)) for name in _chosen(modules)}
+        self._classes: dict[str, type[nn.Module]] = {name: _STAND_INS[name, bool(keep_type)] for name in _chosen(modules)}
         self._mine: list[dict[str, type[nn.Module]]] = []
 
     def __enter__(self) -> None:
@@ -450,13 +447,45 @@ class patched(ContextDecorator):
         """Put the latest entry's classes, else torch's, in every place that has one of ours or torch's."""
         for name, conversion in CONVERSIONS.items():
             wanted = next((entry[name] for entry in reversed(cls._entries) if name in entry), conversion.torch_class)
-            known = (conversion.torch_class, *conversion.own_classes())
+            known = (conversion.torch_class, _STAND_INS[name, False], _STAND_INS[name, True])
             for place in (nn, nn.modules, nn.modules.transformer, sys.modules[conversion.torch_class.__module__]):
                 if getattr(place, name, None) in known:
                     setattr(place, name, wanted)
-        if nn.TransformerEncoderLayer.__init__ in (_init_layer, _init_layer_around_ours):
-            ours = nn.MultiheadAttention in CONVERSIONS["MultiheadAttention"].own_classes()
-            nn.TransformerEncoderLayer.__init__ = _init_layer_around_ours if ours else _init_layer  # type: ignore[method-assign]
+
+
+class _StandIn(ABCMeta):
+    """What stands in a class's place within `patched`: called, it builds ours; as a base class it is torch's."""
+
+    torch_class: type[nn.Module]
+    own_class: type[nn.Module]
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> Any:
+        bases = tuple(base.torch_class if isinstance(base, _StandIn) else base for base in bases)
+        kind: type = functools.reduce(lambda a, b: b if issubclass(b, a) else a, map(type, bases), type)
+        return kind(name, bases, namespace, **options)
+
+    @classmethod
+    def of(mcs, torch_class: type[nn.Module], own_class: type[nn.Module]) -> _StandIn:
+        names = {"__module__": torch_class.__module__, "__qualname__": torch_class.__qualname__, "__doc__": torch_class.__doc__}
+        stand_in = super().__new__(mcs, torch_class.__name__, (torch_class,), names)
+        stand_in.torch_class, stand_in.own_class = torch_class, own_class
+        return stand_in
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.own_class(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, (cls.torch_class, cls.own_class))
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, (cls.torch_class, cls.own_class))
+
+
+_STAND_INS: dict[tuple[str, bool], Any] = {
+    (name, keep): _StandIn.of(conversion.torch_class, conversion.own_class(keep))
+    for name, conversion in CONVERSIONS.items()
+    for keep in (False, True)
+}
 
 
 @dataclass
@@ -467,10 +496,6 @@ class _Found:
     names: list[str] = field(default_factory=list)
     holders: list[nn.Module] = field(default_factory=list)
     ancestors: list[nn.Module] = field(default_factory=list)
-
-    @property
-    def parents(self) -> tuple[nn.Module, ...]:
-        return tuple(self.holders)
 
 
 def _walk(model: nn.Module) -> list[_Found]:
@@ -509,9 +534,14 @@ def _chosen(modules: ModuleKinds | None) -> set[str]:
             known = name in CONVERSIONS
         elif isinstance(kind, type):
             name = kind.__name__
-            known = name in CONVERSIONS and kind in (
-                CONVERSIONS[name].torch_class,
-                *CONVERSIONS[name].own_classes(),
+            known = name in CONVERSIONS and any(
+                kind is one
+                for one in (
+                    CONVERSIONS[name].torch_class,
+                    *CONVERSIONS[name].own_classes(),
+                    _STAND_INS[name, False],
+                    _STAND_INS[name, True],
+                )
             )
         else:
             raise TypeError(f"modules must be classes or their names, got {kind!r} among them; {accepted}")
@@ -555,7 +585,7 @@ def _why_not_possible(found: _Found, conversion: Conversion, verb: str) -> str:
     """One reason, the first that holds, against a swap of the module's class; empty if there is none."""
     module, kind = found.module, type(found.module)
     if isinstance(module, torch.jit.ScriptModule):
-        return f"compiled by TorchScript: {verb} before torch.jit.script or trace"
+        return "compiled by TorchScript, which runs torch's own functions whether converted before or not"
     if _is_quantized(module):
         return "quantized (torch.ao): its weights and kernels are other ones"
     if any(_is_fsdp(holder) for holder in (module, *found.ancestors)):
@@ -563,10 +593,11 @@ def _why_not_possible(found: _Found, conversion: Conversion, verb: str) -> str:
     if parametrize.is_parametrized(module):
         names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
         return f"parametrized (torch.nn.utils.parametrize: {names}): {verb} before registering parametrizations"
-    if kind is not conversion.torch_class and kind not in conversion.own_classes():
+    if kind is not conversion.torch_class and kind not in conversion.own_classes() and "stands_for" not in vars(kind):
         base = next(base for base in kind.__mro__ if base is conversion.torch_class or base in conversion.own_classes())
-        own = next(base for base in kind.__mro__ if "forward" in vars(base)) is not base
-        return f"subclass of {_class_name(base)}" + (" with its own forward" if own else "")
+        against = "" if verb == "revert" else _why_not_subclass(kind, base)
+        if against or base is not conversion.torch_class:
+            return f"subclass of {_class_name(base)}{against}"
     if "forward" in vars(module):
         return f"its forward is replaced on the instance: {verb} before that"
     for name, parameter in module.named_parameters(recurse=False):
@@ -578,18 +609,62 @@ def _why_not_possible(found: _Found, conversion: Conversion, verb: str) -> str:
     return ""
 
 
+def _why_not_subclass(kind: type, base: type) -> str:
+    """What in a subclass of torch's class keeps it from a common subclass with ours; empty: nothing."""
+    if type(kind) not in (type, ABCMeta):
+        return f" with a metaclass of its own ({type(kind).__name__})"
+    for own in kind.__mro__[: kind.__mro__.index(base)]:
+        for name in ("forward", "merge_masks", "__call__", "__init_subclass__", "__reduce__", "__reduce_ex__"):
+            if name in vars(own):
+                return f" with its own {name}"
+    return ""
+
+
+def _own_class(kind: type, conversion: Conversion, options: Options) -> type:
+    """The class that makes a module of class `kind` ours."""
+    if kind is conversion.torch_class:
+        return conversion.own_class(options.keep_type)
+    return _common_class(kind, conversion.name)
+
+
+def _common_class(kind: type, name: str) -> type:
+    """The subclass of a user's class `kind` and of ours: what `kind` says comes first, then ours, then torch's."""
+    known: type
+    for known in kind.__subclasses__():
+        if vars(known).get("stands_for") is kind:
+            return known
+    namespace = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "__reduce_ex__": _reduce_common,
+        "stands_for": kind,
+    }
+    return type(kind)(kind.__name__, (kind, CONVERSIONS[name].own_class(keep_type=True)), namespace)
+
+
+def _reduce_common(module: Any, protocol: Any) -> Any:
+    """For pickle and copy, which would look for the class by its name, and find the user's."""
+    kind = type(module)
+    name = next(name for name, conversion in CONVERSIONS.items() if issubclass(kind, conversion.torch_class))
+    return _common_instance, (vars(kind)["stands_for"], name), *object.__reduce_ex__(module, max(protocol, 2))[2:]
+
+
+def _common_instance(kind: type, name: str) -> Any:
+    common: Any = _common_class(kind, name)
+    return common.__new__(common)
+
+
 def _why_not_faster(found: _Found, conversion: Conversion) -> str:
     if backends.forced() is not None:
         return ""
     backend = conversion.backend(found.module)
     if backend == "triton" and isinstance(found.module, nn.RNNBase):
         return "fastseq's Triton kernels are not measured against cuDNN yet: within fastseq.use_backend('triton') it is converted"
-    if backend == "reference":
+    if backend == "reference" or (backend == "torch" and isinstance(found.module, nn.RNNBase)):
         weight = next(found.module.parameters())
         dtype, device = str(weight.dtype).removeprefix("torch."), weight.device.type
-        return (
-            f"no fastseq kernel runs {dtype} on {device} here, and the reference is slower than torch.nn (python -m fastseq info)"
-        )
+        return f"no fastseq kernel runs {dtype} on {device} here, so nothing would be gained (python -m fastseq info)"
     return ""
 
 
@@ -603,8 +678,8 @@ def _is_fsdp(module: nn.Module) -> bool:
 
 
 def _swap_back(found: _Found, conversion: Conversion) -> None:
-    found.module.__class__ = conversion.torch_class
-    conversion.undo(found.module, found.parents)
+    found.module.__class__ = vars(type(found.module)).get("stands_for", conversion.torch_class)
+    conversion.undo(found.module)
 
 
 def _complain(report: Report, on_unsupported: str) -> None:
@@ -630,6 +705,8 @@ def _named(names: Iterable[str]) -> str:
 
 
 def _class_name(kind: type) -> str:
+    if "stands_for" in vars(kind):
+        return f"{kind.__module__}.{kind.__qualname__} on fastseq's kernels"
     for name, conversion in CONVERSIONS.items():
         for prefix, own in zip(("torch.nn", "fastseq", "fastseq.modules.keep_type"),
                                (conversion.torch_class, *conversion.own_classes()), strict=True):  # fmt: skip

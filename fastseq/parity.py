@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from . import backends
+
 __all__ = ["Probe", "as_arguments"]
 
 ALLOWANCE = 16
@@ -71,6 +73,7 @@ class Probe:
         self._model = _unwrap(model)
         self._args, self._kwargs = as_arguments(example_inputs)
         self._modules = list(modules)
+        self.ran: dict[int, set[str]] = {}
         self._differentiate = torch.is_grad_enabled()
         tensors = [*self._model.parameters(), *(tensor for _, tensor in _tensors((self._args, self._kwargs)))]
         if any(tensor.is_meta for tensor in tensors):
@@ -84,8 +87,12 @@ class Probe:
             raise ValueError("example_inputs: the model returned no tensor to compare")
 
     def compare(self) -> str | None:
-        """One sentence about the output furthest outside its bound, else the gradient, or None if none is."""
-        after = self._results()
+        """One sentence about the output furthest outside its bound, else the gradient, or None if none is.
+
+        `ran` then says which backends ran each of the modules, by its id; a module without entry was not called.
+        """
+        with self._listening():
+            after = self._results()
         if after.keys() != self._before.keys():
             changed = sorted(after.keys() ^ self._before.keys())
             return f"the outputs are other ones: {', '.join(changed)} came or went"
@@ -142,6 +149,29 @@ class Probe:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Takes down whose forward is called, and which backends run within it."""
+        inside: list[int] = []
+
+        def enter(module: nn.Module, inputs: Any) -> None:
+            self.ran.setdefault(id(module), set())
+            inside.append(id(module))
+
+        def leave(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            inside.pop()
+
+        def chosen(query: backends.Query, name: str) -> None:
+            if inside:
+                self.ran[inside[-1]].add(name)
+
+        with contextlib.ExitStack() as stack:
+            for module in self._modules:
+                stack.callback(module.register_forward_pre_hook(enter).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+            stack.enter_context(backends.watching(chosen))
+            yield
 
     def _moved_weights(self) -> dict[str, Tensor]:
         """The weights of the modules in question, each one unit of rounding away, by name in the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import importlib
 import io
@@ -440,7 +441,19 @@ class OwnForward(nn.LSTM):
 
 
 class Subclass(nn.GRU):
-    pass
+    """A GRU with a method and an attribute."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label = "mine"
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.label}"
+
+
+class Watched(nn.GRU):
+    def __init_subclass__(cls):
+        pytest.fail("a class was made of it")
 
 
 def quantized() -> nn.Module:
@@ -484,7 +497,7 @@ def wrapped_weights() -> nn.Module:
 
 UNSUPPORTED = [
     (lambda: nn.Sequential(OwnForward(4, 6)), "subclass of torch.nn.LSTM with its own forward"),
-    (lambda: nn.Sequential(Subclass(4, 6)), "subclass of torch.nn.GRU"),
+    (lambda: nn.Sequential(Watched(4, 6)), "subclass of torch.nn.GRU with its own __init_subclass__"),
     (parametrized, r"parametrized .*weight_hh_l0.*convert before"),
     (quantized, "quantized"),
     (scripted, "TorchScript"),
@@ -665,11 +678,11 @@ class TestReport:
         lines = str(report).splitlines()
         assert lines[0] == "fastseq.convert: 2 changed, 1 left alone"
         assert [line.split() for line in lines[1:4]] == [
-            ["name", "was", "is", "backend"],
+            ["name", "was", "is", "backend", "note"],
             ["first", "torch.nn.LSTM", "fastseq.LSTM", "reference"],
             ["second_one", "torch.nn.GRUCell", "fastseq.GRUCell", "reference"],
         ]
-        columns = [[line.index(word) for word in line.split()] for line in lines[1:4]]
+        columns = [[line.index(word) for word in line.split()[:4]] for line in lines[1:4]]
         assert columns[0] == columns[1] == columns[2]
         assert lines[5].split(maxsplit=2)[0] == "own"
         assert lines[5].endswith("subclass of torch.nn.LSTM with its own forward")
@@ -678,7 +691,9 @@ class TestReport:
     def test_what_is_not_measured_stays(self, monkeypatch):
         """cuDNN's recurrence on a GPU is not given up for kernels that nobody has timed there, unless they are asked for."""
         monkeypatch.setattr(sys.modules["fastseq._convert"], "_selected", lambda query: "triton")
-        assert convert(nn.LSTM(4, 4)).skipped[0].reason.startswith("fastseq's Triton kernels are not measured against cuDNN yet")
+        with pytest.warns(UserWarning, match="nothing to convert in LSTM"):
+            report = convert(nn.LSTM(4, 4))
+        assert report.skipped[0].reason.startswith("fastseq's Triton kernels are not measured against cuDNN yet")
         with fastseq.use_backend("triton"):
             assert convert(nn.LSTM(4, 4)).converted[0].backend == "triton"
 
@@ -686,7 +701,7 @@ class TestReport:
         for name in SEQUENCES + CELLS:
             module = torch_class(name)(4, 6)
             report = convert(module)
-            steps = torch.randn(2, 4) if name in CELLS else torch.randn(3, 2, 4)
+            steps = torch.randn(2, 4) if name in CELLS else torch.randn(128, 2, 4)
             assert [report.converted[0].backend] == fastseq.explain(module, steps).backends
 
     def test_backend_that_cannot(self):
@@ -884,6 +899,10 @@ class TestExampleInputs:
             assert convert(nn.GRU(4, 4), example_inputs=steps)
 
 
+def builds(kind: type) -> type:
+    return type(kind(4, 6))
+
+
 class TestPatched:
     @pytest.mark.parametrize("name", SEQUENCES + CELLS)
     def test_every_way_to_the_name(self, name):
@@ -911,12 +930,12 @@ class TestPatched:
         with patched():
             namespace: dict = {}
             exec("from torch.nn import LSTM\nfrom torch.nn.modules.rnn import GRU", namespace)
-        assert namespace["LSTM"] is fastseq.modules.LSTM and namespace["GRU"] is fastseq.modules.GRU
+        assert type(namespace["LSTM"](4, 6)) is fastseq.modules.LSTM and type(namespace["GRU"](4, 6)) is fastseq.modules.GRU
 
     def test_restores_after_an_error(self):
         original = nn.LSTM
         with pytest.raises(ZeroDivisionError), patched():
-            assert nn.LSTM is fastseq.modules.LSTM
+            assert builds(nn.LSTM) is fastseq.modules.LSTM
             raise ZeroDivisionError
         assert nn.LSTM is original is torch.nn.modules.rnn.LSTM is CONVERSIONS["LSTM"].torch_class
 
@@ -925,11 +944,11 @@ class TestPatched:
         again = patched()
         with again:
             with patched(keep_type=True, modules="LSTM"), again:
-                assert (nn.LSTM, nn.GRU) == (fastseq.modules.LSTM, fastseq.modules.GRU)
+                assert (builds(nn.LSTM), builds(nn.GRU)) == (fastseq.modules.LSTM, fastseq.modules.GRU)
             with patched(keep_type=True, modules="LSTM"):
-                assert (nn.LSTM, nn.GRU) == (kept.LSTM, fastseq.modules.GRU)
+                assert (builds(nn.LSTM), builds(nn.GRU)) == (kept.LSTM, fastseq.modules.GRU)
                 assert isinstance(nn.LSTM(4, 6), original[0])
-            assert (nn.LSTM, nn.GRU) == (fastseq.modules.LSTM, fastseq.modules.GRU)
+            assert (builds(nn.LSTM), builds(nn.GRU)) == (fastseq.modules.LSTM, fastseq.modules.GRU)
         assert (nn.LSTM, nn.GRU) == original
 
     def test_decorator(self):
@@ -944,7 +963,7 @@ class TestPatched:
         model = Tagger()
         with patched():
             convert(model, nn.LSTM)
-            assert type(model.rnn) is nn.LSTM is fastseq.modules.LSTM
+            assert type(model.rnn) is builds(nn.LSTM) is fastseq.modules.LSTM
             revert(model)
             convert(model, keep_type=True)
             assert type(model.rnn) is kept.LSTM
@@ -973,16 +992,154 @@ class TestPatched:
         with patched(keep_type=True):
             thread.start()
             assert entered.wait(10)
-        assert nn.LSTM is fastseq.modules.LSTM
+        assert builds(nn.LSTM) is fastseq.modules.LSTM
         leave.set()
         thread.join()
         assert nn.LSTM is original
+
+    def test_classes_made_inside_are_torchs(self):
+        """Their bases, their constructors and their methods: all the block changes is what a call of the name builds."""
+
+        class Plain(abc.ABC):
+            @abc.abstractmethod
+            def label(self):
+                """What it calls itself."""
+
+        with patched():
+
+            class Mine(nn.LSTM):
+                def __init__(self):
+                    nn.LSTM.__init__(self, 4, 6)
+
+                def forward(self, input, hx=None):
+                    return nn.LSTM.forward(self, input, hx)[0]
+
+            class Both(Plain, nn.GRU):
+                def label(self):
+                    return super().extra_repr()
+
+            mine, both, built = Mine(), Both(4, 6), nn.LSTM(4, 6)
+            assert isinstance(mine, nn.LSTM) and isinstance(built, nn.LSTM) and not isinstance(both, nn.LSTM)
+            assert issubclass(Mine, nn.LSTM) and issubclass(nn.LSTM, nn.RNNBase) and isinstance(nn.LSTM, type)
+            assert mine(torch.randn(5, 2, 4)).shape == (5, 2, 6)
+        assert (
+            Mine.__bases__ == (nn.LSTM,)
+            and type(Mine) is type
+            and Both.__bases__ == (Plain, nn.GRU)
+            and type(Both) is abc.ABCMeta
+        )
+        assert type(built) is fastseq.LSTM and both.label() == "4, 6"
+        assert fastseq.convert(nn.ModuleList([both])).converted and isinstance(both, Both)
 
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match="accepted"):
             patched("Linear")
         with pytest.raises(TypeError, match="accepted"):
             patched(modules=4)
+
+
+class Bidirectional(Subclass):
+    """A subclass of a subclass."""
+
+
+class TestSubclasses:
+    @pytest.mark.parametrize("kind", [Subclass, Bidirectional])
+    @pytest.mark.parametrize("keep_type", [False, True])
+    def test_identity_stays(self, kind, keep_type):
+        model, x = nn.Sequential(kind(4, 6)), torch.randn(150, 3, 4)
+        expected = model(x)[0]
+        report = convert(model, keep_type=keep_type)
+        module = model[0]
+        assert report.converted[0].backend == "cpu" and "on fastseq's kernels" in str(report)
+        assert isinstance(module, kind) and isinstance(module, nn.GRU) and isinstance(module, fastseq.GRU)
+        assert type(module).__qualname__ == kind.__qualname__ and type(module).__module__ == kind.__module__
+        assert module.label == "mine" and module.extra_repr().startswith("4, 6") and module.extra_repr().endswith("mine")
+        assert fastseq.explain(model, x).backends == ["cpu"]
+        torch.testing.assert_close(model(x)[0], expected)
+        assert convert(model).skipped[0].reason == "already fastseq's"
+        other = nn.Sequential(kind(4, 6))
+        convert(other)
+        assert type(other[0]) is type(module)
+        revert(model)
+        assert type(module) is kind
+
+    def test_copies(self):
+        model, x = nn.Sequential(Subclass(4, 6)), torch.randn(150, 3, 4)
+        convert(model)
+        model[0].label = "other"
+        for twin in (copy.copy(model[0]), copy.deepcopy(model)[0], pickle.loads(pickle.dumps(model))[0]):
+            assert type(twin) is type(model[0]) and twin.label == "other"
+            assert torch.equal(twin(x)[0], model(x)[0])
+            revert(twin)
+            assert type(twin) is Subclass
+
+    def test_super_reaches_ours(self):
+        class Checked(nn.LSTM):
+            def check_forward_args(self, *args):
+                super().check_forward_args(*args)
+                calls.append(type(self))
+
+        calls: list[type] = []
+        module = Checked(4, 6)
+        convert(module)
+        module(torch.randn(150, 3, 4), (torch.randn(1, 3, 6), torch.randn(1, 3, 6)))
+        assert calls == [type(module)]
+
+    def test_attention(self):
+        class Mine(nn.MultiheadAttention):
+            def describe(self):
+                return self.embed_dim
+
+        module, x = Mine(8, 2), torch.randn(20, 3, 8)
+        expected = module(x, x, x)
+        convert(module)
+        assert module.describe() == 8 and isinstance(module, Mine) and isinstance(module, fastseq.MultiheadAttention)
+        for a, b in zip(module(x, x, x), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_of_ours(self):
+        class Mine(fastseq.GRU):
+            pass
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert convert(Mine(4, 6)).skipped[0].reason == "already fastseq's"
+
+
+class Borrowed(nn.Module):
+    """Calls a function with the weights of a module whose forward it never calls, as WavLM does."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.rnn = nn.MultiheadAttention(8, 2), nn.GRU(8, 8)
+
+    def forward(self, x):
+        a = self.attention
+        weights = a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0, a.out_proj.weight, a.out_proj.bias
+        return self.rnn(nn.functional.multi_head_attention_forward(x, x, x, 8, 2, *weights)[0])[0]
+
+
+class TestWhatHappens:
+    def test_forward_that_is_not_called(self):
+        report = convert(Borrowed(), example_inputs=torch.randn(150, 2, 8))
+        attention, rnn = report.converted
+        assert (
+            attention.backend is None and attention.note == "its forward is not called on example_inputs: nothing changes there"
+        )
+        assert rnn.backend == "cpu" and not rnn.note
+        assert "nothing changes there" in str(report)
+
+    def test_backends_that_ran(self):
+        report = convert(Borrowed(), example_inputs=torch.randn(1, 2, 8))
+        assert report.converted[1].backend == "torch"
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in Borrowed().modules())
+
+    def test_even_if_slower(self):
+        module = nn.LSTM(4, 6).half()
+        with pytest.warns(UserWarning, match="nothing to convert"):
+            assert "no fastseq kernel runs float16 on cpu" in convert(module).skipped[0].reason
+        report = convert(module, even_if_slower=True)
+        assert report.converted[0].backend == "torch" and type(module) is fastseq.LSTM
 
 
 @pytest.fixture(scope="class")
@@ -1018,6 +1175,7 @@ class TestDistributed:
             name = name.removeprefix("module.")
             assert_close_to_truth(value, expected[name], truth[name], name)
 
+    @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # torch.nn.LSTM does
     @pytest.mark.parametrize("whole", [False, True])
     def test_fully_sharded_is_refused(self, whole):
         from torch.distributed.device_mesh import init_device_mesh
@@ -1032,6 +1190,7 @@ class TestDistributed:
         assert classes(model) == kinds
         torch.testing.assert_close(model(*inputs), expected)
 
+    @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # torch.nn.LSTM does
     def test_fully_shard_after_convert(self):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

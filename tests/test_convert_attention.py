@@ -52,87 +52,61 @@ def counted(model: nn.Module) -> Iterator[list[str]]:
 
 
 class TestEncoder:
+    @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True, but:UserWarning")  # tanh
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
     @pytest.mark.parametrize("padding", [None, padded(T, 3, 2)])
     @pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh])
-    def test_eval_calls_ours(self, padding, activation):
+    def test_fused_path_stays(self, padding, activation):
+        """In eval mode without gradients torch computes the layer from its parameters, converted or not, where it can."""
         model, x = encoder(activation=activation), torch.randn(N, T, E)
         expected, exact = model(x, src_key_padding_mask=padding), copy.deepcopy(model).double()
         with torch.no_grad():
-            fast = model(x, src_key_padding_mask=padding)
+            before = model(x, src_key_padding_mask=padding)
             report = fastseq.convert(model)
             assert [row.names for row in report.converted] == [("layers.0.self_attn",), ("layers.1.self_attn",)]
+            assert {row.note for row in report.converted} == {
+                "in eval mode without gradients torch's fused path runs the whole layer"
+            }
             with counted(model) as calls:
                 actual = model(x, src_key_padding_mask=padding)
             truth = exact(x.double(), src_key_padding_mask=padding)
-        assert calls == ["layers.0.self_attn", "layers.1.self_attn"]
-        assert_close_to_truth(actual, fast, truth)
+        assert calls == (["layers.0.self_attn", "layers.1.self_attn"] if activation is torch.tanh else [])
+        assert_close_to_truth(actual, before, truth)
         with counted(model) as calls:
             torch.testing.assert_close(model(x, src_key_padding_mask=padding), expected)
         assert len(calls) == 2
 
-    def test_padded_batches_still_run_nested(self, monkeypatch):
-        model, x = encoder(), torch.randn(N, T, E)
-        fastseq.convert(model)
-        seen = []
-        nested = fastseq.MultiheadAttention._forward_nested
-        monkeypatch.setattr(fastseq.MultiheadAttention, "_forward_nested", lambda self, *a: seen.append(1) or nested(self, *a))
-        with torch.no_grad():
-            out = model(x, src_key_padding_mask=padded(T, 3, 2))
-        assert len(seen) == 2 and not out[padded(T, 3, 2)].any()
-
     def test_some_layers_only(self):
         model, x = encoder(3), torch.randn(N, T, E)
         padding = padded(T, 3, 2)
-        with torch.no_grad():
-            expected = model(x, src_key_padding_mask=padding)
-            fastseq.convert(model, filter_fn=lambda module, name: "1" in name)
-            with counted(model) as calls:
-                torch.testing.assert_close(model(x, src_key_padding_mask=padding), expected)
+        expected = model(x, src_key_padding_mask=padding)
+        fastseq.convert(model, filter_fn=lambda module, name: "1" in name)
+        with counted(model) as calls:
+            torch.testing.assert_close(model(x, src_key_padding_mask=padding), expected)
         assert calls == ["layers.1.self_attn"]
 
     def test_revert_is_exact(self):
         model = encoder()
-        model.layers[1].activation_relu_or_gelu = 0  # as some models do themselves
         before = [dict(vars(module)) for module in model.modules()]
         identities = [id(p) for p in model.parameters()]
         fastseq.convert(model)
         fastseq.convert(model)
-        assert [layer.activation_relu_or_gelu for layer in model.layers] == [0, 0]
         again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
         for reverted in (model, again):
             fastseq.revert(reverted)
-            assert [layer.activation_relu_or_gelu for layer in reverted.layers] == [1, 0]
             assert {type(layer.self_attn) for layer in reverted.layers} == {nn.MultiheadAttention}
         assert [dict(vars(module)) for module in model.modules()] == before
         assert [id(p) for p in model.parameters()] == identities
 
-    def test_put_there_by_hand(self):
-        model, x = encoder(1), torch.randn(N, T, E)
-        ours = fastseq.MultiheadAttention(E, H, batch_first=True)
-        ours.load_state_dict(model.layers[0].self_attn.state_dict())
-        model.layers[0].self_attn = ours.eval()
-        with torch.no_grad():
-            expected = model(x)
-            report = fastseq.convert(model)
-            assert not report and report.skipped[0].reason == "already fastseq's"
-            with counted(model) as calls:
-                torch.testing.assert_close(model(x), expected)
-        assert calls
-        fastseq.revert(model)
-        assert model.layers[0].activation_relu_or_gelu == 1
-
     def test_shared_by_two_layers(self):
         model, x = encoder(), torch.randn(N, T, E)
         model.layers[1].self_attn = model.layers[0].self_attn
-        with torch.no_grad():
-            expected = model(x)
-            report = fastseq.convert(model)
-            assert [row.names for row in report.converted] == [("layers.0.self_attn", "layers.1.self_attn")]
-            with counted(model) as calls:
-                torch.testing.assert_close(model(x), expected)
+        expected = model(x)
+        report = fastseq.convert(model)
+        assert [row.names for row in report.converted] == [("layers.0.self_attn", "layers.1.self_attn")]
+        with counted(model) as calls:
+            torch.testing.assert_close(model(x), expected)
         assert len(calls) == 2
-        fastseq.revert(model)
-        assert [layer.activation_relu_or_gelu for layer in model.layers] == [1, 1]
 
     def test_a_failed_conversion_takes_everything_back(self, monkeypatch):
         model, x = encoder(), torch.randn(N, T, E)
@@ -141,17 +115,6 @@ class TestEncoder:
         with pytest.raises(RuntimeError, match="the converted model disagrees"):
             fastseq.convert(model, example_inputs=x)
         assert {type(layer.self_attn) for layer in model.layers} == {nn.MultiheadAttention}
-        assert [layer.activation_relu_or_gelu for layer in model.layers] == [1, 1]
-
-    def test_hooks_and_own_layers(self):
-        class Layer(nn.TransformerEncoderLayer):
-            pass
-
-        model, x = nn.TransformerEncoder(Layer(E, H, 16, batch_first=True), 1).eval(), torch.randn(N, T, E)
-        fastseq.convert(model)
-        with torch.no_grad(), counted(model) as calls:
-            model(x)
-        assert calls
 
 
 class TestTransformer:
@@ -179,8 +142,8 @@ class TestTransformer:
             expected = model(source, target, **masks)
             report = fastseq.convert(model, example_inputs=(source, target, masks))
             assert len(report) == 5 and not report.skipped
-            with counted(model) as calls:
-                torch.testing.assert_close(model(source, target, **masks), expected)
+        with counted(model) as calls:
+            torch.testing.assert_close(model(source, target, **masks), expected)
         assert sorted(calls) == sorted(name for row in report.converted for name in row.names)
 
     @pytest.mark.parametrize("batch_first", [False, True])
@@ -220,26 +183,21 @@ class TestTransformer:
         with fastseq.patched():
             patched = self.model().eval()
             layer = nn.TransformerEncoderLayer(E, H, 16, batch_first=True).eval()
-            assert nn.MultiheadAttention is nn.modules.activation.MultiheadAttention is fastseq.MultiheadAttention
-        assert nn.modules.transformer.MultiheadAttention is nn.MultiheadAttention is not fastseq.MultiheadAttention
+            assert nn.MultiheadAttention is nn.modules.activation.MultiheadAttention
+            assert type(nn.MultiheadAttention(E, H)) is fastseq.MultiheadAttention
+        assert nn.modules.transformer.MultiheadAttention is nn.MultiheadAttention
+        assert type(nn.MultiheadAttention(E, H)) is nn.MultiheadAttention
         plain = self.model().eval()
         source, target, masks = self.inputs()
         attentions = [m for m in patched.modules() if isinstance(m, nn.MultiheadAttention)]
         assert {type(m) for m in attentions} == {fastseq.MultiheadAttention} and len(attentions) == 5
-        with torch.no_grad():
-            with counted(patched) as calls:
-                actual = patched(source, target, **masks)
-            assert len(calls) == 5
-            torch.testing.assert_close(actual, plain(source, target, **masks))
-            with counted(layer) as calls:
-                layer(source)
+        with counted(patched) as calls:
+            actual = patched(source, target, **masks)
+        assert len(calls) == 5
+        torch.testing.assert_close(actual, plain(source, target, **masks))
+        with counted(layer) as calls:
+            layer(source)
         assert calls == ["self_attn"]
-        with fastseq.patched("LSTM"):
-            untouched = nn.TransformerEncoderLayer(E, H, 16, batch_first=True)
-        after = nn.TransformerEncoderLayer(E, H, 16, batch_first=True)
-        assert untouched.activation_relu_or_gelu == after.activation_relu_or_gelu == 1
-        fastseq.revert(patched)
-        assert patched.encoder.layers[0].activation_relu_or_gelu == 1
 
 
 class Own(nn.MultiheadAttention):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .base import GATES, Metric, Workload
 
-DATA = Path(__file__).resolve().parent.parent / "examples" / "data"
+DATA = Path(__file__).resolve().parent.parent.parent / "examples" / "data"
 SYMBOLS = 8  # to be recalled; as many again that mean nothing, and one that asks
 TESTED = 512  # sequences that an accuracy is taken from
 HELD_OUT = 0.1  # of a record, its end: never trained on

@@ -2,29 +2,30 @@
 
 A backend is a module with ``name``, ``devices`` (torch device types), ``available()`` (None, or why it cannot run on this
 machine), ``why_not(query)`` (reasons against one call; empty: it can) and one function per op with the op's signature. The
-first backend of ``ORDER`` without a reason runs; a forced backend raises instead of falling back. A backend with ``stands_back``
-gives reasons there that hold only while it is not forced. Whoever adds a module to
-``BACKENDS`` without a place in the order can force it.
+first backend of ``ORDER`` without a reason runs; a forced backend raises instead of falling back. ``torch`` has no ops: what it
+is to run is asked before one is called, by ``torch_runs``. A backend with ``stands_back`` gives reasons there that hold only
+while it is not forced. Whoever adds a module to ``BACKENDS`` without a place in the order can force it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
-from contextlib import ContextDecorator
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-import torch
+from torch import no_grad
 
 from .._arguments import Function, unknown
-from . import cpu, cuda, reference, triton, vendor
+from . import cpu, cuda, reference, torch, triton
 from .notes import listeners, note
 from .query import AttentionQuery, Query, RecurrentQuery
 
 ORDER = ("cuda", "triton", "cpu", "torch", "reference")
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, vendor, reference)}
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, torch, reference)}
 
 __all__ = [
     "BACKENDS",
@@ -40,6 +41,8 @@ __all__ = [
     "select",
     "torch_runs",
     "use_backend",
+    "watched",
+    "watching",
 ]
 
 
@@ -61,6 +64,8 @@ _CANDIDATES: dict[str, tuple[str, ...]] = {
 
 _forced: str | None = _checked(os.environ.get("FASTSEQ_BACKEND"), "FASTSEQ_BACKEND")
 _watchers: list[Callable[[Query, str], None]] = []
+_said: set[tuple[Any, ...]] = set()
+logger = logging.getLogger("fastseq")
 
 
 class use_backend(ContextDecorator):
@@ -145,17 +150,53 @@ def select(query: Query) -> ModuleType:
         for chosen in _CANDIDATES.get(query.device.type, ORDER):  # the reference, the last, runs everything
             if _serves(chosen, query):
                 break
+        if chosen == reference.name:
+            _say_once(query)
     for watch in _watchers:
         watch(query, chosen)
     return BACKENDS[chosen]
 
 
-def torch_runs(query: Callable[[], Query]) -> bool:
-    """Whether a call that PyTorch has a kernel for goes there; the query is made only if somebody wants to know."""
-    if _forced not in (None, "torch"):
+def _say_once(query: Query) -> None:
+    """That the reference runs a call that nobody asked it to run, and why, once for each kind of call."""
+    cell = query.cell if isinstance(query, RecurrentQuery) else ", ".join(query.uses)
+    kind = (query.op, cell, query.dtype, query.device.type)
+    if kind not in _said:
+        _said.add(kind)
+        others = [name for name in _CANDIDATES.get(query.device.type, ORDER) if name not in (torch.name, reference.name)]
+        why = "; ".join(f"not {name}: {', '.join(reasons(name, query))}" for name in others)
+        logger.warning("fastseq: no kernel runs %s, and the reference in plain PyTorch is slower (%s)", query, why)
+
+
+@contextmanager
+def watching(watch: Callable[[Query, str], None]) -> Iterator[None]:
+    """Within a ``with`` block, ``watch`` is told every call and the backend that runs it."""
+    _watchers.append(watch)
+    try:
+        yield
+    finally:
+        _watchers.remove(watch)
+
+
+def watched() -> bool:
+    """Whether somebody wants to know who runs what."""
+    return bool(_watchers)
+
+
+def torch_runs(query: Callable[[], Query], why: str | None) -> bool:
+    """Whether PyTorch's own kernel takes a call that it can run: if there is a reason why, or if it is forced.
+
+    The query is made only if somebody wants to know.
+    """
+    if _forced is None:
+        if why is None:
+            return False
+    elif _forced != torch.name:
         return False
-    for watch in _watchers:
-        watch(query(), "torch")
+    if _watchers:
+        for watch in _watchers:
+            watch(query(), torch.name)
+        note(why or "forced")
     return True
 
 
@@ -209,12 +250,10 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     def take(text: str) -> None:
         notes.append(text)
 
-    _watchers.append(watch)
     listeners.append(take)
     try:
-        with torch.no_grad():
+        with watching(watch), no_grad():
             function(*args, **kwargs)
     finally:
-        _watchers.remove(watch)
         listeners.remove(take)
     return explanation

@@ -17,6 +17,7 @@ from .._arguments import own_keywords
 from ..ops import attention as ops
 from . import _nested
 from ._attention_call import AttentionOptions, Call, Layout, Options, check_tensors, checked_layout, prepared, rows, takes_options
+from ._torch_attention import attention_and_weights, attention_output, seeded
 
 __all__ = ["attention", "attention_grad", "merge_attention"]
 
@@ -151,12 +152,17 @@ def attention(
     call = prepared(q, k, v, given)
     if return_weights and call.spec.cu_q is not None:
         raise ValueError("return_weights goes with padded sequences, not with cu_seqlens")
-    if return_weights:
-        out, lse, *weights = ops.attention_with_weights(*call, return_weights == "average")
+    average = return_weights == "average"
+    more: list[Tensor] | tuple[Tensor, ...]
+    if not return_lse:
+        if not return_weights:
+            return _as_given(attention_output(*call), call, given.layout)
+        out, *more = attention_and_weights(*call, average)
+    elif return_weights:
+        out, *more = ops.attention_with_weights(*call[:3], seeded(call.q, call.spec), average)
     else:
-        (out, lse), weights = ops.attention(*call), []
-    results = [_as_given(out, call, given.layout), *([lse] if return_lse else []), *weights]
-    return results[0] if len(results) == 1 else tuple(results)
+        out, *more = ops.attention(*call[:3], seeded(call.q, call.spec))
+    return _as_given(out, call, given.layout), *more
 
 
 def _nested_attention(q: Tensor, k: Tensor, v: Tensor, given: Options, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
@@ -169,7 +175,8 @@ def _nested_attention(q: Tensor, k: Tensor, v: Tensor, given: Options, return_ls
     of_q, of_k, of_v = _nested.sequences(q, k, v, layout)
     given.layout, given.cu_seqlens_q, given.cu_seqlens_k = "thd", of_q.offsets, of_k.offsets
     given.max_seqlen_q, given.max_seqlen_k = of_q.longest, of_k.longest
-    out, lse = ops.attention(*prepared(of_q.values, of_k.values, of_v.values, given))
+    call = prepared(of_q.values, of_k.values, of_v.values, given)
+    out, lse = ops.attention(*call[:3], seeded(call.q, call.spec))
     out = of_q.nested(out if layout == "bhsd" else out.transpose(0, 1), layout)
     return (out, of_q.nested(lse, "bhsd")) if return_lse else out
 

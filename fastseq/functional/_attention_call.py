@@ -206,7 +206,6 @@ def prepared(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Call:
             cu_q=cu_seqlens_q,
             cu_k=cu_seqlens_k,
             blocks=_blocks(given.block_layout, given.block_size, scores),
-            seed=seed(q.device) if dropout_p else None,
             scale=scale,
             softcap=softcap,
             dropout=float(dropout_p),
@@ -305,11 +304,6 @@ def checked_sinks(sinks: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
 def default_scale(features: int) -> float:
     """1 / sqrt(E); without features every product is 0, whatever the scale."""
     return 1 / math.sqrt(features) if features else 1.0
-
-
-def seed(device: torch.device) -> Tensor:
-    """int64 [1], of the device's generator, so that ``torch.manual_seed`` repeats the dropout."""
-    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def rows(tensor: Tensor) -> Tensor:

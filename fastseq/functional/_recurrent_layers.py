@@ -15,10 +15,13 @@ from torch.nn.functional import dropout as dropped
 from torch.nn.functional import layer_norm, linear, pad
 
 from .._arguments import checked_int, checked_number, checked_tensor, is_number
+from ..backends.torch import recurrent as torchs
 from ..cells import Cell
 from ..ops.recurrent import recurrent
 from ..ops.types import Walk, Weights
 from ._autocast import autocast_dtype, lowered, without_autocast
+from ._recording import refuse_onnx
+from ._torch_layers import torch_layers
 
 LANES = 62  # of one op: a bit for each in an int64
 
@@ -50,14 +53,16 @@ def run_layers(
     cell: Cell, input: Tensor, states: Sequence[Tensor | None], params: Sequence[Tensor | None], options: Options
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """Output, final states, and c of every step of every layer if wanted."""
-    if not 0 <= checked_number("dropout", options.dropout) <= 1:
+    # here and below a check is a call only where what is given is not what most calls give: a short sequence takes no longer
+    if options.dropout != 0 and not 0 <= checked_number("dropout", options.dropout) <= 1:
         raise ValueError(f"dropout must lie in [0, 1], got {options.dropout}")
-    if not 0 <= checked_number("weight_dropout", options.weight_dropout) <= 1:
+    if options.weight_dropout != 0 and not 0 <= checked_number("weight_dropout", options.weight_dropout) <= 1:
         raise ValueError(f"weight_dropout must lie in [0, 1], got {options.weight_dropout}")
-    zoneout = _zoneout(cell, options.zoneout)
+    zoneout = (0.0, 0.0) if options.zoneout == 0 else _zoneout(cell, options.zoneout)
     lengths, batch_sizes, directions = options.lengths, options.batch_sizes, 2 if options.bidirectional else 1
     layers = _layers(cell, params, options, directions)
-    checked_tensor("input", input)
+    if not isinstance(input, Tensor):
+        checked_tensor("input", input)
     rank = 3 if batch_sizes is None else 2
     if input.dim() != rank:
         raise RuntimeError(f"input must have {rank} dimensions, got {input.dim()}")
@@ -85,6 +90,24 @@ def run_layers(
         # What stands beyond a row's length is not the caller's data: 0 * NaN must not reach the weights' gradients.
         valid = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
         x = x.masked_fill(~valid[..., None], 0)
+    lacking = _torch_lacks(cell, options)
+    if not lacking:
+        with without_autocast(x.device.type):
+            done = torch_layers(
+                cell.name,
+                x,
+                None if states[0] is None else [state for state in states if state is not None],
+                [tensor for layer in layers for tensor in _flat(layer, options)],
+                has_biases=options.has_biases,
+                num_layers=options.num_layers,
+                dropout=options.dropout,
+                training=options.training,
+                bidirectional=options.bidirectional,
+                batch_sizes=batch_sizes,
+            )
+        if done is not None:
+            return done[0].transpose(0, 1) if batch_first else done[0], done[1], None
+    refuse_onnx(lacking, "torch.export takes it")
     finals: list[tuple[Tensor, ...]] = []
     cells = []
     for index, layer in enumerate(layers):
@@ -100,6 +123,28 @@ def run_layers(
     if options.return_cells:
         all_cells = torch.stack([c.transpose(0, 1) if batch_first else c for c in cells if c is not None]).to(x.dtype)
     return x, tuple(joined) if x.dtype in (torch.float32, torch.float64) else tuple([s.to(x.dtype) for s in joined]), all_cells
+
+
+def _torch_lacks(cell: Cell, options: Options) -> str:
+    """What of a call torch's LSTM, GRU and RNN do not have, in words; empty: nothing."""
+    if cell.name not in torchs.GATES:
+        return f"a layer of {cell.name}"
+    more = {
+        "lengths": options.lengths is not None,
+        "zoneout": bool(options.zoneout),
+        "weight_dropout": options.weight_dropout and options.training,
+        "num_heads": options.num_heads > 1,
+        "return_cells": options.return_cells,
+    }
+    names = [name for name, given in more.items() if given]
+    return f"{cell.name} with {', '.join(names)}" if names else ""
+
+
+def _flat(layer: Layer, options: Options) -> list[Tensor | None]:
+    """The parameters of a layer as torch's functions take them, direction by direction; None for a bias that is missing."""
+    names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if options.has_biases else [])]
+    names += ["weight_hr"] if options.proj_size else []
+    return [layer[name][lane] if name in layer else None for lane in range(len(layer["weight_hh"])) for name in names]
 
 
 def _run_layer(
@@ -265,11 +310,14 @@ def _separate_states(cell: Cell, h_n: Tensor, c_n: Tensor | None, options: Optio
 
 def _layers(cell: Cell, given: Sequence[Tensor | None], options: Options, directions: int) -> list[Layer]:
     """The parameters of every layer; of a bias that only some directions lack, zeros."""
-    if checked_int("num_layers", options.num_layers) < 1:
+    if type(options.num_layers) is not int or type(options.proj_size) is not int:
+        checked_int("num_layers", options.num_layers)
+        checked_int("proj_size", options.proj_size)
+    if options.num_layers < 1:
         raise ValueError(f"num_layers must be at least 1, got {options.num_layers}")
-    if checked_int("proj_size", options.proj_size) < 0:
+    if options.proj_size < 0:
         raise ValueError(f"proj_size must not be negative (0: no projection), got {options.proj_size}")
-    if not isinstance(given, Sequence):
+    if not isinstance(given, (list, tuple)):
         raise TypeError(f"params must be a list or tuple of Tensors, not {type(given).__name__}")
     names = ["weight_ih", "weight_hh"]
     if options.has_biases:
@@ -324,8 +372,10 @@ def check_states(cell: Cell, hx: Any) -> None:
 def _check_params(cell: Cell, input: Tensor, layers: list[Layer], options: Options, directions: int) -> int:
     """H."""
     w_hh, gates, heads = layers[0]["weight_hh"][0], len(cell.gates), options.num_heads
-    checked_tensor("weight_hh", w_hh)
-    checked_int("num_heads", heads)
+    if not isinstance(w_hh, Tensor):
+        checked_tensor("weight_hh", w_hh)
+    if type(heads) is not int:
+        checked_int("num_heads", heads)
     if w_hh.dim() != 2 or w_hh.shape[0] % gates:
         raise RuntimeError(f"weight_hh must be [{gates} * H, P], got {list(w_hh.shape)}")
     hidden = w_hh.shape[0] // gates
@@ -348,7 +398,8 @@ def _check_params(cell: Cell, input: Tensor, layers: list[Layer], options: Optio
     for index, layer in enumerate(layers):
         for name, of in layer.items():
             for param in of:
-                checked_tensor(name, param)
+                if not isinstance(param, Tensor):
+                    checked_tensor(name, param)
                 if param.dtype != input.dtype:
                     raise RuntimeError(f"input dtype ({input.dtype}) does not match {name} dtype ({param.dtype})")
                 if param.device != input.device:

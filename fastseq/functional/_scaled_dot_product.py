@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .._arguments import checked_number, own_keywords
 from ..ops.attention import Spec
-from ..ops.attention import attention as attention_op
 from . import _nested
 from ._attention import attention
-from ._attention_call import added, check_dtypes, check_tensors, default_scale, rows, seed
+from ._attention_call import added, check_dtypes, check_tensors, default_scale, rows
 from ._autocast import autocast_dtype, lowered
+from ._torch_attention import attention_output
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -96,13 +96,12 @@ def scaled_dot_product_attention(
     spec = Spec(
         mask=mask,
         bias=bias,
-        seed=seed(q.device) if dropout_p else None,
         scale=default_scale(q.shape[-1]) if scale is None else float(checked_number("scale", scale)),
         dropout=float(dropout_p),
         right=0 if is_causal else -1,
         bottom_right=bottom_right,
     )
-    out, _ = attention_op(q, k, v, spec)
+    out = attention_output(q, k, v, spec)
     return out.reshape(*leading, *out.shape[-2:])
 
 

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from ..functional import attention as fused_attention
+from ..functional._attention_call import default_scale
+from ..functional._autocast import autocast_dtype
+from ..functional._torch_attention import attention_output
+from ..ops.attention import Spec
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -111,6 +115,10 @@ def attention(
     if query.shape[0] == 1:
         query = query.expand(key.shape[0], -1, -1, -1)
     wanted = _weights_wanted(output_attentions)
+    if query.device.type == "cpu" and not (wanted or softcap or s_aux is not None or torch.compiler.is_compiling()):
+        out = _as_sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, sliding_window, position_bias)
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux, "dropout_p": dropout}
     bias = position_bias
     if attention_mask is None:
@@ -130,6 +138,54 @@ def attention(
     result = fused_attention(query, key, value, attn_bias=bias, return_weights=wanted, **options)
     out, weights = result if wanted else (result, None)
     return out.transpose(1, 2), weights
+
+
+def _as_sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    position_bias: Tensor | None,
+) -> Tensor | None:
+    """[B, Hq, Tq, Ev] of a call that "sdpa" would do in the same way, without the detours that pay for long sequences only.
+
+    None: sequences are long, without the dropout that no CPU kernel of fastseq's has, or something is to be checked.
+    """
+    (batch, heads, tq, _), tk = query.shape, key.shape[2]
+    if (tq * tk > masks.SHORT and not dropout) or autocast_dtype("cpu") is not None or 0 in query.shape or 0 in key.shape:
+        return None
+    if not query.dtype == key.dtype == value.dtype or not 0 <= dropout <= 1:
+        return None
+    mask, bias, right = None, position_bias, -1
+    if isinstance(attention_mask, masks.BandMask):
+        if attention_mask.elements is None and attention_mask.plainly_causal and bias is None:
+            right = 0
+        else:
+            mask = attention_mask.materialized()
+    elif attention_mask is not None:
+        if not attention_mask.is_floating_point():
+            mask = attention_mask
+        else:
+            bias = attention_mask if bias is None else bias + attention_mask
+    elif sliding_window is not None:
+        return None
+    elif tq > 1 and (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
+        right = 0
+    for part in (mask, bias):
+        if part is not None and not all(n in (1, size) for n, size in zip(part.shape, (batch, heads, tq, tk), strict=True)):
+            return None
+    if (mask is not None and mask.dtype != torch.bool) or (bias is not None and bias.dtype != query.dtype):
+        return None
+    if bias is not None and (mask is not None or right == 0):
+        seen = torch.ones(tq, tk, dtype=torch.bool).tril() if mask is None else mask
+        mask, bias, right = None, bias.masked_fill(~seen, -torch.inf), -1
+    scale = default_scale(query.shape[-1]) if scaling is None else float(scaling)
+    return attention_output(query, key, value, Spec(mask, bias, scale=scale, dropout=float(dropout), right=right))
 
 
 def _texts_apart(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, options: dict[str, Any]) -> Tensor:

@@ -18,6 +18,8 @@ class Band(NamedTuple):
     right: int
 
 
+SHORT = 256 * 256  # pairs of queries and keys up to which a CPU takes the mask's elements, as they are
+
 TENSORS = ("keys", "lengths", "cu_seqlens", "elements")
 
 
@@ -58,6 +60,12 @@ class BandMask(Tensor):
     def __tensor_unflatten__(tensors, facts, size, stride):
         shape, band, offset, longest = facts
         return BandMask(shape, band=band, offset=offset, longest=longest, **tensors)
+
+    @property
+    def plainly_causal(self) -> bool:
+        """Whether each query sees all keys up to its own, and nothing else is hidden."""
+        alone = self.keys is None and self.lengths is None and self.cu_seqlens is None
+        return alone and self.band == (-1, 0) and self.offset == 0
 
     def materialized(self) -> Tensor:
         """The elements, [B, 1, Tq, Tk]."""
@@ -173,11 +181,13 @@ def mask(
     """The mask that ``attention`` of the same name is to be given: None, a ``BandMask``, or the elements, as "sdpa" has them.
 
     None stands for what "sdpa" takes it for: all keys, or plain causality where the module is causal. Elements are made for any
-    other pattern (chunks, blocks of images, a user's function), where the caller asks for them, and in compiled code.
+    other pattern (chunks, blocks of images, a user's function), where the caller asks for them, for short sequences on a CPU, and
+    in compiled code.
     """
     shape = (batch_size, 1, q_length, kv_length)
     origin = torch.empty(0, dtype=torch.bool, device=device)
-    eager = not masking_utils.is_tracing(attention_mask)
+    short = q_length * kv_length <= SHORT and torch.device(device).type == "cpu"
+    eager = not (short or masking_utils.is_tracing(attention_mask))
     texts = _texts(mask_function) if eager and attention_mask is None else None
     if texts is not None and texts[0].shape == (batch_size, q_length) == (batch_size, kv_length):
         within = band(texts[1])

@@ -13,30 +13,40 @@ What differs from torch's, on purpose:
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .. import backends
 from .._arguments import checked_int
-from ..functional._attention_call import seed
-from ..ops.attention import Spec, attention, attention_weights, attention_with_weights
+from ..backends.torch import limits
+from ..functional._recording import recorder
+from ..functional._torch_attention import attention_and_weights, attention_output, seeded
+from ..ops._dispatch import transforming
+from ..ops.attention import Spec, attention, attention_weights
+from ..ops.attention import _query as attention_query
 from ._checks import describe, public
+from ._interop import Interop, as_leaf
 from .nested import Packed
 
 __all__ = ["MultiheadAttention"]
 
 
 @public
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(Interop, nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention``: its constructor, parameters, ``state_dict``, ``forward`` and errors.
 
     Letters: L queries, S keys, N batch, E ``embed_dim``, H ``num_heads``.
 
-    Inside an ``nn.TransformerEncoderLayer`` that is in eval mode, torch computes the whole layer from its parameters and calls no
-    submodule; ``fastseq.convert`` turns that off for the layers that hold this module.
+    Inside an ``nn.TransformerEncoderLayer`` that is in eval mode and wants no gradients, torch computes the whole layer from its
+    parameters, in one fused call, and calls no submodule: neither torch's attention nor this one.
     """
+
+    _quantized_dynamically = False
 
     def __init__(
         self,
@@ -131,35 +141,113 @@ class MultiheadAttention(nn.MultiheadAttention):
                 devices that do not go together.
             ValueError: in training, a dropout that is no probability.
         """
+        if isinstance(query, Proxy):
+            return as_leaf(
+                self,
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=None if need_weights else False,
+                attn_mask=attn_mask,
+                average_attn_weights=None if average_attn_weights else False,
+                is_causal=is_causal or None,
+            )
+        if recorder() is not None:
+            return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         _check_types(query, key, value, key_padding_mask, attn_mask)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        if self._as_torchs(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights):
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+            )
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights)
         batched = query.dim() == 3
+        if not batched:
+            query, key, value = _of_one(query, key, value)
         batch_dim, time_dim = (0, 1) if batched and self.batch_first else (1, 0)
-        batch = query.shape[batch_dim] if batched else 1
-        sizes = query.shape[time_dim], key.shape[time_dim]
-        q, k, v = self._project(query, key, value)
+        batch, sizes = query.shape[batch_dim], (query.shape[time_dim], key.shape[time_dim])
+        q, k, v = self._project(query, key, value, batch_dim)
         appended = (self.bias_k is not None) + self.add_zero_attn
         if appended:
-            k, v = self._append(k, self.bias_k, time_dim), self._append(v, self.bias_v, time_dim)
+            k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
         # A causal window would hide the appended keys, which every query sees.
         causal = is_causal and not appended
-        mask, bias = self._masks(key_padding_mask, None if causal else attn_mask, batch, sizes, appended, q.dtype)
-        spec = self._spec(q)._replace(mask=mask, bias=bias, right=0 if causal else -1)
-        q, k, v = (self._split(x, batch_dim) for x in (q, k, v))
+        mask = bias = None
+        if key_padding_mask is not None or (attn_mask is not None and not causal):
+            mask, bias = self._masks(key_padding_mask, None if causal else attn_mask, batch, sizes, appended, q.dtype)
+        spec = self._spec(mask, bias, causal)
         if need_weights:
-            out, _, weights = attention_with_weights(q, k, v, spec, average_attn_weights)
+            out, weights = attention_and_weights(q, k, v, spec, average_attn_weights)
         else:
-            (out, _), weights = attention(q, k, v, spec), None
-        if not batched:
-            out = out.squeeze(0).transpose(0, 1)
-            weights = None if weights is None else weights.squeeze(0)
-        else:
-            out = out.transpose(1, 2) if batch_dim == 0 else out.permute(2, 0, 1, 3).contiguous()
-        return self.out_proj(out.flatten(-2)), weights
+            out, weights = attention_output(q, k, v, spec), None
+        out = self.out_proj((out.transpose(1, 2) if batch_dim == 0 else out.permute(2, 0, 1, 3)).flatten(-2))
+        if batched:
+            return out, weights
+        return out.squeeze(1), None if weights is None else weights.squeeze(0)
+
+    def _as_torchs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        need_weights: bool,
+    ) -> bool:
+        """Whether torch's own forward takes a call on the CPU: it is faster, and what it does is what this module promises.
+
+        Where it might not be: queries that a mask leaves no key are NaN in the weights of torch's; its kernel without weights
+        and dropout can give 0 for NaN; hooks of ``out_proj`` do not run.
+        """
+        if is_causal or query.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        if key.dim() not in (2, 3):
+            return False
+        masked = key_padding_mask is not None or attn_mask is not None
+        keys = key.shape[1 if self.batch_first and key.dim() == 3 else 0]
+        why: str | None = None
+        if self.training and self.dropout and not (need_weights and masked):
+            why = limits.DROPOUT
+        elif not masked and not self.training and keys <= limits.FAST_PATH[need_weights] and self._fused(query, key, value):
+            why = limits.FAST
+        elif not masked and need_weights:
+            why = limits.short_weights(keys)
+        forced = backends.forced()
+        if (why is None and forced != backends.torch.name) or forced not in (None, backends.torch.name):
+            return False
+        if forced and ((need_weights and masked) or not (need_weights or self.training and self.dropout)):
+            return False
+        out = self.out_proj
+        if type(out) is not NonDynamicallyQuantizableLinear or transforming():
+            return False
+        if out._forward_hooks or out._forward_pre_hooks or out._backward_hooks or out._backward_pre_hooks:
+            return False
+
+        def asked() -> backends.AttentionQuery:
+            q = query.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+            return attention_query("forward", *(q.reshape(-1, *q.shape[-3:]),) * 3, self._spec())
+
+        return backends.torch_runs(asked, why)
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether torch's forward is one fused call here, in inference: what it asks itself."""
+        if query is not key or key is not value or query.dim() != 3 or self.num_heads % 2 or not self.batch_first:
+            return False
+        if self.in_proj_bias is None or self.bias_k is not None or self.add_zero_attn or not self._qkv_same_embed_dim:
+            return False
+        parameters = (self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias)
+        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (query, *parameters))
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -185,8 +273,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise AssertionError("key and value must hold sequences of the same lengths")
         if len(keys.cu) != len(queries.cu):
             raise RuntimeError(f"query holds {len(queries.cu) - 1} sequences, key {len(keys.cu) - 1}")
-        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in self._project(queries.rows, keys.rows, values.rows))
-        spec = self._spec(q)
+        q, k, v = self._project(queries.rows, keys.rows, values.rows)
+        spec = seeded(q, self._spec())
         packed = spec._replace(cu_q=queries.cu, cu_k=keys.cu, max_q=queries.longest, max_k=keys.longest)
         out, lse = attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), packed)
         weights = None
@@ -196,50 +284,51 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = attention_weights(q, k, lse, padded, average_attn_weights)
         return queries.nest(self.out_proj(out.transpose(0, 1).flatten(-2)), query), weights
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """q, k and v, each [.., E]: one product for each run of the same input."""
-        runs = [(query, 1)]
-        for x in (key, value):
-            last, count = runs[-1]
-            if x is last and self._qkv_same_embed_dim:
-                runs[-1] = (last, count + 1)
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_dim: int | None = None) -> list[Tensor]:
+        """q, k and v, each [.., H, E / H], or with ``batch_dim`` [N, H, T, E / H]: one product for each run of the same input."""
+        heads = self.num_heads, self.head_dim
+        biases: Any
+        weights: Any
+        if self._qkv_same_embed_dim:
+            if query is key and key is value:
+                runs = [(query, 3, self.in_proj_weight, self.in_proj_bias)]
             else:
-                runs.append((x, 1))
-        rows = [count * self.embed_dim for _, count in runs]
-        weights = (
-            self.in_proj_weight.split(rows)
-            if self._qkv_same_embed_dim
-            else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        )
-        biases = [None] * len(runs) if self.in_proj_bias is None else self.in_proj_bias.split(rows)
+                counts = [2, 1] if query is key else [1, 2] if key is value else [1, 1, 1]
+                rows = [count * self.embed_dim for count in counts]
+                inputs = (query, value) if len(counts) == 2 else (query, key, value)
+                biases = [None] * len(rows) if self.in_proj_bias is None else self.in_proj_bias.split_with_sizes(rows)
+                weights = self.in_proj_weight.split_with_sizes(rows)
+                runs = list(zip(inputs, counts, weights, biases, strict=True))
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            runs = list(zip((query, key, value), (1, 1, 1), weights, biases, strict=True))
         projected: list[Tensor] = []
-        for (x, count), weight, bias in zip(runs, weights, biases, strict=True):
-            projected += F.linear(x, weight, bias).chunk(count, -1)
+        for x, count, weight, bias in runs:
+            y = F.linear(x, weight, bias)
+            y = y.reshape(*y.shape[:-1], count, *heads)
+            if batch_dim is None:
+                projected += y.unbind(-3)
+            else:
+                projected += (y.permute(2, 0, 3, 1, 4) if batch_dim == 0 else y.permute(2, 1, 3, 0, 4)).unbind(0)
         return projected
 
-    def _append(self, x: Tensor, row: Tensor | None, time_dim: int) -> Tensor:
-        """k or v with the key that ``add_bias_kv`` learns and the zero of ``add_zero_attn`` after its last one."""
-        shape = [1 if dim == time_dim else size for dim, size in enumerate(x.shape)]
+    def _append(self, x: Tensor, row: Tensor | None) -> Tensor:
+        """k or v [N, H, S, E / H], then the key that ``add_bias_kv`` learns and the zero of ``add_zero_attn``."""
+        shape = (*x.shape[:2], 1, x.shape[3])
         parts = [x]
         if row is not None:
-            parts.append(row.to(x.dtype).expand(shape) if x.dim() == 3 else row.to(x.dtype).squeeze(0))
+            parts.append(row.to(x.dtype).view(1, self.num_heads, 1, self.head_dim).expand(shape))
         if self.add_zero_attn:
             parts.append(x.new_zeros(shape))
-        return torch.cat(parts, time_dim)
+        return torch.cat(parts, 2)
 
-    def _split(self, x: Tensor, batch_dim: int) -> Tensor:
-        """[.., E] in the caller's layout as a view [N, H, T, E / H]."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        if x.dim() == 3:
-            return x.transpose(0, 1).unsqueeze(0)
-        return x.transpose(1, 2) if batch_dim == 0 else x.permute(1, 2, 0, 3)
-
-    def _spec(self, q: Tensor) -> Spec:
+    def _spec(self, mask: Tensor | None = None, bias: Tensor | None = None, causal: bool = False) -> Spec:
         dropout = float(self.dropout) if self.training else 0.0
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout}")
         # softcap: Dynamo takes a default of 0.0 for an input that one autograd.Function cannot hand on to the next.
-        return Spec(scale=self.head_dim**-0.5, softcap=0.0, dropout=dropout, seed=seed(q.device) if dropout else None)
+        return Spec(mask, bias, scale=self.head_dim**-0.5, softcap=0.0, dropout=dropout, right=0 if causal else -1)
 
     def _masks(
         self,
@@ -345,6 +434,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise AssertionError("nested tensors do not go with add_bias_kv and add_zero_attn")
         if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
             raise AssertionError(f"nested tensors must hold [L_i, E], got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D")
+
+
+def _of_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of one in the second dimension; what was the same object still is."""
+    q = query.unsqueeze(1)
+    k = q if key is query else key.unsqueeze(1)
+    return q, k, q if value is query else k if value is key else value.unsqueeze(1)
 
 
 def _check_types(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:

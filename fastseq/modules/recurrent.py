@@ -14,20 +14,28 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from fastseq import functional
+from fastseq import backends, functional
 from fastseq._arguments import checked_number
+from fastseq.backends import library
+from fastseq.backends.cpu.recurrent import DTYPES
+from fastseq.backends.torch.limits import LONGEST_STEPS, short_layers, steps_of
+from fastseq.backends.torch.recurrent import GATES
+from fastseq.backends.torch.recurrent import layers as layers_of_torch
 from fastseq.cells import CELLS
 from fastseq.functional._recurrent_layers import check_zoneout
 from fastseq.modules._checks import describe, kind_of, pair_of, public
+from fastseq.modules._interop import Interop, as_leaf
+from fastseq.ops._dispatch import recorded, transforming
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 Input = TypeVar("Input", Tensor, PackedSequence)
 
 
-class Sequence(nn.RNNBase):
+class Sequence(Interop, nn.RNNBase):
     """All of RNN, LSTM, GRU and their variants but what they return.
 
     A subclass names its cell.
@@ -116,6 +124,10 @@ class Sequence(nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, return_cells: bool = False
     ) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
         """(output, states, c of every step or None) in the layout of `input`."""
+        if lengths is None and not return_cells:
+            short = self._short(input, hx)
+            if short is not None:
+                return *short, None
         # By attribute, at every call: weight_norm, parametrizations, functional_call and FSDP replace them.
         params = [getattr(self, name) for name in self._flat_weights_names]
         options: dict[str, Any] = dict(
@@ -139,6 +151,62 @@ class Sequence(nn.RNNBase):
                 )
             return self._run_packed(input, hx, params, options)
         return self._run_padded(input, hx, lengths, params, options)
+
+    def _short(self, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """Output and states by torch's kernel, if a short call on the CPU is for it and beyond question; else None.
+
+        Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it. Time matters: the
+        kernel of one step takes 20 us.
+        """
+        if type(input) is not Tensor or input.dim() != 3 or self.zoneout or self.weight_dropout or self.num_heads > 1:
+            return None
+        if self.proj_size:  # without oneDNN
+            return None
+        steps, batch, width = input.shape
+        if self.batch_first:
+            steps, batch = batch, steps
+        if not 0 < steps <= LONGEST_STEPS or width != self.input_size or recorded():
+            return None
+        if backends.forced() or torch.is_autocast_enabled("cpu") or transforming():
+            return None
+        params = [getattr(self, name) for name in self._flat_weights_names]
+        cell, hidden, weight, dtype = self.cell, self.hidden_size, params[0], input.dtype
+        if any(parameter is None for parameter in params) or not weight.device.type == input.device.type == "cpu":
+            return None
+        if dtype != weight.dtype or dtype not in DTYPES or library.reason() or cell not in GATES:
+            return None
+        lanes, layers = (2, 2 * self.num_layers) if self.bidirectional else (1, self.num_layers)
+        pair = self.mode == "LSTM"
+        states: tuple[Tensor, ...] = ()
+        if hx is not None:
+            if pair and (type(hx) is not tuple or len(hx) != 2):
+                return None
+            states = hx if pair else (hx,)
+            size = (layers, batch, hidden)
+            for state in states:
+                if type(state) is not Tensor or state.shape != size or state.dtype != dtype or state.device.type != "cpu":
+                    return None
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, input, *states))
+        inference, training, first = steps_of(cell, hidden, batch, lanes)
+        if not first <= steps <= (training if gradients else inference):
+            return None
+        if backends.watched():
+            query = backends.RecurrentQuery(
+                "recurrent", input.device, dtype, cell, steps, lanes, hidden, False, "padded", False, batch
+            )
+            backends.torch_runs(lambda: query, short_layers(query, gradients))
+        return layers_of_torch(
+            cell,
+            input,
+            states or None,
+            params,
+            has_biases=self.bias,
+            num_layers=self.num_layers,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=lanes == 2,
+            batch_first=self.batch_first,
+        )
 
     def _run_packed(
         self, input: PackedSequence, hx: Any, params: list[Tensor], options: dict[str, Any]
@@ -222,6 +290,7 @@ class RNN(Sequence):
     """
 
     nonlinearity: str
+    _quantized_dynamically = False
 
     def __init__(
         self,
@@ -274,6 +343,8 @@ class RNN(Sequence):
             TypeError: lengths is no tensor.
             AttributeError: hx is no tensor (torch's type for it).
         """
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx, lengths=lengths)
         output, (h_n,), _ = self._run(input, hx, lengths)
         return output, h_n
 
@@ -374,6 +445,8 @@ class PairSequence(Sequence):
                 an integer dtype, or T = 0.
             TypeError: hx is no tuple, or lengths no tensor.
         """
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx, lengths=lengths, return_cells=return_cells or None)
         output, (h_n, c_n), cells = self._run(input, hx, lengths, return_cells)
         return (output, (h_n, c_n)) if cells is None else (output, (h_n, c_n), cells)
 
@@ -504,6 +577,8 @@ class GRU(Sequence):
         """Run every layer over the sequence. Arguments, results and errors are those of
         `fastseq.RNN.forward`.
         """
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx, lengths=lengths)
         output, (h_n,), _ = self._run(input, hx, lengths)
         return output, h_n
 

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from fastseq import functional
+from fastseq import backends, functional
 from fastseq.modules._checks import describe, kind_of, pair_of, public
+from fastseq.modules._interop import Interop, as_leaf
+from fastseq.ops._dispatch import transforming
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 
 @public
-class RNNCell(nn.RNNCellBase):
+class RNNCell(Interop, nn.RNNCellBase):
     """`torch.nn.RNNCell`: one step, h' = act(W_ih x + b_ih + W_hh h + b_hh), act being tanh or ReLU.
 
     Constructor, parameters, initialization and state_dict are those of `torch.nn.RNNCell`.
@@ -60,8 +63,12 @@ class RNNCell(nn.RNNCellBase):
             ValueError: input or hx neither 1-D nor 2-D.
             RuntimeError: sizes, dtypes or devices that do not fit each other, or an unknown nonlinearity.
         """
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'.")
+        if _as_torchs(self, input, hx):
+            return _torch_rnn(self, input, hx)
         return _step_one_state(self, functional.rnn_cell, input, hx, nonlinearity=self.nonlinearity)
 
     if TYPE_CHECKING:
@@ -69,7 +76,7 @@ class RNNCell(nn.RNNCellBase):
 
 
 @public
-class LSTMCell(nn.RNNCellBase):
+class LSTMCell(Interop, nn.RNNCellBase):
     """`torch.nn.LSTMCell`: one step of `fastseq.LSTM` without projection.
 
     Constructor, parameters, initialization and state_dict are those of `torch.nn.LSTMCell`.
@@ -106,6 +113,10 @@ class LSTMCell(nn.RNNCellBase):
             RuntimeError: sizes, dtypes or devices that do not fit each other.
             TypeError: hx is no tuple.
         """
+        if (hx is None or (type(hx) is tuple and len(hx) == 2)) and _as_torchs(self, input, *(hx or ())):
+            return _torch_lstm(self, input, hx)
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx)
         check_cell_input(self, input)
         if hx is not None:
             hx = pair_of(self, hx)
@@ -126,7 +137,7 @@ class LSTMCell(nn.RNNCellBase):
 
 
 @public
-class GRUCell(nn.RNNCellBase):
+class GRUCell(Interop, nn.RNNCellBase):
     """`torch.nn.GRUCell`: one step of `fastseq.GRU`.
 
     Constructor, parameters, initialization and state_dict are those of `torch.nn.GRUCell`.
@@ -150,10 +161,31 @@ class GRUCell(nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
+        if _as_torchs(self, input, hx):
+            return _torch_gru(self, input, hx)
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx)
         return _step_one_state(self, functional.gru_cell, input, hx)
 
     if TYPE_CHECKING:
         __call__ = forward
+
+
+# As torch has them, whatever `fastseq.patched` puts in their place.
+_torch_rnn: Any = nn.RNNCell.forward
+_torch_lstm: Any = nn.LSTMCell.forward
+_torch_gru: Any = nn.GRUCell.forward
+
+
+def _as_torchs(cell: nn.RNNCellBase, input: Any, *states: Any) -> bool:
+    """Whether a call goes straight to torch's forward, whose kernel is the one for a step: if nothing about it is to be asked."""
+    if type(input) is not Tensor or torch.compiler.is_compiling() or backends.forced() or backends.watched() or transforming():
+        return False
+    dtype, dim = input.dtype, input.dim()
+    if dtype != cell.weight_ih.dtype or dim not in (1, 2) or input.shape[-1] != cell.input_size:
+        return False
+    shape = (*input.shape[:-1], cell.hidden_size)
+    return all(state is None or (type(state) is Tensor and state.dtype == dtype and state.shape == shape) for state in states)
 
 
 def _step_one_state(

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fastseq import functional
 from fastseq.cells import CELLS
 from fastseq.modules._checks import describe, kind_of, public
+from fastseq.modules._interop import Interop, as_leaf
 from fastseq.modules.recurrent import Input, PairSequence, Sequence
 from fastseq.modules.recurrent_cells import check_cell_input, check_cell_rank, check_cell_state
 
@@ -188,6 +190,8 @@ class SLSTM(_Variant):
         Returns:
             output [T, B, D*H] in the layout of the input, and (h_n, c_n, n_n, m_n), each [L*D, B, H].
         """
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx, lengths=lengths)
         output, (h_n, c_n, n_n, m_n), _ = self._run(input, hx, lengths)
         return output, (h_n, c_n, n_n, m_n)
 
@@ -234,6 +238,8 @@ class LayerNormGRU(_Variant):
 
     def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Input, Tensor]:
         """Run every layer over the sequence. Arguments, results and errors are those of `fastseq.RNN.forward`."""
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx, lengths=lengths)
         output, (h_n,), _ = self._run(input, hx, lengths)
         return output, h_n
 
@@ -241,7 +247,7 @@ class LayerNormGRU(_Variant):
         __call__ = forward
 
 
-class _VariantCell(nn.RNNCellBase):
+class _VariantCell(Interop, nn.RNNCellBase):
     """One step of a variant.
 
     Args:
@@ -299,6 +305,8 @@ class _PairCell(_VariantCell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """One step. Arguments, result and errors are those of `fastseq.LSTMCell.forward`."""
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx)
         h, c = self._step(input, hx)
         return h, c
 
@@ -335,6 +343,8 @@ class LayerNormGRUCell(_VariantCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx)
         return self._step(input, hx)[0]
 
     if TYPE_CHECKING:
@@ -364,6 +374,8 @@ class SLSTMCell(_VariantCell):
             RuntimeError: sizes, dtypes or devices that do not fit each other.
             TypeError: hx is no tuple.
         """
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx)
         h, c, n, m = self._step(input, hx)
         return h, c, n, m
 

@@ -43,6 +43,11 @@ def recorded() -> bool:
     return torch.compiler.is_compiling() or watched()
 
 
+def transforming() -> bool:
+    """Whether vmap, jvp, torch.func.grad or forward-mode AD is active, whatever it is applied to."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def needs_plain_torch(tensors: Sequence[Tensor]) -> bool:
     """Whether a transform is active that an opaque op cannot follow: vmap, jvp, torch.func.grad, forward-mode AD.
 

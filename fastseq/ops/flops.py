@@ -45,8 +45,8 @@ def _recurrent_backward(
     return sum([2 * math.prod(y[:-2]) * math.prod(of) for of in (weight, projection) if of is not None])
 
 
-def _recurrent(x: Any, h0: Any, c0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, w_hr: Any, *args: Any, **kwargs: Any) -> int:
-    return sum(2 * math.prod(x[:-1]) * math.prod(weight) for kind in (w_ih, w_hh, w_hr) for weight in kind)
+def _recurrent(x: Any, h0: Any, c0: Any, params: Any, *args: Any, **kwargs: Any) -> int:
+    return sum([2 * math.prod(x[:-1]) * math.prod(weight) for weight in params if len(weight) == 2])
 
 
 def _pairs(q: Tensor, k: Tensor, fields: tuple[Any, ...]) -> int:

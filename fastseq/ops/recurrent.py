@@ -38,9 +38,9 @@ dh0, dc0       as h0, c0           always computed
 
 ``c`` and ``gates`` mean the same whichever backend wrote them, so any backend's backward takes any backend's forward.
 
-``recurrent`` takes the parameters as ``Weights`` has them and gives y without D, [.., D*P], and c of every step only if it is
-asked for. Its y belongs to the caller, who may overwrite it unless he called it ``private``: what the backward pass needs of it
-is not affected.
+``recurrent`` takes the parameters kind by kind as ``Weights`` has them, and in ``kinds`` a 1 for each kind that is there, else 0;
+it gives y without D, [.., D*P], and c of every step only if it is asked for. Its y belongs to the caller, who may overwrite it
+unless he called it ``private``: what the backward pass needs of it is not affected.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ _WALK = (
 )
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(
-    "recurrent(Tensor x, Tensor? h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, "
-    f"Tensor[] vectors, {_WALK}, bool return_cells, bool recompute, bool private) -> "
+    f"recurrent(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, int[] kinds, {_WALK}, bool return_cells, bool recompute, "
+    "bool private) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor c)"
 )
 _library.define(
@@ -220,7 +220,7 @@ class _Recurrent(torch.autograd.Function):
         return None, None, *grads
 
 
-def _grouped(flat: Any, kinds: tuple[bool, ...]) -> Weights:
+def _grouped(flat: Any, kinds: list[int]) -> Weights:
     """Of each kind a tensor for every lane, or none."""
     each = len(flat) // sum(kinds)
     places = iter(range(0, len(flat), each))
@@ -235,7 +235,8 @@ def _backward(ctx, layer, x, h0, c0, y, c, gates, params, given):
         return _differentiable_backward(wanted, (x, h0, c0, *params), ctx.kinds, walk, given)
     given = tuple(None if grad is None else grad.contiguous() for grad in given)
     arguments = weights.arguments(x, h0, c0, walk, False, False)
-    if ctx.changes is not None and ctx.changes._version:
+    # compiled autograd cannot ask for the count
+    if ctx.changes is not None and (torch.compiler.is_compiling() or ctx.changes._version):
         y = _forward_op(*arguments)[0]
     if layer.recompute:
         gates = recomputed_gates(Forward(*arguments), y, c)
@@ -268,9 +269,16 @@ def _differentiable_backward(wanted, inputs, kinds, walk, given):
     return results
 
 
+def _flat(weights: Weights) -> list[Tensor]:
+    return [tensor for kind in weights for tensor in kind]
+
+
+def _kinds(weights: Weights) -> list[int]:
+    return [1 if kind else 0 for kind in weights]
+
+
 def _applied(layer: _Layer, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Weights) -> tuple[Any, ...]:
-    kinds = tuple([len(kind) > 0 for kind in weights])
-    return _Recurrent.apply(layer, kinds, x, h0, c0, *[tensor for kind in weights for tensor in kind])
+    return _Recurrent.apply(layer, _kinds(weights), x, h0, c0, *_flat(weights))
 
 
 def _plain(layer: _Layer, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Weights) -> tuple[Any, ...]:
@@ -281,7 +289,8 @@ def _plain(layer: _Layer, x: Tensor, h0: Tensor | None, c0: Tensor | None, weigh
 
 def _arguments(*args: Any) -> tuple[_Layer, Tensor, Tensor | None, Tensor | None, Weights]:
     """The arguments of the op ``recurrent``."""
-    return _Layer(Walk(*args[9:17]), *args[17:]), args[0], args[1], args[2], Weights(*args[3:9])
+    x, h0, c0, params, kinds, *rest = args
+    return _Layer(Walk(*rest[:8]), *rest[8:]), x, h0, c0, _grouped(params, kinds)
 
 
 def _recurrent(*args: Any) -> tuple[Tensor, ...]:
@@ -292,9 +301,21 @@ def _recurrent(*args: Any) -> tuple[Tensor, ...]:
 
 def _through_recurrent(*args: Any) -> tuple[Tensor, ...]:
     layer, x, h0, c0, weights = _arguments(*args)
-    given = [t for t in (x, h0, c0, *[tensor for kind in weights for tensor in kind]) if t is not None]
+    given = [t for t in (x, h0, c0, *_flat(weights)) if t is not None]
     results = (_plain if needs_plain_torch(given) else _applied)(layer, x, h0, c0, weights)
     return tuple(x.new_empty(0) if result is None else result for result in results)
+
+
+def _vmapped_recurrent(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    """One call after the other, as vmap does with an op that has no list of tensors."""
+
+    def at(arg: Any, dim: Any, index: int) -> Any:
+        if isinstance(dim, (list, tuple)):
+            return [at(own, of, index) for own, of in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, index)
+
+    each = [_layer_op(*[at(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)]) for i in range(info.batch_size)]
+    return tuple(torch.stack(results) for results in zip(*each, strict=True)), (0, 0, 0, 0)
 
 
 def _fake_recurrent(*args: Any) -> tuple[Tensor, ...]:
@@ -306,6 +327,7 @@ def _fake_recurrent(*args: Any) -> tuple[Tensor, ...]:
 
 _library.impl("recurrent", outside_dynamo(_recurrent), "CompositeExplicitAutograd")
 register_autograd(_library, "recurrent", _through_recurrent)
+torch.library.register_vmap("fastseq::recurrent", _vmapped_recurrent, lib=_library)
 torch.library.register_fake("fastseq::recurrent", _fake_recurrent, lib=_library)
 _layer_op = torch.ops.fastseq.recurrent.default
 
@@ -342,7 +364,8 @@ def recurrent(
             x, packed = x.view(steps, batch, x.shape[1]), True
     layer = _Layer(walk, return_cells, recompute, private, batch_first, packed)
     w_ih, w_hh, b_ih, b_hh, w_hr, vectors = weights
-    given = [x, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *vectors]
+    params = [*w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *vectors]
+    given = [x, *params]
     if h0 is not None:
         given.append(h0)
     if c0 is not None:
@@ -353,12 +376,12 @@ def recurrent(
     elif (compiling and (torch.compiler.is_exporting() or wants_gradient(given))) or (not compiling and watched()):
         if not compiling:
             flops.announce()
-        y, h_n, c_n, c = _layer_op(x, h0, c0, *weights, *walk, return_cells, recompute, private)
+        y, h_n, c_n, c = _layer_op(x, h0, c0, params, _kinds(weights), *walk, return_cells, recompute, private)
         y = layer.output(y.unsqueeze(-2))
     elif compiling:
         y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, return_cells, False))
         y = layer.output(y)
-    elif wants_gradient(given):
+    elif torch.is_grad_enabled() and wants_gradient(given):
         y, h_n, c_n, c = _applied(layer, x, h0, c0, weights)
     else:
         y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, return_cells, False))

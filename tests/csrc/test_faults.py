@@ -131,7 +131,7 @@ FAULTS = [
         "thread",
     ),
     # the recurrent kernels
-    *of_both("no wait for flags", "if (gpu::warp() == 0) gpu::flags_wait(flags_, split_.ctas, epoch);", "", WRONG),
+    *of_both("no wait for flags", "if (gpu::warp() == 0) gpu::flags_wait(", "if (false) gpu::flags_wait(", WRONG),
     *of_both("flags seen by one warp", "split_.ctas, epoch);\n    gpu::cta_sync();", "split_.ctas, epoch);", WRONG),
     engine(
         "no wait for copies", "gpu::cp_wait<0>();", "gpu::cp_wait<1>();", f"{WRONG}|without having waited for this cp_async16"

@@ -118,6 +118,7 @@ def calls(monkeypatch):
         return fused(*args, **kwargs)
 
     monkeypatch.setattr(integration, "fused_attention", counted)
+    monkeypatch.setattr(integration.masks, "SHORT", 0)  # as long sequences are treated
     integration.register()
     return made
 
@@ -204,6 +205,35 @@ def test_logits_and_gradients(case, padding, calls):
     ours = outcome(case, model_of(case, "fastseq"), given)
     assert len(calls) == CASES[case].attentions
     assert_all_close_to_truth(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("case, padding", [pair for pair in PADDED if pair[1] != "left"])
+def test_short_sequences_go_the_short_way(case, padding, calls, monkeypatch):
+    """What "sdpa" can do is called without a detour where sequences are short, with the same result."""
+    monkeypatch.setattr(integration.masks, "SHORT", 256 * 256)
+    given = inputs_of(case, padding)
+    truth = outcome(case, model_of(case, "eager", torch.float64), given)
+    theirs = outcome(case, model_of(case, CASES[case].torch), given)
+    ours = outcome(case, model_of(case, "fastseq"), given)
+    assert len(calls) == 0 or case in ("gemma2", "gpt_oss")  # softcap, sinks
+    assert_all_close_to_truth(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("case", ["bert", "gpt2", "t5"])
+def test_dropout_in_training_is_what_sdpa_draws(case, padding, calls):
+    """The CPU has no kernel of ours with dropout: training is that of "sdpa", to the last draw."""
+    given, results = inputs_of(case, padding), []
+    for way in (CASES[case].torch, "fastseq"):
+        model = model_of(case, way).train()
+        for module in model.modules():
+            for name in ("p", "dropout", "attention_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.3)
+        torch.manual_seed(5)
+        results.append(model(**given).logits)
+    assert not calls
+    torch.testing.assert_close(*(valid_rows(case, given, logits) for logits in results))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -379,7 +409,7 @@ def test_gradient_checkpointing():
     given = inputs_of("gpt2", "right")
     expected = outcome("gpt2", model_of("gpt2", "fastseq"), given)
     model = model_of("gpt2", "fastseq")
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     found = outcome("gpt2", model, given)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)

@@ -250,7 +250,7 @@ class TestHint:
 
 
 def spy(monkeypatch):
-    """The calls that reach the op."""
+    """The calls that leave the module."""
     seen = []
 
     def watched(op):
@@ -260,7 +260,7 @@ def spy(monkeypatch):
 
         return watching
 
-    for name in ("attention", "attention_with_weights"):
+    for name in ("attention", "attention_output", "attention_and_weights"):
         monkeypatch.setattr(module_under_test, name, watched(getattr(module_under_test, name)))
     return seen
 

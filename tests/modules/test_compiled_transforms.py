@@ -18,7 +18,7 @@ MODULES = {
     "LSTM": lambda: fastseq.LSTM(I, H, num_layers=2, bidirectional=True),
     "LSTM-projected": lambda: fastseq.LSTM(I, H, proj_size=3),
     "GRU": lambda: fastseq.GRU(I, H),
-    "GRU-heads": lambda: fastseq.GRU(I, H, heads=2),
+    "GRU-heads": lambda: fastseq.GRU(I, H, num_heads=2),
     "GRU-zoneout": lambda: fastseq.GRU(I, H, zoneout=0.1).eval(),
     "CoupledLSTM": lambda: fastseq.CoupledLSTM(I, H),
     "PeepholeLSTM": lambda: fastseq.PeepholeLSTM(I, H),
@@ -41,7 +41,7 @@ MASK = torch.tensor([[1, 0], [1, 1]]).bool()
 ATTENTIONS = {
     "attention": lambda q: F.attention(q, q, q),
     "attention-causal": lambda q: F.attention(q, q, q, causal=True),
-    "attention-masked": lambda q: F.attention(q, q, q, mask=MASK),
+    "attention-masked": lambda q: F.attention(q, q, q, attn_mask=MASK),
     "attention-weights": lambda q: F.attention(q, q, q, softcap=2.0, return_weights=True)[1],
     "sdpa": lambda q: F.scaled_dot_product_attention(q, q, q),
     "sdpa-masked": lambda q: F.scaled_dot_product_attention(q, q, q, attn_mask=MASK),
@@ -178,6 +178,7 @@ def test_multihead_attention(need_weights):
     check(lambda x: vmap(grad(loss))(x), x[None])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch, of itself
 def test_inductor():
     module, parameters, x = made("in a model")
     check(lambda p, x: grad(loss(module))(p, x), parameters, x, backend="inductor")

@@ -12,6 +12,7 @@ from torch import nn
 import fastseq
 from fastseq import functional as F
 from fastseq.ops.attention_decode import attention_decode
+from fastseq.ops.types import DecodeSpec
 
 T, B, I, H = 5, 3, 4, 6  # noqa: E741
 
@@ -61,13 +62,13 @@ MIDDLES = {
     "LSTM-projected": lambda: (fastseq.LSTM(I, H, proj_size=3), 3),
     "LSTM-recompute": lambda: (fastseq.LSTM(I, H, recompute=True), H),
     "GRU": lambda: (fastseq.GRU(I, H), H),
-    "GRU-heads": lambda: (fastseq.GRU(I, H, heads=2, bias=False), H),
+    "GRU-heads": lambda: (fastseq.GRU(I, H, num_heads=2, bias=False), H),
     "GRU-batch_first": lambda: (fastseq.GRU(I, H, batch_first=True), H),
     "PeepholeLSTM": lambda: (fastseq.PeepholeLSTM(I, H), H),
     "LayerNormGRU": lambda: (fastseq.LayerNormGRU(I, H), H),
     "SLSTM": lambda: (fastseq.SLSTM(I, H), H),
     "attention": lambda: (Attends(causal=True), I),
-    "attention-sinks": lambda: (Attends(sinks=torch.ones(2, dtype=torch.float64), window=(2, 1)), I),
+    "attention-sinks": lambda: (Attends(sinks=torch.ones(2, dtype=torch.float64), window_size=(2, 1)), I),
     "attention-lse": lambda: (Attends(return_lse=True, softcap=2.0), I),
     "sdpa": lambda: (Sdpa(), I),
     "MultiheadAttention": lambda: (MultiheadAttention(False), I),
@@ -110,6 +111,7 @@ def test_exported(name, strict, with_gradients):
     torch.testing.assert_close(gradients(program.module(), random()), gradients(module, random()))
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch, of itself
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "attention", "MultiheadAttention-weights"])
 def test_exported_decomposed_stored_and_compiled(name):
     module = model(name)
@@ -172,6 +174,35 @@ def test_transforms_of_a_program(name):
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "attention"])
+def test_vmap_over_a_program(name):
+    module, many = model(name), torch.stack((random(), random(4)))
+    program = torch.export.export(module, (random(0),)).module()
+    torch.testing.assert_close(torch.vmap(program)(many), torch.stack([module(x) for x in many]))
+    grad = torch.func.grad(lambda x: program(x).square().sum())
+    torch.testing.assert_close(torch.vmap(grad)(many), torch.stack([gradients(module, x)["x"] for x in many]))
+
+
+@pytest.mark.slow
+def test_ahead_of_time_package(tmp_path):
+    module = model("GRU").eval()
+    program = torch.export.export(module, (random(0),))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(random()), module(random()))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch, of itself
+def test_compiled_autograd():
+    module = model("GRU")
+    expected = gradients(module, random())
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        module(random()).square().sum().backward()
+    torch.testing.assert_close(
+        {name: p.grad for name, p in module.named_parameters()}, {k: v for k, v in expected.items() if k != "x"}
+    )
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "attention"])
 def test_recorded_ops_have_no_gradient_without_autograd(name):
     """Inference of a program: the op without what a backward pass would need, and no graph."""
     module = model(name)
@@ -213,7 +244,7 @@ def test_decoding_has_no_backward_and_says_so():
             self.project = nn.Linear(8, 8)
 
         def forward(self, q, cache, lengths):
-            return attention_decode(self.project(q), cache, cache, lengths)[0]
+            return attention_decode(self.project(q), cache, cache, DecodeSpec(lengths))[0]
 
     arguments = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 6, 8), torch.tensor([4], dtype=torch.int32)
     with torch.no_grad():

@@ -87,13 +87,13 @@ def test_functional_variants(cell, backend):
         with fastseq.use_backend(backend):
             torch.testing.assert_close(F.recurrent_cell(cell, x[0], None, absent), F.recurrent_cell(cell, x[0], None, zeroed))
             zeroed[1] = absent[1] = params[1][:, : H // heads]
-            of = [F.recurrent(cell, x, None, given, heads=heads)[0] for given in (absent, zeroed)]
+            of = [F.recurrent(cell, x, None, given, num_heads=heads)[0] for given in (absent, zeroed)]
         torch.testing.assert_close(*of)
 
 
 @pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"])
 def test_a_missing_weight_is_an_error(name):
     module = fastseq.LSTM(I, H, proj_size=2)
-    with pytest.raises(TypeError, match=f"{name[:-3]} of layer 0 must be a Tensor, got None"):
+    with pytest.raises(TypeError, match=f"{name[:-3]} of layer 0 must be a Tensor, not NoneType"):
         params = [None if key == name else p for key, p in module.named_parameters()]
         F.lstm(torch.randn(2, 3, I), None, params, proj_size=2)

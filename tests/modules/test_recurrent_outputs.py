@@ -83,6 +83,7 @@ def test_a_model_trains_as_before():
         torch.testing.assert_close(a.grad, e.grad)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch, of itself
 @pytest.mark.parametrize("where", ["inside", "outside", "both"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_in_place_around_torch_compile(backend, where):
@@ -179,7 +180,7 @@ def test_batched_gradients(name, kind):
     """is_grads_batched, vectorize=True: all cotangents in one call give what each gives alone."""
     torch.manual_seed(0)
     base, _, option = name.partition("-")
-    options = {"projected": {"proj_size": 3}, "heads": {"heads": 2}, "": {}}[option]
+    options = {"projected": {"proj_size": 3}, "heads": {"num_heads": 2}, "": {}}[option]
     extra = {"recompute": {"recompute": True}, "zoneout": {"zoneout": 0.2}}.get(kind, {})
     module = getattr(fastseq, base)(I, 6, num_layers=2, bidirectional=True, dtype=torch.float64, **options, **extra)
     x = random(4, 2, I, dtype=torch.float64).requires_grad_()

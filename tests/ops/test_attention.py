@@ -9,6 +9,7 @@ import torch
 
 import fastseq
 from fastseq import backends
+from fastseq.backends.cpu import attention as cpu_attention
 from fastseq.backends.cpu import attention_scores
 from fastseq.ops import attention as op
 from fastseq.ops.attention import GRADIENTS, Spec, attention, attention_backward, attention_weights, attention_with_weights
@@ -177,6 +178,14 @@ def test_which_backend_does_what(case):
         if not case.packed:
             assert bool(against(inputs, "cpu", "weights")) == bool(used & FORWARD_BY_REFERENCE or case.sinks)
             assert bool(against(inputs, "cpu", "weights_backward")) == bool(used or case.sinks)
+
+
+@pytest.mark.parametrize("case", named("grouped", "multi-query", "packed-causal-grouped", "bias-qk"), ids=str)
+def test_key_heads_for_a_kernel_that_cannot_group_them(case, monkeypatch):
+    """As torch before 2.13 has it: key heads are repeated, and their gradients summed."""
+    monkeypatch.setattr(cpu_attention, "_GROUPED", False)
+    battery = TestAttention()
+    battery.check(replace(case, bias=None), torch.float64, "cpu")
 
 
 def test_what_the_cpu_leaves_to_the_reference():

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import fastseq
 from fastseq import functional as F
 from fastseq.ops.attention_decode import attention_decode
+from fastseq.ops.types import DecodeSpec
 
 
 def counted(function):
@@ -21,6 +22,7 @@ def counted(function):
     return counter.get_total_flops()
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True, "bias": False}], ids=str)
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_recurrent_as_torch(name, options):
@@ -62,7 +64,7 @@ def test_attention():
     assert counted(trained) == forward + backward
     weights = 2 * 2 * 4 * 7 * 9 * 8
     assert counted(lambda: F.attention(q, k, v, return_weights=True)) in (forward, forward + weights)
-    assert counted(lambda: attention_decode(q, k, v, torch.tensor([9, 4], dtype=torch.int32))) == forward
+    assert counted(lambda: attention_decode(q, k, v, DecodeSpec(torch.tensor([9, 4], dtype=torch.int32)))) == forward
 
 
 def test_packed_attention_counts_each_sequence():

@@ -70,7 +70,7 @@ VARIANT_CASES = [
     *(RecurrentCase(cell, layout="packed", state=False, bias=False, hidden=33) for cell in _VARIANTS),
     RecurrentCase("peephole_lstm", projection=3, layout="lengths"),
     RecurrentCase("coupled_lstm", projection=3, layout="packed"),
-    RecurrentCase("layer_norm_lstm", projection=3, hidden=20, layout="packed", bidirectional=True),
+    RecurrentCase("layer_norm_lstm", projection=10, hidden=20, layout="packed", bidirectional=True),
     _ZONED,
     replace(_ZONED, training=True, layout="lengths", projection=3),
     replace(_ZONED, training=True, layout="packed", recompute=True),

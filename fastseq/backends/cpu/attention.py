@@ -18,7 +18,7 @@ from ...reference import attention as reference
 from ...reference.attention import Tile
 from ..query import AttentionQuery
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PARTS = ("softcap", "dropout", "relative_q")
 _PARTS_OF_WEIGHTS = (*_PARTS, "sinks")
 _DIFFERENTIABLE = ("q", "k", "v")
@@ -26,7 +26,7 @@ _DIFFERENTIABLE = ("q", "k", "v")
 # Earlier kernels read key heads beyond the last.
 _GROUPED = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_forward = torch._scaled_dot_product_flash_attention_for_cpu  # called so, it starts sooner than through torch.ops
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -34,8 +34,8 @@ def why_not(query: AttentionQuery) -> list[str]:
     weights = query.call.startswith("weights")
     has, parts = ("the CPU's weights have", _PARTS_OF_WEIGHTS) if weights else ("torch's CPU kernel has", _PARTS)
     against = []
-    if query.dtype not in _DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+    if query.dtype not in DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
     if query.features[0] == 0:
         against.append(f"{has} no products without features")
@@ -47,20 +47,48 @@ def why_not(query: AttentionQuery) -> list[str]:
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     plan = _plan(q, k, v, spec)
     if plan.covering is not None and plan.tiles[0][1] != "masked":
-        out, lse = _run_forward(q, k, v, plan.tiles[0][1] == "causal", None, spec.scale)
-        out, lse = out.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+        out, lse = whole(q, k, v, plan.tiles[0][1] == "causal", None, spec.scale)
+        out, lse = out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
         return (out, lse) if spec.sinks is None else _with_sinks(out, lse, spec.sinks)
     out = empty_rows(q, v.shape[-1]).zero_()
     lse = q.new_full(q.shape[:-1], -torch.inf, dtype=state_dtype(q.dtype))
     for tile, way in plan.tiles:
         mask = _mask(q, plan.spec, tile) if way == "masked" else None
-        piece, piece_lse = _run_forward(q[tile.q], k[tile.k], v[tile.k], way == "causal", mask, spec.scale)
-        if mask is not None:
-            dead = mask.amax(-1) == -torch.inf  # [b or 1, Hq or 1, R or 1]
-            piece, piece_lse = piece.masked_fill(dead[..., None], 0), piece_lse.masked_fill(dead, -torch.inf)
-        out[tile.q] = piece
-        lse[tile.q] = piece_lse
+        out[tile.q], lse[tile.q] = whole(q[tile.q], k[tile.k], v[tile.k], way == "causal", mask, spec.scale)
     return (out, lse) if spec.sinks is None else _with_sinks(out, lse, spec.sinks)
+
+
+def whole(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """out [b, Hq, R, Ev], time before heads in memory, and lse [b, Hq, R], of one call of the kernel.
+
+    Args:
+        causal: top left, with no more queries than keys and a positive scale; not together with ``mask``.
+        mask: what is added to the scores, in ``state_dtype``, 4-D, each dimension as theirs or 1.
+
+    The kernel takes a row whose highest score is NaN for one without keys (pytorch#141128), and gives it 0 and an lse of 0; with
+    a mask it does not. So where an lse is 0, which an honest row has by chance only, all is done once more with a mask.
+    """
+    out, lse = _run_forward(q, k, v, causal, mask, scale)
+    if mask is None and not bool(lse.all()):
+        rows, keys = q.shape[-2], k.shape[-2]
+        mask = torch.zeros(1, 1, rows, keys, dtype=state_dtype(q.dtype), device=q.device)
+        if causal:
+            mask.masked_fill_(torch.ones(rows, keys, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+        out, lse = _run_forward(q, k, v, False, mask, scale)
+    elif mask is not None:
+        dead = mask.amax(-1) == -torch.inf  # [b or 1, Hq or 1, R or 1]
+        if bool(dead.any()):
+            out, lse = out.masked_fill(dead[..., None], 0), lse.masked_fill(dead, -torch.inf)
+    return out if out.dtype == q.dtype else out.to(q.dtype), lse
+
+
+def whole_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None, scale: float
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv of ``whole``."""
+    if mask is not None:
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row without keys: exp(-inf - inf) = 0
+    return _run_backward([dout, None, q, out, lse], k, v, causal, mask, scale)
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +160,8 @@ def _tiles(group: reference.Group, spec: Spec, pairs: int, held: int) -> list[tu
     if not pairs and not left:
         if not right:
             return [(everything, "plain")]
-        if shift + spec.right == 0 and tq <= tk:  # earlier kernels want no more queries than keys
+        # earlier kernels want no more queries than keys; what they hide is -inf times the scale: NaN with 0, +inf below
+        if shift + spec.right == 0 and tq <= tk and spec.scale > 0:
             return [(everything, "causal")]
     if pairs == 1 and spec.bias is not None and not left and not right:
         return [(everything, "masked")]
@@ -154,6 +183,8 @@ def _mask(q: Tensor, spec: Spec, tile: Tile) -> Tensor | None:
 def _run_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """[b, Hq, R, Ev] and [b, Hq, R]."""
     features = v.shape[-1]
+    if features == q.shape[-1] and k.shape[1] == q.shape[1] and q.dtype != torch.float16:
+        return _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     q, k, v = _even(*_kernel_inputs(q, k, v))
     out, lse = _forward(q, _spread(k, q), _spread(v, q), 0.0, causal, attn_mask=mask, scale=scale)
     return out[..., :features], lse
@@ -164,6 +195,8 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv. The gradient of the scores is w (dout v - sum dout out + dlse): one more feature, dout 1, out -dlse, v 0."""
     dout, dlse, q, out, lse = rows
+    if dlse is None and q.dtype != torch.float16 and k.shape[1] == q.shape[1] and k.shape[-1] == v.shape[-1]:
+        return _backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     e, ev, heads = q.shape[-1], v.shape[-1], k.shape[1]
     if dlse is not None:
         q, k, v, dout, out = (t.to(lse.dtype) for t in (q, k, v, dout, out))

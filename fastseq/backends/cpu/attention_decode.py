@@ -8,8 +8,7 @@ from torch import Tensor
 from ...ops.types import DecodeSpec, empty_rows, state_dtype
 from ...reference.attention_decode import gathered
 from ..query import AttentionQuery
-
-_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+from .attention import whole
 
 
 def why_not(query: AttentionQuery) -> list[str]:
@@ -43,15 +42,12 @@ def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: 
             continue
         # the heads of a key head are rows of one head
         rows_q = q[b].reshape(1, heads_k, -1, features)  # [1, Hkv, g Tq, E]
-        added, dead = _added(q, begin, length, None if slopes is None else slopes[b % len(slopes)], left, right)
+        added = _added(q, begin, length, None if slopes is None else slopes[b % len(slopes)], left, right)
         if added is not None:
             added = added.expand(heads, queries, -1).reshape(1, heads_k, rows_q.shape[2], -1)
-        result, row_lse = _attention(rows_q, k, v, attn_mask=added, scale=scale)
+        result, row_lse = whole(rows_q, k, v, False, added, scale)
         out[b] = result.reshape(heads, queries, features)
         lse[b] = row_lse.reshape(heads, queries)
-        if dead is not None:
-            out[b].masked_fill_(dead[:, None], 0)
-            lse[b].masked_fill_(dead, -torch.inf)
     if sinks is not None:
         with_sink = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
         share = torch.exp(lse - with_sink).masked_fill(lse == -torch.inf, 0)
@@ -59,14 +55,12 @@ def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: 
     return out, lse
 
 
-def _added(
-    q: Tensor, begin: int, length: int, slopes: Tensor | None, left: int, right: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the scores, [Hq or 1, Tq, keys], and which queries see no key, [Tq]; None: nothing, none."""
+def _added(q: Tensor, begin: int, length: int, slopes: Tensor | None, left: int, right: int) -> Tensor | None:
+    """What is added to the scores, [Hq or 1, Tq, keys]; None: nothing."""
     queries = q.shape[2]
     everything = queries == 1 or (left < 0 and right < 0)  # a single query sees all that are left
     if everything and slopes is None:
-        return None, None
+        return None
     dtype = q.dtype if q.dtype == torch.float64 else torch.float32
     distance = torch.arange(begin, length) - torch.arange(length - queries, length)[:, None]
     hidden = torch.zeros_like(distance, dtype=torch.bool)
@@ -75,4 +69,4 @@ def _added(
     if right >= 0:
         hidden |= distance > right
     added = torch.zeros(distance.shape, dtype=dtype) if slopes is None else slopes.to(dtype)[:, None, None] * -distance.abs()
-    return added.masked_fill(hidden, -torch.inf), hidden.all(-1)
+    return added.masked_fill(hidden, -torch.inf)

@@ -15,7 +15,7 @@ from ..query import RecurrentQuery
 # transposed) costs more than that saves. A single step is two plain matrix products.
 _OWN_PROJECTION_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 64}
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "coupled_lstm", "peephole_lstm", "slstm")
 
 
@@ -24,8 +24,8 @@ def why_not(query: RecurrentQuery) -> list[str]:
     if missing:
         return [missing]
     against = []
-    if query.dtype not in _DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+    if query.dtype not in DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
     if query.cell not in CELLS:
         against.append(f"cell {query.cell} is not one of {', '.join(CELLS)}")

@@ -1,0 +1,81 @@
+"""Attention as torch's own modules have it: products, softmax and dropout, each over all scores at once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...reference import attention as reference
+from ...reference.attention import Group, Spec
+from . import limits
+
+
+def lacks(q: Tensor, k: Tensor, spec: Spec) -> str:
+    """What of a call torch's attention does not have, in words; empty: nothing."""
+    given = {
+        "relative keys": spec.relative_q is not None,
+        "sinks": spec.sinks is not None,
+        "packed sequences": spec.cu_q is not None,
+        "lengths": spec.q_lengths is not None or spec.k_lengths is not None,
+        "softcap": spec.softcap != 0,
+        f"{q.dtype} beside a bias of another dtype": spec.bias is not None and spec.bias.dtype != q.dtype,
+        "queries or keys of size 0": 0 in q.shape or 0 in k.shape,
+    }
+    return ", ".join(name for name, has in given.items() if has)
+
+
+def why(k: Tensor, spec: Spec, weights: bool, wants_bias: bool) -> str | None:
+    """Why torch takes a call on the CPU that it can run, rather than a kernel of ours; None: ours takes it."""
+    if spec.dropout:
+        return limits.DROPOUT
+    if wants_bias:
+        return limits.BIAS_GRADIENT
+    return limits.short_weights(k.shape[-2]) if weights else None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, recorded: bool = False) -> Tensor:
+    """[B, Hq, Tq, Ev]: ``F.scaled_dot_product_attention``, which draws its dropout as the unconverted model does.
+
+    Without dropout its products and softmax, unless it is ``recorded``: its fused kernel may give 0 for NaN.
+    """
+    causal, mask = _mask(q, k, spec)
+    grouped = q.shape[1] != k.shape[1]
+    if spec.dropout or recorded:
+        return F.scaled_dot_product_attention(q, k, v, mask, spec.dropout, causal, scale=spec.scale, enable_gqa=grouped)
+    return torch._scaled_dot_product_attention_math(q, k, v, mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped)[0]
+
+
+def attention_with_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool) -> tuple[Tensor, Tensor]:
+    """The same, and the weights after dropout [B, Hq, Tq, Tk], or averaged [B, Tq, Tk]: what ``nn.MultiheadAttention`` does."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    causal, mask = _mask(q, k, spec)
+    scores = torch.matmul(q * spec.scale, k.mT)
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)  # each row sees a key
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        weights = torch._safe_softmax(scores, -1)  # zeros for a row without keys
+    else:
+        weights = torch.softmax(scores, -1)
+    if spec.dropout:
+        weights = torch.dropout(weights, spec.dropout, True)
+    return torch.matmul(weights, v), weights.mean(1) if average else weights
+
+
+def _mask(q: Tensor, k: Tensor, spec: Spec) -> tuple[bool, Tensor | None]:
+    """Whether queries see the keys up to their own place and nothing else is masked; else the mask: bool, or what is added."""
+    tq, tk = q.shape[-2], k.shape[-2]
+    shift = spec.offset + (tk - tq if spec.bottom_right else 0)
+    pairs = [spec.bias, spec.slopes, spec.relative_bias, spec.blocks]
+    unlimited = spec.left < 0 or tq - 1 + shift <= spec.left
+    if all(part is None for part in pairs) and unlimited:
+        if spec.right < 0 or shift + spec.right >= tk - 1:
+            return False, spec.mask
+        if spec.mask is None and shift + spec.right == 0:
+            return True, None
+    tile = Group(slice(0, q.shape[0]), tq, tk, shift).tile(slice(0, tq), slice(0, tk))
+    own, _ = reference.of_tile(spec, tile)
+    return False, reference.added(own, tile, q.device, q.dtype)

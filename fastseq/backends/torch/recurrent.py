@@ -1,0 +1,95 @@
+"""LSTM, GRU and RNN by torch's kernels: a single step, and whole stacks of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import library
+from ..cpu import recurrent as native
+from ..query import RecurrentQuery
+from . import limits
+
+# On a CPU 1.3 to 6 times faster than a sequence of one step of ours; on a GPU the fused step of ``kernels/recurrent/single.py``
+# has not been measured against it.
+WHY_STEP = "a step is two products and one fused kernel there"
+
+# the LSTM returns h and c, the others h
+_STEPS: dict[str, Any] = {
+    "lstm": torch._VF.lstm_cell,
+    "gru": torch._VF.gru_cell,
+    "rnn_tanh": torch._VF.rnn_tanh_cell,
+    "rnn_relu": torch._VF.rnn_relu_cell,
+}
+# of the cells that torch has
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+_LAYERS: dict[str, Any] = {
+    "lstm": torch._VF.lstm,
+    "gru": torch._VF.gru,
+    "rnn_tanh": torch._VF.rnn_tanh,
+    "rnn_relu": torch._VF.rnn_relu,
+}
+
+
+def step(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """One step: the new states [B, H], from input [B, I] and states [B, H] (None: zeros)."""
+    if hx is None:
+        zeros = input.new_zeros(input.shape[0], w_hh.shape[1])
+        hx = (zeros, zeros) if cell == "lstm" else (zeros,)
+    results = _STEPS[cell](input, tuple(hx) if cell == "lstm" else hx[0], w_ih, w_hh, b_ih, b_hh)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def layers(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor] | None,
+    params: Sequence[Tensor],
+    *,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Output and final states of a whole stack; arguments and shapes are those of ``functional.recurrent``."""
+    lanes, each = num_layers * (2 if bidirectional else 1), 2 + 2 * has_biases
+    projected = cell == "lstm" and len(params) > each * lanes
+    if states is None:
+        batch: Any = batch_sizes[0] if batch_sizes is not None else input.shape[0 if batch_first else 1]
+        zeros = input.new_zeros(lanes, batch, params[0].shape[0] // GATES[cell])
+        h = input.new_zeros(lanes, batch, params[1].shape[1]) if projected else zeros
+        states = (h, zeros) if cell == "lstm" else (h,)
+    hx = tuple(states) if cell == "lstm" else states[0]
+    if batch_sizes is None:
+        arguments: tuple[Any, ...] = (input, hx, list(params))
+        results = _LAYERS[cell](*arguments, has_biases, num_layers, float(dropout), training, bidirectional, batch_first)
+    else:
+        arguments = (input, batch_sizes, hx, list(params))
+        results = _LAYERS[cell](*arguments, has_biases, num_layers, float(dropout), training, bidirectional)
+    return results[0], tuple(results[1:])
+
+
+def why_layers(query: RecurrentQuery, gradients: bool) -> str | None:
+    """Why torch's kernel takes a call that it can run, rather than one of ours; None: ours takes it."""
+    if query.device.type != "cpu":
+        return None
+    if query.dtype not in native.DTYPES:
+        return f"fastseq has no kernel for {str(query.dtype).removeprefix('torch.')} on a CPU"
+    missing = library.reason()
+    if missing or query.projected:  # a projected LSTM is not oneDNN's
+        return missing
+    return limits.short_layers(query, gradients)

@@ -1,0 +1,88 @@
+"""Stacks of layers that torch's own kernel runs: short calls, dtypes that no kernel of ours has, graphs of torch's ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends.torch import recurrent as torchs
+from ..ops._dispatch import recorded, transforming
+from ._recording import recorder
+
+
+def torch_layers(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor] | None,
+    params: Sequence[Tensor | None],
+    *,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """Output and final states, if torch's kernel is the one to run this call, else None: it is for our op.
+
+    Arguments are those of ``recurrent``, checked, of a call without what torch lacks.
+    """
+    record = recorder()
+    if record is None and recorded():
+        return None
+    weights = [tensor for tensor in params if tensor is not None]
+    if cell not in torchs.GATES or len(weights) < len(params):
+        return None
+    given = [input, *(states or ()), *weights]
+    if record is None:
+        if transforming() or backends.forced() not in (None, backends.torch.name):
+            return None
+        query = _query(cell, input, weights[1], num_layers, bidirectional, batch_first, batch_sizes)
+        training_step = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        if not backends.torch_runs(lambda: query, torchs.why_layers(query, training_step)):
+            return None
+    return torchs.layers(
+        cell,
+        input,
+        states,
+        weights,
+        has_biases=has_biases,
+        num_layers=num_layers,
+        dropout=dropout,
+        training=training,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        batch_sizes=batch_sizes,
+    )
+
+
+def _query(
+    cell: str,
+    input: Tensor,
+    weight: Tensor,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+) -> backends.RecurrentQuery:
+    if batch_sizes is not None:
+        steps, batch = len(batch_sizes), int(batch_sizes[0])
+    else:
+        steps, batch = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
+    hidden = weight.shape[0] // torchs.GATES[cell]
+    return backends.RecurrentQuery(
+        op="recurrent",
+        device=input.device,
+        dtype=input.dtype,
+        cell=cell,
+        steps=steps,
+        lanes=2 if bidirectional else 1,
+        hidden=hidden,
+        projected=weight.shape[1] != hidden,
+        layout="padded" if batch_sizes is None else "packed",
+        batch=batch,
+    )

@@ -1,0 +1,284 @@
+"""Calls that go to torch's own kernels: which ones, that nothing else about them changes, and that forcing overrides it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastseq
+from fastseq.backends.torch import limits
+from fastseq.functional import scaled_dot_product_attention
+from fastseq.testing import assert_close_to_truth
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+SEQUENCES = [("LSTM", {}), ("GRU", {}), ("RNN", {}), ("RNN", {"nonlinearity": "relu"})]
+
+
+def both(name: str, *sizes: int, **options) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(1)
+    theirs = getattr(nn, name)(*(sizes or (4, 8)), **options)
+    ours = copy.deepcopy(theirs)
+    assert fastseq.convert(ours)
+    return theirs, ours
+
+
+def flat(result) -> list[torch.Tensor]:
+    return torch.utils._pytree.tree_leaves(result)
+
+
+def states(module: nn.RNNBase, batch: int):
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    h = torch.randn(layers, batch, module.hidden_size)
+    return (h, torch.randn_like(h)) if module.mode == "LSTM" else h
+
+
+def backends_of(function, *args, **kwargs) -> set[str]:
+    return set(fastseq.explain(function, *args, **kwargs).backends)
+
+
+class TestShortSequences:
+    @pytest.mark.parametrize("name,more", SEQUENCES)
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"num_layers": 2, "bias": False}, {"bidirectional": True, "batch_first": True}, {"num_layers": 3, "dropout": 0.5}],
+    )
+    @pytest.mark.parametrize("given", [False, True])
+    def test_bit_equal_to_torchs(self, name, more, options, given):
+        """Outputs, gradients and dropout between layers: the very kernel, on the same parameters, from the same random state."""
+        theirs, ours = both(name, **more, **options)
+        x = torch.randn(2, 2, 4)
+        hx = states(theirs, 2) if given else None
+        assert backends_of(ours, x, hx) == {"torch"}
+        results = []
+        for module in (theirs, ours):
+            torch.manual_seed(3)
+            inputs = x.clone().requires_grad_()
+            outputs = flat(module(inputs, hx))
+            sum((out * out).sum() for out in outputs).backward()
+            results.append([*outputs, inputs.grad, *(p.grad for p in module.parameters())])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("name,more", SEQUENCES)
+    def test_double_backward(self, name, more):
+        theirs, ours = both(name, **more)
+        ours.double()
+        x = torch.randn(2, 1, 4, dtype=torch.double, requires_grad=True)
+        assert backends_of(ours, x) == {"torch"}
+        assert torch.autograd.gradgradcheck(lambda x: ours(x)[0], (x,))
+
+    @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+    def test_what_torch_lacks_is_ours(self, name):
+        x = torch.randn(2, 3, 4)
+        assert backends_of(getattr(fastseq, name)(4, 8), x) == {"torch"}
+        assert backends_of(getattr(fastseq, name)(4, 8), x, lengths=torch.tensor([2, 1, 0])) == {"cpu"}
+        for options in ({"zoneout": 0.1}, {"num_heads": 2}, {"weight_dropout": 0.5}):
+            assert backends_of(getattr(fastseq, name)(4, 8, **options), x) == {"cpu"}
+
+    def test_limits_follow_the_table(self):
+        for name, (narrow, _) in limits._STEPS.items():
+            module = getattr(fastseq, name.split("_")[0].upper())(4, 8)
+            limit = narrow[0].inference
+            frozen = module.requires_grad_(False)
+            for steps, expected in ((1, "torch"), (limit, "torch"), (limit + 1, "cpu")):
+                text = str(fastseq.explain(frozen, torch.randn(steps, 1, 4)))
+                assert f": {expected}" in text.splitlines()[0]
+            assert f"torch, torch's kernel is faster up to {limit} steps" in str(fastseq.explain(frozen, torch.randn(1, 1, 4)))
+
+    @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+    def test_forced(self, name):
+        theirs, ours = both(name)
+        x, long = torch.randn(1, 2, 4), torch.randn(200, 2, 4)
+        for backend in ("cpu", "reference", "torch"):
+            with fastseq.use_backend(backend):
+                assert backends_of(ours, x) == backends_of(ours, long) == {backend}
+                torch.testing.assert_close(ours(long)[0], theirs(long)[0])
+
+    @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+    def test_transforms_and_autocast(self, name):
+        theirs, ours = both(name)
+        x = torch.randn(5, 2, 3, 4)
+        torch.testing.assert_close(torch.vmap(lambda x: ours(x)[0])(x), torch.stack([theirs(each)[0] for each in x]))
+        with torch.autocast("cpu", torch.bfloat16):
+            actual, expected = ours(x[0])[0], theirs(x[0])[0]
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+
+    @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+    def test_parameters_are_read_by_name(self, name):
+        """functional_call and weight_norm exchange them; torch's own modules keep a list beside."""
+        theirs, ours = both(name)
+        x = torch.randn(1, 2, 4)
+        other = {key: value.detach() * 2 for key, value in ours.named_parameters()}
+        expected = copy.deepcopy(theirs)
+        expected.load_state_dict(other)
+        torch.testing.assert_close(torch.func.functional_call(ours, other, (x,))[0], expected(x)[0])
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            (torch.randn(1, 2, 5),),
+            (torch.randn(1, 2, 4), torch.randn(1, 3, 8)),
+            (torch.randn(1, 2, 4).double(),),
+            (torch.randn(0, 2, 4),),
+        ],
+    )
+    def test_errors_are_those_of_long_calls(self, bad):
+        theirs, ours = both("GRU")
+        for module in (theirs, ours):
+            with pytest.raises((RuntimeError, ValueError)):
+                module(*bad)
+
+
+class TestDtypesWithoutKernel:
+    @pytest.mark.parametrize("name,more", SEQUENCES)
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_half_after_convert(self, name, more, packed):
+        theirs, ours = both(name, **more, num_layers=2, bidirectional=True)
+        exact = copy.deepcopy(theirs).double()
+        theirs.half()
+        ours.half()
+        x = torch.randn(40, 3, 4).half()
+        exact_x = x.double()
+        if packed:
+            x, exact_x = (pack_padded_sequence(t, torch.tensor([40, 7, 30]), enforce_sorted=False) for t in (x, exact_x))
+        text = str(fastseq.explain(ours, x))
+        assert "torch, fastseq has no kernel for float16 on a CPU" in text
+        for a, e, t in zip(flat(ours(x)), flat(theirs(x)), flat(exact(exact_x)), strict=True):
+            if a.is_floating_point():
+                assert_close_to_truth(a, e, t.detach())
+        assert fastseq.revert(ours)
+
+    @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+    def test_autocast(self, name):
+        theirs, ours = both(name)
+        x = torch.randn(40, 3, 4)
+        expected = theirs(x)[0]
+        with torch.autocast("cpu", torch.float16):
+            if name == "GRU":  # which torch runs in fp32
+                assert ours(x)[0].dtype == theirs(x)[0].dtype
+            else:  # torch's LSTM wants a CPU with fp16 arithmetic here
+                assert ours(x)[0].dtype == torch.float16 and backends_of(ours, x) == {"torch"}
+                torch.testing.assert_close(ours(x)[0].float(), expected, rtol=0.02, atol=0.02)
+
+    def test_reference_says_so_once(self, caplog):
+        module = fastseq.PeepholeLSTM(4, 8).half()
+        with caplog.at_level("WARNING", "fastseq"):
+            for _ in range(3):
+                module(torch.randn(40, 1, 4).half())
+        (record,) = [r for r in caplog.records if "peephole_lstm" in r.getMessage()]
+        assert "dtype float16 is not one of" in record.getMessage()
+
+
+def attention(dropout=0.5, **options):
+    return both("MultiheadAttention", 16, 4, dropout=dropout, batch_first=True, **options)
+
+
+class TestAttention:
+    @pytest.mark.parametrize("weights", [False, True])
+    @pytest.mark.parametrize("length", [5, 300])
+    def test_training_with_dropout_is_torchs(self, weights, length):
+        """The same draws, too: a seed gives what it gave before the conversion."""
+        theirs, ours = attention()
+        x = torch.randn(2, length, 16)
+        text = str(fastseq.explain(ours, x, x, x, need_weights=weights))
+        assert ": torch, fastseq has no CPU kernel with dropout" in text
+        results = []
+        for module in (theirs, ours):
+            torch.manual_seed(3)
+            inputs = x.clone().requires_grad_()
+            out, w = module(inputs, inputs, inputs, need_weights=weights)
+            out.square().sum().backward()
+            results.append([out, *([w] if weights else []), inputs.grad, *(p.grad for p in module.parameters())])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("weights", [False, True])
+    @pytest.mark.parametrize("kind", ["padding", "mask", "causal", "floating", "both"])
+    def test_masks_with_dropout(self, kind, weights):
+        theirs, ours = attention()
+        x, pad = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+        causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        options = {
+            "padding": {"key_padding_mask": pad},
+            "mask": {"attn_mask": causal},
+            "causal": {"attn_mask": causal, "is_causal": True},
+            "floating": {"attn_mask": torch.randn(8, 5, 5)},
+            "both": {"attn_mask": causal, "key_padding_mask": pad},
+        }[kind]
+        assert "torch" in backends_of(ours, x, x, x, need_weights=weights, **options)
+        results = []
+        for module in (theirs, ours):
+            torch.manual_seed(3)
+            results.append(module(x, x, x, need_weights=weights, **options))
+        for a, b in zip(*map(flat, results), strict=True):
+            torch.testing.assert_close(a, b)
+
+    @pytest.mark.parametrize("weights", [False, True])
+    def test_rows_without_keys_stay_zeros(self, weights):
+        _, ours = attention(bias=False)
+        x, pad = torch.randn(2, 5, 16), torch.tensor([[True] * 5, [False] * 5])
+        for training in (False, True):
+            out, w = ours.train(training)(x, x, x, key_padding_mask=pad, need_weights=weights)
+            assert not out[0].any() and out[1].isfinite().all() and (w is None or not w[0].any())
+
+    def test_hooks_of_the_projection_run(self):
+        _, ours = attention()
+        calls = []
+        ours.out_proj.register_forward_hook(lambda *args: calls.append(1))
+        x = torch.randn(2, 5, 16)
+        for training in (False, True):
+            ours.train(training)(x, x, x, need_weights=False)
+        with torch.no_grad():
+            ours.eval()(x, x, x)
+        assert len(calls) == 3
+
+    def test_functions(self):
+        q, k, v = (torch.randn(2, 4, 6, 8) for _ in range(3))
+        mask = torch.ones(6, 6, dtype=torch.bool).tril()
+        for options in ({}, {"is_causal": True}, {"attn_mask": mask}, {"scale": -0.5, "is_causal": True}):
+            results = []
+            for function in (F.scaled_dot_product_attention, scaled_dot_product_attention):
+                torch.manual_seed(3)
+                results.append(function(q, k, v, dropout_p=0.3, **options))
+            torch.testing.assert_close(*results)
+            assert backends_of(scaled_dot_product_attention, q, k, v, dropout_p=0.3, **options) == {"torch"}
+        for function, options in (
+            (fastseq.functional.attention, {"softcap": 5.0}),
+            (fastseq.functional.attention, {"return_lse": True}),
+        ):
+            assert backends_of(function, q, k, v, dropout_p=0.3, **options) == {"reference"}
+
+    def test_gradient_of_a_bias(self):
+        q, k, v = (torch.randn(2, 4, 6, 8, requires_grad=True) for _ in range(3))
+        bias = torch.randn(1, 4, 6, 6, requires_grad=True)
+        got = torch.autograd.grad(scaled_dot_product_attention(q, k, v, bias).square().sum(), (q, k, v, bias))
+        want = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, bias).square().sum(), (q, k, v, bias))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+    @pytest.mark.parametrize("weights", [False, True])
+    def test_inference_takes_the_fused_path(self, weights):
+        theirs, ours = attention()
+        theirs.eval(), ours.eval()
+        short, long = torch.randn(2, 8, 16), torch.randn(1, limits.FAST_PATH[weights] + 1, 16)
+        with torch.no_grad():
+            assert backends_of(ours, short, short, short, need_weights=weights) == {"torch"}
+            assert backends_of(ours, long, long, long, need_weights=weights) == {"cpu"}
+            for a, b in zip(flat(ours(short, short, short)), flat(theirs(short, short, short)), strict=True):
+                assert torch.equal(a, b)
+
+    def test_forced(self):
+        _, ours = attention()
+        x = torch.randn(2, 5, 16)
+        for backend in ("torch", "reference"):
+            with fastseq.use_backend(backend):
+                assert backends_of(ours, x, x, x) == {backend}
+        with fastseq.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was forced .* no dropout"):
+            ours(x, x, x)
