@@ -83,7 +83,7 @@ def recurrent(
             have what is asked.
         RuntimeError: if ranks, sizes, dtypes, devices or ``lengths`` do not fit.
     """
-    row = _cell(cell)
+    row = CELLS.get(cell) or _cell(cell)
     if return_cells and not row.has_c:
         raise ValueError(f"return_cells needs a cell with a state c; {cell} has h alone")
     if hx is not None:
@@ -378,8 +378,8 @@ def _one_step(
         return backends.RecurrentQuery("recurrent_cell", input.device, input.dtype, cell, 1, 1, hidden, False, "padded")
 
     given = (input, *(hx or ()))
-    # vmap has no rule for torch's LSTM cell; of other dtypes autocast makes one, or an error says what was given
-    plain = cell == "lstm" and needs_plain_torch([t for t in (*given, w_ih, w_hh, b_ih, b_hh) if t is not None])
+    # vmap has no rule for torch's cells; of other dtypes autocast makes one, or an error says what was given
+    plain = needs_plain_torch([t for t in (*given, w_ih, w_hh, b_ih, b_hh) if t is not None])
     if not plain and all([t.dtype == w_ih.dtype for t in given]) and (recorder() or backends.torch_runs(query, torchs.WHY_STEP)):
         return torchs.step(cell, input, hx, w_ih, w_hh, b_ih, b_hh)
     return recurrent_cell(cell, input, hx, [w_ih, w_hh, b_ih, b_hh])

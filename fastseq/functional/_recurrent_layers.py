@@ -53,14 +53,16 @@ def run_layers(
     cell: Cell, input: Tensor, states: Sequence[Tensor | None], params: Sequence[Tensor | None], options: Options
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """Output, final states, and c of every step of every layer if wanted."""
-    if not 0 <= checked_number("dropout", options.dropout) <= 1:
+    # here and below a check is a call only where what is given is not what most calls give: a short sequence takes no longer
+    if options.dropout != 0 and not 0 <= checked_number("dropout", options.dropout) <= 1:
         raise ValueError(f"dropout must lie in [0, 1], got {options.dropout}")
-    if not 0 <= checked_number("weight_dropout", options.weight_dropout) <= 1:
+    if options.weight_dropout != 0 and not 0 <= checked_number("weight_dropout", options.weight_dropout) <= 1:
         raise ValueError(f"weight_dropout must lie in [0, 1], got {options.weight_dropout}")
-    zoneout = _zoneout(cell, options.zoneout)
+    zoneout = (0.0, 0.0) if options.zoneout == 0 else _zoneout(cell, options.zoneout)
     lengths, batch_sizes, directions = options.lengths, options.batch_sizes, 2 if options.bidirectional else 1
     layers = _layers(cell, params, options, directions)
-    checked_tensor("input", input)
+    if not isinstance(input, Tensor):
+        checked_tensor("input", input)
     rank = 3 if batch_sizes is None else 2
     if input.dim() != rank:
         raise RuntimeError(f"input must have {rank} dimensions, got {input.dim()}")
@@ -308,11 +310,14 @@ def _separate_states(cell: Cell, h_n: Tensor, c_n: Tensor | None, options: Optio
 
 def _layers(cell: Cell, given: Sequence[Tensor | None], options: Options, directions: int) -> list[Layer]:
     """The parameters of every layer; of a bias that only some directions lack, zeros."""
-    if checked_int("num_layers", options.num_layers) < 1:
+    if type(options.num_layers) is not int or type(options.proj_size) is not int:
+        checked_int("num_layers", options.num_layers)
+        checked_int("proj_size", options.proj_size)
+    if options.num_layers < 1:
         raise ValueError(f"num_layers must be at least 1, got {options.num_layers}")
-    if checked_int("proj_size", options.proj_size) < 0:
+    if options.proj_size < 0:
         raise ValueError(f"proj_size must not be negative (0: no projection), got {options.proj_size}")
-    if not isinstance(given, Sequence):
+    if not isinstance(given, (list, tuple)):
         raise TypeError(f"params must be a list or tuple of Tensors, not {type(given).__name__}")
     names = ["weight_ih", "weight_hh"]
     if options.has_biases:
@@ -367,8 +372,10 @@ def check_states(cell: Cell, hx: Any) -> None:
 def _check_params(cell: Cell, input: Tensor, layers: list[Layer], options: Options, directions: int) -> int:
     """H."""
     w_hh, gates, heads = layers[0]["weight_hh"][0], len(cell.gates), options.num_heads
-    checked_tensor("weight_hh", w_hh)
-    checked_int("num_heads", heads)
+    if not isinstance(w_hh, Tensor):
+        checked_tensor("weight_hh", w_hh)
+    if type(heads) is not int:
+        checked_int("num_heads", heads)
     if w_hh.dim() != 2 or w_hh.shape[0] % gates:
         raise RuntimeError(f"weight_hh must be [{gates} * H, P], got {list(w_hh.shape)}")
     hidden = w_hh.shape[0] // gates
@@ -391,7 +398,8 @@ def _check_params(cell: Cell, input: Tensor, layers: list[Layer], options: Optio
     for index, layer in enumerate(layers):
         for name, of in layer.items():
             for param in of:
-                checked_tensor(name, param)
+                if not isinstance(param, Tensor):
+                    checked_tensor(name, param)
                 if param.dtype != input.dtype:
                     raise RuntimeError(f"input dtype ({input.dtype}) does not match {name} dtype ({param.dtype})")
                 if param.device != input.device:

@@ -381,7 +381,7 @@ def recurrent(
     elif compiling:
         y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, return_cells, False))
         y = layer.output(y)
-    elif wants_gradient(given):
+    elif torch.is_grad_enabled() and wants_gradient(given):
         y, h_n, c_n, c = _applied(layer, x, h0, c0, weights)
     else:
         y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, return_cells, False))

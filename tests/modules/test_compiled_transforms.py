@@ -178,6 +178,7 @@ def test_multihead_attention(need_weights):
     check(lambda x: vmap(grad(loss))(x), x[None])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch, of itself
 def test_inductor():
     module, parameters, x = made("in a model")
     check(lambda p, x: grad(loss(module))(p, x), parameters, x, backend="inductor")

@@ -83,6 +83,7 @@ def test_a_model_trains_as_before():
         torch.testing.assert_close(a.grad, e.grad)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch, of itself
 @pytest.mark.parametrize("where", ["inside", "outside", "both"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_in_place_around_torch_compile(backend, where):
