@@ -165,7 +165,7 @@ class Sequence(Interop, nn.RNNBase):
         steps, batch, width = input.shape
         if self.batch_first:
             steps, batch = batch, steps
-        if not 0 < steps <= LONGEST_STEPS or width != self.input_size or recorded():
+        if recorded() or not 0 < steps <= LONGEST_STEPS or width != self.input_size:  # a program is for every length
             return None
         if backends.forced() or torch.is_autocast_enabled("cpu") or transforming():
             return None
