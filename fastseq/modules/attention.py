@@ -190,7 +190,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             out, weights = attention_and_weights(q, k, v, spec, average_attn_weights)
         else:
             out, weights = attention_output(q, k, v, spec), None
-        out = self.out_proj((out.transpose(1, 2) if batch_dim == 0 else out.permute(2, 0, 1, 3)).flatten(-2))
+        out = self.out_proj((out.transpose(1, 2) if batch_dim == 0 else out.permute(2, 0, 1, 3).contiguous()).flatten(-2))
         if batched:
             return out, weights
         return out.squeeze(1), None if weights is None else weights.squeeze(0)

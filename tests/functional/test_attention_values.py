@@ -58,7 +58,7 @@ class TestNaN:
         cu = torch.tensor([0, 5])
         with fastseq.use_backend(backend):
             outs = [
-                attention(q, k, v, mask=seen),
+                attention(q, k, v, attn_mask=seen),
                 attention(q, k, v, window_size=(2, 2)),
                 attention(q, k, v, return_weights=True)[0],
                 attention(q, k, v, return_weights=True)[1],
