@@ -57,7 +57,7 @@ def attention_with_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average:
         scores = scores.masked_fill(~seen, -torch.inf)  # each row sees a key
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        weights = torch._safe_softmax(scores, -1)  # zeros for a row without keys
+        weights = torch.ops.aten._safe_softmax.default(scores, -1)  # zeros for a row without keys
     else:
         weights = torch.softmax(scores, -1)
     if spec.dropout:
