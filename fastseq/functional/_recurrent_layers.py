@@ -104,6 +104,7 @@ def run_layers(
                 training=options.training,
                 bidirectional=options.bidirectional,
                 batch_sizes=batch_sizes,
+                recompute=options.recompute,
             )
         if done is not None:
             return done[0].transpose(0, 1) if batch_first else done[0], done[1], None

@@ -26,10 +26,12 @@ def torch_layers(
     bidirectional: bool,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """Output and final states, if torch's kernel is the one to run this call, else None: it is for our op.
 
-    Arguments are those of ``recurrent``, checked, of a call without what torch lacks.
+    Arguments are those of ``recurrent``, checked, of a call without what torch lacks. ``recompute`` is for our op in training:
+    torch's kernels keep what their backward needs; without gradients there is nothing to keep.
     """
     record = recorder()
     if record is None and recorded():
@@ -43,6 +45,8 @@ def torch_layers(
             return None
         query = _query(cell, input, weights[1], num_layers, bidirectional, batch_first, batch_sizes)
         training_step = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        if recompute and training_step and backends.forced() is None:
+            return None
         if not backends.torch_runs(lambda: query, torchs.why_layers(query, training_step)):
             return None
     return torchs.layers(

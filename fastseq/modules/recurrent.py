@@ -187,6 +187,8 @@ class Sequence(Interop, nn.RNNBase):
                 if type(state) is not Tensor or state.shape != size or state.dtype != dtype or state.device.type != "cpu":
                     return None
         gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, input, *states))
+        if self.recompute and gradients:  # torch's kernels keep what their backward needs
+            return None
         inference, training, first = steps_of(cell, hidden, batch, lanes)
         if not first <= steps <= (training if gradients else inference):
             return None

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
+from fastseq import backends
 from fastseq.backends.torch import limits
 from fastseq.functional import scaled_dot_product_attention
 from fastseq.testing import assert_close_to_truth
@@ -64,6 +65,20 @@ class TestShortSequences:
             results.append([*outputs, inputs.grad, *(p.grad for p in module.parameters())])
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("name,more", SEQUENCES)
+    def test_recomputing_is_ours(self, name, more, packed):
+        """torch's kernels keep what their backward needs, so a short call in training is ours; else there is nothing to keep."""
+        module = getattr(fastseq, name)(4, 8, **more, recompute=True)
+        x = torch.randn(2, 3, 4)
+        x = pack_padded_sequence(x, torch.tensor([2, 2, 1])) if packed else x
+        chosen = []
+        with backends.watching(lambda query, backend: chosen.append(backend)):
+            module(x)
+            with torch.no_grad():
+                module(x)
+        assert chosen == ["cpu", "torch"]
 
     @pytest.mark.parametrize("name,more", SEQUENCES)
     def test_double_backward(self, name, more):
