@@ -247,7 +247,7 @@ def convert(
 
     Left alone, with the reason in the report: subclasses with a forward of their own, a forward replaced on the
     instance, modules under torch.nn.utils.parametrize, quantized, scripted, FSDP-managed and not yet
-    initialised ones, and those that torch's own kernel runs in any case. Old-style weight_norm, spectral_norm and
+    initialized ones, and those that torch's own kernel runs in any case. Old-style weight_norm, spectral_norm and
     pruning are fine. Convert before `fully_shard` and parametrizations.
 
     Other tools meet a converted model thus. torch.fx: each module is a leaf, as torch's are. torch.jit.trace and
@@ -303,7 +303,7 @@ def convert(
     plan: list[tuple[_Found, Conversion]] = []
     ready = False
     for found in _walk(model):
-        conversion = _recognise(found)
+        conversion = _recognize(found)
         if conversion is None:
             continue
         reason, unsupported = _why_not_asked(found, conversion, chosen, filter_fn), False
@@ -385,7 +385,7 @@ def revert(model: nn.Module) -> Report:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     report = Report("fastseq.revert")
     for found in _walk(model):
-        conversion = _recognise(found)
+        conversion = _recognize(found)
         if conversion is None or not isinstance(found.module, conversion.own_classes()):
             continue
         reason = _why_not_possible(found, conversion, "revert")
@@ -556,7 +556,7 @@ def _chosen(modules: ModuleKinds | None) -> set[str]:
 _QUANTIZED = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.quantizable.")
 
 
-def _recognise(found: _Found) -> Conversion | None:
+def _recognize(found: _Found) -> Conversion | None:
     """The row that a module falls under, even if in the end it cannot be converted."""
     module = found.module
     if isinstance(module, torch.jit.ScriptModule):
@@ -602,7 +602,7 @@ def _why_not_possible(found: _Found, conversion: Conversion, verb: str) -> str:
         return f"its forward is replaced on the instance: {verb} before that"
     for name, parameter in module.named_parameters(recurse=False):
         if nn.parameter.is_lazy(parameter):
-            return f"{name} is not initialised yet: run the model once before"
+            return f"{name} is not initialized yet: run the model once before"
         if is_traceable_wrapper_subclass(parameter):
             wrapper = type(parameter.data).__name__
             return f"{name} is a {wrapper}: {verb} before parameters are distributed or quantized"

@@ -133,7 +133,7 @@ class Elman(nn.Module):
 
 
 class Normed(nn.Module):
-    """Old-style weight normalisation: a hook computes weight_hh_l0 before every call."""
+    """Old-style weight normalization: a hook computes weight_hh_l0 before every call."""
 
     def __init__(self):
         super().__init__()
@@ -480,7 +480,7 @@ def forward_replaced() -> nn.Module:
     return model
 
 
-def not_initialised() -> nn.Module:
+def not_initialized() -> nn.Module:
     model = nn.Sequential(nn.LSTMCell(4, 6))
     model[0].weight_ih = nn.UninitializedParameter()
     return model
@@ -503,7 +503,7 @@ UNSUPPORTED = [
     (scripted, "TorchScript"),
     (lambda: nn.Sequential(torch.ao.nn.quantizable.LSTM(4, 6)), "quantized"),
     (forward_replaced, "forward is replaced on the instance"),
-    (not_initialised, "weight_ih is not initialised"),
+    (not_initialized, "weight_ih is not initialized"),
     (wrapped_weights, "weight_hh_l0 is a TwoTensor"),
 ]
 

@@ -110,7 +110,7 @@ def recurrent_configs(capability: int) -> Iterator[None]:
 
 
 def compiled(launch: Launch, capability: int) -> Any:
-    """The kernel, specialised to the launch's arguments by Triton's own rules (alignment, ones, constants)."""
+    """The kernel, specialized to the launch's arguments by Triton's own rules (alignment, ones, constants)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend

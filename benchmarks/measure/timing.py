@@ -1,7 +1,7 @@
 """Timing: the round-robin of all comparisons, and medians and quantiles of its rounds.
 
 Providers are measured in turn, round after round, each round starting with another one, so that a drifting
-clock frequency or a busy neighbour hits all of them alike. The figure is the median over rounds, with its 20
+clock frequency or a busy neighbor hits all of them alike. The figure is the median over rounds, with its 20
 % and 80 % quantiles.
 """
 

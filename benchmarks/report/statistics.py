@@ -114,7 +114,7 @@ def mean_of(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def local_exponents(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float, float]]:
-    """(x_low, x_high, slope in log-log) between neighbours."""
+    """(x_low, x_high, slope in log-log) between neighbors."""
     points = sorted((a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b) and b > 0)
     return [(x0, x1, math.log(y1 / y0) / math.log(x1 / x0)) for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False)]
 

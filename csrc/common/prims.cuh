@@ -64,7 +64,7 @@ class Smem {
   int used_ = 0;
 };
 
-// synchronisation inside a CTA and a cluster
+// synchronization inside a CTA and a cluster
 
 FASTSEQ_DEVICE void cta_sync() { __syncthreads(); }
 FASTSEQ_DEVICE void warp_sync() { __syncwarp(); }

@@ -90,7 +90,7 @@ class Carver {
   int64_t used_ = 0;
 };
 
-// Rows of plain vectors, a line further apart than they need: a power of two would put neighbours into one cache set.
+// Rows of plain vectors, a line further apart than they need: a power of two would put neighbors into one cache set.
 template <class A>
 int64_t padded(int64_t columns) {
   constexpr int64_t line = 64 / sizeof(A);

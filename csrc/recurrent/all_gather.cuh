@@ -61,7 +61,7 @@ class AllGather : Exchange {
   // Sets one that only this step needs.
   FASTSEQ_DEVICE void send(int batch_tile, int unit, int column, int which, Number x) { own(batch_tile, unit, column, which) = x; }
 
-  // Sends it, as the operand of this epoch: 1, 2, ... The CTA has synchronised since it was written.
+  // Sends it, as the operand of this epoch: 1, 2, ... The CTA has synchronized since it was written.
   FASTSEQ_DEVICE void publish(uint32_t epoch) {
     const int vectors = layout_.own << split_.column_bits;
     if (clusters()) {

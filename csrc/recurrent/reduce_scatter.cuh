@@ -53,7 +53,7 @@ class ReduceScatter : Exchange {
     numbers[depth % Tile::kVector] = Tile::operand(x);
   }
 
-  // Multiplies them and sends the sums, of this epoch: 1, 2, ... The CTA has synchronised since they were set.
+  // Multiplies them and sends the sums, of this epoch: 1, 2, ... The CTA has synchronized since they were set.
   FASTSEQ_DEVICE void publish(uint32_t epoch) {
     for (int batch_tile = 0; batch_tile < split_.batch_tiles; ++batch_tile) {
       Sums<Tile, 1> sums;

@@ -78,7 +78,7 @@ def recurrent(
     hidden: int,
     batch: int,
     projected: bool,
-    normalised: bool = False,
+    normalized: bool = False,
     form: str | None = None,
     one_step: bool = False,
     backward: bool = False,
@@ -88,13 +88,13 @@ def recurrent(
 
     A pure function. ``form`` forces one, unless it cannot run the call. ``exact``: fp32 is multiplied without tensor cores.
     """
-    divided = not projected and not normalised  # units of a step among programs, or one after another
+    divided = not projected and not normalized  # units of a step among programs, or one after another
     able = {"single": divided and one_step and not backward, "whole": not projected, "streamed": divided, "stepwise": True}
     padded = max(16, triton.next_power_of_2(hidden))
     if form is not None and able[form]:
         chosen, reason = form, "forced by FASTSEQ_TRITON_RECURRENT"
     elif one_step:
-        chosen, reason = _one_step(batch, projected, normalised, backward)
+        chosen, reason = _one_step(batch, projected, normalized, backward)
     else:
         # such a product loads all that a thread multiplies before it begins: beyond 64 units it spills kilobytes, going forward
         crowded = exact and padded > 64 and not backward
@@ -104,12 +104,12 @@ def recurrent(
         return Config("single", *_single(dtype, gates, batch), reason)
     if chosen == "whole":
         # 16 rows is the least a matrix instruction takes; the batch goes to as many programs as there can be. Going
-        # backward a normalised cell has its saved products beside the saved gates, more than 4 warps hold
-        warps = 8 if padded > 64 or dtype.itemsize > 2 or (normalised and backward) else 4
+        # backward a normalized cell has its saved products beside the saved gates, more than 4 warps hold
+        warps = 8 if padded > 64 or dtype.itemsize > 2 or (normalized and backward) else 4
         return Config("whole", {"BB": 16, "BH": padded}, {"num_warps": warps, "num_stages": 1}, reason)
     if chosen == "streamed":
         return Config("streamed", *_streamed(shared, dtype, gates, hidden, backward, exact), reason)
-    if normalised:
+    if normalized:
         # a program for each row, which sees all its units: 16 of a gate for each thread at most
         warps = min(16, max(1, padded // 256))
         return Config("stepwise", {"BB": 1, "BH": padded}, {"num_warps": warps, "num_stages": 1}, reason)
@@ -117,11 +117,11 @@ def recurrent(
     return Config("stepwise", {"BB": 4, "BH": min(128, padded)}, {"num_warps": 4, "num_stages": 1}, reason)
 
 
-def _one_step(batch: int, projected: bool, normalised: bool, backward: bool) -> tuple[str, str]:
+def _one_step(batch: int, projected: bool, normalized: bool, backward: bool) -> tuple[str, str]:
     if projected:
         return "stepwise", "a projection needs all units of a step"
-    if normalised:
-        return "stepwise", "one step; its normalisation needs all units of a row in one program"
+    if normalized:
+        return "stepwise", "one step; its normalization needs all units of a row in one program"
     if backward:
         return "stepwise", "one step backward is elementwise work before a single product"
     if batch > _SINGLE_BATCH:
@@ -139,7 +139,7 @@ def _many_steps(shared: int, resident: int, read: int, batch: int, able: dict[st
     elif resident <= shared - _RESERVE:
         return "whole", reason
     if not able["streamed"]:
-        return "stepwise", f"{reason}, and normalisation needs all units of a row in one program"
+        return "stepwise", f"{reason}, and normalization needs all units of a row in one program"
     if batch > _STREAMED_BATCH:
         return (
             "stepwise",
@@ -193,11 +193,11 @@ def of(
     hidden: int,
     batch: int,
     projected: bool,
-    normalised: bool,
+    normalized: bool,
     one_step: bool,
     backward: bool,
     exact: bool,
 ) -> Config:
     """The config on a device."""
     shared = shared_memory(device)
-    return recurrent(shared, dtype, gates, hidden, batch, projected, normalised, forced_form(), one_step, backward, exact)
+    return recurrent(shared, dtype, gates, hidden, batch, projected, normalized, forced_form(), one_step, backward, exact)

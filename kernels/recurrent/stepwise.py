@@ -1,7 +1,7 @@
 """One step of a cell, everything but its matrix products, in one launch: for hidden sizes whose weights fit no program.
 
 Grid of every kernel: (blocks of the batch, blocks of the hidden units, D). ``n`` counts the steps of the walk. A cell that
-normalises needs BH >= H. haste (https://github.com/lmnt-com/haste) does the same: for each step a product and a pointwise kernel.
+normalizes needs BH >= H. haste (https://github.com/lmnt-com/haste) does the same: for each step a product and a pointwise kernel.
 """
 
 import triton

@@ -206,12 +206,12 @@ FASTSEQ_KERNEL(32) rearms_too_early(FASTSEQ_PARAMETERS Params) {
 
 void mbarriers() {
   const int smem = piece_bytes<Vec16>(32) + piece_bytes<Mbarrier>(1);
-  fails(misuses_mbarrier, clusters(2, smem), "never initialised, or overwritten", 0);
+  fails(misuses_mbarrier, clusters(2, smem), "never initialized, or overwritten", 0);
   fails(misuses_mbarrier, clusters(2, smem), "a second arrival in one phase", 1);
-  fails(misuses_mbarrier, clusters(2, smem), "never initialised, or overwritten", 2);
+  fails(misuses_mbarrier, clusters(2, smem), "never initialized, or overwritten", 2);
   fails(misuses_mbarrier, clusters(2, smem), "(phase 0 misses 0 arrivals and 16 bytes)", 3);
   fails(misuses_mbarrier, clusters(2, smem), "st_async to one CTA counts on an mbarrier of another", 5);
-  fails(misuses_mbarrier, clusters(2, smem), "an mbarrier initialised twice", 6);
+  fails(misuses_mbarrier, clusters(2, smem), "an mbarrier initialized twice", 6);
   fails(misuses_mbarrier, clusters(2, smem), "outside of every piece of the peer's shared memory", 7);
   fails(misuses_mbarrier, clusters(2, smem), "parity 2", 8);
   fails(misuses_mbarrier, clusters(2, smem), "peer 2 in a cluster of 2", 9);

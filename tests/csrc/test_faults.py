@@ -81,7 +81,7 @@ FAULTS = [
         "no first cluster_sync",
         "cluster_sync();  // the barriers and",
         "// the barriers and",
-        "never initialised, or overwritten",
+        "never initialized, or overwritten",
     ),
     Fault("no wait for a phase", "mbarrier_wait(arrived + from, (step - 2) / 2 % 2);", "", f"{WRONG}|second arrival"),
     Fault("wrong parity", "(step - 2) / 2 % 2", "(step - 1) / 2 % 2", f"{WRONG}|deadlock|second arrival"),
@@ -144,7 +144,7 @@ FAULTS = [
         "if (rank_ == 0) gpu::flag_publish(flags_ + rank_",
         "deadlock: ",
     ),
-    *of_both("no first cluster_sync", "gpu::cluster_sync();", "", "never initialised, or overwritten"),
+    *of_both("no first cluster_sync", "gpu::cluster_sync();", "", "never initialized, or overwritten"),
     *of_both("no wait for a phase", "gpu::mbarrier_wait(arrived, (epoch - 1) / 2 & 1);", "", f"{WRONG}|second arrival"),
     *of_both("wrong parity", "(epoch - 1) / 2 & 1", "epoch / 2 & 1", f"{WRONG}|deadlock|second arrival"),
     *of_both(

@@ -96,7 +96,7 @@ void large_shared() {
   }
 }
 
-// synchronisation inside a CTA
+// synchronization inside a CTA
 
 FASTSEQ_KERNEL(256) turn_around(FASTSEQ_PARAMETERS Words p) {
   Smem smem;

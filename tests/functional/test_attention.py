@@ -845,8 +845,8 @@ def test_names_of_nobody():
     q = tensor(1, 2, 3, 8)
     with pytest.raises(TypeError, match="'softcapp'; did you mean 'softcap'"):
         F.attention(q, q, q, softcapp=1.0)
-    with pytest.raises(TypeError, match="'colour'; accepted: q, k, v, layout, attn_mask"):
-        F.attention(q, q, q, colour=1.0)
+    with pytest.raises(TypeError, match="'color'; accepted: q, k, v, layout, attn_mask"):
+        F.attention(q, q, q, color=1.0)
     with pytest.raises(TypeError, match="'enable_gqa'; leave it out, k and v may always have fewer heads"):
         F.attention(q, q, q, enable_gqa=True)
     with pytest.raises(TypeError, match="transformer_xl_attention.. got an unexpected keyword argument 'causal'"):

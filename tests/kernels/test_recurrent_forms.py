@@ -50,7 +50,7 @@ def problem(cell, *, steps, batch, hidden, lanes=2, inputs=0, layout="padded", z
         vectors=random(lanes, len(row.vectors) * hidden) if row.vectors else None,
         projection=None,
         h0=random(lanes, batch, hidden) if state else None,
-        # positive, as the normaliser of an sLSTM is, which cannot begin at 0
+        # positive, as the normalizer of an sLSTM is, which cannot begin at 0
         c0=random(lanes, batch, row.wide_states * hidden).abs() if row.has_c and (state or row.wide_states > 1) else None,
         lengths=lengths if layout == "lengths" else None,
         batch_sizes=sizes if layout == "packed" else None,
@@ -192,12 +192,12 @@ def test_more_rows_than_a_single_step_takes(forced):
 
 @interpreted
 @pytest.mark.parametrize("cell", ["layer_norm_lstm", "layer_norm_gru"])
-def test_one_normalised_step_is_not_divided(forced, cell):
+def test_one_normalized_step_is_not_divided(forced, cell):
     forced("single")
     call = problem(cell, steps=1, batch=3, hidden=5, inputs=4)
     config = ForwardLaunch(call).config
     assert config.form == "stepwise"
-    assert "normalisation" in config.reason
+    assert "normalization" in config.reason
     assert_same(call)
 
 
@@ -305,8 +305,8 @@ def test_a_form_that_cannot_run_a_call_is_not_forced(form):
     assert chosen(H100, bf16, "lstm", 64, form=form).form == ("whole" if form == "single" else form)
     assert chosen(H100, bf16, "lstm", 64, form=form, one_step=True).form == form
     assert chosen(H100, bf16, "lstm", 64, form=form, projected=True).form == "stepwise"
-    normalised = chosen(H100, bf16, "layer_norm_gru", 64, form=form).form
-    assert normalised == (form if form in ("whole", "stepwise") else "whole")
+    normalized = chosen(H100, bf16, "layer_norm_gru", 64, form=form).form
+    assert normalized == (form if form in ("whole", "stepwise") else "whole")
 
 
 @pytest.mark.parametrize("shared", [H100, A100, CONSUMER])

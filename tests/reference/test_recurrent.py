@@ -35,7 +35,7 @@ def problem(cell: str, layout: str, projection: int = 0, zoneout: str = "none") 
 
     c0 = random(lanes, batch, row.wide_states * hidden) if row.has_c else None
     if cell == "slstm":
-        c0 = c0.detach().abs().requires_grad_()  # the normaliser is positive
+        c0 = c0.detach().abs().requires_grad_()  # the normalizer is positive
     zone_c = row.wide_states == 1
     return Forward(
         x=random(*rows, lanes * len(row.gates) * hidden),

@@ -43,7 +43,7 @@ void new_stretch() {
   machine.uneven_begin = cta ? warp / machine.warps_per_cta * machine.warps_per_cta : warp;
   machine.uneven_end = machine.uneven_begin + (cta ? machine.warps_per_cta : 1);
   machine.uneven_lanes = bits % 3 == 2 ? 1u << (bits >> 8 & 31) : ~0u;
-  machine.favour = bits >> 16 & 1;
+  machine.favor = bits >> 16 & 1;
   machine.uneven_left = 1 << (bits >> 20) % 14;
 }
 
@@ -57,7 +57,7 @@ Fiber* take_lane(int warp_index, int lane) {
 Fiber* choose_uneven(uint64_t bits) {
   if (machine.uneven_left-- <= 0) new_stretch();
   const int count = warp_count();
-  if (machine.favour) {
+  if (machine.favor) {
     for (int warp = machine.uneven_begin; warp < machine.uneven_end; ++warp) {
       if (const uint32_t lanes = machine.warps[warp].ready & machine.uneven_lanes)
         return take_lane(warp, random_lane(lanes, bits));

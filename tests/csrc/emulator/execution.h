@@ -12,7 +12,7 @@ namespace fastseq::gpu::host {
 
 using Where = std::source_location;
 
-// Who runs when threads could run: anybody; a CTA, warp or thread is starved or favoured for a while; always the first; always
+// Who runs when threads could run: anybody; a CTA, warp or thread is starved or favored for a while; always the first; always
 // the last.
 enum class Schedule { kRandom, kUneven, kFirst, kLast };
 // When asynchronous copies arrive: when they are issued; when somebody waits for them and nobody else can run; at any time, in

@@ -67,7 +67,7 @@ MbarrierRecord& record_of(Cta& cta, Mbarrier* barrier, Where where) {
     fail(where, "no place for an mbarrier");
   const uint64_t index = barrier->state - kMagic;
   if (index >= static_cast<uint64_t>(cta.mbarriers) || cta.mbarrier[index].address != barrier) {
-    fail(where, "not an mbarrier: never initialised, or overwritten");
+    fail(where, "not an mbarrier: never initialized, or overwritten");
   }
   return cta.mbarrier[index];
 }
@@ -222,7 +222,7 @@ void mbarrier_init(Mbarrier* barriers, int count, uint32_t bytes, Where where) {
       fail(where, "no place for an mbarrier");
     if (poisoned(barrier, sizeof(Mbarrier))) fail(where, "an mbarrier outside of every piece of shared memory");
     const uint64_t index = barrier->state - kMagic;
-    if (index < static_cast<uint64_t>(cta.mbarriers)) fail(where, "an mbarrier initialised twice");
+    if (index < static_cast<uint64_t>(cta.mbarriers)) fail(where, "an mbarrier initialized twice");
     if (cta.mbarriers == kMaxMbarriers) fail(where, "more than %d mbarriers in a CTA", kMaxMbarriers);
     writes(barrier, sizeof(Mbarrier));
     barrier->state = kMagic + cta.mbarriers;

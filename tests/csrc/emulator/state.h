@@ -143,10 +143,10 @@ struct Machine {
   int copy_count;
   Fiber* flag_waiters;
 
-  // for Schedule::kUneven: who is favoured or starved, and for how many more choices
+  // for Schedule::kUneven: who is favored or starved, and for how many more choices
   int uneven_begin, uneven_end;
   uint32_t uneven_lanes;
-  bool favour;
+  bool favor;
   int uneven_left;
 
   uint64_t start_clock, end_clock;

@@ -1,4 +1,4 @@
-"""Layer normalisation of tiles over the units of a row, without scale and shift, and its backward."""
+"""Layer normalization of tiles over the units of a row, without scale and shift, and its backward."""
 
 import triton
 import triton.language as tl
@@ -14,23 +14,23 @@ def row_mean(tiles, real, H, N: tl.constexpr):
 
 
 @triton.jit
-def normalise(tiles, real, H, N: tl.constexpr):
+def normalize(tiles, real, H, N: tl.constexpr):
     """Tiles with mean 0 and variance 1 over all of them together, and what they were multiplied by [BB, 1]."""
     mean = row_mean(tiles, real, H, N)
-    centred, squares = (), ()
+    centered, squares = (), ()
     for k in tl.static_range(N):
-        centred = centred + (tl.where(real, tiles[k] - mean, 0.0),)
-        squares = squares + (centred[k] * centred[k],)
+        centered = centered + (tl.where(real, tiles[k] - mean, 0.0),)
+        squares = squares + (centered[k] * centered[k],)
     scale = 1 / tl.sqrt(row_mean(squares, real, H, N) + 1e-5)
     normal = ()
     for k in tl.static_range(N):
-        normal = normal + (centred[k] * scale,)
+        normal = normal + (centered[k] * scale,)
     return normal, scale
 
 
 @triton.jit
-def normalise_backward(grads, normal, scale, real, H, N: tl.constexpr):
-    """Gradients of the tiles from those of their normalised values."""
+def normalize_backward(grads, normal, scale, real, H, N: tl.constexpr):
+    """Gradients of the tiles from those of their normalized values."""
     products = ()
     for k in tl.static_range(N):
         products = products + (grads[k] * normal[k],)
