@@ -9,23 +9,22 @@ while it is not forced. Whoever adds a module to ``BACKENDS`` without a place in
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator, contextmanager
-from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any
-
-from torch import no_grad
-
-from .._arguments import Function, unknown
 from . import cpu, cuda, reference, torch, triton
-from .notes import listeners, note
+from .explanation import Explanation, explain
+from .notes import note
 from .query import AttentionQuery, Query, RecurrentQuery
-
-ORDER = ("cuda", "triton", "cpu", "torch", "reference")
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, torch, reference)}
+from .selection import (
+    BACKENDS,
+    ORDER,
+    forced,
+    obstacles,
+    reasons,
+    select,
+    torch_runs,
+    use_backend,
+    watched,
+    watching,
+)
 
 __all__ = [
     "BACKENDS",
@@ -34,226 +33,19 @@ __all__ = [
     "Explanation",
     "Query",
     "RecurrentQuery",
+    "cpu",
+    "cuda",
     "explain",
+    "forced",
     "note",
     "obstacles",
     "reasons",
+    "reference",
     "select",
+    "torch",
     "torch_runs",
+    "triton",
     "use_backend",
     "watched",
     "watching",
 ]
-
-
-def _checked(name: str | None, source: str) -> str | None:
-    if name is None or name in ("", "auto"):
-        return None
-    if not isinstance(name, str):
-        raise TypeError(f"{source}: a backend is named by a str, not {type(name).__name__}")
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: {unknown('backend', name, ('auto', *ORDER))}")
-    return name
-
-
-# backends in order, by the type of device that they may run on; Triton's interpreter, on the CPU, only runs when it is forced
-_CANDIDATES: dict[str, tuple[str, ...]] = {
-    "cpu": tuple(name for name in ORDER if {"cpu", "any"} & set(BACKENDS[name].devices) and name != "triton"),
-    "cuda": tuple(name for name in ORDER if {"cuda", "any"} & set(BACKENDS[name].devices)),
-}
-
-_forced: str | None = _checked(os.environ.get("FASTSEQ_BACKEND"), "FASTSEQ_BACKEND")
-_watchers: list[Callable[[Query, str], None]] = []
-_said: set[tuple[Any, ...]] = set()
-logger = logging.getLogger("fastseq")
-
-
-class use_backend(ContextDecorator):
-    """Force a backend: within a ``with`` block or a decorated function, or, called by itself, from here on.
-
-    One of ``ORDER``; ``"auto"`` or None: the best one, call by call.
-
-    A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting
-    holds for the whole process (backward passes run in other threads). ``FASTSEQ_BACKEND`` sets the same from outside.
-
-    Raises:
-        ValueError: if there is no such backend.
-        TypeError: if it is no str.
-    """
-
-    def __init__(self, name: str | None) -> None:
-        global _forced
-        self.name = _checked(name, "use_backend")
-        self._before, _forced = _forced, self.name
-        self._called = True  # and not yet entered
-
-    def __enter__(self) -> None:
-        global _forced
-        if not self._called:
-            self._before = _forced
-        self._called, _forced = False, self.name
-
-    def __exit__(self, *error: object) -> None:
-        global _forced
-        _forced = self._before
-
-    def __call__(self, function: Function) -> Function:
-        self.__exit__()
-        return super().__call__(function)
-
-    def _recreate_cm(self) -> use_backend:
-        return use_backend(self.name)
-
-
-def forced() -> str | None:
-    """The backend that is forced, by ``use_backend`` or ``FASTSEQ_BACKEND``; None: the best one is chosen call by call."""
-    return _forced
-
-
-def reasons(name: str, query: Query) -> list[str]:
-    """Why a backend does not run a call by itself; empty if it does."""
-    backend = BACKENDS[name]
-    return obstacles(name, query) or (backend.stands_back(query) if hasattr(backend, "stands_back") else [])
-
-
-def _serves(name: str, query: Query) -> bool:
-    """Whether there are no `reasons`, without forming them."""
-    stands_back = getattr(BACKENDS[name], "stands_back", None)
-    return not (stands_back and stands_back(query)) and not obstacles(name, query)
-
-
-def obstacles(name: str, query: Query) -> list[str]:
-    """Why a backend cannot run a call, forced or not; empty if it can."""
-    backend = BACKENDS[name]
-    if query.device.type not in backend.devices and "any" not in backend.devices:
-        return [f"runs on {', '.join(backend.devices)} tensors, not on {query.device.type}"]
-    missing = backend.available()
-    return [missing] if missing else backend.why_not(query)
-
-
-def select(query: Query) -> ModuleType:
-    """The backend that runs a call.
-
-    Raises:
-        RuntimeError: if a backend is forced and cannot run it, with its reasons.
-    """
-    if _forced is not None:
-        against = obstacles(_forced, query)
-        if against:
-            free = next(name for name in _CANDIDATES.get(query.device.type, ORDER) if _serves(name, query))
-            raise RuntimeError(
-                f"backend {_forced!r} was forced but cannot run [{query}]: {'; '.join(against)} "
-                f"(use_backend(None) lets {free!r} run it)"
-            )
-        chosen = _forced
-    else:
-        for chosen in _CANDIDATES.get(query.device.type, ORDER):  # the reference, the last, runs everything
-            if _serves(chosen, query):
-                break
-        if chosen == reference.name:
-            _say_once(query)
-    for watch in _watchers:
-        watch(query, chosen)
-    return BACKENDS[chosen]
-
-
-def _say_once(query: Query) -> None:
-    """That the reference runs a call that nobody asked it to run, and why, once for each kind of call."""
-    cell = query.cell if isinstance(query, RecurrentQuery) else ", ".join(query.uses)
-    kind = (query.op, cell, query.dtype, query.device.type)
-    if kind not in _said:
-        _said.add(kind)
-        others = [name for name in _CANDIDATES.get(query.device.type, ORDER) if name not in (torch.name, reference.name)]
-        why = "; ".join(f"not {name}: {', '.join(reasons(name, query))}" for name in others)
-        logger.warning("fastseq: no kernel runs %s, and the reference in plain PyTorch is slower (%s)", query, why)
-
-
-@contextmanager
-def watching(watch: Callable[[Query, str], None]) -> Iterator[None]:
-    """Within a ``with`` block, ``watch`` is told every call and the backend that runs it."""
-    _watchers.append(watch)
-    try:
-        yield
-    finally:
-        _watchers.remove(watch)
-
-
-def watched() -> bool:
-    """Whether somebody wants to know who runs what."""
-    return bool(_watchers)
-
-
-def torch_runs(query: Callable[[], Query], why: str | None) -> bool:
-    """Whether PyTorch's own kernel takes a call that it can run: if there is a reason why, or if it is forced.
-
-    The query is made only if somebody wants to know.
-    """
-    if _forced is None:
-        if why is None:
-            return False
-    elif _forced != torch.name:
-        return False
-    if _watchers:
-        for watch in _watchers:
-            watch(query(), torch.name)
-        note(why or "forced")
-    return True
-
-
-@dataclass
-class Explanation:
-    """Which backend ran each call, and what stood against the others. ``print`` it."""
-
-    calls: list[tuple[Query, str, dict[str, list[str]]]] = field(default_factory=list)
-    notes: list[list[str]] = field(default_factory=list)  # of each call: what its backend says of the way it took
-
-    @property
-    def backends(self) -> list[str]:
-        """The backend of every call, in order."""
-        return [chosen for _, chosen, _ in self.calls]
-
-    def __str__(self) -> str:
-        if not self.calls:
-            return "no fastseq op ran"
-        lines = []
-        for (query, chosen, against), notes in zip(self.calls, self.notes, strict=True):
-            lines.append(f"{query}: {chosen}" + "".join(f", {note}" for note in notes))
-            lines += [f"  not {name}: {'; '.join(why)}" for name, why in against.items()]
-        return "\n".join(lines)
-
-
-def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Run ``function(*args, **kwargs)`` without gradients: which backend each fastseq op in it chose, and why not the others.
-
-    Example:
-        >>> print(fastseq.explain(fastseq.GRU(8, 16), torch.randn(5, 2, 8)))
-
-    Raises:
-        TypeError: if there is nothing to call.
-    """
-    if not callable(function):
-        raise TypeError(f"explain takes a function or module and then its arguments, not {type(function).__name__}")
-    explanation = Explanation()
-    seen: set[Query] = set()
-    notes: list[str] = []  # of the call that runs
-
-    def watch(query: Query, chosen: str) -> None:
-        nonlocal notes
-        notes = []
-        if query not in seen:
-            seen.add(query)
-            explanation.notes.append(notes)
-            # PyTorch's own kernel is not asked for after the others
-            better = ORDER[: ORDER.index(chosen)] if _forced is None and chosen != "torch" else ()
-            explanation.calls.append((query, chosen, {name: reasons(name, query) for name in better}))
-
-    def take(text: str) -> None:
-        notes.append(text)
-
-    listeners.append(take)
-    try:
-        with watching(watch), no_grad():
-            function(*args, **kwargs)
-    finally:
-        listeners.remove(take)
-    return explanation

@@ -1,0 +1,72 @@
+"""`explain`: which backend ran each call, and what stood against the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import no_grad
+
+from .notes import listeners
+from .query import Query
+from .selection import ORDER, forced, reasons, watching
+
+
+@dataclass
+class Explanation:
+    """Which backend ran each call, and what stood against the others. ``print`` it."""
+
+    calls: list[tuple[Query, str, dict[str, list[str]]]] = field(default_factory=list)
+    notes: list[list[str]] = field(default_factory=list)  # of each call: what its backend says of the way it took
+
+    @property
+    def backends(self) -> list[str]:
+        """The backend of every call, in order."""
+        return [chosen for _, chosen, _ in self.calls]
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return "no fastseq op ran"
+        lines = []
+        for (query, chosen, against), notes in zip(self.calls, self.notes, strict=True):
+            lines.append(f"{query}: {chosen}" + "".join(f", {note}" for note in notes))
+            lines += [f"  not {name}: {'; '.join(why)}" for name, why in against.items()]
+        return "\n".join(lines)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Run ``function(*args, **kwargs)`` without gradients: which backend each fastseq op in it chose, and why not the others.
+
+    Example:
+        >>> print(fastseq.explain(fastseq.GRU(8, 16), torch.randn(5, 2, 8)))
+
+    Raises:
+        TypeError: if there is nothing to call.
+    """
+    if not callable(function):
+        raise TypeError(f"explain takes a function or module and then its arguments, not {type(function).__name__}")
+    explanation = Explanation()
+    seen: set[Query] = set()
+    notes: list[str] = []  # of the call that runs
+
+    def watch(query: Query, chosen: str) -> None:
+        nonlocal notes
+        notes = []
+        if query not in seen:
+            seen.add(query)
+            explanation.notes.append(notes)
+            # PyTorch's own kernel is not asked for after the others
+            better = ORDER[: ORDER.index(chosen)] if forced() is None and chosen != "torch" else ()
+            explanation.calls.append((query, chosen, {name: reasons(name, query) for name in better}))
+
+    def take(text: str) -> None:
+        notes.append(text)
+
+    listeners.append(take)
+    try:
+        with watching(watch), no_grad():
+            function(*args, **kwargs)
+    finally:
+        listeners.remove(take)
+    return explanation
