@@ -68,16 +68,16 @@ def _refuses(cell: str, backend: str, inputs: Callable[..., tuple[Any, ...]] = _
     def reason(w: Workload) -> str | None:
         if missing(w):
             return missing(w)
-        fastseq, obstacles = importlib.import_module("fastseq"), importlib.import_module("fastseq.backends").obstacles
+        fastseq, backends = importlib.import_module("fastseq"), importlib.import_module("fastseq.backends")
         layer = build(w).to(w.device, w.torch_dtype)
         try:
             calls = fastseq.explain(Forced(layer, backend), *inputs(w, steps=1)).calls
-        except RuntimeError as error:
-            if "was forced but cannot run" in str(error):
-                return str(error).partition("]: ")[2]
+        except backends.Refused as error:
+            return "; ".join(error.reasons)
+        except RuntimeError:
             return None  # a failure, not a refusal: the check reports it
         if w.mode == "training":
-            against = [reason for query, *_ in calls for reason in obstacles(backend, query._replace(backward=True))]
+            against = [reason for query, *_ in calls for reason in backends.obstacles(backend, query._replace(backward=True))]
             if against:
                 return f"backward: {'; '.join(dict.fromkeys(against))}"
         chosen = fastseq.explain(layer, *inputs(w)).backends

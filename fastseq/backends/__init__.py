@@ -16,6 +16,7 @@ from .query import AttentionQuery, Query, RecurrentQuery
 from .selection import (
     BACKENDS,
     ORDER,
+    Refused,
     forced,
     obstacles,
     reasons,
@@ -33,6 +34,7 @@ __all__ = [
     "Explanation",
     "Query",
     "RecurrentQuery",
+    "Refused",
     "cpu",
     "cuda",
     "explain",

@@ -40,6 +40,14 @@ _said: set[tuple[Any, ...]] = set()
 logger = logging.getLogger("fastseq")
 
 
+class Refused(RuntimeError):
+    """The backend that is forced cannot run a call, for these reasons."""
+
+    def __init__(self, message: str, reasons: list[str]) -> None:
+        super().__init__(message)
+        self.reasons = reasons
+
+
 class use_backend(ContextDecorator):
     """Force a backend: within a ``with`` block or a decorated function, or, called by itself, from here on.
 
@@ -113,9 +121,10 @@ def select(query: Query) -> ModuleType:
         against = obstacles(_forced, query)
         if against:
             free = next(name for name in _CANDIDATES.get(query.device.type, ORDER) if _serves(name, query))
-            raise RuntimeError(
+            raise Refused(
                 f"backend {_forced!r} was forced but cannot run [{query}]: {'; '.join(against)} "
-                f"(use_backend(None) lets {free!r} run it)"
+                f"(use_backend(None) lets {free!r} run it)",
+                against,
             )
         chosen = _forced
     else:

@@ -184,6 +184,6 @@ def test_what_speaks_against_a_run_is_said(old, new):
     assert compare.notes(old, new) == [
         "git was not told, is abc",
         "old: a quick run: fewer repetitions",
-        "new: Other programs used 30% of the CPU while this was measured: expect noise.",
+        "new: other programs used 30% of the CPU",
         "new: it was interrupted",
     ]
