@@ -137,7 +137,7 @@ def attention(
         options["attn_mask"] = attention_mask.materialized() if isinstance(attention_mask, masks.BandMask) else attention_mask
     result = fused_attention(query, key, value, attn_bias=bias, return_weights=wanted, **options)
     out, weights = result if wanted else (result, None)
-    return out.transpose(1, 2), weights
+    return out.transpose(1, 2).contiguous(), weights
 
 
 def _as_sdpa(

@@ -104,7 +104,7 @@ def test_candidates_are_distinct_and_the_best_by_the_model(direction):
         assert tuple(r[name] for name in recurrent_plans.FIELDS) == every[r["rank"]].numbers
         assert r["units"] * r["ctas"] >= 512 and r["parts"] == r["teams"] and r["predicted_us"] == every[r["rank"]].step_us
         assert r["exchange"].startswith("cluster" if r["cluster"] else "flags")
-        assert r["exchange"].endswith("partial sums") == bool(r["scatter"])
+        assert r["exchange"].endswith("partial sums") == bool(r["reduce_scatter"])
     predicted = [r["predicted_us"] for r in rows]
     assert predicted == sorted(predicted)
     assert list(recurrent_plans.candidates(point, Target("h200", H200), 3)) == rows[:3]

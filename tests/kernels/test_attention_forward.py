@@ -392,7 +392,7 @@ def _query(**changes: Any) -> AttentionQuery:
         "window": (-1, -1),
         "offset": 0,
         "block_size": 0,
-        "parts": (),
+        "uses": (),
         "gradients": (),
     }
     return AttentionQuery(**(given | changes))
@@ -404,7 +404,7 @@ def _query(**changes: Any) -> AttentionQuery:
         ({"features": (257, 8)}, "1 to 256"),
         ({"features": (8, 0)}, "1 to 256"),
         ({"dtype": torch.int32}, "int32 is not one of"),
-        ({"parts": ("blocks",), "block_size": 8}, "at least 16"),
+        ({"uses": ("blocks",), "block_size": 8}, "at least 16"),
         ({"offset": 1 << 29}, "below 2^29"),
     ],
 )
