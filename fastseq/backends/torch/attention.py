@@ -40,7 +40,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, recorded: bool = Fals
     Without dropout its products and softmax, unless it is ``recorded``: its fused kernel may give 0 for NaN.
     """
     causal, mask = _mask(q, k, spec)
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])  # while torch.jit traces, sizes are tensors
     if spec.dropout or recorded:
         return F.scaled_dot_product_attention(q, k, v, mask, spec.dropout, causal, scale=spec.scale, enable_gqa=grouped)
     return torch._scaled_dot_product_attention_math(q, k, v, mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped)[0]
