@@ -45,7 +45,6 @@ REASONS = (  # words of a key, bytes that a thread may spill, and why
         "vectors, beside saved gates and saved products: a step reads a few words again",
     ),
     ("whole float32 H=64", 24, ANOTHER_BLOCK),
-    ("whole float32 H=128", 16, ANOTHER_BLOCK),
     ("whole H=100", 16, VALUE_BY_VALUE),
     ("whole H=250", 48, VALUE_BY_VALUE),
     ("streamed", 40, ANOTHER_BLOCK),
