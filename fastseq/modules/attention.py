@@ -1,5 +1,7 @@
 """``nn.MultiheadAttention`` on the fused attention op: no tensor of all scores, with any masks, with or without weights.
 
+On a CPU torch's own forward, which has such a tensor, takes what it does faster: ``backends/torch/limits.py``.
+
 What differs from torch's, on purpose:
 
 * a query that may see no key (a sample that is all padding) gets zeros, in the output and in the weights; torch gives NaN or
@@ -125,7 +127,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             value: likewise with S and ``vdim``.
             key_padding_mask: [N, S] ([S] without a batch). bool: True hides a key; floating: added to the scores.
             need_weights: also return the weights. On the CPU they come with the output, on a GPU from a second pass over the
-                scores; averaged over the heads, nothing larger than the result is formed.
+                scores; averaged over the heads, nothing larger than the result is formed, but for short sequences on a CPU.
             attn_mask: [L, S] or [N * H, L, S]. bool: True hides; floating: added to the scores.
             average_attn_weights: whether the weights are averaged over the heads.
             is_causal: a promise that ``attn_mask``, which must be given, is the causal mask (query i sees keys up to i).

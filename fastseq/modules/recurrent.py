@@ -186,7 +186,7 @@ class Sequence(Interop, nn.RNNBase):
             for state in states:
                 if type(state) is not Tensor or state.shape != size or state.dtype != dtype or state.device.type != "cpu":
                     return None
-        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, input, *states))
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (*params, input, *states))
         if self.recompute and gradients:  # torch's kernels keep what their backward needs
             return None
         inference, training, first = steps_of(cell, hidden, batch, lanes)
