@@ -318,7 +318,7 @@ def test_the_gpu_is_given_the_same_arguments(direction, monkeypatch):
 def test_a_plan_has_the_same_fields_in_both_languages():
     assert fields() == Numbers._fields
     plan = plan_of("lstm", "fp16", True, 8, 2, 512, H200)
-    assert plan.packed() == list(plan.numbers)
+    assert plan.native == list(plan.numbers)
 
 
 @executed

@@ -72,7 +72,7 @@ def _run(direction: str, cell: str, precision: str, chosen: Plan, arguments: dic
         key: (value.data_ptr() if value.numel() else None) if isinstance(value, torch.Tensor) else value
         for key, value in arguments.items()
     }
-    getattr(kernels(), direction)(cell, precision, chosen.packed(), addresses)
+    getattr(kernels(), direction)(cell, precision, chosen.native, addresses)
 
 
 MACHINE = Machine(lambda _: device, lambda: precision, _run)

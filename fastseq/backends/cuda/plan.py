@@ -54,6 +54,7 @@ class Plan(NamedTuple):
     step_us: float  # predicted, by a model
     numbers: Numbers
     of: int  # that the device allows; this is one of them
+    native: list[int]  # the numbers as the native ops give and take them
 
     def __str__(self) -> str:
         n = self.numbers
@@ -65,10 +66,6 @@ class Plan(NamedTuple):
             + (", wide" if n.n_tiles > 1 else "")
             + f", {n.exchange} (a model predicts {self.step_us:.2f} us a step)"
         )
-
-    def packed(self) -> list[int]:
-        """The numbers as the native ops take them."""
-        return [getattr(self.numbers, name) for name in fields()]
 
     def exchange_buffers(self, like: Tensor) -> dict[str, Tensor]:
         """Room for what the CTAs of a team send each other."""
@@ -98,4 +95,4 @@ def plan_of(
     obstacle, step_us, found, count = torch.ops.fastseq_native.recurrent_plan(
         cell, precision, backward, batch, lanes, hidden, limits, rank
     )
-    return Plan(obstacle, step_us, Numbers(**dict(zip(fields(), found, strict=True))), count)
+    return Plan(obstacle, step_us, Numbers(**dict(zip(fields(), found, strict=True))), count, found)

@@ -111,7 +111,7 @@ def _device(index: int) -> Device:
 def _launch(direction: str, cell: str, precision: str, chosen: Plan, arguments: dict[str, Any]) -> None:
     native = torch.ops.fastseq_native
     op = native.recurrent_cuda_forward if direction == "forward" else native.recurrent_cuda_backward
-    op.default(cell=cell, precision=precision, plan=chosen.packed(), **arguments)
+    op.default(cell=cell, precision=precision, plan=chosen.native, **arguments)
 
 
 def _limits(device: torch.device) -> Device:
