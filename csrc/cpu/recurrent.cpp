@@ -83,7 +83,9 @@ void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elemen
 }
 
 const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+const void* offset(const void* base, int64_t bytes) { return base ? static_cast<const char*>(base) + bytes : nullptr; }
 const void* data(const Tensor& tensor) { return tensor.numel() ? tensor.const_data_ptr() : nullptr; }
+const int64_t* integers(const std::optional<Tensor>& tensor) { return static_cast<const int64_t*>(data(tensor)); }
 void* mutable_data(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
 
 Zoneout zoneout_of(const std::optional<Tensor>& hold_h, const std::optional<Tensor>& hold_c, double h, double c) {
@@ -153,17 +155,15 @@ class Buffer {
 // The rows of a call, cut into parts of the batch. Slots are sorted by decreasing length, and dealt to the parts in turn.
 class Batch {
  public:
-  Batch(int64_t steps, int64_t batch, const std::optional<Tensor>& lengths, const std::optional<Tensor>& batch_sizes, int64_t parts)
-      : steps_(steps), batch_(batch) {
+  // lengths [B] or null, sizes [T] of a packed batch or null
+  Batch(int64_t steps, int64_t batch, const int64_t* lengths, const int64_t* sizes, int64_t parts) : steps_(steps), batch_(batch) {
     std::vector<int64_t> order(batch), length;
     std::iota(order.begin(), order.end(), 0);
     if (lengths) {
-      const auto* given = static_cast<const int64_t*>(lengths->const_data_ptr());
-      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return given[a] > given[b]; });
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
       length.resize(batch);
-      for (int64_t s = 0; s < batch; ++s) length[s] = given[order[s]];
-    } else if (batch_sizes) {
-      const auto* sizes = static_cast<const int64_t*>(batch_sizes->const_data_ptr());
+      for (int64_t s = 0; s < batch; ++s) length[s] = lengths[order[s]];
+    } else if (sizes) {
       start_.resize(steps);
       length.assign(batch, 0);
       for (int64_t t = 0, row = 0; t < steps; row += sizes[t++]) {
@@ -266,75 +266,119 @@ int64_t saved_of(const Tiling& tiling, const Shape& shape) {
   return shape.zoned ? std::max<int64_t>(tiling.saved, 1) : tiling.saved;
 }
 
-}  // namespace
+int64_t bytes_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
+int64_t wide_bytes(Type type) { return type == Type::kDouble ? 8 : 4; }
 
-void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std::optional<Tensor> b_ih,
-                       std::optional<Tensor> x_gates, std::optional<Tensor> h_gates, Tensor weight, std::optional<Tensor> vectors,
-                       std::optional<Tensor> projection, std::optional<Tensor> h0, std::optional<Tensor> c0,
-                       std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h,
-                       std::optional<Tensor> hold_c, std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, Tensor y,
-                       Tensor h_n, Tensor c_n, Tensor c, Tensor gates) {
-  Forward a{};
-  a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
-  a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
+// A layer forward, all its lanes, as both ops make it of their arguments.
+struct Layer {
+  Forward a{};  // all but what is made of the weights; x, if given, is projected here
+  int64_t steps, rows, reverse;
+  const int64_t *lengths, *batch_sizes;
+  // of each lane, as PyTorch stores them
+  std::vector<const void*> w_ih, w_hh, w_hr;
+};
+
+void run(Layer& layer) {
+  Forward& a = layer.a;
   const Kernels& kernel = kernels_of(a.shape);
   const Tiling tiling = kernel.tiling(a.shape);
-  const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates;
-  a.batch = h_n.size(1);
-  const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
-  if (a.batch == 0 || steps == 0 || P == 0) return;
-  const int64_t bytes = a.shape.type == Type::kDouble ? 8 : 4, stored = a.shape.type == Type::kBfloat16 ? 2 : bytes;
+  const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden, GH = tiling.gates * H, I = a.input;
+  const int64_t stored = bytes_of(a.shape.type);
   const int64_t unit_tile = tiling.unit_blocks * tiling.width, output_tile = kTileVectors * tiling.width;
   const int64_t unit_tiles = tiles_of(H, unit_tile), output_tiles = tiles_of(P, output_tile);
 
+  const auto pack = [&](const std::vector<const void*>& weights, int64_t depth) {  // of each lane [G*H, depth]
+    const int64_t tile_bytes = kernel.unit_tile_bytes(a.shape, depth), work = unit_tile * tiling.gates * depth;
+    return packed_tiles(D, unit_tiles, tile_bytes, work,
+                        [&](int64_t d, int64_t tile, void* to) { kernel.pack_units(a.shape, weights[d], depth, tile, to); });
+  };
+  Buffer packed, packed_input, packed_projection, gates;
+  if (reads_in_place(a.shape.type, layer.steps, a.batch)) {
+    a.in_place = layer.w_hh.data();
+  } else {
+    packed = pack(layer.w_hh, P);
+    a.weights = packed.get();
+  }
+  if (a.x && projects_in_place(a.shape.type, layer.rows)) {
+    gates = Buffer(layer.rows * D * GH * stored);
+    const int64_t width = tiling.width, vectors = tiles_of(GH, width);
+    const int64_t grain = std::max<int64_t>(1, kWorkOfMember / (layer.rows * I * width));
+    torch::stable::parallel_for(0, D * vectors, grain, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t d = begin / vectors, next = std::min(end, (d + 1) * vectors);
+        const Projection p{a.x, layer.w_ih[d], offset(a.input_bias, d * GH * stored), layer.rows, I,
+                           static_cast<char*>(gates.get()) + d * GH * stored, D * GH};
+        kernel.project(a.shape, p, (begin - d * vectors) * width, std::min((next - d * vectors) * width, GH));
+        begin = next;
+      }
+    });
+    a.x = nullptr;
+    a.x_gates = gates.get();
+  } else if (a.x) {
+    packed_input = pack(layer.w_ih, I);
+    a.input_weights = packed_input.get();
+  }
+  if (a.shape.projected) {
+    packed_projection = packed_tiles(
+        D, output_tiles, kernel.column_tile_bytes(a.shape, H), output_tile * H,
+        [&](int64_t d, int64_t tile, void* to) { kernel.pack_columns(a.shape, layer.w_hr[d], P, H, tile, to); });
+    a.projection = packed_projection.get();
+  }
+  const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, a.x ? P + I : P, GH, unit_tiles, wide_bytes(a.shape.type));
+  const Batch batch(layer.steps, a.batch, layer.lengths, layer.batch_sizes, plan.batch_parts);
+  run_teams(plan, D, layer.reverse, batch, unit_tiles, output_tiles, kernel.forward_workspace, a.shape, [&](Work& work) {
+    const Buffer scratch(kernel.forward_scratch(a, work));
+    work.scratch = scratch.get();
+    kernel.forward(a, work);
+  });
+}
+
+}  // namespace
+
+void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std::optional<Tensor> b_ih,
+                       std::optional<Tensor> x_gates, Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection,
+                       std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> lengths,
+                       std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h, std::optional<Tensor> hold_c,
+                       std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, Tensor y, Tensor h_n, Tensor c_n,
+                       Tensor c, Tensor gates) {
+  Layer layer;
+  Forward& a = layer.a;
+  a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
+  a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
+  const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
+  const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates;
+  a.batch = h_n.size(1);
+  layer.steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
+  if (a.batch == 0 || layer.steps == 0 || P == 0) return;
+
   const ScalarType narrow = y.scalar_type(), wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
-  const int64_t rows = y.numel() / (D * P), GH = tiling.gates * H, input = x ? x->size(x->dim() - 1) : 0;
+  const int64_t rows = layer.rows = y.numel() / (D * P), GH = tiling.gates * H, input = x ? x->size(x->dim() - 1) : 0;
   STD_TORCH_CHECK(x.has_value() == w_ih.has_value() && x.has_value() != x_gates.has_value(),
                   "recurrent: needs either x and w_ih, or x_gates");
   expect(x, narrow, rows * input, "x"), expect(w_ih, narrow, D * GH * input, "w_ih"), expect(b_ih, narrow, D * GH, "b_ih");
-  expect(x_gates, narrow, rows * D * GH, "x_gates"), expect(h_gates, wide, D * a.batch * GH, "h_gates");
+  expect(x_gates, narrow, rows * D * GH, "x_gates");
   expect(weight, narrow, D * GH * P, "weight"), expect(vectors, narrow, D * tiling.vectors * H, "vectors");
   expect(projection, narrow, D * P * H, "projection");
   expect(h0, narrow, D * a.batch * P, "h0"), expect(c0, wide, D * a.batch * tiling.states * H, "c0");
   STD_TORCH_CHECK(!projection || tiling.states == 1, "recurrent: cell ", cell, " has no projection");
-  expect(lengths, ScalarType::Long, a.batch, "lengths"), expect(batch_sizes, ScalarType::Long, steps, "batch_sizes");
+  expect(lengths, ScalarType::Long, a.batch, "lengths"), expect(batch_sizes, ScalarType::Long, layer.steps, "batch_sizes");
   expect(hold_h, ScalarType::Bool, rows * D * P, "hold_h");
   expect(hold_c, ScalarType::Bool, tiling.states == 1 ? rows * D * H : 0, "hold_c");
   expect(y, narrow, rows * D * P, "y"), expect(h_n, narrow, D * a.batch * P, "h_n");
   expect(c_n, wide, D * a.batch * tiling.states * H, "c_n"), expect(c, wide, c.numel() ? rows * D * tiling.states * H : 0, "c");
   expect(gates, narrow, gates.numel() ? rows * D * saved_of(tiling, a.shape) * H : 0, "gates");
 
-  const auto pack = [&](const Tensor& weights, int64_t depth) {  // [D, G*H, depth]
-    const int64_t tile_bytes = kernel.unit_tile_bytes(a.shape, depth), work = unit_tile * tiling.gates * depth;
-    return packed_tiles(D, unit_tiles, tile_bytes, work, [&](int64_t d, int64_t tile, void* to) {
-      kernel.pack_units(a.shape, static_cast<const char*>(data(weights)) + d * GH * depth * stored, depth, tile, to);
-    });
-  };
-  Buffer packed, packed_input, packed_projection;
-  if (!h_gates) packed = pack(weight, P);
-  if (x) {
-    a.x = data(x);
-    a.input = input;
-    packed_input = pack(*w_ih, a.input);
+  const int64_t stored = bytes_of(a.shape.type);
+  for (int64_t d = 0; d < D; ++d) {
+    layer.w_hh.push_back(offset(data(weight), d * GH * P * stored));
+    if (x) layer.w_ih.push_back(offset(data(w_ih), d * GH * input * stored));
+    if (projection) layer.w_hr.push_back(offset(data(projection), d * P * H * stored));
   }
-  if (projection)
-    packed_projection = packed_tiles(
-        D, output_tiles, kernel.column_tile_bytes(a.shape, H), output_tile * H, [&](int64_t d, int64_t tile, void* to) {
-          kernel.pack_columns(a.shape, static_cast<const char*>(data(projection)) + d * P * H * stored, P, H, tile, to);
-        });
-  a.x_gates = data(x_gates), a.h_gates = data(h_gates), a.vectors = data(vectors);
-  a.input_weights = packed_input.get(), a.input_bias = data(b_ih);
+  a.x = data(x), a.input = input, a.input_bias = data(b_ih), a.x_gates = data(x_gates), a.vectors = data(vectors);
   a.h0 = data(h0), a.c0 = data(c0);
-  a.weights = packed.get(), a.projection = packed_projection.get();
   a.y = mutable_data(y), a.h_n = mutable_data(h_n), a.c_n = mutable_data(c_n), a.c = mutable_data(c), a.gates = mutable_data(gates);
-
-  const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, P + a.input, tiling.gates * H, unit_tiles, bytes);
-  const Batch batch(steps, a.batch, lengths, batch_sizes, plan.batch_parts);
-  run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.forward_workspace, a.shape, [&](Work& work) {
-    const Buffer scratch(kernel.forward_scratch(a, work));
-    work.scratch = scratch.get();
-    kernel.forward(a, work);
-  });
+  layer.reverse = reverse, layer.lengths = integers(lengths), layer.batch_sizes = integers(batch_sizes);
+  run(layer);
 }
 
 void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc,
@@ -393,7 +437,7 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
 
   const Plan plan =
       make_plan(torch::stable::get_num_threads(), D, a.batch, GH, P, std::min(unit_tiles, output_tiles), bytes);
-  const Batch batch(steps, a.batch, lengths, batch_sizes, plan.batch_parts);
+  const Batch batch(steps, a.batch, integers(lengths), integers(batch_sizes), plan.batch_parts);
   run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.backward_workspace, a.shape,
             [&](const Work& work) { kernel.backward(a, work); });
 }

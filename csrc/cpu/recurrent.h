@@ -12,13 +12,12 @@ namespace fastseq::cpu {
 using torch::stable::Tensor;
 
 // Either the input x with w_ih and b_ih, or x_gates (rows x G*H), the input as projected outside.
-// h_gates [D, B, G*H] in the state's dtype: the product of h0 with the weights, given when there is a single step.
 void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std::optional<Tensor> b_ih,
-                       std::optional<Tensor> x_gates, std::optional<Tensor> h_gates, Tensor weight, std::optional<Tensor> vectors,
-                       std::optional<Tensor> projection, std::optional<Tensor> h0, std::optional<Tensor> c0,
-                       std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h,
-                       std::optional<Tensor> hold_c, std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, Tensor y,
-                       Tensor h_n, Tensor c_n, Tensor c, Tensor gates);
+                       std::optional<Tensor> x_gates, Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection,
+                       std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> lengths,
+                       std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h, std::optional<Tensor> hold_c,
+                       std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, Tensor y, Tensor h_n, Tensor c_n,
+                       Tensor c, Tensor gates);
 
 // through_weights: whether the gradient goes through the recurrent weights here; else dh0 lacks that part (a single step).
 void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc,

@@ -2,7 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstdint>
+
+#include "recurrent_kernel.h"
 
 namespace fastseq::cpu {
 
@@ -17,6 +20,13 @@ constexpr int64_t kCacheBytes = 512 << 10;  // half of a usual second-level cach
 constexpr int64_t kWorkOfMember = 48 << 10;  // multiply-adds of a step that are worth a barrier (a few hundred nanoseconds)
 
 constexpr int64_t kWorkOfPacking = 64 << 10;  // weights worth a thread to pack
+
+// Short calls read weights as PyTorch stores them. A step costs more so, by the sums across lanes, than with packed weights, and packing
+// costs as much as some steps.
+inline bool reads_in_place(Type type, int64_t steps, int64_t batch) {
+  return steps * batch <= (getenv("IPR") ? atoi(getenv("IPR")) : 16);
+}
+inline bool projects_in_place(Type type, int64_t rows) { return rows < (getenv("IPX") ? atoi(getenv("IPX")) : 64); }
 
 // A split of the batch needs no barrier, but each part streams all weights; a split of the units streams each weight once.
 inline Plan make_plan(int64_t threads, int64_t lanes, int64_t batch, int64_t depth, int64_t columns, int64_t tiles, int64_t bytes) {
