@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -272,8 +273,8 @@ int64_t wide_bytes(Type type) { return type == Type::kDouble ? 8 : 4; }
 // A layer forward, all its lanes, as both ops make it of their arguments.
 struct Layer {
   Forward a{};  // all but what is made of the weights; x, if given, is projected here
-  int64_t steps, rows, reverse;
-  const int64_t *lengths, *batch_sizes;
+  int64_t steps = 0, rows = 0, reverse = 0;
+  const int64_t *lengths = nullptr, *batch_sizes = nullptr;
   // of each lane, as PyTorch stores them
   std::vector<const void*> w_ih, w_hh, w_hr;
 };
@@ -379,6 +380,206 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
   a.y = mutable_data(y), a.h_n = mutable_data(h_n), a.c_n = mutable_data(c_n), a.c = mutable_data(c), a.gates = mutable_data(gates);
   layer.reverse = reverse, layer.lengths = integers(lengths), layer.batch_sizes = integers(batch_sizes);
   run(layer);
+}
+
+namespace {
+
+// A number in fp32 from S, and back, as PyTorch converts: bfloat16 to nearest even, a NaN quiet.
+float widened(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+uint16_t narrowed(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+}
+
+// to[0 .. n) = a + b, of the type of both; without b, zeros
+void add(Type type, const void* a, const void* b, int64_t n, void* to) {
+  const auto all = [&]<class T>(T, const auto& sum) {
+    for (int64_t i = 0; i < n; ++i) static_cast<T*>(to)[i] = sum(static_cast<const T*>(a)[i], b ? static_cast<const T*>(b)[i] : T());
+  };
+  if (type == Type::kDouble) return all(double(), [](double x, double y) { return x + y; });
+  if (type == Type::kFloat) return all(float(), [](float x, float y) { return x + y; });
+  all(uint16_t(), [](uint16_t x, uint16_t y) { return narrowed(widened(x) + widened(y)); });
+}
+
+// A new tensor on the CPU, contiguous, or the first two of its three dimensions transposed in memory.
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, bool transposed = false) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  if (transposed) strides[0] = sizes[2], strides[1] = sizes[0] * sizes[2];
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace
+
+std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
+                                     std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::string cell,
+                                     int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
+                                     double zoneout_c) {
+  // Whatever is odd is declined: the long way says what is wrong with it, or deals with it.
+  const auto plain = [](const std::optional<Tensor>& tensor) {
+    int32_t layout = aoti_torch_layout_strided();
+    if (tensor) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
+    return !tensor || (tensor->is_cpu() && layout == aoti_torch_layout_strided());
+  };
+  if (!plain(input) || !plain(h0) || !plain(c0) || !plain(lengths) || !plain(batch_sizes)) return {};
+  if (!std::all_of(params.begin(), params.end(), plain)) return {};
+  const ScalarType narrow = input.scalar_type();
+  if (narrow != ScalarType::Float && narrow != ScalarType::Double && narrow != ScalarType::BFloat16) return {};
+  Layer layer;
+  Forward& a = layer.a;
+  a.zoneout = {nullptr, nullptr, zoneout_h, zoneout_c};
+  const Type type = type_of(narrow);
+  a.shape = {cell_of(cell), type, bidirectional ? 2 : 1, 0, 0, false, any(a.zoneout)};
+  const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
+  const bool inside = tiling.own_recurrent > 0;  // the last gate's recurrent bias acts inside a step
+  const int64_t D = a.shape.lanes, G = tiling.gates, own = inside ? 0 : tiling.vectors > 0;
+  const int64_t each = 2 + 2 * has_biases + own, lanes = num_layers * D, count = params.size();
+  if (num_layers < 1 || tiling.states > 1 || count == 0 || count % lanes || count / lanes - each > 1 || count / lanes < each) return {};
+  const bool projected = a.shape.projected = count / lanes > each;
+  if (projected && tiling.states != 1) return {};
+  if (params[1].dim() != 2) return {};
+  const int64_t GH = params[1].size(0), H = a.shape.hidden = GH / G, P = a.shape.output = params[1].size(1);
+  if (GH == 0 || P == 0 || GH % G || (!projected && P != H)) return {};
+
+  // the input [T, B, I], [B, T, I], [N, I], or of one step [B, I]
+  const bool step = input.dim() == 2 && !batch_sizes;
+  if (input.dim() != (step || batch_sizes ? 2 : 3) || input.numel() == 0) return {};
+  const int64_t time = batch_first ? 1 : 0;
+  int64_t T = step ? 1 : input.size(time), B = step ? input.size(0) : input.dim() == 3 ? input.size(1 - time) : 0;
+  const int64_t I = input.size(input.dim() - 1), stored = bytes_of(type), wide = wide_bytes(type);
+  if (batch_sizes) {
+    if (batch_sizes->dim() != 1 || batch_sizes->scalar_type() != ScalarType::Long || !batch_sizes->is_contiguous() || lengths)
+      return {};
+    const int64_t* sizes = layer.batch_sizes = integers(batch_sizes);
+    T = batch_sizes->numel(), B = T ? sizes[0] : 0;
+    if (T == 0 || sizes[T - 1] < 1 || std::accumulate(sizes, sizes + T, int64_t(0)) != input.size(0)) return {};
+    if (!std::is_sorted(sizes, sizes + T, std::greater<int64_t>())) return {};
+    if (sizes[T - 1] == B) layer.batch_sizes = nullptr;  // sequences of one length lie as padded ones do
+  }
+  std::vector<int64_t> steps_of;
+  if (lengths) {
+    if (lengths->dim() != 1 || lengths->numel() != B || !lengths->is_contiguous() || step) return {};
+    const bool narrow_lengths = lengths->scalar_type() == ScalarType::Int;
+    if (!narrow_lengths && lengths->scalar_type() != ScalarType::Long) return {};
+    for (int64_t b = 0; b < B; ++b) {
+      const void* given = data(*lengths);
+      steps_of.push_back(narrow_lengths ? static_cast<const int32_t*>(given)[b] : static_cast<const int64_t*>(given)[b]);
+      if (steps_of[b] < 0 || steps_of[b] > T) return {};
+    }
+    layer.lengths = steps_of.data();
+  }
+  const int64_t rows = layer.rows = input.numel() / I;
+  layer.steps = T, layer.reverse = D > 1 ? 2 : 0, a.batch = B;
+
+  const auto fits = [&](const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+    if (tensor.scalar_type() != narrow || tensor.dim() != static_cast<int64_t>(sizes.size()) || !tensor.is_contiguous()) return false;
+    int64_t dim = 0;
+    for (int64_t size : sizes)
+      if (tensor.size(dim++) != size) return false;
+    return true;
+  };
+  const auto state_fits = [&](const std::optional<Tensor>& state, int64_t width) {
+    return !state || (step ? fits(*state, {B, width}) : fits(*state, {lanes, B, width}));
+  };
+  if (!state_fits(h0, P) || !state_fits(c0, H) || (c0 && tiling.states != 1) || (tiling.states == 1 && h0.has_value() != c0.has_value()))
+    return {};
+  for (int64_t i = 0; i < count; i += count / lanes) {
+    const int64_t width = i / (count / lanes) < D ? I : P * D, bias = 2 + 2 * has_biases;
+    if (!fits(params[i], {GH, width}) || !fits(params[i + 1], {GH, P})) return {};
+    if (has_biases && (!fits(params[i + 2], {GH}) || !fits(params[i + 3], {GH}))) return {};
+    if (projected && !fits(params[i + bias], {P, H})) return {};
+    if (own && !fits(params[i + bias + projected], {tiling.vectors * H})) return {};
+  }
+
+  // rows in the order of time
+  const void* x = data(input);
+  Buffer ordered;
+  const bool transposed = batch_first && input.dim() == 3;
+  if (!(input.is_contiguous() && (!transposed || T == 1 || B == 1))) {
+    const int64_t features = input.stride(input.dim() - 1), dim = input.dim();
+    const int64_t of_time = dim == 3 ? input.stride(time) : step ? 0 : input.stride(0);
+    const int64_t of_batch = dim == 3 ? input.stride(1 - time) : input.stride(0);
+    if (features != 1 && I > 1) return {};
+    ordered = Buffer(rows * I * stored);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t from = dim == 3 ? r / B * of_time + r % B * of_batch : r * input.stride(0);
+      std::memcpy(static_cast<char*>(ordered.get()) + r * I * stored, offset(x, from * stored), I * stored);
+    }
+    x = ordered.get();
+  }
+
+  Buffer wide_c0, wide_c, last_h, folded(D * (GH + tiling.vectors * H) * stored), between[2];
+  const int64_t cells = tiling.states ? lanes * B * H : 0;
+  const void* c = data(c0);
+  if (c && stored == 2) {
+    wide_c0 = Buffer(cells * wide);
+    for (int64_t i = 0; i < cells; ++i) static_cast<float*>(wide_c0.get())[i] = widened(static_cast<const uint16_t*>(c)[i]);
+    c = wide_c0.get();
+  }
+  std::vector<Tensor> results;
+  if (input.dim() == 2)
+    results.push_back(empty({rows, D * P}, narrow));
+  else
+    results.push_back(transposed ? empty({B, T, D * P}, narrow, true) : empty({T, B, D * P}, narrow));
+  void* h_n = nullptr;
+  if (step) {
+    last_h = Buffer(B * P * stored), h_n = last_h.get();
+  } else {
+    results.push_back(empty({lanes, B, P}, narrow)), h_n = mutable_data(results.back());
+  }
+  void* c_n = nullptr;
+  if (cells) {
+    results.push_back(step ? empty({B, H}, narrow) : empty({lanes, B, H}, narrow)), c_n = mutable_data(results.back());
+    if (stored == 2) wide_c = Buffer(cells * wide), c_n = wide_c.get();
+  }
+  for (int64_t l = 0; l < num_layers; ++l) {
+    layer.w_ih.clear(), layer.w_hh.clear(), layer.w_hr.clear();
+    char *biases = static_cast<char*>(folded.get()), *vectors = biases + D * GH * stored;
+    for (int64_t d = 0; d < D; ++d) {
+      const Tensor* of = &params[(l * D + d) * (count / lanes)];
+      layer.w_ih.push_back(data(of[0])), layer.w_hh.push_back(data(of[1]));
+      if (has_biases) {
+        const int64_t through = (GH - inside * H) * stored;
+        add(type, data(of[2]), data(of[3]), GH - inside * H, biases + d * GH * stored);
+        if (inside) {  // as a sum with zero
+          add(type, offset(data(of[2]), through), nullptr, H, biases + d * GH * stored + through);
+          std::memcpy(vectors + d * H * stored, offset(data(of[3]), through), H * stored);
+        }
+      }
+      if (projected) layer.w_hr.push_back(data(of[2 + 2 * has_biases]));
+      if (own) std::memcpy(vectors + d * tiling.vectors * H * stored, data(of[2 + 2 * has_biases + projected]), tiling.vectors * H * stored);
+    }
+    a.x = x, a.input = l ? D * P : I, a.x_gates = nullptr;
+    a.input_bias = has_biases ? biases : nullptr;
+    a.vectors = own || (inside && has_biases) ? vectors : nullptr;
+    a.in_place = nullptr, a.weights = a.input_weights = a.projection = nullptr;
+    a.h0 = offset(data(h0), l * D * B * P * stored), a.c0 = offset(c, l * D * B * H * wide);
+    if (l + 1 < num_layers) {
+      between[l & 1] = Buffer(rows * D * P * stored);
+      a.y = between[l & 1].get();
+    } else {
+      a.y = mutable_data(results[0]);
+    }
+    a.h_n = static_cast<char*>(h_n) + l * D * B * P * stored;
+    a.c_n = c_n ? static_cast<char*>(c_n) + l * D * B * H * wide : nullptr;
+    run(layer);
+    x = a.y;
+  }
+  if (cells && stored == 2)
+    for (int64_t i = 0; i < cells; ++i)
+      static_cast<uint16_t*>(mutable_data(results.back()))[i] = narrowed(static_cast<const float*>(c_n)[i]);
+  return results;
 }
 
 void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc,
