@@ -41,14 +41,17 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// The kernels that serve a call. AMX takes bfloat16 (products of its own rate, 14 times that of fp32 multiply-adds) but not what is
-// projected: a projection's operand, o tanh(c), would be rounded to bfloat16 on its way.
+// AMX takes bfloat16 (products of its own rate, 14 times that of fp32 multiply-adds) but not what is projected: a projection's operand,
+// o tanh(c), would be rounded to bfloat16 on its way.
+bool multiplies_tiles(const Shape& shape) {
+  return level() == Level::kAmx && shape.type == Type::kBfloat16 && !shape.projected;
+}
+
+// The kernels that serve a call.
 const Kernels& kernels_of(const Shape& shape) {
   switch (level()) {
 #if defined(__x86_64__)
-    case Level::kAmx:
-      if (shape.type == Type::kBfloat16 && !shape.projected) return kernels_amx();
-      [[fallthrough]];
+    case Level::kAmx: return multiplies_tiles(shape) ? kernels_amx() : kernels_avx512();
     case Level::kAvx512: return kernels_avx512();
     case Level::kAvx2: return kernels_avx2();
 #endif
@@ -285,6 +288,7 @@ void run(Layer& layer) {
   const Tiling tiling = kernel.tiling(a.shape);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden, GH = tiling.gates * H, I = a.input;
   const int64_t stored = bytes_of(a.shape.type);
+  const bool tiles = multiplies_tiles(a.shape);
   const int64_t unit_tile = tiling.unit_blocks * tiling.width, output_tile = kTileVectors * tiling.width;
   const int64_t unit_tiles = tiles_of(H, unit_tile), output_tiles = tiles_of(P, output_tile);
 
@@ -294,13 +298,7 @@ void run(Layer& layer) {
                         [&](int64_t d, int64_t tile, void* to) { kernel.pack_units(a.shape, weights[d], depth, tile, to); });
   };
   Buffer packed, packed_input, packed_projection, gates;
-  if (reads_in_place(a.shape.type, layer.steps, a.batch)) {
-    a.in_place = layer.w_hh.data();
-  } else {
-    packed = pack(layer.w_hh, P);
-    a.weights = packed.get();
-  }
-  if (a.x && projects_in_place(a.shape.type, layer.rows)) {
+  if (a.x && reads_in_place(layer.rows, I, tiles)) {
     gates = Buffer(layer.rows * D * GH * stored);
     const int64_t width = tiling.width, vectors = tiles_of(GH, width);
     const int64_t grain = std::max<int64_t>(1, kWorkOfMember / (layer.rows * I * width));
@@ -318,6 +316,12 @@ void run(Layer& layer) {
   } else if (a.x) {
     packed_input = pack(layer.w_ih, I);
     a.input_weights = packed_input.get();
+  }
+  if (!a.x && reads_in_place(layer.steps * a.batch, P, tiles)) {
+    a.in_place = layer.w_hh.data();
+  } else {
+    packed = pack(layer.w_hh, P);
+    a.weights = packed.get();
   }
   if (a.shape.projected) {
     packed_projection = packed_tiles(
