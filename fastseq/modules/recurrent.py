@@ -21,7 +21,7 @@ from fastseq import backends, functional
 from fastseq._arguments import checked_number
 from fastseq.backends import library
 from fastseq.backends.cpu.recurrent import DTYPES
-from fastseq.backends.torch.limits import LONGEST_STEPS, short_layers, steps_of
+from fastseq.backends.torch.limits import short_layers, steps_of
 from fastseq.backends.torch.recurrent import GATES
 from fastseq.backends.torch.recurrent import layers as layers_of_torch
 from fastseq.cells import CELLS
@@ -228,7 +228,7 @@ class Sequence(Interop, nn.RNNBase):
         steps, batch, width = input.shape
         if self.batch_first:
             steps, batch = batch, steps
-        if recorded() or not 0 < steps <= LONGEST_STEPS or width != self.input_size:  # a program is for every length
+        if recorded() or steps <= 0 or width != self.input_size:  # a program is for every length
             return None
         if backends.forced() or torch.is_autocast_enabled("cpu") or transforming():
             return None
@@ -252,8 +252,8 @@ class Sequence(Interop, nn.RNNBase):
         gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (*params, input, *states))
         if self.recompute and gradients:  # torch's kernels keep what their backward needs
             return None
-        inference, training, first = steps_of(cell, hidden, batch, lanes)
-        if not first <= steps <= (training if gradients else inference):
+        first, last = steps_of(cell, dtype, "padded", lanes, batch, hidden, gradients)
+        if not first <= steps <= last:
             return None
         if backends.watched():
             query = backends.RecurrentQuery(
