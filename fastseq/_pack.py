@@ -53,7 +53,7 @@ class PackReport:
     Attributes:
         packed: modules that were packed, or of `unpack` unpacked.
         skipped: recurrent modules that were left alone.
-        errors: with `example`, of every tensor of the model's result: its place, the largest difference from the unpacked model,
+        errors: with `example`, of every tensor of the result: its place, the largest difference from the unpacked model,
             and the root mean square of the difference over that of the result.
     """
 
@@ -86,13 +86,13 @@ def pack(model: nn.Module, weights: torch.dtype | None = None, *, example: Any =
     """Pack the weights of fastseq's recurrent modules and cells in `model` once, for inference on a CPU, and tell what was done.
 
     A packed module saves the packing at every call. In another dtype it also reads less, which is what a call of few rows spends
-    its time on once the weights exceed the caches: input and recurrent weights are rounded, while inputs, states, biases, sums and
-    activations stay float32. Calls in training mode, with gradients, under autocast, in torch.compile, of transforms or on a GPU
+    its time on once the weights exceed the caches: input and recurrent weights are rounded, while inputs, states, biases, sums
+    and activations stay float32. Calls in training mode, with gradients, under autocast, in torch.compile, of transforms or on a GPU
     use the parameters, as before.
 
     A parameter that is replaced, moved, loaded or written in place is packed again at the next call. Of writes to
-    ``parameter.data``, which PyTorch does not count, samples of the values tell, not every one: `pack` again after those. Another
-    format replaces the first.
+    ``parameter.data``, which PyTorch does not count, samples of the values tell, but not of all: `pack` again after those.
+    Another format replaces the first.
 
     Args:
         model: any module.

@@ -61,6 +61,15 @@ def rounded(module: Any, weights: torch.dtype | None) -> Any:
     return twin.double()
 
 
+def assert_as_exact(ours: Any, unpacked: Any, exact: Any) -> None:
+    """At most twice the error that the same numbers leave without packing, and two roundings."""
+    for found, before, truth in zip(flat(ours), flat(unpacked), flat(exact), strict=True):
+        allowed = 2 * (before.double() - truth).abs().max() + 2 * torch.finfo(found.dtype).eps * max(
+            1.0, truth.abs().max().item()
+        )
+        assert found.dtype == before.dtype and (found.double() - truth).abs().max() <= allowed
+
+
 def inputs_of(module: Any, steps: int, batch: int) -> tuple[Tensor, ...]:
     dtype = next(module.parameters()).dtype
     shape = (batch,) if isinstance(module, nn.RNNCellBase) else (steps, batch)
@@ -96,11 +105,11 @@ def test_values(kind, level, weights, monkeypatch):
     else:
         module = MODULES[kind](19, 37, 2, bidirectional=True).eval()
     truth = rounded(module, weights)
+    unpacked = copy.deepcopy(truth).float()
     assert len(fastseq.pack(module, weights)) == 1
     for steps, batch in ((1, 1), (3, 2), (1, 9), (20, 33)):
         given = inputs_of(module, steps, batch)
-        for ours, expected in zip(flat(module(*given)), flat(truth(*as_double(given))), strict=True):
-            torch.testing.assert_close(ours.double(), expected, rtol=0, atol=2e-6)
+        assert_as_exact(module(*given), unpacked(*given), truth(*as_double(given)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -110,11 +119,9 @@ def test_own_dtype_as_exact_as_unpacked(kind, dtype):
     truth = copy.deepcopy(module).double()
     for steps, batch in ((1, 1), (4, 3), (30, 5)):
         given = inputs_of(module, steps, batch)
-        expected, unpacked = flat(truth(*as_double(given))), flat(module(*given))
+        unpacked = module(*given)
         fastseq.pack(module)
-        for ours, before, exact in zip(flat(module(*given)), unpacked, expected, strict=True):
-            allowed = (before.double() - exact).abs().max() + 4 * torch.finfo(dtype).eps
-            assert (ours.double() - exact).abs().max() <= 2 * allowed
+        assert_as_exact(module(*given), unpacked, truth(*as_double(given)))
         fastseq.unpack(module)
 
 
@@ -122,6 +129,7 @@ def test_own_dtype_as_exact_as_unpacked(kind, dtype):
 def test_every_layout(weights):
     module = fastseq.LSTM(8, 48, batch_first=True).eval()
     truth = rounded(module, weights)
+    unpacked = copy.deepcopy(truth).float()
     fastseq.pack(module, weights)
     x, h, c = torch.randn(3, 5, 8), torch.randn(1, 3, 48), torch.randn(1, 3, 48)
     rows = pack_sequence([torch.randn(n, 8) for n in (2, 5, 1)], enforce_sorted=False)
@@ -131,8 +139,7 @@ def test_every_layout(weights):
         lambda m, d: m(d(x), lengths=torch.tensor([5, 0, 2])),
         lambda m, d: m(rows._replace(data=d(rows.data)), (d(h), d(c))),
     ):
-        for ours, expected in zip(flat(call(module, lambda t: t)), flat(call(truth, Tensor.double)), strict=True):
-            torch.testing.assert_close(ours.double(), expected, rtol=0, atol=2e-6)
+        assert_as_exact(call(module, lambda t: t), call(unpacked, lambda t: t), call(truth, Tensor.double))
 
 
 class TestNeverStale:

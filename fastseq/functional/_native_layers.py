@@ -16,6 +16,7 @@ from .. import backends
 from ..backends import library
 from ..backends.cpu import recurrent as native
 from ..backends.notes import note
+from ..backends.torch import limits
 from ..backends.torch import recurrent as torchs
 from ..cells import CELLS
 from ._packing import Packing
@@ -105,7 +106,16 @@ def _ours(
     """Whether the native kernels are the ones for such a call without gradients."""
     if cell not in torchs.GATES or lengths is not None or backends.forced() or (input.dim() == 2 and batch_sizes is None):
         return True
-    return torchs.why_layers(_query(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes), False) is None
+    hidden = weight.shape[0] // torchs.GATES[cell]
+    if weight.shape[1] != hidden:  # projected, without oneDNN
+        return True
+    if batch_sizes is not None:
+        layout, steps, batch = "packed", batch_sizes.numel(), int(batch_sizes[0]) if batch_sizes.numel() else 0
+    else:
+        layout = "padded"
+        steps, batch = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
+    first, last = limits.steps_of(cell, input.dtype, layout, 2 if bidirectional else 1, batch, hidden, False)
+    return not first <= steps <= last
 
 
 def _query(
