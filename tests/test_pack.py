@@ -438,7 +438,9 @@ def test_int8_beside_quantize_dynamic(kind):
     exact = copy.deepcopy(theirs).double()(x.double())[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(theirs), {type(theirs)}, torch.qint8)(x)[0]
+        model = torch.ao.quantization.quantize_dynamic(nn.Sequential(copy.deepcopy(theirs)), {type(theirs)}, torch.qint8)
+        assert type(model[0]) is not type(theirs)
+        quantized = model(x)[0]
     ours = getattr(fastseq, kind)(64, 128, 2).eval()
     ours.load_state_dict(theirs.state_dict())
     fastseq.pack(ours, torch.int8)
