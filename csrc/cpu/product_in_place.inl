@@ -11,10 +11,18 @@ struct Memory<int8_t, float> {
   static constexpr int kWidth = sizeof(V) / sizeof(float);
 
   static FASTSEQ_HOST_DEVICE V load(const int8_t* p, int64_t n) {
-    if (n < kWidth) return __builtin_convertvector((Signed)load_head<B>((const uint8_t*)p, n), V);
-    Signed bytes;
-    __builtin_memcpy(&bytes, p, sizeof(B));
-    return __builtin_convertvector(bytes, V);
+    B bytes;
+    if (n < kWidth)
+      bytes = load_head<B>((const uint8_t*)p, n);
+    else
+      __builtin_memcpy(&bytes, p, sizeof(B));
+#if FASTSEQ_VECTOR_BYTES == 64  // the compiler widens fourfold element by element
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
+#elif FASTSEQ_VECTOR_BYTES == 32
+    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)bytes)));
+#else
+    return __builtin_convertvector((Signed)bytes, V);
+#endif
   }
 };
 
