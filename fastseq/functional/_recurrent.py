@@ -54,8 +54,7 @@ def recurrent(
     batch.
 
     Args:
-        cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, ``"rnn_relu"``, ``"coupled_lstm"``, ``"peephole_lstm"``,
-            ``"layer_norm_lstm"``, ``"layer_norm_gru"`` or ``"slstm"``.
+        cell: a name of ``fastseq.cells.CELLS``: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, ``"rnn_relu"``, ``"coupled_lstm"``, ...
         input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, or ``[N, I]`` with ``batch_sizes``; floating point.
         hx: None (zeros), or the cell's states, h ``[L*D, B, P]`` and the others ``[L*D, B, H]`` (sLSTM: c, n, m).
         params: per layer, per direction: w_ih ``[G*H, I or D*P]``, w_hh ``[G*H, P]`` (``[G*H, H/num_heads]``), b_ih and b_hh
