@@ -87,8 +87,8 @@ def pack(model: nn.Module, weights: torch.dtype | None = None, *, example: Any =
 
     A packed module saves the packing at every call. In another dtype it also reads less, which is what a call of few rows spends
     its time on once the weights exceed the caches: input and recurrent weights are rounded, while inputs, states, biases, sums
-    and activations stay float32. Calls in training mode, with gradients, under autocast, in torch.compile, of transforms or on a GPU
-    use the parameters, as before.
+    and activations stay float32. Calls in training mode, with gradients, under autocast, in torch.compile, of transforms or on
+    a GPU use the parameters, as before.
 
     A parameter that is replaced, moved, loaded or written in place is packed again at the next call. Of writes to
     ``parameter.data``, which PyTorch does not count, samples of the values tell, but not of all: `pack` again after those.
