@@ -15,6 +15,7 @@ from ..measure.timing import Effort
 from ..providers.base import RECURRENT
 from ..providers.cells import own_name, torch_name
 from ..providers.onnx_runtime import layer_name
+from ..providers.pack import pack_name
 from ..report.model import Card, Cell, Figure, Section, Table, heat_cell, speed_tone, target_cell, time_cell
 from ..report.plots.strip import Strip, draw
 from ..report.statistics import geometric_mean
@@ -27,6 +28,8 @@ NAME = "recurrent-grid"
 SUMMARY = "LSTM, GRU, RNN on a CPU, every point: fp32 and bf16, padded and packed, one and two threads, steps with states carried"
 
 T = 128
+WIDE = 512  # units from which weights in bf16 are worth their rounding
+PROMPT = 20e-6  # seconds that a packed step of 64 units may take
 LEAST = 0.97  # of torch.nn's speed at every point: what a run can tell from being as fast
 GROUPS = {
     "padded": "rows of equal length",
@@ -48,11 +51,13 @@ def plan(options: Options) -> list[Case]:
     cases = []
 
     def add(group: str, cell: str, w: Workload) -> None:
-        names = (own_name, torch_name, layer_name)
-        own, base, onnx = (name(f"{cell}Cell" if group == "cells" else cell) for name in names)
         w = replace(w, device=options.device)
-        has = (w.device, w.mode, w.dtype, w.packed) == ("cpu", "inference", "float32", False) and group != "beside"
-        others = (onnx,) if has else ()
+        kind = f"{cell}Cell" if group == "cells" else cell
+        base, own, others = torch_name(kind), own_name(kind), []
+        if (w.device, w.mode, w.packed) == ("cpu", "inference", False) and group != "beside":
+            others += [layer_name(kind)] * (w.dtype == "float32")
+            others += [pack_name(kind)] * (group in CARRIED)
+            others += [pack_name(kind, "bfloat16")] * (group == "steps" and w.dtype == "float32" and w.H >= WIDE)
         participants = tuple(Participant(name, w) for name in (base, own, *others))
         cases.append(Case(NAME, group, participants, effort, tuple((name, base) for name in (own, *others))))
 
@@ -79,6 +84,7 @@ class Gate(NamedTuple):
     counts: Callable[[Row], bool]
     mean: bool = False
     over: str = "torch.nn"
+    packed: str | None = None  # rows after fastseq.pack, with weights in this dtype ("": their own)
 
 
 def _lstm(dtype: str, mode: str, B: int = 0, H: int = 0) -> Callable[[Row], bool]:
@@ -101,6 +107,10 @@ def _carried(r: Row) -> bool:
     return r.group in CARRIED
 
 
+def _prompt(r: Row) -> bool:
+    return r.group == "steps" and (r.T, r.B, r.H, r.dtype) == (1, 1, 64, "float32")
+
+
 def _inference(dtype: str, *limits: tuple[int, int, float, float]) -> list[Gate]:
     """Of LSTM, by batch and width (0: all)."""
     short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
@@ -119,13 +129,19 @@ GATES = (
     Gate("GRU and RNN, both dtypes and modes", 2.0, 3.0, _gru_and_rnn, mean=True),
     Gate("every point, padded and packed, all threads", LEAST, 1.1, _whole),
     Gate("T = 1, 4, 16 with a state carried, layers and cells", 1.0, 1.3, _carried),
+    Gate("the same after fastseq.pack, inference", 1.5, 3.0, _carried, packed=""),
+    Gate("the same with bf16 weights, H = 512", 1.5, 5.0, _carried, packed="bfloat16"),
+    Gate("a packed step, B=1 H=64, fp32", 1.0, 20 / 13, _prompt, over="20 µs", packed=""),
     Gate("every point that ONNX Runtime has", 1.0, 1.0, lambda r: _whole(r) or _carried(r), over="ONNX Runtime"),
     Gate("error against fp64, root mean square: torch's over ours", 1.0, 1.0, _whole, over="error"),
 )
 
 
-def _is_own(r: Row) -> bool:
-    return r.provider.startswith("fastseq.")
+def _is_own(r: Row, packed: str | None = None) -> bool:
+    """Whether it is fastseq's as it comes, or after fastseq.pack with these weights."""
+    _, _, layer = r.provider.partition("fastseq.")
+    name, _, way = layer.partition(" (pack")
+    return bool(name) and way == ("" if packed is None else f" {packed})" if packed else ")")
 
 
 def _point_of(r: Row) -> tuple[Any, ...]:
@@ -140,6 +156,8 @@ def _others(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
 def value_of(own: Row, gate: Gate, others: dict[tuple[Any, ...], Row]) -> float | None:
     """What a gate asks of a row; None where that has no figure."""
     other = others.get(("ONNX Runtime" if gate.over == "ONNX Runtime" else "torch.nn", *_point_of(own)))
+    if gate.over == "20 µs":
+        return PROMPT * CALLS / own.seconds if own.ok and own.time else None
     if other is None or not (own.ok and other.ok):
         return None
     if gate.over == "error":
@@ -155,7 +173,7 @@ def derive(results: Results) -> dict[str, Any]:
     own, others = [r for r in rows if _is_own(r)], _others(rows)
     every = [r for r in own if r.group != "beside" and r.ok and r.ratio]
     return {
-        "gates": [_verdict(gate, own, others) for gate in GATES],
+        "gates": [_verdict(gate, [r for r in rows if _is_own(r, gate.packed)], others) for gate in GATES],
         "losses": [name_of(r) for r in sorted(every, key=_ratio) if _ratio(r) < LEAST],
         "untimed": [f"{name_of(r)}: {r.reason}" for r in own if not r.ok],
     }

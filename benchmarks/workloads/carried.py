@@ -19,7 +19,10 @@ CALLS = 4
 
 @dataclass(frozen=True)
 class CarriedWorkload(Workload):
-    """CALLS calls over T steps each, every one from the states that the last one left: together a sequence of CALLS * T steps."""
+    """CALLS calls over T steps each, every one from the states that the last one left: together a sequence of CALLS * T steps.
+
+    The parameters are numbers that bfloat16 has, so that weights that are kept in it lose nothing.
+    """
 
     @property
     def steps(self) -> int:
@@ -30,7 +33,9 @@ class CarriedWorkload(Workload):
         return self.steps * self.B
 
     def problem(self) -> Problem:
-        return replace(Problem.of(Workload(self.function, self.steps, self.B, self.I, self.H, dtype=self.dtype)), workload=self)
+        whole = Problem.of(Workload(self.function, self.steps, self.B, self.I, self.H, dtype=self.dtype))
+        parameters = {name: t.bfloat16().double() for name, t in whole.parameters.items()}
+        return replace(whole, workload=self, parameters=parameters)
 
     def call(self, built: nn.Module, problem: Problem, layout: str, **options: Any) -> CarriedCall:
         return CarriedCall(built, problem, layout, **options)

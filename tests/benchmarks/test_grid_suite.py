@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+import fastseq
 from fastseq.benchmarks import cli
 from fastseq.benchmarks.measure.case import Case, Options
 from fastseq.benchmarks.measure.check import check_provider, problem_of
 from fastseq.benchmarks.measure.results import Results, Row
 from fastseq.benchmarks.measure.runner import Runner
 from fastseq.benchmarks.providers import onnx_runtime
+from fastseq.benchmarks.providers.pack import PACK_PROVIDERS
 from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
 from fastseq.benchmarks.suites import cells, recurrent
 from fastseq.benchmarks.suites import recurrent_grid as grid
@@ -106,6 +108,17 @@ def test_without_onnx_runtime_rows_say_so(monkeypatch, absent, words):
     assert row.reason == f"{words} not installed: pip install {' '.join(absent)}"
 
 
+@pytest.mark.parametrize("name", [name for name in PACK_PROVIDERS if hasattr(fastseq, "pack")])
+def test_packed_layers_and_cells_pass_the_gate(name):
+    """With weights in bfloat16 too: the parameters are numbers that it has."""
+    kind = PACK_PROVIDERS[name].function
+    w = CellWorkload(kind, 3, 2, 24, 24) if kind.endswith("cell") else CarriedWorkload(kind, 2, 2, 24, 24)
+    result = checked(name, w)
+    assert result.ok, result.reason
+    assert result.bound < 1e-5
+    assert "is for inference" in PACK_PROVIDERS[name].unavailable(replace(w, mode="training"))
+
+
 class Forgets(nn.GRU):
     def forward(self, x, state=None):
         return super().forward(x)
@@ -155,8 +168,10 @@ def test_the_plan_covers_the_grid():
     assert [w.programs for name, w in found if name == "beside"] == [0, 1]
     for case in cases:
         w, names = case.participants[0].workload, [p.provider for p in case.participants]
-        has = w.mode == "inference" and w.dtype == "float32" and case.group not in ("packed", "beside")
-        assert len(names) == 2 + has and case.baseline == tuple((name, names[0]) for name in names[1:])
+        onnx = w.mode == "inference" and w.dtype == "float32" and case.group not in ("packed", "beside")
+        packed = (w.mode == "inference" and case.group in grid.CARRIED) + (onnx and case.group == "steps" and w.H == 512)
+        assert sum("ONNX" in name for name in names) == onnx and sum("(pack" in name for name in names) == packed
+        assert len(names) == 2 + onnx + packed and case.baseline == tuple((name, names[0]) for name in names[1:])
         assert {EVERY_PROVIDER[name].function for name in names} == {w.function}
     quick = grid.plan(Options("cpu", "float32", (), quick=True))
     assert len(quick) < 220 and sum(c.effort.seconds for c in quick) < 12
@@ -172,19 +187,19 @@ def test_onnx_runtime_takes_part_where_it_can(suite):
         assert ("ONNX" in str(case)) is (w.mode == "inference" and not w.packed and case.group != "activations")
 
 
-def synthetic_rows(synthetic, ratio, onnx=2.0, rms=1e-7):
-    """`ratio(group, workload)`: torch's time over fastseq's; `onnx`: ONNX Runtime's over fastseq's."""
+def synthetic_rows(synthetic, ratio, onnx=2.0, rms=1e-7, pack=2.0):
+    """`ratio(group, workload)`: torch's time over fastseq's, which is 200 µs; `onnx`: ONNX Runtime's over fastseq's; `pack`:
+    fastseq's over that after fastseq.pack, with bf16 weights twice as much."""
     rows = []
     for case in grid.plan(Options("cpu", "float32", (1, 2), quick=False)):
         base, own, *others = case.participants
         w, value = own.workload, ratio(case.group, own.workload)
-        for p, seconds, error in (
-            (base, 1e-3, 1e-7),
-            (own, 1e-3 / value, rms),
-            *((p, onnx * 1e-3 / value, 1e-7) for p in others),
-        ):
+        taken = 2e-4
+        times = [(base, taken * value, 1e-7), (own, taken, rms)]
+        times += [(p, taken * onnx if "ONNX" in p.provider else taken / pack / (1 + ("bf" in p.provider)), 1e-7) for p in others]
+        for p, seconds, error in times:
             row = Row.of(grid.NAME, case.group, p.provider, w)
-            rows.append(synthetic.timed(row, seconds, over=None if p is base else base.provider, ratio=1e-3 / seconds))
+            rows.append(synthetic.timed(row, seconds, over=None if p is base else base.provider, ratio=taken * value / seconds))
             row.check = row.check | {"rms": error}
     return Results({"device": "cpu"}, {}, rows)
 
@@ -194,7 +209,7 @@ def gates(results):
 
 
 def test_every_gate_reads_its_rows(synthetic):
-    found = gates(synthetic_rows(synthetic, lambda group, w: 4.0))
+    found = gates(synthetic_rows(synthetic, lambda group, w: 4.0, pack=4.0))
     points = {
         "fp32 LSTM, inference, B=32 H=64": 1,
         "fp32 LSTM, inference, B=8": 4,
@@ -202,11 +217,15 @@ def test_every_gate_reads_its_rows(synthetic):
         "fp32 LSTM, training": 12,
         "GRU and RNN, both dtypes and modes": 2 * 2 * 2 * 12,
         "every point, padded and packed, all threads": 576,
-        "T = 1, 4, 16 with a state carried, layers and cells": 144 * 2 * 3 * 2 // 12 * 2,
+        "T = 1, 4, 16 with a state carried, layers and cells": 2 * 3 * 2 * 3 * 2 * 2 * 2,
+        "the same after fastseq.pack, inference": 2 * 3 * 2 * 3 * 2 * 2,
+        "the same with bf16 weights, H = 512": 3 * 3 * 2,
+        "a packed step, B=1 H=64, fp32": 3,
         "every point that ONNX Runtime has": 3 * 12 * 2 + 2 * 3 * 3 * 4,
     }
     for name, count in points.items():
         assert found[name]["points"] == count, name
+    assert found["a packed step, B=1 H=64, fp32"]["found"] == pytest.approx(20 / (200 / 4 / 4))
     assert all(g["reached"] and g["goal reached"] and g["reliable"] and not g["untimed"] for g in found.values())
 
 
@@ -223,7 +242,7 @@ def test_a_point_below_a_gate_fails_it_alone(synthetic, worst, gate, value):
     def ratio(group, w):
         return value if (group, w.function, w.dtype, w.mode, w.B, w.H, w.threads) == worst else 4.0
 
-    results = synthetic_rows(synthetic, ratio)
+    results = synthetic_rows(synthetic, ratio, pack=4.0)
     found = gates(results)
     assert [name for name, g in found.items() if not g["reached"]] == [gate]
     assert found[gate]["worst"]["value"] == pytest.approx(value) and f"B={worst[4]} H={worst[5]}" in found[gate]["worst"]["point"]
@@ -239,10 +258,12 @@ def test_a_mean_is_of_all_its_points(synthetic):
     assert mean["worst"]["value"] == pytest.approx(1.0)
 
 
-def test_onnx_runtime_and_the_error_have_gates(synthetic):
-    found = gates(synthetic_rows(synthetic, lambda group, w: 4.0, onnx=0.9, rms=2e-7))
+def test_onnx_runtime_the_error_and_pack_have_gates(synthetic):
+    found = gates(synthetic_rows(synthetic, lambda group, w: 4.0, onnx=0.9, rms=2e-7, pack=0.3))
     failed = {name: g["found"] for name, g in found.items() if not g["reached"]}
     assert failed == {
+        "the same after fastseq.pack, inference": pytest.approx(1.2),
+        "a packed step, B=1 H=64, fp32": pytest.approx(20 * 4 * 0.3 / 200),
         "every point that ONNX Runtime has": pytest.approx(0.9),
         "error against fp64, root mean square: torch's over ours": pytest.approx(0.5),
     }
@@ -263,8 +284,8 @@ def test_a_run_from_end_to_end_goes_on_where_it_was(tmp_path, monkeypatch):
     argv = ["--suite", "recurrent-grid", "--quick", "--threads", "1", "--device", "cpu", "--only", only, "--out", str(tmp_path)]
     assert cli.main(argv) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    names = ("torch.nn.GRU", "fastseq.GRU", "ONNX Runtime GRU")
-    assert [row["provider"] for row in rows] == [f"{name}{kind}" for kind in ("", "Cell") for name in names]
+    names = ("torch.nn.GRU{}", "fastseq.GRU{}", "ONNX Runtime GRU{}", "fastseq.GRU{} (pack)")
+    assert [row["provider"] for row in rows] == [name.format(kind) for kind in ("", "Cell") for name in names]
     assert {row["status"] for row in rows} <= {"ok", "unavailable"}
     assert all(row["check"]["rms"] < 1e-6 for row in rows if row["check"])
     assert "The grid of recurrent layers" in (tmp_path / "report.html").read_text()
