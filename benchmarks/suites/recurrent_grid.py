@@ -266,9 +266,9 @@ def _gates(derived: dict[str, Any]) -> Table:
         worst = f"{g['worst']['value']:.2f}× {g['worst']['point']}" if g["worst"] else "–"
         points = f"{g['points']}" + (f", {g['untimed']} without a time" if g["untimed"] else "")
         goal = Cell("reached", "good") if g["goal reached"] and g["reliable"] else Cell("–", "weak")
-        line: list[Cell | str] = [g["gate"], g["over"], points, g["of"], *numbers, worst]
-        body.append([*line, f"{g['must']:g}×", target_cell(g), f"{g['goal']:g}×", goal])
-    columns = ["", "over", "points", "counts", "found", "geometric mean", "lowest", "must", "", "goal", ""]
+        line: list[Cell | str] = [g["gate"], g["over"], points, g["of"], *numbers]
+        body.append([*line, f"{g['must']:.3g}×", target_cell(g), f"{g['goal']:.3g}×", goal, worst])
+    columns = ["", "over", "points", "counts", "found", "geometric mean", "must", "", "goal", "", "lowest"]
     return Table("Gates", columns, body, "One thread unless it says otherwise. Computed from the points below.")
 
 
