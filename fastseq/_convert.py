@@ -157,7 +157,7 @@ def _recurrent_backend(module: Any) -> str | None:
         layout="padded",
     )
     own_choice = backends.forced() in (None, backends.torch.name)
-    if own_choice and (isinstance(module, nn.RNNCellBase) or backends.torch.recurrent.why_layers(query, gradients=False)):
+    if own_choice and (isinstance(module, nn.RNNCellBase) or backends.torch.recurrent.lacking(query)):
         return backends.torch.name
     return _selected(query)
 

@@ -6,9 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-import pytest
-import torch
-import torch.utils._device
+# Read when torch is loaded: a thread that waits for work sleeps. By default it spins for milliseconds after every operation, on a
+# core that another worker of pytest needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.utils._device  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined

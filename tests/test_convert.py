@@ -1136,6 +1136,12 @@ class TestWhatHappens:
         assert report.converted[1].backend == "torch"
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in Borrowed().modules())
 
+    def test_torchs_kernel_being_faster_is_no_reason_to_leave_a_module(self):
+        """That is for each call to decide: batch and length are not known before it."""
+        with limits.everywhere(limits.Steps(1, limits.ENDLESS)):
+            report = convert(nn.LSTM(4, 6))
+        assert report.converted[0].backend == "cpu" and not report.skipped
+
     def test_even_if_slower(self):
         module = nn.LSTM(4, 6).half()
         with pytest.warns(UserWarning, match="nothing to convert"):

@@ -50,7 +50,7 @@ LOWERED = {
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "default": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
 }
-LONGEST = 0.1  # seconds that a call may take: a length at which it would take longer is left out
+LONGEST = 0.03  # seconds that a call may take: a length at which it would take longer is left out
 AGREE = 0.03  # to which the least times of both halves of the rounds agree, or there are more rounds
 
 
