@@ -23,6 +23,13 @@ constexpr int64_t kWorkOfPacking = 64 << 10;  // weights worth a thread to pack
 // multiply a row as fast as 16, take packed weights alone.
 inline bool reads_in_place(int64_t rows, int64_t depth, bool tiles) { return rows * (tiles ? 128 : 6) <= depth; }
 
+// Whether weights kept in another type are read as they lie: they are what fits the caches. With many sequences, tiles made of them again
+// are the faster ones; and the projected input of a long call, all of it at once, would take too much memory.
+constexpr int64_t kProjectedElements = 16 << 20;
+inline bool reads_kept_in_place(int64_t rows, int64_t batch, int64_t depth, int64_t columns) {
+  return batch * 16 <= depth && rows * columns <= kProjectedElements;
+}
+
 // A split of the batch needs no barrier, but each part streams all weights; a split of the units streams each weight once.
 inline Plan make_plan(int64_t threads, int64_t lanes, int64_t batch, int64_t depth, int64_t columns, int64_t tiles, int64_t bytes) {
   const int64_t of_lane = std::max<int64_t>(1, threads / lanes);
