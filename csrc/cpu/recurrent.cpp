@@ -70,9 +70,14 @@ Cell cell_of(const std::string& name) {
 Type type_of(ScalarType type) {
   if (type == ScalarType::Float) return Type::kFloat;
   if (type == ScalarType::Double) return Type::kDouble;
-  STD_TORCH_CHECK(type == ScalarType::BFloat16, "the CPU kernels take float32, float64 and bfloat16 tensors");
-  return Type::kBfloat16;
+  if (type == ScalarType::BFloat16) return Type::kBfloat16;
+  STD_TORCH_CHECK(type == ScalarType::Half, "the CPU kernels take float32, float64, bfloat16 and float16 tensors");
+  return Type::kHalf;
 }
+
+// of an element in memory, and of one in the kernels' arithmetic
+int64_t bytes_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
+int64_t wide_bytes_of(Type type) { return type == Type::kDouble ? 8 : 4; }
 
 // What the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
 void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name) {
@@ -283,7 +288,7 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
   a.batch = h_n.size(1);
   const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || steps == 0 || P == 0) return;
-  const int64_t bytes = a.shape.type == Type::kDouble ? 8 : 4, stored = a.shape.type == Type::kBfloat16 ? 2 : bytes;
+  const int64_t bytes = wide_bytes_of(a.shape.type), stored = bytes_of(a.shape.type);
   const int64_t unit_tile = tiling.unit_blocks * tiling.width, output_tile = kTileVectors * tiling.width;
   const int64_t unit_tiles = tiles_of(H, unit_tile), output_tiles = tiles_of(P, output_tile);
 
@@ -352,7 +357,7 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   a.batch = dh0.size(1);
   const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || steps == 0 || P == 0) return;
-  const int64_t bytes = a.shape.type == Type::kDouble ? 8 : 4, stored = a.shape.type == Type::kBfloat16 ? 2 : bytes;
+  const int64_t bytes = wide_bytes_of(a.shape.type), stored = bytes_of(a.shape.type);
   const int64_t tile_columns = kTileVectors * tiling.width;
   const ScalarType narrow = y.scalar_type(), wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = y.numel() / (D * P), states = D * a.batch;

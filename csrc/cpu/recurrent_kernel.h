@@ -2,7 +2,7 @@
 //
 // Letters: T time, B batch, D lanes, H hidden, G gates, P output of a lane, K states beside h, V vectors of a cell, N rows of a
 // packed batch.
-// "rows x n" is [T, B, D, n] or packed [N, D, n]; S is the storage type (float, double, bfloat16), A the arithmetic type (float, double).
+// "rows x n" is [T, B, D, n] or packed [N, D, n]; S is the storage type (float, double, bfloat16, float16), A the arithmetic type (float, double).
 // Packed weights lie as the kernels want them, tile after tile; only the kernels know how.
 // Nothing is allocated here and no pointer is kept after the call. No two pointers alias.
 #pragma once
@@ -13,7 +13,7 @@
 namespace fastseq::cpu {
 
 enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru, kCoupledLstm, kPeepholeLstm, kSlstm };
-enum class Type { kFloat, kDouble, kBfloat16 };
+enum class Type { kFloat, kDouble, kBfloat16, kHalf };
 
 // Cell facts and the tiles that follow from them: a tile holds whole units, all gates of a unit beside one another.
 struct Tiling {

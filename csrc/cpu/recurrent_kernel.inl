@@ -860,6 +860,7 @@ auto with_types([[maybe_unused]] Type type, F&& body) {
   switch (type) {
     case Type::kFloat: return body.template operator()<MultiplyAdd<float>, float>();
     case Type::kDouble: return body.template operator()<MultiplyAdd<double>, double>();
+    case Type::kHalf: return body.template operator()<MultiplyAdd<float>, float16>();
     default: return body.template operator()<MultiplyAdd<float>, bfloat16>();
   }
 #endif

@@ -11,11 +11,11 @@ from ..dense import all_dense, dense
 from ..query import RecurrentQuery
 
 # Rows of a call (steps times sequences) from which its kernels project the input themselves, chunk by chunk of steps, so that the
-# projected input of a long sequence is neither stored nor, in bfloat16, rounded. With fewer, packing the input weights (they are
+# projected input of a long sequence is neither stored nor, in 16 bits, rounded. With fewer, packing the input weights (they are
 # transposed) costs more than that saves. A single step is two plain matrix products.
-_OWN_PROJECTION_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 64}
+_OWN_PROJECTION_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 64, torch.float16: 64}
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "coupled_lstm", "peephole_lstm", "slstm")
 
 
