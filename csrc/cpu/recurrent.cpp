@@ -1,6 +1,5 @@
 #include "recurrent.h"
 
-#include <sched.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -16,25 +15,6 @@
 #include "recurrent_plan.h"
 
 namespace fastseq::cpu {
-
-void Barrier::wait(int64_t weight) {
-  const int64_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(weight, std::memory_order_acq_rel) + weight == total_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    return;
-  }
-  // a step takes microseconds, so spin; but give the core away if more threads run than there are cores
-  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-    if (spins > 4096) {
-      sched_yield();
-    } else {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
-  }
-}
 
 namespace {
 
@@ -62,8 +42,10 @@ Cell cell_of(const std::string& name) {
   if (name == "gru") return Cell::kGru;
   if (name == "coupled_lstm") return Cell::kCoupledLstm;
   if (name == "peephole_lstm") return Cell::kPeepholeLstm;
+  if (name == "layer_norm_lstm") return Cell::kLayerNormLstm;
+  if (name == "layer_norm_gru") return Cell::kLayerNormGru;
   STD_TORCH_CHECK(name == "slstm", "cell ", name,
-                  " is none of rnn_tanh, rnn_relu, lstm, gru, coupled_lstm, peephole_lstm, slstm");
+                  " is none of rnn_tanh, rnn_relu, lstm, gru, coupled_lstm, peephole_lstm, layer_norm_lstm, layer_norm_gru, slstm");
   return Cell::kSlstm;
 }
 
@@ -77,7 +59,7 @@ Type type_of(ScalarType type) {
 
 // of an element in memory, and of one in the kernels' arithmetic
 int64_t bytes_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
-int64_t wide_bytes_of(Type type) { return type == Type::kDouble ? 8 : 4; }
+int64_t wide_bytes(Type type) { return type == Type::kDouble ? 8 : 4; }
 
 // What the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
 void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name) {
@@ -288,7 +270,7 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
   a.batch = h_n.size(1);
   const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || steps == 0 || P == 0) return;
-  const int64_t bytes = wide_bytes_of(a.shape.type), stored = bytes_of(a.shape.type);
+  const int64_t bytes = wide_bytes(a.shape.type), stored = bytes_of(a.shape.type);
   const int64_t unit_tile = tiling.unit_blocks * tiling.width, output_tile = kTileVectors * tiling.width;
   const int64_t unit_tiles = tiles_of(H, unit_tile), output_tiles = tiles_of(P, output_tile);
 
@@ -357,7 +339,7 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   a.batch = dh0.size(1);
   const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || steps == 0 || P == 0) return;
-  const int64_t bytes = wide_bytes_of(a.shape.type), stored = bytes_of(a.shape.type);
+  const int64_t bytes = wide_bytes(a.shape.type), stored = bytes_of(a.shape.type);
   const int64_t tile_columns = kTileVectors * tiling.width;
   const ScalarType narrow = y.scalar_type(), wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = y.numel() / (D * P), states = D * a.batch;
@@ -373,7 +355,7 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   expect(y, narrow, rows * D * P, "y"), expect(c, wide, rows * D * tiling.states * H, "c");
   expect(gates, narrow, rows * D * saved_of(tiling, a.shape) * H, "gates"), expect(dgates, narrow, rows * D * GH, "dgates");
   expect(drecurrent, narrow, rows * D * tiling.own_recurrent * H, "drecurrent");
-  expect(doutput, narrow, projection ? rows * D * P : 0, "doutput");
+  expect(doutput, narrow, projection || tiling.normalized ? rows * D * P : 0, "doutput");
   expect(dh0, narrow, states * P, "dh0"), expect(dc0, wide, states * tiling.states * H, "dc0");
 
   const int64_t unit_tiles = tiles_of(H, tile_columns), output_tiles = tiles_of(P, tile_columns);

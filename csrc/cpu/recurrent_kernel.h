@@ -12,7 +12,7 @@
 
 namespace fastseq::cpu {
 
-enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru, kCoupledLstm, kPeepholeLstm, kSlstm };
+enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru, kCoupledLstm, kPeepholeLstm, kLayerNormLstm, kLayerNormGru, kSlstm };
 enum class Type { kFloat, kDouble, kBfloat16, kHalf };
 
 // Cell facts and the tiles that follow from them: a tile holds whole units, all gates of a unit beside one another.
@@ -24,6 +24,7 @@ struct Tiling {
   int64_t own_recurrent;  // gates of drecurrent
   int64_t width;          // elements of a vector register
   int64_t unit_blocks;    // vectors of units in a tile of the gates (more than one gate: 1, since the gates fill the tile)
+  bool normalized;        // with layer norm: the backward pass gives doutput
 };
 
 constexpr int64_t kTileVectors = 4;  // of a tile over plain columns (backward, projection)
@@ -39,7 +40,7 @@ struct Rows {
   int64_t slots;
 };
 
-// A team meets here once or twice a step; a participant may stand for several (weight).
+// A team meets here once to four times a step; a participant may stand for several (weight).
 class Barrier {
  public:
   explicit Barrier(int64_t total = 1) : total_(total) {}
@@ -109,7 +110,7 @@ struct Backward {
   const void* projection;    // [D, column tiles over H], packed by pack_rows over depth P, or null
   void* dgates;              // rows x G*H, S
   void* drecurrent;          // rows x own_recurrent*H, S
-  void* doutput;             // rows x P, S, projection only
+  void* doutput;             // rows x P, S, with projection or layer norm only
   void* dh0;                 // [D, B, P] S
   void* dc0;                 // [D, B, K*H] A
 };

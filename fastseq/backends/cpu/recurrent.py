@@ -16,7 +16,17 @@ from ..query import RecurrentQuery
 _OWN_PROJECTION_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 64, torch.float16: 64}
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "coupled_lstm", "peephole_lstm", "slstm")
+CELLS = (
+    "rnn_tanh",
+    "rnn_relu",
+    "lstm",
+    "gru",
+    "coupled_lstm",
+    "peephole_lstm",
+    "layer_norm_lstm",
+    "layer_norm_gru",
+    "slstm",
+)
 
 
 def why_not(query: RecurrentQuery) -> list[str]:
