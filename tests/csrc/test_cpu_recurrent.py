@@ -26,9 +26,10 @@ CELLS = (
     "RnnTanh", "RnnRelu", "Lstm", "Gru", "CoupledLstm", "PeepholeLstm", "LayerNormLstm", "LayerNormGru", "Slstm",
 )  # fmt: skip
 TYPES = ("float", "double", "bfloat16", "float16")
-SHORT = ("X(float, Lstm)", "X(bfloat16, LayerNormLstm)", "X(float16, Gru)")
+SHORT = ("X(float, LayerNormLstm)", "X(float16, Gru)")
 EVERY = tuple(f"X({type_}, {cell})" for type_ in TYPES for cell in CELLS)
-SANITIZERS = {"address": build.SANITIZERS["address"], "thread": build.SANITIZERS["thread"], "plain": ()}
+# By itself the program sees an array left on either side, as a segmentation fault.
+SANITIZERS = build.SANITIZERS | {"plain": ("-fsanitize=alignment", "-fno-sanitize-recover=all")}
 AARCH64 = "aarch64-linux-gnu-g++"
 EMULATOR = next((name for name in ("qemu-aarch64-static", "qemu-aarch64") if shutil.which(name)), None)
 
@@ -77,9 +78,9 @@ def need(level: str) -> None:
 
 
 def test_odd_sizes():
-    """The short form: some kernels of the widest vectors here, sizes up to 33."""
-    level = LEVELS[min(highest(), LEVELS.index("avx512"))]
-    assert not failure(program(level, SHORT, *SANITIZERS["address"]), "33")
+    """The short form: some kernels, sizes up to 33."""
+    level = LEVELS[min(highest(), LEVELS.index("avx2"))]
+    assert not failure(program(level, SHORT, *SANITIZERS["plain"]), "33")
 
 
 @pytest.mark.slow
@@ -136,12 +137,15 @@ FAULTS = [
     Fault("ties away from zero", VECTORS, "magnitude + 0xfff + ((magnitude >> 13) & 1)", "magnitude + 0x1000", "conversions of binary16",
           level="default"),
     Fault("read beyond the end", VECTORS, "if (n < kWidth) return Halves<S>::widened(load_head<H>(&p->bits, n));", "",
-          "AddressSanitizer", "address", case="X(float16, Gru)"),
+          "exit status -11", case="X(float16, Gru)"),
     Fault("read before the beginning", ENGINE, "bias + g * H + u0 + b * W,", "bias + g * H + u0 + b * W - 1,",
-          "AddressSanitizer: use-after-poison", "address", case="X(float, Lstm)"),
+          "exit status -11", case="X(float, Lstm)"),
+    Fault("sums beyond their array", ENGINE, "Product::kMostRows * kTileVectors * W];\n};\n\ntemplate <class Product, class S, template "
+          "<class> class Cell, bool kZoned>\nclass BackwardKernel", "kTileVectors * W];\n};\n\ntemplate <class Product, class S, template "
+          "<class> class Cell, bool kZoned>\nclass BackwardKernel", "AddressSanitizer: stack-buffer-overflow", "address"),
     Fault("rows of states misaligned", ENGINE, "ldc(padded<A>(shape.hidden))", "ldc(padded<A>(shape.hidden) + 1)",
-          "misaligned address", "address"),
-    Fault("backwards one tile too far", ENGINE, "tiles[1] - 1 - i", "tiles[1] - i", f"{WRONG}|AddressSanitizer", "address"),
+          "misaligned address"),
+    Fault("backwards one tile too far", ENGINE, "tiles[1] - 1 - i", "tiles[1] - i", f"{WRONG}|exit status -11"),
 ]  # fmt: skip
 
 
