@@ -115,7 +115,7 @@ FASTSEQ_FORWARD::finish_gates(int64_t slot) const {
     for (int v = 0; v < C::kVectors; ++v) inner[v] = vectors ? Memory<S, A>::load(vectors + v * H + u, n) : V{};
     for (int k = 0; k < K; ++k) c[k] = *(const V*)(buf.c + (slot * K + k) * buf.ldc + u);
     const V h = projected ? V{} : old_h->load(slot, u);
-    Cell<M>::forward(gx, normal, inner, h, c, saved, h_next, c_next);
+    Cell<Activations>::forward(gx, normal, inner, h, c, saved, h_next, c_next);
     if (gates) {
       S* to = gates + row * D * kSaved * H + u;
       for (int g = 0; g < G; ++g) Memory<S, A>::store(to + g * H, saved[g], n), Memory<S, A>::store(to + (G + g) * H, r[g], n);
@@ -138,7 +138,7 @@ FASTSEQ_FORWARD::finish_cell(int64_t slot) const {
     const int64_t n = H - u;
     V inner[C::kVectors], c = load(0, u);
     for (int v = 0; v < C::kVectors; ++v) inner[v] = vectors ? Memory<S, A>::load(vectors + v * H + u, n) : V{};
-    keep_output(slot, row, u, Cell<M>::output(*(const V*)(buf.o + slot * buf.ldc + u), inner, of_c.normal(c)));
+    keep_output(slot, row, u, Cell<Activations>::output(*(const V*)(buf.o + slot * buf.ldc + u), inner, of_c.normal(c)));
     V* state = (V*)(buf.c + slot * buf.ldc + u);
     if constexpr (kZoned) c = keep_c.held(keep_c.load(row * D * H + u, n), *state, c);
     *state = c;

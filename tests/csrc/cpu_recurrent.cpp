@@ -227,7 +227,7 @@ struct Batch {
 template <class S, template <class> class Cell>
 class Trial {
 #if defined(FASTSEQ_TILES)
-  using Product = TileProduct;
+  using Product = TileProduct<S>;
 #else
   using Product = MultiplyAdd<std::conditional_t<std::is_same_v<S, double>, double, float>>;
 #endif
@@ -400,7 +400,9 @@ class Trial {
     for (int64_t d = 0; d < D; ++d) {
       in_place[d] = weight.data() + d * G * H * P_;
       if (projected.count())
-        project(shape_, {x.data(), w_ih.data() + d * G * H * o_.I, b_ih.data() + d * G * H, batch_.rows, o_.I, projected.data() + d * G * H, D * G * H},
+        project(shape_,
+                {x.data(), w_ih.data() + d * G * H * o_.I, Stored::kAsGiven, nullptr, b_ih.data() + d * G * H, batch_.rows, o_.I,
+                 projected.data() + d * G * H, D * G * H},
                 0, G * H);
     }
     Forward a{};

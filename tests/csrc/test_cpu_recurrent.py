@@ -85,8 +85,8 @@ FAULTS = [
     Fault(
         "read beyond the end",
         VECTORS,
-        "if (n < kWidth) return Halves<S>::widened",
-        "if (!n) return Halves<S>::widened",
+        "if (n < kWidth) return widened",
+        "if (!n) return widened",
         LEFT,
         case="X(float16, Gru)",
     ),
