@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 
 import fastseq  # noqa: E402
 from fastseq.backends import BACKENDS, library  # noqa: E402
+from fastseq.backends.torch import limits  # noqa: E402
 from support import cuda_host  # noqa: E402
 
 BACKENDS[cuda_host.name] = cuda_host  # has no place in the order: only where it is forced
@@ -73,3 +74,11 @@ def poisoned_allocations() -> Iterator[None]:
         patch.setattr(owner, name, _poisoned(getattr(owner, name)))
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sequences_are_ours() -> Iterator[None]:
+    """Which lengths of LSTM, GRU and RNN go to torch's kernels is measured on a machine: tests/backends/test_torch.py has a table
+    of its own, and everything else is tested on fastseq's kernels."""
+    with limits.everywhere(limits.OURS):
+        yield

@@ -5,9 +5,11 @@ template <class A_>
 struct MultiplyAdd {
   using A = A_;
   using V = typename Lanes<A>::V;
+  using Activations = Math<A>;
   static constexpr int64_t W = Math<A>::kWidth;
   static constexpr bool kInterleaves = false;
   static constexpr int64_t kChunkRows = 128;
+  static constexpr int64_t kFusedRows = INT64_MAX, kFusedBytes = 0;
   static constexpr int64_t kMostRows = 48;  // of one product: with a run of weights, their sums and their operands stay in the first cache
 
   // The left-hand matrix. Rows are a line further apart than they need: a power of two would put those of a block into one cache set.

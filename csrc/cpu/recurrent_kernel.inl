@@ -124,11 +124,16 @@ struct Item {
 };
 
 // What an item's rows are multiplied with, and what their sums start from.
-template <class A>
+template <class Product>
 struct Weights {
   const void* packed;  // of one tile; null: the sums are there already
   int64_t depth;
-  Start<A> start;
+  Start<typename Product::A> start;
+  // a second product in the same sums: rows of the input, but for the last `own` vectors, which then stand behind the others
+  const void* packed_input = nullptr;
+  int64_t input_depth = 0;
+  const typename Product::Matrix* inputs = nullptr;
+  int64_t input_row = 0, own = 0;
 };
 
 // Work that waits for the next product to run beside it: the rows of an item, finished by finish(item, from, to), several at a time:
@@ -143,7 +148,7 @@ class Waiting {
   void rest() { up_to(item_.count); }
 
  private:
-  static constexpr int64_t kLeastRows = 2;
+  static constexpr int64_t kLeastRows = 16;
 
   void up_to(int64_t end) {
     if (next_ < end) finish_(item_, next_, end);
@@ -174,7 +179,13 @@ FASTSEQ_HOST_DEVICE void multiply_step(const Product& product, const typename Pr
     for (int64_t begin = 0; begin < active; begin += block) {
       A* own = sums + (Product::kInterleaves ? turn++ & 1 : 0) * kSums;
       Item<A> item{tile, begin, min(block, active - begin), 0, own};
-      const Weights<A> weights = prepare(item);
+      const Weights<Product> weights = prepare(item);
+      if constexpr (Product::kFusedBytes > 0)
+        if (weights.packed_input) {
+          product.multiply_both(matrix, begin, weights, item.count, item.vectors - weights.own, own, waiting);
+          waiting.set(item);
+          continue;
+        }
       if (weights.packed)
         product.multiply(matrix, begin, item.count, weights.packed, item.vectors, weights.depth, weights.start, own, waiting);
       else
@@ -251,6 +262,7 @@ class ForwardKernel {
   using A = typename Product::A;
   using C = Cell<Math<A>>;
   using Matrix = typename Product::Matrix;
+  using Activations = typename Product::Activations;
   using M = Math<A>;
   using V = typename M::V;
   static constexpr int64_t W = M::kWidth;
@@ -274,12 +286,15 @@ class ForwardKernel {
   };
 
   struct Chunk {  // of a participant
+    bool fused;  // with the steps: only the rows of x are copied
     int64_t steps, tile_size, bytes;
     Matrix x;   // [rows, I]
     A* gates;   // [own unit tiles][rows][vectors][W]
     A* bias;    // [own unit tiles][vectors][W]
 
-    Chunk(const Forward& a, const Work& w, void* scratch) {
+    Chunk(const Forward& a, const Work& w, void* scratch)
+        : fused(w.rows.slots >= Product::kFusedRows && Product::tile_bytes(NV, a.input) + Product::tile_bytes(NV, a.shape.output) <=
+                                                           Product::kFusedBytes / max(1, w.unit_tiles[1] - w.unit_tiles[0])) {
       const int64_t slots = max(w.rows.slots, 1), row = G * a.shape.hidden * sizeof(A);
       steps = max(1, min(max(kChunkBytes / row, kLeastChunkRows), Product::kChunkRows) / slots);
       steps = min(steps, w.rows.steps);
@@ -287,7 +302,7 @@ class ForwardKernel {
       tile_size = rows * NV * W;  // a product takes, and gives, whole blocks of rows
       Carver carver(scratch);
       x = Matrix(carver.take(a.x ? Matrix::bytes(rows, a.input) : 0), a.input);
-      gates = static_cast<A*>(carver.take(tiles * tile_size * sizeof(A)));
+      gates = static_cast<A*>(carver.take(fused ? 0 : tiles * tile_size * sizeof(A)));
       bias = static_cast<A*>(carver.take(tiles * NV * W * sizeof(A)));
       bytes = carver.used();
     }
@@ -365,6 +380,7 @@ class ForwardKernel {
     }
     if (rows == 0) return;
     chunk.x.clear_rest(rows, I);
+    if (chunk.fused) return;
     const Product product(rows);
     const int64_t block = product.block(rows);
     for_tiles(w.unit_tiles, begin / chunk.steps, [&](int64_t tile) {
@@ -380,9 +396,15 @@ class ForwardKernel {
   void walk(const Product& product, int64_t step) {
     const int64_t active = steps.active(t);
     if (w.barrier) old_h->prefetch(active);
-    const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
+    const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<Product> {
       const int64_t u0 = item.tile * UB * W;
       item.vectors = G * min(UB, blocks_of(H - u0, W));
+      if (x && chunk.fused) {
+        const A* start = chunk.bias + (item.tile - w.unit_tiles[0]) * NV * W;
+        const int64_t own = item.vectors / G * kOwn;
+        item.vectors += own;
+        return {unit_tile(a.weights, item.tile, P), P, {start, 0, NV}, unit_tile(a.input_weights, item.tile, I), I, &chunk.x, chunk_row, own};
+      }
       if (x) return {unit_tile(a.weights, item.tile, P), P, {projected_input(item, 0), item.vectors * W, item.vectors / G * (G - kOwn)}};
       for (int64_t r = 0; r < item.count; ++r)
         for (int g = 0; g < G; ++g) prefetch(x_gates + steps.row(t, item.begin + r) * D * GH + g * H + u0);
@@ -395,7 +417,7 @@ class ForwardKernel {
     multiply_step<Product, A>(product, *old_h, active, w.unit_tiles, step, sums, prepare, finish);
     if (projected) {
       if (w.barrier) w.barrier->wait(w.weight);
-      const auto columns = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
+      const auto columns = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<Product> {
         item.vectors = Columns<A>(item.tile, P).blocks;
         const int64_t tile = d * blocks_of(P, kTileVectors * W) + item.tile;
         return {at<char>(a.projection, tile * Product::tile_bytes(kTileVectors, H)), H, {}};
@@ -408,18 +430,25 @@ class ForwardKernel {
     if (w.barrier) w.barrier->wait(w.weight);
   }
 
-  // R h of a short call
+  // R h of a short call, or with weights that are never packed
   void multiply_in_place(const Item<A>& item) const {
+    using X = std::remove_cvref_t<decltype(*old_h->row(0))>;
     const int64_t u0 = item.tile * UB * W, blocks = item.vectors / G;
     A* sums = const_cast<A*>(item.sums);
     for (int64_t v = 0; v < item.vectors; ++v) {
-      const int64_t u = u0 + v % blocks * W;  // lanes beyond the units repeat the last
-      InPlace<A>::template multiply<std::remove_cvref_t<decltype(*old_h->row(0))>, S>(
-          old_h->row(item.begin), old_h->stride(), item.count, P,
-          [&](int64_t lane) { return in_place + (v / blocks * H + min(u + lane, H - 1)) * P; },
-          [&](int64_t r, int64_t lane, int64_t count, const A* values) __attribute__((always_inline)) {
-            __builtin_memcpy(sums + (r * item.vectors + v) * W + lane, values, count * sizeof(A));
-          });
+      const int64_t u = u0 + v % blocks * W, first = v / blocks * H;  // lanes beyond the units repeat the last
+      with_stored<S>(a.stored, [&]<class T>() {
+        InPlace<A>::template multiply<X, T>(
+            old_h->row(item.begin), old_h->stride(), item.count, P,
+            [&](int64_t lane) { return static_cast<const T*>(in_place) + (first + min(u + lane, H - 1)) * P; },
+            [&](int64_t r, int64_t lane, int64_t count, const A* values) __attribute__((always_inline)) {
+              __builtin_memcpy(sums + (r * item.vectors + v) * W + lane, values, count * sizeof(A));
+            });
+      });
+      if (a.scales) {
+        const V scale = Memory<A, A>::load(static_cast<const A*>(a.scales[d]) + first + u, H - u);
+        for (int64_t r = 0; r < item.count; ++r) *(V*)(sums + (r * item.vectors + v) * W) *= scale;
+      }
     }
   }
 
@@ -449,7 +478,9 @@ class ForwardKernel {
     const int64_t y_stride = D * P;
     const int64_t* index = w.rows.index + item.begin;
     const A* sums_of = item.sums + b * W;
-    const A* x_sums = x && kOwn ? projected_input(item, 0) + b * W : nullptr;
+    const bool apart = x && !chunk.fused;  // the input's part of gates that do not add it, in sums elsewhere
+    const A* x_sums = !kOwn ? nullptr : apart ? projected_input(item, 0) + b * W : sums_of + kOwn * blocks * W;
+    const int64_t x_stride = apart ? item.vectors * W : stride;
     const S* x_of = x ? nullptr : x_gates + u;
     const S* inner_of = vectors ? vectors + u : nullptr;
     A* c_of = buf.c + item.begin * K * ldc + u;
@@ -473,7 +504,7 @@ class ForwardKernel {
         if (x_of)
           gx[g] = Rows::gather([&](int64_t i) { return Memory<S, A>::load(x_of + row[i] * gates_stride + g * units, n); });
         else if (g >= G - kOwn)
-          gx[g] = Rows::gather([&](int64_t i) { return *(const V*)(x_sums + (first + i) * stride + g * blocks * W); });
+          gx[g] = Rows::gather([&](int64_t i) { return *(const V*)(x_sums + (first + i) * x_stride + g * blocks * W); });
       }
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k) c[k] = Rows::gather([&](int64_t i) { return *(const V*)(c_of + ((first + i) * K + k) * ldc); });
@@ -482,7 +513,10 @@ class ForwardKernel {
         inner[v] = Rows::gather([&](int64_t) { return inner_of ? Memory<S, A>::load(inner_of + v * units, n) : V{}; });
       // the cells that read h (GRU) have no projection, so that P = H
       const R h = through_m ? R{} : Rows::gather([&](int64_t i) { return before.load(item.begin + first + i, u); });
-      Cell<Rows>::forward(gx, gr, inner, h, c, saved, h_next, c_next);
+      bool done = false;
+      if constexpr (requires { Cell<Rows>::forward_alone(gx, gr, c, h_next, c_next); } && !kZoned)
+        if (!saved_to) Cell<Rows>::forward_alone(gx, gr, c, h_next, c_next), done = true;
+      if (!done) Cell<Rows>::forward(gx, gr, inner, h, c, saved, h_next, c_next);
       if constexpr (kZoned) {
         if (!C::kSaved) saved[0] = h_next;
         if (!through_m) h_next = keep_h.held(keep_h.load(row[0] * D * P + u, n), h, Memory<S, A>::rounded(h_next));
@@ -509,8 +543,8 @@ class ForwardKernel {
     };
     int64_t r = from;
     if constexpr (!kZoned && kWhole && FASTSEQ_VECTOR_REGISTERS == 32)
-      for (; r + 2 <= to; r += 2) finish.template operator()<TwoRows<A>>(r);
-    for (; r < to; ++r) finish.template operator()<OneRow<A>>(r);
+      for (; r + 2 <= to; r += 2) finish.template operator()<TwoRows<A, Activations>>(r);
+    for (; r < to; ++r) finish.template operator()<OneRow<A, Activations>>(r);
   }
 
   // the outputs of a tile, of one sequence
@@ -554,7 +588,7 @@ class ForwardKernel {
   const S* x = static_cast<const S*>(a.x);
   const S* x_gates = at<S>(a.x_gates, d * GH);
   const S* bias = at<S>(a.input_bias, d * GH);
-  const S* in_place = static_cast<const S*>(a.in_place ? a.in_place[d] : nullptr);
+  const void* in_place = a.in_place ? a.in_place[d] : nullptr;
   const S* vectors = at<S>(a.vectors, d * C::kVectors * H);
   S* y = at<S>(a.y, d * P);
   A* c_all = at<A>(a.c, d * K * H);
@@ -650,7 +684,7 @@ class BackwardKernel {
     const int64_t active = steps.active(t);
     const bool through = a.weights && step > 0;
     if (w.barrier && through) old_dgates->prefetch(active);
-    const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
+    const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<Product> {
       item.vectors = Columns<A>(item.tile, P).blocks;
       if (!projected) fetch(item);
       if (through) return {recurrent_tile(item.tile), GH, {}};
@@ -663,7 +697,7 @@ class BackwardKernel {
     multiply_step<Product, A>(product, *old_dgates, active, projected ? w.output_tiles : w.unit_tiles, step, sums, prepare, finish);
     if (projected) {
       if (w.barrier) w.barrier->wait(w.weight);
-      const auto columns = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
+      const auto columns = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<Product> {
         item.vectors = Columns<A>(item.tile, H).blocks;
         fetch(item);
         const int64_t tile = d * blocks_of(H, UB * W) + item.tile;
@@ -795,7 +829,7 @@ class BackwardKernel {
           if ((steps.length(s) ^ w.rows.steps) & 1) last.copy(s, buf.dgates[steps.length(s) & 1], GH);
       if (w.barrier) w.barrier->wait(w.weight);
     }
-    const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
+    const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<Product> {
       item.vectors = Columns<A>(item.tile, P).blocks;
       if (a.weights) return {recurrent_tile(item.tile), GH, {}};
       no_sums(item);
@@ -859,9 +893,10 @@ auto with_cell(Cell cell, F&& body) {
 
 // Calls body.template operator()<Product, S>() for the types of a shape.
 template <class F>
-auto with_types([[maybe_unused]] Type type, F&& body) {
+auto with_types(Type type, F&& body) {
 #if defined(FASTSEQ_TILES)
-  return body.template operator()<TileProduct, bfloat16>();
+  if (type == Type::kFloat) return body.template operator()<TileProduct<float>, float>();
+  return body.template operator()<TileProduct<bfloat16>, bfloat16>();
 #else
   switch (type) {
     case Type::kFloat: return body.template operator()<MultiplyAdd<float>, float>();
@@ -926,22 +961,26 @@ void pack_rows(const Shape& shape, const void* weight, int64_t depth, int64_t co
 void project(const Shape& shape, const Projection& p, int64_t begin, int64_t end) {
   with_types(shape.type, [&]<class Product, class S>() {
     using A = typename Product::A;
-    constexpr int64_t W = Product::W;
-    constexpr int64_t kRows = 64;
+    using V = typename Math<A>::V;
+    constexpr int64_t W = Product::W, kRows = 64;
     alignas(64) A sums[kRows][W];
-    const S *x = static_cast<const S*>(p.x), *weights = static_cast<const S*>(p.weights), *bias = static_cast<const S*>(p.bias);
+    const S *x = static_cast<const S*>(p.x), *bias = static_cast<const S*>(p.bias);
     for (int64_t j = begin; j < end; j += W) {
-      const auto added = bias ? Memory<S, A>::load(bias + j, end - j) : typename Math<A>::V{};
+      const V added = bias ? Memory<S, A>::load(bias + j, end - j) : V{};
+      const V scale = p.scales ? Memory<A, A>::load(static_cast<const A*>(p.scales) + j, end - j) : V{} + 1;
       for (int64_t first = 0; first < p.rows; first += kRows) {
         const int64_t count = min(kRows, p.rows - first);
-        InPlace<A>::template multiply<S, S>(
-            x + first * p.input, p.input, count, p.input, [&](int64_t lane) { return weights + min(j + lane, end - 1) * p.input; },
-            [&](int64_t r, int64_t lane, int64_t n, const A* values) __attribute__((always_inline)) {
-              __builtin_memcpy(sums[r] + lane, values, n * sizeof(A));
-            });
+        with_stored<S>(p.stored, [&]<class T>() {
+          InPlace<A>::template multiply<S, T>(
+              x + first * p.input, p.input, count, p.input,
+              [&](int64_t lane) { return static_cast<const T*>(p.weights) + min(j + lane, end - 1) * p.input; },
+              [&](int64_t r, int64_t lane, int64_t n, const A* values) __attribute__((always_inline)) {
+                __builtin_memcpy(sums[r] + lane, values, n * sizeof(A));
+              });
+        });
         for (int64_t r = 0; r < count; ++r) {
           S* to = static_cast<S*>(p.gates) + (first + r) * p.stride + j;
-          Memory<S, A>::store(to, *(const typename Math<A>::V*)sums[r] + added, end - j);
+          Memory<S, A>::store(to, *(const V*)sums[r] * scale + added, end - j);
         }
       }
     }

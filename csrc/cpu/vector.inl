@@ -153,6 +153,8 @@ struct Math {
     return (V)((I)(small ? quotient : A(1) - quotient) ^ sign);
   }
 
+  static FASTSEQ_HOST_DEVICE V sigmoid_tanh(V x, V y) { return sigmoid(x) * tanh(y); }
+
   static FASTSEQ_HOST_DEVICE V relu(V x) { return x < 0 ? V{} : x; }  // a NaN stays one, as in torch
 
   // d where h > 0, else zero
@@ -163,6 +165,47 @@ struct Math {
 
   // a NaN on either side stays one
   static FASTSEQ_HOST_DEVICE V maximum(V a, V b) { return (a > b) | (a != a) ? a : b; }
+};
+
+// Activations that end in bfloat16: e^x to 1.5e-5 (of its distance to 1, too), which is as if the argument were that wrong; the divisions
+// are as exact as ever, since how far a gate is from 1 decides how long a state lasts.
+struct ShortMath : Math<float> {
+  // minimax of (2^f - 1) / f on [-1/2, 1/2], relative error 1.5e-5
+  static constexpr float kExp2[] = {0.69313685778f, 0.240232521605f, 0.0558372882701f, 0.0096181108384f};
+
+  // e^(k x) = 2^n (1 + p), |k x| at most kLargest: gives 2^n and p
+  static FASTSEQ_HOST_DEVICE void exp_parts(V x, float k, V& scale, V& fraction) {
+    using L = Lanes<float>;
+    constexpr float kRound = L::kRound + 127;  // the sum's low bits are then the exponent of 2^n
+    const V shifted = x * (k * L::kLog2e) + kRound;
+    const V f = x * (k * L::kLog2e) - (shifted - kRound);
+    fraction = f * (((kExp2[3] * f + kExp2[2]) * f + kExp2[1]) * f + kExp2[0]);
+    scale = (V)((I)shifted << L::kMantissa);
+  }
+
+  // sigmoid = 1 / this; at most 2^125
+  static FASTSEQ_HOST_DEVICE V sigmoid_divisor(V x) {
+    V scale, fraction;
+    exp_parts(clamped(x, Lanes<float>::kLargest), -1, scale, fraction);
+    return (scale * fraction + scale) + 1.0f;
+  }
+  // tanh = this / (this + 2): e^2x - 1, formed without cancellation
+  static FASTSEQ_HOST_DEVICE V tanh_dividend(V x) {
+    V scale, fraction;
+    exp_parts(clamped(x, Lanes<float>::kTanhIsOne), 2, scale, fraction);
+    return scale * fraction + (scale - 1.0f);
+  }
+
+  static FASTSEQ_HOST_DEVICE V sigmoid(V x) { return divide(V{} + 1, sigmoid_divisor(x)); }
+  static FASTSEQ_HOST_DEVICE V tanh(V x) {
+    const V e = tanh_dividend(x);
+    return divide(e, e + 2.0f);
+  }
+  // in one division, whose divisor has to stay finite
+  static FASTSEQ_HOST_DEVICE V sigmoid_tanh(V x, V y) {
+    const V e = tanh_dividend(y);
+    return divide(e, at_most(sigmoid_divisor(x), 0x1p90f) * (e + 2.0f));
+  }
 };
 
 // Two vectors that go through a cell side by side: the long chain of one row's operations leaves room for another's.
@@ -178,8 +221,8 @@ struct Pair {
 };
 
 // Mathematics of one row, and of two: a value of the cell is gathered from value(row), and given to take(row, value).
-template <class A>
-struct OneRow : Math<A> {
+template <class A, class M>
+struct OneRow : M {
   using V = typename Math<A>::V;
   static constexpr int64_t kRows = 1;
   template <class F>
@@ -192,9 +235,8 @@ struct OneRow : Math<A> {
   }
 };
 
-template <class A>
+template <class A, class M>
 struct TwoRows {
-  using M = Math<A>;
   using V = Pair<A>;
   static constexpr int64_t kRows = 2;
   template <class F>
@@ -209,6 +251,7 @@ struct TwoRows {
   static FASTSEQ_HOST_DEVICE V exp(V x) { return {M::exp(x.a), M::exp(x.b)}; }
   static FASTSEQ_HOST_DEVICE V log_sigmoid(V x) { return {M::log_sigmoid(x.a), M::log_sigmoid(x.b)}; }
   static FASTSEQ_HOST_DEVICE V tanh(V x) { return {M::tanh(x.a), M::tanh(x.b)}; }
+  static FASTSEQ_HOST_DEVICE V sigmoid_tanh(V x, V y) { return {M::sigmoid_tanh(x.a, y.a), M::sigmoid_tanh(x.b, y.b)}; }
   static FASTSEQ_HOST_DEVICE V relu(V x) { return {M::relu(x.a), M::relu(x.b)}; }
   static FASTSEQ_HOST_DEVICE V maximum(V x, V y) { return {M::maximum(x.a, y.a), M::maximum(x.b, y.b)}; }
 };
@@ -299,7 +342,13 @@ struct Memory<bfloat16, float> {
     __builtin_memcpy(p, &half, sizeof(H));
   }
 
-  static FASTSEQ_HOST_DEVICE V widened(H half) { return (V)(__builtin_convertvector(half, U) << 16); }
+  static FASTSEQ_HOST_DEVICE V widened(H half) {
+#if FASTSEQ_VECTOR_BYTES == 64  // the compiler would widen one half after the other
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+#else
+    return (V)(__builtin_convertvector(half, U) << 16);
+#endif
+  }
 
   // round to nearest even; a NaN stays a quiet NaN
   static FASTSEQ_HOST_DEVICE H narrowed(V v) {
