@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, _C, nn
+from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import backends
