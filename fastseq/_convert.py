@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import backends
 from . import modules as own_modules
 from .cells import CELLS
+from .functional._packing import set_packing
 from .modules import keep_type as keep_type_modules
 from .parity import Probe, as_arguments
 
@@ -156,7 +157,7 @@ def _recurrent_backend(module: Any) -> str | None:
         layout="padded",
     )
     own_choice = backends.forced() in (None, backends.torch.name)
-    if own_choice and (isinstance(module, nn.RNNCellBase) or backends.torch.recurrent.why_layers(query, gradients=False)):
+    if own_choice and (isinstance(module, nn.RNNCellBase) or backends.torch.recurrent.lacking(query)):
         return backends.torch.name
     return _selected(query)
 
@@ -679,6 +680,7 @@ def _is_fsdp(module: nn.Module) -> bool:
 
 def _swap_back(found: _Found, conversion: Conversion) -> None:
     found.module.__class__ = vars(type(found.module)).get("stands_for", conversion.torch_class)
+    set_packing(found.module, None)
     conversion.undo(found.module)
 
 

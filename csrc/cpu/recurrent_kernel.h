@@ -14,6 +14,8 @@ namespace fastseq::cpu {
 
 enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru, kCoupledLstm, kPeepholeLstm, kSlstm };
 enum class Type { kFloat, kDouble, kBfloat16 };
+// Of weights kept for inference beside parameters of type float: rounded, or whole numbers with a scale for each of their rows.
+enum class Stored { kAsGiven, kBfloat16, kInt8 };
 
 // Cell facts and the tiles that follow from them: a tile holds whole units, all gates of a unit beside one another.
 struct Tiling {
@@ -76,7 +78,9 @@ struct Forward {
   int64_t input;           // I
   const void* input_weights;  // [D, unit tiles], packed by pack_units over depth I
   const void* input_bias;     // [D, G*H] S or null
-  const void* const* in_place;  // [D] weights [G*H, P] S as PyTorch stores them, which a short call reads as they are; or null
+  const void* const* in_place;  // [D] weights [G*H, P] laid out as PyTorch does, which a short call reads as they are; or null
+  Stored stored;           // their type
+  const void* const* scales;  // [D] [G*H] A of kInt8, or null
   int64_t batch;           // B
   const void* vectors;     // [D, V*H] S or null
   const void* h0;          // [D, B, P] S or null
@@ -92,10 +96,12 @@ struct Forward {
   float least_x, least_h;  // as `least` below, of x and of h
 };
 
-// The input of a lane in a short call: gates[r * stride + j] = bias[j] + x[r] . weights[j].
+// The input of a lane in a short call: gates[r * stride + j] = bias[j] + scales[j] x[r] . weights[j].
 struct Projection {
   const void* x;        // [rows, input] S
-  const void* weights;  // [G*H, input] S, as PyTorch stores them
+  const void* weights;  // [G*H, input], laid out as PyTorch does
+  Stored stored;        // their type
+  const void* scales;   // [G*H] A of kInt8, or null
   const void* bias;     // [G*H] S or null
   int64_t rows, input;
   void* gates;          // S

@@ -518,18 +518,25 @@ class ForwardKernel {
     if (w.barrier) w.barrier->wait(w.weight);
   }
 
-  // R h of a short call
+  // R h of a short call, or with weights that are never packed
   void multiply_in_place(const Item<A>& item) const {
+    using X = std::remove_cvref_t<decltype(*old_h->row(0))>;
     const int64_t u0 = item.tile * UB * W, blocks = item.vectors / G;
     A* sums = const_cast<A*>(item.sums);
     for (int64_t v = 0; v < item.vectors; ++v) {
-      const int64_t u = u0 + v % blocks * W;  // lanes beyond the units repeat the last
-      InPlace<A>::template multiply<std::remove_cvref_t<decltype(*old_h->row(0))>, S>(
-          old_h->row(item.begin), old_h->stride(), item.count, P,
-          [&](int64_t lane) { return in_place + (v / blocks * H + min(u + lane, H - 1)) * P; },
-          [&](int64_t r, int64_t lane, int64_t count, const A* values) __attribute__((always_inline)) {
-            __builtin_memcpy(sums + (r * item.vectors + v) * W + lane, values, count * sizeof(A));
-          });
+      const int64_t u = u0 + v % blocks * W, first = v / blocks * H;  // lanes beyond the units repeat the last
+      with_stored<S>(a.stored, [&]<class T>() {
+        InPlace<A>::template multiply<X, T>(
+            old_h->row(item.begin), old_h->stride(), item.count, P,
+            [&](int64_t lane) { return static_cast<const T*>(in_place) + (first + min(u + lane, H - 1)) * P; },
+            [&](int64_t r, int64_t lane, int64_t count, const A* values) __attribute__((always_inline)) {
+              __builtin_memcpy(sums + (r * item.vectors + v) * W + lane, values, count * sizeof(A));
+            });
+      });
+      if (a.scales) {
+        const V scale = Memory<A, A>::load(static_cast<const A*>(a.scales[d]) + first + u, H - u);
+        for (int64_t r = 0; r < item.count; ++r) *(V*)(sums + (r * item.vectors + v) * W) *= scale;
+      }
     }
   }
 
@@ -679,7 +686,7 @@ class ForwardKernel {
   const S* x = static_cast<const S*>(a.x);
   const S* x_gates = at<S>(a.x_gates, d * GH);
   const S* bias = at<S>(a.input_bias, d * GH);
-  const S* in_place = static_cast<const S*>(a.in_place ? a.in_place[d] : nullptr);
+  const void* in_place = a.in_place ? a.in_place[d] : nullptr;
   const S* vectors = at<S>(a.vectors, d * C::kVectors * H);
   S* y = at<S>(a.y, d * P);
   A* c_all = at<A>(a.c, d * K * H);
@@ -1061,22 +1068,26 @@ void pack_rows(const Shape& shape, const void* weight, int64_t depth, int64_t co
 void project(const Shape& shape, const Projection& p, int64_t begin, int64_t end) {
   with_types(shape.type, [&]<class Product, class S>() {
     using A = typename Product::A;
-    constexpr int64_t W = Product::W;
-    constexpr int64_t kRows = 64;
+    using V = typename Math<A>::V;
+    constexpr int64_t W = Product::W, kRows = 64;
     alignas(64) A sums[kRows][W];
-    const S *x = static_cast<const S*>(p.x), *weights = static_cast<const S*>(p.weights), *bias = static_cast<const S*>(p.bias);
+    const S *x = static_cast<const S*>(p.x), *bias = static_cast<const S*>(p.bias);
     for (int64_t j = begin; j < end; j += W) {
-      const auto added = bias ? Memory<S, A>::load(bias + j, end - j) : typename Math<A>::V{};
+      const V added = bias ? Memory<S, A>::load(bias + j, end - j) : V{};
+      const V scale = p.scales ? Memory<A, A>::load(static_cast<const A*>(p.scales) + j, end - j) : V{} + 1;
       for (int64_t first = 0; first < p.rows; first += kRows) {
         const int64_t count = min(kRows, p.rows - first);
-        InPlace<A>::template multiply<S, S>(
-            x + first * p.input, p.input, count, p.input, [&](int64_t lane) { return weights + min(j + lane, end - 1) * p.input; },
-            [&](int64_t r, int64_t lane, int64_t n, const A* values) __attribute__((always_inline)) {
-              __builtin_memcpy(sums[r] + lane, values, n * sizeof(A));
-            });
+        with_stored<S>(p.stored, [&]<class T>() {
+          InPlace<A>::template multiply<S, T>(
+              x + first * p.input, p.input, count, p.input,
+              [&](int64_t lane) { return static_cast<const T*>(p.weights) + min(j + lane, end - 1) * p.input; },
+              [&](int64_t r, int64_t lane, int64_t n, const A* values) __attribute__((always_inline)) {
+                __builtin_memcpy(sums[r] + lane, values, n * sizeof(A));
+              });
+        });
         for (int64_t r = 0; r < count; ++r) {
           S* to = static_cast<S*>(p.gates) + (first + r) * p.stride + j;
-          Memory<S, A>::store(to, *(const typename Math<A>::V*)sums[r] + added, end - j);
+          Memory<S, A>::store(to, *(const V*)sums[r] * scale + added, end - j);
         }
       }
     }

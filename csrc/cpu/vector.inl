@@ -342,7 +342,13 @@ struct Memory<bfloat16, float> {
     __builtin_memcpy(p, &half, sizeof(H));
   }
 
-  static FASTSEQ_HOST_DEVICE V widened(H half) { return (V)(__builtin_convertvector(half, U) << 16); }
+  static FASTSEQ_HOST_DEVICE V widened(H half) {
+#if FASTSEQ_VECTOR_BYTES == 64  // the compiler would widen one half after the other
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+#else
+    return (V)(__builtin_convertvector(half, U) << 16);
+#endif
+  }
 
   // round to nearest even; a NaN stays a quiet NaN
   static FASTSEQ_HOST_DEVICE H narrowed(V v) {

@@ -141,11 +141,16 @@ def test_explain_names_backend_and_reasons():
     assert forced.backends == ["reference"]
 
 
-def test_single_steps_are_torchs_unless_forced():
+def test_single_steps_in_training_are_torchs_unless_forced():
     cell, x = fastseq.GRUCell(3, 4), torch.randn(2, 3)
-    chosen = fastseq.explain(cell, x)
-    assert chosen.backends == ["torch"]
-    assert str(chosen).startswith("recurrent_cell gru, float32 on cpu, padded, T=1 B=1 D=1 H=4: torch, a step is two products")
+    assert fastseq.explain(cell, x).backends == ["cpu"]
+    seen: list[str] = []
+    with backends.watching(lambda query, name: seen.append(f"{query}: {name}")):
+        cell(x)
+        cell.double()(x.double())
+    cell.float()
+    assert seen[0] == "recurrent_cell gru, float32 on cpu, padded, T=1 B=1 D=1 H=4: torch" and len(seen) == 2
+    assert all(line.endswith(": torch") for line in seen)
     for name in ("cpu", "reference"):
         with fastseq.use_backend(name):
             assert fastseq.explain(cell, x).backends == [name]
