@@ -31,6 +31,7 @@ struct TileProduct {
   // Rows of input projected together: 128 rows of them and of their gates displace the recurrent weights, 32 fetch the input's too often
   // (LSTM of 256 units, 32 sequences: 6.8, 4.9 and 5.0 ms with 128, 64 and 32; of 512 units 27, 25 and 30).
   static constexpr int64_t kChunkRows = 64;
+  static constexpr int64_t kFusedRows = INT64_MAX;  // no step projects its own input
   static constexpr int64_t kDepth = 32;     // of a tile
   static constexpr int64_t kTileBytes = 1024;
 
@@ -98,7 +99,7 @@ struct TileProduct {
   // aside() does a share of other work: its divisions and latencies pass while the tiles are multiplied
   template <class Aside>
   void multiply(const Matrix& rows, int64_t begin, int64_t count, const void* packed, int64_t vectors, int64_t depth,
-                Start<float> start, float* sums, Aside&& aside) const {
+                Start<float> start, float* sums, const void*, Aside&& aside) const {
     const Operands o{rows.row(begin), rows.stride() * 2, rows_, static_cast<const char*>(packed), vectors, blocks_of(depth, kDepth),
                      start, sums};
     if (count <= rows_) {

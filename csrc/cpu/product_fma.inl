@@ -8,6 +8,7 @@ struct MultiplyAdd {
   static constexpr int64_t W = Math<A>::kWidth;
   static constexpr bool kInterleaves = false;
   static constexpr int64_t kChunkRows = 128;
+  static constexpr int64_t kFusedRows = 16;  // of a step that projects its own input
   static constexpr int64_t kMostRows = 48;  // of one product: with a run of weights, their sums and their operands stay in the first cache
 
   // The left-hand matrix. Rows are a line further apart than they need: a power of two would put those of a block into one cache set.
@@ -55,20 +56,30 @@ struct MultiplyAdd {
 
   static int64_t tile_bytes(int64_t vectors, int64_t depth) { return vectors * W * depth * sizeof(A); }
 
-  // The tile [depth][vectors][W] is walked once, in runs; a run stays in the first cache while every block of rows is multiplied. Sums
-  // start as given.
+  // The tile lies in panels of a few vectors, [panels][depth][vectors][W], each walked once, in runs; a run stays in the first cache while
+  // every block of rows is multiplied. Sums start as given.
   template <class Aside>
   void multiply(const Matrix& rows, int64_t begin, int64_t count, const void* packed, int64_t vectors, int64_t depth, Start<A> start,
-                A* sums, Aside&&) const {
-    const A* tile = static_cast<const A*>(packed);
-    const int64_t most = rows_of_block(vectors), blocks = blocks_of(count, most), run = blocks == 1 ? kRun : kRunOfBlocks;
-    for (int64_t k = 0; k < depth; k += run)
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t r = count * b / blocks, n = count * (b + 1) / blocks - r;
-        A* to = sums + r * vectors * W;
-        const Start<A> from = k ? Start<A>{to, vectors * W, vectors} : start.of_row(r);
-        kernel_of(n, vectors)(rows.row(begin + r) + k, rows.stride(), tile + k * vectors * W, min(run, depth - k), from, to);
+                A* sums, const void* next, Aside&&) const {
+    const int64_t stride = vectors * W;
+    const A *tile = static_cast<const A*>(packed), *end = tile + vectors * depth * W;
+    for (int64_t v = 0; v < vectors;) {
+      const int64_t panel = panel_of(vectors - v), most = rows_of_block(panel), blocks = blocks_of(count, most);
+      const int64_t given = max(0, min(panel, start.vectors - v));
+      for (int64_t k = 0; k < depth; k += kRun) {
+        const int64_t run = min(kRun, depth - k);
+        const A* after = tile + run * panel * W;
+        if (after == end) after = static_cast<const A*>(next);
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t r = count * b / blocks, n = count * (b + 1) / blocks - r;
+          A* to = sums + r * stride + v * W;
+          const Start<A> from = k ? Start<A>{to, stride, panel} : Start<A>{start.rows + r * start.stride + v * W, start.stride, given};
+          kernel_of(n, panel)(rows.row(begin + r) + k, rows.stride(), tile, run, from, to, stride, b == blocks - 1 ? after : tile);
+        }
+        tile += run * panel * W;
       }
+      v += panel;
+    }
   }
 
   // of weights [vectors*W rows, depth], rows given by row(vector, lane) or null: transposed
@@ -83,7 +94,7 @@ struct MultiplyAdd {
           square[j] = from ? Memory<S, A>::load(from + k0, depth - k0) : V{};
         }
         transpose<W / 2, W>(square);
-        for (int64_t k = 0; k < min(W, depth - k0); ++k) *(V*)(to + ((k0 + k) * vectors + v) * W) = square[k];
+        for (int64_t k = 0; k < min(W, depth - k0); ++k) place(to, k0 + k, v, vectors, depth) = square[k];
       }
   }
 
@@ -93,37 +104,38 @@ struct MultiplyAdd {
     A* to = static_cast<A*>(packed);
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t v = 0; v < vectors; ++v)
-        *(V*)(to + (k * vectors + v) * W) = Memory<S, A>::load(from + k * stride + v * W, columns - v * W);
+        place(to, k, v, vectors, depth) = Memory<S, A>::load(from + k * stride + v * W, columns - v * W);
   }
 
  private:
-  // Products are summed in runs of this many, and the runs then added up: a sum of n terms loses about sqrt(n) roundings. With
-  // several blocks of rows, the shorter run leaves room for operands and sums beside its weights.
-  static constexpr int64_t kRun = 128, kRunOfBlocks = 64;
-  static constexpr int64_t kMostOfBlock = 8;
+  // Products are summed in runs of this many, and the runs then added up: a sum of n terms loses about sqrt(n) roundings.
+  static constexpr int64_t kRun = 128;
+  static constexpr int64_t kMostOfBlock = 14;
 
-  // The sums fill the registers, but for what a product needs beside them: with 32 registers a tile row and a broadcast value, with 16
-  // one of either.
+  static constexpr int64_t panel_of(int64_t vectors) { return FASTSEQ_VECTOR_REGISTERS == 32 ? (vectors == 4 ? 2 : vectors) : vectors; }
   static constexpr int64_t rows_of_block(int64_t vectors) {
     return FASTSEQ_VECTOR_REGISTERS == 32 ? min(kMostOfBlock, (32 - 2 - vectors) / vectors) : min(kMostOfBlock, 12 / vectors);
   }
-  static_assert(rows_of_block(4) == (FASTSEQ_VECTOR_REGISTERS == 32 ? 6 : 3));
+
+  static V& place(A* tile, int64_t k, int64_t v, int64_t vectors, int64_t depth) {
+    const int64_t wide = panel_of(vectors), first = v / wide * wide, panel = panel_of(vectors - first);
+    return *(V*)(tile + (first * depth + k * panel + v - first) * W);
+  }
 
   // Subtracting zero is nothing, so that one load remains; adding it, which turns -0 into 0, would take two of the ports that multiply.
   static FASTSEQ_HOST_DEVICE V broadcast(A a) { return a - V{}; }
 
-  using Kernel = void (*)(const A*, int64_t, const A*, int64_t, Start<A>, A*);
+  using Kernel = void (*)(const A*, int64_t, const A*, int64_t, Start<A>, A*, int64_t, const A*);
 
   // sums[r][v] = start + rows[r] (depth values) times a tile (depth x NV vectors)
   template <int RB, int NV>
-  static void kernel(const A* rows, int64_t stride, const A* tile, int64_t depth, Start<A> start, A* sums) {
+  static void kernel(const A* rows, int64_t stride, const A* tile, int64_t depth, Start<A> start, A* sums, int64_t sums_stride, const A* after) {
     // few sums would wait for one another: then interleaved sets, over depths modulo their number
     constexpr int SETS = RB * NV <= 4 ? 4 : RB * NV < 8 ? 2 : 1;
-    constexpr int64_t ahead = 1024 / (NV * W * sizeof(A));  // depths between a product and the fetching of its weights
     V sum[SETS][RB][NV];
 #pragma GCC unroll 4
     for (int s = 0; s < SETS; ++s)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) sum[s][r][v] = V{};
@@ -135,9 +147,9 @@ struct MultiplyAdd {
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
           weight[v] = *(const V*)(tile + ((k + s) * NV + v) * W);
-          __builtin_prefetch(tile + ((k + s + ahead) * NV + v) * W, 0, 3);
+          __builtin_prefetch(after + ((k + s) * NV + v) * W, 0, 3);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < RB; ++r) {
           const V value = broadcast(rows[r * stride + k + s]);
 #pragma GCC unroll 4
@@ -146,18 +158,18 @@ struct MultiplyAdd {
       }
     }
     for (; k < depth; ++k)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) sum[0][r][v] += broadcast(rows[r * stride + k]) * *(const V*)(tile + (k * NV + v) * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         if (SETS == 4) sum[0][r][v] += sum[SETS / 2][r][v], sum[SETS / 4][r][v] += sum[SETS - 1][r][v];
         if (SETS > 1) sum[0][r][v] += sum[SETS > 2 ? 1 : SETS - 1][r][v];
         if (v < start.vectors) sum[0][r][v] += *(const V*)(start.rows + r * start.stride + v * W);
-        *(V*)(sums + (r * NV + v) * W) = sum[0][r][v];
+        *(V*)(sums + r * sums_stride + v * W) = sum[0][r][v];
       }
   }
 
@@ -171,7 +183,13 @@ struct MultiplyAdd {
       case 5: return kernel<5, NV>;
       case 6: return kernel<6, NV>;
       case 7: return kernel<7, NV>;
-      default: return kernel<8, NV>;
+      case 8: return kernel<8, NV>;
+      case 9: return kernel<9, NV>;
+      case 10: return kernel<10, NV>;
+      case 11: return kernel<11, NV>;
+      case 12: return kernel<12, NV>;
+      case 13: return kernel<13, NV>;
+      default: return kernel<14, NV>;
     }
   }
 

@@ -114,6 +114,11 @@ FASTSEQ_HOST_DEVICE void for_tiles(const int64_t tiles[2], int64_t step, F&& bod
   for (int64_t i = 0; i < count; ++i) body(step & 1 ? tiles[1] - 1 - i : tiles[0] + i);
 }
 
+// The tile after one of a walk; the last one's is itself, with which the next walk begins.
+inline int64_t tile_after(const int64_t tiles[2], int64_t step, int64_t tile) {
+  return step & 1 ? max(tile - 1, tiles[0]) : min(tile + 1, tiles[1] - 1);
+}
+
 // Rows [begin, begin + count) of a step, multiplied with one tile of weights: sums [count][vectors][W].
 template <class A>
 struct Item {
@@ -127,6 +132,7 @@ struct Weights {
   const void* packed;  // of one tile; null: the sums are there already
   int64_t depth;
   Start<A> start;
+  const void* next;  // the weights that the product after these takes, to be fetched ahead
 };
 
 // Work that waits for the next product to run beside it: the rows of an item, finished by finish(item, from, to), several at a time:
@@ -174,7 +180,8 @@ FASTSEQ_HOST_DEVICE void multiply_step(const Product& product, const typename Pr
       Item<A> item{tile, begin, min(block, active - begin), 0, own};
       const Weights<A> weights = prepare(item);
       if (weights.packed)
-        product.multiply(matrix, begin, item.count, weights.packed, item.vectors, weights.depth, weights.start, own, waiting);
+        product.multiply(matrix, begin, item.count, weights.packed, item.vectors, weights.depth, weights.start, own,
+                         begin + block < active ? weights.packed : weights.next, waiting);
       else
         waiting.rest();
       waiting.set(item);
@@ -272,21 +279,23 @@ class ForwardKernel {
   };
 
   struct Chunk {  // of a participant
-    int64_t steps, tile_size, bytes;
+    int64_t rows, tile_size, bytes;
     Matrix x;   // [rows, I]
-    A* gates;   // [own unit tiles][rows][vectors][W]
+    A* gates;   // [own unit tiles][rows][vectors][W]; of a step that projects its own input, of one tile
     A* bias;    // [own unit tiles][vectors][W]
 
     Chunk(const Forward& a, const Work& w, void* scratch) {
       const int64_t slots = max(w.rows.slots, 1), row = G * a.shape.hidden * sizeof(A);
-      steps = max(1, min(max(kChunkBytes / row, kLeastChunkRows), Product::kChunkRows) / slots);
-      steps = min(steps, w.rows.steps);
-      const int64_t rows = (blocks_of(steps * slots, 16) + 1) * 16, tiles = a.x ? w.unit_tiles[1] - w.unit_tiles[0] : 0;
-      tile_size = rows * NV * W;  // a product takes, and gives, whole blocks of rows
+      rows = max(min(max(kChunkBytes / row, kLeastChunkRows), Product::kChunkRows), min(slots, Product::kFusedRows));
+      rows = min(rows, w.rows.steps * slots);
+      const bool fuses = slots >= Product::kFusedRows, chunks = !fuses || w.rows.active;
+      const auto whole = [](int64_t rows) { return (blocks_of(rows, 16) + 1) * 16; };  // a product takes, and gives, whole blocks of rows
+      const int64_t tiles = w.unit_tiles[1] - w.unit_tiles[0], inputs = whole(max(rows, fuses ? slots : 0));
+      tile_size = whole(rows) * NV * W;
       Carver carver(scratch);
-      x = Matrix(carver.take(a.x ? Matrix::bytes(rows, a.input) : 0), a.input);
-      gates = static_cast<A*>(carver.take(tiles * tile_size * sizeof(A)));
-      bias = static_cast<A*>(carver.take(tiles * NV * W * sizeof(A)));
+      x = Matrix(carver.take(a.x ? Matrix::bytes(inputs, a.input) : 0), a.input);
+      gates = static_cast<A*>(carver.take(a.x ? max(chunks ? tiles * tile_size : 0, Product::kMostRows * NV * W) * sizeof(A) : 0));
+      bias = static_cast<A*>(carver.take(a.x ? tiles * NV * W * sizeof(A) : 0));
       bytes = carver.used();
     }
   };
@@ -305,9 +314,9 @@ class ForwardKernel {
   void run() {
     begin();
     if (w.barrier) w.barrier->wait(w.weight);
-    for (int64_t step = 0; step < w.rows.steps;) {
-      const int64_t end = x ? min(step + chunk.steps, w.rows.steps) : w.rows.steps;
-      if (x) project_input(step, end);
+    for (int64_t step = 0, turn = 0; step < w.rows.steps; ++turn) {
+      const int64_t end = x ? end_of_chunk(step) : w.rows.steps;
+      if (x) project_input(step, end, turn);
       const Product product(w.rows.slots);
       for (const int64_t start = step; step < end; ++step) {
         t = steps.time(step);
@@ -322,6 +331,10 @@ class ForwardKernel {
  private:
   const void* unit_tile(const void* packed, int64_t tile, int64_t depth) const {
     return at<char>(packed, (d * blocks_of(H, UB * W) + tile) * Product::tile_bytes(NV, depth));
+  }
+
+  const void* output_tile(int64_t tile) const {
+    return at<char>(a.projection, (d * blocks_of(P, kTileVectors * W) + tile) * Product::tile_bytes(kTileVectors, H));
   }
 
   // own columns of the first state; both h buffers hold it until a slot's first step has passed
@@ -353,8 +366,21 @@ class ForwardKernel {
     }
   }
 
-  // x of the steps [begin, end) -> chunk.gates
-  void project_input(int64_t begin, int64_t end) {
+  // A step of many sequences projects its own input, tile by tile beside the products with h; others as many together as the chunk takes.
+  int64_t end_of_chunk(int64_t step) {
+    int64_t rows = steps.active(steps.time(step)), end = step + 1;
+    fused = rows >= Product::kFusedRows;
+    if (fused) return end;
+    for (; end < min(step + Product::kChunkRows, w.rows.steps); ++end) {
+      const int64_t active = steps.active(steps.time(end));
+      if (rows + active > chunk.rows || active >= Product::kFusedRows) break;
+      rows += active;
+    }
+    return end;
+  }
+
+  // x of the steps [begin, end) -> chunk.gates, or for a fused step only -> chunk.x
+  void project_input(int64_t begin, int64_t end, int64_t turn) {
     int64_t rows = 0;
     for (int64_t step = begin; step < end; ++step) {
       const int64_t at_time = steps.time(step), active = steps.active(at_time);
@@ -363,16 +389,47 @@ class ForwardKernel {
     }
     if (rows == 0) return;
     chunk.x.clear_rest(rows, I);
+    if (fused) return;
     const Product product(rows);
     const int64_t block = product.block(rows);
-    for_tiles(w.unit_tiles, begin / chunk.steps, [&](int64_t tile) {
+    for_tiles(w.unit_tiles, turn, [&](int64_t tile) {
       const int64_t vectors = G * min(UB, blocks_of(H - tile * UB * W, W));
-      const Start<A> start{chunk.bias + (tile - w.unit_tiles[0]) * NV * W, 0, vectors};
       A* to = chunk.gates + (tile - w.unit_tiles[0]) * chunk.tile_size;
       for (int64_t r = 0; r < rows; r += block)
-        product.multiply(chunk.x, r, min(block, rows - r), unit_tile(a.input_weights, tile, I), vectors, I, start, to + r * vectors * W,
-                         NothingWaits());
+        multiply_input(product, r, min(block, rows - r), tile, vectors, to + r * vectors * W,
+                       unit_tile(a.input_weights, r + block < rows ? tile : tile_after(w.unit_tiles, turn, tile), I));
     });
+  }
+
+  FASTSEQ_HOST_DEVICE void multiply_input(const Product& product, int64_t row, int64_t count, int64_t tile, int64_t vectors, A* to,
+                                          const void* next) const {
+    const Start<A> start{chunk.bias + (tile - w.unit_tiles[0]) * NV * W, 0, vectors};
+    product.multiply(chunk.x, row, count, unit_tile(a.input_weights, tile, I), vectors, I, start, to, next, NothingWaits());
+  }
+
+  // what an item's units are written to, and their states: on its way while the item is multiplied
+  void fetch(const Item<A>& item) const {
+    for (int64_t r = 0; r < item.count; ++r) {
+      const int64_t slot = item.begin + r, row = steps.row(t, slot);
+      for (int64_t b = 0; b < item.vectors / G; ++b) {
+        const int64_t u = (item.tile * UB + b) * W;
+        for (int k = 0; k < K; ++k) prefetch(buf.c + (slot * K + k) * buf.ldc + u);
+        if (!projected) prefetch(y + row * D * P + u);
+        if (c_all)
+          for (int k = 0; k < K; ++k) prefetch(c_all + (row * D * K + k) * H + u);
+        if (gates)
+          for (int g = 0; g < kSaved; ++g) prefetch(gates + (row * D * kSaved + g) * H + u);
+      }
+    }
+  }
+
+  // a tile's share of the next step's input
+  void fetch_input(const Item<A>& item, int64_t step) const {
+    if (step == w.rows.steps) return;
+    const int64_t at_time = steps.time(step), tiles = w.unit_tiles[1] - w.unit_tiles[0];
+    const int64_t end = min(item.begin + item.count, steps.active(at_time));
+    for (int64_t slot = item.begin + item.tile - w.unit_tiles[0]; slot < end; slot += tiles)
+      for (int64_t i = 0; i < I; i += 64 / sizeof(S)) prefetch(x + steps.row(at_time, slot) * I + i);
   }
 
   void walk(const Product& product, int64_t step) {
@@ -381,11 +438,19 @@ class ForwardKernel {
     const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
       const int64_t u0 = item.tile * UB * W;
       item.vectors = G * min(UB, blocks_of(H - u0, W));
-      if (x) return {unit_tile(a.weights, item.tile, P), P, {projected_input(item, 0), item.vectors * W, item.vectors / G * (G - kOwn)}};
+      fetch(item);
+      const void* packed = unit_tile(a.weights, item.tile, P);
+      const int64_t after = tile_after(w.unit_tiles, step, item.tile);
+      if (fused) {
+        fetch_input(item, step + 1);
+        multiply_input(product, item.begin, item.count, item.tile, item.vectors, chunk.gates, packed);
+      }
+      const void* next = fused ? unit_tile(a.input_weights, after, I) : unit_tile(a.weights, after, P);
+      if (x) return {packed, P, {projected_input(item, 0), item.vectors * W, item.vectors / G * (G - kOwn)}, next};
       for (int64_t r = 0; r < item.count; ++r)
         for (int g = 0; g < G; ++g) prefetch(x_gates + steps.row(t, item.begin + r) * D * GH + g * H + u0);
       if (h_gates) given_sums(item);
-      return {unit_tile(a.weights, item.tile, P), P, {}};
+      return {packed, P, {}, next};
     };
     const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
       finish_rows(item, from, to);
@@ -395,8 +460,7 @@ class ForwardKernel {
       if (w.barrier) w.barrier->wait(w.weight);
       const auto columns = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
         item.vectors = Columns<A>(item.tile, P).blocks;
-        const int64_t tile = d * blocks_of(P, kTileVectors * W) + item.tile;
-        return {at<char>(a.projection, tile * Product::tile_bytes(kTileVectors, H)), H, {}};
+        return {output_tile(item.tile), H, {}, output_tile(tile_after(w.output_tiles, step, item.tile))};
       };
       const auto project = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
         for (int64_t r = from; r < to; ++r) project_row(item, r);
@@ -419,6 +483,7 @@ class ForwardKernel {
 
   // [vectors][W] of a row of an item
   const A* projected_input(const Item<A>& item, int64_t r) const {
+    if (fused) return chunk.gates + r * item.vectors * W;
     return chunk.gates + (item.tile - w.unit_tiles[0]) * chunk.tile_size + (chunk_row + item.begin + r) * item.vectors * W;
   }
 
@@ -555,6 +620,7 @@ class ForwardKernel {
   S* gates = at<S>(a.gates, d * kSaved * H);
   // of the step at hand
   int64_t t = 0, chunk_row = 0;
+  bool fused = false;  // projects its own input
   const Matrix *old_h = nullptr, *new_h = nullptr;
   int64_t chunk_start[Product::kChunkRows];
   alignas(64) A sums[(Product::kInterleaves ? 2 : 1) * Product::kMostRows * kTileVectors * W];
@@ -636,6 +702,10 @@ class BackwardKernel {
     return at<char>(a.weights, (d * blocks_of(P, UB * W) + tile) * Product::tile_bytes(UB, GH));
   }
 
+  const void* projection_tile(int64_t tile) const {
+    return at<char>(a.projection, (d * blocks_of(H, UB * W) + tile) * Product::tile_bytes(UB, P));
+  }
+
   void no_sums(const Item<A>& item) {
     __builtin_memset(const_cast<A*>(item.sums), 0, item.count * item.vectors * W * sizeof(A));
   }
@@ -643,25 +713,25 @@ class BackwardKernel {
   void walk(const Product& product, int64_t step) {
     const int64_t active = steps.active(t);
     const bool through = a.weights && step > 0;
+    const int64_t* own = projected ? w.output_tiles : w.unit_tiles;
     if (w.barrier && through) old_dgates->prefetch(active);
     const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
       item.vectors = Columns<A>(item.tile, P).blocks;
       if (!projected) fetch(item);
-      if (through) return {recurrent_tile(item.tile), GH, {}};
+      if (through) return {recurrent_tile(item.tile), GH, {}, recurrent_tile(tile_after(own, step, item.tile))};
       no_sums(item);
       return {};
     };
     const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
       finish_rows(item, from, to);
     };
-    multiply_step<Product, A>(product, *old_dgates, active, projected ? w.output_tiles : w.unit_tiles, step, sums, prepare, finish);
+    multiply_step<Product, A>(product, *old_dgates, active, own, step, sums, prepare, finish);
     if (projected) {
       if (w.barrier) w.barrier->wait(w.weight);
       const auto columns = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
         item.vectors = Columns<A>(item.tile, H).blocks;
         fetch(item);
-        const int64_t tile = d * blocks_of(H, UB * W) + item.tile;
-        return {at<char>(a.projection, tile * Product::tile_bytes(UB, P)), P, {}};
+        return {projection_tile(item.tile), P, {}, projection_tile(tile_after(w.unit_tiles, step, item.tile))};
       };
       const auto through_projection = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
         for (int64_t r = from; r < to; ++r) {
@@ -789,9 +859,10 @@ class BackwardKernel {
           if ((steps.length(s) ^ w.rows.steps) & 1) last.copy(s, buf.dgates[steps.length(s) & 1], GH);
       if (w.barrier) w.barrier->wait(w.weight);
     }
+    const int64_t* own = projected ? w.output_tiles : w.unit_tiles;
     const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<A> {
       item.vectors = Columns<A>(item.tile, P).blocks;
-      if (a.weights) return {recurrent_tile(item.tile), GH, {}};
+      if (a.weights) return {recurrent_tile(item.tile), GH, {}, recurrent_tile(tile_after(own, w.rows.steps, item.tile))};
       no_sums(item);
       return {};
     };
@@ -805,8 +876,7 @@ class BackwardKernel {
         }
       }
     };
-    multiply_step<Product, A>(product, last, w.rows.slots, projected ? w.output_tiles : w.unit_tiles, w.rows.steps, sums, prepare,
-                              first_state);
+    multiply_step<Product, A>(product, last, w.rows.slots, own, w.rows.steps, sums, prepare, first_state);
     for (int64_t s = 0; s < w.rows.slots; ++s)
       for (int k = 0; k < K; ++k)
         __builtin_memcpy(at<A>(a.dc0, ((d * B + w.rows.index[s]) * K + k) * H) + units.begin,
