@@ -56,29 +56,28 @@ struct MultiplyAdd {
 
   static int64_t tile_bytes(int64_t vectors, int64_t depth) { return vectors * W * depth * sizeof(A); }
 
-  // The tile lies in panels of a few vectors, [panels][depth][vectors][W], each walked once, in runs; a run stays in the first cache while
-  // every block of rows is multiplied. Sums start as given.
+  // The tile lies in panels, [panels][depth][vectors of a panel][W]. Each is walked once, in runs, and a run stays in the first cache while
+  // every block of rows is multiplied. Few rows take all panels at once: what sums there are must not wait for one another. Sums start
+  // as given. The last block of a run fetches the next run, and at the end of the tile, what comes next.
   template <class Aside>
   void multiply(const Matrix& rows, int64_t begin, int64_t count, const void* packed, int64_t vectors, int64_t depth, Start<A> start,
                 A* sums, const void* next, Aside&&) const {
-    const int64_t stride = vectors * W;
-    const A *tile = static_cast<const A*>(packed), *end = tile + vectors * depth * W;
-    for (int64_t v = 0; v < vectors;) {
-      const int64_t panel = panel_of(vectors - v), most = rows_of_block(panel), blocks = blocks_of(count, most);
-      const int64_t given = max(0, min(panel, start.vectors - v));
+    const int64_t stride = vectors * W, inner = panel_of(vectors), width = count <= kFewRows ? vectors : inner;
+    const int64_t blocks = blocks_of(count, rows_of_block(width));
+    const A* tile = static_cast<const A*>(packed);
+    for (int64_t v = 0; v < vectors; v += width, tile += width * depth * W) {
+      const int64_t given = max(0, min(width, start.vectors - v));
       for (int64_t k = 0; k < depth; k += kRun) {
         const int64_t run = min(kRun, depth - k);
-        const A* after = tile + run * panel * W;
-        if (after == end) after = static_cast<const A*>(next);
+        const bool ends = v + width == vectors && k + run == depth;
+        const A* after = blocks == 1 ? tile + kAhead : ends ? static_cast<const A*>(next) - k * inner * W : tile + run * inner * W;
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t r = count * b / blocks, n = count * (b + 1) / blocks - r;
           A* to = sums + r * stride + v * W;
-          const Start<A> from = k ? Start<A>{to, stride, panel} : Start<A>{start.rows + r * start.stride + v * W, start.stride, given};
-          kernel_of(n, panel)(rows.row(begin + r) + k, rows.stride(), tile, run, from, to, stride, b == blocks - 1 ? after : tile);
+          const Start<A> from = k ? Start<A>{to, stride, width} : Start<A>{start.rows + r * start.stride + v * W, start.stride, given};
+          kernel_of(n, width)({rows.row(begin + r), rows.stride(), tile, b == blocks - 1 ? after : tile, depth, k, k + run, from, to, stride});
         }
-        tile += run * panel * W;
       }
-      v += panel;
     }
   }
 
@@ -94,7 +93,7 @@ struct MultiplyAdd {
           square[j] = from ? Memory<S, A>::load(from + k0, depth - k0) : V{};
         }
         transpose<W / 2, W>(square);
-        for (int64_t k = 0; k < min(W, depth - k0); ++k) place(to, k0 + k, v, vectors, depth) = square[k];
+        for (int64_t k = 0; k < min(W, depth - k0); ++k) *(V*)(to + place(k0 + k, v, vectors, depth)) = square[k];
       }
   }
 
@@ -104,32 +103,49 @@ struct MultiplyAdd {
     A* to = static_cast<A*>(packed);
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t v = 0; v < vectors; ++v)
-        place(to, k, v, vectors, depth) = Memory<S, A>::load(from + k * stride + v * W, columns - v * W);
+        *(V*)(to + place(k, v, vectors, depth)) = Memory<S, A>::load(from + k * stride + v * W, columns - v * W);
   }
 
  private:
   // Products are summed in runs of this many, and the runs then added up: a sum of n terms loses about sqrt(n) roundings.
   static constexpr int64_t kRun = 128;
-  static constexpr int64_t kMostOfBlock = 14;
+  static constexpr int64_t kMostOfBlock = 14, kFewRows = 3;
+  static constexpr int64_t kAhead = 2048 / sizeof(A);  // of a single block: elements between a product and the fetching of its weights
 
-  static constexpr int64_t panel_of(int64_t vectors) { return FASTSEQ_VECTOR_REGISTERS == 32 ? (vectors == 4 ? 2 : vectors) : vectors; }
+  // The sums fill the registers, but for what a product needs beside them: with 32 registers a tile row and a broadcast value, with 16
+  // one of either.
   static constexpr int64_t rows_of_block(int64_t vectors) {
     return FASTSEQ_VECTOR_REGISTERS == 32 ? min(kMostOfBlock, (32 - 2 - vectors) / vectors) : min(kMostOfBlock, 12 / vectors);
   }
+  static_assert(rows_of_block(4) >= kFewRows);
 
-  static V& place(A* tile, int64_t k, int64_t v, int64_t vectors, int64_t depth) {
-    const int64_t wide = panel_of(vectors), first = v / wide * wide, panel = panel_of(vectors - first);
-    return *(V*)(tile + (first * depth + k * panel + v - first) * W);
+  // Vectors of a panel: with 32 registers two, so that a block has many rows and a run many depths.
+  static constexpr int64_t panel_of(int64_t vectors) { return FASTSEQ_VECTOR_REGISTERS == 32 && vectors == 4 ? 2 : vectors; }
+
+  // where the vector v of a depth lies in a tile
+  static FASTSEQ_HOST_DEVICE int64_t place(int64_t k, int64_t v, int64_t vectors, int64_t depth) {
+    const int64_t panel = panel_of(vectors);
+    return (v / panel * depth * panel + k * panel + v % panel) * W;
   }
 
   // Subtracting zero is nothing, so that one load remains; adding it, which turns -0 into 0, would take two of the ports that multiply.
   static FASTSEQ_HOST_DEVICE V broadcast(A a) { return a - V{}; }
 
-  using Kernel = void (*)(const A*, int64_t, const A*, int64_t, Start<A>, A*, int64_t, const A*);
+  // sums[r][v] += rows[r] x the depths [begin, end) of a panel, or of a whole tile
+  struct Block {
+    const A* rows;
+    int64_t stride;
+    const A *tile, *after;  // fetched ahead: what lies at the same depths after `after`
+    int64_t depth, begin, end;
+    Start<A> start;
+    A* sums;
+    int64_t sums_stride;
+  };
+  using Kernel = void (*)(const Block&);
 
-  // sums[r][v] = start + rows[r] (depth values) times a tile (depth x NV vectors)
   template <int RB, int NV>
-  static void kernel(const A* rows, int64_t stride, const A* tile, int64_t depth, Start<A> start, A* sums, int64_t sums_stride, const A* after) {
+  static void kernel(const Block& block) {
+    const auto [rows, stride, tile, after, depth, begin, end, start, sums, sums_stride] = block;
     // few sums would wait for one another: then interleaved sets, over depths modulo their number
     constexpr int SETS = RB * NV <= 4 ? 4 : RB * NV < 8 ? 2 : 1;
     V sum[SETS][RB][NV];
@@ -139,15 +155,15 @@ struct MultiplyAdd {
       for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) sum[s][r][v] = V{};
-    int64_t k = 0;
-    for (; k + SETS <= depth; k += SETS) {
+    int64_t k = begin;
+    for (; k + SETS <= end; k += SETS) {
 #pragma GCC unroll 4
       for (int s = 0; s < SETS; ++s) {
         V weight[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
-          weight[v] = *(const V*)(tile + ((k + s) * NV + v) * W);
-          __builtin_prefetch(after + ((k + s) * NV + v) * W, 0, 3);
+          weight[v] = *(const V*)(tile + place(k + s, v, NV, depth));
+          __builtin_prefetch(after + place(k + s, v, NV, depth), 0, 3);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < RB; ++r) {
@@ -157,11 +173,11 @@ struct MultiplyAdd {
         }
       }
     }
-    for (; k < depth; ++k)
+    for (; k < end; ++k)
 #pragma GCC unroll 16
       for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) sum[0][r][v] += broadcast(rows[r * stride + k]) * *(const V*)(tile + (k * NV + v) * W);
+        for (int v = 0; v < NV; ++v) sum[0][r][v] += broadcast(rows[r * stride + k]) * *(const V*)(tile + place(k, v, NV, depth));
 #pragma GCC unroll 16
     for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4

@@ -211,6 +211,24 @@ struct Steps {
   }
 };
 
+// What a forward pass saves, if it is more than this, is stored past the caches: the backward pass reads it when it has left them anyway,
+// and ordinary stores would first fetch the lines that they overwrite. Only whole lines, of rows of `columns`.
+constexpr int64_t kStreamedBytes = 2 << 20;
+
+template <class A, class S>
+bool streams(const S* data, int64_t bytes, int64_t columns) {
+  return Memory<S, A>::kStreams && data && bytes > kStreamedBytes && columns % Math<A>::kWidth == 0 &&
+         reinterpret_cast<uintptr_t>(data) % 64 == 0;
+}
+
+template <class A, class S>
+FASTSEQ_HOST_DEVICE void store_saved(S* p, typename Math<A>::V v, int64_t n, bool streams) {
+  if (streams)
+    Memory<S, A>::stream(p, v);
+  else
+    Memory<S, A>::store(p, v, n);
+}
+
 template <class C>
 constexpr int64_t unit_blocks() {
   return C::kGates == 1 ? kTileVectors : 1;
@@ -326,6 +344,7 @@ class ForwardKernel {
       }
     }
     finish();
+    if (streamed) streams_end();
   }
 
  private:
@@ -415,10 +434,6 @@ class ForwardKernel {
         const int64_t u = (item.tile * UB + b) * W;
         for (int k = 0; k < K; ++k) prefetch(buf.c + (slot * K + k) * buf.ldc + u);
         if (!projected) prefetch(y + row * D * P + u);
-        if (c_all)
-          for (int k = 0; k < K; ++k) prefetch(c_all + (row * D * K + k) * H + u);
-        if (gates)
-          for (int g = 0; g < kSaved; ++g) prefetch(gates + (row * D * kSaved + g) * H + u);
       }
     }
   }
@@ -516,7 +531,7 @@ class ForwardKernel {
     S* saved_to = gates ? gates + u : nullptr;
     S* y_to = y + u;
     const Matrix before = *old_h, after = *new_h, m = buf.m;
-    const bool through_m = projected;
+    const bool through_m = projected, streams = kWhole && streamed;
 
     const auto finish = [&]<class Rows>(int64_t first) __attribute__((always_inline)) {
       using R = typename Rows::V;
@@ -551,12 +566,12 @@ class ForwardKernel {
       for (int k = 0; k < K; ++k)
         Rows::scatter(c_next[k], [&](int64_t i, V v) {
           *(V*)(c_of + ((first + i) * K + k) * ldc) = v;
-          if (c_to) Memory<A, A>::store(c_to + row[i] * c_stride + k * units, v, n);
+          if (c_to) store_saved<A>(c_to + row[i] * c_stride + k * units, v, n, streams);
         });
       if (saved_to)
 #pragma GCC unroll 8
         for (int g = 0; g < kSaved; ++g)
-          Rows::scatter(saved[g], [&](int64_t i, V v) { Memory<S, A>::store(saved_to + row[i] * saved_stride + g * units, v, n); });
+          Rows::scatter(saved[g], [&](int64_t i, V v) { store_saved<A>(saved_to + row[i] * saved_stride + g * units, v, n, streams); });
       Rows::scatter(h_next, [&](int64_t i, V v) {
         if (through_m) {
           m.template store<A>(item.begin + first + i, u, v, n);
@@ -618,6 +633,8 @@ class ForwardKernel {
   S* y = at<S>(a.y, d * P);
   A* c_all = at<A>(a.c, d * K * H);
   S* gates = at<S>(a.gates, d * kSaved * H);
+  const int64_t saved_bytes = w.rows.steps * B * D * H * (kSaved * sizeof(S) + K * sizeof(A));
+  const bool streamed = streams<A>(gates, saved_bytes, H) && (!K || streams<A>(c_all, saved_bytes, H));
   // of the step at hand
   int64_t t = 0, chunk_row = 0;
   bool fused = false;  // projects its own input

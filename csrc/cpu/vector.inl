@@ -275,9 +275,25 @@ struct Memory {
     __builtin_memcpy(p, &v, sizeof(V));
   }
 
+  // past the caches, where a vector is a whole, aligned line
+#if defined(__AVX512F__)
+  static constexpr bool kStreams = true;
+  static FASTSEQ_HOST_DEVICE void stream(S* p, V v) { _mm512_stream_si512((__m512i*)p, (__m512i)v); }
+#else
+  static constexpr bool kStreams = false;
+  static FASTSEQ_HOST_DEVICE void stream(S* p, V v) { store(p, v, kWidth); }
+#endif
+
   static FASTSEQ_HOST_DEVICE V rounded(V v) { return v; }
   static FASTSEQ_HOST_DEVICE A value(S s) { return s; }
 };
+
+// orders what was stored past the caches before what follows
+FASTSEQ_HOST_DEVICE void streams_end() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 
 template <>
 struct Memory<bfloat16, float> {
@@ -298,6 +314,9 @@ struct Memory<bfloat16, float> {
     if (n < kWidth) return store_head(&p->bits, half, n);
     __builtin_memcpy(p, &half, sizeof(H));
   }
+
+  static constexpr bool kStreams = false;
+  static FASTSEQ_HOST_DEVICE void stream(bfloat16* p, V v) { store(p, v, kWidth); }
 
   static FASTSEQ_HOST_DEVICE V widened(H half) { return (V)(__builtin_convertvector(half, U) << 16); }
 
