@@ -163,7 +163,7 @@ struct MultiplyAdd {
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
           weight[v] = *(const V*)(tile + place(k + s, v, NV, depth));
-          __builtin_prefetch(after + place(k + s, v, NV, depth), 0, 3);
+          if constexpr (RB > 1) __builtin_prefetch(after + place(k + s, v, NV, depth), 0, 3);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < RB; ++r) {
