@@ -23,10 +23,13 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("recurrent_plan(str cell, str precision, bool backward, int batch, int lanes, int hidden, int[] device, "
         "int rank=0) -> (str, float, int[], int)");
   m.def(
-      "recurrent_forward(Tensor? x, Tensor? w_ih, Tensor? b_ih, Tensor? x_gates, Tensor? h_gates, Tensor weight, Tensor? vectors, "
+      "recurrent_forward(Tensor? x, Tensor? w_ih, Tensor? b_ih, Tensor? x_gates, Tensor weight, Tensor? vectors, "
       "Tensor? projection, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, str cell, "
       "int reverse, float zoneout_h, float zoneout_c, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, "
       "Tensor(e!) gates) -> ()");
+  m.def(
+      "recurrent_layers(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, str cell, "
+      "int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, float zoneout_c) -> Tensor[]");
   m.def(
       "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
       "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
@@ -69,6 +72,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_stream_lent", TORCH_BOX(&fastseq::cuda_stream_lent));
   m.impl("cpu_level", TORCH_BOX(&fastseq::cpu::cpu_level));
   m.impl("cpu_amx_obstacle", TORCH_BOX(&fastseq::cpu::cpu_amx_obstacle));
+  m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));  // declines what is not on the CPU
   m.impl("cuda_limits", TORCH_BOX(&fastseq::cuda_limits));
   m.impl("recurrent_plan_fields", TORCH_BOX(&fastseq::recurrent::recurrent_plan_fields));
   m.impl("recurrent_plan", TORCH_BOX(&fastseq::recurrent::recurrent_plan));

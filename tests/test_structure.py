@@ -131,23 +131,24 @@ def test_every_cell_has_every_room(cell):
         f"kernels/recurrent/cells/{cell.family}.py",
     )
     missing = [path for path in rooms if not (ROOT / path).is_file()]
-    assert not missing
+    assert not missing, f"cell {cell.name} has no {', '.join(missing)}"
     import fastseq
     from fastseq.kernels.recurrent import configs
     from fastseq.reference import cells as reference
-    from support.cases import RECURRENT_CASES
-    from support.recurrent import MODULES
+    from support import recurrent_equations as equations
 
-    names = {name.lower() for name in fastseq.__all__}
     module = cell.family.replace("_", "")
-    assert {module, f"{module}cell"} <= names, "exported by fastseq/modules/__init__.py and fastseq/__init__.py"
+    lacking = {module, f"{module}cell"} - {name.lower() for name in fastseq.__all__}
+    assert not lacking, f"fastseq/modules/__init__.py and fastseq/__init__.py export no {', no '.join(lacking)} (in any case)"
     for table, where in (
         (reference._STEPS, "_STEPS of fastseq/reference/cells/__init__.py"),
         (configs.CELLS, "CELLS of kernels/recurrent/configs.py"),
-        (MODULES, "MODULES of tests/support/recurrent.py"),
-        ({case.cell for case in RECURRENT_CASES}, "a case of tests/support/cases.py"),
+        (equations._STEPS, "_STEPS of tests/support/recurrent_equations.py"),
     ):
-        assert cell.name in table, where
+        assert cell.name in table, f"cell {cell.name} is not in {where}"
+    assert equations.GATES.get(cell.name, 4) == len(cell.gates), "GATES of tests/support/recurrent_equations.py"
+    states = tuple(state for state in cell.states if state != "h")
+    assert equations.STATES.get(cell.name, ()) == states, "STATES of tests/support/recurrent_equations.py"
 
 
 def test_cell_facts_agree_in_both_languages():

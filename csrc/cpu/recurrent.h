@@ -6,19 +6,28 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace fastseq::cpu {
 
 using torch::stable::Tensor;
 
 // Either the input x with w_ih and b_ih, or x_gates (rows x G*H), the input as projected outside.
-// h_gates [D, B, G*H] in the state's dtype: the product of h0 with the weights, given when there is a single step.
 void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std::optional<Tensor> b_ih,
-                       std::optional<Tensor> x_gates, std::optional<Tensor> h_gates, Tensor weight, std::optional<Tensor> vectors,
-                       std::optional<Tensor> projection, std::optional<Tensor> h0, std::optional<Tensor> c0,
-                       std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h,
-                       std::optional<Tensor> hold_c, std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, Tensor y,
-                       Tensor h_n, Tensor c_n, Tensor c, Tensor gates);
+                       std::optional<Tensor> x_gates, Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection,
+                       std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> lengths,
+                       std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h, std::optional<Tensor> hold_c,
+                       std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, Tensor y, Tensor h_n, Tensor c_n,
+                       Tensor c, Tensor gates);
+
+// A whole stack without gradients: the parameters as torch.nn.RNNBase lists them, of every layer and direction w_ih, w_hh, with biases
+// b_ih, b_hh, w_hr if projected, and what the cell has beside. input [T, B, I], [B, T, I] with batch_first, [N, I] with batch_sizes, or of
+// one step [B, I], whose states are [B, n]. Returns output, h_n (not of a step, where it is the output) and c_n if the cell has one; nothing
+// where a call is not of the plain kind, be it wrong or merely rare.
+std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
+                                     std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::string cell,
+                                     int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
+                                     double zoneout_c);
 
 // through_weights: whether the gradient goes through the recurrent weights here; else dh0 lacks that part (a single step).
 void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc,

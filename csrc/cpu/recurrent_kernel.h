@@ -76,12 +76,12 @@ struct Forward {
   int64_t input;           // I
   const void* input_weights;  // [D, unit tiles], packed by pack_units over depth I
   const void* input_bias;     // [D, G*H] S or null
-  const void* h_gates;     // [D, B, G*H] A: R h of a single step, in place of weights; or null
-  int64_t batch;           // B, of h_gates
+  const void* const* in_place;  // [D] weights [G*H, P] S as PyTorch stores them, which a short call reads as they are; or null
+  int64_t batch;           // B
   const void* vectors;     // [D, V*H] S or null
   const void* h0;          // [D, B, P] S or null
   const void* c0;          // [D, B, K*H] A or null
-  const void* weights;     // [D, unit tiles], packed by pack_units over depth P; null with h_gates
+  const void* weights;     // [D, unit tiles], packed by pack_units over depth P; null with in_place
   const void* projection;  // [D, column tiles over P], packed by pack_columns over depth H, or null
   Zoneout zoneout;
   void* y;                 // rows x P, S
@@ -89,6 +89,16 @@ struct Forward {
   void* c_n;               // [D, B, K*H] A
   void* c;                 // rows x K*H, A, or null
   void* gates;             // rows x saved*H, S, or null
+};
+
+// The input of a lane in a short call: gates[r * stride + j] = bias[j] + x[r] . weights[j].
+struct Projection {
+  const void* x;        // [rows, input] S
+  const void* weights;  // [G*H, input] S, as PyTorch stores them
+  const void* bias;     // [G*H] S or null
+  int64_t rows, input;
+  void* gates;          // S
+  int64_t stride;
 };
 
 struct Backward {
@@ -141,6 +151,8 @@ struct Kernels {
   void (*pack_columns)(const Shape&, const void* weight, int64_t columns, int64_t depth, int64_t tile, void* packed);
   // [depth, columns] S -> the same
   void (*pack_rows)(const Shape&, const void* weight, int64_t depth, int64_t columns, int64_t tile, void* packed);
+  // columns begin .. end of a projection
+  void (*project)(const Shape&, const Projection&, int64_t begin, int64_t end);
   int64_t (*forward_workspace)(const Shape&, int64_t slots);
   int64_t (*backward_workspace)(const Shape&, int64_t slots);
   int64_t (*forward_scratch)(const Forward&, const Work&);

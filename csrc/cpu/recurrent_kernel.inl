@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -62,6 +63,7 @@ struct Start {
 #else
 #include "product_fma.inl"
 #endif
+#include "product_in_place.inl"
 
 template <class T>
 T* at(void* base, int64_t offset) {
@@ -464,7 +466,7 @@ class ForwardKernel {
       if (x) return {packed, P, {projected_input(item, 0), item.vectors * W, item.vectors / G * (G - kOwn)}, next};
       for (int64_t r = 0; r < item.count; ++r)
         for (int g = 0; g < G; ++g) prefetch(x_gates + steps.row(t, item.begin + r) * D * GH + g * H + u0);
-      if (h_gates) given_sums(item);
+      if (in_place) multiply_in_place(item);
       return {packed, P, {}, next};
     };
     const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
@@ -485,15 +487,19 @@ class ForwardKernel {
     if (w.barrier) w.barrier->wait(w.weight);
   }
 
-  // the single step of a call whose R h was computed outside
-  void given_sums(const Item<A>& item) {
+  // R h of a short call
+  void multiply_in_place(const Item<A>& item) const {
     const int64_t u0 = item.tile * UB * W, blocks = item.vectors / G;
-    for (int64_t r = 0; r < item.count; ++r)
-      for (int g = 0; g < G; ++g)
-        for (int64_t b = 0; b < blocks; ++b) {
-          const A* given = h_gates + w.rows.index[item.begin + r] * GH + g * H + u0 + b * W;
-          *(V*)(const_cast<A*>(item.sums) + (r * item.vectors + g * blocks + b) * W) = Memory<A, A>::load(given, H - u0 - b * W);
-        }
+    A* sums = const_cast<A*>(item.sums);
+    for (int64_t v = 0; v < item.vectors; ++v) {
+      const int64_t u = u0 + v % blocks * W;  // lanes beyond the units repeat the last
+      InPlace<A>::template multiply<std::remove_cvref_t<decltype(*old_h->row(0))>, S>(
+          old_h->row(item.begin), old_h->stride(), item.count, P,
+          [&](int64_t lane) { return in_place + (v / blocks * H + min(u + lane, H - 1)) * P; },
+          [&](int64_t r, int64_t lane, int64_t count, const A* values) __attribute__((always_inline)) {
+            __builtin_memcpy(sums + (r * item.vectors + v) * W + lane, values, count * sizeof(A));
+          });
+    }
   }
 
   // [vectors][W] of a row of an item
@@ -628,7 +634,7 @@ class ForwardKernel {
   const S* x = static_cast<const S*>(a.x);
   const S* x_gates = at<S>(a.x_gates, d * GH);
   const S* bias = at<S>(a.input_bias, d * GH);
-  const A* h_gates = at<A>(a.h_gates, d * B * GH);
+  const S* in_place = static_cast<const S*>(a.in_place ? a.in_place[d] : nullptr);
   const S* vectors = at<S>(a.vectors, d * C::kVectors * H);
   S* y = at<S>(a.y, d * P);
   A* c_all = at<A>(a.c, d * K * H);
@@ -1004,6 +1010,31 @@ void pack_rows(const Shape& shape, const void* weight, int64_t depth, int64_t co
   });
 }
 
+void project(const Shape& shape, const Projection& p, int64_t begin, int64_t end) {
+  with_types(shape.type, [&]<class Product, class S>() {
+    using A = typename Product::A;
+    constexpr int64_t W = Product::W;
+    constexpr int64_t kRows = 64;
+    alignas(64) A sums[kRows][W];
+    const S *x = static_cast<const S*>(p.x), *weights = static_cast<const S*>(p.weights), *bias = static_cast<const S*>(p.bias);
+    for (int64_t j = begin; j < end; j += W) {
+      const auto added = bias ? Memory<S, A>::load(bias + j, end - j) : typename Math<A>::V{};
+      for (int64_t first = 0; first < p.rows; first += kRows) {
+        const int64_t count = min(kRows, p.rows - first);
+        InPlace<A>::template multiply<S, S>(
+            x + first * p.input, p.input, count, p.input, [&](int64_t lane) { return weights + min(j + lane, end - 1) * p.input; },
+            [&](int64_t r, int64_t lane, int64_t n, const A* values) __attribute__((always_inline)) {
+              __builtin_memcpy(sums[r] + lane, values, n * sizeof(A));
+            });
+        for (int64_t r = 0; r < count; ++r) {
+          S* to = static_cast<S*>(p.gates) + (first + r) * p.stride + j;
+          Memory<S, A>::store(to, *(const typename Math<A>::V*)sums[r] + added, end - j);
+        }
+      }
+    }
+  });
+}
+
 int64_t forward_workspace(const Shape& shape, int64_t slots) {
   return with_shape(shape, [&]<class Product, class S, template <class> class Cell>() {
     return ForwardKernel<Product, S, Cell, false>::workspace(shape, slots);
@@ -1043,6 +1074,6 @@ void backward(const Backward& arguments, const Work& work) {
 }  // namespace
 
 constexpr Kernels kKernels{FASTSEQ_LEVEL_NAME, tiling,     unit_tile_bytes,   column_tile_bytes,  pack_units,      pack_columns,
-                           pack_rows,          forward_workspace, backward_workspace, forward_scratch, forward, backward};
+                           pack_rows,          project,    forward_workspace, backward_workspace, forward_scratch, forward, backward};
 
 }  // namespace fastseq::cpu::FASTSEQ_LEVEL

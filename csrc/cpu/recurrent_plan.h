@@ -18,6 +18,11 @@ constexpr int64_t kWorkOfMember = 48 << 10;  // multiply-adds of a step that are
 
 constexpr int64_t kWorkOfPacking = 64 << 10;  // weights worth a thread to pack
 
+// Whether a call of so few rows (steps times sequences) reads weights of a depth as PyTorch stores them. Packing them costs as much as
+// some steps; unpacked, every product of a row ends with sums across lanes, which a depth of many vectors outweighs. AMX tiles, which
+// multiply a row as fast as 16, take packed weights alone.
+inline bool reads_in_place(int64_t rows, int64_t depth, bool tiles) { return rows * (tiles ? 128 : 6) <= depth; }
+
 // A split of the batch needs no barrier, but each part streams all weights; a split of the units streams each weight once.
 inline Plan make_plan(int64_t threads, int64_t lanes, int64_t batch, int64_t depth, int64_t columns, int64_t tiles, int64_t bytes) {
   const int64_t of_lane = std::max<int64_t>(1, threads / lanes);

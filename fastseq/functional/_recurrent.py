@@ -17,7 +17,7 @@ from .. import backends
 from .._arguments import checked_tensor, own_keywords, unknown
 from ..backends.torch import recurrent as torchs
 from ..cells import CELLS, Cell
-from ..ops._dispatch import needs_plain_torch
+from ..ops._dispatch import needs_plain_torch, wants_gradient
 from ._recording import recorder
 from ._recurrent_layers import Options, check_states, run_layers
 
@@ -54,8 +54,7 @@ def recurrent(
     batch.
 
     Args:
-        cell: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, ``"rnn_relu"``, ``"coupled_lstm"``, ``"peephole_lstm"``,
-            ``"layer_norm_lstm"``, ``"layer_norm_gru"`` or ``"slstm"``.
+        cell: a name of ``fastseq.cells.CELLS``: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, ``"rnn_relu"``, ``"coupled_lstm"``, ...
         input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, or ``[N, I]`` with ``batch_sizes``; floating point.
         hx: None (zeros), or the cell's states, h ``[L*D, B, P]`` and the others ``[L*D, B, H]`` (sLSTM: c, n, m).
         params: per layer, per direction: w_ih ``[G*H, I or D*P]``, w_hh ``[G*H, P]`` (``[G*H, H/num_heads]``), b_ih and b_hh
@@ -379,7 +378,8 @@ def _one_step(
 
     given = (input, *(hx or ()))
     # vmap has no rule for torch's cells; of other dtypes autocast makes one, or an error says what was given
-    plain = needs_plain_torch([t for t in (*given, w_ih, w_hh, b_ih, b_hh) if t is not None])
-    if not plain and all([t.dtype == w_ih.dtype for t in given]) and (recorder() or backends.torch_runs(query, torchs.WHY_STEP)):
-        return torchs.step(cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+    every = [t for t in (*given, w_ih, w_hh, b_ih, b_hh) if t is not None]
+    if not needs_plain_torch(every) and all([t.dtype == w_ih.dtype for t in given]):
+        if recorder() or backends.torch_runs(query, torchs.why_step(query(), wants_gradient(every))):
+            return torchs.step(cell, input, hx, w_ih, w_hh, b_ih, b_hh)
     return recurrent_cell(cell, input, hx, [w_ih, w_hh, b_ih, b_hh])

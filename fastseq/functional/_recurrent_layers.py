@@ -20,6 +20,7 @@ from ..cells import Cell
 from ..ops.recurrent import recurrent
 from ..ops.types import Walk, Weights
 from ._autocast import autocast_dtype, lowered, without_autocast
+from ._native_layers import native_layers, plain_call
 from ._recording import refuse_onnx
 from ._torch_layers import torch_layers
 
@@ -86,6 +87,23 @@ def run_layers(
             _check_state(f"{name}0", state, x, batch_sizes, (options.num_layers * directions, width))
     if lengths is not None or batch_sizes is not None:
         _check_lengths(x, lengths, batch_sizes)
+    if plain_call() and not _trains(options) and options.num_heads == 1 and not options.return_cells:
+        given = [state for state in states if state is not None]
+        results = native_layers(
+            cell.name,
+            input,
+            given,
+            params,
+            has_biases=options.has_biases,
+            num_layers=options.num_layers,
+            bidirectional=options.bidirectional,
+            batch_first=batch_first,
+            lengths=lengths,
+            batch_sizes=batch_sizes,
+            zoneout=zoneout,
+        )
+        if results is not None:
+            return results[0], results[1:], None
     if lengths is not None:
         # What stands beyond a row's length is not the caller's data: 0 * NaN must not reach the weights' gradients.
         valid = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
@@ -124,6 +142,11 @@ def run_layers(
     if options.return_cells:
         all_cells = torch.stack([c.transpose(0, 1) if batch_first else c for c in cells if c is not None]).to(x.dtype)
     return x, tuple(joined) if x.dtype in (torch.float32, torch.float64) else tuple([s.to(x.dtype) for s in joined]), all_cells
+
+
+def _trains(options: Options) -> bool:
+    """Whether something is drawn at random."""
+    return options.training and bool(options.dropout or options.weight_dropout or options.zoneout)
 
 
 def _torch_lacks(cell: Cell, options: Options) -> str:

@@ -74,7 +74,7 @@ def _query(
     batch_sizes: Tensor | None,
 ) -> backends.RecurrentQuery:
     if batch_sizes is not None:
-        steps, batch = len(batch_sizes), int(batch_sizes[0])
+        steps, batch = len(batch_sizes), int(batch_sizes[0]) if len(batch_sizes) else 0
     else:
         steps, batch = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
     hidden = weight.shape[0] // torchs.GATES[cell]

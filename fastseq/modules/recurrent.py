@@ -25,6 +25,7 @@ from fastseq.backends.torch.limits import LONGEST_STEPS, short_layers, steps_of
 from fastseq.backends.torch.recurrent import GATES
 from fastseq.backends.torch.recurrent import layers as layers_of_torch
 from fastseq.cells import CELLS
+from fastseq.functional._native_layers import native_layers, plain_call
 from fastseq.functional._recurrent_layers import check_zoneout
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
@@ -124,6 +125,10 @@ class Sequence(Interop, nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, return_cells: bool = False
     ) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
         """(output, states, c of every step or None) in the layout of `input`."""
+        if not return_cells and plain_call():
+            done = self._native(input, hx, lengths)
+            if done is not None:
+                return done[0], done[1:], None
         if lengths is None and not return_cells:
             short = self._short(input, hx)
             if short is not None:
@@ -151,6 +156,32 @@ class Sequence(Interop, nn.RNNBase):
                 )
             return self._run_packed(input, hx, params, options)
         return self._run_padded(input, hx, lengths, params, options)
+
+    def _native(self, input: Any, hx: Any, lengths: Tensor | None) -> tuple[Tensor, ...] | None:
+        """Output and final states of a plain call without gradients, if it is for the native kernels and beyond question; else None.
+
+        Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it.
+        """
+        if type(input) is not Tensor or input.dim() != 3 or self.num_heads > 1 or self.zoneout:
+            return None
+        if self.training and (self.dropout or self.weight_dropout):
+            return None
+        states = () if hx is None else (hx,) if type(hx) is Tensor else hx if type(hx) is tuple and len(hx) == 2 else None
+        if states is None:
+            return None
+        # Where they are kept, which is faster; what replaces a parameter by an attribute (weight_norm, parametrizations) takes it away.
+        kept = self._parameters
+        return native_layers(
+            self.cell,
+            input,
+            states,
+            [kept.get(name) for name in self._flat_weights_names],
+            has_biases=self.bias,
+            num_layers=self.num_layers,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            lengths=lengths,
+        )
 
     def _short(self, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """Output and states by torch's kernel, if a short call on the CPU is for it and beyond question; else None.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from fastseq import backends, functional
+from fastseq.functional._native_layers import native_layers, plain_call
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
 from fastseq.ops._dispatch import transforming
@@ -67,6 +68,9 @@ class RNNCell(Interop, nn.RNNCellBase):
             return as_leaf(self, input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'.")
+        done = _native(self, f"rnn_{self.nonlinearity}", input, (hx,))
+        if done is not None:
+            return done[0]
         if _as_torchs(self, input, hx):
             return _torch_rnn(self, input, hx)
         return _step_one_state(self, functional.rnn_cell, input, hx, nonlinearity=self.nonlinearity)
@@ -113,8 +117,12 @@ class LSTMCell(Interop, nn.RNNCellBase):
             RuntimeError: sizes, dtypes or devices that do not fit each other.
             TypeError: hx is no tuple.
         """
-        if (hx is None or (type(hx) is tuple and len(hx) == 2)) and _as_torchs(self, input, *(hx or ())):
-            return _torch_lstm(self, input, hx)
+        if hx is None or (type(hx) is tuple and len(hx) == 2):
+            done = _native(self, "lstm", input, hx or (None,))
+            if done is not None:
+                return done[0], done[1]
+            if _as_torchs(self, input, *(hx or ())):
+                return _torch_lstm(self, input, hx)
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx)
         check_cell_input(self, input)
@@ -161,6 +169,9 @@ class GRUCell(Interop, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
+        done = _native(self, "gru", input, (hx,))
+        if done is not None:
+            return done[0]
         if _as_torchs(self, input, hx):
             return _torch_gru(self, input, hx)
         if isinstance(input, Proxy):
@@ -175,6 +186,24 @@ class GRUCell(Interop, nn.RNNCellBase):
 _torch_rnn: Any = nn.RNNCell.forward
 _torch_lstm: Any = nn.LSTMCell.forward
 _torch_gru: Any = nn.GRUCell.forward
+
+
+def _native(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+    """The states after a plain step without gradients, by the native kernels; None: it goes another way. (None,): no states."""
+    if not plain_call() or type(input) is not Tensor or input.dim() != 2:
+        return None
+    kept = cell._parameters
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if cell.bias else ("weight_ih", "weight_hh")
+    return native_layers(
+        name,
+        input,
+        hx if hx[0] is not None else None,
+        [kept.get(name) for name in names],
+        has_biases=cell.bias,
+        num_layers=1,
+        bidirectional=False,
+        batch_first=False,
+    )
 
 
 def _as_torchs(cell: nn.RNNCellBase, input: Any, *states: Any) -> bool:

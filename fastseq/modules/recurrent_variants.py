@@ -123,6 +123,20 @@ class _Pair(_Variant, PairSequence):
         self._extend(recompute, zoneout, weight_dropout, num_heads)
 
 
+class _Single(_Variant):
+    """A cell whose state is h alone."""
+
+    def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Input, Tensor]:
+        """Run every layer over the sequence. Arguments, results and errors are those of `fastseq.RNN.forward`."""
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx, lengths=lengths)
+        output, (h_n,), _ = self._run(input, hx, lengths)
+        return output, h_n
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
 @public
 class CoupledLSTM(_Pair):
     """LSTM whose forget gate is one minus its input gate: three gates, a quarter less work (Greff et al. 2017, CIFG).
@@ -225,7 +239,7 @@ class SLSTM(_Variant):
 
 
 @public
-class LayerNormGRU(_Variant):
+class LayerNormGRU(_Single):
     """GRU with layer normalization of both products (after Ba et al. 2016), its reset gate after the product as in `fastseq.GRU`.
 
     r, z = sigmoid(N(W_ih x_t) w_ln_ih + b_ih + N(W_hh h_(t-1)) w_ln_hh + b_hh), their first two thirds; the last thirds give
@@ -235,16 +249,6 @@ class LayerNormGRU(_Variant):
     """
 
     CELL = "layer_norm_gru"
-
-    def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Input, Tensor]:
-        """Run every layer over the sequence. Arguments, results and errors are those of `fastseq.RNN.forward`."""
-        if isinstance(input, Proxy):
-            return as_leaf(self, input, hx, lengths=lengths)
-        output, (h_n,), _ = self._run(input, hx, lengths)
-        return output, h_n
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 class _VariantCell(Interop, nn.RNNCellBase):
@@ -314,6 +318,19 @@ class _PairCell(_VariantCell):
         __call__ = forward
 
 
+class _SingleCell(_VariantCell):
+    """A cell whose state is h alone."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx)
+        return self._step(input, hx)[0]
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
 @public
 class CoupledLSTMCell(_PairCell):
     """One step of `fastseq.CoupledLSTM` without projection: (h, c) from (h, c)."""
@@ -336,19 +353,10 @@ class LayerNormLSTMCell(_PairCell):
 
 
 @public
-class LayerNormGRUCell(_VariantCell):
+class LayerNormGRUCell(_SingleCell):
     """One step of `fastseq.LayerNormGRU`: h from h."""
 
     CELL = "layer_norm_gru"
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
-        if isinstance(input, Proxy):
-            return as_leaf(self, input, hx)
-        return self._step(input, hx)[0]
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 @public

@@ -33,14 +33,14 @@ def outside_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
     return implementation
 
 
-def watched() -> bool:
+def traced() -> bool:
     """Whether torch.jit.trace or make_fx records what runs now, or a mode looks on."""
     return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def recorded() -> bool:
-    """Whether a program is made of what runs now: ``watched``, or torch.compile or torch.export."""
-    return torch.compiler.is_compiling() or watched()
+    """Whether a program is made of what runs now: ``traced``, or torch.compile or torch.export."""
+    return torch.compiler.is_compiling() or traced()
 
 
 def transforming() -> bool:

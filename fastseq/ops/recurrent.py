@@ -53,7 +53,7 @@ from torch import Tensor
 from .. import backends
 from ..cells import CELLS
 from . import flops
-from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd, wants_gradient, watched
+from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd, traced, wants_gradient
 from .recurrent_gradients import input_gradients, recomputed_gates, reference_layer
 from .types import Backward, Call, Forward, Walk, Weights
 
@@ -373,7 +373,7 @@ def recurrent(
     compiling = torch.compiler.is_compiling()
     if needs_plain_torch(given):
         y, h_n, c_n, c = _plain(layer, x, h0, c0, weights)
-    elif (compiling and (torch.compiler.is_exporting() or wants_gradient(given))) or (not compiling and watched()):
+    elif (compiling and (torch.compiler.is_exporting() or wants_gradient(given))) or (not compiling and traced()):
         if not compiling:
             flops.announce()
         y, h_n, c_n, c = _layer_op(x, h0, c0, params, _kinds(weights), *walk, return_cells, recompute, private)

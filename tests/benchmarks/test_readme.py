@@ -10,8 +10,10 @@ import pytest
 
 from fastseq.benchmarks import assembly
 from fastseq.benchmarks.claims import table as claims
+from fastseq.benchmarks.measure import combine
 from fastseq.benchmarks.measure.results import Results
 from fastseq.benchmarks.report import readme
+from fastseq.benchmarks.report.findings import INCONCLUSIVE
 from fastseq.benchmarks.report.plots import style
 from fastseq.benchmarks.suites import SUITES
 
@@ -50,6 +52,32 @@ def test_verdicts_are_those_of_the_claims(committed):
     assert len(measured) >= 4
     for v in measured:
         assert f"| {v.statement} | {v.state}: {v.brief}" in text and v.findings[0].sizes in text
+
+
+def test_sentences_below_are_those_of_the_rows(committed):
+    text = README.read_text(encoding="utf-8")
+    rows = [row for row in committed.rows if row.suite == "recurrent"]
+    rates = [
+        row.roofline["seconds"] / row.time["median"]
+        for row in rows
+        if row.provider == "torch.nn.LSTM" and (row.group, row.H) == ("padded", 512) and row.B > 1
+    ]
+    assert f"at H = 512 and B of 8 and 32, oneDNN runs at {100 * min(rates):.0f} to {100 * max(rates):.0f} %" in text
+    of_torch = [row for row in rows if row.ratio and row.ratio["baseline"].startswith("torch.nn.")]
+    losses = [row for row in of_torch if row.ratio["median"] < 0.9]
+    assert f"real, {min(row.ratio['median'] for row in losses):.2f}× at the worst" in text
+    assert {(row.mode, row.packed, row.B == 1) for row in losses} == {("training", False, False), ("inference", True, True)}
+    noisy = sum(bool(row.noisy or row.contended) for row in committed.rows)
+    assert f"{noisy} of its {len(committed.rows)} rows were noisy" in text
+
+
+def test_verdicts_of_the_other_machine():
+    text = README.read_text(encoding="utf-8")
+    named = re.search(r"`python -m fastseq bench --json-in (\S+)`", text)
+    assert named
+    every = claims.verdicts(combine.load(sorted(ROOT.glob(named[1]))))
+    assert len(every) == 13 and all(v.measured for v in every)
+    assert f"all thirteen statements and decides {sum(v.state != INCONCLUSIVE for v in every)};" in text
 
 
 def test_only_what_stands_between_the_markers_changes(synthetic, tmp_path):

@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import fastseq
 from fastseq import functional as F
+from support.recurrent import EVERY_MODULE, MODULES_OF_VARIANTS
 
 T, B, I, H = 2, 2, 4, 6  # noqa: E741
 
@@ -20,23 +21,10 @@ MODULES = {
     "GRU": lambda: fastseq.GRU(I, H),
     "GRU-heads": lambda: fastseq.GRU(I, H, num_heads=2),
     "GRU-zoneout": lambda: fastseq.GRU(I, H, zoneout=0.1).eval(),
-    "CoupledLSTM": lambda: fastseq.CoupledLSTM(I, H),
-    "PeepholeLSTM": lambda: fastseq.PeepholeLSTM(I, H),
-    "LayerNormLSTM": lambda: fastseq.LayerNormLSTM(I, H),
-    "LayerNormGRU": lambda: fastseq.LayerNormGRU(I, H),
-    "SLSTM": lambda: fastseq.SLSTM(I, H),
+    **{name: lambda name=name: getattr(fastseq, name)(I, H) for name in MODULES_OF_VARIANTS},
     "in a model": lambda: nn.Sequential(nn.Linear(I, I), fastseq.GRU(I, H)),
 }
-CELLS = (
-    "RNNCell",
-    "LSTMCell",
-    "GRUCell",
-    "CoupledLSTMCell",
-    "PeepholeLSTMCell",
-    "LayerNormLSTMCell",
-    "LayerNormGRUCell",
-    "SLSTMCell",
-)
+CELLS = [f"{name}Cell" for name in EVERY_MODULE]
 MASK = torch.tensor([[1, 0], [1, 1]]).bool()
 ATTENTIONS = {
     "attention": lambda q: F.attention(q, q, q),

@@ -10,11 +10,11 @@ import torch
 import fastseq
 from fastseq import functional as F
 from fastseq.backends.cpu.recurrent import CELLS as NATIVE
+from support.cases import VARIANTS
+from support.recurrent import EVERY_MODULE as MODULES
 
 I, H = 4, 6  # noqa: E741
-MODULES = ("RNN", "LSTM", "GRU", "CoupledLSTM", "PeepholeLSTM", "LayerNormLSTM", "LayerNormGRU", "SLSTM")
 BIASES = [f"bias_{kind}_l0{end}" for kind in ("ih", "hh") for end in ("", "_reverse")]
-VARIANTS = ("coupled_lstm", "peephole_lstm", "layer_norm_lstm", "layer_norm_gru", "slstm")
 BACKENDS = ("auto", "cpu", "reference")
 
 

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastseq
 from support.modules import B, H, I, T, both, leaves, random
+from support.recurrent import EVERY_MODULE as EVERY
 
-EVERY = ("RNN", "LSTM", "GRU", "CoupledLSTM", "PeepholeLSTM", "LayerNormLSTM", "LayerNormGRU", "SLSTM")
 OPTIONS = ({}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True}, {"recompute": True})
 BY = {
     "relu_": lambda y: y.relu_(),

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
 from fastseq.modules import keep_type
+from support.recurrent import MODULES_OF_VARIANTS as VARIANTS
 
-VARIANTS = ("CoupledLSTM", "PeepholeLSTM", "LayerNormLSTM", "LayerNormGRU", "SLSTM")
 EVERY = ("LSTM", "GRU", "RNN", *VARIANTS)
 PAIRS = ("LSTM", "CoupledLSTM", "PeepholeLSTM", "LayerNormLSTM")
 T, B, I, H = 6, 3, 4, 6  # noqa: E741

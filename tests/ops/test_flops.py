@@ -14,6 +14,7 @@ import fastseq
 from fastseq import functional as F
 from fastseq.ops.attention_decode import attention_decode
 from fastseq.ops.types import DecodeSpec
+from support.recurrent import MODULES_OF_VARIANTS
 
 
 def counted(function):
@@ -38,7 +39,7 @@ def test_recurrent_as_torch(name, options):
     assert of_ours == of_torch
 
 
-@pytest.mark.parametrize("name", ["CoupledLSTM", "PeepholeLSTM", "LayerNormLSTM", "LayerNormGRU", "SLSTM"])
+@pytest.mark.parametrize("name", MODULES_OF_VARIANTS)
 def test_every_cell_counts(name):
     module, (t, b, i, h) = getattr(fastseq, name)(8, 16), (5, 3, 8, 16)
     gates = module.weight_hh_l0.shape[0]

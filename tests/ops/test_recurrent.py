@@ -279,6 +279,22 @@ class TestCpuKernels:
         for case in [case for case in RECURRENT_CASES if case.cell in NATIVE][::3]:
             battery.test_forward_and_gradients(case, dtype, "cpu")
 
+    @pytest.mark.parametrize("level", ("default", "avx2", "avx512", "amx"))
+    @pytest.mark.parametrize("dtype", TestRecurrent.DTYPES, ids=str)
+    @pytest.mark.parametrize("cell", NATIVE)
+    def test_short_calls_read_weights_in_place(self, cell, dtype, level, monkeypatch):
+        """Few rows beside a deep product: no weights are packed. All remainders of units, depth and rows."""
+        monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
+        if torch.ops.fastseq_native.cpu_level() != level:
+            pytest.skip(f"this processor has no {level}")
+        battery = TestRecurrent()
+        for steps, batch, hidden, width in ((1, 1, 67, 130), (1, 7, 45, 44), (2, 3, 53, 37), (1, 5, 99, 3), (3, 1, 34, 20)):
+            for case in (
+                RecurrentCase(cell, steps=steps, batch=batch, hidden=hidden, input=width),
+                RecurrentCase(cell, steps=steps, batch=batch, hidden=hidden, input=width, bidirectional=True, layout="lengths"),
+            ):
+                battery.test_forward_and_gradients(case, dtype, "cpu")
+
     def test_raw_op_refuses_what_does_not_fit(self):
         """The kernels trust sizes and dtypes, so the native op checks them whoever calls it."""
         x, w_ih, weight = torch.randn(3, 2, 4), torch.randn(15, 4), torch.randn(1, 15, 5)
@@ -286,7 +302,7 @@ class TestCpuKernels:
 
         def call(x=x, w_ih=w_ih, weight=weight, vectors=None, projection=None, hold_h=None, hold_c=None, gates=empty, cell="gru"):
             torch.ops.fastseq_native.recurrent_forward(
-                x, w_ih, None, None, None, weight, vectors, projection, None, None, None, None, hold_h, hold_c, cell, 0, 0.0, 0.0,
+                x, w_ih, None, None, weight, vectors, projection, None, None, None, None, hold_h, hold_c, cell, 0, 0.0, 0.0,
                 y, h_n, empty, empty, gates,
             )  # fmt: skip
 

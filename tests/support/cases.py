@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fastseq.cells import CELLS
+
 
 @dataclass(frozen=True)
 class RecurrentCase:
@@ -42,7 +44,7 @@ class RecurrentCase:
 
 
 _CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-_VARIANTS = ("coupled_lstm", "peephole_lstm", "layer_norm_lstm", "layer_norm_gru", "slstm")
+VARIANTS = tuple(name for name in CELLS if name not in _CELLS)  # which torch.nn does not have
 _BASIC = [RecurrentCase(cell) for cell in _CELLS]
 
 SMALL_RECURRENT_CASES = [
@@ -55,7 +57,7 @@ SMALL_RECURRENT_CASES = [
     )
 ] + [RecurrentCase("lstm", steps=3, batch=7, input=4, hidden=6, projection=5, bidirectional=True, layout="lengths")]
 
-SMALL_VARIANT_CASES = [RecurrentCase(cell, steps=3, batch=7, input=4, hidden=20 if "norm" in cell else 5) for cell in _VARIANTS]
+SMALL_VARIANT_CASES = [RecurrentCase(cell, steps=3, batch=7, input=4, hidden=20 if "norm" in cell else 5) for cell in VARIANTS]
 
 _ZONED = RecurrentCase("lstm", bidirectional=True, zoneout=(0.3, 0.5))
 
@@ -64,10 +66,10 @@ VARIANT_CASES = [
     # a norm over few units magnifies rounding: such cells have more of them
     *(
         RecurrentCase(cell, steps=3, batch=7, input=4, hidden=20 if "norm" in cell else 5, bidirectional=True)
-        for cell in _VARIANTS
+        for cell in VARIANTS
     ),
-    *(RecurrentCase(cell, layout="lengths", bidirectional=True, recompute=True, hidden=17, batch=6) for cell in _VARIANTS),
-    *(RecurrentCase(cell, layout="packed", state=False, bias=False, hidden=33) for cell in _VARIANTS),
+    *(RecurrentCase(cell, layout="lengths", bidirectional=True, recompute=True, hidden=17, batch=6) for cell in VARIANTS),
+    *(RecurrentCase(cell, layout="packed", state=False, bias=False, hidden=33) for cell in VARIANTS),
     RecurrentCase("peephole_lstm", projection=3, layout="lengths"),
     RecurrentCase("coupled_lstm", projection=3, layout="packed"),
     RecurrentCase("layer_norm_lstm", projection=10, hidden=20, layout="packed", bidirectional=True),

@@ -16,21 +16,17 @@ from fastseq.ops.types import state_dtype
 
 from . import recurrent_equations
 from .battery import OpBattery
-from .cases import RECURRENT_CASES, SMALL_RECURRENT_CASES, SMALL_VARIANT_CASES, RecurrentCase
+from .cases import RECURRENT_CASES, SMALL_RECURRENT_CASES, SMALL_VARIANT_CASES, VARIANTS, RecurrentCase
 
 SEED = 11  # of what zoneout draws
 FUNCTIONS: dict[str, Any] = {"lstm": F.lstm, "gru": F.gru, "rnn_tanh": F.rnn, "rnn_relu": F.rnn}
+# of a cell, whose family is the module's name in lower case
 MODULES = {
-    "lstm": "LSTM",
-    "gru": "GRU",
-    "rnn_tanh": "RNN",
-    "rnn_relu": "RNN",
-    "coupled_lstm": "CoupledLSTM",
-    "peephole_lstm": "PeepholeLSTM",
-    "layer_norm_lstm": "LayerNormLSTM",
-    "layer_norm_gru": "LayerNormGRU",
-    "slstm": "SLSTM",
+    cell.name: next((name for name in fastseq.__all__ if name.lower() == cell.family.replace("_", "")), f"no {cell.family}")
+    for cell in CELLS.values()
 }
+MODULES_OF_VARIANTS = tuple(MODULES[name] for name in VARIANTS)
+EVERY_MODULE = tuple(dict.fromkeys(MODULES.values()))
 
 
 def module_of(library: Any, case: RecurrentCase, dtype: torch.dtype, **options: Any) -> nn.RNNBase:

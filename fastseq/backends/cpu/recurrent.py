@@ -10,11 +10,6 @@ from .. import library
 from ..dense import all_dense, dense
 from ..query import RecurrentQuery
 
-# Rows of a call (steps times sequences) from which its kernels project the input themselves, chunk by chunk of steps, so that the
-# projected input of a long sequence is neither stored nor, in bfloat16, rounded. With fewer, packing the input weights (they are
-# transposed) costs more than that saves. A single step is two plain matrix products.
-_OWN_PROJECTION_ROWS = {torch.float32: 512, torch.float64: 512, torch.bfloat16: 64}
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "coupled_lstm", "peephole_lstm", "slstm")
 
@@ -33,26 +28,18 @@ def why_not(query: RecurrentQuery) -> list[str]:
 
 
 def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, wide, w_ih = call.x, call.wide, call.w_ih
-    results = call.empty_results()
-    h0 = None if call.h0 is None else call.h0.to(call.dtype).contiguous()
-    h_gates = None
-    if call.steps == 1:
-        zeros = x.new_zeros(call.lanes, call.batch, call.gates_width, dtype=wide)
-        h_gates = zeros if h0 is None else _product(h0, call.weight.mT)
-    own = w_ih is not None and call.steps > 1 and x.numel() >= _OWN_PROJECTION_ROWS[call.dtype] * x.shape[-1] > 0
-    x_gates = None if own else call.input_gates().contiguous()
-    weight, vectors, projection, hold_h, hold_c = all_dense(call.weight, call.vectors, call.projection, call.hold_h, call.hold_c)
+    results, projected = call.empty_results(), call.w_ih is not None
+    x, w_ih, b_ih, weight, vectors, projection, hold_h, hold_c = all_dense(
+        call.x, call.w_ih, call.b_ih, call.weight, call.vectors, call.projection, call.hold_h, call.hold_c
+    )
     torch.ops.fastseq_native.recurrent_forward.default(
-        *(all_dense(x, w_ih, call.b_ih) if own else (None, None, None)),
-        x_gates,
-        h_gates,
+        *((x, w_ih, b_ih, None) if projected else (None, None, None, x)),
         weight,
         vectors,
         projection,
-        h0,
-        None if call.c0 is None else call.c0.to(wide).contiguous(),
-        None if call.lengths is None else call.lengths.to(torch.int64).contiguous(),
+        dense(call.h0, call.dtype),
+        dense(call.c0, call.wide),
+        dense(call.lengths, torch.int64),
         call.batch_sizes,
         hold_h,
         hold_c,

@@ -24,13 +24,13 @@ class Steps(NamedTuple):
     first: int = 1
 
 
-_RNN = (Steps(20, 12), Steps(14, 10), Steps(8, 6)), (Steps(18, 5), Steps(12, 6), Steps(16, 8))
+_RNN = (Steps(0, 12), Steps(0, 10), Steps(0, 6)), (Steps(0, 5), Steps(0, 6), Steps(0, 8))
 # narrow and wide: one direction of few rows, of many rows, both directions
 _STEPS: dict[str, tuple[tuple[Steps, Steps, Steps], tuple[Steps, Steps, Steps]]] = {
-    "gru": ((Steps(10, 5), Steps(6, 4), Steps(5, 2)), (Steps(10, 3), Steps(12, 7), Steps(12, 5))),
+    "gru": ((Steps(0, 5), Steps(0, 4), Steps(0, 2)), (Steps(0, 3), Steps(0, 7), Steps(0, 5))),
     "rnn_tanh": _RNN,
     "rnn_relu": _RNN,
-    "lstm": ((Steps(32, 32), Steps(32, 32), Steps(32, 16)), (Steps(0, 0), Steps(32, 16, 2), Steps(32, 32, 2))),
+    "lstm": ((Steps(0, 32), Steps(0, 32), Steps(0, 16)), (Steps(0, 0), Steps(0, 16, 2), Steps(0, 32, 2))),
 }
 LONGEST_STEPS = max(max(row) for widths in _STEPS.values() for rows in widths for row in rows)
 

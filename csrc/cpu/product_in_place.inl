@@ -1,0 +1,80 @@
+// Products with weights as PyTorch stores them, [columns, depth]: sums[row][column] = rows . weights[column]. For calls so short that
+// packing the weights would cost more than it saves. Every weight is read once, in the order in which it lies; lanes run along the
+// depth, and the sums of W products, of some rows and some columns, are added up across the lanes together.
+// Included inside the namespace of an instruction set, after vector.inl.
+
+template <class A>
+struct InPlace {
+  using V = typename Lanes<A>::V;
+  static constexpr int64_t W = Math<A>::kWidth;
+
+  // W columns: column(j) is the row of weights of the j-th, of depth values. give(r, first, count, values): the sums of columns
+  // first .. first + count of row r, in values[0 .. count). X and S are the types of rows and weights.
+  template <class X, class S, class Column, class Give>
+  static FASTSEQ_HOST_DEVICE void multiply(const X* rows, int64_t stride, int64_t count, int64_t depth, const Column& column,
+                                           const Give& give) {
+    int64_t r = 0;
+    if constexpr (W >= 4)
+      for (; r + 4 <= count; r += 4) block<4, X, S>(rows, stride, r, depth, column, give);
+    for (; r + 2 <= count; r += 2) block<2, X, S>(rows, stride, r, depth, column, give);
+    if (r < count) block<1, X, S>(rows, stride, r, depth, column, give);
+  }
+
+ private:
+  template <int R, class X, class S, class Column, class Give>
+  static FASTSEQ_HOST_DEVICE void block(const X* rows, int64_t stride, int64_t r, int64_t depth, const Column& column,
+                                        const Give& give) {
+    constexpr int64_t C = W / R;  // columns at a time: W sums
+    for (int64_t j = 0; j < W; j += C) {
+      const S* from[C];
+      for (int64_t c = 0; c < C; ++c) from[c] = column(j + c);
+      V sums[W];
+      products<R, X, S>(rows + r * stride, stride, from, depth, sums);
+      const V values = added_up<W / 2>(sums);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < R; ++i) give(r + i, j, C, reinterpret_cast<const A*>(&values) + i * C);
+    }
+  }
+
+  // sums[row * C + column], each still W partial ones
+  template <int R, class X, class S>
+  static __attribute__((noinline)) void products(const X* rows, int64_t stride, const S* const* columns, int64_t depth, V* sums) {
+    constexpr int64_t C = W / R;
+    V sum[R][C], value[R];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < W; ++i) sum[i / C][i % C] = V{};
+    int64_t k = 0;
+    const auto add = [&](int64_t n) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < R; ++i) value[i] = Memory<X, A>::load(rows + i * stride + k, n);
+#pragma GCC unroll 16
+      for (int64_t c = 0; c < C; ++c) {
+        const V weight = Memory<S, A>::load(columns[c] + k, n);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < R; ++i) sum[i][c] += value[i] * weight;
+      }
+    };
+    for (; k + W <= depth; k += W) add(W);
+    if (k < depth) add(depth - k);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < W; ++i) sums[i] = sum[i / C][i % C];
+  }
+
+  // Lane j of the result is the sum over the lanes of sums[j]. A stage adds lanes S apart, of two vectors in one.
+  template <int S>
+  static FASTSEQ_HOST_DEVICE V added_up(V* sums) {
+    if constexpr (S == 0) {
+      return sums[0];
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < S; ++i) {
+        const V a = sums[i], b = sums[i + S];
+        [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
+          sums[i] = __builtin_shufflevector(a, b, (J & S ? W + J : J)...) +
+                    __builtin_shufflevector(a, b, (J & S ? W + (J ^ S) : J ^ S)...);
+        }(std::make_integer_sequence<int, W>());
+      }
+      return added_up<S / 2>(sums);
+    }
+  }
+};

@@ -1,0 +1,320 @@
+"""A stack without gradients is one call of the library: with the bits of the registered op, and only where nobody looks on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastseq
+from fastseq.backends import library, watching
+
+NATIVE, OP = "fastseq_native::recurrent_layers", "fastseq_native::recurrent_forward"
+
+pytestmark = pytest.mark.skipif(library.reason() is not None, reason="needs the library")
+
+
+class Subclass(Tensor):
+    pass
+
+
+def calls_of(run: Callable[[], Any]) -> list[str]:
+    """The library's ops that ran."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        run()
+    return [event.name for event in recorded.events() if event.name in (NATIVE, OP)]
+
+
+def tensors_of(results: Any) -> list[Tensor]:
+    if isinstance(results, Tensor):
+        return [results]
+    if isinstance(results, PackedSequence):
+        return [results.data]
+    return [tensor for part in results for tensor in tensors_of(part)]
+
+
+def assert_same(run: Callable[[], Any], native: int = 1) -> None:
+    """That ``run`` is so many native calls, and gives what the registered ops give: bits, strides, and no views."""
+    with torch.no_grad():
+        run()
+        assert calls_of(run) == [NATIVE] * native
+        found = tensors_of(run())
+        with watching(lambda query, chosen: None):  # whoever looks on sees the ops
+            assert NATIVE not in calls_of(run)
+            expected = tensors_of(run())
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+        assert ours.stride() == theirs.stride() and ours.storage_offset() == theirs.storage_offset() == 0
+        assert ours._base is None and not ours.requires_grad
+
+
+CLASSES: dict[str, Callable[..., Any]] = {
+    "LSTM": fastseq.LSTM,
+    "GRU": fastseq.GRU,
+    "RNN": fastseq.RNN,
+    "relu": lambda *args, **kwargs: fastseq.RNN(*args, nonlinearity="relu", **kwargs),
+    "projected": lambda *args, **kwargs: fastseq.LSTM(*args, proj_size=5, **kwargs),
+    "CoupledLSTM": fastseq.CoupledLSTM,
+    "PeepholeLSTM": fastseq.PeepholeLSTM,
+}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+# T, B, I, H: one step, a step of many rows, a short and a longer sequence, odd sizes
+SHAPES = ((1, 1, 12, 20), (1, 9, 33, 70), (5, 2, 7, 17), (40, 6, 16, 24))
+
+
+def states_of(module: Any, batch: int) -> Any:
+    width = module.proj_size or module.hidden_size
+    lanes = module.num_layers * (2 if module.bidirectional else 1)
+    dtype = next(module.parameters()).dtype
+    h = torch.randn(lanes, batch, width, dtype=dtype)
+    pair = hasattr(module, "get_expected_cell_size")
+    return (h, torch.randn(lanes, batch, module.hidden_size, dtype=dtype)) if pair else h
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", CLASSES)
+class TestBits:
+    @pytest.mark.parametrize("layers, bidirectional, bias", [(1, False, True), (2, True, True), (3, False, False)])
+    def test_stacks(self, kind, dtype, shape, layers, bidirectional, bias):
+        steps, batch, width, hidden = shape
+        module = CLASSES[kind](width, hidden, layers, bidirectional=bidirectional, bias=bias, dtype=dtype)
+        x = torch.randn(steps, batch, width, dtype=dtype)
+        assert_same(lambda: module(x))
+        states = states_of(module, batch)
+        assert_same(lambda: module(x, states))
+
+    def test_batch_first_and_strides(self, kind, dtype, shape):
+        steps, batch, width, hidden = shape
+        module = CLASSES[kind](width, hidden, batch_first=True, dtype=dtype)
+        for x in (
+            torch.randn(batch, steps, width, dtype=dtype),
+            torch.randn(steps, batch, width, dtype=dtype).transpose(0, 1),
+            torch.randn(batch, steps + 1, width + 3, dtype=dtype)[:, 1:, :width],
+        ):
+            assert_same(lambda x=x: module(x))
+        module.batch_first = False
+        by_row = torch.randn(batch, steps, width, dtype=dtype).transpose(0, 1)
+        assert_same(lambda: module(by_row))
+
+    def test_lengths(self, kind, dtype, shape):
+        steps, batch, width, hidden = shape
+        module = CLASSES[kind](width, hidden, 2, bidirectional=True, batch_first=True, dtype=dtype)
+        x, states = torch.randn(batch, steps, width, dtype=dtype), states_of(module, batch)
+        for lengths in (torch.randint(0, steps + 1, (batch,)), torch.full((batch,), steps, dtype=torch.int32)):
+            hidden_beyond = x.masked_fill(torch.arange(steps)[:, None] >= lengths[:, None, None], float("nan"))
+            assert_same(lambda lengths=lengths, x=hidden_beyond: module(x, states, lengths=lengths))
+
+    def test_packed(self, kind, dtype, shape):
+        steps, batch, width, hidden = shape
+        module = CLASSES[kind](width, hidden, 2, bidirectional=True, dtype=dtype)
+        for lengths in ([steps] * batch, [max(1, steps - i) for i in range(batch)], [1 + i % steps for i in range(batch)]):
+            packed = pack_sequence([torch.randn(n, width, dtype=dtype) for n in lengths], enforce_sorted=False)
+            states = states_of(module, batch)
+            assert_same(lambda packed=packed: module(packed))
+            assert_same(lambda packed=packed, states=states: module(packed, states))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 3, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_cells(dtype, batch, bias):
+    x, h, c = (torch.randn(batch, size, dtype=dtype) for size in (11, 21, 21))
+    for module, hx in (
+        (fastseq.LSTMCell(11, 21, bias, dtype=dtype), (h, c)),
+        (fastseq.GRUCell(11, 21, bias, dtype=dtype), h),
+        (fastseq.RNNCell(11, 21, bias, dtype=dtype), h),
+        (fastseq.RNNCell(11, 21, bias, nonlinearity="relu", dtype=dtype), h),
+    ):
+        assert_same(lambda module=module, hx=hx: module(x, hx))
+        assert_same(lambda module=module: module(x))
+
+
+@pytest.mark.parametrize("zoneout", [0.25, (0.1, 0.3)])
+def test_zoneout_at_inference(zoneout):
+    module = fastseq.LSTM(6, 9, zoneout=zoneout).eval()
+    x = torch.randn(4, 2, 6)
+    assert_same(lambda: module(x))
+
+
+def test_unbatched():
+    module = fastseq.GRU(6, 9)
+    with torch.no_grad():
+        assert calls_of(lambda: module(torch.randn(4, 6))) == [NATIVE]
+
+
+class Looks(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class LooksAtFunctions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class TestWhoeverLooksOn:
+    """keeps the registered ops."""
+
+    @pytest.mark.parametrize("mode", [Looks, LooksAtFunctions, lambda: FlopCounterMode(display=False)])
+    def test_modes(self, mode):
+        module, x = fastseq.LSTM(6, 9), torch.randn(3, 2, 6)
+        with torch.no_grad(), mode():
+            assert NATIVE not in calls_of(lambda: module(x))
+
+    def test_flops_are_counted(self):
+        module, x = fastseq.LSTM(6, 9), torch.randn(3, 2, 6)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(x)
+        assert counter.get_total_flops() > 0
+
+    def test_explain(self):
+        for module, x in ((fastseq.LSTM(6, 9), torch.randn(3, 2, 6)), (fastseq.LSTMCell(6, 9), torch.randn(2, 6))):
+            assert fastseq.explain(module, x).backends == ["cpu"]
+
+    def test_forced_backends(self):
+        module, x = fastseq.LSTM(6, 9), torch.randn(3, 2, 6)
+        with torch.no_grad():
+            with fastseq.use_backend("cpu"):
+                assert calls_of(lambda: module(x)) == [NATIVE]
+            for name in ("torch", "reference"):
+                with fastseq.use_backend(name):
+                    assert calls_of(lambda: module(x)) == []
+
+    def test_gradients(self):
+        module, x = fastseq.GRU(6, 9), torch.randn(3, 2, 6)
+        assert NATIVE not in calls_of(lambda: module(x)) and module(x)[0].requires_grad
+        module.requires_grad_(False)
+        assert calls_of(lambda: module(x)) == [NATIVE]
+        assert module(x.requires_grad_())[0].requires_grad
+
+    def test_autocast(self):
+        module, x = fastseq.GRU(6, 9), torch.randn(3, 2, 6)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert NATIVE not in calls_of(lambda: module(x))
+
+    def test_transforms(self):
+        module, x = fastseq.GRU(6, 9).requires_grad_(False), torch.randn(4, 3, 2, 6)
+        assert NATIVE not in calls_of(lambda: torch.vmap(lambda own: module(own)[0])(x))
+        assert NATIVE not in calls_of(lambda: torch.func.jvp(lambda own: module(own)[0], (x[0],), (x[1],)))
+        with forward_ad.dual_level():
+            assert NATIVE not in calls_of(lambda: module(forward_ad.make_dual(x[0], x[1])))
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+    def test_recorded(self):
+        module, x = fastseq.GRU(6, 9).requires_grad_(False), torch.randn(3, 2, 6)
+        assert NATIVE not in str(torch.jit.trace(module, x).graph)
+        assert NATIVE not in str(torch.export.export(module, (x,)).graph)
+
+    def test_subclasses(self):
+        module, x = fastseq.GRU(6, 9).requires_grad_(False), torch.randn(3, 2, 6)
+        assert NATIVE not in calls_of(lambda: module(x.as_subclass(Subclass)))
+        assert NATIVE not in calls_of(lambda: module(x, torch.zeros(1, 2, 9).as_subclass(Subclass)))
+        module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.as_subclass(Subclass), requires_grad=False)
+        assert NATIVE not in calls_of(lambda: module(x))
+
+    def test_replaced_parameters(self):
+        module, x = fastseq.GRU(6, 9), torch.randn(3, 2, 6)
+        nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+        module.requires_grad_(False)
+        plain = fastseq.GRU(6, 9)
+        plain.load_state_dict({name: getattr(module, name).detach() for name in module._flat_weights_names})
+        with torch.no_grad():
+            assert torch.equal(module(x)[0], plain(x)[0])
+            module.parametrizations.weight_hh_l0.original0.mul_(2)
+            assert not torch.equal(module(x)[0], plain(x)[0])
+            doubled = {name: 2 * value for name, value in plain.state_dict().items()}
+            assert torch.equal(torch.func.functional_call(plain, doubled, (x,))[0], fastseq_of(doubled)(x)[0])
+
+
+def fastseq_of(state: dict[str, Tensor]) -> fastseq.GRU:
+    module = fastseq.GRU(6, 9)
+    module.load_state_dict(state)
+    return module
+
+
+def _wrong() -> dict[str, Callable[[], Any]]:
+    lstm, gru, cell = fastseq.LSTM(6, 9), fastseq.GRU(6, 9), fastseq.GRUCell(6, 9)
+    x, h, one = torch.randn(3, 2, 6), torch.zeros(1, 2, 9), torch.randn(2, 6)
+    packed = pack_sequence([torch.randn(3, 6)])
+    return {
+        "no steps": lambda: lstm(x[:0]),
+        "features": lambda: lstm(x[..., :5]),
+        "dtype": lambda: lstm(x.double()),
+        "integers": lambda: lstm(x.long()),
+        "rank": lambda: lstm(x[None]),
+        "no tensor": lambda: lstm([1.0]),
+        "state of another batch": lambda: gru(x, h[:, :1]),
+        "state of another width": lambda: gru(x, h[..., :8]),
+        "state of another dtype": lambda: gru(x, h.double()),
+        "unbatched state": lambda: gru(x, h[0]),
+        "a tuple for h": lambda: gru(x, (h,)),
+        "a pair for h": lambda: gru(x, (h, h)),
+        "a tensor for a pair": lambda: lstm(x, h),
+        "three states": lambda: lstm(x, (h, h, h)),
+        "half a pair": lambda: lstm(x, (h, None)),
+        "c of another width": lambda: lstm(x, (h, h[..., :8])),
+        "meta state": lambda: gru(x, h.to("meta")),
+        "lengths too long": lambda: lstm(x, lengths=torch.tensor([4, 1])),
+        "lengths negative": lambda: lstm(x, lengths=torch.tensor([-1, 1])),
+        "lengths of another batch": lambda: lstm(x, lengths=torch.tensor([1])),
+        "lengths floating": lambda: lstm(x, lengths=torch.tensor([1.0, 2.0])),
+        "lengths and packed": lambda: lstm(packed, lengths=torch.tensor([3])),
+        "batch_sizes that grow": lambda: lstm(PackedSequence(torch.randn(3, 6), torch.tensor([1, 2]))),
+        "batch_sizes too few": lambda: lstm(PackedSequence(torch.randn(3, 6), torch.tensor([2]))),
+        "no batch_sizes": lambda: lstm(PackedSequence(torch.randn(3, 6), torch.tensor([], dtype=torch.int64))),
+        "cell: features": lambda: cell(one[:, :5]),
+        "cell: dtype": lambda: cell(one.double()),
+        "cell: batch": lambda: cell(one, h[0, :1]),
+        "cell: width": lambda: cell(one, h[0, :, :8]),
+        "cell: rank": lambda: cell(x),
+        "cell: state rank": lambda: cell(one, h),
+        "cell: a tuple": lambda: cell(one, (h[0],)),
+    }
+
+
+@pytest.mark.parametrize("name", _wrong())
+def test_errors_are_those_of_the_ops(name):
+    with fastseq.use_backend("cpu"), torch.enable_grad(), pytest.raises(Exception) as expected:
+        _wrong()[name]()
+    with torch.no_grad(), pytest.raises(type(expected.value)) as found:
+        _wrong()[name]()
+    assert str(found.value) == str(expected.value)
+
+
+def test_no_rows():
+    module, x = fastseq.LSTM(6, 9), torch.randn(3, 0, 6)
+    with torch.no_grad():
+        output, (h_n, c_n) = module(x)
+    assert output.shape == (3, 0, 9) and h_n.shape == c_n.shape == (1, 0, 9)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for steps, hidden in product((1, 30), (24, 300)):
+            module, x = fastseq.LSTM(40, hidden, 2, bidirectional=True), torch.randn(steps, 20, 40)
+            assert_same(lambda module=module, x=x: module(x))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_inference_mode():
+    module, x = fastseq.LSTM(6, 9), torch.randn(3, 2, 6)
+    with torch.inference_mode():
+        assert calls_of(lambda: module(x)) == [NATIVE]
+        output, _ = module(x)
+    assert output.is_inference()
