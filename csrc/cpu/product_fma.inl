@@ -142,6 +142,10 @@ struct MultiplyAdd {
     int64_t sums_stride;
   };
   using Kernel = void (*)(const Block&);
+  template <int N>
+  struct Kernels {
+    Kernel of_rows[N];
+  };
 
   template <int RB, int NV>
   static void kernel(const Block& block) {
@@ -189,24 +193,13 @@ struct MultiplyAdd {
       }
   }
 
+  // [rows - 1]: kernels of up to as many rows as a block has
   template <int NV>
   static Kernel kernel_of_rows(int64_t rows) {
-    switch (rows) {
-      case 1: return kernel<1, NV>;
-      case 2: return kernel<2, NV>;
-      case 3: return kernel<3, NV>;
-      case 4: return kernel<4, NV>;
-      case 5: return kernel<5, NV>;
-      case 6: return kernel<6, NV>;
-      case 7: return kernel<7, NV>;
-      case 8: return kernel<8, NV>;
-      case 9: return kernel<9, NV>;
-      case 10: return kernel<10, NV>;
-      case 11: return kernel<11, NV>;
-      case 12: return kernel<12, NV>;
-      case 13: return kernel<13, NV>;
-      default: return kernel<14, NV>;
-    }
+    static constexpr auto kernels = []<int... R>(std::integer_sequence<int, R...>) {
+      return Kernels<sizeof...(R)>{{kernel<R + 1, NV>...}};
+    }(std::make_integer_sequence<int, rows_of_block(NV)>());
+    return kernels.of_rows[rows - 1];
   }
 
   static Kernel kernel_of(int64_t rows, int64_t vectors) {
