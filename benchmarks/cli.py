@@ -39,6 +39,7 @@ from .report.plots import style
 from .suites import DEFAULT, SUITES, selection
 
 LOG_WIDTH = 170
+KEEP_SECONDS = 30  # after which what was measured is written
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -156,9 +157,10 @@ def measure(
 ) -> None:
     """Runs the cases that `results` lacks and adds them, then the headlines again in fresh processes; Ctrl-C ends it early.
 
-    `keep` gets what there is after every group and every process.
+    `keep` gets what there is after every group and every process, and twice a minute.
     """
     start, earlier = time.monotonic() - results.seconds, list(results.peaks)
+    kept = time.monotonic()
     measured = {row.key for row in results.rows}
     planned, cases = cases, [case for case in cases if not measured.issuperset(case.keys())]
     others = environment.Others()
@@ -187,6 +189,9 @@ def measure(
                     for case in group:
                         results.rows += runner.run(case, lambda step: progress.update(task, description=step))
                         progress.advance(task)
+                        if time.monotonic() > kept + KEEP_SECONDS:
+                            flush()
+                            kept = time.monotonic()
                     flush()
             forget_references()
             progress.update(task, total=progress.tasks[task].completed + restarts.left(planned, results, options))

@@ -29,7 +29,10 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor(e!) gates) -> ()");
   m.def(
       "recurrent_layers(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, str cell, "
-      "int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, float zoneout_c) -> Tensor[]");
+      "int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, float zoneout_c, Tensor[]? kept) -> "
+      "Tensor[]");
+  m.def(
+      "recurrent_pack(Tensor[] params, str cell, int num_layers, bool has_biases, bool bidirectional, str weights) -> Tensor[]");
   m.def(
       "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
       "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
@@ -72,7 +75,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_stream_lent", TORCH_BOX(&fastseq::cuda_stream_lent));
   m.impl("cpu_level", TORCH_BOX(&fastseq::cpu::cpu_level));
   m.impl("cpu_amx_obstacle", TORCH_BOX(&fastseq::cpu::cpu_amx_obstacle));
-  m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));  // declines what is not on the CPU
+  m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));  // these decline what is not on the CPU
+  m.impl("recurrent_pack", TORCH_BOX(&fastseq::cpu::recurrent_pack));
   m.impl("cuda_limits", TORCH_BOX(&fastseq::cuda_limits));
   m.impl("recurrent_plan_fields", TORCH_BOX(&fastseq::recurrent::recurrent_plan_fields));
   m.impl("recurrent_plan", TORCH_BOX(&fastseq::recurrent::recurrent_plan));

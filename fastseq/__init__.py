@@ -5,6 +5,7 @@
 
 from . import functional
 from ._convert import Report, convert, patched, revert
+from ._pack import PackReport, pack, unpack
 from ._version import __version__
 from .backends import Explanation, explain, use_backend
 from .modules import (
@@ -42,6 +43,7 @@ __all__ = [
     "LayerNormLSTM",
     "LayerNormLSTMCell",
     "MultiheadAttention",
+    "PackReport",
     "PeepholeLSTM",
     "PeepholeLSTMCell",
     "RNNCell",
@@ -51,7 +53,9 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "pack",
     "patched",
     "revert",
+    "unpack",
     "use_backend",
 ]

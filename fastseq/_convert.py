@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import backends
 from . import modules as own_modules
 from .cells import CELLS
+from .functional._packing import set_packing
 from .modules import keep_type as keep_type_modules
 from .parity import Probe, as_arguments
 
@@ -156,7 +157,7 @@ def _recurrent_backend(module: Any) -> str | None:
         layout="padded",
     )
     own_choice = backends.forced() in (None, backends.torch.name)
-    if own_choice and (isinstance(module, nn.RNNCellBase) or backends.torch.recurrent.why_layers(query, gradients=False)):
+    if own_choice and (isinstance(module, nn.RNNCellBase) or backends.torch.recurrent.lacking(query)):
         return backends.torch.name
     return _selected(query)
 
@@ -271,8 +272,8 @@ def convert(
         keep_type: use classes that are subclasses of torch's too, for code that asks `isinstance(m,
             nn.LSTM)`. The price: torch.compile(fullgraph=True) refuses RNN, LSTM and GRU, as it refuses
             torch's own. fastseq.MultiheadAttention always is a subclass of torch's.
-        even_if_slower: convert also what no fastseq kernel runs, or none that is known to be faster (float16 on a
-            CPU, RNN, LSTM and GRU on a GPU).
+        even_if_slower: convert also what no fastseq kernel runs, or none that is known to be faster (RNN, LSTM
+            and GRU on a CPU without the compiled library, or on a GPU).
         recompute: compute gate activations again in the backward pass of nn.RNN, nn.LSTM and nn.GRU rather
             than keep them: less memory, more time.
 
@@ -679,6 +680,7 @@ def _is_fsdp(module: nn.Module) -> bool:
 
 def _swap_back(found: _Found, conversion: Conversion) -> None:
     found.module.__class__ = vars(type(found.module)).get("stands_for", conversion.torch_class)
+    set_packing(found.module, None)
     conversion.undo(found.module)
 
 

@@ -75,7 +75,7 @@ class Probe:
         self._modules = list(modules)
         self.ran: dict[int, set[str]] = {}
         self._differentiate = torch.is_grad_enabled()
-        tensors = [*self._model.parameters(), *(tensor for _, tensor in _tensors((self._args, self._kwargs)))]
+        tensors = [*self._model.parameters(), *(tensor for _, tensor in tensors_of((self._args, self._kwargs)))]
         if any(tensor.is_meta for tensor in tensors):
             raise ValueError("example_inputs: no values to compare, the model or the inputs are on the meta device")
         self._random = _Random({tensor.device for tensor in tensors})
@@ -112,7 +112,7 @@ class Probe:
 
     def _run(self, training: bool, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
         differentiate = training and self._differentiate
-        with _unchanged(self._model), self._random, torch.set_grad_enabled(differentiate), contextlib.ExitStack() as hooks:
+        with unchanged(self._model), self._random, torch.set_grad_enabled(differentiate), contextlib.ExitStack() as hooks:
             self._model.train(training)
             for module in self._modules:
                 # cuDNN draws its dropout between layers from another stream than F.dropout, and so does fused attention.
@@ -127,11 +127,11 @@ class Probe:
             else:
                 outputs = torch.func.functional_call(self._model, weights, args, kwargs)
             mode = "training" if training else "eval"
-            results = {f"output{path} in {mode}": _real(tensor) for path, tensor in _tensors(outputs)}
+            results = {f"output{path} in {mode}": _real(tensor) for path, tensor in tensors_of(outputs)}
             if differentiate:
                 parameters = dict(self._model.named_parameters()) | (weights or {})
                 leaves = {f"gradient of {name}": parameter for name, parameter in parameters.items()}
-                leaves |= {f"gradient of input{path}": tensor for path, tensor in _tensors((args, kwargs))}
+                leaves |= {f"gradient of input{path}": tensor for path, tensor in tensors_of((args, kwargs))}
                 results |= _gradients(list(results.values()), leaves)
         return {name: tensor.detach() for name, tensor in results.items()}
 
@@ -140,7 +140,7 @@ class Probe:
         """Takes the coarsest unit of rounding in what the modules return: they may run under autocast."""
 
         def watch(module: nn.Module, inputs: Any, outputs: Any) -> None:
-            units = [self._unit(tensor) for _, tensor in _tensors(outputs)]
+            units = [self._unit(tensor) for _, tensor in tensors_of(outputs)]
             self._coarsest = max([self._coarsest, *units])
 
         handles = [module.register_forward_hook(watch) for module in self._modules]
@@ -273,7 +273,7 @@ def _device(module: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Attributes, tables and buffers of every module in `model` are put back on the way out.
 
     A model may keep its state on itself (self.hidden), count its calls, update running statistics. What it
@@ -335,7 +335,7 @@ def _copy(value: Any) -> Any:
     return value
 
 
-def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensors_of(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor in `value` with its place: "", "[0]", "['logits']", ".state"."""
     if isinstance(value, Tensor):
         yield path, value
@@ -343,10 +343,10 @@ def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
         yield f"{path}.data", value.data
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _tensors(item, f"{path}[{key!r}]")
+            yield from tensors_of(item, f"{path}[{key!r}]")
     elif isinstance(value, tuple | list):
         for index, item in enumerate(value):
-            yield from _tensors(item, f"{path}[{index}]")
+            yield from tensors_of(item, f"{path}[{index}]")
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name), f"{path}.{field.name}")
+            yield from tensors_of(getattr(value, field.name), f"{path}.{field.name}")

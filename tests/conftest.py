@@ -6,15 +6,20 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-import pytest
-import torch
-import torch.utils._device
+# Read when torch is loaded: a thread that waits for work sleeps. By default it spins for milliseconds after every operation, on a
+# core that another worker of pytest needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.utils._device  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 
 import fastseq  # noqa: E402
 from fastseq.backends import BACKENDS, library  # noqa: E402
+from fastseq.backends.torch import limits  # noqa: E402
 from support import cuda_host  # noqa: E402
 
 BACKENDS[cuda_host.name] = cuda_host  # has no place in the order: only where it is forced
@@ -69,3 +74,11 @@ def poisoned_allocations() -> Iterator[None]:
         patch.setattr(owner, name, _poisoned(getattr(owner, name)))
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sequences_are_ours() -> Iterator[None]:
+    """Which lengths of LSTM, GRU and RNN go to torch's kernels is measured on a machine: tests/backends/test_torch.py has a table
+    of its own, and everything else is tested on fastseq's kernels."""
+    with limits.everywhere(limits.OURS):
+        yield

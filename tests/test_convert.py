@@ -22,6 +22,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
 from fastseq._convert import CONVERSIONS, Report, convert, patched, revert
+from fastseq.backends import library
+from fastseq.backends.torch import limits
 from fastseq.modules import keep_type as kept
 from fastseq.testing import assert_close_to_truth
 
@@ -1130,11 +1132,19 @@ class TestWhatHappens:
         assert "nothing changes there" in str(report)
 
     def test_backends_that_ran(self):
-        report = convert(Borrowed(), example_inputs=torch.randn(1, 2, 8))
+        with limits.everywhere(limits.Steps(1, 8)):
+            report = convert(Borrowed(), example_inputs=torch.randn(1, 2, 8))
         assert report.converted[1].backend == "torch"
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in Borrowed().modules())
 
-    def test_even_if_slower(self):
+    def test_torchs_kernel_being_faster_is_no_reason_to_leave_a_module(self):
+        """That is for each call to decide: batch and length are not known before it."""
+        with limits.everywhere(limits.Steps(1, limits.ENDLESS)):
+            report = convert(nn.LSTM(4, 6))
+        assert report.converted[0].backend == "cpu" and not report.skipped
+
+    def test_even_if_slower(self, monkeypatch):
+        monkeypatch.setattr(library, "reason", lambda: "there is no library")
         module = nn.LSTM(4, 6).half()
         with pytest.warns(UserWarning, match="nothing to convert"):
             assert "no fastseq kernel runs float16 on cpu" in convert(module).skipped[0].reason
@@ -1218,8 +1228,9 @@ def test_public_names():
     assert fastseq.convert is convert and fastseq.revert is revert and fastseq.patched is patched
 
 
-def test_what_no_kernel_runs_stays_torchs():
+def test_what_no_kernel_runs_stays_torchs(monkeypatch):
     """A module that only the reference could run would become slower; forcing the reference converts it all the same."""
+    monkeypatch.setattr(library, "reason", lambda: "there is no library")
     model = nn.LSTM(3, 4, dtype=torch.float16)
     with pytest.warns(UserWarning, match="nothing to convert"):
         report = fastseq.convert(model)

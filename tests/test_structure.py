@@ -60,7 +60,7 @@ def test_imports_go_one_way(path):
 
 
 # The same for benchmarks/; what stands beside the rooms may import all of them.
-BENCHMARK_ROOMS = ("gpu", "claims", "suites", "report", "measure", "roofline", "providers", "workloads")
+BENCHMARK_ROOMS = ("gpu", "cpu", "claims", "suites", "report", "measure", "roofline", "providers", "workloads")
 BENCHMARK_FILES = sorted(p for name in BENCHMARK_ROOMS for p in (ROOT / "benchmarks" / name).rglob("*.py"))
 
 

@@ -34,6 +34,7 @@ class Check:
     bound: float | None  # of the tensor that came closest to its bound, or broke it
     worst: str  # that tensor
     reason: str | None = None
+    rms: float | None = None  # of the actual shape: the error's root mean square over the truth's, of the worst tensor
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -68,7 +69,7 @@ def check_provider(build: Callable[[Workload], tuple[Any, str]], workload: Workl
             size = "small shape" if shape != workload else "actual shape"
             return replace(result, reason=f"{size} (T={shape.T}, B={shape.B}, H={shape.H}): {result.reason}")
         results.append(result)
-    return max(results, key=lambda r: r.error or 0.0)
+    return replace(max(results, key=lambda r: r.error or 0.0), rms=results[-1].rms)
 
 
 def _first_line(error: Exception) -> str:
@@ -77,20 +78,22 @@ def _first_line(error: Exception) -> str:
 
 def compare(found: dict[str, Tensor], want: Expected, eps: float) -> Check:
     """Every tensor of `found` against `want`, the worst in terms of its bound reported."""
-    errors, bounds = {}, want.bounds(eps)
+    errors, squares, bounds = {}, [], want.bounds(eps)
     for name, value in found.items():
         truth = want.values[name]
         if value.shape != truth.shape:
             return Check(False, None, None, name, f"{name} has shape {tuple(value.shape)}, not {tuple(truth.shape)}")
         scale = truth.abs().max().item() or 1.0
-        error = (value.double().cpu() - truth).abs().max().item() / scale
+        off = value.double().cpu() - truth
+        error = off.abs().max().item() / scale
         bound = bounds[name]
         if not error <= bound:  # also when the error is NaN
             reason = f"{name} is off by {error:.1e} of its largest value; {bound:.1e} is allowed"
             return Check(False, error if math.isfinite(error) else None, bound, name, reason)
         errors[name] = error
+        squares.append(off.norm().item() / (truth.norm().item() or 1.0))
     closest = max(errors, key=lambda name: errors[name] / bounds[name])
-    return Check(True, max(errors.values()), bounds[closest], closest)
+    return Check(True, max(errors.values()), bounds[closest], closest, rms=max(squares))
 
 
 def rounding(workload: Workload) -> float:

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from ..workloads.models import MODELS
 from .base import Provider, fastseq_chose, fastseq_missing
 
 BEFORE, AFTER = "torch.nn as built", "fastseq.convert"
@@ -16,7 +15,7 @@ EAGER, SDPA, OWN = (f"transformers ({name})" for name in ("eager", "sdpa", "fast
 
 
 def _built(w: Any) -> nn.Module:
-    return MODELS[w.function].build(w)
+    return w.build()
 
 
 def _converted(w: Any) -> nn.Module:

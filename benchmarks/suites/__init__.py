@@ -21,6 +21,7 @@ from . import (
     models,
     recurrent,
     recurrent_gpu,
+    recurrent_grid,
     sequential_vs_parallel,
     small_data,
     statements,
@@ -52,6 +53,7 @@ SUITES: dict[str, Suite] = {
     for suite in (
         sequential_vs_parallel,
         recurrent,
+        recurrent_grid,
         attention,
         cells,
         decode,

@@ -12,6 +12,7 @@ from ..measure.results import Results, Row, reliable
 from ..measure.timing import Effort
 from ..providers.base import RECURRENT
 from ..providers.cells import cuda_name, own_name, torch_name
+from ..providers.onnx_runtime import layer_name
 from ..report.model import (
     Card,
     Cell,
@@ -58,8 +59,9 @@ def plan(options: Options) -> list[Case]:
         common: dict[str, Any] = {"threads": threads, "dtype": dtype, "device": options.device}
         w = CellWorkload(cell.lower(), STEPS[group], B, H, H, mode, **common)
         base, own, cuda_kernels = torch_name(cell), own_name(cell), cuda_name(cell)
-        participants = tuple(Participant(name, w) for name in (base, own, cuda_kernels))
-        cases.append(Case(NAME, group, participants, effort, ((own, base), (cuda_kernels, base))))
+        others = [cuda_kernels] + [layer_name(cell)] * (not cuda and (mode, dtype) == ("inference", "float32"))
+        participants = tuple(Participant(name, w) for name in (base, own, *others))
+        cases.append(Case(NAME, group, participants, effort, tuple((name, base) for name in (own, *others))))
     return cases
 
 

@@ -1,21 +1,27 @@
-"""Whole models before and after: converted from torch.nn, or with fastseq's attention in transformers."""
+"""Models before and after: converted from torch.nn, or with fastseq's attention in transformers. Small ones: stand_ins.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import torch
 
 from ..measure.case import Case, Options, Participant
+from ..measure.results import Results, Row
 from ..measure.timing import Effort
 from ..providers.models import AFTER, BEFORE, EAGER, OWN, SDPA
 from ..report.curves import PEAK, TIME, Curves
+from ..report.model import Figure, Section
 from ..workloads.base import MODES
 from ..workloads.models import MODELS, ModelWorkload
+from . import stand_ins
 
 NAME = "models"
-SUMMARY = "whole models before and after: LSTM language model and nn.Transformer converted, BERT and GPT-2 of transformers"
+SUMMARY = (
+    "models before and after: LSTM language model, nn.Transformer, small recurrent ones converted; BERT, GPT-2 of transformers"
+)
 
 
 def plan(options: Options) -> list[Case]:
@@ -32,7 +38,7 @@ def plan(options: Options) -> list[Case]:
         names = (before, after) if before == BEFORE else (EAGER, before, after)
         baseline = tuple((name, before) for name in names if name != before)
         cases.append(Case(NAME, function, tuple(Participant(name, w) for name in names), effort, baseline))
-    return cases
+    return cases if cuda else cases + stand_ins.plan(options, threads)
 
 
 def _sizes(cuda: bool, quick: bool) -> tuple[tuple[int, ...], int, int, dict[str, Any]]:
@@ -55,4 +61,26 @@ CURVES = Curves(
     {name: model.title for name, model in MODELS.items()},
     dict.fromkeys(MODELS, (TIME, PEAK)),
 )
-derive, present, picture = CURVES.derive, CURVES.present, CURVES.picture
+
+
+def _parts(results: Results) -> tuple[Results | None, list[Row]]:
+    """The results of the whole models, if there are any, and the rows of the small recurrent ones."""
+    rows = results.of_suite(NAME)
+    whole = [r for r in rows if r.group != stand_ins.GROUP]
+    return replace(results, rows=whole) if whole else None, [r for r in rows if r.group == stand_ins.GROUP]
+
+
+def derive(results: Results) -> dict[str, Any]:
+    whole, small = _parts(results)
+    found = CURVES.derive(whole) if whole else {}
+    return found | ({stand_ins.GROUP: stand_ins.derive(small)} if small else {})
+
+
+def present(results: Results) -> list[Section]:
+    whole, small = _parts(results)
+    return (CURVES.present(whole) if whole else []) + stand_ins.sections(small)
+
+
+def picture(results: Results) -> Figure:
+    whole, small = _parts(results)
+    return CURVES.picture(whole) if whole else stand_ins.figure(small)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..measure.environment import where
 from ..measure.results import Results, Row, reliable
 from ..measure.timing import Effort
 from ..providers.base import RECURRENT
+from ..providers.onnx_runtime import layer_name
 from ..report.model import (
     Card,
     Cell,
@@ -100,7 +102,8 @@ def plan(options: Options) -> list[Case]:
     for group, cell, B, H, mode, n in product(TIMED, CELLS, batches, widths, MODES, threads):
         if group == "data" and mode == "inference":
             continue
-        add(group, cell, mode, B, H, n, (f"torch.nn.{cell}", f"fastseq.{cell}"), f"torch.nn.{cell}")
+        onnx = (layer_name(cell),) if (group, mode, options.dtype) == ("padded", "inference", "float32") else ()
+        add(group, cell, mode, B, H, n, (f"torch.nn.{cell}", f"fastseq.{cell}", *onnx), f"torch.nn.{cell}")
     for cell, B, H in product(CELLS, batches[-1:], widths[-2:]):
         saved = f"fastseq.{cell}"
         add(
@@ -198,7 +201,10 @@ def present(results: Results) -> list[Section]:
     activations = _activations(rows)
     if activations.rows:
         sections[0].tables.append(activations)
-    sections[0].tables += [_losses(rows), _every_point(rows)]
+    others = {(r.function, r.B, r.H, r.threads): r for r in rows if r.provider.startswith("ONNX")}
+    own = [r for r in _points(rows, "padded", "inference") if (r.function, r.B, r.H, r.threads) in others]
+    onnx = over_onnx([(r, others[r.function, r.B, r.H, r.threads]) for r in own], _name)
+    sections[0].tables += [table for table in (onnx,) if table.rows] + [_losses(rows), _every_point(rows)]
     return sections
 
 
@@ -261,6 +267,18 @@ def _matrices(rows: list[Row], group: str) -> list[Table]:
                 )
             )
     return tables
+
+
+def over_onnx(pairs: list[tuple[Row, Row]], name: Callable[[Row], str]) -> Table:
+    """Of rows of fastseq and of ONNX Runtime, where fastseq does worst by comparison first."""
+    timed = [(other.seconds / own.seconds, own, other) for own, other in pairs if own.ok and other.ok]
+    body: list[list[Cell | str]] = [
+        [name(own), time_cell(other), time_cell(own), Cell(f"{ratio:.2f}×", "good" if ratio >= 1 else "bad")]
+        for ratio, own, other in sorted(timed, key=lambda found: found[0])
+    ]
+    absent = dict.fromkeys(other.reason for _, other in pairs if other.reason)
+    body += [["ONNX Runtime", "", "", Cell(reason or "", "weak")] for reason in absent]
+    return Table("Speed-up over ONNX Runtime", ["point", "ONNX Runtime", "fastseq", ""], body, folded=True)
 
 
 def _activations(rows: list[Row]) -> Table:

@@ -31,6 +31,27 @@ class ModelWorkload(Workload):
     def growth(self) -> int:
         return 2
 
+    @property
+    def unseen(self) -> str:
+        """The ending of parameters without effect."""
+        return MODELS[self.function].unseen
+
+    @property
+    def matrices_of_a_token(self) -> int:
+        """Elements of the matrices that every token goes through."""
+        return MODELS[self.function].weights(self)
+
+    def build(self) -> nn.Module:
+        return MODELS[self.function].build(self)
+
+    def draw(self) -> Tensor:
+        """The input, [B, T]."""
+        return torch.randint(self.vocabulary, (self.B, self.T), generator=self.generator())
+
+    def loss(self, output: Tensor, input: Tensor) -> Tensor:
+        """Cross entropy of the next token."""
+        return F.cross_entropy(output[:, :-1].flatten(0, 1), input[:, 1:].flatten())
+
     def missing(self) -> str | None:
         package = MODELS[self.function].package
         if not package or importlib.util.find_spec(package):
@@ -39,7 +60,7 @@ class ModelWorkload(Workload):
 
     def cost(self) -> tuple[int, float, float]:
         """Every matrix times every token, without what attention adds."""
-        weights = MODELS[self.function].weights(self)
+        weights = self.matrices_of_a_token
         passes = 3 if self.mode == "training" else 1
         return 1, 2.0 * passes * weights * self.tokens, float(weights * self.torch_dtype.itemsize)
 
@@ -54,7 +75,7 @@ class ModelWorkload(Workload):
 
     def torch_results(self, problem: ModelProblem, dtype: torch.dtype, device: str, *, in_parts: bool) -> dict[str, Tensor]:
         """On the workload's own device, fp64 as well."""
-        call = ModelCall(MODELS[self.function].build(self), problem, dtype=dtype, device=self.device)
+        call = ModelCall(self.build(), problem, dtype=dtype, device=self.device)
         return {name: t.cpu() for name, t in results_of(call).items()}
 
     def detail(self) -> dict[str, Any]:
@@ -63,19 +84,20 @@ class ModelWorkload(Workload):
 
 @dataclass
 class ModelProblem:
-    """Parameters in fp64 on the CPU, rounded to the workload's dtype, and tokens [B, T]."""
+    """Parameters in fp64 on the CPU, rounded to the workload's dtype, and the input: tokens [B, T] or features [B, T, I]."""
 
     workload: ModelWorkload
     parameters: dict[str, Tensor]
-    tokens: Tensor
+    input: Tensor
 
     @classmethod
     def of(cls, w: ModelWorkload) -> ModelProblem:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(w.seed)
-            built = MODELS[w.function].build(w)
+            built = w.build()
         parameters = {name: p.detach().to(w.torch_dtype).double() for name, p in built.named_parameters()}
-        return cls(w, parameters, torch.randint(w.vocabulary, (w.B, w.T), generator=w.generator()))
+        input = w.draw()
+        return cls(w, parameters, input.to(w.torch_dtype).double() if input.is_floating_point() else input)
 
 
 class ModelCall:
@@ -85,24 +107,23 @@ class ModelCall:
         self, model: nn.Module, problem: ModelProblem, *, dtype: torch.dtype | None = None, device: str | None = None
     ) -> None:
         w = problem.workload
-        self.mode, self.unseen = w.mode, MODELS[w.function].unseen
-        self.model = model.to(device=device or w.device, dtype=dtype or w.torch_dtype).train(w.mode == "training")
+        self.workload, self.mode = w, w.mode
+        device, dtype = device or w.device, dtype or w.torch_dtype
+        self.model = model.to(device=device, dtype=dtype).train(w.mode == "training")
         self.leaves = load(self.model, problem.parameters)
         self.parameters = list(self.leaves.values())
-        self.tokens = problem.tokens.to(device or w.device)
+        self.input = problem.input.to(device, dtype if problem.input.is_floating_point() else None)
 
     @property
     def run(self) -> Callable[[], object]:
         return self._both if self.mode == "training" else self.forward
 
     def forward(self) -> Tensor:
-        """Logits [B, T, vocabulary]."""
-        return self.model(self.tokens)
+        """Logits [B, T, vocabulary], or what else the model gives."""
+        return self.model(self.input)
 
     def _both(self) -> tuple[Tensor, ...]:
-        logits = self.forward()
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), self.tokens[:, 1:].flatten())
-        return torch.autograd.grad(loss, self.parameters)
+        return torch.autograd.grad(self.workload.loss(self.forward(), self.input), self.parameters)
 
     def context(self) -> AbstractContextManager[Any]:
         return torch.inference_mode(self.mode == "inference")
@@ -113,7 +134,8 @@ class ModelCall:
 
     def gradients(self) -> dict[str, Tensor]:
         found = dict(zip(self.leaves, self._both(), strict=True))
-        return {name: grad for name, grad in found.items() if not (self.unseen and name.endswith(self.unseen))}
+        unseen = self.workload.unseen
+        return {name: grad for name, grad in found.items() if not (unseen and name.endswith(unseen))}
 
 
 class LanguageModel(nn.Module):

@@ -5,10 +5,12 @@ template <class A_>
 struct MultiplyAdd {
   using A = A_;
   using V = typename Lanes<A>::V;
+  using Activations = Math<A>;
   static constexpr int64_t W = Math<A>::kWidth;
   static constexpr bool kInterleaves = false;
-  static constexpr int64_t kChunkRows = 128;
-  static constexpr int64_t kFusedRows = 16;  // of a step that projects its own input
+  static constexpr bool kWatched = false;
+  static constexpr int64_t kChunkRows = 32;  // more of them, with their gates, displace the recurrent weights
+  static constexpr int64_t kFusedRows = INT64_MAX, kFusedBytes = 0;
   static constexpr int64_t kMostRows = 48;  // of one product: with a run of weights, their sums and their operands stay in the first cache
 
   // The left-hand matrix. Rows are a line further apart than they need: a power of two would put those of a block into one cache set.

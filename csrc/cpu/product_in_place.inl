@@ -3,6 +3,40 @@
 // depth, and the sums of W products, of some rows and some columns, are added up across the lanes together.
 // Included inside the namespace of an instruction set, after vector.inl.
 
+template <>
+struct Memory<int8_t, float> {
+  using V = Lanes<float>::V;
+  using B = Lanes<float>::B;
+  typedef int8_t Signed __attribute__((vector_size(sizeof(B))));
+  [[maybe_unused]] typedef int32_t Whole __attribute__((vector_size(sizeof(V))));
+  static constexpr int kWidth = sizeof(V) / sizeof(float);
+
+  static FASTSEQ_HOST_DEVICE V load(const int8_t* p, int64_t n) {
+    B bytes;
+    if (n < kWidth)
+      bytes = load_head<B>((const uint8_t*)p, n);
+    else
+      __builtin_memcpy(&bytes, p, sizeof(B));
+#if FASTSEQ_VECTOR_BYTES == 64  // the compiler widens fourfold element by element
+    return __builtin_convertvector((Whole)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)bytes), V);
+#elif FASTSEQ_VECTOR_BYTES == 32
+    return __builtin_convertvector((Whole)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)bytes)), V);
+#else
+    return __builtin_convertvector((Signed)bytes, V);
+#endif
+  }
+};
+
+// Calls body.template operator()<T>() for the type of weights kept beside the parameters of type S.
+template <class S, class F>
+FASTSEQ_HOST_DEVICE void with_stored([[maybe_unused]] Stored stored, F&& body) {
+  if constexpr (std::is_same_v<S, float>) {
+    if (stored == Stored::kBfloat16) return body.template operator()<bfloat16>();
+    if (stored == Stored::kInt8) return body.template operator()<int8_t>();
+  }
+  body.template operator()<S>();
+}
+
 template <class A>
 struct InPlace {
   using V = typename Lanes<A>::V;

@@ -1,13 +1,18 @@
 #include "recurrent.h"
 
-#include <sched.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
+#include <iterator>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -18,28 +23,9 @@
 
 namespace fastseq::cpu {
 
-void Barrier::wait(int64_t weight) {
-  const int64_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(weight, std::memory_order_acq_rel) + weight == total_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    return;
-  }
-  // a step takes microseconds, so spin; but give the core away if more threads run than there are cores
-  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-    if (spins > 4096) {
-      sched_yield();
-    } else {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
-  }
-}
-
 namespace {
 
-using torch::headeronly::ScalarType;
+using torch::headeronly::BFloat16, torch::headeronly::ScalarType;
 
 // AMX takes bfloat16 (products of its own rate, 14 times that of fp32 multiply-adds) but not what is projected: a projection's operand,
 // o tanh(c), would be rounded to bfloat16 on its way.
@@ -59,6 +45,32 @@ const Kernels& kernels_of(const Shape& shape) {
   }
 }
 
+#if defined(__x86_64__)
+// The smallest that the largest operand of a step may be, beside weights of which the largest is `weight`: what is lost of parts too
+// small, 2^-126, is then below a rounding both of the operand and of the products. Infinity: these weights are multiplied otherwise.
+float least_operand(float weight) {
+  constexpr float kLeast = 1e-30f;
+  if (weight == 0) return kLeast;
+  if (!(weight >= kLeast && weight <= kMostOfParts)) return std::numeric_limits<float>::infinity();
+  return kLeast / std::min(weight, 1.0f);
+}
+
+// Whether a call in float32 is multiplied by AMX, in parts of bfloat16: exact, too, but for what is too large or too small, which the
+// kernels notice.
+bool in_parts(const Shape& shape, int64_t gates, int64_t batch, int64_t steps) {
+  return level() == Level::kAmx && shape.type == Type::kFloat && !shape.projected && !shape.zoned &&
+         multiplies_parts(batch, steps, gates * shape.hidden * shape.output);
+}
+
+float largest(const Kernels& kernel, const std::vector<const void*>& weights, int64_t elements) {
+  uint32_t bits = 0;
+  for (const void* lane : weights) bits = std::max(bits, kernel.largest(static_cast<const float*>(lane), elements));
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+#endif
+
 Cell cell_of(const std::string& name) {
   if (name == "rnn_tanh") return Cell::kRnnTanh;
   if (name == "rnn_relu") return Cell::kRnnRelu;
@@ -66,17 +78,27 @@ Cell cell_of(const std::string& name) {
   if (name == "gru") return Cell::kGru;
   if (name == "coupled_lstm") return Cell::kCoupledLstm;
   if (name == "peephole_lstm") return Cell::kPeepholeLstm;
+  if (name == "layer_norm_lstm") return Cell::kLayerNormLstm;
+  if (name == "layer_norm_gru") return Cell::kLayerNormGru;
   STD_TORCH_CHECK(name == "slstm", "cell ", name,
-                  " is none of rnn_tanh, rnn_relu, lstm, gru, coupled_lstm, peephole_lstm, slstm");
+                  " is none of rnn_tanh, rnn_relu, lstm, gru, coupled_lstm, peephole_lstm, layer_norm_lstm, layer_norm_gru, slstm");
   return Cell::kSlstm;
 }
 
+bool is_stored(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
 Type type_of(ScalarType type) {
+  STD_TORCH_CHECK(is_stored(type), "the CPU kernels take float32, float64, bfloat16 and float16 tensors");
   if (type == ScalarType::Float) return Type::kFloat;
   if (type == ScalarType::Double) return Type::kDouble;
-  STD_TORCH_CHECK(type == ScalarType::BFloat16, "the CPU kernels take float32, float64 and bfloat16 tensors");
-  return Type::kBfloat16;
+  return type == ScalarType::BFloat16 ? Type::kBfloat16 : Type::kHalf;
 }
+
+// of an element in memory, and of one in the kernels' arithmetic
+int64_t bytes_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
+int64_t wide_bytes(Type type) { return type == Type::kDouble ? 8 : 4; }
 
 // What the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
 void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name) {
@@ -254,13 +276,11 @@ void run_teams(const Plan& plan, int64_t lanes, int64_t reverse, const Batch& ba
 
 // Packed weights of all lanes, [lanes, tiles] of tile_bytes: pack(lane, tile, to) fills one.
 template <class Pack>
-Buffer packed_tiles(int64_t lanes, int64_t tiles, int64_t tile_bytes, int64_t work_of_tile, const Pack& pack) {
-  Buffer packed(lanes * tiles * tile_bytes);
+void packed_tiles(int64_t lanes, int64_t tiles, int64_t tile_bytes, int64_t work_of_tile, void* packed, const Pack& pack) {
   const int64_t grain = std::max<int64_t>(1, kWorkOfPacking / std::max<int64_t>(work_of_tile, 1));
   torch::stable::parallel_for(0, lanes * tiles, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pack(i / tiles, i % tiles, static_cast<char*>(packed.get()) + i * tile_bytes);
+    for (int64_t i = begin; i < end; ++i) pack(i / tiles, i % tiles, static_cast<char*>(packed) + i * tile_bytes);
   });
-  return packed;
 }
 
 int64_t tiles_of(int64_t columns, int64_t tile) { return (columns + tile - 1) / tile; }
@@ -270,42 +290,89 @@ int64_t saved_of(const Tiling& tiling, const Shape& shape) {
   return shape.zoned ? std::max<int64_t>(tiling.saved, 1) : tiling.saved;
 }
 
-int64_t bytes_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
-int64_t wide_bytes(Type type) { return type == Type::kDouble ? 8 : 4; }
-
-// A layer forward, all its lanes, as both ops make it of their arguments.
+// A layer forward, all its lanes, as the ops make it of their arguments.
 struct Layer {
   Forward a{};  // all but what is made of the weights; x, if given, is projected here
   int64_t steps = 0, rows = 0, reverse = 0;
   const int64_t *lengths = nullptr, *batch_sizes = nullptr;
-  // of each lane, as PyTorch stores them
-  std::vector<const void*> w_ih, w_hh, w_hr;
+  std::vector<const void*> w_ih, w_hh, w_hr;  // of each lane, laid out as PyTorch does
+  // of weights packed before: either their tiles, as a call would make them, or w_ih and w_hh of another type, with scales
+  const void *tiles_ih = nullptr, *tiles_hh = nullptr, *tiles_hr = nullptr;
+  Stored stored = Stored::kAsGiven;
+  std::vector<const void*> scales_ih, scales_hh;
 };
 
-void run(Layer& layer) {
-  Forward& a = layer.a;
-  const Kernels& kernel = kernels_of(a.shape);
+// Sizes of packed weights, and how each is made.
+class Packer {
+ public:
+  Packer(const Shape& shape, const Kernels& kernel)
+      : shape_(shape), kernel_(kernel), tiling_(kernel_.tiling(shape)), unit_tile_(tiling_.unit_blocks * tiling_.width) {}
+
+  int64_t unit_tiles() const { return tiles_of(shape_.hidden, unit_tile_); }
+  int64_t output_tiles() const { return tiles_of(shape_.output, kTileVectors * tiling_.width); }
+  int64_t units_bytes(int64_t depth) const { return shape_.lanes * unit_tiles() * kernel_.unit_tile_bytes(shape_, depth); }
+  int64_t columns_bytes() const { return shape_.lanes * output_tiles() * kernel_.column_tile_bytes(shape_, shape_.hidden); }
+
+  // of each lane [G*H, depth]
+  void units(const std::vector<const void*>& weights, int64_t depth, void* to) const {
+    const int64_t bytes = kernel_.unit_tile_bytes(shape_, depth), work = unit_tile_ * tiling_.gates * depth;
+    packed_tiles(shape_.lanes, unit_tiles(), bytes, work, to,
+                 [&](int64_t d, int64_t tile, void* part) { kernel_.pack_units(shape_, weights[d], depth, tile, part); });
+  }
+  // of each lane [P, H]
+  void columns(const std::vector<const void*>& weights, void* to) const {
+    const int64_t P = shape_.output, H = shape_.hidden, work = kTileVectors * tiling_.width * H;
+    packed_tiles(shape_.lanes, output_tiles(), kernel_.column_tile_bytes(shape_, H), work, to,
+                 [&](int64_t d, int64_t tile, void* part) { kernel_.pack_columns(shape_, weights[d], P, H, tile, part); });
+  }
+
+ private:
+  const Shape& shape_;
+  const Kernels& kernel_;
+  const Tiling tiling_;
+  const int64_t unit_tile_;
+};
+
+// Kept weights [n, depth] in fp32 again, for calls of so many rows that tiles pay.
+void restore(Stored stored, const void* weights, const float* scales, int64_t n, int64_t depth, float* to) {
+  for (int64_t i = 0; i < n * depth; ++i)
+    to[i] = stored == Stored::kInt8 ? static_cast<const int8_t*>(weights)[i] * scales[i / depth]
+                                    : static_cast<float>(static_cast<const BFloat16*>(weights)[i]);
+}
+
+// By the kernels for the type, or those that multiply float32 in parts: false if these met a number that is beyond them; then the results
+// are not to be used.
+bool run(Layer& layer, const Kernels& kernel, bool parts) {
+  Forward a = layer.a;
   const Tiling tiling = kernel.tiling(a.shape);
-  const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden, GH = tiling.gates * H, I = a.input;
+  const Packer packer(a.shape, kernel);
+  const int64_t D = a.shape.lanes, H = a.shape.hidden, P = a.shape.output, GH = tiling.gates * H, I = a.input;
   const int64_t stored = bytes_of(a.shape.type);
   const bool tiles = multiplies_tiles(a.shape);
-  const int64_t unit_tile = tiling.unit_blocks * tiling.width, output_tile = kTileVectors * tiling.width;
-  const int64_t unit_tiles = tiles_of(H, unit_tile), output_tiles = tiles_of(P, output_tile);
+  Buffer packed, packed_input, packed_projection, gates, restored;
 
-  const auto pack = [&](const std::vector<const void*>& weights, int64_t depth) {  // of each lane [G*H, depth]
-    const int64_t tile_bytes = kernel.unit_tile_bytes(a.shape, depth), work = unit_tile * tiling.gates * depth;
-    return packed_tiles(D, unit_tiles, tile_bytes, work,
-                        [&](int64_t d, int64_t tile, void* to) { kernel.pack_units(a.shape, weights[d], depth, tile, to); });
-  };
-  Buffer packed, packed_input, packed_projection, gates;
-  if (a.x && reads_in_place(layer.rows, I, tiles)) {
+  a.stored = layer.stored;
+  if (a.stored != Stored::kAsGiven && !reads_in_place(layer.rows, std::max(I, P), false)) {
+    restored = Buffer(D * GH * (I + P) * sizeof(float));
+    auto* to = static_cast<float*>(restored.get());
+    for (int64_t d = 0; d < D; ++d) {
+      restore(a.stored, layer.w_ih[d], static_cast<const float*>(layer.scales_ih[d]), GH, I, to);
+      restore(a.stored, layer.w_hh[d], static_cast<const float*>(layer.scales_hh[d]), GH, P, to + GH * I);
+      layer.w_ih[d] = to, layer.w_hh[d] = to + GH * I;
+      to += GH * (I + P);
+    }
+    a.stored = Stored::kAsGiven;
+  }
+  const bool kept = a.stored != Stored::kAsGiven, scaled = a.stored == Stored::kInt8;
+  if (a.x && (kept || (!layer.tiles_ih && reads_in_place(layer.rows, I, tiles)))) {
     gates = Buffer(layer.rows * D * GH * stored);
     const int64_t width = tiling.width, vectors = tiles_of(GH, width);
     const int64_t grain = std::max<int64_t>(1, kWorkOfMember / (layer.rows * I * width));
     torch::stable::parallel_for(0, D * vectors, grain, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t d = begin / vectors, next = std::min(end, (d + 1) * vectors);
-        const Projection p{a.x, layer.w_ih[d], offset(a.input_bias, d * GH * stored), layer.rows, I,
+        const Projection p{a.x, layer.w_ih[d], a.stored, scaled ? layer.scales_ih[d] : nullptr,
+                           offset(a.input_bias, d * GH * stored), layer.rows, I,
                            static_cast<char*>(gates.get()) + d * GH * stored, D * GH};
         kernel.project(a.shape, p, (begin - d * vectors) * width, std::min((next - d * vectors) * width, GH));
         begin = next;
@@ -314,28 +381,54 @@ void run(Layer& layer) {
     a.x = nullptr;
     a.x_gates = gates.get();
   } else if (a.x) {
-    packed_input = pack(layer.w_ih, I);
-    a.input_weights = packed_input.get();
+    a.input_weights = layer.tiles_ih;
+    if (!a.input_weights) {
+      packed_input = Buffer(packer.units_bytes(I));
+      packer.units(layer.w_ih, I, packed_input.get());
+      a.input_weights = packed_input.get();
+    }
   }
-  if (!a.x && reads_in_place(layer.steps * a.batch, P, tiles)) {
+  a.weights = layer.tiles_hh;
+  if (kept || (!a.weights && !a.x && !parts && reads_in_place(layer.steps * a.batch, P, tiles))) {
     a.in_place = layer.w_hh.data();
-  } else {
-    packed = pack(layer.w_hh, P);
+    a.scales = scaled ? layer.scales_hh.data() : nullptr;
+  } else if (!a.weights) {
+    packed = Buffer(packer.units_bytes(P));
+    packer.units(layer.w_hh, P, packed.get());
     a.weights = packed.get();
   }
-  if (a.shape.projected) {
-    packed_projection = packed_tiles(
-        D, output_tiles, kernel.column_tile_bytes(a.shape, H), output_tile * H,
-        [&](int64_t d, int64_t tile, void* to) { kernel.pack_columns(a.shape, layer.w_hr[d], P, H, tile, to); });
+  a.projection = layer.tiles_hr;
+  if (a.shape.projected && !a.projection) {
+    packed_projection = Buffer(packer.columns_bytes());
+    packer.columns(layer.w_hr, packed_projection.get());
     a.projection = packed_projection.get();
   }
-  const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, a.x ? P + I : P, GH, unit_tiles, wide_bytes(a.shape.type));
+  const int64_t depth = a.x ? P + I : P;
+  const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, depth, GH, packer.unit_tiles(), wide_bytes(a.shape.type));
   const Batch batch(layer.steps, a.batch, layer.lengths, layer.batch_sizes, plan.batch_parts);
-  run_teams(plan, D, layer.reverse, batch, unit_tiles, output_tiles, kernel.forward_workspace, a.shape, [&](Work& work) {
-    const Buffer scratch(kernel.forward_scratch(a, work));
-    work.scratch = scratch.get();
-    kernel.forward(a, work);
-  });
+  std::atomic<bool> within = true;
+  run_teams(plan, D, layer.reverse, batch, packer.unit_tiles(), packer.output_tiles(), kernel.forward_workspace, a.shape,
+            [&](Work& work) {
+              const Buffer scratch(kernel.forward_scratch(a, work));
+              work.scratch = scratch.get();
+              if (!kernel.forward(a, work)) within = false;
+            });
+  return within;
+}
+
+void run(Layer& layer) {
+  Forward& a = layer.a;
+#if defined(__x86_64__)
+  const int64_t gates = kernels_of(a.shape).tiling(a.shape).gates, columns = gates * a.shape.hidden;
+  const bool as_given = layer.stored == Stored::kAsGiven && !layer.tiles_hh && !layer.tiles_ih;
+  if (as_given && in_parts(a.shape, gates, a.batch, layer.steps)) {
+    const Kernels& kernel = kernels_amx();
+    a.least_h = least_operand(largest(kernel, layer.w_hh, columns * a.shape.output));
+    a.least_x = a.x ? least_operand(largest(kernel, layer.w_ih, columns * a.input)) : 0;
+    if (std::max(a.least_h, a.least_x) <= kMostOfParts && run(layer, kernel, true)) return;
+  }
+#endif
+  run(layer, kernels_of(a.shape), false);
 }
 
 }  // namespace
@@ -388,27 +481,30 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
 
 namespace {
 
-// A number in fp32 from S, and back, as PyTorch converts: bfloat16 to nearest even, a NaN quiet.
-float widened(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-uint16_t narrowed(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+// Calls body.template operator()<S>(): the type of an element in memory, with PyTorch's conversions to fp32 and back.
+template <class F>
+void with_type(Type type, F&& body) {
+  switch (type) {
+    case Type::kFloat: return body.template operator()<float>();
+    case Type::kDouble: return body.template operator()<double>();
+    case Type::kBfloat16: return body.template operator()<BFloat16>();
+    case Type::kHalf: return body.template operator()<torch::headeronly::Half>();
+  }
 }
 
 // to[0 .. n) = a + b, of the type of both; without b, zeros
 void add(Type type, const void* a, const void* b, int64_t n, void* to) {
-  const auto all = [&]<class T>(T, const auto& sum) {
-    for (int64_t i = 0; i < n; ++i) static_cast<T*>(to)[i] = sum(static_cast<const T*>(a)[i], b ? static_cast<const T*>(b)[i] : T());
-  };
-  if (type == Type::kDouble) return all(double(), [](double x, double y) { return x + y; });
-  if (type == Type::kFloat) return all(float(), [](float x, float y) { return x + y; });
-  all(uint16_t(), [](uint16_t x, uint16_t y) { return narrowed(widened(x) + widened(y)); });
+  with_type(type, [&]<class S>() {
+    for (int64_t i = 0; i < n; ++i) static_cast<S*>(to)[i] = static_cast<const S*>(a)[i] + (b ? static_cast<const S*>(b)[i] : S(0));
+  });
+}
+
+// n elements of a type in memory to fp32, and back
+void widen(Type type, const void* from, int64_t n, float* to) {
+  with_type(type, [&]<class S>() { std::copy_n(static_cast<const S*>(from), n, to); });
+}
+void narrow_to(Type type, const float* from, int64_t n, void* to) {
+  with_type(type, [&]<class S>() { std::transform(from, from + n, static_cast<S*>(to), [](float x) { return S(x); }); });
 }
 
 // A new tensor on the CPU, contiguous, or the first two of its three dimensions transposed in memory.
@@ -424,41 +520,185 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, bool transposed
   return Tensor(handle);
 }
 
+bool plain(const std::optional<Tensor>& tensor) {
+  int32_t layout = aoti_torch_layout_strided();
+  if (tensor) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
+  return !tensor || (tensor->is_cpu() && layout == aoti_torch_layout_strided());
+}
+
+bool fits(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
+  if (tensor.scalar_type() != type || tensor.dim() != static_cast<int64_t>(sizes.size()) || !tensor.is_contiguous()) return false;
+  int64_t dim = 0;
+  for (int64_t size : sizes)
+    if (tensor.size(dim++) != size) return false;
+  return true;
+}
+
+// The parameters of a stack of layers, as torch.nn.RNNBase lists them.
+struct Stack {
+  ScalarType narrow;
+  Shape shape;  // of each layer
+  Tiling tiling;
+  int64_t layers, each, input;  // parameters of a lane; I of the first layer
+  bool biases, own;             // whether there are biases, and a parameter beside
+  const std::vector<Tensor>& params;
+
+  int64_t gates() const { return tiling.gates * shape.hidden; }
+  int64_t depth(int64_t layer) const { return layer ? shape.lanes * shape.output : input; }
+  // the parameters of a lane of a layer
+  const Tensor* of(int64_t layer, int64_t lane) const { return &params[(layer * shape.lanes + lane) * each]; }
+  const Tensor& projection(int64_t layer, int64_t lane) const { return of(layer, lane)[2 + 2 * biases]; }
+  const Tensor& beside(int64_t layer, int64_t lane) const { return of(layer, lane)[2 + 2 * biases + shape.projected]; }
+
+  // Nothing if they are no plain stack of a cell with at most one state beside h.
+  static std::optional<Stack> make(const std::vector<Tensor>& params, const std::string& cell, int64_t layers, bool biases,
+                                   bool bidirectional) {
+    if (layers < 1 || params.size() < 2 || !std::all_of(params.begin(), params.end(), plain)) return {};
+    const ScalarType narrow = params[0].scalar_type();
+    if (!is_stored(narrow)) return {};
+    Shape shape{cell_of(cell), type_of(narrow), bidirectional ? 2 : 1, 0, 0, false, false};
+    const Tiling tiling = kernels_of(shape).tiling(shape);
+    if (tiling.normalized) return {};  // its input is to be normalized
+    const bool own = tiling.own_recurrent == 0 && tiling.vectors > 0;
+    const int64_t lanes = layers * shape.lanes, count = params.size(), each = count / lanes, least = 2 + 2 * biases + own;
+    if (tiling.states > 1 || count % lanes || each < least || each > least + (tiling.states == 1)) return {};
+    if (params[0].dim() != 2 || params[1].dim() != 2 || params[1].size(0) % tiling.gates) return {};
+    shape.projected = each > least, shape.hidden = params[1].size(0) / tiling.gates, shape.output = params[1].size(1);
+    const Stack stack{narrow, shape, tiling, layers, each, params[0].size(1), biases, own, params};
+    const int64_t GH = stack.gates(), H = shape.hidden, P = shape.output;
+    if (H == 0 || P == 0 || stack.input == 0 || (!shape.projected && P != H)) return {};
+    for (int64_t l = 0; l < layers; ++l)
+      for (int64_t d = 0; d < shape.lanes; ++d) {
+        const Tensor* given = stack.of(l, d);
+        if (!fits(given[0], narrow, {GH, stack.depth(l)}) || !fits(given[1], narrow, {GH, P})) return {};
+        if (biases && (!fits(given[2], narrow, {GH}) || !fits(given[3], narrow, {GH}))) return {};
+        if (shape.projected && !fits(stack.projection(l, d), narrow, {P, H})) return {};
+        if (own && !fits(stack.beside(l, d), narrow, {tiling.vectors * H})) return {};
+      }
+    return stack;
+  }
+};
+
+// A layer's weights as `recurrent_pack` keeps them, in one tensor of bytes: this head, then the parts that it tells of.
+struct Kept {
+  static constexpr uint64_t kMark = 0x31636170'71657366;
+
+  uint64_t mark;
+  int64_t level, stored, sizes[6];   // of the machine, of the weights, of the layer
+  int64_t w_ih, w_hh, w_hr, scales_ih, scales_hh, bytes;  // where the parts begin, in bytes; all of it
+  uint64_t sources;                  // of the parameters that it was made from
+
+  // What tells a layer's weights from others, and from themselves after most writes that PyTorch does not count (to `.data`): where they
+  // lie, and a few of their values.
+  static uint64_t digest(const Stack& stack, int64_t layer) {
+    uint64_t sum = 0xcbf29ce484222325;
+    const auto mix = [&](uint64_t value) { sum = (sum ^ value) * 0x9e3779b97f4a7c15, sum ^= sum >> 29; };
+    for (int64_t d = 0; d < stack.shape.lanes; ++d)
+      for (int64_t i = 0; i < 2 + stack.shape.projected; ++i) {
+        const Tensor& weights = i < 2 ? stack.of(layer, d)[i] : stack.projection(layer, d);
+        const auto* values = static_cast<const char*>(data(weights));
+        const int64_t bytes = weights.numel() * bytes_of(stack.shape.type), word = std::min<int64_t>(bytes, 8), count = bytes / word;
+        mix(reinterpret_cast<uintptr_t>(values));
+        for (int64_t place = 0; place < count; place += std::max<int64_t>(1, count / 16)) {
+          uint64_t value = 0;
+          std::memcpy(&value, values + place * word, word);
+          mix(value);
+        }
+      }
+    return sum;
+  }
+
+  static Kept make(const Stack& stack, int64_t layer, Stored stored) {
+    const Shape& shape = stack.shape;
+    const int64_t I = stack.depth(layer), D = shape.lanes, GH = stack.gates(), P = shape.output;
+    Kept head{};
+    head.mark = kMark, head.level = static_cast<int64_t>(cpu::level()), head.stored = static_cast<int64_t>(stored);
+    const int64_t sizes[] = {static_cast<int64_t>(shape.type), D, I, GH, P, shape.projected};
+    std::copy(std::begin(sizes), std::end(sizes), head.sizes);
+    const Packer packer(shape, kernels_of(shape));
+    int64_t used = sizeof(Kept);
+    const auto part = [&](int64_t bytes) {
+      const int64_t begin = (used + 63) / 64 * 64;
+      used = begin + bytes;
+      return begin;
+    };
+    const bool tiles = stored == Stored::kAsGiven, whole = stored == Stored::kInt8;
+    head.w_ih = part(tiles ? packer.units_bytes(I) : D * GH * I * (whole ? 1 : 2));
+    head.w_hh = part(tiles ? packer.units_bytes(P) : D * GH * P * (whole ? 1 : 2));
+    head.w_hr = part(shape.projected ? packer.columns_bytes() : 0);
+    head.scales_ih = part(whole ? D * GH * sizeof(float) : 0);
+    head.scales_hh = part(whole ? D * GH * sizeof(float) : 0);
+    head.bytes = part(0);
+    head.sources = digest(stack, layer);
+    return head;
+  }
+
+  // The weights of `kept`, if they are those of this layer as it is now.
+  static bool take(const Stack& stack, int64_t layer, const Tensor& kept, Layer& to) {
+    if (!plain(kept) || kept.scalar_type() != ScalarType::Byte || kept.numel() < static_cast<int64_t>(sizeof(Kept))) return false;
+    const auto* base = static_cast<const char*>(data(kept));
+    Kept head;
+    std::memcpy(&head, base, sizeof head);
+    if (head.mark != kMark || head.stored < 0 || head.stored > static_cast<int64_t>(Stored::kInt8)) return false;
+    const Kept expected = make(stack, layer, static_cast<Stored>(head.stored));
+    if (std::memcmp(&head, &expected, sizeof head) || kept.numel() != head.bytes) return false;
+    to.stored = static_cast<Stored>(head.stored);
+    to.scales_ih.clear(), to.scales_hh.clear();
+    to.tiles_hr = stack.shape.projected ? base + head.w_hr : nullptr;
+    if (to.stored == Stored::kAsGiven) {
+      to.tiles_ih = base + head.w_ih, to.tiles_hh = base + head.w_hh;
+      return true;
+    }
+    const int64_t GH = stack.gates(), size = to.stored == Stored::kInt8 ? 1 : 2;
+    for (int64_t d = 0; d < stack.shape.lanes; ++d) {
+      to.w_ih[d] = base + head.w_ih + d * GH * stack.depth(layer) * size;
+      to.w_hh[d] = base + head.w_hh + d * GH * stack.shape.output * size;
+      to.scales_ih.push_back(base + head.scales_ih + d * GH * sizeof(float));
+      to.scales_hh.push_back(base + head.scales_hh + d * GH * sizeof(float));
+    }
+    return true;
+  }
+};
+
+// Weights [n, depth] in fp32 to another type; whole numbers to nearest, the largest of a row 127 or -127.
+void round_weights(Stored stored, const float* weights, int64_t n, int64_t depth, void* to, float* scales) {
+  for (int64_t r = 0; r < n; ++r) {
+    const float* row = weights + r * depth;
+    if (stored == Stored::kBfloat16) {
+      for (int64_t k = 0; k < depth; ++k) static_cast<BFloat16*>(to)[r * depth + k] = BFloat16(row[k]);
+      continue;
+    }
+    float most = 0;
+    for (int64_t k = 0; k < depth; ++k) most = std::max(most, std::abs(row[k]));
+    scales[r] = most / 127;
+    for (int64_t k = 0; k < depth; ++k)
+      static_cast<int8_t*>(to)[r * depth + k] = most > 0 ? static_cast<int8_t>(std::nearbyint(row[k] / most * 127)) : 0;
+  }
+}
+
 }  // namespace
 
 std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                      std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::string cell,
                                      int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
-                                     double zoneout_c) {
+                                     double zoneout_c, std::optional<std::vector<Tensor>> kept) {
   // Whatever is odd is declined: the long way says what is wrong with it, or deals with it.
-  const auto plain = [](const std::optional<Tensor>& tensor) {
-    int32_t layout = aoti_torch_layout_strided();
-    if (tensor) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
-    return !tensor || (tensor->is_cpu() && layout == aoti_torch_layout_strided());
-  };
   if (!plain(input) || !plain(h0) || !plain(c0) || !plain(lengths) || !plain(batch_sizes)) return {};
-  if (!std::all_of(params.begin(), params.end(), plain)) return {};
-  const ScalarType narrow = input.scalar_type();
-  if (narrow != ScalarType::Float && narrow != ScalarType::Double && narrow != ScalarType::BFloat16) return {};
+  const auto stack = Stack::make(params, cell, num_layers, has_biases, bidirectional);
+  if (!stack || input.scalar_type() != stack->narrow || (kept && kept->size() != static_cast<size_t>(num_layers))) return {};
   Layer layer;
   Forward& a = layer.a;
   a.zoneout = {nullptr, nullptr, zoneout_h, zoneout_c};
-  const Type type = type_of(narrow);
-  a.shape = {cell_of(cell), type, bidirectional ? 2 : 1, 0, 0, false, any(a.zoneout)};
-  const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
+  a.shape = stack->shape, a.shape.zoned = any(a.zoneout);
+  const Tiling& tiling = stack->tiling;
+  const ScalarType narrow = stack->narrow;
+  const Type type = a.shape.type;
+  const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden, GH = stack->gates(), lanes = num_layers * D;
   const bool inside = tiling.own_recurrent > 0;  // the last gate's recurrent bias acts inside a step
-  const int64_t D = a.shape.lanes, G = tiling.gates, own = inside ? 0 : tiling.vectors > 0;
-  const int64_t each = 2 + 2 * has_biases + own, lanes = num_layers * D, count = params.size();
-  if (num_layers < 1 || tiling.states > 1 || count == 0 || count % lanes || count / lanes - each > 1 || count / lanes < each) return {};
-  const bool projected = a.shape.projected = count / lanes > each;
-  if (projected && tiling.states != 1) return {};
-  if (params[1].dim() != 2) return {};
-  const int64_t GH = params[1].size(0), H = a.shape.hidden = GH / G, P = a.shape.output = params[1].size(1);
-  if (GH == 0 || P == 0 || GH % G || (!projected && P != H)) return {};
 
   // the input [T, B, I], [B, T, I], [N, I], or of one step [B, I]
   const bool step = input.dim() == 2 && !batch_sizes;
-  if (input.dim() != (step || batch_sizes ? 2 : 3) || input.numel() == 0) return {};
+  if (input.dim() != (step || batch_sizes ? 2 : 3) || input.numel() == 0 || input.size(input.dim() - 1) != stack->input) return {};
   const int64_t time = batch_first ? 1 : 0;
   int64_t T = step ? 1 : input.size(time), B = step ? input.size(0) : input.dim() == 3 ? input.size(1 - time) : 0;
   const int64_t I = input.size(input.dim() - 1), stored = bytes_of(type), wide = wide_bytes(type);
@@ -486,25 +726,10 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
   const int64_t rows = layer.rows = input.numel() / I;
   layer.steps = T, layer.reverse = D > 1 ? 2 : 0, a.batch = B;
 
-  const auto fits = [&](const Tensor& tensor, std::initializer_list<int64_t> sizes) {
-    if (tensor.scalar_type() != narrow || tensor.dim() != static_cast<int64_t>(sizes.size()) || !tensor.is_contiguous()) return false;
-    int64_t dim = 0;
-    for (int64_t size : sizes)
-      if (tensor.size(dim++) != size) return false;
-    return true;
-  };
   const auto state_fits = [&](const std::optional<Tensor>& state, int64_t width) {
-    return !state || (step ? fits(*state, {B, width}) : fits(*state, {lanes, B, width}));
+    return !state || (step ? fits(*state, narrow, {B, width}) : fits(*state, narrow, {lanes, B, width}));
   };
-  if (!state_fits(h0, P) || !state_fits(c0, H) || (c0 && tiling.states != 1) || (tiling.states == 1 && h0.has_value() != c0.has_value()))
-    return {};
-  for (int64_t i = 0; i < count; i += count / lanes) {
-    const int64_t width = i / (count / lanes) < D ? I : P * D, bias = 2 + 2 * has_biases;
-    if (!fits(params[i], {GH, width}) || !fits(params[i + 1], {GH, P})) return {};
-    if (has_biases && (!fits(params[i + 2], {GH}) || !fits(params[i + 3], {GH}))) return {};
-    if (projected && !fits(params[i + bias], {P, H})) return {};
-    if (own && !fits(params[i + bias + projected], {tiling.vectors * H})) return {};
-  }
+  if (!state_fits(h0, P) || !state_fits(c0, H) || (tiling.states == 1 ? h0.has_value() != c0.has_value() : c0.has_value())) return {};
 
   // rows in the order of time
   const void* x = data(input);
@@ -528,7 +753,7 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
   const void* c = data(c0);
   if (c && stored == 2) {
     wide_c0 = Buffer(cells * wide);
-    for (int64_t i = 0; i < cells; ++i) static_cast<float*>(wide_c0.get())[i] = widened(static_cast<const uint16_t*>(c)[i]);
+    widen(type, c, cells, static_cast<float*>(wide_c0.get()));
     c = wide_c0.get();
   }
   std::vector<Tensor> results;
@@ -551,7 +776,7 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
     layer.w_ih.clear(), layer.w_hh.clear(), layer.w_hr.clear();
     char *biases = static_cast<char*>(folded.get()), *vectors = biases + D * GH * stored;
     for (int64_t d = 0; d < D; ++d) {
-      const Tensor* of = &params[(l * D + d) * (count / lanes)];
+      const Tensor* of = stack->of(l, d);
       layer.w_ih.push_back(data(of[0])), layer.w_hh.push_back(data(of[1]));
       if (has_biases) {
         const int64_t through = (GH - inside * H) * stored;
@@ -561,13 +786,14 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
           std::memcpy(vectors + d * H * stored, offset(data(of[3]), through), H * stored);
         }
       }
-      if (projected) layer.w_hr.push_back(data(of[2 + 2 * has_biases]));
-      if (own) std::memcpy(vectors + d * tiling.vectors * H * stored, data(of[2 + 2 * has_biases + projected]), tiling.vectors * H * stored);
+      if (a.shape.projected) layer.w_hr.push_back(data(stack->projection(l, d)));
+      if (stack->own) std::memcpy(vectors + d * tiling.vectors * H * stored, data(stack->beside(l, d)), tiling.vectors * H * stored);
     }
+    if (kept && !Kept::take(*stack, l, (*kept)[l], layer)) return {};
     a.x = x, a.input = l ? D * P : I, a.x_gates = nullptr;
     a.input_bias = has_biases ? biases : nullptr;
-    a.vectors = own || (inside && has_biases) ? vectors : nullptr;
-    a.in_place = nullptr, a.weights = a.input_weights = a.projection = nullptr;
+    a.vectors = stack->own || (inside && has_biases) ? vectors : nullptr;
+    a.in_place = a.scales = nullptr, a.weights = a.input_weights = a.projection = nullptr;
     a.h0 = offset(data(h0), l * D * B * P * stored), a.c0 = offset(c, l * D * B * H * wide);
     if (l + 1 < num_layers) {
       between[l & 1] = Buffer(rows * D * P * stored);
@@ -580,9 +806,41 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
     run(layer);
     x = a.y;
   }
-  if (cells && stored == 2)
-    for (int64_t i = 0; i < cells; ++i)
-      static_cast<uint16_t*>(mutable_data(results.back()))[i] = narrowed(static_cast<const float*>(c_n)[i]);
+  if (cells && stored == 2) narrow_to(type, static_cast<const float*>(c_n), cells, mutable_data(results.back()));
+  return results;
+}
+
+std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell, int64_t num_layers, bool has_biases,
+                                   bool bidirectional, std::string weights) {
+  const auto stack = Stack::make(params, cell, num_layers, has_biases, bidirectional);
+  const Stored stored = weights == "int8" ? Stored::kInt8 : weights == "bfloat16" ? Stored::kBfloat16 : Stored::kAsGiven;
+  if (!stack || (stored != Stored::kAsGiven && stack->shape.type != Type::kFloat)) return {};
+  std::vector<Tensor> results;
+  for (int64_t l = 0; l < num_layers; ++l) {
+    const Kept head = Kept::make(*stack, l, stored);
+    results.push_back(empty({head.bytes}, ScalarType::Byte));
+    auto* base = static_cast<char*>(mutable_data(results.back()));
+    std::memset(base, 0, head.bytes);
+    std::memcpy(base, &head, sizeof head);
+    const Packer packer(stack->shape, kernels_of(stack->shape));
+    std::vector<const void*> w_ih, w_hh, w_hr;
+    const int64_t D = stack->shape.lanes, GH = stack->gates(), I = stack->depth(l), P = stack->shape.output;
+    for (int64_t d = 0; d < D; ++d) {
+      w_ih.push_back(data(stack->of(l, d)[0])), w_hh.push_back(data(stack->of(l, d)[1]));
+      if (stack->shape.projected) w_hr.push_back(data(stack->projection(l, d)));
+    }
+    if (stack->shape.projected) packer.columns(w_hr, base + head.w_hr);
+    if (stored == Stored::kAsGiven) {
+      packer.units(w_ih, I, base + head.w_ih), packer.units(w_hh, P, base + head.w_hh);
+      continue;
+    }
+    const int64_t size = stored == Stored::kInt8 ? 1 : 2;
+    for (int64_t d = 0; d < D; ++d) {
+      auto *scales_ih = reinterpret_cast<float*>(base + head.scales_ih) + d * GH, *scales_hh = reinterpret_cast<float*>(base + head.scales_hh) + d * GH;
+      round_weights(stored, static_cast<const float*>(w_ih[d]), GH, I, base + head.w_ih + d * GH * I * size, scales_ih);
+      round_weights(stored, static_cast<const float*>(w_hh[d]), GH, P, base + head.w_hh + d * GH * P * size, scales_hh);
+    }
+  }
   return results;
 }
 
@@ -595,13 +853,12 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   Backward a{};
   a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
   a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
-  const Kernels& kernel = kernels_of(a.shape);
-  const Tiling tiling = kernel.tiling(a.shape);
+  const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates, GH = tiling.gates * H;
   a.batch = dh0.size(1);
   const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || steps == 0 || P == 0) return;
-  const int64_t bytes = a.shape.type == Type::kDouble ? 8 : 4, stored = a.shape.type == Type::kBfloat16 ? 2 : bytes;
+  const int64_t bytes = wide_bytes(a.shape.type), stored = bytes_of(a.shape.type);
   const int64_t tile_columns = kTileVectors * tiling.width;
   const ScalarType narrow = y.scalar_type(), wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = y.numel() / (D * P), states = D * a.batch;
@@ -617,34 +874,46 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   expect(y, narrow, rows * D * P, "y"), expect(c, wide, rows * D * tiling.states * H, "c");
   expect(gates, narrow, rows * D * saved_of(tiling, a.shape) * H, "gates"), expect(dgates, narrow, rows * D * GH, "dgates");
   expect(drecurrent, narrow, rows * D * tiling.own_recurrent * H, "drecurrent");
-  expect(doutput, narrow, projection ? rows * D * P : 0, "doutput");
+  expect(doutput, narrow, projection || tiling.normalized ? rows * D * P : 0, "doutput");
   expect(dh0, narrow, states * P, "dh0"), expect(dc0, wide, states * tiling.states * H, "dc0");
 
   const int64_t unit_tiles = tiles_of(H, tile_columns), output_tiles = tiles_of(P, tile_columns);
 
-  Buffer packed, packed_projection;
-  if (through_weights)
-    packed = packed_tiles(
-        D, output_tiles, kernel.column_tile_bytes(a.shape, GH), tile_columns * GH, [&](int64_t d, int64_t tile, void* to) {
-          kernel.pack_rows(a.shape, static_cast<const char*>(data(weight)) + d * GH * P * stored, GH, P, tile, to);
-        });
-  if (projection)
-    packed_projection = packed_tiles(
-        D, unit_tiles, kernel.column_tile_bytes(a.shape, P), tile_columns * P, [&](int64_t d, int64_t tile, void* to) {
-          kernel.pack_rows(a.shape, static_cast<const char*>(data(projection)) + d * P * H * stored, P, H, tile, to);
-        });
   a.dy = data(dy), a.dh_n = data(dh_n), a.dc_n = data(dc_n), a.dc = data(dc);
   a.vectors = data(vectors), a.h0 = data(h0), a.c0 = data(c0);
   a.y = data(y), a.c = data(c), a.gates = data(gates);
-  a.weights = packed.get(), a.projection = packed_projection.get();
   a.dgates = mutable_data(dgates), a.drecurrent = mutable_data(drecurrent), a.doutput = mutable_data(doutput);
   a.dh0 = mutable_data(dh0), a.dc0 = mutable_data(dc0);
 
   const Plan plan =
       make_plan(torch::stable::get_num_threads(), D, a.batch, GH, P, std::min(unit_tiles, output_tiles), bytes);
   const Batch batch(steps, a.batch, integers(lengths), integers(batch_sizes), plan.batch_parts);
-  run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.backward_workspace, a.shape,
-            [&](const Work& work) { kernel.backward(a, work); });
+  const auto run = [&](const Kernels& kernel) {
+    Buffer packed, packed_projection;
+    const auto pack = [&](const std::optional<Tensor>& weights, int64_t tiles, int64_t depth, int64_t columns) {
+      const int64_t bytes = kernel.column_tile_bytes(a.shape, depth);
+      Buffer to(D * tiles * bytes);
+      packed_tiles(D, tiles, bytes, tile_columns * depth, to.get(), [&](int64_t d, int64_t tile, void* part) {
+        kernel.pack_rows(a.shape, offset(data(weights), d * depth * columns * stored), depth, columns, tile, part);
+      });
+      return to;
+    };
+    if (through_weights) packed = pack(weight, output_tiles, GH, P);
+    if (projection) packed_projection = pack(projection, unit_tiles, P, H);
+    a.weights = packed.get(), a.projection = packed_projection.get();
+    std::atomic<bool> within = true;
+    run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.backward_workspace, a.shape, [&](const Work& work) {
+      if (!kernel.backward(a, work)) within = false;
+    });
+    return within.load();
+  };
+#if defined(__x86_64__)
+  if (through_weights && in_parts(a.shape, tiling.gates, a.batch, steps)) {
+    a.least = least_operand(largest(kernels_amx(), {data(weight)}, D * GH * P));
+    if (a.least <= kMostOfParts && run(kernels_amx())) return;
+  }
+#endif
+  run(kernels_of(a.shape));
 }
 
 }  // namespace fastseq::cpu

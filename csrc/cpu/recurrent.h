@@ -27,7 +27,13 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
 std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                      std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::string cell,
                                      int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
-                                     double zoneout_c);
+                                     double zoneout_c, std::optional<std::vector<Tensor>> kept);
+
+// The weights of a stack packed for recurrent_layers (`kept`), a tensor of bytes for each layer: "" as a call would pack them, or fp32 ones
+// rounded to "bfloat16" or "int8". Nothing where recurrent_layers would decline. A call declines what was made of other weights, or of these
+// before they were written, as far as a few of their values show it.
+std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell, int64_t num_layers, bool has_biases,
+                                   bool bidirectional, std::string weights);
 
 // through_weights: whether the gradient goes through the recurrent weights here; else dh0 lacks that part (a single step).
 void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc,

@@ -5,6 +5,9 @@
 struct bfloat16 {
   uint16_t bits;
 };
+struct float16 {  // IEEE binary16
+  uint16_t bits;
+};
 
 template <class A>
 struct Lanes;
@@ -153,6 +156,8 @@ struct Math {
     return (V)((I)(small ? quotient : A(1) - quotient) ^ sign);
   }
 
+  static FASTSEQ_HOST_DEVICE V sigmoid_tanh(V x, V y) { return sigmoid(x) * tanh(y); }
+
   static FASTSEQ_HOST_DEVICE V relu(V x) { return x < 0 ? V{} : x; }  // a NaN stays one, as in torch
 
   // d where h > 0, else zero
@@ -163,6 +168,47 @@ struct Math {
 
   // a NaN on either side stays one
   static FASTSEQ_HOST_DEVICE V maximum(V a, V b) { return (a > b) | (a != a) ? a : b; }
+};
+
+// Activations that end in bfloat16: e^x to 1.5e-5 (of its distance to 1, too), which is as if the argument were that wrong; the divisions
+// are as exact as ever, since how far a gate is from 1 decides how long a state lasts.
+struct ShortMath : Math<float> {
+  // minimax of (2^f - 1) / f on [-1/2, 1/2], relative error 1.5e-5
+  static constexpr float kExp2[] = {0.69313685778f, 0.240232521605f, 0.0558372882701f, 0.0096181108384f};
+
+  // e^(k x) = 2^n (1 + p), |k x| at most kLargest: gives 2^n and p
+  static FASTSEQ_HOST_DEVICE void exp_parts(V x, float k, V& scale, V& fraction) {
+    using L = Lanes<float>;
+    constexpr float kRound = L::kRound + 127;  // the sum's low bits are then the exponent of 2^n
+    const V shifted = x * (k * L::kLog2e) + kRound;
+    const V f = x * (k * L::kLog2e) - (shifted - kRound);
+    fraction = f * (((kExp2[3] * f + kExp2[2]) * f + kExp2[1]) * f + kExp2[0]);
+    scale = (V)((I)shifted << L::kMantissa);
+  }
+
+  // sigmoid = 1 / this; at most 2^125
+  static FASTSEQ_HOST_DEVICE V sigmoid_divisor(V x) {
+    V scale, fraction;
+    exp_parts(clamped(x, Lanes<float>::kLargest), -1, scale, fraction);
+    return (scale * fraction + scale) + 1.0f;
+  }
+  // tanh = this / (this + 2): e^2x - 1, formed without cancellation
+  static FASTSEQ_HOST_DEVICE V tanh_dividend(V x) {
+    V scale, fraction;
+    exp_parts(clamped(x, Lanes<float>::kTanhIsOne), 2, scale, fraction);
+    return scale * fraction + (scale - 1.0f);
+  }
+
+  static FASTSEQ_HOST_DEVICE V sigmoid(V x) { return divide(V{} + 1, sigmoid_divisor(x)); }
+  static FASTSEQ_HOST_DEVICE V tanh(V x) {
+    const V e = tanh_dividend(x);
+    return divide(e, e + 2.0f);
+  }
+  // in one division, whose divisor has to stay finite
+  static FASTSEQ_HOST_DEVICE V sigmoid_tanh(V x, V y) {
+    const V e = tanh_dividend(y);
+    return divide(e, at_most(sigmoid_divisor(x), 0x1p90f) * (e + 2.0f));
+  }
 };
 
 // Two vectors that go through a cell side by side: the long chain of one row's operations leaves room for another's.
@@ -178,8 +224,8 @@ struct Pair {
 };
 
 // Mathematics of one row, and of two: a value of the cell is gathered from value(row), and given to take(row, value).
-template <class A>
-struct OneRow : Math<A> {
+template <class A, class M>
+struct OneRow : M {
   using V = typename Math<A>::V;
   static constexpr int64_t kRows = 1;
   template <class F>
@@ -192,9 +238,8 @@ struct OneRow : Math<A> {
   }
 };
 
-template <class A>
+template <class A, class M>
 struct TwoRows {
-  using M = Math<A>;
   using V = Pair<A>;
   static constexpr int64_t kRows = 2;
   template <class F>
@@ -209,6 +254,7 @@ struct TwoRows {
   static FASTSEQ_HOST_DEVICE V exp(V x) { return {M::exp(x.a), M::exp(x.b)}; }
   static FASTSEQ_HOST_DEVICE V log_sigmoid(V x) { return {M::log_sigmoid(x.a), M::log_sigmoid(x.b)}; }
   static FASTSEQ_HOST_DEVICE V tanh(V x) { return {M::tanh(x.a), M::tanh(x.b)}; }
+  static FASTSEQ_HOST_DEVICE V sigmoid_tanh(V x, V y) { return {M::sigmoid_tanh(x.a, y.a), M::sigmoid_tanh(x.b, y.b)}; }
   static FASTSEQ_HOST_DEVICE V relu(V x) { return {M::relu(x.a), M::relu(x.b)}; }
   static FASTSEQ_HOST_DEVICE V maximum(V x, V y) { return {M::maximum(x.a, y.a), M::maximum(x.b, y.b)}; }
 };
@@ -257,7 +303,7 @@ FASTSEQ_HOST_DEVICE void store_head(E* p, R v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 
-// Moves between memory (float, double or bfloat16) and vectors; n < kWidth at the end of a row.
+// Moves between memory (float, double or 16 bits) and vectors; n < kWidth at the end of a row.
 template <class S, class A>
 struct Memory {
   using V = typename Lanes<A>::V;
@@ -275,52 +321,27 @@ struct Memory {
     __builtin_memcpy(p, &v, sizeof(V));
   }
 
-  // past the caches, where a vector is a whole, aligned line
-#if defined(__AVX512F__)
-  static constexpr bool kStreams = true;
-  static FASTSEQ_HOST_DEVICE void stream(S* p, V v) { _mm512_stream_si512((__m512i*)p, (__m512i)v); }
-#else
-  static constexpr bool kStreams = false;
-  static FASTSEQ_HOST_DEVICE void stream(S* p, V v) { store(p, v, kWidth); }
-#endif
-
   static FASTSEQ_HOST_DEVICE V rounded(V v) { return v; }
-  static FASTSEQ_HOST_DEVICE A value(S s) { return s; }
 };
 
-// orders what was stored past the caches before what follows
-FASTSEQ_HOST_DEVICE void streams_end() {
-#if defined(__AVX512F__)
-  _mm_sfence();
-#endif
-}
+// Between fp32 and a type of 16 bits, exactly, rounding to nearest even; a NaN stays a NaN.
+template <class S>
+struct Halves;
 
 template <>
-struct Memory<bfloat16, float> {
+struct Halves<bfloat16> {
   using V = Lanes<float>::V;
   using U = Lanes<float>::U;
-  static constexpr int kWidth = sizeof(V) / sizeof(float);
   typedef uint16_t H __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
 
-  static FASTSEQ_HOST_DEVICE V load(const bfloat16* p, int64_t n) {
-    if (n < kWidth) return widened(load_head<H>(&p->bits, n));
-    H half;
-    __builtin_memcpy(&half, p, sizeof(H));
-    return widened(half);
+  static FASTSEQ_HOST_DEVICE V widened(H half) {
+#if FASTSEQ_VECTOR_BYTES == 64  // the compiler would widen one half after the other; without a mask it warns of its own header
+    return (V)((U)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half) << 16);
+#else
+    return (V)(__builtin_convertvector(half, U) << 16);
+#endif
   }
 
-  static FASTSEQ_HOST_DEVICE void store(bfloat16* p, V v, int64_t n) {
-    const H half = narrowed(v);
-    if (n < kWidth) return store_head(&p->bits, half, n);
-    __builtin_memcpy(p, &half, sizeof(H));
-  }
-
-  static constexpr bool kStreams = false;
-  static FASTSEQ_HOST_DEVICE void stream(bfloat16* p, V v) { store(p, v, kWidth); }
-
-  static FASTSEQ_HOST_DEVICE V widened(H half) { return (V)(__builtin_convertvector(half, U) << 16); }
-
-  // round to nearest even; a NaN stays a quiet NaN
   static FASTSEQ_HOST_DEVICE H narrowed(V v) {
 #if defined(__AVX512BF16__)
     return (H)_mm512_cvtneps_pbh((__m512)v);  // takes and gives zero for subnormal numbers
@@ -330,14 +351,70 @@ struct Memory<bfloat16, float> {
     return __builtin_convertvector(v == v ? nearest : U{} + 0x7fc0, H);
 #endif
   }
+};
 
-  static FASTSEQ_HOST_DEVICE V rounded(V v) { return widened(narrowed(v)); }
-  static FASTSEQ_HOST_DEVICE float value(bfloat16 s) {
-    const uint32_t bits = uint32_t(s.bits) << 16;
-    float f;
-    __builtin_memcpy(&f, &bits, sizeof f);
-    return f;
+template <>
+struct Halves<float16> {
+  using V = Lanes<float>::V;
+  using U = Lanes<float>::U;
+  typedef uint16_t H __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
+
+  static FASTSEQ_HOST_DEVICE V widened(H half) {
+#if defined(__AVX512F__)
+    return (V)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half);
+#elif defined(__AVX2__)
+    return (V)_mm256_cvtph_ps((__m128i)half);
+#else
+    const U bits = __builtin_convertvector(half, U), magnitude = bits & 0x7fff;
+    const U normal = (magnitude << 13) + (magnitude < kInfinity ? U{} + kRebias : U{} + 2 * kRebias);
+    // of a subnormal number, the units of 2^-24 are the last bits of 1/2 and more
+    const V subnormal = (V)(magnitude + kHalf) - 0.5f;
+    return (V)((magnitude < kNormal ? (U)subnormal : normal) | (bits & 0x8000) << 16);
+#endif
   }
+
+  static FASTSEQ_HOST_DEVICE H narrowed(V v) {
+#if defined(__AVX512F__)
+    return (H)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+    return (H)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const U bits = (U)v, magnitude = bits & 0x7fffffff;
+    const U normal = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) - kRebias) >> 13;  // carries into the exponent, to infinity at most
+    const U subnormal = (U)((V)magnitude + 0.5f) - kHalf;
+    const U finite = magnitude < kRebias + (kNormal << 13) ? subnormal : magnitude < kTooLarge ? normal : U{} + kInfinity;
+    return __builtin_convertvector((v == v ? finite : U{} + 0x7e00) | (bits >> 16 & 0x8000), H);
+#endif
+  }
+
+ private:
+  static constexpr uint32_t kInfinity = 0x7c00, kNormal = 0x400;  // as binary16: infinity, the smallest normal number
+  static constexpr uint32_t kRebias = 112u << 23;                 // between the exponents of fp32 and binary16
+  static constexpr uint32_t kHalf = 0x3f000000, kTooLarge = 0x47800000;  // as fp32: 1/2, 2^16
+};
+
+template <class S>
+  requires(sizeof(S) == 2)
+struct Memory<S, float> : Halves<S> {
+  using V = Lanes<float>::V;
+  using typename Halves<S>::H;
+  using Halves<S>::narrowed, Halves<S>::widened;
+  static constexpr int kWidth = sizeof(V) / sizeof(float);
+
+  static FASTSEQ_HOST_DEVICE V load(const S* p, int64_t n) {
+    if (n < kWidth) return widened(load_head<H>(&p->bits, n));
+    H half;
+    __builtin_memcpy(&half, p, sizeof(H));
+    return widened(half);
+  }
+
+  static FASTSEQ_HOST_DEVICE void store(S* p, V v, int64_t n) {
+    const H half = narrowed(v);
+    if (n < kWidth) return store_head(&p->bits, half, n);
+    __builtin_memcpy(p, &half, sizeof(H));
+  }
+
+  static FASTSEQ_HOST_DEVICE V rounded(V v) { return widened(Halves<S>::narrowed(v)); }
 };
 
 // Masks: one where true, else zero.

@@ -9,19 +9,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, _C, nn
+from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import backends
 from ..backends import library
 from ..backends.cpu import recurrent as native
+from ..backends.notes import note
+from ..backends.torch import limits
 from ..backends.torch import recurrent as torchs
+from ..cells import CELLS
+from ._packing import Packing
 
 _PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass has a say in what is called on it
 
 
 def plain_call() -> bool:
-    """Whether nobody compiles, traces, transforms, lowers or watches what runs now, nor forces another backend."""
+    """Whether nobody compiles, traces, transforms or lowers what runs now, nor forces another backend."""
     return not (
         torch.compiler.is_compiling()
         or _C._is_tracing()
@@ -31,7 +35,6 @@ def plain_call() -> bool:
         or _C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
         or backends.forced() not in (None, "cpu")
-        or backends.watched()
     )
 
 
@@ -40,7 +43,6 @@ def native_layers(
     input: Tensor,
     states: Sequence[Tensor] | None,
     params: Sequence[Tensor | None],
-    *,
     has_biases: bool,
     num_layers: int,
     bidirectional: bool,
@@ -48,42 +50,90 @@ def native_layers(
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     zoneout: tuple[float, float] = (0.0, 0.0),
-) -> tuple[Tensor, ...] | None:
+    packing: Packing | None = None,
+) -> Sequence[Tensor] | None:
     """Output and final states, h_n and of a pair c_n, of a plain call (:func:`plain_call`) without gradients.
 
-    Arguments are those of ``recurrent``; or ``input`` is ``[B, I]`` without ``batch_sizes`` and the states are ``[B, n]``: one step,
-    of which the states alone are given back. None: the call is for another way, which also says what is wrong with it.
+    Arguments are those of ``recurrent``; or ``input`` is ``[B, I]`` without ``batch_sizes`` and the states are ``[B, n]``: one
+    step, of which the states alone are given back. ``packing`` serves instead of the weights among ``params``.
+    None: the call is for another way, which also says what is wrong with it.
     """
-    states = states or ()
-    optional = [tensor for tensor in (lengths, batch_sizes) if tensor is not None]
-    gradients = torch.is_grad_enabled()
-    for tensor in (input, *params, *states, *optional):
-        if type(tensor) not in _PLAIN or (gradients and tensor.requires_grad):
+    given: list[Any] = [input, *params] if states is None else [input, *params, *states]
+    if lengths is not None:
+        given.append(lengths)
+    if batch_sizes is not None:
+        given.append(batch_sizes)
+    for tensor in given:
+        if type(tensor) not in _PLAIN:
             return None
-    if len(params) < 2 or input.dim() < 2 or not input.is_cpu or library.reason():
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given]):
         return None
+    if not input.is_cpu or input.dim() < 2 or len(params) < 2 or library.reason():
+        return None
+    weights, weight, kept = given[1 : len(params) + 1], given[2], None
+    if cell not in native.CELLS or input.dtype not in native.DTYPES or weight.dim() != 2:
+        return None
+    if packing is not None:
+        kept = packing.of(weights)
+    elif backends.watched() or not _ours(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes):
+        return None
+    h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
+    op = torch.ops.fastseq_native.recurrent_layers.default
+    arguments = input, h0, c0, weights, lengths, batch_sizes, cell, num_layers, has_biases, bidirectional, batch_first, *zoneout
+    results = op(*arguments, kept)
+    if packing is not None:
+        if not results and kept is not None:  # made of other values: of weights that were written through .data
+            results = op(*arguments, packing.again(weights))
+        if results and backends.watched():
+            query = _query(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes)
+            for _ in range(num_layers):
+                backends.select(query)
+                note(packing)
+    return results or None
+
+
+def _ours(
+    cell: str,
+    input: Tensor,
+    weight: Tensor,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> bool:
+    """Whether the native kernels are the ones for such a call without gradients."""
+    if cell not in torchs.GATES or lengths is not None or backends.forced() or (input.dim() == 2 and batch_sizes is None):
+        return True
+    hidden = weight.shape[0] // torchs.GATES[cell]
+    if weight.shape[1] != hidden:  # projected, without oneDNN
+        return True
+    if batch_sizes is not None:
+        layout, steps, batch = "packed", batch_sizes.numel(), int(batch_sizes[0]) if batch_sizes.numel() else 0
+    else:
+        layout = "padded"
+        steps, batch = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
+    first, last = limits.steps_of(cell, input.dtype, layout, 2 if bidirectional else 1, batch, hidden, False)
+    return not first <= steps <= last
+
+
+def _query(
+    cell: str,
+    input: Tensor,
+    weight: Tensor,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> backends.RecurrentQuery:
+    layout = "padded" if lengths is None else "lengths"
     if batch_sizes is not None:
         layout, steps, batch = "packed", len(batch_sizes), int(batch_sizes[0]) if len(batch_sizes) else 0
     elif input.dim() == 2:
-        layout, steps, batch = "padded", 0, input.shape[0]
+        steps, batch = 1, input.shape[0]
     else:
-        layout = "padded" if lengths is None else "lengths"
-        batch, steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
-    if not _ours(cell, input.dtype, layout, steps, batch, 2 if bidirectional else 1, params[1]):
-        return None
-    h0, c0 = states if len(states) == 2 else (states[0] if states else None, None)
-    arguments = (lengths, batch_sizes, cell, num_layers, has_biases, bidirectional, batch_first, *zoneout)
-    return tuple(torch.ops.fastseq_native.recurrent_layers.default(input, h0, c0, params, *arguments)) or None
-
-
-def _ours(cell: str, dtype: torch.dtype, layout: str, steps: int, batch: int, lanes: int, weight: Any) -> bool:
-    """Whether the native kernels are the ones for such a call without gradients; steps 0: a cell's."""
-    if cell not in native.CELLS or dtype not in native.DTYPES or weight.dim() != 2:
-        return False
-    if cell not in torchs.GATES or layout == "lengths" or not steps or backends.forced():
-        return True
-    hidden = weight.shape[0] // torchs.GATES[cell]
-    query = backends.RecurrentQuery(
-        "recurrent", weight.device, dtype, cell, steps, lanes, hidden, weight.shape[1] != hidden, layout, False, batch
+        batch, steps = (input.shape[0], input.shape[1]) if batch_first else (input.shape[1], input.shape[0])
+    hidden = weight.shape[0] // len(CELLS[cell].gates)
+    lanes, projected = 2 if bidirectional else 1, weight.shape[1] != hidden
+    return backends.RecurrentQuery(
+        "recurrent", input.device, input.dtype, cell, steps, lanes, hidden, projected, layout, False, batch
     )
-    return torchs.why_layers(query, False) is None

@@ -59,7 +59,7 @@ def run_layers(
         raise ValueError(f"dropout must lie in [0, 1], got {options.dropout}")
     if options.weight_dropout != 0 and not 0 <= checked_number("weight_dropout", options.weight_dropout) <= 1:
         raise ValueError(f"weight_dropout must lie in [0, 1], got {options.weight_dropout}")
-    zoneout = (0.0, 0.0) if options.zoneout == 0 else _zoneout(cell, options.zoneout)
+    zoneout = (0.0, 0.0) if options.zoneout == 0 else zoneout_of(cell, options.zoneout)
     lengths, batch_sizes, directions = options.lengths, options.batch_sizes, 2 if options.bidirectional else 1
     layers = _layers(cell, params, options, directions)
     if not isinstance(input, Tensor):
@@ -94,16 +94,16 @@ def run_layers(
             input,
             given,
             params,
-            has_biases=options.has_biases,
-            num_layers=options.num_layers,
-            bidirectional=options.bidirectional,
-            batch_first=batch_first,
-            lengths=lengths,
-            batch_sizes=batch_sizes,
-            zoneout=zoneout,
+            options.has_biases,
+            options.num_layers,
+            options.bidirectional,
+            batch_first,
+            lengths,
+            batch_sizes,
+            zoneout,
         )
         if results is not None:
-            return results[0], results[1:], None
+            return results[0], tuple(results[1:]), None
     if lengths is not None:
         # What stands beyond a row's length is not the caller's data: 0 * NaN must not reach the weights' gradients.
         valid = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
@@ -232,7 +232,7 @@ def _run_layer(
     return y, _separate_states(cell, h_n, c_n, options), c
 
 
-def _zoneout(cell: Cell, given: float | tuple[float, float]) -> tuple[float, float]:
+def zoneout_of(cell: Cell, given: float | tuple[float, float]) -> tuple[float, float]:
     """Probabilities for h and for c."""
     check_zoneout(cell, given)
     zone_h, *rest = given if isinstance(given, (tuple, list)) else (given,)

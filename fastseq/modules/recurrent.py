@@ -21,12 +21,13 @@ from fastseq import backends, functional
 from fastseq._arguments import checked_number
 from fastseq.backends import library
 from fastseq.backends.cpu.recurrent import DTYPES
-from fastseq.backends.torch.limits import LONGEST_STEPS, short_layers, steps_of
+from fastseq.backends.torch.limits import short_layers, steps_of
 from fastseq.backends.torch.recurrent import GATES
 from fastseq.backends.torch.recurrent import layers as layers_of_torch
 from fastseq.cells import CELLS
 from fastseq.functional._native_layers import native_layers, plain_call
-from fastseq.functional._recurrent_layers import check_zoneout
+from fastseq.functional._packing import packing_of
+from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
 from fastseq.ops._dispatch import recorded, transforming
@@ -128,7 +129,7 @@ class Sequence(Interop, nn.RNNBase):
         if not return_cells and plain_call():
             done = self._native(input, hx, lengths)
             if done is not None:
-                return done[0], done[1:], None
+                return *done, None
         if lengths is None and not return_cells:
             short = self._short(input, hx)
             if short is not None:
@@ -157,31 +158,63 @@ class Sequence(Interop, nn.RNNBase):
             return self._run_packed(input, hx, params, options)
         return self._run_padded(input, hx, lengths, params, options)
 
-    def _native(self, input: Any, hx: Any, lengths: Tensor | None) -> tuple[Tensor, ...] | None:
-        """Output and final states of a plain call without gradients, if it is for the native kernels and beyond question; else None.
+    def _native(self, input: Any, hx: Any, lengths: Tensor | None) -> tuple[Any, tuple[Tensor, ...]] | None:
+        """Output and final states of a plain call without gradients, if the native kernels take it and it is beyond question.
 
         Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it.
         """
-        if type(input) is not Tensor or input.dim() != 3 or self.num_heads > 1 or self.zoneout:
+        if self.num_heads > 1 or (self.training and (self.dropout or self.weight_dropout or self.zoneout)):
             return None
-        if self.training and (self.dropout or self.weight_dropout):
-            return None
-        states = () if hx is None else (hx,) if type(hx) is Tensor else hx if type(hx) is tuple and len(hx) == 2 else None
-        if states is None:
-            return None
-        # Where they are kept, which is faster; what replaces a parameter by an attribute (weight_norm, parametrizations) takes it away.
+        states: Any = (
+            None if hx is None else (hx,) if type(hx) is Tensor else hx if type(hx) is tuple and len(hx) == 2 else (None,)
+        )
+        zoneout, batch_sizes, data, batched = (0.0, 0.0), None, input, True
+        if type(input) is PackedSequence:
+            if lengths is not None:
+                return None
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            if states is not None and sorted_indices is not None:
+                if any(
+                    type(state) is not Tensor or state.dim() != 3 or state.shape[1] != len(sorted_indices) for state in states
+                ):
+                    return None
+                states = [state.index_select(1, sorted_indices) for state in states]
+        elif type(input) is not Tensor or input.dim() != 3:
+            if type(input) is not Tensor or input.dim() != 2 or lengths is not None:
+                return None
+            batched, data = False, input.unsqueeze(0 if self.batch_first else 1)
+            if states is not None:
+                if any(type(state) is not Tensor or state.dim() != 2 for state in states):
+                    return None
+                states = [state.unsqueeze(1) for state in states]
+        if self.zoneout:
+            zoneout = zoneout_of(CELLS[self.cell], self.zoneout)
+        # From where they are kept, which is faster; what makes an attribute of one (weight_norm, parametrizations) takes it away.
         kept = self._parameters
-        return native_layers(
+        results = native_layers(
             self.cell,
-            input,
+            data,
             states,
             [kept.get(name) for name in self._flat_weights_names],
-            has_biases=self.bias,
-            num_layers=self.num_layers,
-            bidirectional=self.bidirectional,
-            batch_first=self.batch_first,
-            lengths=lengths,
+            self.bias,
+            self.num_layers,
+            self.bidirectional,
+            self.batch_first and batch_sizes is None,
+            lengths,
+            batch_sizes,
+            zoneout,
+            None if self.training else packing_of(self),
         )
+        if results is None:
+            return None
+        output, *finals = results
+        if batch_sizes is not None:
+            if unsorted_indices is not None:
+                finals = [state.index_select(1, unsorted_indices) for state in finals]
+            return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), tuple(finals)
+        if batched:
+            return output, tuple(finals)
+        return output.squeeze(0 if self.batch_first else 1), tuple([state.squeeze(1) for state in finals])
 
     def _short(self, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """Output and states by torch's kernel, if a short call on the CPU is for it and beyond question; else None.
@@ -196,7 +229,7 @@ class Sequence(Interop, nn.RNNBase):
         steps, batch, width = input.shape
         if self.batch_first:
             steps, batch = batch, steps
-        if recorded() or not 0 < steps <= LONGEST_STEPS or width != self.input_size:  # a program is for every length
+        if recorded() or steps <= 0 or width != self.input_size:  # a program is for every length
             return None
         if backends.forced() or torch.is_autocast_enabled("cpu") or transforming():
             return None
@@ -220,8 +253,8 @@ class Sequence(Interop, nn.RNNBase):
         gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (*params, input, *states))
         if self.recompute and gradients:  # torch's kernels keep what their backward needs
             return None
-        inference, training, first = steps_of(cell, hidden, batch, lanes)
-        if not first <= steps <= (training if gradients else inference):
+        first, last = steps_of(cell, dtype, "padded", lanes, batch, hidden, gradients)
+        if not first <= steps <= last:
             return None
         if backends.watched():
             query = backends.RecurrentQuery(

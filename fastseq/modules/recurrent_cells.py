@@ -5,7 +5,7 @@ Letters: B batch, I input_size, H hidden_size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.fx import Proxy
 
 from fastseq import backends, functional
 from fastseq.functional._native_layers import native_layers, plain_call
+from fastseq.functional._packing import packing_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
 from fastseq.ops._dispatch import transforming
@@ -68,7 +69,7 @@ class RNNCell(Interop, nn.RNNCellBase):
             return as_leaf(self, input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'.")
-        done = _native(self, f"rnn_{self.nonlinearity}", input, (hx,))
+        done = _native(self, f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))
         if done is not None:
             return done[0]
         if _as_torchs(self, input, hx):
@@ -118,7 +119,7 @@ class LSTMCell(Interop, nn.RNNCellBase):
             TypeError: hx is no tuple.
         """
         if hx is None or (type(hx) is tuple and len(hx) == 2):
-            done = _native(self, "lstm", input, hx or (None,))
+            done = _native(self, "lstm", input, hx)
             if done is not None:
                 return done[0], done[1]
             if _as_torchs(self, input, *(hx or ())):
@@ -169,7 +170,7 @@ class GRUCell(Interop, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
-        done = _native(self, "gru", input, (hx,))
+        done = _native(self, "gru", input, None if hx is None else (hx,))
         if done is not None:
             return done[0]
         if _as_torchs(self, input, hx):
@@ -188,22 +189,17 @@ _torch_lstm: Any = nn.LSTMCell.forward
 _torch_gru: Any = nn.GRUCell.forward
 
 
-def _native(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
-    """The states after a plain step without gradients, by the native kernels; None: it goes another way. (None,): no states."""
+_NAMES = {True: ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), False: ("weight_ih", "weight_hh")}
+
+
+def _native(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | None) -> Sequence[Tensor] | None:
+    """The states after a plain step without gradients, by the native kernels; None: it goes another way."""
     if not plain_call() or type(input) is not Tensor or input.dim() != 2:
         return None
     kept = cell._parameters
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if cell.bias else ("weight_ih", "weight_hh")
-    return native_layers(
-        name,
-        input,
-        hx if hx[0] is not None else None,
-        [kept.get(name) for name in names],
-        has_biases=cell.bias,
-        num_layers=1,
-        bidirectional=False,
-        batch_first=False,
-    )
+    params = [kept.get(name) for name in _NAMES[bool(cell.bias)]]
+    packing = None if cell.training else packing_of(cell)
+    return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)
 
 
 def _as_torchs(cell: nn.RNNCellBase, input: Any, *states: Any) -> bool:

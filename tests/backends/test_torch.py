@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import time
+from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +23,15 @@ from fastseq.testing import assert_close_to_truth
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 SEQUENCES = [("LSTM", {}), ("GRU", {}), ("RNN", {}), ("RNN", {"nonlinearity": "relu"})]
+
+
+SHORT = 8  # steps up to which torch takes a sequence in these tests
+
+
+@pytest.fixture(autouse=True)
+def short_sequences_are_torchs() -> Iterator[None]:
+    with limits.everywhere(limits.Steps(1, SHORT)):
+        yield
 
 
 def both(name: str, *sizes: int, **options) -> tuple[nn.Module, nn.Module]:
@@ -96,15 +109,57 @@ class TestShortSequences:
         for options in ({"zoneout": 0.1}, {"num_heads": 2}, {"weight_dropout": 0.5}):
             assert backends_of(getattr(fastseq, name)(4, 8, **options), x) == {"cpu"}
 
-    def test_limits_follow_the_table(self):
-        for name, (narrow, _) in limits._STEPS.items():
-            module = getattr(fastseq, name.split("_")[0].upper())(4, 8)
-            limit = narrow[0].inference
-            frozen = module.requires_grad_(False)
-            for steps, expected in ((1, "torch"), (limit, "torch"), (limit + 1, "cpu")):
-                text = str(fastseq.explain(frozen, torch.randn(steps, 1, 4)))
-                assert f": {expected}" in text.splitlines()[0]
-            assert f"torch, torch's kernel is faster up to {limit} steps" in str(fastseq.explain(frozen, torch.randn(1, 1, 4)))
+    @pytest.mark.parametrize("gradients", [False, True])
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize(
+        ("first", "last", "words"),
+        [
+            (1, 8, "up to 8 steps"),
+            (3, 8, "from 3 up to 8 steps"),
+            (3, limits.ENDLESS, "from 3 steps"),
+            (1, limits.ENDLESS, "at every length"),
+            (*limits.OURS, ""),
+        ],
+    )
+    @pytest.mark.parametrize("name,more", SEQUENCES)
+    def test_limits_follow_the_table(self, name, more, first, last, words, packed, gradients):
+        module = getattr(fastseq, name)(4, 8, **more).requires_grad_(gradients)
+        with limits.everywhere(limits.Steps(first, last)):
+            for steps in (1, 2, 3, 8, 9, 100):
+                x = torch.randn(steps, 2, 4)
+                with torch.set_grad_enabled(gradients):
+                    chosen = []
+                    with backends.watching(lambda query, backend, chosen=chosen: chosen.append(backend)):
+                        module(pack_padded_sequence(x, torch.tensor([steps, 1])) if packed else x)
+                assert chosen == ["torch" if first <= steps <= last else "cpu"]
+            if words:
+                text = str(fastseq.explain(module, torch.randn(3, 2, 4)))
+                assert f"torch, torch's kernel is faster {words} without gradients" in text
+
+    @pytest.mark.parametrize("level", limits.LEVELS)
+    def test_the_committed_table_has_every_kind_of_call(self, level):
+        table = limits.table_of(level, json.loads(limits.STEPS_FILE.read_text()))
+        for name, more in SEQUENCES:
+            cell = getattr(fastseq, name)(4, 8, **more).cell
+            for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                for layout, lanes, gradients in product(("padded", "packed"), (1, 2), (False, True)):
+                    for batch, hidden in product((1, 3, 1000), (1, 100, 5000)):
+                        first, last = table.steps(cell, dtype, layout, lanes, batch, hidden, gradients)
+                        assert (first, last) == limits.OURS or 1 <= first <= last
+
+    def test_finding_a_row_is_short(self, monkeypatch):
+        """The kernel of one step takes some microseconds; generous, for a busy machine."""
+        monkeypatch.setattr(limits, "_table", None)
+        limits.steps_of("lstm", torch.float32, "padded", 1, 8, 256, False)
+        best = min(self._microseconds(limits.steps_of) for _ in range(50))
+        assert best < 3
+
+    @staticmethod
+    def _microseconds(find) -> float:
+        start = time.thread_time()
+        for _ in range(100):
+            find("lstm", torch.float32, "padded", 1, 8, 256, False)
+        return (time.thread_time() - start) * 1e4
 
     @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
     def test_forced(self, name):
@@ -151,7 +206,7 @@ class TestShortSequences:
                 module(*bad)
 
 
-class TestDtypesWithoutKernel:
+class TestHalf:
     @pytest.mark.parametrize("name,more", SEQUENCES)
     @pytest.mark.parametrize("packed", [False, True])
     def test_half_after_convert(self, name, more, packed):
@@ -163,8 +218,7 @@ class TestDtypesWithoutKernel:
         exact_x = x.double()
         if packed:
             x, exact_x = (pack_padded_sequence(t, torch.tensor([40, 7, 30]), enforce_sorted=False) for t in (x, exact_x))
-        text = str(fastseq.explain(ours, x))
-        assert "torch, fastseq has no kernel for float16 on a CPU" in text
+        assert backends_of(ours, x) == {"cpu"}
         for a, e, t in zip(flat(ours(x)), flat(theirs(x)), flat(exact(exact_x)), strict=True):
             if a.is_floating_point():
                 assert_close_to_truth(a, e, t.detach())
@@ -179,16 +233,17 @@ class TestDtypesWithoutKernel:
             if name == "GRU":  # which torch runs in fp32
                 assert ours(x)[0].dtype == theirs(x)[0].dtype
             else:  # torch's LSTM wants a CPU with fp16 arithmetic here
-                assert ours(x)[0].dtype == torch.float16 and backends_of(ours, x) == {"torch"}
+                assert ours(x)[0].dtype == torch.float16 and backends_of(ours, x) == {"cpu"}
                 torch.testing.assert_close(ours(x)[0].float(), expected, rtol=0.02, atol=0.02)
 
-    def test_reference_says_so_once(self, caplog):
+    def test_reference_says_so_once(self, caplog, monkeypatch):
+        monkeypatch.setattr(backends.library, "reason", lambda: "there is no library")
         module = fastseq.PeepholeLSTM(4, 8).half()
         with caplog.at_level("WARNING", "fastseq"):
             for _ in range(3):
                 module(torch.randn(40, 1, 4).half())
         (record,) = [r for r in caplog.records if "peephole_lstm" in r.getMessage()]
-        assert "dtype float16 is not one of" in record.getMessage()
+        assert "not cpu: there is no library" in record.getMessage()
 
 
 def attention(dropout=0.5, **options):

@@ -11,12 +11,16 @@ from torch import nn
 from fastseq.benchmarks import cli
 from fastseq.benchmarks.measure.case import Case, Options, Participant
 from fastseq.benchmarks.measure.check import check_provider, problem_of
+from fastseq.benchmarks.measure.results import Results, Row
 from fastseq.benchmarks.measure.runner import Runner
 from fastseq.benchmarks.measure.timing import Effort
 from fastseq.benchmarks.providers.models import AFTER, BEFORE, EAGER, MODEL_PROVIDERS, OWN, SDPA
 from fastseq.benchmarks.suites import models as suite
+from fastseq.benchmarks.suites import stand_ins
 from fastseq.benchmarks.workloads import models
+from fastseq.benchmarks.workloads import stand_ins as stand_ins_models
 from fastseq.benchmarks.workloads.models import MODELS, LanguageModel, ModelWorkload
+from fastseq.benchmarks.workloads.stand_ins import STAND_INS, StandInWorkload
 
 SMALL = ModelWorkload("lstm-lm", 9, 2, 24, 24, "training", vocabulary=40)
 WITHOUT = importlib.util.find_spec("transformers") is None
@@ -72,8 +76,8 @@ def test_a_wrong_model_is_refused(cls, reason):
 
 def test_gradients_are_those_of_the_next_token():
     call = SMALL.call(LanguageModel(SMALL), problem_of(SMALL))
-    logits = call.model(call.tokens)
-    chances = logits[:, :-1].log_softmax(-1).gather(2, call.tokens[:, 1:, None])
+    logits = call.model(call.input)
+    chances = logits[:, :-1].log_softmax(-1).gather(2, call.input[:, 1:, None])
     want = torch.autograd.grad(-chances.mean(), call.model.readout.bias)[0]
     torch.testing.assert_close(call.gradients()["readout.bias"], want)
     assert list(call.gradients()) == [name for name, _ in call.model.named_parameters()]
@@ -121,6 +125,9 @@ def test_without_transformers_its_models_say_so(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_plan(device, quick):
     cases = suite.plan(Options(device, "float32", (1,), quick))
+    small = [case for case in cases if case.group == stand_ins.GROUP]
+    assert len(small) == (sum(len(row.modes) for row in STAND_INS.values()) if device == "cpu" else 0)
+    cases = [case for case in cases if case not in small]
     assert [c.group for c in cases if c.participants[0].workload.mode == "inference"][:: 1 if quick else 2] == list(MODELS)
     for case in cases:
         (w,) = {p.workload for p in case.participants}
@@ -131,6 +138,84 @@ def test_the_plan(device, quick):
         assert (names[-1], names[-2]) in case.baseline
     if quick:
         assert len(cases) == 8 and sum(c.effort.seconds for c in cases) < 5
+        assert sum(c.effort.seconds for c in small) < 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name, row in STAND_INS.items() for mode in row.modes])
+def test_small_recurrent_models_pass_the_gate(name, mode, dtype):
+    row = STAND_INS[name]
+    w = StandInWorkload(name, min(row.T, 9), min(row.B, 4), row.I, row.hidden[0], mode, dtype=dtype, narrow=row.hidden[0] > 512)
+    for provider in (BEFORE, AFTER):
+        result = check_provider(lambda shape, provider=provider: (MODEL_PROVIDERS[provider].build(shape), ""), w)
+        assert result.ok, result.reason
+    model = MODEL_PROVIDERS[AFTER].build(w)
+    assert all(type(layer).__module__.startswith("fastseq") for layer in model.layers)
+    rows = sum(model.lengths.tolist()) if row.way == "packed" else w.B * w.T
+    output = w.call(model, problem_of(w)).forward()
+    assert output.numel() == rows * (w.row.out or w.row.vocabulary or w.row.hidden[-1] * (1 + row.both))
+
+
+def test_a_model_called_step_by_step_is_the_model_called_at_once():
+    name = "char-rnn, sampling"
+    w = StandInWorkload(name, 6, 2, 128, 128)
+    model = w.build()
+    input = w.draw()
+    stepped = model(input)
+    model.way = "whole"
+    torch.testing.assert_close(stepped, model(input))
+    assert w.cost()[1] == 2 * 12 * (4 * 128 * 4 * 128 + 100 * 128)  # of 12 tokens: two layers of two matrices, and the readout
+
+
+def test_a_rollout_feeds_its_output_back():
+    w = StandInWorkload("DeepAR, sampling", 5, 2, 16, 40)
+    model, x = w.build(), w.draw().float()
+    whole = model(x)
+    torch.testing.assert_close(model(torch.cat((x[:, :1], torch.full_like(x[:, 1:], torch.nan)), 1)), whole)
+    model.way = "steps"
+    torch.testing.assert_close(model(torch.cat((x[:, :1], whole[:, :-1]), 1)), whole)
+
+
+class Late(stand_ins_models.Layers):
+    """Starts every step from zeros: what a converted model must not do."""
+
+    def through(self, x, states):
+        return super().through(x, [None] * len(states))
+
+
+def test_a_model_that_forgets_its_states_is_refused():
+    result = check_provider(lambda w: (Late(w), ""), StandInWorkload("streaming GRU 128", 5, 1, 128, 128))
+    assert not result.ok and "output is off by" in result.reason
+
+
+def small_rows(synthetic, ratio):
+    rows = []
+    for case in stand_ins.plan(Options("cpu", "float32", (1,), quick=False), 1):
+        w = case.participants[0].workload
+        value = ratio(w.function, w.mode)
+        rows.append(synthetic.timed(Row.of(suite.NAME, case.group, BEFORE, w), 1e-3))
+        rows.append(synthetic.timed(Row.of(suite.NAME, case.group, AFTER, w), 1e-3 / value, over=BEFORE, ratio=value))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("slow", "mean", "reached"), [(0.98, 1.4, (True, True)), (0.96, 1.4, (False, True)), (1.2, 1.2, (True, False))]
+)
+def test_no_slower_and_the_mean(synthetic, slow, mean, reached):
+    rows = small_rows(synthetic, lambda name, mode: slow if (name, mode) == ("LSTM 25", "training") else mean)
+    derived = stand_ins.derive(rows)
+    both = derived["both"]
+    assert (both["none slower"], both["mean reached"]) == reached
+    assert both["slower"] == (["LSTM 25, forward + backward"] if slow < 0.97 else [])
+    assert derived["inference"]["models"] == len(STAND_INS) and derived["inference"]["slower"] == []
+    (section,) = suite.present(Results({"device": "cpu"}, {}, rows))
+    table = next(t for t in section.tables if t.title == "Converted models")
+    assert [cell.text for cell in (table.rows[-1][5], table.rows[-1][7])] == [
+        "reached" if ok else "not reached" for ok in reached[::-1]
+    ]
+    untimed = next(r for r in rows if r.provider == AFTER)
+    untimed.status, untimed.ratio, untimed.time = "wrong", None, None
+    assert not stand_ins.derive(rows)["both"]["none slower"]
 
 
 def test_a_run_from_end_to_end(tmp_path):

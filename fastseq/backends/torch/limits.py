@@ -1,38 +1,38 @@
-"""Where torch's own kernels are the faster ones on a CPU. A backend that is forced overrides this table.
+"""Where torch's own kernels are the faster ones on a CPU. A backend that is forced overrides this.
 
-One thread, Intel Xeon with AVX-512 and AMX, torch 2.13, minima of CPU time. A call of ours costs some 70 us of Python, twice that
-in training, before its kernel starts. torch's GRU and RNN start several small kernels for every step, so ours win from a number
-of steps on; its LSTM is one call of oneDNN, which ours overtake late or not at all, but where oneDNN lays out large weights anew
-for few rows. With short sequences torch keeps the scores of attention in cache, and needs no second pass for the weights.
+Of LSTM, GRU and RNN ``steps.json`` says it, which ``python -m fastseq.benchmarks.cpu.choice`` writes from measurements: for every
+level of instructions, cell, dtype, layout, number of directions and mode, by rows of the batch and hidden units, the lengths that
+torch's kernel runs faster than ours, Python included. Attention was measured on an Intel Xeon with AVX-512 and AMX, torch 2.13,
+one thread: with short sequences torch keeps the scores in cache, and needs no second pass for the weights.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from ..query import RecurrentQuery
 
-_WIDE = 192  # hidden units from which weights outweigh calls
-_MANY = 5  # rows of a batch likewise
+STEPS_FILE = Path(__file__).with_name("steps.json")
 
 
 class Steps(NamedTuple):
-    """The longest sequence that torch's kernel runs faster than ours, and the shortest."""
+    """Lengths that torch's kernel runs faster than ours: from the first to the last."""
 
-    inference: int
-    training: int
-    first: int = 1
+    first: int
+    last: int
 
 
-_RNN = (Steps(0, 12), Steps(0, 10), Steps(0, 6)), (Steps(0, 5), Steps(0, 6), Steps(0, 8))
-# narrow and wide: one direction of few rows, of many rows, both directions
-_STEPS: dict[str, tuple[tuple[Steps, Steps, Steps], tuple[Steps, Steps, Steps]]] = {
-    "gru": ((Steps(0, 5), Steps(0, 4), Steps(0, 2)), (Steps(0, 3), Steps(0, 7), Steps(0, 5))),
-    "rnn_tanh": _RNN,
-    "rnn_relu": _RNN,
-    "lstm": ((Steps(0, 32), Steps(0, 32), Steps(0, 16)), (Steps(0, 0), Steps(0, 16, 2), Steps(0, 32, 2))),
-}
-LONGEST_STEPS = max(max(row) for widths in _STEPS.values() for rows in widths for row in rows)
+MODES = ("inference", "training")  # without gradients, with them
+OURS = Steps(1, 0)  # at every length
+ENDLESS = 1 << 62  # a last length that is none
 
 DROPOUT = "fastseq has no CPU kernel with dropout"
 BIAS_GRADIENT = "fastseq has no CPU kernel with a gradient of the bias"
@@ -43,19 +43,81 @@ _KEYS_WITH_WEIGHTS = 256
 # tokens up to which nn.MultiheadAttention's path for inference is faster than ours: with weights, without
 FAST_PATH = {True: 512, False: 256}
 
+LEVELS = ("default", "avx2", "avx512", "amx")
+# What has not been measured is taken to be as what has; a level, as the next one below it, or without any as the next above.
+LIKE = {"rnn_relu": "rnn_tanh", "float64": "float32", "float16": "bfloat16"}
 
-def steps_of(cell: str, hidden: int, batch: int, lanes: int) -> Steps:
-    """The row for LSTM, GRU or RNN of ``lanes`` directions."""
-    return _STEPS[cell][hidden >= _WIDE][2 if lanes == 2 else batch >= _MANY]
+Key = tuple[str, torch.dtype, str, int, bool]  # cell, dtype, layout, directions, with gradients
+
+
+class Table(NamedTuple):
+    """The rows of one level. A batch has the place of the first of these edges that it does not exceed, or the last place."""
+
+    batches: list[float]
+    widths: list[float]
+    rows: dict[Key, list[Steps]]  # by place of the batch, then of the width
+
+    def steps(self, cell: str, dtype: torch.dtype, layout: str, lanes: int, batch: int, hidden: int, gradients: bool) -> Steps:
+        batches, widths, rows = self
+        place = bisect_left(batches, batch) * (len(widths) + 1) + bisect_left(widths, hidden)
+        return rows[cell, dtype, layout, lanes, gradients][place]
+
+
+_table: Table | None = None
+
+
+def table_of(level: str, file: dict[str, Any]) -> Table:
+    """What the contents of ``steps.json`` say of a level."""
+    place = LEVELS.index(level)
+    near = next(name for name in (*LEVELS[place::-1], *LEVELS[place:]) if name in file["levels"])
+    found, rows = file["levels"][near], {}
+    cells, dtypes = ("lstm", "gru", "rnn_tanh", "rnn_relu"), ("float32", "float64", "bfloat16", "float16")
+    kinds = product(cells, dtypes, ("padded", "packed"), (1, 2), (False, True))
+    for cell, dtype, layout, lanes, gradients in kinds:
+        row = found["rows"][row_name(LIKE.get(cell, cell), LIKE.get(dtype, dtype), layout, lanes, gradients)]
+        steps = [Steps(first, ENDLESS if last is None else last) for first, last in row]
+        rows[cell, getattr(torch, dtype), layout, lanes, gradients] = steps
+    return Table(found["batches"], found["widths"], rows)
+
+
+def row_name(cell: str, dtype: str, layout: str, lanes: int, gradients: bool) -> str:
+    """Of a row in ``steps.json``."""
+    return f"{cell} {dtype} {layout} {lanes} {MODES[gradients]}"
+
+
+def steps_of(cell: str, dtype: torch.dtype, layout: str, lanes: int, batch: int, hidden: int, gradients: bool) -> Steps:
+    """The row for LSTM, GRU or RNN of ``lanes`` directions, padded or packed. The library must be loaded."""
+    global _table
+    if _table is None:
+        _table = table_of(torch.ops.fastseq_native.cpu_level(), json.loads(STEPS_FILE.read_text()))
+    return _table.steps(cell, dtype, layout, lanes, batch, hidden, gradients)
+
+
+@contextmanager
+def everywhere(steps: Steps) -> Iterator[None]:
+    """Within a ``with`` block these lengths are torch's, whatever the call: for measurements, and for tests."""
+    global _table
+
+    class Everywhere(dict[Any, list[Steps]]):
+        def __missing__(self, key: Any) -> list[Steps]:
+            return [steps]
+
+    before, _table = _table, Table([], [], Everywhere())
+    try:
+        yield
+    finally:
+        _table = before
 
 
 def short_layers(query: RecurrentQuery, gradients: bool) -> str | None:
     """Why torch's LSTM, GRU or RNN takes a call; None: ours does."""
-    inference, training, first = steps_of(query.cell, query.hidden, query.batch, query.lanes)
-    limit = training if gradients else inference
-    if not first <= query.steps <= limit:
+    q = query
+    first, last = steps_of(q.cell, q.dtype, q.layout, q.lanes, q.batch, q.hidden, gradients)
+    if not first <= q.steps <= last:
         return None
-    return f"torch's kernel is faster up to {limit} steps {'in training' if gradients else 'without gradients'}"
+    lengths = [f"from {first}"] * (first > 1) + [f"up to {last}"] * (last < ENDLESS)
+    where = f"{' '.join(lengths)} steps" if lengths else "at every length"
+    return f"torch's kernel is faster {where} {'in training' if gradients else 'without gradients'}"
 
 
 def short_weights(keys: int) -> str | None:

@@ -88,13 +88,18 @@ def why_step(query: RecurrentQuery, gradients: bool) -> str | None:
     return None if ours else WHY_STEP
 
 
-def why_layers(query: RecurrentQuery, gradients: bool) -> str | None:
-    """Why torch's kernel takes a call that it can run, rather than one of ours; None: ours takes it."""
+def lacking(query: RecurrentQuery) -> str | None:
+    """Why no kernel of ours runs a call on a CPU; None: one does, or it is on a GPU."""
     if query.device.type != "cpu":
         return None
     if query.dtype not in native.DTYPES:
         return f"fastseq has no kernel for {str(query.dtype).removeprefix('torch.')} on a CPU"
-    missing = library.reason()
-    if missing or query.projected:  # a projected LSTM is not oneDNN's
+    return library.reason()
+
+
+def why_layers(query: RecurrentQuery, gradients: bool) -> str | None:
+    """Why torch's kernel takes a call that it can run, rather than one of ours; None: ours takes it."""
+    missing = lacking(query)
+    if missing or query.device.type != "cpu" or query.projected:  # a projected LSTM is not oneDNN's
         return missing
     return limits.short_layers(query, gradients)

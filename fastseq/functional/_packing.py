@@ -1,0 +1,77 @@
+"""Weights packed for inference, kept beside a module's parameters and never in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import library
+
+FORMATS: dict[torch.dtype | None, str] = {None: "", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+_ATTRIBUTE = "_packing"
+
+
+class Packing:
+    """What `fastseq.pack` leaves in a module: a format, and the weights in it as they were when they were last packed.
+
+    A parameter that was replaced, moved or written in place is packed again at the next call. Copies and pickles hold the format
+    alone and pack at their first call.
+    """
+
+    def __init__(self, weights: torch.dtype | None, cell: str, num_layers: int, has_biases: bool, bidirectional: bool) -> None:
+        self.weights = weights
+        self._stack = cell, num_layers, has_biases, bidirectional
+        self._made: tuple[Sequence[Tensor], list[int], list[Tensor]] | None = None
+
+    def of(self, params: Sequence[Tensor]) -> list[Tensor] | None:
+        """The packed weights of these parameters, one tensor a layer; None if they cannot be packed."""
+        made = self._made
+        if made is not None:
+            for tensor, known, version in zip(params, made[0], made[1], strict=False):
+                if tensor is not known or tensor._version != version:
+                    break
+            else:
+                return made[2]
+        return self.again(params)
+
+    def again(self, params: Sequence[Tensor]) -> list[Tensor] | None:
+        """The same, packed now."""
+        self._made = None
+        if library.reason() or any(tensor.is_inference() for tensor in params):  # such a tensor does not count its changes
+            return None
+        versions = [tensor._version for tensor in params]
+        with torch.no_grad():
+            kept = torch.ops.fastseq_native.recurrent_pack.default(list(params), *self._stack, FORMATS[self.weights])
+        if not kept:
+            return None
+        self._made = list(params), versions, kept  # at once: another thread sees all of it or nothing
+        return kept
+
+    def __str__(self) -> str:
+        return f"weights packed in {FORMATS[self.weights] or 'their own dtype'}"
+
+    def bytes(self) -> int:
+        """What the packed weights take."""
+        return sum(kept.numel() for kept in self._made[2]) if self._made else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packing:
+        return Packing(self.weights, *self._stack)
+
+
+def packing_of(module: nn.Module) -> Packing | None:
+    """What `fastseq.pack` left in a module."""
+    return module.__dict__.get(_ATTRIBUTE)
+
+
+def set_packing(module: nn.Module, packing: Packing | None) -> None:
+    """Keep it there, or take it away."""
+    if packing is None:
+        module.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        module.__dict__[_ATTRIBUTE] = packing
