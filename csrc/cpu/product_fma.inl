@@ -10,7 +10,10 @@ struct MultiplyAdd {
   static constexpr bool kInterleaves = false;
   static constexpr bool kWatched = false;
   static constexpr int64_t kChunkRows = 32;  // more of them, with their gates, displace the recurrent weights
-  static constexpr int64_t kFusedRows = INT64_MAX, kFusedBytes = 0;
+  // So many rows multiply the input weights in the same passes, whatever their size: each weight is fetched once a step. With fewer, or
+  // with gates that do not add the input, steps are projected together.
+  static constexpr bool kFusesAll = false;
+  static constexpr int64_t kFusedRows = 16, kFusedBytes = INT64_MAX;
   static constexpr int64_t kMostRows = 48;  // of one product: with a run of weights, their sums and their operands stay in the first cache
 
   // The left-hand matrix. Rows are a line further apart than they need: a power of two would put those of a block into one cache set.
@@ -81,6 +84,15 @@ struct MultiplyAdd {
         }
       }
     }
+  }
+
+  // The same with a second product in the same sums: that of the input, which comes first.
+  template <class Weights, class Aside>
+  void multiply_both(const Matrix& rows, int64_t begin, const Weights& weights, int64_t count, int64_t vectors, A* sums,
+                     Aside&& aside) const {
+    multiply(*weights.inputs, weights.input_row + begin, count, weights.packed_input, vectors, weights.input_depth, weights.start, sums,
+             weights.packed, aside);
+    multiply(rows, begin, count, weights.packed, vectors, weights.depth, {sums, vectors * W, vectors}, sums, weights.next, aside);
   }
 
   // of weights [vectors*W rows, depth], rows given by row(vector, lane) or null: transposed

@@ -204,13 +204,9 @@ FASTSEQ_HOST_DEVICE void multiply_step(const Product& product, const typename Pr
       A* own = sums + (Product::kInterleaves ? turn++ & 1 : 0) * kSums;
       Item<A> item{tile, begin, min(block, active - begin), 0, own};
       const Weights<Product> weights = prepare(item);
-      if constexpr (Product::kFusedBytes > 0)
-        if (weights.packed_input) {
-          product.multiply_both(matrix, begin, weights, item.count, item.vectors - weights.own, own, waiting);
-          waiting.set(item);
-          continue;
-        }
-      if (weights.packed)
+      if (weights.packed_input)
+        product.multiply_both(matrix, begin, weights, item.count, item.vectors - weights.own, own, waiting);
+      else if (weights.packed)
         product.multiply(matrix, begin, item.count, weights.packed, item.vectors, weights.depth, weights.start, own,
                          begin + block < active ? weights.packed : weights.next, waiting);
       else
@@ -378,7 +374,8 @@ class ForwardKernel {
     A* bias;    // [own unit tiles][vectors][W]
 
     Chunk(const Forward& a, const Work& w, void* scratch)
-        : fused(!kNormalized<C> && w.rows.slots >= Product::kFusedRows && Product::tile_bytes(NV, a.input) + Product::tile_bytes(NV, a.shape.output) <=
+        : fused(!kNormalized<C> && (Product::kFusesAll || (kOwn == 0 && !w.rows.active)) && w.rows.slots >= Product::kFusedRows &&
+                Product::tile_bytes(NV, a.input) + Product::tile_bytes(NV, a.shape.output) <=
                                                            Product::kFusedBytes / max(1, w.unit_tiles[1] - w.unit_tiles[0])) {
       const int64_t slots = max(w.rows.slots, 1), row = G * a.shape.hidden * sizeof(A);
       rows = max(slots, min(min(max(kChunkBytes / row, kLeastChunkRows), Product::kChunkRows), w.rows.steps * slots));
@@ -536,7 +533,8 @@ class ForwardKernel {
         const A* start = chunk.bias + (item.tile - w.unit_tiles[0]) * NV * W;
         const int64_t own = item.vectors / G * kOwn;
         item.vectors += own;
-        return {unit_tile(a.weights, item.tile, P), P, {start, 0, NV}, nullptr, unit_tile(a.input_weights, item.tile, I), I, &chunk.x, chunk_row, own};
+        return {unit_tile(a.weights, item.tile, P), P, {start, 0, NV}, unit_tile(a.input_weights, tile_after(w.unit_tiles, step, item.tile), I),
+                unit_tile(a.input_weights, item.tile, I), I, &chunk.x, chunk_row, own};
       }
       const void* next = unit_tile(a.weights, tile_after(w.unit_tiles, step, item.tile), P);
       if (x)
