@@ -6,10 +6,12 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <iterator>
 #include <numeric>
 #include <utility>
@@ -42,6 +44,32 @@ const Kernels& kernels_of(const Shape& shape) {
     default: return kernels_default();
   }
 }
+
+#if defined(__x86_64__)
+// The smallest that the largest operand of a step may be, beside weights of which the largest is `weight`: what is lost of parts too
+// small, 2^-126, is then below a rounding both of the operand and of the products. Infinity: these weights are multiplied otherwise.
+float least_operand(float weight) {
+  constexpr float kLeast = 1e-30f;
+  if (weight == 0) return kLeast;
+  if (!(weight >= kLeast && weight <= kMostOfParts)) return std::numeric_limits<float>::infinity();
+  return kLeast / std::min(weight, 1.0f);
+}
+
+// Whether a call in float32 is multiplied by AMX, in parts of bfloat16: exact, too, but for what is too large or too small, which the
+// kernels notice.
+bool in_parts(const Shape& shape, int64_t gates, int64_t batch, int64_t steps) {
+  return level() == Level::kAmx && shape.type == Type::kFloat && !shape.projected && !shape.zoned &&
+         multiplies_parts(batch, steps, gates * shape.hidden * shape.output);
+}
+
+float largest(const Kernels& kernel, const std::vector<const void*>& weights, int64_t elements) {
+  uint32_t bits = 0;
+  for (const void* lane : weights) bits = std::max(bits, kernel.largest(static_cast<const float*>(lane), elements));
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+#endif
 
 Cell cell_of(const std::string& name) {
   if (name == "rnn_tanh") return Cell::kRnnTanh;
@@ -277,8 +305,8 @@ struct Layer {
 // Sizes of packed weights, and how each is made.
 class Packer {
  public:
-  explicit Packer(const Shape& shape)
-      : shape_(shape), kernel_(kernels_of(shape)), tiling_(kernel_.tiling(shape)), unit_tile_(tiling_.unit_blocks * tiling_.width) {}
+  Packer(const Shape& shape, const Kernels& kernel)
+      : shape_(shape), kernel_(kernel), tiling_(kernel_.tiling(shape)), unit_tile_(tiling_.unit_blocks * tiling_.width) {}
 
   int64_t unit_tiles() const { return tiles_of(shape_.hidden, unit_tile_); }
   int64_t output_tiles() const { return tiles_of(shape_.output, kTileVectors * tiling_.width); }
@@ -312,11 +340,12 @@ void restore(Stored stored, const void* weights, const float* scales, int64_t n,
                                     : static_cast<float>(static_cast<const BFloat16*>(weights)[i]);
 }
 
-void run(Layer& layer) {
-  Forward& a = layer.a;
-  const Kernels& kernel = kernels_of(a.shape);
+// By the kernels for the type, or those that multiply float32 in parts: false if these met a number that is beyond them; then the results
+// are not to be used.
+bool run(Layer& layer, const Kernels& kernel, bool parts) {
+  Forward a = layer.a;
   const Tiling tiling = kernel.tiling(a.shape);
-  const Packer packer(a.shape);
+  const Packer packer(a.shape, kernel);
   const int64_t D = a.shape.lanes, H = a.shape.hidden, P = a.shape.output, GH = tiling.gates * H, I = a.input;
   const int64_t stored = bytes_of(a.shape.type);
   const bool tiles = multiplies_tiles(a.shape);
@@ -360,7 +389,7 @@ void run(Layer& layer) {
     }
   }
   a.weights = layer.tiles_hh;
-  if (kept || (!a.weights && !a.x && reads_in_place(layer.steps * a.batch, P, tiles))) {
+  if (kept || (!a.weights && !a.x && !parts && reads_in_place(layer.steps * a.batch, P, tiles))) {
     a.in_place = layer.w_hh.data();
     a.scales = scaled ? layer.scales_hh.data() : nullptr;
   } else if (!a.weights) {
@@ -377,12 +406,29 @@ void run(Layer& layer) {
   const int64_t depth = a.x ? P + I : P;
   const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, depth, GH, packer.unit_tiles(), wide_bytes(a.shape.type));
   const Batch batch(layer.steps, a.batch, layer.lengths, layer.batch_sizes, plan.batch_parts);
+  std::atomic<bool> within = true;
   run_teams(plan, D, layer.reverse, batch, packer.unit_tiles(), packer.output_tiles(), kernel.forward_workspace, a.shape,
             [&](Work& work) {
               const Buffer scratch(kernel.forward_scratch(a, work));
               work.scratch = scratch.get();
-              kernel.forward(a, work);
+              if (!kernel.forward(a, work)) within = false;
             });
+  return within;
+}
+
+void run(Layer& layer) {
+  Forward& a = layer.a;
+#if defined(__x86_64__)
+  const int64_t gates = kernels_of(a.shape).tiling(a.shape).gates, columns = gates * a.shape.hidden;
+  const bool as_given = layer.stored == Stored::kAsGiven && !layer.tiles_hh && !layer.tiles_ih;
+  if (as_given && in_parts(a.shape, gates, a.batch, layer.steps)) {
+    const Kernels& kernel = kernels_amx();
+    a.least_h = least_operand(largest(kernel, layer.w_hh, columns * a.shape.output));
+    a.least_x = a.x ? least_operand(largest(kernel, layer.w_ih, columns * a.input)) : 0;
+    if (std::max(a.least_h, a.least_x) <= kMostOfParts && run(layer, kernel, true)) return;
+  }
+#endif
+  run(layer, kernels_of(a.shape), false);
 }
 
 }  // namespace
@@ -569,7 +615,7 @@ struct Kept {
     head.mark = kMark, head.level = static_cast<int64_t>(cpu::level()), head.stored = static_cast<int64_t>(stored);
     const int64_t sizes[] = {static_cast<int64_t>(shape.type), D, I, GH, P, shape.projected};
     std::copy(std::begin(sizes), std::end(sizes), head.sizes);
-    const Packer packer(shape);
+    const Packer packer(shape, kernels_of(shape));
     int64_t used = sizeof(Kept);
     const auto part = [&](int64_t bytes) {
       const int64_t begin = (used + 63) / 64 * 64;
@@ -776,7 +822,7 @@ std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell,
     auto* base = static_cast<char*>(mutable_data(results.back()));
     std::memset(base, 0, head.bytes);
     std::memcpy(base, &head, sizeof head);
-    const Packer packer(stack->shape);
+    const Packer packer(stack->shape, kernels_of(stack->shape));
     std::vector<const void*> w_ih, w_hh, w_hr;
     const int64_t D = stack->shape.lanes, GH = stack->gates(), I = stack->depth(l), P = stack->shape.output;
     for (int64_t d = 0; d < D; ++d) {
@@ -807,8 +853,7 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   Backward a{};
   a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
   a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
-  const Kernels& kernel = kernels_of(a.shape);
-  const Tiling tiling = kernel.tiling(a.shape);
+  const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates, GH = tiling.gates * H;
   a.batch = dh0.size(1);
   const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
@@ -834,29 +879,41 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
 
   const int64_t unit_tiles = tiles_of(H, tile_columns), output_tiles = tiles_of(P, tile_columns);
 
-  Buffer packed, packed_projection;
-  const auto pack = [&](const std::optional<Tensor>& weights, int64_t tiles, int64_t depth, int64_t columns) {
-    const int64_t bytes = kernel.column_tile_bytes(a.shape, depth);
-    Buffer to(D * tiles * bytes);
-    packed_tiles(D, tiles, bytes, tile_columns * depth, to.get(), [&](int64_t d, int64_t tile, void* part) {
-      kernel.pack_rows(a.shape, offset(data(weights), d * depth * columns * stored), depth, columns, tile, part);
-    });
-    return to;
-  };
-  if (through_weights) packed = pack(weight, output_tiles, GH, P);
-  if (projection) packed_projection = pack(projection, unit_tiles, P, H);
   a.dy = data(dy), a.dh_n = data(dh_n), a.dc_n = data(dc_n), a.dc = data(dc);
   a.vectors = data(vectors), a.h0 = data(h0), a.c0 = data(c0);
   a.y = data(y), a.c = data(c), a.gates = data(gates);
-  a.weights = packed.get(), a.projection = packed_projection.get();
   a.dgates = mutable_data(dgates), a.drecurrent = mutable_data(drecurrent), a.doutput = mutable_data(doutput);
   a.dh0 = mutable_data(dh0), a.dc0 = mutable_data(dc0);
 
   const Plan plan =
       make_plan(torch::stable::get_num_threads(), D, a.batch, GH, P, std::min(unit_tiles, output_tiles), bytes);
   const Batch batch(steps, a.batch, integers(lengths), integers(batch_sizes), plan.batch_parts);
-  run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.backward_workspace, a.shape,
-            [&](const Work& work) { kernel.backward(a, work); });
+  const auto run = [&](const Kernels& kernel) {
+    Buffer packed, packed_projection;
+    const auto pack = [&](const std::optional<Tensor>& weights, int64_t tiles, int64_t depth, int64_t columns) {
+      const int64_t bytes = kernel.column_tile_bytes(a.shape, depth);
+      Buffer to(D * tiles * bytes);
+      packed_tiles(D, tiles, bytes, tile_columns * depth, to.get(), [&](int64_t d, int64_t tile, void* part) {
+        kernel.pack_rows(a.shape, offset(data(weights), d * depth * columns * stored), depth, columns, tile, part);
+      });
+      return to;
+    };
+    if (through_weights) packed = pack(weight, output_tiles, GH, P);
+    if (projection) packed_projection = pack(projection, unit_tiles, P, H);
+    a.weights = packed.get(), a.projection = packed_projection.get();
+    std::atomic<bool> within = true;
+    run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.backward_workspace, a.shape, [&](const Work& work) {
+      if (!kernel.backward(a, work)) within = false;
+    });
+    return within.load();
+  };
+#if defined(__x86_64__)
+  if (through_weights && in_parts(a.shape, tiling.gates, a.batch, steps)) {
+    a.least = least_operand(largest(kernels_amx(), {data(weight)}, D * GH * P));
+    if (a.least <= kMostOfParts && run(kernels_amx())) return;
+  }
+#endif
+  run(kernels_of(a.shape));
 }
 
 }  // namespace fastseq::cpu

@@ -94,6 +94,7 @@ struct Forward {
   void* c_n;               // [D, B, K*H] A
   void* c;                 // rows x K*H, A, or null
   void* gates;             // rows x saved*H, S, or null
+  float least_x, least_h;  // as `least` below, of x and of h
 };
 
 // The input of a lane in a short call: gates[r * stride + j] = bias[j] + scales[j] x[r] . weights[j].
@@ -129,7 +130,12 @@ struct Backward {
   void* doutput;             // rows x P, S, with projection or layer norm only
   void* dh0;                 // [D, B, P] S
   void* dc0;                 // [D, B, K*H] A
+  // Of operands multiplied in parts (Kernels::forward): the largest of a step must not be smaller, unless all are zero.
+  float least;
 };
+
+// Nor larger than this.
+constexpr float kMostOfParts = 1e30f;
 
 // One participant of one team: a lane, a part of the batch, a range of tiles.
 struct Work {
@@ -163,15 +169,18 @@ struct Kernels {
   int64_t (*forward_workspace)(const Shape&, int64_t slots);
   int64_t (*backward_workspace)(const Shape&, int64_t slots);
   int64_t (*forward_scratch)(const Forward&, const Work&);
-  void (*forward)(const Forward&, const Work&);
-  void (*backward)(const Backward&, const Work&);
+  // False: a number of type float was met that is beyond what the kernels multiply in parts (AMX). Then the results are not to be used.
+  bool (*forward)(const Forward&, const Work&);
+  bool (*backward)(const Backward&, const Work&);
+  // bits of the largest absolute value of n floats; those of a NaN are larger than any other's
+  uint32_t (*largest)(const float* values, int64_t n);
 };
 
 const Kernels& kernels_default();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
-const Kernels& kernels_amx();  // bfloat16 only
+const Kernels& kernels_amx();  // bfloat16, and float in parts; without zoneout
 #endif
 
 }  // namespace fastseq::cpu

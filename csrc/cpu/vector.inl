@@ -335,8 +335,8 @@ struct Halves<bfloat16> {
   typedef uint16_t H __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
 
   static FASTSEQ_HOST_DEVICE V widened(H half) {
-#if FASTSEQ_VECTOR_BYTES == 64  // the compiler would widen one half after the other
-    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+#if FASTSEQ_VECTOR_BYTES == 64  // the compiler would widen one half after the other; without a mask it warns of its own header
+    return (V)((U)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half) << 16);
 #else
     return (V)(__builtin_convertvector(half, U) << 16);
 #endif
