@@ -64,7 +64,7 @@ def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.
 def failure(path: Path, *arguments: str, under: tuple[str, ...] = ()) -> str:
     """What a program says of what is wrong; empty: nothing is. ``arguments``: the most units and sequences."""
     # the system denies AMX to threads with a small stack for signals
-    environment = os.environ | {"ASAN_OPTIONS": "use_sigaltstack=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    environment = os.environ | {"ASAN_OPTIONS": "use_sigaltstack=0", "TSAN_OPTIONS": "halt_on_error=1"}
     done = subprocess.run([*under, path, *arguments], capture_output=True, text=True, env=environment, check=False)
     return f"{done.stdout}{done.stderr}exit status {done.returncode}" if done.returncode else ""
 
