@@ -87,7 +87,7 @@ def levels() -> tuple[str, ...]:
 def trials(some_levels: list[str], sanitizers: list[str]) -> Iterator[tuple[str, str, str]]:
     """(level, sanitizer, case); what threads share depends on neither level nor type, so that one of each serves."""
     for level, sanitizer, type_, cell in itertools.product(some_levels, sanitizers, TYPES, CELLS):
-        if level == "amx" and type_ != "bfloat16":
+        if level == "amx" and type_ not in ("bfloat16", "float"):
             continue
         if sanitizer == "thread" and (level, type_) != (some_levels[0], "float"):
             continue
