@@ -695,10 +695,10 @@ class ForwardKernel {
 
   // recurrent_normalized.inl
   void keep_product(const Item<A>& item, int64_t from, int64_t to) const;
-  void finish_normalized(int64_t active) const;
-  void finish_gates(int64_t slot) const;
-  void finish_cell(int64_t slot) const;
-  void keep_output(int64_t slot, int64_t row, int64_t u, V h) const;
+  void finish_normalized(int64_t active);
+  void finish_gates(int64_t slot);
+  void finish_cell(int64_t slot);
+  void keep_output(int64_t slot, int64_t row, int64_t u, V h);
 
   // the outputs of a tile, of one sequence
   void project_row(const Item<A>& item, int64_t r) const {
@@ -979,10 +979,10 @@ class BackwardKernel {
   };
 
   // recurrent_normalized.inl
-  void finish_normalized(int64_t active) const;
+  void finish_normalized(int64_t active);
   void through_output(int64_t slot) const;
   void through_gates(int64_t slot) const;
-  void through_product_norm(int64_t slot) const;
+  void through_product_norm(int64_t slot);
 
   template <bool kWhole>
   FASTSEQ_HOST_DEVICE void finish_units_of(int64_t slot, int64_t row, int64_t u, V dh, V dh_kept) {

@@ -53,6 +53,11 @@ VARIANTS = [
     RecurrentCase("gru", batch=35, hidden=17, zoneout=(0.4, 0.0), bidirectional=True),
     RecurrentCase("rnn_relu", batch=19, hidden=70, zoneout=(0.4, 0.0), training=True, layout="packed"),
     RecurrentCase("gru", batch=5, hidden=24, heads=3, bidirectional=True),
+    RecurrentCase("layer_norm_lstm", batch=18, hidden=33, projection=17, bidirectional=True),
+    RecurrentCase(
+        "layer_norm_lstm", batch=35, hidden=70, zoneout=(0.3, 0.5), training=True, layout="lengths", bidirectional=True
+    ),
+    RecurrentCase("layer_norm_gru", steps=9, batch=20, hidden=200, layout="packed", bidirectional=True),
 ]
 
 
@@ -93,7 +98,7 @@ def test_chunks_and_variants(level, case, dtype):
     BATTERY.check(case, dtype, "cpu")
 
 
-@pytest.mark.parametrize("case", (ODD[11], ODD[14], CHUNKED[1], CHUNKED[4], VARIANTS[1]), ids=str)
+@pytest.mark.parametrize("case", (ODD[11], ODD[14], CHUNKED[1], CHUNKED[4], VARIANTS[1], *VARIANTS[-2:]), ids=str)
 def test_threads(level, threads, case):
     for dtype in DTYPES[1:]:
         BATTERY.check(case, dtype, "cpu")
@@ -116,6 +121,8 @@ IN_PARTS = [
             ("slstm", 35, 65, 40, "lengths"),
             ("coupled_lstm", 32, 95, 17, "padded"),
             ("lstm", 40, 200, 200, "padded"),
+            ("layer_norm_lstm", 17, 65, 20, "padded"),
+            ("layer_norm_gru", 33, 79, 33, "lengths"),
         )
     )
 ]
@@ -271,6 +278,21 @@ def test_parts_are_used(monkeypatch):
         found = torch.ops.fastseq_native.cpu_level()
         results.append(F.gru(x.float(), h0.float(), [p.float() for p in params])[0])
     assert torch.equal(*results) == (found != "amx")
+
+
+@pytest.mark.parametrize("name", ("LayerNormLSTM", "LayerNormGRU"))
+def test_small_gradients_through_norms(name, monkeypatch):
+    """Too small for parts, they are multiplied as they are where there are no tiles; others are not."""
+    torch.manual_seed(0)
+    layer, x, dy = getattr(fastseq, name)(80, 80), torch.randn(32, 32, 80), torch.randn(32, 32, 80)
+    y = layer(x)[0]
+    for scale in (1e-33, 1.0):
+        results = []
+        for level in ("avx512", "amx"):
+            monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
+            found = torch.ops.fastseq_native.cpu_level()
+            results.append(torch.autograd.grad(y, layer.weight_hh_l0, dy * scale, retain_graph=True)[0])
+        assert torch.equal(*results) == (found != "amx" or scale < 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
