@@ -1,8 +1,9 @@
 #include "recurrent.h"
 
-#include <sched.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <atomic>
@@ -22,28 +23,9 @@
 
 namespace fastseq::cpu {
 
-void Barrier::wait(int64_t weight) {
-  const int64_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(weight, std::memory_order_acq_rel) + weight == total_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    return;
-  }
-  // a step takes microseconds, so spin; but give the core away if more threads run than there are cores
-  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-    if (spins > 4096) {
-      sched_yield();
-    } else {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
-  }
-}
-
 namespace {
 
-using torch::headeronly::ScalarType;
+using torch::headeronly::BFloat16, torch::headeronly::ScalarType;
 
 // AMX takes bfloat16 (products of its own rate, 14 times that of fp32 multiply-adds) but not what is projected: a projection's operand,
 // o tanh(c), would be rounded to bfloat16 on its way.
@@ -96,17 +78,27 @@ Cell cell_of(const std::string& name) {
   if (name == "gru") return Cell::kGru;
   if (name == "coupled_lstm") return Cell::kCoupledLstm;
   if (name == "peephole_lstm") return Cell::kPeepholeLstm;
+  if (name == "layer_norm_lstm") return Cell::kLayerNormLstm;
+  if (name == "layer_norm_gru") return Cell::kLayerNormGru;
   STD_TORCH_CHECK(name == "slstm", "cell ", name,
-                  " is none of rnn_tanh, rnn_relu, lstm, gru, coupled_lstm, peephole_lstm, slstm");
+                  " is none of rnn_tanh, rnn_relu, lstm, gru, coupled_lstm, peephole_lstm, layer_norm_lstm, layer_norm_gru, slstm");
   return Cell::kSlstm;
 }
 
+bool is_stored(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
 Type type_of(ScalarType type) {
+  STD_TORCH_CHECK(is_stored(type), "the CPU kernels take float32, float64, bfloat16 and float16 tensors");
   if (type == ScalarType::Float) return Type::kFloat;
   if (type == ScalarType::Double) return Type::kDouble;
-  STD_TORCH_CHECK(type == ScalarType::BFloat16, "the CPU kernels take float32, float64 and bfloat16 tensors");
-  return Type::kBfloat16;
+  return type == ScalarType::BFloat16 ? Type::kBfloat16 : Type::kHalf;
 }
+
+// of an element in memory, and of one in the kernels' arithmetic
+int64_t bytes_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
+int64_t wide_bytes(Type type) { return type == Type::kDouble ? 8 : 4; }
 
 // What the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
 void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name) {
@@ -298,22 +290,6 @@ int64_t saved_of(const Tiling& tiling, const Shape& shape) {
   return shape.zoned ? std::max<int64_t>(tiling.saved, 1) : tiling.saved;
 }
 
-int64_t bytes_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
-int64_t wide_bytes(Type type) { return type == Type::kDouble ? 8 : 4; }
-
-// A number in fp32 from S, and back, as PyTorch converts: bfloat16 to nearest even, a NaN quiet.
-float widened(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-uint16_t narrowed(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
-}
-
 // A layer forward, all its lanes, as the ops make it of their arguments.
 struct Layer {
   Forward a{};  // all but what is made of the weights; x, if given, is projected here
@@ -361,7 +337,7 @@ class Packer {
 void restore(Stored stored, const void* weights, const float* scales, int64_t n, int64_t depth, float* to) {
   for (int64_t i = 0; i < n * depth; ++i)
     to[i] = stored == Stored::kInt8 ? static_cast<const int8_t*>(weights)[i] * scales[i / depth]
-                                    : widened(static_cast<const uint16_t*>(weights)[i]);
+                                    : static_cast<float>(static_cast<const BFloat16*>(weights)[i]);
 }
 
 // By the kernels for the type, or those that multiply float32 in parts: false if these met a number that is beyond them; then the results
@@ -505,14 +481,30 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
 
 namespace {
 
+// Calls body.template operator()<S>(): the type of an element in memory, with PyTorch's conversions to fp32 and back.
+template <class F>
+void with_type(Type type, F&& body) {
+  switch (type) {
+    case Type::kFloat: return body.template operator()<float>();
+    case Type::kDouble: return body.template operator()<double>();
+    case Type::kBfloat16: return body.template operator()<BFloat16>();
+    case Type::kHalf: return body.template operator()<torch::headeronly::Half>();
+  }
+}
+
 // to[0 .. n) = a + b, of the type of both; without b, zeros
 void add(Type type, const void* a, const void* b, int64_t n, void* to) {
-  const auto all = [&]<class T>(T, const auto& sum) {
-    for (int64_t i = 0; i < n; ++i) static_cast<T*>(to)[i] = sum(static_cast<const T*>(a)[i], b ? static_cast<const T*>(b)[i] : T());
-  };
-  if (type == Type::kDouble) return all(double(), [](double x, double y) { return x + y; });
-  if (type == Type::kFloat) return all(float(), [](float x, float y) { return x + y; });
-  all(uint16_t(), [](uint16_t x, uint16_t y) { return narrowed(widened(x) + widened(y)); });
+  with_type(type, [&]<class S>() {
+    for (int64_t i = 0; i < n; ++i) static_cast<S*>(to)[i] = static_cast<const S*>(a)[i] + (b ? static_cast<const S*>(b)[i] : S(0));
+  });
+}
+
+// n elements of a type in memory to fp32, and back
+void widen(Type type, const void* from, int64_t n, float* to) {
+  with_type(type, [&]<class S>() { std::copy_n(static_cast<const S*>(from), n, to); });
+}
+void narrow_to(Type type, const float* from, int64_t n, void* to) {
+  with_type(type, [&]<class S>() { std::transform(from, from + n, static_cast<S*>(to), [](float x) { return S(x); }); });
 }
 
 // A new tensor on the CPU, contiguous, or the first two of its three dimensions transposed in memory.
@@ -563,9 +555,10 @@ struct Stack {
                                    bool bidirectional) {
     if (layers < 1 || params.size() < 2 || !std::all_of(params.begin(), params.end(), plain)) return {};
     const ScalarType narrow = params[0].scalar_type();
-    if (narrow != ScalarType::Float && narrow != ScalarType::Double && narrow != ScalarType::BFloat16) return {};
+    if (!is_stored(narrow)) return {};
     Shape shape{cell_of(cell), type_of(narrow), bidirectional ? 2 : 1, 0, 0, false, false};
     const Tiling tiling = kernels_of(shape).tiling(shape);
+    if (tiling.normalized) return {};  // its input is to be normalized
     const bool own = tiling.own_recurrent == 0 && tiling.vectors > 0;
     const int64_t lanes = layers * shape.lanes, count = params.size(), each = count / lanes, least = 2 + 2 * biases + own;
     if (tiling.states > 1 || count % lanes || each < least || each > least + (tiling.states == 1)) return {};
@@ -672,7 +665,7 @@ void round_weights(Stored stored, const float* weights, int64_t n, int64_t depth
   for (int64_t r = 0; r < n; ++r) {
     const float* row = weights + r * depth;
     if (stored == Stored::kBfloat16) {
-      for (int64_t k = 0; k < depth; ++k) static_cast<uint16_t*>(to)[r * depth + k] = narrowed(row[k]);
+      for (int64_t k = 0; k < depth; ++k) static_cast<BFloat16*>(to)[r * depth + k] = BFloat16(row[k]);
       continue;
     }
     float most = 0;
@@ -760,7 +753,7 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
   const void* c = data(c0);
   if (c && stored == 2) {
     wide_c0 = Buffer(cells * wide);
-    for (int64_t i = 0; i < cells; ++i) static_cast<float*>(wide_c0.get())[i] = widened(static_cast<const uint16_t*>(c)[i]);
+    widen(type, c, cells, static_cast<float*>(wide_c0.get()));
     c = wide_c0.get();
   }
   std::vector<Tensor> results;
@@ -813,9 +806,7 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
     run(layer);
     x = a.y;
   }
-  if (cells && stored == 2)
-    for (int64_t i = 0; i < cells; ++i)
-      static_cast<uint16_t*>(mutable_data(results.back()))[i] = narrowed(static_cast<const float*>(c_n)[i]);
+  if (cells && stored == 2) narrow_to(type, static_cast<const float*>(c_n), cells, mutable_data(results.back()));
   return results;
 }
 
@@ -867,7 +858,7 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   a.batch = dh0.size(1);
   const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || steps == 0 || P == 0) return;
-  const int64_t bytes = a.shape.type == Type::kDouble ? 8 : 4, stored = a.shape.type == Type::kBfloat16 ? 2 : bytes;
+  const int64_t bytes = wide_bytes(a.shape.type), stored = bytes_of(a.shape.type);
   const int64_t tile_columns = kTileVectors * tiling.width;
   const ScalarType narrow = y.scalar_type(), wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = y.numel() / (D * P), states = D * a.batch;
@@ -883,7 +874,7 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   expect(y, narrow, rows * D * P, "y"), expect(c, wide, rows * D * tiling.states * H, "c");
   expect(gates, narrow, rows * D * saved_of(tiling, a.shape) * H, "gates"), expect(dgates, narrow, rows * D * GH, "dgates");
   expect(drecurrent, narrow, rows * D * tiling.own_recurrent * H, "drecurrent");
-  expect(doutput, narrow, projection ? rows * D * P : 0, "doutput");
+  expect(doutput, narrow, projection || tiling.normalized ? rows * D * P : 0, "doutput");
   expect(dh0, narrow, states * P, "dh0"), expect(dc0, wide, states * tiling.states * H, "dc0");
 
   const int64_t unit_tiles = tiles_of(H, tile_columns), output_tiles = tiles_of(P, tile_columns);

@@ -2,7 +2,7 @@
 //
 // Letters: T time, B batch, D lanes, H hidden, G gates, P output of a lane, K states beside h, V vectors of a cell, N rows of a
 // packed batch.
-// "rows x n" is [T, B, D, n] or packed [N, D, n]; S is the storage type (float, double, bfloat16), A the arithmetic type (float, double).
+// "rows x n" is [T, B, D, n] or packed [N, D, n]; S is the storage type (float, double, bfloat16, float16), A the arithmetic type (float, double).
 // Packed weights lie as the kernels want them, tile after tile; only the kernels know how.
 // Nothing is allocated here and no pointer is kept after the call. No two pointers alias.
 #pragma once
@@ -12,8 +12,8 @@
 
 namespace fastseq::cpu {
 
-enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru, kCoupledLstm, kPeepholeLstm, kSlstm };
-enum class Type { kFloat, kDouble, kBfloat16 };
+enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru, kCoupledLstm, kPeepholeLstm, kLayerNormLstm, kLayerNormGru, kSlstm };
+enum class Type { kFloat, kDouble, kBfloat16, kHalf };
 // Of weights kept for inference beside parameters of type float: rounded, or whole numbers with a scale for each of their rows.
 enum class Stored { kAsGiven, kBfloat16, kInt8 };
 
@@ -26,6 +26,7 @@ struct Tiling {
   int64_t own_recurrent;  // gates of drecurrent
   int64_t width;          // elements of a vector register
   int64_t unit_blocks;    // vectors of units in a tile of the gates (more than one gate: 1, since the gates fill the tile)
+  bool normalized;        // with layer norm: the backward pass gives doutput
 };
 
 constexpr int64_t kTileVectors = 4;  // of a tile over plain columns (backward, projection)
@@ -41,7 +42,7 @@ struct Rows {
   int64_t slots;
 };
 
-// A team meets here once or twice a step; a participant may stand for several (weight).
+// A team meets here once to four times a step; a participant may stand for several (weight).
 class Barrier {
  public:
   explicit Barrier(int64_t total = 1) : total_(total) {}
@@ -126,7 +127,7 @@ struct Backward {
   const void* projection;    // [D, column tiles over H], packed by pack_rows over depth P, or null
   void* dgates;              // rows x G*H, S
   void* drecurrent;          // rows x own_recurrent*H, S
-  void* doutput;             // rows x P, S, projection only
+  void* doutput;             // rows x P, S, with projection or layer norm only
   void* dh0;                 // [D, B, P] S
   void* dc0;                 // [D, B, K*H] A
   // Of operands multiplied in parts (Kernels::forward): the largest of a step must not be smaller, unless all are zero.

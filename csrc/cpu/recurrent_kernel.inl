@@ -17,6 +17,8 @@
 
 #include "../recurrent/cells/coupled_lstm.h"
 #include "../recurrent/cells/gru.h"
+#include "../recurrent/cells/layer_norm_gru.h"
+#include "../recurrent/cells/layer_norm_lstm.h"
 #include "../recurrent/cells/lstm.h"
 #include "../recurrent/cells/peephole_lstm.h"
 #include "../recurrent/cells/rnn.h"
@@ -244,6 +246,24 @@ constexpr int saved_of() {
   return kZoned && C::kSaved == 0 ? 1 : C::kSaved;
 }
 
+// Whether a cell's steps look at all units of a row together: recurrent_normalized.inl.
+template <class C>
+constexpr bool kNormalized = requires { C::kNormalizesC; };
+template <class C>
+constexpr bool normalizes_c() {
+  if constexpr (kNormalized<C>)
+    return C::kNormalizesC;
+  else
+    return false;
+}
+
+// The mean of a row, and what its distances from it are multiplied by.
+template <class A>
+struct Statistics {
+  A mean, scale;
+  FASTSEQ_HOST_DEVICE typename Math<A>::V normal(typename Math<A>::V v) const { return (v - mean) * scale; }
+};
+
 // What zoneout keeps of the old value of a state, rows [.., n]: one or zero by a mask, or a proportion.
 template <class A>
 struct Keep {
@@ -327,6 +347,7 @@ class ForwardKernel {
     Matrix h[2];  // state before and after the step
     A* c;         // K states, each like a row
     Matrix m;     // what the projection sees
+    A *r, *fresh, *o;  // with layer norm: R h of G gates, each like a row; the new c before zoneout; its output gate
     int64_t ldc, bytes;
 
     Buffers(const Shape& shape, int64_t slots, void* workspace) : ldc(padded<A>(shape.hidden)) {
@@ -334,6 +355,10 @@ class ForwardKernel {
       for (auto& state : h) state = Matrix(carver.take(Matrix::bytes(slots, shape.output)), shape.output);
       c = static_cast<A*>(carver.take(slots * K * ldc * sizeof(A)));
       m = Matrix(carver.take(shape.projected ? Matrix::bytes(slots, shape.hidden) : 0), shape.hidden);
+      const int64_t row = slots * ldc * sizeof(A);
+      r = static_cast<A*>(carver.take(kNormalized<C> ? G * row : 0));
+      fresh = static_cast<A*>(carver.take(normalizes_c<C>() ? row : 0));
+      o = static_cast<A*>(carver.take(normalizes_c<C>() ? row : 0));
       bytes = carver.used();
     }
   };
@@ -346,7 +371,7 @@ class ForwardKernel {
     A* bias;    // [own unit tiles][vectors][W]
 
     Chunk(const Forward& a, const Work& w, void* scratch)
-        : fused(w.rows.slots >= Product::kFusedRows && Product::tile_bytes(NV, a.input) + Product::tile_bytes(NV, a.shape.output) <=
+        : fused(!kNormalized<C> && w.rows.slots >= Product::kFusedRows && Product::tile_bytes(NV, a.input) + Product::tile_bytes(NV, a.shape.output) <=
                                                            Product::kFusedBytes / max(1, w.unit_tiles[1] - w.unit_tiles[0])) {
       const int64_t slots = max(w.rows.slots, 1), row = G * a.shape.hidden * sizeof(A);
       steps = max(1, min(max(kChunkBytes / row, kLeastChunkRows), Product::kChunkRows) / slots);
@@ -500,9 +525,13 @@ class ForwardKernel {
       return {unit_tile(a.weights, item.tile, P), P, {}};
     };
     const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
-      finish_rows(item, from, to);
+      if constexpr (kNormalized<C>)
+        keep_product(item, from, to);
+      else
+        finish_rows(item, from, to);
     };
     multiply_step<Product, A>(product, *old_h, active, w.unit_tiles, step, sums, prepare, finish);
+    if constexpr (kNormalized<C>) finish_normalized(active);
     if (projected) {
       if (w.barrier) w.barrier->wait(w.weight);
       const auto columns = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<Product> {
@@ -645,6 +674,13 @@ class ForwardKernel {
     watch = seen;
   }
 
+  // recurrent_normalized.inl
+  void keep_product(const Item<A>& item, int64_t from, int64_t to) const;
+  void finish_normalized(int64_t active) const;
+  void finish_gates(int64_t slot) const;
+  void finish_cell(int64_t slot) const;
+  void keep_output(int64_t slot, int64_t row, int64_t u, V h) const;
+
   // the outputs of a tile, of one sequence
   void project_row(const Item<A>& item, int64_t r) const {
     const int64_t slot = item.begin + r, row = steps.row(t, slot);
@@ -718,6 +754,9 @@ class BackwardKernel {
     A* dh;             // what reached h other than through R h; before a slot's first step, its dh_n
     A* dc;             // K states, each like a row
     Matrix dp;         // gradient of the projected output
+    // with layer norm: gradients of a step's output, of N(c), of N(R h) for G gates, each like a row
+    A *dm, *dnormal_c, *dnormal;
+    Statistics<A>* statistics;  // [unit tiles, slots]: each member's own, at its first tile
     int64_t ldh, ldp, bytes;
 
     Buffers(const Shape& shape, int64_t slots, void* workspace) : ldh(padded<A>(shape.output)), ldp(padded<A>(shape.hidden)) {
@@ -726,6 +765,11 @@ class BackwardKernel {
       dh = static_cast<A*>(carver.take(slots * ldh * sizeof(A)));
       dc = static_cast<A*>(carver.take(slots * K * ldp * sizeof(A)));
       dp = Matrix(carver.take(shape.projected ? Matrix::bytes(slots, shape.output) : 0), shape.output);
+      const int64_t row = slots * ldp * sizeof(A), tiles = blocks_of(shape.hidden, UB * W);
+      dm = static_cast<A*>(carver.take(kNormalized<C> ? row : 0));
+      dnormal_c = static_cast<A*>(carver.take(normalizes_c<C>() ? row : 0));
+      dnormal = static_cast<A*>(carver.take(kNormalized<C> ? G * row : 0));
+      statistics = static_cast<Statistics<A>*>(carver.take(kNormalized<C> ? tiles * slots * sizeof(Statistics<A>) : 0));
       bytes = carver.used();
     }
   };
@@ -816,6 +860,7 @@ class BackwardKernel {
       };
       multiply_step<Product, A>(product, buf.dp, active, w.unit_tiles, step, sums, columns, through_projection);
     }
+    if constexpr (kNormalized<C>) finish_normalized(active);
     if (w.barrier) w.barrier->wait(w.weight);
   }
 
@@ -860,23 +905,69 @@ class BackwardKernel {
 
   // one block of units of one slot, given the gradient of what the step computed (before the projection), and what zoneout kept
   FASTSEQ_HOST_DEVICE void finish_units(int64_t slot, int64_t row, int64_t u, V dh, V dh_kept) {
-    // whole vectors without a test at every access
-    if (!kZoned && H - u >= W)
-      finish_units_of<true>(slot, row, u, dh, dh_kept);
-    else
-      finish_units_of<false>(slot, row, u, dh, dh_kept);
+    if constexpr (kNormalized<C>) {
+      *(V*)(buf.dm + slot * buf.ldp + u) = dh;
+      if (projected) return;
+      *(V*)(buf.dh + slot * buf.ldh + u) = dh_kept;
+      Memory<S, A>::store(doutput + row * D * P + u, dh, P - u);
+    } else {
+      // whole vectors without a test at every access
+      if (!kZoned && H - u >= W)
+        finish_units_of<true>(slot, row, u, dh, dh_kept);
+      else
+        finish_units_of<false>(slot, row, u, dh, dh_kept);
+    }
   }
+
+  // Where the states before this step lie: the forward pass came from another step, if the slot was active in it.
+  struct Before {
+    const BackwardKernel& of;
+    bool inside;
+    int64_t row, place;
+
+    Before(const BackwardKernel& of, int64_t slot) : of(of) {
+      const int64_t t = of.w.reverse ? of.t + 1 : of.t - 1;
+      inside = t >= 0 && t < of.w.rows.steps && slot < of.steps.active(t);
+      row = inside ? of.steps.row(t, slot) : 0, place = of.d * of.B + of.w.rows.index[slot];
+    }
+    // from unit u on; null: zeros
+    const A* c(int64_t u) const {
+      const int64_t width = K * of.H;
+      return inside ? of.c_all + row * of.D * width + u : at<A>(of.a.c0, place * width + u);
+    }
+    const S* h(int64_t u) const { return inside ? of.y + row * of.D * of.P + u : at<S>(of.a.h0, place * of.P + u); }
+  };
+
+  // The c that a step proposed, before zoneout, of a cell that normalizes it.
+  struct Proposed {
+    const BackwardKernel& of;
+    const int64_t row;
+    const Before before;
+
+    Proposed(const BackwardKernel& of, int64_t slot, int64_t row) : of(of), row(row), before(of, slot) {}
+    V operator()(int, int64_t u) const {
+      const int64_t n = of.H - u;
+      if (!kZoned || !of.keep_c.any()) return Memory<A, A>::load(of.c_all + row * of.D * of.H + u, n);
+      V saved[G];
+      for (int g = 0; g < G; ++g) saved[g] = Memory<S, A>::load(of.gates + (row * of.D * kSaved + g) * of.H + u, n);
+      const A* c = before.c(u);
+      return C::candidate(saved, c ? Memory<A, A>::load(c, n) : V{});
+    }
+  };
+
+  // recurrent_normalized.inl
+  void finish_normalized(int64_t active) const;
+  void through_output(int64_t slot) const;
+  void through_gates(int64_t slot) const;
+  void through_product_norm(int64_t slot) const;
 
   template <bool kWhole>
   FASTSEQ_HOST_DEVICE void finish_units_of(int64_t slot, int64_t row, int64_t u, V dh, V dh_kept) {
     const int64_t units = H, n = kWhole ? W : units - u, ldp = buf.ldp;
-    // the forward pass came from this step, if the slot was active in it
-    const int64_t before = w.reverse ? t + 1 : t - 1;
-    const bool inside = before >= 0 && before < w.rows.steps && slot < steps.active(before);
-    const int64_t before_row = inside ? steps.row(before, slot) : 0, place = d * B + w.rows.index[slot];
+    const Before before(*this, slot);
     const S* saved_of = gates + row * D * kSaved * units + u;
     const A* c_of = c_all + row * D * K * units + u;
-    const A* c_before = inside ? c_all + before_row * D * K * units + u : a.c0 ? at<A>(a.c0, place * K * units + u) : nullptr;
+    const A* c_before = before.c(u);
     const A* dc_of = dc_all ? dc_all + row * D * K * units + u : nullptr;
     A* dc_sum = buf.dc + slot * K * ldp + u;
     S* dgates_to = dgates + row * D * GH + u;
@@ -895,10 +986,7 @@ class BackwardKernel {
       if (dc_of) dc[k] += Memory<A, A>::load(dc_of + k * units, n);
     }
     if (!K && C::kSaved) {
-      if (inside)
-        h = Memory<S, A>::load(y + before_row * D * P + u, n);
-      else if (a.h0)
-        h = Memory<S, A>::load(at<S>(a.h0, place * P) + u, n);
+      if (const S* h_before = before.h(u)) h = Memory<S, A>::load(h_before, n);
     } else if (!K) {
       h_new = kZoned ? saved[0] : Memory<S, A>::load(y + row * D * P + u, n);
     }
@@ -974,7 +1062,8 @@ class BackwardKernel {
   const S* gates = at<S>(a.gates, d * kSaved * H);
   S* dgates = at<S>(a.dgates, d * GH);
   S* drecurrent = kOwn ? at<S>(a.drecurrent, d * kOwn * H) : nullptr;
-  S* doutput = projected ? at<S>(a.doutput, d * P) : nullptr;
+  S* doutput = projected || kNormalized<C> ? at<S>(a.doutput, d * P) : nullptr;
+  Statistics<A>* of_slot = kNormalized<C> ? buf.statistics + w.unit_tiles[0] * w.rows.slots : nullptr;
   // of the step at hand
   int64_t t = 0;
   const Matrix *old_dgates = nullptr, *new_dgates = nullptr;
@@ -982,6 +1071,8 @@ class BackwardKernel {
   bool within = true;
   alignas(64) A sums[(Product::kInterleaves ? 2 : 1) * Product::kMostRows * kTileVectors * W];
 };
+
+#include "recurrent_normalized.inl"
 
 // Calls body.template operator()<Product, S, Cell>() for the types and the cell of a shape.
 template <class Product, class S, class F>
@@ -993,6 +1084,8 @@ auto with_cell(Cell cell, F&& body) {
     case Cell::kGru: return body.template operator()<Product, S, Gru>();
     case Cell::kCoupledLstm: return body.template operator()<Product, S, CoupledLstm>();
     case Cell::kPeepholeLstm: return body.template operator()<Product, S, PeepholeLstm>();
+    case Cell::kLayerNormLstm: return body.template operator()<Product, S, LayerNormLstm>();
+    case Cell::kLayerNormGru: return body.template operator()<Product, S, LayerNormGru>();
     case Cell::kSlstm: break;
   }
   return body.template operator()<Product, S, Slstm>();
@@ -1008,6 +1101,7 @@ auto with_types(Type type, F&& body) {
   switch (type) {
     case Type::kFloat: return body.template operator()<MultiplyAdd<float>, float>();
     case Type::kDouble: return body.template operator()<MultiplyAdd<double>, double>();
+    case Type::kHalf: return body.template operator()<MultiplyAdd<float>, float16>();
     default: return body.template operator()<MultiplyAdd<float>, bfloat16>();
   }
 #endif
@@ -1021,7 +1115,7 @@ auto with_shape(const Shape& shape, F&& body) {
 Tiling tiling(const Shape& shape) {
   return with_shape(shape, []<class Product, class S, template <class> class Cell>() {
     using C = Cell<Math<typename Product::A>>;
-    return Tiling{C::kGates, C::kSaved, C::kStates, C::kVectors, C::kOwnRecurrent, Product::W, unit_blocks<C>()};
+    return Tiling{C::kGates, C::kSaved, C::kStates, C::kVectors, C::kOwnRecurrent, Product::W, unit_blocks<C>(), kNormalized<C>};
   });
 }
 

@@ -19,7 +19,7 @@ from support.recurrent import RecurrentBattery
 
 LEVELS = ("default", "avx2", "avx512", "amx")
 BATTERY = RecurrentBattery()
-DTYPES = BATTERY.DTYPES
+DTYPES = (*BATTERY.DTYPES, torch.float16)
 
 # batch, hidden, input: ones; one less and one more than a vector of 4, 8 and 16 lanes, than the 16 rows and the 32 depths of a
 # tile, and than the rows that a product takes
@@ -335,17 +335,44 @@ def test_other_libraries_may_use_the_tiles(level):
         assert torch.equal(F.lstm(x, None, params)[0], expected)
 
 
-def test_bfloat16_states_are_rounded_once(level):
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_states_are_rounded_once(level, dtype):
     """y is h to the bit, and c stays in fp32: a call in two parts is the call in one."""
     torch.manual_seed(0)
-    params = [p.detach().bfloat16() for p in nn.LSTM(12, 40).parameters()]
-    x = torch.randn(10, 18, 12).bfloat16()
+    params = [p.detach().to(dtype) for p in nn.LSTM(12, 40).parameters()]
+    x = torch.randn(10, 18, 12).to(dtype)
     y, h, _ = F.lstm(x, None, params)
     assert torch.equal(y[-1], h[0])
-    gru = [p.detach().bfloat16() for p in nn.GRU(12, 40).parameters()]
+    gru = [p.detach().to(dtype) for p in nn.GRU(12, 40).parameters()]
     whole, _ = F.gru(x, None, gru)
     first, state = F.gru(x[:4], None, gru)
     assert torch.equal(whole, torch.cat((first, F.gru(x[4:], state, gru)[0])))
+
+
+def test_float16_is_converted_exactly(level):
+    """All its numbers, and what lies between two of them: subnormal numbers, ties to even, overflow to infinity, NaN."""
+    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.float16).view(-1, 1)
+    h0 = numbers[numbers.isfinite()].view(1, -1, 1).expand(-1, -1, 33).contiguous()
+    forward = torch.ops.fastseq.recurrent_forward
+
+    def run(cell, x, weight, vectors=None, h0=None):
+        steps = x.expand(3, *x.shape[1:]).contiguous()  # three steps: the product of a single one is made elsewhere
+        rest = (None, h0, None, None, None, None, None, cell, [0], 0.0, 0.0, False, False)
+        return forward(steps, None, None, weight, vectors, *rest)[0][0, :, 0]
+
+    # h = relu(x)
+    x = numbers.expand(1, -1, 33)
+    y = run("rnn_relu", x, numbers.new_zeros(1, 33, 33))
+    assert torch.equal(y.nan_to_num(-1.0), x[0].clamp(min=0).nan_to_num(-1.0))  # a NaN is one, and a zero that is negative equal
+    # h = h0, since z = 1
+    gates = numbers.new_zeros(1, 1, 99)
+    gates[..., 33:66] = torch.inf
+    assert torch.equal(run("gru", gates.expand(1, h0.shape[1], -1), numbers.new_zeros(1, 99, 33), None, h0), h0[0])
+    # h = relu(w h0): products of two such numbers are exact in fp32
+    for w in (1.5, 0.5, 1 + 2.0**-10, 3.0, 0.376, 2.0**-24, -1.25, 65504.0, -0.00071):
+        weight = torch.eye(33, dtype=torch.float16)[None] * torch.tensor(w).half()
+        y = run("rnn_relu", gates[..., :33].expand(1, h0.shape[1], -1) * 0 + 0, weight, None, h0)
+        assert torch.equal(y, (h0[0].float() * weight[0, 0, 0].float()).clamp(min=0).half())
 
 
 def test_amx_needs_permission():
