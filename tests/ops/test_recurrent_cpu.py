@@ -296,6 +296,24 @@ def test_small_gradients_through_norms(name, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_what_a_long_call_saves(level, dtype):
+    """What is saved past the caches, since it is larger than they are, is what a call half as long saves."""
+    torch.manual_seed(0)
+    steps, batch, hidden = 32, 56, 256  # 9 MB in float32
+    x = torch.randn(steps, batch, 20).to(dtype)
+    w_ih, b_ih, weight = (torch.randn(4 * hidden, n).to(dtype) / 16 for n in (20, 1, hidden))
+
+    def saved(x):
+        walk = (None, None, None, None, "lstm", [0], 0.0, 0.0)
+        arguments = (x, w_ih, b_ih.flatten(), weight[None], None, None, None, None)
+        y, _, _, c, gates = torch.ops.fastseq.recurrent_forward(*arguments, *walk, True, True)
+        return y, c, gates
+
+    for long, short in zip(saved(x), saved(x[: steps // 2]), strict=True):
+        assert torch.equal(long[: steps // 2], short) and not long.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_reruns_are_bit_equal(level, threads, dtype):
     for case in (CHUNKED[2], replace(CHUNKED[4], steps=5), ODD[12]):
         BATTERY.test_rerun_is_bit_equal(case, dtype, "cpu")
