@@ -5,6 +5,7 @@
 # make check       ruff, formatting, types, all the tests   make lint      the first three
 # make gpu-day     on a machine with a GPU: tests, sanitizer and suites within 25 minutes, into benchmarks/results/<device>
 # make library     compile the native library into fastseq/lib
+# make sanitize    the CPU kernels of every level that this machine has under sanitizers; a short form is among the tests
 # make host-kernels  compile the CUDA kernels for this machine's CPU, for tests without a GPU
 # make abi         one library file, loaded by CPU torch 2.13.0 and by CUDA torch 2.14.1 (downloads the latter, 5 GB)
 # make wheel       a wheel in dist/                          make clean     remove what was built, keep .venv
@@ -39,7 +40,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt setup.py fastseq/_version.py $(shell find csrc -type f)
 LIBRARY := fastseq/lib/.built-$(FASTSEQ_BUILD)
 
-.PHONY: test check lint format bench gpu-day library host-kernels wheel abi clean
+.PHONY: test check lint format bench gpu-day library host-kernels sanitize wheel abi clean
 
 test: $(ENVIRONMENT) $(LIBRARY) $(BROWSER)
 	-@$(PY) tests/csrc/host_build.py
@@ -70,6 +71,9 @@ library: $(ENVIRONMENT) $(LIBRARY)
 
 host-kernels: $(TOOLS)
 	$(PY) tests/csrc/host_build.py
+
+sanitize: $(TOOLS)
+	$(PY) tests/csrc/cpu_build.py $(ARGS)
 
 wheel: $(TOOLS)
 	$(PIP) wheel . --no-deps --no-build-isolation -w dist

@@ -272,8 +272,8 @@ def convert(
         keep_type: use classes that are subclasses of torch's too, for code that asks `isinstance(m,
             nn.LSTM)`. The price: torch.compile(fullgraph=True) refuses RNN, LSTM and GRU, as it refuses
             torch's own. fastseq.MultiheadAttention always is a subclass of torch's.
-        even_if_slower: convert also what no fastseq kernel runs, or none that is known to be faster (float16 on a
-            CPU, RNN, LSTM and GRU on a GPU).
+        even_if_slower: convert also what no fastseq kernel runs, or none that is known to be faster (RNN, LSTM
+            and GRU on a CPU without the compiled library, or on a GPU).
         recompute: compute gate activations again in the backward pass of nn.RNN, nn.LSTM and nn.GRU rather
             than keep them: less memory, more time.
 

@@ -122,7 +122,7 @@ def pack(model: nn.Module, weights: torch.dtype | None = None, *, example: Any =
         kind = type(module).__name__
         if isinstance(module, _OURS):
             reason = _why_not(module, weights)
-            params = [] if reason else [module._parameters[key] for key in _names(module)]
+            params: list[Any] = [] if reason else [module._parameters[key] for key in _names(module)]
             own = weights if not params or params[0].dtype != weights else None
             packing = Packing(own, *_stack(module))
             kept = None if reason else packing.again(params)

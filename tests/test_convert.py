@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
 from fastseq._convert import CONVERSIONS, Report, convert, patched, revert
+from fastseq.backends import library
 from fastseq.backends.torch import limits
 from fastseq.modules import keep_type as kept
 from fastseq.testing import assert_close_to_truth
@@ -1142,7 +1143,8 @@ class TestWhatHappens:
             report = convert(nn.LSTM(4, 6))
         assert report.converted[0].backend == "cpu" and not report.skipped
 
-    def test_even_if_slower(self):
+    def test_even_if_slower(self, monkeypatch):
+        monkeypatch.setattr(library, "reason", lambda: "there is no library")
         module = nn.LSTM(4, 6).half()
         with pytest.warns(UserWarning, match="nothing to convert"):
             assert "no fastseq kernel runs float16 on cpu" in convert(module).skipped[0].reason
@@ -1226,8 +1228,9 @@ def test_public_names():
     assert fastseq.convert is convert and fastseq.revert is revert and fastseq.patched is patched
 
 
-def test_what_no_kernel_runs_stays_torchs():
+def test_what_no_kernel_runs_stays_torchs(monkeypatch):
     """A module that only the reference could run would become slower; forcing the reference converts it all the same."""
+    monkeypatch.setattr(library, "reason", lambda: "there is no library")
     model = nn.LSTM(3, 4, dtype=torch.float16)
     with pytest.warns(UserWarning, match="nothing to convert"):
         report = fastseq.convert(model)

@@ -23,8 +23,8 @@ FASTSEQ_HOST_DEVICE void tile_multiply() {
 }
 
 // S is what is stored. A float is the sum of three bfloat16 parts, exactly, and a product of two floats is six of their nine products:
-// what the others would add is below a rounding (2^-24 and less of it), and six of these are faster than one multiply-add. Not so beyond
-// a range: infinity is no sum of parts, and parts below 2^-126 are taken as zero. Therefore `range` of what is multiplied is watched.
+// what the others would add is below a rounding, and six of these are faster than one multiply-add. Not so beyond a range: infinity is no
+// sum of parts, and parts below 2^-126 are taken as zero. What is multiplied is therefore watched.
 template <class S>
 struct TileProduct {
   using A = float;
@@ -33,7 +33,7 @@ struct TileProduct {
   using Activations = std::conditional_t<kParts == 1, ShortMath, Math<float>>;
   static constexpr int64_t W = 16;
   static constexpr bool kInterleaves = true;
-  static constexpr bool kInRange = kParts > 1;  // the operands have to stay within a range
+  static constexpr bool kWatched = kParts > 1;  // the operands have to stay within a range
   static constexpr int64_t kMostRows = 32;  // two tiles of rows
   // Rows of input projected together: 128 rows of them and of their gates displace the recurrent weights, 32 fetch the input's too often
   // (LSTM of 256 units, 32 sequences: 6.8, 4.9 and 5.0 ms with 128, 64 and 32; of 512 units 27, 25 and 30).

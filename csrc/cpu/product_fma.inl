@@ -8,6 +8,7 @@ struct MultiplyAdd {
   using Activations = Math<A>;
   static constexpr int64_t W = Math<A>::kWidth;
   static constexpr bool kInterleaves = false;
+  static constexpr bool kWatched = false;
   static constexpr int64_t kChunkRows = 128;
   static constexpr int64_t kFusedRows = INT64_MAX, kFusedBytes = 0;
   static constexpr int64_t kMostRows = 48;  // of one product: with a run of weights, their sums and their operands stay in the first cache

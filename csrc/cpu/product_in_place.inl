@@ -8,6 +8,7 @@ struct Memory<int8_t, float> {
   using V = Lanes<float>::V;
   using B = Lanes<float>::B;
   typedef int8_t Signed __attribute__((vector_size(sizeof(B))));
+  [[maybe_unused]] typedef int32_t Whole __attribute__((vector_size(sizeof(V))));
   static constexpr int kWidth = sizeof(V) / sizeof(float);
 
   static FASTSEQ_HOST_DEVICE V load(const int8_t* p, int64_t n) {
@@ -17,9 +18,9 @@ struct Memory<int8_t, float> {
     else
       __builtin_memcpy(&bytes, p, sizeof(B));
 #if FASTSEQ_VECTOR_BYTES == 64  // the compiler widens fourfold element by element
-    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)bytes));
+    return __builtin_convertvector((Whole)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)bytes), V);
 #elif FASTSEQ_VECTOR_BYTES == 32
-    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)bytes)));
+    return __builtin_convertvector((Whole)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)bytes)), V);
 #else
     return __builtin_convertvector((Signed)bytes, V);
 #endif

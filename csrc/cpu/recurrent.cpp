@@ -1,14 +1,17 @@
 #include "recurrent.h"
 
-#include <sched.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <iterator>
 #include <numeric>
 #include <utility>
@@ -20,28 +23,9 @@
 
 namespace fastseq::cpu {
 
-void Barrier::wait(int64_t weight) {
-  const int64_t generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(weight, std::memory_order_acq_rel) + weight == total_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    return;
-  }
-  // a step takes microseconds, so spin; but give the core away if more threads run than there are cores
-  for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-    if (spins > 4096) {
-      sched_yield();
-    } else {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
-  }
-}
-
 namespace {
 
-using torch::headeronly::ScalarType;
+using torch::headeronly::BFloat16, torch::headeronly::ScalarType;
 
 // AMX takes bfloat16 (products of its own rate, 14 times that of fp32 multiply-adds) but not what is projected: a projection's operand,
 // o tanh(c), would be rounded to bfloat16 on its way.
@@ -61,6 +45,32 @@ const Kernels& kernels_of(const Shape& shape) {
   }
 }
 
+#if defined(__x86_64__)
+// The smallest that the largest operand of a step may be, beside weights of which the largest is `weight`: what is lost of parts too
+// small, 2^-126, is then below a rounding both of the operand and of the products. Infinity: these weights are multiplied otherwise.
+float least_operand(float weight) {
+  constexpr float kLeast = 1e-30f;
+  if (weight == 0) return kLeast;
+  if (!(weight >= kLeast && weight <= kMostOfParts)) return std::numeric_limits<float>::infinity();
+  return kLeast / std::min(weight, 1.0f);
+}
+
+// Whether a call in float32 is multiplied by AMX, in parts of bfloat16: exact, too, but for what is too large or too small, which the
+// kernels notice.
+bool in_parts(const Shape& shape, int64_t gates, int64_t batch, int64_t steps) {
+  return level() == Level::kAmx && shape.type == Type::kFloat && !shape.projected && !shape.zoned &&
+         multiplies_parts(batch, steps, gates * shape.hidden * shape.output);
+}
+
+float largest(const Kernels& kernel, const std::vector<const void*>& weights, int64_t elements) {
+  uint32_t bits = 0;
+  for (const void* lane : weights) bits = std::max(bits, kernel.largest(static_cast<const float*>(lane), elements));
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+#endif
+
 Cell cell_of(const std::string& name) {
   if (name == "rnn_tanh") return Cell::kRnnTanh;
   if (name == "rnn_relu") return Cell::kRnnRelu;
@@ -68,17 +78,27 @@ Cell cell_of(const std::string& name) {
   if (name == "gru") return Cell::kGru;
   if (name == "coupled_lstm") return Cell::kCoupledLstm;
   if (name == "peephole_lstm") return Cell::kPeepholeLstm;
+  if (name == "layer_norm_lstm") return Cell::kLayerNormLstm;
+  if (name == "layer_norm_gru") return Cell::kLayerNormGru;
   STD_TORCH_CHECK(name == "slstm", "cell ", name,
-                  " is none of rnn_tanh, rnn_relu, lstm, gru, coupled_lstm, peephole_lstm, slstm");
+                  " is none of rnn_tanh, rnn_relu, lstm, gru, coupled_lstm, peephole_lstm, layer_norm_lstm, layer_norm_gru, slstm");
   return Cell::kSlstm;
 }
 
+bool is_stored(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
 Type type_of(ScalarType type) {
+  STD_TORCH_CHECK(is_stored(type), "the CPU kernels take float32, float64, bfloat16 and float16 tensors");
   if (type == ScalarType::Float) return Type::kFloat;
   if (type == ScalarType::Double) return Type::kDouble;
-  STD_TORCH_CHECK(type == ScalarType::BFloat16, "the CPU kernels take float32, float64 and bfloat16 tensors");
-  return Type::kBfloat16;
+  return type == ScalarType::BFloat16 ? Type::kBfloat16 : Type::kHalf;
 }
+
+// of an element in memory, and of one in the kernels' arithmetic
+int64_t bytes_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
+int64_t wide_bytes(Type type) { return type == Type::kDouble ? 8 : 4; }
 
 // What the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
 void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name) {
@@ -270,22 +290,6 @@ int64_t saved_of(const Tiling& tiling, const Shape& shape) {
   return shape.zoned ? std::max<int64_t>(tiling.saved, 1) : tiling.saved;
 }
 
-int64_t bytes_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
-int64_t wide_bytes(Type type) { return type == Type::kDouble ? 8 : 4; }
-
-// A number in fp32 from S, and back, as PyTorch converts: bfloat16 to nearest even, a NaN quiet.
-float widened(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-uint16_t narrowed(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
-}
-
 // A layer forward, all its lanes, as the ops make it of their arguments.
 struct Layer {
   Forward a{};  // all but what is made of the weights; x, if given, is projected here
@@ -301,8 +305,8 @@ struct Layer {
 // Sizes of packed weights, and how each is made.
 class Packer {
  public:
-  explicit Packer(const Shape& shape)
-      : shape_(shape), kernel_(kernels_of(shape)), tiling_(kernel_.tiling(shape)), unit_tile_(tiling_.unit_blocks * tiling_.width) {}
+  Packer(const Shape& shape, const Kernels& kernel)
+      : shape_(shape), kernel_(kernel), tiling_(kernel_.tiling(shape)), unit_tile_(tiling_.unit_blocks * tiling_.width) {}
 
   int64_t unit_tiles() const { return tiles_of(shape_.hidden, unit_tile_); }
   int64_t output_tiles() const { return tiles_of(shape_.output, kTileVectors * tiling_.width); }
@@ -333,14 +337,15 @@ class Packer {
 void restore(Stored stored, const void* weights, const float* scales, int64_t n, int64_t depth, float* to) {
   for (int64_t i = 0; i < n * depth; ++i)
     to[i] = stored == Stored::kInt8 ? static_cast<const int8_t*>(weights)[i] * scales[i / depth]
-                                    : widened(static_cast<const uint16_t*>(weights)[i]);
+                                    : static_cast<float>(static_cast<const BFloat16*>(weights)[i]);
 }
 
-void run(Layer& layer) {
-  Forward& a = layer.a;
-  const Kernels& kernel = kernels_of(a.shape);
+// By the kernels for the type, or those that multiply float32 in parts: false if these met a number that is beyond them; then the results
+// are not to be used.
+bool run(Layer& layer, const Kernels& kernel, bool parts) {
+  Forward a = layer.a;
   const Tiling tiling = kernel.tiling(a.shape);
-  const Packer packer(a.shape);
+  const Packer packer(a.shape, kernel);
   const int64_t D = a.shape.lanes, H = a.shape.hidden, P = a.shape.output, GH = tiling.gates * H, I = a.input;
   const int64_t stored = bytes_of(a.shape.type);
   const bool tiles = multiplies_tiles(a.shape);
@@ -384,7 +389,7 @@ void run(Layer& layer) {
     }
   }
   a.weights = layer.tiles_hh;
-  if (kept || (!a.weights && !a.x && reads_in_place(layer.steps * a.batch, P, tiles))) {
+  if (kept || (!a.weights && !a.x && !parts && reads_in_place(layer.steps * a.batch, P, tiles))) {
     a.in_place = layer.w_hh.data();
     a.scales = scaled ? layer.scales_hh.data() : nullptr;
   } else if (!a.weights) {
@@ -401,12 +406,29 @@ void run(Layer& layer) {
   const int64_t depth = a.x ? P + I : P;
   const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, depth, GH, packer.unit_tiles(), wide_bytes(a.shape.type));
   const Batch batch(layer.steps, a.batch, layer.lengths, layer.batch_sizes, plan.batch_parts);
+  std::atomic<bool> within = true;
   run_teams(plan, D, layer.reverse, batch, packer.unit_tiles(), packer.output_tiles(), kernel.forward_workspace, a.shape,
             [&](Work& work) {
               const Buffer scratch(kernel.forward_scratch(a, work));
               work.scratch = scratch.get();
-              kernel.forward(a, work);
+              if (!kernel.forward(a, work)) within = false;
             });
+  return within;
+}
+
+void run(Layer& layer) {
+  Forward& a = layer.a;
+#if defined(__x86_64__)
+  const int64_t gates = kernels_of(a.shape).tiling(a.shape).gates, columns = gates * a.shape.hidden;
+  const bool as_given = layer.stored == Stored::kAsGiven && !layer.tiles_hh && !layer.tiles_ih;
+  if (as_given && in_parts(a.shape, gates, a.batch, layer.steps)) {
+    const Kernels& kernel = kernels_amx();
+    a.least_h = least_operand(largest(kernel, layer.w_hh, columns * a.shape.output));
+    a.least_x = a.x ? least_operand(largest(kernel, layer.w_ih, columns * a.input)) : 0;
+    if (std::max(a.least_h, a.least_x) <= kMostOfParts && run(layer, kernel, true)) return;
+  }
+#endif
+  run(layer, kernels_of(a.shape), false);
 }
 
 }  // namespace
@@ -459,14 +481,30 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
 
 namespace {
 
+// Calls body.template operator()<S>(): the type of an element in memory, with PyTorch's conversions to fp32 and back.
+template <class F>
+void with_type(Type type, F&& body) {
+  switch (type) {
+    case Type::kFloat: return body.template operator()<float>();
+    case Type::kDouble: return body.template operator()<double>();
+    case Type::kBfloat16: return body.template operator()<BFloat16>();
+    case Type::kHalf: return body.template operator()<torch::headeronly::Half>();
+  }
+}
+
 // to[0 .. n) = a + b, of the type of both; without b, zeros
 void add(Type type, const void* a, const void* b, int64_t n, void* to) {
-  const auto all = [&]<class T>(T, const auto& sum) {
-    for (int64_t i = 0; i < n; ++i) static_cast<T*>(to)[i] = sum(static_cast<const T*>(a)[i], b ? static_cast<const T*>(b)[i] : T());
-  };
-  if (type == Type::kDouble) return all(double(), [](double x, double y) { return x + y; });
-  if (type == Type::kFloat) return all(float(), [](float x, float y) { return x + y; });
-  all(uint16_t(), [](uint16_t x, uint16_t y) { return narrowed(widened(x) + widened(y)); });
+  with_type(type, [&]<class S>() {
+    for (int64_t i = 0; i < n; ++i) static_cast<S*>(to)[i] = static_cast<const S*>(a)[i] + (b ? static_cast<const S*>(b)[i] : S(0));
+  });
+}
+
+// n elements of a type in memory to fp32, and back
+void widen(Type type, const void* from, int64_t n, float* to) {
+  with_type(type, [&]<class S>() { std::copy_n(static_cast<const S*>(from), n, to); });
+}
+void narrow_to(Type type, const float* from, int64_t n, void* to) {
+  with_type(type, [&]<class S>() { std::transform(from, from + n, static_cast<S*>(to), [](float x) { return S(x); }); });
 }
 
 // A new tensor on the CPU, contiguous, or the first two of its three dimensions transposed in memory.
@@ -517,9 +555,10 @@ struct Stack {
                                    bool bidirectional) {
     if (layers < 1 || params.size() < 2 || !std::all_of(params.begin(), params.end(), plain)) return {};
     const ScalarType narrow = params[0].scalar_type();
-    if (narrow != ScalarType::Float && narrow != ScalarType::Double && narrow != ScalarType::BFloat16) return {};
+    if (!is_stored(narrow)) return {};
     Shape shape{cell_of(cell), type_of(narrow), bidirectional ? 2 : 1, 0, 0, false, false};
     const Tiling tiling = kernels_of(shape).tiling(shape);
+    if (tiling.normalized) return {};  // its input is to be normalized
     const bool own = tiling.own_recurrent == 0 && tiling.vectors > 0;
     const int64_t lanes = layers * shape.lanes, count = params.size(), each = count / lanes, least = 2 + 2 * biases + own;
     if (tiling.states > 1 || count % lanes || each < least || each > least + (tiling.states == 1)) return {};
@@ -576,7 +615,7 @@ struct Kept {
     head.mark = kMark, head.level = static_cast<int64_t>(cpu::level()), head.stored = static_cast<int64_t>(stored);
     const int64_t sizes[] = {static_cast<int64_t>(shape.type), D, I, GH, P, shape.projected};
     std::copy(std::begin(sizes), std::end(sizes), head.sizes);
-    const Packer packer(shape);
+    const Packer packer(shape, kernels_of(shape));
     int64_t used = sizeof(Kept);
     const auto part = [&](int64_t bytes) {
       const int64_t begin = (used + 63) / 64 * 64;
@@ -626,7 +665,7 @@ void round_weights(Stored stored, const float* weights, int64_t n, int64_t depth
   for (int64_t r = 0; r < n; ++r) {
     const float* row = weights + r * depth;
     if (stored == Stored::kBfloat16) {
-      for (int64_t k = 0; k < depth; ++k) static_cast<uint16_t*>(to)[r * depth + k] = narrowed(row[k]);
+      for (int64_t k = 0; k < depth; ++k) static_cast<BFloat16*>(to)[r * depth + k] = BFloat16(row[k]);
       continue;
     }
     float most = 0;
@@ -714,7 +753,7 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
   const void* c = data(c0);
   if (c && stored == 2) {
     wide_c0 = Buffer(cells * wide);
-    for (int64_t i = 0; i < cells; ++i) static_cast<float*>(wide_c0.get())[i] = widened(static_cast<const uint16_t*>(c)[i]);
+    widen(type, c, cells, static_cast<float*>(wide_c0.get()));
     c = wide_c0.get();
   }
   std::vector<Tensor> results;
@@ -767,9 +806,7 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
     run(layer);
     x = a.y;
   }
-  if (cells && stored == 2)
-    for (int64_t i = 0; i < cells; ++i)
-      static_cast<uint16_t*>(mutable_data(results.back()))[i] = narrowed(static_cast<const float*>(c_n)[i]);
+  if (cells && stored == 2) narrow_to(type, static_cast<const float*>(c_n), cells, mutable_data(results.back()));
   return results;
 }
 
@@ -785,7 +822,7 @@ std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell,
     auto* base = static_cast<char*>(mutable_data(results.back()));
     std::memset(base, 0, head.bytes);
     std::memcpy(base, &head, sizeof head);
-    const Packer packer(stack->shape);
+    const Packer packer(stack->shape, kernels_of(stack->shape));
     std::vector<const void*> w_ih, w_hh, w_hr;
     const int64_t D = stack->shape.lanes, GH = stack->gates(), I = stack->depth(l), P = stack->shape.output;
     for (int64_t d = 0; d < D; ++d) {
@@ -816,13 +853,12 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   Backward a{};
   a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
   a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
-  const Kernels& kernel = kernels_of(a.shape);
-  const Tiling tiling = kernel.tiling(a.shape);
+  const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates, GH = tiling.gates * H;
   a.batch = dh0.size(1);
   const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || steps == 0 || P == 0) return;
-  const int64_t bytes = a.shape.type == Type::kDouble ? 8 : 4, stored = a.shape.type == Type::kBfloat16 ? 2 : bytes;
+  const int64_t bytes = wide_bytes(a.shape.type), stored = bytes_of(a.shape.type);
   const int64_t tile_columns = kTileVectors * tiling.width;
   const ScalarType narrow = y.scalar_type(), wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = y.numel() / (D * P), states = D * a.batch;
@@ -838,34 +874,46 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   expect(y, narrow, rows * D * P, "y"), expect(c, wide, rows * D * tiling.states * H, "c");
   expect(gates, narrow, rows * D * saved_of(tiling, a.shape) * H, "gates"), expect(dgates, narrow, rows * D * GH, "dgates");
   expect(drecurrent, narrow, rows * D * tiling.own_recurrent * H, "drecurrent");
-  expect(doutput, narrow, projection ? rows * D * P : 0, "doutput");
+  expect(doutput, narrow, projection || tiling.normalized ? rows * D * P : 0, "doutput");
   expect(dh0, narrow, states * P, "dh0"), expect(dc0, wide, states * tiling.states * H, "dc0");
 
   const int64_t unit_tiles = tiles_of(H, tile_columns), output_tiles = tiles_of(P, tile_columns);
 
-  Buffer packed, packed_projection;
-  const auto pack = [&](const std::optional<Tensor>& weights, int64_t tiles, int64_t depth, int64_t columns) {
-    const int64_t bytes = kernel.column_tile_bytes(a.shape, depth);
-    Buffer to(D * tiles * bytes);
-    packed_tiles(D, tiles, bytes, tile_columns * depth, to.get(), [&](int64_t d, int64_t tile, void* part) {
-      kernel.pack_rows(a.shape, offset(data(weights), d * depth * columns * stored), depth, columns, tile, part);
-    });
-    return to;
-  };
-  if (through_weights) packed = pack(weight, output_tiles, GH, P);
-  if (projection) packed_projection = pack(projection, unit_tiles, P, H);
   a.dy = data(dy), a.dh_n = data(dh_n), a.dc_n = data(dc_n), a.dc = data(dc);
   a.vectors = data(vectors), a.h0 = data(h0), a.c0 = data(c0);
   a.y = data(y), a.c = data(c), a.gates = data(gates);
-  a.weights = packed.get(), a.projection = packed_projection.get();
   a.dgates = mutable_data(dgates), a.drecurrent = mutable_data(drecurrent), a.doutput = mutable_data(doutput);
   a.dh0 = mutable_data(dh0), a.dc0 = mutable_data(dc0);
 
   const Plan plan =
       make_plan(torch::stable::get_num_threads(), D, a.batch, GH, P, std::min(unit_tiles, output_tiles), bytes);
   const Batch batch(steps, a.batch, integers(lengths), integers(batch_sizes), plan.batch_parts);
-  run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.backward_workspace, a.shape,
-            [&](const Work& work) { kernel.backward(a, work); });
+  const auto run = [&](const Kernels& kernel) {
+    Buffer packed, packed_projection;
+    const auto pack = [&](const std::optional<Tensor>& weights, int64_t tiles, int64_t depth, int64_t columns) {
+      const int64_t bytes = kernel.column_tile_bytes(a.shape, depth);
+      Buffer to(D * tiles * bytes);
+      packed_tiles(D, tiles, bytes, tile_columns * depth, to.get(), [&](int64_t d, int64_t tile, void* part) {
+        kernel.pack_rows(a.shape, offset(data(weights), d * depth * columns * stored), depth, columns, tile, part);
+      });
+      return to;
+    };
+    if (through_weights) packed = pack(weight, output_tiles, GH, P);
+    if (projection) packed_projection = pack(projection, unit_tiles, P, H);
+    a.weights = packed.get(), a.projection = packed_projection.get();
+    std::atomic<bool> within = true;
+    run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.backward_workspace, a.shape, [&](const Work& work) {
+      if (!kernel.backward(a, work)) within = false;
+    });
+    return within.load();
+  };
+#if defined(__x86_64__)
+  if (through_weights && in_parts(a.shape, tiling.gates, a.batch, steps)) {
+    a.least = least_operand(largest(kernels_amx(), {data(weight)}, D * GH * P));
+    if (a.least <= kMostOfParts && run(kernels_amx())) return;
+  }
+#endif
+  run(kernels_of(a.shape));
 }
 
 }  // namespace fastseq::cpu

@@ -1,5 +1,5 @@
-// The recurrent kernels that multiply bfloat16 by AMX tiles, beside AVX-512 (F, BW, DQ, VL, BF16). CMakeLists.txt gives this file its
-// flags; the tile instructions are assembly and need none.
+// The recurrent kernels that multiply by AMX tiles, bfloat16 and float32 in parts of it, beside AVX-512 (F, BW, DQ, VL, BF16).
+// CMakeLists.txt gives this file its flags; the tile instructions are assembly and need none.
 #define FASTSEQ_LEVEL level_amx
 #define FASTSEQ_LEVEL_NAME "amx"
 #define FASTSEQ_VECTOR_BYTES 64

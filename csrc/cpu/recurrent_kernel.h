@@ -2,7 +2,7 @@
 //
 // Letters: T time, B batch, D lanes, H hidden, G gates, P output of a lane, K states beside h, V vectors of a cell, N rows of a
 // packed batch.
-// "rows x n" is [T, B, D, n] or packed [N, D, n]; S is the storage type (float, double, bfloat16), A the arithmetic type (float, double).
+// "rows x n" is [T, B, D, n] or packed [N, D, n]; S is the storage type (float, double, bfloat16, float16), A the arithmetic type (float, double).
 // Packed weights lie as the kernels want them, tile after tile; only the kernels know how.
 // Nothing is allocated here and no pointer is kept after the call. No two pointers alias.
 #pragma once
@@ -12,8 +12,8 @@
 
 namespace fastseq::cpu {
 
-enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru, kCoupledLstm, kPeepholeLstm, kSlstm };
-enum class Type { kFloat, kDouble, kBfloat16 };
+enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru, kCoupledLstm, kPeepholeLstm, kLayerNormLstm, kLayerNormGru, kSlstm };
+enum class Type { kFloat, kDouble, kBfloat16, kHalf };
 // Of weights kept for inference beside parameters of type float: rounded, or whole numbers with a scale for each of their rows.
 enum class Stored { kAsGiven, kBfloat16, kInt8 };
 
@@ -26,6 +26,7 @@ struct Tiling {
   int64_t own_recurrent;  // gates of drecurrent
   int64_t width;          // elements of a vector register
   int64_t unit_blocks;    // vectors of units in a tile of the gates (more than one gate: 1, since the gates fill the tile)
+  bool normalized;        // with layer norm: the backward pass gives doutput
 };
 
 constexpr int64_t kTileVectors = 4;  // of a tile over plain columns (backward, projection)
@@ -41,7 +42,7 @@ struct Rows {
   int64_t slots;
 };
 
-// A team meets here once or twice a step; a participant may stand for several (weight).
+// A team meets here once to four times a step; a participant may stand for several (weight).
 class Barrier {
  public:
   explicit Barrier(int64_t total = 1) : total_(total) {}
@@ -93,6 +94,7 @@ struct Forward {
   void* c_n;               // [D, B, K*H] A
   void* c;                 // rows x K*H, A, or null
   void* gates;             // rows x saved*H, S, or null
+  float least_x, least_h;  // as `least` below, of x and of h
 };
 
 // The input of a lane in a short call: gates[r * stride + j] = bias[j] + scales[j] x[r] . weights[j].
@@ -125,10 +127,15 @@ struct Backward {
   const void* projection;    // [D, column tiles over H], packed by pack_rows over depth P, or null
   void* dgates;              // rows x G*H, S
   void* drecurrent;          // rows x own_recurrent*H, S
-  void* doutput;             // rows x P, S, projection only
+  void* doutput;             // rows x P, S, with projection or layer norm only
   void* dh0;                 // [D, B, P] S
   void* dc0;                 // [D, B, K*H] A
+  // Of operands multiplied in parts (Kernels::forward): the largest of a step must not be smaller, unless all are zero.
+  float least;
 };
+
+// Nor larger than this.
+constexpr float kMostOfParts = 1e30f;
 
 // One participant of one team: a lane, a part of the batch, a range of tiles.
 struct Work {
@@ -162,15 +169,18 @@ struct Kernels {
   int64_t (*forward_workspace)(const Shape&, int64_t slots);
   int64_t (*backward_workspace)(const Shape&, int64_t slots);
   int64_t (*forward_scratch)(const Forward&, const Work&);
-  void (*forward)(const Forward&, const Work&);
-  void (*backward)(const Backward&, const Work&);
+  // False: a number of type float was met that is beyond what the kernels multiply in parts (AMX). Then the results are not to be used.
+  bool (*forward)(const Forward&, const Work&);
+  bool (*backward)(const Backward&, const Work&);
+  // bits of the largest absolute value of n floats; those of a NaN are larger than any other's
+  uint32_t (*largest)(const float* values, int64_t n);
 };
 
 const Kernels& kernels_default();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
-const Kernels& kernels_amx();  // bfloat16 only
+const Kernels& kernels_amx();  // bfloat16, and float in parts; without zoneout
 #endif
 
 }  // namespace fastseq::cpu

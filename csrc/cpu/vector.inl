@@ -5,6 +5,9 @@
 struct bfloat16 {
   uint16_t bits;
 };
+struct float16 {  // IEEE binary16
+  uint16_t bits;
+};
 
 template <class A>
 struct Lanes;
@@ -300,7 +303,7 @@ FASTSEQ_HOST_DEVICE void store_head(E* p, R v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 
-// Moves between memory (float, double or bfloat16) and vectors; n < kWidth at the end of a row.
+// Moves between memory (float, double or 16 bits) and vectors; n < kWidth at the end of a row.
 template <class S, class A>
 struct Memory {
   using V = typename Lanes<A>::V;
@@ -319,38 +322,26 @@ struct Memory {
   }
 
   static FASTSEQ_HOST_DEVICE V rounded(V v) { return v; }
-  static FASTSEQ_HOST_DEVICE A value(S s) { return s; }
 };
 
+// Between fp32 and a type of 16 bits, exactly, rounding to nearest even; a NaN stays a NaN.
+template <class S>
+struct Halves;
+
 template <>
-struct Memory<bfloat16, float> {
+struct Halves<bfloat16> {
   using V = Lanes<float>::V;
   using U = Lanes<float>::U;
-  static constexpr int kWidth = sizeof(V) / sizeof(float);
   typedef uint16_t H __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
 
-  static FASTSEQ_HOST_DEVICE V load(const bfloat16* p, int64_t n) {
-    if (n < kWidth) return widened(load_head<H>(&p->bits, n));
-    H half;
-    __builtin_memcpy(&half, p, sizeof(H));
-    return widened(half);
-  }
-
-  static FASTSEQ_HOST_DEVICE void store(bfloat16* p, V v, int64_t n) {
-    const H half = narrowed(v);
-    if (n < kWidth) return store_head(&p->bits, half, n);
-    __builtin_memcpy(p, &half, sizeof(H));
-  }
-
   static FASTSEQ_HOST_DEVICE V widened(H half) {
-#if FASTSEQ_VECTOR_BYTES == 64  // the compiler would widen one half after the other
-    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+#if FASTSEQ_VECTOR_BYTES == 64  // the compiler would widen one half after the other; without a mask it warns of its own header
+    return (V)((U)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half) << 16);
 #else
     return (V)(__builtin_convertvector(half, U) << 16);
 #endif
   }
 
-  // round to nearest even; a NaN stays a quiet NaN
   static FASTSEQ_HOST_DEVICE H narrowed(V v) {
 #if defined(__AVX512BF16__)
     return (H)_mm512_cvtneps_pbh((__m512)v);  // takes and gives zero for subnormal numbers
@@ -360,14 +351,70 @@ struct Memory<bfloat16, float> {
     return __builtin_convertvector(v == v ? nearest : U{} + 0x7fc0, H);
 #endif
   }
+};
 
-  static FASTSEQ_HOST_DEVICE V rounded(V v) { return widened(narrowed(v)); }
-  static FASTSEQ_HOST_DEVICE float value(bfloat16 s) {
-    const uint32_t bits = uint32_t(s.bits) << 16;
-    float f;
-    __builtin_memcpy(&f, &bits, sizeof f);
-    return f;
+template <>
+struct Halves<float16> {
+  using V = Lanes<float>::V;
+  using U = Lanes<float>::U;
+  typedef uint16_t H __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
+
+  static FASTSEQ_HOST_DEVICE V widened(H half) {
+#if defined(__AVX512F__)
+    return (V)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half);
+#elif defined(__AVX2__)
+    return (V)_mm256_cvtph_ps((__m128i)half);
+#else
+    const U bits = __builtin_convertvector(half, U), magnitude = bits & 0x7fff;
+    const U normal = (magnitude << 13) + (magnitude < kInfinity ? U{} + kRebias : U{} + 2 * kRebias);
+    // of a subnormal number, the units of 2^-24 are the last bits of 1/2 and more
+    const V subnormal = (V)(magnitude + kHalf) - 0.5f;
+    return (V)((magnitude < kNormal ? (U)subnormal : normal) | (bits & 0x8000) << 16);
+#endif
   }
+
+  static FASTSEQ_HOST_DEVICE H narrowed(V v) {
+#if defined(__AVX512F__)
+    return (H)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+    return (H)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const U bits = (U)v, magnitude = bits & 0x7fffffff;
+    const U normal = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) - kRebias) >> 13;  // carries into the exponent, to infinity at most
+    const U subnormal = (U)((V)magnitude + 0.5f) - kHalf;
+    const U finite = magnitude < kRebias + (kNormal << 13) ? subnormal : magnitude < kTooLarge ? normal : U{} + kInfinity;
+    return __builtin_convertvector((v == v ? finite : U{} + 0x7e00) | (bits >> 16 & 0x8000), H);
+#endif
+  }
+
+ private:
+  static constexpr uint32_t kInfinity = 0x7c00, kNormal = 0x400;  // as binary16: infinity, the smallest normal number
+  static constexpr uint32_t kRebias = 112u << 23;                 // between the exponents of fp32 and binary16
+  static constexpr uint32_t kHalf = 0x3f000000, kTooLarge = 0x47800000;  // as fp32: 1/2, 2^16
+};
+
+template <class S>
+  requires(sizeof(S) == 2)
+struct Memory<S, float> : Halves<S> {
+  using V = Lanes<float>::V;
+  using typename Halves<S>::H;
+  using Halves<S>::narrowed, Halves<S>::widened;
+  static constexpr int kWidth = sizeof(V) / sizeof(float);
+
+  static FASTSEQ_HOST_DEVICE V load(const S* p, int64_t n) {
+    if (n < kWidth) return widened(load_head<H>(&p->bits, n));
+    H half;
+    __builtin_memcpy(&half, p, sizeof(H));
+    return widened(half);
+  }
+
+  static FASTSEQ_HOST_DEVICE void store(S* p, V v, int64_t n) {
+    const H half = narrowed(v);
+    if (n < kWidth) return store_head(&p->bits, half, n);
+    __builtin_memcpy(p, &half, sizeof(H));
+  }
+
+  static FASTSEQ_HOST_DEVICE V rounded(V v) { return widened(Halves<S>::narrowed(v)); }
 };
 
 // Masks: one where true, else zero.

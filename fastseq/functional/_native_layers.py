@@ -58,7 +58,7 @@ def native_layers(
     step, of which the states alone are given back. ``packing`` serves instead of the weights among ``params``.
     None: the call is for another way, which also says what is wrong with it.
     """
-    given = [input, *params] if states is None else [input, *params, *states]
+    given: list[Any] = [input, *params] if states is None else [input, *params, *states]
     if lengths is not None:
         given.append(lengths)
     if batch_sizes is not None:
@@ -70,22 +70,20 @@ def native_layers(
         return None
     if not input.is_cpu or input.dim() < 2 or len(params) < 2 or library.reason():
         return None
-    weight: Any = params[1]
+    weights, weight, kept = given[1 : len(params) + 1], given[2], None
     if cell not in native.CELLS or input.dtype not in native.DTYPES or weight.dim() != 2:
         return None
-    if packing is None:
-        if backends.watched() or not _ours(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes):
-            return None
-        kept = None
-    else:
-        kept = packing.of(given[1 : len(params) + 1])
-    h0, c0 = states if states and len(states) == 2 else (states[0] if states else None, None)
+    if packing is not None:
+        kept = packing.of(weights)
+    elif backends.watched() or not _ours(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes):
+        return None
+    h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     op = torch.ops.fastseq_native.recurrent_layers.default
-    arguments = input, h0, c0, params, lengths, batch_sizes, cell, num_layers, has_biases, bidirectional, batch_first, *zoneout
+    arguments = input, h0, c0, weights, lengths, batch_sizes, cell, num_layers, has_biases, bidirectional, batch_first, *zoneout
     results = op(*arguments, kept)
     if packing is not None:
         if not results and kept is not None:  # made of other values: of weights that were written through .data
-            results = op(*arguments, packing.again(given[1 : len(params) + 1]))
+            results = op(*arguments, packing.again(weights))
         if results and backends.watched():
             query = _query(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes)
             for _ in range(num_layers):

@@ -165,9 +165,10 @@ class Sequence(Interop, nn.RNNBase):
         """
         if self.num_heads > 1 or (self.training and (self.dropout or self.weight_dropout or self.zoneout)):
             return None
-        states = None if hx is None else (hx,) if type(hx) is Tensor else hx if type(hx) is tuple and len(hx) == 2 else (None,)
-        zoneout, batch_sizes, data = (0.0, 0.0), None, input
-        batched = True
+        states: Any = (
+            None if hx is None else (hx,) if type(hx) is Tensor else hx if type(hx) is tuple and len(hx) == 2 else (None,)
+        )
+        zoneout, batch_sizes, data, batched = (0.0, 0.0), None, input, True
         if type(input) is PackedSequence:
             if lengths is not None:
                 return None

@@ -30,7 +30,7 @@ from support.modules import (
 )
 
 NAMES = ["RNN", "LSTM", "GRU"]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def grid(name, **axes):

@@ -19,7 +19,7 @@ from support.recurrent import RecurrentBattery
 
 LEVELS = ("default", "avx2", "avx512", "amx")
 BATTERY = RecurrentBattery()
-DTYPES = BATTERY.DTYPES
+DTYPES = (*BATTERY.DTYPES, torch.float16)
 
 # batch, hidden, input: ones; one less and one more than a vector of 4, 8 and 16 lanes, than the 16 rows and the 32 depths of a
 # tile, and than the rows that a product takes
@@ -93,6 +93,180 @@ def test_threads(level, threads, case):
         BATTERY.check(case, dtype, "cpu")
 
 
+# what AMX multiplies in three parts: rows of a tile and one more, less than two, more; depths of a tile and one more; every cell
+IN_PARTS = [
+    RecurrentCase(
+        cell, steps=17, batch=batch, hidden=hidden, input=width, bidirectional=i % 3 == 1, state=i % 2 == 0, layout=layout
+    )
+    for i, (cell, batch, hidden, width, layout) in enumerate(
+        (
+            ("lstm", 16, 64, 32, "padded"),
+            ("lstm", 33, 79, 33, "lengths"),
+            ("gru", 17, 65, 5, "padded"),
+            ("gru", 49, 64, 31, "packed"),
+            ("rnn_tanh", 31, 113, 64, "lengths"),
+            ("rnn_relu", 65, 130, 1, "padded"),
+            ("peephole_lstm", 18, 57, 3, "padded"),
+            ("slstm", 35, 65, 40, "lengths"),
+            ("coupled_lstm", 32, 95, 17, "padded"),
+            ("lstm", 40, 200, 200, "padded"),
+        )
+    )
+]
+
+
+@pytest.mark.parametrize("case", IN_PARTS, ids=str)
+def test_products_in_parts(threads, case):
+    BATTERY.check(case, torch.float32, "cpu")
+
+
+def _layer(library, name, dtype, params, x, h0, dy, **options):
+    """Outputs and gradients of a layer of ``library`` with these parameters, each in ``dtype``."""
+    layer = getattr(library, name)(x.shape[-1], dy.shape[-1], dtype=dtype, **options)
+    with torch.no_grad():
+        for own, given in zip(layer.parameters(), params, strict=True):
+            own.copy_(given)
+    x, h0 = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, h0))
+    y, state = layer(x, (h0, torch.zeros_like(h0)) if name == "LSTM" else h0)
+    y.backward(dy.to(dtype))
+    gradients = {f"d{key}": value.grad for key, value in layer.named_parameters()}
+    return {"y": y.detach(), "h_n": (state[0] if name == "LSTM" else state).detach(), "dx": x.grad, "dh0": h0.grad} | gradients
+
+
+def _three(name, params, x, h0, dy, **options):
+    """The same by torch in float64, by torch, by fastseq."""
+    single = [p.float() for p in params]
+    given = (x.float().double(), h0.float().double(), dy.float().double())
+    truth = _layer(nn, name, torch.float64, single, *given, **options)
+    return (
+        truth,
+        _layer(nn, name, torch.float32, single, *given, **options),
+        _layer(fastseq, name, torch.float32, single, *given, **options),
+    )
+
+
+def _random(name, hidden=64, batch=32, steps=32, scale=1.0, seed=0):
+    torch.manual_seed(seed)
+    params = [scale * p.detach() for p in getattr(nn, name)(hidden, hidden, dtype=torch.float64).parameters()]
+    return params, *(torch.randn(n, batch, hidden, dtype=torch.float64) for n in (steps, 1, steps))
+
+
+def _rms(result, truth):
+    return (result.double() - truth).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("hidden", (112, 256))
+@pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN"))
+def test_parts_are_as_exact_as_torch(name, hidden):
+    """Root mean square errors of what the recurrence computes, pooled over y, h_n and dh0, are at most torch's own."""
+    truth, torchs, ours = _three(name, *_random(name, hidden))
+    keys = ("y", "h_n", "dh0")
+    assert sum(_rms(ours[k], truth[k]) for k in keys) <= sum(_rms(torchs[k], truth[k]) for k in keys)
+
+
+def _decades(shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return 10 ** torch.empty(shape, dtype=torch.float64).uniform_(-8, 0, generator=generator)
+
+
+def _stressed(kind, name):
+    """(params, x, h0, dy) that are hard for parts, some of them beyond their range."""
+    params, x, h0, dy = _random(name, hidden=112, batch=19)
+    if kind == "large weights":
+        params = [8 * p for p in params]
+    elif kind == "decades":
+        x, h0, dy = x * _decades(x.shape), h0 * _decades(h0.shape), dy * _decades(dy.shape)
+    elif kind == "heavy tails":
+        x, dy = x / torch.rand_like(x), dy / torch.rand_like(dy)
+    elif kind == "tiny inputs":
+        params = [*params[:2], *(torch.zeros_like(p) for p in params[2:])]
+        x, h0 = x * 1e-36, h0 * 1e-36
+    elif kind == "subnormal inputs":
+        params = [*params[:2], *(torch.zeros_like(p) for p in params[2:])]
+        x, h0 = x * 1e-40, torch.zeros_like(h0)
+    elif kind == "tiny weights":
+        params = [1e-34 * p for p in params]
+    elif kind == "tiny products":
+        params = [1e-17 * params[0], 1e-17 * params[1], *(torch.zeros_like(p) for p in params[2:])]
+        x, h0 = x * 1e-17, h0 * 1e-17
+    elif kind == "fading state":
+        params, x = [params[0], 0.3 * params[1], *(torch.zeros_like(p) for p in params[2:])], torch.zeros(150, 19, 112).double()
+        dy = torch.zeros_like(x)
+        dy[0] = 1
+    elif kind == "vanishing gradients":
+        x, dy = torch.randn(150, 19, 112).double(), torch.zeros(150, 19, 112).double()
+        params, dy[-1] = [params[0], 0.3 * params[1], *params[2:]], 1
+    return params, x, h0, dy
+
+
+@pytest.mark.parametrize(
+    "kind",
+    (
+        "large weights",
+        "decades",
+        "heavy tails",
+        "tiny inputs",
+        "subnormal inputs",
+        "tiny weights",
+        "tiny products",
+        "fading state",
+        "vanishing gradients",
+    ),
+)
+@pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN"))
+def test_parts_or_none(name, kind):
+    """The relative error of each result, however small that is, is at most twice torch's own, beside four roundings."""
+    truth, torchs, ours = _three(name, *_stressed(kind, name))
+    for key, value in truth.items():
+        scale = value.abs().max().item()
+        own = (torchs[key] - value).abs().max().item()
+        bound = 2 * own + 4 * torch.finfo(torch.float32).eps * scale + 2**-145
+        assert (ours[key] - value).abs().max().item() <= bound, (key, scale)
+
+
+@pytest.mark.parametrize("value", (torch.inf, -torch.inf, torch.nan, 3e38, 1e31))
+@pytest.mark.parametrize("where", ("x", "h0", "weight"))
+@pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN"))
+def test_what_is_no_sum_of_parts(name, where, value, monkeypatch):
+    """Beyond the range of parts, multiply-adds take the call: bit for bit what they give where there are no tiles."""
+    params, x, h0, dy = _random(name, hidden=112, batch=17, steps=16)
+    {"x": x, "h0": h0, "weight": params[1]}[where].view(-1)[77] = value
+    results = []
+    for level in ("avx512", "amx"):
+        monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
+        layer = getattr(fastseq, name)(112, 112)
+        with torch.no_grad():
+            for own, given in zip(layer.parameters(), params, strict=True):
+                own.copy_(given)
+            states = (h0.float(), torch.zeros_like(h0).float()) if name == "LSTM" else h0.float()
+            results.append(layer(x.float(), states)[0])
+    assert torch.equal(results[0].view(torch.int32), results[1].view(torch.int32))
+
+
+def test_states_that_grow(monkeypatch):
+    """A relu's state that leaves the range of parts on its way: as multiply-adds have it."""
+    torch.manual_seed(0)
+    x, weight = torch.rand(40, 18, 112), torch.eye(112) * 9 + torch.rand(112, 112) / 9
+    params = [torch.rand(112, 112), weight, torch.rand(112), torch.rand(112)]
+    results = []
+    for level in ("avx512", "amx"):
+        monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
+        results.append(F.rnn(x, None, params, nonlinearity="relu")[0])
+    assert results[0][-1].isinf().any() or results[0][-1].max() > 1e30
+    assert torch.equal(*results)
+
+
+def test_parts_are_used(monkeypatch):
+    """Ordinary numbers are multiplied in parts at the level amx, and at no other."""
+    params, x, h0, _ = _random("GRU")
+    results = []
+    for level in ("avx512", "amx"):
+        monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
+        found = torch.ops.fastseq_native.cpu_level()
+        results.append(F.gru(x.float(), h0.float(), [p.float() for p in params])[0])
+    assert torch.equal(*results) == (found != "amx")
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_reruns_are_bit_equal(level, threads, dtype):
     for case in (CHUNKED[2], replace(CHUNKED[4], steps=5), ODD[12]):
@@ -143,17 +317,44 @@ def test_other_libraries_may_use_the_tiles(level):
         assert torch.equal(F.lstm(x, None, params)[0], expected)
 
 
-def test_bfloat16_states_are_rounded_once(level):
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_states_are_rounded_once(level, dtype):
     """y is h to the bit, and c stays in fp32: a call in two parts is the call in one."""
     torch.manual_seed(0)
-    params = [p.detach().bfloat16() for p in nn.LSTM(12, 40).parameters()]
-    x = torch.randn(10, 18, 12).bfloat16()
+    params = [p.detach().to(dtype) for p in nn.LSTM(12, 40).parameters()]
+    x = torch.randn(10, 18, 12).to(dtype)
     y, h, _ = F.lstm(x, None, params)
     assert torch.equal(y[-1], h[0])
-    gru = [p.detach().bfloat16() for p in nn.GRU(12, 40).parameters()]
+    gru = [p.detach().to(dtype) for p in nn.GRU(12, 40).parameters()]
     whole, _ = F.gru(x, None, gru)
     first, state = F.gru(x[:4], None, gru)
     assert torch.equal(whole, torch.cat((first, F.gru(x[4:], state, gru)[0])))
+
+
+def test_float16_is_converted_exactly(level):
+    """All its numbers, and what lies between two of them: subnormal numbers, ties to even, overflow to infinity, NaN."""
+    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.float16).view(-1, 1)
+    h0 = numbers[numbers.isfinite()].view(1, -1, 1).expand(-1, -1, 33).contiguous()
+    forward = torch.ops.fastseq.recurrent_forward
+
+    def run(cell, x, weight, vectors=None, h0=None):
+        steps = x.expand(3, *x.shape[1:]).contiguous()  # three steps: the product of a single one is made elsewhere
+        rest = (None, h0, None, None, None, None, None, cell, [0], 0.0, 0.0, False, False)
+        return forward(steps, None, None, weight, vectors, *rest)[0][0, :, 0]
+
+    # h = relu(x)
+    x = numbers.expand(1, -1, 33)
+    y = run("rnn_relu", x, numbers.new_zeros(1, 33, 33))
+    assert torch.equal(y.nan_to_num(-1.0), x[0].clamp(min=0).nan_to_num(-1.0))  # a NaN is one, and a zero that is negative equal
+    # h = h0, since z = 1
+    gates = numbers.new_zeros(1, 1, 99)
+    gates[..., 33:66] = torch.inf
+    assert torch.equal(run("gru", gates.expand(1, h0.shape[1], -1), numbers.new_zeros(1, 99, 33), None, h0), h0[0])
+    # h = relu(w h0): products of two such numbers are exact in fp32
+    for w in (1.5, 0.5, 1 + 2.0**-10, 3.0, 0.376, 2.0**-24, -1.25, 65504.0, -0.00071):
+        weight = torch.eye(33, dtype=torch.float16)[None] * torch.tensor(w).half()
+        y = run("rnn_relu", gates[..., :33].expand(1, h0.shape[1], -1) * 0 + 0, weight, None, h0)
+        assert torch.equal(y, (h0[0].float() * weight[0, 0, 0].float()).clamp(min=0).half())
 
 
 def test_amx_needs_permission():

@@ -10,8 +10,18 @@ from .. import library
 from ..dense import all_dense, dense
 from ..query import RecurrentQuery
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "coupled_lstm", "peephole_lstm", "slstm")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CELLS = (
+    "rnn_tanh",
+    "rnn_relu",
+    "lstm",
+    "gru",
+    "coupled_lstm",
+    "peephole_lstm",
+    "layer_norm_lstm",
+    "layer_norm_gru",
+    "slstm",
+)
 
 
 def why_not(query: RecurrentQuery) -> list[str]:

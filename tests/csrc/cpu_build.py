@@ -1,0 +1,108 @@
+"""Builds and runs tests/csrc/cpu_recurrent.cpp: the CPU kernels without torch, at odd sizes, against plain loops.
+
+`python tests/csrc/cpu_build.py` (`make sanitize`) does so for all kernels of every level of instructions that this machine has,
+under each sanitizer. What is built lies in build/host, so that nothing is made twice. $CXX chooses the compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import host_build as build  # noqa: E402
+
+LEVELS = ("default", "avx2", "avx512", "amx")
+CELLS = (
+    "RnnTanh", "RnnRelu", "Lstm", "Gru", "CoupledLstm", "PeepholeLstm", "LayerNormLstm", "LayerNormGru", "Slstm",
+)  # fmt: skip
+TYPES = ("float", "double", "bfloat16", "float16")
+# By itself the program ends with a segmentation fault where an array is left, on either side.
+SANITIZERS = build.SANITIZERS | {"plain": ("-fsanitize=alignment", "-fno-sanitize-recover=all")}
+
+
+def flags_of(level: str) -> list[str]:
+    """The flags that CMakeLists.txt gives a level's file, and the macros that the file defines."""
+    text = (build.ROOT / "CMakeLists.txt").read_text()
+
+    def expanded(name: str) -> str:
+        (value,) = re.findall(rf"set\({name} ([^)]*)\)", text)
+        return re.sub(r"\$\{(\w+)\}", lambda other: expanded(other[1]), value)
+
+    source = (build.ROOT / "csrc/cpu" / f"recurrent_{level}.cpp").read_text()
+    macros = [f"-D{name}={value}" for name, value in re.findall(r"^#define (\w+) ?(.*)$", source, re.MULTILINE)]
+    return macros + [flag for flag in expanded(f"flags_{level}").split() if not flag.startswith("-O")]
+
+
+def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.ROOT, compiler: str | None = None) -> Path:
+    """The program with some kernels: cases X(storage type, cell)."""
+    with_ = compiler or build.compiler()
+    command = [with_, "-std=c++20", "-g1", "-O1", "-Wall", "-Wextra", "-Werror", *flags, *flags_of(level)]
+    command += [f"-DCASES={' '.join(cases)}", f"-I{tree / 'csrc'}", "-pthread"]
+    sources = [tree / "tests/csrc/cpu_recurrent.cpp", tree / "csrc/cpu/barrier.cpp"]
+    inputs = (build.version(with_), *(build.run(*command, "-E", source) for source in sources))
+    return build.made(f"cpu-{level}", "", inputs, *command, *sources)
+
+
+def failure(path: Path, *arguments: str, under: tuple[str, ...] = ()) -> str:
+    """What a program says of what is wrong; empty: nothing is. ``arguments``: the most units and sequences."""
+    # the system denies AMX to threads with a small stack for signals
+    environment = os.environ | {"ASAN_OPTIONS": "use_sigaltstack=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    done = subprocess.run([*under, path, *arguments], capture_output=True, text=True, env=environment, check=False)
+    return f"{done.stdout}{done.stderr}exit status {done.returncode}" if done.returncode else ""
+
+
+def levels() -> tuple[str, ...]:
+    """What this machine has, from the lowest on."""
+    cpu = Path("/proc/cpuinfo")
+    flags = (
+        set(re.search(r"^flags\s*:(.*)$", cpu.read_text(), re.MULTILINE)[1].split()) if os.uname().machine == "x86_64" else set()
+    )
+    wanted = {
+        "default": set(),
+        "avx2": {"avx2", "fma", "f16c"},
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "amx": {"amx_tile", "amx_bf16", "avx512_bf16"},
+    }
+    return tuple(itertools.takewhile(lambda level: wanted[level] <= flags, LEVELS))
+
+
+def trials(some_levels: list[str], sanitizers: list[str]) -> Iterator[tuple[str, str, str]]:
+    """(level, sanitizer, case); what threads share depends on neither level nor type, so that one of each serves."""
+    for level, sanitizer, type_, cell in itertools.product(some_levels, sanitizers, TYPES, CELLS):
+        if level == "amx" and type_ != "bfloat16":
+            continue
+        if sanitizer == "thread" and (level, type_) != (some_levels[0], "float"):
+            continue
+        yield level, sanitizer, f"X({type_}, {cell})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--levels", nargs="+", choices=levels(), default=list(levels()))
+    parser.add_argument("--sanitizers", nargs="+", choices=SANITIZERS, default=list(SANITIZERS))
+    chosen = parser.parse_args()
+
+    def tried(trial: tuple[str, str, str]) -> str:
+        level, sanitizer, case = trial
+        return failure(program(level, (case,), *SANITIZERS[sanitizer]))
+
+    every = list(trials(chosen.levels, chosen.sanitizers))
+    failed = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for trial, wrong in zip(every, pool.map(tried, every), strict=True):
+            failed += bool(wrong)
+            print(*trial, wrong or "passed", flush=True)
+    print(f"{failed} of {len(every)} failed")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

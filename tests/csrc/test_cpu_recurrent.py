@@ -1,0 +1,123 @@
+"""The CPU kernels without torch (tests/csrc/cpu_recurrent.cpp): a short form of `make sanitize`, aarch64, and planted faults."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tools.triton_gate import loaded
+
+from .conftest import build
+
+cpu = loaded(Path(__file__).with_name("cpu_build.py"))
+# few enough to compile in some seconds
+SHORT = ("X(float, LayerNormLstm)", "X(float16, Gru)")
+AARCH64 = "aarch64-linux-gnu-g++"
+EMULATOR = next((name for name in ("qemu-aarch64-static", "qemu-aarch64") if shutil.which(name)), None)
+
+
+def program(level: str, cases: tuple[str, ...], *flags: str, **where) -> Path:
+    if level not in cpu.levels():
+        pytest.skip(f"this processor has no {level}")
+    try:
+        return cpu.program(level, cases, *flags, **where)
+    except build.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def test_odd_sizes():
+    level = "avx2" if "avx2" in cpu.levels() else "default"
+    assert not cpu.failure(program(level, SHORT, *cpu.SANITIZERS["plain"]), "33")
+
+
+@pytest.mark.slow
+def test_aarch64():
+    """The baseline's vectors on another architecture, emulated; without an emulator they are only compiled."""
+    if not shutil.which(AARCH64):
+        pytest.skip(f"needs {AARCH64} (Debian: g++-aarch64-linux-gnu)")
+    path = program("default", SHORT, "-static", compiler=AARCH64)
+    if EMULATOR is None:
+        pytest.skip("compiled; needs qemu-aarch64 to run (Debian: qemu-user-static)")
+    assert not cpu.failure(path, "33", under=(EMULATOR,))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Some words of a file, found there once, are replaced by others; a pattern is then in what the program says."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    seen: str
+    sanitizer: str = "plain"
+    level: str = "avx2"
+    case: str = "X(float, LayerNormLstm)"
+
+
+WRONG, LEFT, RACE = "wrong result", "exit status -11", "ThreadSanitizer: data race"
+ENGINE, NORMS, VECTORS = "recurrent_kernel.inl", "recurrent_normalized.inl", "vector.inl"
+MEET = "if (w.barrier) w.barrier->wait(w.weight);\n"
+EACH = "for (int64_t slot = 0; slot < active; ++slot)"
+SUMS = (
+    "kTileVectors * W];\n};\n\ntemplate <class Product, class S, template <class> class Cell, bool kZoned>\nclass BackwardKernel"
+)
+
+
+def unmet(name: str, before: str, after: str) -> Fault:
+    """A meeting of the team is left out, between two lines."""
+    return Fault(f"no meeting {name}", NORMS, before + MEET + after, before + after, RACE, "thread")
+
+
+FAULTS = [
+    Fault("variance of what is beyond the units", NORMS, "(units - u) * sizeof(A)", "sizeof(V)", WRONG),
+    Fault("mean over whole vectors", NORMS, "kParts * units, mean", "kParts * blocks_of(units, W) * W, mean", WRONG),
+    unmet("before R h is normalized", "  ", f"  {EACH} finish_gates"),
+    unmet("before c is normalized", "    ", f"    {EACH} finish_cell"),
+    unmet("with the gradient of N(c)", "through_output(slot);\n    ", ""),
+    unmet("with the gradient of N(R h)", "through_gates(slot);\n  ", ""),
+    Fault("subnormal numbers flushed", VECTORS, "kNormal ? (U)subnormal", "kNormal ? U{}", WRONG, level="default"),
+    Fault("ties away from zero", VECTORS, "0xfff + ((magnitude >> 13) & 1)", "0x1000", WRONG, level="default"),
+    Fault(
+        "read beyond the end",
+        VECTORS,
+        "if (n < kWidth) return widened",
+        "if (!n) return widened",
+        LEFT,
+        case="X(float16, Gru)",
+    ),
+    Fault("read before the beginning", ENGINE, "bias + g * H + u0 + b * W,", "bias + g * H + u0 + b * W - 1,", LEFT),
+    Fault(
+        "sums beyond their array",
+        ENGINE,
+        f"Product::kMostRows * {SUMS}",
+        SUMS,
+        "AddressSanitizer: stack-buffer-overflow",
+        "address",
+    ),
+    Fault(
+        "rows of states misaligned",
+        ENGINE,
+        "ldc(padded<A>(shape.hidden))",
+        "ldc(padded<A>(shape.hidden) + 1)",
+        "misaligned address",
+    ),
+    Fault("backwards one tile too far", ENGINE, "tiles[1] - 1 - i", "tiles[1] - i", f"{WRONG}|{LEFT}"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_faults_are_seen(fault, tmp_path):
+    for folder in ("csrc/cpu", "csrc/recurrent/cells", "csrc/common", "tests/csrc"):
+        shutil.copytree(build.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "emulator"))
+    file = tmp_path / "csrc/cpu" / fault.file
+    text = file.read_text()
+    assert text.count(fault.old) == 1
+    file.write_text(text.replace(fault.old, fault.new))
+    path = program(fault.level, (fault.case,), *cpu.SANITIZERS[fault.sanitizer], tree=tmp_path)
+    assert re.search(fault.seen, cpu.failure(path))
