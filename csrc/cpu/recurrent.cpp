@@ -56,10 +56,10 @@ float least_operand(float weight) {
 }
 
 // Whether a call in float32 is multiplied by AMX, in parts of bfloat16: exact, too, but for what is too large or too small, which the
-// kernels notice.
-bool in_parts(const Shape& shape, int64_t gates, int64_t batch, int64_t steps) {
-  return level() == Level::kAmx && shape.type == Type::kFloat && !shape.projected && !shape.zoned &&
-         multiplies_parts(batch, steps, gates * shape.hidden * shape.output);
+// kernels notice; but not of cells with layer norm, whose states are not watched.
+bool in_parts(const Shape& shape, const Tiling& tiling, int64_t batch, int64_t steps) {
+  return level() == Level::kAmx && shape.type == Type::kFloat && !shape.projected && !shape.zoned && !tiling.normalized &&
+         multiplies_parts(batch, steps, tiling.gates * shape.hidden * shape.output);
 }
 
 float largest(const Kernels& kernel, const std::vector<const void*>& weights, int64_t elements) {
@@ -371,8 +371,7 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
     a.stored = Stored::kAsGiven;
   }
   const bool kept = a.stored != Stored::kAsGiven, scaled = a.stored == Stored::kInt8;
-  const bool packed_before = layer.tiles_hh && !parts;
-  if (a.x && (kept || (!packed_before && reads_in_place(layer.rows, I, tiles)))) {
+  if (a.x && (kept || (!layer.tiles_ih && reads_in_place(layer.rows, I, tiles)))) {
     gates = Buffer(layer.rows * D * GH * stored);
     const int64_t width = tiling.width, vectors = tiles_of(GH, width);
     const int64_t grain = std::max<int64_t>(1, kWorkOfMember / (layer.rows * I * width));
@@ -389,14 +388,14 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
     a.x = nullptr;
     a.x_gates = gates.get();
   } else if (a.x) {
-    a.input_weights = packed_before ? layer.tiles_ih : nullptr;
+    a.input_weights = layer.tiles_ih;
     if (!a.input_weights) {
       packed_input = Buffer(packer.units_bytes(I));
       packer.units(layer.w_ih, I, packed_input.get());
       a.input_weights = packed_input.get();
     }
   }
-  a.weights = packed_before ? layer.tiles_hh : nullptr;
+  a.weights = layer.tiles_hh;
   if (kept || (!a.weights && !a.x && !parts && reads_in_place(layer.steps * a.batch, P, tiles))) {
     a.in_place = layer.w_hh.data();
     a.scales = scaled ? layer.scales_hh.data() : nullptr;
@@ -405,7 +404,7 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
     packer.units(layer.w_hh, P, packed.get());
     a.weights = packed.get();
   }
-  a.projection = parts ? nullptr : layer.tiles_hr;
+  a.projection = layer.tiles_hr;
   if (a.shape.projected && !a.projection) {
     packed_projection = Buffer(packer.columns_bytes());
     packer.columns(layer.w_hr, packed_projection.get());
@@ -427,8 +426,10 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
 void run(Layer& layer) {
   Forward& a = layer.a;
 #if defined(__x86_64__)
-  const int64_t gates = kernels_of(a.shape).tiling(a.shape).gates, columns = gates * a.shape.hidden;
-  if (layer.stored == Stored::kAsGiven && in_parts(a.shape, gates, a.batch, layer.steps)) {
+  const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
+  const int64_t columns = tiling.gates * a.shape.hidden;
+  const bool as_given = layer.stored == Stored::kAsGiven && !layer.tiles_hh && !layer.tiles_ih;
+  if (as_given && in_parts(a.shape, tiling, a.batch, layer.steps)) {
     const Kernels& kernel = kernels_amx();
     a.least_h = least_operand(largest(kernel, layer.w_hh, columns * a.shape.output));
     a.least_x = a.x ? least_operand(largest(kernel, layer.w_ih, columns * a.input)) : 0;
@@ -915,7 +916,7 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
     return within.load();
   };
 #if defined(__x86_64__)
-  if (through_weights && in_parts(a.shape, tiling.gates, a.batch, steps)) {
+  if (through_weights && in_parts(a.shape, tiling, a.batch, steps)) {
     a.least = least_operand(largest(kernels_amx(), {data(weight)}, D * GH * P));
     if (a.least <= kMostOfParts && run(kernels_amx())) return;
   }

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import fastseq
 from fastseq.benchmarks import cli
 from fastseq.benchmarks.measure.case import Case, Options
 from fastseq.benchmarks.measure.check import check_provider, problem_of
@@ -108,7 +107,7 @@ def test_without_onnx_runtime_rows_say_so(monkeypatch, absent, words):
     assert row.reason == f"{words} not installed: pip install {' '.join(absent)}"
 
 
-@pytest.mark.parametrize("name", [name for name in PACK_PROVIDERS if hasattr(fastseq, "pack")])
+@pytest.mark.parametrize("name", PACK_PROVIDERS)
 def test_packed_layers_and_cells_pass_the_gate(name):
     """With weights in bfloat16 too: the parameters are numbers that it has."""
     kind = PACK_PROVIDERS[name].function
