@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .backends import library
+from .backends.cpu import recurrent as native
 from .cells import CELLS
 from .functional._packing import FORMATS, Packing, packing_of, set_packing
 from .modules import recurrent, recurrent_cells
@@ -201,7 +202,7 @@ def _why_not(module: Any, weights: torch.dtype | None) -> str:
         dtype = str(parameter.dtype).removeprefix("torch.")
         if weights not in (None, parameter.dtype) and parameter.dtype != torch.float32:
             return f"{FORMATS[weights]} weights are made of float32 parameters, and {name} is {dtype}"
-        if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        if parameter.dtype not in native.DTYPES:
             return f"{name} is {dtype}, which the packed kernels do not take"
     return ""
 

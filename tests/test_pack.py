@@ -112,7 +112,7 @@ def test_values(kind, level, weights, monkeypatch):
         assert_as_exact(module(*given), unpacked(*given), truth(*as_double(given)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", MODULES)
 def test_own_dtype_as_exact_as_unpacked(kind, dtype):
     module = MODULES[kind](19, 70, 2, dtype=dtype).eval()
@@ -394,7 +394,7 @@ class TestReport:
     def test_unpack(self):
         model = Model().eval()
         fastseq.pack(model)
-        assert [row.name for row in fastseq.unpack(model).packed] == ["ours", "cell"]
+        assert [row.name for row in fastseq.unpack(model).packed] == ["ours", "cell", "half"]
         assert not fastseq.unpack(model) and packing_of(model.ours) is None
 
     def test_other_devices_and_kinds(self):

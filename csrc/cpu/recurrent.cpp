@@ -371,7 +371,8 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
     a.stored = Stored::kAsGiven;
   }
   const bool kept = a.stored != Stored::kAsGiven, scaled = a.stored == Stored::kInt8;
-  if (a.x && (kept || (!layer.tiles_ih && reads_in_place(layer.rows, I, tiles)))) {
+  const bool packed_before = layer.tiles_hh && !parts;
+  if (a.x && (kept || (!packed_before && reads_in_place(layer.rows, I, tiles)))) {
     gates = Buffer(layer.rows * D * GH * stored);
     const int64_t width = tiling.width, vectors = tiles_of(GH, width);
     const int64_t grain = std::max<int64_t>(1, kWorkOfMember / (layer.rows * I * width));
@@ -388,14 +389,14 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
     a.x = nullptr;
     a.x_gates = gates.get();
   } else if (a.x) {
-    a.input_weights = layer.tiles_ih;
+    a.input_weights = packed_before ? layer.tiles_ih : nullptr;
     if (!a.input_weights) {
       packed_input = Buffer(packer.units_bytes(I));
       packer.units(layer.w_ih, I, packed_input.get());
       a.input_weights = packed_input.get();
     }
   }
-  a.weights = layer.tiles_hh;
+  a.weights = packed_before ? layer.tiles_hh : nullptr;
   if (kept || (!a.weights && !a.x && !parts && reads_in_place(layer.steps * a.batch, P, tiles))) {
     a.in_place = layer.w_hh.data();
     a.scales = scaled ? layer.scales_hh.data() : nullptr;
@@ -404,7 +405,7 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
     packer.units(layer.w_hh, P, packed.get());
     a.weights = packed.get();
   }
-  a.projection = layer.tiles_hr;
+  a.projection = parts ? nullptr : layer.tiles_hr;
   if (a.shape.projected && !a.projection) {
     packed_projection = Buffer(packer.columns_bytes());
     packer.columns(layer.w_hr, packed_projection.get());
@@ -428,8 +429,7 @@ void run(Layer& layer) {
 #if defined(__x86_64__)
   const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
   const int64_t columns = tiling.gates * a.shape.hidden;
-  const bool as_given = layer.stored == Stored::kAsGiven && !layer.tiles_hh && !layer.tiles_ih;
-  if (as_given && in_parts(a.shape, tiling, a.batch, layer.steps)) {
+  if (layer.stored == Stored::kAsGiven && in_parts(a.shape, tiling, a.batch, layer.steps)) {
     const Kernels& kernel = kernels_amx();
     a.least_h = least_operand(largest(kernel, layer.w_hh, columns * a.shape.output));
     a.least_x = a.x ? least_operand(largest(kernel, layer.w_ih, columns * a.input)) : 0;

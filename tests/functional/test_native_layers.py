@@ -68,7 +68,7 @@ CLASSES: dict[str, Callable[..., Any]] = {
     "CoupledLSTM": fastseq.CoupledLSTM,
     "PeepholeLSTM": fastseq.PeepholeLSTM,
 }
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # T, B, I, H: one step, a step of many rows, a short and a longer sequence, odd sizes
 SHAPES = ((1, 1, 12, 20), (1, 9, 33, 70), (5, 2, 7, 17), (40, 6, 16, 24))
 
