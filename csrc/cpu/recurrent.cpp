@@ -56,10 +56,10 @@ float least_operand(float weight) {
 }
 
 // Whether a call in float32 is multiplied by AMX, in parts of bfloat16: exact, too, but for what is too large or too small, which the
-// kernels notice.
-bool in_parts(const Shape& shape, int64_t gates, int64_t batch, int64_t steps) {
-  return level() == Level::kAmx && shape.type == Type::kFloat && !shape.projected && !shape.zoned &&
-         multiplies_parts(batch, steps, gates * shape.hidden * shape.output);
+// kernels notice; but not of cells with layer norm, whose states are not watched.
+bool in_parts(const Shape& shape, const Tiling& tiling, int64_t batch, int64_t steps) {
+  return level() == Level::kAmx && shape.type == Type::kFloat && !shape.projected && !shape.zoned && !tiling.normalized &&
+         multiplies_parts(batch, steps, tiling.gates * shape.hidden * shape.output);
 }
 
 float largest(const Kernels& kernel, const std::vector<const void*>& weights, int64_t elements) {
@@ -419,9 +419,10 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
 void run(Layer& layer) {
   Forward& a = layer.a;
 #if defined(__x86_64__)
-  const int64_t gates = kernels_of(a.shape).tiling(a.shape).gates, columns = gates * a.shape.hidden;
+  const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
+  const int64_t columns = tiling.gates * a.shape.hidden;
   const bool as_given = layer.stored == Stored::kAsGiven && !layer.tiles_hh && !layer.tiles_ih;
-  if (as_given && in_parts(a.shape, gates, a.batch, layer.steps)) {
+  if (as_given && in_parts(a.shape, tiling, a.batch, layer.steps)) {
     const Kernels& kernel = kernels_amx();
     a.least_h = least_operand(largest(kernel, layer.w_hh, columns * a.shape.output));
     a.least_x = a.x ? least_operand(largest(kernel, layer.w_ih, columns * a.input)) : 0;
@@ -908,7 +909,7 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
     return within.load();
   };
 #if defined(__x86_64__)
-  if (through_weights && in_parts(a.shape, tiling.gates, a.batch, steps)) {
+  if (through_weights && in_parts(a.shape, tiling, a.batch, steps)) {
     a.least = least_operand(largest(kernels_amx(), {data(weight)}, D * GH * P));
     if (a.least <= kMostOfParts && run(kernels_amx())) return;
   }

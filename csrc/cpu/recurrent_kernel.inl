@@ -134,6 +134,11 @@ FASTSEQ_HOST_DEVICE void for_tiles(const int64_t tiles[2], int64_t step, F&& bod
   for (int64_t i = 0; i < count; ++i) body(step & 1 ? tiles[1] - 1 - i : tiles[0] + i);
 }
 
+// The tile after one of a walk; the last one's is itself, with which the next walk begins.
+inline int64_t tile_after(const int64_t tiles[2], int64_t step, int64_t tile) {
+  return step & 1 ? max(tile - 1, tiles[0]) : min(tile + 1, tiles[1] - 1);
+}
+
 // Rows [begin, begin + count) of a step, multiplied with one tile of weights: sums [count][vectors][W].
 template <class A>
 struct Item {
@@ -147,6 +152,7 @@ struct Weights {
   const void* packed;  // of one tile; null: the sums are there already
   int64_t depth;
   Start<typename Product::A> start;
+  const void* next = nullptr;  // the weights that the product after these takes, to be fetched ahead
   // a second product in the same sums: rows of the input, but for the last `own` vectors, which then stand behind the others
   const void* packed_input = nullptr;
   int64_t input_depth = 0;
@@ -198,14 +204,11 @@ FASTSEQ_HOST_DEVICE void multiply_step(const Product& product, const typename Pr
       A* own = sums + (Product::kInterleaves ? turn++ & 1 : 0) * kSums;
       Item<A> item{tile, begin, min(block, active - begin), 0, own};
       const Weights<Product> weights = prepare(item);
-      if constexpr (Product::kFusedBytes > 0)
-        if (weights.packed_input) {
-          product.multiply_both(matrix, begin, weights, item.count, item.vectors - weights.own, own, waiting);
-          waiting.set(item);
-          continue;
-        }
-      if (weights.packed)
-        product.multiply(matrix, begin, item.count, weights.packed, item.vectors, weights.depth, weights.start, own, waiting);
+      if (weights.packed_input)
+        product.multiply_both(matrix, begin, weights, item.count, item.vectors - weights.own, own, waiting);
+      else if (weights.packed)
+        product.multiply(matrix, begin, item.count, weights.packed, item.vectors, weights.depth, weights.start, own,
+                         begin + block < active ? weights.packed : weights.next, waiting);
       else
         waiting.rest();
       waiting.set(item);
@@ -365,21 +368,22 @@ class ForwardKernel {
 
   struct Chunk {  // of a participant
     bool fused;  // with the steps: only the rows of x are copied
-    int64_t steps, tile_size, bytes;
+    int64_t rows, tile_size, bytes;
     Matrix x;   // [rows, I]
     A* gates;   // [own unit tiles][rows][vectors][W]
     A* bias;    // [own unit tiles][vectors][W]
 
     Chunk(const Forward& a, const Work& w, void* scratch)
-        : fused(!kNormalized<C> && w.rows.slots >= Product::kFusedRows && Product::tile_bytes(NV, a.input) + Product::tile_bytes(NV, a.shape.output) <=
+        : fused(!kNormalized<C> && (Product::kFusesAll || (kOwn == 0 && !w.rows.active)) && w.rows.slots >= Product::kFusedRows &&
+                Product::tile_bytes(NV, a.input) + Product::tile_bytes(NV, a.shape.output) <=
                                                            Product::kFusedBytes / max(1, w.unit_tiles[1] - w.unit_tiles[0])) {
       const int64_t slots = max(w.rows.slots, 1), row = G * a.shape.hidden * sizeof(A);
-      steps = max(1, min(max(kChunkBytes / row, kLeastChunkRows), Product::kChunkRows) / slots);
-      steps = min(steps, w.rows.steps);
-      const int64_t rows = (blocks_of(steps * slots, 16) + 1) * 16, tiles = a.x ? w.unit_tiles[1] - w.unit_tiles[0] : 0;
-      tile_size = rows * NV * W;  // a product takes, and gives, whole blocks of rows
+      rows = max(slots, min(min(max(kChunkBytes / row, kLeastChunkRows), Product::kChunkRows), w.rows.steps * slots));
+      // a product takes, and gives, whole blocks of rows
+      const int64_t whole = (blocks_of(rows, 16) + 1) * 16, tiles = a.x ? w.unit_tiles[1] - w.unit_tiles[0] : 0;
+      tile_size = whole * NV * W;
       Carver carver(scratch);
-      x = Matrix(carver.take(a.x ? Matrix::bytes(rows, a.input) : 0), a.input);
+      x = Matrix(carver.take(a.x ? Matrix::bytes(whole, a.input) : 0), a.input);
       gates = static_cast<A*>(carver.take(fused ? 0 : tiles * tile_size * sizeof(A)));
       bias = static_cast<A*>(carver.take(tiles * NV * W * sizeof(A)));
       bytes = carver.used();
@@ -401,9 +405,9 @@ class ForwardKernel {
   bool run() {
     begin();
     if (w.barrier) w.barrier->wait(w.weight);
-    for (int64_t step = 0; step < w.rows.steps && (within || w.barrier);) {
-      const int64_t end = x ? min(step + chunk.steps, w.rows.steps) : w.rows.steps;
-      if (x) project_input(step, end);
+    for (int64_t step = 0, turn = 0; step < w.rows.steps && (within || w.barrier); ++turn) {
+      const int64_t end = x ? end_of_chunk(step) : w.rows.steps;
+      if (x) project_input(step, end, turn);
       const Product product(w.rows.slots);
       for (const int64_t start = step; step < end; ++step) {
         t = steps.time(step);
@@ -446,6 +450,10 @@ class ForwardKernel {
     return at<char>(packed, (d * blocks_of(H, UB * W) + tile) * Product::tile_bytes(NV, depth));
   }
 
+  const void* output_tile(int64_t tile) const {
+    return at<char>(a.projection, (d * blocks_of(P, kTileVectors * W) + tile) * Product::tile_bytes(kTileVectors, H));
+  }
+
   // own columns of the first state; both h buffers hold it until a slot's first step has passed
   void begin() {
     for (int64_t s = 0; s < w.rows.slots; ++s) {
@@ -477,8 +485,17 @@ class ForwardKernel {
     }
   }
 
+  // steps whose rows fit in a chunk, at least one
+  int64_t end_of_chunk(int64_t step) const {
+    int64_t rows = 0, end = step;
+    do {
+      rows += steps.active(steps.time(end++));
+    } while (end < min(step + Product::kChunkRows, w.rows.steps) && rows + steps.active(steps.time(end)) <= chunk.rows);
+    return end;
+  }
+
   // x of the steps [begin, end) -> chunk.gates
-  void project_input(int64_t begin, int64_t end) {
+  void project_input(int64_t begin, int64_t end, int64_t turn) {
     int64_t rows = 0;
     for (int64_t step = begin; step < end; ++step) {
       const int64_t at_time = steps.time(step), active = steps.active(at_time);
@@ -495,13 +512,13 @@ class ForwardKernel {
     if (chunk.fused) return;
     const Product product(rows);
     const int64_t block = product.block(rows);
-    for_tiles(w.unit_tiles, begin / chunk.steps, [&](int64_t tile) {
+    for_tiles(w.unit_tiles, turn, [&](int64_t tile) {
       const int64_t vectors = G * min(UB, blocks_of(H - tile * UB * W, W));
       const Start<A> start{chunk.bias + (tile - w.unit_tiles[0]) * NV * W, 0, vectors};
       A* to = chunk.gates + (tile - w.unit_tiles[0]) * chunk.tile_size;
       for (int64_t r = 0; r < rows; r += block)
         product.multiply(chunk.x, r, min(block, rows - r), unit_tile(a.input_weights, tile, I), vectors, I, start, to + r * vectors * W,
-                         NothingWaits());
+                         unit_tile(a.input_weights, r + block < rows ? tile : tile_after(w.unit_tiles, turn, tile), I), NothingWaits());
     });
   }
 
@@ -516,13 +533,16 @@ class ForwardKernel {
         const A* start = chunk.bias + (item.tile - w.unit_tiles[0]) * NV * W;
         const int64_t own = item.vectors / G * kOwn;
         item.vectors += own;
-        return {unit_tile(a.weights, item.tile, P), P, {start, 0, NV}, unit_tile(a.input_weights, item.tile, I), I, &chunk.x, chunk_row, own};
+        return {unit_tile(a.weights, item.tile, P), P, {start, 0, NV}, unit_tile(a.input_weights, tile_after(w.unit_tiles, step, item.tile), I),
+                unit_tile(a.input_weights, item.tile, I), I, &chunk.x, chunk_row, own};
       }
-      if (x) return {unit_tile(a.weights, item.tile, P), P, {projected_input(item, 0), item.vectors * W, item.vectors / G * (G - kOwn)}};
+      const void* next = unit_tile(a.weights, tile_after(w.unit_tiles, step, item.tile), P);
+      if (x)
+        return {unit_tile(a.weights, item.tile, P), P, {projected_input(item, 0), item.vectors * W, item.vectors / G * (G - kOwn)}, next};
       for (int64_t r = 0; r < item.count; ++r)
         for (int g = 0; g < G; ++g) prefetch(x_gates + steps.row(t, item.begin + r) * D * GH + g * H + u0);
       if (in_place) multiply_in_place(item);
-      return {unit_tile(a.weights, item.tile, P), P, {}};
+      return {unit_tile(a.weights, item.tile, P), P, {}, next};
     };
     const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
       if constexpr (kNormalized<C>)
@@ -536,8 +556,7 @@ class ForwardKernel {
       if (w.barrier) w.barrier->wait(w.weight);
       const auto columns = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<Product> {
         item.vectors = Columns<A>(item.tile, P).blocks;
-        const int64_t tile = d * blocks_of(P, kTileVectors * W) + item.tile;
-        return {at<char>(a.projection, tile * Product::tile_bytes(kTileVectors, H)), H, {}};
+        return {output_tile(item.tile), H, {}, output_tile(tile_after(w.output_tiles, step, item.tile))};
       };
       const auto project = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
         for (int64_t r = from; r < to; ++r) project_row(item, r);
@@ -676,10 +695,10 @@ class ForwardKernel {
 
   // recurrent_normalized.inl
   void keep_product(const Item<A>& item, int64_t from, int64_t to) const;
-  void finish_normalized(int64_t active) const;
-  void finish_gates(int64_t slot) const;
-  void finish_cell(int64_t slot) const;
-  void keep_output(int64_t slot, int64_t row, int64_t u, V h) const;
+  void finish_normalized(int64_t active);
+  void finish_gates(int64_t slot);
+  void finish_cell(int64_t slot);
+  void keep_output(int64_t slot, int64_t row, int64_t u, V h);
 
   // the outputs of a tile, of one sequence
   void project_row(const Item<A>& item, int64_t r) const {
@@ -824,6 +843,10 @@ class BackwardKernel {
     return at<char>(a.weights, (d * blocks_of(P, UB * W) + tile) * Product::tile_bytes(UB, GH));
   }
 
+  const void* projection_tile(int64_t tile) const {
+    return at<char>(a.projection, (d * blocks_of(H, UB * W) + tile) * Product::tile_bytes(UB, P));
+  }
+
   void no_sums(const Item<A>& item) {
     __builtin_memset(const_cast<A*>(item.sums), 0, item.count * item.vectors * W * sizeof(A));
   }
@@ -831,25 +854,25 @@ class BackwardKernel {
   void walk(const Product& product, int64_t step) {
     const int64_t active = steps.active(t);
     const bool through = a.weights && step > 0;
+    const int64_t* own = projected ? w.output_tiles : w.unit_tiles;
     if (w.barrier && through) old_dgates->prefetch(active);
     const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<Product> {
       item.vectors = Columns<A>(item.tile, P).blocks;
       if (!projected) fetch(item);
-      if (through) return {recurrent_tile(item.tile), GH, {}};
+      if (through) return {recurrent_tile(item.tile), GH, {}, recurrent_tile(tile_after(own, step, item.tile))};
       no_sums(item);
       return {};
     };
     const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
       finish_rows(item, from, to);
     };
-    multiply_step<Product, A>(product, *old_dgates, active, projected ? w.output_tiles : w.unit_tiles, step, sums, prepare, finish);
+    multiply_step<Product, A>(product, *old_dgates, active, own, step, sums, prepare, finish);
     if (projected) {
       if (w.barrier) w.barrier->wait(w.weight);
       const auto columns = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<Product> {
         item.vectors = Columns<A>(item.tile, H).blocks;
         fetch(item);
-        const int64_t tile = d * blocks_of(H, UB * W) + item.tile;
-        return {at<char>(a.projection, tile * Product::tile_bytes(UB, P)), P, {}};
+        return {projection_tile(item.tile), P, {}, projection_tile(tile_after(w.unit_tiles, step, item.tile))};
       };
       const auto through_projection = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
         for (int64_t r = from; r < to; ++r) {
@@ -956,10 +979,10 @@ class BackwardKernel {
   };
 
   // recurrent_normalized.inl
-  void finish_normalized(int64_t active) const;
+  void finish_normalized(int64_t active);
   void through_output(int64_t slot) const;
   void through_gates(int64_t slot) const;
-  void through_product_norm(int64_t slot) const;
+  void through_product_norm(int64_t slot);
 
   template <bool kWhole>
   FASTSEQ_HOST_DEVICE void finish_units_of(int64_t slot, int64_t row, int64_t u, V dh, V dh_kept) {
@@ -1022,9 +1045,10 @@ class BackwardKernel {
           if ((steps.length(s) ^ w.rows.steps) & 1) last.copy(s, buf.dgates[steps.length(s) & 1], GH);
       if (w.barrier) w.barrier->wait(w.weight);
     }
+    const int64_t* own = projected ? w.output_tiles : w.unit_tiles;
     const auto prepare = [&](Item<A>& item) __attribute__((always_inline)) -> Weights<Product> {
       item.vectors = Columns<A>(item.tile, P).blocks;
-      if (a.weights) return {recurrent_tile(item.tile), GH, {}};
+      if (a.weights) return {recurrent_tile(item.tile), GH, {}, recurrent_tile(tile_after(own, w.rows.steps, item.tile))};
       no_sums(item);
       return {};
     };
@@ -1038,8 +1062,7 @@ class BackwardKernel {
         }
       }
     };
-    multiply_step<Product, A>(product, last, w.rows.slots, projected ? w.output_tiles : w.unit_tiles, w.rows.steps, sums, prepare,
-                              first_state);
+    multiply_step<Product, A>(product, last, w.rows.slots, own, w.rows.steps, sums, prepare, first_state);
     for (int64_t s = 0; s < w.rows.slots; ++s)
       for (int k = 0; k < K; ++k)
         __builtin_memcpy(at<A>(a.dc0, ((d * B + w.rows.index[s]) * K + k) * H) + units.begin,

@@ -87,7 +87,7 @@ FASTSEQ_FORWARD::keep_product(const Item<A>& item, int64_t from, int64_t to) con
           *(const V*)(item.sums + (r * item.vectors + v) * W);
 }
 
-FASTSEQ_FORWARD::finish_normalized(int64_t active) const {
+FASTSEQ_FORWARD::finish_normalized(int64_t active) {
   if (w.barrier) w.barrier->wait(w.weight);
   for (int64_t slot = 0; slot < active; ++slot) finish_gates(slot);
   if constexpr (C::kNormalizesC) {
@@ -96,7 +96,7 @@ FASTSEQ_FORWARD::finish_normalized(int64_t active) const {
   }
 }
 
-FASTSEQ_FORWARD::finish_gates(int64_t slot) const {
+FASTSEQ_FORWARD::finish_gates(int64_t slot) {
   const int64_t row = steps.row(t, slot);
   const A* product = buf.r + slot * G * buf.ldc;
   const auto load = [&](int g, int64_t u) { return Memory<A, A>::load(product + g * buf.ldc + u, H - u); };
@@ -129,7 +129,7 @@ FASTSEQ_FORWARD::finish_gates(int64_t slot) const {
   }
 }
 
-FASTSEQ_FORWARD::finish_cell(int64_t slot) const {
+FASTSEQ_FORWARD::finish_cell(int64_t slot) {
   const int64_t row = steps.row(t, slot);
   const A* fresh = buf.fresh + slot * buf.ldc;
   const auto load = [&](int, int64_t u) { return Memory<A, A>::load(fresh + u, H - u); };
@@ -147,11 +147,12 @@ FASTSEQ_FORWARD::finish_cell(int64_t slot) const {
 }
 
 // a step's output: what a projection sees, or h
-FASTSEQ_FORWARD::keep_output(int64_t slot, int64_t row, int64_t u, V h) const {
+FASTSEQ_FORWARD::keep_output(int64_t slot, int64_t row, int64_t u, V h) {
   const int64_t n = H - u;
   if (projected) return buf.m.template store<A>(slot, u, h, n);
   if constexpr (kZoned) h = keep_h.held(keep_h.load(row * D * P + u, n), old_h->load(slot, u), Memory<S, A>::rounded(h));
   new_h->template store<S>(slot, u, h, n);
+  if constexpr (Product::kWatched) watch.see(h, n);
   Memory<S, A>::store(y + row * D * P + u, h, n);
 }
 
@@ -160,7 +161,7 @@ FASTSEQ_FORWARD::keep_output(int64_t slot, int64_t row, int64_t u, V h) const {
   template <class Product, class S, template <class> class Cell, bool kZoned> \
   void BackwardKernel<Product, S, Cell, kZoned>
 
-FASTSEQ_BACKWARD::finish_normalized(int64_t active) const {
+FASTSEQ_BACKWARD::finish_normalized(int64_t active) {
   if constexpr (C::kNormalizesC) {
     for (int64_t slot = 0; slot < active; ++slot) through_output(slot);
     if (w.barrier) w.barrier->wait(w.weight);
@@ -237,7 +238,7 @@ FASTSEQ_BACKWARD::through_gates(int64_t slot) const {
 }
 
 // to the gradient of R h
-FASTSEQ_BACKWARD::through_product_norm(int64_t slot) const {
+FASTSEQ_BACKWARD::through_product_norm(int64_t slot) {
   const int64_t row = steps.row(t, slot);
   const S* saved_of = gates + (row * D * kSaved + G) * H;
   const auto product = [&](int g, int64_t u) { return Memory<S, A>::load(saved_of + g * H + u, H - u); };
@@ -250,6 +251,7 @@ FASTSEQ_BACKWARD::through_product_norm(int64_t slot) const {
       const V dr = of_product.scale * (gradient(g, u) - taken.mean - normal * taken.along);
       Memory<S, A>::store(drecurrent + row * D * GH + g * H + u, dr, H - u);
       new_dgates->template store<S>(slot, g * H + u, dr, H - u);
+      if constexpr (Product::kWatched) watch.see(dr, H - u);
     }
 }
 

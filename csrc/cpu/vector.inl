@@ -414,7 +414,7 @@ struct Memory<S, float> : Halves<S> {
     __builtin_memcpy(p, &half, sizeof(H));
   }
 
-  static FASTSEQ_HOST_DEVICE V rounded(V v) { return widened(Halves<S>::narrowed(v)); }
+  static FASTSEQ_HOST_DEVICE V rounded(V v) { return widened(narrowed(v)); }
 };
 
 // Masks: one where true, else zero.

@@ -80,7 +80,7 @@ FAULTS = [
     unmet("before c is normalized", "    ", f"    {EACH} finish_cell"),
     unmet("with the gradient of N(c)", "through_output(slot);\n    ", ""),
     unmet("with the gradient of N(R h)", "through_gates(slot);\n  ", ""),
-    Fault("subnormal numbers flushed", VECTORS, "kNormal ? (U)subnormal", "kNormal ? U{}", WRONG, level="default"),
+    Fault("subnormal numbers flushed", VECTORS, "kNormal ? (U)subnormal", "kNormal ? (U)(0 * subnormal)", WRONG, level="default"),
     Fault("ties away from zero", VECTORS, "0xfff + ((magnitude >> 13) & 1)", "0x1000", WRONG, level="default"),
     Fault(
         "read beyond the end",

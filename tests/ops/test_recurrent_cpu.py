@@ -40,6 +40,12 @@ CHUNKED = [
     RecurrentCase("lstm", steps=15, batch=21, hidden=17, input=40, layout="packed", bidirectional=True),
     RecurrentCase("rnn_tanh", steps=9, batch=40, hidden=70, input=33, layout="lengths", bidirectional=True),
     RecurrentCase("lstm", steps=14, batch=9, hidden=600, input=20),
+    # one row and three, of more depths than a run of sums; more rows than one product takes, with so much to save that it is stored
+    # past the caches, in whole lines and not
+    RecurrentCase("lstm", steps=60, batch=1, hidden=150, input=140),
+    RecurrentCase("gru", steps=40, batch=3, hidden=140, input=130),
+    RecurrentCase("lstm", steps=12, batch=50, hidden=256, input=16),
+    RecurrentCase("gru", steps=15, batch=50, hidden=250, input=16, layout="packed"),
 ]
 VARIANTS = [
     RecurrentCase("lstm", batch=18, hidden=33, projection=17, bidirectional=True),
@@ -47,6 +53,11 @@ VARIANTS = [
     RecurrentCase("gru", batch=35, hidden=17, zoneout=(0.4, 0.0), bidirectional=True),
     RecurrentCase("rnn_relu", batch=19, hidden=70, zoneout=(0.4, 0.0), training=True, layout="packed"),
     RecurrentCase("gru", batch=5, hidden=24, heads=3, bidirectional=True),
+    RecurrentCase("layer_norm_lstm", batch=18, hidden=33, projection=17, bidirectional=True),
+    RecurrentCase(
+        "layer_norm_lstm", batch=35, hidden=70, zoneout=(0.3, 0.5), training=True, layout="lengths", bidirectional=True
+    ),
+    RecurrentCase("layer_norm_gru", steps=9, batch=20, hidden=200, layout="packed", bidirectional=True),
 ]
 
 
@@ -87,7 +98,7 @@ def test_chunks_and_variants(level, case, dtype):
     BATTERY.check(case, dtype, "cpu")
 
 
-@pytest.mark.parametrize("case", (ODD[11], ODD[14], CHUNKED[1], CHUNKED[4], VARIANTS[1]), ids=str)
+@pytest.mark.parametrize("case", (ODD[11], ODD[14], CHUNKED[1], CHUNKED[4], VARIANTS[1], *VARIANTS[-2:]), ids=str)
 def test_threads(level, threads, case):
     for dtype in DTYPES[1:]:
         BATTERY.check(case, dtype, "cpu")
@@ -110,6 +121,8 @@ IN_PARTS = [
             ("slstm", 35, 65, 40, "lengths"),
             ("coupled_lstm", 32, 95, 17, "padded"),
             ("lstm", 40, 200, 200, "padded"),
+            ("layer_norm_lstm", 17, 65, 20, "padded"),
+            ("layer_norm_gru", 33, 79, 33, "lengths"),
         )
     )
 ]
@@ -265,6 +278,39 @@ def test_parts_are_used(monkeypatch):
         found = torch.ops.fastseq_native.cpu_level()
         results.append(F.gru(x.float(), h0.float(), [p.float() for p in params])[0])
     assert torch.equal(*results) == (found != "amx")
+
+
+@pytest.mark.parametrize("name", ("LayerNormLSTM", "LayerNormGRU"))
+def test_small_gradients_through_norms(name, monkeypatch):
+    """Too small for parts, they are multiplied as they are where there are no tiles; others are not."""
+    torch.manual_seed(0)
+    layer, x, dy = getattr(fastseq, name)(80, 80), torch.randn(32, 32, 80), torch.randn(32, 32, 80)
+    y = layer(x)[0]
+    for scale in (1e-33, 1.0):
+        results = []
+        for level in ("avx512", "amx"):
+            monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
+            found = torch.ops.fastseq_native.cpu_level()
+            results.append(torch.autograd.grad(y, layer.weight_hh_l0, dy * scale, retain_graph=True)[0])
+        assert torch.equal(*results) == (found != "amx" or scale < 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_what_a_long_call_saves(level, dtype):
+    """What is saved past the caches, since it is larger than they are, is what a call half as long saves."""
+    torch.manual_seed(0)
+    steps, batch, hidden = 32, 56, 256  # 9 MB in float32
+    x = torch.randn(steps, batch, 20).to(dtype)
+    w_ih, b_ih, weight = (torch.randn(4 * hidden, n).to(dtype) / 16 for n in (20, 1, hidden))
+
+    def saved(x):
+        walk = (None, None, None, None, "lstm", [0], 0.0, 0.0)
+        arguments = (x, w_ih, b_ih.flatten(), weight[None], None, None, None, None)
+        y, _, _, c, gates = torch.ops.fastseq.recurrent_forward(*arguments, *walk, True, True)
+        return y, c, gates
+
+    for long, short in zip(saved(x), saved(x[: steps // 2]), strict=True):
+        assert torch.equal(long[: steps // 2], short) and not long.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
