@@ -335,9 +335,16 @@ class Packer {
 
 // Kept weights [n, depth] in fp32 again, for calls of so many rows that tiles pay.
 void restore(Stored stored, const void* weights, const float* scales, int64_t n, int64_t depth, float* to) {
-  for (int64_t i = 0; i < n * depth; ++i)
-    to[i] = stored == Stored::kInt8 ? static_cast<const int8_t*>(weights)[i] * scales[i / depth]
-                                    : static_cast<float>(static_cast<const BFloat16*>(weights)[i]);
+  for (int64_t r = 0; r < n; ++r, to += depth) {
+    if (stored == Stored::kInt8) {
+      const auto* row = static_cast<const int8_t*>(weights) + r * depth;
+      const float scale = scales[r];
+      for (int64_t k = 0; k < depth; ++k) to[k] = row[k] * scale;
+    } else {
+      const auto* row = static_cast<const BFloat16*>(weights) + r * depth;
+      for (int64_t k = 0; k < depth; ++k) to[k] = static_cast<float>(row[k]);
+    }
+  }
 }
 
 // By the kernels for the type, or those that multiply float32 in parts: false if these met a number that is beyond them; then the results
@@ -352,7 +359,7 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
   Buffer packed, packed_input, packed_projection, gates, restored;
 
   a.stored = layer.stored;
-  if (a.stored != Stored::kAsGiven && !reads_in_place(layer.rows, std::max(I, P), false)) {
+  if (a.stored != Stored::kAsGiven && !reads_kept_in_place(layer.rows, a.batch, P, D * GH)) {
     restored = Buffer(D * GH * (I + P) * sizeof(float));
     auto* to = static_cast<float*>(restored.get());
     for (int64_t d = 0; d < D; ++d) {

@@ -23,6 +23,13 @@ constexpr int64_t kWorkOfPacking = 64 << 10;  // weights worth a thread to pack
 // multiply a row as fast as 16, take packed weights alone.
 inline bool reads_in_place(int64_t rows, int64_t depth, bool tiles) { return rows * (tiles ? 128 : 6) <= depth; }
 
+// Whether weights kept in another type are read as they lie: they are what fits the caches. With many sequences, tiles made of them again
+// are the faster ones; and the projected input of a long call, all of it at once, would take too much memory.
+constexpr int64_t kProjectedElements = 16 << 20;
+inline bool reads_kept_in_place(int64_t rows, int64_t batch, int64_t depth, int64_t columns) {
+  return batch * 16 <= depth && rows * columns <= kProjectedElements;
+}
+
 // Whether float32 is multiplied by AMX in three parts, where there is AMX: with fewer sequences the weights' parts, half again as large as
 // they are, are fetched for too few rows; less work than that of some steps does not pay for packing, nor fewer weights for the parts of
 // the state (B = 32: LSTM of 25 units 0.9 of the speed of multiply-adds, of 64 and more 1.1 to 1.3; B = 8: 0.75 to 1.06).
