@@ -3,7 +3,7 @@
 Of one kind of call, `torch` and `ours` are the least times at several lengths. Torch's kernel gets the stretch of lengths over
 which it wins most in all, each length counting by the logarithm of the ratio less a MARGIN: one disturbed point neither opens a
 stretch nor cuts one in two. Between a length inside and one outside it ends where the ratio, a straight line in logarithms,
-passes 1.
+passes 1; beyond the longest length, where the times meet as straight lines.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOWHERE: Interval = (1, 0)
 
 
 def interval(steps: Sequence[int], torch: Sequence[float], ours: Sequence[float]) -> Interval:
-    """The first and the last length of torch's. What holds at the longest measured length holds beyond it."""
+    """The first and the last length of torch's."""
     logs = [math.log(b / a) for a, b in zip(torch, ours, strict=True)]  # above 0: torch's is the faster one
     best, found = 0.0, None
     for i in range(len(logs)):
@@ -34,8 +34,20 @@ def interval(steps: Sequence[int], torch: Sequence[float], ours: Sequence[float]
         return NOWHERE
     i, j = found
     first = int(_crossing(steps, logs, i, i - 1)) + 1 if i else 1
-    last = int(_crossing(steps, logs, j, j + 1)) if j + 1 < len(logs) else None
-    return first, last
+    return first, int(_crossing(steps, logs, j, j + 1)) if j + 1 < len(logs) else _beyond(steps, torch, ours)
+
+
+def _beyond(steps: Sequence[int], torch: Sequence[float], ours: Sequence[float]) -> int | None:
+    """Where ours catches up beyond the longest length, if every further step takes what those before it took; None: nowhere.
+
+    A single length tells nothing of others.
+    """
+    if len(steps) < 2:
+        return steps[-1]
+    theirs, own = ((times[-1] - times[-2]) / (steps[-1] - steps[-2]) for times in (torch, ours))
+    if theirs <= (1 + MARGIN) * own:
+        return None
+    return int(steps[-1] + max(ours[-1] - torch[-1], 0.0) / (theirs - own))
 
 
 def _crossing(steps: Sequence[int], logs: Sequence[float], inside: int, outside: int) -> float:

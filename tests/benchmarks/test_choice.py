@@ -45,6 +45,21 @@ def test_the_stretch_that_torch_takes(ratios, expected):
     assert steps.interval(STEPS, [10 * r for r in ratios], [10.0] * 4) == expected
 
 
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [
+        ([10.0, 21.0], (1, 4)),  # 4.75: a step takes torch 5, ours 3.7
+        ([10.0, 24.0], (1, 16)),
+        ([10.0, 25.1], (1, None)),
+        ([10.0, 19.0], (1, 3)),  # ours is ahead at the longest
+    ],
+)
+def test_beyond_the_longest_length_lines_meet(ours, expected):
+    """A large layer is measured at few lengths: that torch starts faster is not that it stays so."""
+    assert steps.interval((1, 4), [5.0, 20.0], ours) == expected
+    assert steps.interval((1,), [5.0], ours[:1]) == (1, 1)
+
+
 def row(level="avx2", B=1, H=64, ratio=2.0, mode="inference", **more):
     kind = {"level": level, "cell": "lstm", "dtype": "float32", "lanes": 1, "H": H, "layout": "padded", "mode": mode, "B": B}
     return kind | {"steps": [1, 4], "torch": [10 * ratio, 10 * ratio], "ours": [10.0, 10.0]} | more

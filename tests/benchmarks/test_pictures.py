@@ -84,3 +84,10 @@ def test_every_line_has_contrast_on_either_background():
         for paper in (style.LIGHT.paper, style.DARK.paper):
             dark, light = sorted((luminance(color), luminance(paper)))
             assert (light + 0.05) / (dark + 0.05) >= 3, (name, color, paper)
+
+
+@pytest.mark.parametrize("distance", [1.0, 10.0, 37.3])
+def test_one_distance_is_drawn(distance):
+    """Of a single point there is no range, and of a power of ten matplotlib finds no limits around it."""
+    figure = roofline_plot._figure("inference", {name: [("arithmetic", distance)] for name in ("fastseq.LSTM", "torch.nn.LSTM")})
+    assert style.svg(figure).startswith("<svg")

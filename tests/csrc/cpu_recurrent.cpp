@@ -143,7 +143,7 @@ void plain_step(fastseq::cpu::Cell cell, int64_t H, const double* x, double* r, 
   for (int64_t u = 0; u < H; ++u) {
     const auto gate = [&](int g) { return x[g * H + u] + r[g * H + u]; };
     const auto scaled = [&](int g) { return x[g * H + u] + v[g * H + u] * r[g * H + u]; };
-    const double old = c ? c[u] : 0;
+    const double old = c[u];
     switch (cell) {
       case Cell::kRnnTanh: m[u] = std::tanh(gate(0)); break;
       case Cell::kRnnRelu: m[u] = std::max(0.0, gate(0)); break;
@@ -300,7 +300,7 @@ class Trial {
     n.y.assign(rows * D * P_, 0), n.c.assign(rows * D * K * H, 0), n.h_n.assign(D * o_.B * P_, 0), n.c_n.assign(D * o_.B * K * H, 0);
     for (int64_t d = 0; d < D; ++d)
       for (int64_t b = 0; b < o_.B; ++b) {
-        Doubles h(&n.h0[(d * o_.B + b) * P_], &n.h0[(d * o_.B + b) * P_] + P_), c(K * H), m(H), x(G * H), r(G * H);
+        Doubles h(&n.h0[(d * o_.B + b) * P_], &n.h0[(d * o_.B + b) * P_] + P_), c(std::max<int64_t>(K, 1) * H), m(H), x(G * H), r(G * H);
         for (int64_t i = 0; i < K * H; ++i) c[i] = n.c0[(d * o_.B + b) * K * H + i];
         for (int64_t step = 0; step < batch_.length[b]; ++step) {
           const int64_t t = d ? batch_.length[b] - 1 - step : step, row = batch_.start[t] + b;
@@ -311,7 +311,7 @@ class Trial {
             for (int64_t i = 0; i < P_; ++i) r[j] += h[i] * n.weight[(d * G * H + j) * P_ + i];
           }
           const Doubles before = c;
-          plain_step(shape_.cell, H, x.data(), r.data(), V ? &n.vectors[d * V * H] : nullptr, h.data(), K ? c.data() : nullptr, m.data());
+          plain_step(shape_.cell, H, x.data(), r.data(), V ? &n.vectors[d * V * H] : nullptr, h.data(), c.data(), m.data());
           if (o_.P) {
             Doubles projected(P_);
             for (int64_t j = 0; j < P_; ++j)

@@ -56,8 +56,9 @@ def draw(canvas: Any, theme: Any, by_provider: dict[str, list[tuple[str, float]]
     axes = canvas.subplots()
     plain(axes, theme, "")
     axes.set_xscale("log")
+    values = [1.0, *(d for points in by_provider.values() for _, d in points)]
+    axes.set_xlim(min(values) / 1.2, max(values) * 1.2)  # of a single distance matplotlib makes limits without a width
     spread = np.random.default_rng(0)
-    values = [1.0]
     for y, points in enumerate(reversed(by_provider.values())):
         axes.axhline(y + 0.5, color=theme.faint, linewidth=0.7)
         for bound in bounds:
@@ -65,7 +66,6 @@ def draw(canvas: Any, theme: Any, by_provider: dict[str, list[tuple[str, float]]
             color, marker = BOUNDS.get(bound, OTHER)
             jitter = y + spread.uniform(-0.2, 0.2, len(own))
             axes.scatter(own, jitter, s=14, color=color, marker=marker, alpha=0.6, linewidth=0, zorder=3)
-        values += [d for _, d in points]
         mean = geometric_mean([d for _, d in points])
         axes.plot([mean, mean], [y - 0.32, y + 0.32], color=theme.ink, linewidth=2.2, zorder=4)
     for bound in bounds if len(bounds) > 1 else ():
