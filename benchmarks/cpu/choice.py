@@ -63,8 +63,8 @@ class Grid(NamedTuple):
     seconds: float  # for both programs at one length
 
 
-FULL = Grid((1, 8, 32), (64, 256, 512), (1, 4, 16, 64), ("float32", "bfloat16"), (1, 2), 0.01)
-QUICK = Grid((1, 32), (64, 256), (1, 4, 16, 64), ("float32", "bfloat16"), (1, 2), 0.005)
+FULL = Grid((1, 8, 32), (64, 256, 512), (1, 4, 16, 64), ("float32", "bfloat16", "float16"), (1, 2), 0.01)
+QUICK = Grid((1, 32), (64, 256), (1, 4, 16, 64), ("float32", "bfloat16", "float16"), (1, 2), 0.005)
 
 
 class Point(NamedTuple):

@@ -56,9 +56,9 @@ float least_operand(float weight) {
 }
 
 // Whether a call in float32 is multiplied by AMX, in parts of bfloat16: exact, too, but for what is too large or too small, which the
-// kernels notice; but not of cells with layer norm, whose states are not watched.
+// kernels notice.
 bool in_parts(const Shape& shape, const Tiling& tiling, int64_t batch, int64_t steps) {
-  return level() == Level::kAmx && shape.type == Type::kFloat && !shape.projected && !shape.zoned && !tiling.normalized &&
+  return level() == Level::kAmx && shape.type == Type::kFloat && !shape.projected && !shape.zoned &&
          multiplies_parts(batch, steps, tiling.gates * shape.hidden * shape.output);
 }
 

@@ -126,7 +126,9 @@ class Sequence(Interop, nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, return_cells: bool = False
     ) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
         """(output, states, c of every step or None) in the layout of `input`."""
-        if not return_cells and plain_call():
+        weight = self._parameters.get(self._flat_weights_names[0])
+        trains = weight is not None and weight.requires_grad and torch.is_grad_enabled()
+        if not trains and not return_cells and plain_call():
             done = self._native(input, hx, lengths)
             if done is not None:
                 return *done, None

@@ -194,9 +194,12 @@ _NAMES = {True: ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), False: ("weigh
 
 def _native(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | None) -> Sequence[Tensor] | None:
     """The states after a plain step without gradients, by the native kernels; None: it goes another way."""
-    if not plain_call() or type(input) is not Tensor or input.dim() != 2:
-        return None
     kept = cell._parameters
+    weight = kept.get("weight_ih")
+    if weight is None or (weight.requires_grad and torch.is_grad_enabled()):
+        return None
+    if type(input) is not Tensor or input.dim() != 2 or not plain_call():
+        return None
     params = [kept.get(name) for name in _NAMES[bool(cell.bias)]]
     packing = None if cell.training else packing_of(cell)
     return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)

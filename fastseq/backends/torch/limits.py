@@ -74,7 +74,9 @@ def table_of(level: str, file: dict[str, Any]) -> Table:
     cells, dtypes = ("lstm", "gru", "rnn_tanh", "rnn_relu"), ("float32", "float64", "bfloat16", "float16")
     kinds = product(cells, dtypes, ("padded", "packed"), (1, 2), (False, True))
     for cell, dtype, layout, lanes, gradients in kinds:
-        row = found["rows"][row_name(LIKE.get(cell, cell), LIKE.get(dtype, dtype), layout, lanes, gradients)]
+        likes = product((cell, LIKE.get(cell)), (dtype, LIKE.get(dtype)))
+        names = (row_name(a, b, layout, lanes, gradients) for a, b in likes if a and b)
+        row = next(found["rows"][name] for name in names if name in found["rows"])
         steps = [Steps(first, ENDLESS if last is None else last) for first, last in row]
         rows[cell, getattr(torch, dtype), layout, lanes, gradients] = steps
     return Table(found["batches"], found["widths"], rows)
