@@ -157,7 +157,8 @@ def _recurrent_backend(module: Any) -> str | None:
         layout="padded",
     )
     own_choice = backends.forced() in (None, backends.torch.name)
-    if own_choice and (isinstance(module, nn.RNNCellBase) or backends.torch.recurrent.lacking(query)):
+    step = isinstance(module, nn.RNNCellBase)
+    if own_choice and (backends.torch.recurrent.why_step(query, False) if step else backends.torch.recurrent.lacking(query)):
         return backends.torch.name
     return _selected(query)
 

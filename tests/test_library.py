@@ -249,7 +249,7 @@ def test_info_is_a_matrix():
     rows = [line for line in lines[2:] if re.match("  (recurrent|attention)", line)]
     assert all(line[place - 2 : place] == "  " and line[place] != " " for line in rows for place in places)
     lstm = next(line for line in rows if "lstm" in line)
-    assert "gru" in lstm and lstm.split()[-4:] == ["cpu", "cpu", "cpu", "reference"]
+    assert "gru" in lstm and lstm.split()[-4:] == ["cpu", "cpu", "cpu", "cpu"]
     assert sum(line.startswith("  recurrent") for line in rows) < len(CELLS)
     assert all(re.search(rf"\b{cell}\b", "\n".join(lines)) for cell in CELLS)
 

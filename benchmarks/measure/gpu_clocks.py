@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -107,6 +108,10 @@ class Smi:
         import fcntl
         import termios
 
+        def take_terminal() -> None:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which long runs go on, leaves it ignored
+            fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+
         command = ("nvidia-smi", f"--id={next(iter(names.values()))}", "--format=csv,noheader,nounits")
         for reasons in FIELDS:
             query = f"--query-gpu=clocks.sm,clocks.max.sm,{reasons}"
@@ -126,7 +131,7 @@ class Smi:
                 stdout=theirs,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=lambda: fcntl.ioctl(1, termios.TIOCSCTTY, 0),
+                preexec_fn=take_terminal,
             )
         finally:
             os.close(theirs)

@@ -206,9 +206,11 @@ def test_no_gpu():
     assert gpu_clocks.find("cuda") is None and Watch("cpu").gpu is None
 
 
-def test_nvidia_smi_ends_when_the_run_is_killed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("hang_up", ["SIG_DFL", "SIG_IGN"])  # ignored under nohup
+def test_nvidia_smi_ends_when_the_run_is_killed(tmp_path, monkeypatch, hang_up):
     program(tmp_path, monkeypatch)
     code = (
+        f"import signal; signal.signal(signal.SIGHUP, signal.{hang_up})\n"
         "from fastseq.benchmarks.measure.gpu_clocks import Smi; import os, signal, time\n"
         "Smi({'bus': '00000000:5d:00.0'})\n"
         f"while len(open({str(tmp_path / 'pids')!r}).readlines()) < 2: time.sleep(0.01)\n"

@@ -317,7 +317,7 @@ class TestCpuKernels:
             ({"hold_h": torch.zeros(3, 2, 1, 5)}, "hold_h has a wrong dtype"),
             ({"hold_c": torch.zeros(3, 2, 1, 5, dtype=torch.bool)}, "hold_c must have 0 elements, got 30"),
             ({"gates": torch.empty(30)}, "gates must have 120 elements, got 30"),
-            ({"cell": "layer_norm_gru"}, "vectors must have 20 elements, got 5"),
+            ({"cell": "layer_norm_gru", "vectors": torch.randn(1, 5)}, "vectors must have 20 elements, got 5"),
             ({"cell": "minimal_gru"}, "cell minimal_gru is none of rnn_tanh, .*, slstm"),
             ({"x": None}, "either x and w_ih"),
         ):
