@@ -158,7 +158,7 @@ def _recurrent_backend(module: Any) -> str | None:
     )
     own_choice = backends.forced() in (None, backends.torch.name)
     step = isinstance(module, nn.RNNCellBase)
-    if own_choice and (backends.torch.recurrent.why_step(query, False) if step else backends.torch.recurrent.lacking(query)):
+    if own_choice and (backends.torch.recurrent.why_step(weight, False) if step else backends.torch.recurrent.lacking(query)):
         return backends.torch.name
     return _selected(query)
 

@@ -80,7 +80,8 @@ struct MultiplyAdd {
           const int64_t r = count * b / blocks, n = count * (b + 1) / blocks - r;
           A* to = sums + r * stride + v * W;
           const Start<A> from = k ? Start<A>{to, stride, width} : Start<A>{start.rows + r * start.stride + v * W, start.stride, given};
-          kernel_of(n, width)({rows.row(begin + r), rows.stride(), tile, b == blocks - 1 ? after : tile, depth, k, k + run, from, to, stride});
+          const A* ahead = b == blocks - 1 ? after : tile;
+          kernel_of(n, width)({rows.row(begin + r), rows.stride(), tile, ahead, depth, k, k + run, from, to, stride});
         }
       }
     }

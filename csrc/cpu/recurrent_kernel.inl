@@ -376,7 +376,7 @@ class ForwardKernel {
     Chunk(const Forward& a, const Work& w, void* scratch)
         : fused(!kNormalized<C> && (Product::kFusesAll || (kOwn == 0 && !w.rows.active)) && w.rows.slots >= Product::kFusedRows &&
                 Product::tile_bytes(NV, a.input) + Product::tile_bytes(NV, a.shape.output) <=
-                                                           Product::kFusedBytes / max(1, w.unit_tiles[1] - w.unit_tiles[0])) {
+                    Product::kFusedBytes / max(1, w.unit_tiles[1] - w.unit_tiles[0])) {
       const int64_t slots = max(w.rows.slots, 1), row = G * a.shape.hidden * sizeof(A);
       rows = max(slots, min(min(max(kChunkBytes / row, kLeastChunkRows), Product::kChunkRows), w.rows.steps * slots));
       // a product takes, and gives, whole blocks of rows
@@ -533,8 +533,9 @@ class ForwardKernel {
         const A* start = chunk.bias + (item.tile - w.unit_tiles[0]) * NV * W;
         const int64_t own = item.vectors / G * kOwn;
         item.vectors += own;
-        return {unit_tile(a.weights, item.tile, P), P, {start, 0, NV}, unit_tile(a.input_weights, tile_after(w.unit_tiles, step, item.tile), I),
-                unit_tile(a.input_weights, item.tile, I), I, &chunk.x, chunk_row, own};
+        const void* next = unit_tile(a.input_weights, tile_after(w.unit_tiles, step, item.tile), I);
+        return {unit_tile(a.weights, item.tile, P), P, {start, 0, NV}, next, unit_tile(a.input_weights, item.tile, I), I, &chunk.x,
+                chunk_row, own};
       }
       const void* next = unit_tile(a.weights, tile_after(w.unit_tiles, step, item.tile), P);
       if (x)

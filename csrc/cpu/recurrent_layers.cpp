@@ -372,7 +372,8 @@ std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell,
     }
     const int64_t size = stored == Stored::kInt8 ? 1 : 2;
     for (int64_t d = 0; d < D; ++d) {
-      auto *scales_ih = reinterpret_cast<float*>(base + head.scales_ih) + d * GH, *scales_hh = reinterpret_cast<float*>(base + head.scales_hh) + d * GH;
+      auto* scales_ih = reinterpret_cast<float*>(base + head.scales_ih) + d * GH;
+      auto* scales_hh = reinterpret_cast<float*>(base + head.scales_hh) + d * GH;
       round_weights(stored, static_cast<const float*>(w_ih[d]), GH, I, base + head.w_ih + d * GH * I * size, scales_ih);
       round_weights(stored, static_cast<const float*>(w_hh[d]), GH, P, base + head.w_hh + d * GH * P * size, scales_hh);
     }

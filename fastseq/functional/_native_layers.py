@@ -85,7 +85,7 @@ def native_layers(
         if not results and kept is not None:  # made of other values: of weights that were written through .data
             results = op(*arguments, packing.again(weights))
         if results and backends.watched():
-            query = _query(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes)
+            query = query_of(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes)
             for _ in range(num_layers):
                 backends.select(query)
                 note(packing)
@@ -107,16 +107,23 @@ def _ours(
     hidden = weight.shape[0] // torchs.GATES[cell]
     if weight.shape[1] != hidden:  # projected, without oneDNN
         return True
-    if batch_sizes is not None:
-        layout, steps, batch = "packed", batch_sizes.numel(), int(batch_sizes[0]) if batch_sizes.numel() else 0
-    else:
-        layout = "padded"
-        steps, batch = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
+    layout, steps, batch = _extent(input, batch_first, lengths, batch_sizes)
     first, last = limits.steps_of(cell, input.dtype, layout, 2 if bidirectional else 1, batch, hidden, False)
     return not first <= steps <= last
 
 
-def _query(
+def _extent(input: Tensor, batch_first: bool, lengths: Tensor | None, batch_sizes: Tensor | None) -> tuple[str, int, int]:
+    """Layout, steps and rows of the batch."""
+    if batch_sizes is not None:
+        return "packed", len(batch_sizes), int(batch_sizes[0]) if len(batch_sizes) else 0
+    layout = "padded" if lengths is None else "lengths"
+    if input.dim() == 2:
+        return layout, 1, input.shape[0]
+    batch, steps = input.shape[:2] if batch_first else (input.shape[1], input.shape[0])
+    return layout, steps, batch
+
+
+def query_of(
     cell: str,
     input: Tensor,
     weight: Tensor,
@@ -125,13 +132,8 @@ def _query(
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
 ) -> backends.RecurrentQuery:
-    layout = "padded" if lengths is None else "lengths"
-    if batch_sizes is not None:
-        layout, steps, batch = "packed", len(batch_sizes), int(batch_sizes[0]) if len(batch_sizes) else 0
-    elif input.dim() == 2:
-        steps, batch = 1, input.shape[0]
-    else:
-        batch, steps = (input.shape[0], input.shape[1]) if batch_first else (input.shape[1], input.shape[0])
+    """What is to be known of a call without a look into its tensors; ``weight`` is the first w_hh."""
+    layout, steps, batch = _extent(input, batch_first, lengths, batch_sizes)
     hidden = weight.shape[0] // len(CELLS[cell].gates)
     lanes, projected = 2 if bidirectional else 1, weight.shape[1] != hidden
     return backends.RecurrentQuery(

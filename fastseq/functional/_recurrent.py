@@ -380,6 +380,6 @@ def _one_step(
     # vmap has no rule for torch's cells; of other dtypes autocast makes one, or an error says what was given
     every = [t for t in (*given, w_ih, w_hh, b_ih, b_hh) if t is not None]
     if not needs_plain_torch(every) and all([t.dtype == w_ih.dtype for t in given]):
-        if recorder() or backends.torch_runs(query, torchs.why_step(query(), wants_gradient(every))):
+        if recorder() or backends.torch_runs(query, torchs.why_step(input, wants_gradient(every))):
             return torchs.step(cell, input, hx, w_ih, w_hh, b_ih, b_hh)
     return recurrent_cell(cell, input, hx, [w_ih, w_hh, b_ih, b_hh])

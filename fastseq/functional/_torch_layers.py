@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.torch import recurrent as torchs
 from ..ops._dispatch import recorded, transforming
+from ._native_layers import query_of
 from ._recording import recorder
 
 
@@ -43,7 +44,7 @@ def torch_layers(
     if record is None:
         if transforming() or backends.forced() not in (None, backends.torch.name):
             return None
-        query = _query(cell, input, weights[1], num_layers, bidirectional, batch_first, batch_sizes)
+        query = query_of(cell, input, weights[1], bidirectional, batch_first, None, batch_sizes)
         training_step = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         if recompute and training_step and backends.forced() is None:
             return None
@@ -61,32 +62,4 @@ def torch_layers(
         bidirectional=bidirectional,
         batch_first=batch_first,
         batch_sizes=batch_sizes,
-    )
-
-
-def _query(
-    cell: str,
-    input: Tensor,
-    weight: Tensor,
-    num_layers: int,
-    bidirectional: bool,
-    batch_first: bool,
-    batch_sizes: Tensor | None,
-) -> backends.RecurrentQuery:
-    if batch_sizes is not None:
-        steps, batch = len(batch_sizes), int(batch_sizes[0]) if len(batch_sizes) else 0
-    else:
-        steps, batch = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
-    hidden = weight.shape[0] // torchs.GATES[cell]
-    return backends.RecurrentQuery(
-        op="recurrent",
-        device=input.device,
-        dtype=input.dtype,
-        cell=cell,
-        steps=steps,
-        lanes=2 if bidirectional else 1,
-        hidden=hidden,
-        projected=weight.shape[1] != hidden,
-        layout="padded" if batch_sizes is None else "packed",
-        batch=batch,
     )

@@ -327,8 +327,42 @@ class Sequence(Interop, nn.RNNBase):
         return output.squeeze(batch_dim), states, None if cells is None else cells.squeeze(batch_dim + 1)
 
 
+class SingleSequence(Sequence):
+    """All of the sequence modules whose state is h alone."""
+
+    def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Input, Tensor]:
+        """Run every layer over the sequence.
+
+        Args:
+            input: [T, B, I], or [B, T, I] with batch_first, or unbatched [T, I], or a PackedSequence.
+            hx: h_0 [L*D, B, H] ([L*D, H] unbatched), in the caller's order of rows. None: zeros.
+            lengths: int32 or int64 [B] ([] unbatched) on the input's device, 0 <= lengths <= T. Row b then
+                ends at step lengths[b]: output is zero from there on, h_n is the state there, and the reverse
+                direction starts there.
+
+        Returns:
+            output [T, B, D*H] in the layout of the input (a PackedSequence for a PackedSequence), and h_n
+            [L*D, B, H].
+
+        Raises:
+            ValueError: input neither 2-D nor 3-D, a dtype other than the weights' outside autocast, or
+                lengths together with a PackedSequence.
+            RuntimeError: sizes, devices or dtypes of states that do not fit, lengths out of range or not of
+                an integer dtype, or T = 0.
+            TypeError: lengths is no tensor.
+            AttributeError: hx is no tensor (torch's type for it).
+        """
+        if isinstance(input, Proxy):
+            return as_leaf(self, input, hx, lengths=lengths)
+        output, (h_n,), _ = self._run(input, hx, lengths)
+        return output, h_n
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
 @public
-class RNN(Sequence):
+class RNN(SingleSequence):
     """`torch.nn.RNN`: h_t = act(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), act being tanh or ReLU.
 
     Constructor, parameters, initialization and state_dict are those of `torch.nn.RNN`.
@@ -388,36 +422,6 @@ class RNN(Sequence):
         )  # fmt: skip
         self.nonlinearity = nonlinearity
         self._extend(recompute, zoneout, weight_dropout, num_heads)
-
-    def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Input, Tensor]:
-        """Run every layer over the sequence.
-
-        Args:
-            input: [T, B, I], or [B, T, I] with batch_first, or unbatched [T, I], or a PackedSequence.
-            hx: h_0 [L*D, B, H] ([L*D, H] unbatched), in the caller's order of rows. None: zeros.
-            lengths: int32 or int64 [B] ([] unbatched) on the input's device, 0 <= lengths <= T. Row b then
-                ends at step lengths[b]: output is zero from there on, h_n is the state there, and the reverse
-                direction starts there.
-
-        Returns:
-            output [T, B, D*H] in the layout of the input (a PackedSequence for a PackedSequence), and h_n
-            [L*D, B, H].
-
-        Raises:
-            ValueError: input neither 2-D nor 3-D, a dtype other than the weights' outside autocast, or
-                lengths together with a PackedSequence.
-            RuntimeError: sizes, devices or dtypes of states that do not fit, lengths out of range or not of
-                an integer dtype, or T = 0.
-            TypeError: lengths is no tensor.
-            AttributeError: hx is no tensor (torch's type for it).
-        """
-        if isinstance(input, Proxy):
-            return as_leaf(self, input, hx, lengths=lengths)
-        output, (h_n,), _ = self._run(input, hx, lengths)
-        return output, h_n
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 class PairSequence(Sequence):
@@ -579,7 +583,7 @@ class LSTM(PairSequence):
 
 
 @public
-class GRU(Sequence):
+class GRU(SingleSequence):
     """`torch.nn.GRU`, with the reset gate applied after the matmul as there.
 
     r, z = sigmoid(W_ih x_t + b_ih + W_hh h_(t-1) + b_hh), their first two thirds;
@@ -640,18 +644,6 @@ class GRU(Sequence):
             dtype=dtype,
         )
         self._extend(recompute, zoneout, weight_dropout, num_heads)
-
-    def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Input, Tensor]:
-        """Run every layer over the sequence. Arguments, results and errors are those of
-        `fastseq.RNN.forward`.
-        """
-        if isinstance(input, Proxy):
-            return as_leaf(self, input, hx, lengths=lengths)
-        output, (h_n,), _ = self._run(input, hx, lengths)
-        return output, h_n
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 def _states(hx: Any) -> tuple[Tensor, ...]:

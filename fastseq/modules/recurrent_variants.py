@@ -16,7 +16,7 @@ from fastseq import functional
 from fastseq.cells import CELLS
 from fastseq.modules._checks import describe, kind_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.modules.recurrent import Input, PairSequence, Sequence
+from fastseq.modules.recurrent import Input, PairSequence, Sequence, SingleSequence
 from fastseq.modules.recurrent_cells import check_cell_input, check_cell_rank, check_cell_state
 
 __all__ = [
@@ -123,18 +123,8 @@ class _Pair(_Variant, PairSequence):
         self._extend(recompute, zoneout, weight_dropout, num_heads)
 
 
-class _Single(_Variant):
+class _Single(_Variant, SingleSequence):
     """A cell whose state is h alone."""
-
-    def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Input, Tensor]:
-        """Run every layer over the sequence. Arguments, results and errors are those of `fastseq.RNN.forward`."""
-        if isinstance(input, Proxy):
-            return as_leaf(self, input, hx, lengths=lengths)
-        output, (h_n,), _ = self._run(input, hx, lengths)
-        return output, h_n
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 @public

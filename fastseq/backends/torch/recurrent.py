@@ -82,9 +82,9 @@ def layers(
     return results[0], tuple(results[1:])
 
 
-def why_step(query: RecurrentQuery, gradients: bool) -> str | None:
+def why_step(input: Tensor, gradients: bool) -> str | None:
     """Why torch's kernel takes a single step that it can run, rather than one of ours; None: ours takes it."""
-    ours = query.device.type == "cpu" and query.dtype in native.DTYPES and not gradients and not library.reason()
+    ours = input.device.type == "cpu" and input.dtype in native.DTYPES and not gradients and not library.reason()
     return None if ours else WHY_STEP
 
 
