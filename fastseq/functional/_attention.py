@@ -17,7 +17,7 @@ from .._arguments import own_keywords
 from ..ops import attention as ops
 from . import _nested
 from ._attention_call import AttentionOptions, Call, Layout, Options, check_tensors, checked_layout, prepared, rows, takes_options
-from ._torch_attention import attention_and_weights, attention_output, seeded
+from ._torch_attention import attention_and_lse, attention_and_weights, attention_output, seeded
 
 __all__ = ["attention", "attention_grad", "merge_attention"]
 
@@ -161,7 +161,7 @@ def attention(
     elif return_weights:
         out, *more = ops.attention_with_weights(*call[:3], seeded(call.q, call.spec), average)
     else:
-        out, *more = ops.attention(*call[:3], seeded(call.q, call.spec))
+        out, *more = attention_and_lse(*call)
     return _as_given(out, call, given.layout), *more
 
 
@@ -176,7 +176,7 @@ def _nested_attention(q: Tensor, k: Tensor, v: Tensor, given: Options, return_ls
     given.layout, given.cu_seqlens_q, given.cu_seqlens_k = "thd", of_q.offsets, of_k.offsets
     given.max_seqlen_q, given.max_seqlen_k = of_q.longest, of_k.longest
     call = prepared(of_q.values, of_k.values, of_v.values, given)
-    out, lse = ops.attention(*call[:3], seeded(call.q, call.spec))
+    out, lse = attention_and_lse(*call)
     out = of_q.nested(out if layout == "bhsd" else out.transpose(0, 1), layout)
     return (out, of_q.nested(lse, "bhsd")) if return_lse else out
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops.types import DecodeSpec, empty_rows, state_dtype
+from ...ops.types import DecodeSpec, Spec, empty_rows, state_dtype
 from ...reference.attention_decode import gathered
 from ..query import AttentionQuery
-from .attention import whole
+from .attention import attention_forward
 
 
 def why_not(query: AttentionQuery) -> list[str]:
@@ -45,7 +45,7 @@ def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: 
         added = _added(q, begin, length, None if slopes is None else slopes[b % len(slopes)], left, right)
         if added is not None:
             added = added.expand(heads, queries, -1).reshape(1, heads_k, rows_q.shape[2], -1)
-        result, row_lse = whole(rows_q, k, v, False, added, scale)
+        result, row_lse = attention_forward(rows_q, k, v, Spec(bias=added, scale=scale))
         out[b] = result.reshape(heads, queries, features)
         lse[b] = row_lse.reshape(heads, queries)
     if sinks is not None:
