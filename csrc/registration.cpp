@@ -62,8 +62,8 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("attention_weights(Tensor q, Tensor k, Tensor lse, " FASTSEQ_SPEC ", bool average) -> Tensor");
   m.def("attention_plain(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, float dropout, Tensor? seed, "
         "bool wants_lse) -> (Tensor, Tensor)");
-  m.def("scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout, Tensor? seed, "
-        "bool is_causal, float? scale, bool enable_gqa, bool wants_lse) -> Tensor[]");
+  m.def("scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, "
+        "float? scale=None, bool enable_gqa=False, bool wants_lse=False, float dropout=0.0, Tensor? seed=None) -> Tensor[]");
   m.def("multihead_attention(Tensor query, Tensor key, Tensor value, int num_heads, Tensor in_proj_weight, Tensor? in_proj_bias, "
         "Tensor out_proj_weight, Tensor? out_proj_bias, Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, bool is_causal, "
         "bool need_weights, bool average_attn_weights) -> Tensor[]");

@@ -35,16 +35,21 @@ bool may_be_added(const Tensor& tensor, ScalarType type) {
   return own == type || (own == ScalarType::Float && bytes_of(type_of(type)) == 2);
 }
 
-// A new tensor on the CPU, contiguous.
-Tensor empty(Sizes sizes, ScalarType type) {
-  int64_t strides[4], stride = 1;
-  for (int64_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
+// A new tensor on the CPU.
+Tensor empty(Sizes sizes, const int64_t* strides, ScalarType type) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides,
                                                          torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
+Tensor empty(Sizes sizes, ScalarType type) {
+  int64_t strides[4], stride = 1;
+  for (int64_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
+  return empty(sizes, strides, type);
+}
+
+ScalarType wide_of(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 // Elements of a tensor, from its `first` on.
 Tensor view(const Tensor& tensor, Sizes sizes, Sizes strides, int64_t first = 0) {
@@ -68,9 +73,9 @@ Tensor four_dimensions(const Tensor& tensor) {
 
 }  // namespace
 
-std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, double dropout,
-                                                 std::optional<Tensor> seed, bool is_causal, std::optional<double> scale, bool enable_gqa,
-                                                 bool wants_lse) {
+std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, bool is_causal,
+                                                 std::optional<double> scale, bool enable_gqa, bool wants_lse, double dropout,
+                                                 std::optional<Tensor> seed) {
   const int64_t rank = query.dim();
   const ScalarType type = query.scalar_type();
   if (rank < 2 + enable_gqa || rank > 4 || key.dim() != rank || value.dim() != rank || !is_stored(type)) return {};
@@ -90,13 +95,18 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
     for (int64_t dim = 0; dim < 4; ++dim)
       if (mask->size(dim) != 1 && mask->size(dim) != of_scores[dim]) return {};
   }
-  const double factor = scale.value_or(1 / std::sqrt(static_cast<double>(of_q[3])));
-  auto [out, lse] = attention_plain(q, k, v, mask, factor, is_causal, dropout, seed, wants_lse);
-  if (rank < 4) {
-    const auto s = out.strides();
-    out = rank == 3 ? view(out, {of_q[1], of_q[2], of_v[3]}, {s[1], s[2], 1}) : view(out, {of_q[2], of_v[3]}, {s[2], 1});
-  }
-  if (wants_lse) return {out, lse};
+  AttentionSpec spec{};
+  if (mask) (mask->scalar_type() == ScalarType::Bool ? spec.mask : spec.bias) = mask;
+  spec.scale = scale.value_or(1 / std::sqrt(static_cast<double>(of_q[3]))), spec.dropout = dropout, spec.seed = seed;
+  spec.right = is_causal ? 0 : -1;
+  const int64_t H = of_q[1], L = of_q[2], E = of_v[3], strides[] = {L * H * E, E, H * E, 1};  // time before heads in memory
+  Tensor out = empty({of_q[0], H, L, E}, strides, type);
+  std::optional<Tensor> lse;
+  if (wants_lse) lse = empty({of_q[0], H, L}, wide_of(type));
+  attention_into(q, k, v, spec, out, lse, {}, false);
+  if (rank == 3) out = view(out, {H, L, E}, {E, H * E, 1});
+  if (rank == 2) out = view(out, {L, E}, {E, 1});
+  if (wants_lse) return {out, *lse};
   return {out};
 }
 
@@ -364,7 +374,7 @@ std::vector<Tensor> self_attention(Tensor projected, int64_t num_heads, std::opt
   const ScalarType type = projected.scalar_type();
   const int64_t N = x.batch.sequences, L = x.batch.length, H = num_heads;
   const Tensor rows = empty({N * L, x.features}, type);
-  const Tensor lse = empty({N, H, L}, type == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  const Tensor lse = empty({N, H, L}, wide_of(type));
   std::vector<Tensor> results{x.batch.shaped(rows, projected, batch_first), lse};
   std::optional<Tensor> weights;
   if (need_weights) weights = average_attn_weights ? empty({N, L, L}, type) : empty({N, H, L, L}, type);

@@ -13,9 +13,9 @@ namespace fastseq::cpu {
 using torch::stable::Tensor;
 
 // torch.nn.functional.scaled_dot_product_attention; with wants_lse also the lse [B, H, L]. A dropout needs a seed.
-std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, double dropout,
-                                                 std::optional<Tensor> seed, bool is_causal, std::optional<double> scale, bool enable_gqa,
-                                                 bool wants_lse);
+std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, bool is_causal,
+                                                 std::optional<double> scale, bool enable_gqa, bool wants_lse, double dropout,
+                                                 std::optional<Tensor> seed);
 
 // The forward of torch.nn.MultiheadAttention with one in_proj_weight; the weights, if needed, behind the output. is_causal: the causal mask
 // is meant by attn_mask, which is not read.

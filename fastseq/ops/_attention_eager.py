@@ -59,12 +59,15 @@ def scaled_dot_product_attention(
         seed = random_seed()
     native_op = torch.ops.fastseq_native.scaled_dot_product_attention.default
     if not gradients:
-        results = native_op(query, key, value, mask, dropout, seed, causal, scale, grouped, False)
+        if seed is None:
+            results = native_op(query, key, value, mask, causal, scale, grouped)
+        else:
+            results = native_op(query, key, value, mask, causal, scale, grouped, False, dropout, seed)
         return results[0] if results else None
     if query.dim() != 4:
         return None
     with torch._C._AutoDispatchBelowAutograd():
-        results = native_op(query, key, value, mask, dropout, seed, causal, scale, grouped, True)
+        results = native_op(query, key, value, mask, causal, scale, grouped, True, dropout, seed)
     if not results:
         return None
     if mask is not None:

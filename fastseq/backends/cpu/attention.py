@@ -29,7 +29,7 @@ def why_not(query: AttentionQuery) -> list[str]:
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-    return torch.ops.fastseq_native.attention_forward.default(q, k, v, *_dense(spec))
+    return torch.ops.fastseq_native.attention_forward.default(q, k, v, *_dense(spec, q.dtype))
 
 
 def attention_backward(
@@ -38,19 +38,25 @@ def attention_backward(
     if dlse is not None:
         dlse = dlse.to(lse.dtype).contiguous()
     lse = lse.contiguous()
-    return tuple(torch.ops.fastseq_native.attention_backward.default(dout, dlse, q, k, v, out, lse, *_dense(spec), wanted))
+    return tuple(
+        torch.ops.fastseq_native.attention_backward.default(dout, dlse, q, k, v, out, lse, *_dense(spec, q.dtype), wanted)
+    )
 
 
 def attention_weights(q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bool) -> Tensor:
-    return torch.ops.fastseq_native.attention_weights.default(q, k, lse, *_dense(spec), average)
+    return torch.ops.fastseq_native.attention_weights.default(q, k, lse, *_dense(spec, q.dtype), average)
 
 
 def attention_with_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.fastseq_native.attention_with_weights.default(q, k, v, *_dense(spec), average)
+    return torch.ops.fastseq_native.attention_with_weights.default(q, k, v, *_dense(spec, q.dtype), average)
 
 
-def _dense(spec: Spec) -> Spec:
-    """With tables of every head, as the kernels read them."""
-    if spec.relative_bias is not None and not spec.relative_bias.is_contiguous():
-        spec = spec._replace(relative_bias=spec.relative_bias.contiguous())
+def _dense(spec: Spec, dtype: torch.dtype) -> Spec:
+    """With what is added as the kernels read it: tables of every head, beside fp64 nothing narrower."""
+    table = spec.relative_bias
+    if table is not None and not table.is_contiguous():
+        spec = spec._replace(relative_bias=table.contiguous())
+    if dtype == torch.float64:
+        added = {name: getattr(spec, name) for name in ("bias", "relative_bias", "sinks")}
+        spec = spec._replace(**{name: t.to(dtype) for name, t in added.items() if t is not None})
     return spec
