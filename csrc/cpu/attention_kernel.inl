@@ -95,10 +95,9 @@ class Rows {
     const bool plain = !block.shaped() && !block.hides();
     V most[NV];
     for (int v = 0; v < NV; ++v) most[v] = V{} - A(INFINITY);
-    multiply_rows<false, NV>(k.data, k.row, n, queries_, lanes, a.features, [&](int64_t j, V(&sums)[NV]) __attribute__((always_inline)) {
-      __builtin_memcpy(to + j * lanes, sums, sizeof sums);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) most[v] = sums[v] > most[v] ? sums[v] : most[v];
+    multiply_rows<false, NV>(k.data, k.row, n, queries_, lanes, a.features, [&](int64_t j, int v, V sum) __attribute__((always_inline)) {
+      store_vector(to + j * lanes + v * W, sum);
+      most[v] = sum > most[v] ? sum : most[v];
     });
     if (!plain) {
       block.template shape<NV>(to, begin, n, capped);
@@ -210,11 +209,9 @@ class ForwardKernel {
       const Operand<A> values = operand<S>(rows_.row_of(a.v, j), a.v.t, n, a.value_features, values_);
       const auto add = [&]<bool kFirst>() {
         multiply_rows<true, NV>(values.data, values.row, a.value_features, scores_, lanes, n,
-                                [&](int64_t f, V(&sum)[NV]) __attribute__((always_inline)) {
-                                  A* at = sums_ + f * lanes;
-#pragma GCC unroll 4
-                                  for (int v = 0; v < NV; ++v)
-                                    store_vector(at + v * W, kFirst ? sum[v] : load_vector(at + v * W) * alpha[v] + sum[v]);
+                                [&](int64_t f, int v, V sum) __attribute__((always_inline)) {
+                                  A* at = sums_ + f * lanes + v * W;
+                                  store_vector(at, kFirst ? sum : load_vector(at) * alpha[v] + sum);
                                 });
       };
       if (started)
@@ -329,8 +326,9 @@ class WeightsKernel {
       const int64_t n = min(kChunk, end - j);
       const Operand<A> values = operand<S>(rows_.row_of(a.v, j), a.v.t, n, a.value_features, values_);
       multiply_rows<true, NV>(values.data, values.row, a.value_features, scores_ + j * lanes, lanes, n,
-                              [&](int64_t f, V(&sum)[NV]) __attribute__((always_inline)) {
-                                for (int v = 0; v < NV; ++v) store_vector(sums_ + f * lanes + v * W, load_vector(sums_ + f * lanes + v * W) + sum[v]);
+                              [&](int64_t f, int v, V sum) __attribute__((always_inline)) {
+                                A* at = sums_ + f * lanes + v * W;
+                                store_vector(at, load_vector(at) + sum);
                               });
     }
     for (int64_t lane = 0; lane < lanes; ++lane) ones_[lane] = 1;
@@ -450,13 +448,10 @@ class BackwardKernel {
         }
       if (kept_) block.template drop<NV>(j, n, [&](int64_t at, V keep) { store_vector(kept_ + at, keep); });
       const Operand<A> values = operand<S>(rows_.row_of(a.v, j), a.v.t, n, Ev, values_);
-      multiply_rows<false, NV>(values.data, values.row, n, dout_, lanes, Ev, [&](int64_t r, V(&dw)[NV]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-          const int64_t at = r * lanes + v * W;
-          if (kept_) dw[v] *= load_vector(kept_ + at);
-          store_vector(gradients_ + at, load_vector(weights_ + at) * (dw[v] - delta[v]));
-        }
+      multiply_rows<false, NV>(values.data, values.row, n, dout_, lanes, Ev, [&](int64_t r, int v, V dw) __attribute__((always_inline)) {
+        const int64_t at = r * lanes + v * W;
+        if (kept_) dw *= load_vector(kept_ + at);
+        store_vector(gradients_ + at, load_vector(weights_ + at) * (dw - delta[v]));
       });
       if (g.dv.given()) {
         if (kept_)
@@ -476,9 +471,9 @@ class BackwardKernel {
       if (g.dk.given()) add_products(gradients_, lanes, n, queries, E, count, sums_ + j * (padded_ + padded_values_));
       if (g.dq.given()) {
         const Operand<A> keys = rows_.keys(j, n);
-        multiply_rows<true, NV>(keys.data, keys.row, E, gradients_, lanes, n, [&](int64_t e, V(&sum)[NV]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) store_vector(dq_ + e * lanes + v * W, load_vector(dq_ + e * lanes + v * W) + sum[v]);
+        multiply_rows<true, NV>(keys.data, keys.row, E, gradients_, lanes, n, [&](int64_t e, int v, V sum) __attribute__((always_inline)) {
+          A* at = dq_ + e * lanes + v * W;
+          store_vector(at, load_vector(at) + sum);
         });
       }
     }
@@ -504,10 +499,9 @@ class BackwardKernel {
     const int64_t vectors = blocks_of(features, W), stride = padded_ + padded_values_;
     for (int64_t f = 0; f < vectors; f += kMostVectors)
       with_vectors(min(vectors - f, kMostVectors), [&]<int NV>() {
-        multiply_rows<false, NV>(what, lanes, n, rows.data + f * W, rows.row, count, [&](int64_t r, V(&sum)[NV]) __attribute__((always_inline)) {
-          A* at = to + r * stride + f * W;
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) store_vector(at + v * W, load_vector(at + v * W) + sum[v]);
+        multiply_rows<false, NV>(what, lanes, n, rows.data + f * W, rows.row, count, [&](int64_t r, int v, V sum) __attribute__((always_inline)) {
+          A* at = to + r * stride + (f + v) * W;
+          store_vector(at, load_vector(at) + sum);
         });
       });
   }
