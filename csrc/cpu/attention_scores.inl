@@ -4,6 +4,17 @@
 // they lie, as what is broadcast, and what shapes scores is a pass over a chunk that the first-level cache holds. What a call does not use
 // costs it a branch for each chunk.
 
+template <class A>
+FASTSEQ_HOST_DEVICE typename Math<A>::V load_vector(const A* p) {
+  typename Math<A>::V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class A>
+FASTSEQ_HOST_DEVICE void store_vector(A* p, typename Math<A>::V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
 // sums[m][v] = sum over k < depth of a(m, k) times the vectors b(k, v): a(m, k) is a[m * row + k], or a[k * row + m] if kAcross.
 template <bool kAcross, int M, int NV, class A, class V>
 FASTSEQ_HOST_DEVICE void multiply(const A* a, int64_t row, const A* b, int64_t b_row, int64_t depth, V (&sums)[M][NV]) {
@@ -13,7 +24,8 @@ FASTSEQ_HOST_DEVICE void multiply(const A* a, int64_t row, const A* b, int64_t b
     for (int v = 0; v < NV; ++v) sums[m][v] = V{};
   for (int64_t k = 0; k < depth; ++k, b += b_row) {
     V right[NV];
-    __builtin_memcpy(right, b, sizeof right);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) right[v] = load_vector(b + v * Math<A>::kWidth);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const A left = kAcross ? a[k * row + m] : a[m * row + k];
@@ -27,7 +39,7 @@ FASTSEQ_HOST_DEVICE void multiply(const A* a, int64_t row, const A* b, int64_t b
 template <int NV>
 constexpr int kRowsAtOnce = FASTSEQ_VECTOR_REGISTERS >= 32 ? (NV > 2 ? 4 : 8) : (NV > 2 ? 3 : NV > 1 ? 4 : 8);
 
-// All rows of a product: take(m, sums[v]) gets each.
+// All rows of a product: take(m, v, sum) gets each vector of each.
 template <bool kAcross, int NV, class A, class Take>
 FASTSEQ_HOST_DEVICE void multiply_rows(const A* a, int64_t row, int64_t rows, const A* b, int64_t b_row, int64_t depth, Take&& take) {
   using V = typename Math<A>::V;
@@ -38,12 +50,15 @@ FASTSEQ_HOST_DEVICE void multiply_rows(const A* a, int64_t row, int64_t rows, co
     V sums[M][NV];
     multiply<kAcross>(a + m * next, row, b, b_row, depth, sums);
 #pragma GCC unroll 8
-    for (int r = 0; r < M; ++r) take(m + r, sums[r]);
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) take(m + r, v, sums[r][v]);
   }
   for (; m < rows; ++m) {
     V sums[1][NV];
     multiply<kAcross>(a + m * next, row, b, b_row, depth, sums);
-    take(m, sums[0]);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) take(m, v, sums[0][v]);
   }
 }
 
@@ -96,17 +111,6 @@ FASTSEQ_HOST_DEVICE typename Math<A>::V power_of(typename Math<A>::V x, A factor
   V scale, fraction;
   M::exp_parts(Math<A>::at_least(x, lowest), factor, scale, fraction);
   return x < lowest ? V{} : scale * fraction + scale;
-}
-
-template <class A>
-FASTSEQ_HOST_DEVICE typename Math<A>::V load_vector(const A* p) {
-  typename Math<A>::V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class A>
-FASTSEQ_HOST_DEVICE void store_vector(A* p, typename Math<A>::V v) {
-  __builtin_memcpy(p, &v, sizeof v);
 }
 
 // Philox 4x32-10 (Salmon et al., 2011) over lanes: random numbers of four keys in a row.
@@ -251,10 +255,10 @@ class Block {
 
   // Which of the keys begin .. begin + n, n <= kChunk, some query sees; remembers which query sees which for `shape`.
   Seen look(int64_t begin, int64_t n) {
-    hides_ = false;
     if (!a.mask.given() && !a.blocks.given()) {
       const int64_t lowest = first + s.shift, highest = lowest + count - 1;
-      if ((a.left < 0 || begin >= highest - a.left) && (a.right < 0 || begin + n - 1 <= lowest + a.right)) return Seen::kAll;
+      hides_ = (a.left >= 0 && begin < highest - a.left) || (a.right >= 0 && begin + n - 1 > lowest + a.right);
+      return hides_ ? Seen::kSome : Seen::kAll;
     }
     uint32_t some = 0;
     bool all = true;
@@ -291,12 +295,14 @@ class Block {
       if (a.slopes) add_slopes<NV>(scores, begin, n);
       if (a.relative_bias) add_relative_bias<NV>(scores, begin, n);
     }
-    if (hides_)
-      for (int64_t j = 0; j < n; ++j)
-        for (int64_t v = 0; v < NV; ++v) {
-          A* at = scores + j * lanes + v * W;
-          store_vector(at, sees(j, v) ? load_vector(at) : V{} - A(INFINITY));
-        }
+    if (!hides_) return;
+    if (!a.mask.given() && !a.blocks.given()) return hide_outside<NV>(scores, begin, n);
+    for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < NV; ++v) {
+        A* at = scores + j * lanes + v * W;
+        store_vector(at, sees(j, v) ? load_vector(at) : V{} - A(INFINITY));
+      }
   }
 
   // weights of keys begin .. begin + n, of which a dropout zeroes some: rows [key][lane]; begin is a multiple of 4
@@ -397,6 +403,29 @@ class Block {
     return (V)(__builtin_convertvector((Narrow)keeps, I) & (I)(V{} + value));
   }
 
+  // the keys outside of each query's window
+  template <int NV>
+  void hide_outside(A* scores, int64_t begin, int64_t n) const {
+    constexpr int64_t lanes = NV * W;
+    I lane;
+    for (int64_t i = 0; i < W; ++i) lane[i] = i;
+    for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < NV; ++v) {
+        A* at = scores + j * lanes + v * W;
+        const int64_t distance = begin + j - first - s.shift - v * W;  // from the query of the first lane
+        V score = load_vector(at);
+        if (a.right >= 0) score = lane < limited(distance - a.right) ? V{} - A(INFINITY) : score;
+        if (a.left >= 0) score = lane > limited(distance + a.left) ? V{} - A(INFINITY) : score;
+        store_vector(at, score);
+      }
+  }
+  // within what every lane's number is on the same side of
+  static FASTSEQ_HOST_DEVICE auto limited(int64_t x) {
+    using Number = std::remove_cvref_t<decltype(I{}[0])>;
+    return I{} + Number(min(max(x, -1), W));
+  }
+
   // the scores of a query and a key change by what `of(lane, key)` says, one square of registers after the other
   template <int NV, class T>
   void add_bias(A* scores, int64_t begin, int64_t n) const {
@@ -488,8 +517,8 @@ class Block {
       }
       for (int64_t e = 0; e < E; e += W) Memory<A, A>::store(row + e, Memory<S, A>::load(table + (last - t) * E + e, E - e), E - e);
     }
-    multiply_rows<false, NV>(relative_keys_, E, diagonals, relative_, lanes, E, [&](int64_t t, V(&sums)[NV]) __attribute__((always_inline)) {
-      __builtin_memcpy(products_ + t * lanes, sums, sizeof sums);
+    multiply_rows<false, NV>(relative_keys_, E, diagonals, relative_, lanes, E, [&](int64_t t, int v, V sum) __attribute__((always_inline)) {
+      store_vector(products_ + t * lanes + v * W, sum);
     });
     for (int64_t j = 0; j < n; ++j)
       for (int64_t lane = 0; lane < lanes; ++lane) scores[j * lanes + lane] += products_[(lane - j + n - 1) * lanes + lane];
