@@ -7,6 +7,7 @@ The op costs some 80 us of Python, and as much again in training; its kernel, fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from .types import Spec
 
 _PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass has a say in what is called on it
 _NUMBERS = frozenset((int, float))
+_native: Any = None  # the library's op, once it is loaded
 
 
 def random_seed(device: torch.device | None = None) -> Tensor:
@@ -39,6 +41,7 @@ def scaled_dot_product_attention(
     grouped: bool,
 ) -> Tensor | None:
     """What torch's function of that name gives; None: the call is for another way, which also says what is wrong with it."""
+    global _native
     if type(query) not in _PLAIN or type(key) not in _PLAIN or type(value) not in _PLAIN:
         return None
     if type(causal) is not bool or type(dropout) not in _NUMBERS or (mask is not None and type(mask) not in _PLAIN):
@@ -57,17 +60,18 @@ def scaled_dot_product_attention(
         if not 0 < dropout < 1:
             return None
         seed = random_seed()
-    native_op = torch.ops.fastseq_native.scaled_dot_product_attention.default
+    if _native is None:
+        _native = torch.ops.fastseq_native.scaled_dot_product_attention.default
     if not gradients:
         if seed is None:
-            results = native_op(query, key, value, mask, causal, scale, grouped)
+            results = _native(query, key, value, mask, causal, scale, grouped)
         else:
-            results = native_op(query, key, value, mask, causal, scale, grouped, False, dropout, seed)
+            results = _native(query, key, value, mask, causal, scale, grouped, False, dropout, seed)
         return results[0] if results else None
     if query.dim() != 4:
         return None
     with torch._C._AutoDispatchBelowAutograd():
-        results = native_op(query, key, value, mask, causal, scale, grouped, True, dropout, seed)
+        results = _native(query, key, value, mask, causal, scale, grouped, True, dropout, seed)
     if not results:
         return None
     if mask is not None:

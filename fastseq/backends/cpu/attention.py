@@ -37,10 +37,13 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:
     if dlse is not None:
         dlse = dlse.to(lse.dtype).contiguous()
-    lse = lse.contiguous()
-    return tuple(
-        torch.ops.fastseq_native.attention_backward.default(dout, dlse, q, k, v, out, lse, *_dense(spec, q.dtype), wanted)
-    )
+    dense, native = _dense(spec, q.dtype), torch.ops.fastseq_native.attention_backward.default
+    dq, dk, dv, dbias, drelative_bias, *rest = native(dout, dlse, q, k, v, out, lse.contiguous(), *dense, wanted)
+    if wanted[3] and spec.bias is not None:
+        dbias = dbias.to(spec.bias.dtype)
+    if wanted[4] and spec.relative_bias is not None:
+        drelative_bias = drelative_bias.to(spec.relative_bias.dtype)
+    return dq, dk, dv, dbias, drelative_bias, *rest
 
 
 def attention_weights(q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bool) -> Tensor:
