@@ -1,7 +1,7 @@
 #include "attention_decode.h"
 
 #include "attention_few.h"
-#include "recurrent_run.h"
+#include "host.h"
 
 namespace fastseq::cpu {
 namespace {

@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
+#include "host.h"
 #include "level.h"
-#include "recurrent_run.h"
 
 namespace fastseq::cpu {
 namespace {
