@@ -180,14 +180,17 @@ class Few {
     A *highest, *total;  // [W / L, L], highest the same for all keys; total the sums of its keys
   };
 
-  // Rows of keys or values of a block, to be fetched meanwhile.
+  // Rows of keys or values to be fetched while others are computed with: one now and then, evenly, since a core waits for a burst.
   struct Ahead {
     const S* const* rows;
     int64_t count, bytes;
 
-    FASTSEQ_HOST_DEVICE void fetch(int64_t begin, int64_t end) const {
-      for (int64_t j = begin; j < min(end, count); ++j)
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(rows[j]) + at, 0, 3);
+    Ahead part(int64_t begin, int64_t end) const { return {rows + min(begin, count), min(end, count) - min(begin, count), bytes}; }
+    Ahead share(int64_t i, int64_t shares) const { return part(count * i / shares, count * (i + 1) / shares); }
+    // when `done` of `all` is computed
+    FASTSEQ_HOST_DEVICE void fetch(int64_t done, int64_t all, int64_t& fetched) const {
+      for (; fetched < count && fetched * all < done * count; ++fetched)
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(rows[fetched]) + at, 0, 3);
     }
   };
 
@@ -341,8 +344,11 @@ class Few {
           const Row& row = rows_[group.row + i];
           widen(q + a_.q.offset(part_.batch, row.head, sequence_.first_q + row.query), L == 1 ? group.queries : wide_);
         }
-        if (L > 1)
-          for (int64_t e = 0; e < features; ++e) group.queries[e / P * W + i * P + e % P] = i < group.rows ? wide_[e] : 0;
+        if (L > 1) {
+          A* to = group.queries + i * P;
+          for (int64_t e = 0; e < features; e += P, to += W)
+            for (int64_t f = 0; f < P; ++f) to[f] = i < group.rows ? wide_[e + f] : 0;
+        }
       }
     }
   }
@@ -447,12 +453,11 @@ class Few {
       V products[G];
 #pragma GCC unroll 1
       for (int64_t n = 0; n < G; n += N) {
-        ahead.fetch(first + n, first + n + N);
         V sum[N] = {};
         if constexpr (L == 1)
-          multiply_rows(q, keys + first + n, sum);
+          multiply_rows(q, keys + first + n, ahead.part(first + n, first + n + N), sum);
         else
-          multiply_pieces<L>(q, keys + first + n, sum);
+          multiply_pieces<L>(q, keys + first + n, ahead.part(first + n, first + n + N), sum);
 #pragma GCC unroll 8
         for (int64_t i = 0; i < N; ++i) products[n + i] = sum[i];
       }
@@ -469,9 +474,10 @@ class Few {
   }
 
   // Adds products of one row.
-  FASTSEQ_HOST_DEVICE void multiply_rows(const A* q, const S* const* keys, V* sum) const {
+  FASTSEQ_HOST_DEVICE void multiply_rows(const A* q, const S* const* keys, const Ahead& ahead, V* sum) const {
     constexpr int64_t N = kTogether / (FASTSEQ_VECTOR_REGISTERS == 16 && C::kVectors > 1 ? 2 : 1);
     const int64_t whole = a_.features / C::kFeatures * C::kFeatures, rest = a_.features - whole;
+    int64_t fetched = 0;
 #pragma GCC unroll 2
     for (int64_t first = 0; first < kTogether; first += N) {
       int64_t e = 0;
@@ -487,14 +493,17 @@ class Few {
           for (int v = 0; v < C::kVectors; ++v) sum[first + n] += query[v] * key[v];
         }
       };
-      for (; e < whole; e += C::kFeatures) multiply([](const S* p, V* v) __attribute__((always_inline)) { C::load(p, v); });
+      for (; e < whole; e += C::kFeatures) {
+        ahead.fetch((first + N) * (e + C::kFeatures), kTogether * a_.features, fetched);
+        multiply([](const S* p, V* v) __attribute__((always_inline)) { C::load(p, v); });
+      }
       if (rest) multiply([rest](const S* p, V* v) __attribute__((always_inline)) { C::load_some(p, rest, v); });
     }
   }
 
   // Adds products of L rows: each piece of a key serves all of them. Keys of 16 bits, and ends of rows, are brought into this form first.
   template <int L>
-  FASTSEQ_HOST_DEVICE void multiply_pieces(const A* q, const S* const* keys, V* sum) const {
+  FASTSEQ_HOST_DEVICE void multiply_pieces(const A* q, const S* const* keys, const Ahead& ahead, V* sum) const {
     constexpr int P = W / L;
     constexpr int64_t N = kTogether;
     const A* of[N];
@@ -505,7 +514,20 @@ class Few {
     } else {
       for (int64_t n = 0; n < N; ++n) of[n] = reinterpret_cast<const A*>(keys[n]);
     }
-    for (int64_t e = 0; e < features; e += P, q += W) {
+    int64_t e = 0, fetched = 0;
+    if constexpr (FASTSEQ_VECTOR_REGISTERS == 32) {  // more sums under way than there are keys, for the sake of their latency
+      V other[N] = {};
+      for (; e + 2 * P <= features; e += 2 * P, q += 2 * W) {
+        ahead.fetch(e + 2 * P, features, fetched);
+        const V query = load(q), next = load(q + W);
+#pragma GCC unroll 8
+        for (int64_t n = 0; n < N; ++n) sum[n] += query * repeated<P>(of[n] + e), other[n] += next * repeated<P>(of[n] + e + P);
+      }
+#pragma GCC unroll 8
+      for (int64_t n = 0; n < N; ++n) sum[n] += other[n];
+    }
+    for (; e < features; e += P, q += W) {
+      ahead.fetch(e + P, features, fetched);
       const V query = load(q);
 #pragma GCC unroll 8
       for (int64_t n = 0; n < N; ++n) sum[n] += query * repeated<P>(of[n] + e);
@@ -628,17 +650,17 @@ class Few {
     constexpr int F = kMost >= 8 ? 8 : kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
     int64_t f = 0;
     sum_columns<R, (F > C::kVectors ? F : C::kVectors)>(group, i, count, values, shrinks, ahead, f);
-    if (f < a_.value_features) columns<R, C::kVectors, true>(group, i, count, values, shrinks, ahead, f);
+    if (f < a_.value_features) columns<R, C::kVectors, true>(group, i, count, values, shrinks, ahead.part(0, 0), f);
   }
 
   // As many whole chunks as there are, F vectors at a time, then fewer.
   template <int R, int F>
   FASTSEQ_HOST_DEVICE void sum_columns(const Group& group, int64_t i, int64_t count, const S* const* values, const A* shrinks,
-                                       Ahead& ahead, int64_t& f) {
-    for (; f + F * W <= a_.value_features; f += F * W) {
-      columns<R, F, false>(group, i, count, values, shrinks, ahead, f);
-      ahead.count = 0;
-    }
+                                       Ahead ahead, int64_t& f) {
+    const int64_t passes = (a_.value_features - f) / (F * W);
+    for (int64_t pass = 0; pass < passes; ++pass, f += F * W)
+      columns<R, F, false>(group, i, count, values, shrinks, ahead.share(pass, passes), f);
+    if (passes) ahead.count = 0;
     if constexpr (F > C::kVectors) sum_columns<R, F / 2>(group, i, count, values, shrinks, ahead, f);
   }
 
@@ -669,12 +691,11 @@ class Few {
       }
     };
     constexpr int64_t kStep = 4;
-    int64_t j = 0;
-    for (; j < min(count, ahead.count); j += kStep) {
-      ahead.fetch(j, j + kStep);
+    int64_t fetched = 0;
+    for (int64_t j = 0; j < count; j += kStep) {
+      ahead.fetch(j + kStep, count, fetched);
       weigh_values(j, min(count, j + kStep));
     }
-    weigh_values(j, count);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       A* const to = sums_ + (group.row + row + i) * ldo_ + f;
