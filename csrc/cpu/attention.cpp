@@ -154,7 +154,7 @@ void over(int64_t count, int64_t bytes, const Body& body) {
 
 void run_forward(const Attention& a) {
   const AttentionKernels& kernel = kernels();
-  const std::vector<AttentionTask> tasks = tasks_of(a, a.heads, kernel.lanes(a.type));
+  const std::vector<AttentionTask> tasks = tasks_of(a, a.heads, kernel.lanes(a));
   over(tasks.size(), kernel.forward_workspace(a),
        [&](int64_t begin, int64_t end, void* workspace) { kernel.forward(a, tasks.data() + begin, end - begin, workspace); });
 }
@@ -180,7 +180,7 @@ void run_weights(const Attention& a, const Tensor& weights, bool average) {
   if (hollow(a) || (a.keys == 0 && !a.out.given())) return;
   const AttentionWeights w{a, mutable_data(weights), average};
   const AttentionKernels& kernel = kernels();
-  const std::vector<AttentionTask> tasks = tasks_of(a, average ? 1 : a.heads, kernel.lanes(a.type));
+  const std::vector<AttentionTask> tasks = tasks_of(a, average ? 1 : a.heads, kernel.lanes(a));
   over(tasks.size(), kernel.weights_workspace(w),
        [&](int64_t begin, int64_t end, void* workspace) { kernel.weights(w, tasks.data() + begin, end - begin, workspace); });
 }
@@ -232,7 +232,7 @@ void run_backward(AttentionBackward& g, const std::optional<Tensor> (&to)[5]) {
   }
   const AttentionKernels& kernel = kernels();
   const int64_t pairs = a.batch * a.key_heads, threads = torch::stable::get_num_threads();
-  const int64_t blocks = (a.queries + kernel.lanes(a.type) - 1) / kernel.lanes(a.type);
+  const int64_t blocks = (a.queries + kernel.lanes(a) - 1) / kernel.lanes(a);
   const int64_t parts = std::clamp<int64_t>(threads / pairs, 1, blocks), tasks = pairs * parts, workers = std::min(threads, tasks);
   std::optional<Sums> dbias, drelative_bias;
   const std::vector<void*> none(workers, nullptr);

@@ -121,7 +121,7 @@ struct AttentionBackward {
 
 // The kernels of one instruction set. A workspace is a thread's own, 64-byte aligned.
 struct AttentionKernels {
-  int64_t (*lanes)(Type);  // queries of a block at most
+  int64_t (*lanes)(const Attention&);  // queries of a block at most
   int64_t (*forward_workspace)(const Attention&);
   void (*forward)(const Attention&, const AttentionTask*, int64_t count, void* workspace);
   int64_t (*weights_workspace)(const AttentionWeights&);

@@ -21,21 +21,31 @@ namespace {
 #include "transpose.inl"
 #include "attention_scores.inl"
 
-// Rows of keys or values as products read them: where they lie, or widened.
+// Rows of keys or values as products read them: where they lie, or copied. Rows of other types are widened, and those far apart are
+// brought together, a line more than they need between them: a product that goes down their columns would find them in few cache sets.
 template <class A>
 struct Operand {
   const A* data;
   int64_t row;
 };
 
-template <class S, class A = Wide<S>>
-Operand<A> operand(const S* from, int64_t row, int64_t rows, int64_t features, A* widened) {
-  if constexpr (std::is_same_v<S, A>) return {from, row};
-  constexpr int64_t W = Math<A>::kWidth;
-  const int64_t padded = blocks_of(features, W) * W;
+template <class A>
+constexpr int64_t kLineOf = 64 / sizeof(A);
+
+template <class A>
+int64_t copied_row(int64_t features) {
+  return blocks_of(features, kLineOf<A>) * kLineOf<A> + kLineOf<A>;
+}
+
+template <bool kColumns, class S, class A = Wide<S>>
+Operand<A> operand(const S* from, int64_t row, int64_t rows, int64_t features, A* copy) {
+  constexpr int64_t W = Math<A>::kWidth, kNear = 512 / sizeof(A);
+  if constexpr (std::is_same_v<S, A>)
+    if (!kColumns || row < kNear) return {from, row};
+  const int64_t to = copied_row<A>(features);
   for (int64_t j = 0; j < rows; ++j)
-    for (int64_t e = 0; e < features; e += W) store_vector(widened + j * padded + e, Memory<S, A>::load(from + j * row + e, features - e));
-  return {widened, padded};
+    for (int64_t e = 0; e < features; e += W) store_vector(copy + j * to + e, Memory<S, A>::load(from + j * row + e, features - e));
+  return {copy, to};
 }
 
 // log x of a normal number: x = 2^n m with m about 1, log m = 2 atanh((m - 1) / (m + 1))
@@ -68,12 +78,11 @@ class Rows {
       : a(given),
         block(given, arena),
         queries_(arena.take<A>(padded(a.features) * kMostLanes<A>)),
-        keys_(widens ? arena.take<A>(kChunk * padded(a.features)) : nullptr),
+        keys_(arena.take<A>(kChunk * copied_row<A>(a.features))),
         highest_(arena.take<A>(kMostLanes<A>)),
         total_(arena.take<A>(kMostLanes<A>)),
         factor_(arena.take<A>(kMostLanes<A>)) {}
 
-  static constexpr bool widens = !std::is_same_v<S, A>;
   static int64_t padded(int64_t features) { return blocks_of(features, W) * W; }
 
   const Attention& a;
@@ -85,7 +94,10 @@ class Rows {
   const S* row_of(const ConstRows& rows, int64_t j) const {
     return static_cast<const S*>(rows.data) + rows.offset(a.cu_q ? 0 : block.b, a.key_head(block.h), block.s.first_k + j);
   }
-  Operand<A> keys(int64_t begin, int64_t n) { return operand<S>(row_of(a.k, begin), a.k.t, n, a.features, keys_); }
+  template <bool kColumns = false>
+  Operand<A> keys(int64_t begin, int64_t n) {
+    return operand<kColumns, S>(row_of(a.k, begin), a.k.t, n, a.features, keys_);
+  }
 
   // the scores of keys begin .. begin + n, that some query sees; and the largest of every lane
   template <int NV>
@@ -165,7 +177,7 @@ class ForwardKernel {
         rows_(given, arena),
         scores_(arena.take<A>(kChunk * kMostLanes<A>)),
         sums_(arena.take<A>(a.value_features * kMostLanes<A>)),
-        values_(rows_.widens ? arena.take<A>(kChunk * rows_.padded(a.value_features)) : nullptr),
+        values_(arena.take<A>(kChunk * copied_row<A>(a.value_features))),
         used(arena.used()) {}
 
   void run(int64_t b, int64_t h, int64_t first, int64_t count) {
@@ -206,7 +218,7 @@ class ForwardKernel {
       for (int v = 0; v < NV; ++v) total[v] = total[v] * alpha[v] + sums[v];
       if (a.dropout > 0)
         block.template drop<NV>(j, n, [&](int64_t at, V keep) { store_vector(scores_ + at, load_vector(scores_ + at) * keep); });
-      const Operand<A> values = operand<S>(rows_.row_of(a.v, j), a.v.t, n, a.value_features, values_);
+      const Operand<A> values = operand<true, S>(rows_.row_of(a.v, j), a.v.t, n, a.value_features, values_);
       const auto add = [&]<bool kFirst>() {
         multiply_rows<true, NV>(values.data, values.row, a.value_features, scores_, lanes, n,
                                 [&](int64_t f, int v, V sum) __attribute__((always_inline)) {
@@ -249,7 +261,7 @@ class WeightsKernel {
         scores_(arena.take<A>(blocks_of(a.keys, kChunk) * kChunk * kMostLanes<A>)),
         mean_(w.average ? arena.take<A>(blocks_of(a.keys, W) * W * kMostLanes<A>) : nullptr),
         sums_(arena.take<A>(a.value_features * kMostLanes<A>)),
-        values_(rows_.widens ? arena.take<A>(kChunk * rows_.padded(a.value_features)) : nullptr),
+        values_(arena.take<A>(kChunk * copied_row<A>(a.value_features))),
         used(arena.used()) {}
 
   // h is not read if averaged
@@ -324,7 +336,7 @@ class WeightsKernel {
     __builtin_memset(sums_, 0, a.value_features * lanes * sizeof(A));
     for (int64_t j = begin; j < end; j += kChunk) {
       const int64_t n = min(kChunk, end - j);
-      const Operand<A> values = operand<S>(rows_.row_of(a.v, j), a.v.t, n, a.value_features, values_);
+      const Operand<A> values = operand<true, S>(rows_.row_of(a.v, j), a.v.t, n, a.value_features, values_);
       multiply_rows<true, NV>(values.data, values.row, a.value_features, scores_ + j * lanes, lanes, n,
                               [&](int64_t f, int v, V sum) __attribute__((always_inline)) {
                                 A* at = sums_ + f * lanes + v * W;
@@ -382,7 +394,7 @@ class BackwardKernel {
         gradients_(arena.take<A>(kChunk * kMostLanes<A>)),
         kept_(a.dropout > 0 ? arena.take<A>(kChunk * kMostLanes<A>) : nullptr),
         capped_(a.softcap != 0 ? arena.take<A>(kChunk * kMostLanes<A>) : nullptr),
-        values_(rows_.widens ? arena.take<A>(kChunk * padded_values_) : nullptr),
+        values_(arena.take<A>(kChunk * copied_row<A>(Ev))),
         dout_(arena.take<A>(padded_values_ * kMostLanes<A>)),
         query_rows_(arena.take<A>(padded_ * kMostLanes<A>)),
         dout_rows_(arena.take<A>(padded_values_ * kMostLanes<A>)),
@@ -447,7 +459,7 @@ class BackwardKernel {
           store_vector(at, power_of<M, A>(load_vector(at) - lse[v], factor));
         }
       if (kept_) block.template drop<NV>(j, n, [&](int64_t at, V keep) { store_vector(kept_ + at, keep); });
-      const Operand<A> values = operand<S>(rows_.row_of(a.v, j), a.v.t, n, Ev, values_);
+      const Operand<A> values = operand<false, S>(rows_.row_of(a.v, j), a.v.t, n, Ev, values_);
       multiply_rows<false, NV>(values.data, values.row, n, dout_, lanes, Ev, [&](int64_t r, int v, V dw) __attribute__((always_inline)) {
         const int64_t at = r * lanes + v * W;
         if (kept_) dw *= load_vector(kept_ + at);
@@ -470,7 +482,7 @@ class BackwardKernel {
         }
       if (g.dk.given()) add_products(gradients_, lanes, n, queries, E, count, sums_ + j * (padded_ + padded_values_));
       if (g.dq.given()) {
-        const Operand<A> keys = rows_.keys(j, n);
+        const Operand<A> keys = rows_.template keys<true>(j, n);
         multiply_rows<true, NV>(keys.data, keys.row, E, gradients_, lanes, n, [&](int64_t e, int v, V sum) __attribute__((always_inline)) {
           A* at = dq_ + e * lanes + v * W;
           store_vector(at, load_vector(at) + sum);
@@ -563,7 +575,11 @@ void store_sums(const AttentionBackward& g, int64_t b, int64_t key_head, const A
   put(g.dv, a.value_features, Rows<S>::padded(a.features), A(1));
 }
 
-int64_t lanes_of(Type type) { return type == Type::kDouble ? kMostLanes<double> : kMostLanes<float>; }
+// Queries of a block at most. Fewer where a causal mask hides much of a short sequence: blocks follow its edge more closely.
+int64_t lanes_of(const Attention& a) {
+  const int64_t lanes = a.type == Type::kDouble ? kMostLanes<double> : kMostLanes<float>;
+  return a.right >= 0 && a.queries <= 4 * lanes ? lanes / 2 : lanes;
+}
 
 int64_t forward_workspace(const Attention& a) {
   int64_t bytes = 0;

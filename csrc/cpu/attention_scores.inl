@@ -255,10 +255,10 @@ class Block {
 
   // Which of the keys begin .. begin + n, n <= kChunk, some query sees; remembers which query sees which for `shape`.
   Seen look(int64_t begin, int64_t n) {
-    hides_ = false;
     if (!a.mask.given() && !a.blocks.given()) {
       const int64_t lowest = first + s.shift, highest = lowest + count - 1;
-      if ((a.left < 0 || begin >= highest - a.left) && (a.right < 0 || begin + n - 1 <= lowest + a.right)) return Seen::kAll;
+      hides_ = (a.left >= 0 && begin < highest - a.left) || (a.right >= 0 && begin + n - 1 > lowest + a.right);
+      return hides_ ? Seen::kSome : Seen::kAll;
     }
     uint32_t some = 0;
     bool all = true;
@@ -295,12 +295,14 @@ class Block {
       if (a.slopes) add_slopes<NV>(scores, begin, n);
       if (a.relative_bias) add_relative_bias<NV>(scores, begin, n);
     }
-    if (hides_)
-      for (int64_t j = 0; j < n; ++j)
-        for (int64_t v = 0; v < NV; ++v) {
-          A* at = scores + j * lanes + v * W;
-          store_vector(at, sees(j, v) ? load_vector(at) : V{} - A(INFINITY));
-        }
+    if (!hides_) return;
+    if (!a.mask.given() && !a.blocks.given()) return hide_outside<NV>(scores, begin, n);
+    for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < NV; ++v) {
+        A* at = scores + j * lanes + v * W;
+        store_vector(at, sees(j, v) ? load_vector(at) : V{} - A(INFINITY));
+      }
   }
 
   // weights of keys begin .. begin + n, of which a dropout zeroes some: rows [key][lane]; begin is a multiple of 4
@@ -399,6 +401,29 @@ class Block {
   static FASTSEQ_HOST_DEVICE V lanes_where(typename Philox::Of<A>::U keeps, A value) {
     typedef int32_t Narrow __attribute__((vector_size(4 * W)));
     return (V)(__builtin_convertvector((Narrow)keeps, I) & (I)(V{} + value));
+  }
+
+  // the keys outside of each query's window
+  template <int NV>
+  void hide_outside(A* scores, int64_t begin, int64_t n) const {
+    constexpr int64_t lanes = NV * W;
+    I lane;
+    for (int64_t i = 0; i < W; ++i) lane[i] = i;
+    for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < NV; ++v) {
+        A* at = scores + j * lanes + v * W;
+        const int64_t distance = begin + j - first - s.shift - v * W;  // from the query of the first lane
+        V score = load_vector(at);
+        if (a.right >= 0) score = lane < limited(distance - a.right) ? V{} - A(INFINITY) : score;
+        if (a.left >= 0) score = lane > limited(distance + a.left) ? V{} - A(INFINITY) : score;
+        store_vector(at, score);
+      }
+  }
+  // within what every lane's number is on the same side of
+  static FASTSEQ_HOST_DEVICE auto limited(int64_t x) {
+    using Number = std::remove_cvref_t<decltype(I{}[0])>;
+    return I{} + Number(min(max(x, -1), W));
   }
 
   // the scores of a query and a key change by what `of(lane, key)` says, one square of registers after the other
