@@ -4,6 +4,7 @@
 #include "common/build.h"
 #include "common/device.h"
 #include "cpu/attention.h"
+#include "cpu/attention_decode.h"
 #include "cpu/level.h"
 #include "cpu/recurrent.h"
 #include "limits/exchange_op.h"
@@ -46,6 +47,9 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor gates, str cell, int reverse, float zoneout_h, float zoneout_c, bool through_weights, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) doutput, Tensor(d!) dh0, Tensor(e!) dc0) -> ()");
   m.def(
+      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? slopes, Tensor? sinks, "
+      "float scale, float softcap, int left, int right, int num_splits) -> (Tensor, Tensor)");
+  m.def(
       "recurrent_cuda_forward(str cell, str precision, int[] plan, Tensor x_gates, Tensor weight, Tensor? vectors, Tensor? h0, "
       "Tensor? c0, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, Tensor(e!) gates, Tensor? starts, Tensor? lengths, "
       "int steps, int batch, int lanes, int hidden, int reverse, Tensor(f!) operands, Tensor(g!) flags) -> ()");
@@ -78,6 +82,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("attention_weights", TORCH_BOX(&fastseq::cpu::attention_weights));
   m.impl("attention_plain", TORCH_BOX(&fastseq::cpu::attention_plain));
   m.impl("attention_plain_backward", TORCH_BOX(&fastseq::cpu::attention_plain_backward));
+  m.impl("attention_decode", TORCH_BOX(&fastseq::cpu::attention_decode));
 }
 
 #if defined(FASTSEQ_CUDA)

@@ -1,4 +1,4 @@
-"""The CPU: native kernels for recurrence (AVX-512, AVX2 or baseline code chosen at run time), torch's own for attention."""
+"""The CPU: native kernels for recurrence and attention against a cache, torch's own for other attention."""
 
 from __future__ import annotations
 
