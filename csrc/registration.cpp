@@ -4,7 +4,11 @@
 #include "common/build.h"
 #include "common/device.h"
 #include "cpu/attention.h"
+<<<<<<< HEAD
 #include "cpu/attention_layers.h"
+=======
+#include "cpu/attention_decode.h"
+>>>>>>> main
 #include "cpu/level.h"
 #include "cpu/recurrent.h"
 #include "limits/exchange_op.h"
@@ -46,6 +50,9 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
       "Tensor gates, str cell, int reverse, float zoneout_h, float zoneout_c, bool through_weights, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) doutput, Tensor(d!) dh0, Tensor(e!) dc0) -> ()");
+  m.def(
+      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? slopes, Tensor? sinks, "
+      "float scale, float softcap, int left, int right, int num_splits) -> (Tensor, Tensor)");
   m.def(
       "recurrent_cuda_forward(str cell, str precision, int[] plan, Tensor x_gates, Tensor weight, Tensor? vectors, Tensor? h0, "
       "Tensor? c0, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, Tensor(e!) gates, Tensor? starts, Tensor? lengths, "
@@ -91,6 +98,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("attention_plain", TORCH_BOX(&fastseq::cpu::attention_plain));
   m.impl("self_attention_backward", TORCH_BOX(&fastseq::cpu::self_attention_backward));
   m.impl("attention_plain_backward", TORCH_BOX(&fastseq::cpu::attention_plain_backward));
+  m.impl("attention_decode", TORCH_BOX(&fastseq::cpu::attention_decode));
 }
 
 #if defined(FASTSEQ_CUDA)
