@@ -4,11 +4,8 @@
 #include "common/build.h"
 #include "common/device.h"
 #include "cpu/attention.h"
-<<<<<<< HEAD
-#include "cpu/attention_layers.h"
-=======
 #include "cpu/attention_decode.h"
->>>>>>> main
+#include "cpu/attention_layers.h"
 #include "cpu/level.h"
 #include "cpu/recurrent.h"
 #include "limits/exchange_op.h"

@@ -210,7 +210,7 @@ Tensor inverted(const Tensor& mask, Sizes sizes) {
 }
 
 // What the two masks of nn.MultiheadAttention say; false: not what they have to be, or both are added.
-bool read_masks(const std::optional<Tensor>& padding, const std::optional<Tensor>& attn_mask, int64_t N, int64_t H, int64_t L, int64_t S,
+bool read_masks(std::optional<Tensor> padding, std::optional<Tensor> attn_mask, int64_t N, int64_t H, int64_t L, int64_t S,
                 ScalarType type, AttentionSpec& to) {
   if (attn_mask) {
     const int64_t dims = attn_mask->dim();
@@ -219,6 +219,7 @@ bool read_masks(const std::optional<Tensor>& padding, const std::optional<Tensor
     if (attn_mask->scalar_type() == ScalarType::Bool) {
       to.mask = dims == 2 ? inverted(*attn_mask, {1, 1, L, S}) : inverted(*attn_mask, {N, H, L, S});
     } else {
+      if (type == ScalarType::Double && attn_mask->scalar_type() == ScalarType::Float) attn_mask = torch::stable::to(*attn_mask, type);
       if (!may_be_added(*attn_mask, type)) return false;
       const int64_t i = attn_mask->stride(-2), j = attn_mask->stride(-1), h = attn_mask->stride(0);
       to.bias = dims == 2 ? view(*attn_mask, {1, 1, L, S}, {0, 0, i, j}) : view(*attn_mask, {N, H, L, S}, {H * h, h, i, j});
@@ -228,6 +229,7 @@ bool read_masks(const std::optional<Tensor>& padding, const std::optional<Tensor
   const bool whole = N == 1 && padding->dim() == 1;
   if (!plain(padding) || (!whole && (padding->dim() != 2 || padding->size(0) != N)) || padding->size(-1) != S) return false;
   const bool added = padding->scalar_type() != ScalarType::Bool;
+  if (type == ScalarType::Double && padding->scalar_type() == ScalarType::Float) padding = torch::stable::to(*padding, type);
   if ((added && !may_be_added(*padding, type)) || !padding->is_contiguous()) return false;
   const auto hidden = padded(*padding);
   if (!hidden) {  // numbers to be added
