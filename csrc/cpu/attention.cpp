@@ -351,4 +351,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor dout, Tensor 
   return {*to[0], *to[1], *to[2]};
 }
 
+void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, const Tensor& out,
+                    const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average) {
+  Attention a = attention_of(q, k, &v, spec);
+  a.out = results(out);
+  if (lse) a.lse = mutable_data(*lse);
+  if (weights) return run_weights(a, *weights, average);
+  run_forward(a);
+}
+
+void attention_backward_into(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                             const AttentionSpec& spec, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  AttentionBackward g = backward_of(dout, {}, q, k, v, out, lse, spec);
+  const std::optional<Tensor> to[5] = {dq, dk, dv, {}, {}};
+  run_backward(g, to);
+}
+
 }  // namespace fastseq::cpu
