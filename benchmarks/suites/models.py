@@ -19,9 +19,7 @@ from ..workloads.models import MODELS, ModelWorkload
 from . import stand_ins
 
 NAME = "models"
-SUMMARY = (
-    "models before and after: LSTM language model, nn.Transformer, BERT, GPT-2; small recurrent and attention models of all kinds"
-)
+SUMMARY = "models before and after: LSTM language model, nn.Transformer, BERT, GPT-2; small recurrent and attention models"
 
 
 def plan(options: Options) -> list[Case]:
