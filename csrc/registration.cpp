@@ -3,11 +3,18 @@
 
 #include "common/build.h"
 #include "common/device.h"
+#include "cpu/attention.h"
 #include "cpu/level.h"
 #include "cpu/recurrent.h"
 #include "limits/exchange_op.h"
 #include "limits/fma_op.h"
 #include "recurrent/recurrent.h"
+
+#define FASTSEQ_SPEC                                                                                                                  \
+  "Tensor? mask, Tensor? bias, Tensor? relative_bias, Tensor? relative_q, Tensor? relative_k, Tensor? slopes, Tensor? sinks, "      \
+  "Tensor? q_lengths, Tensor? k_lengths, Tensor? cu_q, Tensor? cu_k, Tensor? blocks, Tensor? seed, float scale, float softcap, "    \
+  "float dropout, int left, int right, bool bottom_right, int offset, int relative_bias_zero, int relative_k_zero, int block_size, " \
+  "int max_q, int max_k"
 
 STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("version() -> str");
@@ -47,6 +54,15 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor weight, Tensor? vectors, Tensor? h0, Tensor? c0, Tensor y, Tensor c, Tensor gates, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) dh0, Tensor(d!) dc0, Tensor? starts, Tensor? lengths, int steps, int batch, int lanes, "
       "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags) -> ()");
+  m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ") -> (Tensor, Tensor)");
+  m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTSEQ_SPEC
+        ", bool[] wanted) -> Tensor[]");
+  m.def("attention_with_weights(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool average) -> (Tensor, Tensor, Tensor)");
+  m.def("attention_weights(Tensor q, Tensor k, Tensor lse, " FASTSEQ_SPEC ", bool average) -> Tensor");
+  m.def("attention_plain(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, float dropout, Tensor? seed, "
+        "bool wants_lse) -> (Tensor, Tensor)");
+  m.def("attention_plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, float scale, "
+        "bool causal, float dropout, Tensor? seed) -> (Tensor, Tensor, Tensor)");
   // The benchmark suite `limits` measures the machine with these; no module and no function of fastseq calls them.
   m.def("fma(Tensor start, float factor, float addend, int steps, Tensor(a!) results) -> ()");
   m.def("exchange(str kind, int steps, int ctas, int vectors, Tensor(a!) flags, Tensor(b!) operands, Tensor(c!) results) -> ()");
@@ -56,6 +72,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("fma", TORCH_BOX(&fastseq::limits::fma_cpu));
   m.impl("recurrent_forward", TORCH_BOX(&fastseq::cpu::recurrent_forward));
   m.impl("recurrent_backward", TORCH_BOX(&fastseq::cpu::recurrent_backward));
+  m.impl("attention_forward", TORCH_BOX(&fastseq::cpu::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&fastseq::cpu::attention_backward));
+  m.impl("attention_with_weights", TORCH_BOX(&fastseq::cpu::attention_with_weights));
+  m.impl("attention_weights", TORCH_BOX(&fastseq::cpu::attention_weights));
+  m.impl("attention_plain", TORCH_BOX(&fastseq::cpu::attention_plain));
+  m.impl("attention_plain_backward", TORCH_BOX(&fastseq::cpu::attention_plain_backward));
 }
 
 #if defined(FASTSEQ_CUDA)

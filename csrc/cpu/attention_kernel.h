@@ -95,4 +95,52 @@ struct Attention {
   static int64_t clamped(int64_t length, int64_t most) { return length < 0 ? 0 : length < most ? length : most; }
 };
 
+// A block of queries of a head.
+struct AttentionTask {
+  int64_t b, h, first, count;
+};
+
+// The weights after dropout, contiguous [B, Hq, Tq, Tk], or averaged over the heads [B, Tq, Tk]. Padded only; `out` may be missing.
+struct AttentionWeights {
+  Attention attention;
+  void* weights;
+  bool average;
+};
+
+struct AttentionBackward {
+  Attention attention;  // without out and lse, but with the strides of lse
+  ConstRows dout, out;
+  const void *lse, *dlse;  // wide, strides as of the attention's lse; dlse may be null
+  // what is wanted
+  MutableRows dq, dk, dv;
+  // wide sums, one for each worker, zero at first; strides in elements, 0 where the bias is broadcast
+  void* const* dbias;
+  int64_t dbias_b, dbias_h, dbias_i, dbias_j;
+  void* const* drelative_bias;  // [Hq, relative_bias_length]
+};
+
+// The kernels of one instruction set. A workspace is a thread's own, 64-byte aligned.
+struct AttentionKernels {
+  int64_t (*lanes)(const Attention&);  // queries of a block at most
+  int64_t (*forward_workspace)(const Attention&);
+  void (*forward)(const Attention&, const AttentionTask*, int64_t count, void* workspace);
+  int64_t (*weights_workspace)(const AttentionWeights&);
+  void (*weights)(const AttentionWeights&, const AttentionTask*, int64_t count, void* workspace);
+  int64_t (*backward_workspace)(const AttentionBackward&);
+  // of the sums of a key head's gradients
+  int64_t (*sums_bytes)(const Attention&);
+  // a part of the queries of a key head: dq, and dk and dv in `sums`; what is summed over heads too goes to the worker's own sums
+  void (*backward)(const AttentionBackward&, int64_t b, int64_t key_head, int64_t part, int64_t parts, void* sums, int64_t worker,
+                   void* workspace);
+  // the parts' sums, one behind another, as dk and dv
+  void (*store_gradients)(const AttentionBackward&, int64_t b, int64_t key_head, const void* sums, int64_t parts);
+};
+
+const AttentionKernels& attention_kernels_default();
+#if defined(__x86_64__)
+const AttentionKernels& attention_kernels_avx2();
+const AttentionKernels& attention_kernels_avx512();
+const AttentionKernels& attention_kernels_amx();  // bfloat16
+#endif
+
 }  // namespace fastseq::cpu
