@@ -39,6 +39,9 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor gates, str cell, int reverse, float zoneout_h, float zoneout_c, bool through_weights, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) doutput, Tensor(d!) dh0, Tensor(e!) dc0) -> ()");
   m.def(
+      "recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, Tensor? h0, Tensor? lengths, Tensor? batch_sizes, "
+      "Tensor[] w_ih, int reverse, int[] wanted) -> Tensor[]");
+  m.def(
       "recurrent_cuda_forward(str cell, str precision, int[] plan, Tensor x_gates, Tensor weight, Tensor? vectors, Tensor? h0, "
       "Tensor? c0, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, Tensor(e!) gates, Tensor? starts, Tensor? lengths, "
       "int steps, int batch, int lanes, int hidden, int reverse, Tensor(f!) operands, Tensor(g!) flags) -> ()");
@@ -56,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("fma", TORCH_BOX(&fastseq::limits::fma_cpu));
   m.impl("recurrent_forward", TORCH_BOX(&fastseq::cpu::recurrent_forward));
   m.impl("recurrent_backward", TORCH_BOX(&fastseq::cpu::recurrent_backward));
+  m.impl("recurrent_gradients", TORCH_BOX(&fastseq::cpu::recurrent_gradients));
 }
 
 #if defined(FASTSEQ_CUDA)

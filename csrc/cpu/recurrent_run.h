@@ -41,6 +41,14 @@ inline const void* data(const Tensor& tensor) { return tensor.numel() ? tensor.c
 inline const int64_t* integers(const std::optional<Tensor>& tensor) { return static_cast<const int64_t*>(data(tensor)); }
 inline void* mutable_data(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
 
+// What the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
+inline void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name, bool contiguous = true) {
+  if (!tensor) return;
+  STD_TORCH_CHECK(tensor->scalar_type() == type, "recurrent: ", name, " has a wrong dtype");
+  STD_TORCH_CHECK(tensor->numel() == elements, "recurrent: ", name, " must have ", elements, " elements, got ", tensor->numel());
+  STD_TORCH_CHECK(!contiguous || tensor->is_contiguous(), "recurrent: ", name, " must be contiguous");
+}
+
 inline bool any(const Zoneout& zoneout) { return zoneout.hold_h || zoneout.hold_c || zoneout.h > 0 || zoneout.c > 0; }
 
 // Memory for packed weights and states, 64-byte aligned, since the kernels load whole registers. What it holds is undefined: with

@@ -7,7 +7,7 @@ from . import attention, attention_decode, recurrent
 from .attention import attention_backward, attention_forward
 from .attention_decode import attention_decode_forward
 from .attention_scores import attention_weights, attention_weights_backward, attention_with_weights
-from .recurrent import recurrent_backward, recurrent_forward
+from .recurrent import layer_gradients, recurrent_backward, recurrent_forward
 
 __all__ = [
     "attention_backward",
@@ -18,6 +18,7 @@ __all__ = [
     "attention_with_weights",
     "available",
     "devices",
+    "layer_gradients",
     "name",
     "ops",
     "recurrent_backward",
