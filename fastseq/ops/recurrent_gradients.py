@@ -77,7 +77,7 @@ def _native_products(
     """What the CPU's native op gives of these gradients, in order; None where plain products serve, or have to be seen."""
     if x.device.type != "cpu" or backends.forced() not in (None, "cpu") or recorded() or transforming():
         return None
-    if any([type(t) is not Tensor for t in (x, call.y, *results[:2], *weights.w_ih)]):
+    if any([type(t) not in (Tensor, torch.nn.Parameter) for t in (x, call.y, *results[:2], *weights.w_ih)]):
         return None
     found = cpu.layer_gradients(call, results, x, weights, wanted, wanted_x and bool(weights.w_ih))
     return iter(found) if found else None
