@@ -51,6 +51,9 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? slopes, Tensor? sinks, "
       "float scale, float softcap, int left, int right, int num_splits) -> (Tensor, Tensor)");
   m.def(
+      "recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, Tensor? h0, Tensor? lengths, Tensor? batch_sizes, "
+      "Tensor[] w_ih, int reverse, int[] wanted) -> Tensor[]");
+  m.def(
       "recurrent_cuda_forward(str cell, str precision, int[] plan, Tensor x_gates, Tensor weight, Tensor? vectors, Tensor? h0, "
       "Tensor? c0, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, Tensor(e!) gates, Tensor? starts, Tensor? lengths, "
       "int steps, int batch, int lanes, int hidden, int reverse, Tensor(f!) operands, Tensor(g!) flags) -> ()");
@@ -96,6 +99,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("self_attention_backward", TORCH_BOX(&fastseq::cpu::self_attention_backward));
   m.impl("attention_plain_backward", TORCH_BOX(&fastseq::cpu::attention_plain_backward));
   m.impl("attention_decode", TORCH_BOX(&fastseq::cpu::attention_decode));
+  m.impl("recurrent_gradients", TORCH_BOX(&fastseq::cpu::recurrent_gradients));
 }
 
 #if defined(FASTSEQ_CUDA)

@@ -6,7 +6,7 @@ from ..query import Query
 from . import attention, attention_decode, recurrent
 from .attention import attention_backward, attention_forward, attention_weights, attention_with_weights
 from .attention_decode import attention_decode_forward
-from .recurrent import recurrent_backward, recurrent_forward
+from .recurrent import layer_gradients, recurrent_backward, recurrent_forward
 
 __all__ = [
     "attention_backward",
@@ -16,6 +16,7 @@ __all__ = [
     "attention_with_weights",
     "available",
     "devices",
+    "layer_gradients",
     "name",
     "ops",
     "recurrent_backward",
