@@ -221,6 +221,58 @@ class TestOtherWays:
             torch.testing.assert_close(torch.export.export(ours, (x,)).module()(x), theirs(x))
 
 
+class TestLevels:
+    """Rows and features enough for AMX, which multiplies fp32 in parts of bf16; none of them a multiple of a tile."""
+
+    BATCH, STEPS, WIDTH, HIDDEN = 5, 33, 72, 100
+
+    @pytest.fixture(autouse=True, params=["default", "avx2", "avx512", "amx"])
+    def level(self, request, monkeypatch):
+        monkeypatch.setenv("FASTSEQ_CPU_LEVEL", request.param)
+        monkeypatch.setenv("FASTSEQ_CPU_POISON", "1")
+
+    def pair(self, dtype: torch.dtype, **options) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+        torch.manual_seed(1)
+        theirs = nn.TransformerEncoderLayer(self.WIDTH, 3, self.HIDDEN, batch_first=True, **options).to(dtype).eval()
+        ours = copy.deepcopy(theirs)
+        fastseq.convert(ours)
+        return theirs, ours, torch.randn(self.BATCH, self.STEPS, self.WIDTH).to(dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("options", [{}, {"norm_first": True, "activation": "gelu"}], ids=["norm last", "norm first"])
+    def test_layers(self, dtype, options):
+        theirs, ours, x = self.pair(dtype, **options)
+        mask = torch.rand(self.STEPS, self.STEPS) < 0.4
+        mask.fill_diagonal_(False)
+        truth = copy.deepcopy(theirs).double()(x.double(), mask).detach()
+        with torch.no_grad():
+            assert_close_to_truth(ours(x, mask), theirs(x, mask), truth)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("which", ["self", "memory", "distinct"])
+    def test_attention(self, dtype, which):
+        theirs, ours, x = self.pair(dtype)
+        y, z = torch.randn(2, self.BATCH, 2 * self.STEPS, self.WIDTH).to(dtype)
+        given = {"self": (x, x, x), "memory": (x, y, y), "distinct": (x, y, z)}[which]
+        truth = copy.deepcopy(theirs.self_attn).double()(*(t.double() for t in given))
+        with torch.no_grad():
+            found, expected = ours.self_attn(*given), theirs.self_attn(*given)
+        for a, b, exact in zip(found, expected, truth, strict=True):
+            assert_close_to_truth(a, b, exact.detach())
+
+    @pytest.mark.parametrize("scale", [1e-36, 1e30, torch.inf, torch.nan])
+    def test_numbers_beyond_the_parts(self, scale):
+        """What bf16's range does not hold is multiplied in fp32."""
+        theirs, ours, x = self.pair(torch.float32)
+        x[1, 2, 3] = scale
+        x[2] *= 1e-36
+        theirs.linear1.weight.data[4] *= 1e-36
+        ours.load_state_dict(theirs.state_dict())
+        with torch.no_grad():
+            actual, expected = ours(x), theirs(x)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 class TestModule:
     def test_constructor(self):
         for options in (
