@@ -57,11 +57,9 @@ ScalarType wide_of(ScalarType type) { return type == ScalarType::Double ? Scalar
 
 // Elements of a tensor, from its `first` on.
 Tensor view(const Tensor& tensor, Sizes sizes, Sizes strides, int64_t first = 0) {
-  int64_t begin;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &begin));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.begin(), strides.begin(), begin + first, &handle));
+      aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.begin(), strides.begin(), first, &handle));
   return Tensor(handle);
 }
 

@@ -260,7 +260,7 @@ class TestLevels:
         for a, b, exact in zip(found, expected, truth, strict=True):
             assert_close_to_truth(a, b, exact.detach())
 
-    @pytest.mark.parametrize("scale", [1e-36, 1e30, torch.inf, torch.nan])
+    @pytest.mark.parametrize("scale", [1e-36, 1e18, torch.inf, torch.nan])
     def test_numbers_beyond_the_parts(self, scale):
         """What bf16's range does not hold is multiplied in fp32."""
         theirs, ours, x = self.pair(torch.float32)
