@@ -504,9 +504,8 @@ class TestPlainCalls:
                 torch.testing.assert_close(ours(q, k, v, **options), theirs(q, k, v, **options))
                 assert calls.pop()
 
-    def test_results_lie_as_torchs(self):
-        out, expected = (function(*qkv((2, 3, 40, 8), (2, 3, 40, 8), 8).values()) for function in (ours, theirs))
-        assert out.transpose(1, 2).is_contiguous() and out.stride() == expected.stride()
+    def test_results_lie_time_before_heads(self):
+        assert ours(**qkv()).transpose(1, 2).is_contiguous()
 
     def test_an_output_written_over_is_refused(self):
         q, k, v = (t.requires_grad_() for t in qkv().values())
