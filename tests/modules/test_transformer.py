@@ -234,6 +234,10 @@ class TestLevels:
     def pair(self, dtype: torch.dtype, **options) -> tuple[nn.Module, nn.Module, torch.Tensor]:
         torch.manual_seed(1)
         theirs = nn.TransformerEncoderLayer(self.WIDTH, 3, self.HIDDEN, batch_first=True, **options).to(dtype).eval()
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_()
         ours = copy.deepcopy(theirs)
         fastseq.convert(ours)
         return theirs, ours, torch.randn(self.BATCH, self.STEPS, self.WIDTH).to(dtype)
@@ -271,6 +275,14 @@ class TestLevels:
         with torch.no_grad():
             actual, expected = ours(x), theirs(x)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+    def test_weights_beyond_the_parts(self):
+        theirs, ours, x = self.pair(torch.float32)
+        theirs.self_attn.in_proj_weight.data[4, 5] = 3.4e38  # infinity, were it rounded to bf16
+        x[..., 5] = 0
+        ours.load_state_dict(theirs.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
 class TestModule:
