@@ -6,6 +6,7 @@
 #include <atomic>
 #include <numeric>
 
+#include "attention_few.h"
 #include "attention_kernel.h"
 #include "host.h"
 #include "level.h"
@@ -153,6 +154,7 @@ void over(int64_t count, int64_t bytes, const Body& body) {
 }
 
 void run_forward(const Attention& a) {
+  if (few_serves(a)) return attention_few(a);
   const AttentionKernels& kernel = kernels(a.type);
   const std::vector<AttentionTask> tasks = tasks_of(a, a.heads, kernel.lanes(a));
   over(tasks.size(), kernel.forward_workspace(a),

@@ -727,7 +727,7 @@ class Few {
         C::store(to + f, min(C::kFeatures, a_.value_features - f), v);
       }
       if (a_.lse) {
-        A* lse = static_cast<A*>(a_.lse) + part_.batch * a_.lse_b + row.head * a_.lse_h + sequence_.first_q + row.query;
+        A* lse = static_cast<A*>(a_.lse) + (a_.cu_q ? 0 : part_.batch * a_.lse_b) + row.head * a_.lse_h + sequence_.first_q + row.query;
         if constexpr (sizeof(A) == 8)
           *lse = dead ? kLowest : highest + __builtin_log(total);
         else

@@ -18,13 +18,6 @@ namespace {
 
 using Sizes = std::initializer_list<int64_t>;
 
-bool plain(const std::optional<Tensor>& tensor) {
-  if (!tensor) return true;
-  int32_t layout;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
-  return tensor->is_cpu() && layout == aoti_torch_layout_strided();
-}
-
 // of the attention's arithmetic, with a contiguous last dimension
 bool rows_of(const Tensor& tensor, ScalarType type) {
   return plain(tensor) && tensor.scalar_type() == type && (tensor.stride(-1) == 1 || tensor.size(-1) == 1);

@@ -42,12 +42,6 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, bool transposed
   return Tensor(handle);
 }
 
-bool plain(const std::optional<Tensor>& tensor) {
-  int32_t layout = aoti_torch_layout_strided();
-  if (tensor) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
-  return !tensor || (tensor->is_cpu() && layout == aoti_torch_layout_strided());
-}
-
 bool fits(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
   if (tensor.scalar_type() != type || tensor.dim() != static_cast<int64_t>(sizes.size()) || !tensor.is_contiguous()) return false;
   int64_t dim = 0;
