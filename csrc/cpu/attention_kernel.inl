@@ -122,7 +122,8 @@ class Softmax {
         store_vector(highest_ + v * W, highest[v] * factor), store_vector(total_ + v * W, total[v]);
         for (int64_t lane = v * W; lane < min(block.count, (v + 1) * W); ++lane) join_sink(lane, lse);
       } else if (lse) {
-        const V sum = (typename Lanes<A>::I)dead ? V{} - A(INFINITY) : highest[v] * factor + log_of<A>(total[v]);
+        const V live = total[v] == total[v] ? highest[v] * factor + log_of<A>(total[v]) : total[v];  // a NaN stays one
+        const V sum = (typename Lanes<A>::I)dead ? V{} - A(INFINITY) : live;
         if (v * W < block.count) Memory<A, A>::store(lse + v * W, sum, block.count - v * W);
       }
     }
