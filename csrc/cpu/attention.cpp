@@ -14,10 +14,10 @@ namespace fastseq::cpu {
 
 namespace {
 
-const AttentionKernels& kernels() {
+const AttentionKernels& kernels(Type type) {
   switch (level()) {
 #if defined(__x86_64__)
-    case Level::kAmx:
+    case Level::kAmx: return type == Type::kBfloat16 ? attention_kernels_amx() : attention_kernels_avx512();
     case Level::kAvx512: return attention_kernels_avx512();
     case Level::kAvx2: return attention_kernels_avx2();
 #endif
@@ -153,7 +153,7 @@ void over(int64_t count, int64_t bytes, const Body& body) {
 }
 
 void run_forward(const Attention& a) {
-  const AttentionKernels& kernel = kernels();
+  const AttentionKernels& kernel = kernels(a.type);
   const std::vector<AttentionTask> tasks = tasks_of(a, a.heads, kernel.lanes(a));
   over(tasks.size(), kernel.forward_workspace(a),
        [&](int64_t begin, int64_t end, void* workspace) { kernel.forward(a, tasks.data() + begin, end - begin, workspace); });
@@ -179,7 +179,7 @@ void run_weights(const Attention& a, const Tensor& weights, bool average) {
   if (a.q_lengths || a.k_lengths) clear(a, weights, {});
   if (hollow(a) || (a.keys == 0 && !a.out.given())) return;
   const AttentionWeights w{a, mutable_data(weights), average};
-  const AttentionKernels& kernel = kernels();
+  const AttentionKernels& kernel = kernels(a.type);
   const std::vector<AttentionTask> tasks = tasks_of(a, average ? 1 : a.heads, kernel.lanes(a));
   over(tasks.size(), kernel.weights_workspace(w),
        [&](int64_t begin, int64_t end, void* workspace) { kernel.weights(w, tasks.data() + begin, end - begin, workspace); });
@@ -230,7 +230,7 @@ void run_backward(AttentionBackward& g, const std::optional<Tensor> (&to)[5]) {
       if (tensor) torch::stable::zero_(const_cast<Tensor&>(*tensor));
     return;
   }
-  const AttentionKernels& kernel = kernels();
+  const AttentionKernels& kernel = kernels(a.type);
   const int64_t pairs = a.batch * a.key_heads, threads = torch::stable::get_num_threads();
   const int64_t blocks = (a.queries + kernel.lanes(a) - 1) / kernel.lanes(a);
   const int64_t parts = std::clamp<int64_t>(threads / pairs, 1, blocks), tasks = pairs * parts, workers = std::min(threads, tasks);
@@ -349,6 +349,22 @@ std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor dout, Tensor 
   const std::optional<Tensor> to[5] = {empty_rows(q, q.size(-1)), empty_rows(k, k.size(-1)), empty_rows(v, v.size(-1)), {}, {}};
   run_backward(g, to);
   return {*to[0], *to[1], *to[2]};
+}
+
+void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, const Tensor& out,
+                    const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average) {
+  Attention a = attention_of(q, k, &v, spec);
+  a.out = results(out);
+  if (lse) a.lse = mutable_data(*lse);
+  if (weights) return run_weights(a, *weights, average);
+  run_forward(a);
+}
+
+void attention_backward_into(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                             const AttentionSpec& spec, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  AttentionBackward g = backward_of(dout, {}, q, k, v, out, lse, spec);
+  const std::optional<Tensor> to[5] = {dq, dk, dv, {}, {}};
+  run_backward(g, to);
 }
 
 }  // namespace fastseq::cpu

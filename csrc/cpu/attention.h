@@ -51,4 +51,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor dout, Tensor 
                                                             std::optional<Tensor> mask, double scale, bool causal, double dropout,
                                                             std::optional<Tensor> seed);
 
+// For other host parts: the results go into tensors that are given, of any strides (lse and weights contiguous), the lse and the weights
+// where there is one for them. Without q_lengths; nothing has size 0.
+void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, const Tensor& out,
+                    const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average);
+void attention_backward_into(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                             const AttentionSpec& spec, const Tensor& dq, const Tensor& dk, const Tensor& dv);
+
 }  // namespace fastseq::cpu

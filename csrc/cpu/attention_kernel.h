@@ -66,7 +66,7 @@ struct Attention {
 
   // of a cache in pages: entry [b, j / page_size] of the table is the place of a page in the first dimension of k and v
   const int32_t* block_table;
-  int64_t block_table_b, page_size;
+  int64_t block_table_b, page_size, pages;
 
   // results
   MutableRows out;

@@ -65,20 +65,17 @@ typename Math<A>::V log_of(typename Math<A>::V x) {
   return n * A(0.69314718055994530942) + (A(2) * t + t * square * q);
 }
 
-// A block of queries and the running softmax of its lanes.
+// A block of queries and the softmax of its lanes.
 template <class S>
-class Rows {
+class Softmax {
  public:
   using A = Wide<S>;
   using V = typename Math<A>::V;
-  using M = Exponential<S>;
   static constexpr int64_t W = Math<A>::kWidth;
 
-  Rows(const Attention& given, Arena& arena)
+  Softmax(const Attention& given, Arena& arena)
       : a(given),
         block(given, arena),
-        queries_(arena.take<A>(padded(a.features) * kMostLanes<A>)),
-        keys_(arena.take<A>(kChunk * copied_row<A>(a.features))),
         highest_(arena.take<A>(kMostLanes<A>)),
         total_(arena.take<A>(kMostLanes<A>)),
         factor_(arena.take<A>(kMostLanes<A>)) {}
@@ -88,39 +85,24 @@ class Rows {
   const Attention& a;
   Block<S> block;
 
-  void load() { block.transposed(a.q, queries_); }
-  const A* queries() const { return queries_; }
-
   const S* row_of(const ConstRows& rows, int64_t j) const {
     return static_cast<const S*>(rows.data) + rows.offset(a.cu_q ? 0 : block.b, a.key_head(block.h), block.s.first_k + j);
   }
-  template <bool kColumns = false>
-  Operand<A> keys(int64_t begin, int64_t n) {
-    return operand<kColumns, S>(row_of(a.k, begin), a.k.t, n, a.features, keys_);
-  }
 
-  // the scores of keys begin .. begin + n, that some query sees; and the largest of every lane
+  bool plain() const { return !block.shaped() && !block.hides(); }
+
+  // Products of keys begin .. begin + n, that some query sees, become scores; and the largest of every lane.
   template <int NV>
-  void scores(int64_t begin, int64_t n, A* to, V (&largest)[NV], A* capped = nullptr) {
-    constexpr int64_t lanes = NV * W;
-    const Operand<A> k = keys(begin, n);
-    const bool plain = !block.shaped() && !block.hides();
+  void shape(int64_t begin, int64_t n, A* scores, V (&largest)[NV], A* capped = nullptr) {
+    if (!plain()) block.template shape<NV>(scores, begin, n, capped);
     V most[NV];
     for (int v = 0; v < NV; ++v) most[v] = V{} - A(INFINITY);
-    multiply_rows<false, NV>(k.data, k.row, n, queries_, lanes, a.features, [&](int64_t j, int v, V sum) __attribute__((always_inline)) {
-      store_vector(to + j * lanes + v * W, sum);
-      most[v] = sum > most[v] ? sum : most[v];
-    });
-    if (!plain) {
-      block.template shape<NV>(to, begin, n, capped);
-      for (int v = 0; v < NV; ++v) most[v] = V{} - A(INFINITY);
-      for (int64_t j = 0; j < n; ++j)
+    for (int64_t x = 0; x < n * NV * W; x += NV * W)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-          const V x = load_vector(to + j * lanes + v * W);
-          most[v] = x > most[v] ? x : most[v];
-        }
-    }
+      for (int v = 0; v < NV; ++v) {
+        const V score = load_vector(scores + x + v * W);
+        most[v] = score > most[v] ? score : most[v];
+      }
     for (int v = 0; v < NV; ++v) largest[v] = most[v];
   }
 
@@ -160,7 +142,62 @@ class Rows {
     if (lse) lse[lane] = nothing ? -A(INFINITY) : highest + std::log(sum);
   }
 
-  A *queries_, *keys_, *highest_, *total_, *factor_;
+  A *highest_, *total_, *factor_;
+};
+
+// The products of a block of queries, by multiply-adds.
+template <class S>
+class MultiplyAdd : public Softmax<S> {
+ public:
+  using Softmax<S>::a, Softmax<S>::block, Softmax<S>::padded, Softmax<S>::row_of, Softmax<S>::W;
+  using typename Softmax<S>::A, typename Softmax<S>::V;
+  static constexpr int64_t kKeys = kChunk;
+
+  MultiplyAdd(const Attention& given, Arena& arena)
+      : Softmax<S>(given, arena),
+        queries_(arena.take<A>(padded(a.features) * kMostLanes<A>)),
+        keys_(arena.take<A>(kChunk * copied_row<A>(a.features))),
+        values_(arena.take<A>(kChunk * copied_row<A>(a.value_features))) {}
+
+  void load() { block.transposed(a.q, queries_); }
+
+  template <bool kColumns>
+  Operand<A> keys(int64_t begin, int64_t n) {
+    return operand<kColumns, S>(row_of(a.k, begin), a.k.t, n, a.features, keys_);
+  }
+  template <bool kColumns>
+  Operand<A> values(int64_t begin, int64_t n) {
+    return operand<kColumns, S>(row_of(a.v, begin), a.v.t, n, a.value_features, values_);
+  }
+
+  // the scores of keys begin .. begin + n, that some query sees; and the largest of every lane
+  template <int NV>
+  void scores(int64_t begin, int64_t n, A* to, V (&largest)[NV], A* capped = nullptr) {
+    constexpr int64_t lanes = NV * W;
+    const Operand<A> k = keys<false>(begin, n);
+    V most[NV];
+    for (int v = 0; v < NV; ++v) most[v] = V{} - A(INFINITY);
+    multiply_rows<false, NV>(k.data, k.row, n, queries_, lanes, a.features, [&](int64_t j, int v, V sum) __attribute__((always_inline)) {
+      store_vector(to + j * lanes + v * W, sum);
+      most[v] = sum > most[v] ? sum : most[v];
+    });
+    for (int v = 0; v < NV; ++v) largest[v] = most[v];
+    if (!this->plain()) this->template shape<NV>(begin, n, to, largest, capped);
+  }
+
+  // sums[feature][lane] = sums * alpha[lane] + what the keys begin .. begin + n have of these weights; or, as the first, without sums
+  template <int NV, bool kFirst>
+  void weigh(int64_t begin, int64_t n, const A* weights, const V (&alpha)[NV], A* sums) {
+    constexpr int64_t lanes = NV * W;
+    const Operand<A> v = values<true>(begin, n);
+    multiply_rows<true, NV>(v.data, v.row, a.value_features, weights, lanes, n, [&](int64_t f, int v, V sum) __attribute__((always_inline)) {
+      A* at = sums + f * lanes + v * W;
+      store_vector(at, kFirst ? sum : load_vector(at) * alpha[v] + sum);
+    });
+  }
+
+ private:
+  A *queries_, *keys_, *values_;
 };
 
 // out and lse. A task is a block of queries of a head.
@@ -177,7 +214,6 @@ class ForwardKernel {
         rows_(given, arena),
         scores_(arena.take<A>(kChunk * kMostLanes<A>)),
         sums_(arena.take<A>(a.value_features * kMostLanes<A>)),
-        values_(arena.take<A>(kChunk * copied_row<A>(a.value_features))),
         used(arena.used()) {}
 
   void run(int64_t b, int64_t h, int64_t first, int64_t count) {
@@ -218,18 +254,10 @@ class ForwardKernel {
       for (int v = 0; v < NV; ++v) total[v] = total[v] * alpha[v] + sums[v];
       if (a.dropout > 0)
         block.template drop<NV>(j, n, [&](int64_t at, V keep) { store_vector(scores_ + at, load_vector(scores_ + at) * keep); });
-      const Operand<A> values = operand<true, S>(rows_.row_of(a.v, j), a.v.t, n, a.value_features, values_);
-      const auto add = [&]<bool kFirst>() {
-        multiply_rows<true, NV>(values.data, values.row, a.value_features, scores_, lanes, n,
-                                [&](int64_t f, int v, V sum) __attribute__((always_inline)) {
-                                  A* at = sums_ + f * lanes + v * W;
-                                  store_vector(at, kFirst ? sum : load_vector(at) * alpha[v] + sum);
-                                });
-      };
       if (started)
-        add.template operator()<false>();
+        rows_.template weigh<NV, false>(j, n, scores_, alpha, sums_);
       else
-        add.template operator()<true>();
+        rows_.template weigh<NV, true>(j, n, scores_, alpha, sums_);
       started = true;
     }
     if (!started) __builtin_memset(sums_, 0, a.value_features * lanes * sizeof(A));
@@ -238,30 +266,29 @@ class ForwardKernel {
   }
 
   const Attention& a;
-  Rows<S> rows_;
-  A *scores_, *sums_, *values_;
+  MultiplyAdd<S> rows_;
+  A *scores_, *sums_;
 
  public:
   const int64_t used;
 };
 
 // out, lse and weights. A task is a block of queries of a head, or, for the average of the heads, of all heads.
-template <class S>
+template <class S, template <class> class Product>
 class WeightsKernel {
  public:
   using A = Wide<S>;
   using V = typename Math<A>::V;
   using M = Exponential<S>;
-  static constexpr int64_t W = Math<A>::kWidth;
+  static constexpr int64_t W = Math<A>::kWidth, kKeys = Product<S>::kKeys;
 
   WeightsKernel(const AttentionWeights& given, Arena arena)
       : w(given),
         a(given.attention),
         rows_(a, arena),
-        scores_(arena.take<A>(blocks_of(a.keys, kChunk) * kChunk * kMostLanes<A>)),
+        scores_(arena.take<A>(blocks_of(a.keys, kMostKeys) * kMostKeys * kMostLanes<A>)),
         mean_(w.average ? arena.take<A>(blocks_of(a.keys, W) * W * kMostLanes<A>) : nullptr),
-        sums_(arena.take<A>(a.value_features * kMostLanes<A>)),
-        values_(arena.take<A>(kChunk * copied_row<A>(a.value_features))),
+        sums_(arena.take<A>(rows_.padded(a.value_features) * kMostLanes<A>)),
         used(arena.used()) {}
 
   // h is not read if averaged
@@ -298,8 +325,8 @@ class WeightsKernel {
     block.keys(begin, end);
     __builtin_memset(scores_, 0, begin * lanes * sizeof(A));
     if (end < a.keys) __builtin_memset(scores_ + end * lanes, 0, (a.keys - max(end, 0)) * lanes * sizeof(A));
-    for (int64_t j = begin; j < end; j += kChunk) {
-      const int64_t n = min(kChunk, end - j);
+    for (int64_t j = begin; j < end; j += kKeys) {
+      const int64_t n = min(kKeys, end - j);
       V largest[NV];
       if (block.look(j, n) == Seen::kNone) {
         for (int64_t x = 0; x < n * lanes; x += W) store_vector(scores_ + j * lanes + x, V{} - A(INFINITY));
@@ -333,16 +360,11 @@ class WeightsKernel {
   template <int NV>
   void weigh(int64_t begin, int64_t end) {
     constexpr int64_t lanes = NV * W;
-    __builtin_memset(sums_, 0, a.value_features * lanes * sizeof(A));
-    for (int64_t j = begin; j < end; j += kChunk) {
-      const int64_t n = min(kChunk, end - j);
-      const Operand<A> values = operand<true, S>(rows_.row_of(a.v, j), a.v.t, n, a.value_features, values_);
-      multiply_rows<true, NV>(values.data, values.row, a.value_features, scores_ + j * lanes, lanes, n,
-                              [&](int64_t f, int v, V sum) __attribute__((always_inline)) {
-                                A* at = sums_ + f * lanes + v * W;
-                                store_vector(at, load_vector(at) + sum);
-                              });
-    }
+    __builtin_memset(sums_, 0, rows_.padded(a.value_features) * lanes * sizeof(A));
+    V one[NV];
+    for (int v = 0; v < NV; ++v) one[v] = V{} + A(1);
+    for (int64_t j = begin; j < end; j += kKeys)
+      rows_.template weigh<NV, false>(j, min(kKeys, end - j), scores_ + j * lanes, one, sums_);
     for (int64_t lane = 0; lane < lanes; ++lane) ones_[lane] = 1;
     rows_.block.store(sums_, a.value_features, ones_, a.out);
   }
@@ -364,158 +386,118 @@ class WeightsKernel {
 
   const AttentionWeights& w;
   const Attention& a;
-  Rows<S> rows_;
-  A *scores_, *mean_, *sums_, *values_;
+  Product<S> rows_;
+  A *scores_, *mean_, *sums_;
   alignas(64) A ones_[kMostLanes<A>];
 
  public:
   const int64_t used;
 };
 
-// The gradients that a part of the queries of a key head's query heads gives. Those of keys and values are summed in `sums`,
-// [Tk][E + Ev], each padded to whole vectors.
-template <class S>
-class BackwardKernel {
+// What the backward pass of a block of queries has however it multiplies. Gradients of keys and values are summed over the blocks of a key
+// head in `sums`, [Tk][E + Ev], each padded to whole vectors.
+template <class S, template <class> class Product>
+class BackwardRows {
  public:
   using A = Wide<S>;
   using V = typename Math<A>::V;
   using M = Exponential<S>;
   static constexpr int64_t W = Math<A>::kWidth;
 
-  BackwardKernel(const AttentionBackward& given, Arena arena)
+  static int64_t sums_width(const Attention& a) { return Softmax<S>::padded(a.features) + Softmax<S>::padded(a.value_features); }
+
+ protected:
+  BackwardRows(const AttentionBackward& given, Arena& arena)
       : g(given),
         a(given.attention),
         E(a.features),
         Ev(a.value_features),
-        padded_(Rows<S>::padded(E)),
-        padded_values_(Rows<S>::padded(Ev)),
+        padded_(Softmax<S>::padded(E)),
+        padded_values_(Softmax<S>::padded(Ev)),
         rows_(a, arena),
         weights_(arena.take<A>(kChunk * kMostLanes<A>)),
         gradients_(arena.take<A>(kChunk * kMostLanes<A>)),
         kept_(a.dropout > 0 ? arena.take<A>(kChunk * kMostLanes<A>) : nullptr),
         capped_(a.softcap != 0 ? arena.take<A>(kChunk * kMostLanes<A>) : nullptr),
-        values_(arena.take<A>(kChunk * copied_row<A>(Ev))),
-        dout_(arena.take<A>(padded_values_ * kMostLanes<A>)),
-        query_rows_(arena.take<A>(padded_ * kMostLanes<A>)),
-        dout_rows_(arena.take<A>(padded_values_ * kMostLanes<A>)),
-        dq_(arena.take<A>(E * kMostLanes<A>)),
+        dq_(arena.take<A>(padded_ * kMostLanes<A>)),
         lse_(arena.take<A>(kMostLanes<A>)),
-        delta_(arena.take<A>(kMostLanes<A>)),
-        used(arena.used()) {}
+        delta_(arena.take<A>(kMostLanes<A>)) {}
 
-  static int64_t sums_width(const Attention& a) { return Rows<S>::padded(a.features) + Rows<S>::padded(a.value_features); }
+  // whether the gradients of the scores go through more than the products
+  bool plain() const { return !kept_ && !capped_ && !g.dbias[0] && !g.drelative_bias[0]; }
 
-  // part p of `parts` of the blocks of queries
-  void run(int64_t b, int64_t key_head, int64_t p, int64_t parts, A* sums, int64_t worker) {
-    sums_ = sums, worker_ = worker;
-    const Attention::Sequence s = a.sequence(b);
-    __builtin_memset(sums, 0, s.keys * sums_width(a) * sizeof(A));
-    const int64_t group = a.heads / a.key_heads, blocks = blocks_of(s.queries, kMostLanes<A>);
-    for (int64_t h = key_head * group; h < (key_head + 1) * group; ++h)
-      for (int64_t block = blocks * p / parts; block < blocks * (p + 1) / parts; ++block) {
-        const int64_t first = block * kMostLanes<A>;
-        rows_.block.place(b, h, s, first, min(kMostLanes<A>, s.queries - first));
-        with_vectors(rows_.block.vectors, [&]<int NV>() { run<NV>(); });
-      }
+  const S* of_queries(const ConstRows& rows) const {
+    const Block<S>& block = rows_.block;
+    return static_cast<const S*>(rows.data) + rows.offset(a.cu_q ? 0 : block.b, block.h, block.s.first_q + block.first);
   }
 
- private:
+  // lse and delta, such that lanes beyond the queries, and queries without keys, have weights of zero
   template <int NV>
-  void run() {
-    constexpr int64_t lanes = NV * W;
-    Block<S>& block = rows_.block;
-    const int64_t count = block.count;
-    rows_.load();
-    block.transposed(g.dout, dout_, Ev);
-    const Operand<A> queries = whole(a.q, E, padded_, query_rows_), douts = whole(g.dout, Ev, padded_values_, dout_rows_);
-    const A factor = block.factor();
+  void prepare(V (&lse)[NV], V (&delta)[NV]) {
+    const Block<S>& block = rows_.block;
     const int64_t place = (a.cu_q ? 0 : block.b * a.lse_b) + block.h * a.lse_h + block.s.first_q + block.first;
-    const S* out = static_cast<const S*>(g.out.data) + g.out.offset(a.cu_q ? 0 : block.b, block.h, block.s.first_q + block.first);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
+    const S *out = of_queries(g.out), *dout = of_queries(g.dout);
+    for (int64_t lane = 0; lane < NV * W; ++lane) {
       lse_[lane] = INFINITY, delta_[lane] = 0;
-      if (lane >= count) continue;
-      const A lse = static_cast<const A*>(g.lse)[place + lane];
-      if (lse != -A(INFINITY)) lse_[lane] = lse / factor;
+      if (lane >= block.count) continue;
+      const A given = static_cast<const A*>(g.lse)[place + lane];
+      if (given != -A(INFINITY)) lse_[lane] = given / block.factor();
       V sum{};
       for (int64_t f = 0; f < Ev; f += W)
-        sum += Memory<S, A>::load(out + lane * g.out.t + f, Ev - f) * Memory<A, A>::load(douts.data + lane * douts.row + f, Ev - f);
+        sum += Memory<S, A>::load(out + lane * g.out.t + f, Ev - f) * Memory<S, A>::load(dout + lane * g.dout.t + f, Ev - f);
       for (int64_t i = 0; i < W; ++i) delta_[lane] += sum[i];
       if (g.dlse) delta_[lane] -= static_cast<const A*>(g.dlse)[place + lane];
     }
-    V lse[NV], delta[NV];
     for (int v = 0; v < NV; ++v) lse[v] = load_vector(lse_ + v * W), delta[v] = load_vector(delta_ + v * W);
-    if (g.dq.given()) __builtin_memset(dq_, 0, E * lanes * sizeof(A));
-    int64_t begin, end;
-    block.keys(begin, end);
-    for (int64_t j = begin; j < end; j += kChunk) {
-      const int64_t n = min(kChunk, end - j);
-      if (block.look(j, n) == Seen::kNone) continue;
-      V largest[NV];
-      rows_.template scores<NV>(j, n, weights_, largest, capped_);
-      for (int64_t r = 0; r < n; ++r)
+  }
+
+  // scores to weights
+  template <int NV>
+  void weigh(int64_t n, const V (&lse)[NV]) {
+    for (int64_t x = 0; x < n * NV * W; x += NV * W)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-          A* at = weights_ + r * lanes + v * W;
-          store_vector(at, power_of<M, A>(load_vector(at) - lse[v], factor));
-        }
-      if (kept_) block.template drop<NV>(j, n, [&](int64_t at, V keep) { store_vector(kept_ + at, keep); });
-      const Operand<A> values = operand<false, S>(rows_.row_of(a.v, j), a.v.t, n, Ev, values_);
-      multiply_rows<false, NV>(values.data, values.row, n, dout_, lanes, Ev, [&](int64_t r, int v, V dw) __attribute__((always_inline)) {
-        const int64_t at = r * lanes + v * W;
-        if (kept_) dw *= load_vector(kept_ + at);
-        store_vector(gradients_ + at, load_vector(weights_ + at) * (dw - delta[v]));
-      });
-      if (g.dv.given()) {
-        if (kept_)
-          for (int64_t x = 0; x < n * lanes; x += W) store_vector(weights_ + x, load_vector(weights_ + x) * load_vector(kept_ + x));
-        add_products(weights_, lanes, n, douts, Ev, count, sums_ + j * (padded_ + padded_values_) + padded_);
+      for (int v = 0; v < NV; ++v) {
+        A* at = weights_ + x + v * W;
+        store_vector(at, power_of<M, A>(load_vector(at) - lse[v], rows_.block.factor()));
       }
-      if (g.dbias[0]) add_bias_gradient<NV>(j, n);
-      if (g.drelative_bias[0])
-        block.template sum_diagonals<NV>(gradients_, j, n, a.relative_bias_zero, a.relative_bias_length, [&](int64_t entry) {
-          return static_cast<A*>(g.drelative_bias[worker_]) + block.h * a.relative_bias_length + entry;
-        });
-      if (capped_)
-        for (int64_t x = 0; x < n * lanes; x += W) {
-          const V t = load_vector(capped_ + x);
-          store_vector(gradients_ + x, load_vector(gradients_ + x) * (A(1) - t * t));
-        }
-      if (g.dk.given()) add_products(gradients_, lanes, n, queries, E, count, sums_ + j * (padded_ + padded_values_));
-      if (g.dq.given()) {
-        const Operand<A> keys = rows_.template keys<true>(j, n);
-        multiply_rows<true, NV>(keys.data, keys.row, E, gradients_, lanes, n, [&](int64_t e, int v, V sum) __attribute__((always_inline)) {
-          A* at = dq_ + e * lanes + v * W;
-          store_vector(at, load_vector(at) + sum);
-        });
-      }
-    }
-    if (g.dq.given()) {
-      for (int64_t lane = 0; lane < lanes; ++lane) lse_[lane] = A(a.scale);
-      block.store(dq_, E, lse_, g.dq);
-    }
   }
 
-  // rows of queries, [lane][features] with whole vectors
-  Operand<A> whole(const ConstRows& rows, int64_t features, int64_t padded, A* copy) const {
-    const Block<S>& block = rows_.block;
-    const S* from = static_cast<const S*>(rows.data) + rows.offset(a.cu_q ? 0 : block.b, block.h, block.s.first_q + block.first);
-    if constexpr (std::is_same_v<S, A>)
-      if (features == padded) return {from, rows.t};
-    for (int64_t i = 0; i < block.count; ++i)
-      for (int64_t e = 0; e < features; e += W) store_vector(copy + i * padded + e, Memory<S, A>::load(from + i * rows.t + e, features - e));
-    return {copy, padded};
+  // The gradients of the weights, in `gradients_`, become those of the products (but for the scale); on the way the biases get theirs. The
+  // weights are what the values are multiplied with afterwards.
+  template <int NV>
+  void through_scores(int64_t begin, int64_t n, const V (&delta)[NV]) {
+    constexpr int64_t lanes = NV * W;
+    Block<S>& block = rows_.block;
+    if (kept_) block.template drop<NV>(begin, n, [&](int64_t at, V keep) { store_vector(kept_ + at, keep); });
+    for (int64_t x = 0; x < n * lanes; x += lanes)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const int64_t at = x + v * W;
+        const V weight = load_vector(weights_ + at);
+        V dw = load_vector(gradients_ + at);
+        if (kept_) {
+          const V keep = load_vector(kept_ + at);
+          dw *= keep;
+          store_vector(weights_ + at, weight * keep);
+        }
+        store_vector(gradients_ + at, weight * (dw - delta[v]));
+      }
+    if (g.dbias[0]) add_bias_gradient<NV>(begin, n);
+    if (g.drelative_bias[0])
+      block.template sum_diagonals<NV>(gradients_, begin, n, a.relative_bias_zero, a.relative_bias_length, [&](int64_t entry) {
+        return static_cast<A*>(g.drelative_bias[worker_]) + block.h * a.relative_bias_length + entry;
+      });
+    if (capped_)
+      for (int64_t x = 0; x < n * lanes; x += W) {
+        const V t = load_vector(capped_ + x);
+        store_vector(gradients_ + x, load_vector(gradients_ + x) * (A(1) - t * t));
+      }
   }
 
-  // to[key][features] += sum over lanes of what[key][lane] times rows[lane]
-  void add_products(const A* what, int64_t lanes, int64_t n, const Operand<A>& rows, int64_t features, int64_t count, A* to) const {
-    const int64_t vectors = blocks_of(features, W), stride = padded_ + padded_values_;
-    for (int64_t f = 0; f < vectors; f += kMostVectors)
-      with_vectors(min(vectors - f, kMostVectors), [&]<int NV>() {
-        multiply_rows<false, NV>(what, lanes, n, rows.data + f * W, rows.row, count, [&](int64_t r, int v, V sum) __attribute__((always_inline)) {
-          A* at = to + r * stride + (f + v) * W;
-          store_vector(at, load_vector(at) + sum);
-        });
-      });
+  template <int NV>
+  void store_dq() {
+    for (int64_t lane = 0; lane < NV * W; ++lane) lse_[lane] = A(a.scale);
+    rows_.block.store(dq_, E, lse_, g.dq);
   }
 
   template <int NV>
@@ -543,10 +525,106 @@ class BackwardKernel {
   const AttentionBackward& g;
   const Attention& a;
   const int64_t E, Ev, padded_, padded_values_;
-  Rows<S> rows_;
-  A *weights_, *gradients_, *kept_, *capped_, *values_, *dout_, *query_rows_, *dout_rows_, *dq_, *lse_, *delta_;
-  A* sums_ = nullptr;
+  Product<S> rows_;
+  A *weights_, *gradients_, *kept_, *capped_, *dq_, *lse_, *delta_;
   int64_t worker_ = 0;
+};
+
+// The gradients that a part of the queries of a key head's query heads gives, by multiply-adds.
+template <class S>
+class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
+  using Base = BackwardRows<S, MultiplyAdd>;
+  using typename Base::A, typename Base::V;
+  using Base::W, Base::g, Base::a, Base::E, Base::Ev, Base::padded_, Base::padded_values_, Base::rows_, Base::weights_, Base::gradients_,
+      Base::dq_;
+
+ public:
+  BackwardKernel(const AttentionBackward& given, Arena arena)
+      : Base(given, arena),
+        dout_(arena.take<A>(padded_values_ * kMostLanes<A>)),
+        query_rows_(arena.take<A>(padded_ * kMostLanes<A>)),
+        dout_rows_(arena.take<A>(padded_values_ * kMostLanes<A>)),
+        used(arena.used()) {}
+
+  // part p of `parts` of the blocks of queries
+  void run(int64_t b, int64_t key_head, int64_t p, int64_t parts, A* sums, int64_t worker) {
+    sums_ = sums, this->worker_ = worker;
+    const Attention::Sequence s = a.sequence(b);
+    __builtin_memset(sums, 0, s.keys * Base::sums_width(a) * sizeof(A));
+    const int64_t group = a.heads / a.key_heads, blocks = blocks_of(s.queries, kMostLanes<A>);
+    for (int64_t h = key_head * group; h < (key_head + 1) * group; ++h)
+      for (int64_t block = blocks * p / parts; block < blocks * (p + 1) / parts; ++block) {
+        const int64_t first = block * kMostLanes<A>;
+        rows_.block.place(b, h, s, first, min(kMostLanes<A>, s.queries - first));
+        with_vectors(rows_.block.vectors, [&]<int NV>() { run<NV>(); });
+      }
+  }
+
+ private:
+  template <int NV>
+  void run() {
+    constexpr int64_t lanes = NV * W;
+    Block<S>& block = rows_.block;
+    const int64_t count = block.count;
+    rows_.load();
+    block.transposed(g.dout, dout_, Ev);
+    const Operand<A> queries = whole(a.q, E, padded_, query_rows_), douts = whole(g.dout, Ev, padded_values_, dout_rows_);
+    V lse[NV], delta[NV];
+    this->template prepare<NV>(lse, delta);
+    if (g.dq.given()) __builtin_memset(dq_, 0, E * lanes * sizeof(A));
+    int64_t begin, end;
+    block.keys(begin, end);
+    for (int64_t j = begin; j < end; j += kChunk) {
+      const int64_t n = min(kChunk, end - j);
+      if (block.look(j, n) == Seen::kNone) continue;
+      V largest[NV];
+      rows_.template scores<NV>(j, n, weights_, largest, this->capped_);
+      this->template weigh<NV>(n, lse);
+      const Operand<A> values = rows_.template values<false>(j, n);
+      const bool plain = this->plain();
+      multiply_rows<false, NV>(values.data, values.row, n, dout_, lanes, Ev, [&](int64_t r, int v, V dw) __attribute__((always_inline)) {
+        const int64_t at = r * lanes + v * W;
+        store_vector(gradients_ + at, plain ? load_vector(weights_ + at) * (dw - delta[v]) : dw);
+      });
+      if (!plain) this->template through_scores<NV>(j, n, delta);
+      A* sums = sums_ + j * (padded_ + padded_values_);
+      if (g.dv.given()) add_products(weights_, lanes, n, douts, Ev, count, sums + padded_);
+      if (g.dk.given()) add_products(gradients_, lanes, n, queries, E, count, sums);
+      if (g.dq.given()) {
+        const Operand<A> keys = rows_.template keys<true>(j, n);
+        multiply_rows<true, NV>(keys.data, keys.row, E, gradients_, lanes, n, [&](int64_t e, int v, V sum) __attribute__((always_inline)) {
+          A* at = dq_ + e * lanes + v * W;
+          store_vector(at, load_vector(at) + sum);
+        });
+      }
+    }
+    if (g.dq.given()) this->template store_dq<NV>();
+  }
+
+  // rows of queries, [lane][features] with whole vectors
+  Operand<A> whole(const ConstRows& rows, int64_t features, int64_t padded, A* copy) const {
+    const S* from = this->of_queries(rows);
+    if constexpr (std::is_same_v<S, A>)
+      if (features == padded) return {from, rows.t};
+    for (int64_t i = 0; i < rows_.block.count; ++i)
+      for (int64_t e = 0; e < features; e += W) store_vector(copy + i * padded + e, Memory<S, A>::load(from + i * rows.t + e, features - e));
+    return {copy, padded};
+  }
+
+  // to[key][features] += sum over lanes of what[key][lane] times rows[lane]
+  void add_products(const A* what, int64_t lanes, int64_t n, const Operand<A>& rows, int64_t features, int64_t count, A* to) const {
+    const int64_t vectors = blocks_of(features, W), stride = padded_ + padded_values_;
+    for (int64_t f = 0; f < vectors; f += kMostVectors)
+      with_vectors(min(vectors - f, kMostVectors), [&]<int NV>() {
+        multiply_rows<false, NV>(what, lanes, n, rows.data + f * W, rows.row, count, [&](int64_t r, int v, V sum) __attribute__((always_inline)) {
+          A* at = to + r * stride + (f + v) * W;
+          store_vector(at, load_vector(at) + sum);
+        });
+      });
+  }
+
+  A *dout_, *query_rows_, *dout_rows_;
+  A* sums_ = nullptr;
 
  public:
   const int64_t used;
@@ -559,7 +637,7 @@ void store_sums(const AttentionBackward& g, int64_t b, int64_t key_head, const A
   constexpr int64_t W = Math<A>::kWidth;
   const Attention& a = g.attention;
   const Attention::Sequence s = a.sequence(b);
-  const int64_t width = BackwardKernel<S>::sums_width(a);
+  const int64_t width = Softmax<S>::padded(a.features) + Softmax<S>::padded(a.value_features);
   const auto put = [&](const MutableRows& rows, int64_t features, int64_t from, A factor) {
     if (!rows.given()) return;
     S* to = static_cast<S*>(rows.data) + rows.offset(a.cu_q ? 0 : b, key_head, s.first_k);
@@ -572,64 +650,87 @@ void store_sums(const AttentionBackward& g, int64_t b, int64_t key_head, const A
       }
   };
   put(g.dk, a.features, 0, A(a.scale));
-  put(g.dv, a.value_features, Rows<S>::padded(a.features), A(1));
+  put(g.dv, a.value_features, Softmax<S>::padded(a.features), A(1));
 }
 
+#if defined(FASTSEQ_TILES)
+#include "attention_tiles.inl"
+
+// bfloat16 alone
+template <class F>
+void with_kernels(Type, F&& body) {
+  body.template operator()<bfloat16, TileForward, TileProduct, TileBackward>();
+}
+#else
+template <class F>
+void with_kernels(Type type, F&& body) {
+  with_element(type, [&]<class S>() { body.template operator()<S, ForwardKernel<S>, MultiplyAdd, BackwardKernel<S>>(); });
+}
+#endif
+
 // Queries of a block at most. Fewer where a causal mask hides much of a short sequence: blocks follow its edge more closely.
-int64_t lanes_of(const Attention& a) {
+int64_t lanes_of([[maybe_unused]] const Attention& a) {
+#if defined(FASTSEQ_TILES)
+  return TileForward::kLanes;
+#else
   const int64_t lanes = a.type == Type::kDouble ? kMostLanes<double> : kMostLanes<float>;
   return a.right >= 0 && a.queries <= 4 * lanes ? lanes / 2 : lanes;
+#endif
 }
 
 int64_t forward_workspace(const Attention& a) {
   int64_t bytes = 0;
-  with_element(a.type, [&]<class S>() { bytes = ForwardKernel<S>(a, Arena(nullptr)).used; });
+  with_kernels(a.type, [&]<class S, class Forward, template <class> class, class>() { bytes = Forward(a, Arena(nullptr)).used; });
   return bytes;
 }
 
 void forward(const Attention& a, const AttentionTask* tasks, int64_t count, void* workspace) {
-  with_element(a.type, [&]<class S>() {
-    ForwardKernel<S> kernel(a, Arena(workspace));
+  with_kernels(a.type, [&]<class S, class Forward, template <class> class, class>() {
+    Forward kernel(a, Arena(workspace));
     for (int64_t i = 0; i < count; ++i) kernel.run(tasks[i].b, tasks[i].h, tasks[i].first, tasks[i].count);
   });
 }
 
 int64_t weights_workspace(const AttentionWeights& w) {
   int64_t bytes = 0;
-  with_element(w.attention.type, [&]<class S>() { bytes = WeightsKernel<S>(w, Arena(nullptr)).used; });
+  with_kernels(w.attention.type, [&]<class S, class, template <class> class Product, class>() {
+    bytes = WeightsKernel<S, Product>(w, Arena(nullptr)).used;
+  });
   return bytes;
 }
 
 void weights(const AttentionWeights& w, const AttentionTask* tasks, int64_t count, void* workspace) {
-  with_element(w.attention.type, [&]<class S>() {
-    WeightsKernel<S> kernel(w, Arena(workspace));
+  with_kernels(w.attention.type, [&]<class S, class, template <class> class Product, class>() {
+    WeightsKernel<S, Product> kernel(w, Arena(workspace));
     for (int64_t i = 0; i < count; ++i) kernel.run(tasks[i].b, tasks[i].h, tasks[i].first, tasks[i].count);
   });
 }
 
 int64_t backward_workspace(const AttentionBackward& g) {
   int64_t bytes = 0;
-  with_element(g.attention.type, [&]<class S>() { bytes = BackwardKernel<S>(g, Arena(nullptr)).used; });
+  with_kernels(g.attention.type, [&]<class S, class, template <class> class, class Backward>() { bytes = Backward(g, Arena(nullptr)).used; });
   return bytes;
 }
 
+// whole chunks of keys
 int64_t sums_bytes(const Attention& a) {
   int64_t bytes = 0;
-  with_element(a.type, [&]<class S>() { bytes = a.keys * BackwardKernel<S>::sums_width(a) * sizeof(Wide<S>); });
+  with_kernels(a.type, [&]<class S, class, template <class> class, class Backward>() {
+    bytes = blocks_of(a.keys, kChunk) * kChunk * Backward::sums_width(a) * sizeof(Wide<S>);
+  });
   return bytes;
 }
 
 void backward(const AttentionBackward& g, int64_t b, int64_t key_head, int64_t part, int64_t parts, void* sums, int64_t worker,
               void* workspace) {
-  with_element(g.attention.type, [&]<class S>() {
-    BackwardKernel<S>(g, Arena(workspace)).run(b, key_head, part, parts, static_cast<Wide<S>*>(sums), worker);
+  with_kernels(g.attention.type, [&]<class S, class, template <class> class, class Backward>() {
+    Backward(g, Arena(workspace)).run(b, key_head, part, parts, static_cast<Wide<S>*>(sums), worker);
   });
 }
 
 void store_gradients(const AttentionBackward& g, int64_t b, int64_t key_head, const void* sums, int64_t parts) {
-  with_element(g.attention.type, [&]<class S>() {
-    const int64_t stride = sums_bytes(g.attention) / sizeof(Wide<S>);
-    store_sums<S>(g, b, key_head, static_cast<const Wide<S>*>(sums), parts, stride);
+  with_kernels(g.attention.type, [&]<class S, class, template <class> class, class Backward>() {
+    store_sums<S>(g, b, key_head, static_cast<const Wide<S>*>(sums), parts, sums_bytes(g.attention) / sizeof(Wide<S>));
   });
 }
 

@@ -97,7 +97,8 @@ template <class S>
 using Exponential = std::conditional_t<sizeof(S) == 2, ShortMath, Math<Wide<S>>>;
 
 constexpr int64_t kMostVectors = 4;  // of lanes in a block of queries
-constexpr int64_t kChunk = 64;       // keys whose scores are formed together
+constexpr int64_t kChunk = 64;       // keys whose scores are formed together by multiply-adds
+constexpr int64_t kMostKeys = 128;   // of any chunk
 constexpr int64_t kLine = 32;        // keys that a word of `Block::visible` tells of
 
 template <class A>
@@ -189,7 +190,7 @@ class Block {
   using I = typename Lanes<A>::I;
   using U = typename Lanes<A>::U;
   static constexpr int64_t W = M::kWidth;
-  static constexpr int64_t kDiagonals = kMostLanes<A> + kChunk;  // of a chunk
+  static constexpr int64_t kDiagonals = kMostLanes<A> + kMostKeys;  // of a chunk
 
   const Attention& a;
   int64_t b = 0, h = 0, first = 0, count = 0, vectors = 0;
@@ -197,7 +198,7 @@ class Block {
 
   Block(const Attention& given, Arena& arena)
       : a(given),
-        words_(arena.take<uint32_t>(kChunk / kLine * kMostLanes<A>)),
+        words_(arena.take<uint32_t>(kMostKeys / kLine * kMostLanes<A>)),
         diagonal_(arena.take<A>(kDiagonals)),
         relative_(a.relative_q.given() ? arena.take<A>(blocks_of(a.features, W) * W * kMostLanes<A>) : nullptr),
         relative_keys_(a.relative_q.given() ? arena.take<A>(kDiagonals * a.features) : nullptr),
@@ -253,7 +254,7 @@ class Block {
     }
   }
 
-  // Which of the keys begin .. begin + n, n <= kChunk, some query sees; remembers which query sees which for `shape`.
+  // Which of the keys begin .. begin + n, n <= kMostKeys, some query sees; remembers which query sees which for `shape`.
   Seen look(int64_t begin, int64_t n) {
     if (!a.mask.given() && !a.blocks.given()) {
       const int64_t lowest = first + s.shift, highest = lowest + count - 1;
@@ -524,7 +525,7 @@ class Block {
       for (int64_t lane = 0; lane < lanes; ++lane) scores[j * lanes + lane] += products_[(lane - j + n - 1) * lanes + lane];
   }
 
-  uint32_t* words_;  // [kChunk / kLine][most lanes]
+  uint32_t* words_;  // [kMostKeys / kLine][most lanes]
   A* diagonal_;
   A *relative_, *relative_keys_, *products_;
   bool shaped_, hides_ = false;

@@ -1,30 +1,7 @@
 // Products of bfloat16 by AMX tiles: sums[row][vector] = rows x a tile of weights, summed in fp32.
-// Included inside the namespace of an instruction set, after vector.inl.
-//
-// A tile register holds up to 16 rows of 64 bytes. A, the left-hand matrix, is loaded as it lies: 16 rows x 32 values. B holds 16
-// pairs of depths x 16 columns, the two values of a pair side by side; C 16 rows x 16 columns of fp32.
+// Included inside the namespace of an instruction set, after vector.inl and tiles.inl.
 
-// Tile instructions as assembly, since gcc 12's intrinsics know nothing of the memory that they read and write.
-template <int kTile>
-FASTSEQ_HOST_DEVICE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
-}
-template <int kTile>
-FASTSEQ_HOST_DEVICE void tile_load(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
-}
-template <int kTile>
-FASTSEQ_HOST_DEVICE void tile_store(void* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
-}
-template <int kC, int kA, int kB>
-FASTSEQ_HOST_DEVICE void tile_multiply() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
-}
-
-// S is what is stored. A float is the sum of three bfloat16 parts, exactly, and a product of two floats is six of their nine products:
-// what the others would add is below a rounding, and six of these are faster than one multiply-add. Not so beyond a range: infinity is no
-// sum of parts, and parts below 2^-126 are taken as zero. What is multiplied is therefore watched.
+// S is what is stored: bfloat16, or float in three parts, which has to be watched.
 template <class S>
 struct TileProduct {
   using A = float;
@@ -47,19 +24,10 @@ struct TileProduct {
   using Half = Memory<bfloat16, float>;
   using H = Half::H;
 
-  // 16 values, or the first n, in parts, the largest first
-  static FASTSEQ_HOST_DEVICE void parts_of(V v, H* parts) {
-    parts[0] = Half::narrowed(v);
-    if constexpr (kParts == 3) {
-      v -= Half::widened(parts[0]);
-      parts[1] = Half::narrowed(v);
-      v -= Half::widened(parts[1]);
-      parts[2] = __builtin_convertvector((Lanes<float>::U)v >> 16, H);  // at most eight bits are left
-    }
-  }
+  // 16 values, or the first n, in parts
   static FASTSEQ_HOST_DEVICE void load_parts(const S* p, int64_t n, H* parts) {
     if constexpr (kParts == 3)
-      parts_of(Memory<S, float>::load(p, n), parts);
+      in_parts<kParts>(Memory<S, float>::load(p, n), parts);
     else if (n < W)
       parts[0] = load_head<H>(&p->bits, n);
     else
@@ -87,7 +55,7 @@ struct TileProduct {
     template <class>
     void store(int64_t r, int64_t u, V v, int64_t n) const {
       H parts[kParts];
-      parts_of(v, parts);
+      in_parts<kParts>(v, parts);
       put_parts(r, u, parts, n);
     }
     void put(int64_t r, const S* from, int64_t columns) const {
@@ -129,25 +97,9 @@ struct TileProduct {
     int64_t depth_ = 0;  // columns of a row, whole tiles
   };
 
-  // Rows are cut evenly into tiles; a product takes two. The configuration is the thread's own, and other libraries' kernels change it:
-  // it holds from construction to destruction, within which nothing else runs.
-  explicit TileProduct(int64_t rows) : rows_(rows ? blocks_of(rows, blocks_of(rows, 16)) : 1) {
-    struct alignas(64) {
-      uint8_t palette, start;
-      uint8_t reserved[14];
-      uint16_t bytes[16];
-      uint8_t rows[16];
-    } configuration{};
-    configuration.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) {
-      configuration.bytes[tile] = 64;
-      configuration.rows[tile] = tile < 6 ? rows_ : 16;  // C: 0 to 3, A: 4 and 5, B: 6 and 7
-    }
-    asm volatile("ldtilecfg %0" ::"m"(configuration) : "memory");
-  }
-  ~TileProduct() { asm volatile("tilerelease" ::: "memory"); }
-  TileProduct(const TileProduct&) = delete;
-  TileProduct& operator=(const TileProduct&) = delete;
+  // Rows are cut evenly into tiles; a product takes two. C: tiles 0 to 3, A: 4 and 5, B: 6 and 7.
+  explicit TileProduct(int64_t rows)
+      : rows_(rows ? blocks_of(rows, blocks_of(rows, 16)) : 1), configuration_({rows_, rows_, rows_, rows_, rows_, rows_, 16, 16}) {}
 
   int64_t block(int64_t) const { return 2 * rows_; }
 
@@ -373,4 +325,5 @@ struct TileProduct {
   }
 
   int64_t rows_;  // of a tile
+  TileConfiguration configuration_;
 };

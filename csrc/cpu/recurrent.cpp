@@ -87,14 +87,6 @@ Type type_of(ScalarType type) {
 
 namespace {
 
-// What the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
-void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name) {
-  if (!tensor) return;
-  STD_TORCH_CHECK(tensor->scalar_type() == type, "recurrent: ", name, " has a wrong dtype");
-  STD_TORCH_CHECK(tensor->numel() == elements, "recurrent: ", name, " must have ", elements, " elements, got ", tensor->numel());
-  STD_TORCH_CHECK(tensor->is_contiguous(), "recurrent: ", name, " must be contiguous");
-}
-
 Zoneout zoneout_of(const std::optional<Tensor>& hold_h, const std::optional<Tensor>& hold_c, double h, double c) {
   return {static_cast<const bool*>(data(hold_h)), static_cast<const bool*>(data(hold_c)), h, c};
 }

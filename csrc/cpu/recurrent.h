@@ -43,4 +43,11 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
                         std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool through_weights, Tensor dgates,
                         Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0);
 
+// Gradients of a layer's input and weights from what recurrent_backward gave. wanted: of each lane bits 0 to 3 for w_ih, w_hh, b_ih, b_hh,
+// and bit 4 of the first for x. Returned in this order: x, then lane by lane. Nothing where torch's own products serve: without AMX, in
+// other types than bfloat16 and float32, and for float32 whose parts would leave their range.
+std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, std::optional<Tensor> h0,
+                                        std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::vector<Tensor> w_ih,
+                                        int64_t reverse, std::vector<int64_t> wanted);
+
 }  // namespace fastseq::cpu

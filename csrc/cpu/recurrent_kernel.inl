@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 #include <utility>
 
@@ -61,6 +62,7 @@ struct Start {
 };
 
 #if defined(FASTSEQ_TILES)
+#include "tiles.inl"
 #include "product_amx.inl"
 #else
 #include "product_fma.inl"

@@ -25,6 +25,14 @@ const Kernels& kernels_of(const Shape& shape);
 
 Cell cell_of(const std::string& name);
 
+// What the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
+inline void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name, bool contiguous = true) {
+  if (!tensor) return;
+  STD_TORCH_CHECK(tensor->scalar_type() == type, "recurrent: ", name, " has a wrong dtype");
+  STD_TORCH_CHECK(tensor->numel() == elements, "recurrent: ", name, " must have ", elements, " elements, got ", tensor->numel());
+  STD_TORCH_CHECK(!contiguous || tensor->is_contiguous(), "recurrent: ", name, " must be contiguous");
+}
+
 inline bool any(const Zoneout& zoneout) { return zoneout.hold_h || zoneout.hold_c || zoneout.h > 0 || zoneout.c > 0; }
 
 // Packed weights of all lanes, [lanes, tiles] of tile_bytes: pack(lane, tile, to) fills one.

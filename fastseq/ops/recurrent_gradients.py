@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
+from ..backends import cpu
 from ..reference import recurrent as reference
 from ..reference.cells import steps as cell_steps
-from ._dispatch import recorded
+from ._dispatch import recorded, transforming
 from .types import Backward, Forward, Walk, Weights
 
 
@@ -30,8 +32,10 @@ def input_gradients(
     cell, lanes = call.row, call.lanes
     dgates, drecurrent, doutput, _, _ = results
     flat_x = _flat(x)
-    dx = None
-    if wanted_x:
+    dx, products = None, _native_products(call, results, x, weights, wanted, wanted_x)
+    if wanted_x and products and weights.w_ih:
+        dx = next(products)
+    elif wanted_x:
         flat = dgates.reshape(flat_x.shape[0], lanes * call.gates_width)
         if weights.w_ih:
             flat = flat @ (weights.w_ih[0] if lanes == 1 else torch.cat(list(weights.w_ih)))
@@ -39,19 +43,22 @@ def input_gradients(
     grads: list[list[Tensor | None]] = [[] for _ in weights]
     for lane in range(lanes):
         w_ih, w_hh, b_ih, b_hh, w_hr, vectors = (bool(kind) and kind[lane] for kind in wanted)
-        d = _lane(dgates, lane)  # [rows, G*H]
-        dr = _lane(drecurrent, lane) if cell.own_recurrent else None  # [rows, own*H]
-        dw_ih = _outer_sum(d, flat_x) if w_ih else None
-        dw_hh = db_ih = db_hh = dw_hr = None
-        if w_hh:
-            h_first, h_prev = _before(call.y, call.h0, call.lengths, call.batch_sizes, lane, call.reverse[lane])
-            dw_hh = _recurrent_weight_grad(d, dr, h_first, h_prev, dgates.shape, call.reverse[lane])
-        if b_ih or b_hh:
-            db_ih = db_hh = d.sum(0)
-            if dr is not None:
-                db_hh = torch.cat((db_ih[: -dr.shape[1]], dr.sum(0)))
-            elif b_ih and b_hh:
-                db_hh = db_ih.clone()
+        dw_ih = dw_hh = db_ih = db_hh = dw_hr = None
+        if products:
+            dw_ih, dw_hh, db_ih, db_hh = [next(products) if want else None for want in (w_ih, w_hh, b_ih, b_hh)]
+        else:
+            d = _lane(dgates, lane)  # [rows, G*H]
+            dr = _lane(drecurrent, lane) if cell.own_recurrent else None  # [rows, own*H]
+            dw_ih = _outer_sum(d, flat_x) if w_ih else None
+            if w_hh:
+                h_first, h_prev = _before(call.y, call.h0, call.lengths, call.batch_sizes, lane, call.reverse[lane])
+                dw_hh = _recurrent_weight_grad(d, dr, h_first, h_prev, dgates.shape, call.reverse[lane])
+            if b_ih or b_hh:
+                db_ih = db_hh = d.sum(0)
+                if dr is not None:
+                    db_hh = torch.cat((db_ih[: -dr.shape[1]], dr.sum(0)))
+                elif b_ih and b_hh:
+                    db_hh = db_ih.clone()
         if w_hr:
             saved, _, c = _kept_of(call, lane, slice(None))
             m = cell_steps(call.cell).output(saved, None if call.vectors is None else call.vectors[lane].to(call.wide), c)
@@ -62,6 +69,18 @@ def input_gradients(
             if given:
                 kind.append(grad)
     return dx, [grad for kind in grads for grad in kind]
+
+
+def _native_products(
+    call: Backward, results: tuple[Tensor, ...], x: Tensor, weights: Weights, wanted: Weights, wanted_x: bool
+) -> Iterator[Tensor] | None:
+    """What the CPU's native op gives of these gradients, in order; None where plain products serve, or have to be seen."""
+    if x.device.type != "cpu" or backends.forced() not in (None, "cpu") or recorded() or transforming():
+        return None
+    if any([type(t) not in (Tensor, torch.nn.Parameter) for t in (x, call.y, *results[:2], *weights.w_ih)]):
+        return None
+    found = cpu.layer_gradients(call, results, x, weights, wanted, wanted_x and bool(weights.w_ih))
+    return iter(found) if found else None
 
 
 def _flat(rows: Tensor) -> Tensor:

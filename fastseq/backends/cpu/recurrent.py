@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops.types import Backward, Forward, state_dtype
+from ...ops.types import Backward, Forward, Weights, state_dtype
 from .. import library
 from ..dense import all_dense, dense
 from ..query import RecurrentQuery
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PRODUCTS = (torch.bfloat16, torch.float32)  # whose products of whole matrices are ours where there is AMX
 CELLS = (
     "rnn_tanh",
     "rnn_relu",
@@ -97,6 +98,30 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, 
             dr = torch.cat((dr[..., : -own.shape[-1]], own), -1)
         dh0 += _product(dr, call.weight).to(dtype)
     return results
+
+
+def layer_gradients(
+    call: Backward, results: tuple[Tensor, ...], x: Tensor, weights: Weights, wanted: Weights, wanted_x: bool
+) -> list[Tensor] | None:
+    """Gradients of x, and lane by lane of w_ih, w_hh, b_ih and b_hh, those that are ``wanted``; None: torch's products serve."""
+    if x.dtype not in PRODUCTS or library.reason():
+        return None
+    dgates, drecurrent, *_ = results
+    bits = [sum(bool(kind and kind[lane]) << bit for bit, kind in enumerate(wanted[:4])) for lane in range(call.lanes)]
+    bits[0] |= int(wanted_x) << 4
+    found = torch.ops.fastseq_native.recurrent_gradients.default(
+        x,
+        dgates.contiguous(),
+        drecurrent.contiguous(),
+        call.y.contiguous(),
+        dense(call.h0, x.dtype),
+        dense(call.lengths, torch.int64),
+        call.batch_sizes,
+        list(weights.w_ih) if wanted_x else [],
+        call.reverse_bits,
+        bits,
+    )
+    return found or None
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+// Products of whole matrices: the gradients of a layer's weights, sums over every row of the sequences, and that of its input.
+// Nothing is allocated here and no pointer is kept after the call. No two pointers alias.
+#pragma once
+
+#include <cstdint>
+
+#include "recurrent_kernel.h"
+
+namespace fastseq::cpu {
+
+// Rows of a matrix: `stride` bytes apart (0: one row for all), or each where `rows` says.
+struct MatrixRows {
+  const void* data;
+  int64_t stride;
+  const void* const* rows;
+  const void* row(int64_t i) const { return rows ? rows[i] : static_cast<const char*>(data) + i * stride; }
+};
+
+// out[m][n] = sum over k < depth of left x right, rounded once. A row of right is a depth. Several matrices are multiplied by the same
+// left one; each begins a panel of columns of its own.
+struct MatrixProduct {
+  struct Right {
+    MatrixRows matrix;
+    int64_t columns;
+    void* out;
+    int64_t stride;  // bytes
+  };
+  Type type;  // kFloat or kBfloat16
+  int64_t rows, depth;
+  MatrixRows left;
+  bool transposed;  // left is [depth][rows], else [rows][depth]
+  Right right[3];
+  int count;  // of right matrices
+};
+
+constexpr int64_t kPanel = 32;  // rows or columns
+
+// A part of the result: panels of rows begin .. end, and of columns, those of all right matrices counted on.
+struct MatrixBlock {
+  int64_t rows[2], columns[2];
+};
+
+struct MatrixKernels {
+  int64_t (*scratch)(const MatrixProduct&, const MatrixBlock&);  // bytes, 64-byte aligned
+  // False: a number of type float was met that is beyond what is multiplied in parts. Then the results are not to be used.
+  bool (*multiply)(const MatrixProduct&, const MatrixBlock&, void* scratch);
+};
+
+#if defined(__x86_64__)
+const MatrixKernels& matrix_kernels_amx();
+#endif
+
+}  // namespace fastseq::cpu

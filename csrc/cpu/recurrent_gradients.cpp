@@ -1,0 +1,186 @@
+// Gradients of a layer's input and weights: products of whole matrices over the rows of its sequences.
+
+#include <atomic>
+#include <initializer_list>
+
+#include "level.h"
+#include "matrix_product.h"
+#include "recurrent_run.h"
+
+namespace fastseq::cpu {
+namespace {
+
+// Null: torch's own products serve.
+const MatrixKernels* kernels_of(ScalarType type) {
+#if defined(__x86_64__)
+  if (level() == Level::kAmx && (type == ScalarType::BFloat16 || type == ScalarType::Float)) return &matrix_kernels_amx();
+#endif
+  return nullptr;
+}
+
+// The rows of a layer's sequences, and of each the states before its step.
+class Sequences {
+ public:
+  Sequences(int64_t rows, const Tensor& y, const std::optional<Tensor>& lengths, const std::optional<Tensor>& batch_sizes)
+      : rows_(rows), lengths_(integers(lengths)) {
+    if (batch_sizes) {
+      const int64_t* sizes = integers(batch_sizes);
+      for (int64_t t = 0, row = 0; t < batch_sizes->size(0); row += sizes[t++]) begins_.push_back(row), sizes_.push_back(sizes[t]);
+    } else {
+      begins_.resize(y.size(0)), sizes_.assign(y.size(0), y.size(1));
+      for (int64_t t = 0; t < y.size(0); ++t) begins_[t] = t * y.size(1);
+    }
+  }
+
+  // Pointers to the states before every step: states `stride` bytes apart, first ones [B] or, without, zeros.
+  std::vector<const void*> before(const void* states, int64_t stride, const void* first, int64_t first_stride, const void* zeros,
+                                  bool reverse) const {
+    std::vector<const void*> found;
+    found.reserve(rows_);
+    const int64_t steps = begins_.size();
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t slot = 0; slot < sizes_[t]; ++slot) {
+        const int64_t other = reverse ? t + 1 : t - 1;
+        const bool inside = other >= 0 && other < steps && slot < sizes_[other] && !(reverse && lengths_ && other >= lengths_[slot]);
+        found.push_back(inside ? offset(states, (begins_[other] + slot) * stride) : first ? offset(first, slot * first_stride) : zeros);
+      }
+    return found;
+  }
+
+ private:
+  const int64_t rows_;
+  const int64_t* lengths_;
+  std::vector<int64_t> begins_, sizes_;  // of every step: its first row, its rows
+};
+
+// x as rows: where its last dimension lies in sequence, as it is.
+MatrixRows rows_of(const Tensor& x, std::vector<const void*>& pointers, int64_t bytes) {
+  if (x.is_contiguous()) return {data(x), x.size(x.dim() - 1) * bytes, nullptr};
+  for (int64_t t = 0; t < x.size(0); ++t)
+    for (int64_t b = 0; b < (x.dim() == 3 ? x.size(1) : 1); ++b)
+      pointers.push_back(offset(x.const_data_ptr(), (t * x.stride(0) + (x.dim() == 3 ? b * x.stride(1) : 0)) * bytes));
+  return {nullptr, 0, pointers.data()};
+}
+
+// Panels of a block of the result: its sums and packed operands stay in the second-level cache.
+constexpr int64_t kBlock = 16;
+constexpr double kWorkOfBlock = 1 << 22;  // multiply-adds worth a thread
+
+// False: the results are not to be used.
+bool multiply(const MatrixKernels& kernels, const std::vector<MatrixProduct>& products) {
+  struct Part {
+    const MatrixProduct* product;
+    MatrixBlock block;
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  std::vector<Part> parts;
+  for (const MatrixProduct& product : products) {
+    int64_t columns = 0;
+    for (int i = 0; i < product.count; ++i) columns += tiles_of(product.right[i].columns, kPanel);
+    const int64_t rows = tiles_of(product.rows, kPanel);
+    int64_t of_rows = tiles_of(rows, kBlock), of_columns = tiles_of(columns, kBlock);
+    // smaller blocks if some threads would have none; which these are changes no sum
+    const double work = double(product.rows) * product.depth * columns * kPanel;
+    while (of_rows * of_columns < threads && of_rows < rows && work / (of_rows * of_columns) > kWorkOfBlock) ++of_rows;
+    for (int64_t c = 0; c < of_columns; ++c)
+      for (int64_t r = 0; r < of_rows; ++r)
+        parts.push_back({&product,
+                         {{rows * r / of_rows, rows * (r + 1) / of_rows}, {columns * c / of_columns, columns * (c + 1) / of_columns}}});
+  }
+  std::atomic<bool> within = true;
+  torch::stable::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end && within; ++begin) {
+      const Part& part = parts[begin];
+      const Buffer scratch(kernels.scratch(*part.product, part.block));
+      if (!kernels.multiply(*part.product, part.block, scratch.get())) within = false;
+    }
+  });
+  return within;
+}
+
+}  // namespace
+
+std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, std::optional<Tensor> h0,
+                                        std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::vector<Tensor> w_ih,
+                                        int64_t reverse, std::vector<int64_t> wanted) {
+  const ScalarType narrow = y.scalar_type();
+  const int64_t D = wanted.size(), I = x.size(x.dim() - 1), P = y.size(y.dim() - 1), GH = dgates.size(dgates.dim() - 1);
+  const MatrixKernels* kernels = kernels_of(narrow);
+  if (!kernels || !x.numel() || !y.numel()) return {};
+  const Type type = type_of(narrow);
+  const int64_t bytes = bytes_of(type), rows = x.numel() / I, own = drecurrent.numel() / (rows * D), main = GH - own;
+  const auto dense = [](Tensor& tensor) {
+    if (tensor.stride(tensor.dim() - 1) != 1) tensor = torch::stable::contiguous(tensor);
+  };
+  dense(x);
+  expect(x, narrow, rows * I, "x", false), expect(y, narrow, rows * D * P, "y"), expect(dgates, narrow, rows * D * GH, "dgates");
+  expect(drecurrent, narrow, rows * D * own, "drecurrent");
+  const int64_t batch = batch_sizes ? integers(batch_sizes)[0] : y.size(1);
+  expect(h0, narrow, D * batch * P, "h0"), expect(lengths, ScalarType::Long, batch, "lengths");
+  STD_TORCH_CHECK(w_ih.empty() || static_cast<int64_t>(w_ih.size()) == D, "recurrent: w_ih must be given for every lane or none");
+  for (Tensor& weight : w_ih) dense(weight), expect(weight, narrow, GH * I, "w_ih", false);
+
+  enum { kInputWeight = 1, kRecurrentWeight = 2, kInputBias = 4, kRecurrentBias = 8, kInput = 16 };
+  std::vector<Tensor> results;
+  std::vector<MatrixProduct> products;
+  std::vector<std::vector<const void*>> pointers(D + 2);
+  const auto made = [&](bool wants, std::initializer_list<int64_t> sizes) -> char* {
+    if (!wants) return nullptr;
+    results.push_back(torch::stable::new_empty(y, sizes));
+    return static_cast<char*>(mutable_data(results.back()));
+  };
+  const MatrixRows of_x = rows_of(x, pointers[0], bytes);
+  if (wanted[0] & kInput) {
+    const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+    results.push_back(torch::stable::new_empty(y, sizes));
+    for (const Tensor& weight : w_ih)
+      for (int64_t g = 0; g < GH; ++g) pointers[1].push_back(offset(data(weight), g * weight.stride(0) * bytes));
+    products.push_back({type, rows, D * GH, {data(dgates), D * GH * bytes, nullptr}, false,
+                        {{{nullptr, 0, pointers[1].data()}, I, mutable_data(results.back()), I * bytes}}, 1});
+  }
+
+  const Sequences sequences(rows, y, lengths, batch_sizes);
+  const Buffer zeros(P * bytes);
+  std::memset(zeros.get(), 0, P * bytes);
+  constexpr float kOne = 1;
+  constexpr uint16_t kShortOne = 0x3f80;
+  const MatrixRows ones{narrow == ScalarType::Float ? static_cast<const void*>(&kOne) : &kShortOne, 0, nullptr};
+  struct Copy {
+    void* to;
+    const void* from;
+    int64_t bytes;
+  };
+  std::vector<Copy> copies;
+  for (int64_t d = 0; d < D; ++d) {
+    const int64_t wants = wanted[d];
+    char* dw_ih = made(wants & kInputWeight, {GH, I});
+    char* dw_hh = made(wants & kRecurrentWeight, {GH, P});
+    char* db_ih = made(wants & kInputBias, {GH});
+    char* db_hh = made(wants & kRecurrentBias, {GH});
+    MatrixRows of_h{};
+    if (dw_hh) {
+      pointers[d + 2] = sequences.before(offset(data(y), d * P * bytes), D * P * bytes, offset(data(h0), d * batch * P * bytes),
+                                         P * bytes, zeros.get(), (reverse >> d) & 1);
+      of_h.rows = pointers[d + 2].data();
+    }
+    // gates from `first` on of a tensor of all lanes, with what they are multiplied by
+    const auto add = [&](const Tensor& gates, int64_t column, int64_t width, int64_t first, char* of_input, char* of_state, char* of_bias) {
+      if (!width || (!of_input && !of_state && !of_bias)) return;
+      const int64_t all = gates.size(gates.dim() - 1);
+      MatrixProduct product{type, width, rows, {offset(data(gates), (d * all + column) * bytes), D * all * bytes, nullptr}, true, {}, 0};
+      if (of_input) product.right[product.count++] = {of_x, I, of_input + first * I * bytes, I * bytes};
+      if (of_state) product.right[product.count++] = {of_h, P, of_state + first * P * bytes, P * bytes};
+      if (of_bias) product.right[product.count++] = {ones, 1, of_bias + first * bytes, bytes};
+      products.push_back(product);
+    };
+    add(dgates, 0, main, 0, dw_ih, dw_hh, db_ih ? db_ih : db_hh);
+    add(dgates, main, own, main, dw_ih, nullptr, db_ih);
+    add(drecurrent, 0, own, main, nullptr, dw_hh, db_hh);
+    if (db_ih && db_hh) copies.push_back({db_hh, db_ih, main * bytes});
+  }
+  if (!multiply(*kernels, products)) return {};
+  for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  return results;
+}
+
+}  // namespace fastseq::cpu
