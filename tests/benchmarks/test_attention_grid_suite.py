@@ -38,18 +38,16 @@ def test_the_plan_covers_the_grid():
         *((name, "inference") for name in ("bias", "alibi", "softcap", "t5")),
         *((name, "training") for name in ("bias", "t5")),
     }
-    modules = workloads("modules")
-    assert {(w.function, w.T, w.B) for w in modules} == {
-        (f, T, B) for f in ("self", "weights") for T in (32, 128, 512) for B in (1, 8)
-    }
+    modules = {(w.function, w.T, w.B) for w in workloads("modules")}
+    assert modules == {(function, T, B) for function in ("self", "weights") for T in (32, 128, 512) for B in (1, 8)}
     assert {(w.T, w.B, w.mode, w.dropout) for w in workloads("encoder")} == {
         (T, B, mode, 0.1 if mode == "training" else 0.0) for T in (32, 128) for B in (1, 8) for mode in ("inference", "training")
     }
     decode = workloads("decode")
     assert {(w.S, w.B) for w in decode} == {(S, B) for S in (1024, 4096, 32768) for B in (1, 8)} and {w.G for w in decode} == {1}
     every = grid.plan(FULL)
-    points = [(case.group, *(getattr(case.participants[0].workload, n) for n in ("function", "mode", "dtype", "T", "B", "H", "threads")),
-               str(case.participants[0].workload.detail())) for case in every]  # fmt: skip
+    every_w = [(case.group, case.participants[0].workload) for case in every]
+    points = [(group, w.function, w.mode, w.dtype, w.T, w.B, w.H, w.threads, str(w.detail())) for group, w in every_w]
     assert len(set(points)) == len(points) and {case.group for case in every} == set(grid.GROUPS)
     quick = grid.plan(Options("cpu", "float32", (), quick=True))
     assert (
