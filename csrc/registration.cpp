@@ -3,11 +3,20 @@
 
 #include "common/build.h"
 #include "common/device.h"
+#include "cpu/attention.h"
+#include "cpu/attention_decode.h"
+#include "cpu/attention_layers.h"
 #include "cpu/level.h"
 #include "cpu/recurrent.h"
 #include "limits/exchange_op.h"
 #include "limits/fma_op.h"
 #include "recurrent/recurrent.h"
+
+#define FASTSEQ_SPEC                                                                                                                  \
+  "Tensor? mask, Tensor? bias, Tensor? relative_bias, Tensor? relative_q, Tensor? relative_k, Tensor? slopes, Tensor? sinks, "      \
+  "Tensor? q_lengths, Tensor? k_lengths, Tensor? cu_q, Tensor? cu_k, Tensor? blocks, Tensor? seed, float scale, float softcap, "    \
+  "float dropout, int left, int right, bool bottom_right, int offset, int relative_bias_zero, int relative_k_zero, int block_size, " \
+  "int max_q, int max_k"
 
 STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("version() -> str");
@@ -39,6 +48,9 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor gates, str cell, int reverse, float zoneout_h, float zoneout_c, bool through_weights, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) doutput, Tensor(d!) dh0, Tensor(e!) dc0) -> ()");
   m.def(
+      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? slopes, Tensor? sinks, "
+      "float scale, float softcap, int left, int right, int num_splits) -> (Tensor, Tensor)");
+  m.def(
       "recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, Tensor? h0, Tensor? lengths, Tensor? batch_sizes, "
       "Tensor[] w_ih, int reverse, int[] wanted) -> Tensor[]");
   m.def(
@@ -50,6 +62,26 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor weight, Tensor? vectors, Tensor? h0, Tensor? c0, Tensor y, Tensor c, Tensor gates, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) dh0, Tensor(d!) dc0, Tensor? starts, Tensor? lengths, int steps, int batch, int lanes, "
       "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags) -> ()");
+  m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ") -> (Tensor, Tensor)");
+  m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTSEQ_SPEC
+        ", bool[] wanted) -> Tensor[]");
+  m.def("attention_with_weights(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool average) -> (Tensor, Tensor, Tensor)");
+  m.def("attention_weights(Tensor q, Tensor k, Tensor lse, " FASTSEQ_SPEC ", bool average) -> Tensor");
+  m.def("attention_plain(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, float dropout, Tensor? seed, "
+        "bool wants_lse) -> (Tensor, Tensor)");
+  m.def("scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, "
+        "float? scale=None, bool enable_gqa=False, bool wants_lse=False, float dropout=0.0, Tensor? seed=None) -> Tensor[]");
+  m.def("multihead_attention(Tensor query, Tensor key, Tensor value, int num_heads, Tensor in_proj_weight, Tensor? in_proj_bias, "
+        "Tensor out_proj_weight, Tensor? out_proj_bias, Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, bool is_causal, "
+        "bool need_weights, bool average_attn_weights) -> Tensor[]");
+  m.def("self_attention(Tensor projected, int num_heads, Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, "
+        "bool is_causal, float dropout, Tensor? seed, bool need_weights, bool average_attn_weights) -> Tensor[]");
+  m.def("self_attention_backward(Tensor dout, Tensor projected, Tensor out, Tensor lse, int num_heads, Tensor? key_padding_mask, "
+        "Tensor? attn_mask, bool batch_first, bool is_causal, float dropout, Tensor? seed) -> Tensor");
+  m.def("transformer_encoder_layer(Tensor src, Tensor[] parameters, int num_heads, bool gelu, bool norm_first, float eps, "
+        "Tensor? src_mask, Tensor? src_key_padding_mask, bool batch_first, bool is_causal) -> Tensor[]");
+  m.def("attention_plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, float scale, "
+        "bool causal, float dropout, Tensor? seed) -> (Tensor, Tensor, Tensor)");
   // The benchmark suite `limits` measures the machine with these; no module and no function of fastseq calls them.
   m.def("fma(Tensor start, float factor, float addend, int steps, Tensor(a!) results) -> ()");
   m.def("exchange(str kind, int steps, int ctas, int vectors, Tensor(a!) flags, Tensor(b!) operands, Tensor(c!) results) -> ()");
@@ -59,6 +91,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("fma", TORCH_BOX(&fastseq::limits::fma_cpu));
   m.impl("recurrent_forward", TORCH_BOX(&fastseq::cpu::recurrent_forward));
   m.impl("recurrent_backward", TORCH_BOX(&fastseq::cpu::recurrent_backward));
+  m.impl("attention_forward", TORCH_BOX(&fastseq::cpu::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&fastseq::cpu::attention_backward));
+  m.impl("attention_with_weights", TORCH_BOX(&fastseq::cpu::attention_with_weights));
+  m.impl("attention_weights", TORCH_BOX(&fastseq::cpu::attention_weights));
+  m.impl("attention_plain", TORCH_BOX(&fastseq::cpu::attention_plain));
+  m.impl("self_attention_backward", TORCH_BOX(&fastseq::cpu::self_attention_backward));
+  m.impl("attention_plain_backward", TORCH_BOX(&fastseq::cpu::attention_plain_backward));
+  m.impl("attention_decode", TORCH_BOX(&fastseq::cpu::attention_decode));
   m.impl("recurrent_gradients", TORCH_BOX(&fastseq::cpu::recurrent_gradients));
 }
 
@@ -79,7 +119,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_stream_lent", TORCH_BOX(&fastseq::cuda_stream_lent));
   m.impl("cpu_level", TORCH_BOX(&fastseq::cpu::cpu_level));
   m.impl("cpu_amx_obstacle", TORCH_BOX(&fastseq::cpu::cpu_amx_obstacle));
-  m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));  // these decline what is not on the CPU
+  m.impl("scaled_dot_product_attention", TORCH_BOX(&fastseq::cpu::scaled_dot_product_attention));  // these decline what is not on the CPU
+  m.impl("multihead_attention", TORCH_BOX(&fastseq::cpu::multihead_attention));
+  m.impl("self_attention", TORCH_BOX(&fastseq::cpu::self_attention));
+  m.impl("transformer_encoder_layer", TORCH_BOX(&fastseq::cpu::transformer_encoder_layer));
+  m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));
   m.impl("recurrent_pack", TORCH_BOX(&fastseq::cpu::recurrent_pack));
   m.impl("cuda_limits", TORCH_BOX(&fastseq::cuda_limits));
   m.impl("recurrent_plan_fields", TORCH_BOX(&fastseq::recurrent::recurrent_plan_fields));

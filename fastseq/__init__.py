@@ -26,6 +26,7 @@ from .modules import (
     PeepholeLSTMCell,
     RNNCell,
     SLSTMCell,
+    TransformerEncoderLayer,
 )
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "RNNCell",
     "Report",
     "SLSTMCell",
+    "TransformerEncoderLayer",
     "__version__",
     "convert",
     "explain",

@@ -215,6 +215,7 @@ CONVERSIONS: dict[str, Conversion] = {
         Conversion(nn.LSTMCell, _recurrent_backend),
         Conversion(nn.GRUCell, _recurrent_backend),
         Conversion(nn.MultiheadAttention, _attention_backend),
+        Conversion(nn.TransformerEncoderLayer, lambda layer: _attention_backend(layer.self_attn)),
     )
 }
 
@@ -232,17 +233,17 @@ def convert(
     recompute: bool = False,
     even_if_slower: bool = False,
 ) -> Report:
-    """Make the nn.RNN, nn.LSTM, nn.GRU, their cells and the nn.MultiheadAttention in `model` fastseq's, in
-    place, and tell what was done.
+    """Make the nn.RNN, nn.LSTM, nn.GRU, their cells, the nn.MultiheadAttention and the nn.TransformerEncoderLayer
+    in `model` fastseq's, in place, and tell what was done.
 
     Every parameter, buffer, hook and name stays the same object, so an optimizer made before goes on working,
     and state_dict, deepcopy and DistributedDataParallel do not notice. A module with several names is
     converted once. The model itself may be such a module. Converting again changes nothing.
 
     What changes is what a module's forward runs, call by call: a fastseq kernel, or torch's own where that is
-    the faster one (short sequences, dropout of attention on a CPU; `fastseq.explain` tells). Code that takes a
-    module's weights and calls functions with them, or torch's fused path for nn.TransformerEncoderLayer in eval
-    mode without gradients, which calls no submodule, goes on as before.
+    the faster one (short sequences of recurrent modules on a CPU; `fastseq.explain` tells). Code that takes a
+    module's weights and calls functions with them goes on as before, and so does torch's fused path for
+    nn.TransformerEncoderLayer in eval mode without gradients where it is still taken: of nested tensors, on a GPU.
 
     Subclasses without a forward of their own are converted as well: a module's class is then a subclass of its
     own class and ours, so isinstance, methods and attributes stay, and it can be copied and pickled.
@@ -362,7 +363,10 @@ def convert(
 
 def _note(found: _Found) -> str:
     fused = isinstance(found.module, nn.MultiheadAttention) and any(
-        isinstance(holder, nn.TransformerEncoderLayer) and holder.self_attn is found.module for holder in found.holders
+        isinstance(holder, nn.TransformerEncoderLayer)
+        and holder.self_attn is found.module
+        and not (isinstance(holder, own_modules.TransformerEncoderLayer) and found.module.out_proj.weight.device.type == "cpu")
+        for holder in found.holders
     )
     return "in eval mode without gradients torch's fused path runs the whole layer" if fused else ""
 
@@ -402,8 +406,8 @@ def revert(model: nn.Module) -> Report:
 
 
 class patched(ContextDecorator):
-    """Within `with fastseq.patched():` the constructors nn.RNN, nn.LSTM, nn.GRU, their cells and
-    nn.MultiheadAttention build fastseq's modules.
+    """Within `with fastseq.patched():` the constructors nn.RNN, nn.LSTM, nn.GRU, their cells,
+    nn.MultiheadAttention and nn.TransformerEncoderLayer build fastseq's modules.
 
     For code that builds models out of your reach. The names are replaced in torch.nn, torch.nn.modules and
     the modules below that, so `from torch.nn import LSTM` inside the block gets ours too, and so do torch's

@@ -102,7 +102,7 @@ def test_kernels_import_no_package_code():
 KERNELS = {
     "recurrent": ("csrc/cpu/recurrent.cpp",),
     "attention": ("kernels/attention/forward.py", "kernels/attention/backward.py", "kernels/attention/weights.py"),
-    "attention_decode": ("kernels/attention/decode.py",),
+    "attention_decode": ("kernels/attention/decode.py", "csrc/cpu/attention_decode.cpp"),
 }
 
 

@@ -19,9 +19,7 @@ from ..workloads.models import MODELS, ModelWorkload
 from . import stand_ins
 
 NAME = "models"
-SUMMARY = (
-    "models before and after: LSTM language model, nn.Transformer, small recurrent ones converted; BERT, GPT-2 of transformers"
-)
+SUMMARY = "models before and after: LSTM language model, nn.Transformer, BERT, GPT-2; small recurrent and attention models"
 
 
 def plan(options: Options) -> list[Case]:
@@ -64,16 +62,17 @@ CURVES = Curves(
 
 
 def _parts(results: Results) -> tuple[Results | None, list[Row]]:
-    """The results of the whole models, if there are any, and the rows of the small recurrent ones."""
+    """The results of the whole models, if there are any, and the rows of the small ones."""
     rows = results.of_suite(NAME)
-    whole = [r for r in rows if r.group != stand_ins.GROUP]
-    return replace(results, rows=whole) if whole else None, [r for r in rows if r.group == stand_ins.GROUP]
+    whole = [r for r in rows if r.group not in stand_ins.FAMILIES]
+    return replace(results, rows=whole) if whole else None, [r for r in rows if r.group in stand_ins.FAMILIES]
 
 
 def derive(results: Results) -> dict[str, Any]:
     whole, small = _parts(results)
     found = CURVES.derive(whole) if whole else {}
-    return found | ({stand_ins.GROUP: stand_ins.derive(small)} if small else {})
+    own = {group: [r for r in small if r.group == group] for group in stand_ins.FAMILIES}
+    return found | {group: stand_ins.derive(rows) for group, rows in own.items() if rows}
 
 
 def present(results: Results) -> list[Section]:

@@ -1,40 +1,91 @@
-"""Of the suite models: small recurrent models before and after fastseq.convert, and whether any of them is slower for it."""
+"""Of the suite models: small recurrent and attention models before and after fastseq, and whether any is slower for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..measure.case import Case, Options, Participant
 from ..measure.results import Row, reliable
 from ..measure.timing import Effort
 from ..providers.base import RECURRENT
-from ..providers.models import AFTER, BEFORE
+from ..providers.models import AFTER, BEFORE, OWN, SDPA
 from ..report.model import Card, Cell, Figure, Section, Table, ratio_cell, speed_tone, target_cell, time_cell
 from ..report.plots.strip import Strip, draw
 from ..report.statistics import geometric_mean
+from ..workloads.attention_stand_ins import ATTENTION_STAND_INS, AttentionStandInWorkload
+from ..workloads.attention_stand_ins import WAYS as ATTENTION_WAYS
 from ..workloads.base import MODES
+from ..workloads.models import ModelWorkload
 from ..workloads.stand_ins import STAND_INS, WAYS, StandInWorkload
 
-GROUP = "stand-ins"
 LEAST = 0.97  # a model below this is slower; above it the difference is within the noise of a run
 MEAN = 1.3  # the least geometric mean
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one kind. A row of `rows` has B, T, `way` and `modes`; `strip` names the strip of a figure that it is in."""
+
+    group: str
+    models: str
+    built_by: str
+    rows: Mapping[str, Any]
+    ways: Mapping[str, str]
+    workload: Callable[..., ModelWorkload]
+    strips: Mapping[str, str]  # and their colors
+    strip: Callable[[Any], str]
+
+
+def _recurrent(row: Any, mode: str, **common: Any) -> StandInWorkload:
+    return StandInWorkload(row.name, row.T, row.B, row.I, row.hidden[0], mode, **common)
+
+
+FAMILIES = {
+    family.group: family
+    for family in (
+        Family(
+            "stand-ins",
+            "small recurrent models",
+            "built by torch.nn, before and after fastseq.convert",
+            STAND_INS,
+            WAYS,
+            _recurrent,
+            RECURRENT,
+            lambda row: row.cell,
+        ),
+        Family(
+            "attention stand-ins",
+            "small attention models",
+            "built by torch.nn, before and after fastseq.convert, or by transformers, with torch's attention and with fastseq's. "
+            "Dropout is part of what is timed in training",
+            ATTENTION_STAND_INS,
+            ATTENTION_WAYS,
+            AttentionStandInWorkload.of,
+            {"torch.nn": "#1e88e5", "transformers": "#9467d6"},
+            lambda row: row.package or "torch.nn",
+        ),
+    )
+}
 
 
 def plan(options: Options, threads: int) -> list[Case]:
     """A case for each model and mode."""
     effort = Effort(seconds=0.1, min_rounds=3, max_rounds=15) if options.quick else Effort(seconds=1.0, max_rounds=60)
     cases = []
-    for row in STAND_INS.values():
-        for mode in row.modes:
-            w = StandInWorkload(
-                row.name, row.T, row.B, row.I, row.hidden[0], mode, threads=threads, dtype=options.dtype, device=options.device
-            )
-            cases.append(Case("models", GROUP, (Participant(BEFORE, w), Participant(AFTER, w)), effort, ((AFTER, BEFORE),)))
+    for family in FAMILIES.values():
+        for row in family.rows.values():
+            before, after = (SDPA, OWN) if getattr(row, "package", "") else (BEFORE, AFTER)
+            for mode in row.modes:
+                w = family.workload(row, mode, threads=threads, dtype=options.dtype, device=options.device)
+                participants = Participant(before, w), Participant(after, w)
+                cases.append(Case("models", family.group, participants, effort, ((after, before),)))
     return cases
 
 
 def _converted(rows: list[Row]) -> list[Row]:
-    return [r for r in rows if r.provider == AFTER]
+    return [r for r in rows if r.provider in (AFTER, OWN)]
 
 
 def derive(rows: list[Row]) -> dict[str, Any]:
@@ -65,22 +116,23 @@ def _point(r: Row) -> str:
 
 
 def sections(rows: list[Row]) -> list[Section]:
-    """One, or none without rows."""
-    if not rows:
-        return []
+    """One for each family that has rows."""
+    return [_section(family, own) for family in FAMILIES.values() if (own := [r for r in rows if r.group == family.group])]
+
+
+def _section(family: Family, rows: list[Row]) -> Section:
     derived, first = derive(rows), rows[0]
     text = [
-        "Small recurrent models of the kinds that people have, built by torch.nn, before and after fastseq.convert: forward, and "
-        f"forward + backward. Slower is what takes longer by more than the noise of a run ({LEAST:g}×). {first.dtype}, "
-        f"threads={first.threads}.",
+        f"{family.models.capitalize()} of the kinds that people have, {family.built_by}: forward, and forward + backward. "
+        f"Slower is what takes longer by more than the noise of a run ({LEAST:g}×). {first.dtype}, threads={first.threads}.",
     ]
     cards = [
-        Card(f"{d['mean']:.2f}×", f"{d['models']} small recurrent models, {MODES.get(name, 'both modes')}", speed_tone(d["mean"]))
+        Card(f"{d['mean']:.2f}×", f"{d['models']} {family.models}, {MODES.get(name, 'both modes')}", speed_tone(d["mean"]))
         for name, d in derived.items()
         if d["reliable"]
     ]
-    tables = [table for table in (_targets(derived), _models(rows)) if table.rows]
-    return [Section("Small recurrent models before and after", text, cards, [figure(rows)], tables)]
+    tables = [table for table in (_targets(derived), _models(family, rows)) if table.rows]
+    return Section(f"{family.models.capitalize()} before and after", text, cards, [figure(rows)], tables)
 
 
 def _targets(derived: dict[str, Any]) -> Table:
@@ -95,14 +147,14 @@ def _targets(derived: dict[str, Any]) -> Table:
     return Table("Converted models", columns, body)
 
 
-def _models(rows: list[Row]) -> Table:
-    at = {(r.function, r.mode, r.provider): r for r in rows}
+def _models(family: Family, rows: list[Row]) -> Table:
+    at = {(r.function, r.mode, r.provider in (AFTER, OWN)): r for r in rows}
     body: list[list[Cell | str]] = []
     for name in dict.fromkeys(r.function for r in rows):
-        row = STAND_INS[name]
-        line: list[Cell | str] = [name, f"B={row.B} T={row.T}, {WAYS[row.way]}"]
+        row = family.rows[name]
+        line: list[Cell | str] = [name, f"B={row.B} T={row.T}, {family.ways[row.way]}"]
         for mode in MODES:
-            before, after = (at.get((name, mode, provider)) for provider in (BEFORE, AFTER))
+            before, after = (at.get((name, mode, own)) for own in (False, True))
             line += [time_cell(before), time_cell(after), ratio_cell(after, losing=LEAST)] if after else ["–", "–", "–"]
         chose = [c for r in _converted(rows) if r.function == name for c in r.chose]
         body.append([*line, ", ".join(dict.fromkeys(c.removeprefix("backend: ") for c in chose if c.startswith("backend: ")))])
@@ -111,15 +163,18 @@ def _models(rows: list[Row]) -> Table:
 
 
 def figure(rows: list[Row]) -> Figure:
-    """A strip for each cell."""
-    panels = []
+    """Strips of the family of the first row."""
+    family, panels = FAMILIES[rows[0].group], []
     for mode, title in MODES.items():
-        own = [r for r in _converted(rows) if r.mode == mode and r.ok and r.ratio]
-        strips = [Strip(cell, color, [r for r in own if STAND_INS[r.function].cell == cell]) for cell, color in RECURRENT.items()]
+        own = [r for r in _converted(rows) if (r.mode, r.group) == (mode, family.group) and r.ok and r.ratio]
+        strips = [
+            Strip(name, color, [r for r in own if family.strip(family.rows[r.function]) == name])
+            for name, color in family.strips.items()
+        ]
         panels.append((title, strips))
     return Figure(
-        "Speed-up by fastseq.convert, small recurrent models",
-        "A point is a model; its size grows with the width. The bar is the geometric mean. Left of 1× converting it is a loss.",
+        f"Speed-up by fastseq, {family.models}",
+        "A point is a model; its size grows with the width. The bar is the geometric mean. Left of 1× fastseq is a loss.",
         lambda canvas, theme: draw(canvas, theme, panels, width_unit=16),
         (13.5, 2.6),
     )

@@ -32,8 +32,8 @@ class ModelWorkload(Workload):
         return 2
 
     @property
-    def unseen(self) -> str:
-        """The ending of parameters without effect."""
+    def unseen(self) -> str | tuple[str, ...]:
+        """The ending, or the endings, of parameters without effect."""
         return MODELS[self.function].unseen
 
     @property
@@ -53,10 +53,7 @@ class ModelWorkload(Workload):
         return F.cross_entropy(output[:, :-1].flatten(0, 1), input[:, 1:].flatten())
 
     def missing(self) -> str | None:
-        package = MODELS[self.function].package
-        if not package or importlib.util.find_spec(package):
-            return None
-        return f"{package} is not installed: pip install 'fastseq-kernels[{package}]'"
+        return missing_package(MODELS[self.function].package)
 
     def cost(self) -> tuple[int, float, float]:
         """Every matrix times every token, without what attention adds."""
@@ -75,11 +72,18 @@ class ModelWorkload(Workload):
 
     def torch_results(self, problem: ModelProblem, dtype: torch.dtype, device: str, *, in_parts: bool) -> dict[str, Tensor]:
         """On the workload's own device, fp64 as well."""
-        call = ModelCall(self.build(), problem, dtype=dtype, device=self.device)
+        call = self.call(self.build(), problem, dtype=dtype, device=self.device)
         return {name: t.cpu() for name, t in results_of(call).items()}
 
     def detail(self) -> dict[str, Any]:
         return {"layers": self.layers, "vocabulary": self.vocabulary, "heads": self.heads}
+
+
+def missing_package(package: str) -> str | None:
+    """Why what needs this package ("": none) cannot be built."""
+    if not package or importlib.util.find_spec(package):
+        return None
+    return f"{package} is not installed: pip install 'fastseq-kernels[{package}]'"
 
 
 @dataclass

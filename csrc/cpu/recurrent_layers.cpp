@@ -1,8 +1,5 @@
 // Whole stacks of layers without gradients in one call, and their weights packed beforehand.
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cmath>
 #include <functional>
 #include <iterator>
@@ -17,30 +14,19 @@ namespace {
 
 using torch::headeronly::BFloat16;
 
-// Calls body.template operator()<S>(): the type of an element in memory, with PyTorch's conversions to fp32 and back.
-template <class F>
-void with_type(Type type, F&& body) {
-  switch (type) {
-    case Type::kFloat: return body.template operator()<float>();
-    case Type::kDouble: return body.template operator()<double>();
-    case Type::kBfloat16: return body.template operator()<BFloat16>();
-    case Type::kHalf: return body.template operator()<torch::headeronly::Half>();
-  }
-}
-
 // to[0 .. n) = a + b, of the type of both; without b, zeros
 void add(Type type, const void* a, const void* b, int64_t n, void* to) {
-  with_type(type, [&]<class S>() {
+  with_storage(type, [&]<class S>() {
     for (int64_t i = 0; i < n; ++i) static_cast<S*>(to)[i] = static_cast<const S*>(a)[i] + (b ? static_cast<const S*>(b)[i] : S(0));
   });
 }
 
 // n elements of a type in memory to fp32, and back
 void widen(Type type, const void* from, int64_t n, float* to) {
-  with_type(type, [&]<class S>() { std::copy_n(static_cast<const S*>(from), n, to); });
+  with_storage(type, [&]<class S>() { std::copy_n(static_cast<const S*>(from), n, to); });
 }
 void narrow_to(Type type, const float* from, int64_t n, void* to) {
-  with_type(type, [&]<class S>() { std::transform(from, from + n, static_cast<S*>(to), [](float x) { return S(x); }); });
+  with_storage(type, [&]<class S>() { std::transform(from, from + n, static_cast<S*>(to), [](float x) { return S(x); }); });
 }
 
 // A new tensor on the CPU, contiguous, or the first two of its three dimensions transposed in memory.

@@ -13,33 +13,17 @@
 #include <utility>
 #include <vector>
 
+#include "host.h"
 #include "recurrent.h"
 #include "recurrent_kernel.h"
 #include "recurrent_plan.h"
 
 namespace fastseq::cpu {
 
-using torch::headeronly::ScalarType;
-
 // The kernels that serve a call.
 const Kernels& kernels_of(const Shape& shape);
 
 Cell cell_of(const std::string& name);
-
-inline bool is_stored(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
-}
-Type type_of(ScalarType type);
-
-// of an element in memory, and of one in the kernels' arithmetic
-inline int64_t bytes_of(Type type) { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
-inline int64_t wide_bytes(Type type) { return type == Type::kDouble ? 8 : 4; }
-
-inline const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-inline const void* offset(const void* base, int64_t bytes) { return base ? static_cast<const char*>(base) + bytes : nullptr; }
-inline const void* data(const Tensor& tensor) { return tensor.numel() ? tensor.const_data_ptr() : nullptr; }
-inline const int64_t* integers(const std::optional<Tensor>& tensor) { return static_cast<const int64_t*>(data(tensor)); }
-inline void* mutable_data(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
 
 // What the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
 inline void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name, bool contiguous = true) {
@@ -50,64 +34,6 @@ inline void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t
 }
 
 inline bool any(const Zoneout& zoneout) { return zoneout.hold_h || zoneout.hold_c || zoneout.h > 0 || zoneout.c > 0; }
-
-// Memory for packed weights and states, 64-byte aligned, since the kernels load whole registers. What it holds is undefined: with
-// FASTSEQ_CPU_POISON set, NaN in every dtype, so that a test sees what is read before it is written. Each thread keeps what it has freed,
-// up to kKept bytes: pages that the system has to clear anew at every call cost as much as a tenth of it.
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t bytes) : size_((std::max<int64_t>(bytes, 1) + 4095) / 4096 * 4096) {
-    auto& free = kept().blocks;
-    const auto fits = [&](const Block& block) { return block.size >= size_ && block.size <= 2 * size_; };
-    const auto found = std::find_if(free.begin(), free.end(), fits);
-    if (found != free.end()) {
-      data_ = found->data, size_ = found->size;
-      kept().total -= size_;
-      free.erase(found);
-    } else {
-      data_ = std::aligned_alloc(64, size_);
-      STD_TORCH_CHECK(data_, "out of memory: ", size_, " bytes for packed recurrent weights or states");
-    }
-    if (std::getenv("FASTSEQ_CPU_POISON")) std::memset(data_, 0xff, size_);
-  }
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_), std::swap(size_, other.size_);
-    return *this;
-  }
-  ~Buffer() {
-    if (!data_) return;
-    if (kept().total + size_ > kKept) {
-      std::free(data_);
-    } else {
-      kept().blocks.push_back({data_, size_});
-      kept().total += size_;
-    }
-  }
-  void* get() const { return data_; }
-
- private:
-  static constexpr int64_t kKept = 16 << 20;
-  struct Block {
-    void* data;
-    int64_t size;
-  };
-  struct Kept {
-    std::vector<Block> blocks;
-    int64_t total = 0;
-    ~Kept() {
-      for (const Block& block : blocks) std::free(block.data);
-    }
-  };
-  static Kept& kept() {
-    static thread_local Kept kept;
-    return kept;
-  }
-
-  void* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 // Packed weights of all lanes, [lanes, tiles] of tile_bytes: pack(lane, tile, to) fills one.
 template <class Pack>

@@ -7,19 +7,37 @@ the features and t the rows.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from typing_extensions import Unpack
 
+from .. import backends
 from .._arguments import own_keywords
+from ..ops import _attention_eager as eager
 from ..ops import attention as ops
 from . import _nested
-from ._attention_call import AttentionOptions, Call, Layout, Options, check_tensors, checked_layout, prepared, rows, takes_options
-from ._torch_attention import attention_and_weights, attention_output, seeded
+from ._attention_call import (
+    MOST_HEADS,
+    AttentionOptions,
+    Call,
+    Layout,
+    Options,
+    check_tensors,
+    checked_layout,
+    prepared,
+    rows,
+    takes_options,
+)
+from ._native_layers import plain_call
+from ._torch_attention import attention_and_lse, attention_and_weights, attention_output, seeded
 
 __all__ = ["attention", "attention_grad", "merge_attention"]
+
+_OF_TORCHS = frozenset(("layout", "attn_mask", "attn_bias", "causal", "scale", "dropout_p"))  # what torch's function has as well
 
 
 @overload
@@ -142,6 +160,10 @@ def attention(
     Warns:
         UserWarning: if q and k, without a ``layout``, have more heads than any model, and more heads than steps.
     """
+    if not (return_lse or return_weights) and plain_call() and not backends.watched():
+        out = _in_one_call(q, k, v, options)
+        if out is not None:
+            return out
     if return_weights not in (False, True, "average"):
         raise ValueError(f"return_weights must be False, True or 'average', got {return_weights!r}")
     given = Options(**options)
@@ -161,8 +183,33 @@ def attention(
     elif return_weights:
         out, *more = ops.attention_with_weights(*call[:3], seeded(call.q, call.spec), average)
     else:
-        out, *more = ops.attention(*call[:3], seeded(call.q, call.spec))
+        out, *more = attention_and_lse(*call)
     return _as_given(out, call, given.layout), *more
+
+
+def _in_one_call(q: Tensor, k: Tensor, v: Tensor, options: Any) -> Tensor | None:
+    """A plain eager call on the CPU of what torch's function has too; None: for the long way, which also has the checks."""
+    for name in options:
+        if name not in _OF_TORCHS:
+            return None
+    for tensor in (q, k, v):
+        if type(tensor) is not Tensor or tensor.is_nested or tensor.dim() != 4:
+            return None
+    mask, bias, layout = options.get("attn_mask"), options.get("attn_bias"), options.get("layout")
+    causal, scale = options.get("causal", False), options.get("scale")
+    if layout == "bshd":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    elif layout not in (None, "bhsd") or (layout is None and q.shape[1] > MOST_HEADS):
+        return None
+    if (causal and q.shape[2] != k.shape[2]) or (scale is not None and (type(scale) is not float or not math.isfinite(scale))):
+        return None
+    if mask is not None and (bias is not None or type(mask) is not Tensor or mask.dtype != torch.bool):
+        return None
+    if bias is not None and (type(bias) not in (Tensor, Parameter) or not bias.is_floating_point()):
+        return None
+    mask = bias if mask is None else mask
+    out = eager.scaled_dot_product_attention(q, k, v, mask, options.get("dropout_p", 0.0), causal, scale, True)
+    return out.transpose(1, 2) if out is not None and layout == "bshd" else out
 
 
 def _nested_attention(q: Tensor, k: Tensor, v: Tensor, given: Options, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
@@ -176,7 +223,7 @@ def _nested_attention(q: Tensor, k: Tensor, v: Tensor, given: Options, return_ls
     given.layout, given.cu_seqlens_q, given.cu_seqlens_k = "thd", of_q.offsets, of_k.offsets
     given.max_seqlen_q, given.max_seqlen_k = of_q.longest, of_k.longest
     call = prepared(of_q.values, of_k.values, of_v.values, given)
-    out, lse = ops.attention(*call[:3], seeded(call.q, call.spec))
+    out, lse = attention_and_lse(*call)
     out = of_q.nested(out if layout == "bhsd" else out.transpose(0, 1), layout)
     return (out, of_q.nested(lse, "bhsd")) if return_lse else out
 

@@ -23,7 +23,7 @@ LAYOUTS = ("bhsd", "bshd")  # padded
 Alignment = Literal["top_left", "bottom_right"]
 _ALIGNMENTS = ("top_left", "bottom_right")
 _SMALLEST_BLOCK = 16
-_MOST_HEADS = 128  # beyond what models have
+MOST_HEADS = 128  # beyond what models have
 
 
 _TENSORS = (
@@ -399,7 +399,7 @@ def _warn_if_time_first(size: Sizes) -> None:
     """Nobody has so many heads over so few steps."""
     if torch.compiler.is_compiling() or isinstance(size.tq, torch.SymInt):
         return
-    if min(size.q_heads, size.k_heads) > max(_MOST_HEADS, size.tq, size.tk):
+    if min(size.q_heads, size.k_heads) > max(MOST_HEADS, size.tq, size.tk):
         warnings.warn(
             f"attention takes q as [B, H, T, E] unless layout says otherwise, which makes {size.q_heads} heads of {size.tq} "
             "steps here; pass layout='bshd' if it is [B, T, H, E], or layout='bhsd' to say that it is not",

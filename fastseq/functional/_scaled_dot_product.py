@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from .._arguments import checked_number, own_keywords
+from ..ops import _attention_eager as eager
 from ..ops.attention import Spec
 from . import _nested
 from ._attention import attention
 from ._attention_call import added, check_dtypes, check_tensors, default_scale, rows
 from ._autocast import autocast_dtype, lowered
+from ._native_layers import plain_call
 from ._torch_attention import attention_output
 
 __all__ = ["scaled_dot_product_attention"]
@@ -61,6 +64,10 @@ def scaled_dot_product_attention(
         ValueError: for a causal bias together with ``is_causal``, and for nested tensors mixed with others or with a mask.
         NotImplementedError: for floating dtypes other than those above.
     """
+    if plain_call() and not backends.watched():
+        out = eager.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if out is not None:
+            return out
     named = {"query": query, "key": key, "value": value}
     check_tensors(named)
     if not 0 <= checked_number("dropout_p", dropout_p) <= 1:

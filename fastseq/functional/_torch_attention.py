@@ -1,34 +1,44 @@
-"""Attention without its lse: by torch's own functions, by the CPU's kernel without an op around it, or by the op."""
+"""Attention: by the CPU's library without an op around it, by torch's own functions, or by the op."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends import library
 from ..backends.torch import attention as torchs
 from ..ops import _attention_eager as eager
 from ..ops import attention as ops
 from ..ops._dispatch import recorded, transforming
 from ..reference.attention import Spec
 from ._autocast import without_autocast
+from ._native_layers import plain_call
 from ._recording import recorder, refuse_onnx
 
 
 def attention_output(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Tensor:
     """[B, Hq, Tq, Ev]; differentiable. The seed of a dropout is drawn here, if it is not torch's: ``spec`` has none."""
-    way = _way(q, k, v, spec, weights=False)
-    if way == "torch":
+    if plain_call() and not backends.watched() and eager.serves(q, k, v, spec):
+        return eager.attention(q, k, v, seeded(q, spec))[0]
+    if _is_torchs(q, k, v, spec):
         with without_autocast(q.device.type):
             return torchs.attention(q, k, v, spec, recorder() is not None)
-    if way == "eager":
-        return eager.attention(q, k, v, spec)
     return ops.attention(q, k, v, seeded(q, spec))[0]
+
+
+def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    """The same, and the lse [B, Hq, Tq]."""
+    if plain_call() and not backends.watched() and eager.serves(q, k, v, spec):
+        return eager.attention(q, k, v, seeded(q, spec))  # type: ignore[return-value]
+    return ops.attention(q, k, v, seeded(q, spec))
 
 
 def attention_and_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool) -> tuple[Tensor, Tensor]:
     """The same, and the weights after dropout, [B, Hq, Tq, Tk], or averaged over the heads, [B, Tq, Tk]."""
-    if _way(q, k, v, spec, weights=True) == "torch":
+    if plain_call() and not backends.watched() and eager.serves(q, k, v, spec):
+        out, _, weights = eager.attention(q, k, v, seeded(q, spec), average)
+        return out, weights
+    if _is_torchs(q, k, v, spec):
         with without_autocast(q.device.type):
             return torchs.attention_with_weights(q, k, v, spec, average)
     out, _, weights = ops.attention_with_weights(q, k, v, seeded(q, spec), average)
@@ -39,30 +49,20 @@ def seeded(q: Tensor, spec: Spec) -> Spec:
     """The spec with a seed for its dropout, of the device's generator, so that ``torch.manual_seed`` repeats it."""
     if not spec.dropout or spec.seed is not None:
         return spec
-    return spec._replace(seed=torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device))
+    return spec._replace(seed=eager.random_seed(q.device))
 
 
-def _way(q: Tensor, k: Tensor, v: Tensor, spec: Spec, weights: bool) -> str:
-    """ "torch", "eager" or "op"."""
+def _is_torchs(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
+    """Whether torch's own functions take a call: it is recorded, they are forced, or the CPU has no library."""
     record = recorder()
     if record is not None:
         lacks = torchs.lacks(q, k, spec)
         if lacks:
             refuse_onnx(f"attention with {lacks}", "torch.export takes it")
-        return "op" if lacks else "torch"
-    if recorded() or q.device.type != "cpu":
-        return "op"
-    forced = backends.forced()
-    if forced not in (None, "torch", "cpu") or transforming():
-        return "op"
-    wants_bias = spec.bias is not None and spec.bias.requires_grad and torch.is_grad_enabled()
-    if forced != "cpu":
-        why = torchs.why(k, spec, weights, wants_bias)
-        if (why or forced) and not torchs.lacks(q, k, spec):
-            if backends.torch_runs(lambda: ops._query("forward", q, k, v, spec), why):
-                return "torch"
-    if weights or wants_bias or not eager.serves(q, k, v, spec):
-        return "op"
-    if backends.watched():
-        backends.select(ops._query("forward", q, k, v, spec))
-    return "eager"
+        return not lacks
+    if recorded() or q.device.type != "cpu" or transforming() or backends.forced() not in (None, "torch"):
+        return False
+    why = library.reason()
+    if why is None and backends.forced() is None:
+        return False
+    return not torchs.lacks(q, k, spec) and backends.torch_runs(lambda: ops._query("forward", q, k, v, spec), why)

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..functional import attention as fused_attention
 from ..functional._attention_call import default_scale
 from ..functional._autocast import autocast_dtype
+from ..functional._native_layers import plain_call
 from ..functional._torch_attention import attention_output
+from ..ops import _attention_eager as eager
 from ..ops.attention import Spec
 
 try:
@@ -110,11 +113,18 @@ def attention(
     """
     if cache is not None:
         raise NotImplementedError("fastseq attention does not read the paged cache of continuous batching; choose 'sdpa' for it")
+    wanted = _weights_wanted(output_attentions)
+    if not (wanted or softcap or s_aux is not None or position_bias is not None or sliding_window) and plain_call():
+        if not backends.watched() and (attention_mask is None or (type(attention_mask) is Tensor and attention_mask.dim() == 4)):
+            causal = attention_mask is None and query.shape[2] > 1 and _causal(module, is_causal)
+            grouped = query.shape[1] != key.shape[1]
+            out = eager.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scaling, grouped)
+            if out is not None:
+                return out.transpose(1, 2), None
     if attention_mask is not None and attention_mask.dim() != 4:
         raise RuntimeError(f"attention_mask must be [B, H or 1, Tq, Tk], got {list(attention_mask.shape)}")
     if query.shape[0] == 1:
         query = query.expand(key.shape[0], -1, -1, -1)
-    wanted = _weights_wanted(output_attentions)
     if query.device.type == "cpu" and not (wanted or softcap or s_aux is not None or torch.compiler.is_compiling()):
         out = _as_sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, sliding_window, position_bias)
         if out is not None:
@@ -140,6 +150,11 @@ def attention(
     return out.transpose(1, 2).contiguous(), weights
 
 
+def _causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
+    """Whether several queries without a mask see the keys up to their own place."""
+    return is_causal if is_causal is not None else getattr(module, "is_causal", True)
+
+
 def _as_sdpa(
     module: torch.nn.Module,
     query: Tensor,
@@ -152,19 +167,21 @@ def _as_sdpa(
     sliding_window: int | None,
     position_bias: Tensor | None,
 ) -> Tensor | None:
-    """[B, Hq, Tq, Ev] of a call that "sdpa" would do in the same way, without the detours that pay for long sequences only.
+    """[B, Hq, Tq, Ev] of a call that "sdpa" would do in the same way, without the detours that other features need.
 
-    None: sequences are long, without the dropout that no CPU kernel of fastseq's has, or something is to be checked.
+    None: a mask of long sequences has no elements yet, or something is to be checked.
     """
     (batch, heads, tq, _), tk = query.shape, key.shape[2]
-    if (tq * tk > masks.SHORT and not dropout) or autocast_dtype("cpu") is not None or 0 in query.shape or 0 in key.shape:
+    if autocast_dtype("cpu") is not None or 0 in query.shape or 0 in key.shape:
         return None
     if not query.dtype == key.dtype == value.dtype or not 0 <= dropout <= 1:
         return None
     mask, bias, right = None, position_bias, -1
     if isinstance(attention_mask, masks.BandMask):
-        if attention_mask.elements is None and attention_mask.plainly_causal and bias is None:
+        if attention_mask.elements is None and attention_mask.plainly_causal:
             right = 0
+        elif attention_mask.elements is None and tq * tk > masks.SHORT:
+            return None
         else:
             mask = attention_mask.materialized()
     elif attention_mask is not None:
@@ -174,16 +191,13 @@ def _as_sdpa(
             bias = attention_mask if bias is None else bias + attention_mask
     elif sliding_window is not None:
         return None
-    elif tq > 1 and (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
+    elif tq > 1 and _causal(module, is_causal):
         right = 0
     for part in (mask, bias):
         if part is not None and not all(n in (1, size) for n, size in zip(part.shape, (batch, heads, tq, tk), strict=True)):
             return None
     if (mask is not None and mask.dtype != torch.bool) or (bias is not None and bias.dtype != query.dtype):
         return None
-    if bias is not None and (mask is not None or right == 0):
-        seen = torch.ones(tq, tk, dtype=torch.bool).tril() if mask is None else mask
-        mask, bias, right = None, bias.masked_fill(~seen, -torch.inf), -1
     scale = default_scale(query.shape[-1]) if scaling is None else float(scaling)
     return attention_output(query, key, value, Spec(mask, bias, scale=scale, dropout=float(dropout), right=right))
 
@@ -205,7 +219,7 @@ def _without_mask(
     module: torch.nn.Module, tq: int, tk: int, is_causal: bool | None, sliding_window: int | None
 ) -> dict[str, Any]:
     """Several queries start where the keys start; a single one stands at the last key."""
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = _causal(module, is_causal)
     side = None if sliding_window is None else sliding_window - 1
     if tq == 1:
         return {} if side is None else {"window_size": (side, None), "offset": tk - 1}

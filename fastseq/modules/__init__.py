@@ -17,6 +17,7 @@ from fastseq.modules.recurrent_variants import (
     PeepholeLSTMCell,
     SLSTMCell,
 )
+from fastseq.modules.transformer import TransformerEncoderLayer
 
 __all__ = [
     "GRU",
@@ -36,4 +37,5 @@ __all__ = [
     "PeepholeLSTMCell",
     "RNNCell",
     "SLSTMCell",
+    "TransformerEncoderLayer",
 ]

@@ -10,7 +10,17 @@ from torch.fx import Proxy
 
 # As torch has them, whatever `fastseq.patched` puts in their place.
 TORCH_CLASSES: dict[str, type[nn.Module]] = {
-    kind.__name__: kind for kind in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention)
+    kind.__name__: kind
+    for kind in (
+        nn.RNN,
+        nn.LSTM,
+        nn.GRU,
+        nn.RNNCell,
+        nn.LSTMCell,
+        nn.GRUCell,
+        nn.MultiheadAttention,
+        nn.TransformerEncoderLayer,
+    )
 }
 
 

@@ -1,6 +1,6 @@
 """``nn.MultiheadAttention`` on the fused attention op: no tensor of all scores, with any masks, with or without weights.
 
-On a CPU torch's own forward, which has such a tensor, takes what it does faster: ``backends/torch/limits.py``.
+On a CPU an eager call without gradients is one call of the library, with its projections.
 
 What differs from torch's, on purpose:
 
@@ -25,17 +25,19 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import backends
 from .._arguments import checked_int
-from ..backends.torch import limits
+from ..backends import library
+from ..functional._native_layers import plain_call
 from ..functional._recording import recorder
 from ..functional._torch_attention import attention_and_weights, attention_output, seeded
-from ..ops._dispatch import transforming
+from ..ops._attention_eager import self_attention
 from ..ops.attention import Spec, attention, attention_weights
-from ..ops.attention import _query as attention_query
 from ._checks import describe, public
 from ._interop import Interop, as_leaf
 from .nested import Packed
 
 __all__ = ["MultiheadAttention"]
+
+_PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass has a say in what is called on it
 
 
 @public
@@ -127,7 +129,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             value: likewise with S and ``vdim``.
             key_padding_mask: [N, S] ([S] without a batch). bool: True hides a key; floating: added to the scores.
             need_weights: also return the weights. On the CPU they come with the output, on a GPU from a second pass over the
-                scores; averaged over the heads, nothing larger than the result is formed, but for short sequences on a CPU.
+                scores; averaged over the heads, nothing larger than the result is formed.
             attn_mask: [L, S] or [N * H, L, S]. bool: True hides; floating: added to the scores.
             average_attn_weights: whether the weights are averaged over the heads.
             is_causal: a promise that ``attn_mask``, which must be given, is the causal mask (query i sees keys up to i).
@@ -143,6 +145,12 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
                 devices that do not go together.
             ValueError: in training, a dropout that is no probability.
         """
+        if plain_call() and not backends.watched():
+            results = self._in_one_call(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+            if results is not None:
+                return results
         if isinstance(query, Proxy):
             return as_leaf(
                 self,
@@ -161,16 +169,6 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
-        if self._as_torchs(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights):
-            return super().forward(
-                query,
-                key,
-                value,
-                key_padding_mask=key_padding_mask,
-                need_weights=need_weights,
-                attn_mask=attn_mask,
-                average_attn_weights=average_attn_weights,
             )
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights)
         batched = query.dim() == 3
@@ -197,59 +195,93 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             return out, weights
         return out.squeeze(1), None if weights is None else weights.squeeze(0)
 
-    def _as_torchs(
+    def _in_one_call(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
         need_weights: bool,
-    ) -> bool:
-        """Whether torch's own forward takes a call on the CPU: it is faster, and what it does is what this module promises.
+        attn_mask: Tensor | None,
+        average: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """A plain eager call on the CPU: without gradients one call of the library, in training one between the projections.
 
-        Where it might not be: queries that a mask leaves no key are NaN in the weights of torch's; its kernel without weights
-        and dropout can give 0 for NaN; hooks of ``out_proj`` do not run.
+        None: the call is for another way, which also says what is wrong with it.
         """
-        if is_causal or query.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-            return False
-        if key.dim() not in (2, 3):
-            return False
-        masked = key_padding_mask is not None or attn_mask is not None
-        keys = key.shape[1 if self.batch_first and key.dim() == 3 else 0]
-        why: str | None = None
-        if self.training and self.dropout and not (need_weights and masked):
-            why = limits.DROPOUT
-        elif not masked and not self.training and keys <= limits.FAST_PATH[need_weights] and self._fused(query, key, value):
-            why = limits.FAST
-        elif not masked and need_weights:
-            why = limits.short_weights(keys)
-        forced = backends.forced()
-        if (why is None and forced != backends.torch.name) or forced not in (None, backends.torch.name):
-            return False
-        if forced and ((need_weights and masked) or not (need_weights or self.training and self.dropout)):
-            return False
-        out = self.out_proj
-        if type(out) is not NonDynamicallyQuantizableLinear or transforming():
-            return False
-        if out._forward_hooks or out._forward_pre_hooks or out._backward_hooks or out._backward_pre_hooks:
-            return False
+        parameters, out = self._parameters, self._modules["out_proj"]
+        if type(out) is not NonDynamicallyQuantizableLinear or _hooked(out) or self.add_zero_attn or library.reason():
+            return None
+        of_out = out._parameters
+        weight, out_weight = parameters.get("in_proj_weight"), of_out.get("weight")
+        if weight is None or out_weight is None or parameters.get("bias_k") is not None:
+            return None
+        if "in_proj_bias" not in parameters or "bias" not in of_out:  # made anew at every call, as by pruning
+            return None
+        bias, out_bias = parameters["in_proj_bias"], of_out["bias"]
+        tensors = [query, key, value, weight, out_weight]
+        tensors += [t for t in (bias, out_bias, key_padding_mask, attn_mask) if t is not None]
+        for tensor in tensors:
+            if type(tensor) not in _PLAIN or tensor.is_nested:
+                return None
+        if is_causal and (attn_mask is None or tuple(attn_mask.shape) != (self._steps(query), self._steps(key))):
+            return None
+        if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
+            return None
+        dropout = self.dropout if self.training else 0.0
+        gradients = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+        if not gradients and not dropout:
+            native = torch.ops.fastseq_native.multihead_attention.default
+            results = native(
+                query,
+                key,
+                value,
+                self.num_heads,
+                weight,
+                bias,
+                out_weight,
+                out_bias,
+                key_padding_mask,
+                attn_mask,
+                self.batch_first,
+                is_causal,
+                need_weights,
+                average,
+            )
+            return (results[0], results[1] if need_weights else None) if results else None
+        if query is not key or key is not value or query.dim() != 3 or not query.is_cpu or not 0 <= dropout < 1:
+            return None
+        if query.shape[-1] != self.embed_dim or query.dtype != weight.dtype or query.numel() == 0:
+            return None
+        if (key_padding_mask is not None and key_padding_mask.requires_grad) or (
+            attn_mask is not None and attn_mask.requires_grad
+        ):
+            return None
 
-        def asked() -> backends.AttentionQuery:
-            q = query.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
-            return attention_query("forward", *(q.reshape(-1, *q.shape[-3:]),) * 3, self._spec())
+        def meaning() -> Spec:
+            batch, steps = query.shape[0 if self.batch_first else 1], self._steps(query)
+            masks = self._masks(key_padding_mask, None if is_causal else attn_mask, batch, (steps, steps), 0, query.dtype)
+            return self._spec(*masks, is_causal)._replace(dropout=dropout)
 
-        return backends.torch_runs(asked, why)
+        results = self_attention(
+            F.linear(query, weight, bias),
+            self.num_heads,
+            key_padding_mask,
+            attn_mask,
+            self.batch_first,
+            is_causal,
+            float(dropout),
+            need_weights,
+            average,
+            meaning,
+        )
+        if results is None:
+            return None
+        return F.linear(results[0], out_weight, out_bias), results[1] if need_weights else None
 
-    def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether torch's forward is one fused call here, in inference: what it asks itself."""
-        if query is not key or key is not value or query.dim() != 3 or self.num_heads % 2 or not self.batch_first:
-            return False
-        if self.in_proj_bias is None or self.bias_k is not None or self.add_zero_attn or not self._qkv_same_embed_dim:
-            return False
-        parameters = (self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias)
-        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (query, *parameters))
+    def _steps(self, x: Tensor) -> int:
+        return x.shape[1 if self.batch_first and x.dim() == 3 else 0]
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -436,6 +468,10 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             raise AssertionError("nested tensors do not go with add_bias_kv and add_zero_attn")
         if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
             raise AssertionError(f"nested tensors must hold [L_i, E], got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D")
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _of_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

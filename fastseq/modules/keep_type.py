@@ -2,8 +2,8 @@
 
 Nothing but the bases differs: constructor, forward and state_dict are those of `fastseq.modules.recurrent`.
 The price is torch.compile: Dynamo refuses to trace every subclass of nn.RNN, nn.LSTM and nn.GRU (it breaks
-the graph there, and raises under fullgraph=True). The cells compile either way, and `MultiheadAttention` is
-a subclass of torch's in any case.
+the graph there, and raises under fullgraph=True). The cells compile either way, and `MultiheadAttention` and
+`TransformerEncoderLayer` are subclasses of torch's in any case.
 """
 
 from torch import nn
@@ -11,8 +11,9 @@ from torch import nn
 from fastseq.modules import recurrent, recurrent_cells
 from fastseq.modules._checks import public
 from fastseq.modules.attention import MultiheadAttention
+from fastseq.modules.transformer import TransformerEncoderLayer
 
-__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "MultiheadAttention", "RNN", "RNNCell"]
+__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "MultiheadAttention", "RNN", "RNNCell", "TransformerEncoderLayer"]
 
 
 @public

@@ -1,78 +1,221 @@
-"""Attention of one dense mask on the CPU, called eagerly: the kernel without the op around it.
+"""Attention of plain eager calls on the CPU: the library without the op around it.
 
-The op costs some 80 us of Python, and as much again in training; its kernel, for a short sequence, ten. What cannot be called so
-(tiles, features, transforms, compiled code) goes through ``attention.py``.
+The op costs some 80 us of Python, and as much again in training; its kernel, for a short sequence, five. What cannot be called so
+(compiled, recorded, transformed or watched calls, and what no kernel has) goes through ``attention.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..backends.cpu import attention as kernel
+from ..backends import library
+from ..backends.cpu import attention as native
 from ..reference import attention as reference
-from ..reference.attention import Spec
-from .attention import _plain_dtypes
+from . import attention as op
+from ._dispatch import wants_gradient
+from .attention import TENSORS, _plain_dtypes, _tensors
+from .types import Spec
 
-_ELSEWHERE = [Spec._fields.index(name) for name in ("relative_bias", "relative_q", "slopes", "sinks", "q_lengths", "k_lengths")]
-_ELSEWHERE += [Spec._fields.index(name) for name in ("cu_q", "blocks")]
-
-
-def serves(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
-    """Whether the CPU's kernel takes the whole call as one tile; no gradient but those of q, k and v is wanted."""
-    if q.dtype not in kernel.DTYPES or q.shape[-1] == 0:
-        return False
-    masked = (spec.mask is not None) + (spec.bias is not None)
-    if masked > 1 or spec.left >= 0 or spec.softcap or spec.dropout or 0 in q.shape or 0 in k.shape or v.shape[-1] == 0:
-        return False
-    for place in _ELSEWHERE:
-        if spec[place] is not None:
-            return False
-    if spec.right < 0:
-        return True
-    tq, tk = q.shape[-2], k.shape[-2]
-    top_left = spec.offset + spec.right == 0 and (tq == tk or not spec.bottom_right)
-    return top_left and tq <= tk and spec.scale > 0 and not masked
+_PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass has a say in what is called on it
+_NUMBERS = frozenset((int, float))
+_native: Any = None  # the library's op, once it is loaded
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Tensor:
-    """[B, Hq, Tq, Ev], differentiable in q, k and v."""
-    mask = spec.bias
-    if spec.mask is not None:
-        mask = torch.zeros(spec.mask.shape, dtype=kernel.state_dtype(q.dtype)).masked_fill_(~spec.mask, -torch.inf)
-    elif mask is not None:
-        mask = mask.to(kernel.state_dtype(q.dtype))
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, mask, spec.right >= 0, spec.scale)
-    with _plain_dtypes(q):
-        return kernel.whole(q, k, v, spec.right >= 0, mask, spec.scale)[0]
+def random_seed(device: torch.device | None = None) -> Tensor:
+    """int64 [1], of a dropout, from the device's generator, so that ``torch.manual_seed`` repeats it."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-class _Attention(torch.autograd.Function):
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    grouped: bool,
+) -> Tensor | None:
+    """What torch's function of that name gives; None: the call is for another way, which also says what is wrong with it."""
+    global _native
+    if type(query) not in _PLAIN or type(key) not in _PLAIN or type(value) not in _PLAIN:
+        return None
+    if type(causal) is not bool or type(dropout) not in _NUMBERS or (mask is not None and type(mask) not in _PLAIN):
+        return None
+    if (scale is not None and type(scale) not in _NUMBERS) or library.reason():
+        return None
+    if query.is_nested or key.is_nested or value.is_nested:
+        return None
+    gradients = False
+    if torch.is_grad_enabled():
+        gradients = query.requires_grad or key.requires_grad or value.requires_grad
+        if mask is not None and mask.requires_grad:
+            return None
+    seed = None
+    if dropout:
+        if not 0 < dropout < 1:
+            return None
+        seed = random_seed()
+    if _native is None:
+        _native = torch.ops.fastseq_native.scaled_dot_product_attention.default
+    if not gradients:
+        if seed is None:
+            results = _native(query, key, value, mask, causal, scale, grouped)
+        else:
+            results = _native(query, key, value, mask, causal, scale, grouped, False, dropout, seed)
+        return results[0] if results else None
+    if query.dim() != 4:
+        return None
+    with torch._C._AutoDispatchBelowAutograd():
+        results = _native(query, key, value, mask, causal, scale, grouped, True, dropout, seed)
+    if not results:
+        return None
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _Plain.apply(query, key, value, (*results, mask, seed, scale, causal, dropout))
+
+
+class _Plain(torch.autograd.Function):
+    """Attention that is computed already, differentiable in q, k and v."""
+
     @staticmethod
-    def forward(ctx, q, k, v, mask, causal, scale):
-        with _plain_dtypes(q):
-            out, lse = kernel.whole(q, k, v, causal, mask, scale)
-        ctx.save_for_backward(q, k, v, mask, out, lse)
-        ctx.causal, ctx.scale = causal, scale
+    def forward(ctx, q, k, v, found):
+        out, lse, mask, seed, *ctx.scalars = found
+        ctx.save_for_backward(q, k, v, out, lse, mask, seed)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, mask, out, lse = ctx.saved_tensors
-        with _plain_dtypes(q):
-            if torch.is_grad_enabled():
-                grads = _differentiable(ctx, (q, k, v), mask, dout)
-            else:
-                grads = [g.to(q.dtype) for g in kernel.whole_backward(dout, q, k, v, out, lse, ctx.causal, mask, ctx.scale)]
-        return *grads, None, None, None
+        q, k, v, out, lse, mask, seed = ctx.saved_tensors
+        scale, causal, dropout = ctx.scalars
+        if torch.is_grad_enabled():
+            spec = Spec(scale=scale, right=0 if causal else -1, dropout=dropout, seed=seed)
+            spec = spec._replace(**{} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask})
+            return *_through_reference(ctx.needs_input_grad[:3], (q, k, v), spec, dout), None
+        if dout.stride(-1) != 1:
+            dout = dout.contiguous()
+        backward = torch.ops.fastseq_native.attention_plain_backward.default
+        return *backward(dout, q, k, v, out, lse, mask, scale, causal, dropout, seed), None
 
 
-def _differentiable(ctx, inputs, mask, dout):
-    """The gradients with a graph of their own (create_graph=True): through the reference."""
-    wanted = ctx.needs_input_grad[:3]
-    views = [t.view_as(t) if want else t for t, want in zip(inputs, wanted, strict=True)]
-    spec = Spec(bias=mask, scale=ctx.scale, right=0 if ctx.causal else -1)
-    out, _ = reference.forward(views[0], views[1], views[2], spec)
-    grads = iter(torch.autograd.grad(out, [t for t, want in zip(views, wanted, strict=True) if want], dout, create_graph=True))
+def _through_reference(wanted: Sequence[bool], inputs: Sequence[Tensor], spec: Spec, dout: Tensor) -> list[Tensor | None]:
+    """The gradients of q, k and v with a graph of their own (create_graph=True)."""
+    with _plain_dtypes(inputs[0]):
+        views = [t.view_as(t) if want else t for t, want in zip(inputs, wanted, strict=True)]
+        out, _ = reference.forward(views[0], views[1], views[2], spec)
+        used = [t for t, want in zip(views, wanted, strict=True) if want]
+        grads = iter(torch.autograd.grad(out, used, dout, create_graph=True))
     return [next(grads) if want else None for want in wanted]
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
+    """Whether the library has a kernel for a call on the CPU."""
+    if spec.relative_q is not None or not native.DTYPES.issuperset((q.dtype, k.dtype, v.dtype)) or q.shape[-1] == 0:
+        return False
+    for tensor in _tensors(q, k, v, spec):
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+            return False
+    return library.reason() is None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool | None = None) -> tuple[Tensor, ...]:
+    """out and lse, and the weights unless ``average`` is None: what the ops of these names give, with their gradients."""
+    with torch._C._AutoDispatchBelowAutograd():
+        results: tuple[Tensor, ...] = (
+            native.attention_forward(q, k, v, spec) if average is None else native.attention_with_weights(q, k, v, spec, average)
+        )
+    if wants_gradient(_tensors(q, k, v, spec)):
+        return _Attention.apply(q, k, v, (average, results), *spec)
+    return results
+
+
+class _Attention(op._Attention):
+    """The op's function, of results that are there already."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, found, *fields):
+        ctx.average, results = found
+        ctx.save_for_backward(q, k, v, *results[:2], *fields[:TENSORS])
+        ctx.scalars = fields[TENSORS:]
+        ctx.set_materialize_grads(False)
+        return results
+
+
+def self_attention(
+    projected: Tensor,
+    heads: int,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    batch_first: bool,
+    causal: bool,
+    dropout: float,
+    weights: bool,
+    average: bool,
+    meaning: Callable[[], Spec],
+) -> Sequence[Tensor] | None:
+    """What lies between the projections of ``nn.MultiheadAttention``: the output and, if asked for, the weights.
+
+    Args:
+        projected: ``[N, L, 3 E]`` (batch first) or ``[L, N, 3 E]``, q, k and v of all heads.
+        padding, mask: as the module takes them.
+        meaning: the same as a ``Spec``, for derivatives of a kind that the library has not.
+
+    None: the call is for another way, which also says what is wrong with it.
+    """
+    seed = random_seed() if dropout else None
+    arguments = heads, padding, mask, batch_first, causal, dropout, seed
+    with torch._C._AutoDispatchBelowAutograd():
+        results = torch.ops.fastseq_native.self_attention.default(projected, *arguments, weights, average)
+    if not results:
+        return None
+    if torch.is_grad_enabled() and projected.requires_grad:
+        return _SelfAttention.apply(projected, results, arguments, average, meaning)
+    return [results[0], *results[2:]]
+
+
+class _SelfAttention(torch.autograd.Function):
+    """The same of results that are there already, differentiable in ``projected``."""
+
+    @staticmethod
+    def forward(ctx, projected, results, arguments, average, meaning):
+        heads, padding, mask, batch_first, causal, dropout, seed = arguments
+        out, lse, *weights = results
+        ctx.save_for_backward(projected, out, lse, padding, mask, seed)
+        ctx.rest, ctx.average, ctx.meaning = (heads, batch_first, causal, dropout), average, meaning
+        ctx.set_materialize_grads(False)
+        return out, *weights
+
+    @staticmethod
+    def backward(ctx, dout, dw=None):
+        projected, out, lse, padding, mask, seed = ctx.saved_tensors
+        heads, batch_first, causal, dropout = ctx.rest
+        if dw is not None or torch.is_grad_enabled():
+            return _self_through_reference(ctx, projected, seed, dout, dw), None, None, None, None
+        if dout is None:
+            return None, None, None, None, None
+        backward = torch.ops.fastseq_native.self_attention_backward.default
+        dprojected = backward(dout, projected, out, lse, heads, padding, mask, batch_first, causal, dropout, seed)
+        return dprojected, None, None, None, None
+
+
+def _self_through_reference(ctx, projected, seed, dout, dw):
+    """With a graph of its own (create_graph=True), or with a gradient of the weights."""
+    heads, batch_first, *_ = ctx.rest
+    create = torch.is_grad_enabled()
+    with torch.enable_grad(), _plain_dtypes(projected):
+        projected = projected.view_as(projected) if create else projected.detach().requires_grad_()
+        parts = projected.unflatten(-1, (3, heads, -1))
+        q, k, v = (parts.permute(2, 0, 3, 1, 4) if batch_first else parts.permute(2, 1, 3, 0, 4)).unbind(0)
+        spec = ctx.meaning()._replace(seed=seed)
+        out, _ = reference.forward(q, k, v, spec)
+        out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(-2)
+        pairs = [(out, dout)]
+        if dw is not None:
+            pairs.append((reference.weights(q, k, None, spec, ctx.average), dw))
+        pairs = [pair for pair in pairs if pair[1] is not None]
+        return torch.autograd.grad([a for a, _ in pairs], projected, [b for _, b in pairs], create_graph=create)[0]

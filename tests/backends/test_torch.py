@@ -250,56 +250,55 @@ def attention(dropout=0.5, **options):
     return both("MultiheadAttention", 16, 4, dropout=dropout, batch_first=True, **options)
 
 
+KINDS = {
+    "nothing": {},
+    "padding": {"key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])},
+    "gaps": {"key_padding_mask": torch.tensor([[False] * 5, [False, True, False, True, True]])},
+    "mask": {"attn_mask": torch.ones(5, 5, dtype=torch.bool).triu(1)},
+    "causal": {"attn_mask": torch.ones(5, 5, dtype=torch.bool).triu(1), "is_causal": True},
+    "floating": {"attn_mask": torch.linspace(-1, 1, 200).view(8, 5, 5)},
+}
+KINDS["both"] = KINDS["mask"] | KINDS["gaps"]
+KINDS["both, suffix"] = KINDS["mask"] | KINDS["padding"]
+
+
 class TestAttention:
+    """Nothing but what is forced, recorded or without a library goes to torch's functions."""
+
     @pytest.mark.parametrize("weights", [False, True])
-    @pytest.mark.parametrize("length", [5, 300])
-    def test_training_with_dropout_is_torchs(self, weights, length):
-        """The same draws, too: a seed gives what it gave before the conversion."""
-        theirs, ours = attention()
-        x = torch.randn(2, length, 16)
-        text = str(fastseq.explain(ours, x, x, x, need_weights=weights))
-        assert ": torch, fastseq has no CPU kernel with dropout" in text
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("batch_first", [False, True])
+    def test_dropout_is_the_references(self, kind, weights, batch_first):
+        """The bits that a seed stands for are defined, so one backend computes what another does."""
+        _, ours = both("MultiheadAttention", 16, 4, dropout=0.5, batch_first=batch_first)
+        x = torch.randn(2, 5, 16) if batch_first else torch.randn(5, 2, 16)
+        assert backends_of(ours, x, x, x, need_weights=weights, **KINDS[kind]) == {"cpu"}
         results = []
-        for module in (theirs, ours):
+        for backend in ("auto", "cpu", "reference"):
             torch.manual_seed(3)
             inputs = x.clone().requires_grad_()
-            out, w = module(inputs, inputs, inputs, need_weights=weights)
-            out.square().sum().backward()
-            results.append([out, *([w] if weights else []), inputs.grad, *(p.grad for p in module.parameters())])
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b)
+            with fastseq.use_backend(backend):
+                out, w = ours(inputs, inputs, inputs, need_weights=weights, **KINDS[kind])
+                grads = torch.autograd.grad((out.sin() + 1).square().sum(), [inputs, *ours.parameters()])
+            results.append([out, *([w] if weights else []), *grads])
+        for found in zip(*results, strict=True):
+            torch.testing.assert_close(found[0], found[2])
+            torch.testing.assert_close(found[1], found[2])
+        torch.manual_seed(4)
+        assert not torch.equal(ours(x, x, x, need_weights=weights, **KINDS[kind])[0], results[0][0])
 
     @pytest.mark.parametrize("weights", [False, True])
-    @pytest.mark.parametrize("kind", ["padding", "mask", "causal", "floating", "both"])
-    def test_masks_with_dropout(self, kind, weights):
-        theirs, ours = attention()
-        x, pad = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-        causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
-        options = {
-            "padding": {"key_padding_mask": pad},
-            "mask": {"attn_mask": causal},
-            "causal": {"attn_mask": causal, "is_causal": True},
-            "floating": {"attn_mask": torch.randn(8, 5, 5)},
-            "both": {"attn_mask": causal, "key_padding_mask": pad},
-        }[kind]
-        assert "torch" in backends_of(ours, x, x, x, need_weights=weights, **options)
-        results = []
-        for module in (theirs, ours):
-            torch.manual_seed(3)
-            results.append(module(x, x, x, need_weights=weights, **options))
-        for a, b in zip(*map(flat, results), strict=True):
-            torch.testing.assert_close(a, b)
-
-    @pytest.mark.parametrize("weights", [False, True])
-    def test_rows_without_keys_stay_zeros(self, weights):
-        _, ours = attention(bias=False)
+    def test_rows_without_keys_are_zeros(self, weights):
+        _, ours = both("MultiheadAttention", 16, 4, dropout=0.5, batch_first=True, bias=False)
         x, pad = torch.randn(2, 5, 16), torch.tensor([[True] * 5, [False] * 5])
         for training in (False, True):
-            out, w = ours.train(training)(x, x, x, key_padding_mask=pad, need_weights=weights)
-            assert not out[0].any() and out[1].isfinite().all() and (w is None or not w[0].any())
+            for gradients in (False, True):
+                with torch.set_grad_enabled(gradients):
+                    out, w = ours.train(training)(x, x, x, key_padding_mask=pad, need_weights=weights)
+                assert not out[0].any() and out[1].isfinite().all() and (w is None or not w[0].any())
 
     def test_hooks_of_the_projection_run(self):
-        _, ours = attention()
+        _, ours = both("MultiheadAttention", 16, 4, batch_first=True)
         calls = []
         ours.out_proj.register_forward_hook(lambda *args: calls.append(1))
         x = torch.randn(2, 5, 16)
@@ -309,21 +308,22 @@ class TestAttention:
             ours.eval()(x, x, x)
         assert len(calls) == 3
 
-    def test_functions(self):
-        q, k, v = (torch.randn(2, 4, 6, 8) for _ in range(3))
+    @pytest.mark.parametrize("function", [scaled_dot_product_attention, fastseq.functional.attention])
+    def test_functions_with_dropout(self, function):
+        q, k, v = (torch.randn(2, 4, 6, 8, requires_grad=True) for _ in range(3))
         mask = torch.ones(6, 6, dtype=torch.bool).tril()
-        for options in ({}, {"is_causal": True}, {"attn_mask": mask}, {"scale": -0.5, "is_causal": True}):
+        causal = "is_causal" if function is scaled_dot_product_attention else "causal"
+        for options in ({}, {causal: True}, {"attn_mask": mask}, {"scale": -0.5, causal: True}):
             results = []
-            for function in (F.scaled_dot_product_attention, scaled_dot_product_attention):
+            for backend in ("auto", "cpu", "reference"):
                 torch.manual_seed(3)
-                results.append(function(q, k, v, dropout_p=0.3, **options))
-            torch.testing.assert_close(*results)
-            assert backends_of(scaled_dot_product_attention, q, k, v, dropout_p=0.3, **options) == {"torch"}
-        for function, options in (
-            (fastseq.functional.attention, {"softcap": 5.0}),
-            (fastseq.functional.attention, {"return_lse": True}),
-        ):
-            assert backends_of(function, q, k, v, dropout_p=0.3, **options) == {"reference"}
+                with fastseq.use_backend(backend):
+                    out = function(q, k, v, dropout_p=0.3, **options)
+                    results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+            for found in zip(*results, strict=True):
+                torch.testing.assert_close(found[0], found[2])
+                torch.testing.assert_close(found[1], found[2])
+            assert backends_of(function, q, k, v, dropout_p=0.3, **options) == {"cpu"}
 
     def test_gradient_of_a_bias(self):
         q, k, v = (torch.randn(2, 4, 6, 8, requires_grad=True) for _ in range(3))
@@ -333,22 +333,22 @@ class TestAttention:
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
 
-    @pytest.mark.parametrize("weights", [False, True])
-    def test_inference_takes_the_fused_path(self, weights):
-        theirs, ours = attention()
-        theirs.eval(), ours.eval()
-        short, long = torch.randn(2, 8, 16), torch.randn(1, limits.FAST_PATH[weights] + 1, 16)
-        with torch.no_grad():
-            assert backends_of(ours, short, short, short, need_weights=weights) == {"torch"}
-            assert backends_of(ours, long, long, long, need_weights=weights) == {"cpu"}
-            for a, b in zip(flat(ours(short, short, short)), flat(theirs(short, short, short)), strict=True):
-                assert torch.equal(a, b)
-
     def test_forced(self):
-        _, ours = attention()
+        _, ours = both("MultiheadAttention", 16, 4, dropout=0.5, batch_first=True)
         x = torch.randn(2, 5, 16)
-        for backend in ("torch", "reference"):
+        for backend in ("torch", "reference", "cpu"):
             with fastseq.use_backend(backend):
                 assert backends_of(ours, x, x, x) == {backend}
-        with fastseq.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was forced .* no dropout"):
-            ours(x, x, x)
+
+    def test_without_a_library(self, monkeypatch):
+        theirs, ours = both("MultiheadAttention", 16, 4, batch_first=True)
+        monkeypatch.setattr(backends.library, "reason", lambda: "there is no library")
+        x = torch.randn(2, 5, 16)
+        for options in ({}, {"need_weights": False}, KINDS["both"]):
+            text = str(fastseq.explain(ours, x, x, x, **options))
+            assert ": torch, there is no library" in text
+            for a, b in zip(flat(ours(x, x, x, **options)), flat(theirs(x, x, x, **options)), strict=True):
+                torch.testing.assert_close(a, b)
+        q = torch.randn(2, 4, 6, 8)
+        torch.testing.assert_close(scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
+        assert backends_of(fastseq.functional.attention, q, q, q, softcap=5.0) == {"reference"}

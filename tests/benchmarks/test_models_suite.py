@@ -17,8 +17,10 @@ from fastseq.benchmarks.measure.timing import Effort
 from fastseq.benchmarks.providers.models import AFTER, BEFORE, EAGER, MODEL_PROVIDERS, OWN, SDPA
 from fastseq.benchmarks.suites import models as suite
 from fastseq.benchmarks.suites import stand_ins
+from fastseq.benchmarks.workloads import attention_stand_ins as attention_models
 from fastseq.benchmarks.workloads import models
 from fastseq.benchmarks.workloads import stand_ins as stand_ins_models
+from fastseq.benchmarks.workloads.attention_stand_ins import ATTENTION_STAND_INS, AttentionStandInWorkload
 from fastseq.benchmarks.workloads.models import MODELS, LanguageModel, ModelWorkload
 from fastseq.benchmarks.workloads.stand_ins import STAND_INS, StandInWorkload
 
@@ -125,8 +127,9 @@ def test_without_transformers_its_models_say_so(monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_plan(device, quick):
     cases = suite.plan(Options(device, "float32", (1,), quick))
-    small = [case for case in cases if case.group == stand_ins.GROUP]
-    assert len(small) == (sum(len(row.modes) for row in STAND_INS.values()) if device == "cpu" else 0)
+    small = [case for case in cases if case.group in stand_ins.FAMILIES]
+    rows = [row for family in stand_ins.FAMILIES.values() for row in family.rows.values()]
+    assert len(small) == (sum(len(row.modes) for row in rows) if device == "cpu" else 0)
     cases = [case for case in cases if case not in small]
     assert [c.group for c in cases if c.participants[0].workload.mode == "inference"][:: 1 if quick else 2] == list(MODELS)
     for case in cases:
@@ -138,7 +141,7 @@ def test_the_plan(device, quick):
         assert (names[-1], names[-2]) in case.baseline
     if quick:
         assert len(cases) == 8 and sum(c.effort.seconds for c in cases) < 5
-        assert sum(c.effort.seconds for c in small) < 5
+        assert sum(c.effort.seconds for c in small) < 8
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -188,32 +191,107 @@ def test_a_model_that_forgets_its_states_is_refused():
     assert not result.ok and "output is off by" in result.reason
 
 
-def small_rows(synthetic, ratio):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "mode"), [(name, mode) for name, row in ATTENTION_STAND_INS.items() for mode in row.modes])
+def test_small_attention_models_pass_the_gate(name, mode, dtype):
+    row = ATTENTION_STAND_INS[name]
+    if row.package and WITHOUT:
+        pytest.skip("needs transformers")
+    w = AttentionStandInWorkload.of(row, mode, dtype=dtype).small()
+    for provider in (SDPA, OWN) if row.package else (BEFORE, AFTER):
+        result = check_provider(lambda shape, provider=provider: (MODEL_PROVIDERS[provider].build(shape), ""), w)
+        assert result.ok, result.reason
+    call = w.call(MODEL_PROVIDERS[OWN if row.package else AFTER].build(w), problem_of(w))
+    assert call.model.training is (mode == "training") and call.outputs()["output"].isfinite().all()
+    assert call.model.training is (mode == "training")
+    assert all(c.startswith("backend: ") for c in MODEL_PROVIDERS[AFTER].chose(call))
+
+
+@pytest.mark.skipif(WITHOUT, reason="needs transformers")
+@pytest.mark.parametrize("name", ["GPT-2, generation", "Llama, generation"])
+def test_a_model_with_a_cache_is_the_model_called_at_once(name):
+    w = AttentionStandInWorkload.of(ATTENTION_STAND_INS[name], "inference").small()
+    model, input = w.build().eval(), w.draw()
+    stepped = model(input)
+    model.way = "whole"
+    torch.testing.assert_close(stepped, model(input))
+
+
+def test_greedy_decoding_is_the_model_called_at_once():
+    w = AttentionStandInWorkload.of(ATTENTION_STAND_INS["nn.Transformer, greedy"], "inference").small()
+    model, tokens = w.build().eval(), w.draw()
+    x = model.embedding(tokens) + model.positions.weight
+    mask = nn.Transformer.generate_square_subsequent_mask(w.T)
+    torch.testing.assert_close(model(tokens), model.readout(model.transformer(x, x, tgt_mask=mask, tgt_is_causal=True)))
+
+
+def test_dropout_is_timed_and_not_compared():
+    w = AttentionStandInWorkload.of(ATTENTION_STAND_INS["nn.MultiheadAttention T=20, dropout"], "training")
+    call = w.call(w.build(), problem_of(w))
+    assert all(torch.equal(*pair) for pair in zip(call.gradients().values(), call.gradients().values(), strict=True))
+    assert not torch.equal(call.run()[0], call.run()[0])
+
+
+class Seeing(attention_models.Decoder):
+    """Sees what is to come: what no causal mask may become."""
+
+    def forward(self, x):
+        return self.layers(x, x)
+
+
+def test_a_model_that_sees_the_future_is_refused():
+    w = AttentionStandInWorkload.of(ATTENTION_STAND_INS["nn.TransformerDecoder"], "inference").small()
+    result = check_provider(lambda w: (Seeing(w), ""), w)
+    assert not result.ok and "output is off by" in result.reason
+
+
+def test_sizes_are_those_of_the_rows():
+    for row in ATTENTION_STAND_INS.values():
+        w = AttentionStandInWorkload.of(row, row.modes[0], dtype="float32")
+        assert (w.B, w.T, w.H, w.heads, w.layers) == (row.B, row.T, row.H, row.heads, row.layers)
+        assert w.H % w.heads == 0 and w.dtype == (row.dtype or "float32")
+    pictures = {
+        name: AttentionStandInWorkload.of(ATTENTION_STAND_INS[name], "inference").draw().shape for name in ("ViT", "SigLIP")
+    }
+    assert set(pictures.values()) == {(1, 3, 224, 224)}
+
+
+def small_rows(synthetic, group, ratio):
     rows = []
     for case in stand_ins.plan(Options("cpu", "float32", (1,), quick=False), 1):
-        w = case.participants[0].workload
+        if case.group != group:
+            continue
+        before, after = case.participants
+        w = before.workload
         value = ratio(w.function, w.mode)
-        rows.append(synthetic.timed(Row.of(suite.NAME, case.group, BEFORE, w), 1e-3))
-        rows.append(synthetic.timed(Row.of(suite.NAME, case.group, AFTER, w), 1e-3 / value, over=BEFORE, ratio=value))
+        rows.append(synthetic.timed(Row.of(suite.NAME, group, before.provider, w), 1e-3))
+        rows.append(
+            synthetic.timed(Row.of(suite.NAME, group, after.provider, w), 1e-3 / value, over=before.provider, ratio=value)
+        )
     return rows
 
 
+@pytest.mark.parametrize(("group", "slowest"), [("stand-ins", "LSTM 25"), ("attention stand-ins", "BERT")])
 @pytest.mark.parametrize(
     ("slow", "mean", "reached"), [(0.98, 1.4, (True, True)), (0.96, 1.4, (False, True)), (1.2, 1.2, (True, False))]
 )
-def test_no_slower_and_the_mean(synthetic, slow, mean, reached):
-    rows = small_rows(synthetic, lambda name, mode: slow if (name, mode) == ("LSTM 25", "training") else mean)
+def test_no_slower_and_the_mean(synthetic, slow, mean, reached, group, slowest):
+    rows = small_rows(synthetic, group, lambda name, mode: slow if (name, mode) == (slowest, "training") else mean)
     derived = stand_ins.derive(rows)
     both = derived["both"]
     assert (both["none slower"], both["mean reached"]) == reached
-    assert both["slower"] == (["LSTM 25, forward + backward"] if slow < 0.97 else [])
-    assert derived["inference"]["models"] == len(STAND_INS) and derived["inference"]["slower"] == []
+    assert both["slower"] == ([f"{slowest}, forward + backward"] if slow < 0.97 else [])
+    models = [row for row in stand_ins.FAMILIES[group].rows.values() if "inference" in row.modes]
+    assert derived["inference"]["models"] == len(models) and derived["inference"]["slower"] == []
+    assert suite.derive(Results({"device": "cpu"}, {}, rows)) == {group: derived}
     (section,) = suite.present(Results({"device": "cpu"}, {}, rows))
     table = next(t for t in section.tables if t.title == "Converted models")
     assert [cell.text for cell in (table.rows[-1][5], table.rows[-1][7])] == [
         "reached" if ok else "not reached" for ok in reached[::-1]
     ]
-    untimed = next(r for r in rows if r.provider == AFTER)
+    every = next(t for t in section.tables if t.title == "Every model")
+    assert len(every.rows) == len(stand_ins.FAMILIES[group].rows) and all("×" in str(row) for row in every.rows)
+    untimed = next(r for r in rows if r.provider in (AFTER, OWN))
     untimed.status, untimed.ratio, untimed.time = "wrong", None, None
     assert not stand_ins.derive(rows)["both"]["none slower"]
 

@@ -250,8 +250,9 @@ class TestHint:
 
 
 def spy(monkeypatch):
-    """The calls that leave the module."""
+    """The calls that leave the module where the CPU's library does not take the whole of it."""
     seen = []
+    monkeypatch.setattr(fastseq.MultiheadAttention, "_in_one_call", lambda *arguments: None)
 
     def watched(op):
         def watching(q, k, v, spec, *rest):

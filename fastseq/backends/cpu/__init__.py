@@ -1,12 +1,11 @@
-"""The CPU: native kernels for recurrence (AVX-512, AVX2 or baseline code chosen at run time), torch's own for attention."""
+"""The CPU: native kernels for recurrence and attention (AMX, AVX-512, AVX2 or baseline code, chosen at run time)."""
 
 from __future__ import annotations
 
 from ..query import Query
 from . import attention, attention_decode, recurrent
-from .attention import attention_backward, attention_forward
+from .attention import attention_backward, attention_forward, attention_weights, attention_with_weights
 from .attention_decode import attention_decode_forward
-from .attention_scores import attention_weights, attention_weights_backward, attention_with_weights
 from .recurrent import layer_gradients, recurrent_backward, recurrent_forward
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "attention_decode_forward",
     "attention_forward",
     "attention_weights",
-    "attention_weights_backward",
     "attention_with_weights",
     "available",
     "devices",

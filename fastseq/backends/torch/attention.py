@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ...reference import attention as reference
 from ...reference.attention import Group, Spec
-from . import limits
 
 
 def lacks(q: Tensor, k: Tensor, spec: Spec) -> str:
@@ -23,15 +22,6 @@ def lacks(q: Tensor, k: Tensor, spec: Spec) -> str:
         "queries or keys of size 0": 0 in q.shape or 0 in k.shape,
     }
     return ", ".join(name for name, has in given.items() if has)
-
-
-def why(k: Tensor, spec: Spec, weights: bool, wants_bias: bool) -> str | None:
-    """Why torch takes a call on the CPU that it can run, rather than a kernel of ours; None: ours takes it."""
-    if spec.dropout:
-        return limits.DROPOUT
-    if wants_bias:
-        return limits.BIAS_GRADIENT
-    return limits.short_weights(k.shape[-2]) if weights else None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, recorded: bool = False) -> Tensor:

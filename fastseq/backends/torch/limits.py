@@ -2,8 +2,7 @@
 
 Of LSTM, GRU and RNN ``steps.json`` says it, which ``python -m fastseq.benchmarks.cpu.choice`` writes from measurements: for every
 level of instructions, cell, dtype, layout, number of directions and mode, by rows of the batch and hidden units, the lengths that
-torch's kernel runs faster than ours, Python included. Attention was measured on an Intel Xeon with AVX-512 and AMX, torch 2.13,
-one thread: with short sequences torch keeps the scores in cache, and needs no second pass for the weights.
+torch's kernel runs faster than ours, Python included. Of attention there are no such calls.
 """
 
 from __future__ import annotations
@@ -33,15 +32,6 @@ class Steps(NamedTuple):
 MODES = ("inference", "training")  # without gradients, with them
 OURS = Steps(1, 0)  # at every length
 ENDLESS = 1 << 62  # a last length that is none
-
-DROPOUT = "fastseq has no CPU kernel with dropout"
-BIAS_GRADIENT = "fastseq has no CPU kernel with a gradient of the bias"
-FAST = "torch's fused path for inference is faster for short sequences"
-
-# keys up to which torch's products and softmax are faster than our tiles where weights are returned
-_KEYS_WITH_WEIGHTS = 256
-# tokens up to which nn.MultiheadAttention's path for inference is faster than ours: with weights, without
-FAST_PATH = {True: 512, False: 256}
 
 LEVELS = ("default", "avx2", "avx512", "amx")
 # What has not been measured is taken to be as what has; a level, as the next one below it, or without any as the next above.
@@ -120,10 +110,3 @@ def short_layers(query: RecurrentQuery, gradients: bool) -> str | None:
     lengths = [f"from {first}"] * (first > 1) + [f"up to {last}"] * (last < ENDLESS)
     where = f"{' '.join(lengths)} steps" if lengths else "at every length"
     return f"torch's kernel is faster {where} {'in training' if gradients else 'without gradients'}"
-
-
-def short_weights(keys: int) -> str | None:
-    """Why torch's products and softmax take a call that returns the weights; None: ours do."""
-    if keys > _KEYS_WITH_WEIGHTS:
-        return None
-    return f"torch's products and softmax are faster up to {_KEYS_WITH_WEIGHTS} keys, with the weights returned"

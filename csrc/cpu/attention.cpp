@@ -1,0 +1,370 @@
+#include "attention.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <numeric>
+
+#include "attention_kernel.h"
+#include "host.h"
+#include "level.h"
+
+namespace fastseq::cpu {
+
+namespace {
+
+const AttentionKernels& kernels(Type type) {
+  switch (level()) {
+#if defined(__x86_64__)
+    case Level::kAmx: return type == Type::kBfloat16 ? attention_kernels_amx() : attention_kernels_avx512();
+    case Level::kAvx512: return attention_kernels_avx512();
+    case Level::kAvx2: return attention_kernels_avx2();
+#endif
+    default: return attention_kernels_default();
+  }
+}
+
+// A new tensor on the CPU; `transposed`: the two dimensions before the last are exchanged in memory.
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, bool transposed = false) {
+  int64_t strides[4], n = sizes.size(), stride = 1;
+  const int64_t* size = sizes.begin();
+  for (int64_t i = n; i-- > 0; stride *= size[i]) strides[i] = stride;
+  if (transposed) strides[n - 2] = size[n - 1] * size[n - 3], strides[n - 3] = size[n - 1];
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(n, size, strides,
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// [.., H, T, features], time before heads in memory
+Tensor empty_rows(const Tensor& like, int64_t features) {
+  const ScalarType type = like.scalar_type();
+  if (like.dim() == 3) return empty({like.size(0), like.size(1), features}, type, true);
+  return empty({like.size(0), like.size(1), like.size(2), features}, type, true);
+}
+
+ScalarType wide_of(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+Tensor empty_lse(const Tensor& q) {
+  if (q.dim() == 3) return empty({q.size(0), q.size(1)}, wide_of(q.scalar_type()));
+  return empty({q.size(0), q.size(1), q.size(2)}, wide_of(q.scalar_type()));
+}
+
+template <class P, class T>
+RowsOf<P> rows_of(const T& tensor, P* data) {
+  const auto strides = tensor.strides();
+  const bool packed = tensor.dim() == 3;
+  return {data, packed ? 0 : strides[0], strides[packed ? 0 : 1], strides[packed ? 1 : 2]};
+}
+ConstRows rows(const Tensor& tensor) { return rows_of<const void>(tensor, data(tensor)); }
+MutableRows results(const Tensor& tensor) { return rows_of<void>(tensor, mutable_data(tensor)); }
+
+// Over [B, Hq, Tq, Tk].
+Pairs pairs(const std::optional<Tensor>& tensor) {
+  if (!tensor) return {};
+  int64_t strides[4];
+  for (int64_t dim = 0; dim < 4; ++dim) strides[dim] = tensor->size(dim) == 1 ? 0 : tensor->stride(dim);
+  return {data(*tensor), strides[0], strides[1], strides[2], strides[3]};
+}
+
+const int32_t* lengths_of(const std::optional<Tensor>& tensor) { return static_cast<const int32_t*>(data(tensor)); }
+
+Attention attention_of(const Tensor& q, const Tensor& k, const Tensor* v, const AttentionSpec& spec) {
+  const bool packed = spec.cu_q.has_value();
+  const int64_t first = packed ? 0 : 1;
+  Attention a{};
+  a.type = type_of(q.scalar_type());
+  a.batch = packed ? spec.cu_q->size(0) - 1 : q.size(0);
+  a.heads = q.size(first), a.key_heads = k.size(first);
+  a.queries = packed ? spec.max_q : q.size(2), a.keys = packed ? spec.max_k : k.size(2);
+  a.features = q.size(first + 2), a.value_features = v ? v->size(first + 2) : 0;
+  a.q = rows(q), a.k = rows(k);
+  if (v) a.v = rows(*v);
+  a.mask = pairs(spec.mask), a.blocks = pairs(spec.blocks), a.block_size = spec.block_size;
+  a.q_lengths = lengths_of(spec.q_lengths), a.k_lengths = lengths_of(spec.k_lengths);
+  a.cu_q = lengths_of(spec.cu_q), a.cu_k = lengths_of(spec.cu_k);
+  a.left = spec.left, a.right = spec.right, a.bottom_right = spec.bottom_right, a.offset = spec.offset;
+  a.scale = spec.scale, a.softcap = spec.softcap, a.dropout = spec.dropout;
+  a.bias = pairs(spec.bias);
+  if (spec.bias) a.bias_type = type_of(spec.bias->scalar_type());
+  if (spec.relative_bias) {
+    a.relative_bias = data(*spec.relative_bias), a.relative_bias_type = type_of(spec.relative_bias->scalar_type());
+    a.relative_bias_length = spec.relative_bias->size(1), a.relative_bias_zero = spec.relative_bias_zero;
+  }
+  if (spec.relative_q && spec.relative_k) {
+    a.relative_q = rows(*spec.relative_q), a.relative_k = data(*spec.relative_k);
+    a.relative_k_length = spec.relative_k->size(1), a.relative_k_zero = spec.relative_k_zero;
+  }
+  if (spec.slopes) a.slopes = data(*spec.slopes), a.slopes_b = spec.slopes->size(0) == 1 ? 0 : a.heads;
+  if (spec.sinks) a.sinks = data(*spec.sinks), a.sinks_type = type_of(spec.sinks->scalar_type());
+  if (spec.seed) a.seed = integers(spec.seed);
+  if (!a.seed) a.dropout = 0;
+  // of a lse that is contiguous
+  a.lse_b = a.heads * a.queries, a.lse_h = packed ? q.size(1) : a.queries;
+  return a;
+}
+
+// Whether there is nothing to compute with: then results are zeros, and no key is seen.
+bool hollow(const Attention& a) { return a.batch == 0 || a.heads == 0 || a.queries == 0; }
+
+// Fills what the kernels do not visit: the rows beyond the queries that are valid.
+void clear(const Attention& a, const Tensor& out, const std::optional<Tensor>& lse) {
+  torch::stable::zero_(const_cast<Tensor&>(out));
+  if (!lse) return;
+  const int64_t n = lse->numel();
+  if (a.type == Type::kDouble)
+    std::fill_n(static_cast<double*>(mutable_data(*lse)), n, -std::numeric_limits<double>::infinity());
+  else
+    std::fill_n(static_cast<float*>(mutable_data(*lse)), n, -std::numeric_limits<float>::infinity());
+}
+
+// Blocks of queries of all heads (one, if they are taken together); neighbors share keys. With a causal mask the later blocks of a head have
+// more to do: they alternate with earlier ones, so that any range of tasks has about its share of the work.
+std::vector<AttentionTask> tasks_of(const Attention& a, int64_t heads, int64_t lanes) {
+  std::vector<AttentionTask> tasks;
+  tasks.reserve(a.batch * heads * ((a.queries + lanes - 1) / lanes));
+  for (int64_t b = 0; b < a.batch; ++b) {
+    const Attention::Sequence s = a.sequence(b);
+    const int64_t blocks = (s.queries + lanes - 1) / lanes;
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t block = i % 2 ? blocks - 1 - i / 2 : i / 2, first = block * lanes;
+        tasks.push_back({b, h, first, std::min(lanes, s.queries - first)});
+      }
+  }
+  return tasks;
+}
+
+// Runs body(begin, end, workspace) over all of count tasks, by threads.
+template <class Body>
+void over(int64_t count, int64_t bytes, const Body& body) {
+  if (count == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || count == 1) {
+    const Buffer workspace(bytes);
+    return body(0, count, workspace.get());
+  }
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    const Buffer workspace(bytes);
+    body(begin, end, workspace.get());
+  });
+}
+
+void run_forward(const Attention& a) {
+  const AttentionKernels& kernel = kernels(a.type);
+  const std::vector<AttentionTask> tasks = tasks_of(a, a.heads, kernel.lanes(a));
+  over(tasks.size(), kernel.forward_workspace(a),
+       [&](int64_t begin, int64_t end, void* workspace) { kernel.forward(a, tasks.data() + begin, end - begin, workspace); });
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, bool wants_lse) {
+  Attention a = attention_of(q, k, &v, spec);
+  Tensor out = empty_rows(q, a.value_features), lse = wants_lse ? empty_lse(q) : empty({0}, wide_of(q.scalar_type()));
+  if (a.q_lengths || hollow(a)) clear(a, out, lse);
+  if (hollow(a)) return {out, lse};
+  a.out = results(out);
+  if (wants_lse) a.lse = mutable_data(lse);
+  run_forward(a);
+  return {out, lse};
+}
+
+Tensor empty_weights(const Tensor& q, const Tensor& k, bool average) {
+  if (average) return empty({q.size(0), q.size(2), k.size(2)}, q.scalar_type());
+  return empty({q.size(0), q.size(1), q.size(2), k.size(2)}, q.scalar_type());
+}
+
+void run_weights(const Attention& a, const Tensor& weights, bool average) {
+  if (a.q_lengths || a.k_lengths) clear(a, weights, {});
+  if (hollow(a) || (a.keys == 0 && !a.out.given())) return;
+  const AttentionWeights w{a, mutable_data(weights), average};
+  const AttentionKernels& kernel = kernels(a.type);
+  const std::vector<AttentionTask> tasks = tasks_of(a, average ? 1 : a.heads, kernel.lanes(a));
+  over(tasks.size(), kernel.weights_workspace(w),
+       [&](int64_t begin, int64_t end, void* workspace) { kernel.weights(w, tasks.data() + begin, end - begin, workspace); });
+}
+
+// Sums in the wide type, for what several workers add to: a copy for each, or one for all of them.
+class Sums {
+ public:
+  Sums(Type type, int64_t elements, int64_t workers, int64_t copies)
+      : elements_(elements), copies_(copies), wide_(type == Type::kDouble), memory_(elements * copies * (wide_ ? 8 : 4)) {
+    std::memset(memory_.get(), 0, elements * copies * (wide_ ? 8 : 4));
+    for (int64_t i = 0; i < workers; ++i)
+      pointers_.push_back(static_cast<char*>(memory_.get()) + (copies == 1 ? 0 : i) * elements * (wide_ ? 8 : 4));
+  }
+  void* const* pointers() const { return pointers_.data(); }
+  // all copies, in order, into the first; as elements of a tensor
+  void store(const Tensor& to) const {
+    if (wide_)
+      store<double>(to);
+    else
+      store<float>(to);
+  }
+
+ private:
+  template <class A>
+  void store(const Tensor& to) const {
+    A* sums = static_cast<A*>(memory_.get());
+    for (int64_t copy = 1; copy < copies_; ++copy)
+      for (int64_t i = 0; i < elements_; ++i) sums[i] += sums[copy * elements_ + i];
+    with_storage(type_of(to.scalar_type()), [&]<class S>() { std::copy_n(sums, elements_, static_cast<S*>(mutable_data(to))); });
+  }
+
+  int64_t elements_, copies_;
+  bool wide_;
+  Buffer memory_;
+  std::vector<void*> pointers_;
+};
+
+// The gradients of q, k, v, bias and relative_bias, into those of five tensors that are given.
+void run_backward(AttentionBackward& g, const std::optional<Tensor> (&to)[5]) {
+  Attention& a = g.attention;
+  if (to[0]) g.dq = results(*to[0]);
+  if (to[1]) g.dk = results(*to[1]);
+  if (to[2]) g.dv = results(*to[2]);
+  if (to[0] && a.q_lengths) torch::stable::zero_(const_cast<Tensor&>(*to[0]));
+  if (hollow(a) || a.key_heads == 0) {
+    for (const auto& tensor : to)
+      if (tensor) torch::stable::zero_(const_cast<Tensor&>(*tensor));
+    return;
+  }
+  const AttentionKernels& kernel = kernels(a.type);
+  const int64_t pairs = a.batch * a.key_heads, threads = torch::stable::get_num_threads();
+  const int64_t blocks = (a.queries + kernel.lanes(a) - 1) / kernel.lanes(a);
+  const int64_t parts = std::clamp<int64_t>(threads / pairs, 1, blocks), tasks = pairs * parts, workers = std::min(threads, tasks);
+  std::optional<Sums> dbias, drelative_bias;
+  const std::vector<void*> none(workers, nullptr);
+  g.dbias = g.drelative_bias = none.data();
+  if (to[3]) {
+    const Tensor& bias = *to[3];
+    int64_t strides[4], stride = 1;
+    for (int64_t dim = 4; dim-- > 0; stride *= bias.size(dim)) strides[dim] = bias.size(dim) == 1 ? 0 : stride;
+    g.dbias_b = strides[0], g.dbias_h = strides[1], g.dbias_i = strides[2], g.dbias_j = strides[3];
+    const bool own = (strides[0] || a.batch == 1) && (strides[1] || a.heads == 1) && (strides[2] || parts == 1);
+    dbias.emplace(a.type, bias.numel(), workers, own ? 1 : workers);
+    g.dbias = dbias->pointers();
+  }
+  if (to[4]) {
+    drelative_bias.emplace(a.type, a.heads * a.relative_bias_length, workers, a.batch == 1 && parts == 1 ? 1 : workers);
+    g.drelative_bias = drelative_bias->pointers();
+  }
+  const int64_t sums_bytes = kernel.sums_bytes(a), workspace_bytes = kernel.backward_workspace(g);
+  const auto run = [&](int64_t task, void* sums, int64_t worker, void* workspace) {
+    kernel.backward(g, task / parts / a.key_heads, task / parts % a.key_heads, task % parts, parts, sums, worker, workspace);
+  };
+  const auto store = [&](int64_t pair, const void* sums) {
+    kernel.store_gradients(g, pair / a.key_heads, pair % a.key_heads, sums, parts);
+  };
+  // worker w has the tasks of its share: which adds what does not depend on who comes first
+  const Buffer shared(parts > 1 ? tasks * sums_bytes : 0);
+  const auto work = [&](int64_t worker) {
+    const Buffer workspace(workspace_bytes), own(parts > 1 ? 0 : sums_bytes);
+    for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; ++task) {
+      void* sums = parts > 1 ? static_cast<char*>(shared.get()) + task * sums_bytes : own.get();
+      run(task, sums, worker, workspace.get());
+      if (parts == 1) store(task, sums);
+    }
+  };
+  const auto all = [](int64_t count, const auto& body) {
+    if (count == 1) return body(0);
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i);
+    });
+  };
+  all(workers, work);
+  if (parts > 1) all(pairs, [&](int64_t pair) { store(pair, static_cast<char*>(shared.get()) + pair * parts * sums_bytes); });
+  if (dbias) dbias->store(*to[3]);
+  if (drelative_bias) drelative_bias->store(*to[4]);
+}
+
+AttentionBackward backward_of(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                              const Tensor& out, const Tensor& lse, const AttentionSpec& spec) {
+  AttentionBackward g{};
+  g.attention = attention_of(q, k, &v, spec);
+  g.dout = rows(dout), g.out = rows(out), g.lse = data(lse), g.dlse = data(dlse);
+  return g;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC) {
+  return forward(q, k, v, FASTSEQ_ATTENTION_GIVEN, true);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_with_weights(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC, bool average) {
+  Attention a = attention_of(q, k, &v, FASTSEQ_ATTENTION_GIVEN);
+  Tensor out = empty_rows(q, a.value_features), lse = empty_lse(q), weights = empty_weights(q, k, average);
+  if (a.q_lengths || hollow(a)) clear(a, out, lse);
+  a.out = results(out), a.lse = mutable_data(lse);
+  run_weights(a, weights, average);
+  return {out, lse, weights};
+}
+
+Tensor attention_weights(Tensor q, Tensor k, Tensor, FASTSEQ_ATTENTION_SPEC, bool average) {
+  const Attention a = attention_of(q, k, nullptr, FASTSEQ_ATTENTION_GIVEN);
+  Tensor weights = empty_weights(q, k, average);
+  run_weights(a, weights, average);
+  return weights;
+}
+
+std::vector<Tensor> attention_backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                       FASTSEQ_ATTENTION_SPEC, std::vector<bool> wanted) {
+  AttentionBackward g = backward_of(dout, dlse, q, k, v, out, lse, FASTSEQ_ATTENTION_GIVEN);
+  std::optional<Tensor> to[5];
+  if (wanted[0]) to[0] = empty_rows(q, q.size(-1));
+  if (wanted[1]) to[1] = empty_rows(k, k.size(-1));
+  if (wanted[2]) to[2] = empty_rows(v, v.size(-1));
+  if (wanted[3] && bias) to[3] = empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type());
+  if (wanted[4] && relative_bias) to[4] = empty({relative_bias->size(0), relative_bias->size(1)}, relative_bias->scalar_type());
+  run_backward(g, to);
+  std::vector<Tensor> gradients;
+  for (const auto& tensor : to) gradients.push_back(tensor ? *tensor : empty({0}, q.scalar_type()));
+  while (gradients.size() < 7) gradients.push_back(empty({0}, q.scalar_type()));
+  return gradients;
+}
+
+namespace {
+
+AttentionSpec plain(const std::optional<Tensor>& mask, double scale, bool causal, double dropout, const std::optional<Tensor>& seed) {
+  AttentionSpec spec{};
+  if (mask) (mask->scalar_type() == ScalarType::Bool ? spec.mask : spec.bias) = mask;
+  spec.scale = scale, spec.dropout = dropout, spec.seed = seed;
+  if (causal) spec.right = 0;
+  return spec;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_plain(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, double scale, bool causal,
+                                           double dropout, std::optional<Tensor> seed, bool wants_lse) {
+  return forward(q, k, v, plain(mask, scale, causal, dropout, seed), wants_lse);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                            std::optional<Tensor> mask, double scale, bool causal, double dropout,
+                                                            std::optional<Tensor> seed) {
+  AttentionBackward g = backward_of(dout, {}, q, k, v, out, lse, plain(mask, scale, causal, dropout, seed));
+  const std::optional<Tensor> to[5] = {empty_rows(q, q.size(-1)), empty_rows(k, k.size(-1)), empty_rows(v, v.size(-1)), {}, {}};
+  run_backward(g, to);
+  return {*to[0], *to[1], *to[2]};
+}
+
+void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, const Tensor& out,
+                    const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average) {
+  Attention a = attention_of(q, k, &v, spec);
+  a.out = results(out);
+  if (lse) a.lse = mutable_data(*lse);
+  if (weights) return run_weights(a, *weights, average);
+  run_forward(a);
+}
+
+void attention_backward_into(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                             const AttentionSpec& spec, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  AttentionBackward g = backward_of(dout, {}, q, k, v, out, lse, spec);
+  const std::optional<Tensor> to[5] = {dq, dk, dv, {}, {}};
+  run_backward(g, to);
+}
+
+}  // namespace fastseq::cpu

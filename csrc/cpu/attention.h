@@ -1,0 +1,61 @@
+// The CPU ops of attention; tensors as in fastseq/ops/attention.py, but relative_bias, relative_k, slopes and sinks contiguous.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fastseq::cpu {
+
+using torch::stable::Tensor;
+
+// `Spec` of fastseq/ops/types.py, its fields in their order.
+struct AttentionSpec {
+  std::optional<Tensor> mask, bias, relative_bias, relative_q, relative_k, slopes, sinks, q_lengths, k_lengths, cu_q, cu_k, blocks, seed;
+  double scale, softcap = 0, dropout = 0;
+  int64_t left = -1, right = -1;
+  bool bottom_right = false;
+  int64_t offset = 0, relative_bias_zero = 0, relative_k_zero = 0, block_size = 0, max_q = 0, max_k = 0;
+};
+
+// The same as parameters of an op, and as what an op was given.
+#define FASTSEQ_ATTENTION_SPEC                                                                                                        \
+  std::optional<Tensor> mask, std::optional<Tensor> bias, std::optional<Tensor> relative_bias, std::optional<Tensor> relative_q,      \
+      std::optional<Tensor> relative_k, std::optional<Tensor> slopes, std::optional<Tensor> sinks, std::optional<Tensor> q_lengths,   \
+      std::optional<Tensor> k_lengths, std::optional<Tensor> cu_q, std::optional<Tensor> cu_k, std::optional<Tensor> blocks,          \
+      std::optional<Tensor> seed, double scale, double softcap, double dropout, int64_t left, int64_t right, bool bottom_right,       \
+      int64_t offset, int64_t relative_bias_zero, int64_t relative_k_zero, int64_t block_size, int64_t max_q, int64_t max_k
+#define FASTSEQ_ATTENTION_GIVEN                                                                                                       \
+  {                                                                                                                                   \
+    mask, bias, relative_bias, relative_q, relative_k, slopes, sinks, q_lengths, k_lengths, cu_q, cu_k, blocks, seed, scale, softcap, \
+        dropout, left, right, bottom_right, offset, relative_bias_zero, relative_k_zero, block_size, max_q, max_k                     \
+  }
+
+std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC);
+
+// The gradients of GRADIENTS, (0,) where not wanted; relative_q and relative_k have none.
+std::vector<Tensor> attention_backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                       FASTSEQ_ATTENTION_SPEC, std::vector<bool> wanted);
+
+std::tuple<Tensor, Tensor, Tensor> attention_with_weights(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC, bool average);
+Tensor attention_weights(Tensor q, Tensor k, Tensor lse, FASTSEQ_ATTENTION_SPEC, bool average);
+
+// Of the features of scaled_dot_product_attention: a mask, bool or added, over [B, Hq, Tq, Tk], or the keys up to a query's own place, top
+// left. lse has size 0 if it is not wanted.
+std::tuple<Tensor, Tensor> attention_plain(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, double scale, bool causal,
+                                           double dropout, std::optional<Tensor> seed, bool wants_lse);
+std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                            std::optional<Tensor> mask, double scale, bool causal, double dropout,
+                                                            std::optional<Tensor> seed);
+
+// For other host parts: the results go into tensors that are given, of any strides (lse and weights contiguous), the lse and the weights
+// where there is one for them. Without q_lengths; nothing has size 0.
+void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, const Tensor& out,
+                    const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average);
+void attention_backward_into(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                             const AttentionSpec& spec, const Tensor& dq, const Tensor& dk, const Tensor& dv);
+
+}  // namespace fastseq::cpu

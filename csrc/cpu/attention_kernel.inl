@@ -1,0 +1,742 @@
+// Attention for one instruction set: forward, weights, backward. Included by attention_<level>.cpp, which defines FASTSEQ_LEVEL,
+// FASTSEQ_VECTOR_BYTES and FASTSEQ_VECTOR_REGISTERS; contracts stand in attention_kernel.h.
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../common/portable.h"
+#include "attention_kernel.h"
+
+namespace fastseq::cpu::FASTSEQ_LEVEL {
+namespace {
+
+#include "vector.inl"
+#include "transpose.inl"
+#include "attention_scores.inl"
+
+// Rows of keys or values as products read them: where they lie, or copied. Rows of other types are widened, and those far apart are
+// brought together, a line more than they need between them: a product that goes down their columns would find them in few cache sets.
+template <class A>
+struct Operand {
+  const A* data;
+  int64_t row;
+};
+
+template <class A>
+constexpr int64_t kLineOf = 64 / sizeof(A);
+
+template <class A>
+int64_t copied_row(int64_t features) {
+  return blocks_of(features, kLineOf<A>) * kLineOf<A> + kLineOf<A>;
+}
+
+template <bool kColumns, class S, class A = Wide<S>>
+Operand<A> operand(const S* from, int64_t row, int64_t rows, int64_t features, A* copy) {
+  constexpr int64_t W = Math<A>::kWidth, kNear = 512 / sizeof(A);
+  if constexpr (std::is_same_v<S, A>)
+    if (!kColumns || row < kNear) return {from, row};
+  const int64_t to = copied_row<A>(features);
+  for (int64_t j = 0; j < rows; ++j)
+    for (int64_t e = 0; e < features; e += W) store_vector(copy + j * to + e, Memory<S, A>::load(from + j * row + e, features - e));
+  return {copy, to};
+}
+
+// log x of a normal number: x = 2^n m with m about 1, log m = 2 atanh((m - 1) / (m + 1))
+template <class A>
+typename Math<A>::V log_of(typename Math<A>::V x) {
+  using L = Lanes<A>;
+  using V = typename L::V;
+  using I = typename L::I;
+  constexpr A kHalf = A(0.70710678118654752440);
+  const I shifted = ((I)x - (I)(V{} + kHalf)) >> L::kMantissa;
+  const V m = (V)((I)x - (shifted << L::kMantissa)), n = __builtin_convertvector(shifted, V);
+  const V t = (m - A(1)) / (m + A(1)), square = t * t;
+  constexpr int last = sizeof(L::kAtanh) / sizeof(A) - 1;
+  V q = V{} + L::kAtanh[last];
+#pragma GCC unroll 16
+  for (int i = last - 1; i >= 0; --i) q = q * square + L::kAtanh[i];
+  return n * A(0.69314718055994530942) + (A(2) * t + t * square * q);
+}
+
+// A block of queries and the softmax of its lanes.
+template <class S>
+class Softmax {
+ public:
+  using A = Wide<S>;
+  using V = typename Math<A>::V;
+  static constexpr int64_t W = Math<A>::kWidth;
+
+  Softmax(const Attention& given, Arena& arena)
+      : a(given),
+        block(given, arena),
+        highest_(arena.take<A>(kMostLanes<A>)),
+        total_(arena.take<A>(kMostLanes<A>)),
+        factor_(arena.take<A>(kMostLanes<A>)) {}
+
+  static int64_t padded(int64_t features) { return blocks_of(features, W) * W; }
+
+  const Attention& a;
+  Block<S> block;
+
+  const S* row_of(const ConstRows& rows, int64_t j) const {
+    return static_cast<const S*>(rows.data) + rows.offset(a.cu_q ? 0 : block.b, a.key_head(block.h), block.s.first_k + j);
+  }
+
+  bool plain() const { return !block.shaped() && !block.hides(); }
+
+  // Products of keys begin .. begin + n, that some query sees, become scores; and the largest of every lane.
+  template <int NV>
+  void shape(int64_t begin, int64_t n, A* scores, V (&largest)[NV], A* capped = nullptr) {
+    if (!plain()) block.template shape<NV>(scores, begin, n, capped);
+    V most[NV];
+    for (int v = 0; v < NV; ++v) most[v] = V{} - A(INFINITY);
+    for (int64_t x = 0; x < n * NV * W; x += NV * W)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const V score = load_vector(scores + x + v * W);
+        most[v] = score > most[v] ? score : most[v];
+      }
+    for (int v = 0; v < NV; ++v) largest[v] = most[v];
+  }
+
+  // what to subtract from scores of which `highest` is the largest
+  static FASTSEQ_HOST_DEVICE V base_of(V highest) { return highest == V{} - A(INFINITY) ? V{} : highest; }
+
+  // Ends the softmax of lanes with this highest score and this sum of weights, 0 where no key was seen: factor[lane] makes weights of
+  // them, and lse is stored, if wanted.
+  template <int NV>
+  void finish(const V (&highest)[NV], const V (&total)[NV]) {
+    const A factor = block.factor();
+    A* lse = a.lse ? static_cast<A*>(a.lse) + (a.cu_q ? 0 : block.b * a.lse_b) + block.h * a.lse_h + block.s.first_q + block.first : nullptr;
+    for (int64_t v = 0; v < NV; ++v) {
+      const V dead = (V)(total[v] == V{});
+      store_vector(factor_ + v * W, total[v] == V{} ? V{} : A(1) / total[v]);
+      if (a.sinks) {
+        store_vector(highest_ + v * W, highest[v] * factor), store_vector(total_ + v * W, total[v]);
+        for (int64_t lane = v * W; lane < min(block.count, (v + 1) * W); ++lane) join_sink(lane, lse);
+      } else if (lse) {
+        const V sum = (typename Lanes<A>::I)dead ? V{} - A(INFINITY) : highest[v] * factor + log_of<A>(total[v]);
+        if (v * W < block.count) Memory<A, A>::store(lse + v * W, sum, block.count - v * W);
+      }
+    }
+  }
+  const A* factors() const { return factor_; }
+
+ private:
+  void join_sink(int64_t lane, A* lse) {
+    A sink = 0;
+    with_element(a.sinks_type, [&]<class T>() { sink = A(value_of(static_cast<const T*>(a.sinks) + block.h)); });
+    const bool dead = total_[lane] == 0;
+    const A highest = dead ? sink : highest_[lane] > sink ? highest_[lane] : sink;
+    const bool nothing = highest == -A(INFINITY);
+    const A own = dead || nothing ? A(0) : std::exp(highest_[lane] - highest);
+    const A sum = total_[lane] * own + (nothing ? A(0) : std::exp(sink - highest));
+    factor_[lane] = dead || nothing ? A(0) : own / sum;
+    if (lse) lse[lane] = nothing ? -A(INFINITY) : highest + std::log(sum);
+  }
+
+  A *highest_, *total_, *factor_;
+};
+
+// The products of a block of queries, by multiply-adds.
+template <class S>
+class MultiplyAdd : public Softmax<S> {
+ public:
+  using Softmax<S>::a, Softmax<S>::block, Softmax<S>::padded, Softmax<S>::row_of, Softmax<S>::W;
+  using typename Softmax<S>::A, typename Softmax<S>::V;
+  static constexpr int64_t kKeys = kChunk;
+
+  MultiplyAdd(const Attention& given, Arena& arena)
+      : Softmax<S>(given, arena),
+        queries_(arena.take<A>(padded(a.features) * kMostLanes<A>)),
+        keys_(arena.take<A>(kChunk * copied_row<A>(a.features))),
+        values_(arena.take<A>(kChunk * copied_row<A>(a.value_features))) {}
+
+  void load() { block.transposed(a.q, queries_); }
+
+  template <bool kColumns>
+  Operand<A> keys(int64_t begin, int64_t n) {
+    return operand<kColumns, S>(row_of(a.k, begin), a.k.t, n, a.features, keys_);
+  }
+  template <bool kColumns>
+  Operand<A> values(int64_t begin, int64_t n) {
+    return operand<kColumns, S>(row_of(a.v, begin), a.v.t, n, a.value_features, values_);
+  }
+
+  // the scores of keys begin .. begin + n, that some query sees; and the largest of every lane
+  template <int NV>
+  void scores(int64_t begin, int64_t n, A* to, V (&largest)[NV], A* capped = nullptr) {
+    constexpr int64_t lanes = NV * W;
+    const Operand<A> k = keys<false>(begin, n);
+    V most[NV];
+    for (int v = 0; v < NV; ++v) most[v] = V{} - A(INFINITY);
+    multiply_rows<false, NV>(k.data, k.row, n, queries_, lanes, a.features, [&](int64_t j, int v, V sum) __attribute__((always_inline)) {
+      store_vector(to + j * lanes + v * W, sum);
+      most[v] = sum > most[v] ? sum : most[v];
+    });
+    for (int v = 0; v < NV; ++v) largest[v] = most[v];
+    if (!this->plain()) this->template shape<NV>(begin, n, to, largest, capped);
+  }
+
+  // sums[feature][lane] = sums * alpha[lane] + what the keys begin .. begin + n have of these weights; or, as the first, without sums
+  template <int NV, bool kFirst>
+  void weigh(int64_t begin, int64_t n, const A* weights, const V (&alpha)[NV], A* sums) {
+    constexpr int64_t lanes = NV * W;
+    const Operand<A> v = values<true>(begin, n);
+    multiply_rows<true, NV>(v.data, v.row, a.value_features, weights, lanes, n, [&](int64_t f, int v, V sum) __attribute__((always_inline)) {
+      A* at = sums + f * lanes + v * W;
+      store_vector(at, kFirst ? sum : load_vector(at) * alpha[v] + sum);
+    });
+  }
+
+ private:
+  A *queries_, *keys_, *values_;
+};
+
+// out and lse. A task is a block of queries of a head.
+template <class S>
+class ForwardKernel {
+ public:
+  using A = Wide<S>;
+  using V = typename Math<A>::V;
+  using M = Exponential<S>;
+  static constexpr int64_t W = Math<A>::kWidth;
+
+  ForwardKernel(const Attention& given, Arena arena)
+      : a(given),
+        rows_(given, arena),
+        scores_(arena.take<A>(kChunk * kMostLanes<A>)),
+        sums_(arena.take<A>(a.value_features * kMostLanes<A>)),
+        used(arena.used()) {}
+
+  void run(int64_t b, int64_t h, int64_t first, int64_t count) {
+    rows_.block.place(b, h, a.sequence(b), first, count);
+    with_vectors(rows_.block.vectors, [&]<int NV>() { run<NV>(); });
+  }
+
+ private:
+  template <int NV>
+  void run() {
+    constexpr int64_t lanes = NV * W;
+    Block<S>& block = rows_.block;
+    rows_.load();
+    V highest[NV], total[NV];
+    for (int v = 0; v < NV; ++v) highest[v] = V{} - A(INFINITY), total[v] = V{};
+    const A factor = block.factor();
+    bool started = false;
+    int64_t begin, end;
+    block.keys(begin, end);
+    for (int64_t j = begin; j < end; j += kChunk) {
+      const int64_t n = min(kChunk, end - j);
+      if (block.look(j, n) == Seen::kNone) continue;
+      V largest[NV], alpha[NV], base[NV], sums[NV];
+      rows_.template scores<NV>(j, n, scores_, largest);
+      for (int v = 0; v < NV; ++v) {
+        const V next = largest[v] > highest[v] ? largest[v] : highest[v];
+        base[v] = rows_.base_of(next), sums[v] = V{};
+        alpha[v] = power_of<M, A>(highest[v] - base[v], factor), highest[v] = next;
+      }
+      for (int64_t r = 0; r < n; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          A* at = scores_ + r * lanes + v * W;
+          const V weight = power_of<M, A>(load_vector(at) - base[v], factor);
+          sums[v] += weight;
+          store_vector(at, weight);
+        }
+      for (int v = 0; v < NV; ++v) total[v] = total[v] * alpha[v] + sums[v];
+      if (a.dropout > 0)
+        block.template drop<NV>(j, n, [&](int64_t at, V keep) { store_vector(scores_ + at, load_vector(scores_ + at) * keep); });
+      if (started)
+        rows_.template weigh<NV, false>(j, n, scores_, alpha, sums_);
+      else
+        rows_.template weigh<NV, true>(j, n, scores_, alpha, sums_);
+      started = true;
+    }
+    if (!started) __builtin_memset(sums_, 0, a.value_features * lanes * sizeof(A));
+    rows_.template finish<NV>(highest, total);
+    block.store(sums_, a.value_features, rows_.factors(), a.out);
+  }
+
+  const Attention& a;
+  MultiplyAdd<S> rows_;
+  A *scores_, *sums_;
+
+ public:
+  const int64_t used;
+};
+
+// out, lse and weights. A task is a block of queries of a head, or, for the average of the heads, of all heads.
+template <class S, template <class> class Product>
+class WeightsKernel {
+ public:
+  using A = Wide<S>;
+  using V = typename Math<A>::V;
+  using M = Exponential<S>;
+  static constexpr int64_t W = Math<A>::kWidth, kKeys = Product<S>::kKeys;
+
+  WeightsKernel(const AttentionWeights& given, Arena arena)
+      : w(given),
+        a(given.attention),
+        rows_(a, arena),
+        scores_(arena.take<A>(blocks_of(a.keys, kMostKeys) * kMostKeys * kMostLanes<A>)),
+        mean_(w.average ? arena.take<A>(blocks_of(a.keys, W) * W * kMostLanes<A>) : nullptr),
+        sums_(arena.take<A>(rows_.padded(a.value_features) * kMostLanes<A>)),
+        used(arena.used()) {}
+
+  // h is not read if averaged
+  void run(int64_t b, int64_t h, int64_t first, int64_t count) {
+    const Attention::Sequence s = a.sequence(b);
+    with_vectors(blocks_of(count, W), [&]<int NV>() {
+      constexpr int64_t lanes = NV * W;
+      if (!w.average) {
+        rows_.block.place(b, h, s, first, count);
+        run<NV>();
+        return store<NV>(scores_, A(1));
+      }
+      __builtin_memset(mean_, 0, a.keys * lanes * sizeof(A));
+      for (int64_t head = 0; head < a.heads; ++head) {
+        rows_.block.place(b, head, s, first, count);
+        run<NV>();
+        for (int64_t x = 0; x < a.keys * lanes; x += W) store_vector(mean_ + x, load_vector(mean_ + x) + load_vector(scores_ + x));
+      }
+      store<NV>(mean_, A(1) / A(a.heads));
+    });
+  }
+
+ private:
+  // the weights of all keys, after dropout, in scores_
+  template <int NV>
+  void run() {
+    constexpr int64_t lanes = NV * W;
+    Block<S>& block = rows_.block;
+    rows_.load();
+    V highest[NV], total[NV], base[NV];
+    for (int v = 0; v < NV; ++v) highest[v] = V{} - A(INFINITY), total[v] = V{};
+    const A factor = block.factor();
+    int64_t begin, end;
+    block.keys(begin, end);
+    __builtin_memset(scores_, 0, begin * lanes * sizeof(A));
+    if (end < a.keys) __builtin_memset(scores_ + end * lanes, 0, (a.keys - max(end, 0)) * lanes * sizeof(A));
+    for (int64_t j = begin; j < end; j += kKeys) {
+      const int64_t n = min(kKeys, end - j);
+      V largest[NV];
+      if (block.look(j, n) == Seen::kNone) {
+        for (int64_t x = 0; x < n * lanes; x += W) store_vector(scores_ + j * lanes + x, V{} - A(INFINITY));
+        continue;
+      }
+      rows_.template scores<NV>(j, n, scores_ + j * lanes, largest);
+      for (int v = 0; v < NV; ++v) highest[v] = largest[v] > highest[v] ? largest[v] : highest[v];
+    }
+    for (int v = 0; v < NV; ++v) base[v] = rows_.base_of(highest[v]);
+    for (int64_t j = begin; j < end; ++j)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        A* at = scores_ + j * lanes + v * W;
+        const V weight = power_of<M, A>(load_vector(at) - base[v], factor);
+        total[v] += weight;
+        store_vector(at, weight);
+      }
+    rows_.template finish<NV>(highest, total);
+    V scale[NV];
+    for (int v = 0; v < NV; ++v) scale[v] = load_vector(rows_.factors() + v * W);
+    for (int64_t j = begin; j < end; ++j)
+      for (int v = 0; v < NV; ++v) store_vector(scores_ + j * lanes + v * W, load_vector(scores_ + j * lanes + v * W) * scale[v]);
+    if (a.dropout > 0 && begin < end)
+      block.template drop<NV>(begin, end - begin, [&](int64_t at, V keep) {
+        A* weight = scores_ + begin * lanes + at;
+        store_vector(weight, load_vector(weight) * keep);
+      });
+    if (a.out.given()) weigh<NV>(begin, end);
+  }
+
+  template <int NV>
+  void weigh(int64_t begin, int64_t end) {
+    constexpr int64_t lanes = NV * W;
+    __builtin_memset(sums_, 0, rows_.padded(a.value_features) * lanes * sizeof(A));
+    V one[NV];
+    for (int v = 0; v < NV; ++v) one[v] = V{} + A(1);
+    for (int64_t j = begin; j < end; j += kKeys)
+      rows_.template weigh<NV, false>(j, min(kKeys, end - j), scores_ + j * lanes, one, sums_);
+    for (int64_t lane = 0; lane < lanes; ++lane) ones_[lane] = 1;
+    rows_.block.store(sums_, a.value_features, ones_, a.out);
+  }
+
+  // rows [key][lane] to the weights of the queries
+  template <int NV>
+  void store(const A* from, A factor) {
+    constexpr int64_t lanes = NV * W;
+    const Block<S>& block = rows_.block;
+    S* to = static_cast<S*>(w.weights) + (w.average ? block.b : block.b * a.heads + block.h) * a.queries * a.keys + block.first * a.keys;
+    for (int64_t v = 0; v < NV; ++v)
+      for (int64_t j = 0; j < a.keys; j += W) {
+        V square[W];
+        for (int64_t r = 0; r < W; ++r) square[r] = j + r < a.keys ? load_vector(from + (j + r) * lanes + v * W) * factor : V{};
+        transpose<W / 2, W>(square);
+        for (int64_t r = 0; r < min(W, block.count - v * W); ++r) Memory<S, A>::store(to + (v * W + r) * a.keys + j, square[r], a.keys - j);
+      }
+  }
+
+  const AttentionWeights& w;
+  const Attention& a;
+  Product<S> rows_;
+  A *scores_, *mean_, *sums_;
+  alignas(64) A ones_[kMostLanes<A>];
+
+ public:
+  const int64_t used;
+};
+
+// What the backward pass of a block of queries has however it multiplies. Gradients of keys and values are summed over the blocks of a key
+// head in `sums`, [Tk][E + Ev], each padded to whole vectors.
+template <class S, template <class> class Product>
+class BackwardRows {
+ public:
+  using A = Wide<S>;
+  using V = typename Math<A>::V;
+  using M = Exponential<S>;
+  static constexpr int64_t W = Math<A>::kWidth;
+
+  static int64_t sums_width(const Attention& a) { return Softmax<S>::padded(a.features) + Softmax<S>::padded(a.value_features); }
+
+ protected:
+  BackwardRows(const AttentionBackward& given, Arena& arena)
+      : g(given),
+        a(given.attention),
+        E(a.features),
+        Ev(a.value_features),
+        padded_(Softmax<S>::padded(E)),
+        padded_values_(Softmax<S>::padded(Ev)),
+        rows_(a, arena),
+        weights_(arena.take<A>(kChunk * kMostLanes<A>)),
+        gradients_(arena.take<A>(kChunk * kMostLanes<A>)),
+        kept_(a.dropout > 0 ? arena.take<A>(kChunk * kMostLanes<A>) : nullptr),
+        capped_(a.softcap != 0 ? arena.take<A>(kChunk * kMostLanes<A>) : nullptr),
+        dq_(arena.take<A>(padded_ * kMostLanes<A>)),
+        lse_(arena.take<A>(kMostLanes<A>)),
+        delta_(arena.take<A>(kMostLanes<A>)) {}
+
+  // whether the gradients of the scores go through more than the products
+  bool plain() const { return !kept_ && !capped_ && !g.dbias[0] && !g.drelative_bias[0]; }
+
+  const S* of_queries(const ConstRows& rows) const {
+    const Block<S>& block = rows_.block;
+    return static_cast<const S*>(rows.data) + rows.offset(a.cu_q ? 0 : block.b, block.h, block.s.first_q + block.first);
+  }
+
+  // lse and delta, such that lanes beyond the queries, and queries without keys, have weights of zero
+  template <int NV>
+  void prepare(V (&lse)[NV], V (&delta)[NV]) {
+    const Block<S>& block = rows_.block;
+    const int64_t place = (a.cu_q ? 0 : block.b * a.lse_b) + block.h * a.lse_h + block.s.first_q + block.first;
+    const S *out = of_queries(g.out), *dout = of_queries(g.dout);
+    for (int64_t lane = 0; lane < NV * W; ++lane) {
+      lse_[lane] = INFINITY, delta_[lane] = 0;
+      if (lane >= block.count) continue;
+      const A given = static_cast<const A*>(g.lse)[place + lane];
+      if (given != -A(INFINITY)) lse_[lane] = given / block.factor();
+      V sum{};
+      for (int64_t f = 0; f < Ev; f += W)
+        sum += Memory<S, A>::load(out + lane * g.out.t + f, Ev - f) * Memory<S, A>::load(dout + lane * g.dout.t + f, Ev - f);
+      for (int64_t i = 0; i < W; ++i) delta_[lane] += sum[i];
+      if (g.dlse) delta_[lane] -= static_cast<const A*>(g.dlse)[place + lane];
+    }
+    for (int v = 0; v < NV; ++v) lse[v] = load_vector(lse_ + v * W), delta[v] = load_vector(delta_ + v * W);
+  }
+
+  // scores to weights
+  template <int NV>
+  void weigh(int64_t n, const V (&lse)[NV]) {
+    for (int64_t x = 0; x < n * NV * W; x += NV * W)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        A* at = weights_ + x + v * W;
+        store_vector(at, power_of<M, A>(load_vector(at) - lse[v], rows_.block.factor()));
+      }
+  }
+
+  // The gradients of the weights, in `gradients_`, become those of the products (but for the scale); on the way the biases get theirs. The
+  // weights are what the values are multiplied with afterwards.
+  template <int NV>
+  void through_scores(int64_t begin, int64_t n, const V (&delta)[NV]) {
+    constexpr int64_t lanes = NV * W;
+    Block<S>& block = rows_.block;
+    if (kept_) block.template drop<NV>(begin, n, [&](int64_t at, V keep) { store_vector(kept_ + at, keep); });
+    for (int64_t x = 0; x < n * lanes; x += lanes)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const int64_t at = x + v * W;
+        const V weight = load_vector(weights_ + at);
+        V dw = load_vector(gradients_ + at);
+        if (kept_) {
+          const V keep = load_vector(kept_ + at);
+          dw *= keep;
+          store_vector(weights_ + at, weight * keep);
+        }
+        store_vector(gradients_ + at, weight * (dw - delta[v]));
+      }
+    if (g.dbias[0]) add_bias_gradient<NV>(begin, n);
+    if (g.drelative_bias[0])
+      block.template sum_diagonals<NV>(gradients_, begin, n, a.relative_bias_zero, a.relative_bias_length, [&](int64_t entry) {
+        return static_cast<A*>(g.drelative_bias[worker_]) + block.h * a.relative_bias_length + entry;
+      });
+    if (capped_)
+      for (int64_t x = 0; x < n * lanes; x += W) {
+        const V t = load_vector(capped_ + x);
+        store_vector(gradients_ + x, load_vector(gradients_ + x) * (A(1) - t * t));
+      }
+  }
+
+  template <int NV>
+  void store_dq() {
+    for (int64_t lane = 0; lane < NV * W; ++lane) lse_[lane] = A(a.scale);
+    rows_.block.store(dq_, E, lse_, g.dq);
+  }
+
+  template <int NV>
+  void add_bias_gradient(int64_t begin, int64_t n) const {
+    constexpr int64_t lanes = NV * W;
+    const Block<S>& block = rows_.block;
+    A* base = static_cast<A*>(g.dbias[worker_]) + block.b * g.dbias_b + block.h * g.dbias_h + block.first * g.dbias_i + begin * g.dbias_j;
+    for (int64_t v = 0; v < NV; ++v) {
+      const int64_t valid = min(W, block.count - v * W);
+      for (int64_t j = 0; j < n; j += W) {
+        V square[W];
+        for (int64_t r = 0; r < W; ++r) square[r] = j + r < n ? load_vector(gradients_ + (j + r) * lanes + v * W) : V{};
+        transpose<W / 2, W>(square);
+        for (int64_t r = 0; r < valid; ++r) {
+          A* at = base + (v * W + r) * g.dbias_i + j * g.dbias_j;
+          if (g.dbias_j)
+            Memory<A, A>::store(at, Memory<A, A>::load(at, n - j) + square[r], n - j);
+          else
+            for (int64_t c = 0; c < W; ++c) *at += square[r][c];
+        }
+      }
+    }
+  }
+
+  const AttentionBackward& g;
+  const Attention& a;
+  const int64_t E, Ev, padded_, padded_values_;
+  Product<S> rows_;
+  A *weights_, *gradients_, *kept_, *capped_, *dq_, *lse_, *delta_;
+  int64_t worker_ = 0;
+};
+
+// The gradients that a part of the queries of a key head's query heads gives, by multiply-adds.
+template <class S>
+class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
+  using Base = BackwardRows<S, MultiplyAdd>;
+  using typename Base::A, typename Base::V;
+  using Base::W, Base::g, Base::a, Base::E, Base::Ev, Base::padded_, Base::padded_values_, Base::rows_, Base::weights_, Base::gradients_,
+      Base::dq_;
+
+ public:
+  BackwardKernel(const AttentionBackward& given, Arena arena)
+      : Base(given, arena),
+        dout_(arena.take<A>(padded_values_ * kMostLanes<A>)),
+        query_rows_(arena.take<A>(padded_ * kMostLanes<A>)),
+        dout_rows_(arena.take<A>(padded_values_ * kMostLanes<A>)),
+        used(arena.used()) {}
+
+  // part p of `parts` of the blocks of queries
+  void run(int64_t b, int64_t key_head, int64_t p, int64_t parts, A* sums, int64_t worker) {
+    sums_ = sums, this->worker_ = worker;
+    const Attention::Sequence s = a.sequence(b);
+    __builtin_memset(sums, 0, s.keys * Base::sums_width(a) * sizeof(A));
+    const int64_t group = a.heads / a.key_heads, blocks = blocks_of(s.queries, kMostLanes<A>);
+    for (int64_t h = key_head * group; h < (key_head + 1) * group; ++h)
+      for (int64_t block = blocks * p / parts; block < blocks * (p + 1) / parts; ++block) {
+        const int64_t first = block * kMostLanes<A>;
+        rows_.block.place(b, h, s, first, min(kMostLanes<A>, s.queries - first));
+        with_vectors(rows_.block.vectors, [&]<int NV>() { run<NV>(); });
+      }
+  }
+
+ private:
+  template <int NV>
+  void run() {
+    constexpr int64_t lanes = NV * W;
+    Block<S>& block = rows_.block;
+    const int64_t count = block.count;
+    rows_.load();
+    block.transposed(g.dout, dout_, Ev);
+    const Operand<A> queries = whole(a.q, E, padded_, query_rows_), douts = whole(g.dout, Ev, padded_values_, dout_rows_);
+    V lse[NV], delta[NV];
+    this->template prepare<NV>(lse, delta);
+    if (g.dq.given()) __builtin_memset(dq_, 0, E * lanes * sizeof(A));
+    int64_t begin, end;
+    block.keys(begin, end);
+    for (int64_t j = begin; j < end; j += kChunk) {
+      const int64_t n = min(kChunk, end - j);
+      if (block.look(j, n) == Seen::kNone) continue;
+      V largest[NV];
+      rows_.template scores<NV>(j, n, weights_, largest, this->capped_);
+      this->template weigh<NV>(n, lse);
+      const Operand<A> values = rows_.template values<false>(j, n);
+      const bool plain = this->plain();
+      multiply_rows<false, NV>(values.data, values.row, n, dout_, lanes, Ev, [&](int64_t r, int v, V dw) __attribute__((always_inline)) {
+        const int64_t at = r * lanes + v * W;
+        store_vector(gradients_ + at, plain ? load_vector(weights_ + at) * (dw - delta[v]) : dw);
+      });
+      if (!plain) this->template through_scores<NV>(j, n, delta);
+      A* sums = sums_ + j * (padded_ + padded_values_);
+      if (g.dv.given()) add_products(weights_, lanes, n, douts, Ev, count, sums + padded_);
+      if (g.dk.given()) add_products(gradients_, lanes, n, queries, E, count, sums);
+      if (g.dq.given()) {
+        const Operand<A> keys = rows_.template keys<true>(j, n);
+        multiply_rows<true, NV>(keys.data, keys.row, E, gradients_, lanes, n, [&](int64_t e, int v, V sum) __attribute__((always_inline)) {
+          A* at = dq_ + e * lanes + v * W;
+          store_vector(at, load_vector(at) + sum);
+        });
+      }
+    }
+    if (g.dq.given()) this->template store_dq<NV>();
+  }
+
+  // rows of queries, [lane][features] with whole vectors
+  Operand<A> whole(const ConstRows& rows, int64_t features, int64_t padded, A* copy) const {
+    const S* from = this->of_queries(rows);
+    if constexpr (std::is_same_v<S, A>)
+      if (features == padded) return {from, rows.t};
+    for (int64_t i = 0; i < rows_.block.count; ++i)
+      for (int64_t e = 0; e < features; e += W) store_vector(copy + i * padded + e, Memory<S, A>::load(from + i * rows.t + e, features - e));
+    return {copy, padded};
+  }
+
+  // to[key][features] += sum over lanes of what[key][lane] times rows[lane]
+  void add_products(const A* what, int64_t lanes, int64_t n, const Operand<A>& rows, int64_t features, int64_t count, A* to) const {
+    const int64_t vectors = blocks_of(features, W), stride = padded_ + padded_values_;
+    for (int64_t f = 0; f < vectors; f += kMostVectors)
+      with_vectors(min(vectors - f, kMostVectors), [&]<int NV>() {
+        multiply_rows<false, NV>(what, lanes, n, rows.data + f * W, rows.row, count, [&](int64_t r, int v, V sum) __attribute__((always_inline)) {
+          A* at = to + r * stride + (f + v) * W;
+          store_vector(at, load_vector(at) + sum);
+        });
+      });
+  }
+
+  A *dout_, *query_rows_, *dout_rows_;
+  A* sums_ = nullptr;
+
+ public:
+  const int64_t used;
+};
+
+// The sums of all parts as the gradients of the keys and values of a head.
+template <class S, class A = Wide<S>>
+void store_sums(const AttentionBackward& g, int64_t b, int64_t key_head, const A* sums, int64_t parts, int64_t stride) {
+  using V = typename Math<A>::V;
+  constexpr int64_t W = Math<A>::kWidth;
+  const Attention& a = g.attention;
+  const Attention::Sequence s = a.sequence(b);
+  const int64_t width = Softmax<S>::padded(a.features) + Softmax<S>::padded(a.value_features);
+  const auto put = [&](const MutableRows& rows, int64_t features, int64_t from, A factor) {
+    if (!rows.given()) return;
+    S* to = static_cast<S*>(rows.data) + rows.offset(a.cu_q ? 0 : b, key_head, s.first_k);
+    for (int64_t j = 0; j < (a.cu_q ? s.keys : a.keys); ++j)
+      for (int64_t e = 0; e < features; e += W) {
+        V sum{};
+        if (j < s.keys)
+          for (int64_t p = 0; p < parts; ++p) sum += load_vector(sums + p * stride + j * width + from + e);
+        Memory<S, A>::store(to + j * rows.t + e, sum * factor, features - e);
+      }
+  };
+  put(g.dk, a.features, 0, A(a.scale));
+  put(g.dv, a.value_features, Softmax<S>::padded(a.features), A(1));
+}
+
+#if defined(FASTSEQ_TILES)
+#include "attention_tiles.inl"
+
+// bfloat16 alone
+template <class F>
+void with_kernels(Type, F&& body) {
+  body.template operator()<bfloat16, TileForward, TileProduct, TileBackward>();
+}
+#else
+template <class F>
+void with_kernels(Type type, F&& body) {
+  with_element(type, [&]<class S>() { body.template operator()<S, ForwardKernel<S>, MultiplyAdd, BackwardKernel<S>>(); });
+}
+#endif
+
+// Queries of a block at most. Fewer where a causal mask hides much of a short sequence: blocks follow its edge more closely.
+int64_t lanes_of([[maybe_unused]] const Attention& a) {
+#if defined(FASTSEQ_TILES)
+  return TileForward::kLanes;
+#else
+  const int64_t lanes = a.type == Type::kDouble ? kMostLanes<double> : kMostLanes<float>;
+  return a.right >= 0 && a.queries <= 4 * lanes ? lanes / 2 : lanes;
+#endif
+}
+
+int64_t forward_workspace(const Attention& a) {
+  int64_t bytes = 0;
+  with_kernels(a.type, [&]<class S, class Forward, template <class> class, class>() { bytes = Forward(a, Arena(nullptr)).used; });
+  return bytes;
+}
+
+void forward(const Attention& a, const AttentionTask* tasks, int64_t count, void* workspace) {
+  with_kernels(a.type, [&]<class S, class Forward, template <class> class, class>() {
+    Forward kernel(a, Arena(workspace));
+    for (int64_t i = 0; i < count; ++i) kernel.run(tasks[i].b, tasks[i].h, tasks[i].first, tasks[i].count);
+  });
+}
+
+int64_t weights_workspace(const AttentionWeights& w) {
+  int64_t bytes = 0;
+  with_kernels(w.attention.type, [&]<class S, class, template <class> class Product, class>() {
+    bytes = WeightsKernel<S, Product>(w, Arena(nullptr)).used;
+  });
+  return bytes;
+}
+
+void weights(const AttentionWeights& w, const AttentionTask* tasks, int64_t count, void* workspace) {
+  with_kernels(w.attention.type, [&]<class S, class, template <class> class Product, class>() {
+    WeightsKernel<S, Product> kernel(w, Arena(workspace));
+    for (int64_t i = 0; i < count; ++i) kernel.run(tasks[i].b, tasks[i].h, tasks[i].first, tasks[i].count);
+  });
+}
+
+int64_t backward_workspace(const AttentionBackward& g) {
+  int64_t bytes = 0;
+  with_kernels(g.attention.type, [&]<class S, class, template <class> class, class Backward>() { bytes = Backward(g, Arena(nullptr)).used; });
+  return bytes;
+}
+
+// whole chunks of keys
+int64_t sums_bytes(const Attention& a) {
+  int64_t bytes = 0;
+  with_kernels(a.type, [&]<class S, class, template <class> class, class Backward>() {
+    bytes = blocks_of(a.keys, kChunk) * kChunk * Backward::sums_width(a) * sizeof(Wide<S>);
+  });
+  return bytes;
+}
+
+void backward(const AttentionBackward& g, int64_t b, int64_t key_head, int64_t part, int64_t parts, void* sums, int64_t worker,
+              void* workspace) {
+  with_kernels(g.attention.type, [&]<class S, class, template <class> class, class Backward>() {
+    Backward(g, Arena(workspace)).run(b, key_head, part, parts, static_cast<Wide<S>*>(sums), worker);
+  });
+}
+
+void store_gradients(const AttentionBackward& g, int64_t b, int64_t key_head, const void* sums, int64_t parts) {
+  with_kernels(g.attention.type, [&]<class S, class, template <class> class, class Backward>() {
+    store_sums<S>(g, b, key_head, static_cast<const Wide<S>*>(sums), parts, sums_bytes(g.attention) / sizeof(Wide<S>));
+  });
+}
+
+}  // namespace
+
+constexpr AttentionKernels kAttentionKernels{lanes_of,           forward_workspace, forward,  weights_workspace, weights,
+                                             backward_workspace, sums_bytes,        backward, store_gradients};
+
+}  // namespace fastseq::cpu::FASTSEQ_LEVEL

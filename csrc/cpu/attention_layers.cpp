@@ -1,0 +1,481 @@
+#include "attention_layers.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "attention.h"
+#include "host.h"
+#include "layer_norm.h"
+#include "level.h"
+
+namespace fastseq::cpu {
+
+namespace {
+
+using Sizes = std::initializer_list<int64_t>;
+
+bool plain(const std::optional<Tensor>& tensor) {
+  if (!tensor) return true;
+  int32_t layout;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
+  return tensor->is_cpu() && layout == aoti_torch_layout_strided();
+}
+
+// of the attention's arithmetic, with a contiguous last dimension
+bool rows_of(const Tensor& tensor, ScalarType type) {
+  return plain(tensor) && tensor.scalar_type() == type && (tensor.stride(-1) == 1 || tensor.size(-1) == 1);
+}
+
+bool may_be_added(const Tensor& tensor, ScalarType type) {
+  const ScalarType own = tensor.scalar_type();
+  return own == type || (own == ScalarType::Float && bytes_of(type_of(type)) == 2);
+}
+
+// A new tensor on the CPU.
+Tensor empty(Sizes sizes, const int64_t* strides, ScalarType type) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides,
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+Tensor empty(Sizes sizes, ScalarType type) {
+  int64_t strides[4], stride = 1;
+  for (int64_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
+  return empty(sizes, strides, type);
+}
+
+ScalarType wide_of(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// Elements of a tensor, from its `first` on.
+Tensor view(const Tensor& tensor, Sizes sizes, Sizes strides, int64_t first = 0) {
+  int64_t begin;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &begin));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.begin(), strides.begin(), begin + first, &handle));
+  return Tensor(handle);
+}
+
+// [1, .., n, m] of a tensor of two to four dimensions
+Tensor four_dimensions(const Tensor& tensor) {
+  const auto n = tensor.sizes(), s = tensor.strides();
+  switch (tensor.dim()) {
+    case 2: return view(tensor, {1, 1, n[0], n[1]}, {0, 0, s[0], s[1]});
+    case 3: return view(tensor, {1, n[0], n[1], n[2]}, {0, s[0], s[1], s[2]});
+    default: return tensor;
+  }
+}
+
+}  // namespace
+
+std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, bool is_causal,
+                                                 std::optional<double> scale, bool enable_gqa, bool wants_lse, double dropout,
+                                                 std::optional<Tensor> seed) {
+  const int64_t rank = query.dim();
+  const ScalarType type = query.scalar_type();
+  if (rank < 2 + enable_gqa || rank > 4 || key.dim() != rank || value.dim() != rank || !is_stored(type)) return {};
+  if (!rows_of(query, type) || !rows_of(key, type) || !rows_of(value, type)) return {};
+  const Tensor q = four_dimensions(query), k = four_dimensions(key), v = four_dimensions(value);
+  const auto of_q = q.sizes(), of_k = k.sizes(), of_v = v.sizes();
+  if (of_k[0] != of_q[0] || of_v[0] != of_q[0] || of_v[1] != of_k[1] || of_v[2] != of_k[2] || of_k[3] != of_q[3]) return {};
+  for (int64_t dim = 0; dim < 4; ++dim)
+    if (of_q[dim] == 0 || of_k[dim] == 0) return {};
+  if (of_v[3] == 0 || (enable_gqa ? of_q[1] % of_k[1] != 0 : of_q[1] != of_k[1])) return {};
+  std::optional<Tensor> mask;
+  if (attn_mask) {
+    const int64_t dims = attn_mask->dim(), of_scores[] = {of_q[0], of_q[1], of_q[2], of_k[2]};
+    const bool fits = plain(attn_mask) && dims >= 2 && dims <= rank && !is_causal;
+    if (!fits || !(attn_mask->scalar_type() == ScalarType::Bool || may_be_added(*attn_mask, type))) return {};
+    mask = four_dimensions(*attn_mask);
+    for (int64_t dim = 0; dim < 4; ++dim)
+      if (mask->size(dim) != 1 && mask->size(dim) != of_scores[dim]) return {};
+  }
+  AttentionSpec spec{};
+  if (mask) (mask->scalar_type() == ScalarType::Bool ? spec.mask : spec.bias) = mask;
+  spec.scale = scale.value_or(1 / std::sqrt(static_cast<double>(of_q[3]))), spec.dropout = dropout, spec.seed = seed;
+  spec.right = is_causal ? 0 : -1;
+  const int64_t H = of_q[1], L = of_q[2], E = of_v[3], strides[] = {L * H * E, E, H * E, 1};  // time before heads in memory
+  Tensor out = empty({of_q[0], H, L, E}, strides, type);
+  std::optional<Tensor> lse;
+  if (wants_lse) lse = empty({of_q[0], H, L}, wide_of(type));
+  attention_into(q, k, v, spec, out, lse, {}, false);
+  if (rank == 3) out = view(out, {H, L, E}, {E, H * E, 1});
+  if (rank == 2) out = view(out, {L, E}, {E, 1});
+  if (wants_lse) return {out, *lse};
+  return {out};
+}
+
+namespace {
+
+// A batch [N, L, E], or one sequence [L, E], as rows that lie one after another in memory.
+struct Batch {
+  Tensor rows;  // [N L, E]
+  int64_t sequences, length, features;
+  int64_t b, t;  // rows from a sequence to the next, from a step to the next
+
+  static Batch of(const Tensor& given, bool batch_first) {
+    const bool single = given.dim() == 2;
+    const int64_t first = single || batch_first ? 0 : 1, E = given.size(-1), L = given.size(single ? 0 : 1 - first);
+    const int64_t N = single ? 1 : given.size(first);
+    const auto ordered = [&](const Tensor& x) -> std::optional<Batch> {
+      const int64_t of_b = single ? 0 : x.stride(first), of_t = x.stride(single ? 0 : 1 - first);
+      if (x.stride(-1) != 1 && E > 1) return {};
+      if ((of_t == E || L == 1) && (of_b == L * E || N == 1)) return Batch{view(x, {N * L, E}, {E, 1}), N, L, E, L, 1};
+      if ((of_b == E || N == 1) && (of_t == N * E || L == 1)) return Batch{view(x, {N * L, E}, {E, 1}), N, L, E, 1, N};
+      return {};
+    };
+    const auto found = ordered(given);
+    return found ? *found : *ordered(torch::stable::contiguous(given));
+  }
+
+  int64_t count() const { return sequences * length; }
+  // [N, H, L, D] of columns from `first` on of a matrix with the same rows
+  Tensor heads(const Tensor& matrix, int64_t H, int64_t D, int64_t first) const {
+    const int64_t width = matrix.size(1);
+    return view(matrix, {sequences, H, length, D}, {b * width, D, t * width, 1}, first);
+  }
+  // the same rows as a batch, shaped as the tensor that this is of
+  Tensor shaped(const Tensor& matrix, const Tensor& given, bool batch_first) const {
+    const int64_t width = matrix.size(1);
+    if (given.dim() == 2) return view(matrix, {length, width}, {t * width, 1});
+    if (batch_first) return view(matrix, {sequences, length, width}, {b * width, t * width, 1});
+    return view(matrix, {length, sequences, width}, {t * width, b * width, 1});
+  }
+};
+
+// weight[first .. first + count) x + bias of rows [n, E]; or to what `onto` holds.
+Tensor linear(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, int64_t first, int64_t count) {
+  const int64_t along = weight.stride(1), across = weight.stride(0);
+  const Tensor out = empty({rows.size(0), count}, rows.scalar_type());
+  const Tensor transposed = view(weight, {weight.size(1), count}, {along, across}, first * across);
+  if (bias) {
+    const Tensor part = view(*bias, {count}, {bias->stride(0)}, first * bias->stride(0));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), part.get(), rows.get(), transposed.get(), 1, 1));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), rows.get(), transposed.get()));
+  }
+  return out;
+}
+Tensor linear(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias) {
+  return linear(rows, weight, bias, 0, weight.size(0));
+}
+
+bool same(const Tensor& a, const Tensor& b) {
+  if (a.const_data_ptr() != b.const_data_ptr() || a.dim() != b.dim()) return false;
+  for (int64_t dim = 0; dim < a.dim(); ++dim)
+    if (a.size(dim) != b.size(dim) || a.stride(dim) != b.stride(dim)) return false;
+  return true;
+}
+
+bool is_matrix(const Tensor& tensor, ScalarType type, int64_t rows, int64_t columns) {
+  return plain(tensor) && tensor.scalar_type() == type && tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
+}
+bool is_vector(const std::optional<Tensor>& tensor, ScalarType type, int64_t size) {
+  return !tensor || (plain(tensor) && tensor->scalar_type() == type && tensor->dim() == 1 && tensor->size(0) == size);
+}
+
+// Which of the keys [N, S] a padding mask hides: bool, or added numbers that are 0 or -inf; nothing if there are others.
+std::optional<std::vector<char>> padded(const Tensor& mask) {
+  const int64_t n = mask.numel();
+  std::vector<char> hidden(n);
+  const auto* given = data(mask);
+  if (mask.scalar_type() == ScalarType::Bool) {
+    std::memcpy(hidden.data(), given, n);
+    return hidden;
+  }
+  bool clear = true;
+  with_storage(type_of(mask.scalar_type()), [&]<class S>() {
+    for (int64_t i = 0; i < n; ++i) {
+      const auto x = static_cast<double>(static_cast<const S*>(given)[i]);
+      hidden[i] = x != 0;
+      clear &= x == 0 || x == -std::numeric_limits<double>::infinity();
+    }
+  });
+  if (!clear) return {};
+  return hidden;
+}
+
+// True where a bool mask is False.
+Tensor inverted(const Tensor& mask, Sizes sizes) {
+  const Tensor hides = mask.is_contiguous() ? mask : torch::stable::contiguous(mask);
+  Tensor seen = empty(sizes, ScalarType::Bool);
+  const auto* from = static_cast<const bool*>(data(hides));
+  std::transform(from, from + hides.numel(), static_cast<bool*>(mutable_data(seen)), [](bool hidden) { return !hidden; });
+  return seen;
+}
+
+// What the two masks of nn.MultiheadAttention say; false: not what they have to be, or both are added.
+bool read_masks(const std::optional<Tensor>& padding, const std::optional<Tensor>& attn_mask, int64_t N, int64_t H, int64_t L, int64_t S,
+                ScalarType type, AttentionSpec& to) {
+  if (attn_mask) {
+    const int64_t dims = attn_mask->dim();
+    if (!plain(attn_mask) || dims < 2 || dims > 3 || (dims == 3 && attn_mask->size(0) != N * H)) return false;
+    if (attn_mask->size(-2) != L || attn_mask->size(-1) != S) return false;
+    if (attn_mask->scalar_type() == ScalarType::Bool) {
+      to.mask = dims == 2 ? inverted(*attn_mask, {1, 1, L, S}) : inverted(*attn_mask, {N, H, L, S});
+    } else {
+      if (!may_be_added(*attn_mask, type)) return false;
+      const int64_t i = attn_mask->stride(-2), j = attn_mask->stride(-1), h = attn_mask->stride(0);
+      to.bias = dims == 2 ? view(*attn_mask, {1, 1, L, S}, {0, 0, i, j}) : view(*attn_mask, {N, H, L, S}, {H * h, h, i, j});
+    }
+  }
+  if (!padding) return true;
+  const bool whole = N == 1 && padding->dim() == 1;
+  if (!plain(padding) || (!whole && (padding->dim() != 2 || padding->size(0) != N)) || padding->size(-1) != S) return false;
+  const bool added = padding->scalar_type() != ScalarType::Bool;
+  if ((added && !may_be_added(*padding, type)) || !padding->is_contiguous()) return false;
+  const auto hidden = padded(*padding);
+  if (!hidden) {  // numbers to be added
+    if (to.bias) return false;
+    to.bias = view(*padding, {N, 1, 1, S}, {S, 0, 0, 1});
+    return true;
+  }
+  // keys behind the last that is seen cost nothing if they are told as a length
+  Tensor lengths = empty({N}, ScalarType::Int);
+  auto* length = static_cast<int32_t*>(mutable_data(lengths));
+  bool gaps = false, any = false;
+  for (int64_t n = 0; n < N; ++n) {
+    const char* row = hidden->data() + n * S;
+    int64_t seen = S;
+    while (seen > 0 && row[seen - 1]) --seen;
+    length[n] = static_cast<int32_t>(seen);
+    any |= seen < S, gaps |= std::count(row, row + seen, 1) > 0;
+  }
+  if (any) to.k_lengths = lengths;
+  if (!gaps) return true;
+  if (!to.mask) {
+    Tensor seen = empty({N, 1, 1, S}, ScalarType::Bool);
+    std::transform(hidden->begin(), hidden->end(), static_cast<bool*>(mutable_data(seen)), [](char hides) { return !hides; });
+    to.mask = seen;
+    return true;
+  }
+  if (to.bias) return false;
+  Tensor bias = empty({N, 1, 1, S}, type);
+  with_storage(type_of(type), [&]<class A>() {
+    std::transform(hidden->begin(), hidden->end(), static_cast<A*>(mutable_data(bias)),
+                   [](char hides) { return static_cast<A>(hides ? -std::numeric_limits<float>::infinity() : 0.0f); });
+  });
+  to.bias = bias;
+  return true;
+}
+
+// Self-attention or attention to others, up to the output projection: the heads' results [N L, E], beside them the weights if `weights`.
+struct Heads {
+  Tensor rows;
+  std::optional<Tensor> weights;
+};
+
+Heads attend(const Batch& of_q, const Batch& of_k, const Batch& of_v, bool self, bool shared, int64_t H, const Tensor& weight,
+             const std::optional<Tensor>& bias, const AttentionSpec& spec, bool need_weights, bool average) {
+  const int64_t E = of_q.features, D = E / H, N = of_q.sequences, L = of_q.length, S = of_k.length;
+  Tensor q, k, v;
+  if (self) {
+    const Tensor all = linear(of_q.rows, weight, bias);
+    q = of_q.heads(all, H, D, 0), k = of_q.heads(all, H, D, E), v = of_q.heads(all, H, D, 2 * E);
+  } else {
+    q = of_q.heads(linear(of_q.rows, weight, bias, 0, E), H, D, 0);
+    if (shared) {
+      const Tensor both = linear(of_k.rows, weight, bias, E, 2 * E);
+      k = of_k.heads(both, H, D, 0), v = of_k.heads(both, H, D, E);
+    } else {
+      k = of_k.heads(linear(of_k.rows, weight, bias, E, E), H, D, 0);
+      v = of_v.heads(linear(of_v.rows, weight, bias, 2 * E, E), H, D, 0);
+    }
+  }
+  const ScalarType type = of_q.rows.scalar_type();
+  Heads result{empty({N * L, E}, type), {}};
+  if (need_weights) result.weights = average ? empty({N, L, S}, type) : empty({N, H, L, S}, type);
+  attention_into(q, k, v, spec, of_q.heads(result.rows, H, D, 0), {}, result.weights, average);
+  return result;
+}
+
+}  // namespace
+
+std::vector<Tensor> multihead_attention(Tensor query, Tensor key, Tensor value, int64_t num_heads, Tensor in_proj_weight,
+                                        std::optional<Tensor> in_proj_bias, Tensor out_proj_weight, std::optional<Tensor> out_proj_bias,
+                                        std::optional<Tensor> key_padding_mask, std::optional<Tensor> attn_mask, bool batch_first,
+                                        bool is_causal, bool need_weights, bool average_attn_weights) {
+  const int64_t rank = query.dim(), H = num_heads;
+  const ScalarType type = query.scalar_type();
+  if (rank < 2 || rank > 3 || key.dim() != rank || value.dim() != rank || !is_stored(type)) return {};
+  if (!plain(query) || !plain(key) || !plain(value) || key.scalar_type() != type || value.scalar_type() != type) return {};
+  const int64_t E = query.size(-1);
+  if (!is_matrix(in_proj_weight, type, 3 * E, E) || !is_matrix(out_proj_weight, type, E, E) || E % H) return {};
+  if (!is_vector(in_proj_bias, type, 3 * E) || !is_vector(out_proj_bias, type, E)) return {};
+  if (query.numel() == 0 || key.numel() == 0 || key.size(-1) != E) return {};
+  for (int64_t dim = 0; dim < rank; ++dim)
+    if (value.size(dim) != key.size(dim)) return {};
+  const bool shared = same(key, value), self = shared && same(query, key);
+  const Batch of_q = Batch::of(query, batch_first), of_k = self ? of_q : Batch::of(key, batch_first);
+  const Batch of_v = shared ? of_k : Batch::of(value, batch_first);
+  if (of_k.sequences != of_q.sequences) return {};
+  AttentionSpec spec{};
+  spec.scale = 1 / std::sqrt(static_cast<double>(E / H)), spec.right = is_causal ? 0 : -1;
+  const auto mask = is_causal ? std::nullopt : attn_mask;
+  if (!read_masks(key_padding_mask, mask, of_q.sequences, H, of_q.length, of_k.length, type, spec)) return {};
+  Heads heads = attend(of_q, of_k, of_v, self, shared, H, in_proj_weight, in_proj_bias, spec, need_weights, average_attn_weights);
+  const Tensor out = of_q.shaped(linear(heads.rows, out_proj_weight, out_proj_bias), query, batch_first);
+  if (!need_weights) return {out};
+  Tensor weights = *heads.weights;
+  if (rank == 2) {
+    const int64_t L = of_q.length, S = of_k.length;
+    weights = average_attn_weights ? view(weights, {L, S}, {S, 1}) : view(weights, {H, L, S}, {L * S, S, 1});
+  }
+  return {out, weights};
+}
+
+namespace {
+
+// What a layer with gradients computes between its projections, as its two passes see it.
+struct Between {
+  Batch batch;  // of the projected rows
+  int64_t heads, features;  // H, E
+  Tensor q, k, v;
+  AttentionSpec spec;
+
+  static std::optional<Between> of(const Tensor& projected, int64_t H, const std::optional<Tensor>& padding,
+                                   const std::optional<Tensor>& attn_mask, bool batch_first, bool causal, double dropout,
+                                   const std::optional<Tensor>& seed) {
+    const ScalarType type = projected.scalar_type();
+    const int64_t E = projected.size(-1) / 3;
+    if (!plain(projected) || !is_stored(type) || projected.dim() != 3 || projected.numel() == 0 || E % H) return {};
+    Between between{Batch::of(projected, batch_first), H, E, projected, projected, projected, {}};
+    const Batch& x = between.batch;
+    AttentionSpec& spec = between.spec;
+    spec.scale = 1 / std::sqrt(static_cast<double>(E / H)), spec.right = causal ? 0 : -1;
+    spec.dropout = dropout, spec.seed = seed;
+    if (!read_masks(padding, causal ? std::nullopt : attn_mask, x.sequences, H, x.length, x.length, type, spec)) return {};
+    between.q = between.part(x.rows, 0), between.k = between.part(x.rows, 1), between.v = between.part(x.rows, 2);
+    return between;
+  }
+
+  // q, k or v of projected rows, or of their gradient
+  Tensor part(const Tensor& rows, int64_t which) const { return batch.heads(rows, heads, features / heads, which * features); }
+  // [N, H, L, D] of [N, L, E] or [L, N, E]
+  Tensor of_heads(const Tensor& given, bool batch_first) const {
+    const int64_t b = given.stride(batch_first ? 0 : 1), t = given.stride(batch_first ? 1 : 0), D = features / heads;
+    return view(given, {batch.sequences, heads, batch.length, D}, {b, D, t, 1});
+  }
+};
+
+}  // namespace
+
+std::vector<Tensor> self_attention(Tensor projected, int64_t num_heads, std::optional<Tensor> key_padding_mask,
+                                   std::optional<Tensor> attn_mask, bool batch_first, bool is_causal, double dropout,
+                                   std::optional<Tensor> seed, bool need_weights, bool average_attn_weights) {
+  const auto found = Between::of(projected, num_heads, key_padding_mask, attn_mask, batch_first, is_causal, dropout, seed);
+  if (!found) return {};
+  const Between& x = *found;
+  const ScalarType type = projected.scalar_type();
+  const int64_t N = x.batch.sequences, L = x.batch.length, H = num_heads;
+  const Tensor rows = empty({N * L, x.features}, type);
+  const Tensor lse = empty({N, H, L}, wide_of(type));
+  std::vector<Tensor> results{x.batch.shaped(rows, projected, batch_first), lse};
+  std::optional<Tensor> weights;
+  if (need_weights) weights = average_attn_weights ? empty({N, L, L}, type) : empty({N, H, L, L}, type);
+  attention_into(x.q, x.k, x.v, x.spec, x.part(rows, 0), lse, weights, average_attn_weights);
+  if (need_weights) results.push_back(*weights);
+  return results;
+}
+
+Tensor self_attention_backward(Tensor dout, Tensor projected, Tensor out, Tensor lse, int64_t num_heads,
+                               std::optional<Tensor> key_padding_mask, std::optional<Tensor> attn_mask, bool batch_first, bool is_causal,
+                               double dropout, std::optional<Tensor> seed) {
+  const auto found = Between::of(projected, num_heads, key_padding_mask, attn_mask, batch_first, is_causal, dropout, seed);
+  STD_TORCH_CHECK(found, "self_attention_backward is given what self_attention takes");
+  const Between& x = *found;
+  const Tensor rows = empty({x.batch.count(), 3 * x.features}, projected.scalar_type());
+  const Tensor gradient = dout.stride(-1) == 1 ? dout : torch::stable::contiguous(dout);
+  attention_backward_into(x.of_heads(gradient, batch_first), x.q, x.k, x.v, x.of_heads(out, batch_first), lse, x.spec, x.part(rows, 0),
+                          x.part(rows, 1), x.part(rows, 2));
+  return x.batch.shaped(rows, projected, batch_first);
+}
+
+namespace {
+
+enum Parameter { kInProj, kInProjBias, kOutProj, kOutProjBias, kNorm1, kNorm1Bias, kNorm2, kNorm2Bias, kLinear1, kLinear1Bias, kLinear2,
+                 kLinear2Bias, kParameters };
+
+constexpr int64_t kElements = 16384;  // of a layer norm that one thread has at least
+
+const LayerNormKernels& layer_norm_kernels() {
+#if defined(__x86_64__)
+  if (level() >= Level::kAvx512) return layer_norm_avx512();
+  if (level() == Level::kAvx2) return layer_norm_avx2();
+#endif
+  return layer_norm_default();
+}
+
+void run(const AddNorm& norm, int64_t count) {
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kElements / norm.features), [&](int64_t begin, int64_t end) {
+    const Buffer row(norm.features * wide_bytes(norm.type));
+    layer_norm_kernels().add_norm(norm, begin, end, row.get());
+  });
+}
+
+// x + y, or x alone, into `sum` if it is given; the result is that, normalized.
+Tensor add_norm(const Tensor& x, const Tensor* y, const Tensor& weight, const Tensor& bias, double eps, const Tensor* sum) {
+  const int64_t count = x.size(0), features = x.size(1);
+  const Tensor result = empty({count, features}, x.scalar_type());
+  const AddNorm norm{type_of(x.scalar_type()), features, data(x), y ? data(*y) : nullptr, data(weight), data(bias),
+                     eps, sum ? mutable_data(*sum) : nullptr, mutable_data(result)};
+  run(norm, count);
+  return result;
+}
+void add(const Tensor& x, const Tensor& to) {
+  run(AddNorm{type_of(x.scalar_type()), x.size(1), data(x), data(to), nullptr, nullptr, 0, mutable_data(to), nullptr}, x.size(0));
+}
+
+}  // namespace
+
+std::vector<Tensor> transformer_encoder_layer(Tensor src, std::vector<Tensor> parameters, int64_t num_heads, bool gelu, bool norm_first,
+                                              double eps, std::optional<Tensor> src_mask, std::optional<Tensor> src_key_padding_mask,
+                                              bool batch_first, bool is_causal) {
+  const std::vector<Tensor>& p = parameters;
+  const ScalarType type = src.scalar_type();
+  if (src.dim() < 2 || src.dim() > 3 || !plain(src) || !is_stored(type) || src.numel() == 0 || p.size() != kParameters) return {};
+  const int64_t E = src.size(-1), H = num_heads, F = p[kLinear1].dim() == 2 ? p[kLinear1].size(0) : 0;
+  if (F == 0 || E % H || !is_matrix(p[kInProj], type, 3 * E, E) || !is_matrix(p[kOutProj], type, E, E)) return {};
+  if (!is_matrix(p[kLinear1], type, F, E) || !is_matrix(p[kLinear2], type, E, F)) return {};
+  if (!is_vector(p[kInProjBias], type, 3 * E) || !is_vector(p[kLinear1Bias], type, F)) return {};
+  for (int i = 0; i < kParameters; ++i)
+    if (!p[i].is_contiguous()) return {};
+  for (const int of_features : {kOutProjBias, kNorm1, kNorm1Bias, kNorm2, kNorm2Bias, kLinear2Bias})
+    if (!is_vector(p[of_features], type, E)) return {};
+  const Batch batch = Batch::of(src, batch_first);
+  AttentionSpec spec{};
+  spec.scale = 1 / std::sqrt(static_cast<double>(E / H)), spec.right = is_causal ? 0 : -1;
+  const auto mask = is_causal ? std::nullopt : src_mask;
+  if (!read_masks(src_key_padding_mask, mask, batch.sequences, H, batch.length, batch.length, type, spec)) return {};
+
+  const auto attention = [&](const Tensor& rows) {
+    Batch x = batch;
+    x.rows = rows;
+    const Heads heads = attend(x, x, x, true, true, H, p[kInProj], p[kInProjBias], spec, false, false);
+    return linear(heads.rows, p[kOutProj], p[kOutProjBias]);
+  };
+  const auto feed_forward = [&](const Tensor& rows) {
+    const Tensor transposed = view(p[kLinear1], {E, F}, {p[kLinear1].stride(1), p[kLinear1].stride(0)});
+    AtenTensorHandle hidden;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu__addmm_activation(p[kLinear1Bias].get(), rows.get(), transposed.get(), 1, 1, gelu, &hidden));
+    return linear(Tensor(hidden), p[kLinear2], p[kLinear2Bias]);
+  };
+  const Tensor& x = batch.rows;
+  if (norm_first) {
+    const Tensor attended = attention(add_norm(x, nullptr, p[kNorm1], p[kNorm1Bias], eps, nullptr));  // and then their sum
+    const Tensor sum = feed_forward(add_norm(x, &attended, p[kNorm2], p[kNorm2Bias], eps, &attended));
+    add(attended, sum);
+    return {batch.shaped(sum, src, batch_first)};
+  }
+  const Tensor attended = attention(x), middle = add_norm(x, &attended, p[kNorm1], p[kNorm1Bias], eps, nullptr);
+  const Tensor added = feed_forward(middle);
+  return {batch.shaped(add_norm(middle, &added, p[kNorm2], p[kNorm2Bias], eps, nullptr), src, batch_first)};
+}
+
+}  // namespace fastseq::cpu

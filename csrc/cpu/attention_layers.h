@@ -1,0 +1,44 @@
+// Attention as torch's functions and modules take it, in one call each. They give back nothing where a call is not of
+// the plain kind, be it wrong or merely rare: the long way says what is wrong with it, or deals with it.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace fastseq::cpu {
+
+using torch::stable::Tensor;
+
+// torch.nn.functional.scaled_dot_product_attention; with wants_lse also the lse [B, H, L]. A dropout needs a seed.
+std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, bool is_causal,
+                                                 std::optional<double> scale, bool enable_gqa, bool wants_lse, double dropout,
+                                                 std::optional<Tensor> seed);
+
+// The forward of torch.nn.MultiheadAttention with one in_proj_weight; the weights, if needed, behind the output. is_causal: the causal mask
+// is meant by attn_mask, which is not read.
+std::vector<Tensor> multihead_attention(Tensor query, Tensor key, Tensor value, int64_t num_heads, Tensor in_proj_weight,
+                                        std::optional<Tensor> in_proj_bias, Tensor out_proj_weight, std::optional<Tensor> out_proj_bias,
+                                        std::optional<Tensor> key_padding_mask, std::optional<Tensor> attn_mask, bool batch_first,
+                                        bool is_causal, bool need_weights, bool average_attn_weights);
+
+// Self-attention between its projections, for a layer with gradients: `projected` [N, L, 3 E] (batch_first) or [L, N, 3 E] has q, k and v of
+// all heads; masks and options as above. Returns the heads' results, shaped as the input of the layer, the lse [N, H, L], the weights if
+// needed. A dropout needs a seed.
+std::vector<Tensor> self_attention(Tensor projected, int64_t num_heads, std::optional<Tensor> key_padding_mask,
+                                   std::optional<Tensor> attn_mask, bool batch_first, bool is_causal, double dropout,
+                                   std::optional<Tensor> seed, bool need_weights, bool average_attn_weights);
+// The gradient of `projected`, contiguous.
+Tensor self_attention_backward(Tensor dout, Tensor projected, Tensor out, Tensor lse, int64_t num_heads,
+                               std::optional<Tensor> key_padding_mask, std::optional<Tensor> attn_mask, bool batch_first, bool is_causal,
+                               double dropout, std::optional<Tensor> seed);
+
+// The forward of torch.nn.TransformerEncoderLayer with biases. Parameters: in_proj, out_proj, norm1, norm2, linear1, linear2, of each
+// weight and bias. activation: "relu" or "gelu".
+std::vector<Tensor> transformer_encoder_layer(Tensor src, std::vector<Tensor> parameters, int64_t num_heads, bool gelu, bool norm_first,
+                                              double eps, std::optional<Tensor> src_mask, std::optional<Tensor> src_key_padding_mask,
+                                              bool batch_first, bool is_causal);
+
+}  // namespace fastseq::cpu

@@ -1,0 +1,532 @@
+// A block of queries, the lanes of a few vectors, and what shapes its scores. Included by attention_kernel.inl.
+//
+// Scores lie transposed, a row of lanes for each key of a chunk: [key][lane]. So the softmax is vertical, keys and values are read where
+// they lie, as what is broadcast, and what shapes scores is a pass over a chunk that the first-level cache holds. What a call does not use
+// costs it a branch for each chunk.
+
+template <class A>
+FASTSEQ_HOST_DEVICE typename Math<A>::V load_vector(const A* p) {
+  typename Math<A>::V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class A>
+FASTSEQ_HOST_DEVICE void store_vector(A* p, typename Math<A>::V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// sums[m][v] = sum over k < depth of a(m, k) times the vectors b(k, v): a(m, k) is a[m * row + k], or a[k * row + m] if kAcross.
+template <bool kAcross, int M, int NV, class A, class V>
+FASTSEQ_HOST_DEVICE void multiply(const A* a, int64_t row, const A* b, int64_t b_row, int64_t depth, V (&sums)[M][NV]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) sums[m][v] = V{};
+  for (int64_t k = 0; k < depth; ++k, b += b_row) {
+    V right[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) right[v] = load_vector(b + v * Math<A>::kWidth);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const A left = kAcross ? a[k * row + m] : a[m * row + k];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sums[m][v] += left * right[v];
+    }
+  }
+}
+
+// Rows of a product beside one another: with NV vectors each, as many as the registers hold sums of.
+template <int NV>
+constexpr int kRowsAtOnce = FASTSEQ_VECTOR_REGISTERS >= 32 ? (NV > 2 ? 4 : 8) : (NV > 2 ? 3 : NV > 1 ? 4 : 8);
+
+// All rows of a product: take(m, v, sum) gets each vector of each.
+template <bool kAcross, int NV, class A, class Take>
+FASTSEQ_HOST_DEVICE void multiply_rows(const A* a, int64_t row, int64_t rows, const A* b, int64_t b_row, int64_t depth, Take&& take) {
+  using V = typename Math<A>::V;
+  constexpr int M = kRowsAtOnce<NV>;
+  const int64_t next = kAcross ? 1 : row;
+  int64_t m = 0;
+  for (; m + M <= rows; m += M) {
+    V sums[M][NV];
+    multiply<kAcross>(a + m * next, row, b, b_row, depth, sums);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) take(m + r, v, sums[r][v]);
+  }
+  for (; m < rows; ++m) {
+    V sums[1][NV];
+    multiply<kAcross>(a + m * next, row, b, b_row, depth, sums);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) take(m, v, sums[0][v]);
+  }
+}
+
+// Calls body.template operator()<NV>() with a number of vectors from 1 to 4.
+template <class F>
+FASTSEQ_HOST_DEVICE void with_vectors(int64_t vectors, F&& body) {
+  switch (vectors) {
+    case 1: return body.template operator()<1>();
+    case 2: return body.template operator()<2>();
+    case 3: return body.template operator()<3>();
+    default: return body.template operator()<4>();
+  }
+}
+
+// Hands out a thread's memory; with none, counts it.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* at = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
+    used_ += blocks_of(count * sizeof(T), 64) * 64;
+    return at;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+template <class S>
+using Wide = std::conditional_t<sizeof(S) == 8, double, float>;
+// e^x of scores that end in S
+template <class S>
+using Exponential = std::conditional_t<sizeof(S) == 2, ShortMath, Math<Wide<S>>>;
+
+constexpr int64_t kMostVectors = 4;  // of lanes in a block of queries
+constexpr int64_t kChunk = 64;       // keys whose scores are formed together by multiply-adds
+constexpr int64_t kMostKeys = 128;   // of any chunk
+constexpr int64_t kLine = 32;        // keys that a word of `Block::visible` tells of
+
+template <class A>
+constexpr int64_t kMostLanes = kMostVectors* Math<A>::kWidth;
+
+// e^(factor x) for factor x <= 0 or little more, factor > 0: 0 where that is no normal number, -infinity included. A NaN stays one.
+template <class M, class A>
+FASTSEQ_HOST_DEVICE typename Math<A>::V power_of(typename Math<A>::V x, A factor) {
+  using V = typename Math<A>::V;
+  const A lowest = -Lanes<A>::kLargest / factor;
+  V scale, fraction;
+  M::exp_parts(Math<A>::at_least(x, lowest), factor, scale, fraction);
+  return x < lowest ? V{} : scale * fraction + scale;
+}
+
+// Philox 4x32-10 (Salmon et al., 2011) over lanes: random numbers of four keys in a row.
+struct Philox {
+  // as many lanes as a vector of scores has; those of double are half as wide
+  template <class A>
+  struct Of {
+    static constexpr int kBytes = 4 * Math<A>::kWidth;
+    typedef uint32_t U __attribute__((vector_size(kBytes)));
+    typedef uint64_t U64 __attribute__((vector_size(kBytes)));
+
+    // high and low halves of constant times x
+    static FASTSEQ_HOST_DEVICE void product(uint32_t constant, U x, U& high, U& low) {
+      const U64 even = half(constant, (U64)x), odd = half(constant, (U64)x >> 32);
+      low = (U)((even & 0xffffffff) | odd << 32);
+      high = (U)(even >> 32 | (odd & ~uint64_t(0xffffffff)));
+    }
+    // constant times the lower half of each lane
+    static FASTSEQ_HOST_DEVICE U64 half(uint32_t constant, U64 x) {
+#if defined(__AVX512F__)
+      if constexpr (kBytes == 64) return (U64)_mm512_maskz_mul_epu32(0xff, (__m512i)x, _mm512_set1_epi64(constant));
+#endif
+#if defined(__AVX2__)
+      if constexpr (kBytes == 32) return (U64)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(constant));
+#endif
+#if defined(__SSE2__)
+      if constexpr (kBytes == 16) return (U64)_mm_mul_epu32((__m128i)x, _mm_set1_epi64x(constant));
+#endif
+      return (x & 0xffffffff) * uint64_t(constant);
+    }
+
+    static FASTSEQ_HOST_DEVICE void random(uint64_t seed, U c0, U c1, U c2, U (&numbers)[4]) {
+      U c3{};
+      uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+      for (int round = 0; round < 10; ++round) {
+        U high_a, low_a, high_b, low_b;
+        product(0xD2511F53, c0, high_a, low_a);
+        product(0xCD9E8D57, c2, high_b, low_b);
+        c0 = high_b ^ c1 ^ k0, c1 = low_b, c2 = high_a ^ c3 ^ k1, c3 = low_a;
+        k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+      }
+      numbers[0] = c0, numbers[1] = c1, numbers[2] = c2, numbers[3] = c3;
+    }
+  };
+};
+
+// Calls body.template operator()<T>() with the type of an element in memory.
+template <class F>
+FASTSEQ_HOST_DEVICE void with_element(Type type, F&& body) {
+  switch (type) {
+    case Type::kFloat: return body.template operator()<float>();
+    case Type::kDouble: return body.template operator()<double>();
+    case Type::kBfloat16: return body.template operator()<bfloat16>();
+    case Type::kHalf: return body.template operator()<float16>();
+  }
+}
+
+// one value
+template <class T>
+FASTSEQ_HOST_DEVICE Wide<T> value_of(const T* p) {
+  if constexpr (sizeof(T) == 2)
+    return Memory<T, float>::load(p, 1)[0];
+  else
+    return *p;
+}
+
+enum class Seen { kNone, kSome, kAll };
+
+// Queries first .. first + count of one head of one sequence.
+template <class S>
+class Block {
+ public:
+  using A = Wide<S>;
+  using M = Math<A>;
+  using V = typename M::V;
+  using I = typename Lanes<A>::I;
+  using U = typename Lanes<A>::U;
+  static constexpr int64_t W = M::kWidth;
+  static constexpr int64_t kDiagonals = kMostLanes<A> + kMostKeys;  // of a chunk
+
+  const Attention& a;
+  int64_t b = 0, h = 0, first = 0, count = 0, vectors = 0;
+  Attention::Sequence s{};
+
+  Block(const Attention& given, Arena& arena)
+      : a(given),
+        words_(arena.take<uint32_t>(kMostKeys / kLine * kMostLanes<A>)),
+        diagonal_(arena.take<A>(kDiagonals)),
+        relative_(a.relative_q.given() ? arena.take<A>(blocks_of(a.features, W) * W * kMostLanes<A>) : nullptr),
+        relative_keys_(a.relative_q.given() ? arena.take<A>(kDiagonals * a.features) : nullptr),
+        products_(a.relative_q.given() ? arena.take<A>(kDiagonals * kMostLanes<A>) : nullptr) {
+    shaped_ = a.scale <= 0 || a.softcap != 0 || a.bias.given() || a.relative_bias || a.relative_q.given() || a.slopes;
+  }
+
+  void place(int64_t batch, int64_t head, const Attention::Sequence& sequence, int64_t begin, int64_t queries) {
+    b = batch, h = head, s = sequence, first = begin, count = queries, vectors = blocks_of(queries, W);
+    if (a.relative_q.given()) transposed(a.relative_q, relative_);
+  }
+
+  int64_t lanes() const { return vectors * W; }
+  bool shaped() const { return shaped_; }  // whether scores are more than the products times a positive scale
+  A factor() const { return shaped_ ? A(1) : A(a.scale); }  // of the scores in the exponent
+
+  // the keys that some query may see, but for masks; the first is a multiple of kLine
+  void keys(int64_t& begin, int64_t& end) const {
+    begin = 0, end = s.keys;
+    if (a.left >= 0) begin = min(max(first + s.shift - a.left, 0), end) / kLine * kLine;
+    if (a.right >= 0) end = max(min(end, first + count + s.shift + a.right), 0);
+  }
+
+  // [E][lanes] of rows of queries; lanes beyond the queries are zero
+  void transposed(const ConstRows& rows, A* to, int64_t features) const {
+    const S* from = static_cast<const S*>(rows.data) + rows.offset(a.cu_q ? 0 : b, h, s.first_q + first);
+    const int64_t n = lanes();
+    for (int64_t v = 0; v < vectors; ++v)
+      for (int64_t e = 0; e < features; e += W) {
+        V square[W];
+        for (int64_t r = 0; r < W; ++r) {
+          const int64_t i = v * W + r;
+          square[r] = i < count ? Memory<S, A>::load(from + i * rows.t + e, features - e) : V{};
+        }
+        transpose<W / 2, W>(square);
+        for (int64_t r = 0; r < W; ++r) store_vector(to + (e + r) * n + v * W, square[r]);
+      }
+  }
+  void transposed(const ConstRows& rows, A* to) const { transposed(rows, to, a.features); }
+
+  // rows of [E][lanes] times factor[lane], back to the rows of a tensor
+  void store(const A* from, int64_t features, const A* factor, const MutableRows& rows) const {
+    S* to = static_cast<S*>(rows.data) + rows.offset(a.cu_q ? 0 : b, h, s.first_q + first);
+    const int64_t n = lanes();
+    for (int64_t v = 0; v < vectors; ++v) {
+      const V scale = load_vector(factor + v * W);
+      for (int64_t e = 0; e < features; e += W) {
+        V square[W];
+        for (int64_t r = 0; r < W; ++r) square[r] = e + r < features ? load_vector(from + (e + r) * n + v * W) * scale : V{};
+        transpose<W / 2, W>(square);
+        for (int64_t r = 0; r < min(W, count - v * W); ++r) Memory<S, A>::store(to + (v * W + r) * rows.t + e, square[r], features - e);
+      }
+    }
+  }
+
+  // Which of the keys begin .. begin + n, n <= kMostKeys, some query sees; remembers which query sees which for `shape`.
+  Seen look(int64_t begin, int64_t n) {
+    if (!a.mask.given() && !a.blocks.given()) {
+      const int64_t lowest = first + s.shift, highest = lowest + count - 1;
+      hides_ = (a.left >= 0 && begin < highest - a.left) || (a.right >= 0 && begin + n - 1 > lowest + a.right);
+      return hides_ ? Seen::kSome : Seen::kAll;
+    }
+    uint32_t some = 0;
+    bool all = true;
+    for (int64_t line = 0; line * kLine < n; ++line) {
+      const int64_t from = begin + line * kLine, valid = min(kLine, n - line * kLine);
+      uint32_t* words = words_ + line * kMostLanes<A>;
+      const uint32_t full = bits(0, valid);
+      for (int64_t lane = 0; lane < lanes(); ++lane) words[lane] = lane < count ? seen(lane, from, valid) : full;
+      for (int64_t lane = 0; lane < count; ++lane) some |= words[lane], all &= words[lane] == full;
+    }
+    hides_ = !all;
+    return !some ? Seen::kNone : all ? Seen::kAll : Seen::kSome;
+  }
+  bool hides() const { return hides_; }
+
+  // Products of keys begin .. begin + n become scores (but for the factor), -infinity where `look` saw the key hidden. `capped`, if
+  // wanted, gets the hyperbolic tangent of a softcap.
+  template <int NV>
+  void shape(A* scores, int64_t begin, int64_t n, A* capped = nullptr) {
+    constexpr int64_t lanes = NV * W;
+    if (shaped_) {
+      if (a.relative_q.given()) add_relative<NV>(scores, begin, n);
+      if (a.softcap != 0) {
+        const A inner = A(a.scale / a.softcap), outer = A(a.softcap);
+        for (int64_t x = 0; x < n * lanes; x += W) {
+          const V t = M::tanh(load_vector(scores + x) * inner);
+          if (capped) store_vector(capped + x, t);
+          store_vector(scores + x, t * outer);
+        }
+      } else {
+        for (int64_t x = 0; x < n * lanes; x += W) store_vector(scores + x, load_vector(scores + x) * A(a.scale));
+      }
+      if (a.bias.given()) with_element(a.bias_type, [&]<class T>() { add_bias<NV, T>(scores, begin, n); });
+      if (a.slopes) add_slopes<NV>(scores, begin, n);
+      if (a.relative_bias) add_relative_bias<NV>(scores, begin, n);
+    }
+    if (!hides_) return;
+    if (!a.mask.given() && !a.blocks.given()) return hide_outside<NV>(scores, begin, n);
+    for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < NV; ++v) {
+        A* at = scores + j * lanes + v * W;
+        store_vector(at, sees(j, v) ? load_vector(at) : V{} - A(INFINITY));
+      }
+  }
+
+  // weights of keys begin .. begin + n, of which a dropout zeroes some: rows [key][lane]; begin is a multiple of 4
+  template <int NV, class Apply>
+  void drop(int64_t begin, int64_t n, const Apply& apply) const {
+    using R = Philox::Of<A>;
+    using U32 = typename R::U;
+    constexpr int64_t lanes = NV * W;
+    const uint64_t threshold = static_cast<uint64_t>(a.dropout * 4294967296.0), seed = static_cast<uint64_t>(*a.seed);
+    const A kept = a.dropout < 1 ? A(1 / (1 - a.dropout)) : A(0);
+    U32 of_lane;
+    for (int64_t i = 0; i < W; ++i) of_lane[i] = uint32_t(i);
+    for (int64_t j = 0; j < n; j += 4)
+      for (int64_t v = 0; v < NV; ++v) {
+        U32 numbers[4];
+        R::random(seed, U32{} + uint32_t((begin + j) / 4), of_lane + uint32_t(first + v * W), U32{} + uint32_t(b * a.heads + h), numbers);
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < 4; ++r) {
+          if (j + r >= n) break;
+          const auto keeps = threshold >> 32 ? U32{} : (U32)(numbers[r] >= uint32_t(threshold));
+          apply((j + r) * lanes + v * W, lanes_where(keeps, kept));
+        }
+      }
+  }
+
+  // Adds what a chunk of gradients of the scores gives along its diagonals to those of the distances: diagonal(entry) is the place of an
+  // entry of `relative_bias`, in ascending order of distance
+  template <int NV, class Place>
+  void sum_diagonals(const A* ds, int64_t begin, int64_t n, int64_t zero, int64_t length, const Place& place) {
+    constexpr int64_t lanes = NV * W;
+    const int64_t count_of = lanes + n - 1;
+    __builtin_memset(diagonal_, 0, kDiagonals * sizeof(A));
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t v = 0; v < NV; ++v) {
+        A* at = diagonal_ + v * W - j + n - 1;
+        store_vector(at, load_vector(at) + load_vector(ds + j * lanes + v * W));
+      }
+    const int64_t last = begin + n - 1 - first - s.shift + zero;  // entry of diagonal 0, the latest key beside the first query
+    for (int64_t t = 0; t < count_of; ++t)
+      if (last - t >= 0 && last - t < length) *place(last - t) += diagonal_[t];
+  }
+
+ private:
+  // ones from begin to end
+  static uint32_t bits(int64_t begin, int64_t end) {
+    begin = min(max(begin, 0), 32), end = min(max(end, 0), 32);
+    if (begin >= end) return 0;
+    return uint32_t(((uint64_t(1) << end) - 1) & ~((uint64_t(1) << begin) - 1));
+  }
+
+  // bit by bit, whether a query sees keys from .. from + n
+  uint32_t seen(int64_t lane, int64_t from, int64_t n) const {
+    const int64_t i = first + lane, place = i + s.shift;
+    uint32_t word = bits(a.left >= 0 ? place - a.left - from : 0, a.right >= 0 ? min(place + a.right + 1 - from, n) : n);
+    if (word && a.blocks.given()) {
+      const auto* row = static_cast<const uint8_t*>(a.blocks.data) + b * a.blocks.b + h * a.blocks.h + i / a.block_size * a.blocks.i;
+      for (int64_t block = from / a.block_size; block * a.block_size < from + n; ++block)
+        if (!row[block * a.blocks.j]) word &= ~bits(block * a.block_size - from, (block + 1) * a.block_size - from);
+    }
+    if (word && a.mask.given()) {
+      const auto* row = static_cast<const uint8_t*>(a.mask.data) + b * a.mask.b + h * a.mask.h + i * a.mask.i + from * a.mask.j;
+      if (a.mask.j == 0) return *row ? word : 0;
+      if (a.mask.j == 1 && n == kLine) return word & nonzero(row);
+      uint32_t given = 0;
+      for (int64_t j = 0; j < n; ++j) given |= uint32_t(row[j * a.mask.j] != 0) << j;
+      word &= given;
+    }
+    return word;
+  }
+
+  // which of 32 bytes are not zero
+  static uint32_t nonzero(const uint8_t* bytes) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __m256i v = _mm256_loadu_si256((const __m256i*)bytes);
+    return _mm256_test_epi8_mask(v, v);
+#elif defined(__AVX2__)
+    const __m256i v = _mm256_loadu_si256((const __m256i*)bytes);
+    return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
+#else
+    uint32_t word = 0;
+    for (int64_t j = 0; j < 32; ++j) word |= uint32_t(bytes[j] != 0) << j;
+    return word;
+#endif
+  }
+
+  // lanes that see key j of the chunk
+  FASTSEQ_HOST_DEVICE I sees(int64_t j, int64_t v) const {
+    const uint32_t* words = words_ + j / kLine * kMostLanes<A> + v * W;
+    typedef uint32_t Half __attribute__((vector_size(4 * W)));
+    Half word;
+    __builtin_memcpy(&word, words, sizeof word);
+    using Bit = std::remove_cvref_t<decltype(U{}[0])>;
+    return (I)((__builtin_convertvector(word, U) & (Bit(1) << j % kLine)) != 0);
+  }
+
+  static FASTSEQ_HOST_DEVICE V lanes_where(typename Philox::Of<A>::U keeps, A value) {
+    typedef int32_t Narrow __attribute__((vector_size(4 * W)));
+    return (V)(__builtin_convertvector((Narrow)keeps, I) & (I)(V{} + value));
+  }
+
+  // the keys outside of each query's window
+  template <int NV>
+  void hide_outside(A* scores, int64_t begin, int64_t n) const {
+    constexpr int64_t lanes = NV * W;
+    I lane;
+    for (int64_t i = 0; i < W; ++i) lane[i] = i;
+    for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < NV; ++v) {
+        A* at = scores + j * lanes + v * W;
+        const int64_t distance = begin + j - first - s.shift - v * W;  // from the query of the first lane
+        V score = load_vector(at);
+        if (a.right >= 0) score = lane < limited(distance - a.right) ? V{} - A(INFINITY) : score;
+        if (a.left >= 0) score = lane > limited(distance + a.left) ? V{} - A(INFINITY) : score;
+        store_vector(at, score);
+      }
+  }
+  // within what every lane's number is on the same side of
+  static FASTSEQ_HOST_DEVICE auto limited(int64_t x) {
+    using Number = std::remove_cvref_t<decltype(I{}[0])>;
+    return I{} + Number(min(max(x, -1), W));
+  }
+
+  // the scores of a query and a key change by what `of(lane, key)` says, one square of registers after the other
+  template <int NV, class T>
+  void add_bias(A* scores, int64_t begin, int64_t n) const {
+    constexpr int64_t lanes = NV * W;
+    const T* base = static_cast<const T*>(a.bias.data) + b * a.bias.b + h * a.bias.h + first * a.bias.i + begin * a.bias.j;
+    if (a.bias.i == 0) {  // the same for every query
+      for (int64_t j = 0; j < n; ++j) {
+        const A value = A(value_of(base + j * a.bias.j));
+        for (int64_t v = 0; v < NV; ++v) store_vector(scores + j * lanes + v * W, load_vector(scores + j * lanes + v * W) + value);
+      }
+      return;
+    }
+    for (int64_t v = 0; v < NV; ++v)
+      for (int64_t j = 0; j < n; j += W) {
+        V square[W];
+        for (int64_t r = 0; r < W; ++r) {
+          const int64_t i = v * W + r;
+          if (i >= count) {
+            square[r] = V{};
+          } else if (a.bias.j == 1) {
+            square[r] = loaded<T>(base + i * a.bias.i + j, n - j);
+          } else {
+            square[r] = V{};
+            for (int64_t c = 0; c < min(W, n - j); ++c) square[r][c] = A(value_of(base + i * a.bias.i + (j + c) * a.bias.j));
+          }
+        }
+        transpose<W / 2, W>(square);
+        for (int64_t r = 0; r < min(W, n - j); ++r) {
+          A* at = scores + (j + r) * lanes + v * W;
+          store_vector(at, load_vector(at) + square[r]);
+        }
+      }
+  }
+
+  template <class T>
+  static FASTSEQ_HOST_DEVICE V loaded(const T* p, int64_t n) {
+    if constexpr (sizeof(A) == 8 && sizeof(T) != 8) {  // no such bias: fp64 has biases of fp64
+      return V{};
+    } else if constexpr (sizeof(A) == 4 && sizeof(T) == 8) {
+      return V{};
+    } else {
+      return Memory<T, A>::load(p, n);
+    }
+  }
+
+  template <int NV>
+  void add_slopes(A* scores, int64_t begin, int64_t n) const {
+    constexpr int64_t lanes = NV * W;
+    const A slope = static_cast<const A*>(a.slopes)[b * a.slopes_b + h];
+    for (int64_t v = 0; v < NV; ++v) {
+      V place;
+      for (int64_t i = 0; i < W; ++i) place[i] = A(first + s.shift + v * W + i);
+      for (int64_t j = 0; j < n; ++j) {
+        const V distance = place - A(begin + j);
+        A* at = scores + j * lanes + v * W;
+        store_vector(at, load_vector(at) - slope * (distance < 0 ? -distance : distance));
+      }
+    }
+  }
+
+  // diagonal t of a chunk holds the pairs with lane - key = t - (n - 1)
+  template <int NV>
+  void add_relative_bias(A* scores, int64_t begin, int64_t n) const {
+    constexpr int64_t lanes = NV * W;
+    const int64_t last = begin + n - 1 - first - s.shift + a.relative_bias_zero, length = a.relative_bias_length;
+    with_element(a.relative_bias_type, [&]<class T>() {
+      const T* table = static_cast<const T*>(a.relative_bias) + h * length;
+      for (int64_t t = 0; t < lanes + n - 1; ++t) diagonal_[t] = last - t >= 0 && last - t < length ? A(value_of(table + last - t)) : A(0);
+    });
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t v = 0; v < NV; ++v) {
+        A* at = scores + j * lanes + v * W;
+        store_vector(at, load_vector(at) + load_vector(diagonal_ + v * W - j + n - 1));
+      }
+  }
+
+  // relative_q . relative_k[distance], of every lane and every distance of the chunk, and then the diagonal that is each key's
+  template <int NV>
+  void add_relative(A* scores, int64_t begin, int64_t n) const {
+    constexpr int64_t lanes = NV * W;
+    const int64_t last = begin + n - 1 - first - s.shift + a.relative_k_zero, length = a.relative_k_length, E = a.features;
+    const int64_t diagonals = lanes + n - 1;
+    const S* table = static_cast<const S*>(a.relative_k) + h * length * E;
+    for (int64_t t = 0; t < diagonals; ++t) {
+      A* row = relative_keys_ + t * E;
+      if (last - t < 0 || last - t >= length) {
+        __builtin_memset(row, 0, E * sizeof(A));
+        continue;
+      }
+      for (int64_t e = 0; e < E; e += W) Memory<A, A>::store(row + e, Memory<S, A>::load(table + (last - t) * E + e, E - e), E - e);
+    }
+    multiply_rows<false, NV>(relative_keys_, E, diagonals, relative_, lanes, E, [&](int64_t t, int v, V sum) __attribute__((always_inline)) {
+      store_vector(products_ + t * lanes + v * W, sum);
+    });
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t lane = 0; lane < lanes; ++lane) scores[j * lanes + lane] += products_[(lane - j + n - 1) * lanes + lane];
+  }
+
+  uint32_t* words_;  // [kMostKeys / kLine][most lanes]
+  A* diagonal_;
+  A *relative_, *relative_keys_, *products_;
+  bool shaped_, hides_ = false;
+};

@@ -1,0 +1,150 @@
+"""``nn.TransformerEncoderLayer`` whose forward without gradients is one call of the CPU's library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .. import backends
+from ..backends import library
+from ..functional._native_layers import plain_call
+from ._checks import public
+from ._interop import Interop, as_leaf
+from .attention import MultiheadAttention
+
+__all__ = ["TransformerEncoderLayer"]
+
+_PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass has a say in what is called on it
+_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "self_attn": (MultiheadAttention, nn.MultiheadAttention),
+    "norm1": (nn.LayerNorm,),
+    "norm2": (nn.LayerNorm,),
+    "linear1": (nn.Linear,),
+    "linear2": (nn.Linear,),
+}
+
+
+@public
+class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
+    """``torch.nn.TransformerEncoderLayer``: its constructor, parameters, ``state_dict``, ``forward`` and errors.
+
+    In eval mode and without gradients an eager call on a CPU is one call of fastseq's library. Every other call is torch's
+    forward, with fastseq's attention in it or, where torch has one, its own fused path (nested tensors, GPUs).
+    A sequence that is all padding gives zeros for its attention, not NaN.
+    """
+
+    __setattr__ = nn.Module.__setattr__  # quantization looks for its parts, which say for themselves what they are
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.self_attn) is nn.MultiheadAttention:
+            self.self_attn.__class__ = MultiheadAttention
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """The layer's output, shaped as ``src``.
+
+        Args:
+            src: [N, L, E] if ``batch_first``, else [L, N, E]; [L, E] without a batch; or a nested tensor.
+            src_mask: [L, L] or [N * H, L, L]. bool: True hides; floating: added to the scores.
+            src_key_padding_mask: [N, L] ([L] without a batch). bool: True hides a key; floating: added to the scores.
+            is_causal: a promise that ``src_mask``, which must be given, is the causal mask.
+
+        Raises:
+            as ``torch.nn.TransformerEncoderLayer``.
+        """
+        if not self.training and plain_call():
+            out = self._in_one_call(src, src_mask, src_key_padding_mask, is_causal)
+            if out is not None:
+                return out
+        if isinstance(src, Proxy):
+            return as_leaf(self, src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal or None)
+        return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _in_one_call(
+        self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None, is_causal: bool
+    ) -> Tensor | None:
+        """None: the call is for another way, which also says what is wrong with it."""
+        modules: dict[str, Any] = self._modules
+        for module in modules.values():
+            if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+                return None
+        for name, kinds in _KINDS.items():
+            if type(modules[name]) not in kinds:
+                return None
+        attention = modules["self_attn"]
+        projection, norm1, norm2 = attention._modules["out_proj"], modules["norm1"], modules["norm2"]
+        if type(projection) is not NonDynamicallyQuantizableLinear or projection._forward_hooks or projection._forward_pre_hooks:
+            return None
+        if norm1.eps != norm2.eps or attention.bias_k is not None or attention.add_zero_attn or library.reason():
+            return None
+        if self.activation is F.gelu or (type(self.activation) is nn.GELU and self.activation.approximate == "none"):
+            gelu = True
+        elif self.activation is F.relu or type(self.activation) is nn.ReLU:
+            gelu = False
+        else:
+            return None
+        parameters = [attention._parameters.get("in_proj_weight"), attention._parameters.get("in_proj_bias")]
+        for module in (projection, norm1, norm2, modules["linear1"], modules["linear2"]):
+            parameters += [module._parameters.get("weight"), module._parameters.get("bias")]
+        given = [src, *parameters]
+        given += [mask for mask in (src_mask, src_key_padding_mask) if mask is not None]
+        for tensor in given:
+            if type(tensor) not in _PLAIN or tensor.is_nested:
+                return None
+        if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given]):
+            return None
+        if src_mask is not None and src_key_padding_mask is not None and src_mask.dtype != src_key_padding_mask.dtype:
+            return None
+        steps = src.shape[1 if attention.batch_first and src.dim() == 3 else 0]
+        if is_causal and (src_mask is None or tuple(src_mask.shape) != (steps, steps)):
+            return None
+        results = torch.ops.fastseq_native.transformer_encoder_layer.default(
+            src,
+            parameters,
+            attention.num_heads,
+            gelu,
+            self.norm_first,
+            norm1.eps,
+            src_mask,
+            src_key_padding_mask,
+            attention.batch_first,
+            is_causal,
+        )
+        if not results:
+            return None
+        if backends.watched():
+            backends.select(self._query(src, steps))
+        return results[0]
+
+    def _query(self, src: Tensor, steps: int) -> backends.AttentionQuery:
+        heads, features = self.self_attn.num_heads, self.self_attn.head_dim
+        return backends.AttentionQuery(
+            op="attention",
+            call="forward",
+            device=src.device,
+            dtype=src.dtype,
+            batch=src.numel() // (steps * src.shape[-1]),
+            heads=(heads, heads),
+            lengths=(steps, steps),
+            features=(features, features),
+            layout="padded",
+            window=(-1, -1),
+            offset=0,
+            block_size=0,
+            uses=(),
+            gradients=(),
+        )

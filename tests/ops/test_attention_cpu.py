@@ -1,0 +1,708 @@
+"""The CPU kernels of attention at every instruction set of this machine: whatever shape, stride and combination of features.
+
+The bound is PyTorch's best path: of 16-bit inputs its math path, which computes in fp32 and rounds at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing._internal.common_methods_invocations import op_db
+
+import fastseq
+from fastseq import backends
+from fastseq.backends import library
+from fastseq.ops import attention as op
+from fastseq.ops.attention import GRADIENTS, attention, attention_weights
+from fastseq.testing import FACTOR, assert_all_close_to_truth, assert_close_to_truth, pooled_error
+from support.attention import ATTENTION_CASES, PLAIN, WEIGHTS_CASES, AttentionCase, dense, make, named, spec_of
+from support.attention_decode import DECODE_CASES, DecodeCase, decode, decode_by_torch, make_decode
+from support.battery import OpBattery, in_fp64
+
+LEVELS = ("default", "avx2", "avx512", "amx")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+THREADS = (1, 2, 3)
+
+ours = fastseq.functional.scaled_dot_product_attention
+theirs = torch.nn.functional.scaled_dot_product_attention
+
+
+@contextmanager
+def at(level: str) -> Iterator[str]:
+    """The level that calls within run at: this one, or the highest that the processor has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTSEQ_CPU_LEVEL", level)
+        yield torch.ops.fastseq_native.cpu_level()
+
+
+def reached(level: str) -> bool:
+    with at(level) as found:
+        return found == level
+
+
+@pytest.fixture(autouse=True)
+def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Scratch holds NaN until it is written."""
+    assert library.reason() is None
+    monkeypatch.setenv("FASTSEQ_CPU_POISON", "1")
+    with fastseq.use_backend("cpu"):
+        yield
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    with at(request.param) as found:
+        if found != request.param:
+            pytest.skip(f"this processor has no {request.param}")
+        yield found
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def wide(inputs: dict[str, Any]) -> dict[str, Any]:
+    """16-bit tensors in fp32; their gradients are rounded on their way back."""
+    half = (torch.bfloat16, torch.float16)
+    return {name: t.float() if isinstance(t, Tensor) and t.dtype in half else t for name, t in inputs.items()}
+
+
+class Battery(OpBattery):
+    OP = "attention"
+
+    def make(self, case: AttentionCase, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+        return make(case, dtype, device, seed)
+
+    def run(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """lse with a finite mark for rows without keys, which the bounds can compare."""
+        out, lse = attention(inputs["q"], inputs["k"], inputs["v"], spec_of(inputs))
+        return out, torch.where(lse == -torch.inf, 3.0, lse)
+
+    def run_torch(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        out, lse, _ = dense(wide(inputs))
+        return out.to(inputs["q"].dtype), torch.where(lse == -torch.inf, 3.0, lse)
+
+    def against(self, inputs: dict[str, Any], backend: str, backward: bool) -> list[str]:
+        wanted = [name in inputs for name in GRADIENTS] if backward else None
+        call = "backward" if backward else "forward"
+        return backends.obstacles(backend, op._query(call, *(inputs[name] for name in "qkv"), spec_of(inputs), wanted))
+
+    def magnifies(self, case: AttentionCase) -> bool:
+        return True  # the exponential magnifies the rounding of the largest scores
+
+
+class Weights(Battery):
+    def run(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        spec, (q, k, v) = spec_of(inputs), (inputs[name] for name in "qkv")
+        return (attention_weights(q, k, attention(q, k, v, spec)[1], spec, inputs["case"].average),)
+
+    def run_torch(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        weights = dense(wide(inputs))[2]
+        assert weights is not None
+        return ((weights.mean(1) if inputs["case"].average else weights).to(inputs["q"].dtype),)
+
+    def against(self, inputs: dict[str, Any], backend: str, backward: bool) -> list[str]:
+        tensors, spec = [inputs[name] for name in "qk"], spec_of(inputs)
+        if not backward:
+            query = op._query("weights", *tensors, None, spec)
+            return super().against(inputs, backend, False) + backends.obstacles(backend, query)
+        wanted = [name in inputs and name != "v" for name in GRADIENTS]
+        return backends.obstacles(backend, op._query("weights_backward", *tensors, None, spec, wanted))
+
+
+BATTERY, WEIGHTS = Battery(), Weights()
+
+
+def told(outputs: tuple[Tensor, ...], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"output {i}": t.detach() for i, t in enumerate(outputs)} | {f"gradient of {n}": t for n, t in gradients.items()}
+
+
+def expected(battery: Battery, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By PyTorch in the dtype, and in fp64; what is nothing but rounding there is zero."""
+    outputs = battery.run_torch(inputs)
+    by_torch, truth = told(outputs, battery.gradients(outputs, inputs)), told(*battery.truth(inputs))
+    truth = {name: torch.zeros_like(t) if t.numel() and t.abs().max() < 1e-9 else t for name, t in truth.items()}
+    return by_torch, truth
+
+
+def found(battery: Battery, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    outputs = battery.run(inputs)
+    with battery.backward_of(inputs, "cpu"):
+        return told(outputs, battery.gradients(outputs, inputs))
+
+
+def cancelled(inputs: dict[str, Any], outputs: int) -> dict[str, float]:
+    """Of gradients, what is left when products that are equal are subtracted: of one key, all that there is.
+
+    The gradient of a score is w (dout v - sum dout out), of two sums in their own order; each is at most |dout| |v|.
+    """
+    case, q, k, v = inputs["case"], *(inputs[name] for name in "qkv")
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        return {}
+    unit = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps / 2
+    dout = 5.0 * math.sqrt(v.shape[-1]) if outputs else 0.0  # of normal deviates
+    score = unit * dout * v.detach().double().norm(dim=-1).max().item() / max(1 - case.dropout, 1e-3)
+    scale = abs(1 / math.sqrt(q.shape[-1]) if case.scale is None else case.scale)
+    rows = math.sqrt(q[..., 0].numel())  # that a gradient of something else than a query is summed over
+    of = {"q": "k", "k": "q", "relative_q": "relative_k", "relative_k": "relative_q"}
+    factors = {name: scale * inputs[other].detach().abs().max().item() for name, other in of.items() if other in inputs}
+    factors = {name: factors.get(name, 1.0) * (1 if name.endswith("q") else rows) for name in GRADIENTS if name != "v"}
+    return {f"gradient of {name}": score * factor for name, factor in factors.items()}
+
+
+def compare(results: list[dict[str, Tensor]], where: str, own: float, rest: dict[str, float]) -> None:
+    """Ours, torch's and the truth by the rule of fastseq.testing; what cancels may be off by ``rest`` in any case."""
+    actual, by_torch, truth = results
+    own = max(own, pooled_error(by_torch, truth))
+    for name, value in truth.items():
+        scale = value.abs().max().item() if value.numel() else 0.0
+        error = max(own, rest.get(name, 0.0) / (FACTOR * scale)) if scale else own
+        ours, torchs = actual[name], by_torch[name]
+        if not scale and name in rest:  # nothing to be relative to
+            value = torchs = ours.clamp(-rest[name], rest[name])
+        assert_close_to_truth(ours, torchs, value, f"{name} {where}", own_error=error)
+
+
+def check(battery: Battery, inputs: dict[str, Any], levels: tuple[str, ...] = LEVELS) -> None:
+    """At all these levels of this machine."""
+    by_torch, truth = expected(battery, inputs)
+    own, rest = battery.own_error(inputs["case"], inputs["q"].dtype), cancelled(inputs, 1)
+    for level in filter(reached, levels):
+        with at(level):
+            results = found(battery, inputs)
+        compare([results, by_torch, truth], f"at {level}", own, rest)
+
+
+def refused(battery: Battery, case: AttentionCase) -> list[str]:
+    return battery.against(make(case, torch.float32), "cpu", False)
+
+
+def listed(battery: Battery, case: AttentionCase, dtype: torch.dtype) -> None:
+    reasons = refused(battery, case)
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    check(battery, make(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+def test_every_feature(case, dtype):
+    listed(BATTERY, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", WEIGHTS_CASES, ids=str)
+def test_weights(case, dtype):
+    listed(WEIGHTS, case, dtype)
+
+
+# one less and one more than lanes (4, 8, 16), rows of a tile (16), depths of a tile (32), blocks of queries and of keys
+EDGES = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 193, 255, 257)
+WIDTHS = (64, 1, 3, 16, 33, 128, 31, 40, 80, 17, 96, 7, 32, 65, 15, 48, 112, 130, 8, 127, 24, 63, 72)
+EDGE_CASES = [
+    AttentionCase(
+        f"{rows}x{keys}-{E}:{Ev}{'-causal' if causal else ''}",
+        batch=1,
+        heads=(2, 1),
+        lengths=(rows, keys),
+        features=(E, Ev),
+        right=0 if causal else -1,
+        bottom_right=i % 4 == 3,
+        time_first=i % 3 == 0,
+    )
+    for i, (rows, keys, E, Ev) in enumerate(zip(EDGES, EDGES[7:] + EDGES[:7], WIDTHS, WIDTHS[5:] + WIDTHS[:5], strict=True))
+    for causal in (False, True)
+] + [
+    AttentionCase(f"{T}x{T}-64-causal", batch=1, heads=(1, 1), lengths=(T, T), features=(64, 64), right=0)
+    for T in (16, 64, 65, 128, 129, 257)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", EDGE_CASES, ids=str)
+def test_edges_of_blocks(case, dtype):
+    check(BATTERY, make(case, dtype))
+
+
+# one off at the edge of a block of queries or keys
+WINDOWS = [
+    AttentionCase(f"window{left}:{right}", batch=1, heads=(1, 1), lengths=(T, T), features=(16, 16), left=left, right=right)
+    for T, left, right in ((130, 63, 0), (130, 64, 0), (130, 65, 64), (200, 31, 33), (200, 128, 1), (140, 0, 0), (140, 1, 127))
+] + [
+    AttentionCase("mask-edges", batch=1, heads=(2, 2), lengths=(129, 130), mask="qk", dead=True),
+    AttentionCase("lengths-edges", batch=4, lengths=(65, 130), q_lengths=(65, 64, 16, 1), k_lengths=(128, 129, 64, 1), right=0),
+    AttentionCase("packed-edges", packed=((64, 64), (1, 130), (65, 16), (16, 65)), right=0, bottom_right=True),
+    AttentionCase("blocks-edges", batch=1, blocks="hqk", block_size=16, lengths=(130, 131)),
+    AttentionCase("blocks-of-64", batch=1, blocks="qk", block_size=64, lengths=(130, 193), right=0, bottom_right=True),
+    AttentionCase("bias-edges", batch=2, lengths=(65, 129), bias="hk", heads=(4, 2)),
+    AttentionCase("hiding-bias-edges", batch=2, lengths=(65, 129), bias="bqk", hiding_bias=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", WINDOWS, ids=str)
+def test_edges_of_what_is_seen(case, dtype):
+    check(BATTERY, make(case, dtype))
+
+
+# any call
+
+SIZES = st.integers(1, 9) | st.sampled_from((15, 16, 17, 31, 32, 33, 47, 64, 65, 70))
+PAIRS = st.sets(st.sampled_from("bhqk"), min_size=1).map(lambda letters: "".join(sorted(letters, key="bhqk".index)))
+HIDES = ("window", "mask", "lengths", "blocks")
+SHAPES = ("bias", "relative_bias", "relative_k", "slopes", "softcap", "sinks", "dropout", "scale")
+FAMILIES = {
+    "plain": (),
+    "hidden": HIDES,
+    "scores": SHAPES,
+    "everything": (*HIDES, *SHAPES),
+    "packed": ("packed", "window", *(name for name in SHAPES if name != "bias")),
+}
+
+
+def lacking(name: str) -> bool:
+    """Whether the CPU has no kernel for this feature, alone."""
+    alone = {
+        "window": {"left": 2, "right": 1},
+        "lengths": {"k_lengths": (3, 7)},
+        "packed": {"packed": ((5, 7), (3, 3))},
+        "mask": {"mask": "qk"},
+        "bias": {"bias": "qk"},
+        "blocks": {"blocks": "qk", "block_size": 16},
+        "relative_bias": {"relative_bias": 9},
+        "relative_k": {"relative_k": 9},
+        "slopes": {"slopes": 1},
+        "softcap": {"softcap": 1.0},
+        "sinks": {"sinks": True},
+        "dropout": {"dropout": 0.3},
+        "scale": {"scale": -0.3},
+    }
+    return bool(refused(BATTERY, replace(PLAIN, **alone[name])))
+
+
+@functools.cache
+def features_of(family: str) -> tuple[str, ...]:
+    return tuple(name for name in FAMILIES[family] if not lacking(name))
+
+
+@st.composite
+def calls(draw: st.DrawFn, family: str) -> AttentionCase:
+    """A case with some features of a family, those that the CPU has a kernel for."""
+    features = features_of(family)
+    used = draw(st.sets(st.sampled_from(features))) if features else set()
+    used |= {"packed"} if family == "packed" else set()
+    batch, keys = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    group, (tq, tk) = draw(st.sampled_from((1, 1, 2, 3))), (draw(SIZES), draw(SIZES))
+    e = draw(SIZES)
+    more: dict[str, Any] = {"features": (e, draw(st.just(e) | SIZES)), "time_first": draw(st.booleans())}
+    if "packed" in used:
+        length = st.integers(0, 20)
+        more["packed"] = tuple((draw(length), draw(length)) for _ in range(batch))
+        if not sum(q * k for q, k in more["packed"]):
+            more["packed"] = (*more["packed"][1:], (3, 5))
+        tq, tk = (max(pair[i] for pair in more["packed"]) for i in (0, 1))
+    if "window" in used:
+        side = st.just(-1) | st.integers(0, 20)
+        more |= {"left": draw(side), "right": draw(st.just(0) | side), "bottom_right": draw(st.booleans())}
+        more["offset"] = draw(st.just(0) | st.integers(-5, 20))
+    if "mask" in used:
+        more |= {"mask": draw(PAIRS), "dead": draw(st.booleans())}
+    if "lengths" in used:
+        for name, most in draw(
+            st.sampled_from(((("q_lengths", tq),), (("k_lengths", tk),), (("q_lengths", tq), ("k_lengths", tk))))
+        ):
+            more[name] = tuple(draw(st.integers(0, most)) for _ in range(batch))
+    if "blocks" in used:
+        more |= {"blocks": draw(PAIRS.filter(lambda p: "q" in p and "k" in p)), "block_size": 16}
+    if "bias" in used:
+        more |= {"bias": draw(PAIRS), "hiding_bias": draw(st.booleans())}
+    if "scale" in used:
+        more["scale"] = draw(st.sampled_from((0.0, -0.3, -1.0, 0.05, 1.0)))
+    more |= {name: draw(st.integers(1, tq + tk)) for name in ("relative_bias", "relative_k") if name in used}
+    more |= {"slopes": draw(st.sampled_from((1, batch)))} if "slopes" in used else {}
+    more |= {"softcap": draw(st.sampled_from((0.7, 5.0, 50.0)))} if "softcap" in used else {}
+    more |= {"dropout": draw(st.sampled_from((0.1, 0.5, 0.9)))} if "dropout" in used else {}
+    more |= {"sinks": True} if "sinks" in used else {}
+    return AttentionCase("fuzzed", batch=batch, heads=(keys * group, keys), lengths=(tq, tk), **more)
+
+
+@st.composite
+def placed(draw: st.DrawFn, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same values anywhere in memory, NaN around them: dimensions in any order, but the last, in rows with room between."""
+    moved = dict(inputs)
+    for name in ("q", "k", "v", "bias", "mask", "relative_q"):
+        t = inputs.get(name)
+        if t is None:
+            continue
+        order = draw(st.permutations(range(t.dim() - 1)))
+        room = [draw(st.integers(0, 2)) for _ in range(t.dim())]
+        moved[name] = anywhere(t, order, room)
+    return moved
+
+
+def anywhere(t: Tensor, order: Any, room: Any) -> Tensor:
+    ordered = t.detach().permute(*order, t.dim() - 1)
+    filling = torch.nan if t.is_floating_point() else True
+    around = torch.full([n + extra for n, extra in zip(ordered.shape, room, strict=True)], filling, dtype=t.dtype)
+    place = around[tuple(slice(extra // 2, extra // 2 + n) for n, extra in zip(ordered.shape, room, strict=True))]
+    place.copy_(ordered)
+    back = [order.index(d) for d in range(t.dim() - 1)]
+    return place.permute(*back, t.dim() - 1).detach().requires_grad_(t.requires_grad)
+
+
+def fuzzed(examples: int) -> Any:
+    """The same examples in every run."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@fuzzed(40)
+@given(data=st.data())
+def test_any_call(family, dtype, data):
+    inputs = make(data.draw(calls(family)), dtype)
+    check(BATTERY, data.draw(placed(inputs)))
+
+
+# what torch calls attention
+
+
+def torch_results(function: Any, tensors: dict[str, Any], options: dict[str, Any]) -> dict[str, Tensor]:
+    """Output and gradients, the cotangent of the output being the same at every call."""
+    leaves = {
+        name: t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
+    out = function(**leaves, **options)
+    differentiable = {name: t for name, t in leaves.items() if isinstance(t, Tensor) and t.requires_grad}
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out.dtype)
+    return told(
+        (out,), dict(zip(differentiable, torch.autograd.grad(out, list(differentiable.values()), cotangent), strict=True))
+    )
+
+
+def by_math(**arguments: Any) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return theirs(**arguments)
+
+
+def by_flash(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """torch's fused kernel, where it takes the call: with four dimensions."""
+    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    shape = (1,) * (2 - len(batch)) + batch
+    out = theirs(*(t.expand(*shape, *t.shape[-2:]) for t in (query, key, value)), attn_mask, **options)
+    return out.reshape(*batch, *out.shape[-2:])
+
+
+def as_torchs_best(tensors: dict[str, Any], **options: Any) -> None:
+    """At every level, against fp64; the bound is that of torch's path with the smaller error."""
+    exact = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in tensors.items()}
+    truth = torch_results(by_math, exact, options)
+    dtype = tensors["query"].dtype
+    own = 0.0
+    if dtype == torch.float64:
+        single = {n: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in tensors.items()}
+        own = in_fp64(pooled_error(torch_results(by_math, single, options), truth))
+    paths = [torch_results(path, tensors, options) for path in (by_math, by_flash)]
+    best = min(paths, key=lambda results: pooled_error(results, truth))
+    q, k, v = (exact[name] for name in ("query", "key", "value"))
+    scale = options.get("scale")
+    case = replace(PLAIN, scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    rest = cancelled({"case": case, "q": tensors["query"], "k": k, "v": v}, 1)
+    names = {"q": "query", "k": "key", "bias": "attn_mask"}
+    rest = {f"gradient of {names[short]}": rest.get(f"gradient of {short}", 0.0) for short in names}
+    for level in filter(reached, LEVELS):
+        with at(level):
+            results = torch_results(ours, tensors, options)
+        compare([results, best, truth], f"at {level}", own, rest)
+
+
+SAMPLES = range(13)
+
+
+@functools.cache
+def samples(dtype: torch.dtype) -> list[Any]:
+    torch.manual_seed(0)
+    entry = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
+    every = [s for s in entry.sample_inputs("cpu", dtype, requires_grad=True) if s.kwargs.get("dropout_p", 0) == 0]
+    assert len(every) == len(SAMPLES)
+    return every
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index", SAMPLES)
+def test_torchs_samples(index, dtype):
+    sample = samples(dtype)[index]
+    options = dict(sample.kwargs)
+    tensors = dict(query=sample.input, key=sample.args[0], value=sample.args[1], attn_mask=options.pop("attn_mask", None))
+    with fastseq.use_backend("auto"):
+        as_torchs_best(tensors, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", (0.0, -0.5, -1e-3, 1e-30))
+@pytest.mark.parametrize("sizes", ((1, 1), (5, 5), (17, 33), (65, 65), (70, 33)), ids=str)
+def test_scales_that_are_not_positive(sizes, scale, dtype):
+    torch.manual_seed(0)
+    (rows, keys), shape = sizes, (1, 2)
+    tensors = dict(query=(*shape, rows, 16), key=(*shape, keys, 16), value=(*shape, keys, 16))
+    given = {name: torch.randn(size).to(dtype) for name, size in tensors.items()}
+    for causal in (False, True):
+        as_torchs_best(given, is_causal=causal, scale=scale)
+
+
+# what a softmax in blocks can get wrong
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ("rising", "falling", "late", "equal"))
+def test_maxima_that_move(level, order, dtype):
+    """Scores that rise from block to block, fall, or jump at the last key: what was summed before must be rescaled."""
+    torch.manual_seed(0)
+    keys, E = 300, 16
+    slope = {
+        "rising": torch.linspace(-30, 30, keys),
+        "falling": torch.linspace(30, -30, keys),
+        "late": torch.zeros(keys).index_fill(0, torch.tensor(keys - 1), 60.0),
+        "equal": torch.full((keys,), 40.0),
+    }
+    inputs = make(AttentionCase(order, batch=1, heads=(1, 1), lengths=(40, keys), features=(E, E)), dtype)
+    with torch.no_grad():
+        inputs["q"][..., 0] = 4.0
+        inputs["k"][..., 0] = slope[order]
+    check(BATTERY, inputs, (level,))
+
+
+@pytest.mark.parametrize("size", (1e-30, 1e-18, 1e15, 1e30, 3e38))
+def test_extreme_numbers(level, size):
+    """Values whose products are subnormal, or which are beyond what parts of fp32 can hold: as multiply-adds have them."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 33, 16), torch.randn(1, 2, 70, 16), torch.rand(1, 2, 70, 16) * size
+    truth = theirs(q.double(), k.double(), v.double())
+    error = (theirs(q, k, v).double() - truth).abs().max().item()
+    assert (ours(q, k, v).double() - truth).abs().max() <= 2 * error + 2.0**-22 * size
+    scaled = ours(q * size if size < 1 else q / size, k / size if size < 1 else k * min(size, 1e36), v / size)
+    if size <= 1e30:
+        torch.testing.assert_close(scaled, ours(q, k, v / size), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_infinite_and_undefined_values_are_torchs(level, dtype):
+    """An infinite value is infinite for the queries that see it, a NaN is a NaN; a query's own are nobody else's."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 70, 16).to(dtype) for _ in range(3))
+    clean = ours(q, k, v, is_causal=True)
+    for number in (torch.inf, -torch.inf, torch.nan):
+        spoiled = q.clone()
+        spoiled[0, 1, 40, 3] = number
+        out = ours(spoiled, k, v, is_causal=True)
+        assert out[0, 1, 40].isnan().all()
+        out[0, 1, 40] = clean[0, 1, 40]
+        assert torch.equal(out, clean)
+        spoiled = v.clone()
+        spoiled[0, 1, 40, 3] = number
+        out, expected = ours(q, k, spoiled), by_math(query=q, key=k, value=spoiled)
+        assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
+
+
+def test_keys_beyond_the_lengths_do_not_matter(level):
+    """NaN beyond the lengths: bit for bit what numbers there give."""
+    for dtype in DTYPES:
+        case = AttentionCase("hidden", batch=3, heads=(2, 1), lengths=(70, 130), k_lengths=(130, 65, 1), left=40, right=3)
+        inputs = make(case, dtype)
+        q, k, v = (inputs[name].detach() for name in "qkv")
+        expected = attention(q, k, v, spec_of(inputs))
+        for t in (k, v):
+            for b, length in enumerate(case.k_lengths):
+                t[b, :, length:] = torch.nan
+        found = attention(q, k, v, spec_of(inputs))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+# bits
+
+REPEATED = [
+    *named("several-tiles", "causal-tiles", "grouped", "both-lengths-causal", "packed-causal-grouped", "bias-hqk-causal"),
+    AttentionCase("long", batch=1, heads=(1, 1), lengths=(300, 300), features=(64, 64), right=0),
+    AttentionCase("few-queries", batch=1, heads=(4, 2), lengths=(3, 700), features=(64, 64)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", REPEATED, ids=str)
+def test_bits_of_runs_and_of_threads(level, case, dtype):
+    """Outputs do not depend on the number of threads; gradients, summed by so many of them, are those of any run with as many."""
+    inputs, single = make(case, dtype), {}
+    for count in THREADS:
+        with threads(count):
+            first, again = found(BATTERY, inputs), found(BATTERY, inputs)
+        single = single or first
+        for name, t in first.items():
+            assert torch.equal(t, again[name]), f"{name}, {count} threads"
+            assert torch.equal(t, single[name]) or name.startswith("gradient"), f"{name}, {count} threads"
+
+
+@pytest.mark.parametrize("count", THREADS)
+@pytest.mark.parametrize("case", REPEATED, ids=str)
+def test_gradients_by_threads(level, case, count):
+    with threads(count):
+        for dtype in DTYPES[1:3]:
+            check(BATTERY, make(case, dtype), (level,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_strides(level, dtype):
+    """Tensors that lie anywhere give, bit for bit, what their copies give."""
+    for case in named("several-tiles", "odd-features", "mask-all-dead", "bias-bk", "packed-causal-grouped"):
+        inputs = make(case, dtype)
+        plain = {
+            name: t.detach().contiguous().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+            for name, t in inputs.items()
+        }
+        expected = found(BATTERY, plain)
+        for order in itertools.permutations(range(inputs["q"].dim() - 1)):
+            moved = {name: anywhere(inputs[name], order, (1,) * len(order) + (3,)) for name in "qkv"}
+            results = found(BATTERY, inputs | moved)
+            assert all(torch.equal(t, results[name]) for name, t in expected.items())
+
+
+def test_heads_that_share_memory(level):
+    """Keys and values expanded over batch or heads, and q, k, v as slices of one projection."""
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        q, one = torch.randn(3, 4, 33, 16).to(dtype), torch.randn(3, 1, 47, 16).to(dtype)
+        assert torch.equal(ours(q, one.expand(-1, 4, -1, -1), one.expand(-1, 4, -1, -1)), ours(q, *[one.repeat(1, 4, 1, 1)] * 2))
+        first = one[:1].expand(3, 4, -1, -1)
+        assert torch.equal(ours(q, first, first), ours(q, first.contiguous(), first.contiguous()))
+        parts = torch.randn(2, 33, 3, 4, 16).to(dtype).permute(2, 0, 3, 1, 4)
+        assert torch.equal(ours(*parts), ours(*(t.contiguous() for t in parts)))
+
+
+def test_other_libraries_may_use_the_tiles(level):
+    """oneDNN's bfloat16 products leave their own tile configuration, or none, behind."""
+    torch.manual_seed(0)
+    q, a = torch.randn(1, 2, 70, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    expected, product = ours(q, q, q), a @ a
+    for _ in range(3):
+        assert torch.equal(ours(q[:, :, :33], q, q), expected[:, :, :33])
+        assert torch.equal(a @ a, product)
+        assert torch.equal(ours(q, q, q), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", [*DECODE_CASES, DecodeCase(lengths=(300, 1, 256), capacity=320, features=64, features_v=64)], ids=str
+)
+def test_decoding(level, case, dtype):
+    inputs = make_decode(case, dtype)
+    query_refused = case.features != case.features_v or case.softcap
+    if query_refused:
+        pytest.skip("the CPU has no such decoding")
+    out, lse = decode(**inputs)
+    exactly = {n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in inputs.items()}
+    names = ("out", "lse")
+    truth = dict(zip(names, decode_by_torch(**exactly), strict=True))
+    by_torch = dict(zip(names, decode_by_torch(**wide(inputs)), strict=True))
+    by_torch["out"] = by_torch["out"].to(dtype)
+    own = 0.0
+    if dtype == torch.float64:
+        single = {n: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in inputs.items()}
+        own = in_fp64(pooled_error(finite(dict(zip(names, decode_by_torch(**single), strict=True))), finite(truth)))
+    assert torch.equal(lse == -torch.inf, truth["lse"] == -torch.inf)
+    assert_all_close_to_truth(finite({"out": out, "lse": lse}), finite(by_torch), finite(truth), own_error=own)
+
+
+def finite(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    return results | {"lse": results["lse"].masked_fill(results["lse"] == -torch.inf, 0)}
+
+
+# a model
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.after = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.inner = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor, attend: Any) -> Tensor:
+        B, T, W = x.shape
+        q, k, v = self.qkv(self.before(x)).view(B, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
+        x = x + self.out(attend(query=q, key=k, value=v, is_causal=True).transpose(1, 2).reshape(B, T, W))
+        return x + self.inner(self.after(x))
+
+
+class Model(nn.Module):
+    def __init__(self, words: int = 20, width: int = 64, heads: int = 4, length: int = 48) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(words, width), nn.Parameter(0.1 * torch.randn(length, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(2))
+        self.readout = nn.Linear(width, words)
+
+    def loss(self, tokens: Tensor, attend: Any) -> Tensor:
+        x = self.embedding(tokens) + self.positions
+        for block in self.blocks:
+            x = block(x, attend)
+        return F.cross_entropy(self.readout(x)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def gradients_of(model: nn.Module, tokens: Tensor, attend: Any) -> list[Tensor]:
+    return list(torch.autograd.grad(model.loss(tokens, attend), list(model.parameters())))
+
+
+def test_gradients_of_a_model_in_training(level):
+    """Over 100 steps, bf16 gradients are as far from those in fp32 as with torch's math path, and no farther at the end."""
+    torch.manual_seed(0)
+    model = Model()
+    half = Model().bfloat16()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    errors: dict[Any, list[float]] = {ours: [], by_math: []}
+    with fastseq.use_backend("auto"):
+        for step in range(100):
+            tokens = (torch.randint(20, (4, 1)) + torch.arange(48) * torch.randint(1, 4, (4, 1))) % 20
+            tokens = torch.where(torch.rand(4, 48) < 0.1, torch.randint(20, (4, 48)), tokens)
+            truth = gradients_of(model, tokens, by_math)
+            if step % 20 == 0 or step >= 95:
+                with torch.no_grad():
+                    for own, exact in zip(half.parameters(), model.parameters(), strict=True):
+                        own.copy_(exact)
+                    wide = Model()
+                    for own, exact in zip(wide.parameters(), half.parameters(), strict=True):
+                        own.copy_(exact)
+                exact = gradients_of(wide, tokens, by_math)
+                for attend, found in errors.items():
+                    off = [(g.float() - t).square().sum() for g, t in zip(gradients_of(half, tokens, attend), exact, strict=True)]
+                    found.append(math.sqrt(sum(off) / sum(t.square().sum() for t in exact)))
+            for parameter, gradient in zip(model.parameters(), truth, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    ratios = [one / other for one, other in zip(errors[ours], errors[by_math], strict=True)]
+    assert math.prod(ratios) ** (1 / len(ratios)) <= 1.1 and max(ratios) <= 1.5, ratios
