@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 #include <utility>
 
@@ -655,6 +656,7 @@ void store_sums(const AttentionBackward& g, int64_t b, int64_t key_head, const A
 }
 
 #if defined(FASTSEQ_TILES)
+#include "tiles.inl"
 #include "attention_tiles.inl"
 
 // bfloat16 alone

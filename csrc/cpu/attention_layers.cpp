@@ -22,13 +22,6 @@ namespace {
 
 using Sizes = std::initializer_list<int64_t>;
 
-bool plain(const std::optional<Tensor>& tensor) {
-  if (!tensor) return true;
-  int32_t layout;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
-  return tensor->is_cpu() && layout == aoti_torch_layout_strided();
-}
-
 // of the attention's arithmetic, with a contiguous last dimension
 bool rows_of(const Tensor& tensor, ScalarType type) {
   return plain(tensor) && tensor.scalar_type() == type && (tensor.stride(-1) == 1 || tensor.size(-1) == 1);
@@ -38,22 +31,6 @@ bool may_be_added(const Tensor& tensor, ScalarType type) {
   const ScalarType own = tensor.scalar_type();
   return own == type || (own == ScalarType::Float && bytes_of(type_of(type)) == 2);
 }
-
-// A new tensor on the CPU.
-Tensor empty(Sizes sizes, const int64_t* strides, ScalarType type) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides,
-                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-Tensor empty(Sizes sizes, ScalarType type) {
-  int64_t strides[4], stride = 1;
-  for (int64_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
-  return empty(sizes, strides, type);
-}
-
-ScalarType wide_of(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 // Elements of a tensor, from its `first` on.
 Tensor view(const Tensor& tensor, Sizes sizes, Sizes strides, int64_t first = 0) {
@@ -101,8 +78,8 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
   if (mask) (mask->scalar_type() == ScalarType::Bool ? spec.mask : spec.bias) = mask;
   spec.scale = scale.value_or(1 / std::sqrt(static_cast<double>(of_q[3]))), spec.dropout = dropout, spec.seed = seed;
   spec.right = is_causal ? 0 : -1;
-  const int64_t H = of_q[1], L = of_q[2], E = of_v[3], strides[] = {L * H * E, E, H * E, 1};  // time before heads in memory
-  Tensor out = empty({of_q[0], H, L, E}, strides, type);
+  const int64_t H = of_q[1], L = of_q[2], E = of_v[3];
+  Tensor out = empty({of_q[0], H, L, E}, type, true);
   std::optional<Tensor> lse;
   if (wants_lse) lse = empty({of_q[0], H, L}, wide_of(type));
   attention_into(q, k, v, spec, out, lse, {}, false);

@@ -92,7 +92,7 @@ class Product {
     left = take(row_panels * step);
     pairs = take(p.transposed ? row_panels * kStep : 0);
     sums = take(p.depth > kRun ? row_panels * panels * kSums : 0);
-    fresh = take(2 * kSums);
+    fresh = take(kSums);
     of_rows = (V*)take(kParts == 3 ? row_panels * (p.transposed ? 2 : kPanel) * sizeof(V) : 0);
     of_columns = (V*)take(kParts == 3 ? panels * 2 * sizeof(V) : 0);
     bytes = at;
@@ -157,7 +157,7 @@ class Product {
     const V* fresh = nullptr;
     V* own = nullptr;     // those of earlier runs, or null
     char* out = nullptr;  // null: they go on
-    int64_t stride = 0, columns = 0, row = 0, rows = 0, at_once = 0, turn = 0;
+    int64_t stride = 0, columns = 0, row = 0, rows = 0, at_once = 0;  // at_once: rows beside a step
 
     FASTSEQ_HOST_DEVICE void operator()() { advance(min(rows, row + at_once)); }
     void rest() { advance(rows); }
@@ -311,7 +311,7 @@ class Product {
     waiting.rest();
     char* own = sums + (r * panels + panel) * kSums;
     const bool begins = k == 0, ends = k + kRun >= p.depth, keeps = begins && !ends;
-    char* to = keeps ? own : fresh + (waiting.turn ^= kSums);
+    char* to = keeps ? own : fresh;
     tile_store<0>(to, 64);
     if constexpr (NT == 2) tile_store<1>(to + kTileBytes, 64);
     if constexpr (MT == 2) tile_store<2>(to + 2 * kTileBytes, 64);
@@ -320,7 +320,7 @@ class Product {
     const int64_t stride = segment.right->stride, first = first_row + r * kPanel, left_rows = min(MT * kTile, rows - r * kPanel);
     char* out = static_cast<char*>(segment.right->out) + first * stride + (segment.column + column) * sizeof(S);
     waiting = {(const V*)to, begins ? nullptr : (V*)own, ends ? out : nullptr, stride, min(NT * kTile, segment.columns - column),
-               0, ends ? left_rows : MT * kTile, 0, waiting.turn};
+               0, ends ? left_rows : MT * kTile};
   }
 
   template <int MT>
@@ -377,7 +377,7 @@ class Product {
   const int64_t first_row, rows, row_panels, panels;
   const int64_t step;  // bytes of a packed panel; no power of two, lest they fall into the same sets of a cache
   // packed panels of the right-hand matrices and the left-hand one, [depths][2][parts] tiles; pairs of depths to be transposed, [2][parts];
-  // sums of earlier runs [panels of rows][of columns][2][2]; those of the last two products
+  // sums of earlier runs [panels of rows][of columns][2][2]; those of the last product
   char *right, *left, *pairs, *sums, *fresh;
   V *of_rows, *of_columns;  // the largest absolute values, lane by lane, of rows or of tiles of them, of tiles of columns
   Segment segments[3];

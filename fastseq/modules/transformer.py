@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import backends
 from ..backends import library
-from ..functional._native_layers import plain_call
+from ..ops._dispatch import plain_call
 from ._checks import public
 from ._interop import Interop, as_leaf
 from .attention import MultiheadAttention
