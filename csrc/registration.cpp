@@ -41,6 +41,12 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, float zoneout_c, Tensor[]? kept) -> "
       "Tensor[]");
   m.def(
+      "recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, str cell, bool has_biases, bool bidirectional, "
+      "bool save_gates) -> Tensor[]");
+  m.def(
+      "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
+      "Tensor[] params, Tensor y, Tensor c, Tensor gates, str cell, bool[] wanted) -> Tensor[]");
+  m.def(
       "recurrent_pack(Tensor[] params, str cell, int num_layers, bool has_biases, bool bidirectional, str weights) -> Tensor[]");
   m.def(
       "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
@@ -95,6 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("fma", TORCH_BOX(&fastseq::limits::fma_cpu));
   m.impl("recurrent_forward", TORCH_BOX(&fastseq::cpu::recurrent_forward));
   m.impl("recurrent_backward", TORCH_BOX(&fastseq::cpu::recurrent_backward));
+  m.impl("recurrent_layer_backward", TORCH_BOX(&fastseq::cpu::recurrent_layer_backward));
   m.impl("attention_forward", TORCH_BOX(&fastseq::cpu::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fastseq::cpu::attention_backward));
   m.impl("attention_with_weights", TORCH_BOX(&fastseq::cpu::attention_with_weights));
@@ -129,6 +136,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("transformer_encoder_layer", TORCH_BOX(&fastseq::cpu::transformer_encoder_layer));
   m.impl("attention_with_kv_cache", TORCH_BOX(&fastseq::cpu::attention_with_kv_cache));
   m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));
+  m.impl("recurrent_layer", TORCH_BOX(&fastseq::cpu::recurrent_layer));
   m.impl("recurrent_pack", TORCH_BOX(&fastseq::cpu::recurrent_pack));
   m.impl("cuda_limits", TORCH_BOX(&fastseq::cuda_limits));
   m.impl("recurrent_plan_fields", TORCH_BOX(&fastseq::recurrent::recurrent_plan_fields));

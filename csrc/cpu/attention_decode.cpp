@@ -32,14 +32,6 @@ void expect_contiguous(const std::optional<Tensor>& tensor, const char* name) {
   STD_TORCH_CHECK(!tensor || tensor->is_contiguous(), "attention_decode: ", name, " must be contiguous");
 }
 
-template <size_t N>
-Tensor empty(const int64_t (&sizes)[N], const int64_t (&strides)[N], ScalarType type) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(N, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 // [B, H, T, ..], or [B, T, H, ..] with time first
 template <class Rows>
 Rows rows_of(const Tensor& tensor, decltype(Rows::data) data, bool time_first = false) {
@@ -76,8 +68,7 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
   }
 
   const int64_t B = a.batch, H = a.heads, T = a.queries, Ev = a.value_features;
-  const Tensor out = empty<4>({B, H, T, Ev}, {T * H * Ev, Ev, H * Ev, 1}, narrow);  // time before heads
-  const Tensor lse = empty<3>({B, H, T}, {H * T, T, 1}, wide);
+  const Tensor out = empty({B, H, T, Ev}, narrow, true), lse = empty({B, H, T}, wide);
   a.keys = block_table ? (places ? block_table->size(1) * room : 0) : room;
   if (block_table && a.keys) {
     a.block_table = static_cast<const int32_t*>(block_table->const_data_ptr());
@@ -210,9 +201,8 @@ std::vector<Tensor> attention_with_kv_cache(Tensor q, Tensor k_cache, Tensor v_c
     append(a, a.k, rows_of<ConstRows>(*k_new, data(*k_new), time_first), totals, more, bytes, E * bytes);
     append(a, a.v, rows_of<ConstRows>(*v_new, data(*v_new), time_first), totals, more, bytes, Ev * bytes);
   }
-  const Tensor out = time_first ? empty<4>({B, T, H, Ev}, {T * H * Ev, H * Ev, Ev, 1}, narrow)
-                                : empty<4>({B, H, T, Ev}, {T * H * Ev, Ev, H * Ev, 1}, narrow);
-  const Tensor lse = empty<3>({B, H, T}, {H * T, T, 1}, wide);
+  const Tensor out = time_first ? empty({B, T, H, Ev}, narrow) : empty({B, H, T, Ev}, narrow, true);
+  const Tensor lse = empty({B, H, T}, wide_of(narrow));
   a.out = rows_of<MutableRows>(out, mutable_data(out), time_first);
   a.k_lengths = totals;
   a.left = left, a.right = right, a.bottom_right = true;

@@ -23,10 +23,7 @@ namespace fastseq::cpu::FASTSEQ_LEVEL {
 namespace {
 
 #include "vector.inl"
-
-constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+#include "transpose.inl"
 
 // What one load of features fills: a vector or, of bfloat16, two, of even and of odd features, which a shift and a mask tell apart.
 template <class S, class A>

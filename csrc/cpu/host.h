@@ -56,6 +56,25 @@ void with_storage(Type type, F&& body) {
   }
 }
 
+inline ScalarType wide_of(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// A new tensor on the CPU.
+inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType type) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides,
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+// Contiguous, of up to four dimensions; `transposed`: but for the two before the last, which are exchanged in memory.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, bool transposed = false) {
+  const int64_t n = sizes.size(), *size = sizes.begin();
+  int64_t strides[4], stride = 1;
+  for (int64_t i = n; i-- > 0; stride *= size[i]) strides[i] = stride;
+  if (transposed) strides[n - 2] = size[n - 1] * size[n - 3], strides[n - 3] = size[n - 1];
+  return empty_strided(sizes, strides, type);
+}
+
 // Memory for packed weights, states and workspaces, 64-byte aligned, since the kernels load whole registers. What it holds is undefined: with
 // FASTSEQ_CPU_POISON set, NaN in every dtype, so that a test sees what is read before it is written. Each thread keeps what it has freed,
 // up to kKept bytes: pages that the system has to clear anew at every call cost as much as a tenth of it.
