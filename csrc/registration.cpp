@@ -41,6 +41,12 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, float zoneout_c, Tensor[]? kept) -> "
       "Tensor[]");
   m.def(
+      "recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, str cell, bool has_biases, bool bidirectional, "
+      "bool save_gates) -> Tensor[]");
+  m.def(
+      "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
+      "Tensor[] params, Tensor y, Tensor c, Tensor gates, str cell, bool[] wanted) -> Tensor[]");
+  m.def(
       "recurrent_pack(Tensor[] params, str cell, int num_layers, bool has_biases, bool bidirectional, str weights) -> Tensor[]");
   m.def(
       "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
@@ -50,6 +56,10 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? slopes, Tensor? sinks, "
       "float scale, float softcap, int left, int right, int num_splits) -> (Tensor, Tensor)");
+  m.def(
+      "attention_with_kv_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k_new, Tensor? v_new, "
+      "Tensor? block_table, Tensor? slopes, Tensor? sinks, bool time_first, float? scale, float softcap, int left, int right, "
+      "int num_splits) -> Tensor[]");
   m.def(
       "recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, Tensor? h0, Tensor? lengths, Tensor? batch_sizes, "
       "Tensor[] w_ih, int reverse, int[] wanted) -> Tensor[]");
@@ -91,6 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("fma", TORCH_BOX(&fastseq::limits::fma_cpu));
   m.impl("recurrent_forward", TORCH_BOX(&fastseq::cpu::recurrent_forward));
   m.impl("recurrent_backward", TORCH_BOX(&fastseq::cpu::recurrent_backward));
+  m.impl("recurrent_layer_backward", TORCH_BOX(&fastseq::cpu::recurrent_layer_backward));
   m.impl("attention_forward", TORCH_BOX(&fastseq::cpu::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fastseq::cpu::attention_backward));
   m.impl("attention_with_weights", TORCH_BOX(&fastseq::cpu::attention_with_weights));
@@ -123,7 +134,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("multihead_attention", TORCH_BOX(&fastseq::cpu::multihead_attention));
   m.impl("self_attention", TORCH_BOX(&fastseq::cpu::self_attention));
   m.impl("transformer_encoder_layer", TORCH_BOX(&fastseq::cpu::transformer_encoder_layer));
+  m.impl("attention_with_kv_cache", TORCH_BOX(&fastseq::cpu::attention_with_kv_cache));
   m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));
+  m.impl("recurrent_layer", TORCH_BOX(&fastseq::cpu::recurrent_layer));
   m.impl("recurrent_pack", TORCH_BOX(&fastseq::cpu::recurrent_pack));
   m.impl("cuda_limits", TORCH_BOX(&fastseq::cuda_limits));
   m.impl("recurrent_plan_fields", TORCH_BOX(&fastseq::recurrent::recurrent_plan_fields));

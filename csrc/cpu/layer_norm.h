@@ -1,4 +1,4 @@
-// Layer norm of a sum, the step between the blocks of a transformer's layer; the host part is attention_layers.cpp.
+// What lies between the products of a transformer's layer, row by row; the host part is attention_layers.cpp.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,8 @@ struct AddNorm {
 struct LayerNormKernels {
   // `row` holds `features` numbers, of 8 bytes if the type is double, else of 4
   void (*add_norm)(const AddNorm&, int64_t begin, int64_t end, void* row);
+  // rows += bias, and then what is negative becomes 0 if `relu`
+  void (*add_bias)(Type, void* rows, const void* bias, int64_t features, int64_t begin, int64_t end, bool relu);
 };
 
 const LayerNormKernels& layer_norm_default();

@@ -114,9 +114,12 @@ class Product {
       for (int64_t d = 0; d < count; d += kDepth)
         for (int64_t i = 0; i < segment_count; ++i) {
           const Segment& own = segments[i];
+          if (own.right->by_columns) continue;
           pack_pairs(own.right->matrix, k + d, min(kDepth, count - d), own.column, own.columns, right + own.panel * step + d / kDepth * kStep,
                      step, of_columns + 2 * own.panel);
         }
+      for (int64_t i = 0; i < segment_count; ++i)
+        if (segments[i].right->by_columns) pack_columns(segments[i], k, count);
       if (p.transposed)
         pack_transposed(k, count);
       else
@@ -229,6 +232,36 @@ class Product {
       for (int64_t i = 0; i < row_panels; ++i)
         for (int64_t tile = 0; tile < 2 * kParts; ++tile)
           transpose(pairs + i * kStep + tile * kTileBytes, left + i * step + d / kDepth * kStep + tile * kTileBytes);
+    }
+  }
+
+  // Columns that lie as rows do, 16 at a time.
+  void pack_columns(const Segment& own, int64_t k, int64_t count) const {
+    for (int64_t column = 0; column < own.columns; column += kTile) {
+      const int64_t panel = own.panel + column / kPanel, half = column / kTile % 2;
+      char* to = right + panel * step + half * kBytes;
+      V most[kTile] = {};
+      for (int64_t d = 0; d < count; d += kDepth, to += kStep) {
+        alignas(64) char lying[kBytes];
+        for (int64_t i = 0; i < kTile; ++i) {
+          const bool inside = column + i < own.columns;
+          const uint32_t mask = inside ? (uint64_t(1) << min(kDepth, count - d)) - 1 : 0;
+          const S* from = static_cast<const S*>(own.right->matrix.row(own.column + (inside ? column + i : 0))) + k + d;
+          if constexpr (kParts == 1) {
+            *(Words*)(lying + i * 64) = (Words)_mm512_maskz_loadu_epi16(mask, from);
+          } else {
+            const V x = (V)_mm512_maskz_loadu_ps(mask, from), y = (V)_mm512_maskz_loadu_ps(mask >> kTile, from + kTile);
+            see(x, most[i]), see(y, most[i]);
+            pairs_of(x, y, lying + i * 64);
+          }
+        }
+        for (int64_t part = 0; part < kParts; ++part) transpose(lying + part * kTileBytes, to + part * kTileBytes);
+      }
+      if constexpr (kParts == 3) {
+        U* of_tile = (U*)of_columns + 2 * panel + half;
+        for (int64_t i = 0; i < kTile; ++i)
+          for (int64_t lane = 0; lane < kTile; ++lane) (*of_tile)[i] = max((*of_tile)[i], ((U)most[i])[lane]);
+      }
     }
   }
 

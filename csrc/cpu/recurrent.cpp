@@ -346,22 +346,72 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
   run(layer);
 }
 
+namespace {
+
+// A layer backward, all its lanes, as the ops make it of their arguments.
+struct LayerBackward {
+  Backward a{};  // all but what is made of the weights
+  int64_t steps = 0, reverse = 0;
+  const int64_t *lengths = nullptr, *batch_sizes = nullptr;
+  std::vector<const void*> w_hh, w_hr;  // of each lane
+  bool through_weights = false;         // whether w_hh are packed: the gradient goes through them here
+};
+
+void run(LayerBackward& layer) {
+  Backward& a = layer.a;
+  const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
+  const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden, GH = tiling.gates * H;
+  const int64_t tile_columns = kTileVectors * tiling.width;
+  const int64_t unit_tiles = tiles_of(H, tile_columns), output_tiles = tiles_of(P, tile_columns);
+  const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, GH, P, std::min(unit_tiles, output_tiles),
+                              wide_bytes(a.shape.type));
+  const Batch batch(layer.steps, a.batch, layer.lengths, layer.batch_sizes, plan.batch_parts);
+  const auto by = [&](const Kernels& kernel) {
+    Buffer packed, packed_projection;
+    const auto pack = [&](const std::vector<const void*>& weights, int64_t tiles, int64_t depth, int64_t columns) {
+      const int64_t bytes = kernel.column_tile_bytes(a.shape, depth);
+      Buffer to(D * tiles * bytes);
+      packed_tiles(D, tiles, bytes, tile_columns * depth, to.get(), [&](int64_t d, int64_t tile, void* part) {
+        kernel.pack_rows(a.shape, weights[d], depth, columns, tile, part);
+      });
+      return to;
+    };
+    if (layer.through_weights) packed = pack(layer.w_hh, output_tiles, GH, P);
+    if (a.shape.projected) packed_projection = pack(layer.w_hr, unit_tiles, P, H);
+    a.weights = packed.get(), a.projection = packed_projection.get();
+    std::atomic<bool> within = true;
+    run_teams(plan, D, layer.reverse, batch, unit_tiles, output_tiles, kernel.backward_workspace, a.shape, [&](const Work& work) {
+      if (!kernel.backward(a, work)) within = false;
+    });
+    return within.load();
+  };
+#if defined(__x86_64__)
+  if (layer.through_weights && in_parts(a.shape, tiling, a.batch, layer.steps)) {
+    a.least = least_operand(largest(kernels_amx(), layer.w_hh, GH * P));
+    if (a.least <= kMostOfParts && by(kernels_amx())) return;
+  }
+#endif
+  by(kernels_of(a.shape));
+}
+
+}  // namespace
+
 void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc,
                         Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection, std::optional<Tensor> h0,
                         std::optional<Tensor> c0, std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes,
                         std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
                         std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool through_weights, Tensor dgates,
                         Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0) {
-  Backward a{};
+  LayerBackward layer;
+  Backward& a = layer.a;
   a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
   a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
   const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates, GH = tiling.gates * H;
   a.batch = dh0.size(1);
-  const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
+  const int64_t steps = layer.steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || steps == 0 || P == 0) return;
-  const int64_t bytes = wide_bytes(a.shape.type), stored = bytes_of(a.shape.type);
-  const int64_t tile_columns = kTileVectors * tiling.width;
+  const int64_t stored = bytes_of(a.shape.type);
   const ScalarType narrow = y.scalar_type(), wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = y.numel() / (D * P), states = D * a.batch;
   expect(dy, narrow, rows * D * P, "dy"), expect(dh_n, narrow, states * P, "dh_n");
@@ -379,43 +429,199 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   expect(doutput, narrow, projection || tiling.normalized ? rows * D * P : 0, "doutput");
   expect(dh0, narrow, states * P, "dh0"), expect(dc0, wide, states * tiling.states * H, "dc0");
 
-  const int64_t unit_tiles = tiles_of(H, tile_columns), output_tiles = tiles_of(P, tile_columns);
-
   a.dy = data(dy), a.dh_n = data(dh_n), a.dc_n = data(dc_n), a.dc = data(dc);
   a.vectors = data(vectors), a.h0 = data(h0), a.c0 = data(c0);
   a.y = data(y), a.c = data(c), a.gates = data(gates);
   a.dgates = mutable_data(dgates), a.drecurrent = mutable_data(drecurrent), a.doutput = mutable_data(doutput);
   a.dh0 = mutable_data(dh0), a.dc0 = mutable_data(dc0);
 
-  const Plan plan =
-      make_plan(torch::stable::get_num_threads(), D, a.batch, GH, P, std::min(unit_tiles, output_tiles), bytes);
-  const Batch batch(steps, a.batch, integers(lengths), integers(batch_sizes), plan.batch_parts);
-  const auto run = [&](const Kernels& kernel) {
-    Buffer packed, packed_projection;
-    const auto pack = [&](const std::optional<Tensor>& weights, int64_t tiles, int64_t depth, int64_t columns) {
-      const int64_t bytes = kernel.column_tile_bytes(a.shape, depth);
-      Buffer to(D * tiles * bytes);
-      packed_tiles(D, tiles, bytes, tile_columns * depth, to.get(), [&](int64_t d, int64_t tile, void* part) {
-        kernel.pack_rows(a.shape, offset(data(weights), d * depth * columns * stored), depth, columns, tile, part);
-      });
-      return to;
-    };
-    if (through_weights) packed = pack(weight, output_tiles, GH, P);
-    if (projection) packed_projection = pack(projection, unit_tiles, P, H);
-    a.weights = packed.get(), a.projection = packed_projection.get();
-    std::atomic<bool> within = true;
-    run_teams(plan, D, reverse, batch, unit_tiles, output_tiles, kernel.backward_workspace, a.shape, [&](const Work& work) {
-      if (!kernel.backward(a, work)) within = false;
-    });
-    return within.load();
-  };
-#if defined(__x86_64__)
-  if (through_weights && in_parts(a.shape, tiling, a.batch, steps)) {
-    a.least = least_operand(largest(kernels_amx(), {data(weight)}, D * GH * P));
-    if (a.least <= kMostOfParts && run(kernels_amx())) return;
+  for (int64_t d = 0; d < D; ++d) {
+    layer.w_hh.push_back(offset(data(weight), d * GH * P * stored));
+    if (projection) layer.w_hr.push_back(offset(data(projection), d * P * H * stored));
   }
-#endif
-  run(kernels_of(a.shape));
+  layer.reverse = reverse, layer.lengths = integers(lengths), layer.batch_sizes = integers(batch_sizes);
+  layer.through_weights = through_weights;
+  run(layer);
+}
+
+namespace {
+
+// Rows up to which torch's products are faster than ours, which put their operands together first.
+constexpr int64_t kRowsOfTorch = 16;
+
+// A matrix [rows, columns] in memory, one row `stride` elements from the next, or its transpose.
+Tensor matrix(const void* values, int64_t rows, int64_t columns, int64_t stride, ScalarType type, bool transposed = false) {
+  const int64_t sizes[] = {transposed ? columns : rows, transposed ? rows : columns};
+  const int64_t strides[] = {transposed ? 1 : stride, transposed ? stride : 1};
+  return torch::stable::from_blob(const_cast<void*>(values), {sizes, 2}, {strides, 2},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU, 0), type);
+}
+
+// to[0 .. columns) = the sum of rows `stride` elements apart, in the kernels' arithmetic, run by run
+void sum_rows(Type type, const void* values, int64_t rows, int64_t columns, int64_t stride, void* to) {
+  constexpr int64_t kRun = 64;
+  with_storage(type, [&]<class S>() {
+    using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
+    Buffer buffer(2 * columns * sizeof(A));
+    A *sums = static_cast<A*>(buffer.get()), *run = sums + columns;
+    std::fill_n(sums, columns, A(0));
+    for (int64_t begin = 0; begin < rows; begin += kRun) {
+      std::fill_n(run, columns, A(0));
+      for (int64_t r = begin; r < std::min(begin + kRun, rows); ++r)
+        for (int64_t i = 0; i < columns; ++i) run[i] += static_cast<A>(static_cast<const S*>(values)[r * stride + i]);
+      for (int64_t i = 0; i < columns; ++i) sums[i] += run[i];
+    }
+    std::transform(sums, sums + columns, static_cast<S*>(to), [](A sum) { return S(sum); });
+  });
+}
+
+// to[0 .. n) += values
+void add_to(Type type, const void* values, int64_t n, void* to) {
+  with_storage(type, [&]<class S>() {
+    auto* sums = static_cast<S*>(to);
+    std::transform(sums, sums + n, static_cast<const S*>(values), sums, [](S a, S b) { return S(a + b); });
+  });
+}
+
+}  // namespace
+
+std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, Tensor x,
+                                             std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params, Tensor y,
+                                             Tensor c, Tensor gates, std::string cell, std::vector<bool> wanted) {
+  STD_TORCH_CHECK(y.dim() == 4 && x.dim() == 3 && y.numel(), "recurrent: x must be [T, B, I] and y [T, B, D, H], not empty");
+  LayerBackward layer;
+  Backward& a = layer.a;
+  const int64_t T = y.size(0), B = y.size(1), D = y.size(2), H = y.size(3), I = x.size(2), rows = T * B, count = params.size();
+  const ScalarType narrow = y.scalar_type();
+  a.shape = {cell_of(cell), type_of(narrow), D, H, H, false, false};
+  const Type type = a.shape.type;
+  const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
+  const ScalarType wide = type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
+  const int64_t GH = tiling.gates * H, own = tiling.own_recurrent * H, K = tiling.states * H, stored = bytes_of(type);
+  STD_TORCH_CHECK(tiling.vectors == tiling.own_recurrent && !tiling.normalized, "recurrent: cell ", cell,
+                  " has parameters beside weights and biases");
+  STD_TORCH_CHECK(D <= 2 && (count == 2 * D || count == 4 * D) && static_cast<int64_t>(wanted.size()) == 3 + count,
+                  "recurrent: params must be w_ih, w_hh and with biases b_ih, b_hh of each direction, of which wanted tells each");
+  expect(dy, narrow, rows * D * H, "dy"), expect(dh_n, narrow, D * B * H, "dh_n"), expect(dc_n, wide, D * B * K, "dc_n");
+  expect(x, narrow, rows * I, "x"), expect(h0, narrow, D * B * H, "h0"), expect(c0, wide, D * B * K, "c0");
+  expect(y, narrow, rows * D * H, "y"), expect(c, wide, rows * D * K, "c"), expect(gates, narrow, rows * D * tiling.saved * H, "gates");
+  for (int64_t i = 0; i < count; ++i)
+    expect(params[i], narrow, i < D ? GH * I : i < 2 * D ? GH * H : GH, i < D ? "w_ih" : i < 2 * D ? "w_hh" : "bias");
+  const auto at = [&](const void* values, int64_t place) { return offset(values, place * stored); };
+  std::vector<Buffer> kept;  // what is put together here
+  const auto keep = [&](int64_t elements) { return static_cast<char*>(kept.emplace_back(elements * stored).get()); };
+
+  const Tensor dgates = empty({T, B, D, GH}, narrow), drecurrent = empty({own ? T : 0, B, D, own}, narrow);
+  const Tensor dh0 = empty({D, B, H}, narrow), dc0 = empty({K ? D : 0, B, K}, wide);
+  if (own && count == 4 * D) {
+    char* inside = keep(D * own);
+    for (int64_t d = 0; d < D; ++d) std::memcpy(inside + d * own * stored, at(data(params[3 * D + d]), GH - own), own * stored);
+    a.vectors = inside;
+  }
+  for (int64_t d = 0; d < D; ++d) layer.w_hh.push_back(data(params[D + d]));
+  a.batch = B, layer.steps = T, layer.reverse = D > 1 ? 2 : 0, layer.through_weights = T > 1;
+  a.dy = data(dy), a.dh_n = data(dh_n), a.dc_n = data(dc_n), a.h0 = data(h0), a.c0 = data(c0);
+  a.y = data(y), a.c = data(c), a.gates = data(gates);
+  a.dgates = mutable_data(dgates), a.drecurrent = mutable_data(drecurrent);
+  a.dh0 = mutable_data(dh0), a.dc0 = mutable_data(dc0);
+  run(layer);
+
+  const auto product = [&](const Tensor& left, const Tensor& right) { return torch::stable::matmul(left, right); };
+  const auto states = [&](std::vector<Tensor>& results) {
+    if (wanted[1]) results.push_back(dh0);
+    if (wanted[2]) results.push_back(dc0);
+  };
+  struct Rows {
+    const void* values;
+    int64_t stride;
+  };
+  std::vector<Rows> dr;  // of every direction, gradients of the recurrent products
+  const auto join = [&] {
+    for (int64_t d = dr.size(); d < D; ++d) {
+      dr.push_back({at(a.dgates, d * GH), D * GH});
+      if (!own) continue;
+      char* to = keep(rows * GH);
+      for (int64_t r = 0; r < rows; ++r) {
+        std::memcpy(to + r * GH * stored, at(a.dgates, (r * D + d) * GH), (GH - own) * stored);
+        std::memcpy(to + (r * GH + GH - own) * stored, at(a.drecurrent, (r * D + d) * own), own * stored);
+      }
+      dr.back() = {to, GH};
+    }
+  };
+  if (T == 1 && wanted[1]) join();
+  for (int64_t d = 0; wanted[1] && T == 1 && d < D; ++d) {
+    const Tensor through = product(matrix(dr[d].values, B, GH, dr[d].stride, narrow), matrix(layer.w_hh[d], GH, H, H, narrow));
+    add_to(type, data(through), B * H, static_cast<char*>(a.dh0) + d * B * H * stored);
+  }
+
+  std::vector<Tensor> results;
+  if (rows > kRowsOfTorch) {
+    std::vector<int64_t> bits(D);
+    for (int64_t i = 0; i < count; ++i) bits[i % D] |= int64_t(wanted[3 + i]) << i / D;
+    bits[0] |= int64_t(wanted[0]) << 4;
+    const std::vector<Tensor> w_ih(params.begin(), params.begin() + (wanted[0] ? D : 0));
+    std::vector<Tensor> found = recurrent_gradients(x, dgates, drecurrent, y, h0, {}, {}, w_ih, layer.reverse, bits);
+    if (!found.empty()) {
+      auto next = found.begin();
+      if (wanted[0]) results.push_back(*next++);
+      states(results);
+      std::vector<std::optional<Tensor>> of(count);  // they come lane by lane
+      for (int64_t d = 0; d < D; ++d)
+        for (int64_t i = d; i < count; i += D)
+          if (wanted[3 + i]) of[i] = *next++;
+      for (const auto& gradient : of)
+        if (gradient) results.push_back(*gradient);
+      return results;
+    }
+  }
+
+  join();
+  std::vector<Rows> before;  // of every direction, the states before every step; null: zeros
+  for (int64_t d = 0; d < D; ++d) {
+    const void* first = at(a.h0, d * B * H);
+    if (T == 1) {
+      before.push_back({first, H});
+      continue;
+    }
+    char* to = keep(rows * H);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t t = d ? r / B + 1 : r / B - 1, b = r % B;  // the second direction goes backwards
+      const void* from = t >= 0 && t < T ? at(a.y, ((t * B + b) * D + d) * H) : at(first, b * H);
+      if (from)
+        std::memcpy(to + r * H * stored, from, H * stored);
+      else
+        std::memset(to + r * H * stored, 0, H * stored);
+    }
+    before.push_back({to, H});
+  }
+  if (wanted[0]) {
+    const void* weights = data(params[0]);
+    if (D > 1) {
+      char* both = keep(D * GH * I);
+      for (int64_t d = 0; d < D; ++d) std::memcpy(both + d * GH * I * stored, data(params[d]), GH * I * stored);
+      weights = both;
+    }
+    const Tensor dx = product(matrix(a.dgates, rows, D * GH, D * GH, narrow), matrix(weights, D * GH, I, I, narrow));
+    results.push_back(torch::stable::view(dx, {T, B, I}));
+  }
+  states(results);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!wanted[3 + i]) continue;
+    const int64_t kind = i / D, d = i % D;
+    const Rows of = kind % 2 ? dr[d] : Rows{at(a.dgates, d * GH), D * GH};
+    if (kind == 1 && !before[d].values) {
+      results.push_back(empty({GH, H}, narrow));
+      std::memset(mutable_data(results.back()), 0, GH * H * stored);
+    } else if (kind < 2) {
+      const Rows right = kind ? before[d] : Rows{data(x), I};
+      const int64_t columns = kind ? H : I;
+      results.push_back(product(matrix(of.values, rows, GH, of.stride, narrow, true), matrix(right.values, rows, columns, right.stride, narrow)));
+    } else {
+      results.push_back(empty({GH}, narrow));
+      sum_rows(type, of.values, rows, GH, of.stride, mutable_data(results.back()));
+    }
+  }
+  return results;
 }
 
 }  // namespace fastseq::cpu

@@ -1,4 +1,4 @@
-// Whole stacks of layers without gradients in one call, and their weights packed beforehand.
+// Whole stacks of layers without gradients in one call, and their weights packed beforehand; one layer with what its gradients need.
 
 #include <cmath>
 #include <functional>
@@ -27,25 +27,6 @@ void widen(Type type, const void* from, int64_t n, float* to) {
 }
 void narrow_to(Type type, const float* from, int64_t n, void* to) {
   with_storage(type, [&]<class S>() { std::transform(from, from + n, static_cast<S*>(to), [](float x) { return S(x); }); });
-}
-
-// A new tensor on the CPU, contiguous, or the first two of its three dimensions transposed in memory.
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, bool transposed = false) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-  if (transposed) strides[0] = sizes[2], strides[1] = sizes[0] * sizes[2];
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
-                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-bool plain(const std::optional<Tensor>& tensor) {
-  int32_t layout = aoti_torch_layout_strided();
-  if (tensor) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
-  return !tensor || (tensor->is_cpu() && layout == aoti_torch_layout_strided());
 }
 
 bool fits(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
@@ -198,12 +179,15 @@ void round_weights(Stored stored, const float* weights, int64_t n, int64_t depth
   }
 }
 
-}  // namespace
+// What a call leaves for its gradients, of one layer: nothing, c of every step, or also the gates.
+enum class Saves { kNothing, kCells, kGates };
 
-std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
-                                     std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::string cell,
-                                     int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
-                                     double zoneout_c, std::optional<std::vector<Tensor>> kept) {
+// As recurrent_layers and recurrent_layer.
+std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& h0, const std::optional<Tensor>& c0,
+                              const std::vector<Tensor>& params, const std::optional<Tensor>& lengths,
+                              const std::optional<Tensor>& batch_sizes, const std::string& cell, int64_t num_layers, bool has_biases,
+                              bool bidirectional, bool batch_first, double zoneout_h, double zoneout_c,
+                              const std::optional<std::vector<Tensor>>& kept, Saves saves) {
   // Whatever is odd is declined: the long way says what is wrong with it, or deals with it.
   if (!plain(input) || !plain(h0) || !plain(c0) || !plain(lengths) || !plain(batch_sizes)) return {};
   const auto stack = Stack::make(params, cell, num_layers, has_biases, bidirectional);
@@ -279,7 +263,9 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
     c = wide_c0.get();
   }
   std::vector<Tensor> results;
-  if (input.dim() == 2)
+  if (saves != Saves::kNothing)
+    results.push_back(empty({T, B, D, P}, narrow));
+  else if (input.dim() == 2)
     results.push_back(empty({rows, D * P}, narrow));
   else
     results.push_back(transposed ? empty({B, T, D * P}, narrow, true) : empty({T, B, D * P}, narrow));
@@ -290,7 +276,13 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
     results.push_back(empty({lanes, B, P}, narrow)), h_n = mutable_data(results.back());
   }
   void* c_n = nullptr;
-  if (cells) {
+  if (saves != Saves::kNothing) {
+    const ScalarType of_states = type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
+    const bool gates = saves == Saves::kGates && tiling.saved;
+    results.push_back(cells ? empty({D, B, H}, of_states) : empty({0}, of_states)), c_n = mutable_data(results.back());
+    results.push_back(cells ? empty({T, B, D, H}, of_states) : empty({0}, of_states)), a.c = mutable_data(results.back());
+    results.push_back(gates ? empty({T, B, D, tiling.saved * H}, narrow) : empty({0}, narrow)), a.gates = mutable_data(results.back());
+  } else if (cells) {
     results.push_back(step ? empty({B, H}, narrow) : empty({lanes, B, H}, narrow)), c_n = mutable_data(results.back());
     if (stored == 2) wide_c = Buffer(cells * wide), c_n = wide_c.get();
   }
@@ -328,8 +320,25 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
     run(layer);
     x = a.y;
   }
-  if (cells && stored == 2) narrow_to(type, static_cast<const float*>(c_n), cells, mutable_data(results.back()));
+  if (wide_c.get()) narrow_to(type, static_cast<const float*>(c_n), cells, mutable_data(results.back()));
   return results;
+}
+
+}  // namespace
+
+std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
+                                     std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::string cell,
+                                     int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
+                                     double zoneout_c, std::optional<std::vector<Tensor>> kept) {
+  return run_stack(input, h0, c0, params, lengths, batch_sizes, cell, num_layers, has_biases, bidirectional, batch_first, zoneout_h,
+                   zoneout_c, kept, Saves::kNothing);
+}
+
+std::vector<Tensor> recurrent_layer(Tensor x, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
+                                    std::string cell, bool has_biases, bool bidirectional, bool save_gates) {
+  if (x.dim() != 3) return {};
+  return run_stack(x, h0, c0, params, {}, {}, cell, 1, has_biases, bidirectional, false, 0, 0, {},
+                   save_gates ? Saves::kGates : Saves::kCells);
 }
 
 std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell, int64_t num_layers, bool has_biases,

@@ -19,6 +19,7 @@ from .. import backends
 from .._arguments import own_keywords
 from ..ops import _attention_eager as eager
 from ..ops import attention as ops
+from ..ops._dispatch import plain_call
 from . import _nested
 from ._attention_call import (
     MOST_HEADS,
@@ -32,7 +33,6 @@ from ._attention_call import (
     rows,
     takes_options,
 )
-from ._native_layers import plain_call
 from ._torch_attention import attention_and_lse, attention_and_weights, attention_output, seeded
 
 __all__ = ["attention", "attention_grad", "merge_attention"]

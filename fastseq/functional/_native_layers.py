@@ -1,4 +1,5 @@
-"""Stacks of layers without gradients, each in one call of the CPU library: the way of plain eager calls.
+"""Stacks of layers without gradients, each in one call of the CPU library, and with gradients in one call a layer: the way of
+plain eager calls.
 
 What a caller records, transforms, lowers or looks at keeps the registered ops, which run the same kernels on the same numbers.
 """
@@ -9,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import _C, Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor, nn
+from torch.nn.functional import dropout as dropped
 
 from .. import backends
 from ..backends import library
@@ -19,23 +20,10 @@ from ..backends.notes import note
 from ..backends.torch import limits
 from ..backends.torch import recurrent as torchs
 from ..cells import CELLS
+from ..ops.recurrent import native_layer
 from ._packing import Packing
 
-_PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass has a say in what is called on it
-
-
-def plain_call() -> bool:
-    """Whether nobody compiles, traces, transforms or lowers what runs now, nor forces another backend."""
-    return not (
-        torch.compiler.is_compiling()
-        or _C._is_tracing()
-        or _C._len_torch_dispatch_stack()
-        or _C._len_torch_function_stack()
-        or _C._are_functorch_transforms_active()
-        or _C._is_any_autocast_enabled()
-        or forward_ad._current_level >= 0
-        or backends.forced() not in (None, "cpu")
-    )
+PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass has a say in what is called on it
 
 
 def native_layers(
@@ -51,11 +39,13 @@ def native_layers(
     batch_sizes: Tensor | None = None,
     zoneout: tuple[float, float] = (0.0, 0.0),
     packing: Packing | None = None,
+    chosen: bool = False,
 ) -> Sequence[Tensor] | None:
-    """Output and final states, h_n and of a pair c_n, of a plain call (:func:`plain_call`) without gradients.
+    """Output and final states, h_n and of a pair c_n, of a plain call (``plain_call``) without gradients.
 
     Arguments are those of ``recurrent``; or ``input`` is ``[B, I]`` without ``batch_sizes`` and the states are ``[B, n]``: one
-    step, of which the states alone are given back. ``packing`` serves instead of the weights among ``params``.
+    step, of which the states alone are given back. ``packing`` serves instead of the weights among ``params``; ``chosen``: the
+    native kernels are known to be the ones for it.
     None: the call is for another way, which also says what is wrong with it.
     """
     given: list[Any] = [input, *params] if states is None else [input, *params, *states]
@@ -64,7 +54,7 @@ def native_layers(
     if batch_sizes is not None:
         given.append(batch_sizes)
     for tensor in given:
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in PLAIN:
             return None
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given]):
         return None
@@ -75,7 +65,7 @@ def native_layers(
         return None
     if packing is not None:
         kept = packing.of(weights)
-    elif backends.watched() or not _ours(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes):
+    elif not chosen and (backends.watched() or not _ours(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes)):
         return None
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     op = torch.ops.fastseq_native.recurrent_layers.default
@@ -90,6 +80,93 @@ def native_layers(
                 backends.select(query)
                 note(packing)
     return results or None
+
+
+def native_step(
+    cell: str, input: Tensor, states: Sequence[Tensor] | None, params: Sequence[Tensor], has_biases: bool
+) -> Sequence[Tensor] | None:
+    """The states [B, n] after a step of plain tensors in a plain call without gradients. None: the call is for another way."""
+    if not input.is_cpu or input.dtype not in native.DTYPES or backends.watched() or library.reason():
+        return None
+    h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
+    op = torch.ops.fastseq_native.recurrent_layers.default
+    return op(input, h0, c0, params, None, None, cell, 1, has_biases, False, False, 0.0, 0.0, None) or None
+
+
+def native_training(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor | None],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    recompute: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """Output and final states of a plain call with gradients, for which torch's kernels are not the faster ones.
+
+    Arguments are those of ``recurrent``; x is ``[T, B, I]``, ``batch_first`` says how the output lies. ``dropout``: that of
+    training. None: the call is for another way.
+    """
+    given: list[Any] = [x, *params, *states]
+    for tensor in given:
+        if type(tensor) not in PLAIN:
+            return None
+    if not torch.is_grad_enabled() or not any([tensor.requires_grad for tensor in given]):
+        return None
+    if not x.is_cpu or x.dtype not in native.DTYPES or backends.watched() or library.reason():
+        return None
+    weights = given[1 : len(params) + 1]
+    return trained_layers(cell, x, states, weights, has_biases, num_layers, bidirectional, batch_first, dropout, recompute)
+
+
+def trained_layers(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    recompute: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """The same of plain tensors on the CPU in a dtype that the native kernels have."""
+    if cell not in native.CELLS or len(states) > 2:
+        return None
+    h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
+    finals: Sequence[Tensor]
+    if num_layers == 1:
+        done = native_layer(x, h0, c0, params, cell, has_biases, bidirectional, recompute, False, batch_first)
+        if done is None:
+            return None
+        x, *finals = done
+    else:
+        # what is declined is declined at once, before anything is drawn at random
+        if not all([tensor.is_contiguous() for tensor in params]):
+            return None
+        each, lanes = len(params) // num_layers, 2 if bidirectional else 1
+        of_layers: list[Sequence[Tensor]] = []
+        for index in range(num_layers):
+            last, own = index == num_layers - 1, slice(index * lanes, (index + 1) * lanes)
+            of_layer = params[index * each : (index + 1) * each]
+            of_states = None if h0 is None else h0[own], None if c0 is None else c0[own]
+            done = native_layer(
+                x, *of_states, of_layer, cell, has_biases, bidirectional, recompute, not last, batch_first and last
+            )
+            if done is None:
+                return None
+            x, *ends = done
+            if dropout and not last:
+                x = dropped(x, dropout)
+            of_layers.append(ends)
+        finals = [torch.cat(of_all) for of_all in zip(*of_layers, strict=True)]
+    if x.dtype not in (torch.float32, torch.float64):
+        finals = [state.to(x.dtype) for state in finals]
+    return x, tuple(finals)
 
 
 def _ours(

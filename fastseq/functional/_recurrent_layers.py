@@ -17,10 +17,11 @@ from torch.nn.functional import layer_norm, linear, pad
 from .._arguments import checked_int, checked_number, checked_tensor, is_number
 from ..backends.torch import recurrent as torchs
 from ..cells import Cell
+from ..ops._dispatch import plain_call
 from ..ops.recurrent import recurrent
 from ..ops.types import Walk, Weights
 from ._autocast import autocast_dtype, lowered, without_autocast
-from ._native_layers import native_layers, plain_call
+from ._native_layers import native_layers, native_training
 from ._recording import refuse_onnx
 from ._torch_layers import torch_layers
 
@@ -126,6 +127,22 @@ def run_layers(
             )
         if done is not None:
             return done[0].transpose(0, 1) if batch_first else done[0], done[1], None
+    if plain_call() and not _beyond_native(options, zoneout):
+        given = [state for state in states if state is not None]
+        with_gradients = native_training(
+            cell.name,
+            x,
+            given,
+            params,
+            options.has_biases,
+            options.num_layers,
+            options.bidirectional,
+            batch_first,
+            options.dropout if options.training else 0,
+            options.recompute,
+        )
+        if with_gradients is not None:
+            return *with_gradients, None
     refuse_onnx(lacking, "torch.export takes it")
     finals: list[tuple[Tensor, ...]] = []
     cells = []
@@ -147,6 +164,13 @@ def run_layers(
 def _trains(options: Options) -> bool:
     """Whether something is drawn at random."""
     return options.training and bool(options.dropout or options.weight_dropout or options.zoneout)
+
+
+def _beyond_native(options: Options, zoneout: tuple[float, float]) -> bool:
+    """Whether a call has what one native op a layer does not take in training."""
+    dropped_weights = options.training and options.weight_dropout
+    ragged = options.lengths is not None or options.batch_sizes is not None
+    return bool(ragged or options.return_cells or options.num_heads > 1 or any(zoneout) or dropped_weights)
 
 
 def _torch_lacks(cell: Cell, options: Options) -> str:

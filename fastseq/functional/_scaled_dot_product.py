@@ -13,12 +13,12 @@ from torch import Tensor
 from .. import backends
 from .._arguments import checked_number, own_keywords
 from ..ops import _attention_eager as eager
+from ..ops._dispatch import plain_call
 from ..ops.attention import Spec
 from . import _nested
 from ._attention import attention
 from ._attention_call import added, check_dtypes, check_tensors, default_scale, rows
 from ._autocast import autocast_dtype, lowered
-from ._native_layers import plain_call
 from ._torch_attention import attention_output
 
 __all__ = ["scaled_dot_product_attention"]

@@ -9,10 +9,9 @@ from ..backends import library
 from ..backends.torch import attention as torchs
 from ..ops import _attention_eager as eager
 from ..ops import attention as ops
-from ..ops._dispatch import recorded, transforming
+from ..ops._dispatch import plain_call, recorded, transforming
 from ..reference.attention import Spec
 from ._autocast import without_autocast
-from ._native_layers import plain_call
 from ._recording import recorder, refuse_onnx
 
 

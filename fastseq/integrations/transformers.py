@@ -16,9 +16,9 @@ from .. import backends
 from ..functional import attention as fused_attention
 from ..functional._attention_call import default_scale
 from ..functional._autocast import autocast_dtype
-from ..functional._native_layers import plain_call
 from ..functional._torch_attention import attention_output
 from ..ops import _attention_eager as eager
+from ..ops._dispatch import plain_call
 from ..ops.attention import Spec
 
 try:

@@ -26,10 +26,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import backends
 from .._arguments import checked_int
 from ..backends import library
-from ..functional._native_layers import plain_call
 from ..functional._recording import recorder
 from ..functional._torch_attention import attention_and_weights, attention_output, seeded
 from ..ops._attention_eager import self_attention
+from ..ops._dispatch import plain_call
 from ..ops.attention import Spec, attention, attention_weights
 from ._checks import describe, public
 from ._interop import Interop, as_leaf

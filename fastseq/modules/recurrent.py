@@ -21,16 +21,15 @@ from fastseq import backends, functional
 from fastseq._arguments import checked_number
 from fastseq.backends import library
 from fastseq.backends.cpu.recurrent import DTYPES
-from fastseq.backends.torch.limits import short_layers, steps_of
-from fastseq.backends.torch.recurrent import GATES
-from fastseq.backends.torch.recurrent import layers as layers_of_torch
+from fastseq.backends.torch.limits import steps_of
+from fastseq.backends.torch.recurrent import GATES, LAYERS
 from fastseq.cells import CELLS
-from fastseq.functional._native_layers import native_layers, plain_call
+from fastseq.functional._native_layers import PLAIN, native_layers, trained_layers
 from fastseq.functional._packing import packing_of
 from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.ops._dispatch import recorded, transforming
+from fastseq.ops._dispatch import plain_call
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -126,18 +125,19 @@ class Sequence(Interop, nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, return_cells: bool = False
     ) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
         """(output, states, c of every step or None) in the layout of `input`."""
-        weight = self._parameters.get(self._flat_weights_names[0])
-        trains = weight is not None and weight.requires_grad and torch.is_grad_enabled()
-        if not trains and not return_cells and plain_call():
-            done = self._native(input, hx, lengths)
+        params: list[Any] | None = None
+        if not return_cells and type(self).check_forward_args in _CHECKS and plain_call():
+            kept = self._parameters  # faster than by attribute; weight_norm, parametrizations and FSDP take them away from there
+            params = [kept[name] if name in kept else getattr(self, name) for name in self._flat_weights_names]
+            if type(input) is Tensor and input.dim() == 3 and lengths is None:
+                done = self._padded(input, hx, params)
+            else:
+                done = self._native(input, hx, lengths, params)
             if done is not None:
                 return *done, None
-        if lengths is None and not return_cells:
-            short = self._short(input, hx)
-            if short is not None:
-                return *short, None
-        # By attribute, at every call: weight_norm, parametrizations, functional_call and FSDP replace them.
-        params = [getattr(self, name) for name in self._flat_weights_names]
+        if params is None:
+            # By attribute, at every call: weight_norm, parametrizations, functional_call and FSDP replace them.
+            params = [getattr(self, name) for name in self._flat_weights_names]
         options: dict[str, Any] = dict(
             has_biases=self.bias,
             num_layers=self.num_layers,
@@ -160,11 +160,13 @@ class Sequence(Interop, nn.RNNBase):
             return self._run_packed(input, hx, params, options)
         return self._run_padded(input, hx, lengths, params, options)
 
-    def _native(self, input: Any, hx: Any, lengths: Tensor | None) -> tuple[Any, tuple[Tensor, ...]] | None:
+    def _native(self, input: Any, hx: Any, lengths: Tensor | None, params: list[Any]) -> tuple[Any, tuple[Tensor, ...]] | None:
         """Output and final states of a plain call without gradients, if the native kernels take it and it is beyond question.
 
         Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it.
         """
+        if torch.is_grad_enabled() and getattr(params[0], "requires_grad", False):
+            return None
         if self.num_heads > 1 or (self.training and (self.dropout or self.weight_dropout or self.zoneout)):
             return None
         states: Any = (
@@ -191,13 +193,11 @@ class Sequence(Interop, nn.RNNBase):
                 states = [state.unsqueeze(1) for state in states]
         if self.zoneout:
             zoneout = zoneout_of(CELLS[self.cell], self.zoneout)
-        # From where they are kept, which is faster; what makes an attribute of one (weight_norm, parametrizations) takes it away.
-        kept = self._parameters
         results = native_layers(
             self.cell,
             data,
             states,
-            [kept.get(name) for name in self._flat_weights_names],
+            params,
             self.bias,
             self.num_layers,
             self.bidirectional,
@@ -218,63 +218,87 @@ class Sequence(Interop, nn.RNNBase):
             return output, tuple(finals)
         return output.squeeze(0 if self.batch_first else 1), tuple([state.squeeze(1) for state in finals])
 
-    def _short(self, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """Output and states by torch's kernel, if a short call on the CPU is for it and beyond question; else None.
+    def _padded(self, input: Tensor, hx: Any, params: list[Any]) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """Output and final states of a plain call with padded input, by whichever kernels are the faster ones, if it is beyond
+        question; else None.
 
         Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it. Time matters: the
         kernel of one step takes 20 us.
         """
-        if type(input) is not Tensor or input.dim() != 3 or self.zoneout or self.weight_dropout or self.num_heads > 1:
+        training, zoneout = self.training, self.zoneout
+        if self.num_heads > 1 or (training and (self.weight_dropout or zoneout)):
             return None
-        if self.proj_size:  # without oneDNN
-            return None
-        steps, batch, width = input.shape
+        states: tuple[Any, ...] = ()
+        if hx is not None:
+            if type(hx) is Tensor:
+                states = (hx,)
+            elif type(hx) is tuple and len(hx) == 2:
+                states = hx
+            else:
+                return None
+        given = [input, *params, *states]
+        for tensor in given:
+            if type(tensor) not in PLAIN:
+                return None
+        gradients = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given])
+        if not gradients and not training and packing_of(self) is not None:
+            return self._native(input, hx, None, params)
+        dtype, steps, batch, width = input.dtype, *input.shape
         if self.batch_first:
             steps, batch = batch, steps
-        if recorded() or steps <= 0 or width != self.input_size:  # a program is for every length
+        if backends.watched() or dtype not in DTYPES or not input.is_cpu or library.reason():
             return None
-        if backends.forced() or torch.is_autocast_enabled("cpu") or transforming():
-            return None
-        params = [getattr(self, name) for name in self._flat_weights_names]
-        cell, hidden, weight, dtype = self.cell, self.hidden_size, params[0], input.dtype
-        if any(parameter is None for parameter in params) or not weight.device.type == input.device.type == "cpu":
-            return None
-        if dtype != weight.dtype or dtype not in DTYPES or library.reason() or cell not in GATES:
-            return None
-        lanes, layers = (2, 2 * self.num_layers) if self.bidirectional else (1, self.num_layers)
-        pair = self.mode == "LSTM"
-        states: tuple[Tensor, ...] = ()
-        if hx is not None:
-            if pair and (type(hx) is not tuple or len(hx) != 2):
-                return None
-            states = hx if pair else (hx,)
-            size = (layers, batch, hidden)
-            for state in states:
-                if type(state) is not Tensor or state.shape != size or state.dtype != dtype or state.device.type != "cpu":
+        cell, num_layers, bidirectional, batch_first = self.cell, self.num_layers, self.bidirectional, self.batch_first
+        # torch's kernels keep what their backward needs, and without oneDNN it has none for a projected LSTM
+        if cell in GATES and not (self.proj_size or zoneout or (self.recompute and gradients) or backends.forced()):
+            lanes, hidden = 2 if bidirectional else 1, self.hidden_size
+            first, last = steps_of(cell, dtype, "padded", lanes, batch, hidden, gradients)
+            if first <= steps <= last:
+                if not steps or width != self.input_size or params[0].dtype != dtype or not params[0].is_cpu:
                     return None
-        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (*params, input, *states))
-        if self.recompute and gradients:  # torch's kernels keep what their backward needs
-            return None
-        first, last = steps_of(cell, dtype, "padded", lanes, batch, hidden, gradients)
-        if not first <= steps <= last:
-            return None
-        if backends.watched():
-            query = backends.RecurrentQuery(
-                "recurrent", input.device, dtype, cell, steps, lanes, hidden, False, "padded", False, batch
+                size = num_layers * lanes, batch, hidden
+                for state in states:
+                    if state.shape != size or state.dtype != dtype or not state.is_cpu:
+                        return None
+                pair = cell == "lstm"
+                if not states:
+                    zeros = input.new_zeros(size)
+                    states = (zeros, zeros) if pair else (zeros,)
+                elif len(states) != 1 + pair:
+                    return None
+                options = self.bias, num_layers, self.dropout, training, bidirectional, batch_first
+                output, *finals = LAYERS[cell](input, states if pair else states[0], params, *options)
+                return output, tuple(finals)
+        if gradients:
+            if zoneout:
+                return None
+            return trained_layers(
+                cell,
+                input.transpose(0, 1) if batch_first else input,
+                states,
+                params,
+                self.bias,
+                num_layers,
+                bidirectional,
+                batch_first,
+                self.dropout if training else 0.0,
+                self.recompute,
             )
-            backends.torch_runs(lambda: query, short_layers(query, gradients))
-        return layers_of_torch(
+        if training and self.dropout:
+            return None
+        results = native_layers(
             cell,
             input,
-            states or None,
+            states,
             params,
-            has_biases=self.bias,
-            num_layers=self.num_layers,
-            dropout=self.dropout,
-            training=self.training,
-            bidirectional=lanes == 2,
-            batch_first=self.batch_first,
+            self.bias,
+            num_layers,
+            bidirectional,
+            batch_first,
+            zoneout=zoneout_of(CELLS[cell], zoneout) if zoneout else (0.0, 0.0),
+            chosen=True,
         )
+        return None if results is None else (results[0], tuple(results[1:]))
 
     def _run_packed(
         self, input: PackedSequence, hx: Any, params: list[Tensor], options: dict[str, Any]
@@ -644,6 +668,10 @@ class GRU(SingleSequence):
             dtype=dtype,
         )
         self._extend(recompute, zoneout, weight_dropout, num_heads)
+
+
+# Those of a subclass of the user's own are called.
+_CHECKS = frozenset((nn.RNNBase.check_forward_args, PairSequence.check_forward_args))
 
 
 def _states(hx: Any) -> tuple[Tensor, ...]:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from fastseq import backends, functional
-from fastseq.functional._native_layers import native_layers, plain_call
+from fastseq.backends.torch.recurrent import STEPS
+from fastseq.functional._native_layers import PLAIN, native_layers, native_step
 from fastseq.functional._packing import packing_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.ops._dispatch import transforming
+from fastseq.ops._dispatch import plain_call, transforming
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -69,7 +70,7 @@ class RNNCell(Interop, nn.RNNCellBase):
             return as_leaf(self, input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'.")
-        done = _native(self, f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))
+        done = _step(self, f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))
         if done is not None:
             return done[0]
         if _as_torchs(self, input, hx):
@@ -119,7 +120,7 @@ class LSTMCell(Interop, nn.RNNCellBase):
             TypeError: hx is no tuple.
         """
         if hx is None or (type(hx) is tuple and len(hx) == 2):
-            done = _native(self, "lstm", input, hx)
+            done = _step(self, "lstm", input, hx)
             if done is not None:
                 return done[0], done[1]
             if _as_torchs(self, input, *(hx or ())):
@@ -170,7 +171,7 @@ class GRUCell(Interop, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
-        done = _native(self, "gru", input, None if hx is None else (hx,))
+        done = _step(self, "gru", input, None if hx is None else (hx,))
         if done is not None:
             return done[0]
         if _as_torchs(self, input, hx):
@@ -192,17 +193,37 @@ _torch_gru: Any = nn.GRUCell.forward
 _NAMES = {True: ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), False: ("weight_ih", "weight_hh")}
 
 
-def _native(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | None) -> Sequence[Tensor] | None:
-    """The states after a plain step without gradients, by the native kernels; None: it goes another way."""
-    kept = cell._parameters
-    weight = kept.get("weight_ih")
-    if weight is None or (weight.requires_grad and torch.is_grad_enabled()):
-        return None
+def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | None) -> Sequence[Tensor] | None:
+    """The states after a plain step, by the native kernels or, with gradients, by torch's; None: it goes another way.
+
+    Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it.
+    """
     if type(input) is not Tensor or input.dim() != 2 or not plain_call():
         return None
-    params = [kept.get(name) for name in _NAMES[bool(cell.bias)]]
-    packing = None if cell.training else packing_of(cell)
-    return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)
+    kept = cell._parameters
+    params: list[Any] = [kept.get(name) for name in _NAMES[bool(cell.bias)]]
+    given: list[Any] = [input, *params] if hx is None else [input, *params, *hx]
+    for tensor in given:
+        if type(tensor) not in PLAIN:
+            return None
+    if not torch.is_grad_enabled() or not any([tensor.requires_grad for tensor in given]):
+        packing = None if cell.training else packing_of(cell)
+        if packing is None:
+            return native_step(name, input, hx, params, cell.bias)
+        return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)
+    if backends.forced() or backends.watched():
+        return None
+    dtype, (batch, width), hidden = input.dtype, input.shape, cell.hidden_size
+    if dtype != params[0].dtype or width != cell.input_size:
+        return None
+    if hx is None:
+        zeros = input.new_zeros(batch, hidden)
+        hx = (zeros, zeros) if name == "lstm" else (zeros,)
+    for state in hx:
+        if state.shape != (batch, hidden) or state.dtype != dtype:
+            return None
+    results = STEPS[name](input, hx if name == "lstm" else hx[0], *params)
+    return results if name == "lstm" else (results,)
 
 
 def _as_torchs(cell: nn.RNNCellBase, input: Any, *states: Any) -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.autograd import forward_ad
 
+from .. import backends
 from . import flops
 
 
@@ -20,7 +21,7 @@ def outside_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
 
     def implementation(*args: Any) -> Any:
         nonlocal disabled
-        if torch._C._is_any_autocast_enabled():
+        if _C._is_any_autocast_enabled():
             device = next(arg for arg in args if isinstance(arg, Tensor)).device.type  # the first argument may be None
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
@@ -35,7 +36,7 @@ def outside_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def traced() -> bool:
     """Whether torch.jit.trace or make_fx records what runs now, or a mode looks on."""
-    return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return _C._is_tracing() or _C._len_torch_dispatch_stack() > 0
 
 
 def recorded() -> bool:
@@ -45,7 +46,21 @@ def recorded() -> bool:
 
 def transforming() -> bool:
     """Whether vmap, jvp, torch.func.grad or forward-mode AD is active, whatever it is applied to."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def plain_call() -> bool:
+    """Whether nobody compiles, traces, transforms or lowers what runs now, nor forces another backend than the CPU's."""
+    return not (
+        torch.compiler.is_compiling()
+        or _C._is_tracing()
+        or _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._are_functorch_transforms_active()
+        or _C._is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+        or backends.forced() not in (None, "cpu")
+    )
 
 
 def needs_plain_torch(tensors: Sequence[Tensor]) -> bool:
@@ -54,7 +69,7 @@ def needs_plain_torch(tensors: Sequence[Tensor]) -> bool:
     Asked while compiling as well: Dynamo knows the answer, but of an autograd function under a transform it keeps only the
     forward (pytorch#193279).
     """
-    if torch._C._are_functorch_transforms_active():
+    if _C._are_functorch_transforms_active():
         return True
     if forward_ad._current_level < 0:
         return False
@@ -74,7 +89,7 @@ def register_autograd(library: torch.library.Library, name: str, run: Callable[.
         given = [t for arg in args for t in (arg if isinstance(arg, list) else (arg,)) if isinstance(t, Tensor)]
         if needs_plain_torch(given) or wants_gradient(given):
             return run(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        with _C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & _C._after_autograd_keyset, *args)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)

@@ -45,15 +45,19 @@ unless he called it ``private``: what the backward pass needs of it is not affec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends import library
+from ..backends.cpu import recurrent as native
 from ..cells import CELLS
 from . import flops
-from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd, traced, wants_gradient
+from ._dispatch import needs_plain_torch, outside_dynamo, plain_call, recorded, register_autograd, traced, wants_gradient
 from .recurrent_gradients import input_gradients, recomputed_gates, reference_layer
 from .types import Backward, Call, Forward, Walk, Weights
 
@@ -183,10 +187,12 @@ class _Recurrent(torch.autograd.Function):
     def forward(ctx, layer, kinds, x, h0, c0, *params):
         """``kinds``: which of ``Weights`` are among ``params``."""
         walk = layer.walk
-        weights, has_c = _grouped(params, kinds), CELLS[walk.cell].has_c
-        y, h_n, c_n, c, gates = _forward_op(*weights.arguments(x, h0, c0, layer.walk, True, not layer.recompute))
+        has_c, run = CELLS[walk.cell].has_c, _recurrent_forward if plain_call() else _forward_op
+        y, h_n, c_n, c, gates = run(*_grouped(params, kinds).arguments(x, h0, c0, walk, True, not layer.recompute))
         ctx.save_for_backward(x, h0, c0, *walk[:4], y, c, gates, *params)
-        ctx.layer, ctx.kinds = layer._replace(walk=walk._replace(lengths=None, batch_sizes=None, hold_h=None, hold_c=None)), kinds
+        if _has_tensors(walk):
+            layer = layer._replace(walk=Walk(*_NO_TENSORS, *walk[4:]))
+        ctx.layer, ctx.kinds = layer, kinds
         ctx.set_materialize_grads(False)
         # The caller may overwrite its output, which shares its memory with the y saved: a tensor without memory keeps the count
         # of its changes. A recorded program has no such count, so that its output is a copy; not a clone, which Inductor removes
@@ -203,21 +209,16 @@ class _Recurrent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, dc):
-        x, h0, c0, *rest = ctx.saved_tensors
-        y, c, gates = rest[4:7]
-        params, layer = rest[7:], ctx.layer
-        layer = layer._replace(walk=Walk(*rest[:4], *layer.walk[4:]))
-        if dy is not None:
-            dy = (dy.transpose(0, 1) if layer.batch_first else dy).reshape(y.shape)
-        given = (dy, dh_n, dc_n, dc)
-        if all(grad is None for grad in given):
+        if dy is None and dh_n is None and dc_n is None and dc is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                grads = _backward(ctx, layer, x, h0, c0, y, c, gates, params, given)
-        else:
-            grads = _backward(ctx, layer, x, h0, c0, y, c, gates, params, given)
-        return None, None, *grads
+        return None, None, *_backward(ctx, ctx.saved_tensors, (dy, dh_n, dc_n, dc))
+
+
+_NO_TENSORS = (None,) * 4  # of a Walk
+
+
+def _has_tensors(walk: Walk) -> bool:
+    return any([tensor is not None for tensor in walk[:4]])
 
 
 def _grouped(flat: Any, kinds: list[int]) -> Weights:
@@ -227,25 +228,52 @@ def _grouped(flat: Any, kinds: list[int]) -> Weights:
     return Weights(*[flat[(at := next(places)) : at + each] if has else () for has in kinds])
 
 
-def _backward(ctx, layer, x, h0, c0, y, c, gates, params, given):
+def _backward(ctx, saved, given):
     """Gradients of x, h0, c0 and of every parameter."""
+    x, h0, c0, lengths, batch_sizes, hold_h, hold_c, y, c, gates, *params = saved
+    layer, dy = ctx.layer, given[0]
+    if lengths is not None or batch_sizes is not None or hold_h is not None or hold_c is not None:
+        layer = layer._replace(walk=Walk(lengths, batch_sizes, hold_h, hold_c, *layer.walk[4:]))
+    if dy is not None:
+        given = (dy.transpose(0, 1) if layer.batch_first else dy).reshape(y.shape), *given[1:]
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _gradients(ctx, layer, x, h0, c0, y, c, gates, params, given)
+    return _gradients(ctx, layer, x, h0, c0, y, c, gates, params, given)
+
+
+def _gradients(ctx, layer, x, h0, c0, y, c, gates, params, given):
+    """The same, of what is in its place."""
     wanted = ctx.needs_input_grad[2:]
     weights, walk = _grouped(params, ctx.kinds), layer.walk
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _differentiable_backward(wanted, (x, h0, c0, *params), ctx.kinds, walk, given)
     given = tuple(None if grad is None else grad.contiguous() for grad in given)
-    arguments = weights.arguments(x, h0, c0, walk, False, False)
     # compiled autograd cannot ask for the count
     if ctx.changes is not None and (torch.compiler.is_compiling() or ctx.changes._version):
-        y = _forward_op(*arguments)[0]
+        y = _forward_op(*weights.arguments(x, h0, c0, walk, False, False))[0]
     if layer.recompute:
-        gates = recomputed_gates(Forward(*arguments), y, c)
-    arguments = (*given, *arguments[3:6], h0, c0, *walk[:4], y, c, gates, *walk[4:])
-    results = _backward_op(*arguments)
-    dx, dparams = input_gradients(Backward(*arguments), results, x, weights, _grouped(wanted[3:], ctx.kinds), wanted[0])
+        gates = recomputed_gates(Forward(*weights.arguments(x, h0, c0, walk, False, False)), y, c)
+    arguments = (*given, *weights.recurrent(CELLS[walk.cell]), h0, c0, *walk[:4], y, c, gates, *walk[4:])
+    call = Backward(*arguments)
+    if _plain_backward(y, given):
+        results = backends.select(_query(call, True)).recurrent_backward(call)
+    else:
+        results = _backward_op(*arguments)
+    dx, dparams = input_gradients(call, results, x, weights, _grouped(wanted[3:], ctx.kinds), wanted[0])
     dh0 = results[3].to(h0.dtype) if wanted[1] else None
     dc0 = results[4].to(c0.dtype) if wanted[2] else None
     return dx, dh0, dc0, *dparams
+
+
+def _plain_backward(y: Tensor, given: tuple[Tensor | None, ...]) -> bool:
+    """Whether a backward pass is for the CPU's backend and nothing looks on."""
+    if not plain_call() or backends.watched() or type(y) is not Tensor or not y.is_cpu or library.reason():
+        return False
+    for grad in given:  # those of is_grads_batched=True show it by themselves alone
+        if grad is not None and (type(grad) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(grad)):
+            return False
+    return True
 
 
 def _differentiable_backward(wanted, inputs, kinds, walk, given):
@@ -390,3 +418,87 @@ def recurrent(
     if not has_c or not return_cells:
         return y, h_n, c_n if has_c else None, None
     return y, h_n, c_n, (c.flatten(0, 1) if packed else c).flatten(-2)
+
+
+class _Native(torch.autograd.Function):
+    """``_Recurrent`` of a plain call: y, h_n, c_n or None, made before. A short call pays for each line here."""
+
+    @staticmethod
+    def forward(ctx, layer, kinds, x, h0, c0, *params):
+        """``layer``: also what was made of it, and whether its gradients are for one native op."""
+        layer, (y, h_n, c_n, c, gates), ctx.few = layer
+        ctx.save_for_backward(x, h0, c0, None, None, None, None, y, c, gates, *params)
+        ctx.layer, ctx.kinds, ctx.changes = layer, kinds, None
+        ctx.set_materialize_grads(False)
+        out = y.flatten(-2)
+        out = (out.transpose(0, 1) if layer.batch_first else out).data
+        if not layer.private:
+            ctx.changes = out.detach()
+            ctx.changes.data = _no_elements(out.dtype)
+        return out, h_n, c_n if c_n.numel() else None
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n):
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved, changed = ctx.saved_tensors, ctx.changes is not None and ctx.changes._version
+        if not ctx.few or changed or torch.is_grad_enabled() or not _plain_backward(saved[7], (dy, dh_n, dc_n)):
+            return None, None, *_backward(ctx, saved, (dy, dh_n, dc_n, None))
+        if dy is not None and ctx.layer.batch_first:
+            dy = dy.transpose(0, 1)
+        return None, None, *native.layer_backward(dy, dh_n, dc_n, saved, ctx.layer.walk.cell, ctx.needs_input_grad[2:])
+
+
+@cache
+def _no_elements(dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype)
+
+
+@cache
+def _plain_layer(
+    cell: str, has_biases: bool, bidirectional: bool, each: int, recompute: bool, private: bool, batch_first: bool
+) -> tuple[_Layer, list[int], bool]:
+    """A padded layer of ``each`` parameters a lane, their ``kinds``, and whether one native op knows all its gradients."""
+    walk = Walk(*_NO_TENSORS, cell, [0, 1] if bidirectional else [0], 0.0, 0.0)
+    biases, vectors = int(has_biases), int(CELLS[cell].recurrent_bias is None and bool(CELLS[cell].vectors))
+    kinds = [1, 1, biases, biases, each - 2 - 2 * biases - vectors, vectors]
+    return _Layer(walk, False, recompute, private, batch_first), kinds, not (recompute or kinds[4] or vectors)
+
+
+_FEW = 1 << 22  # elements of the gates' gradients that may be copied
+
+
+def native_layer(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    cell: str,
+    has_biases: bool,
+    bidirectional: bool,
+    recompute: bool,
+    private: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...] | None:
+    """A layer with gradients in a plain call (``plain_call``) by the native kernels: y [.., D*P], h_n and of a pair c_n.
+
+    None: they decline it. Arguments are those of ``recurrent``, but for ``params``: w_ih, w_hh and what else a lane has, lane by
+    lane.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        made = torch.ops.fastseq_native.recurrent_layer.default(x, h0, c0, params, cell, has_biases, bidirectional, not recompute)
+    if not made:
+        return None
+    gates = params[1].shape[0]
+    if bidirectional:
+        each = len(params) // 2
+        params = [of_lane[i] for i in range(each) for of_lane in (params[:each], params[each:])]
+    else:
+        each = len(params)
+    layer, kinds, simple = _plain_layer(cell, has_biases, bidirectional, each, recompute, private, batch_first)
+    steps, batch = x.shape[:2]
+    few = simple and steps * batch * gates <= _FEW
+    if few and steps == 1 and h0 is not None and x.dtype in (torch.bfloat16, torch.float16):
+        few = False  # a product in h0's gradient is accumulated in fp32
+    y, h_n, c_n = _Native.apply((layer, made, few), kinds, x, h0, c0, *params)
+    return (y, h_n) if c_n is None else (y, h_n, c_n)

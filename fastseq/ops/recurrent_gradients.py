@@ -159,6 +159,8 @@ def _before(
     if batch_sizes is not None or (backwards and lengths is not None and first is not None):
         return None, _shifted(rows, first, lengths, batch_sizes, lane, backwards).flatten(0, -2)
     own = rows[:, :, lane]  # [T, B, n]
+    if first is not None and own.shape[0] == 1:
+        return None, first[lane].to(rows.dtype)
     others = (own[1:] if backwards else own[:-1]).flatten(0, 1)
     return (None if first is None else first[lane].to(rows.dtype)), others
 

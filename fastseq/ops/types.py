@@ -51,31 +51,39 @@ class Weights(NamedTuple):
 
     def stacked(self, row: Cell) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """``w_ih, b_ih, weight, vectors, projection`` of the forward op: every bias that can be is folded into ``b_ih``."""
-        w_ih, w_hh, b_ih, b_hh, w_hr, vectors = self
-        biases, inside = b_ih or b_hh, vectors
+        w_ih, _, b_ih, b_hh, _, _ = self
         if b_hh and row.recurrent_bias is not None:
             size = b_hh[0].shape[0] // len(row.gates)
-            inside = [b[-size:] for b in b_hh]
             b_hh = [torch.nn.functional.pad(b[:-size], (0, size)) for b in b_hh]
-            biases = b_ih or b_hh
+        biases = [a + b for a, b in zip(b_ih, b_hh, strict=True)] if b_ih and b_hh else b_ih or b_hh
+        return _joined(w_ih), _joined(biases), *self.recurrent(row)
+
+    def recurrent(self, row: Cell) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``weight, vectors, projection`` of both ops."""
+        w_hh, inside, w_hr = self.w_hh, self.inside(row), self.w_hr
         if len(w_hh) == 1:
-            bias = b_ih[0] + b_hh[0] if b_ih and b_hh else biases[0] if biases else None
             return (
-                w_ih[0] if w_ih else None,
-                bias,
                 w_hh[0].unsqueeze(0),
                 inside[0].unsqueeze(0) if inside else None,
                 w_hr[0].unsqueeze(0) if w_hr else None,
             )
-        if b_ih and b_hh:
-            biases = [a + b for a, b in zip(b_ih, b_hh, strict=True)]
         return (
-            torch.cat(list(w_ih)) if w_ih else None,
-            torch.cat(list(biases)) if biases else None,
             torch.stack(list(w_hh)),
             torch.stack(list(inside)) if inside else None,
             torch.stack(list(w_hr)) if w_hr else None,
         )
+
+    def inside(self, row: Cell) -> Sequence[Tensor]:
+        """Of every lane ``vectors`` of the ops, whatever parameter they come from; none where there are none."""
+        if not self.b_hh or row.recurrent_bias is None:
+            return self.vectors
+        size = self.b_hh[0].shape[0] // len(row.gates)
+        return [b[-size:] for b in self.b_hh]
+
+
+def _joined(of_lanes: Sequence[Tensor]) -> Tensor | None:
+    """One under the other, if there are any."""
+    return None if not of_lanes else of_lanes[0] if len(of_lanes) == 1 else torch.cat(list(of_lanes))
 
 
 @dataclass(slots=True)

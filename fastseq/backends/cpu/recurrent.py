@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -98,6 +101,32 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, 
             dr = torch.cat((dr[..., : -own.shape[-1]], own), -1)
         dh0 += _product(dr, call.weight).to(dtype)
     return results
+
+
+def layer_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    saved: Sequence[Any],
+    cell: str,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of x, h0, c0 and of the parameters, w_ih and w_hh, and with biases b_ih and b_hh, of each direction; None for
+    those not ``wanted``: of a padded layer without lengths, projection and zoneout, and of few rows, by one native op.
+    ``saved``: x, h0, c0, four None, y, c, gates, parameters.
+    """
+    x, h0, c0, _, _, _, _, y, c, gates, *params = saved
+    if c0 is not None and c0.dtype != c.dtype:
+        c0 = c0.to(c.dtype)
+    dy, dh_n, dc_n, x, h0, c0 = all_dense(dy, dh_n, dc_n, x, h0, c0)
+    found = torch.ops.fastseq_native.recurrent_layer_backward.default(
+        dy, dh_n, dc_n, x, h0, c0, params, y, c, gates, cell, wanted
+    )
+    each = iter(found)
+    grads: list[Any] = [next(each) if want else None for want in wanted]
+    if wanted[2]:
+        grads[2] = grads[2].to(saved[2].dtype)
+    return grads
 
 
 def layer_gradients(

@@ -17,7 +17,7 @@ from . import limits
 WHY_STEP = "a step is two products and one fused kernel there"
 
 # the LSTM returns h and c, the others h
-_STEPS: dict[str, Any] = {
+STEPS: dict[str, Any] = {
     "lstm": torch._VF.lstm_cell,
     "gru": torch._VF.gru_cell,
     "rnn_tanh": torch._VF.rnn_tanh_cell,
@@ -25,7 +25,7 @@ _STEPS: dict[str, Any] = {
 }
 # of the cells that torch has
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-_LAYERS: dict[str, Any] = {
+LAYERS: dict[str, Any] = {
     "lstm": torch._VF.lstm,
     "gru": torch._VF.gru,
     "rnn_tanh": torch._VF.rnn_tanh,
@@ -46,7 +46,7 @@ def step(
     if hx is None:
         zeros = input.new_zeros(input.shape[0], w_hh.shape[1])
         hx = (zeros, zeros) if cell == "lstm" else (zeros,)
-    results = _STEPS[cell](input, tuple(hx) if cell == "lstm" else hx[0], w_ih, w_hh, b_ih, b_hh)
+    results = STEPS[cell](input, tuple(hx) if cell == "lstm" else hx[0], w_ih, w_hh, b_ih, b_hh)
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -75,10 +75,10 @@ def layers(
     hx = tuple(states) if cell == "lstm" else states[0]
     if batch_sizes is None:
         arguments: tuple[Any, ...] = (input, hx, list(params))
-        results = _LAYERS[cell](*arguments, has_biases, num_layers, float(dropout), training, bidirectional, batch_first)
+        results = LAYERS[cell](*arguments, has_biases, num_layers, float(dropout), training, bidirectional, batch_first)
     else:
         arguments = (input, batch_sizes, hx, list(params))
-        results = _LAYERS[cell](*arguments, has_biases, num_layers, float(dropout), training, bidirectional)
+        results = LAYERS[cell](*arguments, has_biases, num_layers, float(dropout), training, bidirectional)
     return results[0], tuple(results[1:])
 
 

@@ -1,0 +1,373 @@
+"""With gradients, a layer is one call of the library forward and, of few rows, one backward: with the results of the registered
+ops, and only where nobody looks on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastseq
+from fastseq.backends import library, watching
+from fastseq.backends.torch import limits
+from fastseq.ops import recurrent as ops
+from fastseq.testing import assert_close_to_truth, relative_error
+
+pytestmark = pytest.mark.skipif(library.reason() is not None, reason="needs the library")
+
+FORWARD, BACKWARD, OF_THE_OP = (f"fastseq_native::recurrent_{name}" for name in ("layer", "layer_backward", "backward"))
+
+
+@pytest.fixture(autouse=True)
+def ours():
+    """Whatever the table says of so short calls."""
+    library.load()
+    with limits.everywhere(limits.OURS):
+        yield
+
+
+def calls_of(run: Callable[[], Any]) -> list[str]:
+    """The library's ops that ran, which are for training alone."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        run()
+    return [event.name for event in recorded.events() if event.name in (FORWARD, BACKWARD, OF_THE_OP)]
+
+
+CLASSES: dict[str, Callable[..., Any]] = {
+    "LSTM": fastseq.LSTM,
+    "GRU": fastseq.GRU,
+    "RNN": fastseq.RNN,
+    "relu": lambda *args, **kwargs: fastseq.RNN(*args, nonlinearity="relu", **kwargs),
+    "projected": lambda *args, **kwargs: fastseq.LSTM(*args, proj_size=5, **kwargs),
+    "CoupledLSTM": fastseq.CoupledLSTM,
+    "PeepholeLSTM": fastseq.PeepholeLSTM,
+}
+WHOLE = ("LSTM", "GRU", "RNN", "relu", "CoupledLSTM")  # whose gradients are one native op
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = ((1, 1, 12, 20), (1, 9, 33, 70), (5, 2, 7, 17), (40, 3, 16, 24))  # T, B, I, H
+
+
+class Call:
+    """A module with its input and states, leaves that want gradients, and weights of the outputs in the loss."""
+
+    def __init__(self, module: Any, steps: int, batch: int, states: bool = True, wanted: Any = None) -> None:
+        dtype, self.module = next(module.parameters()).dtype, module
+        shape = (batch, steps) if module.batch_first else (steps, batch)
+        self.x = torch.randn(*shape, module.input_size, dtype=dtype)
+        lanes = module.num_layers * (2 if module.bidirectional else 1)
+        widths = [module.proj_size or module.hidden_size]
+        widths += [module.hidden_size] * hasattr(module, "get_expected_cell_size")
+        self.states = [torch.randn(lanes, batch, width, dtype=dtype) for width in widths] if states else []
+        for leaf in self.leaves():
+            leaf.requires_grad_()
+        outputs = self.outputs()
+        self.weights = [torch.randn_like(out) for out in outputs]
+
+    def leaves(self) -> list[Tensor]:
+        return [self.x, *self.states, *self.module.parameters()]
+
+    def outputs(self) -> list[Tensor]:
+        hx = None if not self.states else tuple(self.states) if len(self.states) == 2 else self.states[0]
+        y, finals = self.module(self.x, hx)
+        return [y, *(finals if isinstance(finals, tuple) else (finals,))]
+
+    def grads(self, outputs: list[Tensor], leaves: list[Tensor] | None = None, **options: Any) -> list[Tensor]:
+        return list(torch.autograd.grad(outputs, leaves or self.leaves(), self.weights, **options))
+
+    def run(self) -> list[Tensor]:
+        outputs = self.outputs()
+        return [*outputs, *self.grads(outputs)]
+
+    def by_the_ops(self) -> list[Tensor]:
+        with watching(lambda query, chosen: None):  # whoever looks on sees the ops
+            return self.run()
+
+    def to(self, dtype: torch.dtype) -> Call:
+        twin = copy.copy(self)
+        twin.module = copy.deepcopy(self.module).to(dtype)
+        for name in ("states", "weights"):
+            setattr(twin, name, [t.detach().to(dtype).requires_grad_(name == "states") for t in getattr(self, name)])
+        twin.x = self.x.detach().to(dtype).requires_grad_()
+        return twin
+
+
+def check(call: Call) -> None:
+    """Outputs are the ops' to the bit; gradients no further from the truth than theirs may be."""
+    found, expected = call.run(), call.by_the_ops()
+    truth = expected if call.x.dtype == torch.float64 else call.to(torch.float64).by_the_ops()
+    count = len(call.weights)
+    for ours, theirs in zip(found[:count], expected[:count], strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
+        assert ours._base is None
+    own = max(map(relative_error, expected[count:], truth[count:]))  # of the same sums, in another order
+    for index, (ours, theirs, true) in enumerate(zip(found[count:], expected[count:], truth[count:], strict=True)):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        if ours.dtype == torch.float64:
+            torch.testing.assert_close(ours, theirs)
+        else:
+            assert_close_to_truth(ours, theirs, true, f"gradient {index}", own_error=own)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", CLASSES)
+class TestResults:
+    @pytest.mark.parametrize("layers, bidirectional, bias", [(1, False, True), (2, True, True), (3, False, False)])
+    def test_stacks(self, kind, dtype, shape, layers, bidirectional, bias):
+        torch.manual_seed(0)
+        steps, batch, width, hidden = shape
+        module = CLASSES[kind](width, hidden, layers, bidirectional=bidirectional, bias=bias, dtype=dtype)
+        check(Call(module, steps, batch))
+        without = Call(module, steps, batch, states=False)
+        check(without)
+        one = FORWARD, BACKWARD if kind in WHOLE else OF_THE_OP
+        assert sorted(calls_of(without.run)) == sorted(one * layers)
+
+    def test_batch_first_and_strides(self, kind, dtype, shape):
+        torch.manual_seed(0)
+        steps, batch, width, hidden = shape
+        call = Call(CLASSES[kind](width, hidden, batch_first=True, dtype=dtype), steps, batch)
+        check(call)
+        call.x = torch.randn(steps, batch, width, dtype=dtype).transpose(0, 1).requires_grad_()
+        check(call)
+        call.x = torch.randn(batch, steps + 1, width + 3, dtype=dtype)[:, 1:, :width].requires_grad_()
+        check(call)
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_many_rows(kind, steps, monkeypatch):
+    """What would be copied is too much: the products are called one by one."""
+    monkeypatch.setattr(ops, "_FEW", 0)
+    call = Call(CLASSES[kind](7, 17, 2, bidirectional=True, dtype=torch.float64), steps, 3)
+    check(call)
+    assert sorted(calls_of(call.run)) == sorted([FORWARD, OF_THE_OP] * 2)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_each_gradient_alone(kind, steps):
+    """What is not wanted is not computed, and takes no other's place."""
+    torch.manual_seed(0)
+    call = Call(CLASSES[kind](5, 7, bidirectional=True, dtype=torch.float64), steps, 3)
+    outputs, leaves = call.outputs(), call.leaves()
+    every = call.grads(outputs, retain_graph=True)
+    for index, leaf in enumerate(leaves):
+        (alone,) = call.grads(outputs, [leaf], retain_graph=True)
+        assert torch.equal(alone, every[index])
+    for index, leaf in enumerate(leaves):  # nor when the graph is made without the others
+        for other in leaves:
+            other.requires_grad_(other is leaf)
+        (alone,) = call.grads(call.outputs(), [leaf])
+        torch.testing.assert_close(alone, every[index])
+
+
+@pytest.mark.parametrize("some", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_gradients_of_some_outputs(kind, some):
+    torch.manual_seed(0)
+    call = Call(CLASSES[kind](5, 7, dtype=torch.float64), 1, 3)
+
+    def grads() -> list[Tensor | None]:
+        outputs = call.outputs()
+        given = [outputs[i] for i in some], call.leaves(), [call.weights[i] for i in some]
+        return list(torch.autograd.grad(*given, allow_unused=True))
+
+    found = grads()
+    with watching(lambda query, chosen: None):
+        torch.testing.assert_close(found, grads())
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_gradients_of_gradients(kind):
+    torch.manual_seed(0)
+    call = Call(CLASSES[kind](3, 4, 2, bidirectional=True, dtype=torch.float64), 3, 2)
+
+    def second() -> list[Tensor]:
+        grads = call.grads(call.outputs(), create_graph=True)
+        return list(torch.autograd.grad(sum((g * g).sum() for g in grads), call.leaves()))
+
+    found = second()
+    with watching(lambda query, chosen: None):
+        torch.testing.assert_close(found, second())
+
+
+def test_an_output_that_is_overwritten():
+    """The backward pass runs the layer again, and does not read what has become of its output."""
+    torch.manual_seed(0)
+    call = Call(fastseq.GRU(5, 7, dtype=torch.float64), 4, 3)
+    expected = call.run()[2:]
+    outputs = call.outputs()
+    outputs[0].zero_()
+    found = torch.autograd.grad(outputs[1:], call.leaves(), call.weights[1:])
+    call.weights[0].zero_()
+    torch.testing.assert_close(list(found), call.run()[2:])
+    assert not torch.equal(found[0], expected[0])
+
+
+def test_dropout_between_layers_draws_what_the_ops_draw():
+    call = Call(fastseq.LSTM(5, 7, 3, dropout=0.4, dtype=torch.float64), 4, 3)
+    torch.manual_seed(1)
+    found = call.run()
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, call.by_the_ops())
+    call.module.eval()
+    torch.testing.assert_close(call.run(), call.by_the_ops())
+
+
+def test_recompute():
+    call = Call(fastseq.LSTM(5, 7, recompute=True, dtype=torch.float64), 4, 3)
+    assert calls_of(call.run) == [FORWARD, OF_THE_OP]
+    torch.testing.assert_close(call.run(), call.by_the_ops())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for steps, hidden in product((1, 12), (24, 200)):
+            check(Call(fastseq.LSTM(40, hidden, bidirectional=True, dtype=torch.float64), steps, 20))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("level", ("default", "avx2", "avx512", "amx"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(level, dtype, monkeypatch):
+    monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
+    if torch.ops.fastseq_native.cpu_level() != level:
+        pytest.skip(f"this processor has no {level}")
+    for kind, steps, batch in product(("LSTM", "GRU", "RNN"), (1, 3), (1, 17)):
+        check(Call(CLASSES[kind](33, 45, bidirectional=True, dtype=dtype), steps, batch))
+
+
+class Looks(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class LooksAtFunctions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class TestWhoeverLooksOn:
+    """keeps the registered ops, in the forward and in the backward pass."""
+
+    @pytest.mark.parametrize(
+        "mode", [Looks, lambda: watching(lambda query, chosen: None), lambda: fastseq.use_backend("reference")]
+    )
+    def test_modes(self, mode):
+        call = Call(fastseq.LSTM(6, 9), 3, 2)
+        outputs, expected = call.outputs(), call.run()[3:]
+        with mode():
+            assert FORWARD not in calls_of(call.outputs)
+            assert BACKWARD not in calls_of(lambda: call.grads(outputs, retain_graph=True))
+            found = call.grads(outputs, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+        assert calls_of(lambda: call.grads(outputs)) == [BACKWARD]
+
+    def test_a_mode_of_functions(self):
+        call = Call(fastseq.LSTM(6, 9), 3, 2)
+        with LooksAtFunctions():
+            assert FORWARD not in calls_of(call.outputs)
+
+    def test_watchers_are_told_of_both(self):
+        call, told = Call(fastseq.LSTM(6, 9), 3, 2), []
+        with watching(lambda query, chosen: told.append((query.op, query.backward, chosen))):
+            call.run()
+        assert told == [("recurrent", False, "cpu"), ("recurrent", True, "cpu")]
+
+    def test_autocast(self):
+        call = Call(fastseq.LSTM(6, 9), 3, 2)
+        outputs = call.outputs()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert FORWARD not in calls_of(call.outputs)
+            assert BACKWARD not in calls_of(lambda: call.grads(outputs))
+
+    def test_forced(self):
+        call = Call(fastseq.LSTM(6, 9), 3, 2)
+        with fastseq.use_backend("cpu"):
+            assert calls_of(call.run) == [FORWARD, BACKWARD]
+        with fastseq.use_backend("torch"):
+            assert calls_of(call.run) == []
+
+    def test_batched_gradients(self):
+        call = Call(fastseq.LSTM(6, 9, dtype=torch.float64), 3, 2)
+        outputs, many = call.outputs(), [torch.randn(4, *weights.shape, dtype=torch.float64) for weights in call.weights]
+        found = torch.autograd.grad(outputs, call.leaves(), many, is_grads_batched=True, retain_graph=True)
+        for index in range(4):
+            one = torch.autograd.grad(outputs, call.leaves(), [weights[index] for weights in many], retain_graph=True)
+            torch.testing.assert_close([grads[index] for grads in found], list(one))
+
+    def test_the_table(self):
+        call = Call(fastseq.LSTM(6, 9), 3, 2)
+        with limits.everywhere(limits.Steps(1, 100)):
+            assert calls_of(call.run) == []
+            torch.testing.assert_close(call.run(), call.by_the_ops(), rtol=1e-4, atol=1e-5)
+
+    def test_subclasses_and_strides_go_the_long_way(self):
+        call = Call(fastseq.GRU(6, 9, dtype=torch.float64), 3, 2)
+        call.module.weight_hh_l0 = nn.Parameter(torch.randn(9, 27, dtype=torch.float64).t())
+        torch.testing.assert_close(call.run(), call.by_the_ops())
+        two = Call(fastseq.GRU(6, 9, 2, dropout=0.5, dtype=torch.float64), 3, 2)
+        two.module.weight_hh_l1 = nn.Parameter(torch.randn(9, 27, dtype=torch.float64).t())
+        torch.manual_seed(1)
+        found = two.run()  # declined before anything is drawn at random
+        torch.manual_seed(1)
+        torch.testing.assert_close(found, two.by_the_ops())
+
+
+def test_no_rows():
+    module, x = fastseq.LSTM(6, 9), torch.randn(3, 0, 6, requires_grad=True)
+    module(x)[0].sum().backward()
+    assert x.grad is not None and not module.weight_hh_l0.grad.any()
+
+
+def test_functions_take_the_same_way():
+    call = Call(fastseq.LSTM(6, 9, 2, batch_first=True), 3, 2)
+    params = list(call.module.parameters())
+
+    def run() -> list[Tensor]:
+        outputs = list(fastseq.functional.lstm(call.x, tuple(call.states), params, num_layers=2, batch_first=True))
+        return [*outputs, *call.grads(outputs)]
+
+    assert sorted(calls_of(run)) == sorted([FORWARD, BACKWARD] * 2)
+    assert all(torch.equal(*pair) for pair in zip(run(), call.run(), strict=True))
+
+
+def test_raw_op_refuses_what_does_not_fit():
+    """The kernels trust sizes and dtypes, so the native op checks them whoever calls it."""
+    x, w_ih, w_hh = torch.randn(3, 2, 4), torch.randn(15, 4), torch.randn(15, 5)
+    y, h_n, c_n, c, gates = torch.ops.fastseq_native.recurrent_layer(x, None, None, [w_ih, w_hh], "gru", False, False, True)
+
+    def call(dy=y, x=x, params=(w_ih, w_hh), h0=None, gates=gates, cell="gru", wanted=(True,) * 5):
+        torch.ops.fastseq_native.recurrent_layer_backward(
+            dy, None, None, x, h0, None, list(params), y, c, gates, cell, list(wanted)
+        )
+
+    call(h0=torch.randn(1, 2, 5))
+    for wrong, message in (
+        ({"x": x[:, :1].contiguous()}, "x must have 24 elements, got 12"),
+        ({"x": x[0]}, r"x must be \[T, B, I\]"),
+        ({"dy": y.double()}, "dy has a wrong dtype"),
+        ({"dy": y.transpose(0, 1)}, "dy must be contiguous"),
+        ({"gates": gates[:2]}, "gates must have 120 elements, got 80"),
+        ({"h0": torch.randn(2, 2, 5)}, "h0 must have 10 elements, got 20"),
+        ({"params": (w_ih,)}, "of each direction, of which wanted tells each"),
+        ({"params": (w_hh, w_hh)}, "w_ih must have 60 elements, got 75"),
+        ({"wanted": (True,) * 4}, "of which wanted tells each"),
+        ({"cell": "layer_norm_gru"}, "has parameters beside weights and biases"),
+        ({"cell": "minimal_gru"}, "cell minimal_gru is none of"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call(**wrong)
