@@ -60,7 +60,7 @@ def input_gradients(
                 elif b_ih and b_hh:
                     db_hh = db_ih.clone()
         if w_hr:
-            saved, _, c = _kept_of(call, lane, slice(None))
+            saved, _, c = _kept_of(call, lane, slice(None), _before_c(call, lane))
             m = cell_steps(call.cell).output(saved, None if call.vectors is None else call.vectors[lane].to(call.wide), c)
             dw_hr = _outer_sum(_lane(doutput, lane), m.to(doutput.dtype))
         dvectors = _vector_gradients(call, results, lane) if vectors else None
@@ -88,12 +88,19 @@ def _flat(rows: Tensor) -> Tensor:
     return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
 
 
-def _kept_of(call: Backward, lane: int, part: slice) -> tuple[Tensor, Any, Any]:
+def _before_c(call: Backward, lane: int) -> Tensor | None:
+    """The wide states before every step, of all rows of a lane."""
+    if not call.row.has_c:
+        return None
+    return _shifted(call.c, call.c0, call.lengths, call.batch_sizes, lane, call.reverse[lane]).flatten(0, -2)
+
+
+def _kept_of(call: Backward, lane: int, part: slice, before_c: Tensor | None) -> tuple[Tensor, Any, Any]:
     """Saved activations, and the wide states before and after every step as the step proposed them, of some rows of a lane."""
     saved = _lane(call.gates, lane)[part].to(call.wide)
-    if not call.row.has_c:
+    if before_c is None:
         return saved, None, None
-    c_prev = _shifted(call.c, call.c0, call.lengths, call.batch_sizes, lane, call.reverse[lane]).flatten(0, -2)[part]
+    c_prev = before_c[part]
     if call.hold_c is None and call.zoneout_c == 0:
         return saved, c_prev, _lane(call.c, lane)[part]
     return saved, c_prev, cell_steps(call.cell).candidate(saved, c_prev)
@@ -104,7 +111,7 @@ def _vector_gradients(call: Backward, results: tuple[Tensor, ...], lane: int) ->
     dgates, drecurrent, doutput, _, _ = results
     assert call.vectors is not None
     vectors, wide = call.vectors[lane].to(call.wide), call.wide
-    total = torch.zeros_like(vectors)
+    total, before_c = torch.zeros_like(vectors), _before_c(call, lane)
     for part in _blocks(_lane(dgates, lane).shape[0]):
         dm = None
         if call.output_gradient:
@@ -112,7 +119,7 @@ def _vector_gradients(call: Backward, results: tuple[Tensor, ...], lane: int) ->
             dm = dm if call.projection is None else dm @ call.projection[lane].to(wide)
         dx = _lane(dgates, lane)[part].to(wide)
         dr = _lane(drecurrent, lane)[part].to(wide) if call.row.own_recurrent else dx
-        saved, c_prev, c = _kept_of(call, lane, part)
+        saved, c_prev, c = _kept_of(call, lane, part, before_c)
         total = total + cell_steps(call.cell).vector_gradients(dx, dr, dm, saved, vectors, c_prev, c).sum(0)
     return total.to(call.vectors.dtype)
 
