@@ -396,13 +396,6 @@ Tensor self_attention_backward(Tensor dout, Tensor projected, Tensor out, Tensor
   return x.batch.shaped(rows, projected, batch_first);
 }
 
-namespace {
-
-enum Parameter { kInProj, kInProjBias, kOutProj, kOutProjBias, kNorm1, kNorm1Bias, kNorm2, kNorm2Bias, kLinear1, kLinear1Bias, kLinear2,
-                 kLinear2Bias, kParameters };
-
-constexpr int64_t kElements = 16384;  // of a layer norm that one thread has at least
-
 const LayerNormKernels& layer_norm_kernels() {
 #if defined(__x86_64__)
   if (level() >= Level::kAvx512) return layer_norm_avx512();
@@ -410,6 +403,13 @@ const LayerNormKernels& layer_norm_kernels() {
 #endif
   return layer_norm_default();
 }
+
+namespace {
+
+enum Parameter { kInProj, kInProjBias, kOutProj, kOutProjBias, kNorm1, kNorm1Bias, kNorm2, kNorm2Bias, kLinear1, kLinear1Bias, kLinear2,
+                 kLinear2Bias, kParameters };
+
+constexpr int64_t kElements = 16384;  // of a layer norm that one thread has at least
 
 void run(const AddNorm& norm, int64_t count) {
   torch::stable::parallel_for(0, count, std::max<int64_t>(1, kElements / norm.features), [&](int64_t begin, int64_t end) {

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import cpu
+from ..backends import cpu, library
 from ..reference import recurrent as reference
 from ..reference.cells import steps as cell_steps
-from ._dispatch import recorded, transforming
+from ._dispatch import plain_call, recorded, transforming
 from .types import Backward, Forward, Walk, Weights
 
 
@@ -111,6 +111,17 @@ def _vector_gradients(call: Backward, results: tuple[Tensor, ...], lane: int) ->
     dgates, drecurrent, doutput, _, _ = results
     assert call.vectors is not None
     vectors, wide = call.vectors[lane].to(call.wide), call.wide
+    if call.row.normalized and _plain(call, dgates, doutput):
+        before_c = _before_c(call, lane) if call.zoned else None
+        dm = c = None
+        if call.row.has_c:
+            dm = _lane(doutput, lane).to(wide)
+            dm = dm if call.projection is None else dm @ call.projection[lane].to(wide)
+            c = _lane(call.c, lane) if before_c is None else _kept_of(call, lane, slice(None), before_c)[2]
+        found = torch.ops.fastseq_native.recurrent_norm_gradients.default(
+            _lane(dgates, lane), _lane(call.gates, lane), dm, c, vectors, call.cell
+        )
+        return found.to(call.vectors.dtype)
     total, before_c = torch.zeros_like(vectors), _before_c(call, lane)
     for part in _blocks(_lane(dgates, lane).shape[0]):
         dm = None
@@ -122,6 +133,14 @@ def _vector_gradients(call: Backward, results: tuple[Tensor, ...], lane: int) ->
         saved, c_prev, c = _kept_of(call, lane, part, before_c)
         total = total + cell_steps(call.cell).vector_gradients(dx, dr, dm, saved, vectors, c_prev, c).sum(0)
     return total.to(call.vectors.dtype)
+
+
+def _plain(call: Backward, *results: Tensor) -> bool:
+    """Whether a native op may take these for what they are."""
+    if not plain_call() or not call.y.is_cpu or call.dtype not in cpu.recurrent.DTYPES or library.reason():
+        return False
+    given = (call.y, call.c, call.gates, *results)
+    return not any([type(t) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(t) for t in given])
 
 
 def _blocks(total: int) -> Iterator[slice]:
