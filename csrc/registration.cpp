@@ -58,6 +58,10 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? slopes, Tensor? sinks, "
       "float scale, float softcap, int left, int right, int num_splits) -> (Tensor, Tensor)");
   m.def(
+      "attention_with_kv_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k_new, Tensor? v_new, "
+      "Tensor? block_table, Tensor? slopes, Tensor? sinks, bool time_first, float? scale, float softcap, int left, int right, "
+      "int num_splits) -> Tensor[]");
+  m.def(
       "recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, Tensor? h0, Tensor? lengths, Tensor? batch_sizes, "
       "Tensor[] w_ih, int reverse, int[] wanted) -> Tensor[]");
   m.def(
@@ -132,6 +136,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("multihead_attention", TORCH_BOX(&fastseq::cpu::multihead_attention));
   m.impl("self_attention", TORCH_BOX(&fastseq::cpu::self_attention));
   m.impl("transformer_encoder_layer", TORCH_BOX(&fastseq::cpu::transformer_encoder_layer));
+  m.impl("attention_with_kv_cache", TORCH_BOX(&fastseq::cpu::attention_with_kv_cache));
   m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));
   m.impl("recurrent_layer", TORCH_BOX(&fastseq::cpu::recurrent_layer));
   m.impl("recurrent_pack", TORCH_BOX(&fastseq::cpu::recurrent_pack));

@@ -1,13 +1,16 @@
 """The programs that compute a case of attention: torch's and its backends, FlexAttention, flash-attn, Reformer's, fastseq.
 
 Masks and bucket indices that hold no gradient are built before the clock starts, for torch and FlexAttention as for fastseq: a
-model builds them once for all its layers. What carries a gradient (a bias from its table, Transformer-XL's term) is built inside.
+model builds them once for all its layers. What carries a gradient (a bias from its table, Transformer-XL's term) is built inside,
+and so is the bias that ALiBi's slopes make: it is what a kernel with slopes saves.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import shutil
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -19,12 +22,23 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..workloads.attention import CASES, AttentionWorkload, Bound, Program, Tensors, leaves_of
-from ..workloads.attention_textbook import BUCKETS, MAX_DISTANCE, blocks_seen, positions, t5_buckets, valid_keys, visible
+from ..workloads.attention_textbook import (
+    BUCKETS,
+    CAP,
+    MAX_DISTANCE,
+    alibi_bias,
+    blocks_seen,
+    positions,
+    t5_buckets,
+    valid_keys,
+    visible,
+)
 from ..workloads.base import Workload
 from ..workloads.hashed import HASHED, reformer, reformer_missing
 from .base import Provider
 
 ON_QKV = tuple(name for name, case in CASES.items() if not (case.module or case.hashed))
+ON_SDPA = tuple(name for name in ON_QKV if name != "softcap")
 ON_X = tuple(name for name, case in CASES.items() if case.module)
 
 
@@ -60,6 +74,8 @@ def _sdpa_call(w: AttentionWorkload, device: torch.device) -> Callable[..., Tens
             q, mask = positions(w, q, **more)
         elif w.function == "bias":
             mask = more["bias"]
+        elif w.function == "alibi":
+            mask = alibi_bias(w, more["slopes"])
         elif buckets is not None:
             mask = F.embedding(buckets, more["table"]).permute(2, 0, 1)[None]
         if seen is not None and mask is not None and mask is not seen:
@@ -135,6 +151,17 @@ def flex_call(w: AttentionWorkload, tensors: Tensors, attention: Callable[..., A
         def modify(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + table[h, j - i + zero]
 
+    elif w.function == "alibi":
+        slopes = more["slopes"]
+
+        def modify(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score - slopes[h] * (j - i).abs()
+
+    elif w.function == "softcap":
+
+        def modify(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return CAP * torch.tanh(score / CAP)
+
     elif w.function == "transformer-xl":
         q, term = positions(w, q, **more)
 
@@ -159,7 +186,11 @@ def flex_mask(w: AttentionWorkload, device: torch.device) -> Any:
     def see_blocks(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & layout[i // block, j // block]
 
-    return create_block_mask(see_blocks if w.block else see, None, None, w.T, w.S, device=device)
+    def see_band(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j - i).abs() <= window
+
+    seen = see_band if w.function == "band" else see_blocks if w.block else see
+    return create_block_mask(seen, None, None, w.T, w.S, device=device)
 
 
 def _flex(w: AttentionWorkload, tensors: Tensors) -> Bound:
@@ -170,6 +201,17 @@ def _flex(w: AttentionWorkload, tensors: Tensors) -> Bound:
     torch._dynamo.reset()  # each shape a program of its own, as in a model that has one
     compiled = partial(torch.compile(flex_attention, dynamic=False), block_mask=flex_mask(w, tensors["q"].device))
     return Bound(partial(flex_call, w, tensors, compiled), leaves_of(w, tensors))
+
+
+def _flex_on_cpu_missing(w: AttentionWorkload) -> str | None:
+    if w.device != "cpu" or w.mode != "inference":
+        return "is FlexAttention on a CPU, which has no backward there"
+    return None if cpp_compiler() else "needs a C++ compiler"
+
+
+def cpp_compiler() -> str | None:
+    """What torch.compile calls for a CPU."""
+    return next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None)
 
 
 def _flash_missing(w: AttentionWorkload) -> str | None:
@@ -222,6 +264,7 @@ def _fastseq(w: AttentionWorkload, tensors: Tensors) -> Bound:
     attention = functional.attention
     blocks = blocks_seen(w)[None, None].to(tensors["q"].device) if w.block else None
     lengths = torch.full((w.B,), w.S, dtype=torch.int32, device=tensors["q"].device)
+    slopes = tensors["slopes"].float() if w.function == "alibi" else None
 
     def run() -> Tensor:
         q, k, v, *more = tensors.values()
@@ -239,6 +282,12 @@ def _fastseq(w: AttentionWorkload, tensors: Tensors) -> Bound:
             return attention(q + u[:, None], k, v, causal=True, **relative)
         if w.function == "window":
             return attention(q, k, v, window_size=(w.window - 1, 0))
+        if w.function == "band":
+            return attention(q, k, v, window_size=(w.window, w.window))
+        if w.function == "alibi":
+            return attention(q, k, v, alibi_slopes=slopes)
+        if w.function == "softcap":
+            return attention(q, k, v, softcap=CAP)
         if w.function == "blocks":
             return attention(q, k, v, causal=w.causal, block_layout=blocks, block_size=w.block)
         return attention(q, k, v, causal=w.causal)
@@ -273,13 +322,14 @@ def _eager(w: AttentionWorkload, tensors: Tensors) -> Bound:
     return CASES[w.function].eager(w, tensors)
 
 
+EAGER, SDPA, FLEX, FLASH, OWN = "eager attention", "torch SDPA", "FlexAttention", "flash-attn", "fastseq.attention"
+FLEX_ON_CPU, MATH = "FlexAttention (compiled for a CPU)", "torch SDPA (math)"
 FORCED = {
     "torch SDPA (cudnn)": (SDPBackend.CUDNN_ATTENTION, "#5f9447"),
     "torch SDPA (flash)": (SDPBackend.FLASH_ATTENTION, "#b97d00"),
     "torch SDPA (efficient)": (SDPBackend.EFFICIENT_ATTENTION, "#c454b8"),
-    "torch SDPA (math)": (SDPBackend.MATH, "#7c889e"),
+    MATH: (SDPBackend.MATH, "#7c889e"),
 }
-EAGER, SDPA, FLEX, FLASH, OWN = "eager attention", "torch SDPA", "FlexAttention", "flash-attn", "fastseq.attention"
 REFORMER = "Reformer (transformers)"
 TORCH_MODULE, OWN_MODULE = "torch.nn.MultiheadAttention", "fastseq.MultiheadAttention"
 
@@ -287,12 +337,13 @@ ATTENTION_PROVIDERS = {
     p.name: p
     for p in (
         _provider(EAGER, _eager, _only(ON_QKV, lambda w: None), "#7c889e", True),
-        _provider(SDPA, _sdpa(None), _only(ON_QKV, lambda w: None), "#d1495b"),
+        _provider(SDPA, _sdpa(None), _only(ON_SDPA, lambda w: None), "#d1495b"),
         *(
-            _provider(name, _sdpa(backend), _only(ON_QKV, partial(_sdpa_refuses, backend)), color, True)
+            _provider(name, _sdpa(backend), _only(ON_SDPA, partial(_sdpa_refuses, backend)), color, True)
             for name, (backend, color) in FORCED.items()
         ),
         _provider(FLEX, _flex, _only(ON_QKV, _flex_missing), "#0f9a72"),
+        _provider(FLEX_ON_CPU, _flex, _only(ON_QKV, _flex_on_cpu_missing), "#0f9a72", True),
         _provider(FLASH, _flash, _only(("dense", "window", "decode"), _flash_missing), "#888888"),
         _provider(REFORMER, reformer, _only((HASHED,), reformer_missing), "#009e73"),
         _provider(OWN, _fastseq, _only(ON_QKV, _fastseq_missing("functional.attention")), "#1e88e5"),

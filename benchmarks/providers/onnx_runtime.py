@@ -30,10 +30,17 @@ def layer_name(cell: str) -> str:
     return f"ONNX Runtime {cell}"
 
 
-def missing(w: Workload) -> str | None:
+def not_installed() -> str | None:
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if not absent:
+        return None
+    return f"{' and '.join(absent)} {'are' if len(absent) > 1 else 'is'} not installed: pip install {' '.join(absent)}"
+
+
+def missing(w: Workload) -> str | None:
+    absent = not_installed()
     if absent:
-        return f"{' and '.join(absent)} {'are' if len(absent) > 1 else 'is'} not installed: pip install {' '.join(absent)}"
+        return absent
     if w.mode != "inference":
         return "ONNX Runtime has inference only"
     if w.dtype != "float32":

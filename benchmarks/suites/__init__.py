@@ -13,6 +13,7 @@ from ..report.model import Figure, Section
 from ..report.plots import heatmap, roofline
 from . import (
     attention,
+    attention_grid,
     cells,
     decode,
     limits,
@@ -55,6 +56,7 @@ SUITES: dict[str, Suite] = {
         recurrent,
         recurrent_grid,
         attention,
+        attention_grid,
         cells,
         decode,
         variable_length,

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..measure.case import Case, Options, Participant
-from ..measure.results import Results, Row, reliable
+from ..measure.results import Results, Row
 from ..measure.timing import Effort
 from ..providers.base import RECURRENT
 from ..providers.cells import own_name, torch_name
 from ..providers.onnx_runtime import layer_name
 from ..providers.pack import pack_name
-from ..report.model import Card, Cell, Figure, Section, Table, heat_cell, speed_tone, target_cell, time_cell
+from ..report.model import Cell, Figure, Section, Table, heat_cell, time_cell
 from ..report.plots.strip import Strip, draw
-from ..report.statistics import geometric_mean
 from ..workloads.base import MODES, Workload
 from ..workloads.carried import CALLS, BesideWorkload, CarriedWorkload
 from ..workloads.cells import CellWorkload
+from . import gates
 from .recurrent import over_onnx
 
 NAME = "recurrent-grid"
@@ -75,16 +75,11 @@ def plan(options: Options) -> list[Case]:
     return cases
 
 
-class Gate(NamedTuple):
-    """What rows of fastseq must reach, and what they are meant to: each of them, or their geometric mean."""
+@dataclass(frozen=True)
+class Gate(gates.Gate):
+    """`packed`: rows after fastseq.pack, with weights in this dtype ("": their own)."""
 
-    title: str
-    must: float
-    goal: float
-    counts: Callable[[Row], bool]
-    mean: bool = False
-    over: str = "torch.nn"
-    packed: str | None = None  # rows after fastseq.pack, with weights in this dtype ("": their own)
+    packed: str | None = None
 
 
 def _lstm(dtype: str, mode: str, B: int = 0, H: int = 0) -> Callable[[Row], bool]:
@@ -133,7 +128,7 @@ GATES = (
     Gate("the same with bf16 weights, H = 512", 1.5, 5.0, _carried, packed="bfloat16"),
     Gate("a packed step, B=1 H=64, fp32", 1.0, 20 / 13, _prompt, over="20 µs", packed=""),
     Gate("every point that ONNX Runtime has", 1.0, 1.0, lambda r: _whole(r) or _carried(r), over="ONNX Runtime"),
-    Gate("error against fp64, root mean square: torch's over ours", 1.0, 1.0, _whole, over="error"),
+    Gate("error against fp64, root mean square: torch's over ours", 1.0, 1.0, _whole, over=gates.ERROR),
 )
 
 
@@ -160,7 +155,7 @@ def value_of(own: Row, gate: Gate, others: dict[tuple[Any, ...], Row]) -> float 
         return PROMPT * CALLS / own.seconds if own.ok and own.time else None
     if other is None or not (own.ok and other.ok):
         return None
-    if gate.over == "error":
+    if gate.over == gates.ERROR:
         errors = [(r.check or {}).get("rms") for r in (other, own)]
         return errors[0] / errors[1] if errors[0] is not None and errors[1] else None
     if gate.over == "torch.nn":
@@ -181,27 +176,7 @@ def derive(results: Results) -> dict[str, Any]:
 
 def _verdict(gate: Gate, own: list[Row], others: dict[tuple[Any, ...], Row]) -> dict[str, Any]:
     counted = [r for r in own if gate.counts(r)]
-    values = [(value, r) for r in counted if (value := value_of(r, gate, others)) is not None]
-    worst = min(values, key=lambda pair: pair[0], default=None)
-    mean = geometric_mean([value for value, _ in values]) if values else None
-    found = None if worst is None else mean if gate.mean else worst[0]
-    expected = len(counted) if gate.over != "ONNX Runtime" else len(values)  # which has not every point
-    whole = found is not None and len(values) == expected
-    return {
-        "gate": gate.title,
-        "over": gate.over,
-        "must": gate.must,
-        "goal": gate.goal,
-        "of": "geometric mean" if gate.mean else "lowest point",
-        "found": found,
-        "mean": mean,
-        "worst": None if worst is None else {"point": name_of(worst[1]), "value": worst[0]},
-        "points": len(values),
-        "untimed": expected - len(values),
-        "reliable": gate.over == "error" or reliable(counted),
-        "reached": whole and found is not None and found >= gate.must,
-        "goal reached": whole and found is not None and found >= gate.goal,
-    }
+    return gates.verdict(gate, counted, lambda r: value_of(r, gate, others), name_of, partial=gate.over == "ONNX Runtime")
 
 
 def _ratio(r: Row) -> float:
@@ -219,9 +194,11 @@ def present(results: Results) -> list[Section]:
         "fastseq's, Python included, both measured in turn in one process; above 1 fastseq is faster. ONNX Runtime computes in "
         "fp32, reads and writes torch's tensors in place and has as many threads.",
     ]
-    tables = [_gates(derived), *(_matrix(rows, group, mode) for group, mode in product(GROUPS, MODES) if group != "beside")]
+    tables = [gates.table(derived["gates"])]
+    tables += [_matrix(rows, group, mode) for group, mode in product(GROUPS, MODES) if group != "beside"]
     tables += [_onnx(rows), _beside(rows), _losses(derived)]
-    return [Section("The grid of recurrent layers", text, _cards(derived), [picture(results)], [t for t in tables if t.rows])]
+    cards = gates.cards(derived["gates"], "torch.nn")
+    return [Section("The grid of recurrent layers", text, cards, [picture(results)], [t for t in tables if t.rows])]
 
 
 def picture(results: Results) -> Figure:
@@ -247,29 +224,6 @@ def picture(results: Results) -> Figure:
 
 def _cell(r: Row) -> str:
     return next(cell for cell in RECURRENT if r.function.removesuffix("cell") == cell.lower())
-
-
-def _cards(derived: dict[str, Any]) -> list[Card]:
-    return [
-        Card(f"{g['mean']:.2f}×", f"{g['gate']}, {g['points']} points", speed_tone(g["mean"]))
-        for g in derived["gates"]
-        if g["mean"] is not None and g["reliable"] and g["over"] == "torch.nn" and g["points"] > 2
-    ]
-
-
-def _gates(derived: dict[str, Any]) -> Table:
-    body: list[list[Cell | str]] = []
-    for g in derived["gates"]:
-        if not g["points"] and not g["untimed"]:
-            continue
-        numbers = [f"{g[name]:.2f}×" if g[name] is not None else "–" for name in ("found", "mean")]
-        worst = f"{g['worst']['value']:.2f}× {g['worst']['point']}" if g["worst"] else "–"
-        points = f"{g['points']}" + (f", {g['untimed']} without a time" if g["untimed"] else "")
-        goal = Cell("reached", "good") if g["goal reached"] and g["reliable"] else Cell("–", "weak")
-        line: list[Cell | str] = [g["gate"], g["over"], points, g["of"], *numbers]
-        body.append([*line, f"{g['must']:.3g}×", target_cell(g), f"{g['goal']:.3g}×", goal, worst])
-    columns = ["", "over", "points", "counts", "found", "geometric mean", "must", "", "goal", "", "lowest"]
-    return Table("Gates", columns, body, "One thread unless it says otherwise. Computed from the points below.")
 
 
 def _matrix(rows: list[Row], group: str, mode: str) -> Table:

@@ -35,7 +35,7 @@ class AttentionWorkload(Workload):
     kv_heads: int = 0  # 0: as many as heads
     keys: int = 0
     causal: bool = False
-    window: int = 0  # keys that a query sees, itself included; 0: all
+    window: int = 0  # keys that a query sees, itself included (of a band: on either side of it); 0: all
     block: int = 0  # side of the blocks of a block-sparse layout; positions of a chunk of hashed attention
     deterministic: bool = False
     tf32: bool = False
@@ -72,8 +72,8 @@ class AttentionWorkload(Workload):
     def pairs(self) -> float:
         """Pairs of query and key per head; half of all when causal, as is customary."""
         if self.window:
-            w = min(self.window, self.T)
-            return w * (w + 1) / 2 + (self.T - w) * w
+            sides, w = (2, min(self.window + 1, self.T)) if self.function == "band" else (1, min(self.window, self.T))
+            return sides * (w * (w + 1) / 2 + (self.T - w) * w) - (sides - 1) * self.T
         if CASES[self.function].hashed:
             return self.T * min(2 * self.block, self.T) / (2 if self.causal else 1)
         if self.block:
@@ -358,7 +358,15 @@ CASES: dict[str, Attention] = {
     for case in (
         Attention("dense", "no mask, or causal", _qkv, plain(textbook.dense)),
         Attention("window", "sliding window", _qkv, plain(textbook.dense)),
+        Attention("band", "sliding window on both sides", _qkv, plain(textbook.dense)),
         Attention("blocks", "block-sparse layout", _qkv, plain(textbook.dense)),
+        Attention("softcap", "capped scores", _qkv, plain(textbook.softcap)),
+        Attention(
+            "alibi",
+            "ALiBi's slopes",
+            _plus(slopes=lambda w: Operand((w.heads,), None, 0, gradient=False, of=textbook.alibi_slopes)),
+            plain(textbook.alibi),
+        ),
         Attention("decode", "one query against a cache of keys and values", _qkv, plain(textbook.dense)),
         Attention(
             "bias",
@@ -385,6 +393,7 @@ CASES: dict[str, Attention] = {
             plain(textbook.transformer_xl),
             ("u", "p", "r"),
         ),
+        Attention("self", "MultiheadAttention without its weights", _mha, plain(textbook.multihead), _MHA_PARAMETERS, True),
         Attention("weights", "averaged attention weights", _mha, plain(textbook.multihead), _MHA_PARAMETERS, True),
         Attention("padding", "padding and causal in MultiheadAttention", _mha, plain(textbook.multihead), _MHA_PARAMETERS, True),
     )

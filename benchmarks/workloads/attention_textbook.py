@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from .attention import AttentionWorkload
 
 BUCKETS, MAX_DISTANCE = 32, 128  # of T5's relative bias
+CAP = 5.0  # of capped scores
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, visible: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None, visible: Tensor | None = None, cap: float = 0.0
 ) -> Tensor:
-    """softmax(q k^T scale + bias) v with every score in memory: [B, H, T, E]."""
+    """softmax(capped(q k^T scale) + bias) v with every score in memory: [B, H, T, E]."""
     group = q.shape[1] // k.shape[1]
     k, v = (t if group == 1 else t.repeat_interleave(group, 1) for t in (k, v))
     scores = q @ k.mT * scale
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
     if bias is not None:
         scores = scores + bias
     if visible is not None:
@@ -36,7 +39,9 @@ def visible(w: AttentionWorkload, device: torch.device | str) -> Tensor | None:
     """[T, S] of bool, True: attend. None: every pair."""
     i, j = torch.arange(w.T, device=device)[:, None], torch.arange(w.S, device=device)
     seen: Tensor | None = None
-    if w.causal or w.window:
+    if w.function == "band":
+        seen = (j - i).abs() <= w.window
+    elif w.causal or w.window:
         seen = (j <= i) & (j > i - w.window) if w.window else j <= i
     if w.block:
         blocks = blocks_seen(w).to(device).repeat_interleave(w.block, 0).repeat_interleave(w.block, 1)[: w.T, : w.S]
@@ -48,6 +53,17 @@ def blocks_seen(w: AttentionWorkload) -> Tensor:
     """[T / block, S / block] of bool, rounded up: the four last blocks, and the first one, for all, as in sparse transformers."""
     i, j = (torch.arange(-(-n // w.block)) for n in (w.T, w.S))
     return (i[:, None] >= j) & ((i[:, None] - j < 4) | (j == 0))
+
+
+def alibi_slopes(w: AttentionWorkload, tensors: dict[str, Tensor]) -> Tensor:
+    """[H], 2 to the power of -8 / H, -16 / H .. -8 (Press et al., 2022), as they are in fp32."""
+    return torch.exp2(-8 * torch.arange(1, w.heads + 1) / w.heads).float().double()
+
+
+def alibi_bias(w: AttentionWorkload, slopes: Tensor) -> Tensor:
+    """[1, H, T, S]"""
+    distance = (torch.arange(w.S, device=slopes.device) - torch.arange(w.T, device=slopes.device)[:, None]).abs()
+    return -slopes[None, :, None, None] * distance
 
 
 def t5_buckets(T: int, S: int, device: torch.device | str, *, bidirectional: bool = True) -> Tensor:
@@ -98,6 +114,14 @@ def biased(w: AttentionWorkload, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) 
 def t5(w: AttentionWorkload, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     bias = F.embedding(t5_buckets(w.T, w.S, q.device), table).permute(2, 0, 1)[None]
     return softmax_attention(q, k, v, w.E**-0.5, bias, visible(w, q.device))
+
+
+def alibi(w: AttentionWorkload, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    return softmax_attention(q, k, v, w.E**-0.5, alibi_bias(w, slopes), visible(w, q.device))
+
+
+def softcap(w: AttentionWorkload, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return softmax_attention(q, k, v, w.E**-0.5, None, visible(w, q.device), CAP)
 
 
 def transformer_xl(w: AttentionWorkload, q: Tensor, k: Tensor, v: Tensor, u: Tensor, p: Tensor, r: Tensor) -> Tensor:

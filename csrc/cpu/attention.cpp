@@ -6,6 +6,7 @@
 #include <atomic>
 #include <numeric>
 
+#include "attention_few.h"
 #include "attention_kernel.h"
 #include "host.h"
 #include "level.h"
@@ -25,27 +26,12 @@ const AttentionKernels& kernels(Type type) {
   }
 }
 
-// A new tensor on the CPU; `transposed`: the two dimensions before the last are exchanged in memory.
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, bool transposed = false) {
-  int64_t strides[4], n = sizes.size(), stride = 1;
-  const int64_t* size = sizes.begin();
-  for (int64_t i = n; i-- > 0; stride *= size[i]) strides[i] = stride;
-  if (transposed) strides[n - 2] = size[n - 1] * size[n - 3], strides[n - 3] = size[n - 1];
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(n, size, strides,
-                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 // [.., H, T, features], time before heads in memory
 Tensor empty_rows(const Tensor& like, int64_t features) {
   const ScalarType type = like.scalar_type();
   if (like.dim() == 3) return empty({like.size(0), like.size(1), features}, type, true);
   return empty({like.size(0), like.size(1), like.size(2), features}, type, true);
 }
-
-ScalarType wide_of(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 Tensor empty_lse(const Tensor& q) {
   if (q.dim() == 3) return empty({q.size(0), q.size(1)}, wide_of(q.scalar_type()));
@@ -153,6 +139,7 @@ void over(int64_t count, int64_t bytes, const Body& body) {
 }
 
 void run_forward(const Attention& a) {
+  if (few_serves(a)) return attention_few(a);
   const AttentionKernels& kernel = kernels(a.type);
   const std::vector<AttentionTask> tasks = tasks_of(a, a.heads, kernel.lanes(a));
   over(tasks.size(), kernel.forward_workspace(a),

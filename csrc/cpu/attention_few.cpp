@@ -40,6 +40,7 @@ class Line {
     const int64_t first = row_block * kFewRows, count = std::min(kFewRows, rows_ - first);
     FewPart part{batch, head, first, count, 0, 0};
     const Attention::Sequence sequence = a_.sequence(batch);
+    if (a_.cu_q) part.rows = std::clamp<int64_t>(group_ * sequence.queries - first, 0, count);  // behind are other sequences
     const int64_t last_query = std::min((first + count - 1) / group_, sequence.queries - 1);
     if (last_query < first / group_) return part;
     const int64_t begin = a_.left >= 0 ? first / group_ + sequence.shift - a_.left : 0;

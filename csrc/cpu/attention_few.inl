@@ -23,10 +23,7 @@ namespace fastseq::cpu::FASTSEQ_LEVEL {
 namespace {
 
 #include "vector.inl"
-
-constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+#include "transpose.inl"
 
 // What one load of features fills: a vector or, of bfloat16, two, of even and of odd features, which a shift and a mask tell apart.
 template <class S, class A>
@@ -727,7 +724,7 @@ class Few {
         C::store(to + f, min(C::kFeatures, a_.value_features - f), v);
       }
       if (a_.lse) {
-        A* lse = static_cast<A*>(a_.lse) + part_.batch * a_.lse_b + row.head * a_.lse_h + sequence_.first_q + row.query;
+        A* lse = static_cast<A*>(a_.lse) + (a_.cu_q ? 0 : part_.batch * a_.lse_b) + row.head * a_.lse_h + sequence_.first_q + row.query;
         if constexpr (sizeof(A) == 8)
           *lse = dead ? kLowest : highest + __builtin_log(total);
         else

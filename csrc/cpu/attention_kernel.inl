@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 #include <utility>
 
@@ -122,7 +123,8 @@ class Softmax {
         store_vector(highest_ + v * W, highest[v] * factor), store_vector(total_ + v * W, total[v]);
         for (int64_t lane = v * W; lane < min(block.count, (v + 1) * W); ++lane) join_sink(lane, lse);
       } else if (lse) {
-        const V sum = (typename Lanes<A>::I)dead ? V{} - A(INFINITY) : highest[v] * factor + log_of<A>(total[v]);
+        const V live = total[v] == total[v] ? highest[v] * factor + log_of<A>(total[v]) : total[v];  // a NaN stays one
+        const V sum = (typename Lanes<A>::I)dead ? V{} - A(INFINITY) : live;
         if (v * W < block.count) Memory<A, A>::store(lse + v * W, sum, block.count - v * W);
       }
     }
@@ -654,6 +656,7 @@ void store_sums(const AttentionBackward& g, int64_t b, int64_t key_head, const A
 }
 
 #if defined(FASTSEQ_TILES)
+#include "tiles.inl"
 #include "attention_tiles.inl"
 
 // bfloat16 alone

@@ -4,26 +4,23 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <string>
 
 #include "attention.h"
 #include "host.h"
 #include "layer_norm.h"
 #include "level.h"
+#include "matrix_product.h"
 
 namespace fastseq::cpu {
 
 namespace {
 
 using Sizes = std::initializer_list<int64_t>;
-
-bool plain(const std::optional<Tensor>& tensor) {
-  if (!tensor) return true;
-  int32_t layout;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
-  return tensor->is_cpu() && layout == aoti_torch_layout_strided();
-}
 
 // of the attention's arithmetic, with a contiguous last dimension
 bool rows_of(const Tensor& tensor, ScalarType type) {
@@ -35,29 +32,11 @@ bool may_be_added(const Tensor& tensor, ScalarType type) {
   return own == type || (own == ScalarType::Float && bytes_of(type_of(type)) == 2);
 }
 
-// A new tensor on the CPU.
-Tensor empty(Sizes sizes, const int64_t* strides, ScalarType type) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides,
-                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-Tensor empty(Sizes sizes, ScalarType type) {
-  int64_t strides[4], stride = 1;
-  for (int64_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
-  return empty(sizes, strides, type);
-}
-
-ScalarType wide_of(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
 // Elements of a tensor, from its `first` on.
 Tensor view(const Tensor& tensor, Sizes sizes, Sizes strides, int64_t first = 0) {
-  int64_t begin;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &begin));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.begin(), strides.begin(), begin + first, &handle));
+      aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.begin(), strides.begin(), first, &handle));
   return Tensor(handle);
 }
 
@@ -99,8 +78,8 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
   if (mask) (mask->scalar_type() == ScalarType::Bool ? spec.mask : spec.bias) = mask;
   spec.scale = scale.value_or(1 / std::sqrt(static_cast<double>(of_q[3]))), spec.dropout = dropout, spec.seed = seed;
   spec.right = is_causal ? 0 : -1;
-  const int64_t H = of_q[1], L = of_q[2], E = of_v[3], strides[] = {L * H * E, E, H * E, 1};  // time before heads in memory
-  Tensor out = empty({of_q[0], H, L, E}, strides, type);
+  const int64_t H = of_q[1], L = of_q[2], E = of_v[3];
+  Tensor out = empty({of_q[0], H, L, E}, type, true);
   std::optional<Tensor> lse;
   if (wants_lse) lse = empty({of_q[0], H, L}, wide_of(type));
   attention_into(q, k, v, spec, out, lse, {}, false);
@@ -148,13 +127,62 @@ struct Batch {
   }
 };
 
-// weight[first .. first + count) x + bias of rows [n, E]; or to what `onto` holds.
+constexpr int64_t kElements = 16384;  // of rows that one thread works through at least
+
+#if defined(__x86_64__)
+
+// Rows, depths and columns from which fp32 is multiplied by AMX, in parts of bfloat16: there packing the weights pays.
+constexpr int64_t kRowsInParts = 96, kDepthInParts = 64;
+constexpr int64_t kBlock = 16;  // panels: what a block packs stays in the second-level cache
+
+// rows [n, E] x weights, of which row r is a column of the result; false: not multiplied, or the results are not to be used.
+bool multiplied(const Tensor& rows, const Tensor& weight, int64_t first, const Tensor& out) {
+  const int64_t n = rows.size(0), depth = rows.size(1), count = out.size(1);
+  if (level() != Level::kAmx || rows.scalar_type() != ScalarType::Float || weight.stride(1) != 1) return false;
+  if (n < kRowsInParts || depth < kDepthInParts || count < kDepthInParts) return false;
+  constexpr int64_t bytes = sizeof(float);
+  const MatrixRows of_weight{offset(data(weight), first * weight.stride(0) * bytes), weight.stride(0) * bytes, nullptr};
+  MatrixProduct product{Type::kFloat, n, depth, {data(rows), rows.stride(0) * bytes, nullptr}, false, {}, 1};
+  product.right[0] = {of_weight, count, mutable_data(out), count * bytes, true};
+  const int64_t across = (n + kPanel - 1) / kPanel, along = (count + kPanel - 1) / kPanel;
+  const int64_t of_rows = (across + kBlock - 1) / kBlock, of_columns = (along + kBlock - 1) / kBlock;
+  std::atomic<bool> within = true;
+  torch::stable::parallel_for(0, of_rows * of_columns, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end && within; ++begin) {
+      const int64_t r = begin / of_columns, c = begin % of_columns;
+      const MatrixBlock block{{across * r / of_rows, across * (r + 1) / of_rows}, {along * c / of_columns, along * (c + 1) / of_columns}};
+      const Buffer scratch(matrix_kernels_amx().scratch(product, block));
+      if (!matrix_kernels_amx().multiply(product, block, scratch.get())) within = false;
+    }
+  });
+  return within;
+}
+
+#else
+
+bool multiplied(const Tensor&, const Tensor&, int64_t, const Tensor&) { return false; }
+
+#endif
+
+void add_bias(const Tensor& rows, const Tensor& bias, int64_t first, bool relu) {
+  const Type type = type_of(rows.scalar_type());
+  const void* from = offset(data(bias), first * bytes_of(type));
+  torch::stable::parallel_for(0, rows.size(0), std::max<int64_t>(1, kElements / rows.size(1)), [&](int64_t begin, int64_t end) {
+    layer_norm_kernels().add_bias(type, mutable_data(rows), from, rows.size(1), begin, end, relu);
+  });
+}
+
+// weight[first .. first + count) x + bias of rows [n, E], which are contiguous, as is the bias.
 Tensor linear(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, int64_t first, int64_t count) {
-  const int64_t along = weight.stride(1), across = weight.stride(0);
   const Tensor out = empty({rows.size(0), count}, rows.scalar_type());
+  if (multiplied(rows, weight, first, out)) {
+    if (bias) add_bias(out, *bias, first, false);
+    return out;
+  }
+  const int64_t along = weight.stride(1), across = weight.stride(0);
   const Tensor transposed = view(weight, {weight.size(1), count}, {along, across}, first * across);
   if (bias) {
-    const Tensor part = view(*bias, {count}, {bias->stride(0)}, first * bias->stride(0));
+    const Tensor part = view(*bias, {count}, {1}, first);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), part.get(), rows.get(), transposed.get(), 1, 1));
   } else {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), rows.get(), transposed.get()));
@@ -176,7 +204,8 @@ bool is_matrix(const Tensor& tensor, ScalarType type, int64_t rows, int64_t colu
   return plain(tensor) && tensor.scalar_type() == type && tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
 }
 bool is_vector(const std::optional<Tensor>& tensor, ScalarType type, int64_t size) {
-  return !tensor || (plain(tensor) && tensor->scalar_type() == type && tensor->dim() == 1 && tensor->size(0) == size);
+  const auto fits = [&](const Tensor& t) { return t.scalar_type() == type && t.dim() == 1 && t.size(0) == size && t.is_contiguous(); };
+  return !tensor || (plain(tensor) && fits(*tensor));
 }
 
 // Which of the keys [N, S] a padding mask hides: bool, or added numbers that are 0 or -inf; nothing if there are others.
@@ -210,7 +239,7 @@ Tensor inverted(const Tensor& mask, Sizes sizes) {
 }
 
 // What the two masks of nn.MultiheadAttention say; false: not what they have to be, or both are added.
-bool read_masks(const std::optional<Tensor>& padding, const std::optional<Tensor>& attn_mask, int64_t N, int64_t H, int64_t L, int64_t S,
+bool read_masks(std::optional<Tensor> padding, std::optional<Tensor> attn_mask, int64_t N, int64_t H, int64_t L, int64_t S,
                 ScalarType type, AttentionSpec& to) {
   if (attn_mask) {
     const int64_t dims = attn_mask->dim();
@@ -219,6 +248,7 @@ bool read_masks(const std::optional<Tensor>& padding, const std::optional<Tensor
     if (attn_mask->scalar_type() == ScalarType::Bool) {
       to.mask = dims == 2 ? inverted(*attn_mask, {1, 1, L, S}) : inverted(*attn_mask, {N, H, L, S});
     } else {
+      if (type == ScalarType::Double && attn_mask->scalar_type() == ScalarType::Float) attn_mask = torch::stable::to(*attn_mask, type);
       if (!may_be_added(*attn_mask, type)) return false;
       const int64_t i = attn_mask->stride(-2), j = attn_mask->stride(-1), h = attn_mask->stride(0);
       to.bias = dims == 2 ? view(*attn_mask, {1, 1, L, S}, {0, 0, i, j}) : view(*attn_mask, {N, H, L, S}, {H * h, h, i, j});
@@ -228,6 +258,7 @@ bool read_masks(const std::optional<Tensor>& padding, const std::optional<Tensor
   const bool whole = N == 1 && padding->dim() == 1;
   if (!plain(padding) || (!whole && (padding->dim() != 2 || padding->size(0) != N)) || padding->size(-1) != S) return false;
   const bool added = padding->scalar_type() != ScalarType::Bool;
+  if (type == ScalarType::Double && padding->scalar_type() == ScalarType::Float) padding = torch::stable::to(*padding, type);
   if ((added && !may_be_added(*padding, type)) || !padding->is_contiguous()) return false;
   const auto hidden = padded(*padding);
   if (!hidden) {  // numbers to be added
@@ -409,8 +440,6 @@ namespace {
 enum Parameter { kInProj, kInProjBias, kOutProj, kOutProjBias, kNorm1, kNorm1Bias, kNorm2, kNorm2Bias, kLinear1, kLinear1Bias, kLinear2,
                  kLinear2Bias, kParameters };
 
-constexpr int64_t kElements = 16384;  // of a layer norm that one thread has at least
-
 void run(const AddNorm& norm, int64_t count) {
   torch::stable::parallel_for(0, count, std::max<int64_t>(1, kElements / norm.features), [&](int64_t begin, int64_t end) {
     const Buffer row(norm.features * wide_bytes(norm.type));
@@ -429,6 +458,24 @@ Tensor add_norm(const Tensor& x, const Tensor* y, const Tensor& weight, const Te
 }
 void add(const Tensor& x, const Tensor& to) {
   run(AddNorm{type_of(x.scalar_type()), x.size(1), data(x), data(to), nullptr, nullptr, 0, mutable_data(to), nullptr}, x.size(0));
+}
+
+// gelu or relu of weight x + bias
+Tensor activated(const Tensor& rows, const Tensor& weight, const Tensor& bias, bool gelu) {
+  const int64_t n = rows.size(0), count = weight.size(0);
+  const Tensor out = empty({n, count}, rows.scalar_type());
+  if (!multiplied(rows, weight, 0, out)) {
+    const Tensor transposed = view(weight, {weight.size(1), count}, {1, weight.size(1)});
+    AtenTensorHandle result;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__addmm_activation(bias.get(), rows.get(), transposed.get(), 1, 1, gelu, &result));
+    return Tensor(result);
+  }
+  add_bias(out, bias, 0, !gelu);
+  if (!gelu) return out;
+  using torch::stable::detail::from;
+  StableIValue stack[] = {from(out), from(std::string("none"))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::gelu", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace
@@ -460,11 +507,7 @@ std::vector<Tensor> transformer_encoder_layer(Tensor src, std::vector<Tensor> pa
     return linear(heads.rows, p[kOutProj], p[kOutProjBias]);
   };
   const auto feed_forward = [&](const Tensor& rows) {
-    const Tensor transposed = view(p[kLinear1], {E, F}, {p[kLinear1].stride(1), p[kLinear1].stride(0)});
-    AtenTensorHandle hidden;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu__addmm_activation(p[kLinear1Bias].get(), rows.get(), transposed.get(), 1, 1, gelu, &hidden));
-    return linear(Tensor(hidden), p[kLinear2], p[kLinear2Bias]);
+    return linear(activated(rows, p[kLinear1], p[kLinear1Bias], gelu), p[kLinear2], p[kLinear2Bias]);
   };
   const Tensor& x = batch.rows;
   if (norm_first) {

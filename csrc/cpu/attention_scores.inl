@@ -92,9 +92,13 @@ class Arena {
 
 template <class S>
 using Wide = std::conditional_t<sizeof(S) == 8, double, float>;
+// the coefficients of e^x
+struct LongMath : Math<float> {
+  static constexpr const auto& kExp2 = Lanes<float>::kExp2;
+};
 // e^x of scores that end in S
 template <class S>
-using Exponential = std::conditional_t<sizeof(S) == 2, ShortMath, Math<Wide<S>>>;
+using Exponential = std::conditional_t<sizeof(S) == 2, ShortMath, std::conditional_t<sizeof(S) == 4, LongMath, Math<double>>>;
 
 constexpr int64_t kMostVectors = 4;  // of lanes in a block of queries
 constexpr int64_t kChunk = 64;       // keys whose scores are formed together by multiply-adds
@@ -108,6 +112,20 @@ constexpr int64_t kMostLanes = kMostVectors* Math<A>::kWidth;
 template <class M, class A>
 FASTSEQ_HOST_DEVICE typename Math<A>::V power_of(typename Math<A>::V x, A factor) {
   using V = typename Math<A>::V;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {  // an instruction multiplies by powers of two, down to nothing
+    using L = Lanes<float>;
+    x = Math<A>::at_least(x, -2 * L::kLargest / factor);
+    const V shifted = x * (factor * L::kLog2e) + L::kRound, n = shifted - L::kRound;
+    V f = x * (factor * L::kLog2e) - n;
+    if constexpr (!std::is_same_v<M, ShortMath>) f = x * (factor * L::kLog2eRest) + f;
+    constexpr int last = sizeof(M::kExp2) / sizeof(float) - 1;
+    V q = V{} + M::kExp2[last];
+#pragma GCC unroll 16
+    for (int i = last - 1; i >= 0; --i) q = q * f + M::kExp2[i];
+    return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)(q * f + 1.0f), (__m512)n);
+  }
+#endif
   const A lowest = -Lanes<A>::kLargest / factor;
   V scale, fraction;
   M::exp_parts(Math<A>::at_least(x, lowest), factor, scale, fraction);

@@ -1,7 +1,6 @@
 // Attention of bfloat16 by AMX tiles. Included by attention_kernel.inl.
 //
-// A tile register holds up to 16 rows of 64 bytes. A, the left-hand matrix of a product, is loaded as it lies: 16 rows x 32 values. B holds
-// 16 pairs of depths x 16 columns, the two values of a pair side by side; C 16 rows x 16 columns of fp32.
+// What multiplies what (A, the left-hand matrix, lies in rows; B in pairs of depths: tiles.inl):
 //
 //   scores^T [key][lane]     A: keys as they lie          B: queries, pairs of features
 //   out^T [feature][lane]    A: values, transposed        B: weights, pairs of keys
@@ -10,43 +9,6 @@
 //   dk, dv [key][feature]    A: the gradients of the scores, the weights [key][lane]     B: queries, dout, pairs of queries
 //
 // Keys and values are transposed once for all the queries of a head that a thread works on, when they are first needed.
-
-template <int kTile>
-FASTSEQ_HOST_DEVICE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
-}
-template <int kTile>
-FASTSEQ_HOST_DEVICE void tile_load(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
-}
-template <int kTile>
-FASTSEQ_HOST_DEVICE void tile_store(void* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
-}
-template <int kC, int kA, int kB>
-FASTSEQ_HOST_DEVICE void tile_multiply() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
-}
-
-// The configuration is the thread's own, and other libraries' kernels change it: it holds from construction to destruction, within which
-// nothing else runs.
-class TileConfiguration {
- public:
-  TileConfiguration() {
-    struct alignas(64) {
-      uint8_t palette, start;
-      uint8_t reserved[14];
-      uint16_t bytes[16];
-      uint8_t rows[16];
-    } configuration{};
-    configuration.palette = 1;
-    for (int tile = 0; tile < 8; ++tile) configuration.bytes[tile] = 64, configuration.rows[tile] = 16;
-    asm volatile("ldtilecfg %0" ::"m"(configuration) : "memory");
-  }
-  ~TileConfiguration() { asm volatile("tilerelease" ::: "memory"); }
-  TileConfiguration(const TileConfiguration&) = delete;
-  TileConfiguration& operator=(const TileConfiguration&) = delete;
-};
 
 constexpr int64_t kTileRows = 16, kTileDepth = 32, kTileBytes = 1024;
 
@@ -298,7 +260,7 @@ class TileProduct : public Softmax<S> {
   }
 
  private:
-  const TileConfiguration configuration_;
+  const TileConfiguration configuration_{16, 16, 16, 16, 16, 16, 16, 16};
   static constexpr int64_t kRow = kMostKeys / kTileDepth * kTileBytes;  // of the weights, from a vector of lanes to the next
   char *queries_, *copy_, *weights_;
   Transposed values_;

@@ -37,6 +37,14 @@ inline const void* data(const Tensor& tensor) { return tensor.numel() ? tensor.c
 inline const int64_t* integers(const std::optional<Tensor>& tensor) { return static_cast<const int64_t*>(data(tensor)); }
 inline void* mutable_data(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
 
+// Whether a tensor, if there is one, has its elements in the memory of the CPU, at strides.
+inline bool plain(const std::optional<Tensor>& tensor) {
+  if (!tensor) return true;
+  int32_t layout;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
+  return tensor->is_cpu() && layout == aoti_torch_layout_strided();
+}
+
 // Calls body.template operator()<S>(): the type of an element in memory, with PyTorch's conversions to fp32 and back.
 template <class F>
 void with_storage(Type type, F&& body) {
@@ -46,6 +54,25 @@ void with_storage(Type type, F&& body) {
     case Type::kBfloat16: return body.template operator()<torch::headeronly::BFloat16>();
     case Type::kHalf: return body.template operator()<torch::headeronly::Half>();
   }
+}
+
+inline ScalarType wide_of(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// A new tensor on the CPU.
+inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, ScalarType type) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides,
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+// Contiguous, of up to four dimensions; `transposed`: but for the two before the last, which are exchanged in memory.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, bool transposed = false) {
+  const int64_t n = sizes.size(), *size = sizes.begin();
+  int64_t strides[4], stride = 1;
+  for (int64_t i = n; i-- > 0; stride *= size[i]) strides[i] = stride;
+  if (transposed) strides[n - 2] = size[n - 1] * size[n - 3], strides[n - 3] = size[n - 1];
+  return empty_strided(sizes, strides, type);
 }
 
 // Memory for packed weights, states and workspaces, 64-byte aligned, since the kernels load whole registers. What it holds is undefined: with

@@ -1,5 +1,5 @@
-// Layer norm of a sum, the step between the blocks of a transformer's layer (host part: attention_layers.cpp), and gradients of what a
-// cell with layer norm has inside a step (host part: recurrent_gradients.cpp).
+// What lies between the products of a transformer's layer, row by row (host part: attention_layers.cpp), and gradients of what a cell with
+// layer norm has inside a step (host part: recurrent_gradients.cpp).
 #pragma once
 
 #include <cstdint>
@@ -31,21 +31,23 @@ struct NormVectors {
   Rows dm, c;          // A [H], of the LSTM: gradient of the step's output o tanh(..), and c
   const void* vectors; // A [6*H], of the LSTM: scales of the gates, scale and shift of c
 };
-constexpr int64_t kVectors[] = {4, 6};  // of a GRU: scales of the gates, recurrent bias of n; of an LSTM
+constexpr int64_t kNormVectors[] = {4, 6};  // of a GRU: scales of the gates, recurrent bias of n; of an LSTM
 
 // The loops of one instruction set.
 struct LayerNormKernels {
   // `row` holds `features` numbers, of 8 bytes if the type is double, else of 4
   void (*add_norm)(const AddNorm&, int64_t begin, int64_t end, void* row);
+  // rows += bias, and then what is negative becomes 0 if `relu`
+  void (*add_bias)(Type, void* rows, const void* bias, int64_t features, int64_t begin, int64_t end, bool relu);
   // adds the gradients of rows begin .. end to sums, A [V*H]; `run` holds as much
   void (*add_vectors)(const NormVectors&, int64_t begin, int64_t end, void* sums, void* run);
 };
-const LayerNormKernels& layer_norm_kernels();  // of the level at hand
 
 const LayerNormKernels& layer_norm_default();
 #if defined(__x86_64__)
 const LayerNormKernels& layer_norm_avx2();
 const LayerNormKernels& layer_norm_avx512();
 #endif
+const LayerNormKernels& layer_norm_kernels();  // those of the level at hand
 
 }  // namespace fastseq::cpu

@@ -67,6 +67,30 @@ void add_norm(const AddNorm& n, int64_t begin, int64_t end, void* row) {
   }
 }
 
+template <class S, class A>
+void add_bias_of(S* rows, const S* bias, int64_t features, int64_t begin, int64_t end, bool relu) {
+  using V = typename Lanes<A>::V;
+  using In = Memory<S, A>;
+  constexpr int64_t W = sizeof(V) / sizeof(A);
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t e = 0; e < features; e += W) {
+      const V sum = In::load(rows + r * features + e, features - e) + In::load(bias + e, features - e);
+      In::store(rows + r * features + e, relu ? Math<A>::relu(sum) : sum, features - e);
+    }
+}
+
+void add_bias(Type type, void* rows, const void* bias, int64_t features, int64_t begin, int64_t end, bool relu) {
+  const auto add = [&]<class S, class A>() {
+    add_bias_of<S, A>(static_cast<S*>(rows), static_cast<const S*>(bias), features, begin, end, relu);
+  };
+  switch (type) {
+    case Type::kFloat: return add.template operator()<float, float>();
+    case Type::kDouble: return add.template operator()<double, double>();
+    case Type::kBfloat16: return add.template operator()<bfloat16, float>();
+    case Type::kHalf: return add.template operator()<float16, float>();
+  }
+}
+
 // (v - mean) * scale, as torch.nn.LayerNorm normalizes a row
 template <class A>
 struct Normal {
@@ -99,7 +123,7 @@ void add_vectors_of(const NormVectors& n, int64_t begin, int64_t end, A* sums, A
   using In = Memory<S, A>;
   using Own = Memory<A, A>;
   constexpr int64_t W = sizeof(V) / sizeof(A), kRun = 64;
-  const int64_t H = n.hidden, G = n.lstm ? 4 : 3, size = kVectors[n.lstm] * H;
+  const int64_t H = n.hidden, G = n.lstm ? 4 : 3, size = kNormVectors[n.lstm] * H;
   const auto add = [&](int64_t at, V v, int64_t count) { Own::store(run + at, Own::load(run + at, count) + v, count); };
   for (; begin < end; begin += kRun) {
     for (int64_t i = 0; i < size; ++i) run[i] = 0;
@@ -149,6 +173,6 @@ void add_vectors(const NormVectors& n, int64_t begin, int64_t end, void* sums, v
 
 }  // namespace
 
-constexpr LayerNormKernels kLayerNormKernels{add_norm, add_vectors};
+constexpr LayerNormKernels kLayerNormKernels{add_norm, add_bias, add_vectors};
 
 }  // namespace fastseq::cpu::FASTSEQ_LEVEL

@@ -1,4 +1,4 @@
-// Products of whole matrices: the gradients of a layer's weights, sums over every row of the sequences, and that of its input.
+// Products of whole matrices: the gradients of a layer's weights, sums over every row of the sequences, and that of its input; projections.
 // Nothing is allocated here and no pointer is kept after the call. No two pointers alias.
 #pragma once
 
@@ -16,7 +16,8 @@ struct MatrixRows {
   const void* row(int64_t i) const { return rows ? rows[i] : static_cast<const char*>(data) + i * stride; }
 };
 
-// out[m][n] = sum over k < depth of left x right, rounded once. A row of right is a depth. Several matrices are multiplied by the same
+// out[m][n] = sum over k < depth of left x right, rounded once. A row of right is a depth, or a column, as of the weights of a projection.
+// Several matrices are multiplied by the same
 // left one; each begins a panel of columns of its own.
 struct MatrixProduct {
   struct Right {
@@ -24,6 +25,7 @@ struct MatrixProduct {
     int64_t columns;
     void* out;
     int64_t stride;  // bytes
+    bool by_columns = false;  // matrix is [columns][depth], else [depth][columns]
   };
   Type type;  // kFloat or kBfloat16
   int64_t rows, depth;

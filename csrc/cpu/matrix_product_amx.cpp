@@ -92,7 +92,7 @@ class Product {
     left = take(row_panels * step);
     pairs = take(p.transposed ? row_panels * kStep : 0);
     sums = take(p.depth > kRun ? row_panels * panels * kSums : 0);
-    fresh = take(2 * kSums);
+    fresh = take(kSums);
     of_rows = (V*)take(kParts == 3 ? row_panels * (p.transposed ? 2 : kPanel) * sizeof(V) : 0);
     of_columns = (V*)take(kParts == 3 ? panels * 2 * sizeof(V) : 0);
     bytes = at;
@@ -114,9 +114,12 @@ class Product {
       for (int64_t d = 0; d < count; d += kDepth)
         for (int64_t i = 0; i < segment_count; ++i) {
           const Segment& own = segments[i];
+          if (own.right->by_columns) continue;
           pack_pairs(own.right->matrix, k + d, min(kDepth, count - d), own.column, own.columns, right + own.panel * step + d / kDepth * kStep,
                      step, of_columns + 2 * own.panel);
         }
+      for (int64_t i = 0; i < segment_count; ++i)
+        if (segments[i].right->by_columns) pack_columns(segments[i], k, count);
       if (p.transposed)
         pack_transposed(k, count);
       else
@@ -154,7 +157,7 @@ class Product {
     const V* fresh = nullptr;
     V* own = nullptr;     // those of earlier runs, or null
     char* out = nullptr;  // null: they go on
-    int64_t stride = 0, columns = 0, row = 0, rows = 0, at_once = 0, turn = 0;
+    int64_t stride = 0, columns = 0, row = 0, rows = 0, at_once = 0;  // at_once: rows beside a step
 
     FASTSEQ_HOST_DEVICE void operator()() { advance(min(rows, row + at_once)); }
     void rest() { advance(rows); }
@@ -232,6 +235,36 @@ class Product {
     }
   }
 
+  // Columns that lie as rows do, 16 at a time.
+  void pack_columns(const Segment& own, int64_t k, int64_t count) const {
+    for (int64_t column = 0; column < own.columns; column += kTile) {
+      const int64_t panel = own.panel + column / kPanel, half = column / kTile % 2;
+      char* to = right + panel * step + half * kBytes;
+      V most[kTile] = {};
+      for (int64_t d = 0; d < count; d += kDepth, to += kStep) {
+        alignas(64) char lying[kBytes];
+        for (int64_t i = 0; i < kTile; ++i) {
+          const bool inside = column + i < own.columns;
+          const uint32_t mask = inside ? (uint64_t(1) << min(kDepth, count - d)) - 1 : 0;
+          const S* from = static_cast<const S*>(own.right->matrix.row(own.column + (inside ? column + i : 0))) + k + d;
+          if constexpr (kParts == 1) {
+            *(Words*)(lying + i * 64) = (Words)_mm512_maskz_loadu_epi16(mask, from);
+          } else {
+            const V x = (V)_mm512_maskz_loadu_ps(mask, from), y = (V)_mm512_maskz_loadu_ps(mask >> kTile, from + kTile);
+            see(x, most[i]), see(y, most[i]);
+            pairs_of(x, y, lying + i * 64);
+          }
+        }
+        for (int64_t part = 0; part < kParts; ++part) transpose(lying + part * kTileBytes, to + part * kTileBytes);
+      }
+      if constexpr (kParts == 3) {
+        U* of_tile = (U*)of_columns + 2 * panel + half;
+        for (int64_t i = 0; i < kTile; ++i)
+          for (int64_t lane = 0; lane < kTile; ++lane) (*of_tile)[i] = max((*of_tile)[i], ((U)most[i])[lane]);
+      }
+    }
+  }
+
   void pack_rows(int64_t k, int64_t count) const {
     for (int64_t i = 0; i < row_panels * kPanel; ++i) {
       char* to = left + i / kPanel * step + i / kTile % 2 * kBytes + i % kTile * 64;
@@ -278,7 +311,7 @@ class Product {
     waiting.rest();
     char* own = sums + (r * panels + panel) * kSums;
     const bool begins = k == 0, ends = k + kRun >= p.depth, keeps = begins && !ends;
-    char* to = keeps ? own : fresh + (waiting.turn ^= kSums);
+    char* to = keeps ? own : fresh;
     tile_store<0>(to, 64);
     if constexpr (NT == 2) tile_store<1>(to + kTileBytes, 64);
     if constexpr (MT == 2) tile_store<2>(to + 2 * kTileBytes, 64);
@@ -287,7 +320,7 @@ class Product {
     const int64_t stride = segment.right->stride, first = first_row + r * kPanel, left_rows = min(MT * kTile, rows - r * kPanel);
     char* out = static_cast<char*>(segment.right->out) + first * stride + (segment.column + column) * sizeof(S);
     waiting = {(const V*)to, begins ? nullptr : (V*)own, ends ? out : nullptr, stride, min(NT * kTile, segment.columns - column),
-               0, ends ? left_rows : MT * kTile, 0, waiting.turn};
+               0, ends ? left_rows : MT * kTile};
   }
 
   template <int MT>
@@ -344,7 +377,7 @@ class Product {
   const int64_t first_row, rows, row_panels, panels;
   const int64_t step;  // bytes of a packed panel; no power of two, lest they fall into the same sets of a cache
   // packed panels of the right-hand matrices and the left-hand one, [depths][2][parts] tiles; pairs of depths to be transposed, [2][parts];
-  // sums of earlier runs [panels of rows][of columns][2][2]; those of the last two products
+  // sums of earlier runs [panels of rows][of columns][2][2]; those of the last product
   char *right, *left, *pairs, *sums, *fresh;
   V *of_rows, *of_columns;  // the largest absolute values, lane by lane, of rows or of tiles of them, of tiles of columns
   Segment segments[3];

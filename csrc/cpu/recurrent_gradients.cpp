@@ -63,8 +63,9 @@ MatrixRows rows_of(const Tensor& x, std::vector<const void*>& pointers, int64_t 
   return {nullptr, 0, pointers.data()};
 }
 
-// Panels of a block of the result: its sums and packed operands stay in the second-level cache.
-constexpr int64_t kBlock = 16;
+// Panels of a block of the result: its sums and packed operands stay in the second-level cache. One or two more are no block of their own,
+// for which the other matrix would be packed again.
+constexpr int64_t kBlock = 16, kSpare = 2;
 constexpr double kWorkOfBlock = 1 << 22;  // multiply-adds worth a thread
 
 // False: the results are not to be used.
@@ -79,7 +80,8 @@ bool multiply(const MatrixKernels& kernels, const std::vector<MatrixProduct>& pr
     int64_t columns = 0;
     for (int i = 0; i < product.count; ++i) columns += tiles_of(product.right[i].columns, kPanel);
     const int64_t rows = tiles_of(product.rows, kPanel);
-    int64_t of_rows = tiles_of(rows, kBlock), of_columns = tiles_of(columns, kBlock);
+    const auto blocks = [](int64_t panels) { return std::max<int64_t>(1, tiles_of(panels - kSpare, kBlock)); };
+    int64_t of_rows = blocks(rows), of_columns = blocks(columns);
     // smaller blocks if some threads would have none; which these are changes no sum
     const double work = double(product.rows) * product.depth * columns * kPanel;
     while (of_rows * of_columns < threads && of_rows < rows && work / (of_rows * of_columns) > kWorkOfBlock) ++of_rows;
@@ -191,7 +193,7 @@ Tensor recurrent_norm_gradients(Tensor dgates, Tensor gates, std::optional<Tenso
   const ScalarType narrow = gates.scalar_type();
   const Type type = type_of(narrow);
   const ScalarType wide = type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
-  const int64_t G = lstm ? 4 : 3, V = kVectors[lstm], H = vectors.numel() / V, rows = gates.size(0), bytes = wide_bytes(type);
+  const int64_t G = lstm ? 4 : 3, V = kNormVectors[lstm], H = vectors.numel() / V, rows = gates.size(0), bytes = wide_bytes(type);
   expect(vectors, wide, V * H, "vectors");
   STD_TORCH_CHECK(lstm == dm.has_value() && lstm == c.has_value(), "recurrent: dm and c are given of an LSTM, and only of one");
   const auto of = [&](const Tensor& tensor, ScalarType dtype, int64_t columns, const char* name) {

@@ -29,12 +29,6 @@ void narrow_to(Type type, const float* from, int64_t n, void* to) {
   with_storage(type, [&]<class S>() { std::transform(from, from + n, static_cast<S*>(to), [](float x) { return S(x); }); });
 }
 
-bool plain(const std::optional<Tensor>& tensor) {
-  int32_t layout = aoti_torch_layout_strided();
-  if (tensor) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
-  return !tensor || (tensor->is_cpu() && layout == aoti_torch_layout_strided());
-}
-
 bool fits(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
   if (tensor.scalar_type() != type || tensor.dim() != static_cast<int64_t>(sizes.size()) || !tensor.is_contiguous()) return false;
   int64_t dim = 0;

@@ -27,19 +27,6 @@ const Kernels& kernels_of(const Shape& shape);
 
 Cell cell_of(const std::string& name);
 
-// A new tensor on the CPU, contiguous, or the first two of its three dimensions transposed in memory.
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, bool transposed = false) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-  if (transposed) strides[0] = sizes[2], strides[1] = sizes[0] * sizes[2];
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
-                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 // What the kernels rely on; the Python side of the op sees to it, a caller of the raw op may not.
 inline void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t elements, const char* name, bool contiguous = true) {
   if (!tensor) return;

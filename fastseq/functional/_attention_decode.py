@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .. import backends
 from .._arguments import checked_int, checked_tensor, own_keywords
+from ..backends import library
 from ..ops import attention_decode as ops
 from ._attention_call import (
     LAYOUTS,
@@ -27,6 +29,7 @@ from ._attention_call import (
     rows,
 )
 from ._autocast import autocast_dtype, without_autocast
+from ._native_layers import plain_call
 
 __all__ = ["attention_with_kv_cache"]
 
@@ -137,6 +140,11 @@ def attention_with_kv_cache(
     if checked_int("num_splits", num_splits) < 0:
         raise ValueError(f"num_splits must not be negative (0: chosen), got {num_splits}")
     left, right = checked_window(causal, window_size)
+    if plain_call():
+        given = (q, k_cache, v_cache, cache_seqlens, k_new, v_new, block_table, alibi_slopes, sinks)
+        results = _natively(given, layout == "bshd", scale, softcap, left, right, num_splits)
+        if results:
+            return (results[0], results[1]) if return_lse else results[0]
     checked_tensor("cache_seqlens", cache_seqlens)
     others = {
         "cache_seqlens": cache_seqlens,
@@ -198,6 +206,26 @@ def attention_with_kv_cache(
         out, lse = ops.attention_decode(rows(q), k_cache, v_cache, spec)
     out = out if layout == "bhsd" else out.transpose(1, 2)
     return (out, lse) if return_lse else out
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))  # a subclass has a say in what is called on it
+
+
+def _natively(given: tuple[Any, ...], *options: Any) -> list[Tensor]:
+    """out and lse of a plain call (``plain_call``), in one call of the CPU library, which checks everything before it writes.
+
+    Empty: the call is for the other way, which also says what is wrong with it.
+    """
+    there = [*given[:4], *[tensor for tensor in given[4:] if tensor is not None]]
+    for tensor in there:
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+            return []
+    if library.reason() or backends.watched() or (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in there])):
+        return []
+    results = torch.ops.fastseq_native.attention_with_kv_cache.default(*given, *options)
+    if results and given[4] is not None:
+        torch.autograd.graph.increment_version(given[1:3])
+    return results
 
 
 def _capacity(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None) -> int:

@@ -17,17 +17,21 @@ from fastseq.benchmarks.measure.runner import Runner
 from fastseq.benchmarks.measure.timing import Effort
 from fastseq.benchmarks.providers.attention import (
     ATTENTION_PROVIDERS,
+    EAGER,
     FLASH,
     FLEX,
+    FLEX_ON_CPU,
     OWN,
     OWN_MODULE,
     REFORMER,
     SDPA,
     TORCH_MODULE,
+    cpp_compiler,
     flex_call,
     flex_mask,
 )
 from fastseq.benchmarks.providers.base import Provider
+from fastseq.benchmarks.providers.onnx_attention import FUNCTIONS, ONNX, ONNX_ATTENTION_PROVIDERS
 from fastseq.benchmarks.roofline.model import roofline_of
 from fastseq.benchmarks.roofline.peaks import Peaks
 from fastseq.benchmarks.workloads.attention import CASES, AttentionWorkload, Bound, leaves_of, plain
@@ -42,10 +46,14 @@ POINTS = {
     "dense": workload("dense"),
     "causal, grouped": workload("dense", causal=True, kv_heads=2),
     "window": workload("window", causal=True, window=9),
+    "band": workload("band", window=9),
     "blocks": workload("blocks", causal=True, block=16),
+    "alibi, grouped": workload("alibi", kv_heads=2),
+    "softcap": workload("softcap"),
     "bias, grouped": workload("bias", kv_heads=2),
     "t5": workload("t5"),
     "transformer-xl": workload("transformer-xl", causal=True),
+    "self": workload("self"),
     "weights": workload("weights"),
     "padding": workload("padding"),
     "decode": workload("decode", "inference", T=1, keys=150, kv_heads=2),
@@ -124,7 +132,8 @@ def test_every_provider_that_is_there_passes_the_gate(name):
         pytest.importorskip("transformers")
         assert passed == [REFORMER]
     else:
-        assert {TORCH_MODULE, OWN_MODULE} <= set(passed) if CASES[w.function].module else {SDPA, OWN} <= set(passed)
+        torchs = EAGER if w.function == "softcap" else SDPA
+        assert {TORCH_MODULE, OWN_MODULE} <= set(passed) if CASES[w.function].module else {torchs, OWN} <= set(passed)
 
 
 @pytest.mark.filterwarnings("ignore:.*without torch.compile")
@@ -140,6 +149,35 @@ def test_flex_attention_computes_the_same(name):
 
     result = check_provider(lambda shape: (run, ""), replace(POINTS[name], mode="inference"))
     assert result.ok, result.reason
+
+
+@pytest.mark.parametrize("name", [n for n in POINTS if POINTS[n].function in FUNCTIONS])
+def test_onnx_runtime_computes_the_same(name):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    provider = ONNX_ATTENTION_PROVIDERS[ONNX]
+    for w in (replace(POINTS[name], mode="inference"), replace(POINTS[name], mode="inference", dtype="float16", threads=2)):
+        assert provider.unavailable(w) is None
+        result = check_provider(lambda shape: (provider.build(shape), ""), w)
+        assert result.ok, result.reason
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cpp_compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["band", "alibi, grouped", "softcap"])
+def test_flex_attention_is_compiled_for_a_cpu(name):
+    provider = ATTENTION_PROVIDERS[FLEX_ON_CPU]
+    w = replace(POINTS[name], mode="inference")
+    assert provider.unavailable(w) is None
+    result = check_provider(lambda shape: (provider.build(shape), ""), w)
+    assert result.ok, result.reason
+
+
+def test_a_band_is_the_window_of_both_sides():
+    w = replace(POINTS["band"], T=64)
+    seen = visible(w, "cpu")
+    assert w.pairs() == seen.sum().item() and torch.equal(seen, seen.T)
+    assert seen[20].nonzero().flatten().tolist() == list(range(11, 30))
 
 
 def test_the_backward_alone_can_be_run_again():
@@ -166,6 +204,8 @@ def test_settings_hold_inside_and_end():
         ("torch SDPA (cudnn)", POINTS["dense"], "torch refuses: No viable backend"),
         ("torch SDPA (flash)", POINTS["bias, grouped"], "torch refuses: No available kernel"),
         (FLEX, POINTS["dense"], "on a GPU only"),
+        (FLEX_ON_CPU, POINTS["dense"], "has no backward there"),
+        (SDPA, POINTS["softcap"], "has nothing for capped scores"),
         (FLASH, POINTS["dense"], "flash-attn"),
         (FLASH, POINTS["t5"], "has nothing for T5's relative bias table"),
         (SDPA, POINTS["weights"], "has nothing for averaged attention weights"),
@@ -230,3 +270,16 @@ def test_wrong_attention_has_no_time_and_no_speed_up(function, w, reason):
     assert bad.status == "wrong"
     assert re.search(reason, bad.reason), bad.reason
     assert (bad.time, bad.ratio, bad.roofline, bad.memory) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("w", "reason"),
+    [
+        (POINTS["dense"], "has inference only"),
+        (replace(POINTS["t5"], mode="inference"), "has nothing for t5"),
+        (replace(POINTS["dense"], mode="inference", dtype="bfloat16"), "has no bfloat16"),
+        (replace(POINTS["dense"], mode="inference", device="cuda"), "is compared on a CPU"),
+    ],
+)
+def test_what_onnx_runtime_lacks(w, reason):
+    assert reason in ONNX_ATTENTION_PROVIDERS[ONNX].unavailable(w)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastseq.functional import attention, attention_with_kv_cache
+import fastseq
+from fastseq.functional import _attention_decode, attention, attention_with_kv_cache
 
 B, HQ, HKV, E, PAGE, PAGES = 2, 4, 2, 8, 4, 5
 CAPACITY = PAGE * PAGES
@@ -67,6 +68,87 @@ def test_only_the_new_places_are_written(paged):
         expected[b, :, length : length + 2] = new[b]
     assert torch.equal(rows, expected) and torch.equal(v_cache, -k_cache)
     assert lengths.tolist() == [3, 7]
+
+
+OPTIONS = [
+    dict(),
+    dict(scale=0.7, softcap=1.5),
+    dict(window_size=(4, 0), num_splits=2),
+    dict(causal=False, window_size=(3, 1)),
+    dict(alibi_slopes=torch.rand(HQ), sinks=torch.randn(HQ)),
+    dict(alibi_slopes=torch.rand(B, HQ)),
+]
+
+
+def made(paged, layout, dtype, integers, options, seed=0):
+    """The arguments of a step that appends two keys to caches whose other places hold NaN."""
+    torch.manual_seed(seed)
+    k_cache, v_cache, table = caches(paged, layout, dtype)
+    given = (lambda t: t) if layout == "bhsd" else (lambda t: t.transpose(1, 2))
+    tensors = dict(q=torch.randn(B, HQ, 2, E), k_new=torch.randn(B, HKV, 2, E), v_new=torch.randn(B, HKV, 2, E))
+    tensors = {name: given(tensor.to(dtype)) for name, tensor in tensors.items()}
+    lengths = torch.tensor([9, 14], dtype=integers)
+    k, v = (given(torch.randn(B, HKV, 14, E).to(dtype)) for _ in range(2))
+    attention_with_kv_cache(
+        tensors["q"], k_cache, v_cache, cache_seqlens=torch.zeros(B).int(), k_new=k, v_new=v, block_table=table, layout=layout
+    )
+    if paged:
+        table = table.to(integers)
+        table[0, 3:] = -7  # not used
+    options = {name: o.double() if name == "alibi_slopes" and dtype == torch.float64 else o for name, o in options.items()}
+    options = {name: o.to(dtype) if name == "sinks" else o for name, o in options.items()}
+    return dict(
+        **tensors, **options, k_cache=k_cache, v_cache=v_cache, cache_seqlens=lengths, block_table=table, layout=layout,
+        return_lse=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
+@pytest.mark.parametrize(("layout", "integers"), [("bhsd", torch.int32), ("bshd", torch.int64)])
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_plain_call_is_one_native_call_with_the_same_results(paged, layout, integers, options, dtype, monkeypatch):
+    one, other = (made(paged, layout, dtype, integers, options) for _ in range(2))
+    seen, natively = [], _attention_decode._natively
+    with monkeypatch.context() as patch:
+        patch.setattr(_attention_decode, "_natively", lambda *args: seen.append(natively(*args)) or seen[-1])
+        results = attention_with_kv_cache(**one)
+    with monkeypatch.context() as patch:
+        patch.setattr(_attention_decode, "plain_call", lambda: False)
+        expected = attention_with_kv_cache(**other)
+    assert len(seen) == 1 and len(seen[0]) == 2
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(results, expected, strict=True))
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_who_looks_on_is_not_passed_by():
+    """What wants a gradient, is watched, of another device or a subclass goes the other way; writing is noted."""
+    call = made(False, "bhsd", torch.float32, torch.int32, {})
+    version = call["k_cache"]._version, call["v_cache"]._version
+    attention_with_kv_cache(**call)
+    assert (call["k_cache"]._version, call["v_cache"]._version) > version
+    assert fastseq.explain(attention_with_kv_cache, **call).backends == ["cpu"]
+    with pytest.raises(RuntimeError, match="has no backward"):
+        attention_with_kv_cache(**call | {"q": call["q"].requires_grad_()})
+    with torch.no_grad():
+        attention_with_kv_cache(**call)
+    with fastseq.use_backend("reference"):
+        assert fastseq.explain(attention_with_kv_cache, **call | {"q": call["q"].detach()}).backends == ["reference"]
+
+
+def test_nothing_is_written_by_a_call_that_is_refused():
+    for paged in (False, True):
+        call = made(paged, "bhsd", torch.float32, torch.int64, {})
+        before = call["k_cache"].clone(), call["v_cache"].clone()
+        wrong = [dict(cache_seqlens=torch.tensor([1, CAPACITY - 1])), dict(cache_seqlens=torch.tensor([1, 1 << 32]))]
+        if paged:
+            wrong.append(dict(block_table=call["block_table"].index_fill(1, torch.tensor([2]), 1 << 33)))
+        for changes in wrong:
+            with pytest.raises(RuntimeError, match=r"cache_seqlens must lie in|block_table\[0, 2\] is"):
+                attention_with_kv_cache(**call | changes)
+        for cache, then in zip((call["k_cache"], call["v_cache"]), before, strict=True):
+            torch.testing.assert_close(cache, then, rtol=0, atol=0, equal_nan=True)
 
 
 def test_options_reach_the_op():

@@ -13,6 +13,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fastseq
+from fastseq.ops import _attention_eager as eager
 from fastseq.testing import assert_all_close_to_truth
 from support.battery import headed
 from support.modules import FP64
@@ -458,3 +459,57 @@ def test_nested_rows_of_ragged_heads():
     torch.manual_seed(0)
     tensor = torch.nested.nested_tensor([normal(3, 2, 8), normal(5, 2, 8)], layout=torch.jagged)
     torch.testing.assert_close(ours(tensor, tensor, tensor).values(), theirs(tensor, tensor, tensor).values())
+
+
+class TestPlainCalls:
+    """Eager calls on the CPU are one call of the library, whatever of these they ask for."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch) -> list[Any]:
+        ours(*(torch.ones(1, 1, 1, 1),) * 3)  # so that the op is known
+        native, found = eager._native, []
+
+        def counted(*arguments):
+            found.append(native(*arguments))
+            return found[-1]
+
+        monkeypatch.setattr(eager, "_native", counted)
+        return found
+
+    @pytest.mark.parametrize("gradients", [False, True])
+    @pytest.mark.parametrize("layout", ["heads first", "time first", "broadcast batch"])
+    def test_one_call(self, calls, gradients, layout):
+        torch.manual_seed(0)
+        tensors = qkv((2, 4, 5, 8), (2, 4, 5, 8))
+        if layout == "time first":
+            tensors = {name: t.transpose(1, 2).contiguous().transpose(1, 2) for name, t in tensors.items()}
+        elif layout == "broadcast batch":
+            tensors = {name: t[:1].expand(2, -1, -1, -1) for name, t in tensors.items()}
+        tensors = {name: t.requires_grad_(gradients) if t.is_leaf else t for name, t in tensors.items()}
+        grouped = tensors | {name: tensors[name][:, :2] for name in ("key", "value")}
+        cases = [tensors, tensors | dict(is_causal=True), tensors | dict(scale=2), tensors | dict(scale=0.0)]
+        cases += [tensors | dict(attn_mask=mask) for mask in (coins(5, 5), normal(5, 5), coins(2, 1, 1, 5), normal(4, 5, 1))]
+        cases += [grouped | dict(enable_gqa=True), grouped | dict(enable_gqa=True, is_causal=True)]
+        for number, given in enumerate(cases):
+            torch.testing.assert_close(ours(**given), theirs(**given))
+            assert len(calls) == number + 1 and calls[-1]
+        ours(**tensors, dropout_p=0.5)
+        assert len(calls) == len(cases) + 1 and calls[-1]
+
+    def test_ranks(self, calls):
+        for shape in ((5, 8), (3, 5, 8)):
+            q, k, v, mask = normal(*shape), normal(*shape), normal(*shape), coins(5, 5)
+            mask[:, 0] = True
+            for options in ({}, {"is_causal": True}, {"attn_mask": mask}):
+                torch.testing.assert_close(ours(q, k, v, **options), theirs(q, k, v, **options))
+                assert calls.pop()
+
+    def test_results_lie_time_before_heads(self):
+        assert ours(**qkv()).transpose(1, 2).is_contiguous()
+
+    def test_an_output_written_over_is_refused(self):
+        q, k, v = (t.requires_grad_() for t in qkv().values())
+        out = ours(q, k, v)
+        out.detach().zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -109,15 +110,22 @@ DECODERS = ("gpt2", "llama", "mistral", "gemma2", "gpt_oss")
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """The calls of fastseq's attention that the integration makes."""
+    """The calls of fastseq's attention that the integration makes: their options, or ``short`` of those that need none."""
     made: list[dict[str, Any]] = []
-    fused = integration.fused_attention
 
-    def counted(*args, **kwargs):
-        made.append(kwargs)
-        return fused(*args, **kwargs)
+    def counted(function, short):
+        def counting(*args, **kwargs):
+            result = function(*args, **kwargs)
+            if result is not None:
+                made.append({"short": True} if short else kwargs)
+            return result
 
-    monkeypatch.setattr(integration, "fused_attention", counted)
+        return counting
+
+    monkeypatch.setattr(integration, "fused_attention", counted(integration.fused_attention, False))
+    monkeypatch.setattr(integration, "attention_output", counted(integration.attention_output, True))
+    eager = SimpleNamespace(scaled_dot_product_attention=counted(integration.eager.scaled_dot_product_attention, True))
+    monkeypatch.setattr(integration, "eager", eager)
     monkeypatch.setattr(integration.masks, "SHORT", 0)  # as long sequences are treated
     integration.register()
     return made
@@ -215,7 +223,8 @@ def test_short_sequences_go_the_short_way(case, padding, calls, monkeypatch):
     truth = outcome(case, model_of(case, "eager", torch.float64), given)
     theirs = outcome(case, model_of(case, CASES[case].torch), given)
     ours = outcome(case, model_of(case, "fastseq"), given)
-    assert len(calls) == 0 or case in ("gemma2", "gpt_oss")  # softcap, sinks
+    assert len(calls) == CASES[case].attentions
+    assert all("short" in call for call in calls) or case in ("gemma2", "gpt_oss")  # softcap, sinks
     assert_all_close_to_truth(ours, theirs, truth)
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import math
+import mmap
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastseq
-from fastseq.backends import library
+from fastseq.backends import cpu, library
 from fastseq.testing import assert_all_close_to_truth
 from support.cases import RecurrentCase
 from support.recurrent import RecurrentBattery
@@ -195,6 +202,37 @@ def test_threads_change_nothing(amx, dtype):
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+def guarded(tensor, at_the_end):
+    """The same in memory of its own, against a page that nobody may touch."""
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return tensor
+    pages = -(-size // mmap.PAGESIZE) + 2
+    memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    libc, address = ctypes.CDLL(None, use_errno=True), ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (0, pages - 1):
+        if libc.mprotect(ctypes.c_void_p(address + page * mmap.PAGESIZE), mmap.PAGESIZE, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    begin = (pages - 1) * mmap.PAGESIZE - size if at_the_end else mmap.PAGESIZE
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=begin).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def run_guarded():
+    for sizes, dtype, at_the_end in itertools.product(SIZES, DTYPES, (True, False)):
+        call, wanted = made(**sizes, dtype=dtype), W_IH | W_HH | B_IH | B_HH | X
+        moved = {key: guarded(value, at_the_end) if torch.is_tensor(value) else value for key, value in call.items()}
+        moved["w_ih"] = [guarded(w, at_the_end) for w in call["w_ih"]]
+        for found, expected in zip(native(moved, wanted), native(call, wanted), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_nothing_beyond_the_operands_is_read(amx):
+    code = f"import sys; sys.path[:0] = {sys.path!r}; import test_recurrent_products as t; t.library.load(); t.run_guarded()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.returncode} {done.stderr}"
+
+
 def decades(tensor, count):
     return tensor * 10.0 ** torch.empty(tensor.shape).uniform_(-count, 0)
 
@@ -259,6 +297,21 @@ def test_zeros_stay_within_their_range(amx):
             native(zero, W_IH | W_HH | X), plain(zero, torch.float32, W_IH | W_HH | X).values(), strict=True
         ):
             assert torch.equal(found == 0, expected == 0)
+
+
+@pytest.mark.parametrize(("backend", "served"), (("cpu", True), (None, True), ("reference", False)))
+def test_who_takes_them(amx, backend, served, monkeypatch):
+    """A module in training, but not where another backend is forced or a mode looks on."""
+    found, real = [], cpu.layer_gradients
+    monkeypatch.setattr(cpu, "layer_gradients", lambda *arguments: found.append(real(*arguments)) or found[-1])
+    layer, x = fastseq.GRU(20, 20, num_layers=2), torch.randn(40, 16, 20, requires_grad=True)
+    with fastseq.use_backend(backend):
+        layer(x)[0].sum().backward()
+        assert [results is not None for results in found] == [True] * (2 * served)
+        found.clear()
+        with FlopCounterMode(display=False):
+            layer(x)[0].sum().backward()
+        assert not found
 
 
 @pytest.mark.parametrize("level", LEVELS)
