@@ -13,6 +13,7 @@ from .. import backends
 from .._arguments import checked_int, checked_tensor, own_keywords
 from ..backends import library
 from ..ops import attention_decode as ops
+from ..ops._dispatch import plain_call
 from ._attention_call import (
     LAYOUTS,
     Sizes,
@@ -29,7 +30,6 @@ from ._attention_call import (
     rows,
 )
 from ._autocast import autocast_dtype, without_autocast
-from ._native_layers import plain_call
 
 __all__ = ["attention_with_kv_cache"]
 
