@@ -46,6 +46,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def(
       "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
       "Tensor[] params, Tensor y, Tensor c, Tensor gates, str cell, bool[] wanted) -> Tensor[]");
+  m.def("recurrent_norm_gradients(Tensor dgates, Tensor gates, Tensor? dm, Tensor? c, Tensor vectors, str cell) -> Tensor");
   m.def(
       "recurrent_pack(Tensor[] params, str cell, int num_layers, bool has_biases, bool bidirectional, str weights) -> Tensor[]");
   m.def(
@@ -101,6 +102,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("fma", TORCH_BOX(&fastseq::limits::fma_cpu));
   m.impl("recurrent_forward", TORCH_BOX(&fastseq::cpu::recurrent_forward));
   m.impl("recurrent_backward", TORCH_BOX(&fastseq::cpu::recurrent_backward));
+  m.impl("recurrent_norm_gradients", TORCH_BOX(&fastseq::cpu::recurrent_norm_gradients));
   m.impl("recurrent_layer_backward", TORCH_BOX(&fastseq::cpu::recurrent_layer_backward));
   m.impl("attention_forward", TORCH_BOX(&fastseq::cpu::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fastseq::cpu::attention_backward));

@@ -129,14 +129,6 @@ struct Batch {
 
 constexpr int64_t kElements = 16384;  // of rows that one thread works through at least
 
-const LayerNormKernels& row_kernels() {
-#if defined(__x86_64__)
-  if (level() >= Level::kAvx512) return layer_norm_avx512();
-  if (level() == Level::kAvx2) return layer_norm_avx2();
-#endif
-  return layer_norm_default();
-}
-
 #if defined(__x86_64__)
 
 // Rows, depths and columns from which fp32 is multiplied by AMX, in parts of bfloat16: there packing the weights pays.
@@ -176,7 +168,7 @@ void add_bias(const Tensor& rows, const Tensor& bias, int64_t first, bool relu) 
   const Type type = type_of(rows.scalar_type());
   const void* from = offset(data(bias), first * bytes_of(type));
   torch::stable::parallel_for(0, rows.size(0), std::max<int64_t>(1, kElements / rows.size(1)), [&](int64_t begin, int64_t end) {
-    row_kernels().add_bias(type, mutable_data(rows), from, rows.size(1), begin, end, relu);
+    layer_norm_kernels().add_bias(type, mutable_data(rows), from, rows.size(1), begin, end, relu);
   });
 }
 
@@ -435,6 +427,14 @@ Tensor self_attention_backward(Tensor dout, Tensor projected, Tensor out, Tensor
   return x.batch.shaped(rows, projected, batch_first);
 }
 
+const LayerNormKernels& layer_norm_kernels() {
+#if defined(__x86_64__)
+  if (level() >= Level::kAvx512) return layer_norm_avx512();
+  if (level() == Level::kAvx2) return layer_norm_avx2();
+#endif
+  return layer_norm_default();
+}
+
 namespace {
 
 enum Parameter { kInProj, kInProjBias, kOutProj, kOutProjBias, kNorm1, kNorm1Bias, kNorm2, kNorm2Bias, kLinear1, kLinear1Bias, kLinear2,
@@ -443,7 +443,7 @@ enum Parameter { kInProj, kInProjBias, kOutProj, kOutProjBias, kNorm1, kNorm1Bia
 void run(const AddNorm& norm, int64_t count) {
   torch::stable::parallel_for(0, count, std::max<int64_t>(1, kElements / norm.features), [&](int64_t begin, int64_t end) {
     const Buffer row(norm.features * wide_bytes(norm.type));
-    row_kernels().add_norm(norm, begin, end, row.get());
+    layer_norm_kernels().add_norm(norm, begin, end, row.get());
   });
 }
 

@@ -91,8 +91,88 @@ void add_bias(Type type, void* rows, const void* bias, int64_t features, int64_t
   }
 }
 
+// (v - mean) * scale, as torch.nn.LayerNorm normalizes a row
+template <class A>
+struct Normal {
+  using V = typename Lanes<A>::V;
+  A mean, scale;
+
+  template <class S>
+  Normal(const S* row, int64_t n) {
+    constexpr int64_t W = sizeof(V) / sizeof(A);
+    V sums{}, squares{};
+    for (int64_t i = 0; i < n; i += W) sums += Memory<S, A>::load(row + i, n - i);
+    mean = total(sums) / static_cast<A>(n);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+      const V d = Memory<S, A>::load(row + i, W) - mean;
+      squares += d * d;
+    }
+    if (i < n) {
+      const V d = Memory<S, A>::load(row + i, n - i) - mean;
+      for (int64_t lane = 0; i + lane < n; ++lane) squares[lane] += d[lane] * d[lane];
+    }
+    scale = static_cast<A>(1 / std::sqrt(static_cast<double>(total(squares) / static_cast<A>(n)) + 1e-5));
+  }
+  V operator()(V v) const { return (v - mean) * scale; }
+};
+
+template <class S, class A>
+void add_vectors_of(const NormVectors& n, int64_t begin, int64_t end, A* sums, A* run) {
+  using V = typename Lanes<A>::V;
+  using In = Memory<S, A>;
+  using Own = Memory<A, A>;
+  constexpr int64_t W = sizeof(V) / sizeof(A), kRun = 64;
+  const int64_t H = n.hidden, G = n.lstm ? 4 : 3, size = kNormVectors[n.lstm] * H;
+  const auto add = [&](int64_t at, V v, int64_t count) { Own::store(run + at, Own::load(run + at, count) + v, count); };
+  for (; begin < end; begin += kRun) {
+    for (int64_t i = 0; i < size; ++i) run[i] = 0;
+    for (int64_t r = begin; r < (begin + kRun < end ? begin + kRun : end); ++r) {
+      const S* dgates = static_cast<const S*>(n.dgates.data) + r * n.dgates.stride;
+      const S* gates = static_cast<const S*>(n.gates.data) + r * n.gates.stride;
+      const S* product = gates + G * H;
+      const Normal<A> normal(product, G * H);
+      const int64_t plain = n.lstm ? 4 * H : 2 * H;  // gates into which the normalized product goes as it is
+      for (int64_t i = 0; i < plain; i += W)
+        add(i, In::load(dgates + i, plain - i) * normal(In::load(product + i, plain - i)), plain - i);
+      if (!n.lstm) {  // into n it goes times r, with its bias
+        for (int64_t u = 0; u < H; u += W) {
+          const V dq = In::load(dgates + 2 * H + u, H - u) * In::load(gates + u, H - u);
+          add(2 * H + u, dq * normal(In::load(product + 2 * H + u, H - u)), H - u);
+          add(3 * H + u, dq, H - u);
+        }
+        continue;
+      }
+      const A* c = static_cast<const A*>(n.c.data) + r * n.c.stride;
+      const A* dm = static_cast<const A*>(n.dm.data) + r * n.dm.stride;
+      const A* scale = static_cast<const A*>(n.vectors) + 4 * H;
+      const Normal<A> of_c(c, H);
+      for (int64_t u = 0; u < H; u += W) {
+        const V normal_c = of_c(Own::load(c + u, H - u));
+        const V s = Math<A>::tanh(Own::load(scale + u, H - u) * normal_c + Own::load(scale + H + u, H - u));
+        const V ds = Own::load(dm + u, H - u) * In::load(gates + 3 * H + u, H - u) * (A(1) - s * s);
+        add(4 * H + u, ds * normal_c, H - u);
+        add(5 * H + u, ds, H - u);
+      }
+    }
+    for (int64_t i = 0; i < size; ++i) sums[i] += run[i];
+  }
+}
+
+void add_vectors(const NormVectors& n, int64_t begin, int64_t end, void* sums, void* run) {
+  const auto by = [&]<class S, class A>() {
+    add_vectors_of<S, A>(n, begin, end, static_cast<A*>(sums), static_cast<A*>(run));
+  };
+  switch (n.type) {
+    case Type::kFloat: return by.template operator()<float, float>();
+    case Type::kDouble: return by.template operator()<double, double>();
+    case Type::kBfloat16: return by.template operator()<bfloat16, float>();
+    case Type::kHalf: return by.template operator()<float16, float>();
+  }
+}
+
 }  // namespace
 
-constexpr LayerNormKernels kLayerNormKernels{add_norm, add_bias};
+constexpr LayerNormKernels kLayerNormKernels{add_norm, add_bias, add_vectors};
 
 }  // namespace fastseq::cpu::FASTSEQ_LEVEL

@@ -63,4 +63,10 @@ std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurre
                                         std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::vector<Tensor> w_ih,
                                         int64_t reverse, std::vector<int64_t> wanted);
 
+// Gradients of what a layer_norm_lstm or layer_norm_gru has inside a step, of a lane: [V*H] as wide as `vectors`, which are as wide as c.
+// dgates [rows, G*H]; gates [rows, 2*G*H], as saved; of the LSTM also dm [rows, H], the gradient of a step's output before its projection,
+// and c [rows, H] as the step proposed it, both as wide.
+Tensor recurrent_norm_gradients(Tensor dgates, Tensor gates, std::optional<Tensor> dm, std::optional<Tensor> c, Tensor vectors,
+                                std::string cell);
+
 }  // namespace fastseq::cpu

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <initializer_list>
 
+#include "layer_norm.h"
 #include "level.h"
 #include "matrix_product.h"
 #include "recurrent_run.h"
@@ -186,6 +187,46 @@ std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurre
   if (!multiply(*kernels, products)) return {};
   for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.bytes);
   return results;
+}
+
+Tensor recurrent_norm_gradients(Tensor dgates, Tensor gates, std::optional<Tensor> dm, std::optional<Tensor> c, Tensor vectors,
+                                std::string cell) {
+  const bool lstm = cell == "layer_norm_lstm";
+  STD_TORCH_CHECK(lstm || cell == "layer_norm_gru", "recurrent: cell ", cell, " is none of layer_norm_lstm, layer_norm_gru");
+  const ScalarType narrow = gates.scalar_type();
+  const Type type = type_of(narrow);
+  const ScalarType wide = type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
+  const int64_t G = lstm ? 4 : 3, V = kNormVectors[lstm], H = vectors.numel() / V, rows = gates.size(0), bytes = wide_bytes(type);
+  expect(vectors, wide, V * H, "vectors");
+  STD_TORCH_CHECK(lstm == dm.has_value() && lstm == c.has_value(), "recurrent: dm and c are given of an LSTM, and only of one");
+  const auto of = [&](const Tensor& tensor, ScalarType dtype, int64_t columns, const char* name) {
+    expect(tensor, dtype, rows * columns, name, false);
+    STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.size(1) == 1 || tensor.stride(1) == 1), "recurrent: ", name, " must be rows");
+    return NormVectors::Rows{data(tensor), tensor.stride(0)};
+  };
+  NormVectors n{type, lstm, H, of(dgates, narrow, G * H, "dgates"), of(gates, narrow, 2 * G * H, "gates"), {}, {}, data(vectors)};
+  if (lstm) n.dm = of(*dm, wide, H, "dm"), n.c = of(*c, wide, H, "c");
+  constexpr int64_t kParts = 16;  // whatever the number of threads: the same sums
+  const Buffer sums(kParts * 2 * V * H * bytes);
+  const auto part = [&](int64_t p) { return static_cast<char*>(sums.get()) + p * 2 * V * H * bytes; };
+  torch::stable::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      std::memset(part(p), 0, V * H * bytes);
+      layer_norm_kernels().add_vectors(n, rows * p / kParts, rows * (p + 1) / kParts, part(p), part(p) + V * H * bytes);
+    }
+  });
+  const Tensor result = torch::stable::new_empty(vectors, {V * H});
+  void* to = mutable_data(result);
+  std::memset(to, 0, V * H * bytes);
+  const auto add_up = [&]<class A>() {
+    for (int64_t p = 0; p < kParts; ++p)
+      for (int64_t i = 0; i < V * H; ++i) static_cast<A*>(to)[i] += reinterpret_cast<const A*>(part(p))[i];
+  };
+  if (type == Type::kDouble)
+    add_up.template operator()<double>();
+  else
+    add_up.template operator()<float>();
+  return result;
 }
 
 }  // namespace fastseq::cpu

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import cpu
+from ..backends import cpu, library
 from ..reference import recurrent as reference
 from ..reference.cells import steps as cell_steps
-from ._dispatch import recorded, transforming
+from ._dispatch import plain_call, recorded, transforming
 from .types import Backward, Forward, Walk, Weights
 
 
@@ -61,7 +61,7 @@ def input_gradients(
                 elif b_ih and b_hh:
                     db_hh = db_ih.clone()
         if w_hr:
-            saved, _, c = _kept_of(call, lane, slice(None))
+            saved, _, c = _kept_of(call, lane, slice(None), _before_c(call, lane))
             m = cell_steps(call.cell).output(saved, None if call.vectors is None else call.vectors[lane].to(call.wide), c)
             dw_hr = _outer_sum(_lane(doutput, lane), m.to(doutput.dtype))
         dvectors = _vector_gradients(call, results, lane) if vectors else None
@@ -89,12 +89,19 @@ def _flat(rows: Tensor) -> Tensor:
     return rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
 
 
-def _kept_of(call: Backward, lane: int, part: slice) -> tuple[Tensor, Any, Any]:
+def _before_c(call: Backward, lane: int) -> Tensor | None:
+    """The wide states before every step, of all rows of a lane."""
+    if not call.row.has_c:
+        return None
+    return _shifted(call.c, call.c0, call.lengths, call.batch_sizes, lane, call.reverse[lane]).flatten(0, -2)
+
+
+def _kept_of(call: Backward, lane: int, part: slice, before_c: Tensor | None) -> tuple[Tensor, Any, Any]:
     """Saved activations, and the wide states before and after every step as the step proposed them, of some rows of a lane."""
     saved = _lane(call.gates, lane)[part].to(call.wide)
-    if not call.row.has_c:
+    if before_c is None:
         return saved, None, None
-    c_prev = _shifted(call.c, call.c0, call.lengths, call.batch_sizes, lane, call.reverse[lane]).flatten(0, -2)[part]
+    c_prev = before_c[part]
     if call.hold_c is None and call.zoneout_c == 0:
         return saved, c_prev, _lane(call.c, lane)[part]
     return saved, c_prev, cell_steps(call.cell).candidate(saved, c_prev)
@@ -105,7 +112,18 @@ def _vector_gradients(call: Backward, results: tuple[Tensor, ...], lane: int) ->
     dgates, drecurrent, doutput, _, _ = results
     assert call.vectors is not None
     vectors, wide = call.vectors[lane].to(call.wide), call.wide
-    total = torch.zeros_like(vectors)
+    if call.row.normalized and _plain(call, dgates, doutput):
+        before_c = _before_c(call, lane) if call.zoned else None
+        dm = c = None
+        if call.row.has_c:
+            dm = _lane(doutput, lane).to(wide)
+            dm = dm if call.projection is None else dm @ call.projection[lane].to(wide)
+            c = _lane(call.c, lane) if before_c is None else _kept_of(call, lane, slice(None), before_c)[2]
+        found = torch.ops.fastseq_native.recurrent_norm_gradients.default(
+            _lane(dgates, lane), _lane(call.gates, lane), dm, c, vectors, call.cell
+        )
+        return found.to(call.vectors.dtype)
+    total, before_c = torch.zeros_like(vectors), _before_c(call, lane)
     for part in _blocks(_lane(dgates, lane).shape[0]):
         dm = None
         if call.output_gradient:
@@ -113,9 +131,17 @@ def _vector_gradients(call: Backward, results: tuple[Tensor, ...], lane: int) ->
             dm = dm if call.projection is None else dm @ call.projection[lane].to(wide)
         dx = _lane(dgates, lane)[part].to(wide)
         dr = _lane(drecurrent, lane)[part].to(wide) if call.row.own_recurrent else dx
-        saved, c_prev, c = _kept_of(call, lane, part)
+        saved, c_prev, c = _kept_of(call, lane, part, before_c)
         total = total + cell_steps(call.cell).vector_gradients(dx, dr, dm, saved, vectors, c_prev, c).sum(0)
     return total.to(call.vectors.dtype)
+
+
+def _plain(call: Backward, *results: Tensor) -> bool:
+    """Whether a native op may take these for what they are."""
+    if not plain_call() or not call.y.is_cpu or call.dtype not in cpu.recurrent.DTYPES or library.reason():
+        return False
+    given = (call.y, call.c, call.gates, *results)
+    return not any([type(t) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(t) for t in given])
 
 
 def _blocks(total: int) -> Iterator[slice]:

@@ -19,6 +19,8 @@ import fastseq
 from fastseq.backends import library, watching
 from fastseq.backends.torch import limits
 from fastseq.ops import recurrent as ops
+from fastseq.ops.types import state_dtype
+from fastseq.reference.cells import steps as steps_of
 from fastseq.testing import assert_close_to_truth, relative_error
 
 pytestmark = pytest.mark.skipif(library.reason() is not None, reason="needs the library")
@@ -371,3 +373,59 @@ def test_raw_op_refuses_what_does_not_fit():
     ):
         with pytest.raises(RuntimeError, match=message):
             call(**wrong)
+
+
+class TestVectorsOfLayerNorm:
+    """The gradients of what a layer-normalized cell has inside a step: one native op for all rows of a lane."""
+
+    OP = "fastseq_native::recurrent_norm_gradients"
+
+    @pytest.mark.parametrize("steps, batch, hidden", [(1, 1, 5), (3, 7, 16), (400, 3, 33)])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("name", ["layer_norm_lstm", "layer_norm_gru"])
+    def test_values(self, name, dtype, steps, batch, hidden):
+        """Of rows further apart than they need, against the cell's own equations."""
+        torch.manual_seed(0)
+        cell, lstm, rows = steps_of(name), name == "layer_norm_lstm", steps * batch
+        gates, vectors, wide = (4, 6, state_dtype(dtype)) if lstm else (3, 4, state_dtype(dtype))
+        dgates = torch.randn(rows, 2, gates * hidden).to(dtype)[:, 1]
+        saved = torch.rand(rows, 2, 2 * gates * hidden).to(dtype)[:, 1]
+        dm, c = (torch.randn(rows, hidden, dtype=wide) if lstm else None for _ in range(2))
+        inside = torch.randn(vectors * hidden, dtype=wide)
+        found = torch.ops.fastseq_native.recurrent_norm_gradients(dgates, saved, dm, c, inside, name)
+
+        def expected(dtype: torch.dtype) -> Tensor:
+            given = [None if t is None else t.to(dtype) for t in (dgates, dgates, dm, saved, inside, None, c)]
+            return cell.vector_gradients(*given).sum(0)
+
+        assert_close_to_truth(found, expected(wide), expected(torch.float64))
+
+    @pytest.mark.parametrize("kind", [fastseq.LayerNormLSTM, fastseq.LayerNormGRU])
+    def test_who_calls_it(self, kind):
+        call = Call(kind(5, 7, bidirectional=True, dtype=torch.float64), 4, 3)
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            found = call.run()
+        assert [event.name for event in recorded.events()].count(self.OP) == 2
+        with fastseq.use_backend("reference"):
+            with profile(activities=[ProfilerActivity.CPU]) as recorded:
+                expected = call.run()
+            assert self.OP not in [event.name for event in recorded.events()]
+        torch.testing.assert_close(found, expected)
+
+    def test_what_does_not_fit(self):
+        dgates, gates, dm, vectors = torch.randn(6, 8), torch.randn(6, 16), torch.randn(6, 2), torch.randn(12)
+
+        def call(dgates=dgates, gates=gates, dm=dm, c=dm, vectors=vectors, cell="layer_norm_lstm"):
+            torch.ops.fastseq_native.recurrent_norm_gradients(dgates, gates, dm, c, vectors, cell)
+
+        call()
+        for wrong, message in (
+            ({"dgates": dgates[:5]}, "dgates must have 48 elements, got 40"),
+            ({"dgates": dgates.reshape(8, 6).t()}, "dgates must be rows"),
+            ({"gates": gates.double()}, "vectors has a wrong dtype"),
+            ({"dm": None}, "given of an LSTM, and only of one"),
+            ({"c": dm.double()}, "c has a wrong dtype"),
+            ({"cell": "lstm"}, "none of layer_norm_lstm, layer_norm_gru"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                call(**wrong)
