@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "recurrent_kernel.h"  // Type
+#include "type.h"
 
 namespace fastseq::cpu {
 
