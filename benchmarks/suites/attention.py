@@ -11,6 +11,8 @@ from ..measure.case import Case, Options, Participant
 from ..measure.results import Results, Row, reliable
 from ..measure.timing import Effort
 from ..providers.attention import ATTENTION_PROVIDERS, EAGER, FLASH, FLEX, FORCED, OWN, OWN_MODULE, REFORMER, SDPA, TORCH_MODULE
+from ..providers.onnx_attention import FUNCTIONS as ON_ONNX
+from ..providers.onnx_attention import ONNX, ONNX_ATTENTION_PROVIDERS
 from ..report.model import (
     BYTE_UNITS,
     Card,
@@ -36,7 +38,7 @@ from ..workloads.hashed import CHUNK, HASHED
 NAME = "attention"
 SUMMARY = "attention alone against torch (every backend), FlexAttention, flash-attn: dense, biased, windowed, hashed, decoding"
 
-CORE = (SDPA, *FORCED, FLEX, FLASH, OWN)
+CORE = (SDPA, *FORCED, FLEX, FLASH, ONNX, OWN)
 # What must be reached over the named provider on an H200 (the devices of other classes have no targets).
 TARGETS: dict[str, tuple[str, float]] = {
     "hd 256": (SDPA, 1.0),
@@ -68,6 +70,8 @@ def plan(options: Options) -> list[Case]:
     cases: list[Case] = []
 
     def add(group: str, workload: AttentionWorkload, providers: tuple[str, ...], own: str, baseline: str) -> None:
+        if cuda or workload.mode != "inference" or workload.function not in ON_ONNX:
+            providers = tuple(name for name in providers if name != ONNX)
         participants = tuple(Participant(name, workload) for name in providers)
         cases.append(Case(NAME, group, participants, effort, ((own, baseline),)))
 
@@ -103,14 +107,14 @@ def plan(options: Options) -> list[Case]:
                 add(name, workload, (TORCH_MODULE, OWN_MODULE), OWN_MODULE, TORCH_MODULE)
             else:
                 eager = (EAGER,) if workload.function == "transformer-xl" else ()
-                add(name, workload, (*eager, SDPA, FLEX, FLASH, OWN), OWN, SDPA)
+                add(name, workload, (*eager, SDPA, FLEX, FLASH, ONNX, OWN), OWN, SDPA)
 
     contexts, batches, groups = _decode_grid(cuda, options.quick)
     for S, B, group in product(contexts, batches, groups):
         heads, E = (32, 128) if cuda else (8, 64)
         workload = make("decode", 1, B, heads * E, E, "inference", keys=S, kv_heads=heads // group)
         if 2 * workload.bytes < 24 << 30:
-            add("decode", workload, (SDPA, FLEX, FLASH, OWN), OWN, SDPA)
+            add("decode", workload, (SDPA, FLEX, FLASH, ONNX, OWN), OWN, SDPA)
 
     for T, function in product(_lengths(cuda, options.quick), LENGTH_CASES):
         W, E = (1024, 128) if cuda else (128, 64)
@@ -397,12 +401,13 @@ def _feature_table(rows: list[Row]) -> Table:
             + (f"/{d['kv_heads']}" if d["kv_heads"] != d["heads"] else "")
             + f" E={d['E']}"
         )
-        times = [time_cell(participants.get(p)) for p in (EAGER, SDPA, FLEX, FLASH)]
+        times = [time_cell(participants.get(p)) for p in (EAGER, SDPA, FLEX, FLASH, ONNX)]
         if torch_row is not None and torch_row.provider == TORCH_MODULE:
             times[1] = time_cell(torch_row)
         chosen = ", ".join(torch_row.chose[:1]) if torch_row and torch_row.ok else ""
         body.append([first.group, ALL_MODES[first.mode], size, *times, time_cell(own), ratio_cell(own), against, *memory, chosen])
-    columns = ["case", "mode", "size", "eager", "torch", "FlexAttention", "flash-attn", "fastseq", "vs torch", "vs fastest other"]
+    programs = ["eager", "torch", "FlexAttention", "flash-attn", "ONNX Runtime", "fastseq"]
+    columns = ["case", "mode", "size", *programs, "vs torch", "vs fastest other"]
     return Table(
         "Where torch is slow",
         [*columns, "torch peak", "fastseq peak", "torch chose"],
@@ -418,14 +423,14 @@ def _decode_table(results: Results, rows: list[Row]) -> Table:
     for participants in _points([r for r in rows if r.group == "decode"]).values():
         own, first = own_of(participants), _first(participants)
         line: list[Cell | str] = [str(_of(first, "S")), str(first.B), str(_of(first, "heads") // _of(first, "kv_heads"))]
-        for name in (SDPA, FLEX, FLASH, OWN):
+        for name in (SDPA, FLEX, FLASH, ONNX, OWN):
             r = participants.get(name)
             line.append(Cell(f"{three_digits(_gb(r))} GB/s", "", time_text(r.seconds)) if r and r.ok else time_cell(r))
         share = f"{_gb(own) * 1e9 / copy:.0%}" if own and own.ok else "–"
         body.append([*line, share, ratio_cell(own)])
     return Table(
         "Decoding: one query against a cache",
-        ["context", "B", "GQA", SDPA, FLEX, FLASH, OWN, "of copy", "vs torch"],
+        ["context", "B", "GQA", SDPA, FLEX, FLASH, ONNX, OWN, "of copy", "vs torch"],
         body,
         f"GB/s of keys, values, query and result. Of copy: fastseq's share of the bandwidth of a copy beyond every cache, "
         f"{copy / 1e9:.0f} GB/s read and written in this run; a cache of keys that fits one of the device's own is above it.",
@@ -468,7 +473,7 @@ def _loss_table(derived: dict[str, Any]) -> Table:
 
 def _what_ran(rows: list[Row]) -> Table:
     body: list[list[Cell | str]] = []
-    for provider in ATTENTION_PROVIDERS:
+    for provider in (*ATTENTION_PROVIDERS, ONNX):
         own = [r for r in rows if r.provider == provider]
         if not own:
             continue
@@ -551,7 +556,7 @@ def _lines(axes: Any, theme: Any, title: str, lines: dict[str, dict[int, float]]
     for name, line in lines.items():
         if not line:
             continue
-        provider, own = ATTENTION_PROVIDERS[name], name == OWN
+        provider, own = (ATTENTION_PROVIDERS | ONNX_ATTENTION_PROVIDERS)[name], name == OWN
         T = sorted(line)
         style = {"linestyle": "--" if provider.dashed else "-", "linewidth": 2.6 if own else 1.5, "zorder": 4 if own else 3}
         axes.plot(T, [line[t] for t in T], color=provider.color, marker="o", markersize=4 if own else 3, **style)

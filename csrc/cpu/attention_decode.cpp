@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
   const ScalarType narrow = q.scalar_type();
   Attention a{};
   a.type = type_of(narrow);
-  const ScalarType wide = a.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
+  const ScalarType wide = wide_of(narrow);
   a.batch = q.size(0), a.heads = q.size(1), a.queries = q.size(2), a.features = q.size(3);
   a.key_heads = k_cache.size(1), a.value_features = v_cache.size(3);
   const int64_t places = k_cache.size(0), room = k_cache.size(2);
@@ -148,7 +148,7 @@ std::vector<Tensor> attention_with_kv_cache(Tensor q, Tensor k_cache, Tensor v_c
   const int64_t of_heads_dim = time_first ? 2 : 1, of_time = time_first ? 1 : 2;
   Attention a{};
   a.type = type_of(narrow);
-  const ScalarType wide = a.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
+  const ScalarType wide = wide_of(narrow);
   const int64_t B = a.batch = q.size(0), H = a.heads = q.size(of_heads_dim), T = a.queries = q.size(of_time), E = a.features = q.size(3);
   const int64_t Hkv = a.key_heads = k_cache.size(of_heads_dim), Ev = a.value_features = v_cache.size(3);
   const int64_t places = k_cache.size(0), room = k_cache.size(of_time);
@@ -202,7 +202,7 @@ std::vector<Tensor> attention_with_kv_cache(Tensor q, Tensor k_cache, Tensor v_c
     append(a, a.v, rows_of<ConstRows>(*v_new, data(*v_new), time_first), totals, more, bytes, Ev * bytes);
   }
   const Tensor out = time_first ? empty({B, T, H, Ev}, narrow) : empty({B, H, T, Ev}, narrow, true);
-  const Tensor lse = empty({B, H, T}, wide_of(narrow));
+  const Tensor lse = empty({B, H, T}, wide);
   a.out = rows_of<MutableRows>(out, mutable_data(out), time_first);
   a.k_lengths = totals;
   a.left = left, a.right = right, a.bottom_right = true;

@@ -666,38 +666,43 @@ class Few {
                                          const Ahead& ahead, int64_t f) {
     const A* w = weights_ + row;
     const int64_t L = group.lanes, rest = a_.value_features - f;
-    V sum[R][F];
+    // neighbors are summed apart where there are few sums, for the sake of their latency
+    constexpr int64_t kApart = FASTSEQ_VECTOR_REGISTERS == 32 && R * F <= 8 ? 2 : 1;
+    V sum[kApart][R][F];
 #pragma GCC unroll 16
-    for (int i = 0; i < R * F; ++i) sum[i / F][i % F] = V{};
-    const auto weigh_values = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
-      for (int64_t j = begin; j < end; ++j, w += L) {
-        V value[F];
+    for (int i = 0; i < kApart * R * F; ++i) sum[i / (R * F)][i / F % R][i % F] = V{};
+    const auto weigh_value = [&](int64_t j, V(&sum)[R][F]) __attribute__((always_inline)) {
+      V value[F];
 #pragma GCC unroll 8
-        for (int c = 0; c < F; c += C::kVectors) {
-          if constexpr (kSome)
-            C::load_some(values[j] + f, rest, value);
-          else
-            C::load(values[j] + f + c * W, value + c);
-        }
+      for (int c = 0; c < F; c += C::kVectors) {
+        if constexpr (kSome)
+          C::load_some(values[j] + f, rest, value);
+        else
+          C::load(values[j] + f + c * W, value + c);
+      }
 #pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-          const A weight = w[i];
+      for (int i = 0; i < R; ++i) {
+        const A weight = w[j * L + i];
 #pragma GCC unroll 8
-          for (int c = 0; c < F; ++c) sum[i][c] += weight * value[c];
-        }
+        for (int c = 0; c < F; ++c) sum[i][c] += weight * value[c];
       }
     };
     constexpr int64_t kStep = 4;
-    int64_t fetched = 0;
-    for (int64_t j = 0; j < count; j += kStep) {
+    int64_t fetched = 0, j = 0;
+    for (; j + kStep <= count; j += kStep) {
       ahead.fetch(j + kStep, count, fetched);
-      weigh_values(j, min(count, j + kStep));
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kStep; ++i) weigh_value(j + i, sum[i % kApart]);
     }
+    ahead.fetch(count, count, fetched);
+    for (; j < count; ++j) weigh_value(j, sum[0]);
+#pragma GCC unroll 16
+    for (int i = 0; i < (kApart - 1) * R * F; ++i) sum[0][i / F][i % F] += sum[kApart - 1][i / F][i % F];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       A* const to = sums_ + (group.row + row + i) * ldo_ + f;
 #pragma GCC unroll 8
-      for (int c = 0; c < F; ++c) store(to + c * W, load(to + c * W) * shrinks[i] + sum[i][c]);
+      for (int c = 0; c < F; ++c) store(to + c * W, load(to + c * W) * shrinks[i] + sum[0][i][c]);
     }
   }
 

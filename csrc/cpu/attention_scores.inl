@@ -113,9 +113,11 @@ template <class M, class A>
 FASTSEQ_HOST_DEVICE typename Math<A>::V power_of(typename Math<A>::V x, A factor) {
   using V = typename Math<A>::V;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) {  // an instruction multiplies by powers of two, down to nothing
+  if constexpr (sizeof(A) == 4) {  // an instruction multiplies by powers of two; where nothing is left it must not run, as underflow is slow
     using L = Lanes<float>;
-    x = Math<A>::at_least(x, -2 * L::kLargest / factor);
+    const float lowest = -L::kLargest / factor;
+    const __mmask16 left = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(lowest), _CMP_NLT_UQ);  // of a NaN as well
+    x = Math<A>::at_least(x, lowest);
     const V shifted = x * (factor * L::kLog2e) + L::kRound, n = shifted - L::kRound;
     V f = x * (factor * L::kLog2e) - n;
     if constexpr (!std::is_same_v<M, ShortMath>) f = x * (factor * L::kLog2eRest) + f;
@@ -123,7 +125,7 @@ FASTSEQ_HOST_DEVICE typename Math<A>::V power_of(typename Math<A>::V x, A factor
     V q = V{} + M::kExp2[last];
 #pragma GCC unroll 16
     for (int i = last - 1; i >= 0; --i) q = q * f + M::kExp2[i];
-    return (V)_mm512_maskz_scalef_ps(0xffff, (__m512)(q * f + 1.0f), (__m512)n);
+    return (V)_mm512_maskz_scalef_ps(left, (__m512)(q * f + 1.0f), (__m512)n);
   }
 #endif
   const A lowest = -Lanes<A>::kLargest / factor;

@@ -76,6 +76,7 @@ bool multiply(const MatrixKernels& kernels, const std::vector<MatrixProduct>& pr
   };
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<Part> parts;
+  double total = 0;
   for (const MatrixProduct& product : products) {
     int64_t columns = 0;
     for (int i = 0; i < product.count; ++i) columns += tiles_of(product.right[i].columns, kPanel);
@@ -84,6 +85,7 @@ bool multiply(const MatrixKernels& kernels, const std::vector<MatrixProduct>& pr
     int64_t of_rows = blocks(rows), of_columns = blocks(columns);
     // smaller blocks if some threads would have none; which these are changes no sum
     const double work = double(product.rows) * product.depth * columns * kPanel;
+    total += work;
     while (of_rows * of_columns < threads && of_rows < rows && work / (of_rows * of_columns) > kWorkOfBlock) ++of_rows;
     for (int64_t c = 0; c < of_columns; ++c)
       for (int64_t r = 0; r < of_rows; ++r)
@@ -91,7 +93,8 @@ bool multiply(const MatrixKernels& kernels, const std::vector<MatrixProduct>& pr
                          {{rows * r / of_rows, rows * (r + 1) / of_rows}, {columns * c / of_columns, columns * (c + 1) / of_columns}}});
   }
   std::atomic<bool> within = true;
-  torch::stable::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = total < 2 * kWorkOfBlock ? parts.size() : 1;
+  torch::stable::parallel_for(0, parts.size(), grain, [&](int64_t begin, int64_t end) {
     for (; begin < end && within; ++begin) {
       const Part& part = parts[begin];
       const Buffer scratch(kernels.scratch(*part.product, part.block));

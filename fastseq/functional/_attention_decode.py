@@ -13,7 +13,7 @@ from .. import backends
 from .._arguments import checked_int, checked_tensor, own_keywords
 from ..backends import library
 from ..ops import attention_decode as ops
-from ..ops._dispatch import plain_call
+from ..ops._dispatch import PLAIN, plain_call
 from ._attention_call import (
     LAYOUTS,
     Sizes,
@@ -208,9 +208,6 @@ def attention_with_kv_cache(
     return (out, lse) if return_lse else out
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))  # a subclass has a say in what is called on it
-
-
 def _natively(given: tuple[Any, ...], *options: Any) -> list[Tensor]:
     """out and lse of a plain call (``plain_call``), in one call of the CPU library, which checks everything before it writes.
 
@@ -218,7 +215,7 @@ def _natively(given: tuple[Any, ...], *options: Any) -> list[Tensor]:
     """
     there = [*given[:4], *[tensor for tensor in given[4:] if tensor is not None]]
     for tensor in there:
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+        if type(tensor) not in PLAIN or not tensor.is_cpu:
             return []
     if library.reason() or backends.watched() or (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in there])):
         return []

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import dropout as dropped
 
 from .. import backends
@@ -20,10 +20,9 @@ from ..backends.notes import note
 from ..backends.torch import limits
 from ..backends.torch import recurrent as torchs
 from ..cells import CELLS
+from ..ops._dispatch import PLAIN
 from ..ops.recurrent import native_layer
 from ._packing import Packing
-
-PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass has a say in what is called on it
 
 
 def native_layers(

@@ -29,15 +29,13 @@ from ..backends import library
 from ..functional._recording import recorder
 from ..functional._torch_attention import attention_and_weights, attention_output, seeded
 from ..ops._attention_eager import self_attention
-from ..ops._dispatch import plain_call
+from ..ops._dispatch import PLAIN, plain_call
 from ..ops.attention import Spec, attention, attention_weights
 from ._checks import describe, public
 from ._interop import Interop, as_leaf
 from .nested import Packed
 
 __all__ = ["MultiheadAttention"]
-
-_PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass has a say in what is called on it
 
 
 @public
@@ -223,7 +221,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
         tensors = [query, key, value, weight, out_weight]
         tensors += [t for t in (bias, out_bias, key_padding_mask, attn_mask) if t is not None]
         for tensor in tensors:
-            if type(tensor) not in _PLAIN or tensor.is_nested:
+            if type(tensor) not in PLAIN or tensor.is_nested:
                 return None
         if is_causal and (attn_mask is None or tuple(attn_mask.shape) != (self._steps(query), self._steps(key))):
             return None

@@ -24,12 +24,12 @@ from fastseq.backends.cpu.recurrent import DTYPES
 from fastseq.backends.torch.limits import steps_of
 from fastseq.backends.torch.recurrent import GATES, LAYERS
 from fastseq.cells import CELLS
-from fastseq.functional._native_layers import PLAIN, native_layers, trained_layers
+from fastseq.functional._native_layers import native_layers, trained_layers
 from fastseq.functional._packing import packing_of
 from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.ops._dispatch import plain_call
+from fastseq.ops._dispatch import PLAIN, plain_call
 
 __all__ = ["GRU", "LSTM", "RNN"]
 

@@ -14,11 +14,11 @@ from torch.fx import Proxy
 
 from fastseq import backends, functional
 from fastseq.backends.torch.recurrent import STEPS
-from fastseq.functional._native_layers import PLAIN, native_layers, native_step
+from fastseq.functional._native_layers import native_layers, native_step
 from fastseq.functional._packing import packing_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.ops._dispatch import plain_call, transforming
+from fastseq.ops._dispatch import PLAIN, plain_call, transforming
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 

@@ -13,14 +13,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import backends
 from ..backends import library
-from ..ops._dispatch import plain_call
+from ..ops._dispatch import PLAIN, plain_call
 from ._checks import public
 from ._interop import Interop, as_leaf
 from .attention import MultiheadAttention
 
 __all__ = ["TransformerEncoderLayer"]
 
-_PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass has a say in what is called on it
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "self_attn": (MultiheadAttention, nn.MultiheadAttention),
     "norm1": (nn.LayerNorm,),
@@ -129,7 +128,7 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
         given = [src, *parameters]
         given += [mask for mask in (src_mask, src_key_padding_mask) if mask is not None]
         for tensor in given:
-            if type(tensor) not in _PLAIN or tensor.is_nested:
+            if type(tensor) not in PLAIN or tensor.is_nested:
                 return None
         if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given]):
             return None

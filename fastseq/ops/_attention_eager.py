@@ -10,17 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backends import library
 from ..backends.cpu import attention as native
 from ..reference import attention as reference
 from . import attention as op
-from ._dispatch import wants_gradient
+from ._dispatch import PLAIN, wants_gradient
 from .attention import TENSORS, _plain_dtypes, _tensors
 from .types import Spec
 
-_PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass has a say in what is called on it
 _NUMBERS = frozenset((int, float))
 _native: Any = None  # the library's op, once it is loaded
 
@@ -42,9 +41,9 @@ def scaled_dot_product_attention(
 ) -> Tensor | None:
     """What torch's function of that name gives; None: the call is for another way, which also says what is wrong with it."""
     global _native
-    if type(query) not in _PLAIN or type(key) not in _PLAIN or type(value) not in _PLAIN:
+    if type(query) not in PLAIN or type(key) not in PLAIN or type(value) not in PLAIN:
         return None
-    if type(causal) is not bool or type(dropout) not in _NUMBERS or (mask is not None and type(mask) not in _PLAIN):
+    if type(causal) is not bool or type(dropout) not in _NUMBERS or (mask is not None and type(mask) not in PLAIN):
         return None
     if (scale is not None and type(scale) not in _NUMBERS) or library.reason():
         return None
@@ -118,7 +117,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
     if spec.relative_q is not None or not native.DTYPES.issuperset((q.dtype, k.dtype, v.dtype)) or q.shape[-1] == 0:
         return False
     for tensor in _tensors(q, k, v, spec):
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+        if type(tensor) not in PLAIN or not tensor.is_cpu:
             return False
     return library.reason() is None
 

@@ -49,6 +49,9 @@ def transforming() -> bool:
     return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+PLAIN = frozenset((Tensor, torch.nn.Parameter))  # a subclass has a say in what is called on it
+
+
 def plain_call() -> bool:
     """Whether nobody compiles, traces, transforms or lowers what runs now, nor forces another backend than the CPU's."""
     return not (

@@ -71,6 +71,8 @@ FEATURES = [
     DecodeCase(heads=4, heads_k=1, lengths=(90, 33), capacity=96, page=16, slopes=2, sinks=True, softcap=2.0, left=40),
     DecodeCase(heads=2, heads_k=2, lengths=(90, 33), capacity=96, page=3, slopes=1, softcap=0.5),
     DecodeCase(heads=8, heads_k=1, queries=2, lengths=(90, 33), capacity=91, page=7, right=-1, sinks=True, left=30),
+    # the first key that is seen is the last of a page, and the first
+    DecodeCase(heads=2, heads_k=1, lengths=(90, 91), capacity=96, page=16, left=26),
     DecodeCase(heads=8, heads_k=2, lengths=(0, 0), capacity=8, sinks=True),
     DecodeCase(heads=3, heads_k=1, lengths=(400, 100), capacity=400, num_splits=3, sinks=True, slopes=1),
     DecodeCase(heads=1, heads_k=1, lengths=(400, 3), capacity=400, num_splits=400, page=4, left=350),
@@ -200,6 +202,17 @@ def test_general_op(case, dtype, level):
     results = torch.ops.fastseq_native.attention_forward(*(inputs[name] for name in "qkv"), *spec_of(inputs))
     truth = dense({name: widened(value) for name, value in inputs.items()})[:2]
     check(results, dense(inputs)[:2], truth)
+
+
+@pytest.mark.parametrize("heads", ((2, 2), (4, 1)), ids=str)
+def test_a_hidden_key_may_hold_anything(heads, level):
+    inputs = make(AttentionCase("mask", lengths=(1, 37), heads=heads, mask="bk"), torch.float32)
+    inputs["mask"][..., 20] = False
+    expected = torch.ops.fastseq_native.attention_forward(*(inputs[name] for name in "qkv"), *spec_of(inputs))
+    for value in (torch.nan, torch.inf):
+        inputs["k"][:, :, 20] = value
+        results = torch.ops.fastseq_native.attention_forward(*(inputs[name] for name in "qkv"), *spec_of(inputs))
+        assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
 
 
 def test_a_bias_whose_keys_are_far_apart():

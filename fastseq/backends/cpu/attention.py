@@ -29,7 +29,8 @@ def why_not(query: AttentionQuery) -> list[str]:
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-    return torch.ops.fastseq_native.attention_forward.default(q, k, v, *_dense(spec, q.dtype))
+    out, lse = torch.ops.fastseq_native.attention_forward.default(q, k, v, *_dense(spec, q.dtype))
+    return out, _with_sinks_beyond(lse, spec)
 
 
 def attention_backward(
@@ -51,7 +52,16 @@ def attention_weights(q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bo
 
 
 def attention_with_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.fastseq_native.attention_with_weights.default(q, k, v, *_dense(spec, q.dtype), average)
+    out, lse, weights = torch.ops.fastseq_native.attention_with_weights.default(q, k, v, *_dense(spec, q.dtype), average)
+    return out, _with_sinks_beyond(lse, spec), weights
+
+
+def _with_sinks_beyond(lse: Tensor, spec: Spec) -> Tensor:
+    """The kernels do not visit queries beyond the valid ones, which see their sink alone."""
+    if spec.sinks is None or spec.q_lengths is None:
+        return lse
+    valid = torch.arange(lse.shape[-1]) < spec.q_lengths[:, None, None]
+    return torch.where(valid, lse, spec.sinks[:, None].to(lse.dtype))
 
 
 def _dense(spec: Spec, dtype: torch.dtype) -> Spec:
