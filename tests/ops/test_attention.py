@@ -165,7 +165,7 @@ def test_which_backend_does_what(case):
     for dtype in (torch.float64, torch.float32, torch.float16):
         inputs = make(case, dtype)
         calls = ("forward", "backward", *(() if case.packed else ("weights",)))
-        assert all(bool(against(inputs, "cpu", call)) == bool(case.relative_k) for call in calls)
+        assert not against(inputs, "cpu", *calls)
         if not case.packed:
             assert against(inputs, "cpu", "weights_backward")
             calls = (*calls, "weights_backward")
@@ -178,8 +178,7 @@ def test_what_the_cpu_leaves_to_the_reference():
     """Each reason once, by the call that has it."""
     (everything,) = named("everything")
     for call in ("forward", "backward", "weights", "weights_backward"):
-        expected = ["the CPU's kernels have no relative_q"]
-        expected += ["the CPU's kernels have no gradient through the weights"] * (call == "weights_backward")
+        expected = ["the CPU's kernels have no gradient through the weights"] * (call == "weights_backward")
         assert against(make(everything, torch.float32), "cpu", call) == expected
 
 
@@ -390,12 +389,12 @@ def test_weights_in_blocks(window, average):
 
 
 def test_explain_names_the_reasons():
-    inputs = make(AttentionCase("related", relative_k=9, right=0), torch.float32)
+    inputs = make(AttentionCase("featureless", features=(0, 8), right=0), torch.float32)
     text = str(fastseq.explain(attention, inputs["q"], inputs["k"], inputs["v"], spec_of(inputs)))
     assert text.startswith(
-        "attention forward, float32 on cpu, padded, B=2 H=(2, 2) T=(5, 7) E=(8, 8), causal, relative_q: reference"
+        "attention forward, float32 on cpu, padded, B=2 H=(2, 2) T=(5, 7) E=(0, 8), causal: reference"
     )
-    assert "not cpu: the CPU's kernels have no relative_q" in text
+    assert "not cpu: the CPU's kernels have no products without features" in text
 
 
 @pytest.mark.gpu
