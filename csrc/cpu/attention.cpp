@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <numeric>
 
@@ -182,20 +183,22 @@ class Sums {
       pointers_.push_back(static_cast<char*>(memory_.get()) + (copies == 1 ? 0 : i) * elements * (wide_ ? 8 : 4));
   }
   void* const* pointers() const { return pointers_.data(); }
-  // all copies, in order, into the first; as elements of a tensor
-  void store(const Tensor& to) const {
+  // all copies, in order, into the first; times a factor as elements of a tensor
+  void store(const Tensor& to, double factor = 1) const {
     if (wide_)
-      store<double>(to);
+      store<double>(to, factor);
     else
-      store<float>(to);
+      store<float>(to, factor);
   }
 
  private:
   template <class A>
-  void store(const Tensor& to) const {
+  void store(const Tensor& to, double factor) const {
     A* sums = static_cast<A*>(memory_.get());
     for (int64_t copy = 1; copy < copies_; ++copy)
       for (int64_t i = 0; i < elements_; ++i) sums[i] += sums[copy * elements_ + i];
+    if (factor != 1)
+      for (int64_t i = 0; i < elements_; ++i) sums[i] *= A(factor);
     with_storage(type_of(to.scalar_type()), [&]<class S>() { std::copy_n(sums, elements_, static_cast<S*>(mutable_data(to))); });
   }
 
@@ -205,13 +208,17 @@ class Sums {
   std::vector<void*> pointers_;
 };
 
-// The gradients of q, k, v, bias and relative_bias, into those of five tensors that are given.
-void run_backward(AttentionBackward& g, const std::optional<Tensor> (&to)[5]) {
+// The gradients of q, k, v, bias, relative_bias, relative_q and relative_k, into those of the tensors that are given.
+using Gradients = std::array<std::optional<Tensor>, 7>;
+
+void run_backward(AttentionBackward& g, const Gradients& to) {
   Attention& a = g.attention;
   if (to[0]) g.dq = results(*to[0]);
   if (to[1]) g.dk = results(*to[1]);
   if (to[2]) g.dv = results(*to[2]);
-  if (to[0] && a.q_lengths) torch::stable::zero_(const_cast<Tensor&>(*to[0]));
+  if (to[5]) g.drelative_q = results(*to[5]);
+  for (int of_queries : {0, 5})
+    if (to[of_queries] && a.q_lengths) torch::stable::zero_(const_cast<Tensor&>(*to[of_queries]));
   if (hollow(a) || a.key_heads == 0) {
     for (const auto& tensor : to)
       if (tensor) torch::stable::zero_(const_cast<Tensor&>(*tensor));
@@ -221,9 +228,9 @@ void run_backward(AttentionBackward& g, const std::optional<Tensor> (&to)[5]) {
   const int64_t pairs = a.batch * a.key_heads, threads = torch::stable::get_num_threads();
   const int64_t blocks = (a.queries + kernel.lanes(a) - 1) / kernel.lanes(a);
   const int64_t parts = std::clamp<int64_t>(threads / pairs, 1, blocks), tasks = pairs * parts, workers = std::min(threads, tasks);
-  std::optional<Sums> dbias, drelative_bias;
+  std::optional<Sums> dbias, drelative_bias, drelative_k;
   const std::vector<void*> none(workers, nullptr);
-  g.dbias = g.drelative_bias = none.data();
+  g.dbias = g.drelative_bias = g.drelative_k = none.data();
   if (to[3]) {
     const Tensor& bias = *to[3];
     int64_t strides[4], stride = 1;
@@ -236,6 +243,10 @@ void run_backward(AttentionBackward& g, const std::optional<Tensor> (&to)[5]) {
   if (to[4]) {
     drelative_bias.emplace(a.type, a.heads * a.relative_bias_length, workers, a.batch == 1 && parts == 1 ? 1 : workers);
     g.drelative_bias = drelative_bias->pointers();
+  }
+  if (to[6]) {
+    drelative_k.emplace(a.type, a.heads * a.relative_k_length * a.features, workers, a.batch == 1 && parts == 1 ? 1 : workers);
+    g.drelative_k = drelative_k->pointers();
   }
   const int64_t sums_bytes = kernel.sums_bytes(a), workspace_bytes = kernel.backward_workspace(g);
   const auto run = [&](int64_t task, void* sums, int64_t worker, void* workspace) {
@@ -264,6 +275,7 @@ void run_backward(AttentionBackward& g, const std::optional<Tensor> (&to)[5]) {
   if (parts > 1) all(pairs, [&](int64_t pair) { store(pair, static_cast<char*>(shared.get()) + pair * parts * sums_bytes); });
   if (dbias) dbias->store(*to[3]);
   if (drelative_bias) drelative_bias->store(*to[4]);
+  if (drelative_k) drelative_k->store(*to[6], a.scale);
 }
 
 AttentionBackward backward_of(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -299,16 +311,17 @@ Tensor attention_weights(Tensor q, Tensor k, Tensor, FASTSEQ_ATTENTION_SPEC, boo
 std::vector<Tensor> attention_backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                                        FASTSEQ_ATTENTION_SPEC, std::vector<bool> wanted) {
   AttentionBackward g = backward_of(dout, dlse, q, k, v, out, lse, FASTSEQ_ATTENTION_GIVEN);
-  std::optional<Tensor> to[5];
+  Gradients to;
   if (wanted[0]) to[0] = empty_rows(q, q.size(-1));
   if (wanted[1]) to[1] = empty_rows(k, k.size(-1));
   if (wanted[2]) to[2] = empty_rows(v, v.size(-1));
   if (wanted[3] && bias) to[3] = empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type());
   if (wanted[4] && relative_bias) to[4] = empty({relative_bias->size(0), relative_bias->size(1)}, relative_bias->scalar_type());
   run_backward(g, to);
+  if (wanted[5] && relative_q) to[5] = empty_rows(*relative_q, q.size(-1));
+  if (wanted[6] && relative_k) to[6] = empty({relative_k->size(0), relative_k->size(1), relative_k->size(2)}, relative_k->scalar_type());
   std::vector<Tensor> gradients;
   for (const auto& tensor : to) gradients.push_back(tensor ? *tensor : empty({0}, q.scalar_type()));
-  while (gradients.size() < 7) gradients.push_back(empty({0}, q.scalar_type()));
   return gradients;
 }
 
@@ -333,7 +346,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor dout, Tensor 
                                                             std::optional<Tensor> mask, double scale, bool causal, double dropout,
                                                             std::optional<Tensor> seed) {
   AttentionBackward g = backward_of(dout, {}, q, k, v, out, lse, plain(mask, scale, causal, dropout, seed));
-  const std::optional<Tensor> to[5] = {empty_rows(q, q.size(-1)), empty_rows(k, k.size(-1)), empty_rows(v, v.size(-1)), {}, {}};
+  const Gradients to{empty_rows(q, q.size(-1)), empty_rows(k, k.size(-1)), empty_rows(v, v.size(-1))};
   run_backward(g, to);
   return {*to[0], *to[1], *to[2]};
 }
@@ -350,7 +363,7 @@ void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const Att
 void attention_backward_into(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                              const AttentionSpec& spec, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   AttentionBackward g = backward_of(dout, {}, q, k, v, out, lse, spec);
-  const std::optional<Tensor> to[5] = {dq, dk, dv, {}, {}};
+  const Gradients to{dq, dk, dv};
   run_backward(g, to);
 }
 

@@ -36,7 +36,7 @@ struct AttentionSpec {
 
 std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC);
 
-// The gradients of GRADIENTS, (0,) where not wanted; relative_q and relative_k have none.
+// The gradients of GRADIENTS, (0,) where not wanted.
 std::vector<Tensor> attention_backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                                        FASTSEQ_ATTENTION_SPEC, std::vector<bool> wanted);
 

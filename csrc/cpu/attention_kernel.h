@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "recurrent_kernel.h"  // Type
+#include "type.h"
 
 namespace fastseq::cpu {
 
@@ -117,6 +117,8 @@ struct AttentionBackward {
   void* const* dbias;
   int64_t dbias_b, dbias_h, dbias_i, dbias_j;
   void* const* drelative_bias;  // [Hq, relative_bias_length]
+  MutableRows drelative_q;
+  void* const* drelative_k;  // [Hq, relative_k_length, E], of which the scale is not yet a factor
 };
 
 // The kernels of one instruction set. A workspace is a thread's own, 64-byte aligned.

@@ -421,36 +421,44 @@ class BackwardRows {
         gradients_(arena.take<A>(kChunk * kMostLanes<A>)),
         kept_(a.dropout > 0 ? arena.take<A>(kChunk * kMostLanes<A>) : nullptr),
         capped_(a.softcap != 0 ? arena.take<A>(kChunk * kMostLanes<A>) : nullptr),
+        dout_(arena.take<A>(padded_values_ * kMostLanes<A>)),
+        out_(arena.take<A>(padded_values_ * kMostLanes<A>)),
         dq_(arena.take<A>(padded_ * kMostLanes<A>)),
+        drelative_q_(g.drelative_q.given() ? arena.take<A>(padded_ * kMostLanes<A>) : nullptr),
         lse_(arena.take<A>(kMostLanes<A>)),
         delta_(arena.take<A>(kMostLanes<A>)) {}
 
   // whether the gradients of the scores go through more than the products
-  bool plain() const { return !kept_ && !capped_ && !g.dbias[0] && !g.drelative_bias[0]; }
+  bool plain() const {
+    return !kept_ && !capped_ && !g.dbias[0] && !g.drelative_bias[0] && !g.drelative_q.given() && !g.drelative_k[0];
+  }
 
   const S* of_queries(const ConstRows& rows) const {
     const Block<S>& block = rows_.block;
     return static_cast<const S*>(rows.data) + rows.offset(a.cu_q ? 0 : block.b, block.h, block.s.first_q + block.first);
   }
 
-  // lse and delta, such that lanes beyond the queries, and queries without keys, have weights of zero
+  // dout with its features first; lse and delta, such that lanes beyond the queries, and queries without keys, have weights of zero. delta
+  // is summed as the products are: a query that sees one key alone has no gradient, exactly.
   template <int NV>
   void prepare(V (&lse)[NV], V (&delta)[NV]) {
+    constexpr int64_t lanes = NV * W;
     const Block<S>& block = rows_.block;
     const int64_t place = (a.cu_q ? 0 : block.b * a.lse_b) + block.h * a.lse_h + block.s.first_q + block.first;
-    const S *out = of_queries(g.out), *dout = of_queries(g.dout);
-    for (int64_t lane = 0; lane < NV * W; ++lane) {
+    block.transposed(g.dout, dout_, Ev), block.transposed(g.out, out_, Ev);
+    for (int v = 0; v < NV; ++v) delta[v] = V{};
+    for (int64_t x = 0; x < Ev * lanes; x += lanes)
+      for (int v = 0; v < NV; ++v) delta[v] += load_vector(out_ + x + v * W) * load_vector(dout_ + x + v * W);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
       lse_[lane] = INFINITY, delta_[lane] = 0;
       if (lane >= block.count) continue;
       const A given = static_cast<const A*>(g.lse)[place + lane];
-      if (given != -A(INFINITY)) lse_[lane] = given / block.factor();
-      V sum{};
-      for (int64_t f = 0; f < Ev; f += W)
-        sum += Memory<S, A>::load(out + lane * g.out.t + f, Ev - f) * Memory<S, A>::load(dout + lane * g.dout.t + f, Ev - f);
-      for (int64_t i = 0; i < W; ++i) delta_[lane] += sum[i];
-      if (g.dlse) delta_[lane] -= static_cast<const A*>(g.dlse)[place + lane];
+      if (given != -A(INFINITY)) lse_[lane] = given;
+      if (g.dlse) delta_[lane] = static_cast<const A*>(g.dlse)[place + lane];
     }
-    for (int v = 0; v < NV; ++v) lse[v] = load_vector(lse_ + v * W), delta[v] = load_vector(delta_ + v * W);
+    for (int v = 0; v < NV; ++v) lse[v] = load_vector(lse_ + v * W), delta[v] -= load_vector(delta_ + v * W);
+    for (A* sums : {g.dq.given() ? dq_ : nullptr, drelative_q_})
+      if (sums) __builtin_memset(sums, 0, padded_ * NV * W * sizeof(A));
   }
 
   // scores to weights
@@ -460,7 +468,7 @@ class BackwardRows {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         A* at = weights_ + x + v * W;
-        store_vector(at, power_of<M, A>(load_vector(at) - lse[v], rows_.block.factor()));
+        store_vector(at, power_of<M, A>(load_vector(at) * rows_.block.factor() - lse[v], A(1)));
       }
   }
 
@@ -494,12 +502,17 @@ class BackwardRows {
         const V t = load_vector(capped_ + x);
         store_vector(gradients_ + x, load_vector(gradients_ + x) * (A(1) - t * t));
       }
+    if (drelative_q_ || g.drelative_k[0]) {
+      A* dk = static_cast<A*>(g.drelative_k[worker_]);
+      block.template add_relative_gradients<NV>(gradients_, begin, n, drelative_q_, dk ? dk + block.h * a.relative_k_length * E : nullptr);
+    }
   }
 
   template <int NV>
-  void store_dq() {
+  void store_queries() {
     for (int64_t lane = 0; lane < NV * W; ++lane) lse_[lane] = A(a.scale);
-    rows_.block.store(dq_, E, lse_, g.dq);
+    if (g.dq.given()) rows_.block.store(dq_, E, lse_, g.dq);
+    if (drelative_q_) rows_.block.store(drelative_q_, E, lse_, g.drelative_q);
   }
 
   template <int NV>
@@ -528,7 +541,7 @@ class BackwardRows {
   const Attention& a;
   const int64_t E, Ev, padded_, padded_values_;
   Product<S> rows_;
-  A *weights_, *gradients_, *kept_, *capped_, *dq_, *lse_, *delta_;
+  A *weights_, *gradients_, *kept_, *capped_, *dout_, *out_, *dq_, *drelative_q_, *lse_, *delta_;
   int64_t worker_ = 0;
 };
 
@@ -538,12 +551,11 @@ class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
   using Base = BackwardRows<S, MultiplyAdd>;
   using typename Base::A, typename Base::V;
   using Base::W, Base::g, Base::a, Base::E, Base::Ev, Base::padded_, Base::padded_values_, Base::rows_, Base::weights_, Base::gradients_,
-      Base::dq_;
+      Base::dout_, Base::dq_;
 
  public:
   BackwardKernel(const AttentionBackward& given, Arena arena)
       : Base(given, arena),
-        dout_(arena.take<A>(padded_values_ * kMostLanes<A>)),
         query_rows_(arena.take<A>(padded_ * kMostLanes<A>)),
         dout_rows_(arena.take<A>(padded_values_ * kMostLanes<A>)),
         used(arena.used()) {}
@@ -569,11 +581,9 @@ class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
     Block<S>& block = rows_.block;
     const int64_t count = block.count;
     rows_.load();
-    block.transposed(g.dout, dout_, Ev);
     const Operand<A> queries = whole(a.q, E, padded_, query_rows_), douts = whole(g.dout, Ev, padded_values_, dout_rows_);
     V lse[NV], delta[NV];
     this->template prepare<NV>(lse, delta);
-    if (g.dq.given()) __builtin_memset(dq_, 0, E * lanes * sizeof(A));
     int64_t begin, end;
     block.keys(begin, end);
     for (int64_t j = begin; j < end; j += kChunk) {
@@ -600,7 +610,7 @@ class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
         });
       }
     }
-    if (g.dq.given()) this->template store_dq<NV>();
+    this->template store_queries<NV>();
   }
 
   // rows of queries, [lane][features] with whole vectors
@@ -625,7 +635,7 @@ class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
       });
   }
 
-  A *dout_, *query_rows_, *dout_rows_;
+  A *query_rows_, *dout_rows_;
   A* sums_ = nullptr;
 
  public:

@@ -222,13 +222,20 @@ class Block {
         diagonal_(arena.take<A>(kDiagonals)),
         relative_(a.relative_q.given() ? arena.take<A>(blocks_of(a.features, W) * W * kMostLanes<A>) : nullptr),
         relative_keys_(a.relative_q.given() ? arena.take<A>(kDiagonals * a.features) : nullptr),
+        relative_rows_(a.relative_q.given() ? arena.take<A>(blocks_of(a.features, W) * W * kMostLanes<A>) : nullptr),
         products_(a.relative_q.given() ? arena.take<A>(kDiagonals * kMostLanes<A>) : nullptr) {
     shaped_ = a.scale <= 0 || a.softcap != 0 || a.bias.given() || a.relative_bias || a.relative_q.given() || a.slopes;
   }
 
   void place(int64_t batch, int64_t head, const Attention::Sequence& sequence, int64_t begin, int64_t queries) {
     b = batch, h = head, s = sequence, first = begin, count = queries, vectors = blocks_of(queries, W);
-    if (a.relative_q.given()) transposed(a.relative_q, relative_);
+    if (!a.relative_q.given()) return;
+    transposed(a.relative_q, relative_);
+    const S* from = static_cast<const S*>(a.relative_q.data) + a.relative_q.offset(a.cu_q ? 0 : b, h, s.first_q + first);
+    const int64_t row = blocks_of(a.features, W) * W;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t e = 0; e < a.features; e += W)
+        store_vector(relative_rows_ + i * row + e, Memory<S, A>::load(from + i * a.relative_q.t + e, a.features - e));
   }
 
   int64_t lanes() const { return vectors * W; }
@@ -364,6 +371,29 @@ class Block {
     const int64_t last = begin + n - 1 - first - s.shift + zero;  // entry of diagonal 0, the latest key beside the first query
     for (int64_t t = 0; t < count_of; ++t)
       if (last - t >= 0 && last - t < length) *place(last - t) += diagonal_[t];
+  }
+
+  // Adds the gradients that a chunk of those of the scores gives to relative_q, dq [feature][lane], and to relative_k of the head, dk
+  // [entry][feature]; either may be null. `shape` was called for the chunk before.
+  template <int NV>
+  void add_relative_gradients(const A* ds, int64_t begin, int64_t n, A* dq, A* dk) const {
+    constexpr int64_t lanes = NV * W;
+    const int64_t last = begin + n - 1 - first - s.shift + a.relative_k_zero, E = a.features, diagonals = lanes + n - 1;
+    __builtin_memset(products_, 0, diagonals * lanes * sizeof(A));
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t lane = 0; lane < lanes; ++lane) products_[(lane - j + n - 1) * lanes + lane] = ds[j * lanes + lane];
+    if (dq)
+      multiply_rows<true, NV>(relative_keys_, E, E, products_, lanes, diagonals, [&](int64_t e, int v, V sum) __attribute__((always_inline)) {
+        A* at = dq + e * lanes + v * W;
+        store_vector(at, load_vector(at) + sum);
+      });
+    const int64_t row = blocks_of(E, W) * W;
+    for (int64_t f = 0; dk && f < E; f += W)
+      multiply_rows<false, 1>(products_, lanes, diagonals, relative_rows_ + f, row, count, [&](int64_t t, int, V sum) __attribute__((always_inline)) {
+        if (last - t < 0 || last - t >= a.relative_k_length) return;
+        A* at = dk + (last - t) * E + f;
+        Memory<A, A>::store(at, Memory<A, A>::load(at, E - f) + sum, E - f);
+      });
   }
 
  private:
@@ -547,6 +577,6 @@ class Block {
 
   uint32_t* words_;  // [kMostKeys / kLine][most lanes]
   A* diagonal_;
-  A *relative_, *relative_keys_, *products_;
+  A *relative_, *relative_keys_, *relative_rows_, *products_;
   bool shaped_, hides_ = false;
 };

@@ -369,7 +369,7 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
  public:
   TileBackward(const AttentionBackward& given, Arena arena)
       : BackwardRows(given, arena),
-        dout_(arena.take<char>(kMostVectors * blocks_of(Ev, kTileDepth) * kTileBytes)),
+        dout_features_(arena.take<char>(kMostVectors * blocks_of(Ev, kTileDepth) * kTileBytes)),
         query_pairs_(arena.take<char>(padded_ / kTileRows * kLanes / kTileDepth * kTileBytes)),
         dout_pairs_(arena.take<char>(padded_values_ / kTileRows * kLanes / kTileDepth * kTileBytes)),
         copy_(arena.take<char>(kChunk * blocks_of(Ev, kTileDepth) * 64)),
@@ -399,13 +399,11 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
     Block<S>& block = rows_.block;
     rows_.load();
     const bfloat16 *queries = of_queries(a.q), *dout = of_queries(g.dout);
-    pack_features(dout, g.dout.t, block.count, NV, Ev, dout_);
+    pack_features(dout, g.dout.t, block.count, NV, Ev, dout_features_);
     if (g.dk.given()) pack_rows(queries, a.q.t, block.count, steps, E, query_pairs_);
     if (g.dv.given()) pack_rows(dout, g.dout.t, block.count, steps, Ev, dout_pairs_);
-    if (g.dq.given()) {
-      keys_.start(rows_.row_of(a.k, 0), a.k.t, block.s.keys);
-      __builtin_memset(dq_, 0, padded_ * lanes * sizeof(float));
-    }
+    if (g.dq.given()) keys_.start(rows_.row_of(a.k, 0), a.k.t, block.s.keys);
+    const float factor = block.factor();
     V lse[NV], delta[NV];
     prepare<NV>(lse, delta);
     int64_t begin, end;
@@ -415,10 +413,10 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
       if (block.look(j, n) == Seen::kNone) continue;
       rows_.template products<NV>(j, n, weights_);
       if (!rows_.plain()) block.template shape<NV>(weights_, j, n, capped_);
-      multiply_keys<NV>(rows_.row_of(a.v, j), a.v.t, n, Ev, dout_, gradients_, copy_);
+      multiply_keys<NV>(rows_.row_of(a.v, j), a.v.t, n, Ev, dout_features_, gradients_, copy_);
       if (plain()) {
         round<NV>(n, [&](int64_t at, int v, V& weight, V& gradient) __attribute__((always_inline)) {
-          weight = power_of<M, float>(load_vector(weights_ + at) - lse[v], block.factor());
+          weight = power_of<M, float>(load_vector(weights_ + at) * factor - lse[v], 1.0f);
           gradient = weight * (load_vector(gradients_ + at) - delta[v]);
         });
       } else {
@@ -440,7 +438,7 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
         multiply_tiles<true>(keys_.tiles(j, n), padded_ / kTileRows, packed_tiles(gradient_pairs_, kChunk / kTileDepth), NV,
                              blocks_of(n, kTileDepth), dq_, lanes * 4);
     }
-    if (g.dq.given()) store_dq<NV>();
+    store_queries<NV>();
   }
 
   // Weights and gradients of n keys, get(place, vector, weight, gradient), as operands: rows of lanes, and pairs of keys; zeros up to a whole
@@ -473,7 +471,7 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
   }
 
   using S = bfloat16;
-  char *dout_, *query_pairs_, *dout_pairs_, *copy_, *weight_rows_, *gradient_rows_, *gradient_pairs_;
+  char *dout_features_, *query_pairs_, *dout_pairs_, *copy_, *weight_rows_, *gradient_rows_, *gradient_pairs_;
   Transposed keys_;
   float* sums_ = nullptr;
 

@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "recurrent_kernel.h"  // Type
+#include "type.h"
 
 namespace fastseq::cpu {
 

@@ -10,10 +10,11 @@
 #include <atomic>
 #include <cstdint>
 
+#include "type.h"
+
 namespace fastseq::cpu {
 
 enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru, kCoupledLstm, kPeepholeLstm, kLayerNormLstm, kLayerNormGru, kSlstm };
-enum class Type { kFloat, kDouble, kBfloat16, kHalf };
 // Of weights kept for inference beside parameters of type float: rounded, or whole numbers with a scale for each of their rows.
 enum class Stored { kAsGiven, kBfloat16, kInt8 };
 

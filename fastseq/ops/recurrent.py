@@ -441,8 +441,9 @@ class _Native(torch.autograd.Function):
     def backward(ctx, dy, dh_n, dc_n):
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
-        saved, changed = ctx.saved_tensors, ctx.changes is not None and ctx.changes._version
-        if not ctx.few or changed or torch.is_grad_enabled() or not _plain_backward(saved[7], (dy, dh_n, dc_n)):
+        saved, odd = ctx.saved_tensors, not ctx.few or torch.compiler.is_compiling() or torch.is_grad_enabled()
+        changed = not odd and ctx.changes is not None and ctx.changes._version  # compiled autograd cannot ask for the count
+        if odd or changed or not _plain_backward(saved[7], (dy, dh_n, dc_n)):
             return None, None, *_backward(ctx, saved, (dy, dh_n, dc_n, None))
         if dy is not None and ctx.layer.batch_first:
             dy = dy.transpose(0, 1)

@@ -21,8 +21,6 @@ def why_not(query: AttentionQuery) -> list[str]:
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of float32, float64, bfloat16, float16")
     if query.features[0] == 0:
         against.append("the CPU's kernels have no products without features")
-    if "relative_q" in query.uses:
-        against.append("the CPU's kernels have no relative_q")
     if query.call == "weights_backward":
         against.append("the CPU's kernels have no gradient through the weights")
     return against
@@ -66,9 +64,8 @@ def _with_sinks_beyond(lse: Tensor, spec: Spec) -> Tensor:
 
 def _dense(spec: Spec, dtype: torch.dtype) -> Spec:
     """With what is added as the kernels read it: tables of every head, beside fp64 nothing narrower."""
-    table = spec.relative_bias
-    if table is not None and not table.is_contiguous():
-        spec = spec._replace(relative_bias=table.contiguous())
+    tables = {name: getattr(spec, name) for name in ("relative_bias", "relative_k")}
+    spec = spec._replace(**{name: t.contiguous() for name, t in tables.items() if t is not None and not t.is_contiguous()})
     if dtype == torch.float64:
         added = {name: getattr(spec, name) for name in ("bias", "relative_bias", "sinks")}
         spec = spec._replace(**{name: t.to(dtype) for name, t in added.items() if t is not None})
