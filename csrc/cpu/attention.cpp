@@ -317,9 +317,9 @@ std::vector<Tensor> attention_backward(Tensor dout, std::optional<Tensor> dlse, 
   if (wanted[2]) to[2] = empty_rows(v, v.size(-1));
   if (wanted[3] && bias) to[3] = empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type());
   if (wanted[4] && relative_bias) to[4] = empty({relative_bias->size(0), relative_bias->size(1)}, relative_bias->scalar_type());
-  run_backward(g, to);
   if (wanted[5] && relative_q) to[5] = empty_rows(*relative_q, q.size(-1));
   if (wanted[6] && relative_k) to[6] = empty({relative_k->size(0), relative_k->size(1), relative_k->size(2)}, relative_k->scalar_type());
+  run_backward(g, to);
   std::vector<Tensor> gradients;
   for (const auto& tensor : to) gradients.push_back(tensor ? *tensor : empty({0}, q.scalar_type()));
   return gradients;
