@@ -430,7 +430,7 @@ class BackwardRows {
 
   // whether the gradients of the scores go through more than the products
   bool plain() const {
-    return !kept_ && !capped_ && !g.dbias[0] && !g.drelative_bias[0] && !g.drelative_q.given() && !g.drelative_k[0];
+    return !alone_ && !kept_ && !capped_ && !g.dbias[0] && !g.drelative_bias[0] && !g.drelative_q.given() && !g.drelative_k[0];
   }
 
   const S* of_queries(const ConstRows& rows) const {
@@ -479,6 +479,9 @@ class BackwardRows {
     constexpr int64_t lanes = NV * W;
     Block<S>& block = rows_.block;
     if (kept_) block.template drop<NV>(begin, n, [&](int64_t at, V keep) { store_vector(kept_ + at, keep); });
+    V subtracted[NV];
+    for (int v = 0; v < NV; ++v) subtracted[v] = delta[v];
+    if (alone_) delta_of_weights<NV>(n, subtracted);
     for (int64_t x = 0; x < n * lanes; x += lanes)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
@@ -490,7 +493,7 @@ class BackwardRows {
           dw *= keep;
           store_vector(weights_ + at, weight * keep);
         }
-        store_vector(gradients_ + at, weight * (dw - delta[v]));
+        store_vector(gradients_ + at, weight * (dw - subtracted[v]));
       }
     if (g.dbias[0]) add_bias_gradient<NV>(begin, n);
     if (g.drelative_bias[0])
@@ -505,6 +508,27 @@ class BackwardRows {
     if (drelative_q_ || g.drelative_k[0]) {
       A* dk = static_cast<A*>(g.drelative_k[worker_]);
       block.template add_relative_gradients<NV>(gradients_, begin, n, drelative_q_, dk ? dk + block.h * a.relative_k_length * E : nullptr);
+    }
+  }
+
+  // delta once more, as the sum of the weights times their gradients, which no rounded output is part of; but not for lanes whose weights do
+  // not add up to one: their output is that of more keys than these
+  template <int NV>
+  void delta_of_weights(int64_t n, V (&delta)[NV]) {
+    constexpr A kRounding = std::is_same_v<S, bfloat16> ? 0x1p-8 : 0x1p-11;
+    const Block<S>& block = rows_.block;
+    A sink = -INFINITY;
+    if (a.sinks) with_element(a.sinks_type, [&]<class T>() { sink = A(value_of(static_cast<const T*>(a.sinks) + block.h)); });
+    for (int v = 0; v < NV; ++v) {
+      V all{}, sum{};
+      for (int64_t x = v * W; x < n * NV * W; x += NV * W) {
+        const V weight = load_vector(weights_ + x), dw = load_vector(gradients_ + x);
+        all += weight, sum += weight * (kept_ ? dw * load_vector(kept_ + x) : dw);
+      }
+      if (a.sinks)
+        for (int64_t i = 0; i < W; ++i) all[i] += std::exp(sink - lse_[v * W + i]);
+      const V own = sum - load_vector(delta_ + v * W), off = all - A(1);
+      delta[v] = (off < 0 ? -off : off) < kRounding ? own : delta[v];
     }
   }
 
@@ -541,6 +565,7 @@ class BackwardRows {
   const Attention& a;
   const int64_t E, Ev, padded_, padded_values_;
   Product<S> rows_;
+  bool alone_ = false;  // whether a chunk has all the keys of a block of queries, of 16 bits
   A *weights_, *gradients_, *kept_, *capped_, *dout_, *out_, *dq_, *drelative_q_, *lse_, *delta_;
   int64_t worker_ = 0;
 };
@@ -586,6 +611,7 @@ class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
     this->template prepare<NV>(lse, delta);
     int64_t begin, end;
     block.keys(begin, end);
+    this->alone_ = sizeof(S) == 2 && end - begin <= kChunk;
     for (int64_t j = begin; j < end; j += kChunk) {
       const int64_t n = min(kChunk, end - j);
       if (block.look(j, n) == Seen::kNone) continue;

@@ -75,12 +75,17 @@ void multiply_tiles(const TileMatrix& a, int64_t rows, const TileMatrix& b, int6
   }
 }
 
-using Half = Memory<bfloat16, float>;
 typedef uint16_t Bits __attribute__((vector_size(64)));  // 32 values of bfloat16
 using Float = Math<float>::V;
 
 // the 16 of a, then those of b, rounded
 FASTSEQ_HOST_DEVICE Bits rounded_both(Float a, Float b) { return (Bits)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+using HalfBits = Halves<bfloat16>::H;
+// the first value of each, the second of each, ..
+FASTSEQ_HOST_DEVICE Bits in_pairs(HalfBits a, HalfBits b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
+                                 29, 14, 30, 15, 31);
+}
 // the first value of each half, the second of each, ..
 FASTSEQ_HOST_DEVICE Bits in_pairs(Bits v) {
   return __builtin_shufflevector(v, v, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
@@ -119,7 +124,7 @@ void pack_rows(const bfloat16* from, int64_t row, int64_t rows, int64_t steps, i
       if (r < rows) {
         const __m256i first = _mm256_maskz_loadu_epi16(mask, from + r * row + e);
         const __m256i second = r + 1 < rows ? _mm256_maskz_loadu_epi16(mask, from + (r + 1) * row + e) : _mm256_setzero_si256();
-        v = in_pairs((Bits)_mm512_maskz_inserti64x4(0xff, _mm512_zextsi256_si512(first), second, 1));
+        v = in_pairs((HalfBits)first, (HalfBits)second);
       }
       __builtin_memcpy(to, &v, 64);
     }
@@ -134,7 +139,7 @@ void pack_transposed(const bfloat16* from, int64_t row, int64_t rows, int64_t fe
       const int64_t r = 2 * pair;
       const __m256i first = r < rows ? _mm256_maskz_loadu_epi16(mask, from + r * row + e) : _mm256_setzero_si256();
       const __m256i second = r + 1 < rows ? _mm256_maskz_loadu_epi16(mask, from + (r + 1) * row + e) : _mm256_setzero_si256();
-      square[pair] = (Float)in_pairs((Bits)_mm512_maskz_inserti64x4(0xff, _mm512_zextsi256_si512(first), second, 1));
+      square[pair] = (Float)in_pairs((HalfBits)first, (HalfBits)second);
     }
     transpose<8, 16>(square);
     __builtin_memcpy(to, square, kTileBytes);
@@ -408,6 +413,7 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
     prepare<NV>(lse, delta);
     int64_t begin, end;
     block.keys(begin, end);
+    alone_ = end - begin <= kChunk;
     for (int64_t j = begin; j < end; j += kChunk) {
       const int64_t n = min(kChunk, end - j);
       if (block.look(j, n) == Seen::kNone) continue;
