@@ -481,7 +481,7 @@ class BackwardRows {
     if (kept_) block.template drop<NV>(begin, n, [&](int64_t at, V keep) { store_vector(kept_ + at, keep); });
     V subtracted[NV];
     for (int v = 0; v < NV; ++v) subtracted[v] = delta[v];
-    if (alone_) delta_of_weights<NV>(n, subtracted);
+    if (alone_) of_these_keys_alone<NV>(n, subtracted);
     for (int64_t x = 0; x < n * lanes; x += lanes)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
@@ -511,24 +511,31 @@ class BackwardRows {
     }
   }
 
-  // delta once more, as the sum of the weights times their gradients, which no rounded output is part of; but not for lanes whose weights do
-  // not add up to one: their output is that of more keys than these
+  // The textbook's formula, for a chunk that has all the keys of a block: weights that add up to one, however lse was rounded, and delta as the
+  // sum of the weights times their gradients, which no rounded output is part of. But not for lanes whose weights are far from one together:
+  // their lse and their output are those of more keys than these.
   template <int NV>
-  void delta_of_weights(int64_t n, V (&delta)[NV]) {
-    constexpr A kRounding = std::is_same_v<S, bfloat16> ? 0x1p-8 : 0x1p-11;
+  void of_these_keys_alone(int64_t n, V (&delta)[NV]) {
     const Block<S>& block = rows_.block;
     A sink = -INFINITY;
     if (a.sinks) with_element(a.sinks_type, [&]<class T>() { sink = A(value_of(static_cast<const T*>(a.sinks) + block.h)); });
     for (int v = 0; v < NV; ++v) {
-      V all{}, sum{};
-      for (int64_t x = v * W; x < n * NV * W; x += NV * W) {
-        const V weight = load_vector(weights_ + x), dw = load_vector(gradients_ + x);
-        all += weight, sum += weight * (kept_ ? dw * load_vector(kept_ + x) : dw);
-      }
+      V all{}, sum{}, lse = load_vector(lse_ + v * W);
+      for (int64_t x = v * W; x < n * NV * W; x += NV * W) all += load_vector(weights_ + x);
       if (a.sinks)
-        for (int64_t i = 0; i < W; ++i) all[i] += std::exp(sink - lse_[v * W + i]);
-      const V own = sum - load_vector(delta_ + v * W), off = all - A(1);
-      delta[v] = (off < 0 ? -off : off) < kRounding ? own : delta[v];
+        for (int64_t i = 0; i < W; ++i) all[i] += std::exp(sink - lse[i]);
+      const V off = all - A(1), size = lse < 0 ? -lse : lse;
+      // what lse may be off by in the arithmetic's type; of 16 bits, below what the output is
+      constexpr A kEpsilon = sizeof(A) == 8 ? 0x1p-52 : 0x1p-23, kShort = std::is_same_v<S, bfloat16> ? 0x1p-8 : 0x1p-11;
+      const V most = sizeof(S) == 2 ? V{} + kShort : (size + A(1)) * (16 * kEpsilon);
+      const auto near = ((off < 0 ? -off : off) <= most) & (all > A(0.5));  // not of queries without keys
+      const V scale = near ? A(1) / all : V{} + A(1);
+      for (int64_t x = v * W; x < n * NV * W; x += NV * W) {
+        const V weight = load_vector(weights_ + x) * scale, dw = load_vector(gradients_ + x);
+        store_vector(weights_ + x, weight);
+        sum += weight * (kept_ ? dw * load_vector(kept_ + x) : dw);
+      }
+      delta[v] = near ? sum - load_vector(delta_ + v * W) : delta[v];
     }
   }
 
@@ -565,7 +572,7 @@ class BackwardRows {
   const Attention& a;
   const int64_t E, Ev, padded_, padded_values_;
   Product<S> rows_;
-  bool alone_ = false;  // whether a chunk has all the keys of a block of queries, of 16 bits
+  bool alone_ = false;  // whether a chunk has all the keys of a block of queries
   A *weights_, *gradients_, *kept_, *capped_, *dout_, *out_, *dq_, *drelative_q_, *lse_, *delta_;
   int64_t worker_ = 0;
 };
@@ -611,7 +618,7 @@ class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
     this->template prepare<NV>(lse, delta);
     int64_t begin, end;
     block.keys(begin, end);
-    this->alone_ = sizeof(S) == 2 && end - begin <= kChunk;
+    this->alone_ = end - begin <= kChunk;
     for (int64_t j = begin; j < end; j += kChunk) {
       const int64_t n = min(kChunk, end - j);
       if (block.look(j, n) == Seen::kNone) continue;

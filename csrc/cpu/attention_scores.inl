@@ -39,27 +39,57 @@ FASTSEQ_HOST_DEVICE void multiply(const A* a, int64_t row, const A* b, int64_t b
 template <int NV>
 constexpr int kRowsAtOnce = FASTSEQ_VECTOR_REGISTERS >= 32 ? (NV > 2 ? 4 : 8) : (NV > 2 ? 3 : NV > 1 ? 4 : 8);
 
+// The same over a long depth, summed in runs: rounding grows with the length of a sum.
+constexpr int64_t kRun = 128;
+
+template <bool kAcross, int M, int NV, class A>
+[[gnu::noinline]] void multiply_long(const A* a, int64_t row, const A* b, int64_t b_row, int64_t depth, A* to) {
+  using V = typename Math<A>::V;
+  constexpr int64_t W = Math<A>::kWidth;
+  for (int64_t k = 0; k < depth; k += kRun) {
+    V sums[M][NV];
+    multiply<kAcross>(a + k * (kAcross ? row : 1), row, b + k * b_row, b_row, min(kRun, depth - k), sums);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        A* at = to + (m * NV + v) * W;
+        store_vector(at, k == 0 ? sums[m][v] : load_vector(at) + sums[m][v]);
+      }
+  }
+}
+
+template <bool kAcross, int M, int NV, class A, class Take>
+FASTSEQ_HOST_DEVICE void multiply_block(const A* a, int64_t row, const A* b, int64_t b_row, int64_t depth, Take&& take) {
+  using V = typename Math<A>::V;
+  constexpr int64_t W = Math<A>::kWidth;
+  V sums[M][NV];
+  if (depth <= kRun) [[likely]] {
+    multiply<kAcross>(a, row, b, b_row, depth, sums);
+  } else {
+    alignas(64) A memory[M * NV * W];
+    multiply_long<kAcross, M, NV>(a, row, b, b_row, depth, memory);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sums[m][v] = load_vector(memory + (m * NV + v) * W);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) take(m, v, sums[m][v]);
+}
+
 // All rows of a product: take(m, v, sum) gets each vector of each.
 template <bool kAcross, int NV, class A, class Take>
 FASTSEQ_HOST_DEVICE void multiply_rows(const A* a, int64_t row, int64_t rows, const A* b, int64_t b_row, int64_t depth, Take&& take) {
   using V = typename Math<A>::V;
   constexpr int M = kRowsAtOnce<NV>;
   const int64_t next = kAcross ? 1 : row;
-  int64_t m = 0;
-  for (; m + M <= rows; m += M) {
-    V sums[M][NV];
-    multiply<kAcross>(a + m * next, row, b, b_row, depth, sums);
-#pragma GCC unroll 8
-    for (int r = 0; r < M; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) take(m + r, v, sums[r][v]);
-  }
-  for (; m < rows; ++m) {
-    V sums[1][NV];
-    multiply<kAcross>(a + m * next, row, b, b_row, depth, sums);
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) take(m, v, sums[0][v]);
-  }
+  int64_t first = 0;
+  const auto offset = [&](int64_t m, int v, V sum) __attribute__((always_inline)) { take(first + m, v, sum); };
+  for (; first + M <= rows; first += M) multiply_block<kAcross, M, NV>(a + first * next, row, b, b_row, depth, offset);
+  for (; first < rows; ++first) multiply_block<kAcross, 1, NV>(a + first * next, row, b, b_row, depth, offset);
 }
 
 // Calls body.template operator()<NV>() with a number of vectors from 1 to 4.

@@ -467,7 +467,8 @@ def weights_backward(
             delta_all[tile.q] = delta
             return w * (d - delta[..., None])
 
-        _through_scores(grads, tile, q[tile.q], k_wide[tile.k], lse[tile.q], spec, through)
+        # a softmax of their own: an lse may come of scores that were rounded otherwise
+        _through_scores(grads, tile, q[tile.q], k_wide[tile.k], None, spec, through)
     return *grads.results(), delta_all
 
 
@@ -493,15 +494,16 @@ def _through_scores(
     tile: Tile,
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     spec: Spec,
     through: Callable[[Tensor, Tensor | None], Tensor],
 ) -> None:
     """Gradients of a tile: ``through(w, keep)`` gives that of the scores, which goes on to all that shapes them."""
     own, at = of_tile(spec, tile)
-    q = q.to(lse.dtype)
+    q = q.to(k.dtype)
     s, capped = _scores(q, k, own, tile)
-    ds = through(_weights(s, lse), _keep(spec, tile, q.shape[1]))
+    w = _softmax(s, spec.sinks)[0] if lse is None else _weights(s, lse)
+    ds = through(w, _keep(spec, tile, q.shape[1]))
     places = _Places(tile, q.device)
     if own.bias is not None and "bias" in grads.given:
         grads.add("bias", ds.sum_to_size(own.bias.shape), at["bias"])

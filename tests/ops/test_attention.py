@@ -389,11 +389,9 @@ def test_weights_in_blocks(window, average):
 
 
 def test_explain_names_the_reasons():
-    inputs = make(AttentionCase("featureless", features=(0, 8), right=0), torch.float32)
-    text = str(fastseq.explain(attention, inputs["q"], inputs["k"], inputs["v"], spec_of(inputs)))
-    assert text.startswith(
-        "attention forward, float32 on cpu, padded, B=2 H=(2, 2) T=(5, 7) E=(0, 8), causal: reference"
-    )
+    q, k, v = (torch.randn(2, 2, *shape) for shape in ((5, 0), (7, 0), (7, 8)))
+    text = str(fastseq.explain(attention, q, k, v, Spec(right=0)))
+    assert text.startswith("attention forward, float32 on cpu, padded, B=2 H=(2, 2) T=(5, 7) E=(0, 8), causal: reference")
     assert "not cpu: the CPU's kernels have no products without features" in text
 
 

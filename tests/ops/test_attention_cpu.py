@@ -203,23 +203,8 @@ def listed(battery: Battery, case: AttentionCase, dtype: torch.dtype) -> None:
     check(battery, make(case, dtype))
 
 
-# What the backward pass does not reach. The sum over the keys of a weight times its gradient comes of an output that is rounded
-# to 16 bits, where torch's math path has it in fp32. With scores of a hundred the weights, formed again from scores and an
-# lse of another kernel's, carry several roundings of numbers as large as these, where torch's kernel has one.
-ROUNDED_OUTPUT = pytest.mark.xfail(strict=True, reason="gradients of 16-bit inputs use the rounded output")
-ROUNDED_LSE = pytest.mark.xfail(reason="weights are formed again from an lse that was rounded more than once")
-
-
-def marked(rows: Any, cases: Any, marks: dict[Any, Any]) -> list[Any]:
-    """Cases and dtypes as parameters, some of them marked."""
-    pairs = [(case, dtype) for case in cases for dtype in rows]
-    return [
-        pytest.param(case, dtype, marks=marks.get((str(case), dtype), ()), id=f"{case}-{str(dtype).removeprefix('torch.')}")
-        for case, dtype in pairs
-    ]
-
-
-@pytest.mark.parametrize(("case", "dtype"), marked(DTYPES, ATTENTION_CASES, {("bias-h", torch.bfloat16): ROUNDED_OUTPUT}))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
 def test_every_feature(case, dtype):
     listed(BATTERY, case, dtype)
 
@@ -476,11 +461,8 @@ def samples(dtype: torch.dtype) -> list[Any]:
     return every
 
 
-MARKS = {(str(index), torch.float32): ROUNDED_LSE for index in range(3, 12)}
-MARKS |= {("2", dtype): ROUNDED_OUTPUT for dtype in DTYPES[2:]}
-
-
-@pytest.mark.parametrize(("index", "dtype"), marked(DTYPES, SAMPLES, MARKS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index", SAMPLES)
 def test_torchs_samples(index, dtype):
     """Scores of a hundred magnify rounding: as in the battery, torch's error is that of a few sets of inputs."""
     tensors, options = of_sample(samples(dtype)[index])

@@ -228,12 +228,19 @@ def _stressed(kind, name):
 )
 @pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN"))
 def test_parts_or_none(name, kind):
-    """The relative error of each result, however small that is, is at most twice torch's own, beside four roundings."""
-    truth, torchs, ours = _three(name, *_stressed(kind, name))
+    """The relative error of each result, however small that is, is at most twice torch's own, beside four roundings.
+
+    Gradients of weights are sums over all rows, one product, whose rounding is a random walk with steps of 0.3 units; torch's
+    layer adds them step by step, those that fade first.
+    """
+    given = _stressed(kind, name)
+    truth, torchs, ours = _three(name, *given)
+    walk = 0.3 * (given[1].shape[0] * given[1].shape[1]) ** 0.5
     for key, value in truth.items():
         scale = value.abs().max().item()
         own = (torchs[key] - value).abs().max().item()
-        bound = 2 * own + 4 * torch.finfo(torch.float32).eps * scale + 2**-145
+        roundings = 4 + walk * key.startswith("dweight")
+        bound = 2 * own + roundings * torch.finfo(torch.float32).eps * scale + 2**-145
         assert (ours[key] - value).abs().max().item() <= bound, (key, scale)
 
 
