@@ -4,8 +4,7 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
-#include <numeric>
+#include <limits>
 
 #include "attention_few.h"
 #include "attention_kernel.h"
@@ -96,15 +95,17 @@ Attention attention_of(const Tensor& q, const Tensor& k, const Tensor* v, const 
 // Whether there is nothing to compute with: then results are zeros, and no key is seen.
 bool hollow(const Attention& a) { return a.batch == 0 || a.heads == 0 || a.queries == 0; }
 
-// Fills what the kernels do not visit: the rows beyond the queries that are valid.
+// Fills what the kernels do not visit, the rows beyond the queries that are valid: they see their sink alone, if there is one.
 void clear(const Attention& a, const Tensor& out, const std::optional<Tensor>& lse) {
   torch::stable::zero_(const_cast<Tensor&>(out));
-  if (!lse) return;
-  const int64_t n = lse->numel();
-  if (a.type == Type::kDouble)
-    std::fill_n(static_cast<double*>(mutable_data(*lse)), n, -std::numeric_limits<double>::infinity());
-  else
-    std::fill_n(static_cast<float*>(mutable_data(*lse)), n, -std::numeric_limits<float>::infinity());
+  if (!lse || !lse->numel()) return;
+  const int64_t lanes = a.batch * a.heads, n = lse->numel() / lanes;
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    double sink = -std::numeric_limits<double>::infinity();
+    if (a.sinks) with_storage(a.sinks_type, [&]<class S>() { sink = static_cast<const S*>(a.sinks)[lane % a.heads]; });
+    with_storage(a.type == Type::kDouble ? Type::kDouble : Type::kFloat,
+                 [&]<class W>() { std::fill_n(static_cast<W*>(mutable_data(*lse)) + lane * n, n, static_cast<W>(sink)); });
+  }
 }
 
 // Blocks of queries of all heads (one, if they are taken together); neighbors share keys. With a causal mask the later blocks of a head have

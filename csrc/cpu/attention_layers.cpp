@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -129,40 +128,22 @@ struct Batch {
 
 constexpr int64_t kElements = 16384;  // of rows that one thread works through at least
 
-#if defined(__x86_64__)
-
 // Rows, depths and columns from which fp32 is multiplied by AMX, in parts of bfloat16: there packing the weights pays.
 constexpr int64_t kRowsInParts = 96, kDepthInParts = 64;
-constexpr int64_t kBlock = 16;  // panels: what a block packs stays in the second-level cache
 
 // rows [n, E] x weights, of which row r is a column of the result; false: not multiplied, or the results are not to be used.
 bool multiplied(const Tensor& rows, const Tensor& weight, int64_t first, const Tensor& out) {
   const int64_t n = rows.size(0), depth = rows.size(1), count = out.size(1);
-  if (level() != Level::kAmx || rows.scalar_type() != ScalarType::Float || weight.stride(1) != 1) return false;
+  if (rows.scalar_type() != ScalarType::Float || weight.stride(1) != 1) return false;
   if (n < kRowsInParts || depth < kDepthInParts || count < kDepthInParts) return false;
+  const MatrixKernels* kernels = matrix_kernels(Type::kFloat);
+  if (!kernels) return false;
   constexpr int64_t bytes = sizeof(float);
   const MatrixRows of_weight{offset(data(weight), first * weight.stride(0) * bytes), weight.stride(0) * bytes, nullptr};
   MatrixProduct product{Type::kFloat, n, depth, {data(rows), rows.stride(0) * bytes, nullptr}, false, {}, 1};
   product.right[0] = {of_weight, count, mutable_data(out), count * bytes, true};
-  const int64_t across = (n + kPanel - 1) / kPanel, along = (count + kPanel - 1) / kPanel;
-  const int64_t of_rows = (across + kBlock - 1) / kBlock, of_columns = (along + kBlock - 1) / kBlock;
-  std::atomic<bool> within = true;
-  torch::stable::parallel_for(0, of_rows * of_columns, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end && within; ++begin) {
-      const int64_t r = begin / of_columns, c = begin % of_columns;
-      const MatrixBlock block{{across * r / of_rows, across * (r + 1) / of_rows}, {along * c / of_columns, along * (c + 1) / of_columns}};
-      const Buffer scratch(matrix_kernels_amx().scratch(product, block));
-      if (!matrix_kernels_amx().multiply(product, block, scratch.get())) within = false;
-    }
-  });
-  return within;
+  return multiply(*kernels, {product});
 }
-
-#else
-
-bool multiplied(const Tensor&, const Tensor&, int64_t, const Tensor&) { return false; }
-
-#endif
 
 void add_bias(const Tensor& rows, const Tensor& bias, int64_t first, bool relu) {
   const Type type = type_of(rows.scalar_type());

@@ -3,8 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
-#include "recurrent_kernel.h"
+#include "type.h"
 
 namespace fastseq::cpu {
 
@@ -17,8 +18,7 @@ struct MatrixRows {
 };
 
 // out[m][n] = sum over k < depth of left x right, rounded once. A row of right is a depth, or a column, as of the weights of a projection.
-// Several matrices are multiplied by the same
-// left one; each begins a panel of columns of its own.
+// Several matrices are multiplied by the same left one; each begins a panel of columns of its own.
 struct MatrixProduct {
   struct Right {
     MatrixRows matrix;
@@ -51,5 +51,11 @@ struct MatrixKernels {
 #if defined(__x86_64__)
 const MatrixKernels& matrix_kernels_amx();
 #endif
+
+// Those that serve a type here; null: torch's own products do.
+const MatrixKernels* matrix_kernels(Type type);
+
+// All of these products, by torch's threads; the sums do not depend on how many there are. False: the results are not to be used.
+bool multiply(const MatrixKernels& kernels, const std::vector<MatrixProduct>& products);
 
 }  // namespace fastseq::cpu

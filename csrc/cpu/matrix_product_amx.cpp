@@ -15,6 +15,7 @@
 
 #include "../common/portable.h"
 #include "matrix_product.h"
+#include "recurrent_kernel.h"  // kMostOfParts
 
 namespace fastseq::cpu::level_amx {
 namespace {

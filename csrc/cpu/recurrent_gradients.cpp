@@ -1,23 +1,13 @@
 // Gradients of a layer's input and weights: products of whole matrices over the rows of its sequences.
 
-#include <atomic>
 #include <initializer_list>
 
 #include "layer_norm.h"
-#include "level.h"
 #include "matrix_product.h"
 #include "recurrent_run.h"
 
 namespace fastseq::cpu {
 namespace {
-
-// Null: torch's own products serve.
-const MatrixKernels* kernels_of(ScalarType type) {
-#if defined(__x86_64__)
-  if (level() == Level::kAmx && (type == ScalarType::BFloat16 || type == ScalarType::Float)) return &matrix_kernels_amx();
-#endif
-  return nullptr;
-}
 
 // The rows of a layer's sequences, and of each the states before its step.
 class Sequences {
@@ -63,47 +53,6 @@ MatrixRows rows_of(const Tensor& x, std::vector<const void*>& pointers, int64_t 
   return {nullptr, 0, pointers.data()};
 }
 
-// Panels of a block of the result: its sums and packed operands stay in the second-level cache. One or two more are no block of their own,
-// for which the other matrix would be packed again.
-constexpr int64_t kBlock = 16, kSpare = 2;
-constexpr double kWorkOfBlock = 1 << 22;  // multiply-adds worth a thread
-
-// False: the results are not to be used.
-bool multiply(const MatrixKernels& kernels, const std::vector<MatrixProduct>& products) {
-  struct Part {
-    const MatrixProduct* product;
-    MatrixBlock block;
-  };
-  const int64_t threads = torch::stable::get_num_threads();
-  std::vector<Part> parts;
-  double total = 0;
-  for (const MatrixProduct& product : products) {
-    int64_t columns = 0;
-    for (int i = 0; i < product.count; ++i) columns += tiles_of(product.right[i].columns, kPanel);
-    const int64_t rows = tiles_of(product.rows, kPanel);
-    const auto blocks = [](int64_t panels) { return std::max<int64_t>(1, tiles_of(panels - kSpare, kBlock)); };
-    int64_t of_rows = blocks(rows), of_columns = blocks(columns);
-    // smaller blocks if some threads would have none; which these are changes no sum
-    const double work = double(product.rows) * product.depth * columns * kPanel;
-    total += work;
-    while (of_rows * of_columns < threads && of_rows < rows && work / (of_rows * of_columns) > kWorkOfBlock) ++of_rows;
-    for (int64_t c = 0; c < of_columns; ++c)
-      for (int64_t r = 0; r < of_rows; ++r)
-        parts.push_back({&product,
-                         {{rows * r / of_rows, rows * (r + 1) / of_rows}, {columns * c / of_columns, columns * (c + 1) / of_columns}}});
-  }
-  std::atomic<bool> within = true;
-  const int64_t grain = total < 2 * kWorkOfBlock ? parts.size() : 1;
-  torch::stable::parallel_for(0, parts.size(), grain, [&](int64_t begin, int64_t end) {
-    for (; begin < end && within; ++begin) {
-      const Part& part = parts[begin];
-      const Buffer scratch(kernels.scratch(*part.product, part.block));
-      if (!kernels.multiply(*part.product, part.block, scratch.get())) within = false;
-    }
-  });
-  return within;
-}
-
 }  // namespace
 
 std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, std::optional<Tensor> h0,
@@ -111,9 +60,9 @@ std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurre
                                         int64_t reverse, std::vector<int64_t> wanted) {
   const ScalarType narrow = y.scalar_type();
   const int64_t D = wanted.size(), I = x.size(x.dim() - 1), P = y.size(y.dim() - 1), GH = dgates.size(dgates.dim() - 1);
-  const MatrixKernels* kernels = kernels_of(narrow);
-  if (!kernels || !x.numel() || !y.numel()) return {};
   const Type type = type_of(narrow);
+  const MatrixKernels* kernels = matrix_kernels(type);
+  if (!kernels || !x.numel() || !y.numel()) return {};
   const int64_t bytes = bytes_of(type), rows = x.numel() / I, own = drecurrent.numel() / (rows * D), main = GH - own;
   const auto dense = [](Tensor& tensor) {
     if (tensor.stride(tensor.dim() - 1) != 1) tensor = torch::stable::contiguous(tensor);

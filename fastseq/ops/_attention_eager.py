@@ -114,7 +114,7 @@ def _through_reference(wanted: Sequence[bool], inputs: Sequence[Tensor], spec: S
 
 def serves(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
     """Whether the library has a kernel for a call on the CPU."""
-    if spec.relative_q is not None or not native.DTYPES.issuperset((q.dtype, k.dtype, v.dtype)) or q.shape[-1] == 0:
+    if not native.DTYPES.issuperset((q.dtype, k.dtype, v.dtype)) or q.shape[-1] == 0:
         return False
     for tensor in _tensors(q, k, v, spec):
         if type(tensor) not in PLAIN or not tensor.is_cpu:

@@ -25,6 +25,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 import fastseq
 from fastseq import backends
 from fastseq.backends import library
+from fastseq.backends.torch.limits import LEVELS
 from fastseq.ops import attention as op
 from fastseq.ops.attention import GRADIENTS, attention, attention_weights
 from fastseq.testing import FACTOR, assert_all_close_to_truth, assert_close_to_truth, pooled_error
@@ -32,7 +33,6 @@ from support.attention import ATTENTION_CASES, PLAIN, WEIGHTS_CASES, AttentionCa
 from support.attention_decode import DECODE_CASES, DecodeCase, decode, decode_by_torch, make_decode
 from support.battery import SEEDS, OpBattery, in_fp64
 
-LEVELS = ("default", "avx2", "avx512", "amx")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 THREADS = (1, 2, 3)
 
@@ -60,14 +60,6 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("FASTSEQ_CPU_POISON", "1")
     with fastseq.use_backend("cpu"):
         yield
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    with at(request.param) as found:
-        if found != request.param:
-            pytest.skip(f"this processor has no {request.param}")
-        yield found
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from support.attention import AttentionCase, dense, make, spec_of
 from support.attention_decode import DecodeCase, decode, decode_by_torch, make_decode
 from support.battery import widened
 
-LEVELS = ("default", "avx2", "avx512", "amx")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -25,14 +24,6 @@ def native(monkeypatch):
     monkeypatch.setenv("FASTSEQ_CPU_POISON", "1")
     with backends.use_backend("cpu"), torch.no_grad():
         yield
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    monkeypatch.setenv("FASTSEQ_CPU_LEVEL", request.param)
-    if torch.ops.fastseq_native.cpu_level() != request.param:
-        pytest.skip(f"this processor has no {request.param}")
-    return request.param
 
 
 @pytest.fixture

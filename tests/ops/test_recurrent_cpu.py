@@ -17,7 +17,6 @@ from fastseq.backends import library
 from support.cases import RecurrentCase
 from support.recurrent import RecurrentBattery
 
-LEVELS = ("default", "avx2", "avx512", "amx")
 BATTERY = RecurrentBattery()
 DTYPES = (*BATTERY.DTYPES, torch.float16)
 
@@ -68,14 +67,6 @@ def native(monkeypatch):
     monkeypatch.setenv("FASTSEQ_CPU_POISON", "1")
     with fastseq.use_backend("cpu"):
         yield
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    monkeypatch.setenv("FASTSEQ_CPU_LEVEL", request.param)
-    if torch.ops.fastseq_native.cpu_level() != request.param:
-        pytest.skip(f"this processor has no {request.param}")
-    return request.param
 
 
 @pytest.fixture(params=(1, 2, 3))

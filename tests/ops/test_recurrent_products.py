@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastseq
 from fastseq.backends import cpu, library
+from fastseq.backends.torch.limits import LEVELS
 from fastseq.testing import assert_all_close_to_truth
 from support.cases import RecurrentCase
 from support.recurrent import RecurrentBattery
 
-LEVELS = ("default", "avx2", "avx512", "amx")
 DTYPES = (torch.bfloat16, torch.float32)
 # kinds of gradients, as bits of `wanted`
 W_IH, W_HH, B_IH, B_HH, X = 1, 2, 4, 8, 16

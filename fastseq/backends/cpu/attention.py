@@ -27,8 +27,7 @@ def why_not(query: AttentionQuery) -> list[str]:
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.fastseq_native.attention_forward.default(q, k, v, *_dense(spec, q.dtype))
-    return out, _with_sinks_beyond(lse, spec)
+    return torch.ops.fastseq_native.attention_forward.default(q, k, v, *_dense(spec, q.dtype))
 
 
 def attention_backward(
@@ -50,16 +49,7 @@ def attention_weights(q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bo
 
 
 def attention_with_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse, weights = torch.ops.fastseq_native.attention_with_weights.default(q, k, v, *_dense(spec, q.dtype), average)
-    return out, _with_sinks_beyond(lse, spec), weights
-
-
-def _with_sinks_beyond(lse: Tensor, spec: Spec) -> Tensor:
-    """The kernels do not visit queries beyond the valid ones, which see their sink alone."""
-    if spec.sinks is None or spec.q_lengths is None:
-        return lse
-    valid = torch.arange(lse.shape[-1]) < spec.q_lengths[:, None, None]
-    return torch.where(valid, lse, spec.sinks[:, None].to(lse.dtype))
+    return torch.ops.fastseq_native.attention_with_weights.default(q, k, v, *_dense(spec, q.dtype), average)
 
 
 def _dense(spec: Spec, dtype: torch.dtype) -> Spec:

@@ -1,0 +1,67 @@
+// The kernels for products of whole matrices, and how their work is shared out.
+#include "matrix_product.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "host.h"
+#include "level.h"
+
+namespace fastseq::cpu {
+
+const MatrixKernels* matrix_kernels([[maybe_unused]] Type type) {
+#if defined(__x86_64__)
+  if (level() == Level::kAmx && (type == Type::kBfloat16 || type == Type::kFloat)) return &matrix_kernels_amx();
+#endif
+  return nullptr;
+}
+
+namespace {
+
+int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
+
+// Panels of a block of the result: its sums and packed operands stay in the second-level cache. One or two more are no block of their own,
+// for which the other matrix would be packed again.
+constexpr int64_t kBlock = 16, kSpare = 2;
+constexpr double kWorkOfBlock = 1 << 22;  // multiply-adds worth a thread
+
+}  // namespace
+
+bool multiply(const MatrixKernels& kernels, const std::vector<MatrixProduct>& products) {
+  struct Part {
+    const MatrixProduct* product;
+    MatrixBlock block;
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  std::vector<Part> parts;
+  double total = 0;
+  for (const MatrixProduct& product : products) {
+    int64_t columns = 0;
+    for (int i = 0; i < product.count; ++i) columns += panels_of(product.right[i].columns);
+    const int64_t rows = panels_of(product.rows);
+    const auto blocks = [](int64_t panels) { return std::max<int64_t>(1, (panels - kSpare + kBlock - 1) / kBlock); };
+    int64_t of_rows = blocks(rows), of_columns = blocks(columns);
+    // smaller blocks if some threads would have none; which these are changes no sum
+    const double work = double(product.rows) * product.depth * columns * kPanel;
+    total += work;
+    while (of_rows * of_columns < threads && of_rows < rows && work / (of_rows * of_columns) > kWorkOfBlock) ++of_rows;
+    for (int64_t c = 0; c < of_columns; ++c)
+      for (int64_t r = 0; r < of_rows; ++r)
+        parts.push_back({&product,
+                         {{rows * r / of_rows, rows * (r + 1) / of_rows}, {columns * c / of_columns, columns * (c + 1) / of_columns}}});
+  }
+  std::atomic<bool> within = true;
+  const int64_t grain = total < 2 * kWorkOfBlock ? parts.size() : 1;
+  torch::stable::parallel_for(0, parts.size(), grain, [&](int64_t begin, int64_t end) {
+    for (; begin < end && within; ++begin) {
+      const Part& part = parts[begin];
+      const Buffer scratch(kernels.scratch(*part.product, part.block));
+      if (!kernels.multiply(*part.product, part.block, scratch.get())) within = false;
+    }
+  });
+  return within;
+}
+
+}  // namespace fastseq::cpu
