@@ -73,7 +73,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor weight, Tensor? vectors, Tensor? h0, Tensor? c0, Tensor y, Tensor c, Tensor gates, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) dh0, Tensor(d!) dc0, Tensor? starts, Tensor? lengths, int steps, int batch, int lanes, "
       "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags) -> ()");
-  m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ") -> (Tensor, Tensor)");
+  m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool saves) -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTSEQ_SPEC
         ", bool[] wanted) -> Tensor[]");
   m.def("attention_with_weights(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool average) -> (Tensor, Tensor, Tensor)");
