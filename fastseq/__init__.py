@@ -7,7 +7,7 @@ from . import functional
 from ._convert import Report, convert, patched, revert
 from ._pack import PackReport, pack, unpack
 from ._version import __version__
-from .backends import Explanation, explain, use_backend
+from .backends import Explanation, explain, set_backend, use_backend
 from .modules import (
     GRU,
     LSTM,
@@ -28,6 +28,7 @@ from .modules import (
     SLSTMCell,
     TransformerEncoderLayer,
 )
+from .tuning import TuneReport, tune
 
 __all__ = [
     "GRU",
@@ -51,6 +52,7 @@ __all__ = [
     "Report",
     "SLSTMCell",
     "TransformerEncoderLayer",
+    "TuneReport",
     "__version__",
     "convert",
     "explain",
@@ -58,6 +60,8 @@ __all__ = [
     "pack",
     "patched",
     "revert",
+    "set_backend",
+    "tune",
     "unpack",
     "use_backend",
 ]

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fastseq
 from fastseq._convert import CONVERSIONS, Report, convert, patched, revert
 from fastseq.backends import library
-from fastseq.backends.torch import limits
+from fastseq.choice import lengths
 from fastseq.modules import keep_type as kept
 from fastseq.testing import assert_close_to_truth
 
@@ -1132,14 +1132,14 @@ class TestWhatHappens:
         assert "nothing changes there" in str(report)
 
     def test_backends_that_ran(self):
-        with limits.everywhere(limits.Steps(1, 8)):
+        with lengths.everywhere(lengths.Steps(1, 8)):
             report = convert(Borrowed(), example_inputs=torch.randn(1, 2, 8))
         assert report.converted[1].backend == "torch"
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in Borrowed().modules())
 
     def test_torchs_kernel_being_faster_is_no_reason_to_leave_a_module(self):
         """That is for each call to decide: batch and length are not known before it."""
-        with limits.everywhere(limits.Steps(1, limits.ENDLESS)):
+        with lengths.everywhere(lengths.Steps(1, lengths.ENDLESS)):
             report = convert(nn.LSTM(4, 6))
         assert report.converted[0].backend == "cpu" and not report.skipped
 

@@ -21,9 +21,9 @@ from fastseq import backends, functional
 from fastseq._arguments import checked_number
 from fastseq.backends import library
 from fastseq.backends.cpu.recurrent import DTYPES
-from fastseq.backends.torch.limits import steps_of
 from fastseq.backends.torch.recurrent import GATES, LAYERS
 from fastseq.cells import CELLS
+from fastseq.choice.sources import layers_are_torchs
 from fastseq.functional._native_layers import native_layers, trained_layers
 from fastseq.functional._packing import packing_of
 from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
@@ -252,8 +252,7 @@ class Sequence(Interop, nn.RNNBase):
         # torch's kernels keep what their backward needs, and without oneDNN it has none for a projected LSTM
         if cell in GATES and not (self.proj_size or zoneout or (self.recompute and gradients) or backends.forced()):
             lanes, hidden = 2 if bidirectional else 1, self.hidden_size
-            first, last = steps_of(cell, dtype, "padded", lanes, batch, hidden, gradients)
-            if first <= steps <= last:
+            if layers_are_torchs(cell, dtype, "padded", lanes, batch, steps, hidden, gradients):
                 if not steps or width != self.input_size or params[0].dtype != dtype or not params[0].is_cpu:
                     return None
                 size = num_layers * lanes, batch, hidden

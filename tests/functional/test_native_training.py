@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
 from fastseq.backends import library, watching
-from fastseq.backends.torch import limits
+from fastseq.choice import lengths
 from fastseq.ops import recurrent as ops
 from fastseq.ops.types import state_dtype
 from fastseq.reference.cells import steps as steps_of
@@ -32,7 +32,7 @@ FORWARD, BACKWARD, OF_THE_OP = (f"fastseq_native::recurrent_{name}" for name in 
 def ours():
     """Whatever the table says of so short calls."""
     library.load()
-    with limits.everywhere(limits.OURS):
+    with lengths.everywhere(lengths.OURS):
         yield
 
 
@@ -313,7 +313,7 @@ class TestWhoeverLooksOn:
 
     def test_the_table(self):
         call = Call(fastseq.LSTM(6, 9), 3, 2)
-        with limits.everywhere(limits.Steps(1, 100)):
+        with lengths.everywhere(lengths.Steps(1, 100)):
             assert calls_of(call.run) == []
             torch.testing.assert_close(call.run(), call.by_the_ops(), rtol=1e-4, atol=1e-5)
 

@@ -20,7 +20,6 @@ __all__ = [
     "ops",
     "recurrent_backward",
     "recurrent_forward",
-    "stands_back",
     "why_not",
 ]
 
@@ -42,7 +41,3 @@ def _obstacle(device: int) -> str:
 
 def why_not(query: Query) -> list[str]:
     return recurrent.why_not(query) if isinstance(query, RecurrentQuery) else [f"no CUDA kernel for {query.op} yet"]
-
-
-def stands_back(query: Query) -> list[str]:
-    return ["its kernels have run on no GPU yet, only on the host; use_backend('cuda') takes them"]
