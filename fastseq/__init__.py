@@ -3,7 +3,7 @@
 ``import fastseq`` needs neither a GPU, nor Triton, nor the compiled library; ``python -m fastseq info`` tells what is there.
 """
 
-from . import functional
+from . import _log, functional
 from ._convert import Report, convert, patched, revert
 from ._pack import PackReport, pack, unpack
 from ._version import __version__
@@ -28,7 +28,11 @@ from .modules import (
     SLSTMCell,
     TransformerEncoderLayer,
 )
-from .tuning import TuneReport, tune
+from .tuning import TuneReport, first_meeting, tune
+
+_log.show()
+first_meeting.heed_environment()
+del first_meeting
 
 __all__ = [
     "GRU",

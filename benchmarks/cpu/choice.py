@@ -207,7 +207,8 @@ def text_of(files: Sequence[Path]) -> str:
         found = read(file)
         own = found["rows"]
         for level in dict.fromkeys(row["level"] for row in own):
-            rows[level], devices[level] = [row for row in own if row["level"] == level], found["environment"]["device name"]
+            rows[level] = [row for row in own if row["level"] == level]
+            devices[level] = found["environment"]["device name"]
     levels = steps.table([row for level in LEVELS for row in rows.get(level, [])])
     about = {
         "what": "lengths (first, last; null: without end; 1, 0: none) that torch's LSTM, GRU and RNN run faster than fastseq's "
@@ -217,7 +218,8 @@ def text_of(files: Sequence[Path]) -> str:
     parts = []
     for level, found in levels.items():
         lines = ",\n".join(f"{json.dumps(name)}:{json.dumps(row, separators=(',', ':'))}" for name, row in found["rows"].items())
-        edges = f'"device":{json.dumps(devices[level])},"batches":{json.dumps(found["batches"])},"widths":{json.dumps(found["widths"])}'
+        facts = {"device": devices[level], "batches": found["batches"], "widths": found["widths"]}
+        edges = ",".join(f"{json.dumps(key)}:{json.dumps(value)}" for key, value in facts.items())
         parts.append(f'"{level}":{{{edges},"rows":{{\n{lines}\n}}}}')
     head = ",\n".join(f"{json.dumps(key)}:{json.dumps(value)}" for key, value in about.items())
     return f'{{\n{head},\n"levels":{{\n' + ",\n".join(parts) + "\n}}\n"

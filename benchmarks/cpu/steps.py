@@ -1,4 +1,4 @@
-"""From measurements to the table of lengths that torch's LSTM, GRU and RNN take on a CPU: `fastseq/choice/tables/cpu-lengths.json`.
+"""From measurements to the table of lengths that torch's LSTM, GRU and RNN take on a CPU, `cpu-lengths.json`.
 
 Of one kind of call, `torch` and `ours` are the least times at several lengths. Torch's kernel gets the stretch of lengths over
 which it wins most in all, each length counting by the logarithm of the ratio less a MARGIN: one disturbed point neither opens a

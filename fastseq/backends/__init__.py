@@ -1,7 +1,8 @@
 """Who can run an op, and if not, why not.
 
 A backend is a module with ``name``, ``devices`` (torch device types), ``available()`` (None, or why it cannot run on this
-machine), ``why_not(query)`` (reasons against one call; empty: it can) and one function per op with the op's signature.
+machine), ``why_not(query)`` (reasons against one call; empty: it can) and one function per op with the op's signature; one that
+has several ways names them by ``forms(query)``.
 ``registry`` has them in order, ``fastseq.choice`` ranks them call by call, ``selection`` picks the first without a reason; a
 backend that is forced (``wish``) raises instead of falling back. ``torch`` has no ops: what it is to run is asked before one is
 called. Whoever adds a module to ``BACKENDS`` without a place in the order can force it.

@@ -37,8 +37,8 @@ class Explanation:
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Run ``function(*args, **kwargs)`` without gradients: which backend each fastseq op that it calls in this thread chose, where
-    the choice comes from, and why not the others.
+    """Run ``function(*args, **kwargs)`` without gradients: which backend each fastseq op chose that it calls in this thread,
+    where the choice comes from, and why not the others.
 
     Example:
         >>> print(fastseq.explain(fastseq.GRU(8, 16), torch.randn(5, 2, 8)))

@@ -55,7 +55,6 @@ class Decision(NamedTuple):
     candidates: tuple[Candidate, ...]
     source: str  # "tuned", "shipped", "default" or "asked for"
     about: str  # the source in words
-    forms: tuple[tuple[str, str], ...] = ()  # of backends, the form each takes
 
     @property
     def backend(self) -> str:

@@ -1,7 +1,7 @@
-"""LSTM, GRU and RNN on a CPU: the lengths that torch's own kernels run faster, for every level of instructions that was measured.
+"""LSTM, GRU and RNN on a CPU: the lengths that torch's own kernels run faster.
 
-``tables/cpu-lengths.json`` says it, which ``python -m fastseq.benchmarks.tables`` writes from measurements: for every level, cell,
-dtype, layout, number of directions and mode, by rows of the batch and hidden units, Python included.
+``tables/cpu-lengths.json`` says it, which ``python -m fastseq.benchmarks.tables`` writes from measurements: for every level of
+instructions, cell, dtype, layout, number of directions and mode, by rows of the batch and hidden units, Python included.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ _rule: Callable[[Call], Candidate | None] | None = None
 _tuned: dict[Device, dict[tuple[Any, ...], list[Point]]] | None = None
 _layers: dict[tuple[Any, ...], bool] = {}
 _may: dict[tuple[str, bool], bool] = {}
-_memories: list[dict[Any, Any]] = [_layers, _may]
+_forms: dict[tuple[Any, ...], str] = {}
+_memories: list[dict[Any, Any]] = [_layers, _may, _forms]
 _threads: int | None = None  # of torch's pool, for which what is remembered holds; None: for any number
 _told: set[tuple[Any, ...]] = set()
 
@@ -170,6 +171,29 @@ def layers_are_torchs(
     if known is None:
         call = layers_call(cell, dtype, "", layout, lanes, batch, steps, hidden, gradients)
         return remember(_layers, key, decide(call, torch.device("cpu"), True).backend == "torch")
+    return known
+
+
+def form_of(
+    backend: str,
+    device: torch.device,
+    cell: str,
+    dtype: torch.dtype,
+    precision: str,
+    layout: str,
+    lanes: int,
+    batch: int,
+    steps: int,
+    hidden: int,
+    gradients: bool,
+) -> str:
+    """The form or plan that a backend takes for recurrent layers; "": the one that it chooses itself."""
+    key = backend, device, cell, dtype, precision, layout, lanes, batch, steps, hidden, gradients
+    known = _forms.get(key)
+    if known is None:
+        call = layers_call(cell, dtype, precision, layout, lanes, batch, steps, hidden, gradients)
+        candidates = decide(call, device, False).candidates
+        known = remember(_forms, key, next((c.form for c in candidates if c.backend == backend), ""))
     return known
 
 

@@ -47,22 +47,28 @@ def _recurrent(kind: str) -> Iterator[Call]:
 
 
 def _cells(kind: str) -> Iterator[Call]:
-    for (dtype, precision), H, B in product(_dtypes(kind), (128, 512, 256, 1024), (1, 16, 4, 64)):
-        for mode, cell in product(MODES, RNNS):
+    for B, H in ((1, 128), (16, 512), (64, 128), (1, 512), (16, 128), *product((4, 1, 16, 64), (256, 1024, 128, 512))):
+        for (dtype, precision), mode, cell in product(_dtypes(kind), MODES, RNNS):
             yield Call("recurrent_cell", mode, cell, dtype, precision, "padded", 1, (B, H))
 
 
 def _attention(kind: str) -> Iterator[Call]:
-    def at(dtype: tuple[str, str], features: str, lanes: int, mode: str, *sizes: int) -> Call:
-        return Call("attention", mode, features, *dtype, "padded", lanes, sizes)
-
     cpu = kind == "cpu"
-    lengths = (128, 512, 16, 32, 64, 256, 1024, 2048) if cpu else (1024, 4096, 512, 2048, 8192)
-    rows, contexts = ((8, 64), (512, 64, 16, 2048, 8192)) if cpu else ((64, 16), (2048, 512, 8192, 32768))
-    for dtype in _dtypes(kind):
-        for T, E, BH in product(lengths, (64, 128), rows):
-            for features, mode in product(("plain", "causal", "mask", "bias"), MODES):
-                if T * T * BH <= (1 << 23 if cpu else 1 << 31):
-                    yield at(dtype, features, 1, mode, BH, T, T, E)
-        for Tk, E, BH, lanes, Tq in product(contexts, (64, 128), rows, (1, 4, 8), (1, 4)):
-            yield at(dtype, "plain", lanes, MODES[0], BH, Tq, Tk, E)
+    rows, few = (8, 64), (1, 4)
+
+    def square(T: int, E: int, BH: int) -> Iterator[Call]:
+        for dtype, features, mode in product(_dtypes(kind), ("plain", "causal", "mask", "bias"), MODES):
+            if T * T * BH <= (1 << 23 if cpu else 1 << 31):
+                yield Call("attention", mode, features, *dtype, "padded", 1, (BH, T, T, E))
+
+    def decoding(Tk: int, E: int, BH: int, Tq: int) -> Iterator[Call]:
+        for dtype, lanes in product(_dtypes(kind), (1, 4, 8)):
+            yield Call("attention", MODES[0], "plain", *dtype, "padded", lanes, (BH, Tq, Tk, E))
+
+    for T in (128, 16, 512) if cpu else (1024, 4096):
+        yield from square(T, 64, 8)
+        yield from decoding(4 * T, 64, 8, 1)
+    for T, E, BH in product((128, 512, 16, 32, 64, 256, 1024, 2048) if cpu else (512, 1024, 2048, 4096, 8192), (64, 128), rows):
+        yield from square(T, E, BH)
+        for Tq in few:
+            yield from decoding(4 * T, E, BH, Tq)

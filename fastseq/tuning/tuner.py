@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import Context
 from typing import Any
 
 import torch
@@ -109,8 +110,7 @@ def measured_and_stored(
         told: is told each row, or None of a call that was left out.
     """
     report = TuneReport()
-    own = bench or Bench(torch.get_num_threads())
-    with own:
+    with nullcontext(bench) if bench is not None else Bench(torch.get_num_threads()) as own:
         for call, device in calls:
             row, why = None, problems.untunable(call)
             if why is None:
@@ -119,8 +119,8 @@ def measured_and_stored(
                     if bench is not None or (device.type != "cpu" if isolated is None else isolated):
                         found = own.measured(call, device, seconds)
                     else:
-                        with backends.use_backend(None), torch.random.fork_rng(devices=[]):
-                            found = measure.measured(call, device, seconds, {}, lambda at, name: None)
+                        # in a context of its own, which nobody looks at and nothing is forced in
+                        found = Context().run(measure.measured, call, device, seconds, {}, lambda at, name: None)
                     row = _row(call, old, found)
                 except Failed as error:
                     why = str(error)

@@ -16,6 +16,7 @@ __all__ = [
     "MACHINE",
     "available",
     "devices",
+    "forms",
     "name",
     "ops",
     "recurrent_backward",
@@ -37,6 +38,11 @@ def available() -> str | None:
 @lru_cache
 def _obstacle(device: int) -> str:
     return torch.ops.fastseq_native.cuda_obstacle(device)
+
+
+def forms(query: Query) -> tuple[str, ...]:
+    """What a measurement may choose among, for a call that the kernels can run."""
+    return recurrent.forms(query) if isinstance(query, RecurrentQuery) else ("",)
 
 
 def why_not(query: Query) -> list[str]:

@@ -25,6 +25,11 @@ def why_not(query: RecurrentQuery) -> list[str]:
     return unknown + dtype_obstacles(query)
 
 
+def forms(query: RecurrentQuery) -> tuple[str, ...]:
+    """The form by the rules, unnamed, and the others that can walk a sequence."""
+    return ("",) if query.steps == 1 or query.projected else ("", "whole", "streamed", "stepwise")
+
+
 def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     launch = ForwardLaunch(call)
     if call.batch and call.hidden:
