@@ -680,9 +680,9 @@ class TestReport:
         lines = str(report).splitlines()
         assert lines[0] == "fastseq.convert: 2 changed, 1 left alone"
         assert [line.split() for line in lines[1:4]] == [
-            ["name", "was", "is", "backend", "note"],
-            ["first", "torch.nn.LSTM", "fastseq.LSTM", "reference"],
-            ["second_one", "torch.nn.GRUCell", "fastseq.GRUCell", "reference"],
+            ["name", "was", "is", "backend", "choice", "note"],
+            ["first", "torch.nn.LSTM", "fastseq.LSTM", "reference", "forced"],
+            ["second_one", "torch.nn.GRUCell", "fastseq.GRUCell", "reference", "forced"],
         ]
         columns = [[line.index(word) for word in line.split()[:4]] for line in lines[1:4]]
         assert columns[0] == columns[1] == columns[2]
@@ -692,12 +692,21 @@ class TestReport:
 
     def test_what_is_not_measured_stays(self, monkeypatch):
         """cuDNN's recurrence on a GPU is not given up for kernels that nobody has timed there, unless they are asked for."""
-        monkeypatch.setattr(sys.modules["fastseq._convert"], "_selected", lambda query: "triton")
+        gpu = backends.Choice("torch", "default", sources.UNMEASURED)
+        monkeypatch.setattr(sys.modules["fastseq._convert"], "_selected", lambda query: gpu)
         with pytest.warns(UserWarning, match="nothing to convert in LSTM"):
             report = convert(nn.LSTM(4, 4))
-        assert report.skipped[0].reason.startswith("fastseq's Triton kernels are not measured against cuDNN yet")
+        assert report.skipped[0].reason == "no measurement for this device: torch's kernel; run python -m fastseq tune"
         with fastseq.use_backend("triton"):
-            assert convert(nn.LSTM(4, 4)).converted[0].backend == "triton"
+            assert convert(nn.LSTM(4, 4)).converted[0].backend == "torch"
+
+    def test_what_is_tuned_or_shipped_is_converted_and_says_so(self, monkeypatch):
+        for source, about in (("tuned", "tuned here, 1.83x torch, 2026-11-29"), ("shipped", "shipped for NVIDIA H100")):
+            for backend in ("triton", "torch"):  # of a long call; others may be ours
+                choice = backends.Choice(backend, source, about)
+                monkeypatch.setattr(sys.modules["fastseq._convert"], "_selected", lambda query, choice=choice: choice)
+                report = convert(nn.LSTM(4, 4))
+                assert (report.converted[0].backend, report.converted[0].choice) == (backend, about) and about in str(report)
 
     def test_backend_is_the_one_that_runs(self):
         for name in SEQUENCES + CELLS:
@@ -1141,7 +1150,7 @@ class TestWhatHappens:
         """That is for each call to decide: batch and length are not known before it."""
         with lengths.everywhere(lengths.Steps(1, lengths.ENDLESS)):
             report = convert(nn.LSTM(4, 6))
-        assert report.converted[0].backend == "cpu" and not report.skipped
+        assert report.converted[0].backend == "torch" and not report.skipped
 
     def test_even_if_slower(self, monkeypatch):
         monkeypatch.setattr(library, "reason", lambda: "there is no library")

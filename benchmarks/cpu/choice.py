@@ -1,12 +1,13 @@
 """Which calls of LSTM, GRU and RNN go to torch's kernels on a CPU: measured, and written as the table that the package reads.
 
     python -m fastseq.benchmarks.cpu.choice measure benchmarks/results/<device>/choice.json
-    python -m fastseq.benchmarks.cpu.choice table benchmarks/results/<device>/choice.json
+    python -m fastseq.benchmarks.tables
 
 `measure` times torch's layer and ours, one thread, Python included, in turn: the least CPU time of the thread over rounds, which
 neither other programs nor a clock that comes and goes move much. Every level of instructions has a process of its own, with
-torch's libraries lowered to it. A run that is ended goes on where it was, unless the commit is another. `table` writes
-`fastseq/choice/tables/cpu-lengths.json` (see steps.py); of several files, a level is taken from the last one that has it.
+torch's libraries lowered to it. A run that is ended goes on where it was, unless the commit is another. `tables` writes
+`fastseq/choice/tables/cpu-lengths.json` from all committed results (see steps.py), `table` from some; a level is taken from the
+last one that has it.
 """
 
 from __future__ import annotations
@@ -213,7 +214,7 @@ def text_of(files: Sequence[Path]) -> str:
     about = {
         "what": "lengths (first, last; null: without end; 1, 0: none) that torch's LSTM, GRU and RNN run faster than fastseq's "
         "on a CPU, by level of instructions, kind of call, and place of the batch and of the hidden units between these edges",
-        "command": f"python -m fastseq.benchmarks.cpu.choice table {' '.join(file.as_posix() for file in files)}",
+        "command": "python -m fastseq.benchmarks.tables",
     }
     parts = []
     for level, found in levels.items():

@@ -40,12 +40,17 @@ class Refused(RuntimeError):
         self.reasons = reasons
 
 
-def decision(query: Query, gradients: bool) -> Decision:
-    """Who may run a call, with or without gradients, and where that is known from; whether they can is another question."""
+def decision(query: Query, gradients: bool, meeting: bool = False) -> Decision:
+    """Who may run a call, with or without gradients, and where that is known from; whether they can is another question.
+
+    ``meeting``: this is where a call that was not met yet may be tuned.
+    """
     key = query, gradients, query.dtype.itemsize == 4 and query.device.type == "cuda" and fp32_precision()
     known = _decisions.get(key)
     if known is None:
-        known = sources.remember(_decisions, key, sources.decide(call_of(query, gradients), query.device, torchs.fuses(query)))
+        known = sources.decide(call_of(query, gradients), query.device, torchs.fuses(query), meeting)
+        if meeting or sources.meet is None:
+            sources.remember(_decisions, key, known)
     return known
 
 
@@ -55,11 +60,13 @@ def call_of(query: Query, gradients: bool) -> Call:
     precision = fp32_precision() if query.device.type == "cuda" and dtype == "float32" else ""
     if isinstance(query, AttentionQuery):
         q = query
-        window = {(-1, -1): (), (-1, 0): ("causal",)}.get(q.window, ("window",))
+        window: tuple[str, ...] = {(-1, -1): (), (-1, 0): ("causal",)}.get(q.window, ("window",))
+        if q.call.startswith("weights"):
+            window += ("weights",)
         sizes = q.batch * q.heads[0], *q.lengths, max(q.features)
         kind = "+".join((*window, *q.uses)) or "plain"
         lanes = q.heads[0] // q.heads[1] if q.heads[1] else 1
-        return Call("attention", MODES[gradients], kind, dtype, precision, q.layout, lanes, sizes)
+        return Call(query.op, MODES[gradients], kind, dtype, precision, q.layout, lanes, sizes)
     more = [name for name, given in (("projected", query.projected), ("zoneout", query.zoned)) if given]
     kind = "+".join((query.cell, *more))
     of_layers = (query.batch, query.hidden) if query.op == "recurrent_cell" else (query.batch, query.steps, query.hidden)
@@ -69,9 +76,8 @@ def call_of(query: Query, gradients: bool) -> Call:
 def _ranked(query: Query) -> tuple[str, ...]:
     """Backends with the op, in the order in which they are asked."""
     names = CANDIDATES.get(query.device.type, ORDER)
-    if query.device.type == "cpu":  # where one of them has kernels
-        return names
-    known = [c.backend for c in decision(query, _with_gradients(query)).candidates if c.backend != torchs.name]
+    meeting = query.device.type != "cpu" and not torchs.serves(query) and not _goes_backward(query)
+    known = [c.backend for c in decision(query, _with_gradients(query), meeting).candidates if c.backend != torchs.name]
     return (*dict.fromkeys(name for name in known if name in BACKENDS), *(name for name in names if name not in known))
 
 
@@ -143,7 +149,7 @@ def chosen(query: Query, gradients: bool = False) -> Choice:
     why = torch_takes(query, gradients) if torchs.serves(query) else None
     if why is not None:
         return Choice(torchs.name, decided.source if why == decided.about else "lacking", why)
-    backend = select(as_op).name
+    backend = select(as_op._replace(saving=gradients) if isinstance(as_op, RecurrentQuery) else as_op).name
     if backend == decided.backend:
         return Choice(backend, decided.source, decided.about)
     return Choice(backend, "default", decided.about if decided.source == "default" and not decided.candidates else "")
@@ -178,7 +184,7 @@ def torch_takes(query: Query, gradients: bool) -> str | None:
 
 
 def _torch_takes(query: Query, gradients: bool) -> str | None:
-    decided, as_op = decision(query, gradients), _as_op(query)
+    decided, as_op = decision(query, gradients, True), _as_op(query)
     missing: list[str] = []
     for candidate in decided.candidates:
         if candidate.backend == torchs.name:

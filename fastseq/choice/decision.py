@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 MODES = ("inference", "training")  # without gradients, with them
-SIZES = {"recurrent": ("B", "T", "H"), "recurrent_cell": ("B", "H"), "attention": ("BH", "Tq", "Tk", "E")}
+_HEADS = ("BH", "Tq", "Tk", "E")
+SIZES = {"recurrent": ("B", "T", "H"), "recurrent_cell": ("B", "H"), "attention": _HEADS, "attention_decode": _HEADS}
 FIRST = "torch"  # of two that are equally far or fast
 
 
@@ -29,7 +30,7 @@ class Call(NamedTuple):
         return self[:-1]
 
     def __str__(self) -> str:
-        lanes = f"{'D' if self.op != 'attention' else 'Hq/Hkv'}={self.lanes}"
+        lanes = f"{'Hq/Hkv' if self.op.startswith('attention') else 'D'}={self.lanes}"
         sizes = " ".join(f"{name}={size}" for name, size in zip(SIZES[self.op], self.sizes, strict=True))
         parts = (self.op, self.kind, self.dtype, self.precision, self.layout, lanes, sizes, self.mode)
         return " ".join(part for part in parts if part)

@@ -27,6 +27,7 @@ _CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # of the lengths
 logger = logging.getLogger("fastseq")
 # tunes a call that is met for the first time, and returns whether there is something new; None: nobody does
 meet: Callable[[Call, torch.device], bool] | None = None
+at_leisure: Callable[[], bool] = lambda: True  # whether it can be done now; set together with `meet`
 
 _rule: Callable[[Call], Candidate | None] | None = None
 _tuned: dict[Device, dict[tuple[Any, ...], list[Point]]] | None = None
@@ -39,7 +40,9 @@ _told: set[tuple[Any, ...]] = set()
 
 
 def remember(memory: dict[Any, Any], key: Any, value: Any) -> Any:
-    """The value, from now on under the key."""
+    """The value, from now on under the key, unless the call may be met at a better time."""
+    if not at_leisure():
+        return value
     if len(memory) >= MOST:
         memory.clear()
     memory[key] = value
@@ -77,14 +80,19 @@ def instead(rule: Callable[[Call], Candidate | None]) -> Iterator[None]:
         forget()
 
 
-def decide(call: Call, device: torch.device, fused: bool) -> Decision:
-    """Who may run a call. ``fused``: torch has a kernel for it that does not fall back on several."""
+def decide(call: Call, device: torch.device, fused: bool, meeting: bool = True) -> Decision:
+    """Who may run a call.
+
+    Args:
+        fused: torch has a kernel for it that does not fall back on several.
+        meeting: this is where a call that was not met yet may be tuned.
+    """
     if _rule is not None:
         candidate = _rule(call)
         if candidate is not None:
             return Decision((candidate,), "asked for", "asked for")
     here = device_of(device)
-    found = _known(call, here, device)
+    found = _known(call, here, device, meeting)
     if found is None:
         if fused:
             found = Decision((Candidate("torch"),), "default", UNMEASURED)
@@ -102,11 +110,11 @@ def is_tuned(call: Call, device: torch.device) -> bool:
     return any(point.sizes == call.sizes for point in tuned().get(device_of(device), {}).get(call.kin, ()))
 
 
-def _known(call: Call, here: Device, device: torch.device) -> Decision | None:
+def _known(call: Call, here: Device, device: torch.device, meeting: bool) -> Decision | None:
     """What was measured, here or elsewhere."""
     own = tuned().get(here, {})
     point = nearest(own, call, REACH)
-    if meet is not None and nearest(own, call, MET) is None and meet(call, device):
+    if meeting and meet is not None and nearest(own, call, MET) is None and meet(call, device):
         point = nearest(tuned().get(here, {}), call, REACH)
     if point is not None:
         speed = speed_of(point.candidates)
@@ -192,7 +200,7 @@ def form_of(
     known = _forms.get(key)
     if known is None:
         call = layers_call(cell, dtype, precision, layout, lanes, batch, steps, hidden, gradients)
-        candidates = decide(call, device, False).candidates
+        candidates = decide(call, device, False, False).candidates
         known = remember(_forms, key, next((c.form for c in candidates if c.backend == backend), ""))
     return known
 

@@ -55,17 +55,21 @@ class Bench:
             Failed: if what hangs or crashes is no candidate.
         """
         without: dict[str, str] = {}
+        by_name = False
         while True:
-            request = {"call": call._asdict(), "device": str(device), "seconds": seconds, "without": without}
-            candidate, why, found = self._ask(request, seconds)
+            request = {"call": call._asdict(), "device": str(device), "seconds": seconds, "without": without, "by_name": by_name}
+            part, candidate, why, found = self._ask(request, seconds)
             if found is not None:
                 return found
-            if not candidate or candidate in without:
+            if part == "time" and not by_name:
+                by_name = True  # who of those in turn it was is told then
+            elif not candidate or candidate in without:
                 raise Failed(why)
-            without[candidate] = why
+            else:
+                without[candidate] = why
 
-    def _ask(self, request: dict[str, Any], seconds: float) -> tuple[str, str, list[Candidate] | None]:
-        """The candidate at which it ended, why, and what was found."""
+    def _ask(self, request: dict[str, Any], seconds: float) -> tuple[str, str, str, list[Candidate] | None]:
+        """The part and the candidate at which it ended, why, and what was found."""
         started = self._process is None
         if started:
             self._start()
@@ -76,20 +80,20 @@ class Bench:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except OSError:
-            return candidate, self._end(), None
+            return part, candidate, f"the process had ended ({self._end()})", None
         while True:
             try:
                 line = self._lines.get(timeout=limit)
             except queue.Empty:
                 self._end()
-                return candidate, f"{part} took longer than {limit:.0f} s", None
+                return part, candidate, f"{part} took longer than {limit:.0f} s", None
             if line is None:
-                return candidate, f"{part} ended the process ({self._end()})", None
+                return part, candidate, f"{part} ended the process ({self._end()})", None
             answer = json.loads(line)
             if "found" in answer:
-                return "", "", [Candidate(**row) for row in answer["found"]]
+                return "", "", "", [Candidate(**row) for row in answer["found"]]
             if "failed" in answer:
-                return candidate, answer["failed"], None
+                return part, candidate, answer["failed"], None
             part, candidate = answer["at"], answer["candidate"]
             limit = self.part_seconds + 10 * seconds
 
@@ -151,7 +155,8 @@ def main(threads: str, setup: str) -> None:
         call = Call(**{**request["call"], "sizes": tuple(request["call"]["sizes"])})
         device, seconds, without = torch.device(request["device"]), request["seconds"], request["without"]
         try:
-            found = measure.measured(call, device, seconds, without, lambda at, name: answer(at=at, candidate=name))
+            say: measure.Said = lambda at, name: answer(at=at, candidate=name)
+            found = measure.measured(call, device, seconds, without, say, request["by_name"])
         except Exception as error:  # whatever a kernel raises, the next call may do better
             answer(failed=f"{type(error).__name__}: {error}")
         else:

@@ -21,6 +21,7 @@ from .tuner import measured_and_stored
 logger = logging.getLogger("fastseq")
 _lock = threading.Lock()
 _tried: set[tuple[Call, torch.device]] = set()
+_said: set[str] = set()
 _bench: Bench | None = None
 
 
@@ -33,12 +34,12 @@ def heed_environment() -> None:
     if value not in ("", "0", "1"):
         raise ValueError(f"FASTSEQ_TUNE must be 0 or 1, got {value!r}")
     if value == "1":
-        sources.meet = meet
+        sources.meet, sources.at_leisure = meet, at_leisure
 
 
 def meet(call: Call, device: torch.device) -> bool:
     """Tune a call. Whether that was done; if not now, perhaps at the next meeting."""
-    if (call, device) in _tried or problems.untunable(call) or not at_leisure(device):
+    if (call, device) in _tried or problems.untunable(call) or not at_leisure():
         return False
     if not _lock.acquire(blocking=False):  # another thread measures, or what is measured asks
         return False
@@ -50,18 +51,19 @@ def meet(call: Call, device: torch.device) -> bool:
             logger.info("fastseq: tuned %s: %s%s", call, row.new, "".join(f"; not {why}" for why in row.against))
         for _, why in report.skipped:
             logger.warning("fastseq: %s could not be tuned: %s", call, why)
-        if report.unsaved:
+        if report.unsaved and report.unsaved not in _said:
+            _said.add(report.unsaved)
             logger.warning("fastseq: what was tuned holds for this process alone: %s", report.unsaved)
         return bool(report.rows)
     finally:
         _lock.release()
 
 
-def at_leisure(device: torch.device) -> bool:
+def at_leisure() -> bool:
     """Whether nobody compiles, traces, transforms, captures or differentiates what runs now."""
     if recorded() or transforming() or _C._len_torch_function_stack() or _C._current_graph_task_id() != -1:
         return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing()
 
 
 def _own_bench() -> Bench:

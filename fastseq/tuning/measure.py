@@ -18,7 +18,7 @@ from fastseq.testing import assert_all_close_to_truth, pooled_error
 
 from . import problems
 
-LEAST_ROUNDS, MOST_ROUNDS = 7, 60
+FEWEST_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS = 3, 7, 60  # the fewest of calls that take long
 SAMPLE = 3e-4  # seconds that a sample lasts at least
 DISTURBED = 1.05  # times the least of the pilot's times: a round that a throttled clock or a busy neighbor slowed down
 REPEATS = 3  # times as many rounds as wanted, at most, if some are disturbed
@@ -61,13 +61,16 @@ def _by_events(run: Callable[[], Any], count: int, device: torch.device) -> floa
         return begin.elapsed_time(end) / 1e3
 
 
-def measured(call: Call, device: torch.device, seconds: float, without: Mapping[str, str], say: Said) -> list[Candidate]:
+def measured(
+    call: Call, device: torch.device, seconds: float, without: Mapping[str, str], say: Said, by_name: bool = False
+) -> list[Candidate]:
     """Every candidate of a call, with its time and error or with what is against it; the fastest first.
 
     Args:
         seconds: for the rounds.
         without: candidates that are not to be tried, and why.
         say: is told what begins, so that whoever waits knows what does not end.
+        by_name: also which candidate begins, in every round, which takes some time itself.
     """
     found = [Candidate(**{**c._asdict(), "against": without.get(c.name, "")}) for c in _listed(call, device)]
     say("inputs", "")
@@ -90,7 +93,7 @@ def measured(call: Call, device: torch.device, seconds: float, without: Mapping[
         if not against:
             programs[candidate.name] = problem.ours
     say("time", "")
-    times = in_turn(call, found, programs, clock_of(device), seconds)
+    times = in_turn(call, found, programs, clock_of(device), seconds, (lambda name: say("time", name)) if by_name else None)
     found = [c._replace(us=round(1e6 * times[c.name], 3)) if c.name in times else c for c in found]
     return [*ranked(found), *(c for c in found if c.against)]
 
@@ -115,12 +118,19 @@ def _named(results: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def in_turn(
-    call: Call, found: Sequence[Candidate], programs: Mapping[str, Callable[[], Any]], clock: Clock, seconds: float
+    call: Call,
+    found: Sequence[Candidate],
+    programs: Mapping[str, Callable[[], Any]],
+    clock: Clock,
+    seconds: float,
+    begins: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Median seconds of a call of each, over rounds in which every program has a turn, each round starting with another one."""
     of_name = {c.name: c for c in found}
     counts = {}
     for name, run in programs.items():
+        if begins is not None:
+            begins(name)
         with _taking(call, of_name[name]):
             clock.sample(run, 1)
             once = clock.sample(run, 1)
@@ -138,6 +148,8 @@ def in_turn(
                 pilots.append(clock.sample(clock.pilot, 4))
             for name in names[first:] + names[:first]:
                 with _taking(call, of_name[name]):
+                    if begins is not None:
+                        begins(name)
                     if counts[name] > 1:
                         programs[name]()  # what is decided anew is no part of the time
                     taken[name].append(clock.sample(programs[name], counts[name]) / counts[name])
@@ -154,7 +166,8 @@ def _turns(taken: Mapping[str, list[float]], counts: Mapping[str, int], pilots: 
         calm = _calm(pilots, turn)
         spent = sum(sample * counts[name] for name, samples in taken.items() for sample in samples)
         enough = spent >= seconds or sum(calm) >= MOST_ROUNDS
-        if (sum(calm) >= LEAST_ROUNDS and enough) or (turn >= LEAST_ROUNDS and spent >= REPEATS * seconds):
+        long = spent >= REPEATS * seconds
+        if (sum(calm) >= LEAST_ROUNDS and enough) or (long and (sum(calm) >= FEWEST_ROUNDS or turn >= REPEATS * LEAST_ROUNDS)):
             return
         yield turn
 

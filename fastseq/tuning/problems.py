@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastseq import functional, modules
 from fastseq.backends import BACKENDS, AttentionQuery, Query, RecurrentQuery, obstacles
@@ -84,24 +84,24 @@ def _layers(call: Call, device: torch.device) -> Problem:
     ours = getattr(modules, name)(H, H, bidirectional=call.lanes == 2, **options).to(device, dtype)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(T, B, H).to(device, dtype)
-    lengths = torch.cat((torch.tensor([T]), torch.randint(1, T + 1, (B - 1,)))) if call.layout != "padded" else None
+    lengths = torch.cat((torch.tensor([T]), torch.randint(1, T + 1, (B - 1,))))
 
     def program(module: nn.Module, own: bool) -> Program:
         module.train(training).requires_grad_(training)
-        leaf = x.to(next(module.parameters()).dtype).requires_grad_(training)
-        given: Any = leaf
-        options: dict[str, Any] = {}
-        if call.layout == "lengths" and own:
-            assert lengths is not None
-            options["lengths"] = lengths.to(device)
-        elif lengths is not None:
-            given = pack_padded_sequence(leaf, lengths, enforce_sorted=False)
+        leaf, packed = x.to(next(module.parameters()).dtype), None
+        if call.layout == "packed":
+            packed = pack_padded_sequence(leaf, lengths, enforce_sorted=False)
+            leaf = packed.data
+        leaf = leaf.detach().clone().requires_grad_(training)
 
         def output() -> Tensor:
-            y = module(given, **options)[0]
-            if isinstance(y, PackedSequence):
-                return pad_packed_sequence(y)[0] if call.layout == "lengths" else y.data
-            return y
+            if packed is not None:
+                return module(packed._replace(data=leaf))[0].data
+            if call.layout == "padded":
+                return module(leaf)[0]
+            if own:
+                return module(leaf, lengths=lengths.to(device))[0]
+            return pad_packed_sequence(module(pack_padded_sequence(leaf, lengths, enforce_sorted=False))[0])[0]
 
         return _differentiated(output, [leaf, *module.parameters()], training)
 

@@ -114,12 +114,12 @@ def measured_and_stored(
         for call, device in calls:
             row, why = None, problems.untunable(call)
             if why is None:
-                old = _runs(call, device)
+                # in a context of its own, which nobody looks at and nothing is forced in
+                old = Context().run(_runs, call, device)
                 try:
                     if bench is not None or (device.type != "cpu" if isolated is None else isolated):
                         found = own.measured(call, device, seconds)
                     else:
-                        # in a context of its own, which nobody looks at and nothing is forced in
                         found = Context().run(measure.measured, call, device, seconds, {}, lambda at, name: None)
                     row = _row(call, old, found)
                 except Failed as error:
@@ -145,8 +145,7 @@ def keep(call: Call, device: torch.device, candidates: Iterable[Candidate]) -> s
 
 def _runs(call: Call, device: torch.device) -> str:
     """The backend that runs a call now."""
-    with backends.use_backend(None):
-        return backends.chosen(problems.problem(call, device).query, call.mode == "training").backend
+    return backends.chosen(problems.problem(call, device).query, call.mode == "training").backend
 
 
 def _row(call: Call, old: str, found: list[Candidate]) -> Row | None:

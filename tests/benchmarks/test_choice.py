@@ -1,10 +1,8 @@
-"""The table of the lengths that torch's recurrent layers take on a CPU: measured, derived, and the committed one."""
+"""The table of the lengths that torch's recurrent layers take on a CPU: measured, derived, and looked up."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +11,9 @@ from torch import nn
 from fastseq import backends
 from fastseq.benchmarks.cpu import choice, steps
 from fastseq.choice import lengths
+from fastseq.choice.decision import MODES
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = (1, 4, 16, 64)
-
-
-def test_the_committed_table_follows_from_the_committed_results(monkeypatch):
-    committed = lengths.FILE.read_text()
-    command = shlex.split(json.loads(committed)["command"])
-    assert command[:4] == ["python", "-m", "fastseq.benchmarks.cpu.choice", "table"]
-    monkeypatch.chdir(ROOT)
-    assert choice.text_of([Path(file) for file in command[4:]]) == committed
 
 
 @pytest.mark.parametrize(
@@ -74,7 +64,8 @@ def written(tmp_path, *parts):
     files = []
     for number, rows in enumerate(parts):
         file = tmp_path / f"{number}.json"
-        choice.save(file, {"schema": choice.SCHEMA, "version": choice.VERSION, "rows": rows})
+        environment = {"device name": f"CPU {number}"}
+        choice.save(file, {"schema": choice.SCHEMA, "version": choice.VERSION, "environment": environment, "rows": rows})
         files.append(file)
     return files
 
@@ -95,6 +86,7 @@ def test_of_several_files_the_last_has_the_word(tmp_path):
     files = written(tmp_path, first, every(level="avx2", ratio=0.5))
     file = json.loads(choice.text_of(files))
     assert list(file["levels"]) == ["avx2", "amx"]
+    assert [file["levels"][level]["device"] for level in ("avx2", "amx")] == ["CPU 1", "CPU 0"]
     found = lengths.table_of("avx2", file).steps("gru", torch.float16, "packed", 2, 1, 64, True)
     assert found == lengths.Steps(1, lengths.ENDLESS)
 
@@ -169,7 +161,7 @@ def test_a_run_goes_on_where_it_was(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("layout", choice.LAYOUTS)
-@pytest.mark.parametrize("mode", lengths.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cell", choice.CELLS)
 def test_a_point_times_torchs_layer_and_ours(cell, layout, mode):
     point = choice.Point(cell, "float32", 2, 8, layout, mode, 3)
