@@ -686,10 +686,9 @@ def _why_not_faster(found: _Found, conversion: Conversion) -> str:
     choice = conversion.backend(found.module)
     if choice is None:
         return ""
-    of_torchs = choice.backend == backends.torch.name and isinstance(found.module, nn.RNNBase)
-    if of_torchs and choice.source == "default":
+    if choice.source == "default" and choice.backend == backends.torch.name and isinstance(found.module, nn.RNNBase):
         return choice.about
-    if choice.backend == "reference" or (of_torchs and choice.source == "lacking"):
+    if choice.backend == "reference" or (choice.source == "lacking" and not isinstance(found.module, nn.RNNCellBase)):
         weight = next(found.module.parameters())
         dtype, device = str(weight.dtype).removeprefix("torch."), weight.device.type
         return f"no fastseq kernel runs {dtype} on {device} here, so nothing would be gained (python -m fastseq info)"

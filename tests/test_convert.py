@@ -21,9 +21,10 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
+from fastseq import backends
 from fastseq._convert import CONVERSIONS, Report, convert, patched, revert
 from fastseq.backends import library
-from fastseq.choice import lengths
+from fastseq.choice import lengths, sources
 from fastseq.modules import keep_type as kept
 from fastseq.testing import assert_close_to_truth
 

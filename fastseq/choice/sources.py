@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -122,7 +123,12 @@ def _known(call: Call, here: Device, device: torch.device, meeting: bool) -> Dec
     if here.type == "cpu" and call.op == "recurrent" and call.kind in _CELLS and call.layout != "lengths":
         return _by_length(call, here)
     points, words = shipped.points_for(here.type, here.name, here.level)
-    point = nearest(points, call, float("inf") if here.type == "cpu" else REACH)
+    if here.type != "cpu":
+        point = nearest(points, call, REACH)
+    else:
+        likes = product((call.kind, lengths.LIKE.get(call.kind)), (call.dtype, lengths.LIKE.get(call.dtype)))
+        near = (nearest(points, call._replace(kind=kind, dtype=dtype), float("inf")) for kind, dtype in likes if kind and dtype)
+        point = next((point for point in near if point is not None), None)
     return None if point is None else Decision(point.candidates, "shipped", f"shipped for {words}")
 
 

@@ -384,11 +384,13 @@ def _one_step(
     # vmap has no rule for torch's cells; of other dtypes autocast makes one, or an error says what was given
     every = [t for t in (*given, w_ih, w_hh, b_ih, b_hh) if t is not None]
     if not needs_plain_torch(every) and all([t.dtype == w_ih.dtype for t in given]):
+        if recorder():
+            return torchs.step(cell, input, hx, w_ih, w_hh, b_ih, b_hh)
         why, gradients = None, wants_gradient(every)
         if torch.compiler.is_compiling():
             why = COMPILED if gradients or input.device.type != "cpu" else None
         elif backends.forced() is None and input.dim() == 2:
             why = backends.torch_takes(query(), gradients)
-        if recorder() or backends.torch_runs(query, why):
+        if backends.torch_runs(query, why):
             return torchs.step(cell, input, hx, w_ih, w_hh, b_ih, b_hh)
     return recurrent_cell(cell, input, hx, [w_ih, w_hh, b_ih, b_hh])

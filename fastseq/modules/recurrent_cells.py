@@ -18,7 +18,7 @@ from fastseq.functional._native_layers import native_layers, native_step, traine
 from fastseq.functional._packing import packing_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.ops._dispatch import PLAIN, plain_call, transforming, wants_gradient
+from fastseq.ops._dispatch import PLAIN, plain_call, recorded, transforming, wants_gradient
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -232,7 +232,7 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
 
 def _as_torchs(cell: nn.RNNCellBase, name: str, input: Any, *states: Any) -> bool:
     """Whether a call goes straight to torch's forward, whose kernel is the one for a step: if nothing about it is to be asked."""
-    if type(input) is not Tensor or torch.compiler.is_compiling() or backends.forced() or backends.watched() or transforming():
+    if type(input) is not Tensor or recorded() or backends.forced() or backends.watched() or transforming():
         return False
     dtype, dim = input.dtype, input.dim()
     if dtype != cell.weight_ih.dtype or dim not in (1, 2) or input.shape[-1] != cell.input_size:

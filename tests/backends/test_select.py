@@ -149,7 +149,7 @@ def test_single_steps_in_training_are_torchs_unless_forced():
         cell(x)
         cell.double()(x.double())
     cell.float()
-    assert seen[0] == "recurrent_cell gru, float32 on cpu, padded, T=1 B=1 D=1 H=4: torch" and len(seen) == 2
+    assert seen[0] == "recurrent_cell gru, float32 on cpu, padded, T=1 B=2 D=1 H=4: torch" and len(seen) == 2
     assert all(line.endswith(": torch") for line in seen)
     for name in ("cpu", "reference"):
         with fastseq.use_backend(name):

@@ -265,9 +265,7 @@ class LooksAtFunctions(TorchFunctionMode):
 class TestWhoeverLooksOn:
     """keeps the registered ops, in the forward and in the backward pass."""
 
-    @pytest.mark.parametrize(
-        "mode", [Looks, lambda: watching(lambda query, chosen: None), lambda: fastseq.use_backend("reference")]
-    )
+    @pytest.mark.parametrize("mode", [Looks, lambda: watching(lambda query, chosen: None)])
     def test_modes(self, mode):
         call = Call(fastseq.LSTM(6, 9), 3, 2)
         outputs, expected = call.outputs(), call.run()[3:]
@@ -277,6 +275,16 @@ class TestWhoeverLooksOn:
             found = call.grads(outputs, retain_graph=True)
         torch.testing.assert_close(found, expected)
         assert calls_of(lambda: call.grads(outputs)) == [BACKWARD]
+
+    def test_a_backward_pass_is_forced_as_its_forward_pass_was(self):
+        call = Call(fastseq.LSTM(6, 9), 3, 2)
+        outputs, expected = call.outputs(), call.run()[3:]
+        with fastseq.use_backend("reference"):
+            assert FORWARD not in calls_of(call.outputs)
+            assert calls_of(lambda: call.grads(outputs, retain_graph=True)) == [BACKWARD]
+            forced = call.outputs()
+        assert BACKWARD not in calls_of(lambda: call.grads(forced, retain_graph=True))
+        torch.testing.assert_close(call.grads(forced), expected)
 
     def test_a_mode_of_functions(self):
         call = Call(fastseq.LSTM(6, 9), 3, 2)

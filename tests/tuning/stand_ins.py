@@ -79,5 +79,3 @@ def all_of_them() -> None:
 
 def dying() -> None:
     os._exit(3)
-
-

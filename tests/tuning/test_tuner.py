@@ -127,7 +127,9 @@ class TestTune:
             for row in fastseq.tune(module, given, seconds=0.001).rows:
                 kinds[row.call.op, row.call.kind, row.call.dtype, row.call.layout, row.call.lanes] = len(row.candidates)
         assert kinds["recurrent", "gru", "float32", "padded", 2] == kinds["recurrent", "rnn_relu", "bfloat16", "padded", 1] == 2
-        assert kinds["recurrent", "lstm", "float32", "packed", 1] == kinds["recurrent_cell", "rnn_tanh", "float32", "padded", 1] == 2
+        assert (
+            kinds["recurrent", "lstm", "float32", "packed", 1] == kinds["recurrent_cell", "rnn_tanh", "float32", "padded", 1] == 2
+        )
 
     def test_what_has_one_kernel_is_left_out(self):
         report = fastseq.tune(fastseq.SLSTM(4, 8), torch.randn(6, 2, 4))
@@ -304,7 +306,6 @@ class TestFirstMeeting:
         assert not store.read("tuned")
         module(x)
         assert store.read("tuned")
-
 
     def test_of_several_threads_one_measures(self):
         module, x = fastseq.LSTM(8, 8).eval(), torch.randn(20, 2, 8)
