@@ -24,7 +24,7 @@ from fastseq.backends.cpu.recurrent import DTYPES
 from fastseq.backends.torch.limits import steps_of
 from fastseq.backends.torch.recurrent import GATES, LAYERS
 from fastseq.cells import CELLS
-from fastseq.functional._native_layers import native_layers, trained_layers
+from fastseq.functional._native_layers import native_layers, native_training, trained_layers
 from fastseq.functional._packing import packing_of
 from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
@@ -161,13 +161,12 @@ class Sequence(Interop, nn.RNNBase):
         return self._run_padded(input, hx, lengths, params, options)
 
     def _native(self, input: Any, hx: Any, lengths: Tensor | None, params: list[Any]) -> tuple[Any, tuple[Tensor, ...]] | None:
-        """Output and final states of a plain call without gradients, if the native kernels take it and it is beyond question.
+        """Output and final states of a plain call, if the native kernels take it and it is beyond question.
 
         Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it.
         """
-        if torch.is_grad_enabled() and getattr(params[0], "requires_grad", False):
-            return None
-        if self.num_heads > 1 or (self.training and (self.dropout or self.weight_dropout or self.zoneout)):
+        training = self.training
+        if self.num_heads > 1 or (training and self.weight_dropout):
             return None
         states: Any = (
             None if hx is None else (hx,) if type(hx) is Tensor else hx if type(hx) is tuple and len(hx) == 2 else (None,)
@@ -193,23 +192,47 @@ class Sequence(Interop, nn.RNNBase):
                 states = [state.unsqueeze(1) for state in states]
         if self.zoneout:
             zoneout = zoneout_of(CELLS[self.cell], self.zoneout)
-        results = native_layers(
+        batch_first = self.batch_first and batch_sizes is None
+        finals: Any
+        trained = native_training(
             self.cell,
-            data,
-            states,
+            data.transpose(0, 1) if batch_first else data,
+            states or (),
             params,
             self.bias,
             self.num_layers,
             self.bidirectional,
-            self.batch_first and batch_sizes is None,
+            batch_first,
+            self.dropout if training else 0.0,
+            self.recompute,
             lengths,
             batch_sizes,
             zoneout,
-            None if self.training else packing_of(self),
+            training,
+            chosen=False,
         )
-        if results is None:
+        if trained is not None:
+            output, finals = trained
+        elif training and (self.dropout or self.zoneout):
             return None
-        output, *finals = results
+        else:
+            results = native_layers(
+                self.cell,
+                data,
+                states,
+                params,
+                self.bias,
+                self.num_layers,
+                self.bidirectional,
+                batch_first,
+                lengths,
+                batch_sizes,
+                zoneout,
+                None if training else packing_of(self),
+            )
+            if results is None:
+                return None
+            output, *finals = results
         if batch_sizes is not None:
             if unsorted_indices is not None:
                 finals = [state.index_select(1, unsorted_indices) for state in finals]
