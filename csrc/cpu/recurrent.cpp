@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <deque>
+#include <functional>
 #include <limits>
 #include <numeric>
 
@@ -500,7 +501,9 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
   Backward& a = layer.a;
   const int64_t *sizes = integers(batch_sizes), D = y.size(y.dim() - 2), P = y.size(y.dim() - 1), I = x.size(x.dim() - 1);
   const int64_t T = packed ? batch_sizes->numel() : y.size(0), B = packed ? sizes[0] : y.size(1), rows = y.numel() / (D * P);
-  STD_TORCH_CHECK(!packed || std::accumulate(sizes, sizes + T, int64_t(0)) == rows, "recurrent: batch_sizes do not add up to ", rows);
+  STD_TORCH_CHECK(!packed || (sizes[T - 1] > 0 && std::is_sorted(sizes, sizes + T, std::greater<int64_t>()) &&
+                              std::accumulate(sizes, sizes + T, int64_t(0)) == rows),
+                  "recurrent: batch_sizes are none of a packed batch of ", rows, " rows");
   const int64_t count = params.size(), each = count / D;  // parameters of a direction: w_ih, w_hh, perhaps two biases, perhaps w_hr
   STD_TORCH_CHECK(D <= 2 && count % D == 0 && each >= 2 && each <= 5 && static_cast<int64_t>(wanted.size()) == 3 + count,
                   "recurrent: params must be w_ih, w_hh, with biases b_ih, b_hh, and w_hr if there is a projection, of each direction, of "

@@ -429,11 +429,26 @@ class TestWhoeverLooksOn:
             one = torch.autograd.grad(outputs, call.leaves(), [weights[index] for weights in many], retain_graph=True)
             torch.testing.assert_close([grads[index] for grads in found], list(one))
 
-    def test_the_table(self):
-        call = Call(fastseq.LSTM(6, 9), 3, 2)
+    @pytest.mark.parametrize("layout", ["padded", "packed"])
+    @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "relu"])
+    def test_the_table(self, kind, layout):
+        call = Call(CLASSES[kind](6, 9, 2, bidirectional=True), 3, 2, layout=layout)
         with limits.everywhere(limits.Steps(1, 100)):
             assert calls_of(call.run) == []
             torch.testing.assert_close(call.run(), call.by_the_ops(), rtol=1e-4, atol=1e-5)
+            expected = call.outputs()
+            with torch.no_grad():
+                assert all(torch.equal(*pair) for pair in zip(call.outputs(), expected, strict=True))
+            call.states = []
+            torch.testing.assert_close(call.run(), call.by_the_ops(), rtol=1e-4, atol=1e-5)
+
+    def test_what_the_table_does_not_ask_of(self):
+        call = Call(fastseq.LSTM(6, 9, recompute=True), 3, 2, layout="packed")
+        with limits.everywhere(limits.Steps(1, 100)):
+            assert calls_of(call.run) == [FORWARD, OF_THE_OP]  # torch's kernels keep the gates
+            call.module.recompute = False
+            with fastseq.use_backend("cpu"):
+                assert calls_of(call.run) == [FORWARD, BACKWARD]
 
     def test_subclasses_and_strides_go_the_long_way(self):
         call = Call(fastseq.GRU(6, 9, dtype=torch.float64), 3, 2)
@@ -472,7 +487,7 @@ def test_raw_op_refuses_what_does_not_fit():
         x, None, None, [w_ih, w_hh], *[None] * 4, "gru", False, False, 0.0, 0.0, True
     )
 
-    def call(dy=y, x=x, params=(w_ih, w_hh), h0=None, ragged=(), gates=gates, cell="gru", wanted=(True,) * 5):
+    def call(dy=y, x=x, y=y, params=(w_ih, w_hh), h0=None, ragged=(), gates=gates, cell="gru", wanted=(True,) * 5):
         ragged = [*ragged, *[None] * (4 - len(ragged))]
         torch.ops.fastseq_native.recurrent_layer_backward(
             dy, None, None, x, h0, None, list(params), *ragged, y, c, gates, cell, 0.0, 0.0, list(wanted)
@@ -490,6 +505,10 @@ def test_raw_op_refuses_what_does_not_fit():
         ({"ragged": [torch.tensor([3])]}, "lengths must have 2 elements, got 1"),
         ({"ragged": [torch.tensor([3, 3], dtype=torch.int32)]}, "lengths has a wrong dtype"),
         ({"ragged": [None, torch.tensor([2, 2, 2])]}, r"or with batch_sizes \[N, I\]"),
+        *[
+            ({"ragged": [None, torch.tensor(sizes)], "x": x.flatten(0, 1), "y": y.flatten(0, 1)}, "none of a packed batch of 6")
+            for sizes in ([2, 2, 1], [1, 2, 3], [6, 0])
+        ],
         ({"ragged": [None, None, hold]}, "hold_h must have 30 elements, got 24"),
         ({"dy": y.double()}, "dy has a wrong dtype"),
         ({"dy": y.transpose(0, 1)}, "dy must be contiguous"),
