@@ -1,11 +1,11 @@
 """Triton's interpreter as the tests use it: with a bfloat16 that is right, and with every access held to its tensor.
 
-The interpreter keeps bfloat16 as its bits in uint16 and calculates with these as if they were numbers, and what it makes of fp32 it
-cuts off instead of rounding. Within ``true_bfloat16`` an element is an fp32 number that bfloat16 has, rounded to the nearest (even)
-after every operation; loads and stores are exact. docs/design/host-execution.md says what still differs from a device.
+The interpreter keeps bfloat16 as its bits in uint16 and calculates with these as if they were numbers, and what it makes of fp32
+it cuts off instead of rounding. Within ``true_bfloat16`` an element is an fp32 number that bfloat16 has, rounded to the nearest
+(even) after every operation; loads and stores are exact. docs/design/host-execution.md says what still differs from a device.
 
-Within ``checked_bounds`` every address that an active mask lets through must be an element of the tensor that its pointer came from:
-another tensor's memory does not do, nor a gap between the rows of a view. (triton-viz 3.0, the interpreter's sanitizer on PyPI,
+Within ``checked_bounds`` every address that an active mask lets through must be an element of the tensor that its pointer came
+from: another tensor's memory does not do, nor a gap between the rows of a view. (triton-viz 3.0, the interpreter's sanitizer on PyPI,
 knows neither arguments in tuples, as most of ours are, nor which pointer came from which tensor.)
 """
 
