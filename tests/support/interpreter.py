@@ -5,8 +5,8 @@ it cuts off instead of rounding. Within ``true_bfloat16`` an element is an fp32 
 (even) after every operation; loads and stores are exact. docs/design/host-execution.md says what still differs from a device.
 
 Within ``checked_bounds`` every address that an active mask lets through must be an element of the tensor that its pointer came
-from: another tensor's memory does not do, nor a gap between the rows of a view. (triton-viz 3.0, the interpreter's sanitizer on PyPI,
-knows neither arguments in tuples, as most of ours are, nor which pointer came from which tensor.)
+from: another tensor's memory does not do, nor a gap between the rows of a view. (triton-viz 3.0, the interpreter's sanitizer on
+PyPI, knows neither arguments in tuples, as most of ours are, nor which pointer came from which tensor.)
 """
 
 from __future__ import annotations
