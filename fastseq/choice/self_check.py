@@ -130,14 +130,14 @@ def check(backend: ModuleType, query: Any, reference: ModuleType) -> dict[str, V
     return found
 
 
-def known(device: torch.device) -> Iterator[tuple[str, Verdict]]:
-    """What this machine knows of a device: a family in words, and its verdict."""
-    place = _place(device)
-    for key in {**{key: None for key in store.read("self_check")}, **_verdicts}:
-        where, _, family = key.rpartition(" | ")
-        verdict = _known(key) if where.startswith(place + " | ") else None
+def known(device: torch.device) -> list[tuple[str, Verdict]]:
+    """What this machine knows of a device: families in words and their verdicts, those that are wrong first."""
+    place, found = _place(device) + " | ", []
+    for key in store.read("self_check").keys() | _verdicts.keys():
+        verdict = _known(key) if key.startswith(place) else None
         if verdict is not None:
-            yield family, verdict
+            found.append((key.rpartition(" | ")[2], verdict))
+    return sorted(found, key=lambda each: (each[1].right, each[0]))
 
 
 def forget() -> None:
