@@ -28,6 +28,7 @@ __all__ = [
     "ops",
     "recurrent_backward",
     "recurrent_forward",
+    "variant",
     "why_not",
 ]
 
@@ -47,3 +48,8 @@ def available() -> str | None:
 
 def why_not(query: Query) -> list[str]:
     return _OPS[query.op].why_not(query)
+
+
+def variant(query: Query, family: str) -> str:
+    """Which of its kernels a family of calls runs, beside what cell, features and dtype say."""
+    return _OPS[query.op].variant(query, family)
