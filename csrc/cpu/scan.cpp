@@ -26,6 +26,8 @@ constexpr int64_t kWidth = 256;           // numbers of a row that a thread walk
 constexpr int64_t kLine = 16;             // channels that stay together
 constexpr int64_t kWorkOfThread = 1 << 14;  // numbers that a thread is worth waking for
 
+constexpr int64_t kStreamed = 1 << 24;     // bytes of a gradient that leaves the caches before anybody reads it
+
 ScanKind kind_of(const std::string& name) {
   STD_TORCH_CHECK(name == "real" || name == "complex" || name == "blocks", "scan: kind ", name, " is none of real, complex, blocks");
   return name == "real" ? ScanKind::kReal : name == "complex" ? ScanKind::kComplex : ScanKind::kBlocks;
@@ -149,6 +151,7 @@ void scan_backward(std::optional<Tensor> dh, std::optional<Tensor> dfinal, Tenso
   STD_TORCH_CHECK(!da || (da->size(0) == a.size(0) && da->size(1) == (s.starts && !s.constant ? 1 : s.rows)),
                   "scan: da must be [steps of a, B, C]");
   s.initial = state_of(s, initial, "initial"), s.dfinal = state_of(s, dfinal, "dfinal");
+  s.streams = s.steps * h.size(1) * numbers * bytes_of(s.type) >= kStreamed;
   s.dinitial = const_cast<void*>(state_of(s, dinitial, "dinitial"));
   if (s.rows * numbers == 0) return;
   share_out(s, [&](const ScanPart& part, void* scratch) { kernels().backward(s, part, scratch); });

@@ -27,6 +27,7 @@ struct Scan {
   bool each;       // each channel has its own coefficient; else a row has one
   bool constant;   // in time: a has one step, and its gradient is the sum over the steps of a row
   bool reverse;
+  bool streams;    // gradients go past the caches, which they would only empty
   int64_t steps, rows, channels;
   ScanRows a;      // A or S
   ScanRows b, h;   // S

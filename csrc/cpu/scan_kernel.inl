@@ -19,6 +19,27 @@ namespace {
 
 constexpr int64_t kRun = 64;  // steps whose contributions to the gradient of a constant a are summed by themselves: long sums err less
 
+// Past the caches, to memory aligned like V: a line that is written whole need not be read first.
+template <class V>
+FASTSEQ_HOST_DEVICE void stream(void* p, V v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128((__m128i*)p, (__m128i)v);
+#else
+  __builtin_memcpy(p, &v, sizeof(V));
+#endif
+}
+
+// Before what was streamed is given to another thread.
+inline void end_of_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // Of real states. E: the type of a in memory.
 template <class S, class A, class E, bool kLog, bool kEach>
 struct Real {
@@ -65,14 +86,30 @@ struct Real {
 
   // lambda = dh + carry; db = lambda; da = lambda before (a, of a logarithm); carry = a lambda, or 0 without a state before
   template <class H>
-  static void step_backward(const S* dh, const E* a, const H* before, A* carry, S* db, E* da, A* sums, int64_t n) {
-    if (dh && before && db && da && !sums)  // the usual step, without a question in its loop
+  static void step_backward(const S* dh, const E* a, const H* before, A* carry, S* db, E* da, A* sums, int64_t n, bool streams) {
+    const auto usual = [&](int64_t c, int64_t count, V& gradient) __attribute__((always_inline)) {
+      const V lambda = In::load(dh + c, count) + Own::load(carry + c, count), through = coefficient(a, c, count) * lambda;
+      gradient = (kLog ? through : lambda) * Memory<H, A>::load(before + c, count);
+      Own::store(carry + c, through, count);
+      return lambda;
+    };
+    if (dh && before && db && da && !sums) {  // the usual step, without a question in its loop
+      V gradient;
+      if constexpr (__is_same(S, A) && __is_same(E, A)) {
+        if (streams && n % W == 0 && ((uintptr_t)db | (uintptr_t)da) % sizeof(V) == 0) {
+          for (int64_t c = 0; c < n; c += W) {
+            stream(db + c, usual(c, W, gradient));
+            stream(da + c, gradient);
+          }
+          return;
+        }
+      }
       return vectors(n, [&](int64_t c, int64_t count) {
-        const V lambda = In::load(dh + c, count) + Own::load(carry + c, count), through = coefficient(a, c, count) * lambda;
-        In::store(db + c, lambda, count);
-        Of::store(da + c, (kLog ? through : lambda) * Memory<H, A>::load(before + c, count), count);
-        Own::store(carry + c, through, count);
+        __builtin_prefetch(db + c, 1), __builtin_prefetch(da + c, 1);  // both lines come while the rest is computed
+        In::store(db + c, usual(c, count, gradient), count);
+        Of::store(da + c, gradient, count);
       });
+    }
     vectors(n, [&](int64_t c, int64_t count) {
       V lambda = Own::load(carry + c, count), through{}, gradient{};
       if (dh) lambda += In::load(dh + c, count);
@@ -118,7 +155,7 @@ struct Pairs {
   }
 
   // through the transposed block, or the conjugate; da is the outer product, or the product with the conjugate
-  static void step_backward(const A* dh, const A* a, const A* before, A* carry, A* db, A* da, A* sums, int64_t n) {
+  static void step_backward(const A* dh, const A* a, const A* before, A* carry, A* db, A* da, A* sums, int64_t n, bool) {
     for (int64_t c = 0; c < n; ++c) {
       A u = carry[2 * c], v = carry[2 * c + 1];
       if (dh) u += dh[2 * c], v += dh[2 * c + 1];
@@ -147,7 +184,7 @@ struct Pairs {
 // Where a row lies: its first step in memory, its steps, and where the states of step t of it stand.
 struct Row {
   int64_t index, start, length;
-  Row(const Scan& s, int64_t r) : index(r), start(0), length(s.steps) {
+  FASTSEQ_HOST_DEVICE Row(const Scan& s, int64_t r) : index(r), start(0), length(s.steps) {
     const auto clamped = [](int64_t value, int64_t most) { return value < 0 ? 0 : value > most ? most : value; };
     if (s.starts) start = clamped(s.starts[r], s.steps), length = clamped(s.starts[r + 1], s.steps) - start;
     if (s.lengths) length = clamped(s.lengths[r], s.steps);
@@ -156,13 +193,13 @@ struct Row {
 };
 
 template <class E>
-E* place(const Scan& s, const ScanRows& rows, const Row& row, int64_t t, int64_t channel) {
+FASTSEQ_HOST_DEVICE E* place(const Scan& s, const ScanRows& rows, const Row& row, int64_t t, int64_t channel) {
   if (!rows.data) return nullptr;
   return static_cast<E*>(rows.data) + (row.start + t) * rows.step + (s.starts ? 0 : row.index * rows.row) + channel;
 }
 
 // Whether step t has no state before it in its row: the first of the walk without an initial state, or what a reset cuts off.
-bool begins(const Scan& s, const Row& row, int64_t t, bool first) {
+FASTSEQ_HOST_DEVICE bool begins(const Scan& s, const Row& row, int64_t t, bool first) {
   if (first && !s.initial) return true;
   if (!s.resets) return false;
   const int64_t behind = s.reverse ? t + 1 : t;  // a reset cuts between a step of memory and the one before it
@@ -190,8 +227,9 @@ void walk_rows(const Scan& s, const ScanRows& rows, const ScanPart& part, Walk&&
   for (int64_t first = 0; first < part.rows; first += together ? part.rows : 1) walk(part.row + first, together ? part.rows : 1);
 }
 
+// The description is a copy, which no store can change: it stays in registers.
 template <class Cell>
-void forward_of(const Scan& s, const ScanPart& part, typename Cell::Wide* states) {
+void forward_of(const Scan s, const ScanPart& part, typename Cell::Wide* states) {
   using S = typename Cell::Stored;
   using A = typename Cell::Wide;
   using E = typename Cell::Coefficient;
@@ -199,9 +237,10 @@ void forward_of(const Scan& s, const ScanPart& part, typename Cell::Wide* states
   const int64_t N = part.channels * Cell::kState, at = part.channel * Cell::kState, width = s.channels * Cell::kState;
   const int64_t at_a = Cell::kEveryChannel ? part.channel * Cell::kCoefficient : 0;
   walk_rows(s, s.h, part, [&](int64_t begin, int64_t count) {
+    const Row only(s, begin);
     for (int64_t i = 0; i < s.steps; ++i) {
       for (int64_t r = 0; r < count; ++r) {
-        const Row row(s, begin + r);
+        const Row row = count == 1 ? only : Row(s, begin + r);
         const int64_t t = s.reverse ? (s.starts ? row.length : s.steps) - 1 - i : i;
         if (t < 0 || t >= row.length) {
           if (!s.starts) fill(place<S>(s, s.h, row, t, at), N);
@@ -234,7 +273,7 @@ void forward_of(const Scan& s, const ScanPart& part, typename Cell::Wide* states
 }
 
 template <class Cell>
-void backward_of(const Scan& s, const ScanPart& part, typename Cell::Wide* carries) {
+void backward_of(const Scan s, const ScanPart& part, typename Cell::Wide* carries) {
   using S = typename Cell::Stored;
   using A = typename Cell::Wide;
   using E = typename Cell::Coefficient;
@@ -260,9 +299,10 @@ void backward_of(const Scan& s, const ScanPart& part, typename Cell::Wide* carri
         fill(total_of(row), M);
       }
     }
+    const Row only(s, begin);
     for (int64_t i = 0; i < s.steps; ++i) {
       for (int64_t r = 0; r < count; ++r) {
-        const Row row(s, begin + r);
+        const Row row = count == 1 ? only : Row(s, begin + r);
         const int64_t t = s.reverse ? i : (s.starts ? row.length : s.steps) - 1 - i;
         if (t < 0 || t >= row.length) {
           if (!s.starts) {
@@ -281,10 +321,10 @@ void backward_of(const Scan& s, const ScanPart& part, typename Cell::Wide* carri
         const bool fresh = begins(s, row, t, first);
         if (first && !fresh) {
           const A* before = static_cast<const A*>(s.initial) + row.index * width + at;
-          Cell::step_backward(dh, a, before, carry, db, da, sums, part.channels);
+          Cell::step_backward(dh, a, before, carry, db, da, sums, part.channels, s.streams);
         } else {
           const S* before = fresh ? nullptr : place<const S>(s, s.h, row, s.reverse ? t + 1 : t - 1, at);
-          Cell::step_backward(dh, a, before, carry, db, da, sums, part.channels);
+          Cell::step_backward(dh, a, before, carry, db, da, sums, part.channels, s.streams);
         }
         if (sums_up && i % kRun == kRun - 1) join(row, r);
       }
@@ -295,6 +335,7 @@ void backward_of(const Scan& s, const ScanPart& part, typename Cell::Wide* carri
       copy(static_cast<A*>(s.dinitial) + row.index * width + at, carries + r * N, N);
     }
   });
+  if (s.streams) end_of_streams();
 }
 
 // Calls body.template operator()<Cell>().

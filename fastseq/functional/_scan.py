@@ -109,6 +109,9 @@ def scan(
         if initial.shape != expected:
             raise RuntimeError(f"initial must be {list(expected)}, one state for each sequence, got {list(initial.shape)}")
         initial = (initial.unsqueeze(0) if unbatched else initial).to(state_dtype(b.dtype))
+    if b.is_complex():
+        b, coefficients = b.resolve_conj(), coefficients.resolve_conj()
+        initial = initial if initial is None else initial.resolve_conj()
     spec = ScanSpec(resets, lengths, cu_seqlens, log_a is not None, bool(reverse))
     with without_autocast(b.device.type):
         h, final = ops.scan(_side_by_side(b), coefficients, initial, spec)

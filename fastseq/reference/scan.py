@@ -60,8 +60,9 @@ def _spread(mask: Tensor, like: Tensor) -> Tensor:
     return mask.reshape(mask.shape + (1,) * (like.dim() - mask.dim()))
 
 
-def coefficients(a: Tensor, spec: ScanSpec) -> Tensor:
-    wide = a.to(state_dtype(a.dtype))
+def coefficients(a: Tensor, unused: Tensor, spec: ScanSpec) -> Tensor:
+    """In the dtype of states, 0 where they are ``unused``: they may be anything there."""
+    wide = torch.where(_spread(unused, a), 0, a.to(state_dtype(a.dtype)))
     return wide.exp() if spec.log else wide
 
 
@@ -69,17 +70,15 @@ def forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -> tup
     """h as b, and the final states in the dtype of states. Differentiable."""
     at, wide = places(b, spec), state_dtype(b.dtype)
     steps, states = b.shape[0], len(at.lengths)
-    a = coefficients(a, spec)
     start = b.new_zeros((states, *b.shape[2:]), dtype=wide) if initial is None else initial.to(wide)
     h, every = start[at.sequence[0]] if steps and states else start[:0], [b[:0].to(wide)]
     cut = ~at.inside | (at.cut | at.first if initial is None else at.cut)
     for t in reversed(range(steps)) if spec.reverse else range(steps):
-        a_t = a[t if a.shape[0] > 1 else 0]
-        alone = _spread(cut[t], h)
+        a_t = coefficients(a[t if a.shape[0] > 1 else 0], cut[t], spec)
         # not by a product: what is cut off may be infinite or NaN, and zero times that is no zero, here or in the gradient
-        before = torch.where(_spread(at.first[t], h), start[at.sequence[t]], h).masked_fill(alone, 0)
-        through = a_t.masked_fill(alone if a_t.dim() == h.dim() else alone.unsqueeze(-1), 0)
-        h = torch.where(_spread(at.inside[t], h), b[t].to(wide) + product(through, before), h)
+        before = torch.where(_spread(at.first[t], h), start[at.sequence[t]], h)
+        before = torch.where(_spread(cut[t], h), 0, before)
+        h = torch.where(_spread(at.inside[t], h), b[t].to(wide) + product(a_t, before), h)
         every.append(h[None])
     if spec.reverse:
         every = every[:1] + every[:0:-1]
@@ -117,23 +116,24 @@ def backward(
     g = torch.zeros_like(h, dtype=wide) if dh is None else dh.to(wide)
     if dfinal is not None and steps and len(at.lengths):
         g = torch.where(_spread(at.last, g), g + dfinal[at.sequence], g)
-    a = coefficients(a, spec)
-    adjoint = a.mT if blocks else a.conj()
-    following = adjoint if a.shape[0] == 1 else adjoint.roll(back, 0)
+    alone = ~at.inside | (at.cut if initial is not None else at.cut | at.first)
+    constant = a.shape[0] == 1 and steps != 1
+    a = a if constant else coefficients(a, alone, spec)
+    adjoint = a.mT if blocks else a.conj_physical()  # compiled programs do not see the lazy kind within an op
+    following = adjoint if constant else adjoint.roll(back, 0)
     reversed_spec = spec._replace(log=False, reverse=not spec.reverse)
     of_b, _ = scan(g, following, None, reversed_spec)
     before = h.to(wide).roll(-back, 0)
     if initial is not None and steps and len(at.lengths):
         before = torch.where(_spread(at.first, before), initial.to(wide)[at.sequence], before)
-    alone = at.cut | ~at.inside if initial is not None else at.cut | ~at.inside | at.first
     before = torch.where(_spread(alone, before), 0, before)
     if blocks:
         da = of_b.unsqueeze(-1) * before.unsqueeze(-2)
     else:
-        da = of_b * before.conj()
+        da = of_b * before.conj_physical()
         if spec.log:
-            da = da * torch.where(_spread(alone, a), 0, a)
-    if a.shape[0] == 1 and steps != 1:
+            da = da * adjoint
+    if constant:
         da = da.sum(0) if spec.cu_seqlens is None else da.new_zeros(len(at.lengths), *da.shape[2:]).index_add(0, at.sequence[:, 0], da[:, 0])
         da = da[None]
     of_initial = torch.zeros((len(at.lengths), *h.shape[2:]), dtype=wide, device=h.device)
