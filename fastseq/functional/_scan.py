@@ -38,25 +38,26 @@ def scan(
         b: ``[T, B, C]``, ``[B, T, C]`` with ``batch_first``, ``[T, C]`` unbatched, or ``[N, C]`` with ``cu_seqlens``; fp16, bf16,
             fp32, fp64, complex64 or complex128. Of states of two numbers each, which 2 x 2 blocks multiply,
             ``[T, B, C, 2]`` or, with ``cu_seqlens``, ``[N, C, 2]``.
-        a: coefficients, broadcast to b; of blocks ``[.., C, 2, 2]``, all but the last two dimensions broadcast. fp32 beside an fp32,
-            bf16 or fp16 b, fp64 beside an fp64 one, complex or its real part alone beside a complex b. 16 bits are refused: a
-            decay whose time constant is 100 steps, rounded to bf16, puts h off by a tenth.
+        a: coefficients, broadcast to b; of blocks ``[.., C, 2, 2]``, all but the last two dimensions broadcast. fp32 beside a b of
+            fp32, bf16 or fp16, fp64 beside an fp64 one, complex or real beside a complex b. 16 bits are refused: a decay whose time
+            constant is 100 steps, rounded to bf16, puts h off by a tenth.
         log_a: in place of a, its logarithm: exponentiated in fp32 (fp64); -inf stands for a coefficient of 0. It may have b's
             dtype, since rounding it costs no more than rounding b.
         initial: h before the first step of every row, ``[B, C]``, packed ``[S, C]``; in b's dtype or that of states. None: zeros.
-        resets: bool ``[T, B]`` (``[B, T]`` with ``batch_first``, ``[N]`` with ``cu_seqlens``, ``[T]`` unbatched): where it is set a
-            new segment begins, in which the steps before count for nothing, even if they hold NaN. The initial state does not
+        resets: bool ``[T, B]`` (``[B, T]`` with ``batch_first``, ``[N]`` with ``cu_seqlens``, ``[T]`` unbatched): where it is set
+            a new segment begins, in which the steps before count for nothing, even if they hold NaN. The initial state does not
             pass a reset at the first step. A reverse scan starts anew at the last step before a reset: either way a row is as
             its segments one by one.
         lengths: int32 or int64 ``[B]``, each in 0..T. Beyond a row's length h is zero; the final state is that after the row's
             last step, where a reverse scan starts.
-        cu_seqlens: int32 or int64 ``[S + 1]``, rising from 0 to N: sequences end to end, each with its own initial and final state.
+        cu_seqlens: int32 or int64 ``[S + 1]``, rising from 0 to N: sequences end to end, each with its own initial and final
+            state.
         reverse: h_t = a_t h_{t+1} + b_t, from the last step to the first.
         batch_first: b, a, resets and h have the batch before the time.
 
     Returns:
-        ``h`` as b, and ``final``: ``[B, C]``, packed ``[S, C]``, unbatched ``[C]``, in the dtype of states, so that a sequence may go on
-        from it without a loss.
+        ``h`` as b, and ``final``: ``[B, C]``, packed ``[S, C]``, unbatched ``[C]``, in the dtype of states, so that a
+        sequence may go on from it without a loss.
 
     Raises:
         RuntimeError: if ranks, sizes, dtypes or devices do not fit, or ``lengths`` or ``cu_seqlens`` hold what they may not.
@@ -89,6 +90,7 @@ def scan(
     elif batch_first:
         b, coefficients = b.transpose(0, 1), coefficients.transpose(0, 1)
     if resets is not None:
+        found = list(resets.shape)
         if alone and resets.dim() == 1:
             resets = resets.unsqueeze(1)
         elif batch_first and not alone:
@@ -96,7 +98,6 @@ def scan(
         if resets.shape != b.shape[:2]:
             steps, batch = b.shape[:2]
             wanted = f"[{steps}]" if alone else f"[B, T] = [{batch}, {steps}]" if batch_first else f"[T, B] = [{steps}, {batch}]"
-            found = list(resets.transpose(0, 1).shape if batch_first and resets.dim() == 2 else resets.shape)
             raise RuntimeError(f"resets must be {wanted}, got {found}")
     if lengths is not None:
         lengths = checked_lengths("lengths", lengths, b.shape[1], b.shape[0])
@@ -154,7 +155,9 @@ def _coefficients(b: Tensor, a: Tensor, name: str, blocks: bool) -> Tensor:
         names = " or ".join(sorted(str(dtype) for dtype in accepted))
         why = ""
         if not log and a.dtype in (torch.float16, torch.bfloat16):
-            why = ": rounded to 16 bits a decay near 1 forgets at another pace; keep a in fp32, or give log_a, which may be rounded"
+            why = (
+                ": rounded to 16 bits a decay near 1 forgets at another pace; keep a in fp32, or give log_a, which may be rounded"
+            )
         raise RuntimeError(f"{name} must be {names} beside a b of {b.dtype}, got {a.dtype}{why}")
     if b.is_complex():
         a = a.to(wide)

@@ -13,11 +13,11 @@ cu_seqlens   [S + 1] int32, None   packed only: sequence s has the steps cu_seql
 log          bool                  a is exp of what is given
 reverse      bool                  h_t = a_t h_{t+1} + b_t, from the last step of every row to its first
 h            as b                  zero beyond a row's length; the layout of b where a step's channels lie side by side
-final        [B, C]                the state after a row's last step of the walk, or ``initial``; in ``state_dtype``; packed [S, C]
+final        [B, C]                the state after a row's last step of the walk, or ``initial``; in ``state_dtype``; or [S, C]
 dh, dfinal   as h, final           or None
 db           as b                  b's dtype, zero beyond a row's length; (0,) where not wanted
-da           T, B, C               a's dtype, of each row and channel; where a has one step but b has not, [1, B, C], summed over the
-                                   steps of a row, packed [1, S, C]; (0,) where not wanted
+da           T, B, C               a's dtype, of each row and channel; where a has one step but b has not, [1, B, C], summed over
+                                   the steps of a row, packed [1, S, C]; (0,) where not wanted
 dinitial     as final              always computed
 ===========  ====================  =====================================================================================
 

@@ -1,7 +1,7 @@
 """First-order linear recurrences: the specification, in plain PyTorch over time.
 
-h_t = a_t h_{t-1} + b_t in every channel, where a_t is a real number, a complex one, or a block of 2 x 2. T time, B batch, C channels, N
-steps of all sequences of a packed call, S its sequences; time-major.
+h_t = a_t h_{t-1} + b_t in every channel, where a_t is a real number, a complex one, or a block of 2 x 2. T time, B batch, C channels,
+N steps of all sequences of a packed call, S its sequences; time-major.
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ def _spread(mask: Tensor, like: Tensor) -> Tensor:
     return mask.reshape(mask.shape + (1,) * (like.dim() - mask.dim()))
 
 
-def coefficients(a: Tensor, unused: Tensor, spec: ScanSpec) -> Tensor:
-    """In the dtype of states, 0 where they are ``unused``: they may be anything there."""
-    wide = torch.where(_spread(unused, a), 0, a.to(state_dtype(a.dtype)))
+def coefficients(a: Tensor, unused: Tensor | None, spec: ScanSpec) -> Tensor:
+    """In the dtype of states; where they are ``unused`` they may be anything, and become a number."""
+    wide = a.to(state_dtype(a.dtype))
+    if unused is not None:
+        wide = torch.where(_spread(unused, a), 0, wide)
     return wide.exp() if spec.log else wide
 
 
@@ -105,8 +107,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of b, of a (of every row; summed over its steps if a has one) and of the initial states, in the dtype of states.
 
-    The same scan the other way: lambda_t = dh_t + a*_{t+1} lambda_{t+1}, db = lambda, da_t = lambda_t h*_{t-1}, dh_0 = a*_1 lambda_1,
-    where * is the conjugate, or the transpose of a block.
+    The same scan the other way: lambda_t = dh_t + a*_{t+1} lambda_{t+1}, db = lambda, da_t = lambda_t h*_{t-1} and
+    dh_0 = a*_1 lambda_1, where * is the conjugate, or the transpose of a block.
 
     Args:
         scan: how to scan; with a differentiable one the result is differentiable.
@@ -118,7 +120,7 @@ def backward(
         g = torch.where(_spread(at.last, g), g + dfinal[at.sequence], g)
     alone = ~at.inside | (at.cut if initial is not None else at.cut | at.first)
     constant = a.shape[0] == 1 and steps != 1
-    a = a if constant else coefficients(a, alone, spec)
+    a = coefficients(a, None if constant else alone, spec)
     adjoint = a.mT if blocks else a.conj_physical()  # compiled programs do not see the lazy kind within an op
     following = adjoint if constant else adjoint.roll(back, 0)
     reversed_spec = spec._replace(log=False, reverse=not spec.reverse)
@@ -134,7 +136,11 @@ def backward(
         if spec.log:
             da = da * adjoint
     if constant:
-        da = da.sum(0) if spec.cu_seqlens is None else da.new_zeros(len(at.lengths), *da.shape[2:]).index_add(0, at.sequence[:, 0], da[:, 0])
+        da = (
+            da.sum(0)
+            if spec.cu_seqlens is None
+            else da.new_zeros(len(at.lengths), *da.shape[2:]).index_add(0, at.sequence[:, 0], da[:, 0])
+        )
         da = da[None]
     of_initial = torch.zeros((len(at.lengths), *h.shape[2:]), dtype=wide, device=h.device)
     if steps and len(at.lengths):

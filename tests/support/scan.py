@@ -101,7 +101,9 @@ def make_scan(case: ScanCase, dtype: torch.dtype, device: str = "cpu", seed: int
     resets = torch.rand(sizes["t"], *([] if packed else [sizes["b"]]), generator=generator) < 0.3 if case.resets else None
     if resets is not None and case.batch_first:
         resets = resets.mT
-    lengths = torch.tensor([case.steps, 0, max(1, case.steps // 2), case.steps - 1][: case.batch]) if case.layout == "lengths" else None
+    lengths = (
+        torch.tensor([case.steps, 0, max(1, case.steps // 2), case.steps - 1][: case.batch]) if case.layout == "lengths" else None
+    )
     if lengths is not None:
         beyond = torch.arange(case.steps)[:, None] >= lengths
         beyond = beyond.mT if case.batch_first else beyond
@@ -133,7 +135,7 @@ def run_scan(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def scan_by_torch(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The same by plain PyTorch, row by row and step by step, in fp32 (fp64): nothing of what is cut off or padded is looked at."""
+    """The same by plain PyTorch, row by row, step by step, in fp32 (fp64), looking at nothing that is cut off or padded."""
     b, a, initial, kind = (inputs[name] for name in ("b", "a", "initial", "kind"))
     stored, wide = b.dtype, torch.promote_types(b.dtype, torch.float32)
     b, a = b.to(wide), a.to(wide)
@@ -169,7 +171,9 @@ def scan_by_torch(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
                 state = b[t, r] + (a[t, r].exp() if inputs["log"] else a[t, r]) * state
             h[t, r] = state
         final.append(b.new_zeros(b.shape[2:]) if state is None else state)
-    out = torch.stack([torch.stack([h[t, r] for r in range(b.shape[1])]) for t in range(b.shape[0])]) if h else torch.zeros_like(b)
+    out = (
+        torch.stack([torch.stack([h[t, r] for r in range(b.shape[1])]) for t in range(b.shape[0])]) if h else torch.zeros_like(b)
+    )
     out = out[:, 0] if packed else out.transpose(0, 1) if inputs["batch_first"] else out
     last = torch.stack(final) if final else b.new_zeros(0, *b.shape[2:])
     assert out.dim() == dims
