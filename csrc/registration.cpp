@@ -42,11 +42,12 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, float zoneout_c, Tensor[]? kept) -> "
       "Tensor[]");
   m.def(
-      "recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, str cell, bool has_biases, bool bidirectional, "
-      "bool save_gates) -> Tensor[]");
+      "recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, "
+      "Tensor? hold_c, str cell, bool has_biases, bool bidirectional, float zoneout_h, float zoneout_c, bool save_gates) -> Tensor[]");
   m.def(
-      "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
-      "Tensor[] params, Tensor y, Tensor c, Tensor gates, str cell, bool[] wanted) -> Tensor[]");
+      "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, "
+      "Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, Tensor gates, str cell, "
+      "float zoneout_h, float zoneout_c, bool[] wanted) -> Tensor[]");
   m.def("recurrent_norm_gradients(Tensor dgates, Tensor gates, Tensor? dm, Tensor? c, Tensor vectors, str cell) -> Tensor");
   m.def(
       "recurrent_pack(Tensor[] params, str cell, int num_layers, bool has_biases, bool bidirectional, str weights) -> Tensor[]");

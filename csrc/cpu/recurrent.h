@@ -29,11 +29,13 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
                                      int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
                                      double zoneout_c, std::optional<std::vector<Tensor>> kept);
 
-// One layer of the same kind, padded x [T, B, I], with what its gradients need: y [T, B, D, P], h_n, and in the dtype of c, fp32 or wider,
-// c_n and c of every step, then the gates unless they are to be computed anew; (0,) for what there is not. Nothing where recurrent_layers
-// would decline.
+// One layer of the same kind, x [T, B, I], or [N, I] with batch_sizes, with what its gradients need: y [T, B, D, P] or [N, D, P], h_n, and
+// in the dtype of c, fp32 or wider, c_n and c of every step, then the gates unless they are to be computed anew; (0,) for what there is
+// not. hold_h, hold_c: masks of zoneout in training. Nothing where recurrent_layers would decline.
 std::vector<Tensor> recurrent_layer(Tensor x, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
-                                    std::string cell, bool has_biases, bool bidirectional, bool save_gates);
+                                    std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h,
+                                    std::optional<Tensor> hold_c, std::string cell, bool has_biases, bool bidirectional,
+                                    double zoneout_h, double zoneout_c, bool save_gates);
 
 // The weights of a stack packed for recurrent_layers (`kept`), a tensor of bytes for each layer: "" as a call would pack them, or fp32 ones
 // rounded to "bfloat16" or "int8". Nothing where recurrent_layers would decline. A call declines what was made of other weights, or of these
@@ -49,12 +51,15 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
                         std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool through_weights, Tensor dgates,
                         Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0);
 
-// All gradients of what recurrent_layer left, of a cell without projection and without parameters beside weights and biases, those that are
-// `wanted`: of x [T, B, I], h0, c0, and of the parameters kind by kind (w_ih of each direction, w_hh, then b_ih, b_hh if there are any).
-// For few rows or without AMX the products are torch's, and the states are copied.
+// All gradients of what recurrent_layer left, of a cell without parameters beside weights and biases, but for a projection without zoneout:
+// those that are `wanted`, of x, h0, c0, and of the parameters kind by kind (w_ih of each direction, w_hh, then b_ih, b_hh if there are
+// any, and w_hr). What x holds beyond a sequence's length is not looked at. For few rows or without AMX the products are torch's, and the
+// states are copied.
 std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, Tensor x,
-                                             std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params, Tensor y,
-                                             Tensor c, Tensor gates, std::string cell, std::vector<bool> wanted);
+                                             std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
+                                             std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes,
+                                             std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
+                                             std::string cell, double zoneout_h, double zoneout_c, std::vector<bool> wanted);
 
 // Gradients of a layer's input and weights from what recurrent_backward gave. wanted: of each lane bits 0 to 3 for w_ih, w_hh, b_ih, b_hh,
 // and bit 4 of the first for x. Returned in this order: x, then lane by lane. Nothing where torch's own products serve: without AMX, in

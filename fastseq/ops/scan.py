@@ -18,7 +18,7 @@ dh, dfinal   as h, final           or None
 db           as b                  b's dtype, zero beyond a row's length; (0,) where not wanted
 da           T, B, C               a's dtype, of each row and channel; where a has one step but b has not, [1, B, C], summed over
                                    the steps of a row, packed [1, S, C]; (0,) where not wanted
-dinitial     as final              always computed
+dinitial     as final              without ``initial`` it means nothing
 ===========  ====================  =====================================================================================
 
 Saved for the backward pass: a and h as it is returned, nothing else. What a reset cuts off, and what lies beyond a row's length,

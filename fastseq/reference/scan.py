@@ -1,7 +1,7 @@
 """First-order linear recurrences: the specification, in plain PyTorch over time.
 
-h_t = a_t h_{t-1} + b_t in every channel, where a_t is a real number, a complex one, or a block of 2 x 2. T time, B batch, C channels,
-N steps of all sequences of a packed call, S its sequences; time-major.
+h_t = a_t h_{t-1} + b_t in every channel, where a_t is a real number, a complex one, or a block of 2 x 2. T time, B batch,
+C channels, N steps of all sequences of a packed call, S its sequences; time-major.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def backward(
         )
         da = da[None]
     of_initial = torch.zeros((len(at.lengths), *h.shape[2:]), dtype=wide, device=h.device)
-    if steps and len(at.lengths):
+    if initial is not None and steps and len(at.lengths):
         reach = at.first & ~at.cut
         through = product(torch.where(_spread(reach, adjoint), adjoint, 0), torch.where(_spread(reach, of_b), of_b, 0))
         if spec.cu_seqlens is None:

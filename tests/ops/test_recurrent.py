@@ -105,8 +105,6 @@ class TestRecurrent(RecurrentBattery):
 
     def test_relu_gradients_in_bfloat16(self, backend):
         """From the same forward outputs, so that both sides agree on which units were off."""
-        if backend == "triton":
-            pytest.skip("Triton's interpreter gets bfloat16 wrong")
         torch.manual_seed(0)
         weight = torch.randn(2, 40, 40).bfloat16() / 8
         x, w_ih = torch.randn(6, 9, 3).bfloat16(), torch.randn(80, 3).bfloat16()
@@ -178,8 +176,7 @@ class TestRecurrent(RecurrentBattery):
             monkeypatch.setenv("FASTSEQ_TRITON_RECURRENT", "stepwise")  # the same form for a call of one step
         row, hidden = CELLS[cell], 20
         gates = len(row.gates) * hidden
-        # Triton's interpreter gets bfloat16 wrong
-        for dtype in (torch.float32, torch.float16 if backend == "triton" else torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
             if not self.supports(RecurrentCase(cell), dtype, backend):
                 continue
             torch.manual_seed(0)

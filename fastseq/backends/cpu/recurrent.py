@@ -109,18 +109,21 @@ def layer_backward(
     dc_n: Tensor | None,
     saved: Sequence[Any],
     cell: str,
+    zoneout_h: float,
+    zoneout_c: float,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of x, h0, c0 and of the parameters, w_ih and w_hh, and with biases b_ih and b_hh, of each direction; None for
-    those not ``wanted``: of a padded layer without lengths, projection and zoneout, and of few rows, by one native op.
-    ``saved``: x, h0, c0, four None, y, c, gates, parameters.
+    """The gradients of x, h0, c0 and of the parameters, w_ih and w_hh, with biases b_ih and b_hh, and w_hr of a projection
+    without zoneout, of each direction; None for those not ``wanted``: of a layer of few rows, by one native op.
+    ``saved``: x, h0, c0, lengths (int64), batch_sizes, hold_h, hold_c, y, c, gates, parameters.
     """
-    x, h0, c0, _, _, _, _, y, c, gates, *params = saved
+    x, h0, c0, lengths, batch_sizes, hold_h, hold_c, y, c, gates, *params = saved
     if c0 is not None and c0.dtype != c.dtype:
         c0 = c0.to(c.dtype)
     dy, dh_n, dc_n, x, h0, c0 = all_dense(dy, dh_n, dc_n, x, h0, c0)
     found = torch.ops.fastseq_native.recurrent_layer_backward.default(
-        dy, dh_n, dc_n, x, h0, c0, params, y, c, gates, cell, wanted
+        *(dy, dh_n, dc_n, x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c),
+        *(y, c, gates, cell, zoneout_h, zoneout_c, wanted),
     )
     each = iter(found)
     grads: list[Any] = [next(each) if want else None for want in wanted]

@@ -31,6 +31,7 @@ __all__ = [
     "recurrent_forward",
     "scan_backward",
     "scan_forward",
+    "variant",
     "why_not",
 ]
 
@@ -50,3 +51,8 @@ def available() -> str | None:
 
 def why_not(query: Query) -> list[str]:
     return _OPS[query.op].why_not(query)
+
+
+def variant(query: Query, family: str) -> str:
+    """Which of its kernels a family of calls runs, beside what cell, features and dtype say."""
+    return _OPS[query.op].variant(query, family)

@@ -21,6 +21,18 @@ def why_not(query: ScanQuery) -> list[str]:
     return _launch.dtype_obstacles(query._replace(dtype=real))
 
 
+def variant(query: ScanQuery, family: str) -> str:
+    from fastseq.kernels.scan import configs
+
+    config = configs.choose(query.steps, query.batch, query.channels, _processors(query.device))
+    return f"{config.channels} channels" + (" in chunks" if config.chunks > 1 else "")
+
+
+def _processors(device: torch.device) -> int:
+    """Multiprocessors; 0 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
 def _numbers(tensor: Tensor | None) -> Tensor | None:
     """Complex numbers as pairs of real ones."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor is not None and tensor.is_complex() else tensor
@@ -60,10 +72,7 @@ class _Launch:
         kind, self.state_numbers, self.numbers = _KINDS[self.kind]
         steps, batch, channels = states.shape[:3]
         rows = batch if spec.cu_seqlens is None else len(spec.cu_seqlens) - 1
-        processors = 0
-        if states.device.type == "cuda":
-            processors = torch.cuda.get_device_properties(states.device).multi_processor_count
-        self.config = configs.choose(steps, rows, channels, processors)
+        self.config = configs.choose(steps, rows, channels, _processors(states.device))
         real = _numbers(states)
         assert real is not None
         wide = state_dtype(real.dtype)
