@@ -39,8 +39,8 @@ def scan(
             fp32, fp64, complex64 or complex128. Of states of two numbers each, which 2 x 2 blocks multiply,
             ``[T, B, C, 2]`` or, with ``cu_seqlens``, ``[N, C, 2]``.
         a: coefficients, broadcast to b; of blocks ``[.., C, 2, 2]``, all but the last two broadcast. fp32 beside a b of
-            fp32, bf16 or fp16, fp64 beside fp64, complex or real beside complex. 16 bits are refused: a decay whose time constant is
-            100 steps, rounded to bf16, puts h off by a tenth.
+            fp32, bf16 or fp16, fp64 beside fp64, complex or real beside complex. 16 bits are refused: a decay whose time
+            constant is 100 steps, rounded to bf16, puts h off by a tenth.
         log_a: in place of a, its logarithm: exponentiated in fp32 (fp64); -inf stands for a coefficient of 0. It may have b's
             dtype, since rounding it costs no more than rounding b.
         initial: h before the first step of every row, ``[B, C]``, packed ``[S, C]``; in b's dtype or that of states. None: zeros.
