@@ -8,6 +8,7 @@
 #include "cpu/attention_layers.h"
 #include "cpu/level.h"
 #include "cpu/recurrent.h"
+#include "cpu/scan.h"
 #include "limits/exchange_op.h"
 #include "limits/fma_op.h"
 #include "recurrent/recurrent.h"
@@ -75,6 +76,12 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor weight, Tensor? vectors, Tensor? h0, Tensor? c0, Tensor y, Tensor c, Tensor gates, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) dh0, Tensor(d!) dc0, Tensor? starts, Tensor? lengths, int steps, int batch, int lanes, "
       "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags) -> ()");
+  m.def(
+      "scan_forward(Tensor b, Tensor a, Tensor? initial, Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str kind, bool log, "
+      "bool reverse, Tensor(a!) h, Tensor(b!) final) -> ()");
+  m.def(
+      "scan_backward(Tensor? dh, Tensor? dfinal, Tensor a, Tensor h, Tensor? initial, Tensor? resets, Tensor? lengths, "
+      "Tensor? cu_seqlens, str kind, bool log, bool reverse, Tensor(a!)? db, Tensor(b!)? da, Tensor(c!) dinitial) -> ()");
   m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ") -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTSEQ_SPEC
         ", bool[] wanted) -> Tensor[]");
@@ -115,6 +122,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("attention_plain_backward", TORCH_BOX(&fastseq::cpu::attention_plain_backward));
   m.impl("attention_decode", TORCH_BOX(&fastseq::cpu::attention_decode));
   m.impl("recurrent_gradients", TORCH_BOX(&fastseq::cpu::recurrent_gradients));
+  m.impl("scan_forward", TORCH_BOX(&fastseq::cpu::scan_forward));
+  m.impl("scan_backward", TORCH_BOX(&fastseq::cpu::scan_backward));
 }
 
 #if defined(FASTSEQ_CUDA)
