@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import backends
 from . import modules as own_modules
 from .cells import CELLS
+from .choice import self_check
 from .functional._packing import set_packing
 from .modules import keep_type as keep_type_modules
 from .parity import Probe, as_arguments
@@ -187,7 +188,8 @@ def _attention_backend(module: Any) -> backends.Choice | None:
 def _selected(query: backends.Query) -> backends.Choice:
     """The backend of a call without gradients."""
     try:
-        return backends.chosen(query)
+        with self_check.known_alone():
+            return backends.chosen(query)
     except RuntimeError:
         return backends.Choice("none (the one forced cannot run it)", "forced", "forced")
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from . import cpu, cuda, reference, torch, triton
 from .explanation import Explanation, explain
 from .notes import note, watched, watching
-from .query import AttentionQuery, Query, RecurrentQuery
-from .registry import BACKENDS, ORDER, obstacles
+from .query import AttentionQuery, Query, RecurrentQuery, ScanQuery
+from .registry import BACKENDS, ORDER, able, obstacles, reasons
 from .selection import Choice, Refused, call_of, chosen, decision, select, step_is_torchs, torch_runs, torch_takes
 from .wish import forced, heeding, set_backend, use_backend
 
@@ -27,6 +27,8 @@ __all__ = [
     "Query",
     "RecurrentQuery",
     "Refused",
+    "ScanQuery",
+    "able",
     "call_of",
     "chosen",
     "cpu",
@@ -37,6 +39,7 @@ __all__ = [
     "heeding",
     "note",
     "obstacles",
+    "reasons",
     "reference",
     "select",
     "set_backend",

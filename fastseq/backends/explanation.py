@@ -10,7 +10,7 @@ from torch import no_grad
 
 from .notes import watching
 from .query import Query
-from .registry import ORDER, obstacles
+from .registry import ORDER, reasons
 from .wish import forced
 
 
@@ -60,7 +60,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
             explanation.notes.append(notes)
             # PyTorch's own kernel is not asked for after the others
             better = ORDER[: ORDER.index(chosen)] if forced() is None and chosen != "torch" else ()
-            against = {name: obstacles(name, query) for name in better}
+            against = {name: reasons(name, query) for name in better}
             explanation.calls.append((query, chosen, {name: why for name, why in against.items() if why}))
 
     def noted(text: str) -> None:

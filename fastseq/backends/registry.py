@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from ..choice import self_check
 from . import cpu, cuda, reference, torch, triton
 from .query import Query
 
@@ -25,3 +26,16 @@ def obstacles(name: str, query: Query) -> list[str]:
         return [f"runs on {', '.join(backend.devices)} tensors, not on {query.device.type}"]
     missing = backend.available()
     return [missing] if missing else backend.why_not(query)
+
+
+def able(name: str, query: Query) -> bool:
+    """Whether a backend may run a call that nobody forces it to run: it can, and its kernels were right on the device."""
+    if obstacles(name, query):
+        return False
+    return name not in self_check.CHECKED or not self_check.against(BACKENDS[name], query, reference)
+
+
+def reasons(name: str, query: Query) -> list[str]:
+    """Why a backend is not `able`, as far as that is known; empty if it is."""
+    with self_check.known_alone():
+        return obstacles(name, query) or self_check.against(BACKENDS[name], query, reference)

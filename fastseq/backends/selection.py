@@ -20,8 +20,8 @@ from . import reference
 from . import torch as torchs
 from .notes import note, tell, watched
 from .precision import fp32_precision
-from .query import AttentionQuery, Query, RecurrentQuery
-from .registry import BACKENDS, CANDIDATES, ORDER, obstacles
+from .query import AttentionQuery, Query, RecurrentQuery, ScanQuery
+from .registry import BACKENDS, CANDIDATES, ORDER, able, obstacles, reasons
 from .wish import forced
 
 # is shown each call of the context whose kernel is a question, and whether it is with gradients
@@ -67,6 +67,11 @@ def call_of(query: Query, gradients: bool) -> Call:
         kind = "+".join((*window, *q.uses)) or "plain"
         lanes = q.heads[0] // q.heads[1] if q.heads[1] else 1
         return Call(query.op, MODES[gradients], kind, dtype, precision, q.layout, lanes, sizes)
+    if isinstance(query, ScanQuery):
+        kind = "+".join((query.kind, *query.uses))
+        return Call(
+            query.op, MODES[gradients], kind, dtype, precision, query.layout, 1, (query.batch, query.steps, query.channels)
+        )
     more = [name for name, given in (("projected", query.projected), ("zoneout", query.zoned)) if given]
     kind = "+".join((query.cell, *more))
     of_layers = (query.batch, query.hidden) if query.op == "recurrent_cell" else (query.batch, query.steps, query.hidden)
@@ -101,7 +106,7 @@ def select(query: Query) -> ModuleType:
     if wish is not None:
         against = obstacles(wish, query)
         if against:
-            free = next(name for name in _ranked(query) if not obstacles(name, query))
+            free = next(name for name in _ranked(query) if not reasons(name, query))
             raise Refused(
                 f"backend {wish!r} was forced but cannot run [{query}]: {'; '.join(against)} "
                 f"(use_backend(None) lets {free!r} run it)",
@@ -110,7 +115,7 @@ def select(query: Query) -> ModuleType:
         chosen = wish
     else:
         for chosen in _ranked(query):  # the reference, the last, runs everything
-            if not obstacles(chosen, query):
+            if able(chosen, query):
                 break
         if chosen == reference.name:
             _say_once(query)
@@ -166,7 +171,7 @@ def _say_once(query: Query) -> None:
     if kind not in _said:
         _said.add(kind)
         others = [name for name in CANDIDATES.get(query.device.type, ORDER) if name not in (torchs.name, reference.name)]
-        why = "; ".join(f"not {name}: {', '.join(obstacles(name, query))}" for name in others)
+        why = "; ".join(f"not {name}: {', '.join(reasons(name, query))}" for name in others)
         logger.warning("fastseq: no kernel runs %s, and the reference in plain PyTorch is slower (%s)", query, why)
 
 
@@ -179,8 +184,11 @@ def torch_takes(query: Query, gradients: bool) -> str | None:
         return _torch_takes(query, gradients)
     key = query, gradients, fp32_precision()
     if key not in _taken:
-        sources.remember(_taken, key, _torch_takes(query, gradients))
-    return _taken[key]
+        why = _torch_takes(query, gradients)
+        if why not in (None, decision(query, gradients).about):  # for want of another, which may come
+            return why
+        sources.remember(_taken, key, why)
+    return _taken.get(key)
 
 
 def _torch_takes(query: Query, gradients: bool) -> str | None:
@@ -191,14 +199,17 @@ def _torch_takes(query: Query, gradients: bool) -> str | None:
             if decided.source == "default":
                 break
             return "; ".join(missing) or decided.about
-        missing = obstacles(candidate.backend, as_op)
-        if not missing:
+        if able(candidate.backend, as_op):
             return None
+        missing = reasons(candidate.backend, as_op)
     for name in CANDIDATES.get(query.device.type, ORDER):
         if name not in (torchs.name, reference.name):
             against = obstacles(name, as_op)
-            if not against:
-                return decided.about if decided.backend == torchs.name else None
+            if not against and decided.backend == torchs.name:
+                return decided.about
+            if not against and able(name, as_op):
+                return None
+            against = against or reasons(name, as_op)
             missing = missing if query.device.type not in BACKENDS[name].devices else against
     return "; ".join(missing) or LACKING
 

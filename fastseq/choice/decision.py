@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 
 MODES = ("inference", "training")  # without gradients, with them
 _HEADS = ("BH", "Tq", "Tk", "E")
-SIZES = {"recurrent": ("B", "T", "H"), "recurrent_cell": ("B", "H"), "attention": _HEADS, "attention_decode": _HEADS}
+SIZES = {
+    "recurrent": ("B", "T", "H"),
+    "recurrent_cell": ("B", "H"),
+    "attention": _HEADS,
+    "attention_decode": _HEADS,
+    "scan": ("B", "T", "C"),
+}
 FIRST = "torch"  # of two that are equally far or fast
 
 

@@ -28,7 +28,6 @@ _CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # of the lengths
 logger = logging.getLogger("fastseq")
 # tunes a call that is met for the first time, and returns whether there is something new; None: nobody does
 meet: Callable[[Call, torch.device], bool] | None = None
-at_leisure: Callable[[], bool] = lambda: True  # whether it can be done now; set together with `meet`
 
 _rule: Callable[[Call], Candidate | None] | None = None
 _tuned: dict[Device, dict[tuple[Any, ...], list[Point]]] | None = None
@@ -38,6 +37,11 @@ _forms: dict[tuple[Any, ...], str] = {}
 _memories: list[dict[Any, Any]] = [_layers, _may, _forms]
 _threads: int | None = None  # of torch's pool, for which what is remembered holds; None: for any number
 _told: set[tuple[Any, ...]] = set()
+
+
+def at_leisure() -> bool:
+    """Whether a call can be met now; replaced together with `meet`."""
+    return True
 
 
 def remember(memory: dict[Any, Any], key: Any, value: Any) -> Any:

@@ -155,8 +155,9 @@ def main(threads: str, setup: str) -> None:
         call = Call(**{**request["call"], "sizes": tuple(request["call"]["sizes"])})
         device, seconds, without = torch.device(request["device"]), request["seconds"], request["without"]
         try:
-            say: measure.Said = lambda at, name: answer(at=at, candidate=name)
-            found = measure.measured(call, device, seconds, without, say, request["by_name"])
+            found = measure.measured(
+                call, device, seconds, without, lambda at, name: answer(at=at, candidate=name), request["by_name"]
+            )
         except Exception as error:  # whatever a kernel raises, the next call may do better
             answer(failed=f"{type(error).__name__}: {error}")
         else:

@@ -1,4 +1,4 @@
-"""Who decides: what was tuned here, else what is shipped, else torch's kernel where it has one; and what a decision depends on."""
+"""Who decides: what was tuned here, else what is shipped, else torch's kernel where it has one."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ They are called before an op would be: by the functions of ``fastseq.functional`
 
 from __future__ import annotations
 
-from ..query import AttentionQuery, Query
+from ..query import AttentionQuery, Query, ScanQuery
 from . import attention, recurrent
 
 __all__ = ["attention", "available", "devices", "fuses", "name", "ops", "recurrent", "serves", "why_not"]
@@ -29,9 +29,13 @@ def why_not(query: Query) -> list[str]:
 
 def serves(query: Query) -> bool:
     """Whether torch has what such a call asks for, fused or not."""
+    if isinstance(query, ScanQuery):
+        return False
     return attention.serves(query) if isinstance(query, AttentionQuery) else recurrent.serves(query)
 
 
 def fuses(query: Query) -> bool:
     """Whether torch runs such a call by a kernel of its own for it, not by several one after the other."""
+    if isinstance(query, ScanQuery):
+        return False
     return attention.fuses(query) if isinstance(query, AttentionQuery) else recurrent.fuses(query)
