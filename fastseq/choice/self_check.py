@@ -89,11 +89,11 @@ def against(backend: ModuleType, query: Any, reference: ModuleType) -> list[str]
         return []
     wanted = [_key(backend, query, family) for family in needed(query)]
     if any(_known(key) is None for key in wanted):
-        if _looking.get():
-            return []
         obstacle = _obstacle(query.device)
         if obstacle:
             return [f"its self-check on this device has not run yet, and does not {obstacle}"]
+        if _looking.get():
+            return []
         if not _running.acquire(blocking=False):
             return ["its self-check runs in another thread"]
         try:
