@@ -16,7 +16,7 @@ import torch
 
 from fastseq import backends, ops
 from fastseq._version import __version__
-from fastseq.backends import AttentionQuery, Query, RecurrentQuery, library
+from fastseq.backends import AttentionQuery, Query, RecurrentQuery, ScanQuery, library
 from fastseq.cells import CELLS
 from fastseq.choice import self_check
 
@@ -249,6 +249,10 @@ def _attention(op: str, call: str, uses: tuple[str, ...] = ()) -> Callable[[torc
     )
 
 
+def _scan(call: str) -> Callable[[torch.device, torch.dtype], Query]:
+    return lambda device, dtype: ScanQuery("scan", call, device, dtype, "real", 1024, 8, 256, "padded", ())
+
+
 # A middling call of each kind; `fastseq.explain` answers for a given one.
 _QUERIES: dict[str, dict[str, Callable[[torch.device, torch.dtype], Query]]] = {
     "recurrent": {cell: _recurrent(cell) for cell in CELLS},
@@ -259,6 +263,7 @@ _QUERIES: dict[str, dict[str, Callable[[torch.device, torch.dtype], Query]]] = {
         "weights": _attention("attention", "weights"),
     },
     "attention_decode": {"decode": _attention("attention_decode", "decode")},
+    "scan": {"forward": _scan("forward"), "backward": _scan("backward")},
 }
 
 

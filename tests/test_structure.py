@@ -100,6 +100,7 @@ def test_kernels_import_no_package_code():
 
 # Where an op has kernels of its own; a backend that runs it says so in its `ops`.
 KERNELS = {
+    "scan": ("csrc/cpu/scan.cpp", "kernels/scan/scan.py"),
     "recurrent": ("csrc/cpu/recurrent.cpp",),
     "attention": ("kernels/attention/forward.py", "kernels/attention/backward.py", "kernels/attention/weights.py"),
     "attention_decode": ("kernels/attention/decode.py", "csrc/cpu/attention_decode.cpp"),

@@ -203,6 +203,8 @@ def family_of(backend: ModuleType, query: Any, family: str) -> str:
     variant = backend.variant(query, family) if hasattr(backend, "variant") else ""
     if query.op == "recurrent":
         used = [query.cell, *(["projected"] if query.projected else []), *(["zoneout"] if query.zoned else [])]
+    elif query.op == "scan":
+        used = [query.kind, *([] if query.layout == "padded" else [query.layout]), *query.uses]
     else:
         window = {(-1, -1): [], (-1, 0): ["causal"]}.get(query.window, ["window"])
         layout = [] if query.layout in ("padded", "contiguous") else [query.layout]

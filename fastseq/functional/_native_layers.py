@@ -68,11 +68,12 @@ def native_layers(
         return None
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     op = torch.ops.fastseq_native.recurrent_layers.default
+    two = native.two_parts()
     arguments = input, h0, c0, weights, lengths, batch_sizes, cell, num_layers, has_biases, bidirectional, batch_first, *zoneout
-    results = op(*arguments, kept)
+    results = op(*arguments, kept, two)
     if packing is not None:
         if not results and kept is not None:  # made of other values: of weights that were written through .data
-            results = op(*arguments, packing.again(weights))
+            results = op(*arguments, packing.again(weights), two)
         if results and backends.watched():
             query = query_of(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes)
             for _ in range(num_layers):
@@ -89,7 +90,7 @@ def native_step(
         return None
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     op = torch.ops.fastseq_native.recurrent_layers.default
-    return op(input, h0, c0, params, None, None, cell, 1, has_biases, False, False, 0.0, 0.0, None) or None
+    return op(input, h0, c0, params, None, None, cell, 1, has_biases, False, False, 0.0, 0.0, None, False) or None
 
 
 def native_training(

@@ -5,6 +5,11 @@ state_dict, and not from nn.LSTM and its kin, which torch.compile refuses to tra
 module adds to `fastseq.functional`: its parameters, unbatched input and PackedSequence. Values are checked
 there, ranks here.
 
+Precision: sums, activations and c are float32 or wider whatever the dtype. Where a CPU has AMX, float32 is
+multiplied in three parts of bfloat16, which is as exact as multiply-adds; after
+`torch.set_float32_matmul_precision("high")` (or "medium") in two, forward and backward: 1.3 to 1.5 times as
+fast, with errors of about 5e-6 of the results' size. "highest", the default, never does that.
+
 Letters: T time, B batch, I input_size, H hidden_size, P proj_size if > 0 else H, L num_layers, D directions.
 """
 

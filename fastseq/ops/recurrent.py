@@ -510,7 +510,7 @@ def native_layer(
     """
     with torch._C._AutoDispatchBelowAutograd():
         made = torch.ops.fastseq_native.recurrent_layer.default(
-            x, h0, c0, params, *ragged, cell, has_biases, bidirectional, *zoneout, not recompute
+            x, h0, c0, params, *ragged, cell, has_biases, bidirectional, *zoneout, not recompute, native.two_parts()
         )
     if not made:
         return None

@@ -19,7 +19,7 @@ from torch import nn
 
 import fastseq
 from fastseq import backends, info
-from fastseq.backends import BACKENDS, AttentionQuery, explanation, reference, selection
+from fastseq.backends import BACKENDS, AttentionQuery, ScanQuery, explanation, reference, selection
 from fastseq.choice import problems, self_check, store
 from support.stand_in import StandIn, recurrent
 
@@ -38,6 +38,11 @@ def decoding(dtype, **changes):
     return attention(
         "decode", dtype, ("sinks",), op="attention_decode", layout="paged", block_size=16, lengths=(2, 64), **changes
     )
+
+
+def scanned(kind, dtype, uses=(), **changes):
+    given = dict(op="scan", call="forward", device=CPU, steps=40, batch=3, channels=37, layout="padded") | changes
+    return ScanQuery(kind=kind, dtype=dtype, uses=uses, **given)
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +86,10 @@ def against(backend, query):
         attention("forward", torch.bfloat16, ("sinks",), layout="packed"),
         attention("weights", torch.bfloat16, ("slopes",)),
         decoding(torch.bfloat16),
+        scanned("real", torch.bfloat16, ("initial", "resets"), layout="lengths"),
+        scanned("complex", torch.complex64, ("initial", "reverse"), layout="packed"),
+        scanned("blocks", torch.float16),
+        scanned("real", torch.float32, ("log", "resets")),
     ],
     ids=str,
 )

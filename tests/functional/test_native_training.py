@@ -484,20 +484,20 @@ def test_raw_op_refuses_what_does_not_fit():
     """The kernels trust sizes and dtypes, so the native op checks them whoever calls it."""
     x, w_ih, w_hh = torch.randn(3, 2, 4), torch.randn(15, 4), torch.randn(15, 5)
     y, h_n, c_n, c, gates = torch.ops.fastseq_native.recurrent_layer(
-        x, None, None, [w_ih, w_hh], *[None] * 4, "gru", False, False, 0.0, 0.0, True
+        x, None, None, [w_ih, w_hh], *[None] * 4, "gru", False, False, 0.0, 0.0, True, False
     )
 
     def call(dy=y, x=x, y=y, params=(w_ih, w_hh), h0=None, ragged=(), gates=gates, cell="gru", wanted=(True,) * 5):
         ragged = [*ragged, *[None] * (4 - len(ragged))]
         torch.ops.fastseq_native.recurrent_layer_backward(
-            dy, None, None, x, h0, None, list(params), *ragged, y, c, gates, cell, 0.0, 0.0, list(wanted)
+            dy, None, None, x, h0, None, list(params), *ragged, y, c, gates, cell, 0.0, 0.0, list(wanted), False
         )
 
     call(h0=torch.randn(1, 2, 5))
     hold = torch.zeros(3, 2, 1, 4, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="hold_h must have 30 elements, got 24"):
         torch.ops.fastseq_native.recurrent_layer(
-            x, None, None, [w_ih, w_hh], *[None] * 2, hold, None, "gru", *[False] * 2, 0, 0, True
+            x, None, None, [w_ih, w_hh], *[None] * 2, hold, None, "gru", False, False, 0.0, 0.0, True, False
         )
     for wrong, message in (
         ({"x": x[:, :1].contiguous()}, "x must have 24 elements, got 12"),
