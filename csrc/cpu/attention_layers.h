@@ -24,6 +24,11 @@ std::vector<Tensor> multihead_attention(Tensor query, Tensor key, Tensor value, 
                                         std::optional<Tensor> key_padding_mask, std::optional<Tensor> attn_mask, bool batch_first,
                                         bool is_causal, bool need_weights, bool average_attn_weights);
 
+// torch.nn.functional.linear by the own kernels for matrices; nothing where they are not the ones for it.
+std::vector<Tensor> linear_forward(Tensor input, Tensor weight, std::optional<Tensor> bias);
+// The gradients of input, weight and bias, of size 0 where not wanted; by torch's products where the own ones do not take the numbers.
+std::vector<Tensor> linear_backward(Tensor dout, Tensor input, Tensor weight, std::vector<bool> wanted);
+
 // Self-attention between its projections, for a layer with gradients: `projected` [N, L, 3 E] (batch_first) or [L, N, 3 E] has q, k and v of
 // all heads; masks and options as above. Returns the heads' results, shaped as the input of the layer, the lse [N, H, L], the weights if
 // needed. A dropout needs a seed.

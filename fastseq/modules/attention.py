@@ -29,6 +29,7 @@ from ..backends import library
 from ..functional._recording import recorder
 from ..functional._torch_attention import attention_and_weights, attention_output, seeded
 from ..ops._attention_eager import self_attention
+from ..ops._linear_eager import linear
 from ..ops._dispatch import PLAIN, plain_call
 from ..ops.attention import Spec, attention, attention_weights
 from ._checks import describe, public
@@ -263,7 +264,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             return self._spec(*masks, is_causal)._replace(dropout=dropout)
 
         results = self_attention(
-            F.linear(query, weight, bias),
+            linear(query, weight, bias),
             self.num_heads,
             key_padding_mask,
             attn_mask,
@@ -276,7 +277,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
         )
         if results is None:
             return None
-        return F.linear(results[0], out_weight, out_bias), results[1] if need_weights else None
+        return linear(results[0], out_weight, out_bias), results[1] if need_weights else None
 
     def _steps(self, x: Tensor) -> int:
         return x.shape[1 if self.batch_first and x.dim() == 3 else 0]

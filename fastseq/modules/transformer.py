@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import backends
 from ..backends import library
 from ..ops._dispatch import PLAIN, plain_call
+from ..ops._linear_eager import linear
 from ._checks import public
 from ._interop import Interop, as_leaf
 from .attention import MultiheadAttention
@@ -99,6 +100,13 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
     if TYPE_CHECKING:
         __call__ = forward
 
+    def _ff_block(self, x: Tensor) -> Tensor:
+        first, second = self._modules["linear1"], self._modules["linear2"]
+        if not (_plainly(first) and _plainly(second) and type(x) in PLAIN and x.is_cpu and plain_call()) or library.reason():
+            return super()._ff_block(x)
+        hidden = self.dropout(self.activation(linear(x, *first._parameters.values())))  # type: ignore[union-attr]
+        return self.dropout2(linear(hidden, *second._parameters.values()))  # type: ignore[union-attr]
+
     def _in_one_call(
         self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None, is_causal: bool
     ) -> Tensor | None:
@@ -173,3 +181,11 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
             uses=(),
             gradients=(),
         )
+
+
+def _plainly(module: nn.Module | None) -> bool:
+    """Whether a module does what ``linear`` does with its weight and its bias."""
+    if type(module) is not nn.Linear or len(module._parameters) != 2 or not PLAIN.issuperset(map(type, module._parameters.values())):
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks

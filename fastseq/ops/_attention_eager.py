@@ -16,12 +16,13 @@ from ..backends import library
 from ..backends.cpu import attention as native
 from ..reference import attention as reference
 from . import attention as op
-from ._dispatch import PLAIN, wants_gradient
+from ._dispatch import PLAIN, lean, wants_gradient
 from .attention import TENSORS, _plain_dtypes, _tensors
 from .types import Spec
 
 _NUMBERS = frozenset((int, float))
-_native: Any = None  # the library's op, once it is loaded
+_native: Any = None  # the library's ops, once it is loaded
+_native_backward: Any = None
 
 
 def random_seed(device: torch.device | None = None) -> Tensor:
@@ -69,37 +70,42 @@ def scaled_dot_product_attention(
         return results[0] if results else None
     if query.dim() != 4:
         return None
-    with torch._C._AutoDispatchBelowAutograd():
-        results = _native(query, key, value, mask, causal, scale, grouped, True, dropout, seed)
-    if not results:
-        return None
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _Plain.apply(query, key, value, (*results, mask, seed, scale, causal, dropout))
+    return _plain(query, key, value, (mask, causal, scale, grouped, True, dropout, seed))
 
 
 class _Plain(torch.autograd.Function):
-    """Attention that is computed already, differentiable in q, k and v."""
+    """Attention that is differentiable in q, k and v; None: the library declines it."""
 
     @staticmethod
-    def forward(ctx, q, k, v, found):
-        out, lse, mask, seed, *ctx.scalars = found
+    def forward(ctx, q, k, v, arguments):
+        results = _native(q, k, v, *arguments)
+        if not results:
+            return None
+        mask, causal, scale, _, _, dropout, seed = arguments
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.dim())]
+        out, lse = results
         ctx.save_for_backward(q, k, v, out, lse, mask, seed)
+        ctx.rest = q.shape[-1] ** -0.5 if scale is None else scale, causal, dropout
         return out
 
     @staticmethod
     def backward(ctx, dout):
+        global _native_backward
         q, k, v, out, lse, mask, seed = ctx.saved_tensors
-        scale, causal, dropout = ctx.scalars
+        scale, causal, dropout = ctx.rest
         if torch.is_grad_enabled():
             spec = Spec(scale=scale, right=0 if causal else -1, dropout=dropout, seed=seed)
             spec = spec._replace(**{} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask})
             return *_through_reference(ctx.needs_input_grad[:3], (q, k, v), spec, dout), None
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        backward = torch.ops.fastseq_native.attention_plain_backward.default
-        return *backward(dout, q, k, v, out, lse, mask, scale, causal, dropout, seed), None
+        if _native_backward is None:
+            _native_backward = torch.ops.fastseq_native.attention_plain_backward.default
+        return *_native_backward(dout, q, k, v, out, lse, mask, scale, causal, dropout, seed), None
+
+
+_plain = lean(_Plain)
 
 
 def _through_reference(wanted: Sequence[bool], inputs: Sequence[Tensor], spec: Spec, dout: Tensor) -> list[Tensor | None]:
@@ -129,7 +135,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool | None 
             native.attention_forward(q, k, v, spec) if average is None else native.attention_with_weights(q, k, v, spec, average)
         )
     if wants_gradient(_tensors(q, k, v, spec)):
-        return _Attention.apply(q, k, v, (average, results), *spec)
+        return _attention(q, k, v, (average, results), *spec)
     return results
 
 
@@ -143,6 +149,9 @@ class _Attention(op._Attention):
         ctx.scalars = fields[TENSORS:]
         ctx.set_materialize_grads(False)
         return results
+
+
+_attention = lean(_Attention)
 
 
 def self_attention(
@@ -173,7 +182,7 @@ def self_attention(
     if not results:
         return None
     if torch.is_grad_enabled() and projected.requires_grad:
-        return _SelfAttention.apply(projected, results, arguments, average, meaning)
+        return _self_attention(projected, results, arguments, average, meaning)
     return [results[0], *results[2:]]
 
 
@@ -200,6 +209,9 @@ class _SelfAttention(torch.autograd.Function):
         backward = torch.ops.fastseq_native.self_attention_backward.default
         dprojected = backward(dout, projected, out, lse, heads, padding, mask, batch_first, causal, dropout, seed)
         return dprojected, None, None, None, None
+
+
+_self_attention = lean(_SelfAttention)
 
 
 def _self_through_reference(ctx, projected, seed, dout, dw):

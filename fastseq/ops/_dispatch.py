@@ -66,6 +66,15 @@ def plain_call() -> bool:
     )
 
 
+def lean(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for plain calls (``plain_call``), without what torch asks around it, at either pass as long as the rest.
+
+    It does not look for transforms, and a node of the graph calls ``backward`` itself.
+    """
+    function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
+    return super(torch.autograd.Function, function).apply
+
+
 def needs_plain_torch(tensors: Sequence[Tensor]) -> bool:
     """Whether a transform is active that an opaque op cannot follow: vmap, jvp, torch.func.grad, forward-mode AD.
 
