@@ -161,7 +161,7 @@ class Few {
   static constexpr int64_t kGroup = W < 8 ? W : 8;      // rows
   static constexpr A kLowest = -std::numeric_limits<A>::infinity();
 #if defined(FASTSEQ_TILES)
-  static constexpr bool kTiles = true;
+  static constexpr bool kTiles = true;  // beside which there are products of pairs of bfloat16 in vectors
 #else
   static constexpr bool kTiles = false;
 #endif
@@ -186,7 +186,7 @@ class Few {
     int64_t row, rows;
     int64_t lanes;       // L
     int64_t begin, end;  // keys that none of its rows is denied
-    A *queries;          // [padded E / P, L, P]; for tiles, of the type in memory, [padded E / 2, L, 2]
+    A *queries;          // [padded E / P, L, P]; in pairs, of the type in memory, [padded E / 2, L, 2]
     A *highest, *total;  // [W / L, L], highest the same for all keys; total the sums of its keys
   };
 
@@ -365,25 +365,26 @@ class Few {
     return static_cast<const S*>(a_.q.data) + a_.q.offset(part_.batch, row.head, sequence_.first_q + row.query);
   }
 
-  // for tiles
-  void read_pairs() {
-    for (int64_t g = 0; g < groups_of(part_.rows); ++g) {
-      const Group& group = groups_[g];
-      auto* const to = reinterpret_cast<S*>(group.queries);
-      __builtin_memset((void*)to, 0, kGroup * blocks_of(a_.features, kDepth) * kDepth * sizeof(S));
-      for (int64_t i = 0; i < group.rows; ++i) {
-        const S* const from = query_of(rows_[group.row + i]);
-        for (int64_t e = 0; e < a_.features / 2; ++e) __builtin_memcpy((void*)(to + (e * kGroup + i) * 2), from + 2 * e, 2 * sizeof(S));
-        if (a_.features % 2) to[(a_.features - 1) * kGroup + i * 2] = from[a_.features - 1];
-      }
+  // whether features are multiplied in pairs
+  bool in_pairs(const Group& group) const { return tiled_ || (kTiles && group.lanes == 1); }
+  void read_pairs(const Group& group) {
+    auto* const to = reinterpret_cast<S*>(group.queries);
+    __builtin_memset((void*)to, 0, group.lanes * blocks_of(a_.features, kDepth) * kDepth * sizeof(S));
+    for (int64_t i = 0; i < group.rows; ++i) {
+      const S* const from = query_of(rows_[group.row + i]);
+      for (int64_t e = 0; e < a_.features / 2; ++e) __builtin_memcpy((void*)(to + (e * group.lanes + i) * 2), from + 2 * e, 2 * sizeof(S));
+      if (a_.features % 2) to[(a_.features - 1) * group.lanes + i * 2] = from[a_.features - 1];
     }
   }
 
   void read_queries() {
-    if (tiled_) return read_pairs();
     const int64_t features = blocks_of(a_.features, C::kFeatures) * C::kFeatures;
     for (int64_t g = 0; g < groups_of(part_.rows); ++g) {
       const Group& group = groups_[g];
+      if (in_pairs(group)) {
+        read_pairs(group);
+        continue;
+      }
       const int64_t L = group.lanes, P = W / L;
       for (int64_t i = 0; i < L; ++i) {
         if (i < group.rows) {
@@ -510,7 +511,9 @@ class Few {
 #pragma GCC unroll 1
       for (int64_t n = 0; n < G; n += N) {
         V sum[N] = {};
-        if constexpr (L == 1)
+        if constexpr (L == 1 && kTiles)
+          multiply_pairs(reinterpret_cast<const S*>(q), keys + first + n, ahead.part(first + n, first + n + N), sum);
+        else if constexpr (L == 1)
           multiply_rows(q, keys + first + n, ahead.part(first + n, first + n + N), sum);
         else
           multiply_pieces<L>(q, keys + first + n, ahead.part(first + n, first + n + N), sum);
@@ -646,6 +649,21 @@ class Few {
     }
   }
 #endif
+
+  // Adds products of one row, those of a pair of features at once.
+  FASTSEQ_HOST_DEVICE void multiply_pairs([[maybe_unused]] const S* q, [[maybe_unused]] const S* const* keys,
+                                          [[maybe_unused]] const Ahead& ahead, [[maybe_unused]] V* sum) const {
+#if defined(FASTSEQ_TILES)
+    int64_t fetched = 0;
+    for (int64_t e = 0; e < a_.features; e += kDepth) {
+      ahead.fetch(e + kDepth, a_.features, fetched);
+      const auto query = (__m512bh)_mm512_loadu_si512(q + e);
+#pragma GCC unroll 8
+      for (int64_t n = 0; n < kTogether; ++n)
+        sum[n] = (V)_mm512_dpbf16_ps((__m512)sum[n], query, (__m512bh)features_of(keys[n] + e, a_.features - e));
+    }
+#endif
+  }
 
   // Adds products of one row.
   FASTSEQ_HOST_DEVICE void multiply_rows(const A* q, const S* const* keys, const Ahead& ahead, V* sum) const {

@@ -88,6 +88,13 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
   return {out};
 }
 
+std::optional<Tensor> plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, std::optional<double> scale,
+                                      bool enable_gqa) {
+  const std::vector<Tensor> results = scaled_dot_product_attention(query, key, value, {}, is_causal, scale, enable_gqa, false, 0, {});
+  if (results.empty()) return {};
+  return results[0];
+}
+
 namespace {
 
 // A batch [N, L, E], or one sequence [L, E], as rows that lie one after another in memory.

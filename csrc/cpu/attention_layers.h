@@ -17,6 +17,10 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
                                                  std::optional<double> scale, bool enable_gqa, bool wants_lse, double dropout,
                                                  std::optional<Tensor> seed);
 
+// The same without mask, dropout and lse: fewer arguments cost less of a short call.
+std::optional<Tensor> plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, std::optional<double> scale,
+                                      bool enable_gqa);
+
 // The forward of torch.nn.MultiheadAttention with one in_proj_weight; the weights, if needed, behind the output. is_causal: the causal mask
 // is meant by attn_mask, which is not read.
 std::vector<Tensor> multihead_attention(Tensor query, Tensor key, Tensor value, int64_t num_heads, Tensor in_proj_weight,

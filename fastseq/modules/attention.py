@@ -29,8 +29,8 @@ from ..backends import library
 from ..functional._recording import recorder
 from ..functional._torch_attention import attention_and_weights, attention_output, seeded
 from ..ops._attention_eager import self_attention
-from ..ops._linear_eager import linear
 from ..ops._dispatch import PLAIN, plain_call
+from ..ops._linear_eager import linear
 from ..ops.attention import Spec, attention, attention_weights
 from ._checks import describe, public
 from ._interop import Interop, as_leaf

@@ -185,7 +185,11 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
 
 def _plainly(module: nn.Module | None) -> bool:
     """Whether a module does what ``linear`` does with its weight and its bias."""
-    if type(module) is not nn.Linear or len(module._parameters) != 2 or not PLAIN.issuperset(map(type, module._parameters.values())):
+    if (
+        type(module) is not nn.Linear
+        or len(module._parameters) != 2
+        or not PLAIN.issuperset(map(type, module._parameters.values()))
+    ):
         return False
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooks

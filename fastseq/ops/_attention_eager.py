@@ -21,7 +21,8 @@ from .attention import TENSORS, _plain_dtypes, _tensors
 from .types import Spec
 
 _NUMBERS = frozenset((int, float))
-_native: Any = None  # the library's ops, once it is loaded
+_native: Any = None  # the library's ops, once it is loaded, without a frame of Python around each
+_native_plain: Any = None
 _native_backward: Any = None
 
 
@@ -41,7 +42,6 @@ def scaled_dot_product_attention(
     grouped: bool,
 ) -> Tensor | None:
     """What torch's function of that name gives; None: the call is for another way, which also says what is wrong with it."""
-    global _native
     if type(query) not in PLAIN or type(key) not in PLAIN or type(value) not in PLAIN:
         return None
     if type(causal) is not bool or type(dropout) not in _NUMBERS or (mask is not None and type(mask) not in PLAIN):
@@ -61,16 +61,22 @@ def scaled_dot_product_attention(
             return None
         seed = random_seed()
     if _native is None:
-        _native = torch.ops.fastseq_native.scaled_dot_product_attention.default
+        _load()
     if not gradients:
-        if seed is None:
-            results = _native(query, key, value, mask, causal, scale, grouped)
-        else:
-            results = _native(query, key, value, mask, causal, scale, grouped, False, dropout, seed)
+        if seed is None and mask is None:
+            return _native_plain(query, key, value, causal, scale, grouped)
+        results = _native(query, key, value, mask, causal, scale, grouped, False, dropout, seed)
         return results[0] if results else None
     if query.dim() != 4:
         return None
     return _plain(query, key, value, (mask, causal, scale, grouped, True, dropout, seed))
+
+
+def _load() -> None:
+    global _native, _native_plain, _native_backward
+    ops = torch.ops.fastseq_native
+    _native, _native_plain = ops.scaled_dot_product_attention.default._op, ops.plain_attention.default._op
+    _native_backward = ops.attention_plain_backward.default._op
 
 
 class _Plain(torch.autograd.Function):
@@ -91,7 +97,6 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        global _native_backward
         q, k, v, out, lse, mask, seed = ctx.saved_tensors
         scale, causal, dropout = ctx.rest
         if torch.is_grad_enabled():
@@ -100,8 +105,6 @@ class _Plain(torch.autograd.Function):
             return *_through_reference(ctx.needs_input_grad[:3], (q, k, v), spec, dout), None
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        if _native_backward is None:
-            _native_backward = torch.ops.fastseq_native.attention_plain_backward.default
         return *_native_backward(dout, q, k, v, out, lse, mask, scale, causal, dropout, seed), None
 
 
