@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from .. import backends
 from . import flops
@@ -55,7 +56,7 @@ PLAIN = frozenset((Tensor, torch.nn.Parameter))  # a subclass has a say in what 
 def plain_call() -> bool:
     """Whether nobody compiles, traces, transforms or lowers what runs now, nor forces another backend than the CPU's."""
     return not (
-        torch.compiler.is_compiling()
+        is_compiling()
         or _C._is_tracing()
         or _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
