@@ -8,6 +8,7 @@
 #include "cpu/attention_layers.h"
 #include "cpu/level.h"
 #include "cpu/recurrent.h"
+#include "cpu/scan.h"
 #include "limits/exchange_op.h"
 #include "limits/fma_op.h"
 #include "recurrent/recurrent.h"
@@ -34,25 +35,27 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def(
       "recurrent_forward(Tensor? x, Tensor? w_ih, Tensor? b_ih, Tensor? x_gates, Tensor weight, Tensor? vectors, "
       "Tensor? projection, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, str cell, "
-      "int reverse, float zoneout_h, float zoneout_c, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, "
+      "int reverse, float zoneout_h, float zoneout_c, bool two_parts, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, "
       "Tensor(e!) gates) -> ()");
   m.def(
       "recurrent_layers(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, str cell, "
-      "int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, float zoneout_c, Tensor[]? kept) -> "
-      "Tensor[]");
+      "int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, float zoneout_c, Tensor[]? kept, "
+      "bool two_parts) -> Tensor[]");
   m.def(
-      "recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, str cell, bool has_biases, bool bidirectional, "
-      "bool save_gates) -> Tensor[]");
+      "recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, "
+      "Tensor? hold_c, str cell, bool has_biases, bool bidirectional, float zoneout_h, float zoneout_c, bool save_gates, "
+      "bool two_parts) -> Tensor[]");
   m.def(
-      "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
-      "Tensor[] params, Tensor y, Tensor c, Tensor gates, str cell, bool[] wanted) -> Tensor[]");
+      "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, "
+      "Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, Tensor gates, str cell, "
+      "float zoneout_h, float zoneout_c, bool[] wanted, bool two_parts) -> Tensor[]");
   m.def("recurrent_norm_gradients(Tensor dgates, Tensor gates, Tensor? dm, Tensor? c, Tensor vectors, str cell) -> Tensor");
   m.def(
       "recurrent_pack(Tensor[] params, str cell, int num_layers, bool has_biases, bool bidirectional, str weights) -> Tensor[]");
   m.def(
       "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
       "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
-      "Tensor gates, str cell, int reverse, float zoneout_h, float zoneout_c, bool through_weights, Tensor(a!) dgates, "
+      "Tensor gates, str cell, int reverse, float zoneout_h, float zoneout_c, bool through_weights, bool two_parts, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) doutput, Tensor(d!) dh0, Tensor(e!) dc0) -> ()");
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? slopes, Tensor? sinks, "
@@ -63,7 +66,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "int num_splits) -> Tensor[]");
   m.def(
       "recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, Tensor? h0, Tensor? lengths, Tensor? batch_sizes, "
-      "Tensor[] w_ih, int reverse, int[] wanted) -> Tensor[]");
+      "Tensor[] w_ih, int reverse, int[] wanted, bool two_parts) -> Tensor[]");
   m.def(
       "recurrent_cuda_forward(str cell, str precision, int[] plan, Tensor x_gates, Tensor weight, Tensor? vectors, Tensor? h0, "
       "Tensor? c0, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, Tensor(e!) gates, Tensor? starts, Tensor? lengths, "
@@ -73,6 +76,12 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor weight, Tensor? vectors, Tensor? h0, Tensor? c0, Tensor y, Tensor c, Tensor gates, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) dh0, Tensor(d!) dc0, Tensor? starts, Tensor? lengths, int steps, int batch, int lanes, "
       "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags) -> ()");
+  m.def(
+      "scan_forward(Tensor b, Tensor a, Tensor? initial, Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str kind, bool log, "
+      "bool reverse, Tensor(a!) h, Tensor(b!) final) -> ()");
+  m.def(
+      "scan_backward(Tensor? dh, Tensor? dfinal, Tensor a, Tensor h, Tensor? initial, Tensor? resets, Tensor? lengths, "
+      "Tensor? cu_seqlens, str kind, bool log, bool reverse, Tensor(a!)? db, Tensor(b!)? da, Tensor(c!) dinitial) -> ()");
   m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ") -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTSEQ_SPEC
         ", bool[] wanted) -> Tensor[]");
@@ -117,6 +126,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("attention_plain_backward", TORCH_BOX(&fastseq::cpu::attention_plain_backward));
   m.impl("attention_decode", TORCH_BOX(&fastseq::cpu::attention_decode));
   m.impl("recurrent_gradients", TORCH_BOX(&fastseq::cpu::recurrent_gradients));
+  m.impl("scan_forward", TORCH_BOX(&fastseq::cpu::scan_forward));
+  m.impl("scan_backward", TORCH_BOX(&fastseq::cpu::scan_backward));
 }
 
 #if defined(FASTSEQ_CUDA)

@@ -16,8 +16,9 @@ import torch
 
 from fastseq import backends, ops
 from fastseq._version import __version__
-from fastseq.backends import AttentionQuery, Query, RecurrentQuery, library
+from fastseq.backends import AttentionQuery, Query, RecurrentQuery, ScanQuery, library
 from fastseq.cells import CELLS
+from fastseq.choice import self_check
 
 _LEVELS = {
     "default": "baseline",
@@ -36,6 +37,7 @@ def collect() -> dict[str, Any]:
         "versions": _versions(),
         "library": _library(),
         "backends": [{"name": name, "reason": backends.BACKENDS[name].available()} for name in backends.ORDER],
+        "self_check": _self_check(),
         "support": _support(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTSEQ_")},
     }
@@ -65,6 +67,13 @@ def as_text() -> str:
     lines += ["", "backends, in order of preference"]
     for backend in found["backends"]:
         lines.append(f"  {backend['name']:<14}{'available' if backend['reason'] is None else backend['reason']}")
+
+    if found["self_check"]:
+        lines += ["", f"self-check of the GPU's kernels (FASTSEQ_SELF_CHECK={self_check.mode()})"]
+        lines += [
+            f"  {verdict['family']}: {'right' if verdict['right'] else 'wrong, ' + verdict['words']}"
+            for verdict in found["self_check"]
+        ]
 
     for device in dict.fromkeys(choice["device"] for choice in found["support"]):
         lines += ["", f"which backend runs what on {device}"]
@@ -192,12 +201,23 @@ def _gpus() -> list[dict[str, Any]]:
     return found
 
 
+def _self_check() -> list[dict[str, Any]]:
+    """What this machine has found out about the kernels of its devices."""
+    return [
+        {"device": str(device), "family": family, **verdict._asdict()}
+        for device in _devices()
+        for family, verdict in self_check.known(device)
+    ]
+
+
+def _devices() -> list[torch.device]:
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]
+
+
 def _support() -> list[dict[str, Any]]:
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     choices = []
-    for device in devices:
+    for device in _devices():
         for op in ops.OPS:
             for call, query in _QUERIES[op].items():
                 by_dtype = {str(dtype).removeprefix("torch."): _choice(query(device, dtype)) for dtype in DTYPES}
@@ -229,6 +249,10 @@ def _attention(op: str, call: str, uses: tuple[str, ...] = ()) -> Callable[[torc
     )
 
 
+def _scan(call: str) -> Callable[[torch.device, torch.dtype], Query]:
+    return lambda device, dtype: ScanQuery("scan", call, device, dtype, "real", 1024, 8, 256, "padded", ())
+
+
 # A middling call of each kind; `fastseq.explain` answers for a given one.
 _QUERIES: dict[str, dict[str, Callable[[torch.device, torch.dtype], Query]]] = {
     "recurrent": {cell: _recurrent(cell) for cell in CELLS},
@@ -239,6 +263,7 @@ _QUERIES: dict[str, dict[str, Callable[[torch.device, torch.dtype], Query]]] = {
         "weights": _attention("attention", "weights"),
     },
     "attention_decode": {"decode": _attention("attention_decode", "decode")},
+    "scan": {"forward": _scan("forward"), "backward": _scan("backward")},
 }
 
 
@@ -247,7 +272,8 @@ def _choice(query: Query) -> str:
     if forced in backends.BACKENDS:
         against = backends.obstacles(forced, query)
         return "none" if against else forced
-    return backends.select(query).name
+    with self_check.known_alone():
+        return backends.select(query).name
 
 
 def _read(path: str) -> str:

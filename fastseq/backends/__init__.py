@@ -12,7 +12,7 @@ from __future__ import annotations
 from . import cpu, cuda, reference, torch, triton
 from .explanation import Explanation, explain
 from .notes import note
-from .query import AttentionQuery, Query, RecurrentQuery
+from .query import AttentionQuery, Query, RecurrentQuery, ScanQuery
 from .selection import (
     BACKENDS,
     ORDER,
@@ -35,6 +35,7 @@ __all__ = [
     "Query",
     "RecurrentQuery",
     "Refused",
+    "ScanQuery",
     "cpu",
     "cuda",
     "explain",

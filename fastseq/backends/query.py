@@ -58,4 +58,26 @@ class AttentionQuery(NamedTuple):
         )
 
 
-Query = RecurrentQuery | AttentionQuery
+class ScanQuery(NamedTuple):
+    """One call of the scan op."""
+
+    op: str
+    call: str  # "forward" or "backward"
+    device: torch.device
+    dtype: torch.dtype
+    kind: str  # "real", "complex" or "blocks"
+    steps: int
+    batch: int
+    channels: int
+    layout: str  # "padded", "lengths" or "packed"
+    uses: tuple[str, ...]  # of "initial", "resets", "log", "reverse"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.op} {self.call}, {self.kind}, {dtype} on {self.device}, {self.layout}, T={self.steps} B={self.batch} "
+            f"C={self.channels}" + "".join(f", {use}" for use in self.uses)
+        )
+
+
+Query = RecurrentQuery | AttentionQuery | ScanQuery

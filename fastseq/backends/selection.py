@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from .._arguments import Function, unknown
+from ..choice import self_check
 from . import cpu, cuda, reference, torch, triton
 from .notes import note
 from .query import Query, RecurrentQuery
@@ -93,13 +94,17 @@ def forced() -> str | None:
 def reasons(name: str, query: Query) -> list[str]:
     """Why a backend does not run a call by itself; empty if it does."""
     backend = BACKENDS[name]
-    return obstacles(name, query) or (backend.stands_back(query) if hasattr(backend, "stands_back") else [])
+    stands_back = backend.stands_back(query) if hasattr(backend, "stands_back") else []
+    with self_check.known_alone():
+        return obstacles(name, query) or stands_back or self_check.against(backend, query, reference)
 
 
 def _serves(name: str, query: Query) -> bool:
     """Whether there are no `reasons`, without forming them."""
     stands_back = getattr(BACKENDS[name], "stands_back", None)
-    return not (stands_back and stands_back(query)) and not obstacles(name, query)
+    if (stands_back and stands_back(query)) or obstacles(name, query):
+        return False
+    return name not in self_check.CHECKED or not self_check.against(BACKENDS[name], query, reference)
 
 
 def obstacles(name: str, query: Query) -> list[str]:

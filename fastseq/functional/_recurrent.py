@@ -77,6 +77,10 @@ def recurrent(
         num_heads: number of equal blocks of units without connections between them; a block reads its own rows of w_hh. Layer
             norm is of each block by itself.
 
+    Precision: where a CPU has AMX, products of float32 are as exact as multiply-adds; after
+    ``torch.set_float32_matmul_precision("high")`` (or ``"medium"``) large ones have half the work and errors of about 5e-6 of the
+    results' size, forward and backward, each as is set when it runs.
+
     Raises:
         ValueError: if there is no such cell, a probability is outside [0, 1], ``num_heads`` does not divide H, or the cell cannot
             have what is asked.

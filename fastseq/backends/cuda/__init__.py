@@ -10,7 +10,7 @@ from .. import library
 from ..query import Query, RecurrentQuery
 from . import recurrent
 from .recurrent import GPU as MACHINE
-from .recurrent import recurrent_backward, recurrent_forward
+from .recurrent import recurrent_backward, recurrent_forward, variant
 
 __all__ = [
     "MACHINE",
@@ -21,6 +21,7 @@ __all__ = [
     "recurrent_backward",
     "recurrent_forward",
     "stands_back",
+    "variant",
     "why_not",
 ]
 

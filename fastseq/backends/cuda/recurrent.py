@@ -67,6 +67,11 @@ def obstacles(query: RecurrentQuery, machine: Machine) -> list[str]:
     return [reason for reason in against if reason]
 
 
+def variant_on(query: RecurrentQuery, family: str, machine: Machine) -> str:
+    """The form of the plan that runs a call."""
+    return _plan(query, family == "backward", query.device, machine).numbers.form
+
+
 def forward(call: Forward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, h_n, c_n, c, gates, as the op's contract has them."""
     results = y, h_n, c_n, c, gates = call.empty_results(zeros=True)
@@ -123,6 +128,10 @@ GPU = Machine(_limits, fp32_precision, _launch)
 
 def why_not(query: RecurrentQuery) -> list[str]:
     return obstacles(query, GPU)
+
+
+def variant(query: RecurrentQuery, family: str) -> str:
+    return variant_on(query, family, GPU)
 
 
 def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

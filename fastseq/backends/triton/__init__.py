@@ -11,10 +11,11 @@ import os
 import torch
 
 from ..query import Query
-from . import attention, attention_decode, recurrent
+from . import attention, attention_decode, recurrent, scan
 from .attention import attention_backward, attention_forward, attention_weights, attention_weights_backward
 from .attention_decode import attention_decode_forward
 from .recurrent import recurrent_backward, recurrent_forward
+from .scan import scan_backward, scan_forward
 
 __all__ = [
     "attention_backward",
@@ -28,15 +29,18 @@ __all__ = [
     "ops",
     "recurrent_backward",
     "recurrent_forward",
+    "scan_backward",
+    "scan_forward",
+    "variant",
     "why_not",
 ]
 
 name = "triton"
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 devices = ("cuda", "cpu") if interpreted else ("cuda",)
-ops = ("recurrent", "attention", "attention_decode")
+ops = ("recurrent", "attention", "attention_decode", "scan")
 
-_OPS = {"recurrent": recurrent, "attention": attention, "attention_decode": attention_decode}
+_OPS = {"recurrent": recurrent, "attention": attention, "attention_decode": attention_decode, "scan": scan}
 
 
 def available() -> str | None:
@@ -47,3 +51,8 @@ def available() -> str | None:
 
 def why_not(query: Query) -> list[str]:
     return _OPS[query.op].why_not(query)
+
+
+def variant(query: Query, family: str) -> str:
+    """Which of its kernels a family of calls runs, beside what cell, features and dtype say."""
+    return _OPS[query.op].variant(query, family)

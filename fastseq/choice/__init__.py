@@ -1,0 +1,1 @@
+"""Which kernel runs a call, as data: what was measured here (``store``)."""
