@@ -153,6 +153,8 @@ constexpr int64_t kElements = 16384;  // of rows that one thread works through a
 
 // Rows, depths and columns from which AMX multiplies, fp32 in parts of bfloat16: there packing the weights pays.
 constexpr int64_t kRowsOfTiles = 96, kDepthOfTiles = 64;
+// Multiply-adds from which torch's product of bfloat16 with weights as they lie is faster, and below which its gradients of fp32 are.
+constexpr int64_t kWork = 1 << 24;
 
 // The kernels for products of n rows with weights, in either direction; null: torch's own products are the ones.
 const MatrixKernels* kernels_for(ScalarType type, int64_t n, const Tensor& weight) {
@@ -166,6 +168,7 @@ bool multiplied(const Tensor& rows, const Tensor& weight, int64_t first, const T
   const int64_t n = rows.size(0), depth = rows.size(1), count = out.size(1);
   const MatrixKernels* kernels = kernels_for(rows.scalar_type(), n, weight);
   if (!kernels || count < kDepthOfTiles) return false;
+  if (rows.scalar_type() == ScalarType::BFloat16 && n * depth * count >= kWork) return false;
   const Type type = type_of(rows.scalar_type());
   const int64_t bytes = bytes_of(type);
   const MatrixRows of_weight{offset(data(weight), first * weight.stride(0) * bytes), weight.stride(0) * bytes, nullptr};
@@ -211,6 +214,7 @@ std::vector<Tensor> linear_forward(Tensor input, Tensor weight, std::optional<Te
   if (input.dim() < 2 || input.numel() == 0 || input.size(-1) != weight.size(1) || !weight.is_contiguous()) return {};
   if (bias && (bias->scalar_type() != type || bias->dim() != 1 || bias->size(0) != weight.size(0) || !bias->is_contiguous())) return {};
   if (!kernels_for(type, input.numel() / input.size(-1), weight)) return {};
+  if (type == ScalarType::Float && input.numel() * weight.size(0) < kWork) return {};
   return {rows_like(linear(matrix_of(input), weight, bias, 0, weight.size(0)), input)};
 }
 

@@ -210,7 +210,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
         None: the call is for another way, which also says what is wrong with it.
         """
         parameters, out = self._parameters, self._modules["out_proj"]
-        if type(out) is not NonDynamicallyQuantizableLinear or _hooked(out) or self.add_zero_attn or library.reason():
+        if type(out) is not NonDynamicallyQuantizableLinear or hooked(out) or self.add_zero_attn or library.reason():
             return None
         of_out = out._parameters
         weight, out_weight = parameters.get("in_proj_weight"), of_out.get("weight")
@@ -469,7 +469,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             raise AssertionError(f"nested tensors must hold [L_i, E], got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D")
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 

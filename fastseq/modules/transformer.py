@@ -17,7 +17,7 @@ from ..ops._dispatch import PLAIN, plain_call
 from ..ops._linear_eager import linear
 from ._checks import public
 from ._interop import Interop, as_leaf
-from .attention import MultiheadAttention
+from .attention import MultiheadAttention, hooked
 
 __all__ = ["TransformerEncoderLayer"]
 
@@ -102,10 +102,10 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
 
     def _ff_block(self, x: Tensor) -> Tensor:
         first, second = self._modules["linear1"], self._modules["linear2"]
-        if not (_plainly(first) and _plainly(second) and type(x) in PLAIN and x.is_cpu and plain_call()) or library.reason():
+        if not (_plain(first) and _plain(second) and type(x) in PLAIN and x.is_cpu and plain_call()) or library.reason():
             return super()._ff_block(x)
-        hidden = self.dropout(self.activation(linear(x, *first._parameters.values())))  # type: ignore[union-attr]
-        return self.dropout2(linear(hidden, *second._parameters.values()))  # type: ignore[union-attr]
+        hidden = self.dropout(self.activation(linear(x, *_parameters(first))))
+        return self.dropout2(linear(hidden, *_parameters(second)))
 
     def _in_one_call(
         self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None, is_causal: bool
@@ -183,13 +183,12 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
         )
 
 
-def _plainly(module: nn.Module | None) -> bool:
-    """Whether a module does what ``linear`` does with its weight and its bias."""
-    if (
-        type(module) is not nn.Linear
-        or len(module._parameters) != 2
-        or not PLAIN.issuperset(map(type, module._parameters.values()))
-    ):
+def _parameters(module: Any) -> tuple[Tensor, Tensor | None]:
+    return module._parameters["weight"], module._parameters["bias"]
+
+
+def _plain(module: Any) -> bool:
+    """Whether a module does with its parameters what ``nn.Linear`` does, and nothing else."""
+    if type(module) is not nn.Linear or hooked(module) or not module._parameters.keys() >= {"weight", "bias"}:
         return False
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks
+    return all([tensor is None or type(tensor) in PLAIN for tensor in _parameters(module)])

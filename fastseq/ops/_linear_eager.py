@@ -33,7 +33,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         global _native
         if _native is None:
-            _native = torch.ops.fastseq_native.linear.default
+            _native = torch.ops.fastseq_native.linear.default._op
         results = _native(x, weight, bias)
         if not results:
             return None
@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
             dx, dweight, dbias = dout @ weight, rows.T @ x.flatten(0, -2), rows.sum(0)
         else:
             if _native_backward is None:
-                _native_backward = torch.ops.fastseq_native.linear_backward.default
+                _native_backward = torch.ops.fastseq_native.linear_backward.default._op
             dx, dweight, dbias = _native_backward(dout, x, weight, ctx.needs_input_grad)
         return tuple([grad if wanted else None for grad, wanted in zip((dx, dweight, dbias), ctx.needs_input_grad, strict=True)])
 
