@@ -174,11 +174,14 @@ def serves(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool | None = None) -> tuple[Tensor, ...]:
     """out and lse, and the weights unless ``average`` is None: what the ops of these names give, with their gradients."""
+    saves = wants_gradient(_tensors(q, k, v, spec))
     with torch._C._AutoDispatchBelowAutograd():
         results: tuple[Tensor, ...] = (
-            native.attention_forward(q, k, v, spec) if average is None else native.attention_with_weights(q, k, v, spec, average)
+            native.attention_forward(q, k, v, spec, saves)
+            if average is None
+            else native.attention_with_weights(q, k, v, spec, average)
         )
-    if wants_gradient(_tensors(q, k, v, spec)):
+    if saves:
         return _attention(q, k, v, (average, results), *spec)
     return results
 
