@@ -105,7 +105,8 @@ def through(totals, state, row, chunk, chunks, c, C, real, KIND: tl.constexpr, N
 def forward(
     b, a, h,
     initial, final,  # wide [rows, C, N], initial None: zeros
-    totals, layout, chunks,
+    totals,  # of one chunk its pointers are None
+    layout, chunks,
     span,  # steps of a chunk
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr, REVERSE: tl.constexpr, TOTALS: tl.constexpr,
     U: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
@@ -119,7 +120,7 @@ def forward(
     if not TOTALS:
         if initial is not None:
             state = load_numbers(initial, row * C + c, real, N, ACC)
-        if totals is not None:
+        if totals.product is not None:
             for before in range(0, chunk):
                 state = through(totals, state, row, before, chunks, c, C, real, KIND, N, M)
     for first in range(begin, end, U):
@@ -159,8 +160,7 @@ def forward(
 
 @triton.jit(do_not_specialize=["chunks", "span"])
 def backward(
-    dh,  # or None
-    a, h, db, da,  # db and da may be None
+    dh, a, h, db, da,  # of dh, db and da the pointer may be None
     sums,  # wide [rows, chunks, C, M] in place of da: of every chunk its sum over the steps, of a constant a
     initial, dfinal, dinitial,  # wide [rows, C, N]; the first two or None
     totals, layout, chunks, span,
@@ -176,7 +176,7 @@ def backward(
     if not TOTALS:
         if dfinal is not None:
             carry = load_numbers(dfinal, row * C + c, real, N, ACC)
-        if totals is not None:
+        if totals.product is not None:
             for behind in range(0, chunks - 1 - chunk):
                 carry = through(totals, carry, row, chunks - 1 - behind, chunks, c, C, real, KIND, N, M)
     for done in range(0, end - begin, U):
@@ -186,12 +186,12 @@ def backward(
             t, inside = step_of(i, length, REVERSE), i >= begin
             valid = real & inside
             given, before = zeros(N, BC, ACC), zeros(N, BC, ACC)
-            if dh is not None:
+            if dh.pointer is not None:
                 given = load_numbers(dh.pointer, places(dh, layout, row, start, t, c), valid, N, ACC)
             factor = coefficients(a, places(a, layout, row, start, t, c), valid, M, LOG, ACC)
             alone = begins(layout, row, start, length, i, inside, initial is None, REVERSE)
             if not TOTALS:
-                if da is not None or sums is not None:
+                if da.pointer is not None or sums is not None:
                     at = places(h, layout, row, start, step_of(i - 1, length, REVERSE), c)
                     before = load_numbers(h.pointer, at, valid & (i > 0), N, ACC)
                     if initial is not None:
@@ -211,14 +211,14 @@ def backward(
                 cut = cut | (alone & inside)
             else:
                 t = step_of(i, length, REVERSE)
-                if db is not None:
+                if db.pointer is not None:
                     store_numbers(db.pointer, places(db, layout, row, start, t, c), whole, real & inside, N)
-                if da is not None or sums is not None:
+                if da.pointer is not None or sums is not None:
                     gradient = outer(whole, before, KIND)
                     if LOG:
                         gradient = (gradient[0] * factor[0],)
                     gradient = choose(alone, zeros(M, BC, ACC), gradient, M)
-                    if da is not None:
+                    if da.pointer is not None:
                         store_numbers(da.pointer, places(da, layout, row, start, t, c), gradient, real & inside, M)
                     else:
                         run = add(run, choose(inside, gradient, zeros(M, BC, ACC), M), M)
@@ -233,8 +233,8 @@ def backward(
             store_numbers(sums, (row * chunks + chunk) * C + c, total, real, M)
         if layout.lengths is not None:
             for t in range(tl.maximum(begin, length), tl.minimum(begin + span, layout.T)):
-                if db is not None:
+                if db.pointer is not None:
                     store_numbers(db.pointer, places(db, layout, row, start, t, c), zeros(N, BC, ACC), real, N)
-                if da is not None:
+                if da.pointer is not None:
                     store_numbers(da.pointer, places(da, layout, row, start, t, c), zeros(M, BC, ACC), real, M)
         store_numbers(dinitial, row * C + c, carry, real & (chunk == 0), N)
