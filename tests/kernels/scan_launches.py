@@ -17,7 +17,7 @@ CAPABILITIES = (80, 90, 100, 120)
 CALLS = ("forward", "backward")
 PROCESSORS = 132
 MANY, FEW = (512, 64, 1024), (8192, 2, 64)  # T, B, C: programs of 128 channels and of all steps; of 32, and chunks of time
-VARIANTS = ("log", "reverse", "resets", "lengths", "packed", "constant", "state")
+VARIANTS = ("log", "min_gru", "reverse", "resets", "lengths", "packed", "constant", "state")
 
 
 class Point(NamedTuple):
@@ -52,7 +52,7 @@ def launches(point: Point) -> list[Any]:
 
     from fastseq.backends.triton import scan
     from fastseq.benchmarks.gpu.triton_compile import recorded
-    from fastseq.ops.types import ScanSpec
+    from fastseq.ops.types import SCAN_CELLS, ScanSpec
 
     steps, batch, channels = MANY if point.cut == "whole" else FEW
     packed = point.variant == "packed"
@@ -71,7 +71,7 @@ def launches(point: Point) -> list[Any]:
         resets=empty(steps, rows, of=torch.bool) if point.variant == "resets" else None,
         lengths=empty(batch, of=torch.int32) if point.variant == "lengths" else None,
         cu_seqlens=empty(batch + 1, of=torch.int32) if packed else None,
-        log=point.variant == "log",
+        cell=point.variant if point.variant in SCAN_CELLS else "given",
         reverse=point.variant == "reverse",
     )
     initial = state if point.variant == "state" else None
@@ -81,7 +81,7 @@ def launches(point: Point) -> list[Any]:
             if point.call == "forward":
                 scan.scan_forward(b, a, initial, spec)
             else:
-                scan.scan_backward(b, initial, a, b, initial, spec, [True, True])
+                scan.scan_backward(b, initial, b if spec.cell == "min_gru" else None, a, b, initial, spec, [True, True])
     finally:
         scan._processors = before
     assert (len(found) == 2) == (point.cut == "chunks")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.types import ScanSpec, empty_scan, empty_scan_gradients, scan_kind, state_dtype
+from ...ops.types import SCAN_CELLS, ScanSpec, empty_scan, empty_scan_gradients, scan_kind, state_dtype
 from ..query import ScanQuery
 from . import _launch
 from .attention_args import accumulator
@@ -92,7 +92,7 @@ class _Launch:
             "KIND": kind,
             "N": self.state_numbers,
             "M": self.numbers,
-            "LOG": spec.log,
+            "CELL": SCAN_CELLS.index(spec.cell),
             "REVERSE": spec.reverse,
             "U": self.config.unrolled,
             "BC": self.config.channels,
@@ -129,7 +129,14 @@ def scan_forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -
 
 
 def scan_backward(
-    dh: Tensor | None, dfinal: Tensor | None, a: Tensor, h: Tensor, initial: Tensor | None, spec: ScanSpec, wanted: list[bool]
+    dh: Tensor | None,
+    dfinal: Tensor | None,
+    b: Tensor | None,
+    a: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    spec: ScanSpec,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fastseq.kernels.scan.scan import backward
 
@@ -142,6 +149,7 @@ def scan_backward(
     launch.run(
         backward,
         _rows(dh, launch.state_numbers),
+        _rows(b, launch.state_numbers),
         _rows(a, launch.numbers),
         _rows(h, launch.state_numbers),
         _rows(db if wanted[0] else None, launch.state_numbers),
