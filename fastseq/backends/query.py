@@ -71,7 +71,7 @@ class ScanQuery(NamedTuple):
     batch: int
     channels: int
     layout: str  # "padded", "lengths" or "packed"
-    uses: tuple[str, ...]  # of "initial", "resets", "log", "reverse"
+    uses: tuple[str, ...]  # of "initial", "resets", "reverse", and the cell
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
