@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 # Read when torch is loaded: a thread that waits for work sleeps. By default it spins for milliseconds after every operation, on a
 # core that another worker of pytest needs.
@@ -14,15 +15,39 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.utils._device  # noqa: E402
 
+os.environ["FASTSEQ_CACHE"] = "off"  # what this machine's user tuned is no part of the tests
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 
 import fastseq  # noqa: E402
 from fastseq.backends import BACKENDS, library  # noqa: E402
-from fastseq.backends.torch import limits  # noqa: E402
-from support import cuda_host  # noqa: E402
+from fastseq.backends.triton import _launch  # noqa: E402
+from fastseq.choice import lengths  # noqa: E402
+from support import cuda_host, interpreter  # noqa: E402
 
 BACKENDS[cuda_host.name] = cuda_host  # has no place in the order: only where it is forced
+_patches = ExitStack()
+
+
+def pytest_configure() -> None:
+    """Triton's interpreter with a bfloat16 that is right, and with every access of every kernel in every test checked."""
+    if interpreter.ON:
+        _patches.enter_context(interpreter.true_bfloat16())
+        _patches.enter_context(interpreter.checked_bounds())
+        patch = _patches.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(_launch, "INTERPRETED_DTYPES", (*_launch.INTERPRETED_DTYPES, torch.bfloat16))
+
+
+def pytest_unconfigure() -> None:
+    _patches.close()
+
+
+@pytest.fixture
+def plain_interpreter() -> Iterator[None]:
+    """Triton's interpreter as it is."""
+    pytest_unconfigure()
+    yield
+    pytest_configure()
 
 
 def pytest_report_header() -> list[str]:
@@ -80,5 +105,5 @@ def poisoned_allocations() -> Iterator[None]:
 def sequences_are_ours() -> Iterator[None]:
     """Which lengths of LSTM, GRU and RNN go to torch's kernels is measured on a machine: tests/backends/test_torch.py has a table
     of its own, and everything else is tested on fastseq's kernels."""
-    with limits.everywhere(limits.OURS):
+    with lengths.everywhere(lengths.OURS):
         yield

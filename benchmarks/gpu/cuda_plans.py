@@ -15,17 +15,7 @@ def forms(cell: str, precision: str, backward: bool, batch: int, lanes: int, hid
     found: dict[str, int] = {}
     best = plan_of(*sizes)
     for rank in range(0 if best.obstacle else best.of):
-        n = plan_of(*sizes, rank).numbers
-        waves = n.teams_at_once < n.teams
-        features = {
-            "wide": n.n_tiles > 1,
-            "batch tiles": n.batch_tiles > 1,
-            "segments": n.k_segments > 1,
-            "waves": waves,
-            "alone": n.ctas == 1,
-            "in blocks": n.units.bit_count() > 1,
-        }
-        found.setdefault(", ".join([n.exchange, *(word for word, there in features.items() if there)]), rank)
+        found.setdefault(plan_of(*sizes, rank).numbers.form, rank)
     return found
 
 

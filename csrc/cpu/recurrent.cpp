@@ -3,6 +3,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <atomic>
+#include <deque>
+#include <functional>
 #include <limits>
 #include <numeric>
 
@@ -86,10 +88,6 @@ Type type_of(ScalarType type) {
 }
 
 namespace {
-
-Zoneout zoneout_of(const std::optional<Tensor>& hold_h, const std::optional<Tensor>& hold_c, double h, double c) {
-  return {static_cast<const bool*>(data(hold_h)), static_cast<const bool*>(data(hold_c)), h, c};
-}
 
 // The rows of a call, cut into parts of the batch. Slots are sorted by decreasing length, and dealt to the parts in turn.
 class Batch {
@@ -185,11 +183,6 @@ void run_teams(const Plan& plan, int64_t lanes, int64_t reverse, const Batch& ba
       begin = next;
     }
   });
-}
-
-// With zoneout, a cell that saves nothing saves its output.
-int64_t saved_of(const Tiling& tiling, const Shape& shape) {
-  return shape.zoned ? std::max<int64_t>(tiling.saved, 1) : tiling.saved;
 }
 
 // Kept weights [n, depth] in fp32 again, for calls of so many rows that tiles pay.
@@ -304,15 +297,15 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
                        std::optional<Tensor> x_gates, Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection,
                        std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> lengths,
                        std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h, std::optional<Tensor> hold_c,
-                       std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, Tensor y, Tensor h_n, Tensor c_n,
-                       Tensor c, Tensor gates) {
+                       std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool two_parts, Tensor y, Tensor h_n,
+                       Tensor c_n, Tensor c, Tensor gates) {
   Layer layer;
   Forward& a = layer.a;
   a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
   a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
   const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates;
-  a.batch = h_n.size(1);
+  a.batch = h_n.size(1), a.two_parts = two_parts;
   layer.steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || layer.steps == 0 || P == 0) return;
 
@@ -400,15 +393,15 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
                         Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection, std::optional<Tensor> h0,
                         std::optional<Tensor> c0, std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes,
                         std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
-                        std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool through_weights, Tensor dgates,
-                        Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0) {
+                        std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool through_weights, bool two_parts,
+                        Tensor dgates, Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0) {
   LayerBackward layer;
   Backward& a = layer.a;
   a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
   a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
   const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates, GH = tiling.gates * H;
-  a.batch = dh0.size(1);
+  a.batch = dh0.size(1), a.two_parts = two_parts;
   const int64_t steps = layer.steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || steps == 0 || P == 0) return;
   const int64_t stored = bytes_of(a.shape.type);
@@ -475,6 +468,16 @@ void sum_rows(Type type, const void* values, int64_t rows, int64_t columns, int6
   });
 }
 
+// o tanh(c), in the dtype of c
+Tensor times_tanh(const Tensor& o, const Tensor& c) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  StableIValue of_tanh[]{from(c)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::tanh", "", of_tanh, TORCH_ABI_VERSION));
+  StableIValue stack[]{from(o), of_tanh[0]};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack, TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
 // to[0 .. n) += values
 void add_to(Type type, const void* values, int64_t n, void* to) {
   with_storage(type, [&]<class S>() {
@@ -486,113 +489,173 @@ void add_to(Type type, const void* values, int64_t n, void* to) {
 }  // namespace
 
 std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, Tensor x,
-                                             std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params, Tensor y,
-                                             Tensor c, Tensor gates, std::string cell, std::vector<bool> wanted) {
-  STD_TORCH_CHECK(y.dim() == 4 && x.dim() == 3 && y.numel(), "recurrent: x must be [T, B, I] and y [T, B, D, H], not empty");
+                                             std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
+                                             std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes,
+                                             std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
+                                             std::string cell, double zoneout_h, double zoneout_c, std::vector<bool> wanted, bool two_parts) {
+  const bool packed = batch_sizes.has_value();
+  STD_TORCH_CHECK(y.dim() == 4 - packed && x.dim() == 3 - packed && y.numel() && (!packed || batch_sizes->numel()),
+                  "recurrent: x must be [T, B, I] and y [T, B, D, P], or with batch_sizes [N, I] and [N, D, P], not empty");
+  expect(batch_sizes, ScalarType::Long, packed ? batch_sizes->numel() : 0, "batch_sizes");
   LayerBackward layer;
   Backward& a = layer.a;
-  const int64_t T = y.size(0), B = y.size(1), D = y.size(2), H = y.size(3), I = x.size(2), rows = T * B, count = params.size();
+  const int64_t *sizes = integers(batch_sizes), D = y.size(y.dim() - 2), P = y.size(y.dim() - 1), I = x.size(x.dim() - 1);
+  const int64_t T = packed ? batch_sizes->numel() : y.size(0), B = packed ? sizes[0] : y.size(1), rows = y.numel() / (D * P);
+  STD_TORCH_CHECK(!packed || (sizes[T - 1] > 0 && std::is_sorted(sizes, sizes + T, std::greater<int64_t>()) &&
+                              std::accumulate(sizes, sizes + T, int64_t(0)) == rows),
+                  "recurrent: batch_sizes are none of a packed batch of ", rows, " rows");
+  const int64_t count = params.size(), each = count / D;  // parameters of a direction: w_ih, w_hh, perhaps two biases, perhaps w_hr
+  STD_TORCH_CHECK(D <= 2 && count % D == 0 && each >= 2 && each <= 5 && static_cast<int64_t>(wanted.size()) == 3 + count,
+                  "recurrent: params must be w_ih, w_hh, with biases b_ih, b_hh, and w_hr if there is a projection, of each direction, of "
+                  "which wanted tells each");
+  const bool projected = each % 2, biases = each >= 4;
   const ScalarType narrow = y.scalar_type();
-  a.shape = {cell_of(cell), type_of(narrow), D, H, H, false, false};
+  a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
+  a.shape = {cell_of(cell), type_of(narrow), D, 0, P, projected, any(a.zoneout)};
   const Type type = a.shape.type;
   const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
   const ScalarType wide = type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
-  const int64_t GH = tiling.gates * H, own = tiling.own_recurrent * H, K = tiling.states * H, stored = bytes_of(type);
+  const int64_t H = a.shape.hidden = params[D].size(0) / tiling.gates, GH = tiling.gates * H, own = tiling.own_recurrent * H;
+  const int64_t K = tiling.states * H, stored = bytes_of(type);
   STD_TORCH_CHECK(tiling.vectors == tiling.own_recurrent && !tiling.normalized, "recurrent: cell ", cell,
                   " has parameters beside weights and biases");
-  STD_TORCH_CHECK(D <= 2 && (count == 2 * D || count == 4 * D) && static_cast<int64_t>(wanted.size()) == 3 + count,
-                  "recurrent: params must be w_ih, w_hh and with biases b_ih, b_hh of each direction, of which wanted tells each");
-  expect(dy, narrow, rows * D * H, "dy"), expect(dh_n, narrow, D * B * H, "dh_n"), expect(dc_n, wide, D * B * K, "dc_n");
-  expect(x, narrow, rows * I, "x"), expect(h0, narrow, D * B * H, "h0"), expect(c0, wide, D * B * K, "c0");
-  expect(y, narrow, rows * D * H, "y"), expect(c, wide, rows * D * K, "c"), expect(gates, narrow, rows * D * tiling.saved * H, "gates");
-  for (int64_t i = 0; i < count; ++i)
-    expect(params[i], narrow, i < D ? GH * I : i < 2 * D ? GH * H : GH, i < D ? "w_ih" : i < 2 * D ? "w_hh" : "bias");
+  STD_TORCH_CHECK(projected ? tiling.states == 1 && !a.shape.zoned : P == H, "recurrent: no gradients of this projection here");
+  expect(dy, narrow, rows * D * P, "dy"), expect(dh_n, narrow, D * B * P, "dh_n"), expect(dc_n, wide, D * B * K, "dc_n");
+  expect(x, narrow, rows * I, "x"), expect(h0, narrow, D * B * P, "h0"), expect(c0, wide, D * B * K, "c0");
+  expect(lengths, ScalarType::Long, packed ? 0 : B, "lengths");
+  expect(hold_h, ScalarType::Bool, rows * D * P, "hold_h"), expect(hold_c, ScalarType::Bool, rows * D * K, "hold_c");
+  expect(y, narrow, rows * D * P, "y"), expect(c, wide, rows * D * K, "c");
+  expect(gates, narrow, rows * D * saved_of(tiling, a.shape) * H, "gates");
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t kind = i / D, last = each - 1;
+    if (projected && kind == last)
+      expect(params[i], narrow, P * H, "w_hr");
+    else
+      expect(params[i], narrow, kind == 0 ? GH * I : kind == 1 ? GH * P : GH, kind == 0 ? "w_ih" : kind == 1 ? "w_hh" : "bias");
+  }
   const auto at = [&](const void* values, int64_t place) { return offset(values, place * stored); };
-  std::vector<Buffer> kept;  // what is put together here
+  std::deque<Buffer> kept;  // what is put together here
   const auto keep = [&](int64_t elements) { return static_cast<char*>(kept.emplace_back(elements * stored).get()); };
 
-  const Tensor dgates = empty({T, B, D, GH}, narrow), drecurrent = empty({own ? T : 0, B, D, own}, narrow);
-  const Tensor dh0 = empty({D, B, H}, narrow), dc0 = empty({K ? D : 0, B, K}, wide);
-  if (own && count == 4 * D) {
+  const auto of_rows = [&](int64_t n) { return packed ? empty({rows, D, n}, narrow) : empty({T, B, D, n}, narrow); };
+  const Tensor dgates = of_rows(GH), drecurrent = own ? of_rows(own) : empty({0}, narrow);
+  const Tensor doutput = projected ? of_rows(P) : empty({0}, narrow);
+  const Tensor dh0 = empty({D, B, P}, narrow), dc0 = empty({K ? D : 0, B, K}, wide);
+  if (own && biases) {
     char* inside = keep(D * own);
     for (int64_t d = 0; d < D; ++d) std::memcpy(inside + d * own * stored, at(data(params[3 * D + d]), GH - own), own * stored);
     a.vectors = inside;
   }
-  for (int64_t d = 0; d < D; ++d) layer.w_hh.push_back(data(params[D + d]));
-  a.batch = B, layer.steps = T, layer.reverse = D > 1 ? 2 : 0, layer.through_weights = T > 1;
+  for (int64_t d = 0; d < D; ++d) {
+    layer.w_hh.push_back(data(params[D + d]));
+    if (projected) layer.w_hr.push_back(data(params[count - D + d]));
+  }
+  a.batch = B, a.two_parts = two_parts, layer.steps = T, layer.reverse = D > 1 ? 2 : 0, layer.through_weights = T > 1;
+  layer.lengths = integers(lengths);
+  layer.batch_sizes = packed && sizes[T - 1] < B ? sizes : nullptr;  // sequences of one length lie as padded ones do
   a.dy = data(dy), a.dh_n = data(dh_n), a.dc_n = data(dc_n), a.h0 = data(h0), a.c0 = data(c0);
   a.y = data(y), a.c = data(c), a.gates = data(gates);
-  a.dgates = mutable_data(dgates), a.drecurrent = mutable_data(drecurrent);
+  a.dgates = mutable_data(dgates), a.drecurrent = mutable_data(drecurrent), a.doutput = mutable_data(doutput);
   a.dh0 = mutable_data(dh0), a.dc0 = mutable_data(dc0);
   run(layer);
 
   const auto product = [&](const Tensor& left, const Tensor& right) { return torch::stable::matmul(left, right); };
+  struct Matrix {
+    const void* values;
+    int64_t stride;
+  };
+  // of every direction, gradients of the recurrent products from those of the gates and of the last of them
+  const auto recurrent_of = [&](const void* of_gates, const void* of_own, int64_t rows) {
+    std::vector<Matrix> found;
+    for (int64_t d = 0; d < D; ++d) {
+      found.push_back({at(of_gates, d * GH), D * GH});
+      if (!own) continue;
+      char* to = keep(rows * GH);
+      for (int64_t r = 0; r < rows; ++r) {
+        std::memcpy(to + r * GH * stored, at(of_gates, (r * D + d) * GH), (GH - own) * stored);
+        std::memcpy(to + (r * GH + GH - own) * stored, at(of_own, (r * D + d) * own), own * stored);
+      }
+      found.back() = {to, GH};
+    }
+    return found;
+  };
+  std::vector<Matrix> dr;
+  if (T == 1 && wanted[1]) {
+    dr = recurrent_of(a.dgates, a.drecurrent, B);
+    for (int64_t d = 0; d < D; ++d) {
+      const Tensor through = product(matrix(dr[d].values, B, GH, dr[d].stride, narrow), matrix(layer.w_hh[d], GH, P, P, narrow));
+      add_to(type, data(through), B * P, static_cast<char*>(a.dh0) + d * B * P * stored);
+    }
+  }
   const auto states = [&](std::vector<Tensor>& results) {
     if (wanted[1]) results.push_back(dh0);
     if (wanted[2]) results.push_back(dc0);
   };
-  struct Rows {
-    const void* values;
-    int64_t stride;
-  };
-  std::vector<Rows> dr;  // of every direction, gradients of the recurrent products
-  const auto join = [&] {
-    for (int64_t d = dr.size(); d < D; ++d) {
-      dr.push_back({at(a.dgates, d * GH), D * GH});
-      if (!own) continue;
-      char* to = keep(rows * GH);
-      for (int64_t r = 0; r < rows; ++r) {
-        std::memcpy(to + r * GH * stored, at(a.dgates, (r * D + d) * GH), (GH - own) * stored);
-        std::memcpy(to + (r * GH + GH - own) * stored, at(a.drecurrent, (r * D + d) * own), own * stored);
-      }
-      dr.back() = {to, GH};
+  const auto projections = [&](std::vector<Tensor>& results) {
+    for (int64_t d = 0; projected && d < D; ++d) {
+      if (!wanted[3 + count - D + d]) continue;
+      const Tensor o = matrix(at(a.gates, ((d + 1) * tiling.saved - 1) * H), rows, H, D * tiling.saved * H, narrow);
+      const Tensor m = torch::stable::to(times_tanh(o, matrix(offset(a.c, d * H * wide_bytes(type)), rows, H, D * H, wide)), narrow);
+      results.push_back(product(matrix(at(a.doutput, d * P), rows, P, D * P, narrow, true), m));
     }
   };
-  if (T == 1 && wanted[1]) join();
-  for (int64_t d = 0; wanted[1] && T == 1 && d < D; ++d) {
-    const Tensor through = product(matrix(dr[d].values, B, GH, dr[d].stride, narrow), matrix(layer.w_hh[d], GH, H, H, narrow));
-    add_to(type, data(through), B * H, static_cast<char*>(a.dh0) + d * B * H * stored);
-  }
 
   std::vector<Tensor> results;
+  const int64_t of_products = (projected ? each - 1 : each) * D;  // parameters whose gradients are sums over rows of the gates'
   if (rows > kRowsOfTorch) {
     std::vector<int64_t> bits(D);
-    for (int64_t i = 0; i < count; ++i) bits[i % D] |= int64_t(wanted[3 + i]) << i / D;
+    for (int64_t i = 0; i < of_products; ++i) bits[i % D] |= int64_t(wanted[3 + i]) << i / D;
     bits[0] |= int64_t(wanted[0]) << 4;
     const std::vector<Tensor> w_ih(params.begin(), params.begin() + (wanted[0] ? D : 0));
-    std::vector<Tensor> found = recurrent_gradients(x, dgates, drecurrent, y, h0, {}, {}, w_ih, layer.reverse, bits);
+    std::vector<Tensor> found = recurrent_gradients(x, dgates, drecurrent, y, h0, lengths, batch_sizes, w_ih, layer.reverse, bits, two_parts);
     if (!found.empty()) {
       auto next = found.begin();
       if (wanted[0]) results.push_back(*next++);
       states(results);
-      std::vector<std::optional<Tensor>> of(count);  // they come lane by lane
+      std::vector<std::optional<Tensor>> of(of_products);  // they come lane by lane
       for (int64_t d = 0; d < D; ++d)
-        for (int64_t i = d; i < count; i += D)
+        for (int64_t i = d; i < of_products; i += D)
           if (wanted[3 + i]) of[i] = *next++;
       for (const auto& gradient : of)
         if (gradient) results.push_back(*gradient);
+      projections(results);
       return results;
     }
   }
 
-  join();
-  std::vector<Rows> before;  // of every direction, the states before every step; null: zeros
+  // the rows that sequences have, of all lanes
+  const Sequences sequences(T, B, layer.lengths, sizes);
+  int64_t inner = rows;
+  const void *of_gates = a.dgates, *of_own = a.drecurrent, *of_x = data(x);
+  if (lengths) {
+    std::vector<int64_t> within;
+    sequences.each(false, [&](int64_t row, int64_t, int64_t) { within.push_back(row); });
+    inner = within.size();
+    const auto gathered = [&](const void* from, int64_t n) -> const void* {
+      char* to = keep(inner * n);
+      for (int64_t i = 0; i < inner; ++i) std::memcpy(to + i * n * stored, at(from, within[i] * n), n * stored);
+      return to;
+    };
+    of_gates = gathered(of_gates, D * GH), of_x = gathered(of_x, I), of_own = own ? gathered(of_own, D * own) : nullptr;
+  }
+  if (dr.empty() || lengths) dr = recurrent_of(of_gates, of_own, inner);
+  std::vector<Matrix> before;  // of every direction, the states before every step; null: zeros
   for (int64_t d = 0; d < D; ++d) {
-    const void* first = at(a.h0, d * B * H);
-    if (T == 1) {
-      before.push_back({first, H});
+    const void* first = at(a.h0, d * B * P);
+    if (T == 1 && (!first || !lengths)) {
+      before.push_back({first, P});
       continue;
     }
-    char* to = keep(rows * H);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t t = d ? r / B + 1 : r / B - 1, b = r % B;  // the second direction goes backwards
-      const void* from = t >= 0 && t < T ? at(a.y, ((t * B + b) * D + d) * H) : at(first, b * H);
+    char* to = keep(inner * P);
+    before.push_back({to, P});
+    sequences.each(d, [&](int64_t, int64_t other, int64_t slot) {  // the second direction goes backwards
+      const void* from = other >= 0 ? at(a.y, (other * D + d) * P) : at(first, slot * P);
       if (from)
-        std::memcpy(to + r * H * stored, from, H * stored);
+        std::memcpy(to, from, P * stored);
       else
-        std::memset(to + r * H * stored, 0, H * stored);
-    }
-    before.push_back({to, H});
+        std::memset(to, 0, P * stored);
+      to += P * stored;
+    });
   }
   if (wanted[0]) {
     const void* weights = data(params[0]);
@@ -602,25 +665,27 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
       weights = both;
     }
     const Tensor dx = product(matrix(a.dgates, rows, D * GH, D * GH, narrow), matrix(weights, D * GH, I, I, narrow));
-    results.push_back(torch::stable::view(dx, {T, B, I}));
+    results.push_back(packed ? dx : torch::stable::view(dx, {T, B, I}));
   }
   states(results);
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < of_products; ++i) {
     if (!wanted[3 + i]) continue;
     const int64_t kind = i / D, d = i % D;
-    const Rows of = kind % 2 ? dr[d] : Rows{at(a.dgates, d * GH), D * GH};
+    const Matrix of = kind % 2 ? dr[d] : Matrix{at(of_gates, d * GH), D * GH};
     if (kind == 1 && !before[d].values) {
-      results.push_back(empty({GH, H}, narrow));
-      std::memset(mutable_data(results.back()), 0, GH * H * stored);
+      results.push_back(empty({GH, P}, narrow));
+      std::memset(mutable_data(results.back()), 0, GH * P * stored);
     } else if (kind < 2) {
-      const Rows right = kind ? before[d] : Rows{data(x), I};
-      const int64_t columns = kind ? H : I;
-      results.push_back(product(matrix(of.values, rows, GH, of.stride, narrow, true), matrix(right.values, rows, columns, right.stride, narrow)));
+      const Matrix right = kind ? before[d] : Matrix{of_x, I};
+      const int64_t columns = kind ? P : I;
+      results.push_back(
+          product(matrix(of.values, inner, GH, of.stride, narrow, true), matrix(right.values, inner, columns, right.stride, narrow)));
     } else {
       results.push_back(empty({GH}, narrow));
-      sum_rows(type, of.values, rows, GH, of.stride, mutable_data(results.back()));
+      sum_rows(type, of.values, inner, GH, of.stride, mutable_data(results.back()));
     }
   }
+  projections(results);
   return results;
 }
 

@@ -1,5 +1,6 @@
 // Gradients of a layer's input and weights: products of whole matrices over the rows of its sequences.
 
+#include <deque>
 #include <initializer_list>
 
 #include "layer_norm.h"
@@ -9,47 +10,23 @@
 namespace fastseq::cpu {
 namespace {
 
-// The rows of a layer's sequences, and of each the states before its step.
-class Sequences {
- public:
-  Sequences(int64_t rows, const Tensor& y, const std::optional<Tensor>& lengths, const std::optional<Tensor>& batch_sizes)
-      : rows_(rows), lengths_(integers(lengths)) {
-    if (batch_sizes) {
-      const int64_t* sizes = integers(batch_sizes);
-      for (int64_t t = 0, row = 0; t < batch_sizes->size(0); row += sizes[t++]) begins_.push_back(row), sizes_.push_back(sizes[t]);
-    } else {
-      begins_.resize(y.size(0)), sizes_.assign(y.size(0), y.size(1));
-      for (int64_t t = 0; t < y.size(0); ++t) begins_[t] = t * y.size(1);
-    }
-  }
+using Pointers = std::vector<const void*>;
 
-  // Pointers to the states before every step: states `stride` bytes apart, first ones [B] or, without, zeros.
-  std::vector<const void*> before(const void* states, int64_t stride, const void* first, int64_t first_stride, const void* zeros,
-                                  bool reverse) const {
-    std::vector<const void*> found;
-    found.reserve(rows_);
-    const int64_t steps = begins_.size();
-    for (int64_t t = 0; t < steps; ++t)
-      for (int64_t slot = 0; slot < sizes_[t]; ++slot) {
-        const int64_t other = reverse ? t + 1 : t - 1;
-        const bool inside = other >= 0 && other < steps && slot < sizes_[other] && !(reverse && lengths_ && other >= lengths_[slot]);
-        found.push_back(inside ? offset(states, (begins_[other] + slot) * stride) : first ? offset(first, slot * first_stride) : zeros);
-      }
-    return found;
-  }
-
- private:
-  const int64_t rows_;
-  const int64_t* lengths_;
-  std::vector<int64_t> begins_, sizes_;  // of every step: its first row, its rows
-};
+// Rows `stride` bytes apart; or those of them that `places` tells.
+MatrixRows rows_of(const void* from, int64_t stride, const std::vector<int64_t>* places, Pointers& pointers) {
+  if (!places) return {from, stride, nullptr};
+  for (int64_t row : *places) pointers.push_back(offset(from, row * stride));
+  return {nullptr, 0, pointers.data()};
+}
 
 // x as rows: where its last dimension lies in sequence, as it is.
-MatrixRows rows_of(const Tensor& x, std::vector<const void*>& pointers, int64_t bytes) {
-  if (x.is_contiguous()) return {data(x), x.size(x.dim() - 1) * bytes, nullptr};
-  for (int64_t t = 0; t < x.size(0); ++t)
-    for (int64_t b = 0; b < (x.dim() == 3 ? x.size(1) : 1); ++b)
-      pointers.push_back(offset(x.const_data_ptr(), (t * x.stride(0) + (x.dim() == 3 ? b * x.stride(1) : 0)) * bytes));
+MatrixRows rows_of(const Tensor& x, const std::vector<int64_t>* places, Pointers& pointers, int64_t bytes) {
+  if (x.is_contiguous()) return rows_of(data(x), x.size(x.dim() - 1) * bytes, places, pointers);
+  const int64_t of_step = x.dim() == 3 ? x.size(1) : 1, rows = places ? places->size() : x.size(0) * of_step;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = places ? (*places)[i] : i, slot = row % of_step;
+    pointers.push_back(offset(x.const_data_ptr(), (row / of_step * x.stride(0) + (slot ? slot * x.stride(1) : 0)) * bytes));
+  }
   return {nullptr, 0, pointers.data()};
 }
 
@@ -57,7 +34,7 @@ MatrixRows rows_of(const Tensor& x, std::vector<const void*>& pointers, int64_t 
 
 std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, std::optional<Tensor> h0,
                                         std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::vector<Tensor> w_ih,
-                                        int64_t reverse, std::vector<int64_t> wanted) {
+                                        int64_t reverse, std::vector<int64_t> wanted, bool two_parts) {
   const ScalarType narrow = y.scalar_type();
   const int64_t D = wanted.size(), I = x.size(x.dim() - 1), P = y.size(y.dim() - 1), GH = dgates.size(dgates.dim() - 1);
   const Type type = type_of(narrow);
@@ -78,23 +55,31 @@ std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurre
   enum { kInputWeight = 1, kRecurrentWeight = 2, kInputBias = 4, kRecurrentBias = 8, kInput = 16 };
   std::vector<Tensor> results;
   std::vector<MatrixProduct> products;
-  std::vector<std::vector<const void*>> pointers(D + 2);
+  std::deque<Pointers> pointers;  // what a product refers to stays where it is
+  const auto fresh = [&]() -> Pointers& { return pointers.emplace_back(); };
   const auto made = [&](bool wants, std::initializer_list<int64_t> sizes) -> char* {
     if (!wants) return nullptr;
     results.push_back(torch::stable::new_empty(y, sizes));
     return static_cast<char*>(mutable_data(results.back()));
   };
-  const MatrixRows of_x = rows_of(x, pointers[0], bytes);
+  const Sequences sequences(batch_sizes ? batch_sizes->size(0) : y.size(0), batch, integers(lengths), integers(batch_sizes));
+  // with lengths, the rows within them: the others have no share in the sums, whatever x holds there
+  std::vector<int64_t> within;
+  if (lengths) sequences.each(false, [&](int64_t row, int64_t, int64_t) { within.push_back(row); });
+  const std::vector<int64_t>* places = lengths ? &within : nullptr;
+  const int64_t depth = lengths ? within.size() : rows;
+  if (!depth) return {};
+  const MatrixRows of_x = rows_of(x, places, fresh(), bytes);
   if (wanted[0] & kInput) {
     const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
     results.push_back(torch::stable::new_empty(y, sizes));
+    Pointers& weights = fresh();
     for (const Tensor& weight : w_ih)
-      for (int64_t g = 0; g < GH; ++g) pointers[1].push_back(offset(data(weight), g * weight.stride(0) * bytes));
+      for (int64_t g = 0; g < GH; ++g) weights.push_back(offset(data(weight), g * weight.stride(0) * bytes));
     products.push_back({type, rows, D * GH, {data(dgates), D * GH * bytes, nullptr}, false,
-                        {{{nullptr, 0, pointers[1].data()}, I, mutable_data(results.back()), I * bytes}}, 1});
+                        {{{nullptr, 0, weights.data()}, I, mutable_data(results.back()), I * bytes}}, 1, two_parts});
   }
 
-  const Sequences sequences(rows, y, lengths, batch_sizes);
   const Buffer zeros(P * bytes);
   std::memset(zeros.get(), 0, P * bytes);
   constexpr float kOne = 1;
@@ -114,15 +99,19 @@ std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurre
     char* db_hh = made(wants & kRecurrentBias, {GH});
     MatrixRows of_h{};
     if (dw_hh) {
-      pointers[d + 2] = sequences.before(offset(data(y), d * P * bytes), D * P * bytes, offset(data(h0), d * batch * P * bytes),
-                                         P * bytes, zeros.get(), (reverse >> d) & 1);
-      of_h.rows = pointers[d + 2].data();
+      Pointers& states = fresh();
+      const void *own = offset(data(y), d * P * bytes), *first = offset(data(h0), d * batch * P * bytes);
+      sequences.each((reverse >> d) & 1, [&](int64_t, int64_t before, int64_t slot) {
+        states.push_back(before >= 0 ? offset(own, before * D * P * bytes) : first ? offset(first, slot * P * bytes) : zeros.get());
+      });
+      of_h.rows = states.data();
     }
     // gates from `first` on of a tensor of all lanes, with what they are multiplied by
     const auto add = [&](const Tensor& gates, int64_t column, int64_t width, int64_t first, char* of_input, char* of_state, char* of_bias) {
       if (!width || (!of_input && !of_state && !of_bias)) return;
       const int64_t all = gates.size(gates.dim() - 1);
-      MatrixProduct product{type, width, rows, {offset(data(gates), (d * all + column) * bytes), D * all * bytes, nullptr}, true, {}, 0};
+      const MatrixRows left = rows_of(offset(data(gates), (d * all + column) * bytes), D * all * bytes, places, fresh());
+      MatrixProduct product{type, width, depth, left, true, {}, 0, two_parts};
       if (of_input) product.right[product.count++] = {of_x, I, of_input + first * I * bytes, I * bytes};
       if (of_state) product.right[product.count++] = {of_h, P, of_state + first * P * bytes, P * bytes};
       if (of_bias) product.right[product.count++] = {ones, 1, of_bias + first * bytes, bytes};

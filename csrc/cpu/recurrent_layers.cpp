@@ -185,16 +185,18 @@ enum class Saves { kNothing, kCells, kGates };
 // As recurrent_layers and recurrent_layer.
 std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& h0, const std::optional<Tensor>& c0,
                               const std::vector<Tensor>& params, const std::optional<Tensor>& lengths,
-                              const std::optional<Tensor>& batch_sizes, const std::string& cell, int64_t num_layers, bool has_biases,
+                              const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& hold_h,
+                              const std::optional<Tensor>& hold_c, const std::string& cell, int64_t num_layers, bool has_biases,
                               bool bidirectional, bool batch_first, double zoneout_h, double zoneout_c,
-                              const std::optional<std::vector<Tensor>>& kept, Saves saves) {
+                              const std::optional<std::vector<Tensor>>& kept, Saves saves, bool two_parts) {
   // Whatever is odd is declined: the long way says what is wrong with it, or deals with it.
   if (!plain(input) || !plain(h0) || !plain(c0) || !plain(lengths) || !plain(batch_sizes)) return {};
   const auto stack = Stack::make(params, cell, num_layers, has_biases, bidirectional);
   if (!stack || input.scalar_type() != stack->narrow || (kept && kept->size() != static_cast<size_t>(num_layers))) return {};
   Layer layer;
   Forward& a = layer.a;
-  a.zoneout = {nullptr, nullptr, zoneout_h, zoneout_c};
+  a.two_parts = two_parts;
+  a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
   a.shape = stack->shape, a.shape.zoned = any(a.zoneout);
   const Tiling& tiling = stack->tiling;
   const ScalarType narrow = stack->narrow;
@@ -231,6 +233,7 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
   }
   const int64_t rows = layer.rows = input.numel() / I;
   layer.steps = T, layer.reverse = D > 1 ? 2 : 0, a.batch = B;
+  expect(hold_h, ScalarType::Bool, rows * D * P, "hold_h"), expect(hold_c, ScalarType::Bool, tiling.states == 1 ? rows * D * H : 0, "hold_c");
 
   const auto state_fits = [&](const std::optional<Tensor>& state, int64_t width) {
     return !state || (step ? fits(*state, narrow, {B, width}) : fits(*state, narrow, {lanes, B, width}));
@@ -263,8 +266,11 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
     c = wide_c0.get();
   }
   std::vector<Tensor> results;
+  const auto of_rows = [&](int64_t n, ScalarType dtype) {
+    return batch_sizes ? empty({rows, D, n}, dtype) : empty({T, B, D, n}, dtype);
+  };
   if (saves != Saves::kNothing)
-    results.push_back(empty({T, B, D, P}, narrow));
+    results.push_back(of_rows(P, narrow));
   else if (input.dim() == 2)
     results.push_back(empty({rows, D * P}, narrow));
   else
@@ -278,10 +284,10 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
   void* c_n = nullptr;
   if (saves != Saves::kNothing) {
     const ScalarType of_states = type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
-    const bool gates = saves == Saves::kGates && tiling.saved;
+    const int64_t saved = saves == Saves::kGates ? saved_of(tiling, a.shape) : 0;
     results.push_back(cells ? empty({D, B, H}, of_states) : empty({0}, of_states)), c_n = mutable_data(results.back());
-    results.push_back(cells ? empty({T, B, D, H}, of_states) : empty({0}, of_states)), a.c = mutable_data(results.back());
-    results.push_back(gates ? empty({T, B, D, tiling.saved * H}, narrow) : empty({0}, narrow)), a.gates = mutable_data(results.back());
+    results.push_back(cells ? of_rows(H, of_states) : empty({0}, of_states)), a.c = mutable_data(results.back());
+    results.push_back(saved ? of_rows(saved * H, narrow) : empty({0}, narrow)), a.gates = mutable_data(results.back());
   } else if (cells) {
     results.push_back(step ? empty({B, H}, narrow) : empty({lanes, B, H}, narrow)), c_n = mutable_data(results.back());
     if (stored == 2) wide_c = Buffer(cells * wide), c_n = wide_c.get();
@@ -329,16 +335,18 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
 std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                      std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::string cell,
                                      int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
-                                     double zoneout_c, std::optional<std::vector<Tensor>> kept) {
-  return run_stack(input, h0, c0, params, lengths, batch_sizes, cell, num_layers, has_biases, bidirectional, batch_first, zoneout_h,
-                   zoneout_c, kept, Saves::kNothing);
+                                     double zoneout_c, std::optional<std::vector<Tensor>> kept, bool two_parts) {
+  return run_stack(input, h0, c0, params, lengths, batch_sizes, {}, {}, cell, num_layers, has_biases, bidirectional, batch_first,
+                   zoneout_h, zoneout_c, kept, Saves::kNothing, two_parts);
 }
 
 std::vector<Tensor> recurrent_layer(Tensor x, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
-                                    std::string cell, bool has_biases, bool bidirectional, bool save_gates) {
-  if (x.dim() != 3) return {};
-  return run_stack(x, h0, c0, params, {}, {}, cell, 1, has_biases, bidirectional, false, 0, 0, {},
-                   save_gates ? Saves::kGates : Saves::kCells);
+                                    std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h,
+                                    std::optional<Tensor> hold_c, std::string cell, bool has_biases, bool bidirectional,
+                                    double zoneout_h, double zoneout_c, bool save_gates, bool two_parts) {
+  if (x.dim() != (batch_sizes ? 2 : 3)) return {};
+  return run_stack(x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c, cell, 1, has_biases, bidirectional, false, zoneout_h,
+                   zoneout_c, {}, save_gates ? Saves::kGates : Saves::kCells, two_parts);
 }
 
 std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell, int64_t num_layers, bool has_biases,

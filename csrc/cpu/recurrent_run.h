@@ -35,7 +35,40 @@ inline void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t
   STD_TORCH_CHECK(!contiguous || tensor->is_contiguous(), "recurrent: ", name, " must be contiguous");
 }
 
+inline Zoneout zoneout_of(const std::optional<Tensor>& hold_h, const std::optional<Tensor>& hold_c, double h, double c) {
+  return {static_cast<const bool*>(data(hold_h)), static_cast<const bool*>(data(hold_c)), h, c};
+}
 inline bool any(const Zoneout& zoneout) { return zoneout.hold_h || zoneout.hold_c || zoneout.h > 0 || zoneout.c > 0; }
+
+// With zoneout, a cell that saves nothing saves its output.
+inline int64_t saved_of(const Tiling& tiling, const Shape& shape) { return shape.zoned ? std::max<int64_t>(tiling.saved, 1) : tiling.saved; }
+
+// Where the rows of a layer's sequences lie: padded, with lengths [B] or without, or packed, with batch_sizes [T].
+class Sequences {
+ public:
+  Sequences(int64_t steps, int64_t batch, const int64_t* lengths, const int64_t* batch_sizes)
+      : lengths_(lengths), begins_(steps), sizes_(steps, batch) {
+    if (batch_sizes) sizes_.assign(batch_sizes, batch_sizes + steps);
+    for (int64_t t = 0, row = 0; t < steps; row += sizes_[t++]) begins_[t] = row;
+  }
+
+  // Calls visit(row, before, slot) for every row that a sequence has, in order; before: the row of the step before it, -1 at the first.
+  template <class F>
+  void each(bool reverse, F&& visit) const {
+    const int64_t steps = begins_.size();
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t slot = 0; slot < sizes_[t]; ++slot) {
+        if (lengths_ && t >= lengths_[slot]) continue;
+        const int64_t other = reverse ? t + 1 : t - 1;
+        const bool inside = other >= 0 && other < steps && slot < sizes_[other] && !(lengths_ && other >= lengths_[slot]);
+        visit(begins_[t] + slot, inside ? begins_[other] + slot : -1, slot);
+      }
+  }
+
+ private:
+  const int64_t* lengths_;
+  std::vector<int64_t> begins_, sizes_;  // of every step: its first row, its rows
+};
 
 // Packed weights of all lanes, [lanes, tiles] of tile_bytes: pack(lane, tile, to) fills one.
 template <class Pack>

@@ -17,9 +17,9 @@ from .. import backends
 from ..backends import library
 from ..backends.cpu import recurrent as native
 from ..backends.notes import note
-from ..backends.torch import limits
 from ..backends.torch import recurrent as torchs
 from ..cells import CELLS
+from ..choice.sources import layers_are_torchs, may_be_torchs
 from ..ops._dispatch import PLAIN
 from ..ops.recurrent import native_layer
 from ._packing import Packing
@@ -68,11 +68,12 @@ def native_layers(
         return None
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     op = torch.ops.fastseq_native.recurrent_layers.default
+    two = native.two_parts()
     arguments = input, h0, c0, weights, lengths, batch_sizes, cell, num_layers, has_biases, bidirectional, batch_first, *zoneout
-    results = op(*arguments, kept)
+    results = op(*arguments, kept, two)
     if packing is not None:
         if not results and kept is not None:  # made of other values: of weights that were written through .data
-            results = op(*arguments, packing.again(weights))
+            results = op(*arguments, packing.again(weights), two)
         if results and backends.watched():
             query = query_of(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes)
             for _ in range(num_layers):
@@ -87,9 +88,12 @@ def native_step(
     """The states [B, n] after a step of plain tensors in a plain call without gradients. None: the call is for another way."""
     if not input.is_cpu or input.dtype not in native.DTYPES or backends.watched() or library.reason():
         return None
+    if may_be_torchs("recurrent_cell", False) and not backends.forced():
+        if backends.step_is_torchs(cell, input.device, input.dtype, input.shape[0], params[1].shape[1], False):
+            return None
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     op = torch.ops.fastseq_native.recurrent_layers.default
-    return op(input, h0, c0, params, None, None, cell, 1, has_biases, False, False, 0.0, 0.0, None) or None
+    return op(input, h0, c0, params, None, None, cell, 1, has_biases, False, False, 0.0, 0.0, None, False) or None
 
 
 def native_training(
@@ -103,22 +107,51 @@ def native_training(
     batch_first: bool,
     dropout: float,
     recompute: bool,
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    zoneout: tuple[float, float] = (0.0, 0.0),
+    training: bool = True,
+    chosen: bool = True,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """Output and final states of a plain call with gradients, for which torch's kernels are not the faster ones.
+    """Output and final states of a plain call with gradients.
 
-    Arguments are those of ``recurrent``; x is ``[T, B, I]``, ``batch_first`` says how the output lies. ``dropout``: that of
-    training. None: the call is for another way.
+    Arguments are those of ``recurrent``; x is ``[T, B, I]``, or packed, ``batch_first`` says how the output lies. ``dropout``:
+    that of training; ``training``: whether zoneout draws what it holds. None: the call is for another way. ``chosen``: torch's
+    kernels are known not to be the faster ones for it.
     """
+    if not torch.is_grad_enabled():
+        return None
     given: list[Any] = [x, *params, *states]
+    if lengths is not None:
+        given.append(lengths)
+    if batch_sizes is not None:
+        given.append(batch_sizes)
     for tensor in given:
         if type(tensor) not in PLAIN:
             return None
-    if not torch.is_grad_enabled() or not any([tensor.requires_grad for tensor in given]):
+    if not any([tensor.requires_grad for tensor in given]):
         return None
     if not x.is_cpu or x.dtype not in native.DTYPES or backends.watched() or library.reason():
         return None
     weights = given[1 : len(params) + 1]
-    return trained_layers(cell, x, states, weights, has_biases, num_layers, bidirectional, batch_first, dropout, recompute)
+    if not chosen and not recompute and not _ours(cell, x, weights[1], bidirectional, False, lengths, batch_sizes, True):
+        return None
+    return trained_layers(
+        cell,
+        x,
+        states,
+        weights,
+        has_biases,
+        num_layers,
+        bidirectional,
+        batch_first,
+        dropout,
+        recompute,
+        lengths,
+        batch_sizes,
+        zoneout,
+        training,
+    )
 
 
 def trained_layers(
@@ -132,14 +165,22 @@ def trained_layers(
     batch_first: bool,
     dropout: float,
     recompute: bool,
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    zoneout: tuple[float, float] = (0.0, 0.0),
+    training: bool = True,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """The same of plain tensors on the CPU in a dtype that the native kernels have."""
     if cell not in native.CELLS or len(states) > 2:
         return None
+    if lengths is not None and lengths.dtype == torch.int32:
+        lengths = lengths.to(torch.int64)
+    ragged: tuple[Tensor | None, ...] = lengths, batch_sizes, None, None
+    drawn, zoneout = (zoneout, (0.0, 0.0)) if training else ((0.0, 0.0), zoneout)
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     finals: Sequence[Tensor]
-    if num_layers == 1:
-        done = native_layer(x, h0, c0, params, cell, has_biases, bidirectional, recompute, False, batch_first)
+    if num_layers == 1 and drawn == (0.0, 0.0):
+        done = native_layer(x, h0, c0, params, cell, has_biases, bidirectional, recompute, False, batch_first, ragged, zoneout)
         if done is None:
             return None
         x, *finals = done
@@ -153,8 +194,14 @@ def trained_layers(
             last, own = index == num_layers - 1, slice(index * lanes, (index + 1) * lanes)
             of_layer = params[index * each : (index + 1) * each]
             of_states = None if h0 is None else h0[own], None if c0 is None else c0[own]
+            if any(drawn):
+                gates, width = of_layer[1].shape
+                sizes = width, gates // len(CELLS[cell].gates)
+                holds = [held(x, (*x.shape[:-1], lanes, size), of) for size, of in zip(sizes, drawn, strict=True)]
+                ragged = lengths, batch_sizes, *holds
             done = native_layer(
-                x, *of_states, of_layer, cell, has_biases, bidirectional, recompute, not last, batch_first and last
+                *(x, *of_states, of_layer, cell, has_biases, bidirectional, recompute, not last, batch_first and last),
+                *(ragged, zoneout),
             )
             if done is None:
                 return None
@@ -168,6 +215,13 @@ def trained_layers(
     return x, tuple(finals)
 
 
+def held(x: Tensor, shape: tuple[int, ...], probability: float) -> Tensor | None:
+    """Where zoneout keeps the old value, drawn for every step; None: nowhere."""
+    if probability == 0:
+        return None
+    return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(probability)
+
+
 def _ours(
     cell: str,
     input: Tensor,
@@ -176,16 +230,16 @@ def _ours(
     batch_first: bool,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
+    gradients: bool = False,
 ) -> bool:
-    """Whether the native kernels are the ones for such a call without gradients."""
+    """Whether the native kernels are the ones for such a call."""
     if cell not in torchs.GATES or lengths is not None or backends.forced() or (input.dim() == 2 and batch_sizes is None):
         return True
     hidden = weight.shape[0] // torchs.GATES[cell]
     if weight.shape[1] != hidden:  # projected, without oneDNN
         return True
     layout, steps, batch = _extent(input, batch_first, lengths, batch_sizes)
-    first, last = limits.steps_of(cell, input.dtype, layout, 2 if bidirectional else 1, batch, hidden, False)
-    return not first <= steps <= last
+    return not layers_are_torchs(cell, input.dtype, layout, 2 if bidirectional else 1, batch, steps, hidden, gradients)
 
 
 def _extent(input: Tensor, batch_first: bool, lengths: Tensor | None, batch_sizes: Tensor | None) -> tuple[str, int, int]:

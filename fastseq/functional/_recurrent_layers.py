@@ -18,10 +18,10 @@ from .._arguments import checked_int, checked_number, checked_tensor, is_number
 from ..backends.torch import recurrent as torchs
 from ..cells import Cell
 from ..ops._dispatch import plain_call
-from ..ops.recurrent import recurrent
+from ..ops.recurrent import recurrent, without_padding
 from ..ops.types import Walk, Weights
 from ._autocast import autocast_dtype, lowered, without_autocast
-from ._native_layers import native_layers, native_training
+from ._native_layers import held, native_layers, native_training
 from ._recording import refuse_onnx
 from ._torch_layers import torch_layers
 
@@ -105,10 +105,6 @@ def run_layers(
         )
         if results is not None:
             return results[0], tuple(results[1:]), None
-    if lengths is not None:
-        # What stands beyond a row's length is not the caller's data: 0 * NaN must not reach the weights' gradients.
-        valid = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
-        x = x.masked_fill(~valid[..., None], 0)
     lacking = _torch_lacks(cell, options)
     if not lacking:
         with without_autocast(x.device.type):
@@ -127,7 +123,7 @@ def run_layers(
             )
         if done is not None:
             return done[0].transpose(0, 1) if batch_first else done[0], done[1], None
-    if plain_call() and not _beyond_native(options, zoneout):
+    if plain_call() and not _beyond_native(options):
         given = [state for state in states if state is not None]
         with_gradients = native_training(
             cell.name,
@@ -140,10 +136,16 @@ def run_layers(
             batch_first,
             options.dropout if options.training else 0,
             options.recompute,
+            lengths,
+            batch_sizes,
+            zoneout,
+            options.training,
         )
         if with_gradients is not None:
             return *with_gradients, None
     refuse_onnx(lacking, "torch.export takes it")
+    if lengths is not None:
+        x = without_padding(x, lengths)
     finals: list[tuple[Tensor, ...]] = []
     cells = []
     for index, layer in enumerate(layers):
@@ -166,11 +168,10 @@ def _trains(options: Options) -> bool:
     return options.training and bool(options.dropout or options.weight_dropout or options.zoneout)
 
 
-def _beyond_native(options: Options, zoneout: tuple[float, float]) -> bool:
+def _beyond_native(options: Options) -> bool:
     """Whether a call has what one native op a layer does not take in training."""
     dropped_weights = options.training and options.weight_dropout
-    ragged = options.lengths is not None or options.batch_sizes is not None
-    return bool(ragged or options.return_cells or options.num_heads > 1 or any(zoneout) or dropped_weights)
+    return bool(options.return_cells or options.num_heads > 1 or dropped_weights)
 
 
 def _torch_lacks(cell: Cell, options: Options) -> str:
@@ -221,8 +222,8 @@ def _run_layer(
     def run(lanes: int, layer: Layer, h0: Tensor | None, c0: Tensor | None, reverse: list[int]) -> tuple[Any, ...]:
         walk = Walk(options.lengths, options.batch_sizes, None, None, cell.name, reverse, *zoneout)
         if training and any(zoneout):
-            hold_h = _held(x, (*x.shape[:-1], lanes, width), zoneout[0])
-            hold_c = _held(x, (*x.shape[:-1], lanes, hidden), zoneout[1])
+            hold_h = held(x, (*x.shape[:-1], lanes, width), zoneout[0])
+            hold_c = held(x, (*x.shape[:-1], lanes, hidden), zoneout[1])
             walk = walk._replace(hold_h=hold_h, hold_c=hold_c, zoneout_h=0.0, zoneout_c=0.0)
         return recurrent(
             _normalized_input(cell, x, layer) if cell.normalized else x,
@@ -278,13 +279,6 @@ def check_zoneout(cell: Cell, zoneout: Any) -> None:
             raise TypeError(f"zoneout must be {accepted}, got {zoneout!r}")
     if len(pair) not in (1, most) or not all(0 <= probability <= 1 for probability in pair):
         raise ValueError(f"zoneout must be {accepted}, got {zoneout}")
-
-
-def _held(x: Tensor, shape: tuple[int, ...], probability: float) -> Tensor | None:
-    """Where zoneout keeps the old value, drawn for every step; None: nowhere."""
-    if probability == 0:
-        return None
-    return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(probability)
 
 
 def _weights(cell: Cell, layer: Layer, hidden: int) -> Weights:

@@ -57,7 +57,16 @@ from ..backends import library
 from ..backends.cpu import recurrent as native
 from ..cells import CELLS
 from . import flops
-from ._dispatch import needs_plain_torch, outside_dynamo, plain_call, recorded, register_autograd, traced, wants_gradient
+from ._dispatch import (
+    heeds_forward,
+    needs_plain_torch,
+    outside_dynamo,
+    plain_call,
+    recorded,
+    register_autograd,
+    traced,
+    wants_gradient,
+)
 from .recurrent_gradients import input_gradients, recomputed_gates, reference_layer
 from .types import Backward, Call, Forward, Walk, Weights
 
@@ -97,6 +106,7 @@ def _query(call: Call, backward: bool) -> backends.RecurrentQuery:
         zoned=call.zoned,
         batch=call.batch,
         backward=backward,
+        saving=not backward and call.save_c,  # type: ignore[attr-defined]
     )
 
 
@@ -180,6 +190,7 @@ class _Layer(NamedTuple):
         return y.transpose(0, 1) if self.batch_first else y.flatten(0, 1) if self.packed else y
 
 
+@heeds_forward
 class _Recurrent(torch.autograd.Function):
     """y, h_n, c_n, c; None where the cell has no c, and for c unless it is returned."""
 
@@ -420,14 +431,15 @@ def recurrent(
     return y, h_n, c_n, (c.flatten(0, 1) if packed else c).flatten(-2)
 
 
+@heeds_forward
 class _Native(torch.autograd.Function):
     """``_Recurrent`` of a plain call: y, h_n, c_n or None, made before. A short call pays for each line here."""
 
     @staticmethod
     def forward(ctx, layer, kinds, x, h0, c0, *params):
-        """``layer``: also what was made of it, and whether its gradients are for one native op."""
-        layer, (y, h_n, c_n, c, gates), ctx.few = layer
-        ctx.save_for_backward(x, h0, c0, None, None, None, None, y, c, gates, *params)
+        """``layer``: also what was made of it, the tensors of its walk, and whether its gradients are for one native op."""
+        layer, (y, h_n, c_n, c, gates), ragged, ctx.few = layer
+        ctx.save_for_backward(x, h0, c0, *ragged, y, c, gates, *params)
         ctx.layer, ctx.kinds, ctx.changes = layer, kinds, None
         ctx.set_materialize_grads(False)
         out = y.flatten(-2)
@@ -444,10 +456,21 @@ class _Native(torch.autograd.Function):
         saved, odd = ctx.saved_tensors, not ctx.few or torch.compiler.is_compiling() or torch.is_grad_enabled()
         changed = not odd and ctx.changes is not None and ctx.changes._version  # compiled autograd cannot ask for the count
         if odd or changed or not _plain_backward(saved[7], (dy, dh_n, dc_n)):
+            x, lengths = saved[0], saved[3]
+            if lengths is not None:
+                saved = without_padding(x, lengths), *saved[1:]
             return None, None, *_backward(ctx, saved, (dy, dh_n, dc_n, None))
         if dy is not None and ctx.layer.batch_first:
             dy = dy.transpose(0, 1)
-        return None, None, *native.layer_backward(dy, dh_n, dc_n, saved, ctx.layer.walk.cell, ctx.needs_input_grad[2:])
+        walk = ctx.layer.walk
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *native.layer_backward(dy, dh_n, dc_n, saved, walk.cell, walk.zoneout_h, walk.zoneout_c, wanted)
+
+
+def without_padding(x: Tensor, lengths: Tensor) -> Tensor:
+    """x [T, B, I] with zeros beyond the lengths: what stands there is not the caller's data, and 0 * NaN must not reach the
+    weights' gradients."""
+    return x.masked_fill((torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)[..., None], 0)
 
 
 @cache
@@ -457,13 +480,22 @@ def _no_elements(dtype: torch.dtype) -> Tensor:
 
 @cache
 def _plain_layer(
-    cell: str, has_biases: bool, bidirectional: bool, each: int, recompute: bool, private: bool, batch_first: bool
+    cell: str,
+    has_biases: bool,
+    bidirectional: bool,
+    each: int,
+    zoneout: tuple[float, float],
+    zoned: bool,
+    recompute: bool,
+    private: bool,
+    batch_first: bool,
 ) -> tuple[_Layer, list[int], bool]:
-    """A padded layer of ``each`` parameters a lane, their ``kinds``, and whether one native op knows all its gradients."""
-    walk = Walk(*_NO_TENSORS, cell, [0, 1] if bidirectional else [0], 0.0, 0.0)
+    """A layer of ``each`` parameters a lane, their ``kinds``, and whether one native op knows all its gradients."""
+    walk = Walk(*_NO_TENSORS, cell, [0, 1] if bidirectional else [0], *zoneout)
     biases, vectors = int(has_biases), int(CELLS[cell].recurrent_bias is None and bool(CELLS[cell].vectors))
     kinds = [1, 1, biases, biases, each - 2 - 2 * biases - vectors, vectors]
-    return _Layer(walk, False, recompute, private, batch_first), kinds, not (recompute or kinds[4] or vectors)
+    simple = not (recompute or vectors or (kinds[4] and (zoned or any(zoneout))))
+    return _Layer(walk, False, recompute, private, batch_first), kinds, simple
 
 
 _FEW = 1 << 22  # elements of the gates' gradients that may be copied
@@ -480,14 +512,18 @@ def native_layer(
     recompute: bool,
     private: bool,
     batch_first: bool,
+    ragged: Sequence[Tensor | None] = _NO_TENSORS,
+    zoneout: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, ...] | None:
     """A layer with gradients in a plain call (``plain_call``) by the native kernels: y [.., D*P], h_n and of a pair c_n.
 
     None: they decline it. Arguments are those of ``recurrent``, but for ``params``: w_ih, w_hh and what else a lane has, lane by
-    lane.
+    lane; and ``ragged``: lengths (int64), batch_sizes, hold_h and hold_c.
     """
     with torch._C._AutoDispatchBelowAutograd():
-        made = torch.ops.fastseq_native.recurrent_layer.default(x, h0, c0, params, cell, has_biases, bidirectional, not recompute)
+        made = torch.ops.fastseq_native.recurrent_layer.default(
+            x, h0, c0, params, *ragged, cell, has_biases, bidirectional, *zoneout, not recompute, native.two_parts()
+        )
     if not made:
         return None
     gates = params[1].shape[0]
@@ -496,10 +532,12 @@ def native_layer(
         params = [of_lane[i] for i in range(each) for of_lane in (params[:each], params[each:])]
     else:
         each = len(params)
-    layer, kinds, simple = _plain_layer(cell, has_biases, bidirectional, each, recompute, private, batch_first)
-    steps, batch = x.shape[:2]
-    few = simple and steps * batch * gates <= _FEW
+    _, batch_sizes, *holds = ragged
+    zoned = holds != [None, None]
+    layer, kinds, simple = _plain_layer(cell, has_biases, bidirectional, each, zoneout, zoned, recompute, private, batch_first)
+    steps, rows = (x.shape[0], x.shape[0] * x.shape[1]) if batch_sizes is None else (len(batch_sizes), x.shape[0])
+    few = simple and rows * gates <= _FEW
     if few and steps == 1 and h0 is not None and x.dtype in (torch.bfloat16, torch.float16):
         few = False  # a product in h0's gradient is accumulated in fp32
-    y, h_n, c_n = _Native.apply((layer, made, few), kinds, x, h0, c0, *params)
+    y, h_n, c_n = _Native.apply((layer, made, ragged, few), kinds, x, h0, c0, *params)
     return (y, h_n) if c_n is None else (y, h_n, c_n)

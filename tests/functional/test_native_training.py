@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
 from fastseq.backends import library, watching
-from fastseq.backends.torch import limits
+from fastseq.choice import lengths as of_torch
 from fastseq.ops import recurrent as ops
 from fastseq.ops.types import state_dtype
 from fastseq.reference.cells import steps as steps_of
@@ -32,7 +33,7 @@ FORWARD, BACKWARD, OF_THE_OP = (f"fastseq_native::recurrent_{name}" for name in 
 def ours():
     """Whatever the table says of so short calls."""
     library.load()
-    with limits.everywhere(limits.OURS):
+    with of_torch.everywhere(of_torch.OURS):
         yield
 
 
@@ -52,7 +53,7 @@ CLASSES: dict[str, Callable[..., Any]] = {
     "CoupledLSTM": fastseq.CoupledLSTM,
     "PeepholeLSTM": fastseq.PeepholeLSTM,
 }
-WHOLE = ("LSTM", "GRU", "RNN", "relu", "CoupledLSTM")  # whose gradients are one native op
+WHOLE = ("LSTM", "GRU", "RNN", "relu", "projected", "CoupledLSTM")  # whose gradients are one native op
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1, 12, 20), (1, 9, 33, 70), (5, 2, 7, 17), (40, 3, 16, 24))  # T, B, I, H
 
@@ -60,8 +61,14 @@ SHAPES = ((1, 1, 12, 20), (1, 9, 33, 70), (5, 2, 7, 17), (40, 3, 16, 24))  # T, 
 class Call:
     """A module with its input and states, leaves that want gradients, and weights of the outputs in the loss."""
 
-    def __init__(self, module: Any, steps: int, batch: int, states: bool = True, wanted: Any = None) -> None:
+    def __init__(self, module: Any, steps: int, batch: int, states: bool = True, layout: str = "padded") -> None:
         dtype, self.module = next(module.parameters()).dtype, module
+        self.layout = layout
+        # in no order, so that packing sorts them; a sequence without a step, where one may be
+        self.lengths = torch.tensor([(steps * (3 * b + 1) // (2 * batch)) % (steps + 1) for b in range(batch)])
+        self.lengths[batch // 2] = steps
+        if layout == "packed":
+            self.lengths.clamp_(min=1)
         shape = (batch, steps) if module.batch_first else (steps, batch)
         self.x = torch.randn(*shape, module.input_size, dtype=dtype)
         lanes = module.num_layers * (2 if module.bidirectional else 1)
@@ -78,7 +85,14 @@ class Call:
 
     def outputs(self) -> list[Tensor]:
         hx = None if not self.states else tuple(self.states) if len(self.states) == 2 else self.states[0]
-        y, finals = self.module(self.x, hx)
+        if self.layout == "packed":
+            options = {"enforce_sorted": False, "batch_first": self.module.batch_first}
+            packed, finals = self.module(pack_padded_sequence(self.x, self.lengths, **options), hx)
+            y = packed.data
+        elif self.layout == "lengths":
+            y, finals = self.module(self.x, hx, lengths=self.lengths)
+        else:
+            y, finals = self.module(self.x, hx)
         return [y, *(finals if isinstance(finals, tuple) else (finals,))]
 
     def grads(self, outputs: list[Tensor], leaves: list[Tensor] | None = None, **options: Any) -> list[Tensor]:
@@ -133,6 +147,18 @@ class TestResults:
         one = FORWARD, BACKWARD if kind in WHOLE else OF_THE_OP
         assert sorted(calls_of(without.run)) == sorted(one * layers)
 
+    @pytest.mark.parametrize("layout", ["packed", "lengths"])
+    def test_ragged(self, kind, dtype, shape, layout):
+        torch.manual_seed(1)
+        steps, batch, width, hidden = shape
+        for layers, bidirectional, states in ((1, False, True), (2, True, True), (1, True, False)):
+            module = CLASSES[kind](width, hidden, layers, bidirectional=bidirectional, dtype=dtype)
+            call = Call(module, steps, batch, states, layout)
+            check(call)
+            once = steps == 1 and states and dtype in (torch.bfloat16, torch.float16)  # such a gradient of h0 is not for it
+            one = FORWARD, BACKWARD if kind in WHOLE and not once else OF_THE_OP
+            assert sorted(calls_of(call.run)) == sorted(one * layers)
+
     def test_batch_first_and_strides(self, kind, dtype, shape):
         torch.manual_seed(0)
         steps, batch, width, hidden = shape
@@ -154,12 +180,102 @@ def test_many_rows(kind, steps, monkeypatch):
     assert sorted(calls_of(call.run)) == sorted([FORWARD, OF_THE_OP] * 2)
 
 
+class TestRagged:
+    @pytest.mark.parametrize("steps, batch", [(1, 3), (7, 5), (40, 9)])
+    @pytest.mark.parametrize("kind", ["LSTM", "GRU", "projected"])
+    @pytest.mark.parametrize("few", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_what_lies_beyond_the_lengths(self, kind, steps, batch, few, dtype, monkeypatch):
+        """is not the caller's: whatever it is, NaN included, nothing changes, and it has no gradient."""
+        if not few:
+            monkeypatch.setattr(ops, "_FEW", 0)
+        torch.manual_seed(0)
+        call = Call(CLASSES[kind](7, 17, 2, bidirectional=True, dtype=dtype), steps, batch, layout="lengths")
+        expected = call.run()
+        beyond = torch.arange(steps)[:, None] >= call.lengths
+        with torch.no_grad():
+            call.x[beyond] = torch.nan
+        found = call.run()
+        torch.testing.assert_close(found, expected)
+        assert beyond.any() and not found[len(call.weights)][beyond].any()
+
+    def test_no_steps_at_all(self):
+        call = Call(fastseq.GRU(6, 9, bidirectional=True, dtype=torch.float64), 4, 20, layout="lengths")
+        call.lengths.zero_()
+        check(call)
+        assert not any(grad.any() for grad in call.grads(call.outputs())[2:])
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+    def test_dtypes_of_lengths(self, dtype):
+        call = Call(fastseq.LSTM(6, 9), 4, 3, layout="lengths")
+        expected = call.run()
+        call.lengths = call.lengths.to(dtype)
+        assert calls_of(call.run) == [FORWARD, BACKWARD]
+        assert all(torch.equal(*pair) for pair in zip(call.run(), expected, strict=True))
+
+    def test_wrong_lengths_and_batch_sizes(self):
+        call = Call(fastseq.LSTM(6, 9), 4, 3, layout="lengths")
+        for lengths, message in (([4, 5, 1], r"lie in \[0, 4\]"), ([-1, 4, 1], r"lie in \[0, 4\]"), ([4, 1], "lengths must be")):
+            call.lengths = torch.tensor(lengths)
+            with pytest.raises(RuntimeError, match=message):
+                call.outputs()
+        for sizes, message in (([3, 2], "add up to 5 rows"), ([2, 3], "must not increase"), ([4, 0], "must be positive")):
+            with pytest.raises(RuntimeError, match=message):
+                call.module(PackedSequence(torch.randn(4, 6), torch.tensor(sizes)))
+
+    @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+    def test_sequences_of_one_length(self, kind):
+        torch.manual_seed(0)
+        module, x = CLASSES[kind](6, 9, 2, bidirectional=True), torch.randn(5, 3, 6, requires_grad=True)
+        params = [x, *module.parameters()]
+
+        def run() -> list[Tensor]:
+            y = module(pack_padded_sequence(x, torch.tensor([5, 5, 5])))[0].data.view(5, 3, -1)
+            return [y, *torch.autograd.grad(y.sin().sum(), params)]
+
+        assert sorted(calls_of(run)) == sorted([FORWARD, BACKWARD] * 2)
+        y = module(x)[0]
+        expected = [y, *torch.autograd.grad(y.sin().sum(), params)]
+        torch.testing.assert_close(run(), expected)
+
+    def test_unbatched(self):
+        module = fastseq.LSTM(6, 9)
+        x = torch.randn(5, 6, requires_grad=True)
+        assert calls_of(lambda: module(x)[0].sum().backward()) == [FORWARD, BACKWARD]
+        alone = x.grad
+        x.grad = None
+        module(x[:, None])[0].sum().backward()
+        assert alone is not None and x.grad is not None
+        torch.testing.assert_close(alone, x.grad)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "lengths"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "projected", "PeepholeLSTM"])
+class TestZoneout:
+    def test_masks_are_those_of_the_ops(self, kind, layout):
+        torch.manual_seed(0)
+        call = Call(CLASSES[kind](5, 7, 2, bidirectional=True, zoneout=0.3, dtype=torch.float64), 6, 4, layout=layout)
+        torch.manual_seed(1)
+        found = call.run()
+        torch.manual_seed(1)
+        torch.testing.assert_close(found, call.by_the_ops())
+        one = FORWARD, BACKWARD if kind in ("LSTM", "GRU", "RNN") else OF_THE_OP
+        assert sorted(calls_of(call.run)) == sorted(one * 2)
+
+    def test_proportions(self, kind, layout):
+        torch.manual_seed(0)
+        call = Call(CLASSES[kind](5, 7, zoneout=0.3, dtype=torch.float64), 6, 4, layout=layout)
+        call.module.eval()
+        check(call)
+
+
 @pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_each_gradient_alone(kind, steps):
+@pytest.mark.parametrize("layout", ["padded", "packed", "lengths"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "projected"])
+def test_each_gradient_alone(kind, layout, steps):
     """What is not wanted is not computed, and takes no other's place."""
     torch.manual_seed(0)
-    call = Call(CLASSES[kind](5, 7, bidirectional=True, dtype=torch.float64), steps, 3)
+    call = Call(CLASSES[kind](5, 7, bidirectional=True, dtype=torch.float64), steps, 3, layout=layout)
     outputs, leaves = call.outputs(), call.leaves()
     every = call.grads(outputs, retain_graph=True)
     for index, leaf in enumerate(leaves):
@@ -191,7 +307,7 @@ def test_gradients_of_some_outputs(kind, some):
 @pytest.mark.parametrize("kind", WHOLE)
 def test_gradients_of_gradients(kind):
     torch.manual_seed(0)
-    call = Call(CLASSES[kind](3, 4, 2, bidirectional=True, dtype=torch.float64), 3, 2)
+    call = Call(CLASSES[kind](3, 6, 2, bidirectional=True, dtype=torch.float64), 3, 2)
 
     def second() -> list[Tensor]:
         grads = call.grads(call.outputs(), create_graph=True)
@@ -250,6 +366,8 @@ def test_every_instruction_set(level, dtype, monkeypatch):
         pytest.skip(f"this processor has no {level}")
     for kind, steps, batch in product(("LSTM", "GRU", "RNN"), (1, 3), (1, 17)):
         check(Call(CLASSES[kind](33, 45, bidirectional=True, dtype=dtype), steps, batch))
+    for kind, layout, batch in product(("LSTM", "GRU", "projected"), ("packed", "lengths"), (4, 33)):
+        check(Call(CLASSES[kind](33, 45, bidirectional=True, dtype=dtype), 19, batch, layout=layout))
 
 
 class Looks(TorchDispatchMode):
@@ -265,9 +383,7 @@ class LooksAtFunctions(TorchFunctionMode):
 class TestWhoeverLooksOn:
     """keeps the registered ops, in the forward and in the backward pass."""
 
-    @pytest.mark.parametrize(
-        "mode", [Looks, lambda: watching(lambda query, chosen: None), lambda: fastseq.use_backend("reference")]
-    )
+    @pytest.mark.parametrize("mode", [Looks, lambda: watching(lambda query, chosen: None)])
     def test_modes(self, mode):
         call = Call(fastseq.LSTM(6, 9), 3, 2)
         outputs, expected = call.outputs(), call.run()[3:]
@@ -277,6 +393,16 @@ class TestWhoeverLooksOn:
             found = call.grads(outputs, retain_graph=True)
         torch.testing.assert_close(found, expected)
         assert calls_of(lambda: call.grads(outputs)) == [BACKWARD]
+
+    def test_a_backward_pass_is_forced_as_its_forward_pass_was(self):
+        call = Call(fastseq.LSTM(6, 9), 3, 2)
+        outputs, expected = call.outputs(), call.run()[3:]
+        with fastseq.use_backend("reference"):
+            assert FORWARD not in calls_of(call.outputs)
+            assert calls_of(lambda: call.grads(outputs, retain_graph=True)) == [BACKWARD]
+            forced = call.outputs()
+        assert BACKWARD not in calls_of(lambda: call.grads(forced, retain_graph=True))
+        torch.testing.assert_close(call.grads(forced), expected)
 
     def test_a_mode_of_functions(self):
         call = Call(fastseq.LSTM(6, 9), 3, 2)
@@ -311,11 +437,26 @@ class TestWhoeverLooksOn:
             one = torch.autograd.grad(outputs, call.leaves(), [weights[index] for weights in many], retain_graph=True)
             torch.testing.assert_close([grads[index] for grads in found], list(one))
 
-    def test_the_table(self):
-        call = Call(fastseq.LSTM(6, 9), 3, 2)
-        with limits.everywhere(limits.Steps(1, 100)):
+    @pytest.mark.parametrize("layout", ["padded", "packed"])
+    @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "relu"])
+    def test_the_table(self, kind, layout):
+        call = Call(CLASSES[kind](6, 9, 2, bidirectional=True), 3, 2, layout=layout)
+        with of_torch.everywhere(of_torch.Steps(1, 100)):
             assert calls_of(call.run) == []
             torch.testing.assert_close(call.run(), call.by_the_ops(), rtol=1e-4, atol=1e-5)
+            expected = call.outputs()
+            with torch.no_grad():
+                assert all(torch.equal(*pair) for pair in zip(call.outputs(), expected, strict=True))
+            call.states = []
+            torch.testing.assert_close(call.run(), call.by_the_ops(), rtol=1e-4, atol=1e-5)
+
+    def test_what_the_table_does_not_ask_of(self):
+        call = Call(fastseq.LSTM(6, 9, recompute=True), 3, 2, layout="packed")
+        with of_torch.everywhere(of_torch.Steps(1, 100)):
+            assert calls_of(call.run) == [FORWARD, OF_THE_OP]  # torch's kernels keep the gates
+            call.module.recompute = False
+            with fastseq.use_backend("cpu"):
+                assert calls_of(call.run) == [FORWARD, BACKWARD]
 
     def test_subclasses_and_strides_go_the_long_way(self):
         call = Call(fastseq.GRU(6, 9, dtype=torch.float64), 3, 2)
@@ -350,22 +491,39 @@ def test_functions_take_the_same_way():
 def test_raw_op_refuses_what_does_not_fit():
     """The kernels trust sizes and dtypes, so the native op checks them whoever calls it."""
     x, w_ih, w_hh = torch.randn(3, 2, 4), torch.randn(15, 4), torch.randn(15, 5)
-    y, h_n, c_n, c, gates = torch.ops.fastseq_native.recurrent_layer(x, None, None, [w_ih, w_hh], "gru", False, False, True)
+    y, h_n, c_n, c, gates = torch.ops.fastseq_native.recurrent_layer(
+        x, None, None, [w_ih, w_hh], *[None] * 4, "gru", False, False, 0.0, 0.0, True, False
+    )
 
-    def call(dy=y, x=x, params=(w_ih, w_hh), h0=None, gates=gates, cell="gru", wanted=(True,) * 5):
+    def call(dy=y, x=x, y=y, params=(w_ih, w_hh), h0=None, ragged=(), gates=gates, cell="gru", wanted=(True,) * 5):
+        ragged = [*ragged, *[None] * (4 - len(ragged))]
         torch.ops.fastseq_native.recurrent_layer_backward(
-            dy, None, None, x, h0, None, list(params), y, c, gates, cell, list(wanted)
+            dy, None, None, x, h0, None, list(params), *ragged, y, c, gates, cell, 0.0, 0.0, list(wanted), False
         )
 
     call(h0=torch.randn(1, 2, 5))
+    hold = torch.zeros(3, 2, 1, 4, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="hold_h must have 30 elements, got 24"):
+        torch.ops.fastseq_native.recurrent_layer(
+            x, None, None, [w_ih, w_hh], *[None] * 2, hold, None, "gru", False, False, 0.0, 0.0, True, False
+        )
     for wrong, message in (
         ({"x": x[:, :1].contiguous()}, "x must have 24 elements, got 12"),
         ({"x": x[0]}, r"x must be \[T, B, I\]"),
+        ({"ragged": [torch.tensor([3])]}, "lengths must have 2 elements, got 1"),
+        ({"ragged": [torch.tensor([3, 3], dtype=torch.int32)]}, "lengths has a wrong dtype"),
+        ({"ragged": [None, torch.tensor([2, 2, 2])]}, r"or with batch_sizes \[N, I\]"),
+        *[
+            ({"ragged": [None, torch.tensor(sizes)], "x": x.flatten(0, 1), "y": y.flatten(0, 1)}, "none of a packed batch of 6")
+            for sizes in ([2, 2, 1], [1, 2, 3], [6, 0])
+        ],
+        ({"ragged": [None, None, hold]}, "hold_h must have 30 elements, got 24"),
         ({"dy": y.double()}, "dy has a wrong dtype"),
         ({"dy": y.transpose(0, 1)}, "dy must be contiguous"),
         ({"gates": gates[:2]}, "gates must have 120 elements, got 80"),
         ({"h0": torch.randn(2, 2, 5)}, "h0 must have 10 elements, got 20"),
-        ({"params": (w_ih,)}, "of each direction, of which wanted tells each"),
+        ({"params": (w_ih,)}, "of which wanted tells each"),
+        ({"params": (w_ih, w_hh, w_hh), "wanted": (True,) * 6}, "no gradients of this projection here"),
         ({"params": (w_hh, w_hh)}, "w_ih must have 60 elements, got 75"),
         ({"wanted": (True,) * 4}, "of which wanted tells each"),
         ({"cell": "layer_norm_gru"}, "has parameters beside weights and biases"),

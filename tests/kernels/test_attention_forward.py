@@ -415,7 +415,8 @@ def test_a_refusal_has_a_reason(changes, reason):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
-def test_the_interpreter_refuses_bfloat16():
+def test_the_interpreter_refuses_bfloat16(plain_interpreter):
+    """Outside of these tests, which know how to make it right."""
     (why,) = backend.why_not(_query(dtype=torch.bfloat16))
     assert "interpreter" in why
 

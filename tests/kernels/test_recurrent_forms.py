@@ -234,6 +234,7 @@ PRECISIONS = [
     for device, dtype, mark in (
         ("cpu", torch.float32, interpreted),
         ("cpu", torch.float16, interpreted),
+        ("cpu", torch.bfloat16, interpreted),
         ("cuda", torch.float16, on_gpu),
         ("cuda", torch.bfloat16, on_gpu),
     )

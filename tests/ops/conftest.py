@@ -54,7 +54,8 @@ _REPEATED = {
 
 
 def _marks(metafunc: pytest.Metafunc, row: dict) -> list[pytest.MarkDecorator]:
-    """Triton's interpreter takes seconds where other backends take milliseconds: the usual run tries every case in fp32, once."""
+    """Triton's interpreter takes seconds where other backends take milliseconds: the usual run tries every case in fp32, once,
+    and the small ones in bf16."""
     if row.get("backend") == "cuda-host" and metafunc.function.__name__ == "test_beyond_65535_steps":
         return [pytest.mark.slow]
     if row.get("backend") != "triton":
@@ -64,7 +65,9 @@ def _marks(metafunc: pytest.Metafunc, row: dict) -> list[pytest.MarkDecorator]:
     if getattr(case, "heads", 1) == 40:  # 80 lanes; how lanes are shared among ops is no affair of a backend
         return [pytest.mark.slow]
     often = usual is None or str(case).removesuffix("-heads") in usual
-    return [] if often and row.get("dtype", torch.float32) == torch.float32 else [pytest.mark.slow]
+    dtype = row.get("dtype", torch.float32)
+    in_bfloat16 = dtype == torch.bfloat16 and usual is None and case in metafunc.cls.SMALL_CASES
+    return [] if often and (dtype == torch.float32 or in_bfloat16) else [pytest.mark.slow]
 
 
 def _supported(battery: OpBattery, row: dict) -> bool:

@@ -105,8 +105,6 @@ class TestRecurrent(RecurrentBattery):
 
     def test_relu_gradients_in_bfloat16(self, backend):
         """From the same forward outputs, so that both sides agree on which units were off."""
-        if backend == "triton":
-            pytest.skip("Triton's interpreter gets bfloat16 wrong")
         torch.manual_seed(0)
         weight = torch.randn(2, 40, 40).bfloat16() / 8
         x, w_ih = torch.randn(6, 9, 3).bfloat16(), torch.randn(80, 3).bfloat16()
@@ -178,8 +176,7 @@ class TestRecurrent(RecurrentBattery):
             monkeypatch.setenv("FASTSEQ_TRITON_RECURRENT", "stepwise")  # the same form for a call of one step
         row, hidden = CELLS[cell], 20
         gates = len(row.gates) * hidden
-        # Triton's interpreter gets bfloat16 wrong
-        for dtype in (torch.float32, torch.float16 if backend == "triton" else torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
             if not self.supports(RecurrentCase(cell), dtype, backend):
                 continue
             torch.manual_seed(0)
@@ -303,7 +300,7 @@ class TestCpuKernels:
         def call(x=x, w_ih=w_ih, weight=weight, vectors=None, projection=None, hold_h=None, hold_c=None, gates=empty, cell="gru"):
             torch.ops.fastseq_native.recurrent_forward(
                 x, w_ih, None, None, weight, vectors, projection, None, None, None, None, hold_h, hold_c, cell, 0, 0.0, 0.0,
-                y, h_n, empty, empty, gates,
+                False, y, h_n, empty, empty, gates,
             )  # fmt: skip
 
         call()

@@ -120,7 +120,7 @@ def native(call, wanted):
     lanes = call["y"].shape[-2]
     bits = [wanted & ~X] * lanes
     bits[0] = wanted
-    return torch.ops.fastseq_native.recurrent_gradients(*call.values(), bits)
+    return torch.ops.fastseq_native.recurrent_gradients(*call.values(), bits, False)
 
 
 def named(call, wanted):
@@ -301,10 +301,10 @@ def test_zeros_stay_within_their_range(amx):
 
 @pytest.mark.parametrize(("backend", "served"), (("cpu", True), (None, True), ("reference", False)))
 def test_who_takes_them(amx, backend, served, monkeypatch):
-    """A module in training on sequences of several lengths, but not where another backend is forced or a mode looks on."""
+    """A module whose cell has more than weights and biases, but not where another backend is forced or a mode looks on."""
     found, real = [], cpu.layer_gradients
     monkeypatch.setattr(cpu, "layer_gradients", lambda *arguments: found.append(real(*arguments)) or found[-1])
-    layer, x = fastseq.GRU(20, 20, num_layers=2), torch.randn(40, 16, 20, requires_grad=True)
+    layer, x = fastseq.PeepholeLSTM(20, 20, num_layers=2), torch.randn(40, 16, 20, requires_grad=True)
     lengths = torch.arange(16) + 20
     with fastseq.use_backend(backend):
         layer(x, lengths=lengths)[0].sum().backward()

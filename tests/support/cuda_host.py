@@ -41,6 +41,10 @@ def why_not(query: Query) -> list[str]:
     return recurrent.obstacles(query, MACHINE) if isinstance(query, RecurrentQuery) else [f"no CUDA kernel for {query.op} yet"]
 
 
+def variant(query: RecurrentQuery, family: str) -> str:
+    return recurrent.variant_on(query, family, MACHINE)
+
+
 def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return recurrent.forward(call, MACHINE)
 

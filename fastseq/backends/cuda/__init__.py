@@ -10,17 +10,18 @@ from .. import library
 from ..query import Query, RecurrentQuery
 from . import recurrent
 from .recurrent import GPU as MACHINE
-from .recurrent import recurrent_backward, recurrent_forward
+from .recurrent import recurrent_backward, recurrent_forward, variant
 
 __all__ = [
     "MACHINE",
     "available",
     "devices",
+    "forms",
     "name",
     "ops",
     "recurrent_backward",
     "recurrent_forward",
-    "stands_back",
+    "variant",
     "why_not",
 ]
 
@@ -40,9 +41,10 @@ def _obstacle(device: int) -> str:
     return torch.ops.fastseq_native.cuda_obstacle(device)
 
 
+def forms(query: Query) -> tuple[str, ...]:
+    """What a measurement may choose among, for a call that the kernels can run."""
+    return recurrent.forms(query) if isinstance(query, RecurrentQuery) else ("",)
+
+
 def why_not(query: Query) -> list[str]:
     return recurrent.why_not(query) if isinstance(query, RecurrentQuery) else [f"no CUDA kernel for {query.op} yet"]
-
-
-def stands_back(query: Query) -> list[str]:
-    return ["its kernels have run on no GPU yet, only on the host; use_backend('cuda') takes them"]

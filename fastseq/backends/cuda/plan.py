@@ -46,6 +46,19 @@ class Numbers(NamedTuple):
     def exchange(self) -> str:
         return ("cluster" if self.cluster else "flags") + (", partial sums" if self.reduce_scatter else "")
 
+    @property
+    def form(self) -> str:
+        """What of a plan other code runs for: "flags, wide, batch tiles"."""
+        features = {
+            "wide": self.n_tiles > 1,
+            "batch tiles": self.batch_tiles > 1,
+            "segments": self.k_segments > 1,
+            "waves": self.teams_at_once < self.teams,
+            "alone": self.ctas == 1,
+            "in blocks": self.units.bit_count() > 1,
+        }
+        return ", ".join([self.exchange, *(word for word, there in features.items() if there)])
+
 
 class Plan(NamedTuple):
     """How a call is cut."""

@@ -10,12 +10,13 @@ import torch
 from ..query import Query
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED_DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
 def dtype_obstacles(query: Query) -> list[str]:
     """Why a dtype cannot run, if so."""
     if INTERPRETED:
-        accepted: tuple[torch.dtype, ...] = (torch.float16, torch.float32, torch.float64)
+        accepted: tuple[torch.dtype, ...] = INTERPRETED_DTYPES
         where = "in Triton's interpreter, which gets bfloat16 wrong"
     else:
         accepted = (torch.float16, torch.bfloat16, torch.float32)

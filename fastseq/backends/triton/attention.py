@@ -31,6 +31,13 @@ def why_not(query: AttentionQuery) -> list[str]:
     return against
 
 
+def variant(query: AttentionQuery, family: str) -> str:
+    """The widths that a call's kernels are compiled for."""
+    widths = [power(features) for features in query.features]
+    exact = tuple(widths) == query.features
+    return f"widths {widths[0]}:{widths[1]}" + ("" if exact else " with tails")
+
+
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     from fastseq.kernels.attention import configs
     from fastseq.kernels.attention import forward as kernels

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ...ops.types import DecodeSpec, empty_rows, state_dtype
 from ...reference.attention_decode import capacity
+from ..query import AttentionQuery
 from . import _launch
+from .attention import variant as _widths
 from .attention import why_not
 from .attention_args import accumulator, number, power, precision, rows, scalars
 
-__all__ = ["attention_decode_forward", "choose_parts", "choose_tile", "why_not"]
+__all__ = ["attention_decode_forward", "choose_parts", "choose_tile", "variant", "why_not"]
 
 _MOST_PARTS = 128
 _CHUNK = 16  # parts that the merge holds in registers at once
@@ -66,6 +68,12 @@ def choose_parts(programs: int, tiles: int, processors: int) -> int:
 def _busy(programs: int, processors: int) -> float:
     """Share of the multiprocessors that work, on average over the waves."""
     return programs / (-(-programs // processors) * processors)
+
+
+def variant(query: AttentionQuery, family: str) -> str:
+    """The widths that a call's kernels are compiled for, and how many rows share the keys."""
+    rows = query.heads[0] // max(1, query.heads[1]) * query.lengths[0]
+    return f"{_widths(query, family)}, {min(64, power(rows))} rows"
 
 
 def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ and why.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ...cells import CELLS
 from ...ops.types import Backward, Forward
 from ..notes import note
 from ..precision import fp32_precision
@@ -23,6 +25,24 @@ def why_not(query: RecurrentQuery) -> list[str]:
 
     unknown = [] if query.cell in configs.CELLS else [f"no Triton cell {query.cell}"]
     return unknown + dtype_obstacles(query)
+
+
+def forms(query: RecurrentQuery) -> tuple[str, ...]:
+    """The form by the rules, unnamed, and the others that can walk a sequence."""
+    return ("",) if query.steps == 1 or query.projected else ("", "whole", "streamed", "stepwise")
+
+
+def variant(query: RecurrentQuery, family: str) -> str:
+    """The form and tiles that run a call."""
+    from fastseq.kernels.recurrent import configs
+
+    row = CELLS[query.cell]
+    config = configs.of(
+        query.device, query.dtype, len(row.gates), query.hidden, query.batch, query.projected, row.normalized,
+        one_step=query.steps == 1 and query.layout == "padded", backward=family == "backward",
+        exact=query.dtype == torch.float32 and fp32_precision() == "ieee",
+    )  # fmt: skip
+    return " ".join((config.form, *(f"{name}={size}" for name, size in config.tiles.items())))
 
 
 def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
