@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastseq"
 
 # A file may import from rooms to its right, never from its left. What stands last is facts: the arguments of the ops, the cells.
-ROOMS = ("convert", "modules", "functional", "ops", "backends", "choice", "kernels", "reference", "ops.types", "cells")
+ROOMS = ("tuning", "convert", "modules", "functional", "ops", "backends", "choice", "kernels", "reference", "ops.types", "cells")
 
 
 def room(path: Path) -> str | None:
@@ -100,6 +100,7 @@ def test_kernels_import_no_package_code():
 
 # Where an op has kernels of its own; a backend that runs it says so in its `ops`.
 KERNELS = {
+    "scan": ("csrc/cpu/scan.cpp", "kernels/scan/scan.py"),
     "recurrent": ("csrc/cpu/recurrent.cpp",),
     "attention": ("kernels/attention/forward.py", "kernels/attention/backward.py", "kernels/attention/weights.py"),
     "attention_decode": ("kernels/attention/decode.py", "csrc/cpu/attention_decode.cpp"),

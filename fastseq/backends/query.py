@@ -22,6 +22,7 @@ class RecurrentQuery(NamedTuple):
     zoned: bool = False  # with zoneout
     batch: int = 1
     backward: bool = False
+    saving: bool = False  # forward, for a backward pass
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -58,4 +59,26 @@ class AttentionQuery(NamedTuple):
         )
 
 
-Query = RecurrentQuery | AttentionQuery
+class ScanQuery(NamedTuple):
+    """One call of the scan op."""
+
+    op: str
+    call: str  # "forward" or "backward"
+    device: torch.device
+    dtype: torch.dtype
+    kind: str  # "real", "complex" or "blocks"
+    steps: int
+    batch: int
+    channels: int
+    layout: str  # "padded", "lengths" or "packed"
+    uses: tuple[str, ...]  # of "initial", "resets", "reverse", and the cell
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.op} {self.call}, {self.kind}, {dtype} on {self.device}, {self.layout}, T={self.steps} B={self.batch} "
+            f"C={self.channels}" + "".join(f", {use}" for use in self.uses)
+        )
+
+
+Query = RecurrentQuery | AttentionQuery | ScanQuery

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..ops.types import DecodeSpec, Spec, empty_gradients, empty_rows
-from ..reference import attention, attention_decode, recurrent
+from ..ops.types import (
+    DecodeSpec,
+    ScanSpec,
+    Spec,
+    empty_gradients,
+    empty_rows,
+    empty_scan,
+    empty_scan_gradients,
+    scan_kind,
+)
+from ..reference import attention, attention_decode, recurrent, scan
 from .query import Query
 
 name = "reference"
 devices = ("any",)
-ops = ("recurrent", "attention", "attention_decode")
+ops = ("recurrent", "attention", "attention_decode", "scan")
 
 recurrent_forward = recurrent.forward
 recurrent_backward = recurrent.backward
@@ -52,3 +61,28 @@ def attention_weights_backward(
 def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: DecodeSpec) -> tuple[Tensor, Tensor]:
     out, lse = attention_decode.forward(q, k_cache, v_cache, spec)
     return empty_rows(q, v_cache.shape[-1]).copy_(out), lse
+
+
+def scan_forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+    h, final = scan.forward(b, a, initial, spec)
+    room = empty_scan(b, scan_kind(b, a), spec)
+    return room[0].copy_(h), room[1].copy_(final)
+
+
+def scan_backward(
+    dh: Tensor | None,
+    dfinal: Tensor | None,
+    b: Tensor | None,
+    a: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    spec: ScanSpec,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = scan.backward(dh, dfinal, b, a, h, initial, spec)
+    db, da, dinitial = empty_scan_gradients(a, h, scan_kind(h, a), spec, wanted)
+    if wanted[0]:
+        db.copy_(grads[0])
+    if wanted[1]:
+        da.copy_(grads[1])
+    return db, da, dinitial.copy_(grads[2])

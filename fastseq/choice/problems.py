@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS
-from ..ops.types import GRADIENTS, Backward, DecodeSpec, Forward, Spec, state_dtype
-from ..reference import attention, recurrent
+from ..ops.types import GRADIENTS, SCAN_CELLS, Backward, DecodeSpec, Forward, ScanSpec, Spec, state_dtype
+from ..reference import attention, recurrent, scan
 from ..testing import assert_all_close_to_truth, pooled_error
 
 OF_BIASES = ("bias", "relative_bias", "relative_k")  # gradients with kernels of their own
 _SEEDS = (0, 1, 2)  # of the inputs that the reference's own error is known from; the first is what a backend is tried on
-_MOST_ROWS, _MOST_HIDDEN = 256, 4096
+_MOST_ROWS, _MOST_HIDDEN, _MOST_LANES = 256, 4096, 4
 Results = dict[str, Tensor]
 
 
@@ -31,6 +31,7 @@ class Problem:
     """Inputs by seed, and what a backend makes of them."""
 
     name: str
+    query: Any  # of the call that it is
     make: Callable[[int], dict[str, Any]]  # in fp64, on the CPU
     run: Callable[[Any, dict[str, Any]], Results]
     dtype: torch.dtype
@@ -71,21 +72,35 @@ def _cast(inputs: dict[str, Any], dtype: torch.dtype, device: torch.device) -> d
             return value
         if not value.is_floating_point():
             return value.to(device)
-        return value.to(device, wide if name in ("c0", "dc_n", "dc", "c", "slopes", "lse", "dlse") else dtype)
+        return value.to(device, wide if name in ("c0", "dc_n", "dc", "c", "slopes", "lse", "dlse", "a", "initial") else dtype)
 
     return {name: moved(name, value) for name, value in inputs.items()}
 
 
 def problems_of(query: Any, family: str, coarse: bool) -> Iterator[Problem]:
     """Those of a family of `families`, for a query that is one of its calls."""
-    made = {"recurrent": _recurrent, "attention": _attention, "attention_decode": _decode}[query.op](query, family)
-    for name, make, run in made:
-        yield Problem(name, make, run, query.dtype, query.device, coarse)
+    makers = {"recurrent": _recurrent, "attention": _attention, "attention_decode": _decode, "scan": _scan}
+    dtype = query.dtype.to_real() if query.dtype.is_complex else query.dtype
+    for name, changes, make, run in makers[query.op](query, family):
+        yield Problem(name, _of_family(query, family)._replace(**changes), make, run, dtype, query.device, coarse)
+
+
+def _of_family(query: Any, family: str) -> Any:
+    """The call of a family that goes with a query."""
+    if query.op == "recurrent":
+        return query._replace(backward=family == "backward")
+    if query.op == "attention_decode":
+        return query
+    if query.op == "scan":
+        return query._replace(call=family)
+    call = "backward" if family == "bias_gradient" else family
+    wanted = OF_BIASES if family == "bias_gradient" else tuple("qkv") if family == "backward" else ()
+    return query._replace(call=call, gradients=wanted)
 
 
 def families(query: Any) -> tuple[str, ...]:
     """What is tried together, since kernels of one call are followed by those of the next: each gets a verdict of its own."""
-    if query.op == "recurrent":
+    if query.op in ("recurrent", "scan"):
         return "forward", "backward"
     if query.op == "attention_decode":
         return ("decode",)
@@ -98,12 +113,13 @@ def needed(query: Any) -> tuple[str, ...]:
     """The families of `families` that a call itself runs."""
     if query.op == "recurrent":
         return ("backward" if query.backward else "forward",)
-    if query.call == "backward" and set(OF_BIASES) & set(query.gradients):
+    if query.op == "attention" and query.call == "backward" and set(OF_BIASES) & set(query.gradients):
         return "backward", "bias_gradient"
     return (query.call,)
 
 
-Made = Iterator[tuple[str, Callable[[int], dict[str, Any]], Callable[[Any, dict[str, Any]], Results]]]
+# names, what of the query is another, what makes the inputs, what runs
+Made = Iterator[tuple[str, dict[str, Any], Callable[[int], dict[str, Any]], Callable[[Any, dict[str, Any]], Results]]]
 
 
 # recurrence
@@ -126,7 +142,9 @@ def _recurrent(query: Any, family: str) -> Made:
         def make(seed: int, sizes: tuple[Any, ...] = (layout, hidden_, rows_, steps)) -> dict[str, Any]:
             return _sequence(query, seed, *sizes)
 
-        yield f"{layout} T={steps} B={rows_} H={hidden_}", make, _forward_of_steps if family == "forward" else _backward_of_steps
+        changes = {"layout": layout, "steps": steps, "batch": rows_, "hidden": hidden_, "lanes": min(query.lanes, _MOST_LANES)}
+        run = _forward_of_steps if family == "forward" else _backward_of_steps
+        yield f"{layout} T={steps} B={rows_} H={hidden_}", changes, make, run
 
 
 def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps: int) -> dict[str, Any]:
@@ -136,7 +154,7 @@ def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    row, lanes = CELLS[query.cell], min(query.lanes, 4)
+    row, lanes = CELLS[query.cell], min(query.lanes, _MOST_LANES)
     gates, width, inputs = len(row.gates) * hidden, max(1, hidden // 2) if query.projected else hidden, 10
     lengths = torch.tensor([steps - b % steps for b in range(batch)]).sort(descending=True)[0]
     sizes = (lengths[None] > torch.arange(steps)[:, None]).sum(1)
@@ -209,7 +227,7 @@ def _attention(query: Any, family: str) -> Made:
         def make(seed: int, lengths: tuple[tuple[int, int], ...] = lengths) -> dict[str, Any]:
             return _pairs(query, seed, lengths) | {"wanted": wanted}
 
-        yield f"T={' '.join(f'{q}:{k}' for q, k in lengths)} E={query.features[0]}:{query.features[1]}", make, run
+        yield f"T={' '.join(f'{q}:{k}' for q, k in lengths)} E={query.features[0]}:{query.features[1]}", {}, make, run
 
 
 def _pairs(query: Any, seed: int, lengths: tuple[tuple[int, int], ...]) -> dict[str, Any]:
@@ -317,7 +335,7 @@ def _decode(query: Any, family: str) -> Made:
         def make(seed: int, given: tuple[tuple[int, ...], int] = (lengths, splits)) -> dict[str, Any]:
             return _cache(query, seed, *given)
 
-        yield f"keys={' '.join(map(str, lengths))} parts={splits} E={query.features[0]}:{query.features[1]}", make, _decoded
+        yield f"keys={' '.join(map(str, lengths))} parts={splits} E={query.features[0]}:{query.features[1]}", {}, make, _decoded
 
 
 def _cache(query: Any, seed: int, lengths: tuple[int, ...], splits: int) -> dict[str, Any]:
@@ -358,3 +376,80 @@ def _decoded(backend: Any, inputs: dict[str, Any]) -> Results:
     spec = DecodeSpec(**{name: inputs[name] for name in DecodeSpec._fields if name in inputs})
     out, lse = backend.attention_decode_forward(*(inputs[name] for name in ("q", "k_cache", "v_cache")), spec)
     return {"out": out, "lse": torch.where(lse == -torch.inf, 3.0, lse)}
+
+
+# linear recurrence
+
+
+def _scan(query: Any, family: str) -> Made:
+    """Rows that are cut into chunks, with tails of channels; so many that each goes in one, and with a constant a."""
+    cuda = query.device.type == "cuda"
+    for steps, batch, channels, constant in (
+        (300 if cuda else 23, 3, 37, False),
+        (9, 300 if cuda else 3, 128 if cuda else 5, True),
+    ):
+        if constant and {"log", "min_gru"} & {*query.uses}:
+            continue  # they have an a for each step
+
+        def make(seed: int, sizes: tuple[int, int, int, bool] = (steps, batch, channels, constant)) -> dict[str, Any]:
+            return _recurrence(query, seed, *sizes)
+
+        run = _scanned if family == "forward" else _scan_gradients
+        changes = {"steps": steps, "batch": batch, "channels": channels}
+        yield f"T={steps} B={batch} C={channels}" + (" constant" if constant else ""), changes, make, run
+
+
+def _recurrence(query: Any, seed: int, steps: int, batch: int, channels: int, constant: bool) -> dict[str, Any]:
+    """Complex numbers as pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    packed, numbers = query.layout == "packed", [] if query.kind == "real" else [2]
+    of_a = [2, 2] if query.kind == "blocks" else numbers
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    lengths = torch.tensor([steps - b % steps for b in range(batch)], dtype=torch.int32)
+    total = int(lengths.sum()) if packed else steps
+    rows = 1 if packed else batch
+    a = (random(1, 1, channels, *of_a) if constant else random(total, rows, channels, *of_a)).tanh() * (0.45 if numbers else 0.9)
+    return {
+        "b": random(total, rows, channels, *numbers),
+        "a": -a.abs() if "log" in query.uses else a,
+        "initial": random(batch, channels, *numbers) if "initial" in query.uses else None,
+        "resets": torch.rand(total, rows, generator=generator) < 0.1 if "resets" in query.uses else None,
+        "lengths": lengths if query.layout == "lengths" else None,
+        "cu_seqlens": torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int() if packed else None,
+        "cell": next((use for use in query.uses if use in SCAN_CELLS), "given"),
+        "reverse": "reverse" in query.uses,
+        "kind": query.kind,
+    }
+
+
+def _numbers(inputs: dict[str, Any]) -> list[Any]:
+    """b, a, initial as the op takes them, and the rest of it."""
+    given = [inputs[name] for name in ("b", "a", "initial")]
+    if inputs["kind"] == "complex":
+        given = [tensor if tensor is None else torch.view_as_complex(tensor) for tensor in given]
+    return [*given, ScanSpec(**{name: inputs[name] for name in ScanSpec._fields})]
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _scanned(backend: Any, inputs: dict[str, Any]) -> Results:
+    h, final = backend.scan_forward(*_numbers(inputs))
+    return {"h": _apart(h), "final": _apart(final)}
+
+
+def _scan_gradients(backend: Any, inputs: dict[str, Any]) -> Results:
+    """From the reference's h."""
+    b, a, initial, spec = _numbers(inputs)
+    h, final = scan.forward(b, a, initial, spec)
+    dh, dfinal = _like(_apart(h), 1), _like(_apart(final), 2)
+    if h.is_complex():
+        dh, dfinal = torch.view_as_complex(dh), torch.view_as_complex(dfinal)
+    read = b if spec.cell == "min_gru" else None
+    grads = backend.scan_backward(dh, dfinal, read, a, h, initial, spec, [True, True])
+    named = {name: _apart(grad) for name, grad in zip(("db", "da", "dinitial"), grads, strict=True)}
+    return named if initial is not None else {name: named[name] for name in ("db", "da")}

@@ -5,6 +5,7 @@ from ._attention_decode import attention_with_kv_cache
 from ._recurrent import gru, gru_cell, lstm, lstm_cell, recurrent, recurrent_cell, rnn, rnn_cell
 from ._relative_position import t5_relative_bias, transformer_xl_attention
 from ._scaled_dot_product import scaled_dot_product_attention
+from ._scan import scan
 
 __all__ = [
     "attention",
@@ -20,6 +21,7 @@ __all__ = [
     "rnn",
     "rnn_cell",
     "scaled_dot_product_attention",
+    "scan",
     "t5_relative_bias",
     "transformer_xl_attention",
 ]

@@ -498,7 +498,7 @@ def readable(tensor: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def _integers(name: str, tensor: Tensor, what: str) -> Tensor:
+def integers(name: str, tensor: Tensor, what: str) -> Tensor:
     if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != 1:
         raise RuntimeError(f"{name} must be int32 or int64 {what}, got {tensor.dtype} {list(tensor.shape)}")
     return tensor.to(torch.int32).contiguous()
@@ -506,7 +506,7 @@ def _integers(name: str, tensor: Tensor, what: str) -> Tensor:
 
 def checked_lengths(name: str, lengths: Tensor, batch: int, longest: int) -> Tensor:
     """int32 [B]."""
-    result = _integers(name, lengths, "[B]")
+    result = integers(name, lengths, "[B]")
     if lengths.shape[0] != batch:
         raise RuntimeError(f"{name} must be [B] = [{batch}], got {list(lengths.shape)}")
     if readable(lengths) and not ((lengths >= 0) & (lengths <= longest)).all():
@@ -518,7 +518,7 @@ def _cumulated(name: str, cu: Tensor | None, longest: int | None, total: int) ->
     """int32 [B + 1], and the length of the longest sequence."""
     if cu is None:
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k go together, got no cu_seqlens_{name}")
-    result = _integers(f"cu_seqlens_{name}", cu, "[B + 1]")
+    result = integers(f"cu_seqlens_{name}", cu, "[B + 1]")
     if cu.shape[0] == 0:
         raise RuntimeError(f"cu_seqlens_{name} must be [B + 1], got [0]")
     if not readable(cu):

@@ -5,6 +5,6 @@
 
 from __future__ import annotations
 
-OPS = ("recurrent", "attention", "attention_decode")
+OPS = ("recurrent", "attention", "attention_decode", "scan")
 
 __all__ = ["OPS"]

@@ -319,3 +319,42 @@ def empty_gradients(q: Tensor, k: Tensor, v: Tensor, spec: Spec, wanted: list[bo
         else:
             results.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device))
     return tuple(results)
+
+
+SCAN_CELLS = ("given", "log", "min_gru")  # what makes the coefficients of a scan; ``reference/scan.py`` says how
+
+
+class ScanSpec(NamedTuple):
+    """How a scan is walked: what its ops take beside b, a and the initial states."""
+
+    resets: Tensor | None
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
+    cell: str  # of SCAN_CELLS
+    reverse: bool
+
+
+def scan_kind(states: Tensor, a: Tensor) -> str:
+    """``"real"``, ``"complex"`` or ``"blocks"``."""
+    return "blocks" if a.dim() > states.dim() else "complex" if states.is_complex() else "real"
+
+
+def empty_states(like: Tensor, kind: str) -> Tensor:
+    """Room for h or its gradient: the layout of ``like`` where a step's channels lie side by side, else contiguous."""
+    dense = like.stride(-1) == 1 and (kind != "blocks" or like.stride(-2) == like.shape[-1])
+    return torch.empty_like(like) if dense else like.new_empty(like.shape)
+
+
+def empty_scan(b: Tensor, kind: str, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+    """Room for h and the final states."""
+    states = b.shape[1] if spec.cu_seqlens is None else spec.cu_seqlens.shape[0] - 1
+    return empty_states(b, kind), b.new_empty((states, *b.shape[2:]), dtype=state_dtype(b.dtype))
+
+
+def empty_scan_gradients(a: Tensor, h: Tensor, kind: str, spec: ScanSpec, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of b, a and the initial states; (0,) for those of b and a where not wanted."""
+    states = h.shape[1] if spec.cu_seqlens is None else spec.cu_seqlens.shape[0] - 1
+    rows = states if a.shape[0] != h.shape[0] else h.shape[1]
+    db = empty_states(h, kind) if wanted[0] else h.new_empty(0)
+    da = a.new_empty((a.shape[0], rows, h.shape[2], *a.shape[3:])) if wanted[1] else a.new_empty(0)
+    return db, da, h.new_empty((states, *h.shape[2:]), dtype=state_dtype(h.dtype))

@@ -19,7 +19,7 @@ from torch import nn
 
 import fastseq
 from fastseq import backends, info
-from fastseq.backends import BACKENDS, AttentionQuery, explanation, reference, selection
+from fastseq.backends import BACKENDS, AttentionQuery, ScanQuery, explanation, reference, registry
 from fastseq.choice import problems, self_check, store
 from support.stand_in import StandIn, recurrent
 
@@ -40,6 +40,11 @@ def decoding(dtype, **changes):
     )
 
 
+def scanned(kind, dtype, uses=(), **changes):
+    given = dict(op="scan", call="forward", device=CPU, steps=40, batch=3, channels=37, layout="padded") | changes
+    return ScanQuery(kind=kind, dtype=dtype, uses=uses, **given)
+
+
 @pytest.fixture(autouse=True)
 def pretended(monkeypatch, tmp_path):
     """The CPU as a device whose kernels are to be tried, with a store of its own."""
@@ -57,7 +62,7 @@ def first(monkeypatch):
 
     def put(backend):
         monkeypatch.setitem(BACKENDS, backend.name, backend)
-        monkeypatch.setitem(selection._CANDIDATES, "cpu", (backend.name, "reference"))
+        monkeypatch.setitem(registry.CANDIDATES, "cpu", (backend.name, "reference"))
         return backend
 
     return put
@@ -81,6 +86,10 @@ def against(backend, query):
         attention("forward", torch.bfloat16, ("sinks",), layout="packed"),
         attention("weights", torch.bfloat16, ("slopes",)),
         decoding(torch.bfloat16),
+        scanned("real", torch.bfloat16, ("initial", "resets"), layout="lengths"),
+        scanned("complex", torch.complex64, ("initial", "reverse"), layout="packed"),
+        scanned("blocks", torch.float16),
+        scanned("real", torch.float32, ("log", "resets")),
     ],
     ids=str,
 )
@@ -221,6 +230,9 @@ def test_an_unknown_mode_is_named(monkeypatch):
         against(StandIn(), recurrent())
 
 
+WAITS = {"capture": "while a CUDA graph is captured", "compile": "while torch.compile traces"}
+
+
 @pytest.mark.parametrize("where", ["capture", "compile", "thread", "beside"])
 def test_it_waits_where_it_must_not_run(first, monkeypatch, where):
     """The next backend serves, and the check runs at the next call that may."""
@@ -243,6 +255,11 @@ def test_it_waits_where_it_must_not_run(first, monkeypatch, where):
         else:
             select()
         assert chosen == ["reference"] and backend.calls == []
+        if where in WAITS:
+            with self_check.known_alone():  # as explain looks
+                assert against(backend, recurrent()) == [
+                    f"its self-check on this device has not run yet, and does not {WAITS[where]}"
+                ]
     select()
     assert chosen == ["reference", "stand-in"] and backend.calls
 

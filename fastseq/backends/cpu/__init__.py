@@ -1,12 +1,13 @@
-"""The CPU: native kernels for recurrence and attention (AMX, AVX-512, AVX2 or baseline code, chosen at run time)."""
+"""The CPU: native kernels for recurrence, attention and scans (AMX, AVX-512, AVX2 or baseline code, chosen at run time)."""
 
 from __future__ import annotations
 
 from ..query import Query
-from . import attention, attention_decode, recurrent
+from . import attention, attention_decode, recurrent, scan
 from .attention import attention_backward, attention_forward, attention_weights, attention_with_weights
 from .attention_decode import attention_decode_forward
 from .recurrent import layer_gradients, recurrent_backward, recurrent_forward
+from .scan import scan_backward, scan_forward
 
 __all__ = [
     "attention_backward",
@@ -21,14 +22,16 @@ __all__ = [
     "ops",
     "recurrent_backward",
     "recurrent_forward",
+    "scan_backward",
+    "scan_forward",
     "why_not",
 ]
 
 name = "cpu"
 devices = ("cpu",)
-ops = ("recurrent", "attention", "attention_decode")
+ops = ("recurrent", "attention", "attention_decode", "scan")
 
-_OPS = {"recurrent": recurrent, "attention": attention, "attention_decode": attention_decode}
+_OPS = {"recurrent": recurrent, "attention": attention, "attention_decode": attention_decode, "scan": scan}
 
 
 def available() -> str | None:

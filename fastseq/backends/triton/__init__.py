@@ -10,11 +10,12 @@ import os
 
 import torch
 
-from ..query import Query
-from . import attention, attention_decode, recurrent
+from ..query import Query, RecurrentQuery
+from . import attention, attention_decode, recurrent, scan
 from .attention import attention_backward, attention_forward, attention_weights, attention_weights_backward
 from .attention_decode import attention_decode_forward
 from .recurrent import recurrent_backward, recurrent_forward
+from .scan import scan_backward, scan_forward
 
 __all__ = [
     "attention_backward",
@@ -24,10 +25,13 @@ __all__ = [
     "attention_weights_backward",
     "available",
     "devices",
+    "forms",
     "name",
     "ops",
     "recurrent_backward",
     "recurrent_forward",
+    "scan_backward",
+    "scan_forward",
     "variant",
     "why_not",
 ]
@@ -35,15 +39,20 @@ __all__ = [
 name = "triton"
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 devices = ("cuda", "cpu") if interpreted else ("cuda",)
-ops = ("recurrent", "attention", "attention_decode")
+ops = ("recurrent", "attention", "attention_decode", "scan")
 
-_OPS = {"recurrent": recurrent, "attention": attention, "attention_decode": attention_decode}
+_OPS = {"recurrent": recurrent, "attention": attention, "attention_decode": attention_decode, "scan": scan}
 
 
 def available() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     return None if interpreted or torch.cuda.is_available() else "no CUDA device is visible to torch"
+
+
+def forms(query: Query) -> tuple[str, ...]:
+    """What a measurement may choose among, for a call that the kernels can run."""
+    return recurrent.forms(query) if isinstance(query, RecurrentQuery) else ("",)
 
 
 def why_not(query: Query) -> list[str]:

@@ -1,0 +1,170 @@
+// How a scan is shared out: rows among the threads, or wide ranges of channels, never narrow ones, whose every step lies on another page,
+// and never parts of time, which read everything twice.
+#include "scan.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "host.h"
+#include "level.h"
+#include "scan_kernel.h"
+
+namespace fastseq::cpu {
+namespace {
+
+const ScanKernels& kernels() {
+#if defined(__x86_64__)
+  const Level found = level();
+  if (found >= Level::kAvx512) return scan_avx512();
+  if (found == Level::kAvx2) return scan_avx2();
+#endif
+  return scan_default();
+}
+
+constexpr int64_t kWidth = 256;           // numbers of a row that a thread walks at least, where there are more threads than rows
+constexpr int64_t kLine = 16;             // channels that stay together
+constexpr int64_t kWorkOfThread = 1 << 14;  // numbers that a thread is worth waking for
+
+constexpr int64_t kStreamed = 1 << 24;     // bytes of a gradient that leaves the caches before anybody reads it
+
+ScanKind kind_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "real" || name == "complex" || name == "blocks", "scan: kind ", name, " is none of real, complex, blocks");
+  return name == "real" ? ScanKind::kReal : name == "complex" ? ScanKind::kComplex : ScanKind::kBlocks;
+}
+
+ScanCell cell_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "given" || name == "log" || name == "min_gru", "scan: cell ", name, " is none of given, log, min_gru");
+  return name == "given" ? ScanCell::kGiven : name == "log" ? ScanCell::kLog : ScanCell::kMinGru;
+}
+
+// [T, B, C] with the numbers of a channel behind it, all but the first two dimensions contiguous.
+ScanRows rows_of(const Scan& s, const std::optional<Tensor>& tensor, const char* name, ScalarType type, int64_t numbers) {
+  if (!tensor) return {nullptr, 0, 0};
+  const int64_t most_rows = s.starts && tensor->size(0) != s.steps ? s.rows : s.starts ? 1 : s.rows;
+  STD_TORCH_CHECK(tensor->scalar_type() == type, "scan: ", name, " has a wrong dtype");
+  const int64_t dims = tensor->dim();
+  STD_TORCH_CHECK(dims >= 3 && (tensor->size(0) == s.steps || tensor->size(0) == 1) &&
+                      (tensor->size(1) == most_rows || tensor->size(1) == 1),
+                  "scan: ", name, " must be [T, B, C] or broadcast to it");
+  int64_t inner = 1;
+  for (int64_t dim = dims - 1; dim >= 2; --dim) {
+    STD_TORCH_CHECK(tensor->size(dim) == 1 || tensor->stride(dim) == inner || tensor->numel() == 0, "scan: the channels of ", name, " must be contiguous");
+    inner *= tensor->size(dim);
+  }
+  STD_TORCH_CHECK(inner == numbers, "scan: ", name, " must have ", numbers, " numbers in a row, got ", inner);
+  const bool constant = tensor->size(0) != s.steps, shared = tensor->size(1) == 1;
+  return {const_cast<void*>(data(*tensor)), constant ? 0 : tensor->stride(0), shared ? 0 : tensor->stride(1)};
+}
+
+const void* state_of(const Scan& s, const std::optional<Tensor>& tensor, const char* name) {
+  if (!tensor) return nullptr;
+  const int64_t numbers = s.channels * kScanState[static_cast<int64_t>(s.kind)];
+  STD_TORCH_CHECK(tensor->is_contiguous() && tensor->numel() == s.rows * numbers &&
+                      tensor->scalar_type() == (s.type == Type::kDouble ? ScalarType::Double : ScalarType::Float),
+                  "scan: ", name, " must be a contiguous [B, C] in the dtype of states");
+  return data(*tensor);
+}
+
+Scan scan_of(const Tensor& h, const Tensor& a, const std::optional<Tensor>& resets, const std::optional<Tensor>& lengths,
+             const std::optional<Tensor>& cu_seqlens, const std::string& kind, const std::string& cell, bool reverse) {
+  Scan s{};
+  s.kind = kind_of(kind);
+  const int64_t k = static_cast<int64_t>(s.kind);
+  s.type = type_of(h.scalar_type());
+  s.cell = cell_of(cell), s.reverse = reverse;
+  const bool given = s.cell == ScanCell::kGiven;
+  STD_TORCH_CHECK(h.dim() == (k ? 4 : 3), "scan: h must have ", k ? 4 : 3, " dimensions, got ", h.dim());
+  STD_TORCH_CHECK(k == 0 || (given && bytes_of(s.type) == wide_bytes(s.type)),
+                  "scan: coefficients of complex numbers and blocks are given, in fp32 or fp64");
+  s.steps = h.size(0), s.channels = h.size(2);
+  s.rows = cu_seqlens ? cu_seqlens->numel() - 1 : h.size(1);
+  s.starts = static_cast<const int32_t*>(data(cu_seqlens)), s.lengths = static_cast<const int32_t*>(data(lengths));
+  for (const auto* integers : {&lengths, &cu_seqlens})
+    STD_TORCH_CHECK(!*integers || ((*integers)->scalar_type() == ScalarType::Int && (*integers)->is_contiguous()),
+                    "scan: lengths and cu_seqlens must be contiguous int32 tensors");
+  STD_TORCH_CHECK(!lengths || lengths->numel() == s.rows, "scan: lengths must be [B]");
+  STD_TORCH_CHECK(!cu_seqlens || (h.size(1) == 1 && !lengths), "scan: with cu_seqlens B is 1, and there are no lengths");
+  if (resets) {
+    STD_TORCH_CHECK(resets->scalar_type() == ScalarType::Bool && resets->dim() == 2 && resets->size(0) == s.steps &&
+                        resets->size(1) == h.size(1),
+                    "scan: resets must be a bool [T, B]");
+    s.resets = static_cast<const bool*>(data(*resets)), s.reset_step = resets->stride(0), s.reset_row = resets->stride(1);
+  }
+  const ScalarType wide = wide_of(h.scalar_type());
+  s.wide_a = a.scalar_type() == wide;
+  STD_TORCH_CHECK(s.wide_a || (!given && a.scalar_type() == h.scalar_type()), "scan: a must have the dtype of states");
+  const int64_t m = kScanCoefficient[k];
+  s.constant = a.size(0) != s.steps;
+  s.each = a.dim() > 2 && a.size(2) == s.channels;
+  s.a = rows_of(s, a, "a", a.scalar_type(), m * (s.each ? s.channels : 1));
+  STD_TORCH_CHECK(given || (a.size(0) == s.steps && a.size(1) == h.size(1) && s.each),
+                  "scan: what a cell makes coefficients of must be as much as b");
+  return s;
+}
+
+// Rows of whole steps side by side are one row, where nothing tells them apart.
+void merge_rows(Scan& s) {
+  if (s.lengths || s.starts || s.resets || !s.each || s.rows == 1) return;
+  const int64_t k = static_cast<int64_t>(s.kind);
+  const auto merges = [&](const ScanRows& rows, int64_t numbers) { return !rows.data || rows.row == s.channels * numbers; };
+  if (!merges(s.a, kScanCoefficient[k]) || !merges(s.da, kScanCoefficient[k])) return;
+  for (const ScanRows& rows : {s.b, s.h, s.dh, s.db})
+    if (!merges(rows, kScanState[k])) return;
+  s.channels *= s.rows, s.rows = 1;
+}
+
+template <class Run>
+void share_out(Scan& s, Run&& run) {
+  merge_rows(s);
+  const int64_t n = kScanState[static_cast<int64_t>(s.kind)], work = s.steps * s.rows * s.channels * n;
+  const int64_t threads = std::clamp<int64_t>(work / kWorkOfThread, 1, torch::stable::get_num_threads());
+  const bool together = !s.starts && s.h.row < s.h.step;
+  int64_t ranges = 1;  // of channels
+  if (s.rows % threads && (together ? s.rows < threads : s.rows < 4 * threads))
+    ranges = std::clamp<int64_t>(s.channels * n / kWidth, 1, threads);
+  const int64_t range = ((s.channels + ranges - 1) / ranges + kLine - 1) / kLine * kLine;
+  ranges = std::max<int64_t>(1, (s.channels + range - 1) / std::max<int64_t>(range, 1));
+  const int64_t groups = together ? std::min(s.rows, threads) : s.rows;
+  torch::stable::parallel_for(0, groups * ranges, std::max<int64_t>(1, groups * ranges / threads), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / ranges, row = s.rows * group / groups, channel = i % ranges * range;
+      const ScanPart part{row, s.rows * (group + 1) / groups - row, channel, std::min(range, s.channels - channel)};
+      const Buffer scratch(kernels().scratch(s, part));
+      run(part, scratch.get());
+    }
+  });
+}
+
+}  // namespace
+
+void scan_forward(Tensor b, Tensor a, std::optional<Tensor> initial, std::optional<Tensor> resets, std::optional<Tensor> lengths,
+                  std::optional<Tensor> cu_seqlens, std::string kind, std::string cell, bool reverse, Tensor h, Tensor final) {
+  Scan s = scan_of(h, a, resets, lengths, cu_seqlens, kind, cell, reverse);
+  const int64_t numbers = s.channels * kScanState[static_cast<int64_t>(s.kind)];
+  s.b = rows_of(s, b, "b", h.scalar_type(), numbers), s.h = rows_of(s, h, "h", h.scalar_type(), numbers);
+  s.initial = state_of(s, initial, "initial"), s.final = const_cast<void*>(state_of(s, final, "final"));
+  if (s.rows * numbers == 0) return;
+  share_out(s, [&](const ScanPart& part, void* scratch) { kernels().forward(s, part, scratch); });
+}
+
+void scan_backward(std::optional<Tensor> dh, std::optional<Tensor> dfinal, std::optional<Tensor> b, Tensor a, Tensor h, std::optional<Tensor> initial,
+                   std::optional<Tensor> resets, std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, std::string kind,
+                   std::string cell, bool reverse, std::optional<Tensor> db, std::optional<Tensor> da, Tensor dinitial) {
+  Scan s = scan_of(h, a, resets, lengths, cu_seqlens, kind, cell, reverse);
+  const int64_t k = static_cast<int64_t>(s.kind), numbers = s.channels * kScanState[k];
+  const ScalarType stored = h.scalar_type();
+  s.h = rows_of(s, h, "h", stored, numbers), s.dh = rows_of(s, dh, "dh", stored, numbers), s.db = rows_of(s, db, "db", stored, numbers);
+  s.b = rows_of(s, b, "b", stored, numbers);
+  STD_TORCH_CHECK(s.cell != ScanCell::kMinGru || b, "scan: the backward pass of min_gru reads b");
+  s.da = rows_of(s, da, "da", a.scalar_type(), s.channels * kScanCoefficient[k]);
+  STD_TORCH_CHECK(!da || (da->size(0) == a.size(0) && da->size(1) == (s.starts && !s.constant ? 1 : s.rows)),
+                  "scan: da must be [steps of a, B, C]");
+  s.initial = state_of(s, initial, "initial"), s.dfinal = state_of(s, dfinal, "dfinal");
+  s.streams = s.steps * h.size(1) * numbers * bytes_of(s.type) >= kStreamed;
+  s.dinitial = const_cast<void*>(state_of(s, dinitial, "dinitial"));
+  if (s.rows * numbers == 0) return;
+  share_out(s, [&](const ScanPart& part, void* scratch) { kernels().backward(s, part, scratch); });
+}
+
+}  // namespace fastseq::cpu
