@@ -18,12 +18,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastseq.backends import BACKENDS, AttentionQuery, Query, RecurrentQuery, reference
+from fastseq.backends import BACKENDS, AttentionQuery, Query, RecurrentQuery, ScanQuery, reference
 from fastseq.cells import CELLS
 from fastseq.choice import self_check
 from fastseq.choice.problems import families
@@ -45,7 +46,7 @@ Call = tuple[str, Query]  # of a backend
 
 def calls(device: torch.device) -> dict[str, Call]:
     """Those that a device's backends take, by the names of their families, of which each has one of its own at least."""
-    every = [*_recurrent(device), *_attention(device)]
+    every = [*_recurrent(device), *_attention(device), *_scan(device)]
     every.sort(key=lambda each: each[0])  # the worthiest of every kind first
     found: dict[str, Call] = {}
     for _, query in every:
@@ -106,6 +107,16 @@ def _attention(device: torch.device) -> Iterator[tuple[int, Query]]:
                 for queries, layout, page in ((1, "contiguous", 0), (4, "paged", 16)):
                     decode = query._replace(op="attention_decode", call="decode", lengths=(queries, long), window=(-1, 0))
                     yield rank + 1, decode._replace(layout=layout, block_size=page, uses=("sinks",) if page else ())
+
+
+def _scan(device: torch.device) -> Iterator[tuple[int, Query]]:
+    sizes = ((40, 3, 37),) if device.type == "cpu" else ((4096, 8, 512), (64, 300, 128))
+    kinds = [("real", dtype) for dtype in DTYPES] + [("blocks", dtype) for dtype in DTYPES] + [("complex", torch.complex64)]
+    layouts = ((("initial",), "padded"), (("initial", "resets"), "lengths"), (("reverse",), "packed"), (("log",), "padded"))
+    for i, (kind, dtype) in enumerate(kinds):
+        for j, ((uses, layout), (T, B, C)) in enumerate(product(layouts, sizes)):
+            if "log" not in uses or kind == "real":
+                yield 2 + i + j, ScanQuery("scan", "forward", device, dtype, kind, T, B, C, layout, uses)
 
 
 def tried(call: Call) -> list[dict[str, Any]]:

@@ -10,13 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backends
 from ..backends import library
 from ..backends.cpu import attention as native
+from ..choice.sources import may_be_torchs, memory, remember
 from ..reference import attention as reference
 from . import attention as op
-from ._dispatch import PLAIN, lean, wants_gradient
+from ._dispatch import PLAIN, heeds_forward, lean, wants_gradient
 from .attention import TENSORS, _plain_dtypes, _tensors
 from .types import Spec
 
@@ -60,6 +63,8 @@ def scaled_dot_product_attention(
         if not 0 < dropout < 1:
             return None
         seed = random_seed()
+    elif may_be_torchs("attention", gradients) and _torchs_is_faster(query, key, value, mask, causal, gradients):
+        return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
     if _native is None:
         _load()
     if not gradients:
@@ -79,6 +84,42 @@ def _load() -> None:
     _native_backward = ops.attention_plain_backward.default._op
 
 
+_faster = memory()
+
+
+def _torchs_is_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, gradients: bool) -> bool:
+    """Whether torch's kernel was measured to be the faster one for a plain call, while no backend is forced."""
+    masked = None if mask is None else "mask" if mask.dtype == torch.bool else "bias"
+    shapes = query.shape, key.shape, query.dtype, masked, causal, gradients
+    known = _faster.get(shapes)
+    if known is None:
+        known = remember(_faster, shapes, _asked(query, key, value, masked, causal, gradients))
+    return known and not backends.forced() and (mask is None or masked == "mask" or mask.dtype == query.dtype)
+
+
+def _asked(query: Tensor, key: Tensor, value: Tensor, masked: str | None, causal: bool, gradients: bool) -> bool:
+    if not query.is_cpu or query.dim() != 4 or key.dim() != 4 or 0 in query.shape or 0 in key.shape:
+        return False
+    of_call = backends.AttentionQuery(
+        op="attention",
+        call="forward",
+        device=query.device,
+        dtype=query.dtype,
+        batch=query.shape[0],
+        heads=(query.shape[1], key.shape[1]),
+        lengths=(query.shape[2], key.shape[2]),
+        features=(query.shape[3], value.shape[-1]),
+        layout="padded",
+        window=(-1, 0) if causal else (-1, -1),
+        offset=0,
+        block_size=0,
+        uses=(masked,) if masked else (),
+        gradients=(),
+    )
+    return backends.torch_takes(of_call, gradients) is not None
+
+
+@heeds_forward
 class _Plain(torch.autograd.Function):
     """Attention that is differentiable in q, k and v; None: the library declines it."""
 
@@ -133,15 +174,19 @@ def serves(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool | None = None) -> tuple[Tensor, ...]:
     """out and lse, and the weights unless ``average`` is None: what the ops of these names give, with their gradients."""
+    saves = wants_gradient(_tensors(q, k, v, spec))
     with torch._C._AutoDispatchBelowAutograd():
         results: tuple[Tensor, ...] = (
-            native.attention_forward(q, k, v, spec) if average is None else native.attention_with_weights(q, k, v, spec, average)
+            native.attention_forward(q, k, v, spec, saves)
+            if average is None
+            else native.attention_with_weights(q, k, v, spec, average)
         )
-    if wants_gradient(_tensors(q, k, v, spec)):
+    if saves:
         return _attention(q, k, v, (average, results), *spec)
     return results
 
 
+@heeds_forward
 class _Attention(op._Attention):
     """The op's function, of results that are there already."""
 
@@ -189,6 +234,7 @@ def self_attention(
     return [results[0], *results[2:]]
 
 
+@heeds_forward
 class _SelfAttention(torch.autograd.Function):
     """The same of results that are there already, differentiable in ``projected``."""
 

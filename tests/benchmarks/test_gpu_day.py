@@ -386,6 +386,7 @@ def test_every_cell_feature_and_dtype_is_among_the_calls():
     attention = [query for _, query in found if query.op == "attention"]
     assert {use for query in attention for use in query.uses} == ALL_USES
     assert {query.layout for query in attention} == {"padded", "packed"}
+    assert {query.kind for _, query in found if query.op == "scan"} == {"real", "complex", "blocks"}
     assert {query.call for _, query in found if query.op != "recurrent"} == {"forward", "weights", "decode"}
     first = [query for _, query in found[:6]]
     assert {query.op for query in first} == {"recurrent", "attention"} and all(query.dtype == torch.bfloat16 for query in first)
