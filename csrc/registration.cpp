@@ -77,12 +77,12 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor(b!) drecurrent, Tensor(c!) dh0, Tensor(d!) dc0, Tensor? starts, Tensor? lengths, int steps, int batch, int lanes, "
       "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags) -> ()");
   m.def(
-      "scan_forward(Tensor b, Tensor a, Tensor? initial, Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str kind, bool log, "
+      "scan_forward(Tensor b, Tensor a, Tensor? initial, Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str kind, str cell, "
       "bool reverse, Tensor(a!) h, Tensor(b!) final) -> ()");
   m.def(
-      "scan_backward(Tensor? dh, Tensor? dfinal, Tensor a, Tensor h, Tensor? initial, Tensor? resets, Tensor? lengths, "
-      "Tensor? cu_seqlens, str kind, bool log, bool reverse, Tensor(a!)? db, Tensor(b!)? da, Tensor(c!) dinitial) -> ()");
-  m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ") -> (Tensor, Tensor)");
+      "scan_backward(Tensor? dh, Tensor? dfinal, Tensor? b, Tensor a, Tensor h, Tensor? initial, Tensor? resets, Tensor? lengths, "
+      "Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!)? db, Tensor(b!)? da, Tensor(c!) dinitial) -> ()");
+  m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool saves) -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTSEQ_SPEC
         ", bool[] wanted) -> Tensor[]");
   m.def("attention_with_weights(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool average) -> (Tensor, Tensor, Tensor)");
@@ -91,9 +91,12 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
         "bool wants_lse) -> (Tensor, Tensor)");
   m.def("scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, "
         "float? scale=None, bool enable_gqa=False, bool wants_lse=False, float dropout=0.0, Tensor? seed=None) -> Tensor[]");
+  m.def("plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, float? scale, bool enable_gqa) -> Tensor?");
   m.def("multihead_attention(Tensor query, Tensor key, Tensor value, int num_heads, Tensor in_proj_weight, Tensor? in_proj_bias, "
         "Tensor out_proj_weight, Tensor? out_proj_bias, Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, bool is_causal, "
         "bool need_weights, bool average_attn_weights) -> Tensor[]");
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor[]");
+  m.def("linear_backward(Tensor dout, Tensor input, Tensor weight, bool[] wanted) -> Tensor[]");
   m.def("self_attention(Tensor projected, int num_heads, Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, "
         "bool is_causal, float dropout, Tensor? seed, bool need_weights, bool average_attn_weights) -> Tensor[]");
   m.def("self_attention_backward(Tensor dout, Tensor projected, Tensor out, Tensor lse, int num_heads, Tensor? key_padding_mask, "
@@ -118,6 +121,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("attention_with_weights", TORCH_BOX(&fastseq::cpu::attention_with_weights));
   m.impl("attention_weights", TORCH_BOX(&fastseq::cpu::attention_weights));
   m.impl("attention_plain", TORCH_BOX(&fastseq::cpu::attention_plain));
+  m.impl("linear_backward", TORCH_BOX(&fastseq::cpu::linear_backward));
   m.impl("self_attention_backward", TORCH_BOX(&fastseq::cpu::self_attention_backward));
   m.impl("attention_plain_backward", TORCH_BOX(&fastseq::cpu::attention_plain_backward));
   m.impl("attention_decode", TORCH_BOX(&fastseq::cpu::attention_decode));
@@ -144,7 +148,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_level", TORCH_BOX(&fastseq::cpu::cpu_level));
   m.impl("cpu_amx_obstacle", TORCH_BOX(&fastseq::cpu::cpu_amx_obstacle));
   m.impl("scaled_dot_product_attention", TORCH_BOX(&fastseq::cpu::scaled_dot_product_attention));  // these decline what is not on the CPU
+  m.impl("plain_attention", TORCH_BOX(&fastseq::cpu::plain_attention));
   m.impl("multihead_attention", TORCH_BOX(&fastseq::cpu::multihead_attention));
+  m.impl("linear", TORCH_BOX(&fastseq::cpu::linear_forward));
   m.impl("self_attention", TORCH_BOX(&fastseq::cpu::self_attention));
   m.impl("transformer_encoder_layer", TORCH_BOX(&fastseq::cpu::transformer_encoder_layer));
   m.impl("attention_with_kv_cache", TORCH_BOX(&fastseq::cpu::attention_with_kv_cache));

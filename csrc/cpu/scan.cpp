@@ -33,6 +33,11 @@ ScanKind kind_of(const std::string& name) {
   return name == "real" ? ScanKind::kReal : name == "complex" ? ScanKind::kComplex : ScanKind::kBlocks;
 }
 
+ScanCell cell_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "given" || name == "log" || name == "min_gru", "scan: cell ", name, " is none of given, log, min_gru");
+  return name == "given" ? ScanCell::kGiven : name == "log" ? ScanCell::kLog : ScanCell::kMinGru;
+}
+
 // [T, B, C] with the numbers of a channel behind it, all but the first two dimensions contiguous.
 ScanRows rows_of(const Scan& s, const std::optional<Tensor>& tensor, const char* name, ScalarType type, int64_t numbers) {
   if (!tensor) return {nullptr, 0, 0};
@@ -62,14 +67,16 @@ const void* state_of(const Scan& s, const std::optional<Tensor>& tensor, const c
 }
 
 Scan scan_of(const Tensor& h, const Tensor& a, const std::optional<Tensor>& resets, const std::optional<Tensor>& lengths,
-             const std::optional<Tensor>& cu_seqlens, const std::string& kind, bool log, bool reverse) {
+             const std::optional<Tensor>& cu_seqlens, const std::string& kind, const std::string& cell, bool reverse) {
   Scan s{};
   s.kind = kind_of(kind);
   const int64_t k = static_cast<int64_t>(s.kind);
   s.type = type_of(h.scalar_type());
-  s.log = log, s.reverse = reverse;
+  s.cell = cell_of(cell), s.reverse = reverse;
+  const bool given = s.cell == ScanCell::kGiven;
   STD_TORCH_CHECK(h.dim() == (k ? 4 : 3), "scan: h must have ", k ? 4 : 3, " dimensions, got ", h.dim());
-  STD_TORCH_CHECK(k == 0 || (!log && bytes_of(s.type) == wide_bytes(s.type)), "scan: complex numbers and blocks are fp32 or fp64, without log");
+  STD_TORCH_CHECK(k == 0 || (given && bytes_of(s.type) == wide_bytes(s.type)),
+                  "scan: coefficients of complex numbers and blocks are given, in fp32 or fp64");
   s.steps = h.size(0), s.channels = h.size(2);
   s.rows = cu_seqlens ? cu_seqlens->numel() - 1 : h.size(1);
   s.starts = static_cast<const int32_t*>(data(cu_seqlens)), s.lengths = static_cast<const int32_t*>(data(lengths));
@@ -86,12 +93,13 @@ Scan scan_of(const Tensor& h, const Tensor& a, const std::optional<Tensor>& rese
   }
   const ScalarType wide = wide_of(h.scalar_type());
   s.wide_a = a.scalar_type() == wide;
-  STD_TORCH_CHECK(s.wide_a || (log && a.scalar_type() == h.scalar_type()), "scan: a must have the dtype of states");
+  STD_TORCH_CHECK(s.wide_a || (!given && a.scalar_type() == h.scalar_type()), "scan: a must have the dtype of states");
   const int64_t m = kScanCoefficient[k];
   s.constant = a.size(0) != s.steps;
   s.each = a.dim() > 2 && a.size(2) == s.channels;
   s.a = rows_of(s, a, "a", a.scalar_type(), m * (s.each ? s.channels : 1));
-  STD_TORCH_CHECK(!log || (a.size(0) == s.steps && a.size(1) == h.size(1) && s.each), "scan: logarithms must be as many as numbers of b");
+  STD_TORCH_CHECK(given || (a.size(0) == s.steps && a.size(1) == h.size(1) && s.each),
+                  "scan: what a cell makes coefficients of must be as much as b");
   return s;
 }
 
@@ -131,8 +139,8 @@ void share_out(Scan& s, Run&& run) {
 }  // namespace
 
 void scan_forward(Tensor b, Tensor a, std::optional<Tensor> initial, std::optional<Tensor> resets, std::optional<Tensor> lengths,
-                  std::optional<Tensor> cu_seqlens, std::string kind, bool log, bool reverse, Tensor h, Tensor final) {
-  Scan s = scan_of(h, a, resets, lengths, cu_seqlens, kind, log, reverse);
+                  std::optional<Tensor> cu_seqlens, std::string kind, std::string cell, bool reverse, Tensor h, Tensor final) {
+  Scan s = scan_of(h, a, resets, lengths, cu_seqlens, kind, cell, reverse);
   const int64_t numbers = s.channels * kScanState[static_cast<int64_t>(s.kind)];
   s.b = rows_of(s, b, "b", h.scalar_type(), numbers), s.h = rows_of(s, h, "h", h.scalar_type(), numbers);
   s.initial = state_of(s, initial, "initial"), s.final = const_cast<void*>(state_of(s, final, "final"));
@@ -140,13 +148,15 @@ void scan_forward(Tensor b, Tensor a, std::optional<Tensor> initial, std::option
   share_out(s, [&](const ScanPart& part, void* scratch) { kernels().forward(s, part, scratch); });
 }
 
-void scan_backward(std::optional<Tensor> dh, std::optional<Tensor> dfinal, Tensor a, Tensor h, std::optional<Tensor> initial,
+void scan_backward(std::optional<Tensor> dh, std::optional<Tensor> dfinal, std::optional<Tensor> b, Tensor a, Tensor h, std::optional<Tensor> initial,
                    std::optional<Tensor> resets, std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, std::string kind,
-                   bool log, bool reverse, std::optional<Tensor> db, std::optional<Tensor> da, Tensor dinitial) {
-  Scan s = scan_of(h, a, resets, lengths, cu_seqlens, kind, log, reverse);
+                   std::string cell, bool reverse, std::optional<Tensor> db, std::optional<Tensor> da, Tensor dinitial) {
+  Scan s = scan_of(h, a, resets, lengths, cu_seqlens, kind, cell, reverse);
   const int64_t k = static_cast<int64_t>(s.kind), numbers = s.channels * kScanState[k];
   const ScalarType stored = h.scalar_type();
   s.h = rows_of(s, h, "h", stored, numbers), s.dh = rows_of(s, dh, "dh", stored, numbers), s.db = rows_of(s, db, "db", stored, numbers);
+  s.b = rows_of(s, b, "b", stored, numbers);
+  STD_TORCH_CHECK(s.cell != ScanCell::kMinGru || b, "scan: the backward pass of min_gru reads b");
   s.da = rows_of(s, da, "da", a.scalar_type(), s.channels * kScanCoefficient[k]);
   STD_TORCH_CHECK(!da || (da->size(0) == a.size(0) && da->size(1) == (s.starts && !s.constant ? 1 : s.rows)),
                   "scan: da must be [steps of a, B, C]");

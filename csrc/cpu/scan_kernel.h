@@ -11,6 +11,7 @@
 namespace fastseq::cpu {
 
 enum class ScanKind { kReal, kComplex, kBlocks };
+enum class ScanCell { kGiven, kLog, kMinGru };  // what a and b are: fastseq/reference/scan.py
 constexpr int64_t kScanState[] = {1, 2, 2}, kScanCoefficient[] = {1, 2, 4};
 
 // Rows [T, B, channels * n or m], the last dimension contiguous; null: none.
@@ -22,8 +23,8 @@ struct ScanRows {
 struct Scan {
   ScanKind kind;
   Type type;       // S
-  bool wide_a;     // a is A; else S, a logarithm
-  bool log;        // a is the logarithm of the coefficient: of real states alone, one for each number of b
+  ScanCell cell;   // other than kGiven of real states alone, with an a for each number of b
+  bool wide_a;     // a is A; else S, of a cell that makes a coefficient of it
   bool each;       // each channel has its own coefficient; else a row has one
   bool constant;   // in time: a has one step, and its gradient is the sum over the steps of a row
   bool reverse;

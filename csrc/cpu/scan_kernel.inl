@@ -40,8 +40,35 @@ inline void end_of_streams() {
 #endif
 }
 
+// What a cell makes of a and b: coefficient and addend; and, of the gradients of these, those of a and b.
+template <class A, ScanCell kCell>
+struct Transition {
+  using V = typename Lanes<A>::V;
+  static constexpr bool kReadsB = kCell == ScanCell::kMinGru;
+  V a, b, coefficient, addend;
+
+  FASTSEQ_HOST_DEVICE Transition(V a_, V b_) : a(a_), b(b_), coefficient(a_), addend(b_) {
+    if constexpr (kCell == ScanCell::kLog) coefficient = Math<A>::exp(a);
+    if constexpr (kCell == ScanCell::kMinGru) {
+      a = Math<A>::sigmoid(a);  // z
+      coefficient = A(1) - a;
+      addend = a * candidate();
+    }
+  }
+  FASTSEQ_HOST_DEVICE V candidate() const { return b >= 0 ? b + A(0.5) : Math<A>::sigmoid(b); }
+  FASTSEQ_HOST_DEVICE void backward(V of_coefficient, V of_addend, V& of_a, V& of_b) const {
+    of_a = of_coefficient, of_b = of_addend;
+    if constexpr (kCell == ScanCell::kLog) of_a = of_coefficient * coefficient;
+    if constexpr (kCell == ScanCell::kMinGru) {
+      const V s = Math<A>::sigmoid(b), slope = b >= 0 ? V{} + 1 : s * (A(1) - s);
+      of_a = (of_addend * (b >= 0 ? b + A(0.5) : s) - of_coefficient) * a * coefficient;
+      of_b = of_addend * a * slope;
+    }
+  }
+};
+
 // Of real states. E: the type of a in memory.
-template <class S, class A, class E, bool kLog, bool kEach>
+template <class S, class A, class E, ScanCell kCell, bool kEach>
 struct Real {
   using Stored = S;
   using Wide = A;
@@ -53,14 +80,13 @@ struct Real {
   static constexpr int64_t W = In::kWidth, kState = 1, kCoefficient = 1;
   static constexpr bool kEveryChannel = kEach;
 
-  static FASTSEQ_HOST_DEVICE V coefficient(const E* a, int64_t c, int64_t n) {
-    V v;
+  using Made = Transition<A, kCell>;
+
+  static FASTSEQ_HOST_DEVICE V load_a(const E* a, int64_t c, int64_t n) {
     if constexpr (kEach)
-      v = Of::load(a + c, n);
+      return Of::load(a + c, n);
     else
-      v = V{} + a[0];
-    if constexpr (kLog) v = Math<A>::exp(v);
-    return v;
+      return V{} + a[0];
   }
 
   // at(place, count) for every vector of n channels.
@@ -78,48 +104,62 @@ struct Real {
       In::store(h + c, v, count);
       if constexpr (!__is_same(S, A)) Own::store(state + c, v, count);
     };
-    if (!before) return vectors(n, [&](int64_t c, int64_t count) { finish(c, count, In::load(b + c, count)); });
+    if (!before)
+      return vectors(n, [&](int64_t c, int64_t count) {
+        const V given = In::load(b + c, count);
+        finish(c, count, Made::kReadsB ? Made(load_a(a, c, count), given).addend : given);  // else a may be anything here
+      });
     vectors(n, [&](int64_t c, int64_t count) {
-      finish(c, count, In::load(b + c, count) + coefficient(a, c, count) * Own::load(before + c, count));
+      const Made made(load_a(a, c, count), In::load(b + c, count));
+      finish(c, count, made.addend + made.coefficient * Own::load(before + c, count));
     });
   }
 
-  // lambda = dh + carry; db = lambda; da = lambda before (a, of a logarithm); carry = a lambda, or 0 without a state before
+  // lambda = dh + carry goes to the addend, lambda before to the coefficient; carry = coefficient lambda, or 0 without a state before
   template <class H>
-  static void step_backward(const S* dh, const E* a, const H* before, A* carry, S* db, E* da, A* sums, int64_t n, bool streams) {
-    const auto usual = [&](int64_t c, int64_t count, V& gradient) __attribute__((always_inline)) {
-      const V lambda = In::load(dh + c, count) + Own::load(carry + c, count), through = coefficient(a, c, count) * lambda;
-      gradient = (kLog ? through : lambda) * Memory<H, A>::load(before + c, count);
-      Own::store(carry + c, through, count);
-      return lambda;
+  static void step_backward(const S* dh, const S* b, const E* a, const H* before, A* carry, S* db, E* da, A* sums, int64_t n,
+                            bool streams) {
+    const auto load_b = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+      if constexpr (Made::kReadsB) return In::load(b + c, count);
+      else return V{};
     };
     if (dh && before && db && da && !sums) {  // the usual step, without a question in its loop
-      V gradient;
+      V of_a, of_b;
+      const auto usual = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+        const V lambda = In::load(dh + c, count) + Own::load(carry + c, count);
+        const Made made(load_a(a, c, count), load_b(c, count));
+        made.backward(lambda * Memory<H, A>::load(before + c, count), lambda, of_a, of_b);
+        Own::store(carry + c, made.coefficient * lambda, count);
+      };
       if constexpr (__is_same(S, A) && __is_same(E, A)) {
         if (streams && n % W == 0 && ((uintptr_t)db | (uintptr_t)da) % sizeof(V) == 0) {
           for (int64_t c = 0; c < n; c += W) {
-            stream(db + c, usual(c, W, gradient));
-            stream(da + c, gradient);
+            usual(c, W);
+            stream(db + c, of_b), stream(da + c, of_a);
           }
           return;
         }
       }
       return vectors(n, [&](int64_t c, int64_t count) {
         __builtin_prefetch(db + c, 1), __builtin_prefetch(da + c, 1);  // both lines come while the rest is computed
-        In::store(db + c, usual(c, count, gradient), count);
-        Of::store(da + c, gradient, count);
+        usual(c, count);
+        In::store(db + c, of_b, count), Of::store(da + c, of_a, count);
       });
     }
     vectors(n, [&](int64_t c, int64_t count) {
-      V lambda = Own::load(carry + c, count), through{}, gradient{};
+      V lambda = Own::load(carry + c, count), through{}, of_coefficient{}, of_a{}, of_b;
       if (dh) lambda += In::load(dh + c, count);
-      if (db) In::store(db + c, lambda, count);
-      if (before) {
-        through = coefficient(a, c, count) * lambda;
-        gradient = (kLog ? through : lambda) * Memory<H, A>::load(before + c, count);
+      if (before) of_coefficient = lambda * Memory<H, A>::load(before + c, count);
+      if (before || Made::kReadsB) {
+        const Made made(load_a(a, c, count), load_b(c, count));
+        made.backward(of_coefficient, lambda, of_a, of_b);
+        if (before) through = made.coefficient * lambda;
+      } else {
+        of_b = lambda;
       }
-      if (da) Of::store(da + c, gradient, count);
-      if (sums) Own::store(sums + c, Own::load(sums + c, count) + gradient, count);
+      if (db) In::store(db + c, of_b, count);
+      if (da) Of::store(da + c, of_a, count);
+      if (sums) Own::store(sums + c, Own::load(sums + c, count) + of_a, count);
       Own::store(carry + c, through, count);
     });
   }
@@ -155,7 +195,7 @@ struct Pairs {
   }
 
   // through the transposed block, or the conjugate; da is the outer product, or the product with the conjugate
-  static void step_backward(const A* dh, const A* a, const A* before, A* carry, A* db, A* da, A* sums, int64_t n, bool) {
+  static void step_backward(const A* dh, const A*, const A* a, const A* before, A* carry, A* db, A* da, A* sums, int64_t n, bool) {
     for (int64_t c = 0; c < n; ++c) {
       A u = carry[2 * c], v = carry[2 * c + 1];
       if (dh) u += dh[2 * c], v += dh[2 * c + 1];
@@ -313,6 +353,7 @@ void backward_of(const Scan s, const ScanPart& part, typename Cell::Wide* carrie
         }
         const bool first = t == (s.reverse ? row.length - 1 : 0);
         const S* dh = place<const S>(s, s.dh, row, t, at);
+        const S* b = place<const S>(s, s.b, row, t, at);
         const E* a = place<const E>(s, s.a, row, t, at_a);
         S* db = place<S>(s, s.db, row, t, at);
         E* da = sums_up ? nullptr : place<E>(s, s.da, row, t, each_a);
@@ -321,10 +362,10 @@ void backward_of(const Scan s, const ScanPart& part, typename Cell::Wide* carrie
         const bool fresh = begins(s, row, t, first);
         if (first && !fresh) {
           const A* before = static_cast<const A*>(s.initial) + row.index * width + at;
-          Cell::step_backward(dh, a, before, carry, db, da, sums, part.channels, s.streams);
+          Cell::step_backward(dh, b, a, before, carry, db, da, sums, part.channels, s.streams);
         } else {
           const S* before = fresh ? nullptr : place<const S>(s, s.h, row, s.reverse ? t + 1 : t - 1, at);
-          Cell::step_backward(dh, a, before, carry, db, da, sums, part.channels, s.streams);
+          Cell::step_backward(dh, b, a, before, carry, db, da, sums, part.channels, s.streams);
         }
         if (sums_up && i % kRun == kRun - 1) join(row, r);
       }
@@ -342,9 +383,13 @@ void backward_of(const Scan s, const ScanPart& part, typename Cell::Wide* carrie
 template <class F>
 void with_cell(const Scan& s, F&& body) {
   const auto of_type = [&]<class S, class A>() {
-    if (s.log && !s.wide_a) return body.template operator()<Real<S, A, S, true, true>>();
-    if (s.log) return body.template operator()<Real<S, A, A, true, true>>();
-    s.each ? body.template operator()<Real<S, A, A, false, true>>() : body.template operator()<Real<S, A, A, false, false>>();
+    const auto makes = [&]<ScanCell kCell>() {
+      s.wide_a ? body.template operator()<Real<S, A, A, kCell, true>>() : body.template operator()<Real<S, A, S, kCell, true>>();
+    };
+    if (s.cell == ScanCell::kLog) return makes.template operator()<ScanCell::kLog>();
+    if (s.cell == ScanCell::kMinGru) return makes.template operator()<ScanCell::kMinGru>();
+    s.each ? body.template operator()<Real<S, A, A, ScanCell::kGiven, true>>()
+           : body.template operator()<Real<S, A, A, ScanCell::kGiven, false>>();
   };
   const auto pairs = [&]<class A, bool kBlock>() {
     s.each ? body.template operator()<Pairs<A, kBlock, true>>() : body.template operator()<Pairs<A, kBlock, false>>();

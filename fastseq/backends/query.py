@@ -22,6 +22,7 @@ class RecurrentQuery(NamedTuple):
     zoned: bool = False  # with zoneout
     batch: int = 1
     backward: bool = False
+    saving: bool = False  # forward, for a backward pass
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -70,7 +71,7 @@ class ScanQuery(NamedTuple):
     batch: int
     channels: int
     layout: str  # "padded", "lengths" or "packed"
-    uses: tuple[str, ...]  # of "initial", "resets", "log", "reverse"
+    uses: tuple[str, ...]  # of "initial", "resets", "reverse", and the cell
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -70,9 +70,16 @@ def scan_forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -
 
 
 def scan_backward(
-    dh: Tensor | None, dfinal: Tensor | None, a: Tensor, h: Tensor, initial: Tensor | None, spec: ScanSpec, wanted: list[bool]
+    dh: Tensor | None,
+    dfinal: Tensor | None,
+    b: Tensor | None,
+    a: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    spec: ScanSpec,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = scan.backward(dh, dfinal, a, h, initial, spec)
+    grads = scan.backward(dh, dfinal, b, a, h, initial, spec)
     db, da, dinitial = empty_scan_gradients(a, h, scan_kind(h, a), spec, wanted)
     if wanted[0]:
         db.copy_(grads[0])

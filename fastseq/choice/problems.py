@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS
-from ..ops.types import GRADIENTS, Backward, DecodeSpec, Forward, ScanSpec, Spec, state_dtype
+from ..ops.types import GRADIENTS, SCAN_CELLS, Backward, DecodeSpec, Forward, ScanSpec, Spec, state_dtype
 from ..reference import attention, recurrent, scan
 from ..testing import assert_all_close_to_truth, pooled_error
 
@@ -388,8 +388,8 @@ def _scan(query: Any, family: str) -> Made:
         (300 if cuda else 23, 3, 37, False),
         (9, 300 if cuda else 3, 128 if cuda else 5, True),
     ):
-        if constant and "log" in query.uses:
-            continue  # the op exponentiates those before
+        if constant and {"log", "min_gru"} & {*query.uses}:
+            continue  # they have an a for each step
 
         def make(seed: int, sizes: tuple[int, int, int, bool] = (steps, batch, channels, constant)) -> dict[str, Any]:
             return _recurrence(query, seed, *sizes)
@@ -419,7 +419,7 @@ def _recurrence(query: Any, seed: int, steps: int, batch: int, channels: int, co
         "resets": torch.rand(total, rows, generator=generator) < 0.1 if "resets" in query.uses else None,
         "lengths": lengths if query.layout == "lengths" else None,
         "cu_seqlens": torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int() if packed else None,
-        "log": "log" in query.uses,
+        "cell": next((use for use in query.uses if use in SCAN_CELLS), "given"),
         "reverse": "reverse" in query.uses,
         "kind": query.kind,
     }
@@ -449,6 +449,7 @@ def _scan_gradients(backend: Any, inputs: dict[str, Any]) -> Results:
     dh, dfinal = _like(_apart(h), 1), _like(_apart(final), 2)
     if h.is_complex():
         dh, dfinal = torch.view_as_complex(dh), torch.view_as_complex(dfinal)
-    grads = backend.scan_backward(dh, dfinal, a, h, initial, spec, [True, True])
+    read = b if spec.cell == "min_gru" else None
+    grads = backend.scan_backward(dh, dfinal, read, a, h, initial, spec, [True, True])
     named = {name: _apart(grad) for name, grad in zip(("db", "da", "dinitial"), grads, strict=True)}
     return named if initial is not None else {name: named[name] for name in ("db", "da")}

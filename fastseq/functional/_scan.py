@@ -113,7 +113,7 @@ def scan(
     if b.is_complex():
         b, coefficients = b.resolve_conj(), coefficients.resolve_conj()
         initial = initial if initial is None else initial.resolve_conj()
-    spec = ScanSpec(resets, lengths, cu_seqlens, log_a is not None, bool(reverse))
+    spec = ScanSpec(resets, lengths, cu_seqlens, "given" if log_a is None else "log", bool(reverse))
     with without_autocast(b.device.type):
         h, final = ops.scan(_side_by_side(b), coefficients, initial, spec)
     if alone:

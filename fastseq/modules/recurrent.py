@@ -26,9 +26,9 @@ from fastseq import backends, functional
 from fastseq._arguments import checked_number
 from fastseq.backends import library
 from fastseq.backends.cpu.recurrent import DTYPES
-from fastseq.backends.torch.limits import steps_of
 from fastseq.backends.torch.recurrent import GATES, LAYERS
 from fastseq.cells import CELLS
+from fastseq.choice.sources import layers_are_torchs
 from fastseq.functional._native_layers import native_layers, native_training, trained_layers
 from fastseq.functional._packing import packing_of
 from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
@@ -282,8 +282,7 @@ class Sequence(Interop, nn.RNNBase):
         # torch's kernels keep what their backward needs, and without oneDNN it has none for a projected LSTM
         if cell in GATES and not (self.proj_size or zoneout or (self.recompute and gradients) or backends.forced()):
             lanes = 2 if bidirectional else 1
-            first, last = steps_of(cell, dtype, "padded", lanes, batch, self.hidden_size, gradients)
-            if first <= steps <= last:
+            if layers_are_torchs(cell, dtype, "padded", lanes, batch, steps, self.hidden_size, gradients):
                 return self._by_torch(input, None, states, params, batch) if steps else None
         if gradients:
             if zoneout:
@@ -334,8 +333,8 @@ class Sequence(Interop, nn.RNNBase):
         if self.recompute if gradients else not training and packing_of(self) is not None:
             return None
         lanes, batch = 2 if self.bidirectional else 1, int(batch_sizes[0])
-        first, last = steps_of(self.cell, data.dtype, "packed", lanes, batch, self.hidden_size, gradients)
-        if not first <= len(batch_sizes) <= last:
+        steps = len(batch_sizes)
+        if not layers_are_torchs(self.cell, data.dtype, "packed", lanes, batch, steps, self.hidden_size, gradients):
             return None
         return self._by_torch(data, batch_sizes, states, params, batch)
 

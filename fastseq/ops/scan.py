@@ -4,13 +4,14 @@ Contract (letters in ``reference/scan.py``; time-major, any strides):
 
 ===========  ====================  =====================================================================================
 b            [T, B, C]             floating or complex; packed [N, 1, C]. Of blocks [.., C, 2]
-a            1 or T, 1 or B,       coefficients in ``state_dtype`` of b; of blocks [.., 2, 2]. With ``log`` their logarithms,
-             1 or C                real and as many as numbers of b, which may have b's dtype
+a            1 or T, 1 or B,       coefficients in ``state_dtype`` of b; of blocks [.., 2, 2]. Of other cells than ``given`` what
+             1 or C                these make them of: real, as many as numbers of b, and it may have b's dtype
 initial      [B, C] or None        in ``state_dtype``, packed [S, C]; None: zeros, and no a is multiplied by them
 resets       [T, B] bool, None     no state goes from the step before, t - 1, to step t, nor back in a reverse scan
 lengths      [B] int32, None       padded only, taken as if clamped to [0, T]
 cu_seqlens   [S + 1] int32, None   packed only: sequence s has the steps cu_seqlens[s] .. cu_seqlens[s + 1]
-log          bool                  a is exp of what is given
+cell         str                   what a and b are, of ``SCAN_CELLS``: coefficients and addends themselves (``given``), logarithms of
+                                   coefficients (``log``), logits of the gate and of the candidate (``min_gru``)
 reverse      bool                  h_t = a_t h_{t+1} + b_t, from the last step of every row to its first
 h            as b                  zero beyond a row's length; the layout of b where a step's channels lie side by side
 final        [B, C]                the state after a row's last step of the walk, or ``initial``; in ``state_dtype``; or [S, C]
@@ -21,7 +22,7 @@ da           T, B, C               a's dtype, of each row and channel; where a h
 dinitial     as final              without ``initial`` it means nothing
 ===========  ====================  =====================================================================================
 
-Saved for the backward pass: a and h as it is returned, nothing else. What a reset cuts off, and what lies beyond a row's length,
+Saved for the backward pass: a, of ``min_gru`` b, and h as it is returned, nothing else. What a reset cuts off, and what lies beyond a row's length,
 may be infinite or NaN. The same call gives the same bits every time.
 """
 
@@ -38,11 +39,11 @@ from . import flops
 from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd, wants_gradient
 from .types import ScanSpec, empty_scan, empty_scan_gradients, scan_kind, state_dtype
 
-_SPEC = "Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, bool log, bool reverse"
+_SPEC = "Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str cell, bool reverse"
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(f"scan(Tensor b, Tensor a, Tensor? initial, {_SPEC}) -> (Tensor h, Tensor final)")
 _library.define(
-    f"scan_backward(Tensor? dh, Tensor? dfinal, Tensor a, Tensor h, Tensor? initial, {_SPEC}, bool[] wanted) "
+    f"scan_backward(Tensor? dh, Tensor? dfinal, Tensor? b, Tensor a, Tensor h, Tensor? initial, {_SPEC}, bool[] wanted) "
     "-> (Tensor db, Tensor da, Tensor dinitial)"
 )
 
@@ -61,7 +62,8 @@ def _query(call: str, states: Tensor, a: Tensor, initial: Tensor | None, spec: S
         layout="packed" if spec.cu_seqlens is not None else "padded" if spec.lengths is None else "lengths",
         uses=(
             *(name for name, tensor in used.items() if tensor is not None),
-            *(name for name in ("log", "reverse") if getattr(spec, name)),
+            *((spec.cell,) if spec.cell != "given" else ()),
+            *(("reverse",) if spec.reverse else ()),
         ),
     )
 
@@ -72,12 +74,12 @@ def _forward(b: Tensor, a: Tensor, initial: Tensor | None, *fields: Any) -> tupl
 
 
 def _backward(
-    dh: Tensor | None, dfinal: Tensor | None, a: Tensor, h: Tensor, initial: Tensor | None, *rest: Any
+    dh: Tensor | None, dfinal: Tensor | None, b: Tensor | None, a: Tensor, h: Tensor, initial: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *fields, wanted = rest
     spec = ScanSpec(*fields)
     backend = backends.select(_query("backward", h, a, initial, spec))
-    return backend.scan_backward(dh, dfinal, a, h, initial, spec, wanted)
+    return backend.scan_backward(dh, dfinal, b, a, h, initial, spec, wanted)
 
 
 def _fake_forward(b: Tensor, a: Tensor, initial: Tensor | None, *fields: Any) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,7 @@ def _fake_forward(b: Tensor, a: Tensor, initial: Tensor | None, *fields: Any) ->
 
 
 def _fake_backward(
-    dh: Tensor | None, dfinal: Tensor | None, a: Tensor, h: Tensor, initial: Tensor | None, *rest: Any
+    dh: Tensor | None, dfinal: Tensor | None, b: Tensor | None, a: Tensor, h: Tensor, initial: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *fields, wanted = rest
     return empty_scan_gradients(a, h, scan_kind(h, a), ScanSpec(*fields), wanted)
@@ -104,22 +106,22 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, b, a, initial, *fields):
         with torch._C._AutoDispatchBelowAutograd():
             h, final = _forward_op(b, a, initial, *fields)
-        ctx.save_for_backward(a, h, initial, *fields[:3])
+        ctx.save_for_backward(b if fields[3] == "min_gru" else None, a, h, initial, *fields[:3])
         ctx.flags, ctx.dtype = fields[3:], b.dtype
         ctx.set_materialize_grads(False)
         return h, final
 
     @staticmethod
     def backward(ctx, dh, dfinal):
-        a, h, initial, *tensors = ctx.saved_tensors
+        b, a, h, initial, *tensors = ctx.saved_tensors
         needs, nothing = ctx.needs_input_grad, (None,) * 5
         if dh is None and dfinal is None:
             return (None, None, None, *nothing)
         spec = ScanSpec(*tensors, *ctx.flags)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            db, da, dinitial = reference.backward(dh, dfinal, a, h, initial, spec, scan)
+            db, da, dinitial = reference.backward(dh, dfinal, b, a, h, initial, spec, scan)
         else:
-            db, da, dinitial = _backward_op(dh, dfinal, a, h, initial, *spec, list(needs[:2]))
+            db, da, dinitial = _backward_op(dh, dfinal, b, a, h, initial, *spec, list(needs[:2]))
         return (
             db.to(ctx.dtype) if needs[0] else None,
             da.sum_to_size(a.shape).to(a.dtype) if needs[1] else None,
@@ -139,8 +141,8 @@ register_autograd(_library, "scan", _through_scan)
 
 def scan(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
     """h and the final states, differentiable in b, a and the initial states."""
-    if spec.log and (a.is_complex() or a.shape != b.shape):  # cheaper once than at every step
-        a, spec = a.to(state_dtype(a.dtype)).exp(), spec._replace(log=False)
+    if spec.cell == "log" and (a.is_complex() or a.shape != b.shape):  # cheaper once than at every step
+        a, spec = a.to(state_dtype(a.dtype)).exp(), spec._replace(cell="given")
     given = [t for t in (b, a, initial) if t is not None]
     if needs_plain_torch(given):
         return reference.forward(b, a, initial, spec)

@@ -321,13 +321,16 @@ def empty_gradients(q: Tensor, k: Tensor, v: Tensor, spec: Spec, wanted: list[bo
     return tuple(results)
 
 
+SCAN_CELLS = ("given", "log", "min_gru")  # what makes the coefficients of a scan; ``reference/scan.py`` says how
+
+
 class ScanSpec(NamedTuple):
     """How a scan is walked: what its ops take beside b, a and the initial states."""
 
     resets: Tensor | None
     lengths: Tensor | None
     cu_seqlens: Tensor | None
-    log: bool
+    cell: str  # of SCAN_CELLS
     reverse: bool
 
 

@@ -60,12 +60,35 @@ def _spread(mask: Tensor, like: Tensor) -> Tensor:
     return mask.reshape(mask.shape + (1,) * (like.dim() - mask.dim()))
 
 
-def coefficients(a: Tensor, unused: Tensor | None, spec: ScanSpec) -> Tensor:
-    """In the dtype of states; where they are ``unused`` they may be anything, and become a number."""
-    wide = a.to(state_dtype(a.dtype))
-    if unused is not None:
-        wide = torch.where(_spread(unused, a), 0, wide)
-    return wide.exp() if spec.log else wide
+def positive(x: Tensor) -> Tensor:
+    """g of "Were RNNs all we needed?": x + 1/2 from 0 on, below it the sigmoid."""
+    return torch.where(x >= 0, x + 0.5, x.sigmoid())
+
+
+def transition(a: Tensor, b: Tensor, cell: str) -> tuple[Tensor, Tensor]:
+    """Coefficient and addend of the recurrence, from what a cell is given for them."""
+    if cell == "log":
+        return a.exp(), b
+    if cell == "min_gru":  # a: the gate's logits, b: the candidate's
+        z = a.sigmoid()
+        return 1 - z, z * positive(b)
+    return a, b
+
+
+def transition_backward(of_coefficient: Tensor, of_addend: Tensor, a: Tensor, b: Tensor, cell: str) -> tuple[Tensor, Tensor]:
+    """Gradients of a and b."""
+    if cell == "log":
+        return of_coefficient * a.exp(), of_addend
+    if cell == "min_gru":
+        z, s = a.sigmoid(), b.sigmoid()
+        of_candidate = torch.where(b >= 0, 1, s * (1 - s))
+        return (of_addend * positive(b) - of_coefficient) * z * (1 - z), of_addend * z * of_candidate
+    return of_coefficient, of_addend
+
+
+def _used(tensor: Tensor, unused: Tensor) -> Tensor:
+    """In the dtype of states; what is not used may be anything, and becomes a number."""
+    return torch.where(_spread(unused, tensor), 0, tensor.to(state_dtype(tensor.dtype)))
 
 
 def forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
@@ -76,11 +99,13 @@ def forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -> tup
     h, every = start[at.sequence[0]] if steps and states else start[:0], [b[:0].to(wide)]
     cut = ~at.inside | (at.cut | at.first if initial is None else at.cut)
     for t in reversed(range(steps)) if spec.reverse else range(steps):
-        a_t = coefficients(a[t if a.shape[0] > 1 else 0], cut[t], spec)
+        beyond = ~at.inside[t]
+        unused = beyond if spec.cell == "min_gru" else cut[t]
+        a_t, b_t = transition(_used(a[t if a.shape[0] > 1 else 0], unused), _used(b[t], beyond), spec.cell)
         # not by a product: what is cut off may be infinite or NaN, and zero times that is no zero, here or in the gradient
         before = torch.where(_spread(at.first[t], h), start[at.sequence[t]], h)
         before = torch.where(_spread(cut[t], h), 0, before)
-        h = torch.where(_spread(at.inside[t], h), b[t].to(wide) + product(a_t, before), h)
+        h = torch.where(_spread(at.inside[t], h), b_t + product(a_t, before), h)
         every.append(h[None])
     if spec.reverse:
         every = every[:1] + every[:0:-1]
@@ -99,6 +124,7 @@ def forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -> tup
 def backward(
     dh: Tensor | None,
     dfinal: Tensor | None,
+    b: Tensor | None,
     a: Tensor,
     h: Tensor,
     initial: Tensor | None,
@@ -111,6 +137,7 @@ def backward(
     dh_0 = a*_1 lambda_1, where * is the conjugate, or the transpose of a block.
 
     Args:
+        b: of cells that read it, else None.
         scan: how to scan; with a differentiable one the result is differentiable.
     """
     at, wide = places(h, spec), state_dtype(h.dtype)
@@ -120,21 +147,21 @@ def backward(
         g = torch.where(_spread(at.last, g), g + dfinal[at.sequence], g)
     alone = ~at.inside | (at.cut if initial is not None else at.cut | at.first)
     constant = a.shape[0] == 1 and steps != 1
-    a = coefficients(a, None if constant else alone, spec)
-    adjoint = a.mT if blocks else a.conj_physical()  # compiled programs do not see the lazy kind within an op
+    a = a.to(state_dtype(a.dtype)) if constant else _used(a, ~at.inside if spec.cell == "min_gru" else alone)
+    b = a if b is None else _used(b, ~at.inside)
+    coefficient, _ = transition(a, b, spec.cell)
+    adjoint = coefficient.mT if blocks else coefficient.conj_physical()  # programs of torch.compile miss the lazy kind within an op
     following = adjoint if constant else adjoint.roll(back, 0)
-    reversed_spec = spec._replace(log=False, reverse=not spec.reverse)
+    reversed_spec = spec._replace(cell="given", reverse=not spec.reverse)
     of_b, _ = scan(g, following, None, reversed_spec)
     before = h.to(wide).roll(-back, 0)
     if initial is not None and steps and len(at.lengths):
         before = torch.where(_spread(at.first, before), initial.to(wide)[at.sequence], before)
     before = torch.where(_spread(alone, before), 0, before)
     if blocks:
-        da = of_b.unsqueeze(-1) * before.unsqueeze(-2)
+        da, db = of_b.unsqueeze(-1) * before.unsqueeze(-2), of_b
     else:
-        da = of_b * before.conj_physical()
-        if spec.log:
-            da = da * adjoint
+        da, db = transition_backward(of_b * before.conj_physical(), of_b, a, b, spec.cell)
     if constant:
         da = (
             da.sum(0)
@@ -152,4 +179,4 @@ def backward(
             of_initial = of_initial.index_add(0, at.sequence[:, 0], through[:, 0])
     if dfinal is not None:
         of_initial = torch.where(_spread(at.lengths > 0, of_initial), of_initial, dfinal.to(wide))
-    return of_b, da, of_initial
+    return db, da, of_initial

@@ -84,12 +84,29 @@ def begins(layout, row, start, length, i, inside, FRESH: tl.constexpr, REVERSE: 
 
 
 @triton.jit
-def coefficients(a, at, mask, M: tl.constexpr, LOG: tl.constexpr, ACC: tl.constexpr):
-    found = load_numbers(a.pointer, at, mask, M, ACC)
-    if LOG:
-        return (tl.exp(found[0]),)
+def transition(a, b, CELL: tl.constexpr):
+    """Coefficient and addend, from what a cell is given for them: 0 these themselves, 1 logarithms of coefficients, 2 minGRU."""
+    if CELL == 0:
+        return a, b
+    elif CELL == 1:
+        return (tl.exp(a[0]),), b
     else:
-        return found
+        z, s = tl.sigmoid(a[0]), tl.sigmoid(b[0])
+        return (1 - z,), (z * tl.where(b[0] >= 0, b[0] + 0.5, s),)
+
+
+@triton.jit
+def transition_backward(of_coefficient, of_addend, a, b, factor, CELL: tl.constexpr):
+    """Gradients of a and b."""
+    if CELL == 0:
+        return of_coefficient, of_addend
+    elif CELL == 1:
+        return (of_coefficient[0] * factor[0],), of_addend
+    else:
+        z, s = tl.sigmoid(a[0]), tl.sigmoid(b[0])
+        candidate = tl.where(b[0] >= 0, b[0] + 0.5, s)
+        slope = tl.where(b[0] >= 0, 1.0, s * (1 - s))
+        return ((of_addend[0] * candidate - of_coefficient[0]) * z * (1 - z),), (of_addend[0] * z * slope,)
 
 
 @triton.jit
@@ -105,9 +122,10 @@ def through(totals, state, row, chunk, chunks, c, C, real, KIND: tl.constexpr, N
 def forward(
     b, a, h,
     initial, final,  # wide [rows, C, N], initial None: zeros
-    totals, layout, chunks,
+    totals,  # of one chunk its pointers are None
+    layout, chunks,
     span,  # steps of a chunk
-    KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr, REVERSE: tl.constexpr, TOTALS: tl.constexpr,
+    KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, CELL: tl.constexpr, REVERSE: tl.constexpr, TOTALS: tl.constexpr,
     U: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     c, chunk, row = owner(layout, chunks, BC)
@@ -119,7 +137,7 @@ def forward(
     if not TOTALS:
         if initial is not None:
             state = load_numbers(initial, row * C + c, real, N, ACC)
-        if totals is not None:
+        if totals.product is not None:
             for before in range(0, chunk):
                 state = through(totals, state, row, before, chunks, c, C, real, KIND, N, M)
     for first in range(begin, end, U):
@@ -127,13 +145,14 @@ def forward(
         for u in tl.static_range(U):
             i = first + u
             t, inside = step_of(i, length, REVERSE), i < end
-            added = load_numbers(b.pointer, places(b, layout, row, start, t, c), real & inside, N, ACC)
-            factor = coefficients(a, places(a, layout, row, start, t, c), real & inside, M, LOG, ACC)
+            given = load_numbers(b.pointer, places(b, layout, row, start, t, c), real & inside, N, ACC)
+            weight = load_numbers(a.pointer, places(a, layout, row, start, t, c), real & inside, M, ACC)
             alone = begins(layout, row, start, length, i, inside, initial is None, REVERSE)
-            loaded = loaded + ((added, factor, alone),)
+            loaded = loaded + ((given, weight, alone),)
         for u in tl.static_range(U):
             i = first + u
-            added, factor, alone = loaded[u]
+            given, weight, alone = loaded[u]
+            factor, added = transition(weight, given, CELL)
             inside = i < end
             moved = choose(alone, added, add(apply(factor, state, KIND), added, N), N)
             state = choose(inside, moved, state, N)
@@ -159,12 +178,11 @@ def forward(
 
 @triton.jit(do_not_specialize=["chunks", "span"])
 def backward(
-    dh,  # or None
-    a, h, db, da,  # db and da may be None
+    dh, b, a, h, db, da,  # of dh, b, db and da the pointer may be None
     sums,  # wide [rows, chunks, C, M] in place of da: of every chunk its sum over the steps, of a constant a
     initial, dfinal, dinitial,  # wide [rows, C, N]; the first two or None
     totals, layout, chunks, span,
-    KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr, REVERSE: tl.constexpr, TOTALS: tl.constexpr,
+    KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, CELL: tl.constexpr, REVERSE: tl.constexpr, TOTALS: tl.constexpr,
     U: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     c, chunk, row = owner(layout, chunks, BC)
@@ -176,7 +194,7 @@ def backward(
     if not TOTALS:
         if dfinal is not None:
             carry = load_numbers(dfinal, row * C + c, real, N, ACC)
-        if totals is not None:
+        if totals.product is not None:
             for behind in range(0, chunks - 1 - chunk):
                 carry = through(totals, carry, row, chunks - 1 - behind, chunks, c, C, real, KIND, N, M)
     for done in range(0, end - begin, U):
@@ -186,21 +204,25 @@ def backward(
             t, inside = step_of(i, length, REVERSE), i >= begin
             valid = real & inside
             given, before = zeros(N, BC, ACC), zeros(N, BC, ACC)
-            if dh is not None:
+            if dh.pointer is not None:
                 given = load_numbers(dh.pointer, places(dh, layout, row, start, t, c), valid, N, ACC)
-            factor = coefficients(a, places(a, layout, row, start, t, c), valid, M, LOG, ACC)
+            weight = load_numbers(a.pointer, places(a, layout, row, start, t, c), valid, M, ACC)
+            logits = zeros(N, BC, ACC)
+            if CELL == 2 and not TOTALS:
+                logits = load_numbers(b.pointer, places(b, layout, row, start, t, c), valid, N, ACC)
             alone = begins(layout, row, start, length, i, inside, initial is None, REVERSE)
             if not TOTALS:
-                if da is not None or sums is not None:
+                if da.pointer is not None or sums is not None:
                     at = places(h, layout, row, start, step_of(i - 1, length, REVERSE), c)
                     before = load_numbers(h.pointer, at, valid & (i > 0), N, ACC)
                     if initial is not None:
                         before = choose(i == 0, load_numbers(initial, row * C + c, valid & (i == 0), N, ACC), before, N)
-            loaded = loaded + ((given, factor, alone, before),)
+            loaded = loaded + ((given, weight, logits, alone, before),)
         run = zeros(M, BC, ACC)
         for u in tl.static_range(U):
             i = end - 1 - done - u
-            given, factor, alone, before = loaded[u]
+            given, weight, logits, alone, before = loaded[u]
+            factor, _ = transition(weight, logits, CELL)
             inside = i >= begin
             whole = add(given, carry, N)
             back = adjoint(factor, KIND)
@@ -211,14 +233,12 @@ def backward(
                 cut = cut | (alone & inside)
             else:
                 t = step_of(i, length, REVERSE)
-                if db is not None:
-                    store_numbers(db.pointer, places(db, layout, row, start, t, c), whole, real & inside, N)
-                if da is not None or sums is not None:
-                    gradient = outer(whole, before, KIND)
-                    if LOG:
-                        gradient = (gradient[0] * factor[0],)
-                    gradient = choose(alone, zeros(M, BC, ACC), gradient, M)
-                    if da is not None:
+                through_h = choose(alone, zeros(M, BC, ACC), outer(whole, before, KIND), M)
+                gradient, of_b = transition_backward(through_h, whole, weight, logits, factor, CELL)
+                if db.pointer is not None:
+                    store_numbers(db.pointer, places(db, layout, row, start, t, c), of_b, real & inside, N)
+                if da.pointer is not None or sums is not None:
+                    if da.pointer is not None:
                         store_numbers(da.pointer, places(da, layout, row, start, t, c), gradient, real & inside, M)
                     else:
                         run = add(run, choose(inside, gradient, zeros(M, BC, ACC), M), M)
@@ -233,8 +253,8 @@ def backward(
             store_numbers(sums, (row * chunks + chunk) * C + c, total, real, M)
         if layout.lengths is not None:
             for t in range(tl.maximum(begin, length), tl.minimum(begin + span, layout.T)):
-                if db is not None:
+                if db.pointer is not None:
                     store_numbers(db.pointer, places(db, layout, row, start, t, c), zeros(N, BC, ACC), real, N)
-                if da is not None:
+                if da.pointer is not None:
                     store_numbers(da.pointer, places(da, layout, row, start, t, c), zeros(M, BC, ACC), real, M)
         store_numbers(dinitial, row * C + c, carry, real & (chunk == 0), N)

@@ -19,7 +19,7 @@ from torch import nn
 
 import fastseq
 from fastseq import backends, info
-from fastseq.backends import BACKENDS, AttentionQuery, ScanQuery, explanation, reference, selection
+from fastseq.backends import BACKENDS, AttentionQuery, ScanQuery, explanation, reference, registry
 from fastseq.choice import problems, self_check, store
 from support.stand_in import StandIn, recurrent
 
@@ -62,7 +62,7 @@ def first(monkeypatch):
 
     def put(backend):
         monkeypatch.setitem(BACKENDS, backend.name, backend)
-        monkeypatch.setitem(selection._CANDIDATES, "cpu", (backend.name, "reference"))
+        monkeypatch.setitem(registry.CANDIDATES, "cpu", (backend.name, "reference"))
         return backend
 
     return put

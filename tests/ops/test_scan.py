@@ -75,15 +75,15 @@ class TestScan(OpBattery):
         if case.kind == "complex":
             b, a, initial = (torch.view_as_complex(t.detach()) for t in (b, a, initial))
         lengths = None if given["lengths"] is None else given["lengths"].int()
-        spec = ScanSpec(given["resets"], lengths, None, case.log, case.reverse)
+        spec = ScanSpec(given["resets"], lengths, None, "log" if case.log else "given", case.reverse)
         forward, backward = torch.ops.fastseq.scan.default, torch.ops.fastseq.scan_backward.default
         b, a, initial = (t if t is None else t.detach() for t in (b, a, initial))
         b, a = b.nan_to_num(), a.nan_to_num()  # opcheck's comparisons
         h, final = forward(b, a, initial, *spec)
         return [
             (forward, (b.requires_grad_(), a, initial, *spec)),
-            (backward, (torch.ones_like(h), final, a, h, initial, *spec, [True, True])),
-            (backward, (None, final, a, h, initial, *spec, [True, False])),
+            (backward, (torch.ones_like(h), final, None, a, h, initial, *spec, [True, True])),
+            (backward, (None, final, None, a, h, initial, *spec, [True, False])),
         ]
 
 

@@ -37,8 +37,8 @@ def _numbers(tensor: Tensor | None, channel: int) -> Tensor | None:
     return tensor
 
 
-def _fields(spec: ScanSpec, kind: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, str, bool, bool]:
-    return spec.resets, dense(spec.lengths, torch.int32), dense(spec.cu_seqlens, torch.int32), kind, spec.log, spec.reverse
+def _fields(spec: ScanSpec, kind: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, str, str, bool]:
+    return spec.resets, dense(spec.lengths, torch.int32), dense(spec.cu_seqlens, torch.int32), kind, spec.cell, spec.reverse
 
 
 def _coefficients(a: Tensor, states: Tensor, kind: str) -> Tensor:
@@ -67,16 +67,24 @@ def scan_forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -
 
 
 def scan_backward(
-    dh: Tensor | None, dfinal: Tensor | None, a: Tensor, h: Tensor, initial: Tensor | None, spec: ScanSpec, wanted: list[bool]
+    dh: Tensor | None,
+    dfinal: Tensor | None,
+    b: Tensor | None,
+    a: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    spec: ScanSpec,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind, wide = scan_kind(h, a), state_dtype(h.dtype)
     if kind == "blocks" and h.dtype != wide:
-        db, *others = scan_backward(None if dh is None else dh.to(wide), dfinal, a, h.to(wide), initial, spec, wanted)
+        db, *others = scan_backward(None if dh is None else dh.to(wide), dfinal, b, a, h.to(wide), initial, spec, wanted)
         return db.to(h.dtype), others[0], others[1]
     db, da, dinitial = empty_scan_gradients(a, h, kind, spec, wanted)
     torch.ops.fastseq_native.scan_backward.default(
         _numbers(dh, 2),
         _state(dfinal, wide),
+        _numbers(b, 2),
         _coefficients(a, h, kind),
         _numbers(h, 2),
         _state(initial, wide),

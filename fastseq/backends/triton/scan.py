@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.types import ScanSpec, empty_scan, empty_scan_gradients, scan_kind, state_dtype
+from ...ops.types import SCAN_CELLS, ScanSpec, empty_scan, empty_scan_gradients, scan_kind, state_dtype
 from ..query import ScanQuery
 from . import _launch
 from .attention_args import accumulator
@@ -44,7 +44,7 @@ def _rows(tensor: Tensor | None, numbers: int) -> Any:
 
     tensor = _numbers(tensor)
     if tensor is None:
-        return None
+        return Rows(None, 0, 0, 0)
     stride, dims = 1, tensor.dim()
     for dim in range(dims - 1, 1, -1):
         if tensor.shape[dim] != 1 and tensor.stride(dim) != stride:
@@ -80,7 +80,7 @@ class _Launch:
         strides = (0, 0) if resets is None else (resets.stride(0), resets.stride(1))
         self.layout = Layout(steps, rows, channels, spec.lengths, spec.cu_seqlens, resets, *strides)
         self.chunks = max(1, self.config.chunks)
-        self.totals = None
+        self.totals = Totals(None, None, None)
         if self.chunks > 1:
             product, state = (
                 real.new_empty(rows, self.chunks, n, channels, dtype=wide) for n in (self.numbers, self.state_numbers)
@@ -92,7 +92,7 @@ class _Launch:
             "KIND": kind,
             "N": self.state_numbers,
             "M": self.numbers,
-            "LOG": spec.log,
+            "CELL": SCAN_CELLS.index(spec.cell),
             "REVERSE": spec.reverse,
             "U": self.config.unrolled,
             "BC": self.config.channels,
@@ -106,7 +106,7 @@ class _Launch:
         if self.grid[0] == 0:
             return
         with _launch.on(self.device):
-            for totals in (True, False) if self.totals is not None else (False,):
+            for totals in (True, False) if self.chunks > 1 else (False,):
                 kernel[self.grid](  # type: ignore[index]
                     *args, self.totals, self.layout, self.chunks, max(1, self.config.span), TOTALS=totals, **self.options
                 )
@@ -129,7 +129,14 @@ def scan_forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -
 
 
 def scan_backward(
-    dh: Tensor | None, dfinal: Tensor | None, a: Tensor, h: Tensor, initial: Tensor | None, spec: ScanSpec, wanted: list[bool]
+    dh: Tensor | None,
+    dfinal: Tensor | None,
+    b: Tensor | None,
+    a: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    spec: ScanSpec,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     from fastseq.kernels.scan.scan import backward
 
@@ -142,10 +149,11 @@ def scan_backward(
     launch.run(
         backward,
         _rows(dh, launch.state_numbers),
+        _rows(b, launch.state_numbers),
         _rows(a, launch.numbers),
         _rows(h, launch.state_numbers),
-        _rows(db, launch.state_numbers) if wanted[0] else None,
-        _rows(da, launch.numbers) if wanted[1] and sums is None else None,
+        _rows(db if wanted[0] else None, launch.state_numbers),
+        _rows(da if wanted[1] and sums is None else None, launch.numbers),
         _numbers(sums),
         _state(initial, wide),
         _state(dfinal, wide),
