@@ -34,20 +34,20 @@ def min_gru(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """minGRU over a sequence, ``(output, h_n)``: h_t = (1 - z_t) h_{t-1} + z_t g(W_h x_t + b_h), z_t = sigmoid(W_z x_t + b_z), where
-    g(v) = v + 1/2 from 0 on and sigmoid(v) below (Feng et al. 2024, "Were RNNs all we needed?").
+    """minGRU over a sequence, ``(output, h_n)``: h_t = (1 - z_t) h_{t-1} + z_t g(W_h x_t + b_h), z_t = sigmoid(W_z x_t + b_z),
+    where g(v) = v + 1/2 from 0 on and sigmoid(v) below (Feng et al. 2024, "Were RNNs all we needed?").
 
     T time, B batch, I input, H hidden, L layers, D directions.
 
     Args:
         input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, or unbatched ``[T, I]``; floating point.
         hx: ``[L*D, B, H]``, unbatched ``[L*D, H]``; in the input's dtype or that of states. None: zeros.
-        params: per layer, per direction: weight ``[2H, I or D*H]``, rows of W_z, then of W_h, and with ``has_biases`` bias ``[2H]``.
+        params: per layer, per direction: weight ``[2H, I or D*H]``, rows of W_z, then of W_h; with ``has_biases`` bias ``[2H]``.
         dropout: probability with which, in training, elements of every layer's output but the last's are zeroed.
-        lengths: int32 or int64 ``[B]``, each in 0..T. Beyond a row's length the output is zero; final states are those after a row's
-            last step, where its backward direction starts.
-        resets: bool ``[T, B]``, ``[B, T]`` with ``batch_first``, unbatched ``[T]``: where a new segment begins. Every layer and direction
-            is as if the segments of a row were run one by one, hx before the first (backwards: the last) of them.
+        lengths: int32 or int64 ``[B]``, each in 0..T. Beyond a row's length the output is zero; final states are those after a
+            row's last step, where its backward direction starts.
+        resets: bool ``[T, B]``, ``[B, T]`` with ``batch_first``, unbatched ``[T]``: where a new segment begins. Every layer and
+            direction is as if the segments of a row were run one by one, hx before the first (backwards: the last) of them.
 
     Returns:
         ``output`` ``[T, B, D*H]`` as the input, and ``h_n`` as hx, in the dtype of states: fp32 (fp64 for fp64).

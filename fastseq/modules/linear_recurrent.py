@@ -25,6 +25,12 @@ def _checked_size(name: str, value: int) -> int:
     return value
 
 
+def _reset(module: nn.Module, hidden_size: int) -> None:
+    bound = 1 / math.sqrt(hidden_size)
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, -bound, bound)
+
+
 @public
 class MinGRU(nn.Module):
     """minGRU (Feng et al. 2024, "Were RNNs all we needed?") over sequences, ``torch.nn.GRU``'s interface.
@@ -83,9 +89,7 @@ class MinGRU(nn.Module):
 
     def reset_parameters(self) -> None:
         """Uniform in +-1/sqrt(H), as torch.nn.GRU's."""
-        bound = 1 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        _reset(self, self.hidden_size)
 
     def forward(
         self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, resets: Tensor | None = None
@@ -160,7 +164,9 @@ class MinGRUCell(nn.Module):
         self.bias_ih = nn.Parameter(torch.empty(2 * hidden_size, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
-    reset_parameters = MinGRU.reset_parameters
+    def reset_parameters(self) -> None:
+        """Uniform in +-1/sqrt(H), as torch.nn.GRUCell's."""
+        _reset(self, self.hidden_size)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The state after the step, ``[B, H]``, in fp32 (fp64 for fp64).

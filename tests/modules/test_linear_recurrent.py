@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastseq
 from fastseq import functional
 
-I, H = 3, 5
+X, H = 3, 5  # widths of input and state
 
 
 def by_steps(x, params, hx=None, reset=None, end=None, reverse=False):
@@ -62,8 +62,8 @@ def expected(module, x, hx=None, lengths=None, resets=None):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_against_the_equations(bidirectional, layers, with_, backend):
     torch.manual_seed(0)
-    module = fastseq.MinGRU(I, H, layers, bidirectional=bidirectional, dtype=torch.float64)
-    x = torch.randn(7, 4, I, dtype=torch.float64, requires_grad=True)
+    module = fastseq.MinGRU(X, H, layers, bidirectional=bidirectional, dtype=torch.float64)
+    x = torch.randn(7, 4, X, dtype=torch.float64, requires_grad=True)
     hx = torch.randn(layers * (2 if bidirectional else 1), 4, H, dtype=torch.float64, requires_grad=True)
     more = {
         "lengths": torch.tensor([7, 3, 0, 1]) if with_ in ("lengths", "both") else None,
@@ -103,9 +103,9 @@ def test_parity_with_another_package(name):
 def test_steps_are_the_sequence(dtype):
     """At every prefix: the cell's states, one after the other, with a sequence's last."""
     torch.manual_seed(0)
-    module, cell = fastseq.MinGRU(I, H, dtype=dtype), fastseq.MinGRUCell(I, H, dtype=dtype)
+    module, cell = fastseq.MinGRU(X, H, dtype=dtype), fastseq.MinGRUCell(X, H, dtype=dtype)
     cell.load_state_dict({name.removesuffix("_l0"): value for name, value in module.state_dict().items()})
-    x, state = torch.randn(9, 2, I).to(dtype), None
+    x, state = torch.randn(9, 2, X).to(dtype), None
     tolerance = {} if dtype != torch.bfloat16 else {"rtol": 2e-2, "atol": 2e-2}
     for t in range(9):
         state = cell(x[t], state)
@@ -118,7 +118,7 @@ def test_steps_are_the_sequence(dtype):
 
 def test_segments_go_on_from_the_state_before():
     torch.manual_seed(0)
-    module, x = fastseq.MinGRU(I, H, 2), torch.randn(9, 2, I)
+    module, x = fastseq.MinGRU(X, H, 2), torch.randn(9, 2, X)
     whole, last = module(x)
     first, state = module(x[:4])
     second, final = module(x[4:], state)
@@ -128,9 +128,9 @@ def test_segments_go_on_from_the_state_before():
 
 def test_layouts_and_unbatched_input():
     torch.manual_seed(0)
-    module, x = fastseq.MinGRU(I, H, 2, bidirectional=True), torch.randn(6, 3, I)
+    module, x = fastseq.MinGRU(X, H, 2, bidirectional=True), torch.randn(6, 3, X)
     output, h_n = module(x)
-    other = fastseq.MinGRU(I, H, 2, bidirectional=True, batch_first=True)
+    other = fastseq.MinGRU(X, H, 2, bidirectional=True, batch_first=True)
     other.load_state_dict(module.state_dict())
     by_batch, states = other(x.transpose(0, 1), resets=torch.zeros(3, 6, dtype=torch.bool))
     torch.testing.assert_close(by_batch.transpose(0, 1), output)
@@ -143,7 +143,7 @@ def test_layouts_and_unbatched_input():
 
 def test_dropout_lies_between_layers_and_in_training_alone():
     torch.manual_seed(0)
-    module, x = fastseq.MinGRU(I, H, 2, dropout=1.0), torch.randn(6, 3, I)
+    module, x = fastseq.MinGRU(X, H, 2, dropout=1.0), torch.randn(6, 3, X)
     constant = module(x)[0]
     torch.testing.assert_close(constant, constant[:, :1].expand_as(constant))  # the second layer read zeros
     module.eval()
@@ -153,7 +153,7 @@ def test_dropout_lies_between_layers_and_in_training_alone():
 def test_compiled_without_a_break():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    module, x = fastseq.MinGRU(I, H, 2, bidirectional=True), torch.randn(6, 2, I)
+    module, x = fastseq.MinGRU(X, H, 2, bidirectional=True), torch.randn(6, 2, X)
     resets = torch.rand(6, 2) < 0.3
     compiled = torch.compile(lambda x: module(x, resets=resets), fullgraph=True, backend=counter)
     torch.testing.assert_close(compiled(x), module(x, resets=resets))
@@ -176,7 +176,7 @@ def test_double_backward():
 
 
 def test_autocast_lowers_the_products_alone():
-    module, x = fastseq.MinGRU(I, H), torch.randn(6, 2, I)
+    module, x = fastseq.MinGRU(X, H), torch.randn(6, 2, X)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, h_n = module(x, torch.zeros(1, 2, H))
     assert output.dtype == torch.bfloat16 and h_n.dtype == torch.float32
@@ -184,20 +184,20 @@ def test_autocast_lowers_the_products_alone():
 
 
 def test_the_module_is_one_scan_a_lane():
-    explanation = fastseq.explain(fastseq.MinGRU(I, H, bidirectional=True), torch.randn(6, 2, I))
+    explanation = fastseq.explain(fastseq.MinGRU(X, H, bidirectional=True), torch.randn(6, 2, X))
     assert explanation.backends == ["cpu", "cpu"] and "min_gru" in str(explanation)
 
 
 def test_parameters_have_the_names_of_torchs():
-    names = [name for name, _ in fastseq.MinGRU(I, H, 2, bidirectional=True).named_parameters()]
-    gru = [name for name, _ in torch.nn.GRU(I, H, 2, bidirectional=True).named_parameters() if "_hh_" not in name]
+    names = [name for name, _ in fastseq.MinGRU(X, H, 2, bidirectional=True).named_parameters()]
+    gru = [name for name, _ in torch.nn.GRU(X, H, 2, bidirectional=True).named_parameters() if "_hh_" not in name]
     assert names == gru
-    assert repr(fastseq.MinGRU(I, H, bias=False)) == "fastseq.MinGRU(3, 5, bias=False)"
-    assert repr(fastseq.MinGRUCell(I, H)) == "fastseq.MinGRUCell(3, 5)"
+    assert repr(fastseq.MinGRU(X, H, bias=False)) == "fastseq.MinGRU(3, 5, bias=False)"
+    assert repr(fastseq.MinGRUCell(X, H)) == "fastseq.MinGRUCell(3, 5)"
 
 
-module = fastseq.MinGRU(I, H)
-packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, I)])
+module = fastseq.MinGRU(X, H)
+packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, X)])
 
 
 @pytest.mark.parametrize(
@@ -208,25 +208,25 @@ packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, I)])
         (lambda: fastseq.MinGRU(1, 2, dropout=2), ValueError, r"dropout should be a number in range \[0, 1\], got 2"),
         (lambda: fastseq.MinGRU(1, 2, proj_size=2), TypeError, "unexpected keyword argument 'proj_size'"),
         (lambda: module(packed), TypeError, "input must be a Tensor, not PackedSequence"),
-        (lambda: module(torch.randn(2, 2, 2, I)), RuntimeError, "Expected input to be 2D or 3D, got 4D"),
-        (lambda: module(torch.randn(2, 2, I + 1)), RuntimeError, "input_size. Expected 3, got 4"),
+        (lambda: module(torch.randn(2, 2, 2, X)), RuntimeError, "Expected input to be 2D or 3D, got 4D"),
+        (lambda: module(torch.randn(2, 2, X + 1)), RuntimeError, "input_size. Expected 3, got 4"),
         (
-            lambda: module(torch.randn(2, 2, I), torch.zeros(1, 3, H)),
+            lambda: module(torch.randn(2, 2, X), torch.zeros(1, 3, H)),
             RuntimeError,
             r"Expected hidden size \(1, 2, 5\), got \[1, 3, 5\]",
         ),
-        (lambda: module(torch.randn(2, 2, I), torch.zeros(1, 2, H).half()), RuntimeError, "hx must be torch.float32"),
-        (lambda: module(torch.randn(2, 2, I), resets=torch.zeros(2, 2)), RuntimeError, "resets must be bool"),
+        (lambda: module(torch.randn(2, 2, X), torch.zeros(1, 2, H).half()), RuntimeError, "hx must be torch.float32"),
+        (lambda: module(torch.randn(2, 2, X), resets=torch.zeros(2, 2)), RuntimeError, "resets must be bool"),
         (
-            lambda: module(torch.randn(2, 2, I), resets=torch.zeros(3, 2).bool()),
+            lambda: module(torch.randn(2, 2, X), resets=torch.zeros(3, 2).bool()),
             RuntimeError,
             r"resets must be \[T, B\] = \[2, 2\]",
         ),
-        (lambda: module(torch.randn(2, I), lengths=torch.tensor([1])), RuntimeError, "the input is unbatched"),
-        (lambda: module(torch.randn(2, 2, I), lengths=torch.tensor([1, 3])), RuntimeError, r"lengths must lie in 0..2"),
-        (lambda: functional.min_gru(torch.randn(2, 2, I), None, []), RuntimeError, "min_gru expects 2 parameters"),
-        (lambda: fastseq.MinGRUCell(I, H)(torch.randn(2, I + 1)), RuntimeError, "got 4, expected 3"),
-        (lambda: fastseq.MinGRUCell(I, H)(torch.randn(2, 2, I)), RuntimeError, "Expected input to be 1D or 2D, got 3D"),
+        (lambda: module(torch.randn(2, X), lengths=torch.tensor([1])), RuntimeError, "the input is unbatched"),
+        (lambda: module(torch.randn(2, 2, X), lengths=torch.tensor([1, 3])), RuntimeError, r"lengths must lie in 0..2"),
+        (lambda: functional.min_gru(torch.randn(2, 2, X), None, []), RuntimeError, "min_gru expects 2 parameters"),
+        (lambda: fastseq.MinGRUCell(X, H)(torch.randn(2, X + 1)), RuntimeError, "got 4, expected 3"),
+        (lambda: fastseq.MinGRUCell(X, H)(torch.randn(2, 2, X)), RuntimeError, "Expected input to be 1D or 2D, got 3D"),
     ],
 )
 def test_bad_input(call, error, message):
