@@ -3,7 +3,8 @@
 #   make test      run the tests but for the slow ones       (ARGS="-k lstm" and the like go to pytest)
 #
 # make check       ruff, formatting, types, all the tests   make lint      the first three
-# make gpu-day     on a machine with a GPU: tests, sanitizer and suites within 25 minutes, into benchmarks/results/<device>
+# make gpu-day     on a machine with a GPU: self-check, tuning, tests and suites, by default within 25 minutes, into
+#                  benchmarks/results/<device> (ARGS="--minutes 8 --archive FILE": in order of worth, and one file with all of it)
 # make library     compile the native library into fastseq/lib
 # make sanitize    the CPU kernels of every level that this machine has under sanitizers; a short form is among the tests
 # make host-kernels  compile the CUDA kernels for this machine's CPU, for tests without a GPU

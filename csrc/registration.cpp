@@ -35,26 +35,27 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def(
       "recurrent_forward(Tensor? x, Tensor? w_ih, Tensor? b_ih, Tensor? x_gates, Tensor weight, Tensor? vectors, "
       "Tensor? projection, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, str cell, "
-      "int reverse, float zoneout_h, float zoneout_c, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, "
+      "int reverse, float zoneout_h, float zoneout_c, bool two_parts, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, "
       "Tensor(e!) gates) -> ()");
   m.def(
       "recurrent_layers(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, str cell, "
-      "int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, float zoneout_c, Tensor[]? kept) -> "
-      "Tensor[]");
+      "int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, float zoneout_c, Tensor[]? kept, "
+      "bool two_parts) -> Tensor[]");
   m.def(
       "recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, "
-      "Tensor? hold_c, str cell, bool has_biases, bool bidirectional, float zoneout_h, float zoneout_c, bool save_gates) -> Tensor[]");
+      "Tensor? hold_c, str cell, bool has_biases, bool bidirectional, float zoneout_h, float zoneout_c, bool save_gates, "
+      "bool two_parts) -> Tensor[]");
   m.def(
       "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, "
       "Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, Tensor gates, str cell, "
-      "float zoneout_h, float zoneout_c, bool[] wanted) -> Tensor[]");
+      "float zoneout_h, float zoneout_c, bool[] wanted, bool two_parts) -> Tensor[]");
   m.def("recurrent_norm_gradients(Tensor dgates, Tensor gates, Tensor? dm, Tensor? c, Tensor vectors, str cell) -> Tensor");
   m.def(
       "recurrent_pack(Tensor[] params, str cell, int num_layers, bool has_biases, bool bidirectional, str weights) -> Tensor[]");
   m.def(
       "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
       "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
-      "Tensor gates, str cell, int reverse, float zoneout_h, float zoneout_c, bool through_weights, Tensor(a!) dgates, "
+      "Tensor gates, str cell, int reverse, float zoneout_h, float zoneout_c, bool through_weights, bool two_parts, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) doutput, Tensor(d!) dh0, Tensor(e!) dc0) -> ()");
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? slopes, Tensor? sinks, "
@@ -65,7 +66,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "int num_splits) -> Tensor[]");
   m.def(
       "recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, Tensor? h0, Tensor? lengths, Tensor? batch_sizes, "
-      "Tensor[] w_ih, int reverse, int[] wanted) -> Tensor[]");
+      "Tensor[] w_ih, int reverse, int[] wanted, bool two_parts) -> Tensor[]");
   m.def(
       "recurrent_cuda_forward(str cell, str precision, int[] plan, Tensor x_gates, Tensor weight, Tensor? vectors, Tensor? h0, "
       "Tensor? c0, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, Tensor(e!) gates, Tensor? starts, Tensor? lengths, "
@@ -81,7 +82,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def(
       "scan_backward(Tensor? dh, Tensor? dfinal, Tensor? b, Tensor a, Tensor h, Tensor? initial, Tensor? resets, Tensor? lengths, "
       "Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!)? db, Tensor(b!)? da, Tensor(c!) dinitial) -> ()");
-  m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ") -> (Tensor, Tensor)");
+  m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool saves) -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTSEQ_SPEC
         ", bool[] wanted) -> Tensor[]");
   m.def("attention_with_weights(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool average) -> (Tensor, Tensor, Tensor)");
@@ -90,9 +91,12 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
         "bool wants_lse) -> (Tensor, Tensor)");
   m.def("scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, "
         "float? scale=None, bool enable_gqa=False, bool wants_lse=False, float dropout=0.0, Tensor? seed=None) -> Tensor[]");
+  m.def("plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, float? scale, bool enable_gqa) -> Tensor?");
   m.def("multihead_attention(Tensor query, Tensor key, Tensor value, int num_heads, Tensor in_proj_weight, Tensor? in_proj_bias, "
         "Tensor out_proj_weight, Tensor? out_proj_bias, Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, bool is_causal, "
         "bool need_weights, bool average_attn_weights) -> Tensor[]");
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor[]");
+  m.def("linear_backward(Tensor dout, Tensor input, Tensor weight, bool[] wanted) -> Tensor[]");
   m.def("self_attention(Tensor projected, int num_heads, Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, "
         "bool is_causal, float dropout, Tensor? seed, bool need_weights, bool average_attn_weights) -> Tensor[]");
   m.def("self_attention_backward(Tensor dout, Tensor projected, Tensor out, Tensor lse, int num_heads, Tensor? key_padding_mask, "
@@ -117,6 +121,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("attention_with_weights", TORCH_BOX(&fastseq::cpu::attention_with_weights));
   m.impl("attention_weights", TORCH_BOX(&fastseq::cpu::attention_weights));
   m.impl("attention_plain", TORCH_BOX(&fastseq::cpu::attention_plain));
+  m.impl("linear_backward", TORCH_BOX(&fastseq::cpu::linear_backward));
   m.impl("self_attention_backward", TORCH_BOX(&fastseq::cpu::self_attention_backward));
   m.impl("attention_plain_backward", TORCH_BOX(&fastseq::cpu::attention_plain_backward));
   m.impl("attention_decode", TORCH_BOX(&fastseq::cpu::attention_decode));
@@ -143,7 +148,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_level", TORCH_BOX(&fastseq::cpu::cpu_level));
   m.impl("cpu_amx_obstacle", TORCH_BOX(&fastseq::cpu::cpu_amx_obstacle));
   m.impl("scaled_dot_product_attention", TORCH_BOX(&fastseq::cpu::scaled_dot_product_attention));  // these decline what is not on the CPU
+  m.impl("plain_attention", TORCH_BOX(&fastseq::cpu::plain_attention));
   m.impl("multihead_attention", TORCH_BOX(&fastseq::cpu::multihead_attention));
+  m.impl("linear", TORCH_BOX(&fastseq::cpu::linear_forward));
   m.impl("self_attention", TORCH_BOX(&fastseq::cpu::self_attention));
   m.impl("transformer_encoder_layer", TORCH_BOX(&fastseq::cpu::transformer_encoder_layer));
   m.impl("attention_with_kv_cache", TORCH_BOX(&fastseq::cpu::attention_with_kv_cache));

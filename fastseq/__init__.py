@@ -3,11 +3,11 @@
 ``import fastseq`` needs neither a GPU, nor Triton, nor the compiled library; ``python -m fastseq info`` tells what is there.
 """
 
-from . import functional
+from . import _log, functional
 from ._convert import Report, convert, patched, revert
 from ._pack import PackReport, pack, unpack
 from ._version import __version__
-from .backends import Explanation, explain, use_backend
+from .backends import Explanation, explain, set_backend, use_backend
 from .modules import (
     GRU,
     LSTM,
@@ -30,6 +30,11 @@ from .modules import (
     SLSTMCell,
     TransformerEncoderLayer,
 )
+from .tuning import TuneReport, first_meeting, tune
+
+_log.show()
+first_meeting.heed_environment()
+del first_meeting
 
 __all__ = [
     "GRU",
@@ -55,6 +60,7 @@ __all__ = [
     "Report",
     "SLSTMCell",
     "TransformerEncoderLayer",
+    "TuneReport",
     "__version__",
     "convert",
     "explain",
@@ -62,6 +68,8 @@ __all__ = [
     "pack",
     "patched",
     "revert",
+    "set_backend",
+    "tune",
     "unpack",
     "use_backend",
 ]

@@ -1,4 +1,5 @@
-"""``python -m fastseq``: ``info`` tells what is installed and what runs where, ``bench`` measures."""
+"""``python -m fastseq``: ``info`` tells what is installed and what runs where, ``bench`` measures, ``tune``
+chooses kernels by measurement."""
 
 from __future__ import annotations
 
@@ -17,6 +18,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return benchmarks.main(arguments[1:])
 
+    if arguments[:1] == ["tune"]:
+        from fastseq.tuning import command
+
+        return command.main(arguments[1:])
+
     parser = argparse.ArgumentParser(prog="fastseq", description="Fast kernels for sequence models.")
     parser.add_argument("--version", action="version", version=f"fastseq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -27,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="measure on this device and write a report (bench --help has its options)",
         add_help=False,
     )
+    commands.add_parser("tune", help="choose kernels by measurement on this device (tune --help has its options)", add_help=False)
     options = parser.parse_args(arguments)
 
     from fastseq import info

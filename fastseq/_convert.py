@@ -15,7 +15,7 @@ import threading
 import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ContextDecorator
+from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import backends
 from . import modules as own_modules
 from .cells import CELLS
+from .choice import self_check
 from .functional._packing import set_packing
 from .modules import keep_type as keep_type_modules
 from .parity import Probe, as_arguments
@@ -47,6 +48,7 @@ class Row:
         new: its class after, or None if it was left alone.
         backend: the backend that runs a long call of it where its parameters lie now, or, with example_inputs,
             those that ran it; None if left alone, on the meta device, or not called.
+        choice: where it is known from that this backend is the one ("tuned here, 1.83x torch, 2026-11-29").
         note: what a conversion does not change in it; empty if there is nothing to say.
         reason: why it was left alone; empty if it was converted.
         unsupported: whether it was left alone because it cannot be converted, not because nobody asked for
@@ -57,6 +59,7 @@ class Row:
     old: str
     new: str | None = None
     backend: str | None = None
+    choice: str = ""
     note: str = ""
     reason: str = ""
     unsupported: bool = False
@@ -97,8 +100,8 @@ class Report:
 
     def _tables(self) -> Iterator[tuple[list[str], list[list[str]]]]:
         if self.converted:
-            rows = [[_named(r.names), r.old, r.new or "", r.backend or "-", r.note] for r in self.converted]
-            yield ["name", "was", "is", "backend", "note"], rows
+            rows = [[_named(r.names), r.old, r.new or "", r.backend or "-", r.choice, r.note] for r in self.converted]
+            yield ["name", "was", "is", "backend", "choice", "note"], rows
         if self.skipped:
             rows = [[_named(r.names), r.old, r.reason] for r in self.skipped]
             yield ["name", "is", "left alone because"], rows
@@ -110,13 +113,13 @@ class Conversion:
 
     Attributes:
         torch_class: what is converted, and subclasses that leave its forward alone.
-        backend: name of the backend that runs a converted module, or None where that cannot be told.
+        backend: who runs a converted module, or None where that cannot be told.
         apply: what else must change in the module once its class is ours.
         undo: takes `apply` back, once its class is torch's again.
     """
 
     torch_class: type[nn.Module]
-    backend: Callable[[nn.Module], str | None]
+    backend: Callable[[nn.Module], backends.Choice | None]
     apply: Callable[[nn.Module, Options], None] = lambda module, options: None
     undo: Callable[[nn.Module], None] = lambda module: None
 
@@ -139,14 +142,14 @@ class Options:
     recompute: bool = False
 
 
-def _recurrent_backend(module: Any) -> str | None:
+def _recurrent_backend(module: Any) -> backends.Choice | None:
     weight = next(module.parameters())
     if weight.is_meta:
         return None
     cells = {cell.mode: cell.name for cell in CELLS.values()}
     mode = getattr(module, "mode", None) or type(module).__name__.removesuffix("Cell")
     query = backends.RecurrentQuery(
-        op="recurrent",
+        op="recurrent" if isinstance(module, nn.RNNBase) else "recurrent_cell",
         device=weight.device,
         dtype=weight.dtype,
         cell=cells.get(mode) or f"rnn_{module.nonlinearity}",
@@ -156,14 +159,10 @@ def _recurrent_backend(module: Any) -> str | None:
         projected=getattr(module, "proj_size", 0) > 0,
         layout="padded",
     )
-    own_choice = backends.forced() in (None, backends.torch.name)
-    step = isinstance(module, nn.RNNCellBase)
-    if own_choice and (backends.torch.recurrent.why_step(weight, False) if step else backends.torch.recurrent.lacking(query)):
-        return backends.torch.name
     return _selected(query)
 
 
-def _attention_backend(module: Any) -> str | None:
+def _attention_backend(module: Any) -> backends.Choice | None:
     weight = module.out_proj.weight
     if weight.is_meta:
         return None
@@ -186,11 +185,13 @@ def _attention_backend(module: Any) -> str | None:
     return _selected(query)
 
 
-def _selected(query: backends.Query) -> str:
+def _selected(query: backends.Query) -> backends.Choice:
+    """The backend of a call without gradients."""
     try:
-        return backends.select(query).name
+        with self_check.known_alone():
+            return backends.chosen(query)
     except RuntimeError:
-        return "none (the one forced cannot run it)"
+        return backends.Choice("none (the one forced cannot run it)", "forced", "forced")
 
 
 def _set_recompute(module: nn.Module, options: Options) -> None:
@@ -352,13 +353,33 @@ def convert(
         raise
     for (found, conversion), old in zip(plan, before, strict=True):
         if probe is None:
-            backend, note = conversion.backend(found.module), _note(found)
+            of_call, note = conversion.backend(found.module), _note(found)
+            backend, choice = (None, "") if of_call is None else (of_call.backend, of_call.about)
         else:
             ran = probe.ran.get(id(found.module))
             backend = ", ".join(sorted(ran)) if ran else None
+            choice = "; ".join(sorted(set(ran.values()) - {""})) if ran else ""
             note = _note(found) if ran is not None else "its forward is not called on example_inputs: nothing changes there"
-        report.converted.append(_row(found, old=old, backend=backend, note=note))
+        report.converted.append(_row(found, old=old, backend=backend, choice=choice, note=note))
     return report
+
+
+@contextmanager
+def all_ours(model: nn.Module) -> Iterator[None]:
+    """Within a ``with`` block every module of the model that can be is fastseq's, even if slower."""
+    swapped = []
+    try:
+        for found in list(_walk(model)):
+            conversion = _recognize(found)
+            if conversion is None or isinstance(found.module, conversion.own_classes()):
+                continue
+            if not _why_not_possible(found, conversion, "convert"):
+                found.module.__class__ = _own_class(type(found.module), conversion, Options())
+                swapped.append((found, conversion))
+        yield
+    finally:
+        for found, conversion in reversed(swapped):
+            _swap_back(found, conversion)
 
 
 def _note(found: _Found) -> str:
@@ -664,10 +685,12 @@ def _common_instance(kind: type, name: str) -> Any:
 def _why_not_faster(found: _Found, conversion: Conversion) -> str:
     if backends.forced() is not None:
         return ""
-    backend = conversion.backend(found.module)
-    if backend == "triton" and isinstance(found.module, nn.RNNBase):
-        return "fastseq's Triton kernels are not measured against cuDNN yet: within fastseq.use_backend('triton') it is converted"
-    if backend == "reference" or (backend == "torch" and isinstance(found.module, nn.RNNBase)):
+    choice = conversion.backend(found.module)
+    if choice is None:
+        return ""
+    if choice.source == "default" and choice.backend == backends.torch.name and isinstance(found.module, nn.RNNBase):
+        return choice.about
+    if choice.backend == "reference" or (choice.source == "lacking" and not isinstance(found.module, nn.RNNCellBase)):
         weight = next(found.module.parameters())
         dtype, device = str(weight.dtype).removeprefix("torch."), weight.device.type
         return f"no fastseq kernel runs {dtype} on {device} here, so nothing would be gained (python -m fastseq info)"

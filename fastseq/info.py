@@ -6,10 +6,8 @@ import importlib
 import json
 import os
 import platform
-import re
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +16,9 @@ from fastseq import backends, ops
 from fastseq._version import __version__
 from fastseq.backends import AttentionQuery, Query, RecurrentQuery, ScanQuery, library
 from fastseq.cells import CELLS
-from fastseq.choice import self_check
+from fastseq.choice import self_check, sources, store
+from fastseq.choice.device import WORDS, cpu_name, driver
 
-_LEVELS = {
-    "default": "baseline",
-    "avx2": "AVX2",
-    "avx512": "AVX-512",
-    "amx": "AMX",
-}  # of CPU kernels; one that is not here goes by its own name
 _CALLS = 44  # columns of the matrix for the names of calls
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -39,6 +32,7 @@ def collect() -> dict[str, Any]:
         "backends": [{"name": name, "reason": backends.BACKENDS[name].available()} for name in backends.ORDER],
         "self_check": _self_check(),
         "support": _support(),
+        "choice": _stored(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTSEQ_")},
     }
 
@@ -80,6 +74,9 @@ def as_text() -> str:
         lines += _matrix([choice for choice in found["support"] if choice["device"] == device])
     if any("none" in choice["by_dtype"].values() for choice in found["support"]):
         lines.append("  none: the backend that FASTSEQ_BACKEND forces cannot run it, and raises")
+    stored = found["choice"]
+    lines += ["", "choice", f"  {'tuned calls':<14}{stored['used']} used here, {stored['others']} of other devices or versions"]
+    lines.append(f"  {'store':<14}{stored['path'] or 'none (FASTSEQ_CACHE=off, or no home)'}")
     if found["environment"]:
         lines += ["", "environment", *(f"  {name}={value}" for name, value in found["environment"].items())]
     return "\n".join(lines)
@@ -140,9 +137,7 @@ def _cuda_version(number: int) -> str:
 
 
 def _driver() -> str:
-    text = _read("/proc/driver/nvidia/version")
-    found = re.search(r"Kernel Module[^\n]*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
-    return found[1] if found else "none found" if not text else text.splitlines()[0]
+    return "none found" if driver() == "none" else driver()
 
 
 def _library() -> dict[str, Any]:
@@ -153,7 +148,7 @@ def _library() -> dict[str, Any]:
         "bytes": file.stat().st_size if file else None,
         "reason": library.reason(),
         "targets": {
-            "CPU": [_LEVELS.get(name, name) for name in names if not name.startswith(("sm_", "compute_"))],
+            "CPU": [WORDS.get(name, name) for name in names if not name.startswith(("sm_", "compute_"))],
             "CUDA": [name for name in names if name.startswith("sm_")],
             "PTX": [name for name in names if name.startswith("compute_")],
         },
@@ -161,18 +156,17 @@ def _library() -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-    model = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     used = torch.backends.cpu.get_cpu_capability()
     level = "none" if library.reason() else torch.ops.fastseq_native.cpu_level()
     obstacle = level == "avx512" and torch.ops.fastseq_native.cpu_amx_obstacle()
     return {
         "device": "cpu",
-        "name": model[1].strip() if model else platform.processor() or platform.machine(),
+        "name": cpu_name(),
         "processors": usable,
         "threads": torch.get_num_threads(),
-        "torch kernels": _LEVELS.get(used.lower(), used),
-        "fastseq kernels": _LEVELS.get(level, level),
+        "torch kernels": WORDS.get(used.lower(), used),
+        "fastseq kernels": WORDS.get(level, level),
         **({"AMX not used": obstacle} if obstacle else {}),
     }
 
@@ -273,11 +267,11 @@ def _choice(query: Query) -> str:
         against = backends.obstacles(forced, query)
         return "none" if against else forced
     with self_check.known_alone():
-        return backends.select(query).name
+        return backends.chosen(query).backend
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""
+def _stored() -> dict[str, Any]:
+    """What of the store holds for the devices and versions of now."""
+    used = sum(len(points) for kin in sources.tuned().values() for points in kin.values())
+    path = store.path("tuned")
+    return {"path": str(path) if path else None, "used": used, "others": len(store.read("tuned")) - used}

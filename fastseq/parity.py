@@ -73,7 +73,7 @@ class Probe:
         self._model = _unwrap(model)
         self._args, self._kwargs = as_arguments(example_inputs)
         self._modules = list(modules)
-        self.ran: dict[int, set[str]] = {}
+        self.ran: dict[int, dict[str, str]] = {}
         self._differentiate = torch.is_grad_enabled()
         tensors = [*self._model.parameters(), *(tensor for _, tensor in tensors_of((self._args, self._kwargs)))]
         if any(tensor.is_meta for tensor in tensors):
@@ -89,7 +89,8 @@ class Probe:
     def compare(self) -> str | None:
         """One sentence about the output furthest outside its bound, else the gradient, or None if none is.
 
-        `ran` then says which backends ran each of the modules, by its id; a module without entry was not called.
+        `ran` then says which backends ran each of the modules, by its id, and where each choice comes from; a module without
+        entry was not called.
         """
         with self._listening():
             after = self._results()
@@ -156,7 +157,7 @@ class Probe:
         inside: list[int] = []
 
         def enter(module: nn.Module, inputs: Any) -> None:
-            self.ran.setdefault(id(module), set())
+            self.ran.setdefault(id(module), {})
             inside.append(id(module))
 
         def leave(module: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -164,7 +165,9 @@ class Probe:
 
         def chosen(query: backends.Query, name: str) -> None:
             if inside:
-                self.ran[inside[-1]].add(name)
+                decided = backends.decision(query, False)
+                about = decided.about if decided.backend == name else ""
+                self.ran[inside[-1]][name] = "forced" if backends.forced() else about
 
         with contextlib.ExitStack() as stack:
             for module in self._modules:

@@ -15,13 +15,14 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.utils._device  # noqa: E402
 
+os.environ["FASTSEQ_CACHE"] = "off"  # what this machine's user tuned is no part of the tests
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
 
 import fastseq  # noqa: E402
 from fastseq.backends import BACKENDS, library  # noqa: E402
-from fastseq.backends.torch import limits  # noqa: E402
 from fastseq.backends.triton import _launch  # noqa: E402
+from fastseq.choice import lengths  # noqa: E402
 from support import cuda_host, interpreter  # noqa: E402
 
 BACKENDS[cuda_host.name] = cuda_host  # has no place in the order: only where it is forced
@@ -104,5 +105,5 @@ def poisoned_allocations() -> Iterator[None]:
 def sequences_are_ours() -> Iterator[None]:
     """Which lengths of LSTM, GRU and RNN go to torch's kernels is measured on a machine: tests/backends/test_torch.py has a table
     of its own, and everything else is tested on fastseq's kernels."""
-    with limits.everywhere(limits.OURS):
+    with lengths.everywhere(lengths.OURS):
         yield

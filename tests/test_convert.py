@@ -21,9 +21,10 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
+from fastseq import backends
 from fastseq._convert import CONVERSIONS, Report, convert, patched, revert
 from fastseq.backends import library
-from fastseq.backends.torch import limits
+from fastseq.choice import lengths, sources
 from fastseq.modules import keep_type as kept
 from fastseq.testing import assert_close_to_truth
 
@@ -680,9 +681,9 @@ class TestReport:
         lines = str(report).splitlines()
         assert lines[0] == "fastseq.convert: 2 changed, 1 left alone"
         assert [line.split() for line in lines[1:4]] == [
-            ["name", "was", "is", "backend", "note"],
-            ["first", "torch.nn.LSTM", "fastseq.LSTM", "reference"],
-            ["second_one", "torch.nn.GRUCell", "fastseq.GRUCell", "reference"],
+            ["name", "was", "is", "backend", "choice", "note"],
+            ["first", "torch.nn.LSTM", "fastseq.LSTM", "reference", "forced"],
+            ["second_one", "torch.nn.GRUCell", "fastseq.GRUCell", "reference", "forced"],
         ]
         columns = [[line.index(word) for word in line.split()[:4]] for line in lines[1:4]]
         assert columns[0] == columns[1] == columns[2]
@@ -692,12 +693,21 @@ class TestReport:
 
     def test_what_is_not_measured_stays(self, monkeypatch):
         """cuDNN's recurrence on a GPU is not given up for kernels that nobody has timed there, unless they are asked for."""
-        monkeypatch.setattr(sys.modules["fastseq._convert"], "_selected", lambda query: "triton")
+        gpu = backends.Choice("torch", "default", sources.UNMEASURED)
+        monkeypatch.setattr(sys.modules["fastseq._convert"], "_selected", lambda query: gpu)
         with pytest.warns(UserWarning, match="nothing to convert in LSTM"):
             report = convert(nn.LSTM(4, 4))
-        assert report.skipped[0].reason.startswith("fastseq's Triton kernels are not measured against cuDNN yet")
+        assert report.skipped[0].reason == "no measurement for this device: torch's kernel; run python -m fastseq tune"
         with fastseq.use_backend("triton"):
-            assert convert(nn.LSTM(4, 4)).converted[0].backend == "triton"
+            assert convert(nn.LSTM(4, 4)).converted[0].backend == "torch"
+
+    def test_what_is_tuned_or_shipped_is_converted_and_says_so(self, monkeypatch):
+        for source, about in (("tuned", "tuned here, 1.83x torch, 2026-11-29"), ("shipped", "shipped for NVIDIA H100")):
+            for backend in ("triton", "torch"):  # of a long call; others may be ours
+                choice = backends.Choice(backend, source, about)
+                monkeypatch.setattr(sys.modules["fastseq._convert"], "_selected", lambda query, choice=choice: choice)
+                report = convert(nn.LSTM(4, 4))
+                assert (report.converted[0].backend, report.converted[0].choice) == (backend, about) and about in str(report)
 
     def test_backend_is_the_one_that_runs(self):
         for name in SEQUENCES + CELLS:
@@ -1132,16 +1142,16 @@ class TestWhatHappens:
         assert "nothing changes there" in str(report)
 
     def test_backends_that_ran(self):
-        with limits.everywhere(limits.Steps(1, 8)):
+        with lengths.everywhere(lengths.Steps(1, 8)):
             report = convert(Borrowed(), example_inputs=torch.randn(1, 2, 8))
         assert report.converted[1].backend == "torch"
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in Borrowed().modules())
 
     def test_torchs_kernel_being_faster_is_no_reason_to_leave_a_module(self):
         """That is for each call to decide: batch and length are not known before it."""
-        with limits.everywhere(limits.Steps(1, limits.ENDLESS)):
+        with lengths.everywhere(lengths.Steps(1, lengths.ENDLESS)):
             report = convert(nn.LSTM(4, 6))
-        assert report.converted[0].backend == "cpu" and not report.skipped
+        assert report.converted[0].backend == "torch" and not report.skipped
 
     def test_even_if_slower(self, monkeypatch):
         monkeypatch.setattr(library, "reason", lambda: "there is no library")

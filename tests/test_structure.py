@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastseq"
 
 # A file may import from rooms to its right, never from its left. What stands last is facts: the arguments of the ops, the cells.
-ROOMS = ("convert", "modules", "functional", "ops", "backends", "choice", "kernels", "reference", "ops.types", "cells")
+ROOMS = ("tuning", "convert", "modules", "functional", "ops", "backends", "choice", "kernels", "reference", "ops.types", "cells")
 
 
 def room(path: Path) -> str | None:

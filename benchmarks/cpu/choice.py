@@ -1,12 +1,13 @@
 """Which calls of LSTM, GRU and RNN go to torch's kernels on a CPU: measured, and written as the table that the package reads.
 
     python -m fastseq.benchmarks.cpu.choice measure benchmarks/results/<device>/choice.json
-    python -m fastseq.benchmarks.cpu.choice table benchmarks/results/<device>/choice.json
+    python -m fastseq.benchmarks.tables
 
 `measure` times torch's layer and ours, one thread, Python included, in turn: the least CPU time of the thread over rounds, which
 neither other programs nor a clock that comes and goes move much. Every level of instructions has a process of its own, with
-torch's libraries lowered to it. A run that is ended goes on where it was, unless the commit is another. `table` writes
-`fastseq/backends/torch/steps.json` (see steps.py); of several files, a level is taken from the last one that has it.
+torch's libraries lowered to it. A run that is ended goes on where it was, unless the commit is another. `tables` writes
+`fastseq/choice/tables/cpu-lengths.json` from all committed results (see steps.py), `table` from some; a level is taken from the
+last one that has it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq.backends import library
-from fastseq.backends.torch import limits
-from fastseq.backends.torch.limits import LEVELS, MODES
+from fastseq.choice import lengths
+from fastseq.choice.decision import MODES
+from fastseq.choice.device import LEVELS
 
 from ..measure import environment
 from . import steps
@@ -99,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the process of a level
     table = commands.add_parser("table", help="write the table that follows from results")
     table.add_argument("files", type=Path, nargs="+", metavar="FILE", help="results")
-    table.add_argument("--out", type=Path, metavar="FILE", default=limits.STEPS_FILE, help="the table (default: the package's)")
+    table.add_argument("--out", type=Path, metavar="FILE", default=lengths.FILE, help="the table (default: the package's)")
     return p
 
 
@@ -201,19 +203,24 @@ def text_of(files: Sequence[Path]) -> str:
         ValueError: if a file holds something else, or a level lacks points.
     """
     rows: dict[str, list[Row]] = {}
+    devices: dict[str, str] = {}
     for file in files:
-        own = read(file)["rows"]
-        rows |= {level: [row for row in own if row["level"] == level] for level in dict.fromkeys(row["level"] for row in own)}
+        found = read(file)
+        own = found["rows"]
+        for level in dict.fromkeys(row["level"] for row in own):
+            rows[level] = [row for row in own if row["level"] == level]
+            devices[level] = found["environment"]["device name"]
     levels = steps.table([row for level in LEVELS for row in rows.get(level, [])])
     about = {
         "what": "lengths (first, last; null: without end; 1, 0: none) that torch's LSTM, GRU and RNN run faster than fastseq's "
         "on a CPU, by level of instructions, kind of call, and place of the batch and of the hidden units between these edges",
-        "command": f"python -m fastseq.benchmarks.cpu.choice table {' '.join(file.as_posix() for file in files)}",
+        "command": "python -m fastseq.benchmarks.tables",
     }
     parts = []
     for level, found in levels.items():
         lines = ",\n".join(f"{json.dumps(name)}:{json.dumps(row, separators=(',', ':'))}" for name, row in found["rows"].items())
-        edges = f'"batches":{json.dumps(found["batches"])},"widths":{json.dumps(found["widths"])}'
+        facts = {"device": devices[level], "batches": found["batches"], "widths": found["widths"]}
+        edges = ",".join(f"{json.dumps(key)}:{json.dumps(value)}" for key, value in facts.items())
         parts.append(f'"{level}":{{{edges},"rows":{{\n{lines}\n}}}}')
     head = ",\n".join(f"{json.dumps(key)}:{json.dumps(value)}" for key, value in about.items())
     return f'{{\n{head},\n"levels":{{\n' + ",\n".join(parts) + "\n}}\n"
@@ -226,7 +233,7 @@ def _measure_here(path: Path, level: str, grid: Grid, deadline: float) -> None:
     measured = {tuple(row[name] for name in ("level", *Point._fields)) for row in file["rows"]}
     left = [point for point in points(grid) if (level, *point) not in measured]
     since = time.monotonic()
-    with limits.everywhere(limits.OURS), Progress(console=Console(stderr=True), transient=True) as progress:
+    with lengths.everywhere(lengths.OURS), Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(level, total=len(left))
         for pair, point in _built(left):
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""From measurements to the table of lengths that torch's LSTM, GRU and RNN take on a CPU: `fastseq/backends/torch/steps.json`.
+"""From measurements to the table of lengths that torch's LSTM, GRU and RNN take on a CPU, `cpu-lengths.json`.
 
 Of one kind of call, `torch` and `ours` are the least times at several lengths. Torch's kernel gets the stretch of lengths over
 which it wins most in all, each length counting by the logarithm of the ratio less a MARGIN: one disturbed point neither opens a
@@ -13,7 +13,9 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
-from fastseq.backends.torch.limits import LEVELS, MODES, row_name
+from fastseq.choice.decision import MODES
+from fastseq.choice.device import LEVELS
+from fastseq.choice.lengths import row_name
 
 MARGIN = 0.02
 Row = dict[str, Any]

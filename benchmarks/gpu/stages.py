@@ -20,7 +20,8 @@ from ..measure.results import last_line
 
 ROOT = Path(__file__).resolve().parent.parent.parent  # in a checkout
 STATE = "stages.json"
-LEAST_MINUTES = 0.5  # a stage that would get less is left out
+LEAST_MINUTES = 0.5  # a stage that would get less is left out, in a day of full length
+SHARE = 0.9  # of its time that a command is told to take: the rest is for ending
 TOOLS = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"))
 STOPS = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # and the seconds to end by itself after each
 FINISHED, FAILED, TIMED_OUT, LEFT_OUT = "finished", "failed", "timed out", "left out"
@@ -28,14 +29,15 @@ FINISHED, FAILED, TIMED_OUT, LEFT_OUT = "finished", "failed", "timed out", "left
 
 @dataclass(frozen=True)
 class Stage:
-    """`command` starts in the checkout; "{folder}" in it is the folder of results. What it prints goes to `log`."""
+    """`command` starts in the checkout; "{folder}" in it is the folder of results, "{seconds}" and "{minutes}" what it may take.
+    What it prints goes to `log`."""
 
     name: str
     command: tuple[str, ...]
     minutes: float  # at most, unless it was cut short before
     leaves: str  # its file: in the folder, or anywhere by an absolute path
     drops: tuple[str, ...] = ()  # files that follow from `leaves`
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)  # "{folder}" as in the command
     tool: str = ""  # the program that it needs beside Python
 
     @property
@@ -57,7 +59,9 @@ Execute = Callable[[Stage, Path, float], "int | None"]
 
 def execute(stage: Stage, folder: Path, seconds: float) -> int | None:
     """The exit status, or None if the command was stopped because its time was up. OSError if it cannot be started."""
-    command = [part.format(folder=folder) for part in stage.command]
+    told = SHARE * seconds
+    command = [part.format(folder=folder, seconds=f"{told:.0f}", minutes=f"{told / 60:.3f}") for part in stage.command]
+    environment = {name: value.format(folder=folder) for name, value in stage.environment.items()}
     with (folder / stage.log).open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command,
@@ -65,7 +69,7 @@ def execute(stage: Stage, folder: Path, seconds: float) -> int | None:
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=os.environ | {"PATH": TOOLS} | dict(stage.environment),
+            env=os.environ | {"PATH": TOOLS} | environment,
             preexec_fn=_heed_interrupts,
             start_new_session=True,  # signals reach its children, and Ctrl-C here does not
         )
@@ -99,13 +103,15 @@ def walk(
     minutes: float,
     *,
     again: bool = False,
+    scale: float = 1.0,
     now: Callable[[], float] = time.monotonic,
     execute: Execute = execute,
     keep: Callable[[Stage, dict[str, Outcome]], None] = lambda stage, outcomes: None,
 ) -> dict[str, Outcome]:
     """Runs what is not finished, in this order but the never tried first; the outcomes of this run and of earlier ones.
 
-    `again` forgets the stages, and removes what they left. `keep` gets the stage that ended and all outcomes so far.
+    `again` forgets the stages, and removes what they left. `scale` shortens what each may take, for a short day. `keep` gets the
+    stage that ended and all outcomes so far.
     """
     start, outcomes = now(), recall(folder)
     for stage in stages if again else ():
@@ -117,8 +123,8 @@ def walk(
         if before and before.status == FINISHED and (folder / stage.leaves).is_file():
             continue
         left = minutes - (now() - start) / 60
-        limit = left if before and before.status == TIMED_OUT else min(stage.minutes, left)
-        obstacle = _obstacle(stage, limit)
+        limit = left if before and before.status == TIMED_OUT else min(scale * stage.minutes, left)
+        obstacle = _obstacle(stage, limit, scale * LEAST_MINUTES)
         if not obstacle:
             began = now()
             status, reason = _attempt(stage, folder, limit, execute)
@@ -146,10 +152,10 @@ def recall(folder: Path) -> dict[str, Outcome]:
         raise ValueError(f"{file} does not hold the stages of an earlier run ({error}): remove it to start anew") from error
 
 
-def _obstacle(stage: Stage, limit: float) -> str:
+def _obstacle(stage: Stage, limit: float, least: float) -> str:
     if stage.tool and not shutil.which(stage.tool, path=TOOLS):
         return f"{stage.tool} is not installed"
-    return "no time was left" if limit < LEAST_MINUTES else ""
+    return "no time was left" if limit < least else ""
 
 
 def _attempt(stage: Stage, folder: Path, limit: float, execute: Execute) -> tuple[str, str]:

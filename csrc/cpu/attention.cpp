@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <limits>
 
 #include "attention_few.h"
@@ -25,6 +26,17 @@ const AttentionKernels& kernels(Type type) {
     default: return attention_kernels_default();
   }
 }
+
+#if defined(__x86_64__)
+// Whether forward of float32 is multiplied by AMX, in parts of bfloat16: exact, too, but for what is too large or too small, which the kernels
+// notice. It pays where many queries share what keys and values are taken to parts for; with FASTSEQ_CPU_PARTS set, a test has it everywhere.
+bool in_parts(const Attention& a) {
+  if (level() != Level::kAmx || a.type != Type::kFloat || a.saves) return false;
+  const int64_t features = a.features + a.value_features;
+  const bool pays = features >= 64 && a.keys >= 64 && a.queries >= (features < 128 && a.right >= 0 ? 256 : 128);
+  return pays || std::getenv("FASTSEQ_CPU_PARTS");
+}
+#endif
 
 // [.., H, T, features], time before heads in memory
 Tensor empty_rows(const Tensor& like, int64_t features) {
@@ -142,14 +154,29 @@ void over(int64_t count, int64_t bytes, const Body& body) {
 
 void run_forward(const Attention& a) {
   if (few_serves(a)) return attention_few(a);
-  const AttentionKernels& kernel = kernels(a.type);
-  const std::vector<AttentionTask> tasks = tasks_of(a, a.heads, kernel.lanes(a));
-  over(tasks.size(), kernel.forward_workspace(a),
-       [&](int64_t begin, int64_t end, void* workspace) { kernel.forward(a, tasks.data() + begin, end - begin, workspace); });
+  const AttentionKernels& others = kernels(a.type);
+#if defined(__x86_64__)
+  const AttentionKernels& kernel = in_parts(a) ? attention_kernels_amx() : others;
+#else
+  const AttentionKernels& kernel = others;
+#endif
+  std::vector<AttentionTask> tasks = tasks_of(a, a.heads, kernel.lanes(a));
+  over(tasks.size(), kernel.forward_workspace(a), [&](int64_t begin, int64_t end, void* workspace) {
+    const int64_t refused = kernel.forward(a, tasks.data() + begin, end - begin, workspace);
+    if (!refused) return;
+    const Buffer own(others.forward_workspace(a));
+    const int64_t lanes = others.lanes(a);
+    for (int64_t i = begin; i < begin + refused; ++i)
+      for (int64_t first = 0; first < tasks[i].count; first += lanes) {
+        AttentionTask task{tasks[i].b, tasks[i].h, tasks[i].first + first, std::min(lanes, tasks[i].count - first)};
+        others.forward(a, &task, 1, own.get());
+      }
+  });
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, bool wants_lse) {
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, bool wants_lse, bool saves) {
   Attention a = attention_of(q, k, &v, spec);
+  a.saves = saves;
   Tensor out = empty_rows(q, a.value_features), lse = wants_lse ? empty_lse(q) : empty({0}, wide_of(q.scalar_type()));
   if (a.q_lengths || hollow(a)) clear(a, out, lse);
   if (hollow(a)) return {out, lse};
@@ -289,8 +316,8 @@ AttentionBackward backward_of(const Tensor& dout, const std::optional<Tensor>& d
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC) {
-  return forward(q, k, v, FASTSEQ_ATTENTION_GIVEN, true);
+std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC, bool saves) {
+  return forward(q, k, v, FASTSEQ_ATTENTION_GIVEN, true, saves);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_with_weights(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC, bool average) {
@@ -340,7 +367,7 @@ AttentionSpec plain(const std::optional<Tensor>& mask, double scale, bool causal
 
 std::tuple<Tensor, Tensor> attention_plain(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, double scale, bool causal,
                                            double dropout, std::optional<Tensor> seed, bool wants_lse) {
-  return forward(q, k, v, plain(mask, scale, causal, dropout, seed), wants_lse);
+  return forward(q, k, v, plain(mask, scale, causal, dropout, seed), wants_lse, wants_lse);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
@@ -356,7 +383,7 @@ void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const Att
                     const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average) {
   Attention a = attention_of(q, k, &v, spec);
   a.out = results(out);
-  if (lse) a.lse = mutable_data(*lse);
+  if (lse) a.lse = mutable_data(*lse), a.saves = true;
   if (weights) return run_weights(a, *weights, average);
   run_forward(a);
 }

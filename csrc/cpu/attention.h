@@ -34,7 +34,8 @@ struct AttentionSpec {
         dropout, left, right, bottom_right, offset, relative_bias_zero, relative_k_zero, block_size, max_q, max_k                     \
   }
 
-std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC);
+// saves: for a backward pass.
+std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC, bool saves);
 
 // The gradients of GRADIENTS, (0,) where not wanted.
 std::vector<Tensor> attention_backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
@@ -44,15 +45,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_with_weights(Tensor q, Tensor k, Te
 Tensor attention_weights(Tensor q, Tensor k, Tensor lse, FASTSEQ_ATTENTION_SPEC, bool average);
 
 // Of the features of scaled_dot_product_attention: a mask, bool or added, over [B, Hq, Tq, Tk], or the keys up to a query's own place, top
-// left. lse has size 0 if it is not wanted.
+// left. lse, for a backward pass, has size 0 if it is not wanted.
 std::tuple<Tensor, Tensor> attention_plain(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, double scale, bool causal,
                                            double dropout, std::optional<Tensor> seed, bool wants_lse);
 std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                                                             std::optional<Tensor> mask, double scale, bool causal, double dropout,
                                                             std::optional<Tensor> seed);
 
-// For other host parts: the results go into tensors that are given, of any strides (lse and weights contiguous), the lse and the weights
-// where there is one for them. Without q_lengths; nothing has size 0.
+// For other host parts: the results go into tensors that are given, of any strides (lse and weights contiguous), the lse, for a backward
+// pass, and the weights where there is one for them. Without q_lengths; nothing has size 0.
 void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, const Tensor& out,
                     const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average);
 void attention_backward_into(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,

@@ -12,10 +12,10 @@
 namespace fastseq::cpu {
 namespace {
 
-const FewKernels& few_kernels() {
+const FewKernels& few_kernels([[maybe_unused]] Type type) {
   switch (level()) {
 #if defined(__x86_64__)
-    case Level::kAmx:
+    case Level::kAmx: return type == Type::kBfloat16 ? few_amx() : few_avx512();
     case Level::kAvx512: return few_avx512();
     case Level::kAvx2: return few_avx2();
 #endif
@@ -143,7 +143,7 @@ bool few_serves(const Attention& a) {
 }
 
 void attention_few(const Attention& a, int64_t splits) {
-  const FewKernels& kernel = few_kernels();
+  const FewKernels& kernel = few_kernels(a.type);
   if (a.batch == 0 || a.heads == 0 || a.queries == 0) return;
   const int64_t block = kernel.block(a);
   const Line line(a, block);

@@ -1,10 +1,12 @@
 // Attention of few rows for one instruction set; contracts stand in attention_few.h. Included by attention_few_<level>.cpp, which defines
-// FASTSEQ_LEVEL, FASTSEQ_VECTOR_BYTES and FASTSEQ_VECTOR_REGISTERS.
+// FASTSEQ_LEVEL, FASTSEQ_VECTOR_BYTES and FASTSEQ_VECTOR_REGISTERS, and for the kernels of bfloat16 by AMX FASTSEQ_TILES.
 //
 // What bounds such a call is how fast keys and values come from memory: each is read once, where it lies, for all rows of its head.
 // A vector of products with a key holds a group of rows, made up to a power of two, L, and W / L of their features each, so that adding
 // up across lanes, of W / L keys together, costs little; scores, weights and maxima then lie as [key, L]. Weighted sums of values have
 // features in their lanes.
+// By tiles, 16 keys are multiplied as they lie with all rows of a group; what comes out has the same places. So are values, in pairs of
+// keys side by side, once there are rows enough to pay for that.
 
 #include <cstddef>
 #include <cstdint>
@@ -24,6 +26,9 @@ namespace {
 
 #include "vector.inl"
 #include "transpose.inl"
+#if defined(FASTSEQ_TILES)
+#include "tiles.inl"
+#endif
 
 // What one load of features fills: a vector or, of bfloat16, two, of even and of odd features, which a shift and a mask tell apart.
 template <class S, class A>
@@ -142,7 +147,7 @@ struct Sums {
   static constexpr Order kOrder = order();
 };
 
-constexpr int64_t kMostBlock = 128;
+constexpr int64_t kMostBlock = 128;  // keys
 constexpr int64_t kTogether = 8;  // keys whose products are in registers at once
 // Rows whose weighted sums of two vectors are in registers at once.
 constexpr int64_t kMostSums = FASTSEQ_VECTOR_REGISTERS == 32 ? 8 : 4;
@@ -155,6 +160,14 @@ class Few {
   static constexpr int64_t W = M::kWidth;
   static constexpr int64_t kGroup = W < 8 ? W : 8;      // rows
   static constexpr A kLowest = -std::numeric_limits<A>::infinity();
+#if defined(FASTSEQ_TILES)
+  static constexpr bool kTiles = true;  // beside which there are products of pairs of bfloat16 in vectors
+#else
+  static constexpr bool kTiles = false;
+#endif
+  // Of tiles: keys or rows, features of a key (and keys of weights), columns of sums under way.
+  static constexpr int64_t kTile = 16, kDepth = 32, kColumns = 64;
+  static constexpr int64_t kLeastRows = 3, kLeastKeys = 32;  // which are worth a configuration of the tiles
 
   // Of a row, what is not the same for all.
   struct Row {
@@ -173,7 +186,7 @@ class Few {
     int64_t row, rows;
     int64_t lanes;       // L
     int64_t begin, end;  // keys that none of its rows is denied
-    A *queries;          // [padded E / P, L, P]
+    A *queries;          // [padded E / P, L, P]; in pairs, of the type in memory, [padded E / 2, L, 2]
     A *highest, *total;  // [W / L, L], highest the same for all keys; total the sums of its keys
   };
 
@@ -205,13 +218,21 @@ class Few {
   static int64_t scratch(const Attention& a) {
     const int64_t rows = rows_of(a);
     return partial(a) + (groups_of(rows) * kGroup + kTogether) * padded(a.features) * sizeof(A) + 2 * kGroup * kMostBlock * sizeof(A) +
-           lines_of(groups_of(rows) * sizeof(Group)) + lines_of(rows * sizeof(Row));
+           lines_of(groups_of(rows) * sizeof(Group)) + lines_of(rows * sizeof(Row)) +
+           (kTiles ? kNarrow + kPairs + kOfTiles + padded(a.value_features) * int64_t(sizeof(S)) : 0);
   }
 
   static void run(const Attention& a, const FewPart& part, void* scratch, void* partial_memory) {
     Few few(a, part, scratch, partial_memory);
     few.read_queries();
-    few.walk();
+#if defined(FASTSEQ_TILES)
+    if (few.tiled_) {
+      constexpr int64_t R = kGroup;
+      const TileConfiguration configuration({R, R, R, R, R, kTile, kTile, kTile}, {64, 64, 64, 64, 64, 64, 4 * R, 4 * R});
+      few.walk();
+    }
+#endif
+    if (!few.tiled_) few.walk();
     if (!partial_memory) few.finish();
   }
 
@@ -255,13 +276,20 @@ class Few {
     take(added_, kGroup * kMostBlock * sizeof(A));
     take(groups_, lines_of(groups * sizeof(Group)));
     take(rows_, lines_of(rows * sizeof(Row)));
+    if constexpr (kTiles) {
+      take(narrow_, kNarrow), take(pairs_, kPairs), take(of_tiles_, kOfTiles);
+      take(zeros_, padded(a.value_features) * sizeof(S));
+      __builtin_memset((void*)zeros_, 0, padded(a.value_features) * sizeof(S));
+    }
     partial_ = static_cast<A*>(partial_memory ? partial_memory : memory);
     sums_ = partial_ + states_of(rows);
+    tiled_ = kTiles && part.rows >= kLeastRows && a.keys >= kLeastKeys;
     for (int64_t r = 0; r < part.rows; ++r) rows_[r] = row(part.first_row + r);
     for (int64_t g = 0; g < groups_of(part.rows); ++g) {
       Group& group = groups_[g];
       group = {g * kGroup, min(kGroup, part.rows - g * kGroup), 1, 0, part.end, queries + g * kGroup * ldq_,
                partial_ + 2 * g * W, partial_ + (2 * g + 1) * W};
+      if (tiled_) group.lanes = kGroup;  // which the tiles are configured for
       while (group.lanes < group.rows) group.lanes *= 2;
       for (const Row* row = rows_ + group.row; row < rows_ + group.row + group.rows; ++row)
         group.begin = max(group.begin, row->begin), group.end = min(group.end, row->end);
@@ -270,6 +298,9 @@ class Few {
     for (int64_t i = 0; i < part.rows * ldo_; i += W) store(sums_ + i, V{});
     adds_ = a.bias.given() || a.slopes || a.relative_bias || a.mask.given();
   }
+
+  // bytes: weights [rows, keys] of the type in memory, four tiles, sums [rows, 64]
+  static constexpr int64_t kNarrow = kGroup * kMostBlock * sizeof(S), kPairs = 4096, kOfTiles = kGroup * kColumns * sizeof(A);
 
   static int64_t rows_of(const Attention& a) { return min(kFewRows, a.heads / a.key_heads * a.queries); }
   static int64_t groups_of(int64_t rows) { return blocks_of(rows, kGroup); }
@@ -330,16 +361,34 @@ class Few {
     }
   }
 
+  const S* query_of(const Row& row) const {
+    return static_cast<const S*>(a_.q.data) + a_.q.offset(part_.batch, row.head, sequence_.first_q + row.query);
+  }
+
+  // whether features are multiplied in pairs
+  bool in_pairs(const Group& group) const { return tiled_ || (kTiles && group.lanes == 1); }
+  void read_pairs(const Group& group) {
+    auto* const to = reinterpret_cast<S*>(group.queries);
+    __builtin_memset((void*)to, 0, group.lanes * blocks_of(a_.features, kDepth) * kDepth * sizeof(S));
+    for (int64_t i = 0; i < group.rows; ++i) {
+      const S* const from = query_of(rows_[group.row + i]);
+      for (int64_t e = 0; e < a_.features / 2; ++e) __builtin_memcpy((void*)(to + (e * group.lanes + i) * 2), from + 2 * e, 2 * sizeof(S));
+      if (a_.features % 2) to[(a_.features - 1) * group.lanes + i * 2] = from[a_.features - 1];
+    }
+  }
+
   void read_queries() {
-    const auto* q = static_cast<const S*>(a_.q.data);
     const int64_t features = blocks_of(a_.features, C::kFeatures) * C::kFeatures;
     for (int64_t g = 0; g < groups_of(part_.rows); ++g) {
       const Group& group = groups_[g];
+      if (in_pairs(group)) {
+        read_pairs(group);
+        continue;
+      }
       const int64_t L = group.lanes, P = W / L;
       for (int64_t i = 0; i < L; ++i) {
         if (i < group.rows) {
-          const Row& row = rows_[group.row + i];
-          widen(q + a_.q.offset(part_.batch, row.head, sequence_.first_q + row.query), L == 1 ? group.queries : wide_);
+          widen(query_of(rows_[group.row + i]), L == 1 ? group.queries : wide_);
         }
         if (L > 1) {
           A* to = group.queries + i * P;
@@ -370,12 +419,14 @@ class Few {
 
   void walk() {
     const int64_t size = block(a_);
-    const S *keys[2][kMostBlock], *values[kMostBlock];
+    const S *keys[2][kMostBlock], *values[kMostBlock + kDepth];
     if (part_.begin < part_.end) find(a_.k, part_.begin, min(size, part_.end - part_.begin), keys[0]);
     int now = 0;
     for (int64_t j = part_.begin; j < part_.end; j += size, now ^= 1) {
       const int64_t count = min(size, part_.end - j), next = min(size, part_.end - j - count);
       find(a_.v, j, count, values);
+      if (tiled_)
+        for (int64_t i = count; i % kDepth; ++i) values[i] = zeros_;
       if (next) find(a_.k, j + count, next, keys[now ^ 1]);
       Ahead fetch_values{values, count, a_.value_features * int64_t(sizeof(S))};
       Ahead fetch_keys{keys[now ^ 1], next, a_.features * int64_t(sizeof(S))};
@@ -383,6 +434,15 @@ class Few {
         const Group& group = groups_[g];
         A shrinks[W];
         if (adds_) add_up(group, j, count);
+#if defined(FASTSEQ_TILES)
+        if (tiled_) {
+          score_by_tiles(group, j, count, keys[now], fetch_values);
+          weigh<kGroup>(group, count, shrinks);
+          sum_by_tiles(group, count, values, shrinks, fetch_keys);
+          fetch_keys.count = fetch_values.count = 0;
+          continue;
+        }
+#endif
         with_lanes<kGroup>(group.lanes, [&]<int L>() __attribute__((always_inline)) {
           score<L>(group, j, count, keys[now], fetch_values);
           weigh<L>(group, count, shrinks);
@@ -451,7 +511,9 @@ class Few {
 #pragma GCC unroll 1
       for (int64_t n = 0; n < G; n += N) {
         V sum[N] = {};
-        if constexpr (L == 1)
+        if constexpr (L == 1 && kTiles)
+          multiply_pairs(reinterpret_cast<const S*>(q), keys + first + n, ahead.part(first + n, first + n + N), sum);
+        else if constexpr (L == 1)
           multiply_rows(q, keys + first + n, ahead.part(first + n, first + n + N), sum);
         else
           multiply_pieces<L>(q, keys + first + n, ahead.part(first + n, first + n + N), sum);
@@ -460,14 +522,147 @@ class Few {
       }
 #pragma GCC unroll 8
       for (int64_t t = 0; t < G; t += P) {
-        V s = Sums<A, L>::added_up(products + t) * scale;
-        const int64_t at = first + t;
-        if (a_.softcap != 0) s = A(a_.softcap) * M::tanh(s / A(a_.softcap));
-        if (adds_) s = with_added<L>(s, at);
-        if (j + at < group.begin || j + at + P > group.end) s = within<L>(s, group, j + at);
-        store(weights_ + at * L, s);
+        const V s = Sums<A, L>::added_up(products + t) * scale;
+        store(weights_ + (first + t) * L, shaped<L>(s, group, j, first + t));
       }
     }
+  }
+
+  // Of scaled products with the P keys from `at` of a block on, what the softmax is of.
+  template <int L>
+  FASTSEQ_HOST_DEVICE V shaped(V s, const Group& group, int64_t j, int64_t at) const {
+    if (a_.softcap != 0) s = A(a_.softcap) * M::tanh(s / A(a_.softcap));
+    if (adds_) s = with_added<L>(s, at);
+    return j + at < group.begin || j + at + W / L > group.end ? within<L>(s, group, j + at) : s;
+  }
+
+#if defined(FASTSEQ_TILES)
+  // Whether the 16 keys from j on lie at one distance from each other.
+  bool evenly(int64_t j) const { return !a_.block_table || j % a_.page_size + kTile <= a_.page_size; }
+
+  // The same as `score`. Tile 5 holds keys, 7 the rows' pairs of features, 6 their products [keys, L].
+  __attribute__((noinline)) void score_by_tiles(const Group& group, int64_t j, int64_t count, const S* const* keys, const Ahead& ahead) {
+    constexpr int L = kGroup;
+    const int64_t tiles = blocks_of(a_.features, kDepth), whole = a_.features / kDepth, all = blocks_of(count, kTile) * tiles;
+    const S* const q = reinterpret_cast<const S*>(group.queries);
+    int64_t fetched = 0, done = 0;
+    for (int64_t first = 0; first < count; first += kTile) {
+      const int64_t there = min(kTile, count - first), in_place = there == kTile && evenly(j + first) ? whole : 0;
+      tile_zero<6>();
+      for (int64_t t = 0; t < tiles; ++t) {
+        ahead.fetch(++done, all, fetched);
+        if (t < in_place) {
+          tile_load<5>(keys[first] + t * kDepth, a_.k.t * sizeof(S));
+        } else {
+          const int64_t features = min(kDepth, a_.features - t * kDepth);
+          auto* const copy = reinterpret_cast<__m512i*>(wide_);
+          for (int64_t i = 0; i < there; ++i) copy[i] = features_of(keys[first + i] + t * kDepth, features);
+          for (int64_t i = there; i < kTile; ++i) copy[i] = __m512i{};
+          tile_load<5>(copy, sizeof(__m512i));
+        }
+        tile_load<7>(q + t * kDepth * L, 4 * L);
+        tile_multiply<6, 5, 7>();
+      }
+      tile_store<6>(weights_ + first * L, 4 * L);
+    }
+    const A scale = a_.scale;
+    for (int64_t at = 0; at < blocks_of(count, kScored<L>) * kScored<L>; at += W / L)
+      store(weights_ + at * L, shaped<L>(load(weights_ + at * L) * scale, group, j, at));
+  }
+
+  // up to 32, zeros behind
+  static FASTSEQ_HOST_DEVICE __m512i features_of(const S* p, int64_t n) {
+    return n < kDepth ? _mm512_maskz_loadu_epi16((uint32_t(1) << n) - 1, p) : _mm512_loadu_si512(p);
+  }
+
+  // The weights of a block as a left-hand matrix, [rows, keys].
+  void narrow_weights(int64_t count) {
+    static_assert(kGroup * 2 == W);
+    using Quads = Lanes<double>::I;
+    alignas(64) static constexpr auto kOrder = [] {  // of words: four keys of a row beside one another
+      struct {
+        uint16_t word[32];
+      } order{};
+      for (int i = 0; i < 32; ++i) order.word[i] = i % 4 * 8 + i / 4;
+      return order;
+    }();
+    const __m512i order = _mm512_load_si512(&kOrder);
+    for (int64_t at = blocks_of(count, kGroup) * kGroup; at % kDepth; at += 2) store(weights_ + at * kGroup, V{});
+    for (int64_t at = 0; at < count; at += kDepth) {
+      Quads square[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const V first = load(weights_ + (at + 4 * i) * kGroup), second = load(weights_ + (at + 4 * i + 2) * kGroup);
+        square[i] = (Quads)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+      }
+      transpose<4, 8>(square);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) __builtin_memcpy(narrow_ + i * kMostBlock + at, square + i, sizeof(Quads));
+    }
+  }
+
+  // 32 values, two and two beside one another: features of `units` times two tiles, of which the first has four of every eight.
+  static void pair_values(const S* const* values, int64_t f, int64_t left, int64_t units, char* to) {
+    for (int64_t u = 0; u < units; ++u, f += kDepth, left -= kDepth, to += 2 * 1024) {
+#pragma GCC unroll 4
+      for (int64_t p = 0; p < kTile; ++p) {
+        const __m512i a = features_of(values[2 * p] + f, left), b = features_of(values[2 * p + 1] + f, left);
+        _mm512_store_si512(to + p * 64, _mm512_unpacklo_epi16(a, b));
+        _mm512_store_si512(to + 1024 + p * 64, _mm512_unpackhi_epi16(a, b));
+      }
+    }
+  }
+
+  // The same as `sum` for all rows of a group. Tile 4 holds weights [rows, keys], 5 values, 0 to 3 sums [rows, features].
+  __attribute__((noinline)) void sum_by_tiles(const Group& group, int64_t count, const S* const* values, const A* shrinks,
+                                              const Ahead& ahead) {
+    narrow_weights(count);
+    const int64_t all = blocks_of(count, kDepth) * blocks_of(a_.value_features, kColumns);
+    int64_t fetched = 0, done = 0;
+    for (int64_t f = 0; f < a_.value_features; f += kColumns) {
+      const int64_t left = a_.value_features - f, units = left > kDepth ? 2 : 1;
+      tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+      for (int64_t at = 0; at < count; at += kDepth) {
+        ahead.fetch(++done, all, fetched);
+        pair_values(values + at, f, left, units, pairs_);
+        tile_load<4>(narrow_ + at, kMostBlock * sizeof(S));
+        tile_load<5>(pairs_, 64), tile_multiply<0, 4, 5>();
+        tile_load<5>(pairs_ + 1024, 64), tile_multiply<1, 4, 5>();
+        if (units == 1) continue;
+        tile_load<5>(pairs_ + 2048, 64), tile_multiply<2, 4, 5>();
+        tile_load<5>(pairs_ + 3072, 64), tile_multiply<3, 4, 5>();
+      }
+      constexpr int64_t kBytes = kColumns * sizeof(A);
+      tile_store<0>(of_tiles_, kBytes), tile_store<1>(of_tiles_ + W, kBytes);
+      if (units == 2) tile_store<2>(of_tiles_ + 2 * W, kBytes), tile_store<3>(of_tiles_ + 3 * W, kBytes);
+      for (int64_t i = 0; i < group.rows; ++i)
+        for (int64_t u = 0; u < units; ++u) {
+          const A* const from = of_tiles_ + i * kColumns + 2 * u * W;
+          A* const to = sums_ + (group.row + i) * ldo_ + f + u * kDepth;
+          const V low = load(from), high = load(from + W);
+          [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
+            const V even = __builtin_shufflevector(low, high, ((J % 4 < 2 ? 0 : W) + J / 4 * 4 + J % 2 * 2)...);
+            const V odd = __builtin_shufflevector(low, high, ((J % 4 < 2 ? 0 : W) + J / 4 * 4 + J % 2 * 2 + 1)...);
+            store(to, load(to) * shrinks[i] + even), store(to + W, load(to + W) * shrinks[i] + odd);
+          }(std::make_integer_sequence<int, W>());
+        }
+    }
+  }
+#endif
+
+  // Adds products of one row, those of a pair of features at once.
+  FASTSEQ_HOST_DEVICE void multiply_pairs([[maybe_unused]] const S* q, [[maybe_unused]] const S* const* keys,
+                                          [[maybe_unused]] const Ahead& ahead, [[maybe_unused]] V* sum) const {
+#if defined(FASTSEQ_TILES)
+    int64_t fetched = 0;
+    for (int64_t e = 0; e < a_.features; e += kDepth) {
+      ahead.fetch(e + kDepth, a_.features, fetched);
+      const auto query = (__m512bh)_mm512_loadu_si512(q + e);
+#pragma GCC unroll 8
+      for (int64_t n = 0; n < kTogether; ++n)
+        sum[n] = (V)_mm512_dpbf16_ps((__m512)sum[n], query, (__m512bh)features_of(keys[n] + e, a_.features - e));
+    }
+#endif
   }
 
   // Adds products of one row.
@@ -742,21 +937,29 @@ class Few {
   const FewPart& part_;
   const Attention::Sequence sequence_;
   const int64_t group_, ldq_, ldo_;
-  bool adds_;
+  bool adds_, tiled_;
   A *wide_, *weights_, *added_, *partial_, *sums_;
+  // by tiles
+  S *narrow_, *zeros_;
+  char* pairs_;
+  A* of_tiles_;
   Group* groups_;
   Row* rows_;
 };
 
 // body.template operator()<kernels>() for a call's type
 template <class F>
-auto with_type(Type type, F&& body) {
+auto with_type([[maybe_unused]] Type type, F&& body) {
+#if defined(FASTSEQ_TILES)
+  return body.template operator()<Few<bfloat16, float>>();
+#else
   switch (type) {
     case Type::kDouble: return body.template operator()<Few<double, double>>();
     case Type::kBfloat16: return body.template operator()<Few<bfloat16, float>>();
     case Type::kHalf: return body.template operator()<Few<float16, float>>();
     default: return body.template operator()<Few<float, float>>();
   }
+#endif
 }
 
 constexpr FewKernels kFewKernels = {

@@ -72,6 +72,7 @@ struct Attention {
   MutableRows out;
   void* lse;  // wide [B, Hq, Tq] or [Hq, N]; may be null
   int64_t lse_b, lse_h;
+  bool saves;  // for a backward pass, which takes lse for the sum of the weights that it forms again, from scores that are rounded alike
 
   struct Sequence {
     int64_t first_q, first_k;  // rows of packed tensors
@@ -125,7 +126,8 @@ struct AttentionBackward {
 struct AttentionKernels {
   int64_t (*lanes)(const Attention&);  // queries of a block at most
   int64_t (*forward_workspace)(const Attention&);
-  void (*forward)(const Attention&, const AttentionTask*, int64_t count, void* workspace);
+  // How many of the tasks, which then come first, have no results: a number of type float was met that is beyond what is multiplied in parts.
+  int64_t (*forward)(const Attention&, AttentionTask*, int64_t count, void* workspace);
   int64_t (*weights_workspace)(const AttentionWeights&);
   void (*weights)(const AttentionWeights&, const AttentionTask*, int64_t count, void* workspace);
   int64_t (*backward_workspace)(const AttentionBackward&);
@@ -142,7 +144,7 @@ const AttentionKernels& attention_kernels_default();
 #if defined(__x86_64__)
 const AttentionKernels& attention_kernels_avx2();
 const AttentionKernels& attention_kernels_avx512();
-const AttentionKernels& attention_kernels_amx();  // bfloat16
+const AttentionKernels& attention_kernels_amx();  // bfloat16; forward of float, in parts
 #endif
 
 }  // namespace fastseq::cpu

@@ -218,9 +218,10 @@ class ForwardKernel {
         sums_(arena.take<A>(a.value_features * kMostLanes<A>)),
         used(arena.used()) {}
 
-  void run(int64_t b, int64_t h, int64_t first, int64_t count) {
+  bool run(int64_t b, int64_t h, int64_t first, int64_t count) {
     rows_.block.place(b, h, a.sequence(b), first, count);
     with_vectors(rows_.block.vectors, [&]<int NV>() { run<NV>(); });
+    return true;
   }
 
  private:
@@ -702,22 +703,33 @@ void store_sums(const AttentionBackward& g, int64_t b, int64_t key_head, const A
 #include "tiles.inl"
 #include "attention_tiles.inl"
 
-// bfloat16 alone
+// bfloat16 alone, but for what has kernels for float as well
 template <class F>
 void with_kernels(Type, F&& body) {
-  body.template operator()<bfloat16, TileForward, TileProduct, TileBackward>();
+  body.template operator()<bfloat16, TileProduct, TileBackward>();
+}
+template <class F>
+void with_forward(Type type, F&& body) {
+  if (type == Type::kFloat) return body.template operator()<TileForward<float>>();
+  body.template operator()<TileForward<bfloat16>>();
 }
 #else
 template <class F>
 void with_kernels(Type type, F&& body) {
-  with_element(type, [&]<class S>() { body.template operator()<S, ForwardKernel<S>, MultiplyAdd, BackwardKernel<S>>(); });
+  with_element(type, [&]<class S>() { body.template operator()<S, MultiplyAdd, BackwardKernel<S>>(); });
+}
+template <class F>
+void with_forward(Type type, F&& body) {
+  with_element(type, [&]<class S>() { body.template operator()<ForwardKernel<S>>(); });
 }
 #endif
 
 // Queries of a block at most. Fewer where a causal mask hides much of a short sequence: blocks follow its edge more closely.
-int64_t lanes_of([[maybe_unused]] const Attention& a) {
+int64_t lanes_of(const Attention& a) {
 #if defined(FASTSEQ_TILES)
-  return TileForward::kLanes;
+  int64_t lanes = 0;
+  with_forward(a.type, [&]<class Forward>() { lanes = Forward::lanes(a); });
+  return lanes;
 #else
   const int64_t lanes = a.type == Type::kDouble ? kMostLanes<double> : kMostLanes<float>;
   return a.right >= 0 && a.queries <= 4 * lanes ? lanes / 2 : lanes;
@@ -726,27 +738,30 @@ int64_t lanes_of([[maybe_unused]] const Attention& a) {
 
 int64_t forward_workspace(const Attention& a) {
   int64_t bytes = 0;
-  with_kernels(a.type, [&]<class S, class Forward, template <class> class, class>() { bytes = Forward(a, Arena(nullptr)).used; });
+  with_forward(a.type, [&]<class Forward>() { bytes = Forward(a, Arena(nullptr)).used; });
   return bytes;
 }
 
-void forward(const Attention& a, const AttentionTask* tasks, int64_t count, void* workspace) {
-  with_kernels(a.type, [&]<class S, class Forward, template <class> class, class>() {
+int64_t forward(const Attention& a, AttentionTask* tasks, int64_t count, void* workspace) {
+  int64_t refused = 0;
+  with_forward(a.type, [&]<class Forward>() {
     Forward kernel(a, Arena(workspace));
-    for (int64_t i = 0; i < count; ++i) kernel.run(tasks[i].b, tasks[i].h, tasks[i].first, tasks[i].count);
+    for (int64_t i = 0; i < count; ++i)
+      if (!kernel.run(tasks[i].b, tasks[i].h, tasks[i].first, tasks[i].count)) tasks[refused++] = tasks[i];
   });
+  return refused;
 }
 
 int64_t weights_workspace(const AttentionWeights& w) {
   int64_t bytes = 0;
-  with_kernels(w.attention.type, [&]<class S, class, template <class> class Product, class>() {
+  with_kernels(w.attention.type, [&]<class S, template <class> class Product, class>() {
     bytes = WeightsKernel<S, Product>(w, Arena(nullptr)).used;
   });
   return bytes;
 }
 
 void weights(const AttentionWeights& w, const AttentionTask* tasks, int64_t count, void* workspace) {
-  with_kernels(w.attention.type, [&]<class S, class, template <class> class Product, class>() {
+  with_kernels(w.attention.type, [&]<class S, template <class> class Product, class>() {
     WeightsKernel<S, Product> kernel(w, Arena(workspace));
     for (int64_t i = 0; i < count; ++i) kernel.run(tasks[i].b, tasks[i].h, tasks[i].first, tasks[i].count);
   });
@@ -754,14 +769,14 @@ void weights(const AttentionWeights& w, const AttentionTask* tasks, int64_t coun
 
 int64_t backward_workspace(const AttentionBackward& g) {
   int64_t bytes = 0;
-  with_kernels(g.attention.type, [&]<class S, class, template <class> class, class Backward>() { bytes = Backward(g, Arena(nullptr)).used; });
+  with_kernels(g.attention.type, [&]<class S, template <class> class, class Backward>() { bytes = Backward(g, Arena(nullptr)).used; });
   return bytes;
 }
 
 // whole chunks of keys
 int64_t sums_bytes(const Attention& a) {
   int64_t bytes = 0;
-  with_kernels(a.type, [&]<class S, class, template <class> class, class Backward>() {
+  with_kernels(a.type, [&]<class S, template <class> class, class Backward>() {
     bytes = blocks_of(a.keys, kChunk) * kChunk * Backward::sums_width(a) * sizeof(Wide<S>);
   });
   return bytes;
@@ -769,13 +784,13 @@ int64_t sums_bytes(const Attention& a) {
 
 void backward(const AttentionBackward& g, int64_t b, int64_t key_head, int64_t part, int64_t parts, void* sums, int64_t worker,
               void* workspace) {
-  with_kernels(g.attention.type, [&]<class S, class, template <class> class, class Backward>() {
+  with_kernels(g.attention.type, [&]<class S, template <class> class, class Backward>() {
     Backward(g, Arena(workspace)).run(b, key_head, part, parts, static_cast<Wide<S>*>(sums), worker);
   });
 }
 
 void store_gradients(const AttentionBackward& g, int64_t b, int64_t key_head, const void* sums, int64_t parts) {
-  with_kernels(g.attention.type, [&]<class S, class, template <class> class, class Backward>() {
+  with_kernels(g.attention.type, [&]<class S, template <class> class, class Backward>() {
     store_sums<S>(g, b, key_head, static_cast<const Wide<S>*>(sums), parts, sums_bytes(g.attention) / sizeof(Wide<S>));
   });
 }

@@ -88,6 +88,13 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
   return {out};
 }
 
+std::optional<Tensor> plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, std::optional<double> scale,
+                                      bool enable_gqa) {
+  const std::vector<Tensor> results = scaled_dot_product_attention(query, key, value, {}, is_causal, scale, enable_gqa, false, 0, {});
+  if (results.empty()) return {};
+  return results[0];
+}
+
 namespace {
 
 // A batch [N, L, E], or one sequence [L, E], as rows that lie one after another in memory.
@@ -126,21 +133,46 @@ struct Batch {
   }
 };
 
+// A tensor whose rows are those of a matrix [n, E], which it was made of or has in its memory.
+Tensor matrix_of(const Tensor& tensor) {
+  const Tensor& given = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  const int64_t features = given.size(-1);
+  return view(given, {given.numel() / features, features}, {features, 1});
+}
+Tensor rows_like(const Tensor& matrix, const Tensor& tensor) {
+  std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end()), strides(sizes.size());
+  sizes.back() = matrix.size(1);
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0; stride *= sizes[dim]) strides[dim] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), sizes.size(), sizes.data(), strides.data(), 0, &handle));
+  return Tensor(handle);
+}
+
 constexpr int64_t kElements = 16384;  // of rows that one thread works through at least
 
-// Rows, depths and columns from which fp32 is multiplied by AMX, in parts of bfloat16: there packing the weights pays.
-constexpr int64_t kRowsInParts = 96, kDepthInParts = 64;
+// Rows, depths and columns from which AMX multiplies, fp32 in parts of bfloat16: there packing the weights pays.
+constexpr int64_t kRowsOfTiles = 96, kDepthOfTiles = 64;
+// Multiply-adds from which torch's product of bfloat16 with weights as they lie is faster, and below which its gradients of fp32 are.
+constexpr int64_t kWork = 1 << 24;
+
+// The kernels for products of n rows with weights, in either direction; null: torch's own products are the ones.
+const MatrixKernels* kernels_for(ScalarType type, int64_t n, const Tensor& weight) {
+  if ((type != ScalarType::Float && type != ScalarType::BFloat16) || weight.stride(1) != 1) return nullptr;
+  if (n < kRowsOfTiles || weight.size(0) < kDepthOfTiles || weight.size(1) < kDepthOfTiles) return nullptr;
+  return matrix_kernels(type_of(type));
+}
 
 // rows [n, E] x weights, of which row r is a column of the result; false: not multiplied, or the results are not to be used.
 bool multiplied(const Tensor& rows, const Tensor& weight, int64_t first, const Tensor& out) {
   const int64_t n = rows.size(0), depth = rows.size(1), count = out.size(1);
-  if (rows.scalar_type() != ScalarType::Float || weight.stride(1) != 1) return false;
-  if (n < kRowsInParts || depth < kDepthInParts || count < kDepthInParts) return false;
-  const MatrixKernels* kernels = matrix_kernels(Type::kFloat);
-  if (!kernels) return false;
-  constexpr int64_t bytes = sizeof(float);
+  const MatrixKernels* kernels = kernels_for(rows.scalar_type(), n, weight);
+  if (!kernels || count < kDepthOfTiles) return false;
+  if (rows.scalar_type() == ScalarType::BFloat16 && n * depth * count >= kWork) return false;
+  const Type type = type_of(rows.scalar_type());
+  const int64_t bytes = bytes_of(type);
   const MatrixRows of_weight{offset(data(weight), first * weight.stride(0) * bytes), weight.stride(0) * bytes, nullptr};
-  MatrixProduct product{Type::kFloat, n, depth, {data(rows), rows.stride(0) * bytes, nullptr}, false, {}, 1};
+  MatrixProduct product{type, n, depth, {data(rows), rows.stride(0) * bytes, nullptr}, false, {}, 1};
   product.right[0] = {of_weight, count, mutable_data(out), count * bytes, true};
   return multiply(*kernels, {product});
 }
@@ -173,6 +205,50 @@ Tensor linear(const Tensor& rows, const Tensor& weight, const std::optional<Tens
 Tensor linear(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias) {
   return linear(rows, weight, bias, 0, weight.size(0));
 }
+
+}  // namespace
+
+std::vector<Tensor> linear_forward(Tensor input, Tensor weight, std::optional<Tensor> bias) {
+  const ScalarType type = input.scalar_type();
+  if (!plain(input) || !plain(weight) || !plain(bias) || weight.scalar_type() != type || weight.dim() != 2) return {};
+  if (input.dim() < 2 || input.numel() == 0 || input.size(-1) != weight.size(1) || !weight.is_contiguous()) return {};
+  if (bias && (bias->scalar_type() != type || bias->dim() != 1 || bias->size(0) != weight.size(0) || !bias->is_contiguous())) return {};
+  if (!kernels_for(type, input.numel() / input.size(-1), weight)) return {};
+  if (type == ScalarType::Float && input.numel() * weight.size(0) < kWork) return {};
+  return {rows_like(linear(matrix_of(input), weight, bias, 0, weight.size(0)), input)};
+}
+
+std::vector<Tensor> linear_backward(Tensor dout, Tensor input, Tensor weight, std::vector<bool> wanted) {
+  const Tensor gradient = matrix_of(dout), x = matrix_of(input);
+  const ScalarType type = x.scalar_type();
+  const int64_t n = x.size(0), E = x.size(1), O = weight.size(0), bytes = bytes_of(type_of(type));
+  const Tensor dx = empty({wanted[0] ? n : 0, E}, type), dweight = empty({wanted[1] ? O : 0, E}, type), dbias = empty({wanted[2] ? O : 0}, type);
+  constexpr float kOne = 1;
+  constexpr uint16_t kShortOne = 0x3f80;
+  std::vector<MatrixProduct> products;
+  const MatrixRows of_gradient{data(gradient), O * bytes, nullptr};
+  if (wanted[0]) {
+    products.push_back({type_of(type), n, O, of_gradient, false,
+                        {{{data(weight), weight.stride(0) * bytes, nullptr}, E, mutable_data(dx), E * bytes}}, 1});
+  }
+  if (wanted[1] || wanted[2]) {
+    MatrixProduct product{type_of(type), O, n, of_gradient, true, {}, 0};
+    if (wanted[1]) product.right[product.count++] = {{data(x), E * bytes, nullptr}, E, mutable_data(dweight), E * bytes};
+    if (wanted[2]) product.right[product.count++] = {{bytes == 4 ? static_cast<const void*>(&kOne) : &kShortOne, 0, nullptr}, 1, mutable_data(dbias), bytes};
+    products.push_back(product);
+  }
+  const MatrixKernels* kernels = kernels_for(type, n, weight);
+  std::vector<Tensor> results{wanted[0] ? rows_like(dx, input) : dx, dweight, dbias};
+  if (kernels && multiply(*kernels, products)) return results;
+  const Tensor transposed = view(gradient, {O, n}, {1, O});
+  if (wanted[0]) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(dx.get(), gradient.get(), weight.get()));
+  if (wanted[1]) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(dweight.get(), transposed.get(), x.get()));
+  constexpr int64_t kOfRows[] = {0};
+  if (wanted[2]) results[2] = torch::stable::sum(gradient, torch::headeronly::IntHeaderOnlyArrayRef(kOfRows));
+  return results;
+}
+
+namespace {
 
 bool same(const Tensor& a, const Tensor& b) {
   if (a.const_data_ptr() != b.const_data_ptr() || a.dim() != b.dim()) return false;

@@ -17,12 +17,21 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
                                                  std::optional<double> scale, bool enable_gqa, bool wants_lse, double dropout,
                                                  std::optional<Tensor> seed);
 
+// The same without mask, dropout and lse: fewer arguments cost less of a short call.
+std::optional<Tensor> plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, std::optional<double> scale,
+                                      bool enable_gqa);
+
 // The forward of torch.nn.MultiheadAttention with one in_proj_weight; the weights, if needed, behind the output. is_causal: the causal mask
 // is meant by attn_mask, which is not read.
 std::vector<Tensor> multihead_attention(Tensor query, Tensor key, Tensor value, int64_t num_heads, Tensor in_proj_weight,
                                         std::optional<Tensor> in_proj_bias, Tensor out_proj_weight, std::optional<Tensor> out_proj_bias,
                                         std::optional<Tensor> key_padding_mask, std::optional<Tensor> attn_mask, bool batch_first,
                                         bool is_causal, bool need_weights, bool average_attn_weights);
+
+// torch.nn.functional.linear by the own kernels for matrices; nothing where they are not the ones for it.
+std::vector<Tensor> linear_forward(Tensor input, Tensor weight, std::optional<Tensor> bias);
+// The gradients of input, weight and bias, of size 0 where not wanted; by torch's products where the own ones do not take the numbers.
+std::vector<Tensor> linear_backward(Tensor dout, Tensor input, Tensor weight, std::vector<bool> wanted);
 
 // Self-attention between its projections, for a layer with gradients: `projected` [N, L, 3 E] (batch_first) or [L, N, 3 E] has q, k and v of
 // all heads; masks and options as above. Returns the heads' results, shaped as the input of the layer, the lse [N, H, L], the weights if

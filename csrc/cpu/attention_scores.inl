@@ -254,7 +254,8 @@ class Block {
         relative_keys_(a.relative_q.given() ? arena.take<A>(kDiagonals * a.features) : nullptr),
         relative_rows_(a.relative_q.given() ? arena.take<A>(blocks_of(a.features, W) * W * kMostLanes<A>) : nullptr),
         products_(a.relative_q.given() ? arena.take<A>(kDiagonals * kMostLanes<A>) : nullptr) {
-    shaped_ = a.scale <= 0 || a.softcap != 0 || a.bias.given() || a.relative_bias || a.relative_q.given() || a.slopes;
+    constexpr double kLeast = 0x1p-100;  // of a factor in the exponent
+    shaped_ = a.scale < kLeast || a.softcap != 0 || a.bias.given() || a.relative_bias || a.relative_q.given() || a.slopes;
   }
 
   void place(int64_t batch, int64_t head, const Attention::Sequence& sequence, int64_t begin, int64_t queries) {

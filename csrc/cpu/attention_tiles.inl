@@ -1,4 +1,4 @@
-// Attention of bfloat16 by AMX tiles. Included by attention_kernel.inl.
+// Attention by AMX tiles: of bfloat16, and forward of float32, each number of which is three of bfloat16. Included by attention_kernel.inl.
 //
 // What multiplies what (A, the left-hand matrix, lies in rows; B in pairs of depths: tiles.inl):
 //
@@ -12,6 +12,10 @@
 
 constexpr int64_t kTileRows = 16, kTileDepth = 32, kTileBytes = 1024;
 
+// of a number, each in a tile of its own, behind one another
+template <class S>
+constexpr int kPartsOf = sizeof(S) == sizeof(bfloat16) ? 1 : 3;
+
 // Tiles of a matrix; distances in bytes.
 struct TileMatrix {
   const char* data;
@@ -19,11 +23,31 @@ struct TileMatrix {
   int64_t depth;  // from a step of the depth to the next
   int64_t row;    // from a row of a tile to the next
 };
+template <int kParts = 1>
 constexpr TileMatrix packed_tiles(const void* data, int64_t depths) {
-  return {static_cast<const char*>(data), depths * kTileBytes, kTileBytes, 64};
+  return {static_cast<const char*>(data), depths * kParts * kTileBytes, kParts * kTileBytes, 64};
 }
 
-template <int M, int N, bool kAdd>
+// Tiles 0 to 3 are sums, 4 and 5 of the left-hand matrix, 6 and 7 of the right-hand one.
+template <int M>
+FASTSEQ_HOST_DEVICE void load_left(const char* at, const TileMatrix& a) {
+  tile_load<4>(at, a.row);
+  if constexpr (M > 1) tile_load<5>(at + a.tile, a.row);
+}
+template <int N>
+FASTSEQ_HOST_DEVICE void load_right(const char* at, const TileMatrix& b) {
+  tile_load<6>(at, b.row);
+  if constexpr (N > 1) tile_load<7>(at + b.tile, b.row);
+}
+template <int M, int N>
+FASTSEQ_HOST_DEVICE void multiply_loaded() {
+  tile_multiply<0, 4, 6>();
+  if constexpr (N > 1) tile_multiply<1, 4, 7>();
+  if constexpr (M > 1) tile_multiply<2, 5, 6>();
+  if constexpr (M > 1 && N > 1) tile_multiply<3, 5, 7>();
+}
+
+template <int M, int N, bool kAdd, int kParts>
 FASTSEQ_HOST_DEVICE void multiply_tiles(const TileMatrix& a, int64_t m, const TileMatrix& b, int64_t n, int64_t depths, float* c,
                                         int64_t c_row) {
   char *upper = reinterpret_cast<char*>(c) + m * kTileRows * c_row + n * 64, *lower = upper + kTileRows * c_row;
@@ -40,17 +64,16 @@ FASTSEQ_HOST_DEVICE void multiply_tiles(const TileMatrix& a, int64_t m, const Ti
   }
   const char *left = a.data + m * a.tile, *right = b.data + n * b.tile;
   for (int64_t k = 0; k < depths; ++k, left += a.depth, right += b.depth) {
-    tile_load<4>(left, a.row);
-    tile_load<6>(right, b.row);
-    tile_multiply<0, 4, 6>();
-    if constexpr (N > 1) {
-      tile_load<7>(right + b.tile, b.row);
-      tile_multiply<1, 4, 7>();
-    }
-    if constexpr (M > 1) {
-      tile_load<5>(left + a.tile, a.row);
-      tile_multiply<2, 5, 6>();
-      if constexpr (N > 1) tile_multiply<3, 5, 7>();
+    if constexpr (kParts == 1) {
+      load_left<M>(left, a), load_right<N>(right, b), multiply_loaded<M, N>();
+    } else {
+      // the six products that count, the largest last, each with one factor of the one before
+      load_left<M>(left, a), load_right<N>(right + 2 * kTileBytes, b), multiply_loaded<M, N>();
+      load_right<N>(right + kTileBytes, b), multiply_loaded<M, N>();
+      load_left<M>(left + kTileBytes, a), multiply_loaded<M, N>();
+      load_right<N>(right, b), multiply_loaded<M, N>();
+      load_left<M>(left + 2 * kTileBytes, a), multiply_loaded<M, N>();
+      load_left<M>(left, a), multiply_loaded<M, N>();
     }
   }
   tile_store<0>(upper, c_row);
@@ -60,18 +83,18 @@ FASTSEQ_HOST_DEVICE void multiply_tiles(const TileMatrix& a, int64_t m, const Ti
 }
 
 // c [rows][columns], in tiles, is the product, or is added to it; c_row in bytes
-template <bool kAdd>
+template <bool kAdd, int kParts = 1>
 void multiply_tiles(const TileMatrix& a, int64_t rows, const TileMatrix& b, int64_t columns, int64_t depths, float* c, int64_t c_row) {
   int64_t m = 0;
   for (; m + 2 <= rows; m += 2) {
     int64_t n = 0;
-    for (; n + 2 <= columns; n += 2) multiply_tiles<2, 2, kAdd>(a, m, b, n, depths, c, c_row);
-    if (n < columns) multiply_tiles<2, 1, kAdd>(a, m, b, n, depths, c, c_row);
+    for (; n + 2 <= columns; n += 2) multiply_tiles<2, 2, kAdd, kParts>(a, m, b, n, depths, c, c_row);
+    if (n < columns) multiply_tiles<2, 1, kAdd, kParts>(a, m, b, n, depths, c, c_row);
   }
   if (m < rows) {
     int64_t n = 0;
-    for (; n + 2 <= columns; n += 2) multiply_tiles<1, 2, kAdd>(a, m, b, n, depths, c, c_row);
-    if (n < columns) multiply_tiles<1, 1, kAdd>(a, m, b, n, depths, c, c_row);
+    for (; n + 2 <= columns; n += 2) multiply_tiles<1, 2, kAdd, kParts>(a, m, b, n, depths, c, c_row);
+    if (n < columns) multiply_tiles<1, 1, kAdd, kParts>(a, m, b, n, depths, c, c_row);
   }
 }
 
@@ -101,18 +124,107 @@ FASTSEQ_HOST_DEVICE Bits load_bits(const bfloat16* p, int64_t n) {
   return v;
 }
 
+// The parts of two vectors, the values of one beside those of the other. Rounded, what is left fits in the parts below, and is positive or
+// negative by chance. Else cut off, which is faster: as exact, if the other factor's parts are rounded.
+template <bool kRounds>
+FASTSEQ_HOST_DEVICE void parts_of_pairs(Float a, Float b, Bits (&parts)[3]) {
+  typedef Lanes<float>::U Words;
+  constexpr uint32_t kUpper = 0xffff0000;
+#pragma GCC unroll 3
+  for (int part = 0; part < 3; ++part) {
+    const uint32_t half = kRounds && part < 2 ? 0x8000 : 0;
+    const Words of_a = (Words)a + half, of_b = ((Words)b + half) & kUpper;
+    parts[part] = (Bits)(of_a >> 16 | of_b);
+    if (part < 2) a -= (Float)(of_a & kUpper), b -= (Float)of_b;
+  }
+}
+
+// What was met of numbers in parts: the bits of the largest and of the smallest but zero.
+class Extent {
+ public:
+  FASTSEQ_HOST_DEVICE void see(Float v) {
+    const Words size = (Words)v & 0x7fffffff, less = size - 1;
+    most_ = size > most_ ? size : most_;
+    least_ = less < least_ ? less : least_;
+  }
+  // nothing but zeros, and numbers of a size from least to most
+  bool within(float least, float most) const {
+    const auto from = __builtin_bit_cast(uint32_t, least), to = __builtin_bit_cast(uint32_t, most);
+    bool inside = true;
+    for (int i = 0; i < 16; ++i) inside &= most_[i] <= to && least_[i] >= (from ? from - 1 : 0);
+    return inside;
+  }
+
+ private:
+  typedef Lanes<float>::U Words;
+  Words most_{}, least_ = ~Words{};
+};
+
+// 32 values of a row, or the first n, zeros behind them, as pairs or in parts: value e beside value e + 1, or, in parts, e + 16
+template <class S>
+FASTSEQ_HOST_DEVICE void load_pairs(const S* from, int64_t n, Bits (&parts)[kPartsOf<S>], Extent& extent) {
+  if constexpr (kPartsOf<S> == 1) {
+    parts[0] = load_bits(from, n);
+  } else {
+    const Float a = n > 0 ? Memory<S, float>::load(from, n) : Float{}, b = n > 16 ? Memory<S, float>::load(from + 16, n - 16) : Float{};
+    extent.see(a), extent.see(b);
+    parts_of_pairs<true>(a, b, parts);
+  }
+}
+// 16 values of one row and of the next, or the first n
+template <class S>
+FASTSEQ_HOST_DEVICE void load_pairs(const S* first, const S* second, int64_t n, Bits (&parts)[kPartsOf<S>], Extent& extent) {
+  if constexpr (kPartsOf<S> == 1) {
+    const uint32_t mask = n < kTileRows ? (uint32_t(1) << n) - 1 : 0xffff;
+    const __m256i a = first ? _mm256_maskz_loadu_epi16(mask, first) : _mm256_setzero_si256();
+    const __m256i b = second ? _mm256_maskz_loadu_epi16(mask, second) : _mm256_setzero_si256();
+    parts[0] = in_pairs((HalfBits)a, (HalfBits)b);
+  } else {
+    const Float a = first ? Memory<S, float>::load(first, n) : Float{}, b = second ? Memory<S, float>::load(second, n) : Float{};
+    extent.see(a), extent.see(b);
+    parts_of_pairs<true>(a, b, parts);
+  }
+}
+
+// Stores squares of pairs, a part each, transposed, as tiles behind one another.
+template <int kParts>
+FASTSEQ_HOST_DEVICE void store_transposed(Float (&squares)[kParts][kTileRows], char* to) {
+#pragma GCC unroll 3
+  for (int part = 0; part < kParts; ++part) {
+    transpose<8, 16>(squares[part]);
+    __builtin_memcpy(to + part * kTileBytes, squares[part], kTileBytes);
+  }
+}
+
 // Rows of 32 and more values to tiles of pairs of values, a column for each row: [tile of rows][step of features].
-void pack_features(const bfloat16* from, int64_t row, int64_t rows, int64_t tiles, int64_t features, char* to) {
+template <class S>
+void pack_features(const S* from, int64_t row, int64_t rows, int64_t tiles, int64_t features, char* to, Extent& extent) {
+  constexpr int kParts = kPartsOf<S>;
   for (int64_t tile = 0; tile < tiles; ++tile)
-    for (int64_t e = 0; e < features; e += kTileDepth, to += kTileBytes) {
-      Float square[kTileRows];
+    for (int64_t e = 0; e < features; e += kTileDepth, to += kParts * kTileBytes) {
+      Float squares[kParts][kTileRows];
       for (int64_t i = 0; i < kTileRows; ++i) {
         const int64_t r = tile * kTileRows + i;
-        square[i] = r < rows ? (Float)load_bits(from + r * row + e, features - e) : Float{};
+        Bits parts[kParts]{};
+        if (r < rows) load_pairs(from + r * row + e, features - e, parts, extent);
+        for (int part = 0; part < kParts; ++part) squares[part][i] = (Float)parts[part];
       }
-      transpose<8, 16>(square);
-      __builtin_memcpy(to, square, kTileBytes);
+      store_transposed(squares, to);
     }
+}
+
+// Rows to tiles as they are: [tile of rows][step of features].
+template <class S>
+void pack_lying(const S* from, int64_t row, int64_t rows, int64_t tiles, int64_t features, char* to, Extent& extent) {
+  constexpr int kParts = kPartsOf<S>;
+  for (int64_t tile = 0; tile < tiles; ++tile)
+    for (int64_t e = 0; e < features; e += kTileDepth, to += kParts * kTileBytes)
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const int64_t r = tile * kTileRows + i;
+        Bits parts[kParts]{};
+        if (r < rows) load_pairs(from + r * row + e, features - e, parts, extent);
+        for (int part = 0; part < kParts; ++part) __builtin_memcpy(to + part * kTileBytes + i * 64, &parts[part], 64);
+      }
 }
 
 // Rows to tiles of pairs of rows, a column for each feature: [tile of features][step of rows].
@@ -130,56 +242,76 @@ void pack_rows(const bfloat16* from, int64_t row, int64_t rows, int64_t steps, i
     }
 }
 
-// Rows to tiles as they are, transposed: [tile of features] of one step of rows; `tile` bytes from one to the next.
-void pack_transposed(const bfloat16* from, int64_t row, int64_t rows, int64_t features, char* to, int64_t tile) {
-  for (int64_t e = 0; e < features; e += kTileRows, to += tile) {
-    const uint32_t mask = features - e < kTileRows ? (uint32_t(1) << (features - e)) - 1 : 0xffff;
-    Float square[kTileRows];
+// Rows to tiles as they are, transposed: [tile of features] of one step of rows.
+template <class S>
+void pack_transposed(const S* from, int64_t row, int64_t rows, int64_t features, char* to, Extent& extent) {
+  constexpr int kParts = kPartsOf<S>;
+  for (int64_t e = 0; e < features; e += kTileRows, to += kParts * kTileBytes) {
+    Float squares[kParts][kTileRows];
     for (int64_t pair = 0; pair < kTileRows; ++pair) {
       const int64_t r = 2 * pair;
-      const __m256i first = r < rows ? _mm256_maskz_loadu_epi16(mask, from + r * row + e) : _mm256_setzero_si256();
-      const __m256i second = r + 1 < rows ? _mm256_maskz_loadu_epi16(mask, from + (r + 1) * row + e) : _mm256_setzero_si256();
-      square[pair] = (Float)in_pairs((HalfBits)first, (HalfBits)second);
+      const S* first = from + r * row + e;
+      Bits parts[kParts];
+      load_pairs(r < rows ? first : nullptr, r + 1 < rows ? first + row : nullptr, features - e, parts, extent);
+      for (int part = 0; part < kParts; ++part) squares[part][pair] = (Float)parts[part];
     }
-    transpose<8, 16>(square);
-    __builtin_memcpy(to, square, kTileBytes);
+    store_transposed(squares, to);
   }
 }
 
-// Keys or values of a head, transposed, a step of 32 of them when it is first asked for.
-class Transposed {
+// Keys or values of a head in tiles, transposed or as they lie, a step of 32 of them when it is first asked for.
+template <class S, bool kTransposed>
+class Packed {
  public:
-  Transposed(Arena& arena, int64_t keys, int64_t features)
+  Packed(Arena& arena, int64_t keys, int64_t features)
       : steps_(blocks_of(keys, kTileDepth)),
         features_(features),
-        data_(arena.take<char>(blocks_of(features, kTileRows) * steps_ * kTileBytes)),
-        done_(arena.take<bool>(steps_)) {}
+        step_bytes_(kTransposed ? blocks_of(features, kTileRows) * kBytes : 2 * blocks_of(features, kTileDepth) * kBytes),
+        data_(arena.take<char>(steps_ * step_bytes_)),
+        states_(arena.take<State>(steps_)) {}
 
-  // rows of keys 0 .. count
-  void start(const bfloat16* from, int64_t row, int64_t count) {
+  // rows of keys 0 .. count, each number zero or of a size from least to most
+  void start(const S* from, int64_t row, int64_t count, float least = 0, float most = 0) {
+    least_ = least, most_ = most;
     if (from == from_ && row == row_ && count == count_) return;
     from_ = from, row_ = row, count_ = count;
-    __builtin_memset(done_, 0, steps_);
+    for (int64_t step = 0; step < blocks_of(count, kTileDepth); ++step) states_[step] = State::kMissing;
   }
   // of keys begin .. begin + n; begin is a multiple of 32
   TileMatrix tiles(int64_t begin, int64_t n) {
-    for (int64_t step = begin / kTileDepth; step * kTileDepth < begin + n; ++step) {
-      if (done_[step]) continue;
-      const int64_t key = step * kTileDepth;
-      pack_transposed(from_ + key * row_, row_, min(kTileDepth, count_ - key), features_, data_ + step * kTileBytes, steps_ * kTileBytes);
-      done_[step] = true;
+    const int64_t first = begin / kTileDepth;
+    for (int64_t step = first; step * kTileDepth < begin + n; ++step) {
+      if (states_[step] == State::kMissing) pack(step);
+      refuses_ |= states_[step] == State::kRefused;
     }
-    TileMatrix matrix = packed_tiles(data_, steps_);
-    matrix.data += begin / kTileDepth * kTileBytes;
-    return matrix;
+    const char* data = data_ + first * step_bytes_;
+    return kTransposed ? TileMatrix{data, kBytes, step_bytes_, 64} : TileMatrix{data, step_bytes_ / 2, kBytes, 64};
   }
+  // whether a number that was asked for, since the last call, is of none of these sizes
+  bool refuses() { return std::exchange(refuses_, false); }
 
  private:
-  int64_t steps_, features_;
+  static constexpr int64_t kBytes = kPartsOf<S> * kTileBytes;
+  enum class State : uint8_t { kMissing, kThere, kRefused };
+
+  void pack(int64_t step) {
+    const int64_t key = step * kTileDepth, rows = min(kTileDepth, count_ - key);
+    const S* from = from_ + key * row_;
+    Extent extent;
+    if constexpr (kTransposed)
+      pack_transposed(from, row_, rows, features_, data_ + step * step_bytes_, extent);
+    else
+      pack_lying(from, row_, rows, 2, features_, data_ + step * step_bytes_, extent);
+    states_[step] = kPartsOf<S> == 1 || extent.within(least_, most_) ? State::kThere : State::kRefused;
+  }
+
+  int64_t steps_, features_, step_bytes_;
   char* data_;
-  bool* done_;
-  const bfloat16* from_ = nullptr;
+  State* states_;
+  const S* from_ = nullptr;
   int64_t row_ = 0, count_ = 0;
+  float least_ = 0, most_ = 0;
+  bool refuses_ = false;
 };
 
 // scores[key][lane] of keys that lie in rows, times packed features of the lanes
@@ -203,41 +335,72 @@ void multiply_keys(const bfloat16* from, int64_t row, int64_t n, int64_t feature
   multiply_tiles<false>({copy, kTileRows * bytes, 64, bytes}, tiles, right, NV, depths, to + first * lanes, lanes * 4);
 }
 
+// What of float32 is multiplied in parts. Parts below 2^-126 are taken as zero: values and keys within these are exactly the sum of their
+// parts, but for what is lost of keys or queries too small, which changes no score by more than 2^-126 times the largest of the others. Nor
+// does a sum of products come near infinity. A query that is infinite or NaN has no number for a result however it is multiplied, and is
+// nobody else's matter.
+constexpr float kLeastOfParts = 0x1p-100f, kMostOfParts = 0x1p60f;
+
 // The products of a block of queries, by tiles.
 template <class S>
 class TileProduct : public Softmax<S> {
  public:
   using Softmax<S>::a, Softmax<S>::block, Softmax<S>::padded, Softmax<S>::row_of;
   using typename Softmax<S>::V;
+  static constexpr int kParts = kPartsOf<S>;
   static constexpr int64_t W = 16, kKeys = kMostKeys;
 
-  TileProduct(const Attention& given, Arena& arena)
+  // `blocks` of queries take turns; whether keys are packed, or lie in rows
+  TileProduct(const Attention& given, Arena& arena, int64_t blocks = 1, bool packs = false)
       : Softmax<S>(given, arena),
-        queries_(arena.take<char>(kMostVectors * blocks_of(a.features, kTileDepth) * kTileBytes)),
-        copy_(arena.take<char>(kMostKeys * blocks_of(max(a.features, a.value_features), kTileDepth) * 64)),
-        weights_(arena.take<char>(kMostVectors * kMostKeys / kTileDepth * kTileBytes)),
+        packs_(packs),
+        queries_bytes_(kMostVectors * blocks_of(a.features, kTileDepth) * kParts * kTileBytes),
+        queries_(arena.take<char>(blocks * queries_bytes_)),
+        copy_(packs ? nullptr : arena.take<char>(kMostKeys * blocks_of(max(a.features, a.value_features), kTileDepth) * 64)),
+        weights_(arena.take<char>(kMostVectors * kRow)),
+        keys_(arena, packs ? a.keys : 0, a.features),
         values_(arena, a.keys, a.value_features) {}
 
-  void load() {
-    const bfloat16* from = static_cast<const bfloat16*>(a.q.data) + a.q.offset(a.cu_q ? 0 : block.b, block.h, block.s.first_q + block.first);
-    pack_features(from, a.q.t, block.count, block.vectors, a.features, queries_);
-    if (a.v.given()) values_.start(row_of(a.v, 0), a.v.t, block.s.keys);
+  // the queries of the block, which takes turn i
+  void load(int64_t i = 0) {
+    const S* from = static_cast<const S*>(a.q.data) + a.q.offset(a.cu_q ? 0 : block.b, block.h, block.s.first_q + block.first);
+    Extent extent;
+    pack_features(from, a.q.t, block.count, block.vectors, a.features, queries_ + i * queries_bytes_, extent);
+    if (kParts == 3 && !extent.within(0, kMostOfParts)) refuses_ |= beyond(from);
+    if (packs_) keys_.start(row_of(a.k, 0), a.k.t, block.s.keys, 0, kMostOfParts);
+    if (a.v.given()) values_.start(row_of(a.v, 0), a.v.t, block.s.keys, kLeastOfParts, kMostOfParts);
+  }
+
+  // Of float: whether a number was met, since the last call, that is beyond what is multiplied in parts.
+  bool refuses() {
+    const bool keys = keys_.refuses(), values = values_.refuses();
+    return std::exchange(refuses_, false) || keys || values;
   }
 
   template <int NV>
-  void products(int64_t begin, int64_t n, float* to) {
-    multiply_keys<NV>(row_of(a.k, begin), a.k.t, n, a.features, queries_, to, copy_);
+  void products(int64_t begin, int64_t n, float* to, int64_t i = 0) {
+    const char* queries = queries_ + i * queries_bytes_;
+    if constexpr (kParts == 1)
+      if (!packs_) return multiply_keys<NV>(row_of(a.k, begin), a.k.t, n, a.features, queries, to, copy_);
+    const int64_t depths = blocks_of(a.features, kTileDepth);
+    multiply_tiles<false, kParts>(keys_.tiles(begin, n), blocks_of(n, kTileRows), packed_tiles<kParts>(queries, depths), NV, depths, to, NV * 64);
   }
   template <int NV>
-  void scores(int64_t begin, int64_t n, float* to, V (&largest)[NV], float* capped = nullptr) {
-    products<NV>(begin, n, to);
+  void scores(int64_t begin, int64_t n, float* to, V (&largest)[NV], float* capped = nullptr, int64_t i = 0) {
+    products<NV>(begin, n, to, i);
     this->template shape<NV>(begin, n, to, largest, capped);
   }
 
   // The weights of two keys, next to one another, of the lanes of a vector.
   FASTSEQ_HOST_DEVICE void put(int64_t key, int64_t v, V first, V second) {
-    const Bits pairs = in_pairs(rounded_both(first, second));
-    __builtin_memcpy(weights_ + v * kRow + key / kTileDepth * kTileBytes + key % kTileDepth / 2 * 64, &pairs, 64);
+    Bits parts[kParts];
+    if constexpr (kParts == 1)
+      parts[0] = in_pairs(rounded_both(first, second));
+    else
+      parts_of_pairs<false>(first, second, parts);
+    char* to = weights_ + v * kRow + key / kTileDepth * kParts * kTileBytes + key % kTileDepth / 2 * 64;
+#pragma GCC unroll 3
+    for (int part = 0; part < kParts; ++part) __builtin_memcpy(to + part * kTileBytes, &parts[part], 64);
   }
   // those of the keys n .. of the step that n ends in are zero
   template <int NV>
@@ -245,15 +408,17 @@ class TileProduct : public Softmax<S> {
     for (int64_t key = blocks_of(n, 2) * 2; key % kTileDepth; key += 2)
       for (int64_t v = 0; v < NV; ++v) put(key, v, V{}, V{});
   }
-  // sums[feature][lane] += what keys begin .. begin + n have of the weights that were put
-  template <int NV>
+  // sums[feature][lane] (+)= what keys begin .. begin + n have of the weights that were put
+  template <int NV, bool kAdd = true>
   void add(int64_t begin, int64_t n, float* sums) {
-    const TileMatrix right{weights_, kRow, kTileBytes, 64};
-    multiply_tiles<true>(values_.tiles(begin, n), blocks_of(a.value_features, kTileRows), right, NV, blocks_of(n, kTileDepth), sums, NV * 64);
+    const TileMatrix right{weights_, kRow, kParts * kTileBytes, 64};
+    multiply_tiles<kAdd, kParts>(values_.tiles(begin, n), blocks_of(a.value_features, kTileRows), right, NV, blocks_of(n, kTileDepth), sums,
+                                 NV * 64);
   }
 
-  template <int NV, bool>
-  void weigh(int64_t begin, int64_t n, const float* weights, const V (&)[NV], float* sums) {
+  // the weights [key][lane] of n keys
+  template <int NV>
+  void put_all(int64_t n, const float* weights) {
     constexpr int64_t lanes = NV * W;
     for (int64_t key = 0; key < n; key += 2)
       for (int64_t v = 0; v < NV; ++v) {
@@ -261,107 +426,262 @@ class TileProduct : public Softmax<S> {
         put(key, v, load_vector(at), key + 1 < n ? load_vector(at + lanes) : V{});
       }
     put_zeros<NV>(n);
+  }
+  template <int NV, bool>
+  void weigh(int64_t begin, int64_t n, const float* weights, const V (&)[NV], float* sums) {
+    put_all<NV>(n, weights);
     add<NV>(begin, n, sums);
   }
 
  private:
+  // whether a finite number of the queries is too large for parts
+  bool beyond(const S* from) const {
+    if constexpr (kParts == 3)
+      for (int64_t i = 0; i < block.count; ++i)
+        for (int64_t e = 0; e < a.features; ++e) {
+          const float size = std::fabs(from[i * a.q.t + e]);
+          if (size > kMostOfParts && size < INFINITY) return true;
+        }
+    return false;
+  }
+
   const TileConfiguration configuration_{16, 16, 16, 16, 16, 16, 16, 16};
-  static constexpr int64_t kRow = kMostKeys / kTileDepth * kTileBytes;  // of the weights, from a vector of lanes to the next
+  static constexpr int64_t kRow = kMostKeys / kTileDepth * kParts * kTileBytes;  // of the weights, from a vector of lanes to the next
+  const bool packs_;
+  const int64_t queries_bytes_;
   char *queries_, *copy_, *weights_;
-  Transposed values_;
+  Packed<S, false> keys_;
+  Packed<S, true> values_;
+  bool refuses_ = false;
 };
 
-// out and lse. The highest score of a lane is raised only when it has grown by so much that weights might grow large: 2^8 is exact.
+// 2^t: infinity where that is more than a float holds; of t < -126 not less than 2^-126, or, if kZeroes, nothing. A NaN stays one.
+template <class M, bool kZeroes>
+FASTSEQ_HOST_DEVICE Float power_of_two(Float t) {
+  constexpr float kLeast = -126, kRound = Lanes<float>::kRound;
+  const __mmask16 some = kZeroes ? _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(kLeast), _CMP_NLT_UQ) : 0xffff;
+  t = Math<float>::at_least(t, kLeast);
+  const Float n = (t + kRound) - kRound, f = t - n;
+  constexpr int last = sizeof(M::kExp2) / sizeof(float) - 1;
+  Float q = Float{} + M::kExp2[last];
+#pragma GCC unroll 16
+  for (int i = last - 1; i >= 0; --i) q = q * f + M::kExp2[i];
+  return (Float)_mm512_maskz_scalef_ps(some, (__m512)(q * f + 1.0f), (__m512)n);
+}
+
+// out and lse. A task is a few blocks of queries of a head, that take turns with each chunk of keys: so keys and values of long sequences
+// are fetched once for all of them.
+template <class S>
 class TileForward {
  public:
-  using S = bfloat16;
   using V = Math<float>::V;
-  using M = ShortMath;
-  static constexpr int64_t W = 16, kLanes = 32;
+  using M = Exponential<S>;
+  static constexpr int64_t W = 16, kLanes = 32;  // of a block
+
+  // queries of a task
+  static int64_t lanes(const Attention& a) { return blocks_of_task(a) * kLanes; }
 
   TileForward(const Attention& given, Arena arena)
       : a(given),
-        rows_(given, arena),
-        scores_(arena.take<float>(kMostKeys * kLanes)),
-        sums_(arena.take<float>(rows_.padded(a.value_features) * kLanes)),
+        blocks_(blocks_of_task(a)),
+        keys_(kFolds && a.value_features > 96 ? kMostKeys : kMostKeys / 2),
+        rows_(given, arena, blocks_, kFolds || a.queries > 512),
+        sums_size_(rows_.padded(a.value_features) * kLanes),
+        scores_(arena.take<float>(keys_ * kLanes)),
+        weights_(a.dropout > 0 ? arena.take<float>(keys_ * kLanes) : nullptr),
+        fresh_(kFolds ? arena.take<float>(sums_size_) : nullptr),
+        sums_(arena.take<float>(blocks_ * sums_size_)),
         used(arena.used()) {}
 
-  void run(int64_t b, int64_t h, int64_t first, int64_t count) {
-    rows_.block.place(b, h, a.sequence(b), first, count);
-    if (count > W)
-      run<2>();
-    else
-      run<1>();
+  // False: a number of float was met that is beyond what is multiplied in parts. Then the results are not to be used.
+  bool run(int64_t b, int64_t h, int64_t first, int64_t count) {
+    const Attention::Sequence s = a.sequence(b);
+    const int64_t blocks = blocks_of(count, kLanes);
+    const auto place = [&](int64_t i) { rows_.block.place(b, h, s, first + i * kLanes, min(kLanes, count - i * kLanes)); };
+    int64_t begin[kMostBlocks], end[kMostBlocks], lowest = s.keys, highest = 0;
+    rows_.refuses();  // of the task before
+    for (int64_t i = 0; i < blocks; ++i) {
+      place(i), rows_.load(i);
+      rows_.block.keys(begin[i], end[i]);
+      lowest = min(lowest, begin[i]), highest = max(highest, end[i]);
+      for (V& v : base_[i]) v = V{} - INFINITY;
+      for (V& v : total_[i]) v = V{};
+      __builtin_memset(sums_ + i * sums_size_, 0, sums_size_ * sizeof(float));
+    }
+    for (int64_t j = lowest; j < highest; j += keys_) {
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t from = max(j, begin[i]), n = min(j + keys_, end[i]) - from;
+        if (n <= 0) continue;
+        if (blocks > 1) place(i);
+        if (rows_.block.vectors > 1)
+          step<2>(i, from, n);
+        else
+          step<1>(i, from, n);
+      }
+      if (kFolds && rows_.refuses()) return false;
+    }
+    for (int64_t i = 0; i < blocks; ++i) {
+      if (blocks > 1) place(i);
+      if (rows_.block.vectors > 1)
+        store<2>(i);
+      else
+        store<1>(i);
+    }
+    return true;
   }
 
  private:
+  static constexpr int64_t kMostBlocks = 4;
+  // Long sums are more exact if those of each chunk are added to the others: what float's softmax has to be.
+  static constexpr bool kFolds = kPartsOf<S> > 1;
+
+  static int64_t blocks_of_task(const Attention& a) {
+    constexpr int64_t kNear = 1 << 20;  // what stays in the second-level cache, beside all else
+    const int64_t bytes = a.keys * (a.features + a.value_features) * kPartsOf<S> * sizeof(bfloat16);
+    return bytes > kNear && !a.relative_q.given() ? min(kMostBlocks, blocks_of(a.queries, kLanes)) : 1;
+  }
+
+  // keys begin .. begin + n for block i
   template <int NV>
-  void run() {
+  void step(int64_t i, int64_t begin, int64_t n) {
     constexpr int64_t lanes = NV * W;
     Block<S>& block = rows_.block;
-    rows_.load();
-    V highest[NV], total[NV];
-    for (int v = 0; v < NV; ++v) highest[v] = V{} - INFINITY, total[v] = V{};
-    const int64_t features = rows_.padded(a.value_features);
-    __builtin_memset(sums_, 0, features * lanes * sizeof(float));
-    const float factor = block.factor(), growth = 8 * 0.69314718f / factor;
-    int64_t begin, end;
-    block.keys(begin, end);
-    for (int64_t j = begin; j < end; j += kMostKeys) {
-      const int64_t n = min(kMostKeys, end - j);
-      if (block.look(j, n) == Seen::kNone) continue;
-      V largest[NV], base[NV], sums[NV];
-      rows_.template scores<NV>(j, n, scores_, largest);
-      uint32_t grown = 0;
-      for (int v = 0; v < NV; ++v) grown |= _mm512_cmp_ps_mask((__m512)largest[v], (__m512)(highest[v] + growth), _CMP_GT_OQ);
-      if (grown) {
-        V alpha[NV];
-        for (int v = 0; v < NV; ++v) {
-          const V next = largest[v] > highest[v] ? largest[v] : highest[v];
-          alpha[v] = power_of<M, float>(highest[v] - rows_.base_of(next), factor);
-          highest[v] = next, total[v] *= alpha[v];
-        }
-        for (int64_t x = 0; x < features * lanes; x += lanes)
-          for (int v = 0; v < NV; ++v) store_vector(sums_ + x + v * W, load_vector(sums_ + x + v * W) * alpha[v]);
+    if (block.look(begin, n) == Seen::kNone) return;
+    float* all = sums_ + i * sums_size_;
+    const int64_t values = a.value_features * lanes;
+    rows_.template products<NV>(begin, n, scores_, i);
+    V sums[NV], alpha[NV];
+    __mmask16 others[NV];
+    for (int v = 0; v < NV; ++v) alpha[v] = V{} + 1.0f, others[v] = 0xffff;
+    if (!rows_.plain()) {
+      block.template shape<NV>(scores_, begin, n);
+      raise<NV>(i, n, others, alpha);
+      weigh<NV, true>(i, n, sums);
+    } else if (!weighs_as_before<NV>(i, n, sums, others)) {
+      raise<NV>(i, n, others, alpha);
+      weigh<NV, false>(i, n, sums);
+    }
+    for (int v = 0; v < NV; ++v) total_[i][v] = total_[i][v] * alpha[v] + sums[v];
+    if (a.dropout > 0) {
+      block.template drop<NV>(begin, n, [&](int64_t at, V keep) { store_vector(weights_ + at, load_vector(weights_ + at) * keep); });
+      rows_.template put_all<NV>(n, weights_);
+    } else {
+      rows_.template put_zeros<NV>(n);
+    }
+    const auto rescale = [&](auto&& added) __attribute__((always_inline)) {
+      for (int64_t x = 0; x < values; x += lanes)
+        for (int v = 0; v < NV; ++v) store_vector(all + x + v * W, load_vector(all + x + v * W) * alpha[v] + added(x + v * W));
+    };
+    if constexpr (kFolds) {
+      rows_.template add<NV, false>(begin, n, fresh_);
+      rescale([&](int64_t at) __attribute__((always_inline)) { return load_vector(fresh_ + at); });
+    } else {
+      uint32_t moved = 0;
+      for (int v = 0; v < NV; ++v) moved |= _mm512_cmp_ps_mask((__m512)alpha[v], _mm512_set1_ps(1), _CMP_NEQ_UQ);
+      if (moved) rescale([](int64_t) { return V{}; });
+      rows_.template add<NV>(begin, n, all);
+    }
+  }
+
+  // Weighs a chunk by the base that is there, at first 0, if that serves: weights are numbers of any size, and seldom does a chunk have scores
+  // so much higher than those before, or the first scores so far from 0, that they get out of bounds: in some `others` of the lanes. Of 16
+  // bits, the first base is that of the highest score: where few keys are seen, its weight of 1 is exact.
+  template <int NV>
+  bool weighs_as_before(int64_t i, int64_t n, V (&sums)[NV], __mmask16 (&others)[NV]) {
+    constexpr float kLeast = 0x1p-4f, kMost = 0x1p40f;
+    __mmask16 first[NV], any = 0;
+    for (int v = 0; v < NV; ++v) {
+      first[v] = _mm512_cmp_ps_mask((__m512)base_[i][v], _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
+      others[v] = kFolds ? 0 : first[v], any |= others[v];
+    }
+    if (any) return false;
+    weigh<NV, false>(i, n, sums);
+    for (int v = 0; v < NV; ++v) {
+      others[v] = _mm512_cmp_ps_mask((__m512)sums[v], _mm512_set1_ps(kMost), _CMP_NLE_UQ) |
+                  (first[v] & _mm512_cmp_ps_mask((__m512)sums[v], _mm512_set1_ps(kLeast), _CMP_LT_OQ));
+      base_[i][v] = (V)_mm512_mask_blend_ps(others[v], (__m512)rows_.base_of(base_[i][v]), (__m512)base_[i][v]), any |= others[v];
+    }
+    return !any;
+  }
+
+  // The base of each of these lanes becomes its highest score, if that is higher; alpha: what it leaves of what was summed before.
+  template <int NV>
+  void raise(int64_t i, int64_t n, const __mmask16 (&lanes)[NV], V (&alpha)[NV]) {
+    V most[NV];
+    for (int v = 0; v < NV; ++v) most[v] = V{} - INFINITY;
+    for (int64_t x = 0; x < n * NV * W; x += NV * W)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const V score = load_vector(scores_ + x + v * W);
+        most[v] = score > most[v] ? score : most[v];
       }
-      for (int v = 0; v < NV; ++v) base[v] = rows_.base_of(highest[v]), sums[v] = V{};
-      const auto weight = [&](int64_t key, int v) __attribute__((always_inline)) {
-        return power_of<M, float>(load_vector(scores_ + key * lanes + v * W) - base[v], factor);
-      };
-      int64_t key = 0;
-      for (; key + 2 <= n; key += 2)
+    for (int v = 0; v < NV; ++v) {
+      const V before = base_[i][v], own = (V)_mm512_mask_blend_ps(lanes[v], (__m512)before, (__m512)most[v]);
+      const V next = own > before ? own : before, from = rows_.base_of(next);
+      alpha[v] = power_of_two<M, true>((before - from) * unit() + (rest_of(from) - rest_of(before))), base_[i][v] = next;
+    }
+  }
+
+  // Scores become weights, operands of the product, and their sums; with a dropout, numbers. Scores that a bias has put at the end of the range
+  // are subtracted before they are multiplied.
+  template <int NV, bool kZeroes>
+  void weigh(int64_t i, int64_t n, V (&sums)[NV]) {
+    constexpr int64_t lanes = NV * W;
+    const float factor = unit();
+    V base[NV], power[NV], rest[NV];
+    for (int v = 0; v < NV; ++v) {
+      base[v] = rows_.base_of(base_[i][v]), sums[v] = V{};
+      power[v] = base[v] * factor, rest[v] = rest_of(base[v]);
+    }
+    const auto exponent = [&](V score, int v) __attribute__((always_inline)) {
+      return kZeroes ? (score - base[v]) * factor + rest[v] : score * factor - power[v];
+    };
+    const bool drops = a.dropout > 0;
+    const auto weight = [&](int64_t key, int v) __attribute__((always_inline)) {
+      const V w = power_of_two<M, kZeroes>(exponent(load_vector(scores_ + key * lanes + v * W), v));
+      if (drops) store_vector(weights_ + key * lanes + v * W, w);
+      return w;
+    };
+    int64_t key = 0;
+    for (; key + 2 <= n; key += 2) {
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) {
-          const V first = weight(key, v), second = weight(key + 1, v);
-          sums[v] += first + second;
-          if (a.dropout > 0)
-            store_vector(scores_ + key * lanes + v * W, first), store_vector(scores_ + (key + 1) * lanes + v * W, second);
-          else
-            rows_.put(key, v, first, second);
-        }
-      if (key < n)
-        for (int v = 0; v < NV; ++v) {
-          const V last = weight(key, v);
-          sums[v] += last;
-          store_vector(scores_ + key * lanes + v * W, last);
-          rows_.put(key, v, last, V{});
-        }
-      for (int v = 0; v < NV; ++v) total[v] += sums[v];
-      if (a.dropout > 0) {
-        block.template drop<NV>(j, n, [&](int64_t at, V keep) { store_vector(scores_ + at, load_vector(scores_ + at) * keep); });
-        rows_.template weigh<NV, false>(j, n, scores_, base, sums_);
-      } else {
-        rows_.template put_zeros<NV>(n);
-        rows_.template add<NV>(j, n, sums_);
+      for (int v = 0; v < NV; ++v) {
+        const V first = weight(key, v), second = weight(key + 1, v);
+        sums[v] += first + second;
+        if (!drops) rows_.put(key, v, first, second);
       }
     }
+    if (key < n)
+      for (int v = 0; v < NV; ++v) {
+        const V last = weight(key, v);
+        sums[v] += last;
+        if (!drops) rows_.put(key, v, last, V{});
+      }
+  }
+
+  // what rounding takes from the power of two of a base
+  V rest_of(V base) const {
+    const __m512 factor = _mm512_set1_ps(unit()), b = (__m512)base;
+    const V rest = (V)_mm512_fmsub_ps(b, factor, _mm512_mul_ps(b, factor));
+    return rest - rest == 0 ? rest : V{};  // beyond the range there is none
+  }
+  // of scores in a power of two
+  float unit() const { return rows_.block.factor() * Lanes<float>::kLog2e; }
+
+  template <int NV>
+  void store(int64_t i) {
+    V highest[NV], total[NV];
+    for (int v = 0; v < NV; ++v) highest[v] = base_[i][v], total[v] = total_[i][v];
     rows_.template finish<NV>(highest, total);
-    block.store(sums_, a.value_features, rows_.factors(), a.out);
+    rows_.block.store(sums_ + i * sums_size_, a.value_features, rows_.factors(), a.out);
   }
 
   const Attention& a;
+  const int64_t blocks_, keys_;  // of a task; of a chunk, which is to stay in the first-level cache with all that it meets
   TileProduct<S> rows_;
-  float *scores_, *sums_;
+  const int64_t sums_size_;  // of a block
+  float *scores_, *weights_, *fresh_, *sums_;
+  V base_[kMostBlocks][2], total_[kMostBlocks][2];  // weights are e^(score - base)
 
  public:
   const int64_t used;
@@ -369,6 +689,7 @@ class TileForward {
 
 // The gradients that a part of the queries of a key head's query heads gives, by tiles.
 class TileBackward : public BackwardRows<bfloat16, TileProduct> {
+  using S = bfloat16;
   static constexpr int64_t kLanes = 64;
 
  public:
@@ -404,7 +725,8 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
     Block<S>& block = rows_.block;
     rows_.load();
     const bfloat16 *queries = of_queries(a.q), *dout = of_queries(g.dout);
-    pack_features(dout, g.dout.t, block.count, NV, Ev, dout_features_);
+    Extent ignored;
+    pack_features(dout, g.dout.t, block.count, NV, Ev, dout_features_, ignored);
     if (g.dk.given()) pack_rows(queries, a.q.t, block.count, steps, E, query_pairs_);
     if (g.dv.given()) pack_rows(dout, g.dout.t, block.count, steps, Ev, dout_pairs_);
     if (g.dq.given()) keys_.start(rows_.row_of(a.k, 0), a.k.t, block.s.keys);
@@ -476,9 +798,8 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
     }
   }
 
-  using S = bfloat16;
   char *dout_features_, *query_pairs_, *dout_pairs_, *copy_, *weight_rows_, *gradient_rows_, *gradient_pairs_;
-  Transposed keys_;
+  Packed<S, true> keys_;
   float* sums_ = nullptr;
 
  public:

@@ -33,6 +33,7 @@ struct MatrixProduct {
   bool transposed;  // left is [depth][rows], else [rows][depth]
   Right right[3];
   int count;  // of right matrices
+  bool two_parts = false;  // of float: two parts of bfloat16 instead of three, with half the products and errors of 2^-16
 };
 
 constexpr int64_t kPanel = 32;  // rows or columns

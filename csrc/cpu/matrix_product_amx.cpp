@@ -71,9 +71,8 @@ FASTSEQ_HOST_DEVICE void transpose(const char* from, char* to) {
   }
 }
 
-template <class S>
+template <class S, int kParts>
 class Product {
-  static constexpr int kParts = sizeof(S) == sizeof(bfloat16) ? 1 : 3;
   static constexpr int64_t kBytes = kTileBytes * kParts, kStep = 2 * kBytes;  // of a tile, of a panel's depths of a tile
   // Depths of a run: a panel of the left-hand matrix fits the first-level cache, which the right-hand ones stream past.
   static constexpr int64_t kRun = kParts == 1 ? 512 : 128;
@@ -94,8 +93,8 @@ class Product {
     pairs = take(p.transposed ? row_panels * kStep : 0);
     sums = take(p.depth > kRun ? row_panels * panels * kSums : 0);
     fresh = take(kSums);
-    of_rows = (V*)take(kParts == 3 ? row_panels * (p.transposed ? 2 : kPanel) * sizeof(V) : 0);
-    of_columns = (V*)take(kParts == 3 ? panels * 2 * sizeof(V) : 0);
+    of_rows = (V*)take(kParts > 1 ? row_panels * (p.transposed ? 2 : kPanel) * sizeof(V) : 0);
+    of_columns = (V*)take(kParts > 1 ? panels * 2 * sizeof(V) : 0);
     bytes = at;
     for (int64_t i = 0, panel = -block.columns[0]; i < p.count; panel += blocks_of(p.right[i++].columns, kPanel)) {
       const MatrixProduct::Right& own = p.right[i];
@@ -108,7 +107,7 @@ class Product {
 
   bool multiply() const {
     const TileConfiguration configuration({16, 16, 16, 16, 16, 16, 16, 16});
-    if constexpr (kParts == 3) __builtin_memset((void*)of_rows, 0, (char*)(of_columns + 2 * panels) - (char*)of_rows);
+    if constexpr (kParts > 1) __builtin_memset((void*)of_rows, 0, (char*)(of_columns + 2 * panels) - (char*)of_rows);
     Waiting waiting;
     for (int64_t k = 0; k < p.depth; k += kRun) {
       const int64_t count = min(kRun, p.depth - k);
@@ -258,7 +257,7 @@ class Product {
         }
         for (int64_t part = 0; part < kParts; ++part) transpose(lying + part * kTileBytes, to + part * kTileBytes);
       }
-      if constexpr (kParts == 3) {
+      if constexpr (kParts > 1) {
         U* of_tile = (U*)of_columns + 2 * panel + half;
         for (int64_t i = 0; i < kTile; ++i)
           for (int64_t lane = 0; lane < kTile; ++lane) (*of_tile)[i] = max((*of_tile)[i], ((U)most[i])[lane]);
@@ -281,7 +280,7 @@ class Product {
           pairs_of(x, y, to);
         }
       }
-      if constexpr (kParts == 3) see(most, of_rows[i]);
+      if constexpr (kParts > 1) see(most, of_rows[i]);
     }
   }
 
@@ -298,6 +297,10 @@ class Product {
     for (int64_t d = 0; d < depths; ++d, a += kStep, b += kStep) {
       if constexpr (kParts == 1) {
         load_left<MT>(a), load_right<NT>(b), multiply_tiles<MT, NT>();
+      } else if constexpr (kParts == 2) {
+        load_left<MT>(a), load_right<NT>(b + kTileBytes), multiply_tiles<MT, NT>();
+        load_left<MT>(a + kTileBytes), load_right<NT>(b), multiply_tiles<MT, NT>();
+        load_left<MT>(a), multiply_tiles<MT, NT>();
       } else {
         // the six products that count, the largest last, each with one factor of the one before
         load_left<MT>(a), load_right<NT>(b + 2 * kTileBytes), multiply_tiles<MT, NT>();
@@ -386,17 +389,17 @@ class Product {
 };
 
 template <class F>
-auto with_type(Type type, F&& body) {
-  if (type == Type::kFloat) return body.template operator()<float>();
-  return body.template operator()<bfloat16>();
+auto with_parts(const MatrixProduct& product, F&& body) {
+  if (product.type != Type::kFloat) return body.template operator()<Product<bfloat16, 1>>();
+  return product.two_parts ? body.template operator()<Product<float, 2>>() : body.template operator()<Product<float, 3>>();
 }
 
 constexpr MatrixKernels kMatrixKernels{
     [](const MatrixProduct& product, const MatrixBlock& block) {
-      return with_type(product.type, [&]<class S>() { return Product<S>(product, block, nullptr).bytes; });
+      return with_parts(product, [&]<class P>() { return P(product, block, nullptr).bytes; });
     },
     [](const MatrixProduct& product, const MatrixBlock& block, void* scratch) {
-      return with_type(product.type, [&]<class S>() { return Product<S>(product, block, scratch).multiply(); });
+      return with_parts(product, [&]<class P>() { return P(product, block, scratch).multiply(); });
     }};
 
 }  // namespace

@@ -97,9 +97,10 @@ struct TileProduct {
     int64_t depth_ = 0;  // columns of a row, whole tiles
   };
 
-  // Rows are cut evenly into tiles; a product takes two. C: tiles 0 to 3, A: 4 and 5, B: 6 and 7.
-  explicit TileProduct(int64_t rows)
-      : rows_(rows ? blocks_of(rows, blocks_of(rows, 16)) : 1), configuration_({rows_, rows_, rows_, rows_, rows_, rows_, 16, 16}) {}
+  // Rows are cut evenly into tiles; a product takes two. C: tiles 0 to 3, A: 4 and 5, B: 6 and 7. two_parts: of the three.
+  TileProduct(int64_t rows, bool two_parts)
+      : rows_(rows ? blocks_of(rows, blocks_of(rows, 16)) : 1), two_parts_(two_parts),
+        configuration_({rows_, rows_, rows_, rows_, rows_, rows_, 16, 16}) {}
 
   int64_t block(int64_t) const { return 2 * rows_; }
 
@@ -109,7 +110,7 @@ struct TileProduct {
   template <class Aside>
   void multiply(const Matrix& rows, int64_t begin, int64_t count, const void* packed, int64_t vectors, int64_t depth,
                 Start<float> start, float* sums, const void*, Aside&& aside) const {
-    const Sums to{rows_, vectors, start, sums};
+    const Sums to{rows_, vectors, start, sums, two_parts_};
     const Factors h(rows, begin, packed, vectors, depth);
     passes(to, count, vectors, aside, h);
     aside.rest();
@@ -121,7 +122,7 @@ struct TileProduct {
   void multiply_both(const Matrix& rows, int64_t begin, const Weights& weights, int64_t count, int64_t vectors, float* sums,
                      Aside&& aside) const {
     const int64_t own = weights.own, shared = vectors - own;
-    Sums to{rows_, vectors + own, weights.start, sums};
+    Sums to{rows_, vectors + own, weights.start, sums, two_parts_};
     Factors h(rows, begin, weights.packed, vectors, weights.depth);
     Factors x(*weights.inputs, weights.input_row + begin, weights.packed_input, vectors, weights.input_depth);
     passes(to, count, shared, aside, x, h);
@@ -183,6 +184,7 @@ struct TileProduct {
     int64_t vectors;  // of a row
     Start<float> start;  // of the first of the vectors that a product fills, and the following
     float* data;  // [rows][vectors][16]
+    bool two_parts;
     int64_t first = 0;  // of the vectors that a product fills
   };
 
@@ -236,7 +238,7 @@ struct TileProduct {
       begin<NV>(sums, sums.rows, first);
       if constexpr (NV > 1) begin<NV + 1>(sums, sums.rows, first + 1);
     }
-    (accumulate<kTiles, NV>(sums.rows, first, aside, factors), ...);
+    (accumulate<kTiles, NV>(sums, first, aside, factors), ...);
     const int64_t stride = sums.vectors * 64;
     float* to = sums.data + (sums.first + first) * W;
     tile_store<0>(to, stride);
@@ -251,13 +253,15 @@ struct TileProduct {
   }
 
   template <int kTiles, int NV, class Aside>
-  static FASTSEQ_HOST_DEVICE void accumulate(int64_t rows, int64_t first, Aside& aside, const Factors& f) {
+  static FASTSEQ_HOST_DEVICE void accumulate(const Sums& sums, int64_t first, Aside& aside, const Factors& f) {
     const char* a = f.a;
     const char* b = f.b + first * kTileBytes;
-    const int64_t second = rows * f.stride;
+    const int64_t second = sums.rows * f.stride;
     for (int64_t k = 0; k < f.depths; ++k, a += 64, b += f.vectors * kTileBytes) {
       if constexpr (kParts == 1)
         multiply_part<kTiles, NV, true>(a, second, f.stride, b);
+      else if (sums.two_parts)
+        multiply_two_parts<kTiles, NV>(a, second, f.stride, f.part, b);
       else
         multiply_parts<kTiles, NV>(a, second, f.stride, f.part, b);
       aside();
@@ -311,6 +315,18 @@ struct TileProduct {
     }
   }
 
+  // Three products of the first two parts: what they leave out is up to 2^-16 of a product.
+  template <int kTiles, int NV>
+  static FASTSEQ_HOST_DEVICE void multiply_two_parts(const char* a, int64_t second, int64_t stride, int64_t part, const char* b) {
+    multiply_part<kTiles, NV, true>(a, second, stride, b + 1024);
+    multiply_part<kTiles, NV, true>(a + part, second, stride, b);
+    if constexpr (NV <= 2) {
+      multiply_loaded<kTiles, NV>(a, second, stride);
+    } else {
+      multiply_part<kTiles, NV, true>(a, second, stride, b);
+    }
+  }
+
   // other rows of a with what tiles 6 and 7 hold of b
   template <int kTiles, int NV>
   static FASTSEQ_HOST_DEVICE void multiply_loaded(const char* a, int64_t second, int64_t stride) {
@@ -325,5 +341,6 @@ struct TileProduct {
   }
 
   int64_t rows_;  // of a tile
+  bool two_parts_;
   TileConfiguration configuration_;
 };

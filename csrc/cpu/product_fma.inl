@@ -56,7 +56,7 @@ struct MultiplyAdd {
     int64_t stride_ = 0;
   };
 
-  explicit MultiplyAdd(int64_t) {}
+  MultiplyAdd(int64_t, bool) {}
   int64_t block(int64_t rows) const { return blocks_of(rows, blocks_of(rows, kMostRows)); }
 
   static int64_t tile_bytes(int64_t vectors, int64_t depth) { return vectors * W * depth * sizeof(A); }

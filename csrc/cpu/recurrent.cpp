@@ -297,15 +297,15 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
                        std::optional<Tensor> x_gates, Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection,
                        std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> lengths,
                        std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h, std::optional<Tensor> hold_c,
-                       std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, Tensor y, Tensor h_n, Tensor c_n,
-                       Tensor c, Tensor gates) {
+                       std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool two_parts, Tensor y, Tensor h_n,
+                       Tensor c_n, Tensor c, Tensor gates) {
   Layer layer;
   Forward& a = layer.a;
   a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
   a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
   const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates;
-  a.batch = h_n.size(1);
+  a.batch = h_n.size(1), a.two_parts = two_parts;
   layer.steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || layer.steps == 0 || P == 0) return;
 
@@ -393,15 +393,15 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
                         Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection, std::optional<Tensor> h0,
                         std::optional<Tensor> c0, std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes,
                         std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
-                        std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool through_weights, Tensor dgates,
-                        Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0) {
+                        std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool through_weights, bool two_parts,
+                        Tensor dgates, Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0) {
   LayerBackward layer;
   Backward& a = layer.a;
   a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
   a.shape = {cell_of(cell), type_of(y.scalar_type()), weight.size(0), 0, weight.size(2), projection.has_value(), any(a.zoneout)};
   const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden = weight.size(1) / tiling.gates, GH = tiling.gates * H;
-  a.batch = dh0.size(1);
+  a.batch = dh0.size(1), a.two_parts = two_parts;
   const int64_t steps = layer.steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
   if (a.batch == 0 || steps == 0 || P == 0) return;
   const int64_t stored = bytes_of(a.shape.type);
@@ -492,7 +492,7 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
                                              std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                              std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes,
                                              std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
-                                             std::string cell, double zoneout_h, double zoneout_c, std::vector<bool> wanted) {
+                                             std::string cell, double zoneout_h, double zoneout_c, std::vector<bool> wanted, bool two_parts) {
   const bool packed = batch_sizes.has_value();
   STD_TORCH_CHECK(y.dim() == 4 - packed && x.dim() == 3 - packed && y.numel() && (!packed || batch_sizes->numel()),
                   "recurrent: x must be [T, B, I] and y [T, B, D, P], or with batch_sizes [N, I] and [N, D, P], not empty");
@@ -550,7 +550,7 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
     layer.w_hh.push_back(data(params[D + d]));
     if (projected) layer.w_hr.push_back(data(params[count - D + d]));
   }
-  a.batch = B, layer.steps = T, layer.reverse = D > 1 ? 2 : 0, layer.through_weights = T > 1;
+  a.batch = B, a.two_parts = two_parts, layer.steps = T, layer.reverse = D > 1 ? 2 : 0, layer.through_weights = T > 1;
   layer.lengths = integers(lengths);
   layer.batch_sizes = packed && sizes[T - 1] < B ? sizes : nullptr;  // sequences of one length lie as padded ones do
   a.dy = data(dy), a.dh_n = data(dh_n), a.dc_n = data(dc_n), a.h0 = data(h0), a.c0 = data(c0);
@@ -607,7 +607,7 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
     for (int64_t i = 0; i < of_products; ++i) bits[i % D] |= int64_t(wanted[3 + i]) << i / D;
     bits[0] |= int64_t(wanted[0]) << 4;
     const std::vector<Tensor> w_ih(params.begin(), params.begin() + (wanted[0] ? D : 0));
-    std::vector<Tensor> found = recurrent_gradients(x, dgates, drecurrent, y, h0, lengths, batch_sizes, w_ih, layer.reverse, bits);
+    std::vector<Tensor> found = recurrent_gradients(x, dgates, drecurrent, y, h0, lengths, batch_sizes, w_ih, layer.reverse, bits, two_parts);
     if (!found.empty()) {
       auto next = found.begin();
       if (wanted[0]) results.push_back(*next++);

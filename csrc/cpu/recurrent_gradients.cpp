@@ -34,7 +34,7 @@ MatrixRows rows_of(const Tensor& x, const std::vector<int64_t>* places, Pointers
 
 std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, std::optional<Tensor> h0,
                                         std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::vector<Tensor> w_ih,
-                                        int64_t reverse, std::vector<int64_t> wanted) {
+                                        int64_t reverse, std::vector<int64_t> wanted, bool two_parts) {
   const ScalarType narrow = y.scalar_type();
   const int64_t D = wanted.size(), I = x.size(x.dim() - 1), P = y.size(y.dim() - 1), GH = dgates.size(dgates.dim() - 1);
   const Type type = type_of(narrow);
@@ -77,7 +77,7 @@ std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurre
     for (const Tensor& weight : w_ih)
       for (int64_t g = 0; g < GH; ++g) weights.push_back(offset(data(weight), g * weight.stride(0) * bytes));
     products.push_back({type, rows, D * GH, {data(dgates), D * GH * bytes, nullptr}, false,
-                        {{{nullptr, 0, weights.data()}, I, mutable_data(results.back()), I * bytes}}, 1});
+                        {{{nullptr, 0, weights.data()}, I, mutable_data(results.back()), I * bytes}}, 1, two_parts});
   }
 
   const Buffer zeros(P * bytes);
@@ -111,7 +111,7 @@ std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurre
       if (!width || (!of_input && !of_state && !of_bias)) return;
       const int64_t all = gates.size(gates.dim() - 1);
       const MatrixRows left = rows_of(offset(data(gates), (d * all + column) * bytes), D * all * bytes, places, fresh());
-      MatrixProduct product{type, width, depth, left, true, {}, 0};
+      MatrixProduct product{type, width, depth, left, true, {}, 0, two_parts};
       if (of_input) product.right[product.count++] = {of_x, I, of_input + first * I * bytes, I * bytes};
       if (of_state) product.right[product.count++] = {of_h, P, of_state + first * P * bytes, P * bytes};
       if (of_bias) product.right[product.count++] = {ones, 1, of_bias + first * bytes, bytes};

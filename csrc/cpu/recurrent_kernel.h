@@ -96,6 +96,7 @@ struct Forward {
   void* c;                 // rows x K*H, A, or null
   void* gates;             // rows x saved*H, S, or null
   float least_x, least_h;  // as `least` below, of x and of h
+  bool two_parts;          // of float, multiplied in parts: two instead of three
 };
 
 // The input of a lane in a short call: gates[r * stride + j] = bias[j] + scales[j] x[r] . weights[j].
@@ -133,6 +134,7 @@ struct Backward {
   void* dc0;                 // [D, B, K*H] A
   // Of operands multiplied in parts (Kernels::forward): the largest of a step must not be smaller, unless all are zero.
   float least;
+  bool two_parts;            // as in Forward
 };
 
 // Nor larger than this.

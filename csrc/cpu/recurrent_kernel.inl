@@ -390,7 +390,7 @@ class ForwardKernel {
     for (int64_t step = 0, turn = 0; step < w.rows.steps && (within || w.barrier); ++turn) {
       const int64_t end = x ? end_of_chunk(step) : w.rows.steps;
       if (x) project_input(step, end, turn);
-      const Product product(w.rows.slots);
+      const Product product(w.rows.slots, a.two_parts);
       for (const int64_t start = step; step < end; ++step) {
         t = steps.time(step);
         chunk_row = x ? chunk_start[step - start] : 0;
@@ -492,7 +492,7 @@ class ForwardKernel {
     if (rows == 0) return;
     chunk.x.clear_rest(rows, I);
     if (chunk.fused) return;
-    const Product product(rows);
+    const Product product(rows, a.two_parts);
     const int64_t block = product.block(rows);
     for_tiles(w.unit_tiles, turn, [&](int64_t tile) {
       const int64_t vectors = G * min(UB, blocks_of(H - tile * UB * W, W));
@@ -789,7 +789,7 @@ class BackwardKernel {
   bool run() {
     begin();
     if (w.barrier) w.barrier->wait(w.weight);
-    const Product product(w.rows.slots);
+    const Product product(w.rows.slots, a.two_parts);
     for (int64_t step = 0; step < w.rows.steps && (within || w.barrier); ++step) {
       t = steps.time(step);
       old_dgates = &buf.dgates[step & 1], new_dgates = &buf.dgates[1 - (step & 1)];

@@ -188,13 +188,14 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
                               const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& hold_h,
                               const std::optional<Tensor>& hold_c, const std::string& cell, int64_t num_layers, bool has_biases,
                               bool bidirectional, bool batch_first, double zoneout_h, double zoneout_c,
-                              const std::optional<std::vector<Tensor>>& kept, Saves saves) {
+                              const std::optional<std::vector<Tensor>>& kept, Saves saves, bool two_parts) {
   // Whatever is odd is declined: the long way says what is wrong with it, or deals with it.
   if (!plain(input) || !plain(h0) || !plain(c0) || !plain(lengths) || !plain(batch_sizes)) return {};
   const auto stack = Stack::make(params, cell, num_layers, has_biases, bidirectional);
   if (!stack || input.scalar_type() != stack->narrow || (kept && kept->size() != static_cast<size_t>(num_layers))) return {};
   Layer layer;
   Forward& a = layer.a;
+  a.two_parts = two_parts;
   a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
   a.shape = stack->shape, a.shape.zoned = any(a.zoneout);
   const Tiling& tiling = stack->tiling;
@@ -334,18 +335,18 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
 std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                      std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::string cell,
                                      int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
-                                     double zoneout_c, std::optional<std::vector<Tensor>> kept) {
+                                     double zoneout_c, std::optional<std::vector<Tensor>> kept, bool two_parts) {
   return run_stack(input, h0, c0, params, lengths, batch_sizes, {}, {}, cell, num_layers, has_biases, bidirectional, batch_first,
-                   zoneout_h, zoneout_c, kept, Saves::kNothing);
+                   zoneout_h, zoneout_c, kept, Saves::kNothing, two_parts);
 }
 
 std::vector<Tensor> recurrent_layer(Tensor x, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                     std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h,
                                     std::optional<Tensor> hold_c, std::string cell, bool has_biases, bool bidirectional,
-                                    double zoneout_h, double zoneout_c, bool save_gates) {
+                                    double zoneout_h, double zoneout_c, bool save_gates, bool two_parts) {
   if (x.dim() != (batch_sizes ? 2 : 3)) return {};
   return run_stack(x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c, cell, 1, has_biases, bidirectional, false, zoneout_h,
-                   zoneout_c, {}, save_gates ? Saves::kGates : Saves::kCells);
+                   zoneout_c, {}, save_gates ? Saves::kGates : Saves::kCells, two_parts);
 }
 
 std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell, int64_t num_layers, bool has_biases,

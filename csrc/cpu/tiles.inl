@@ -26,11 +26,11 @@ FASTSEQ_HOST_DEVICE void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
 
-// The rows of the eight tiles, each of 64 bytes. It is the thread's own, and other libraries' kernels change it: it holds from construction
-// to destruction, within which nothing else runs.
+// The rows of the eight tiles, and their bytes, 64 unless given. It is the thread's own, and other libraries' kernels change it: it holds
+// from construction to destruction, within which nothing else runs.
 class TileConfiguration {
  public:
-  explicit TileConfiguration(std::initializer_list<int64_t> rows) {
+  explicit TileConfiguration(std::initializer_list<int64_t> rows, std::initializer_list<int64_t> bytes = {}) {
     struct alignas(64) {
       uint8_t palette, start;
       uint8_t reserved[14];
@@ -40,6 +40,8 @@ class TileConfiguration {
     configuration.palette = 1;
     int tile = 0;
     for (int64_t of_tile : rows) configuration.bytes[tile] = 64, configuration.rows[tile++] = of_tile;
+    tile = 0;
+    for (int64_t of_row : bytes) configuration.bytes[tile++] = of_row;
     asm volatile("ldtilecfg %0" ::"m"(configuration) : "memory");
   }
   ~TileConfiguration() { asm volatile("tilerelease" ::: "memory"); }

@@ -1,4 +1,4 @@
-"""`explain`: which backend ran each call, and what stood against the others."""
+"""`explain`: which backend ran each call, where that choice comes from, and what stood against the others."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import no_grad
 
-from .notes import listeners
+from .notes import watching
 from .query import Query
-from .selection import ORDER, forced, reasons, watching
+from .registry import ORDER, reasons
+from .wish import forced
 
 
 @dataclass
@@ -18,7 +19,7 @@ class Explanation:
     """Which backend ran each call, and what stood against the others. ``print`` it."""
 
     calls: list[tuple[Query, str, dict[str, list[str]]]] = field(default_factory=list)
-    notes: list[list[str]] = field(default_factory=list)  # of each call: what its backend says of the way it took
+    notes: list[list[str]] = field(default_factory=list)  # of each call: where the choice comes from, what its backend says
 
     @property
     def backends(self) -> list[str]:
@@ -36,7 +37,8 @@ class Explanation:
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Run ``function(*args, **kwargs)`` without gradients: which backend each fastseq op in it chose, and why not the others.
+    """Run ``function(*args, **kwargs)`` without gradients: which backend each fastseq op chose that it calls in this thread,
+    where the choice comes from, and why not the others.
 
     Example:
         >>> print(fastseq.explain(fastseq.GRU(8, 16), torch.randn(5, 2, 8)))
@@ -50,7 +52,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     seen: set[Query] = set()
     notes: list[str] = []  # of the call that runs
 
-    def watch(query: Query, chosen: str) -> None:
+    def told(query: Query, chosen: str) -> None:
         nonlocal notes
         notes = []
         if query not in seen:
@@ -58,15 +60,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
             explanation.notes.append(notes)
             # PyTorch's own kernel is not asked for after the others
             better = ORDER[: ORDER.index(chosen)] if forced() is None and chosen != "torch" else ()
-            explanation.calls.append((query, chosen, {name: reasons(name, query) for name in better}))
+            against = {name: reasons(name, query) for name in better}
+            explanation.calls.append((query, chosen, {name: why for name, why in against.items() if why}))
 
-    def take(text: str) -> None:
+    def noted(text: str) -> None:
         notes.append(text)
 
-    listeners.append(take)
-    try:
-        with watching(watch), no_grad():
-            function(*args, **kwargs)
-    finally:
-        listeners.remove(take)
+    with watching(told, noted), no_grad():
+        function(*args, **kwargs)
     return explanation

@@ -1,13 +1,46 @@
-"""What a backend says of the way it takes, to whoever asked for an explanation."""
+"""Who looks on: whom a call's backend is told, and what the backend says of the way it takes. Each context has its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
-listeners: list[Callable[[str], None]] = []
+import torch
+
+from .query import Query
+
+
+class Watcher(NamedTuple):
+    told: Callable[[Query, str], None]  # every call and the backend that runs it
+    noted: Callable[[str], None]  # then, of the call that runs, the ways it takes
+
+
+_watchers: ContextVar[tuple[Watcher, ...]] = ContextVar("fastseq_watchers", default=())
+
+
+@contextmanager
+def watching(told: Callable[[Query, str], None], noted: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Within a ``with`` block, ``told`` is told every call of this thread and the backend that runs it, and ``noted`` how."""
+    token = _watchers.set((*_watchers.get(), Watcher(told, noted)))
+    try:
+        yield
+    finally:
+        _watchers.reset(token)
+
+
+def watched() -> bool:
+    """Whether somebody wants to know who runs what."""
+    return not torch.compiler.is_compiling() and bool(_watchers.get())
+
+
+def tell(query: Query, backend: str) -> None:
+    for watcher in _watchers.get():
+        watcher.told(query, backend)
 
 
 def note(way: object) -> None:
     """Tell it, as a string, of the call that runs."""
-    for listen in listeners:
-        listen(str(way))
+    for watcher in _watchers.get():
+        watcher.noted(str(way))

@@ -22,6 +22,7 @@ class RecurrentQuery(NamedTuple):
     zoned: bool = False  # with zoneout
     batch: int = 1
     backward: bool = False
+    saving: bool = False  # forward, for a backward pass
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

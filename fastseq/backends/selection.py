@@ -1,43 +1,34 @@
-"""Which backend runs a call: the first of ``ORDER`` without a reason against it, or the one that is forced."""
+"""Which backend runs a call: the one that is forced, else the first that can of those that a decision ranks.
+
+``fastseq.choice`` has the decisions. Ops ask `select`; what PyTorch's own kernels may take is asked before an op is called, by
+`torch_takes` and `torch_runs`.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator, contextmanager
+from collections.abc import Callable
+from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from .._arguments import Function, unknown
-from ..choice import self_check
-from . import cpu, cuda, reference, torch, triton
-from .notes import note
-from .query import Query, RecurrentQuery
+import torch
 
-ORDER = ("cuda", "triton", "cpu", "torch", "reference")
-BACKENDS: dict[str, ModuleType] = {module.name: module for module in (cuda, triton, cpu, torch, reference)}
+from ..choice import sources
+from ..choice.decision import MODES, Call, Decision
+from . import reference
+from . import torch as torchs
+from .notes import note, tell, watched
+from .precision import fp32_precision
+from .query import AttentionQuery, Query, RecurrentQuery, ScanQuery
+from .registry import BACKENDS, CANDIDATES, ORDER, able, obstacles, reasons
+from .wish import forced
 
-
-def _checked(name: str | None, source: str) -> str | None:
-    if name is None or name in ("", "auto"):
-        return None
-    if not isinstance(name, str):
-        raise TypeError(f"{source}: a backend is named by a str, not {type(name).__name__}")
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: {unknown('backend', name, ('auto', *ORDER))}")
-    return name
-
-
-# backends in order, by the type of device that they may run on; Triton's interpreter, on the CPU, only runs when it is forced
-_CANDIDATES: dict[str, tuple[str, ...]] = {
-    "cpu": tuple(name for name in ORDER if {"cpu", "any"} & set(BACKENDS[name].devices) and name != "triton"),
-    "cuda": tuple(name for name in ORDER if {"cuda", "any"} & set(BACKENDS[name].devices)),
-}
-
-_forced: str | None = _checked(os.environ.get("FASTSEQ_BACKEND"), "FASTSEQ_BACKEND")
-_watchers: list[Callable[[Query, str], None]] = []
+# is shown each call of the context whose kernel is a question, and whether it is with gradients
+asked: ContextVar[Callable[[Query, bool], None] | None] = ContextVar("fastseq_asked", default=None)
 _said: set[tuple[Any, ...]] = set()
+_decisions, _taken, _steps = sources.memory(), sources.memory(), sources.memory()
+LACKING = "no kernel of ours runs it"
 logger = logging.getLogger("fastseq")
 
 
@@ -49,71 +40,60 @@ class Refused(RuntimeError):
         self.reasons = reasons
 
 
-class use_backend(ContextDecorator):
-    """Force a backend: within a ``with`` block or a decorated function, or, called by itself, from here on.
+def decision(query: Query, gradients: bool, meeting: bool = False) -> Decision:
+    """Who may run a call, with or without gradients, and where that is known from; whether they can is another question.
 
-    One of ``ORDER``; ``"auto"`` or None: the best one, call by call.
-
-    A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting
-    holds for the whole process (backward passes run in other threads). ``FASTSEQ_BACKEND`` sets the same from outside.
-
-    Raises:
-        ValueError: if there is no such backend.
-        TypeError: if it is no str.
+    ``meeting``: this is where a call that was not met yet may be tuned.
     """
-
-    def __init__(self, name: str | None) -> None:
-        global _forced
-        self.name = _checked(name, "use_backend")
-        self._before, _forced = _forced, self.name
-        self._called = True  # and not yet entered
-
-    def __enter__(self) -> None:
-        global _forced
-        if not self._called:
-            self._before = _forced
-        self._called, _forced = False, self.name
-
-    def __exit__(self, *error: object) -> None:
-        global _forced
-        _forced = self._before
-
-    def __call__(self, function: Function) -> Function:
-        self.__exit__()
-        return super().__call__(function)
-
-    def _recreate_cm(self) -> use_backend:
-        return use_backend(self.name)
+    key = query, gradients, query.dtype.itemsize == 4 and query.device.type == "cuda" and fp32_precision()
+    known = _decisions.get(key)
+    if known is None:
+        known = sources.decide(call_of(query, gradients), query.device, torchs.fuses(query), meeting)
+        if meeting or sources.meet is None:
+            sources.remember(_decisions, key, known)
+    return known
 
 
-def forced() -> str | None:
-    """The backend that is forced, by ``use_backend`` or ``FASTSEQ_BACKEND``; None: the best one is chosen call by call."""
-    return _forced
+def call_of(query: Query, gradients: bool) -> Call:
+    """What a decision depends on of a call."""
+    dtype = str(query.dtype).removeprefix("torch.")
+    precision = fp32_precision() if query.device.type == "cuda" and dtype == "float32" else ""
+    if isinstance(query, AttentionQuery):
+        q = query
+        window: tuple[str, ...] = {(-1, -1): (), (-1, 0): ("causal",)}.get(q.window, ("window",))
+        if q.call.startswith("weights"):
+            window += ("weights",)
+        sizes = q.batch * q.heads[0], *q.lengths, max(q.features)
+        kind = "+".join((*window, *q.uses)) or "plain"
+        lanes = q.heads[0] // q.heads[1] if q.heads[1] else 1
+        return Call(query.op, MODES[gradients], kind, dtype, precision, q.layout, lanes, sizes)
+    if isinstance(query, ScanQuery):
+        kind = "+".join((query.kind, *query.uses))
+        return Call(
+            query.op, MODES[gradients], kind, dtype, precision, query.layout, 1, (query.batch, query.steps, query.channels)
+        )
+    more = [name for name, given in (("projected", query.projected), ("zoneout", query.zoned)) if given]
+    kind = "+".join((query.cell, *more))
+    of_layers = (query.batch, query.hidden) if query.op == "recurrent_cell" else (query.batch, query.steps, query.hidden)
+    return Call(query.op, MODES[gradients], kind, dtype, precision, query.layout, query.lanes, of_layers)
 
 
-def reasons(name: str, query: Query) -> list[str]:
-    """Why a backend does not run a call by itself; empty if it does."""
-    backend = BACKENDS[name]
-    stands_back = backend.stands_back(query) if hasattr(backend, "stands_back") else []
-    with self_check.known_alone():
-        return obstacles(name, query) or stands_back or self_check.against(backend, query, reference)
+def _ranked(query: Query) -> tuple[str, ...]:
+    """Backends with the op, in the order in which they are asked."""
+    names = CANDIDATES.get(query.device.type, ORDER)
+    meeting = query.device.type != "cpu" and not torchs.serves(query) and not _goes_backward(query)
+    known = [c.backend for c in decision(query, _with_gradients(query), meeting).candidates if c.backend != torchs.name]
+    return (*dict.fromkeys(name for name in known if name in BACKENDS), *(name for name in names if name not in known))
 
 
-def _serves(name: str, query: Query) -> bool:
-    """Whether there are no `reasons`, without forming them."""
-    stands_back = getattr(BACKENDS[name], "stands_back", None)
-    if (stands_back and stands_back(query)) or obstacles(name, query):
-        return False
-    return name not in self_check.CHECKED or not self_check.against(BACKENDS[name], query, reference)
+def _with_gradients(query: Query) -> bool:
+    if isinstance(query, RecurrentQuery):
+        return query.backward or query.saving
+    return _goes_backward(query)
 
 
-def obstacles(name: str, query: Query) -> list[str]:
-    """Why a backend cannot run a call, forced or not; empty if it can."""
-    backend = BACKENDS[name]
-    if query.device.type not in backend.devices and "any" not in backend.devices:
-        return [f"runs on {', '.join(backend.devices)} tensors, not on {query.device.type}"]
-    missing = backend.available()
-    return [missing] if missing else backend.why_not(query)
+def _goes_backward(query: Query) -> bool:
+    return query.backward if isinstance(query, RecurrentQuery) else query.call.endswith("backward")
 
 
 def select(query: Query) -> ModuleType:
@@ -122,25 +102,66 @@ def select(query: Query) -> ModuleType:
     Raises:
         RuntimeError: if a backend is forced and cannot run it, with its reasons.
     """
-    if _forced is not None:
-        against = obstacles(_forced, query)
+    wish = forced()
+    if wish is not None:
+        against = obstacles(wish, query)
         if against:
-            free = next(name for name in _CANDIDATES.get(query.device.type, ORDER) if _serves(name, query))
+            free = next(name for name in _ranked(query) if not reasons(name, query))
             raise Refused(
-                f"backend {_forced!r} was forced but cannot run [{query}]: {'; '.join(against)} "
+                f"backend {wish!r} was forced but cannot run [{query}]: {'; '.join(against)} "
                 f"(use_backend(None) lets {free!r} run it)",
                 against,
             )
-        chosen = _forced
+        chosen = wish
     else:
-        for chosen in _CANDIDATES.get(query.device.type, ORDER):  # the reference, the last, runs everything
-            if _serves(chosen, query):
+        for chosen in _ranked(query):  # the reference, the last, runs everything
+            if able(chosen, query):
                 break
         if chosen == reference.name:
             _say_once(query)
-    for watch in _watchers:
-        watch(query, chosen)
+    if watched():
+        tell(query, chosen)
+        hear = asked.get()
+        if hear is not None and query.device.type != "cpu" and not torchs.serves(query) and not _goes_backward(query):
+            hear(query, _with_gradients(query))
+        if wish is None:
+            about = decision(query, _with_gradients(query))
+            if chosen == about.backend:
+                note(about.about)
     return BACKENDS[chosen]
+
+
+class Choice(NamedTuple):
+    """Who runs a call."""
+
+    backend: str
+    source: str  # of the decision; "forced"; "lacking": nothing else can run it
+    about: str  # the same in words
+
+
+def chosen(query: Query, gradients: bool = False) -> Choice:
+    """Who would run a call, torch's own kernels among them.
+
+    Raises:
+        RuntimeError: if a backend is forced and cannot run it, with its reasons.
+    """
+    as_op, wish = _as_op(query), forced()
+    if wish == torchs.name and torchs.serves(query):
+        return Choice(torchs.name, "forced", "forced")
+    if wish is not None:
+        return Choice(select(as_op).name, "forced", "forced")
+    decided = decision(query, gradients)
+    why = torch_takes(query, gradients) if torchs.serves(query) else None
+    if why is not None:
+        return Choice(torchs.name, decided.source if why == decided.about else "lacking", why)
+    backend = select(as_op._replace(saving=gradients) if isinstance(as_op, RecurrentQuery) else as_op).name
+    if backend == decided.backend:
+        return Choice(backend, decided.source, decided.about)
+    return Choice(backend, "default", decided.about if decided.source == "default" and not decided.candidates else "")
+
+
+def _as_op(query: Query) -> Query:
+    return query._replace(op="recurrent") if query.op == "recurrent_cell" else query
 
 
 def _say_once(query: Query) -> None:
@@ -149,24 +170,59 @@ def _say_once(query: Query) -> None:
     kind = (query.op, cell, query.dtype, query.device.type)
     if kind not in _said:
         _said.add(kind)
-        others = [name for name in _CANDIDATES.get(query.device.type, ORDER) if name not in (torch.name, reference.name)]
+        others = [name for name in CANDIDATES.get(query.device.type, ORDER) if name not in (torchs.name, reference.name)]
         why = "; ".join(f"not {name}: {', '.join(reasons(name, query))}" for name in others)
         logger.warning("fastseq: no kernel runs %s, and the reference in plain PyTorch is slower (%s)", query, why)
 
 
-@contextmanager
-def watching(watch: Callable[[Query, str], None]) -> Iterator[None]:
-    """Within a ``with`` block, ``watch`` is told every call and the backend that runs it."""
-    _watchers.append(watch)
-    try:
-        yield
-    finally:
-        _watchers.remove(watch)
+def torch_takes(query: Query, gradients: bool) -> str | None:
+    """Why PyTorch's own kernel takes a call that it can run, and no backend is forced; None: a kernel of ours does."""
+    hear = asked.get()
+    if hear is not None:
+        hear(query, gradients)
+    if query.device.type == "cpu":
+        return _torch_takes(query, gradients)
+    key = query, gradients, fp32_precision()
+    if key not in _taken:
+        why = _torch_takes(query, gradients)
+        if why not in (None, decision(query, gradients).about):  # for want of another, which may come
+            return why
+        sources.remember(_taken, key, why)
+    return _taken.get(key)
 
 
-def watched() -> bool:
-    """Whether somebody wants to know who runs what."""
-    return bool(_watchers)
+def _torch_takes(query: Query, gradients: bool) -> str | None:
+    decided, as_op = decision(query, gradients, True), _as_op(query)
+    missing: list[str] = []
+    for candidate in decided.candidates:
+        if candidate.backend == torchs.name:
+            if decided.source == "default":
+                break
+            return "; ".join(missing) or decided.about
+        if able(candidate.backend, as_op):
+            return None
+        missing = reasons(candidate.backend, as_op)
+    for name in CANDIDATES.get(query.device.type, ORDER):
+        if name not in (torchs.name, reference.name):
+            against = obstacles(name, as_op)
+            if not against and decided.backend == torchs.name:
+                return decided.about
+            if not against and able(name, as_op):
+                return None
+            against = against or reasons(name, as_op)
+            missing = missing if query.device.type not in BACKENDS[name].devices else against
+    return "; ".join(missing) or LACKING
+
+
+def step_is_torchs(cell: str, device: torch.device, dtype: torch.dtype, batch: int, hidden: int, gradients: bool) -> bool:
+    """Whether torch's kernel takes a single step, while no backend is forced."""
+    sources.heed_threads()
+    key = cell, device, dtype, batch, hidden, gradients
+    known = _steps.get(key)
+    if known is None:
+        query = RecurrentQuery("recurrent_cell", device, dtype, cell, 1, 1, hidden, False, "padded", batch=batch)
+        known = sources.remember(_steps, key, torch_takes(query, gradients) is not None)
+    return known
 
 
 def torch_runs(query: Callable[[], Query], why: str | None) -> bool:
@@ -174,13 +230,13 @@ def torch_runs(query: Callable[[], Query], why: str | None) -> bool:
 
     The query is made only if somebody wants to know.
     """
-    if _forced is None:
+    wish = forced()
+    if wish is None:
         if why is None:
             return False
-    elif _forced != torch.name:
+    elif wish != torchs.name:
         return False
-    if _watchers:
-        for watch in _watchers:
-            watch(query(), torch.name)
+    if watched():
+        tell(query(), torchs.name)
         note(why or "forced")
     return True

@@ -22,7 +22,7 @@ from ..testing import assert_all_close_to_truth, pooled_error
 
 OF_BIASES = ("bias", "relative_bias", "relative_k")  # gradients with kernels of their own
 _SEEDS = (0, 1, 2)  # of the inputs that the reference's own error is known from; the first is what a backend is tried on
-_MOST_ROWS, _MOST_HIDDEN = 256, 4096
+_MOST_ROWS, _MOST_HIDDEN, _MOST_LANES = 256, 4096, 4
 Results = dict[str, Tensor]
 
 
@@ -31,6 +31,7 @@ class Problem:
     """Inputs by seed, and what a backend makes of them."""
 
     name: str
+    query: Any  # of the call that it is
     make: Callable[[int], dict[str, Any]]  # in fp64, on the CPU
     run: Callable[[Any, dict[str, Any]], Results]
     dtype: torch.dtype
@@ -80,8 +81,21 @@ def problems_of(query: Any, family: str, coarse: bool) -> Iterator[Problem]:
     """Those of a family of `families`, for a query that is one of its calls."""
     makers = {"recurrent": _recurrent, "attention": _attention, "attention_decode": _decode, "scan": _scan}
     dtype = query.dtype.to_real() if query.dtype.is_complex else query.dtype
-    for name, make, run in makers[query.op](query, family):
-        yield Problem(name, make, run, dtype, query.device, coarse)
+    for name, changes, make, run in makers[query.op](query, family):
+        yield Problem(name, _of_family(query, family)._replace(**changes), make, run, dtype, query.device, coarse)
+
+
+def _of_family(query: Any, family: str) -> Any:
+    """The call of a family that goes with a query."""
+    if query.op == "recurrent":
+        return query._replace(backward=family == "backward")
+    if query.op == "attention_decode":
+        return query
+    if query.op == "scan":
+        return query._replace(call=family)
+    call = "backward" if family == "bias_gradient" else family
+    wanted = OF_BIASES if family == "bias_gradient" else tuple("qkv") if family == "backward" else ()
+    return query._replace(call=call, gradients=wanted)
 
 
 def families(query: Any) -> tuple[str, ...]:
@@ -104,7 +118,8 @@ def needed(query: Any) -> tuple[str, ...]:
     return (query.call,)
 
 
-Made = Iterator[tuple[str, Callable[[int], dict[str, Any]], Callable[[Any, dict[str, Any]], Results]]]
+# names, what of the query is another, what makes the inputs, what runs
+Made = Iterator[tuple[str, dict[str, Any], Callable[[int], dict[str, Any]], Callable[[Any, dict[str, Any]], Results]]]
 
 
 # recurrence
@@ -127,7 +142,9 @@ def _recurrent(query: Any, family: str) -> Made:
         def make(seed: int, sizes: tuple[Any, ...] = (layout, hidden_, rows_, steps)) -> dict[str, Any]:
             return _sequence(query, seed, *sizes)
 
-        yield f"{layout} T={steps} B={rows_} H={hidden_}", make, _forward_of_steps if family == "forward" else _backward_of_steps
+        changes = {"layout": layout, "steps": steps, "batch": rows_, "hidden": hidden_, "lanes": min(query.lanes, _MOST_LANES)}
+        run = _forward_of_steps if family == "forward" else _backward_of_steps
+        yield f"{layout} T={steps} B={rows_} H={hidden_}", changes, make, run
 
 
 def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps: int) -> dict[str, Any]:
@@ -137,7 +154,7 @@ def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    row, lanes = CELLS[query.cell], min(query.lanes, 4)
+    row, lanes = CELLS[query.cell], min(query.lanes, _MOST_LANES)
     gates, width, inputs = len(row.gates) * hidden, max(1, hidden // 2) if query.projected else hidden, 10
     lengths = torch.tensor([steps - b % steps for b in range(batch)]).sort(descending=True)[0]
     sizes = (lengths[None] > torch.arange(steps)[:, None]).sum(1)
@@ -210,7 +227,7 @@ def _attention(query: Any, family: str) -> Made:
         def make(seed: int, lengths: tuple[tuple[int, int], ...] = lengths) -> dict[str, Any]:
             return _pairs(query, seed, lengths) | {"wanted": wanted}
 
-        yield f"T={' '.join(f'{q}:{k}' for q, k in lengths)} E={query.features[0]}:{query.features[1]}", make, run
+        yield f"T={' '.join(f'{q}:{k}' for q, k in lengths)} E={query.features[0]}:{query.features[1]}", {}, make, run
 
 
 def _pairs(query: Any, seed: int, lengths: tuple[tuple[int, int], ...]) -> dict[str, Any]:
@@ -318,7 +335,7 @@ def _decode(query: Any, family: str) -> Made:
         def make(seed: int, given: tuple[tuple[int, ...], int] = (lengths, splits)) -> dict[str, Any]:
             return _cache(query, seed, *given)
 
-        yield f"keys={' '.join(map(str, lengths))} parts={splits} E={query.features[0]}:{query.features[1]}", make, _decoded
+        yield f"keys={' '.join(map(str, lengths))} parts={splits} E={query.features[0]}:{query.features[1]}", {}, make, _decoded
 
 
 def _cache(query: Any, seed: int, lengths: tuple[int, ...], splits: int) -> dict[str, Any]:
@@ -378,7 +395,8 @@ def _scan(query: Any, family: str) -> Made:
             return _recurrence(query, seed, *sizes)
 
         run = _scanned if family == "forward" else _scan_gradients
-        yield f"T={steps} B={batch} C={channels}" + (" constant" if constant else ""), make, run
+        changes = {"steps": steps, "batch": batch, "channels": channels}
+        yield f"T={steps} B={batch} C={channels}" + (" constant" if constant else ""), changes, make, run
 
 
 def _recurrence(query: Any, seed: int, steps: int, batch: int, channels: int, constant: bool) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from .problems import families, needed, problems_of
 CHECKED: dict[str, tuple[str, ...]] = {"triton": ("cuda",), "cuda": ("cuda",)}  # backends, and the devices that are to be tried
 MODES = ("0", "1", "force")
 _PROCESS = f"{os.getpid()}-{time.time_ns()}"  # a container gives the same number again
+_MOST_WORDS = 300  # letters
 _MOST_KNOWN = 4096  # queries that are remembered as trusted
 logger = logging.getLogger("fastseq")
 
@@ -89,11 +90,11 @@ def against(backend: ModuleType, query: Any, reference: ModuleType) -> list[str]
         return []
     wanted = [_key(backend, query, family) for family in needed(query)]
     if any(_known(key) is None for key in wanted):
-        if _looking.get():
-            return []
         obstacle = _obstacle(query.device)
         if obstacle:
             return [f"its self-check on this device has not run yet, and does not {obstacle}"]
+        if _looking.get():
+            return []
         if not _running.acquire(blocking=False):
             return ["its self-check runs in another thread"]
         try:
@@ -110,7 +111,8 @@ def against(backend: ModuleType, query: Any, reference: ModuleType) -> list[str]
 
 
 def check(backend: ModuleType, query: Any, reference: ModuleType) -> dict[str, Verdict]:
-    """Try the families of a query that have no verdict; the verdicts of all of them, by name."""
+    """Try the families of a query that have no verdict; the verdicts of all of them, by name. What the backend cannot run is
+    right, as nothing can be wrong with it."""
     found = {}
     for family in families(query):
         key = _key(backend, query, family)
@@ -150,11 +152,12 @@ def _tried(backend: ModuleType, query: Any, reference: ModuleType, family: str) 
     with torch.no_grad(), _disable_current_modes():
         try:
             for problem in problems_of(query, family, _coarse(query)):
-                problem.check(backend, reference)
+                if not backend.why_not(problem.query):
+                    problem.check(backend, reference)
         except Exception as error:  # whatever a kernel that is not right does
             lines = str(error).strip().splitlines() or [""]
             words = lines[0] if isinstance(error, AssertionError) else f"{type(error).__name__}: {lines[-1]}"
-            return Verdict(False, words, _now())
+            return Verdict(False, words[:_MOST_WORDS], _now())
     return Verdict(True, "", _now())
 
 

@@ -17,9 +17,9 @@ from .. import backends
 from ..backends import library
 from ..backends.cpu import recurrent as native
 from ..backends.notes import note
-from ..backends.torch import limits
 from ..backends.torch import recurrent as torchs
 from ..cells import CELLS
+from ..choice.sources import layers_are_torchs, may_be_torchs
 from ..ops._dispatch import PLAIN
 from ..ops.recurrent import native_layer
 from ._packing import Packing
@@ -68,11 +68,12 @@ def native_layers(
         return None
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     op = torch.ops.fastseq_native.recurrent_layers.default
+    two = native.two_parts()
     arguments = input, h0, c0, weights, lengths, batch_sizes, cell, num_layers, has_biases, bidirectional, batch_first, *zoneout
-    results = op(*arguments, kept)
+    results = op(*arguments, kept, two)
     if packing is not None:
         if not results and kept is not None:  # made of other values: of weights that were written through .data
-            results = op(*arguments, packing.again(weights))
+            results = op(*arguments, packing.again(weights), two)
         if results and backends.watched():
             query = query_of(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes)
             for _ in range(num_layers):
@@ -87,9 +88,12 @@ def native_step(
     """The states [B, n] after a step of plain tensors in a plain call without gradients. None: the call is for another way."""
     if not input.is_cpu or input.dtype not in native.DTYPES or backends.watched() or library.reason():
         return None
+    if may_be_torchs("recurrent_cell", False) and not backends.forced():
+        if backends.step_is_torchs(cell, input.device, input.dtype, input.shape[0], params[1].shape[1], False):
+            return None
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     op = torch.ops.fastseq_native.recurrent_layers.default
-    return op(input, h0, c0, params, None, None, cell, 1, has_biases, False, False, 0.0, 0.0, None) or None
+    return op(input, h0, c0, params, None, None, cell, 1, has_biases, False, False, 0.0, 0.0, None, False) or None
 
 
 def native_training(
@@ -235,8 +239,7 @@ def _ours(
     if weight.shape[1] != hidden:  # projected, without oneDNN
         return True
     layout, steps, batch = _extent(input, batch_first, lengths, batch_sizes)
-    first, last = limits.steps_of(cell, input.dtype, layout, 2 if bidirectional else 1, batch, hidden, gradients)
-    return not first <= steps <= last
+    return not layers_are_torchs(cell, input.dtype, layout, 2 if bidirectional else 1, batch, steps, hidden, gradients)
 
 
 def _extent(input: Tensor, batch_first: bool, lengths: Tensor | None, batch_sizes: Tensor | None) -> tuple[str, int, int]:

@@ -7,9 +7,10 @@ from torch import Tensor
 from .. import backends
 from ..backends import library
 from ..backends.torch import attention as torchs
+from ..choice.sources import may_be_torchs
 from ..ops import _attention_eager as eager
 from ..ops import attention as ops
-from ..ops._dispatch import plain_call, recorded, transforming
+from ..ops._dispatch import plain_call, recorded, transforming, wants_gradient
 from ..reference.attention import Spec
 from ._autocast import without_autocast
 from ._recording import recorder, refuse_onnx
@@ -17,11 +18,11 @@ from ._recording import recorder, refuse_onnx
 
 def attention_output(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Tensor:
     """[B, Hq, Tq, Ev]; differentiable. The seed of a dropout is drawn here, if it is not torch's: ``spec`` has none."""
-    if plain_call() and not backends.watched() and eager.serves(q, k, v, spec):
+    if plain_call() and not backends.watched() and eager.serves(q, k, v, spec) and not _torchs_is_faster(q, k, v, spec):
         return eager.attention(q, k, v, seeded(q, spec))[0]
     if _is_torchs(q, k, v, spec):
         with without_autocast(q.device.type):
-            return torchs.attention(q, k, v, spec, recorder() is not None)
+            return torchs.attention(q, k, v, spec, recorder() is not None or _is_chosen(q))
     return ops.attention(q, k, v, seeded(q, spec))[0]
 
 
@@ -37,7 +38,7 @@ def attention_and_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: 
     if plain_call() and not backends.watched() and eager.serves(q, k, v, spec):
         out, _, weights = eager.attention(q, k, v, seeded(q, spec), average)
         return out, weights
-    if _is_torchs(q, k, v, spec):
+    if _is_torchs(q, k, v, spec, ("weights",)):
         with without_autocast(q.device.type):
             return torchs.attention_with_weights(q, k, v, spec, average)
     out, _, weights = ops.attention_with_weights(q, k, v, seeded(q, spec), average)
@@ -51,17 +52,30 @@ def seeded(q: Tensor, spec: Spec) -> Spec:
     return spec._replace(seed=eager.random_seed(q.device))
 
 
-def _is_torchs(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
-    """Whether torch's own functions take a call: it is recorded, they are forced, or the CPU has no library."""
+def _is_chosen(q: Tensor) -> bool:
+    """Whether torch's kernel was chosen for its speed, and not for want of another."""
+    return backends.forced() is None and (q.device.type != "cpu" or not library.reason())
+
+
+def _torchs_is_faster(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
+    """Of a plain call on the CPU that the library has a kernel for."""
+    gradients = wants_gradient(ops._tensors(q, k, v, spec))
+    if not may_be_torchs("attention", gradients) or backends.forced() or torchs.lacks(q, k, spec):
+        return False
+    return backends.torch_takes(ops._query("forward", q, k, v, spec), gradients) is not None
+
+
+def _is_torchs(q: Tensor, k: Tensor, v: Tensor, spec: Spec, more: tuple[str, ...] = ()) -> bool:
+    """Whether torch's own functions take a call: it is recorded, they are forced, or chosen. ``more``: what is wanted of it."""
     record = recorder()
     if record is not None:
         lacks = torchs.lacks(q, k, spec)
         if lacks:
             refuse_onnx(f"attention with {lacks}", "torch.export takes it")
         return not lacks
-    if recorded() or q.device.type != "cpu" or transforming() or backends.forced() not in (None, "torch"):
+    if recorded() or transforming() or backends.forced() not in (None, "torch") or torchs.lacks(q, k, spec):
         return False
-    why = library.reason()
-    if why is None and backends.forced() is None:
-        return False
-    return not torchs.lacks(q, k, spec) and backends.torch_runs(lambda: ops._query("forward", q, k, v, spec), why)
+    query = ops._query("forward", q, k, v, spec)
+    query = query._replace(uses=(*query.uses, *more))
+    why = None if backends.forced() else backends.torch_takes(query, wants_gradient(ops._tensors(q, k, v, spec)))
+    return backends.torch_runs(lambda: query, why)

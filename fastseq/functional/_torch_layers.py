@@ -46,9 +46,13 @@ def torch_layers(
             return None
         query = query_of(cell, input, weights[1], bidirectional, batch_first, None, batch_sizes)
         training_step = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-        if recompute and training_step and backends.forced() is None:
-            return None
-        if not backends.torch_runs(lambda: query, torchs.why_layers(query, training_step)):
+        why = None
+        if backends.forced() is None:
+            # cuDNN has a backward only of what ran in training mode
+            if training_step and (recompute or (input.device.type == "cuda" and not training)):
+                return None
+            why = backends.torch_takes(query, training_step)
+        if not backends.torch_runs(lambda: query, why):
             return None
     return torchs.layers(
         cell,

@@ -64,7 +64,7 @@ def _weights_wanted(asked: bool | None) -> bool:
         return True
     collector = output_capturing._active_collector
     collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
-    return any(key.endswith("attentions") for key in collected or ())
+    return bool(collected) and any(key.endswith("attentions") for key in collected)
 
 
 def attention(

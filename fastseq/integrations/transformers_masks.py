@@ -184,17 +184,17 @@ def mask(
     other pattern (chunks, blocks of images, a user's function), where the caller asks for them, for short sequences on a CPU, and
     in compiled code.
     """
-    shape = (batch_size, 1, q_length, kv_length)
-    origin = torch.empty(0, dtype=torch.bool, device=device)
     short = q_length * kv_length <= SHORT and torch.device(device).type == "cpu"
-    eager = not (short or masking_utils.is_tracing(attention_mask))
-    texts = _texts(mask_function) if eager and attention_mask is None else None
+    whole = short or masking_utils.is_tracing(attention_mask)
+    texts = _texts(mask_function) if not whole and attention_mask is None else None
+    shape = (batch_size, 1, q_length, kv_length)
     if texts is not None and texts[0].shape == (batch_size, q_length) == (batch_size, kv_length):
         within = band(texts[1])
         if within is not None:
             cu_seqlens = _begins(texts[0])
+            origin = torch.empty(0, dtype=torch.bool, device=device)
             return BandMask(shape, origin, within, longest=int(cu_seqlens.diff().max()), cu_seqlens=cu_seqlens)
-    found = band(mask_function) if eager and (allow_is_causal_skip or allow_is_bidirectional_skip) else None
+    found = band(mask_function) if not whole and (allow_is_causal_skip or allow_is_bidirectional_skip) else None
     if found is None:
         return masking_utils.sdpa_mask(
             batch_size,
@@ -217,4 +217,5 @@ def mask(
         causal = left < 0 and found.right == 0 and offset == 0
         if causal if q_length > 1 and allow_is_causal_skip else left < 0 and right < 0:
             return None
+    origin = torch.empty(0, dtype=torch.bool, device=device)
     return BandMask(shape, origin, Band(left, right), offset, keys=keys, lengths=lengths)

@@ -30,6 +30,7 @@ from ..functional._recording import recorder
 from ..functional._torch_attention import attention_and_weights, attention_output, seeded
 from ..ops._attention_eager import self_attention
 from ..ops._dispatch import PLAIN, plain_call
+from ..ops._linear_eager import linear
 from ..ops.attention import Spec, attention, attention_weights
 from ._checks import describe, public
 from ._interop import Interop, as_leaf
@@ -209,7 +210,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
         None: the call is for another way, which also says what is wrong with it.
         """
         parameters, out = self._parameters, self._modules["out_proj"]
-        if type(out) is not NonDynamicallyQuantizableLinear or _hooked(out) or self.add_zero_attn or library.reason():
+        if type(out) is not NonDynamicallyQuantizableLinear or hooked(out) or self.add_zero_attn or library.reason():
             return None
         of_out = out._parameters
         weight, out_weight = parameters.get("in_proj_weight"), of_out.get("weight")
@@ -263,7 +264,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             return self._spec(*masks, is_causal)._replace(dropout=dropout)
 
         results = self_attention(
-            F.linear(query, weight, bias),
+            linear(query, weight, bias),
             self.num_heads,
             key_padding_mask,
             attn_mask,
@@ -276,7 +277,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
         )
         if results is None:
             return None
-        return F.linear(results[0], out_weight, out_bias), results[1] if need_weights else None
+        return linear(results[0], out_weight, out_bias), results[1] if need_weights else None
 
     def _steps(self, x: Tensor) -> int:
         return x.shape[1 if self.batch_first and x.dim() == 3 else 0]
@@ -468,7 +469,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             raise AssertionError(f"nested tensors must hold [L_i, E], got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D")
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 

@@ -14,11 +14,11 @@ from torch.fx import Proxy
 
 from fastseq import backends, functional
 from fastseq.backends.torch.recurrent import STEPS
-from fastseq.functional._native_layers import native_layers, native_step
+from fastseq.functional._native_layers import native_layers, native_step, trained_layers
 from fastseq.functional._packing import packing_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.ops._dispatch import PLAIN, plain_call, transforming
+from fastseq.ops._dispatch import PLAIN, plain_call, recorded, transforming, wants_gradient
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -73,7 +73,7 @@ class RNNCell(Interop, nn.RNNCellBase):
         done = _step(self, f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))
         if done is not None:
             return done[0]
-        if _as_torchs(self, input, hx):
+        if _as_torchs(self, f"rnn_{self.nonlinearity}", input, hx):
             return _torch_rnn(self, input, hx)
         return _step_one_state(self, functional.rnn_cell, input, hx, nonlinearity=self.nonlinearity)
 
@@ -123,7 +123,7 @@ class LSTMCell(Interop, nn.RNNCellBase):
             done = _step(self, "lstm", input, hx)
             if done is not None:
                 return done[0], done[1]
-            if _as_torchs(self, input, *(hx or ())):
+            if _as_torchs(self, "lstm", input, *(hx or ())):
                 return _torch_lstm(self, input, hx)
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx)
@@ -174,7 +174,7 @@ class GRUCell(Interop, nn.RNNCellBase):
         done = _step(self, "gru", input, None if hx is None else (hx,))
         if done is not None:
             return done[0]
-        if _as_torchs(self, input, hx):
+        if _as_torchs(self, "gru", input, hx):
             return _torch_gru(self, input, hx)
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx)
@@ -222,19 +222,28 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     for state in hx:
         if state.shape != (batch, hidden) or state.dtype != dtype:
             return None
+    if not backends.step_is_torchs(name, input.device, dtype, batch, hidden, True):
+        states = [state.unsqueeze(0) for state in hx]
+        done = trained_layers(name, input.unsqueeze(0), states, params, cell.bias, 1, False, False, 0.0, False)
+        return None if done is None else [state.squeeze(0) for state in done[1]]
     results = STEPS[name](input, hx if name == "lstm" else hx[0], *params)
     return results if name == "lstm" else (results,)
 
 
-def _as_torchs(cell: nn.RNNCellBase, input: Any, *states: Any) -> bool:
+def _as_torchs(cell: nn.RNNCellBase, name: str, input: Any, *states: Any) -> bool:
     """Whether a call goes straight to torch's forward, whose kernel is the one for a step: if nothing about it is to be asked."""
-    if type(input) is not Tensor or torch.compiler.is_compiling() or backends.forced() or backends.watched() or transforming():
+    if type(input) is not Tensor or recorded() or backends.forced() or backends.watched() or transforming():
         return False
     dtype, dim = input.dtype, input.dim()
     if dtype != cell.weight_ih.dtype or dim not in (1, 2) or input.shape[-1] != cell.input_size:
         return False
     shape = (*input.shape[:-1], cell.hidden_size)
-    return all(state is None or (type(state) is Tensor and state.dtype == dtype and state.shape == shape) for state in states)
+    if not all(state is None or (type(state) is Tensor and state.dtype == dtype and state.shape == shape) for state in states):
+        return False
+    if dim == 1:  # a row that is no batch
+        return True
+    gradients = wants_gradient([input, *cell.parameters(), *[state for state in states if state is not None]])
+    return backends.step_is_torchs(name, input.device, dtype, input.shape[0], cell.hidden_size, gradients)
 
 
 def _step_one_state(

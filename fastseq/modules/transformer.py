@@ -14,9 +14,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import backends
 from ..backends import library
 from ..ops._dispatch import PLAIN, plain_call
+from ..ops._linear_eager import linear
 from ._checks import public
 from ._interop import Interop, as_leaf
-from .attention import MultiheadAttention
+from .attention import MultiheadAttention, hooked
 
 __all__ = ["TransformerEncoderLayer"]
 
@@ -99,6 +100,13 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
     if TYPE_CHECKING:
         __call__ = forward
 
+    def _ff_block(self, x: Tensor) -> Tensor:
+        first, second = self._modules["linear1"], self._modules["linear2"]
+        if not (_plain(first) and _plain(second) and type(x) in PLAIN and x.is_cpu and plain_call()) or library.reason():
+            return super()._ff_block(x)
+        hidden = self.dropout(self.activation(linear(x, *_parameters(first))))
+        return self.dropout2(linear(hidden, *_parameters(second)))
+
     def _in_one_call(
         self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None, is_causal: bool
     ) -> Tensor | None:
@@ -173,3 +181,14 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
             uses=(),
             gradients=(),
         )
+
+
+def _parameters(module: Any) -> tuple[Tensor, Tensor | None]:
+    return module._parameters["weight"], module._parameters["bias"]
+
+
+def _plain(module: Any) -> bool:
+    """Whether a module does with its parameters what ``nn.Linear`` does, and nothing else."""
+    if type(module) is not nn.Linear or hooked(module) or not module._parameters.keys() >= {"weight", "bias"}:
+        return False
+    return all([tensor is None or type(tensor) in PLAIN for tensor in _parameters(module)])

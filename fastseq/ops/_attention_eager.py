@@ -10,18 +10,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backends
 from ..backends import library
 from ..backends.cpu import attention as native
+from ..choice.sources import may_be_torchs, memory, remember
 from ..reference import attention as reference
 from . import attention as op
-from ._dispatch import PLAIN, wants_gradient
+from ._dispatch import PLAIN, heeds_forward, lean, wants_gradient
 from .attention import TENSORS, _plain_dtypes, _tensors
 from .types import Spec
 
 _NUMBERS = frozenset((int, float))
-_native: Any = None  # the library's op, once it is loaded
+_native: Any = None  # the library's ops, once it is loaded, without a frame of Python around each
+_native_plain: Any = None
+_native_backward: Any = None
 
 
 def random_seed(device: torch.device | None = None) -> Tensor:
@@ -40,7 +45,6 @@ def scaled_dot_product_attention(
     grouped: bool,
 ) -> Tensor | None:
     """What torch's function of that name gives; None: the call is for another way, which also says what is wrong with it."""
-    global _native
     if type(query) not in PLAIN or type(key) not in PLAIN or type(value) not in PLAIN:
         return None
     if type(causal) is not bool or type(dropout) not in _NUMBERS or (mask is not None and type(mask) not in PLAIN):
@@ -59,47 +63,93 @@ def scaled_dot_product_attention(
         if not 0 < dropout < 1:
             return None
         seed = random_seed()
+    elif may_be_torchs("attention", gradients) and _torchs_is_faster(query, key, value, mask, causal, gradients):
+        return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
     if _native is None:
-        _native = torch.ops.fastseq_native.scaled_dot_product_attention.default
+        _load()
     if not gradients:
-        if seed is None:
-            results = _native(query, key, value, mask, causal, scale, grouped)
-        else:
-            results = _native(query, key, value, mask, causal, scale, grouped, False, dropout, seed)
+        if seed is None and mask is None:
+            return _native_plain(query, key, value, causal, scale, grouped)
+        results = _native(query, key, value, mask, causal, scale, grouped, False, dropout, seed)
         return results[0] if results else None
     if query.dim() != 4:
         return None
-    with torch._C._AutoDispatchBelowAutograd():
-        results = _native(query, key, value, mask, causal, scale, grouped, True, dropout, seed)
-    if not results:
-        return None
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _Plain.apply(query, key, value, (*results, mask, seed, scale, causal, dropout))
+    return _plain(query, key, value, (mask, causal, scale, grouped, True, dropout, seed))
 
 
+def _load() -> None:
+    global _native, _native_plain, _native_backward
+    ops = torch.ops.fastseq_native
+    _native, _native_plain = ops.scaled_dot_product_attention.default._op, ops.plain_attention.default._op
+    _native_backward = ops.attention_plain_backward.default._op
+
+
+_faster = memory()
+
+
+def _torchs_is_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, gradients: bool) -> bool:
+    """Whether torch's kernel was measured to be the faster one for a plain call, while no backend is forced."""
+    masked = None if mask is None else "mask" if mask.dtype == torch.bool else "bias"
+    shapes = query.shape, key.shape, query.dtype, masked, causal, gradients
+    known = _faster.get(shapes)
+    if known is None:
+        known = remember(_faster, shapes, _asked(query, key, value, masked, causal, gradients))
+    return known and not backends.forced() and (mask is None or masked == "mask" or mask.dtype == query.dtype)
+
+
+def _asked(query: Tensor, key: Tensor, value: Tensor, masked: str | None, causal: bool, gradients: bool) -> bool:
+    if not query.is_cpu or query.dim() != 4 or key.dim() != 4 or 0 in query.shape or 0 in key.shape:
+        return False
+    of_call = backends.AttentionQuery(
+        op="attention",
+        call="forward",
+        device=query.device,
+        dtype=query.dtype,
+        batch=query.shape[0],
+        heads=(query.shape[1], key.shape[1]),
+        lengths=(query.shape[2], key.shape[2]),
+        features=(query.shape[3], value.shape[-1]),
+        layout="padded",
+        window=(-1, 0) if causal else (-1, -1),
+        offset=0,
+        block_size=0,
+        uses=(masked,) if masked else (),
+        gradients=(),
+    )
+    return backends.torch_takes(of_call, gradients) is not None
+
+
+@heeds_forward
 class _Plain(torch.autograd.Function):
-    """Attention that is computed already, differentiable in q, k and v."""
+    """Attention that is differentiable in q, k and v; None: the library declines it."""
 
     @staticmethod
-    def forward(ctx, q, k, v, found):
-        out, lse, mask, seed, *ctx.scalars = found
+    def forward(ctx, q, k, v, arguments):
+        results = _native(q, k, v, *arguments)
+        if not results:
+            return None
+        mask, causal, scale, _, _, dropout, seed = arguments
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.dim())]
+        out, lse = results
         ctx.save_for_backward(q, k, v, out, lse, mask, seed)
+        ctx.rest = q.shape[-1] ** -0.5 if scale is None else scale, causal, dropout
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse, mask, seed = ctx.saved_tensors
-        scale, causal, dropout = ctx.scalars
+        scale, causal, dropout = ctx.rest
         if torch.is_grad_enabled():
             spec = Spec(scale=scale, right=0 if causal else -1, dropout=dropout, seed=seed)
             spec = spec._replace(**{} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask})
             return *_through_reference(ctx.needs_input_grad[:3], (q, k, v), spec, dout), None
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        backward = torch.ops.fastseq_native.attention_plain_backward.default
-        return *backward(dout, q, k, v, out, lse, mask, scale, causal, dropout, seed), None
+        return *_native_backward(dout, q, k, v, out, lse, mask, scale, causal, dropout, seed), None
+
+
+_plain = lean(_Plain)
 
 
 def _through_reference(wanted: Sequence[bool], inputs: Sequence[Tensor], spec: Spec, dout: Tensor) -> list[Tensor | None]:
@@ -124,15 +174,19 @@ def serves(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool | None = None) -> tuple[Tensor, ...]:
     """out and lse, and the weights unless ``average`` is None: what the ops of these names give, with their gradients."""
+    saves = wants_gradient(_tensors(q, k, v, spec))
     with torch._C._AutoDispatchBelowAutograd():
         results: tuple[Tensor, ...] = (
-            native.attention_forward(q, k, v, spec) if average is None else native.attention_with_weights(q, k, v, spec, average)
+            native.attention_forward(q, k, v, spec, saves)
+            if average is None
+            else native.attention_with_weights(q, k, v, spec, average)
         )
-    if wants_gradient(_tensors(q, k, v, spec)):
-        return _Attention.apply(q, k, v, (average, results), *spec)
+    if saves:
+        return _attention(q, k, v, (average, results), *spec)
     return results
 
 
+@heeds_forward
 class _Attention(op._Attention):
     """The op's function, of results that are there already."""
 
@@ -143,6 +197,9 @@ class _Attention(op._Attention):
         ctx.scalars = fields[TENSORS:]
         ctx.set_materialize_grads(False)
         return results
+
+
+_attention = lean(_Attention)
 
 
 def self_attention(
@@ -173,10 +230,11 @@ def self_attention(
     if not results:
         return None
     if torch.is_grad_enabled() and projected.requires_grad:
-        return _SelfAttention.apply(projected, results, arguments, average, meaning)
+        return _self_attention(projected, results, arguments, average, meaning)
     return [results[0], *results[2:]]
 
 
+@heeds_forward
 class _SelfAttention(torch.autograd.Function):
     """The same of results that are there already, differentiable in ``projected``."""
 
@@ -200,6 +258,9 @@ class _SelfAttention(torch.autograd.Function):
         backward = torch.ops.fastseq_native.self_attention_backward.default
         dprojected = backward(dout, projected, out, lse, heads, padding, mask, batch_first, causal, dropout, seed)
         return dprojected, None, None, None, None
+
+
+_self_attention = lean(_SelfAttention)
 
 
 def _self_through_reference(ctx, projected, seed, dout, dw):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from .. import backends
 from . import flops
@@ -55,7 +56,7 @@ PLAIN = frozenset((Tensor, torch.nn.Parameter))  # a subclass has a say in what 
 def plain_call() -> bool:
     """Whether nobody compiles, traces, transforms or lowers what runs now, nor forces another backend than the CPU's."""
     return not (
-        torch.compiler.is_compiling()
+        is_compiling()
         or _C._is_tracing()
         or _C._len_torch_dispatch_stack()
         or _C._len_torch_function_stack()
@@ -64,6 +65,36 @@ def plain_call() -> bool:
         or forward_ad._current_level >= 0
         or backends.forced() not in (None, "cpu")
     )
+
+
+Node = TypeVar("Node", bound=type)
+
+
+def heeds_forward(function: Node) -> Node:
+    """An autograd function whose backward pass, whichever thread runs it, is forced to the backend that its forward pass was."""
+    forward, backward = function.forward, function.backward  # type: ignore[attr-defined]
+
+    def remembering(ctx: Any, *args: Any) -> Any:
+        ctx.wish = backends.forced()
+        return forward(ctx, *args)
+
+    def heeding(ctx: Any, *grads: Any) -> Any:
+        if backends.forced() == ctx.wish:
+            return backward(ctx, *grads)
+        with backends.heeding(ctx.wish):
+            return backward(ctx, *grads)
+
+    function.forward, function.backward = staticmethod(remembering), staticmethod(heeding)  # type: ignore[attr-defined]
+    return function
+
+
+def lean(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for plain calls (``plain_call``), without what torch asks around it, at either pass as long as the rest.
+
+    It does not look for transforms, and a node of the graph calls ``backward`` itself.
+    """
+    function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def needs_plain_torch(tensors: Sequence[Tensor]) -> bool:

@@ -34,7 +34,7 @@ from torch import Tensor
 from .. import backends
 from ..reference import attention as reference
 from . import flops
-from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd, wants_gradient
+from ._dispatch import heeds_forward, needs_plain_torch, outside_dynamo, recorded, register_autograd, wants_gradient
 from .types import GRADIENTS, Spec, empty_gradients, empty_rows, state_dtype
 
 _SPEC = (
@@ -181,6 +181,7 @@ def _sinks_grad(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return (total if total.dim() == 1 else total.sum(0)).to(sinks.dtype)
 
 
+@heeds_forward
 class _Attention(torch.autograd.Function):
     """out and lse; and the weights, unless ``average`` is None."""
 
@@ -214,6 +215,7 @@ class _Attention(torch.autograd.Function):
         return *results[:3], None, *results[3:]
 
 
+@heeds_forward
 class _AttentionWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, lse, average, *fields):

@@ -57,7 +57,16 @@ from ..backends import library
 from ..backends.cpu import recurrent as native
 from ..cells import CELLS
 from . import flops
-from ._dispatch import needs_plain_torch, outside_dynamo, plain_call, recorded, register_autograd, traced, wants_gradient
+from ._dispatch import (
+    heeds_forward,
+    needs_plain_torch,
+    outside_dynamo,
+    plain_call,
+    recorded,
+    register_autograd,
+    traced,
+    wants_gradient,
+)
 from .recurrent_gradients import input_gradients, recomputed_gates, reference_layer
 from .types import Backward, Call, Forward, Walk, Weights
 
@@ -97,6 +106,7 @@ def _query(call: Call, backward: bool) -> backends.RecurrentQuery:
         zoned=call.zoned,
         batch=call.batch,
         backward=backward,
+        saving=not backward and call.save_c,  # type: ignore[attr-defined]
     )
 
 
@@ -180,6 +190,7 @@ class _Layer(NamedTuple):
         return y.transpose(0, 1) if self.batch_first else y.flatten(0, 1) if self.packed else y
 
 
+@heeds_forward
 class _Recurrent(torch.autograd.Function):
     """y, h_n, c_n, c; None where the cell has no c, and for c unless it is returned."""
 
@@ -420,6 +431,7 @@ def recurrent(
     return y, h_n, c_n, (c.flatten(0, 1) if packed else c).flatten(-2)
 
 
+@heeds_forward
 class _Native(torch.autograd.Function):
     """``_Recurrent`` of a plain call: y, h_n, c_n or None, made before. A short call pays for each line here."""
 
@@ -510,7 +522,7 @@ def native_layer(
     """
     with torch._C._AutoDispatchBelowAutograd():
         made = torch.ops.fastseq_native.recurrent_layer.default(
-            x, h0, c0, params, *ragged, cell, has_biases, bidirectional, *zoneout, not recompute
+            x, h0, c0, params, *ragged, cell, has_biases, bidirectional, *zoneout, not recompute, native.two_parts()
         )
     if not made:
         return None

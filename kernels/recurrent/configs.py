@@ -197,7 +197,9 @@ def of(
     one_step: bool,
     backward: bool,
     exact: bool,
+    measured: str | None = None,
 ) -> Config:
-    """The config on a device."""
-    shared = shared_memory(device)
-    return recurrent(shared, dtype, gates, hidden, batch, projected, normalized, forced_form(), one_step, backward, exact)
+    """The config on a device. ``measured``: the form that was the fastest there."""
+    shared, form = shared_memory(device), forced_form()
+    config = recurrent(shared, dtype, gates, hidden, batch, projected, normalized, form or measured, one_step, backward, exact)
+    return config._replace(reason="as measured") if measured and not form and config.form == measured else config

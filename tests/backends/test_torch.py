@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq import backends
-from fastseq.backends.torch import limits
+from fastseq.choice import lengths, sources
 from fastseq.functional import scaled_dot_product_attention
 from fastseq.testing import assert_close_to_truth
 
@@ -30,7 +30,7 @@ SHORT = 8  # steps up to which torch takes a sequence in these tests
 
 @pytest.fixture(autouse=True)
 def short_sequences_are_torchs() -> Iterator[None]:
-    with limits.everywhere(limits.Steps(1, SHORT)):
+    with lengths.everywhere(lengths.Steps(1, SHORT)):
         yield
 
 
@@ -116,15 +116,15 @@ class TestShortSequences:
         [
             (1, 8, "up to 8 steps"),
             (3, 8, "from 3 up to 8 steps"),
-            (3, limits.ENDLESS, "from 3 steps"),
-            (1, limits.ENDLESS, "at every length"),
-            (*limits.OURS, ""),
+            (3, lengths.ENDLESS, "from 3 steps"),
+            (1, lengths.ENDLESS, "at every length"),
+            (*lengths.OURS, ""),
         ],
     )
     @pytest.mark.parametrize("name,more", SEQUENCES)
     def test_limits_follow_the_table(self, name, more, first, last, words, packed, gradients):
         module = getattr(fastseq, name)(4, 8, **more).requires_grad_(gradients)
-        with limits.everywhere(limits.Steps(first, last)):
+        with lengths.everywhere(lengths.Steps(first, last)):
             for steps in (1, 2, 3, 8, 9, 100):
                 x = torch.randn(steps, 2, 4)
                 with torch.set_grad_enabled(gradients):
@@ -136,29 +136,28 @@ class TestShortSequences:
                 text = str(fastseq.explain(module, torch.randn(3, 2, 4)))
                 assert f"torch, torch's kernel is faster {words} without gradients" in text
 
-    @pytest.mark.parametrize("level", limits.LEVELS)
+    @pytest.mark.parametrize("level", lengths.LEVELS)
     def test_the_committed_table_has_every_kind_of_call(self, level):
-        table = limits.table_of(level, json.loads(limits.STEPS_FILE.read_text()))
+        table = lengths.table_of(level, json.loads(lengths.FILE.read_text()))
         for name, more in SEQUENCES:
             cell = getattr(fastseq, name)(4, 8, **more).cell
             for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                 for layout, lanes, gradients in product(("padded", "packed"), (1, 2), (False, True)):
                     for batch, hidden in product((1, 3, 1000), (1, 100, 5000)):
                         first, last = table.steps(cell, dtype, layout, lanes, batch, hidden, gradients)
-                        assert (first, last) == limits.OURS or 1 <= first <= last
+                        assert (first, last) == lengths.OURS or 1 <= first <= last
 
     def test_finding_a_row_is_short(self, monkeypatch):
         """The kernel of one step takes some microseconds; generous, for a busy machine."""
-        monkeypatch.setattr(limits, "_table", None)
-        limits.steps_of("lstm", torch.float32, "padded", 1, 8, 256, False)
-        best = min(self._microseconds(limits.steps_of) for _ in range(50))
-        assert best < 3
+        monkeypatch.setattr(lengths, "_table", None)
+        best = min(self._microseconds(sources.layers_are_torchs) for _ in range(50))
+        assert best < 1
 
     @staticmethod
     def _microseconds(find) -> float:
         start = time.thread_time()
         for _ in range(100):
-            find("lstm", torch.float32, "padded", 1, 8, 256, False)
+            find("lstm", torch.float32, "padded", 1, 8, 40, 256, False)
         return (time.thread_time() - start) * 1e4
 
     @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])

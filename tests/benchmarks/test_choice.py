@@ -1,29 +1,19 @@
-"""The table of the lengths that torch's recurrent layers take on a CPU: measured, derived, and the committed one."""
+"""The table of the lengths that torch's recurrent layers take on a CPU: measured, derived, and looked up."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from fastseq import backends
-from fastseq.backends.torch import limits
 from fastseq.benchmarks.cpu import choice, steps
+from fastseq.choice import lengths
+from fastseq.choice.decision import MODES
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = (1, 4, 16, 64)
-
-
-def test_the_committed_table_follows_from_the_committed_results(monkeypatch):
-    committed = limits.STEPS_FILE.read_text()
-    command = shlex.split(json.loads(committed)["command"])
-    assert command[:4] == ["python", "-m", "fastseq.benchmarks.cpu.choice", "table"]
-    monkeypatch.chdir(ROOT)
-    assert choice.text_of([Path(file) for file in command[4:]]) == committed
 
 
 @pytest.mark.parametrize(
@@ -74,7 +64,8 @@ def written(tmp_path, *parts):
     files = []
     for number, rows in enumerate(parts):
         file = tmp_path / f"{number}.json"
-        choice.save(file, {"schema": choice.SCHEMA, "version": choice.VERSION, "rows": rows})
+        environment = {"device name": f"CPU {number}"}
+        choice.save(file, {"schema": choice.SCHEMA, "version": choice.VERSION, "environment": environment, "rows": rows})
         files.append(file)
     return files
 
@@ -95,22 +86,23 @@ def test_of_several_files_the_last_has_the_word(tmp_path):
     files = written(tmp_path, first, every(level="avx2", ratio=0.5))
     file = json.loads(choice.text_of(files))
     assert list(file["levels"]) == ["avx2", "amx"]
-    found = limits.table_of("avx2", file).steps("gru", torch.float16, "packed", 2, 1, 64, True)
-    assert found == limits.Steps(1, limits.ENDLESS)
+    assert [file["levels"][level]["device"] for level in ("avx2", "amx")] == ["CPU 1", "CPU 0"]
+    found = lengths.table_of("avx2", file).steps("gru", torch.float16, "packed", 2, 1, 64, True)
+    assert found == lengths.Steps(1, lengths.ENDLESS)
 
 
 @pytest.mark.parametrize(("level", "taken"), [("default", "avx2"), ("avx2", "avx2"), ("avx512", "avx2"), ("amx", "amx")])
 def test_a_level_without_measurements_is_as_its_neighbor(tmp_path, level, taken):
     ratios = {"avx2": 2.0, "amx": 0.5}
     file = json.loads(choice.text_of(written(tmp_path, [r for name in ratios for r in every(level=name, ratio=ratios[name])])))
-    found = limits.table_of(level, file).steps("lstm", torch.float32, "padded", 1, 8, 128, False)
-    assert found == (limits.OURS if taken == "avx2" else limits.Steps(1, limits.ENDLESS))
+    found = lengths.table_of(level, file).steps("lstm", torch.float32, "padded", 1, 8, 128, False)
+    assert found == (lengths.OURS if taken == "avx2" else lengths.Steps(1, lengths.ENDLESS))
 
 
 def test_a_call_finds_the_row_of_its_sizes(tmp_path):
     """The nearest measured batch and width, in logarithms."""
     rows = [r | {"torch": [10 * (0.5 if (r["B"], r["H"]) == (32, 64) else 2.0)] * 2} for r in every()]
-    table = limits.table_of("avx2", json.loads(choice.text_of(written(tmp_path, rows))))
+    table = lengths.table_of("avx2", json.loads(choice.text_of(written(tmp_path, rows))))
     for *kind, gradients in table.rows:
         torchs = {(B, H) for B in (1, 5, 6, 32, 999) for H in (1, 64, 128, 129, 999) if table.steps(*kind, B, H, gradients).last}
         assert torchs == {(B, H) for B in (6, 32, 999) for H in (1, 64, 128)}
@@ -169,7 +161,7 @@ def test_a_run_goes_on_where_it_was(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("layout", choice.LAYOUTS)
-@pytest.mark.parametrize("mode", limits.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cell", choice.CELLS)
 def test_a_point_times_torchs_layer_and_ours(cell, layout, mode):
     point = choice.Point(cell, "float32", 2, 8, layout, mode, 3)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -18,9 +19,18 @@ import torch
 
 import fastseq
 from fastseq.backends import BACKENDS, use_backend
-from fastseq.benchmarks.gpu import day, sanitizer_smoke, stages
+from fastseq.benchmarks.gpu import baselines, day, sanitizer_smoke, self_check, stages, transfer
 from fastseq.benchmarks.gpu.stages import Outcome, Stage
 from fastseq.benchmarks.suites import SUITES
+from fastseq.benchmarks.workloads.clocks import clock_for
+from fastseq.cells import CELLS
+from fastseq.ops.types import Spec
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FASTSEQ_CACHE", str(tmp_path_factory.mktemp("store")))
+
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 TABLE = [Stage(name, ("program",), 4, f"{name}.txt") for name in ("a", "b", "c")]
@@ -50,7 +60,7 @@ class Fake:
         return stages.walk(table, folder, minutes, now=self.now, execute=self.execute, **options)
 
     def day(self, monkeypatch, *argv, table=TABLE):
-        monkeypatch.setattr(day, "table", lambda: list(table))
+        monkeypatch.setattr(day, "table", lambda **options: list(table))
         monkeypatch.setattr(day, "device_name", lambda: "NVIDIA H100 80GB HBM3")
         walk = partial(stages.walk, now=self.now, execute=self.execute)
         monkeypatch.setattr(day, "stages", SimpleNamespace(walk=walk, last_line=stages.last_line))
@@ -217,6 +227,7 @@ def test_without_a_cuda_device(capsys):
         (["--minutes", "nan"], "--minutes: nan is not above 0"),
         (["--out", "{file}/folder"], "cannot make the folder"),
         (["--out", "{foreign}"], "does not hold the stages of an earlier run"),
+        (["--out", "{foreign}/out", "--archive", "{file}/x.tar.gz"], "--archive: cannot write"),
     ],
 )
 def test_bad_arguments_are_named(argv, message, tmp_path, monkeypatch, capsys):
@@ -232,16 +243,196 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     found = {stage.name: stage for stage in day.table("python3")}
     assert listed == list(found) and len(listed) == len(set(listed))
-    assert listed[:5] == ["library", "environment", "tests", "memcheck", "limits"]
+    assert listed[:7] == ["library", "environment", "info", "self-check", "baselines", "tune", "tests"]
     for name in SUITES:
         assert found[name].leaves == f"{name}/results.json" and "--resume" in found[name].command
         assert found[name].command[-2:] == ("--restarts", "1")
     again, first = found[listed[-1]], found["sequential-vs-parallel"]
     assert again.name == "restarts" and (*again.command, "--restarts", "1") == first.command and again.leaves == first.leaves
     assert set(day.SUITE_MINUTES) <= set(SUITES)
+    assert all(stage.environment["FASTSEQ_CACHE"] == "{folder}" for stage in found.values())
     (tmp_path / "libfastseq.so").write_text("")
     assert [stage.name for stage in day.table()] == listed[1:]
     assert day.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_eight_minutes_have_room_for_what_is_worth_most():
+    """Each stage in its share, though none should end before: the first suite begins."""
+    scale, left = 8 / day.MINUTES, 8.0
+    for stage in day.table():
+        if stage.name in SUITES:
+            break
+        left -= scale * stage.minutes
+    assert left >= scale * stages.LEAST_MINUTES
+
+
+def test_a_short_day_shortens_its_stages(tmp_path):
+    fake = Fake(a=(9, 0), b=(0.2, 0))
+    found = fake.walk(tmp_path, 8.0, scale=0.32)
+    assert found["a"] == Outcome("timed out", "stopped after 1.3 minutes", 1.28) and found["b"].status == "finished"
+    assert Fake(a=(9, 0)).walk(tmp_path / "another", 1.3, scale=0.32)["b"].status == "left out"
+
+
+def test_a_command_is_told_its_time(tmp_path):
+    own = program("import sys; print(*sys.argv[1:])")
+    own = replace(own, command=(*own.command, "{seconds}", "{minutes}"), environment={"FASTSEQ_CACHE": "{folder}"})
+    assert stages.execute(own, tmp_path, 20.0) == 0
+    assert (tmp_path / "own.txt").read_text() == "18 0.300\n"
+
+
+def test_the_archive_is_written_after_every_stage(tmp_path, monkeypatch, capsys):
+    seen, folder, file = [], tmp_path / "out", tmp_path / "day.tar.gz"
+
+    class Watched(Fake):
+        def execute(self, stage, folder, seconds):
+            with tarfile.open(file) as tar:
+                seen.append(sorted(tar.getnames()))
+            return super().execute(stage, folder, seconds)
+
+    fake = Watched(c=(1, KeyboardInterrupt()))
+    assert fake.day(monkeypatch, "--out", folder, "--archive", file) == 130
+    every = [["a.txt"], ["a.txt", "b.txt"]]
+    assert seen == [[], *([f"out/{name}" for name in sorted([*done, "stages.json", "summary.md"])] for done in every)]
+    with tarfile.open(file) as tar:
+        assert b"| b | finished |" in tar.extractfile("out/summary.md").read()
+
+
+def test_an_archive_has_room_for_the_small_files(tmp_path):
+    folder, file = tmp_path / "out", tmp_path / "day.tar.gz"
+    folder.mkdir()
+    (folder / "small.txt").write_text("kept")
+    (folder / "large.bin").write_bytes(os.urandom(20_000))
+    assert transfer.archive(folder, file, most=10_000) == ["large.bin"] and file.stat().st_size <= 10_000
+    with tarfile.open(file) as tar:
+        assert sorted(tar.getnames()) == ["out/left-out.txt", "out/small.txt"]
+        assert tar.extractfile("out/left-out.txt").read() == b"large.bin: 0.0 MiB\n"
+    assert transfer.archive(folder, file) == [] and sorted(p.name for p in tmp_path.iterdir()) == ["day.tar.gz", "out"]
+
+
+@pytest.mark.skipif(not (stages.ROOT / ".git").exists(), reason="no git checkout")
+def test_what_travels_is_small_enough(capsys):
+    sizes = transfer.travels(stages.ROOT)
+    assert {"setup.py", "benchmarks/gpu/day.py"} <= sizes.keys() and not any(name.startswith(".venv") for name in sizes)
+    assert (transfer.CARRIED in sizes) == (stages.ROOT / transfer.CARRIED).is_file()
+    assert transfer.too_large(sizes) == ""
+    more = sizes | {"a model": transfer.MOST_THERE}
+    assert "and 64.0 MiB may: a model 64.0 MiB, " in transfer.too_large(more)
+    assert day.main(["--travels"]) == 0 and f"in {len(sizes)} files, of at most 64 MiB" in capsys.readouterr().out
+
+
+def test_the_summary_says_which_kernels_are_wrong(tmp_path):
+    rows = [{"family": f"triton: {name}", "right": name != "b", "words": "y: error 1"} for name in "abc"]
+    (tmp_path / "self-check.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"family": "cut sho')
+    (own,) = (stage for stage in day.table() if stage.name == "self-check")
+    text = day.summary("x", {"self-check": Outcome("failed", "exit code 1")}, [own], tmp_path)
+    assert "| self-check | failed | 0.0 | exit code 1; families: 2 right, 1 wrong |" in text
+    assert text.endswith("\n## Wrong kernels\n\n* triton: b: y: error 1\n")
+
+
+def test_a_rehearsal_against_the_clock(tmp_path, capsys):
+    """The real commands, on this CPU, in a day of seconds: what is cut short is so in time, and the archive has what there is."""
+    began, file = time.monotonic(), tmp_path / "day.tar.gz"
+    names = [argument for name in ("self-check", "baselines") for argument in ("--stage", name)]
+    assert day.main(["--rehearse", "--minutes", "0.7", *names, "--out", str(tmp_path / "out"), "--archive", str(file)]) in (0, 1)
+    assert time.monotonic() - began < 60
+    assert set(statuses(stages.recall(tmp_path / "out"))) == {"self-check", "baselines"}
+    with tarfile.open(file) as tar:
+        assert {"out/summary.md", "out/stages.json", "out/self-check.jsonl"} <= {*tar.getnames()}
+
+
+def child_of(monkeypatch, tmp_path, faults):
+    """`self_check` with workers that do what ``faults`` says at a call of this number."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, os, sys, time\n"
+        f"faults = {faults!r}\n"
+        "for line in sys.stdin:\n"
+        "    fault = faults.get(int(line), '')\n"
+        "    if fault == 'crashes': os.kill(os.getpid(), 11)\n"
+        "    if fault == 'hangs': time.sleep(60)\n"
+        "    row = {'family': 'family ' + line.strip(), 'right': fault != 'is wrong', 'words': fault}\n"
+        "    print(json.dumps([row]), flush=True)\n"
+    )
+    monkeypatch.setattr(self_check, "COMMAND", (sys.executable, str(script)))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_family_that_crashes_or_hangs_costs_no_other(tmp_path, monkeypatch, capsys, workers):
+    child_of(monkeypatch, tmp_path, {2: "crashes", 4: "hangs", 5: "is wrong"})
+    monkeypatch.setattr(self_check, "calls", lambda device: dict.fromkeys(map(str, range(8))))
+    out = tmp_path / "rows.jsonl"
+    assert self_check.main(["--out", str(out), "--device", "cpu", "--each", "1.5", "--workers", str(workers)]) == 1
+    rows = {row["family"]: row["words"] for row in map(json.loads, out.read_text().splitlines()) if not row["right"]}
+    assert rows == {
+        "2": "its process ended with signal 11",
+        "4": "took more than 2 s and was ended",
+        "family 5": "is wrong",
+    }
+    assert "5 families are right, 3 wrong" in capsys.readouterr().out
+
+
+def test_what_the_self_check_has_no_time_for_is_no_verdict(tmp_path, monkeypatch, capsys):
+    child_of(monkeypatch, tmp_path, {1: "hangs"})
+    monkeypatch.setattr(self_check, "calls", lambda device: dict.fromkeys(map(str, range(4))))
+    out = tmp_path / "rows.jsonl"
+    assert self_check.main(["--out", str(out), "--device", "cpu", "--seconds", "1.5", "--workers", "1"]) == 0
+    assert capsys.readouterr().out.endswith("1 families are right, 0 wrong; no time was left for 3 calls\n")
+
+
+def test_every_cell_feature_and_dtype_is_among_the_calls():
+    found = list(self_check.calls(torch.device("cpu")).values())
+    recurrent = {(query.cell, query.dtype) for _, query in found if query.op == "recurrent"}
+    assert recurrent >= {(cell, dtype) for cell in CELLS for dtype in self_check.DTYPES}
+    attention = [query for _, query in found if query.op == "attention"]
+    assert {use for query in attention for use in query.uses} == ALL_USES
+    assert {query.layout for query in attention} == {"padded", "packed"}
+    assert {query.kind for _, query in found if query.op == "scan"} == {"real", "complex", "blocks"}
+    assert {query.call for _, query in found if query.op != "recurrent"} == {"forward", "weights", "decode"}
+    first = [query for _, query in found[:6]]
+    assert {query.op for query in first} == {"recurrent", "attention"} and all(query.dtype == torch.bfloat16 for query in first)
+
+
+# what a query may name, but for the place of packed rows and a relative key's table
+_TENSORS = {*Spec._fields[: Spec._fields.index("scale")]} - {"relative_k", "cu_q", "cu_k", "seed"}
+ALL_USES = _TENSORS | {"softcap", "dropout", "bottom_right"}
+
+
+def test_the_self_check_of_the_cpus_kernels(tmp_path, capsys):
+    """A few of the real calls in a real process."""
+    out, name = tmp_path / "rows.jsonl", "cpu: recurrent forward, gru"
+    assert self_check.main(["--out", str(out), "--device", "cpu", "--workers", "1", "--only", f"{name}, "]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    dtypes = ("bfloat16", "float16", "float32")
+    assert {row["family"] for row in rows} >= {f"{name}, {dtype}" for dtype in dtypes}
+    assert all(row["right"] for row in rows) and f"{len(rows)} families are right, 0 wrong" in capsys.readouterr().out
+
+
+def test_the_baselines_of_a_cpu(tmp_path, capsys):
+    """Each kind; those that a CPU has no kernel for say so."""
+    every = list(baselines.baselines("cpu", small=True))
+    kinds = ("copy", "product", "LSTM", "GRU", "SDPA MATH", "SDPA CUDNN")
+    picked = [next(baseline for baseline in every if baseline.name.startswith(kind)) for kind in kinds]
+    rows = [baselines.measured(baseline, clock_for("cpu")) for baseline in picked]
+    assert all(row["time"]["median"] > 0 and row["rate"] > 0 for row in rows[:-1]) and "failed" in rows[-1]
+    assert baselines.main(["--out", str(tmp_path / "rows.jsonl"), "--device", "cpu", "--seconds", "0.01"]) == 0
+    assert "the time is up" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [baselines, self_check])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--device", "cpu", "--out", "{file}/x"], "Not a directory"),
+        (["--device", "gpu", "--out", "{file}"], "gpu"),
+        (["--device", "cuda", "--out", "{file}"], "torch finds no CUDA device"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_bad_arguments_of_the_stages(program, argv, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        program.main([a.format(file=tmp_path / "file") for a in argv])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_suite_goes_on_where_it_was_cut_short(tmp_path):

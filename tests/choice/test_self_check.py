@@ -19,7 +19,7 @@ from torch import nn
 
 import fastseq
 from fastseq import backends, info
-from fastseq.backends import BACKENDS, AttentionQuery, ScanQuery, explanation, reference, selection
+from fastseq.backends import BACKENDS, AttentionQuery, ScanQuery, explanation, reference, registry
 from fastseq.choice import problems, self_check, store
 from support.stand_in import StandIn, recurrent
 
@@ -62,7 +62,7 @@ def first(monkeypatch):
 
     def put(backend):
         monkeypatch.setitem(BACKENDS, backend.name, backend)
-        monkeypatch.setitem(selection._CANDIDATES, "cpu", (backend.name, "reference"))
+        monkeypatch.setitem(registry.CANDIDATES, "cpu", (backend.name, "reference"))
         return backend
 
     return put
@@ -230,6 +230,9 @@ def test_an_unknown_mode_is_named(monkeypatch):
         against(StandIn(), recurrent())
 
 
+WAITS = {"capture": "while a CUDA graph is captured", "compile": "while torch.compile traces"}
+
+
 @pytest.mark.parametrize("where", ["capture", "compile", "thread", "beside"])
 def test_it_waits_where_it_must_not_run(first, monkeypatch, where):
     """The next backend serves, and the check runs at the next call that may."""
@@ -252,6 +255,11 @@ def test_it_waits_where_it_must_not_run(first, monkeypatch, where):
         else:
             select()
         assert chosen == ["reference"] and backend.calls == []
+        if where in WAITS:
+            with self_check.known_alone():  # as explain looks
+                assert against(backend, recurrent()) == [
+                    f"its self-check on this device has not run yet, and does not {WAITS[where]}"
+                ]
     select()
     assert chosen == ["reference", "stand-in"] and backend.calls
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
 from fastseq.backends import library, watching
-from fastseq.backends.torch import limits
+from fastseq.choice import lengths as of_torch
 from fastseq.ops import recurrent as ops
 from fastseq.ops.types import state_dtype
 from fastseq.reference.cells import steps as steps_of
@@ -33,7 +33,7 @@ FORWARD, BACKWARD, OF_THE_OP = (f"fastseq_native::recurrent_{name}" for name in 
 def ours():
     """Whatever the table says of so short calls."""
     library.load()
-    with limits.everywhere(limits.OURS):
+    with of_torch.everywhere(of_torch.OURS):
         yield
 
 
@@ -383,9 +383,7 @@ class LooksAtFunctions(TorchFunctionMode):
 class TestWhoeverLooksOn:
     """keeps the registered ops, in the forward and in the backward pass."""
 
-    @pytest.mark.parametrize(
-        "mode", [Looks, lambda: watching(lambda query, chosen: None), lambda: fastseq.use_backend("reference")]
-    )
+    @pytest.mark.parametrize("mode", [Looks, lambda: watching(lambda query, chosen: None)])
     def test_modes(self, mode):
         call = Call(fastseq.LSTM(6, 9), 3, 2)
         outputs, expected = call.outputs(), call.run()[3:]
@@ -395,6 +393,16 @@ class TestWhoeverLooksOn:
             found = call.grads(outputs, retain_graph=True)
         torch.testing.assert_close(found, expected)
         assert calls_of(lambda: call.grads(outputs)) == [BACKWARD]
+
+    def test_a_backward_pass_is_forced_as_its_forward_pass_was(self):
+        call = Call(fastseq.LSTM(6, 9), 3, 2)
+        outputs, expected = call.outputs(), call.run()[3:]
+        with fastseq.use_backend("reference"):
+            assert FORWARD not in calls_of(call.outputs)
+            assert calls_of(lambda: call.grads(outputs, retain_graph=True)) == [BACKWARD]
+            forced = call.outputs()
+        assert BACKWARD not in calls_of(lambda: call.grads(forced, retain_graph=True))
+        torch.testing.assert_close(call.grads(forced), expected)
 
     def test_a_mode_of_functions(self):
         call = Call(fastseq.LSTM(6, 9), 3, 2)
@@ -433,7 +441,7 @@ class TestWhoeverLooksOn:
     @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "relu"])
     def test_the_table(self, kind, layout):
         call = Call(CLASSES[kind](6, 9, 2, bidirectional=True), 3, 2, layout=layout)
-        with limits.everywhere(limits.Steps(1, 100)):
+        with of_torch.everywhere(of_torch.Steps(1, 100)):
             assert calls_of(call.run) == []
             torch.testing.assert_close(call.run(), call.by_the_ops(), rtol=1e-4, atol=1e-5)
             expected = call.outputs()
@@ -444,7 +452,7 @@ class TestWhoeverLooksOn:
 
     def test_what_the_table_does_not_ask_of(self):
         call = Call(fastseq.LSTM(6, 9, recompute=True), 3, 2, layout="packed")
-        with limits.everywhere(limits.Steps(1, 100)):
+        with of_torch.everywhere(of_torch.Steps(1, 100)):
             assert calls_of(call.run) == [FORWARD, OF_THE_OP]  # torch's kernels keep the gates
             call.module.recompute = False
             with fastseq.use_backend("cpu"):
@@ -484,20 +492,20 @@ def test_raw_op_refuses_what_does_not_fit():
     """The kernels trust sizes and dtypes, so the native op checks them whoever calls it."""
     x, w_ih, w_hh = torch.randn(3, 2, 4), torch.randn(15, 4), torch.randn(15, 5)
     y, h_n, c_n, c, gates = torch.ops.fastseq_native.recurrent_layer(
-        x, None, None, [w_ih, w_hh], *[None] * 4, "gru", False, False, 0.0, 0.0, True
+        x, None, None, [w_ih, w_hh], *[None] * 4, "gru", False, False, 0.0, 0.0, True, False
     )
 
     def call(dy=y, x=x, y=y, params=(w_ih, w_hh), h0=None, ragged=(), gates=gates, cell="gru", wanted=(True,) * 5):
         ragged = [*ragged, *[None] * (4 - len(ragged))]
         torch.ops.fastseq_native.recurrent_layer_backward(
-            dy, None, None, x, h0, None, list(params), *ragged, y, c, gates, cell, 0.0, 0.0, list(wanted)
+            dy, None, None, x, h0, None, list(params), *ragged, y, c, gates, cell, 0.0, 0.0, list(wanted), False
         )
 
     call(h0=torch.randn(1, 2, 5))
     hold = torch.zeros(3, 2, 1, 4, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="hold_h must have 30 elements, got 24"):
         torch.ops.fastseq_native.recurrent_layer(
-            x, None, None, [w_ih, w_hh], *[None] * 2, hold, None, "gru", *[False] * 2, 0, 0, True
+            x, None, None, [w_ih, w_hh], *[None] * 2, hold, None, "gru", False, False, 0.0, 0.0, True, False
         )
     for wrong, message in (
         ({"x": x[:, :1].contiguous()}, "x must have 24 elements, got 12"),

@@ -467,13 +467,18 @@ class TestPlainCalls:
     @pytest.fixture
     def calls(self, monkeypatch) -> list[Any]:
         ours(*(torch.ones(1, 1, 1, 1),) * 3)  # so that the op is known
-        native, found = eager._native, []
+        found: list[bool] = []
 
-        def counted(*arguments):
-            found.append(native(*arguments))
-            return found[-1]
+        def counted(native):
+            def call(*arguments):
+                results = native(*arguments)
+                found.append(results is not None and len(results) > 0)
+                return results
 
-        monkeypatch.setattr(eager, "_native", counted)
+            return call
+
+        for name in ("_native", "_native_plain"):
+            monkeypatch.setattr(eager, name, counted(getattr(eager, name)))
         return found
 
     @pytest.mark.parametrize("gradients", [False, True])

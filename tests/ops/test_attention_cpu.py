@@ -26,8 +26,10 @@ import fastseq
 from fastseq import backends
 from fastseq.backends import library
 from fastseq.backends.torch.limits import LEVELS
+from fastseq.ops import _attention_eager as eager
 from fastseq.ops import attention as op
 from fastseq.ops.attention import GRADIENTS, attention, attention_weights
+from fastseq.ops.types import Spec
 from fastseq.testing import FACTOR, assert_all_close_to_truth, assert_close_to_truth, pooled_error
 from support.attention import ATTENTION_CASES, PLAIN, WEIGHTS_CASES, AttentionCase, dense, make, named, spec_of
 from support.attention_decode import DECODE_CASES, DecodeCase, decode, decode_by_torch, make_decode
@@ -55,9 +57,10 @@ def reached(level: str) -> bool:
 
 @pytest.fixture(autouse=True)
 def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Scratch holds NaN until it is written."""
+    """Scratch holds NaN until it is written; AMX multiplies float32 in parts, whatever the size."""
     assert library.reason() is None
     monkeypatch.setenv("FASTSEQ_CPU_POISON", "1")
+    monkeypatch.setenv("FASTSEQ_CPU_PARTS", "1")
     with fastseq.use_backend("cpu"):
         yield
 
@@ -490,7 +493,218 @@ def test_scales_that_are_not_positive(sizes, scale, dtype):
         as_torchs_best(given, is_causal=causal, scale=scale)
 
 
+# float32 by AMX in three parts: of calls without gradients
+
+
+@pytest.fixture
+def amx() -> None:
+    if not reached("amx"):
+        pytest.skip("no AMX here")
+
+
+parts = pytest.mark.usefixtures("amx")
+
+
+def inference(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return eager.attention(*(inputs[name].detach() for name in "qkv"), spec_of(inputs))
+
+
+def check_in_parts(inputs: dict[str, Any]) -> None:
+    by_torch, truth = ({n: t for n, t in of.items() if n.startswith("output")} for of in expected(BATTERY, inputs))
+    out, lse = inference(inputs)
+    results = told((out, torch.where(lse == -torch.inf, 3.0, lse)), {})
+    compare([results, by_torch, truth], "in parts", BATTERY.own_error(inputs["case"], torch.float32), {})
+
+
+# more keys than the caches hold: blocks of queries take turns
+LONG = [
+    AttentionCase(name, batch=1, heads=(2, 1), lengths=(200, keys), features=(64, 64), **options)
+    for keys in (1500, 4200)
+    for name, options in (
+        (f"long-{keys}", {}),
+        (f"long-{keys}-causal", dict(right=0, bottom_right=True)),
+        (f"long-{keys}-window", dict(left=70, right=3, bottom_right=True)),
+        (f"long-{keys}-hidden", dict(mask="qk", dead=True, dropout=0.3)),
+        (f"long-{keys}-lengths", dict(k_lengths=(keys - 33,), q_lengths=(131,), sinks=True)),
+        (f"long-{keys}-relative", dict(relative_k=300, right=0, offset=900)),
+    )
+] + [
+    AttentionCase("long-queries", heads=(2, 1), lengths=(580, 150), features=(40, 24), left=90, right=0, time_first=True),
+    AttentionCase("long-packed", packed=((140, 1500), (3, 7), (33, 1400)), features=(64, 64), right=0, bottom_right=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_sequences(case, dtype):
+    check(BATTERY, make(case, dtype), ("amx",))
+
+
+@parts
+@pytest.mark.parametrize("case", (*ATTENTION_CASES, *EDGE_CASES, *WINDOWS, *LONG), ids=str)
+def test_every_feature_in_parts(case):
+    reasons = refused(BATTERY, case)
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    check_in_parts(make(case, torch.float32))
+
+
+@parts
+@pytest.mark.parametrize("family", FAMILIES)
+@fuzzed(40)
+@given(data=st.data())
+def test_any_call_in_parts(family, data):
+    inputs = make(data.draw(calls(family)), torch.float32)
+    check_in_parts(data.draw(placed(inputs)))
+
+
+def of_random(T: int, E: int, seed: int = 0, heads: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, T, heads, E, generator=generator, dtype=torch.float64).transpose(1, 2) for _ in range(3)]
+
+
+def three(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The truth, torch's result, ours in parts."""
+    single = [t.float() for t in (q, k, v)]
+    return theirs(*(t.double() for t in single), **options), theirs(*single, **options), ours(*single, **options)
+
+
+@parts
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("T,E", ((128, 64), (512, 64), (512, 128), (1500, 64), (300, 40)))
+def test_parts_are_as_exact_as_torch(T, E, causal):
+    """Root mean square errors are at most torch's own."""
+    truth, torchs, found = three(*of_random(T, E), is_causal=causal)
+    assert (found - truth).square().mean() <= (torchs - truth).square().mean()
+
+
+def decades(shape: Any, count: int) -> Tensor:
+    return 10 ** torch.empty(shape, dtype=torch.float64).uniform_(-count, 0, generator=torch.Generator().manual_seed(1))
+
+
+STRESSES = {
+    "scores": lambda q, k, v: (8 * q, 8 * k, v),
+    "low scores": lambda q, k, v: (q.abs() + 3, -k.abs() - 3, v),
+    "high scores": lambda q, k, v: (q.abs() + 3, k.abs() + 3, v),
+    "rising scores": lambda q, k, v: (q.abs(), k * torch.linspace(0, 9, k.shape[-2]).double()[:, None], v),
+    "values over decades": lambda q, k, v: (q, k, v * decades(v.shape, 8)),
+    "keys over decades": lambda q, k, v: (8 * q * decades(q.shape, 4), 8 * k * decades(k.shape, 4), v),
+    "heavy tails": lambda q, k, v: (q / decades(q.shape, 1), k, v / decades(v.shape, 3)),
+    "shifted values": lambda q, k, v: (q, k, v + 100),
+    "tiny values": lambda q, k, v: (q, k, v * 1e-36),
+    "subnormal values": lambda q, k, v: (q, k, v * 1e-40),
+    "least values": lambda q, k, v: (q.abs() + 2, -k.abs() - 2, v.sign() * 1e-30 * (1 + v.abs())),
+    "large values": lambda q, k, v: (q, k, v * 1e17),
+    "one tiny value": lambda q, k, v: (q, k, torch.where(torch.arange(v.shape[-2])[:, None] == 0, v * 1e-36, v)),
+    "tiny keys": lambda q, k, v: (q * 1e15, k * 1e-15, v),
+    "tiny queries": lambda q, k, v: (q * 1e-25, k * 1e25, v),
+    "tiny scores": lambda q, k, v: (q * 1e-36, k * 1e-36, v),
+}
+
+
+@parts
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("kind", STRESSES)
+def test_parts_or_none(kind, causal):
+    """The relative error of each query's result, however small that is, is at most twice torch's largest, beside roundings."""
+    truth, torchs, found = three(*STRESSES[kind](*of_random(160, 64)), is_causal=causal)
+    scale = truth.abs().amax(-1)
+    own = ((torchs - truth).abs().amax(-1) / scale).max()
+    assert ((found - truth).abs().amax(-1) <= (2 * own + 4 * torch.finfo(torch.float32).eps) * scale + 2**-145).all()
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(torch.int32)
+
+
+@parts
+@pytest.mark.parametrize("value", (torch.inf, -torch.inf, torch.nan, 3e38, 1e31, -1e-31, 1e-40))
+@pytest.mark.parametrize("where", "kv")
+def test_what_is_no_sum_of_parts(where, value):
+    """Beyond the range of parts, multiply-adds take the queries that meet the number, and no others, bit for bit."""
+    q, k, v = (t.float() for t in of_random(200, 64, heads=3))
+    clean = ours(q, k, v, is_causal=True)
+    {"k": k, "v": v}[where][0, 1, 100, 5] = value
+    found = ours(q, k, v, is_causal=True)
+    with at("avx512"):
+        by_multiply_adds = ours(q, k, v, is_causal=True)
+    if where == "k" and abs(value) < 1:  # a key too small is as good as none
+        return torch.testing.assert_close(found, by_multiply_adds)
+    assert torch.equal(bits(found[:, 1, 128:]), bits(by_multiply_adds[:, 1, 128:]))
+    assert torch.equal(found[:, ::2], clean[:, ::2]) and torch.equal(found[:, 1, :64], clean[:, 1, :64])
+    assert not torch.equal(clean[:, ::2], by_multiply_adds[:, ::2])
+
+
+@parts
+def test_queries_that_are_no_sum_of_parts():
+    """Large numbers are multiplied otherwise; one that is infinite or NaN is nobody else's matter."""
+    q, k, v = (t.float() for t in of_random(200, 64))
+    clean = ours(q, k, v)
+    for value in (1e31, -1e36):
+        spoiled = q.clone()
+        spoiled[0, 1, 70, 5] = value
+        with at("avx512"):
+            expected = ours(spoiled, k, v)
+        found = ours(spoiled, k, v)
+        assert torch.equal(found[0, 1, 64:96], expected[0, 1, 64:96]) and torch.equal(found[0, 0], clean[0, 0])
+    for value in (torch.inf, -torch.inf, torch.nan):
+        spoiled = q.clone()
+        spoiled[0, 1, 70, 5] = value
+        found = ours(spoiled, k, v)
+        assert found[0, 1, 70].isnan().all()
+        found[0, 1, 70] = clean[0, 1, 70]
+        assert torch.equal(found, clean)
+
+
+@parts
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("keys", (150, 1500, 4200))
+def test_bits_of_heads(dtype, keys):
+    """What is packed for one head, or one sequence, serves no other: each has the bits that it has alone."""
+    torch.manual_seed(0)
+    sizes = ((600 if keys < 1000 else 200, 4), (keys, 2), (keys, 2))
+    q, k, v = (torch.randn(3, n, heads, 64).to(dtype).transpose(1, 2) for n, heads in sizes)
+    k[1], v[2] = k[0], v[0]
+    whole = ours(q, k, v, enable_gqa=True)
+    for b, h in itertools.product(range(3), range(4)):
+        alone = ours(q[b : b + 1, h : h + 1], k[b : b + 1, h // 2 : h // 2 + 1], v[b : b + 1, h // 2 : h // 2 + 1])
+        assert torch.equal(alone, whole[b : b + 1, h : h + 1])
+    assert torch.equal(whole, ours(*(t.contiguous() for t in (q, k, v)), enable_gqa=True))
+    for count in THREADS:
+        with threads(count):
+            assert torch.equal(whole, ours(q, k, v, enable_gqa=True))
+
+
+@parts
+def test_parts_are_used(monkeypatch):
+    """From 128 queries on, without gradients: a backward pass forms the scores again, rounded as those of its lse."""
+    monkeypatch.delenv("FASTSEQ_CPU_PARTS")
+    for T, gradients in itertools.product((64, 128), (False, True)):
+        q, k, v = (t.float().requires_grad_(gradients) for t in of_random(T, 64))
+        spec = Spec(scale=0.125, left=50, right=50)
+        results = []
+        for level in ("avx512", "amx"):
+            with at(level):
+                results.append((ours(q, k, v).detach(), eager.attention(q, k, v, spec)[0].detach()))
+        assert all(torch.equal(*pair) == (gradients or T < 128) for pair in zip(*results, strict=True))
+
+
 # what a softmax in blocks can get wrong
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_rows_masked_by_the_least_number(level, dtype):
+    """A bias of the least number hides keys from those who see others; who sees no others sees all of them alike."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 150, 16).to(dtype) for _ in range(3))
+    mask = torch.zeros(150, 150, dtype=dtype)
+    mask[::3] = torch.finfo(dtype).min
+    mask[1::3, 70:] = torch.finfo(dtype).min
+    tensors = dict(query=q, key=k, value=v, attn_mask=mask)
+    exact = {name: t.double() for name, t in tensors.items()}
+    exact["attn_mask"] = torch.where(mask < 0, -1e30, 0.0).double()  # of which a score takes nothing, as here
+    assert_close_to_truth(ours(q, k, v, mask), by_math(**tensors), by_math(**exact))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -300,7 +300,7 @@ class TestCpuKernels:
         def call(x=x, w_ih=w_ih, weight=weight, vectors=None, projection=None, hold_h=None, hold_c=None, gates=empty, cell="gru"):
             torch.ops.fastseq_native.recurrent_forward(
                 x, w_ih, None, None, weight, vectors, projection, None, None, None, None, hold_h, hold_c, cell, 0, 0.0, 0.0,
-                y, h_n, empty, empty, gates,
+                False, y, h_n, empty, empty, gates,
             )  # fmt: skip
 
         call()

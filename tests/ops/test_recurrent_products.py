@@ -120,7 +120,7 @@ def native(call, wanted):
     lanes = call["y"].shape[-2]
     bits = [wanted & ~X] * lanes
     bits[0] = wanted
-    return torch.ops.fastseq_native.recurrent_gradients(*call.values(), bits)
+    return torch.ops.fastseq_native.recurrent_gradients(*call.values(), bits, False)
 
 
 def named(call, wanted):

@@ -26,8 +26,9 @@ def why_not(query: AttentionQuery) -> list[str]:
     return against
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-    return torch.ops.fastseq_native.attention_forward.default(q, k, v, *_dense(spec, q.dtype))
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, saves: bool = True) -> tuple[Tensor, Tensor]:
+    """saves: for a backward pass, which forms the scores again; else float32 may be multiplied in parts."""
+    return torch.ops.fastseq_native.attention_forward.default(q, k, v, *_dense(spec, q.dtype), saves)
 
 
 def attention_backward(

@@ -28,6 +28,12 @@ CELLS = (
 )
 
 
+def two_parts() -> bool:
+    """Whether products of float32 that AMX computes in parts of bfloat16 have two parts, not three: half the products, and errors
+    of 2^-16 of each instead of a rounding. So ``torch.set_float32_matmul_precision`` has it, with "high" or "medium"."""
+    return torch._C._get_fp32_precision_getter("mkldnn", "matmul") in ("tf32", "bf16")
+
+
 def why_not(query: RecurrentQuery) -> list[str]:
     missing = library.reason()
     if missing:
@@ -61,6 +67,7 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
         call.reverse_bits,
         call.zoneout_h,
         call.zoneout_c,
+        two_parts(),
         *results,
     )
     return results
@@ -92,6 +99,7 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, 
         call.zoneout_h,
         call.zoneout_c,
         not once,
+        two_parts(),
         *results,
     )
     if once:
@@ -123,7 +131,7 @@ def layer_backward(
     dy, dh_n, dc_n, x, h0, c0 = all_dense(dy, dh_n, dc_n, x, h0, c0)
     found = torch.ops.fastseq_native.recurrent_layer_backward.default(
         *(dy, dh_n, dc_n, x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c),
-        *(y, c, gates, cell, zoneout_h, zoneout_c, wanted),
+        *(y, c, gates, cell, zoneout_h, zoneout_c, wanted, two_parts()),
     )
     each = iter(found)
     grads: list[Any] = [next(each) if want else None for want in wanted]
@@ -152,6 +160,7 @@ def layer_gradients(
         list(weights.w_ih) if wanted_x else [],
         call.reverse_bits,
         bits,
+        two_parts(),
     )
     return found or None
 

@@ -16,11 +16,11 @@ __all__ = [
     "MACHINE",
     "available",
     "devices",
+    "forms",
     "name",
     "ops",
     "recurrent_backward",
     "recurrent_forward",
-    "stands_back",
     "variant",
     "why_not",
 ]
@@ -41,9 +41,10 @@ def _obstacle(device: int) -> str:
     return torch.ops.fastseq_native.cuda_obstacle(device)
 
 
+def forms(query: Query) -> tuple[str, ...]:
+    """What a measurement may choose among, for a call that the kernels can run."""
+    return recurrent.forms(query) if isinstance(query, RecurrentQuery) else ("",)
+
+
 def why_not(query: Query) -> list[str]:
     return recurrent.why_not(query) if isinstance(query, RecurrentQuery) else [f"no CUDA kernel for {query.op} yet"]
-
-
-def stands_back(query: Query) -> list[str]:
-    return ["its kernels have run on no GPU yet, only on the host; use_backend('cuda') takes them"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...ops.types import Backward, Call, Forward
 from ..dense import dense
+from ..forms import measured_form
 from ..notes import note
 from ..precision import fp32_precision
 from ..query import RecurrentQuery
@@ -24,6 +25,7 @@ from .plan import Device, Plan, plan_of
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 _PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _MOST_LANES = 63  # their directions are the bits of one number
+PLAN, WORTH = "plan ", 3
 RANKS = (0, 0)  # of the plans taken forward and backward, for whoever tries others than the best by the model
 
 # runs "forward" or "backward": direction, cell, precision, plan, the other arguments by their names in the native op
@@ -44,8 +46,17 @@ def precision_of(dtype: torch.dtype, machine: Machine) -> str:
 
 
 def _plan(call: Call | RecurrentQuery, backward: bool, where: torch.device, machine: Machine) -> Plan:
-    sizes = (call.batch, call.lanes, call.hidden)
-    return plan_of(call.cell, precision_of(call.dtype, machine), backward, *sizes, machine.device(where), RANKS[backward])
+    facts = call.cell, precision_of(call.dtype, machine), backward, call.batch, call.lanes, call.hidden, machine.device(where)
+    rank = RANKS[backward]
+    if not rank and not isinstance(call, RecurrentQuery):
+        form = measured_form("cuda", call, backward)
+        rank = min(int(form.removeprefix(PLAN)), plan_of(*facts).of - 1) if form else 0
+    return plan_of(*facts, rank)
+
+
+def forms(query: RecurrentQuery) -> tuple[str, ...]:
+    """The best plans by the model, the first unnamed: those that are worth a measurement."""
+    return ("", *(f"{PLAN}{rank}" for rank in range(1, min(WORTH, _plan(query, False, query.device, GPU).of))))
 
 
 def obstacles(query: RecurrentQuery, machine: Machine) -> list[str]:

@@ -1,14 +1,14 @@
-"""PyTorch's own kernels, for calls that they do faster than ours, or alone: ``limits.py`` says which, and why.
+"""PyTorch's own kernels, for calls that they do faster than ours, or alone.
 
 They are called before an op would be: by the functions of ``fastseq.functional`` and by the modules.
 """
 
 from __future__ import annotations
 
-from ..query import Query
+from ..query import AttentionQuery, Query, ScanQuery
 from . import attention, recurrent
 
-__all__ = ["attention", "available", "devices", "name", "ops", "recurrent", "why_not"]
+__all__ = ["attention", "available", "devices", "fuses", "name", "ops", "recurrent", "serves", "why_not"]
 
 name = "torch"
 devices = ("any",)
@@ -25,3 +25,17 @@ def why_not(query: Query) -> list[str]:
     if query.op == "attention":
         return ["torch has attention of padded sequences, eager, without softcap, sinks, lengths, relative keys and the lse"]
     return [f"torch has no {query.op}"]
+
+
+def serves(query: Query) -> bool:
+    """Whether torch has what such a call asks for, fused or not."""
+    if isinstance(query, ScanQuery):
+        return False
+    return attention.serves(query) if isinstance(query, AttentionQuery) else recurrent.serves(query)
+
+
+def fuses(query: Query) -> bool:
+    """Whether torch runs such a call by a kernel of its own for it, not by several one after the other."""
+    if isinstance(query, ScanQuery):
+        return False
+    return attention.fuses(query) if isinstance(query, AttentionQuery) else recurrent.fuses(query)

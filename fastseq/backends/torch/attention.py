@@ -8,6 +8,10 @@ from torch import Tensor
 
 from ...reference import attention as reference
 from ...reference.attention import Group, Spec
+from ..query import AttentionQuery
+
+_FUSED = frozenset(("mask", "bias", "dropout", "bottom_right"))
+_MOST_FEATURES = 256  # of a head, in flash attention
 
 
 def lacks(q: Tensor, k: Tensor, spec: Spec) -> str:
@@ -22,6 +26,33 @@ def lacks(q: Tensor, k: Tensor, spec: Spec) -> str:
         "queries or keys of size 0": 0 in q.shape or 0 in k.shape,
     }
     return ", ".join(name for name, has in given.items() if has)
+
+
+def serves(query: AttentionQuery) -> bool:
+    """Whether torch has such attention. A window and what follows from distances become masks and biases."""
+    dense = frozenset(("mask", "bias", "dropout", "bottom_right", "slopes", "relative_bias", "blocks", "weights"))
+    return query.op == "attention" and query.call == "forward" and query.layout == "padded" and dense.issuperset(query.uses)
+
+
+def fuses(query: AttentionQuery) -> bool:
+    """Whether ``F.scaled_dot_product_attention`` has one kernel for such a call, as far as its sizes tell."""
+    q = query
+    if q.op != "attention" or not q.call.startswith(("forward", "backward")) or q.layout != "padded" or q.offset:
+        return False
+    square, masked = q.lengths[0] == q.lengths[1], "mask" in q.uses or "bias" in q.uses
+    causal = q.window == (-1, 0)
+    if not _FUSED.issuperset(q.uses) or not (causal or q.window == (-1, -1)) or ("bottom_right" in q.uses and not square):
+        return False
+    if (causal and masked) or {"mask", "bias"} <= set(q.uses) or 0 in (*q.lengths, *q.features):
+        return False
+    grouped = q.heads[0] != q.heads[1]
+    if q.device.type != "cuda":
+        return "dropout" not in q.uses
+    if q.dtype == torch.float64:
+        return False
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    flash = half and not masked and q.features[0] == q.features[1] <= _MOST_FEATURES
+    return flash or not grouped  # the memory-efficient kernel takes all else, but not fewer heads of keys
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, recorded: bool = False) -> Tensor:

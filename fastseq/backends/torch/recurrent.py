@@ -11,10 +11,6 @@ from torch import Tensor
 from .. import library
 from ..cpu import recurrent as native
 from ..query import RecurrentQuery
-from . import limits
-
-# On a GPU the fused step of ``kernels/recurrent/single.py`` has not been measured against it.
-WHY_STEP = "a step is two products and one fused kernel there"
 
 # the LSTM returns h and c, the others h
 STEPS: dict[str, Any] = {
@@ -82,10 +78,26 @@ def layers(
     return results[0], tuple(results[1:])
 
 
-def why_step(input: Tensor, gradients: bool) -> str | None:
-    """Why torch's kernel takes a single step that it can run, rather than one of ours; None: ours takes it."""
-    ours = input.device.type == "cpu" and input.dtype in native.DTYPES and not gradients and not library.reason()
-    return None if ours else WHY_STEP
+MOST_STEPS = 65_535  # that cuDNN counts
+
+
+def serves(query: RecurrentQuery) -> bool:
+    """Whether torch has such layers."""
+    return query.cell in GATES and not query.zoned and query.layout != "lengths"
+
+
+def fuses(query: RecurrentQuery) -> bool:
+    """Whether torch has a kernel for such layers (cuDNN's, oneDNN's) or for such a step (on a GPU)."""
+    q = query
+    if not serves(q):
+        return False
+    if q.device.type == "cuda":
+        return q.op == "recurrent_cell" or (_has_cudnn() and q.steps <= MOST_STEPS)
+    return q.op == "recurrent" and not q.projected  # a projected LSTM is not oneDNN's
+
+
+def _has_cudnn() -> bool:
+    return torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
 
 
 def lacking(query: RecurrentQuery) -> str | None:
@@ -95,11 +107,3 @@ def lacking(query: RecurrentQuery) -> str | None:
     if query.dtype not in native.DTYPES:
         return f"fastseq has no kernel for {str(query.dtype).removeprefix('torch.')} on a CPU"
     return library.reason()
-
-
-def why_layers(query: RecurrentQuery, gradients: bool) -> str | None:
-    """Why torch's kernel takes a call that it can run, rather than one of ours; None: ours takes it."""
-    missing = lacking(query)
-    if missing or query.device.type != "cpu" or query.projected:  # a projected LSTM is not oneDNN's
-        return missing
-    return limits.short_layers(query, gradients)

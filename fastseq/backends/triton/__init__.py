@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from ..query import Query
+from ..query import Query, RecurrentQuery
 from . import attention, attention_decode, recurrent, scan
 from .attention import attention_backward, attention_forward, attention_weights, attention_weights_backward
 from .attention_decode import attention_decode_forward
@@ -25,6 +25,7 @@ __all__ = [
     "attention_weights_backward",
     "available",
     "devices",
+    "forms",
     "name",
     "ops",
     "recurrent_backward",
@@ -47,6 +48,11 @@ def available() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     return None if interpreted or torch.cuda.is_available() else "no CUDA device is visible to torch"
+
+
+def forms(query: Query) -> tuple[str, ...]:
+    """What a measurement may choose among, for a call that the kernels can run."""
+    return recurrent.forms(query) if isinstance(query, RecurrentQuery) else ("",)
 
 
 def why_not(query: Query) -> list[str]:

@@ -27,6 +27,11 @@ def why_not(query: RecurrentQuery) -> list[str]:
     return unknown + dtype_obstacles(query)
 
 
+def forms(query: RecurrentQuery) -> tuple[str, ...]:
+    """The form by the rules, unnamed, and the others that can walk a sequence."""
+    return ("",) if query.steps == 1 or query.projected else ("", "whole", "streamed", "stepwise")
+
+
 def variant(query: RecurrentQuery, family: str) -> str:
     """The form and tiles that run a call."""
     from fastseq.kernels.recurrent import configs

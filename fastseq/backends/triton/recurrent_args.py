@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...ops.types import Backward, Call, Forward
 from ..dense import dense
+from ..forms import measured_form
 from ..precision import fp32_precision
 
 
@@ -24,6 +25,7 @@ class _Launched:
             call.rows.device, call.dtype, len(row.gates), call.hidden, call.batch, call.projection is not None, row.normalized,
             one_step=call.steps == 1 and call.lengths is None, backward=isinstance(call, Backward),
             exact=call.dtype == torch.float32 and fp32_precision() == "ieee",
+            measured=measured_form("triton", call, isinstance(call, Backward)) or None,
         )  # fmt: skip
         self.layout = _layout(call)
         self.zoneout = _zoneout(call)

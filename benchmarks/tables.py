@@ -1,0 +1,137 @@
+"""The tables that the package ships, from results that are committed: who runs which call on devices that were measured.
+
+    python -m fastseq.benchmarks.tables                      write fastseq/choice/tables/*.json from benchmarks/results
+    python -m fastseq.benchmarks.tables measure DIR          tune this CPU, level by level of instructions, and keep it in DIR
+
+`cpu-lengths.json` follows from the files choice.json (cpu/choice.py), `points.json` from the files tuned*.json: what `python -m
+fastseq tune --export` writes, on a GPU as on a CPU. Of two files about one device and level the last in order of names holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastseq.backends import library
+from fastseq.choice import lengths, shipped, store
+from fastseq.choice.decision import Candidate, Point, point_of
+from fastseq.choice.device import LEVELS, Device, cpu_level
+
+from .cpu import choice
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MARGIN = 1.02  # a CPU's call goes to torch's kernel if ours takes so much longer: what a measurement can tell from equal
+SECONDS = 0.1  # for the rounds of a call
+SUITES = "attention,cells"  # of layers cpu-lengths.json tells
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 2: bad arguments or files."""
+    p = argparse.ArgumentParser(
+        prog="python -m fastseq.benchmarks.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = p.add_subparsers(dest="command")
+    measure = commands.add_parser("measure", help="tune this CPU, level by level of instructions")
+    measure.add_argument("folder", type=Path, metavar="DIR", help="gets a file tuned-LEVEL.json of each")
+    measure.add_argument("--levels", metavar="NAME[,NAME...]", help="default: all that this CPU has, of " + ", ".join(LEVELS))
+    measure.add_argument("--minutes", type=float, metavar="N", help="of each level at most (default: as long as it takes)")
+    args = p.parse_args(argv)
+    try:
+        if args.command == "measure":
+            return _measure(args.folder, args.levels, args.minutes)
+        for file, text in texts(RESULTS).items():
+            file.write_text(text)
+    except (OSError, ValueError) as error:
+        p.error(str(error))
+    return 0
+
+
+def texts(results: Path) -> dict[Path, str]:
+    """The text of each table.
+
+    Raises:
+        ValueError: if a file of results holds something else.
+    """
+    return {
+        lengths.FILE: choice.text_of(sorted(results.glob("*/choice.json"))),
+        shipped.FILE: points_text(sorted(results.glob("*/tuned*.json"))),
+    }
+
+
+def points_text(files: Iterable[Path]) -> str:
+    """Of ``points.json``, a call a line."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for file in files:
+        try:
+            entries = store.parsed(file.read_text(), "tuned")
+        except ValueError as error:
+            raise ValueError(f"{file} is no export of `fastseq tune`: {error}") from error
+        for device, (date, points) in _by_device(entries).items():
+            rows[(device.type, device.level) if device.type == "cpu" else (device.type, device.name)] = shipped.row_of(
+                device, date, points
+            )
+    parts = []
+    for _, row in sorted(rows.items()):
+        calls = ",\n".join(json.dumps(call, separators=(",", ":")) for call in row.pop("calls"))
+        parts.append(f'{json.dumps(row)[:-1]}, "calls": [\n{calls}\n]}}')
+    what = "who runs which call, by device: times in us of the candidates, the best first, at measured sizes"
+    return (
+        f'{{\n"what": {json.dumps(what)},\n"command": "python -m fastseq.benchmarks.tables",\n"devices": [\n'
+        + ",\n".join(parts)
+        + "\n]}\n"
+    )
+
+
+def _by_device(entries: dict[str, Any]) -> dict[Device, tuple[str, dict[tuple[Any, ...], list[Point]]]]:
+    found: dict[Device, tuple[str, dict[tuple[Any, ...], list[Point]]]] = {}
+    for entry in entries.values():
+        device = Device(**entry["device"])
+        call, point = point_of(entry)
+        if not point.candidates:
+            continue
+        date, points = found.get(device, ("", {}))
+        candidates = tuple(Candidate(c.backend, c.form, c.us) for c in _with_margin(point.candidates, device))
+        points.setdefault(call.kin, []).append(Point(point.sizes, candidates, ""))
+        found[device] = max(date, point.date), points
+    return found
+
+
+def _with_margin(candidates: tuple[Candidate, ...], device: Device) -> tuple[Candidate, ...]:
+    def time(candidate: Candidate) -> float:
+        return (candidate.us or 0.0) * (MARGIN if device.type == "cpu" and candidate.backend == "torch" else 1.0)
+
+    return tuple(sorted(candidates, key=time))
+
+
+def _measure(folder: Path, levels: str | None, minutes: float | None) -> int:
+    if library.reason():
+        raise ValueError(library.reason())
+    here = LEVELS[: LEVELS.index(cpu_level()) + 1]
+    names = levels.split(",") if levels else here
+    wrong = [name for name in names if name not in here]
+    if wrong:
+        raise ValueError(f"--levels: {wrong[0]!r} is not one that this CPU has: {', '.join(here)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    limit = [] if minutes is None else ["--minutes", str(minutes)]
+    command = [sys.executable, "-m", "fastseq", "tune", "--device", "cpu"]
+    quick = ["--suite", SUITES, "--quiet", "--seconds", str(SECONDS)]
+    for level in names:
+        with tempfile.TemporaryDirectory() as cache:
+            alone = {"FASTSEQ_CPU_LEVEL": level, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "FASTSEQ_CACHE": cache}
+            environment = os.environ | alone | choice.LOWERED[level]
+            for more in ([*quick, *limit], ["--export", str(folder / f"tuned-{level}.json")]):
+                done = subprocess.run([*command, *more], env=environment)
+                if done.returncode:
+                    return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

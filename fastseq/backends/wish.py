@@ -1,0 +1,103 @@
+"""Which backend the caller asks for: in a block by ``use_backend``, in the whole process by ``set_backend``."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ContextDecorator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from .._arguments import Function, unknown
+from .registry import BACKENDS, ORDER
+
+
+def _checked(name: str | None, source: str) -> str | None:
+    if name is None or name in ("", "auto"):
+        return None
+    if not isinstance(name, str):
+        raise TypeError(f"{source}: a backend is named by a str, not {type(name).__name__}")
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: {unknown('backend', name, ('auto', *ORDER))}")
+    return name
+
+
+_NOTHING: Any = object()  # what a context says that says nothing
+_process: str | None = _checked(os.environ.get("FASTSEQ_BACKEND"), "FASTSEQ_BACKEND")
+_context: ContextVar[Any] = ContextVar("fastseq_backend", default=_NOTHING)
+
+
+class use_backend(ContextDecorator):
+    """Force a backend: within a ``with`` block or a decorated function, or, called by itself, from here on.
+
+    One of ``ORDER``; ``"auto"`` or None: the best one, call by call.
+
+    A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting is the
+    context's: of this thread or asynchronous task alone. A backward pass, whichever thread runs it, heeds what held for its
+    forward pass; a compiled program is made without regard to it and heeds it when it runs. ``set_backend`` sets it for the whole
+    process, ``FASTSEQ_BACKEND`` from outside.
+
+    Raises:
+        ValueError: if there is no such backend.
+        TypeError: if it is no str.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self.name = _checked(name, "use_backend")
+        self._before = _context.get()
+        _context.set(self.name)
+        self._called = True  # and not yet entered
+
+    def __enter__(self) -> None:
+        if not self._called:
+            self._before = _context.get()
+        self._called = False
+        _context.set(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        _context.set(self._before)
+
+    def __call__(self, function: Function) -> Function:
+        self.__exit__()
+        return super().__call__(function)
+
+    def _recreate_cm(self) -> use_backend:
+        return use_backend(self.name)
+
+
+def set_backend(name: str | None) -> None:
+    """Force a backend in all threads of the process, but where ``use_backend`` says something else.
+
+    Args:
+        name: one of ``ORDER``; ``"auto"`` or None: the best one, call by call.
+
+    Raises:
+        ValueError: if there is no such backend.
+        TypeError: if it is no str.
+    """
+    global _process
+    _process = _checked(name, "set_backend")
+
+
+def forced() -> str | None:
+    """The backend that is forced; None: the best one is chosen call by call. What is traced sees the process's wish alone."""
+    if torch.compiler.is_compiling():
+        return _process
+    own = _context.get()
+    return _process if own is _NOTHING else own
+
+
+class heeding:
+    """Within a ``with`` block what was ``forced`` elsewhere is forced here: for a backward pass, of its forward pass."""
+
+    __slots__ = ("_token", "wish")
+
+    def __init__(self, wish: str | None) -> None:
+        self.wish = wish
+
+    def __enter__(self) -> None:
+        self._token = _context.set(self.wish)
+
+    def __exit__(self, *error: object) -> None:
+        _context.reset(self._token)
