@@ -98,6 +98,25 @@ def test_the_triton_kernels_are_right(query):
     assert found.keys() == {*problems.families(query)} and all(verdict.right for verdict in found.values()), found
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_on_a_gpu(backend, dtype, monkeypatch):
+    """A model trains on a family that has been tried: the backward pass, in a thread of autograd, with it."""
+    monkeypatch.setattr(self_check, "CHECKED", {"triton": ("cuda",), "cuda": ("cuda",)})
+    query = recurrent("gru", dtype, hidden=64)._replace(device=torch.device("cuda", 0))
+    assert BACKENDS[backend].why_not(query) == []
+    assert against(BACKENDS[backend], query) == []
+    found, done = [], threading.Event()
+
+    def backward():
+        found.append(against(BACKENDS[backend], query._replace(backward=True)))
+        done.set()
+
+    _thread.start_new_thread(backward, ())
+    assert done.wait(60) and found == [[]]
+
+
 @on_host
 @pytest.mark.parametrize("query", [recurrent("gru", torch.float32), recurrent("lstm", torch.bfloat16, hidden=16)], ids=str)
 def test_the_cuda_kernels_are_right(query):
