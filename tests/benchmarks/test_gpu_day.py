@@ -272,10 +272,7 @@ def test_a_day_in_which_every_stage_hangs_ends_in_time(tmp_path):
     table = [replace(stage, tool="") for stage in day.table()]
     fake = Fake(**{stage.name: (99, 0) for stage in table})
     found = fake.walk(tmp_path, 8.0, table=table, scale=8 / day.MINUTES)
-    assert (
-        fake.seconds <= 480
-        and fake.ran[:6] == ["environment", "info", "self-check", "baselines", "tune", "tests"][: len(fake.ran)]
-    )
+    assert fake.seconds <= 480 and fake.ran[:6] == [stage.name for stage in table][:6]
     assert {*statuses(found).values()} == {"timed out", "left out"} and statuses(found)["attention"] == "timed out"
 
 
