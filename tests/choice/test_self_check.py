@@ -75,27 +75,31 @@ def against(backend, query):
     return self_check.against(backend, query, reference)
 
 
+def seldom(query):
+    return pytest.param(query, marks=pytest.mark.slow)
+
+
 @interpreted
 @pytest.mark.parametrize(
     "query",
     [
         recurrent("gru", torch.bfloat16),
-        pytest.param(recurrent("slstm", torch.float32, hidden=7, zoned=True), marks=pytest.mark.slow),
-        pytest.param(recurrent("lstm", torch.float16, projected=True, layout="packed"), marks=pytest.mark.slow),
-        pytest.param(recurrent("lstm", torch.bfloat16, steps=1), marks=pytest.mark.slow),
+        seldom(recurrent("slstm", torch.float32, hidden=7, zoned=True)),
+        seldom(recurrent("lstm", torch.float16, projected=True, layout="packed")),
+        seldom(recurrent("lstm", torch.bfloat16, steps=1)),
         attention("forward", torch.bfloat16, ("bias",)),
-        pytest.param(attention("forward", torch.float32, ("relative_q", "dropout"), window=(-1, -1)), marks=pytest.mark.slow),
+        seldom(attention("forward", torch.float32, ("relative_q", "dropout"), window=(-1, -1))),
         pytest.param(
             attention("forward", torch.float16, ("sinks", "blocks", "mask", "k_lengths"), block_size=16, window=(30, 0)),
             marks=pytest.mark.slow,
         ),
         attention("forward", torch.bfloat16, ("sinks",), layout="packed"),
-        pytest.param(attention("weights", torch.bfloat16, ("slopes",)), marks=pytest.mark.slow),
+        seldom(attention("weights", torch.bfloat16, ("slopes",))),
         decoding(torch.bfloat16),
         scanned("real", torch.bfloat16, ("initial", "resets"), layout="lengths"),
-        pytest.param(scanned("complex", torch.complex64, ("initial", "reverse"), layout="packed"), marks=pytest.mark.slow),
-        pytest.param(scanned("blocks", torch.float16), marks=pytest.mark.slow),
-        pytest.param(scanned("real", torch.float32, ("log", "resets")), marks=pytest.mark.slow),
+        seldom(scanned("complex", torch.complex64, ("initial", "reverse"), layout="packed")),
+        seldom(scanned("blocks", torch.float16)),
+        seldom(scanned("real", torch.float32, ("log", "resets"))),
     ],
     ids=str,
 )
