@@ -268,6 +268,14 @@ def test_eight_minutes_have_room_for_what_is_worth_most():
     assert left >= scale * stages.LEAST_MINUTES
 
 
+def test_a_day_in_which_every_stage_hangs_ends_in_time(tmp_path):
+    table = [replace(stage, tool="") for stage in day.table()]
+    fake = Fake(**{stage.name: (99, 0) for stage in table})
+    found = fake.walk(tmp_path, 8.0, table=table, scale=8 / day.MINUTES)
+    assert fake.seconds <= 480 and fake.ran[:6] == [stage.name for stage in table][:6]
+    assert {*statuses(found).values()} == {"timed out", "left out"} and statuses(found)["attention"] == "timed out"
+
+
 def test_a_short_day_shortens_its_stages(tmp_path):
     fake = Fake(a=(9, 0), b=(0.2, 0))
     found = fake.walk(tmp_path, 8.0, scale=0.32)
