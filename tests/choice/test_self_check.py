@@ -89,7 +89,8 @@ def against(backend, query):
         scanned("real", torch.bfloat16, ("initial", "resets"), layout="lengths"),
         scanned("complex", torch.complex64, ("initial", "reverse"), layout="packed"),
         scanned("blocks", torch.float16),
-        scanned("real", torch.float32, ("log", "resets")),
+        scanned("real", torch.float32, ("resets", "log")),
+        scanned("real", torch.float16, ("initial", "min_gru")),
     ],
     ids=str,
 )
