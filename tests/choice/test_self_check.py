@@ -99,7 +99,8 @@ def seldom(query):
         scanned("real", torch.bfloat16, ("initial", "resets"), layout="lengths"),
         seldom(scanned("complex", torch.complex64, ("initial", "reverse"), layout="packed")),
         seldom(scanned("blocks", torch.float16)),
-        seldom(scanned("real", torch.float32, ("log", "resets"))),
+        seldom(scanned("real", torch.float32, ("resets", "log"))),
+        seldom(scanned("real", torch.float16, ("initial", "min_gru"))),
     ],
     ids=str,
 )
