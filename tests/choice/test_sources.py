@@ -213,6 +213,7 @@ class TestPretendedGpu:
 
     @pytest.fixture(autouse=True)
     def gpu(self, monkeypatch):
+        monkeypatch.setenv("FASTSEQ_SELF_CHECK", "0")
         pretended = Device("cuda", "NVIDIA H999", "9.9", 0)
         monkeypatch.setattr(sources, "device_of", lambda device: pretended if device.type == "cuda" else device_of(device))
         for backend in (backends.triton, backends.cuda):
