@@ -38,16 +38,63 @@ int64_t copied_row(int64_t features) {
   return blocks_of(features, kLineOf<A>) * kLineOf<A> + kLineOf<A>;
 }
 
+template <class S, class A = Wide<S>>
+void copy_rows(const S* from, int64_t row, int64_t rows, int64_t features, A* to) {
+  constexpr int64_t W = Math<A>::kWidth;
+  for (int64_t j = 0; j < rows; ++j)
+    for (int64_t e = 0; e < features; e += W)
+      store_vector(to + j * copied_row<A>(features) + e, Memory<S, A>::load(from + j * row + e, features - e));
+}
+
+template <class A>
+constexpr int64_t kNear = 512 / sizeof(A);  // rows that are not far apart
+
 template <bool kColumns, class S, class A = Wide<S>>
 Operand<A> operand(const S* from, int64_t row, int64_t rows, int64_t features, A* copy) {
-  constexpr int64_t W = Math<A>::kWidth, kNear = 512 / sizeof(A);
   if constexpr (std::is_same_v<S, A>)
-    if (!kColumns || row < kNear) return {from, row};
-  const int64_t to = copied_row<A>(features);
-  for (int64_t j = 0; j < rows; ++j)
-    for (int64_t e = 0; e < features; e += W) store_vector(copy + j * to + e, Memory<S, A>::load(from + j * row + e, features - e));
-  return {copy, to};
+    if (!kColumns || row < kNear<A>) return {from, row};
+  copy_rows(from, row, rows, features, copy);
+  return {copy, copied_row<A>(features)};
 }
+
+// Keys or values of a head, copied once for all the blocks of queries that a thread works on, a line of them when it is first asked for: where
+// heads lie beside one another, rows far apart would be found in few sets of the second-level cache, too.
+template <class S, class A = Wide<S>>
+class Kept {
+ public:
+  Kept(Arena& arena, bool keeps, int64_t rows, int64_t features)
+      : features_(features),
+        data_(keeps ? arena.take<A>(rows * copied_row<A>(features)) : nullptr),
+        done_(keeps ? arena.take<bool>(blocks_of(rows, kLine)) : nullptr),
+        keeps_(keeps) {}
+
+  bool keeps() const { return keeps_; }
+  // rows of keys 0 .. count
+  void start(const S* from, int64_t row, int64_t count) {
+    if (!keeps_ || (from == from_ && row == row_ && count == count_)) return;
+    from_ = from, row_ = row, count_ = count;
+    __builtin_memset(done_, 0, blocks_of(count, kLine));
+  }
+  // keys begin .. begin + n; begin is a multiple of kLine
+  Operand<A> rows(int64_t begin, int64_t n) {
+    const int64_t to = copied_row<A>(features_);
+    for (int64_t line = begin / kLine; line * kLine < begin + n; ++line) {
+      if (done_[line]) continue;
+      const int64_t first = line * kLine;
+      copy_rows(from_ + first * row_, row_, min(kLine, count_ - first), features_, data_ + first * to);
+      done_[line] = true;
+    }
+    return {data_ + begin * to, to};
+  }
+
+ private:
+  int64_t features_;
+  A* data_;
+  bool* done_;
+  bool keeps_;
+  const S* from_ = nullptr;
+  int64_t row_ = 0, count_ = 0;
+};
 
 // log x of a normal number: x = 2^n m with m about 1, log m = 2 atanh((m - 1) / (m + 1))
 template <class A>
@@ -111,14 +158,18 @@ class Softmax {
   static FASTSEQ_HOST_DEVICE V base_of(V highest) { return highest == V{} - A(INFINITY) ? V{} : highest; }
 
   // Ends the softmax of lanes with this highest score and this sum of weights, 0 where no key was seen: factor[lane] makes weights of
-  // them, and lse is stored, if wanted.
+  // them, and lse is stored, if wanted. `rounded`: the sum of the weights as they were multiplied, by which they add up to one.
   template <int NV>
   void finish(const V (&highest)[NV], const V (&total)[NV]) {
+    finish<NV>(highest, total, total);
+  }
+  template <int NV>
+  void finish(const V (&highest)[NV], const V (&total)[NV], const V (&rounded)[NV]) {
     const A factor = block.factor();
     A* lse = a.lse ? static_cast<A*>(a.lse) + (a.cu_q ? 0 : block.b * a.lse_b) + block.h * a.lse_h + block.s.first_q + block.first : nullptr;
     for (int64_t v = 0; v < NV; ++v) {
       const V dead = (V)(total[v] == V{});
-      store_vector(factor_ + v * W, total[v] == V{} ? V{} : A(1) / total[v]);
+      store_vector(factor_ + v * W, rounded[v] == V{} ? V{} : A(1) / rounded[v]);
       if (a.sinks) {
         store_vector(highest_ + v * W, highest[v] * factor), store_vector(total_ + v * W, total[v]);
         for (int64_t lane = v * W; lane < min(block.count, (v + 1) * W); ++lane) join_sink(lane, lse);
@@ -159,16 +210,24 @@ class MultiplyAdd : public Softmax<S> {
       : Softmax<S>(given, arena),
         queries_(arena.take<A>(padded(a.features) * kMostLanes<A>)),
         keys_(arena.take<A>(kChunk * copied_row<A>(a.features))),
-        values_(arena.take<A>(kChunk * copied_row<A>(a.value_features))) {}
+        values_(arena.take<A>(kChunk * copied_row<A>(a.value_features))),
+        kept_keys_(arena, keeps(a.k, a.features), a.keys, a.features),
+        kept_values_(arena, keeps(a.v, a.value_features), a.keys, a.value_features) {}
 
-  void load() { block.transposed(a.q, queries_); }
+  void load() {
+    block.transposed(a.q, queries_);
+    kept_keys_.start(row_of(a.k, 0), a.k.t, block.s.keys);
+    if (a.v.given()) kept_values_.start(row_of(a.v, 0), a.v.t, block.s.keys);
+  }
 
   template <bool kColumns>
   Operand<A> keys(int64_t begin, int64_t n) {
+    if (kept_keys_.keeps()) return kept_keys_.rows(begin, n);
     return operand<kColumns, S>(row_of(a.k, begin), a.k.t, n, a.features, keys_);
   }
   template <bool kColumns>
   Operand<A> values(int64_t begin, int64_t n) {
+    if (kept_values_.keeps()) return kept_values_.rows(begin, n);
     return operand<kColumns, S>(row_of(a.v, begin), a.v.t, n, a.value_features, values_);
   }
 
@@ -199,7 +258,15 @@ class MultiplyAdd : public Softmax<S> {
   }
 
  private:
+  // rows far apart, or that have to be widened, for several blocks of queries
+  bool keeps(const ConstRows& rows, int64_t features) const {
+    constexpr int64_t kBlocks = 4;
+    const bool far = rows.t >= kNear<A> && rows.t > features;
+    return rows.given() && a.queries >= kBlocks * kMostLanes<A> && (far || !std::is_same_v<S, A>);
+  }
+
   A *queries_, *keys_, *values_;
+  Kept<S> kept_keys_, kept_values_;
 };
 
 // out and lse. A task is a block of queries of a head.

@@ -391,8 +391,8 @@ class TileProduct : public Softmax<S> {
     this->template shape<NV>(begin, n, to, largest, capped);
   }
 
-  // The weights of two keys, next to one another, of the lanes of a vector.
-  FASTSEQ_HOST_DEVICE void put(int64_t key, int64_t v, V first, V second) {
+  // The weights of two keys, next to one another, of the lanes of a vector; gives them, or their first parts.
+  FASTSEQ_HOST_DEVICE Bits put(int64_t key, int64_t v, V first, V second) {
     Bits parts[kParts];
     if constexpr (kParts == 1)
       parts[0] = in_pairs(rounded_both(first, second));
@@ -401,6 +401,7 @@ class TileProduct : public Softmax<S> {
     char* to = weights_ + v * kRow + key / kTileDepth * kParts * kTileBytes + key % kTileDepth / 2 * 64;
 #pragma GCC unroll 3
     for (int part = 0; part < kParts; ++part) __builtin_memcpy(to + part * kTileBytes, &parts[part], 64);
+    return parts[0];
   }
   // those of the keys n .. of the step that n ends in are zero
   template <int NV>
@@ -506,6 +507,7 @@ class TileForward {
       lowest = min(lowest, begin[i]), highest = max(highest, end[i]);
       for (V& v : base_[i]) v = V{} - INFINITY;
       for (V& v : total_[i]) v = V{};
+      for (V& v : rounded_[i]) v = V{};
       __builtin_memset(sums_ + i * sums_size_, 0, sums_size_ * sizeof(float));
     }
     for (int64_t j = lowest; j < highest; j += keys_) {
@@ -534,6 +536,7 @@ class TileForward {
   static constexpr int64_t kMostBlocks = 4;
   // Long sums are more exact if those of each chunk are added to the others: what float's softmax has to be.
   static constexpr bool kFolds = kPartsOf<S> > 1;
+  static constexpr bool kRounds = !kFolds;  // the weights
 
   static int64_t blocks_of_task(const Attention& a) {
     constexpr int64_t kNear = 1 << 20;  // what stays in the second-level cache, beside all else
@@ -550,18 +553,21 @@ class TileForward {
     float* all = sums_ + i * sums_size_;
     const int64_t values = a.value_features * lanes;
     rows_.template products<NV>(begin, n, scores_, i);
-    V sums[NV], alpha[NV];
+    V sums[NV], rounded[NV], alpha[NV];
     __mmask16 others[NV];
     for (int v = 0; v < NV; ++v) alpha[v] = V{} + 1.0f, others[v] = 0xffff;
     if (!rows_.plain()) {
       block.template shape<NV>(scores_, begin, n);
       raise<NV>(i, n, others, alpha);
-      weigh<NV, true>(i, n, sums);
-    } else if (!weighs_as_before<NV>(i, n, sums, others)) {
+      weigh<NV, true>(i, n, sums, rounded);
+    } else if (!weighs_as_before<NV>(i, n, sums, rounded, others)) {
       raise<NV>(i, n, others, alpha);
-      weigh<NV, false>(i, n, sums);
+      weigh<NV, false>(i, n, sums, rounded);
     }
-    for (int v = 0; v < NV; ++v) total_[i][v] = total_[i][v] * alpha[v] + sums[v];
+    for (int v = 0; v < NV; ++v) {
+      total_[i][v] = total_[i][v] * alpha[v] + sums[v];
+      if (kRounds) rounded_[i][v] = rounded_[i][v] * alpha[v] + rounded[v];
+    }
     if (a.dropout > 0) {
       block.template drop<NV>(begin, n, [&](int64_t at, V keep) { store_vector(weights_ + at, load_vector(weights_ + at) * keep); });
       rows_.template put_all<NV>(n, weights_);
@@ -587,7 +593,7 @@ class TileForward {
   // so much higher than those before, or the first scores so far from 0, that they get out of bounds: in some `others` of the lanes. Of 16
   // bits, the first base is that of the highest score: where few keys are seen, its weight of 1 is exact.
   template <int NV>
-  bool weighs_as_before(int64_t i, int64_t n, V (&sums)[NV], __mmask16 (&others)[NV]) {
+  bool weighs_as_before(int64_t i, int64_t n, V (&sums)[NV], V (&rounded)[NV], __mmask16 (&others)[NV]) {
     constexpr float kLeast = 0x1p-4f, kMost = 0x1p40f;
     __mmask16 first[NV], any = 0;
     for (int v = 0; v < NV; ++v) {
@@ -595,7 +601,7 @@ class TileForward {
       others[v] = kFolds ? 0 : first[v], any |= others[v];
     }
     if (any) return false;
-    weigh<NV, false>(i, n, sums);
+    weigh<NV, false>(i, n, sums, rounded);
     for (int v = 0; v < NV; ++v) {
       others[v] = _mm512_cmp_ps_mask((__m512)sums[v], _mm512_set1_ps(kMost), _CMP_NLE_UQ) |
                   (first[v] & _mm512_cmp_ps_mask((__m512)sums[v], _mm512_set1_ps(kLeast), _CMP_LT_OQ));
@@ -622,21 +628,21 @@ class TileForward {
     }
   }
 
-  // Scores become weights, operands of the product, and their sums; with a dropout, numbers. Scores that a bias has put at the end of the range
+  // Scores become weights, operands of the product, and their sums, before and after they are rounded; with a dropout, numbers. Scores that a bias has put at the end of the range
   // are subtracted before they are multiplied.
   template <int NV, bool kZeroes>
-  void weigh(int64_t i, int64_t n, V (&sums)[NV]) {
+  void weigh(int64_t i, int64_t n, V (&sums)[NV], V (&rounded)[NV]) {
     constexpr int64_t lanes = NV * W;
     const float factor = unit();
     V base[NV], power[NV], rest[NV];
     for (int v = 0; v < NV; ++v) {
-      base[v] = rows_.base_of(base_[i][v]), sums[v] = V{};
+      base[v] = rows_.base_of(base_[i][v]), sums[v] = rounded[v] = V{};
       power[v] = base[v] * factor, rest[v] = rest_of(base[v]);
     }
     const auto exponent = [&](V score, int v) __attribute__((always_inline)) {
       return kZeroes ? (score - base[v]) * factor + rest[v] : score * factor - power[v];
     };
-    const bool drops = a.dropout > 0;
+    const bool drops = a.dropout > 0, exact = !kRounds || drops || a.lse || a.sinks;  // whether sums of the weights themselves are wanted
     const auto weight = [&](int64_t key, int v) __attribute__((always_inline)) {
       const V w = power_of_two<M, kZeroes>(exponent(load_vector(scores_ + key * lanes + v * W), v));
       if (drops) store_vector(weights_ + key * lanes + v * W, w);
@@ -647,16 +653,24 @@ class TileForward {
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) {
         const V first = weight(key, v), second = weight(key + 1, v);
-        sums[v] += first + second;
-        if (!drops) rows_.put(key, v, first, second);
+        if (exact) sums[v] += first + second;
+        if (!drops) add_rounded(rounded[v], rows_.put(key, v, first, second));
       }
     }
     if (key < n)
       for (int v = 0; v < NV; ++v) {
         const V last = weight(key, v);
-        sums[v] += last;
-        if (!drops) rows_.put(key, v, last, V{});
+        if (exact) sums[v] += last;
+        if (!drops) add_rounded(rounded[v], rows_.put(key, v, last, V{}));
       }
+    for (int v = 0; v < NV; ++v)
+      if (drops)
+        rounded[v] = sums[v];
+      else if (!exact)
+        sums[v] = rounded[v];
+  }
+  static FASTSEQ_HOST_DEVICE void add_rounded(V& sum, Bits pairs) {
+    if constexpr (kRounds) sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi16(0x3f80));  // times one
   }
 
   // what rounding takes from the power of two of a base
@@ -670,9 +684,9 @@ class TileForward {
 
   template <int NV>
   void store(int64_t i) {
-    V highest[NV], total[NV];
-    for (int v = 0; v < NV; ++v) highest[v] = base_[i][v], total[v] = total_[i][v];
-    rows_.template finish<NV>(highest, total);
+    V highest[NV], total[NV], rounded[NV];
+    for (int v = 0; v < NV; ++v) highest[v] = base_[i][v], total[v] = total_[i][v], rounded[v] = kRounds ? rounded_[i][v] : total[v];
+    rows_.template finish<NV>(highest, total, rounded);
     rows_.block.store(sums_ + i * sums_size_, a.value_features, rows_.factors(), a.out);
   }
 
@@ -681,7 +695,7 @@ class TileForward {
   TileProduct<S> rows_;
   const int64_t sums_size_;  // of a block
   float *scores_, *weights_, *fresh_, *sums_;
-  V base_[kMostBlocks][2], total_[kMostBlocks][2];  // weights are e^(score - base)
+  V base_[kMostBlocks][2], total_[kMostBlocks][2], rounded_[kMostBlocks][2];  // weights are e^(score - base)
 
  public:
   const int64_t used;

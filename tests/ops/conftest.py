@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from fastseq.backends.torch.limits import LEVELS
+from fastseq.choice.device import LEVELS
 from support.battery import OpBattery
 from support.cases import SMALL_RECURRENT_CASES
 
