@@ -18,12 +18,18 @@ from .backends import library
 from .backends.cpu import recurrent as native
 from .cells import CELLS
 from .functional._packing import FORMATS, Packing, packing_of, set_packing
-from .modules import recurrent, recurrent_cells
+from .modules import recurrent, recurrent_cells, recurrent_variants
 from .parity import as_arguments, tensors_of, unchanged
 
 __all__ = ["PackReport", "Packed", "pack", "unpack"]
 
-_OURS = (recurrent.Sequence, recurrent_cells.LSTMCell, recurrent_cells.GRUCell, recurrent_cells.RNNCell)
+_OURS = (
+    recurrent.Sequence,
+    recurrent_cells.LSTMCell,
+    recurrent_cells.GRUCell,
+    recurrent_cells.RNNCell,
+    recurrent_variants.VariantCell,
+)
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class Packed:
         name: its name in the model ("" is the model itself).
         kind: its class.
         weights: the format, empty if it was not packed.
-        bytes_before: what a call reads of its weights unpacked.
-        bytes_after: what it reads packed.
+        bytes_before: what a call reads, unpacked, of the weights that were packed.
+        bytes_after: what it reads of them packed.
         note: why what is packed is not used as things are; or why it was not packed.
     """
 
@@ -131,7 +137,10 @@ def pack(model: nn.Module, weights: torch.dtype | None = None, *, example: Any =
                 report.skipped.append(Packed(name, kind, note=reason or "its parameters are of no kind that the kernels take"))
                 continue
             set_packing(module, packing)
-            size = sum(p.numel() * p.element_size() for key, p in zip(_names(module), params, strict=True) if "weight" in key)
+            # the input weights of a cell with layer norm are read as they are, unless they are rounded
+            held = "weight_h" if CELLS[_stack(module)[0]].normalized and own is None else ("weight_i", "weight_h")
+            given = zip(_names(module), params, strict=True)
+            size = sum(parameter.numel() * parameter.element_size() for key, parameter in given if key.startswith(held))
             taken = FORMATS[own] or str(params[0].dtype).removeprefix("torch.")
             report.packed.append(Packed(name, kind, taken, size, packing.bytes(), _why_idle(module)))
         elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -168,6 +177,8 @@ def _unpack(model: nn.Module) -> list[Packed]:
 def _names(module: nn.Module) -> list[str]:
     if isinstance(module, nn.RNNBase):
         return list(module._flat_weights_names)
+    if isinstance(module, recurrent_variants.VariantCell):
+        return module.names()
     return ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if module.bias else [])]
 
 
@@ -175,6 +186,8 @@ def _stack(module: Any) -> tuple[str, int, bool, bool]:
     """Cell, layers, whether there are biases, both directions."""
     if isinstance(module, recurrent.Sequence):
         return module.cell, module.num_layers, module.bias, bool(module.bidirectional)
+    if isinstance(module, recurrent_variants.VariantCell):
+        return module.CELL, 1, bool(module.bias), False
     cell = {recurrent_cells.LSTMCell: "lstm", recurrent_cells.GRUCell: "gru"}
     kind = next((name for kind, name in cell.items() if isinstance(module, kind)), None)
     return kind or f"rnn_{module.nonlinearity}", 1, bool(module.bias), False
@@ -185,10 +198,8 @@ def _why_not(module: Any, weights: torch.dtype | None) -> str:
     missing = library.reason()
     if missing:
         return missing
-    cell = _stack(module)[0]
-    if getattr(module, "num_heads", 1) > 1 or CELLS[cell].normalized or CELLS[cell].wide_states > 1:
-        what = "num_heads > 1" if getattr(module, "num_heads", 1) > 1 else f"a {type(module).__name__}"
-        return f"no kernel takes packed weights of {what}"
+    if getattr(module, "num_heads", 1) > 1:
+        return "no kernel takes packed weights of num_heads > 1"
     for name in _names(module):
         parameter = module._parameters.get(name)
         if parameter is None:

@@ -43,6 +43,7 @@ TEST_PROCESSES = 8
 LIBRARY = ROOT / "fastseq" / "lib" / "libfastseq.so"
 SUMMARY = "summary.md"
 MOST_WRONG = 40  # lines of what is wrong in the summary
+LOCKS = tuple(f"{kind}-{store.VERSION}.lock" for kind in store.KINDS)
 REHEARSAL = ROOT / "build" / "gpu-day"
 
 
@@ -54,7 +55,8 @@ def table(python: str = sys.executable, device: str = "cuda") -> list[Stage]:
     suites = [*SUITE_MINUTES, *(name for name in SUITES if name not in SUITE_MINUTES)]
     within = ("--device", device, "--seconds", "{seconds}", "--out")
     quick = ("--quick",) if device == "cpu" else ()
-    short = (*module, "pytest", "-q", "-m", "gpu and not slow", "--maxfail=50", "--durations=15", *parallel, "tests")
+    options = ("-q", "-m", "gpu and not slow", "--maxfail=50", "--durations=15", *parallel)
+    short = (*module, "pytest", *options, *_files_with_gpu_tests())
 
     def of(name: str, minutes: float, leaves: str, *command: str) -> Stage:
         return Stage(name, (*module, *command), minutes, leaves)
@@ -76,7 +78,14 @@ def table(python: str = sys.executable, device: str = "cuda") -> list[Stage]:
         replace(_suite(DEFAULT, module, device, *quick), name="restarts"),
     ]
     # what one stage finds out of kernels the next ones know, and it comes back with the rest
-    return [replace(stage, environment={"FASTSEQ_CACHE": "{folder}", **stage.environment}) for stage in every]
+    shared = {"FASTSEQ_CACHE": "{folder}"}
+    return [replace(stage, environment={**shared, **stage.environment}, drops=(*stage.drops, *LOCKS)) for stage in every]
+
+
+def _files_with_gpu_tests() -> list[str]:
+    """To collect all others would take a short day's time."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
 def _sanitizer(tool: str, module: tuple[str, ...]) -> Stage:
@@ -261,6 +270,10 @@ def _travels() -> int:
     for name in sorted(sizes, key=lambda name: -sizes[name])[:10]:
         print(f"{sizes[name] / 2**20:6.1f} MiB  {name}")
     complaint, total = transfer.too_large(sizes), sum(sizes.values()) / 2**20
+    if not LIBRARY.is_file():
+        print("there is no library: it would be built there, which takes minutes (make library)")
+    elif any(file.stat().st_mtime > LIBRARY.stat().st_mtime for file in (ROOT / "csrc").rglob("*") if file.is_file()):
+        print("the library may be older than csrc/ (make library)")
     print(complaint or f"{total:6.1f} MiB  in {len(sizes)} files, of at most {transfer.MOST_THERE >> 20} MiB")
     return int(bool(complaint))
 

@@ -28,6 +28,7 @@ from fastseq.backends import BACKENDS, AttentionQuery, Query, RecurrentQuery, Sc
 from fastseq.cells import CELLS
 from fastseq.choice import self_check
 from fastseq.choice.problems import families
+from fastseq.ops.types import SCAN_CELLS
 
 PROGRAM = "fastseq.benchmarks.gpu.self_check"
 COMMAND = (sys.executable, "-m", PROGRAM, "--worker")  # and the device: a worker
@@ -112,10 +113,11 @@ def _attention(device: torch.device) -> Iterator[tuple[int, Query]]:
 def _scan(device: torch.device) -> Iterator[tuple[int, Query]]:
     sizes = ((40, 3, 37),) if device.type == "cpu" else ((4096, 8, 512), (64, 300, 128))
     kinds = [("real", dtype) for dtype in DTYPES] + [("blocks", dtype) for dtype in DTYPES] + [("complex", torch.complex64)]
-    layouts = ((("initial",), "padded"), (("initial", "resets"), "lengths"), (("reverse",), "packed"), (("log",), "padded"))
+    made = [((cell,), "padded") for cell in SCAN_CELLS if cell != "given"]
+    layouts = [(("initial",), "padded"), (("initial", "resets"), "lengths"), (("reverse",), "packed"), *made]
     for i, (kind, dtype) in enumerate(kinds):
         for j, ((uses, layout), (T, B, C)) in enumerate(product(layouts, sizes)):
-            if "log" not in uses or kind == "real":
+            if kind == "real" or not {*SCAN_CELLS} & {*uses}:
                 yield 2 + i + j, ScanQuery("scan", "forward", device, dtype, kind, T, B, C, layout, uses)
 
 

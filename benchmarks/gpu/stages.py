@@ -21,7 +21,7 @@ from ..measure.results import last_line
 ROOT = Path(__file__).resolve().parent.parent.parent  # in a checkout
 STATE = "stages.json"
 LEAST_MINUTES = 0.5  # a stage that would get less is left out, in a day of full length
-SHARE = 0.9  # of its time that a command is told to take: the rest is for ending
+BEGIN_SECONDS = 8.0  # of its time, that a command is not told of: to import torch, and to end
 TOOLS = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"))
 STOPS = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))  # and the seconds to end by itself after each
 FINISHED, FAILED, TIMED_OUT, LEFT_OUT = "finished", "failed", "timed out", "left out"
@@ -59,7 +59,7 @@ Execute = Callable[[Stage, Path, float], "int | None"]
 
 def execute(stage: Stage, folder: Path, seconds: float) -> int | None:
     """The exit status, or None if the command was stopped because its time was up. OSError if it cannot be started."""
-    told = SHARE * seconds
+    told = max(seconds / 2, seconds - BEGIN_SECONDS)
     command = [part.format(folder=folder, seconds=f"{told:.0f}", minutes=f"{told / 60:.3f}") for part in stage.command]
     environment = {name: value.format(folder=folder) for name, value in stage.environment.items()}
     with (folder / stage.log).open("w", encoding="utf-8") as log:

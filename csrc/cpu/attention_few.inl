@@ -556,8 +556,8 @@ class Few {
         } else {
           const int64_t features = min(kDepth, a_.features - t * kDepth);
           auto* const copy = reinterpret_cast<__m512i*>(wide_);
-          for (int64_t i = 0; i < there; ++i) copy[i] = features_of(keys[first + i] + t * kDepth, features);
-          for (int64_t i = there; i < kTile; ++i) copy[i] = __m512i{};
+          for (int64_t i = 0; i < there; ++i)  // what is behind gives scores of no key
+            copy[i] = features_of(keys[first + i] + t * kDepth, features);
           tile_load<5>(copy, sizeof(__m512i));
         }
         tile_load<7>(q + t * kDepth * L, 4 * L);

@@ -15,8 +15,6 @@ namespace fastseq::cpu {
 
 namespace {
 
-using torch::headeronly::BFloat16;
-
 // AMX takes bfloat16 (products of its own rate, 14 times that of fp32 multiply-adds) but not what is projected: a projection's operand,
 // o tanh(c), would be rounded to bfloat16 on its way.
 bool multiplies_tiles(const Shape& shape) {
@@ -183,20 +181,6 @@ void run_teams(const Plan& plan, int64_t lanes, int64_t reverse, const Batch& ba
       begin = next;
     }
   });
-}
-
-// Kept weights [n, depth] in fp32 again, for calls of so many rows that tiles pay.
-void restore(Stored stored, const void* weights, const float* scales, int64_t n, int64_t depth, float* to) {
-  for (int64_t r = 0; r < n; ++r, to += depth) {
-    if (stored == Stored::kInt8) {
-      const auto* row = static_cast<const int8_t*>(weights) + r * depth;
-      const float scale = scales[r];
-      for (int64_t k = 0; k < depth; ++k) to[k] = row[k] * scale;
-    } else {
-      const auto* row = static_cast<const BFloat16*>(weights) + r * depth;
-      for (int64_t k = 0; k < depth; ++k) to[k] = static_cast<float>(row[k]);
-    }
-  }
 }
 
 // By the kernels for the type, or those that multiply float32 in parts: false if these met a number that is beyond them; then the results
@@ -441,14 +425,6 @@ namespace {
 
 // Rows up to which torch's products are faster than ours, which put their operands together first.
 constexpr int64_t kRowsOfTorch = 16;
-
-// A matrix [rows, columns] in memory, one row `stride` elements from the next, or its transpose.
-Tensor matrix(const void* values, int64_t rows, int64_t columns, int64_t stride, ScalarType type, bool transposed = false) {
-  const int64_t sizes[] = {transposed ? columns : rows, transposed ? rows : columns};
-  const int64_t strides[] = {transposed ? 1 : stride, transposed ? stride : 1};
-  return torch::stable::from_blob(const_cast<void*>(values), {sizes, 2}, {strides, 2},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU, 0), type);
-}
 
 // to[0 .. columns) = the sum of rows `stride` elements apart, in the kernels' arithmetic, run by run
 void sum_rows(Type type, const void* values, int64_t rows, int64_t columns, int64_t stride, void* to) {

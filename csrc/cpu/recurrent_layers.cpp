@@ -3,8 +3,10 @@
 #include <cmath>
 #include <functional>
 #include <iterator>
+#include <limits>
 #include <numeric>
 
+#include "layer_norm.h"
 #include "level.h"
 #include "recurrent_run.h"
 
@@ -43,7 +45,8 @@ struct Stack {
   Shape shape;  // of each layer
   Tiling tiling;
   int64_t layers, each, input;  // parameters of a lane; I of the first layer
-  bool biases, own;             // whether there are biases, and a parameter beside
+  bool biases;
+  std::vector<int64_t> besides;  // sizes of the parameters of a lane beside weights and biases, in units
   const std::vector<Tensor>& params;
 
   int64_t gates() const { return tiling.gates * shape.hidden; }
@@ -51,9 +54,11 @@ struct Stack {
   // the parameters of a lane of a layer
   const Tensor* of(int64_t layer, int64_t lane) const { return &params[(layer * shape.lanes + lane) * each]; }
   const Tensor& projection(int64_t layer, int64_t lane) const { return of(layer, lane)[2 + 2 * biases]; }
-  const Tensor& beside(int64_t layer, int64_t lane) const { return of(layer, lane)[2 + 2 * biases + shape.projected]; }
+  const Tensor& beside(int64_t layer, int64_t lane, int64_t i) const { return of(layer, lane)[2 + 2 * biases + shape.projected + i]; }
+  // whether the last gate's recurrent bias acts inside a step
+  bool inside() const { return tiling.own_recurrent > 0 && tiling.states == 0; }
 
-  // Nothing if they are no plain stack of a cell with at most one state beside h.
+  // Nothing if they are no plain stack.
   static std::optional<Stack> make(const std::vector<Tensor>& params, const std::string& cell, int64_t layers, bool biases,
                                    bool bidirectional) {
     if (layers < 1 || params.size() < 2 || !std::all_of(params.begin(), params.end(), plain)) return {};
@@ -61,13 +66,18 @@ struct Stack {
     if (!is_stored(narrow)) return {};
     Shape shape{cell_of(cell), type_of(narrow), bidirectional ? 2 : 1, 0, 0, false, false};
     const Tiling tiling = kernels_of(shape).tiling(shape);
-    if (tiling.normalized) return {};  // its input is to be normalized
-    const bool own = tiling.own_recurrent == 0 && tiling.vectors > 0;
-    const int64_t lanes = layers * shape.lanes, count = params.size(), each = count / lanes, least = 2 + 2 * biases + own;
-    if (tiling.states > 1 || count % lanes || each < least || each > least + (tiling.states == 1)) return {};
+    std::vector<int64_t> besides;
+    if (tiling.normalized) {
+      besides = {tiling.gates, tiling.gates};                   // scales of W x and of R h
+      if (tiling.states) besides.insert(besides.end(), 1 + biases, 1);  // scale and shift of c
+    } else if (tiling.own_recurrent == 0 && tiling.vectors > 0) {
+      besides = {tiling.vectors};
+    }
+    const int64_t lanes = layers * shape.lanes, count = params.size(), each = count / lanes, least = 2 + 2 * biases + besides.size();
+    if (count % lanes || each < least || each > least + (tiling.states == 1)) return {};
     if (params[0].dim() != 2 || params[1].dim() != 2 || params[1].size(0) % tiling.gates) return {};
     shape.projected = each > least, shape.hidden = params[1].size(0) / tiling.gates, shape.output = params[1].size(1);
-    const Stack stack{narrow, shape, tiling, layers, each, params[0].size(1), biases, own, params};
+    const Stack stack{narrow, shape, tiling, layers, each, params[0].size(1), biases, besides, params};
     const int64_t GH = stack.gates(), H = shape.hidden, P = shape.output;
     if (H == 0 || P == 0 || stack.input == 0 || (!shape.projected && P != H)) return {};
     for (int64_t l = 0; l < layers; ++l)
@@ -76,7 +86,8 @@ struct Stack {
         if (!fits(given[0], narrow, {GH, stack.depth(l)}) || !fits(given[1], narrow, {GH, P})) return {};
         if (biases && (!fits(given[2], narrow, {GH}) || !fits(given[3], narrow, {GH}))) return {};
         if (shape.projected && !fits(stack.projection(l, d), narrow, {P, H})) return {};
-        if (own && !fits(stack.beside(l, d), narrow, {tiling.vectors * H})) return {};
+        for (size_t i = 0; i < besides.size(); ++i)
+          if (!fits(stack.beside(l, d, i), narrow, {besides[i] * H})) return {};
       }
     return stack;
   }
@@ -126,7 +137,8 @@ struct Kept {
       return begin;
     };
     const bool tiles = stored == Stored::kAsGiven, whole = stored == Stored::kInt8;
-    head.w_ih = part(tiles ? packer.units_bytes(I) : D * GH * I * (whole ? 1 : 2));
+    // what is normalized is projected by itself, by the parameters as they are
+    head.w_ih = part(tiles && stack.tiling.normalized ? 0 : tiles ? packer.units_bytes(I) : D * GH * I * (whole ? 1 : 2));
     head.w_hh = part(tiles ? packer.units_bytes(P) : D * GH * P * (whole ? 1 : 2));
     head.w_hr = part(shape.projected ? packer.columns_bytes() : 0);
     head.scales_ih = part(whole ? D * GH * sizeof(float) : 0);
@@ -179,6 +191,47 @@ void round_weights(Stored stored, const float* weights, int64_t n, int64_t depth
   }
 }
 
+// The input gates [rows, D, G*H] of a layer-normalized cell: of every lane its projection, normalized, scaled, and shifted by the biases
+// [D, G*H].
+Buffer normalized_input(const Stack& stack, int64_t l, const Layer& layer, const void* x, const char* biases) {
+  constexpr double kNormEpsilon = 1e-5;  // as torch.nn.LayerNorm
+  const Type type = stack.shape.type;
+  const int64_t D = stack.shape.lanes, GH = stack.gates(), I = stack.depth(l), rows = layer.rows, stored = bytes_of(type);
+  const Kernels& kernels = kernels_of(stack.shape);
+  Buffer gates(rows * D * GH * stored), lane(D > 1 ? rows * GH * stored : 0);
+  for (int64_t d = 0; d < D; ++d) {
+    void* own = D > 1 ? lane.get() : gates.get();
+    const bool kept = layer.stored != Stored::kAsGiven;
+    if (kept ? reads_kept_in_place(rows, layer.a.batch, I, GH) : reads_in_place(rows, I, false)) {
+      const Projection p{x, layer.w_ih[d], layer.stored, layer.stored == Stored::kInt8 ? layer.scales_ih[d] : nullptr,
+                         nullptr, rows, I, own, GH};
+      const int64_t width = stack.tiling.width, grain = std::max<int64_t>(1, kWorkOfMember / (rows * I * width));
+      torch::stable::parallel_for(0, tiles_of(GH, width), grain, [&](int64_t begin, int64_t end) {
+        kernels.project(stack.shape, p, begin * width, std::min(end * width, GH));
+      });
+    } else {
+      Buffer restored;
+      const void* weights = layer.w_ih[d];
+      if (kept) {
+        restored = Buffer(GH * I * sizeof(float));
+        const auto* scales = layer.stored == Stored::kInt8 ? static_cast<const float*>(layer.scales_ih[d]) : nullptr;
+        restore(layer.stored, weights, scales, GH, I, static_cast<float*>(restored.get()));
+        weights = restored.get();
+      }
+      const Tensor product = torch::stable::matmul(matrix(x, rows, I, I, stack.narrow), matrix(weights, GH, I, I, stack.narrow, true));
+      std::memcpy(own, data(product), rows * GH * stored);
+    }
+    const AddNorm norm{type, GH, own, nullptr, data(stack.beside(l, d, 0)), biases + d * GH * stored, kNormEpsilon, nullptr, own};
+    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kWorkOfMember / GH), [&](int64_t begin, int64_t end) {
+      const Buffer row(GH * wide_bytes(type));
+      layer_norm_kernels().add_norm(norm, begin, end, row.get());
+    });
+    for (int64_t r = 0; D > 1 && r < rows; ++r)
+      std::memcpy(static_cast<char*>(gates.get()) + (r * D + d) * GH * stored, offset(own, r * GH * stored), GH * stored);
+  }
+  return gates;
+}
+
 // What a call leaves for its gradients, of one layer: nothing, c of every step, or also the gates.
 enum class Saves { kNothing, kCells, kGates };
 
@@ -193,6 +246,8 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
   if (!plain(input) || !plain(h0) || !plain(c0) || !plain(lengths) || !plain(batch_sizes)) return {};
   const auto stack = Stack::make(params, cell, num_layers, has_biases, bidirectional);
   if (!stack || input.scalar_type() != stack->narrow || (kept && kept->size() != static_cast<size_t>(num_layers))) return {};
+  // with layer norm, the ops are the way but for weights that were packed; and they know the gradients
+  if (stack->tiling.normalized ? !kept : stack->tiling.states > 1 && saves != Saves::kNothing) return {};
   Layer layer;
   Forward& a = layer.a;
   a.two_parts = two_parts;
@@ -202,7 +257,8 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
   const ScalarType narrow = stack->narrow;
   const Type type = a.shape.type;
   const int64_t D = a.shape.lanes, P = a.shape.output, H = a.shape.hidden, GH = stack->gates(), lanes = num_layers * D;
-  const bool inside = tiling.own_recurrent > 0;  // the last gate's recurrent bias acts inside a step
+  const int64_t K = tiling.states;
+  const bool inside = stack->inside();
 
   // the input [T, B, I], [B, T, I], [N, I], or of one step [B, I]
   const bool step = input.dim() == 2 && !batch_sizes;
@@ -238,7 +294,7 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
   const auto state_fits = [&](const std::optional<Tensor>& state, int64_t width) {
     return !state || (step ? fits(*state, narrow, {B, width}) : fits(*state, narrow, {lanes, B, width}));
   };
-  if (!state_fits(h0, P) || !state_fits(c0, H) || (tiling.states == 1 ? h0.has_value() != c0.has_value() : c0.has_value())) return {};
+  if (!state_fits(h0, P) || !state_fits(c0, K * H) || (K ? h0.has_value() != c0.has_value() : c0.has_value())) return {};
 
   // rows in the order of time
   const void* x = data(input);
@@ -258,12 +314,23 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
   }
 
   Buffer wide_c0, wide_c, last_h, folded(D * (GH + tiling.vectors * H) * stored), between[2];
-  const int64_t cells = tiling.states ? lanes * B * H : 0;
+  const int64_t cells = lanes * B * K * H;
   const void* c = data(c0);
   if (c && stored == 2) {
     wide_c0 = Buffer(cells * wide);
     widen(type, c, cells, static_cast<float*>(wide_c0.get()));
     c = wide_c0.get();
+  } else if (!c && K > 1) {  // of an sLSTM, the last of whose states is the logarithm of what was seen: of nothing
+    wide_c0 = Buffer(cells * wide);
+    c = wide_c0.get();
+    const auto fill = [&]<class A>() {
+      for (int64_t i = 0; i < cells; ++i)
+        static_cast<A*>(wide_c0.get())[i] = i % (K * H) < (K - 1) * H ? A(0) : -std::numeric_limits<A>::infinity();
+    };
+    if (type == Type::kDouble)
+      fill.template operator()<double>();
+    else
+      fill.template operator()<float>();
   }
   std::vector<Tensor> results;
   const auto of_rows = [&](int64_t n, ScalarType dtype) {
@@ -289,7 +356,7 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
     results.push_back(cells ? of_rows(H, of_states) : empty({0}, of_states)), a.c = mutable_data(results.back());
     results.push_back(saved ? of_rows(saved * H, narrow) : empty({0}, narrow)), a.gates = mutable_data(results.back());
   } else if (cells) {
-    results.push_back(step ? empty({B, H}, narrow) : empty({lanes, B, H}, narrow)), c_n = mutable_data(results.back());
+    results.push_back(step ? empty({B, K * H}, narrow) : empty({lanes, B, K * H}, narrow)), c_n = mutable_data(results.back());
     if (stored == 2) wide_c = Buffer(cells * wide), c_n = wide_c.get();
   }
   for (int64_t l = 0; l < num_layers; ++l) {
@@ -303,18 +370,26 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
         add(type, data(of[2]), data(of[3]), GH - inside * H, biases + d * GH * stored);
         if (inside) {  // as a sum with zero
           add(type, offset(data(of[2]), through), nullptr, H, biases + d * GH * stored + through);
-          std::memcpy(vectors + d * H * stored, offset(data(of[3]), through), H * stored);
+          std::memcpy(vectors + ((d + 1) * tiling.vectors - 1) * H * stored, offset(data(of[3]), through), H * stored);
         }
       }
       if (a.shape.projected) layer.w_hr.push_back(data(stack->projection(l, d)));
-      if (stack->own) std::memcpy(vectors + d * tiling.vectors * H * stored, data(stack->beside(l, d)), tiling.vectors * H * stored);
+      char* own = vectors + d * tiling.vectors * H * stored;
+      if (!has_biases && tiling.normalized) std::memset(biases + d * GH * stored, 0, GH * stored), std::memset(own, 0, tiling.vectors * H * stored);
+      for (size_t i = tiling.normalized; i < stack->besides.size(); own += stack->besides[i++] * H * stored)
+        std::memcpy(own, data(stack->beside(l, d, i)), stack->besides[i] * H * stored);
     }
     if (kept && !Kept::take(*stack, l, (*kept)[l], layer)) return {};
     a.x = x, a.input = l ? D * P : I, a.x_gates = nullptr;
     a.input_bias = has_biases ? biases : nullptr;
-    a.vectors = stack->own || (inside && has_biases) ? vectors : nullptr;
+    a.vectors = !stack->besides.empty() || (inside && has_biases) ? vectors : nullptr;
     a.in_place = a.scales = nullptr, a.weights = a.input_weights = a.projection = nullptr;
-    a.h0 = offset(data(h0), l * D * B * P * stored), a.c0 = offset(c, l * D * B * H * wide);
+    Buffer normalized;
+    if (tiling.normalized) {
+      normalized = normalized_input(*stack, l, layer, x, biases);
+      a.x = nullptr, a.x_gates = normalized.get(), a.input_bias = nullptr;
+    }
+    a.h0 = offset(data(h0), l * D * B * P * stored), a.c0 = offset(c, l * D * B * K * H * wide);
     if (l + 1 < num_layers) {
       between[l & 1] = Buffer(rows * D * P * stored);
       a.y = between[l & 1].get();
@@ -322,7 +397,7 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
       a.y = mutable_data(results[0]);
     }
     a.h_n = static_cast<char*>(h_n) + l * D * B * P * stored;
-    a.c_n = c_n ? static_cast<char*>(c_n) + l * D * B * H * wide : nullptr;
+    a.c_n = c_n ? static_cast<char*>(c_n) + l * D * B * K * H * wide : nullptr;
     run(layer);
     x = a.y;
   }
@@ -370,7 +445,8 @@ std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell,
     }
     if (stack->shape.projected) packer.columns(w_hr, base + head.w_hr);
     if (stored == Stored::kAsGiven) {
-      packer.units(w_ih, I, base + head.w_ih), packer.units(w_hh, P, base + head.w_hh);
+      if (!stack->tiling.normalized) packer.units(w_ih, I, base + head.w_ih);
+      packer.units(w_hh, P, base + head.w_hh);
       continue;
     }
     const int64_t size = stored == Stored::kInt8 ? 1 : 2;

@@ -21,7 +21,7 @@ constexpr int64_t kWorkOfPacking = 64 << 10;  // weights worth a thread to pack
 // Whether a call of so few rows (steps times sequences) reads weights of a depth as PyTorch stores them. Packing them costs as much as
 // some steps; unpacked, every product of a row ends with sums across lanes, which a depth of many vectors outweighs. AMX tiles, which
 // multiply a row as fast as 16, take packed weights alone.
-inline bool reads_in_place(int64_t rows, int64_t depth, bool tiles) { return rows * (tiles ? 128 : 6) <= depth; }
+inline bool reads_in_place(int64_t rows, int64_t depth, bool tiles) { return rows * (tiles ? 64 : 6) <= depth; }
 
 // Whether weights kept in another type are read as they lie: they are what fits the caches. With many sequences, tiles made of them again
 // are the faster ones; and the projected input of a long call, all of it at once, would take too much memory.

@@ -70,6 +70,28 @@ class Sequences {
   std::vector<int64_t> begins_, sizes_;  // of every step: its first row, its rows
 };
 
+// A matrix [rows, columns] in memory, one row `stride` elements from the next, or its transpose.
+inline Tensor matrix(const void* values, int64_t rows, int64_t columns, int64_t stride, ScalarType type, bool transposed = false) {
+  const int64_t sizes[] = {transposed ? columns : rows, transposed ? rows : columns};
+  const int64_t strides[] = {transposed ? 1 : stride, transposed ? stride : 1};
+  return torch::stable::from_blob(const_cast<void*>(values), {sizes, 2}, {strides, 2},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU, 0), type);
+}
+
+// Kept weights [n, depth] in fp32 again, for calls of so many rows that tiles pay.
+inline void restore(Stored stored, const void* weights, const float* scales, int64_t n, int64_t depth, float* to) {
+  for (int64_t r = 0; r < n; ++r, to += depth) {
+    if (stored == Stored::kInt8) {
+      const auto* row = static_cast<const int8_t*>(weights) + r * depth;
+      const float scale = scales[r];
+      for (int64_t k = 0; k < depth; ++k) to[k] = row[k] * scale;
+    } else {
+      const auto* row = static_cast<const torch::headeronly::BFloat16*>(weights) + r * depth;
+      for (int64_t k = 0; k < depth; ++k) to[k] = static_cast<float>(row[k]);
+    }
+  }
+}
+
 // Packed weights of all lanes, [lanes, tiles] of tile_bytes: pack(lane, tile, to) fills one.
 template <class Pack>
 void packed_tiles(int64_t lanes, int64_t tiles, int64_t tile_bytes, int64_t work_of_tile, void* packed, const Pack& pack) {

@@ -83,7 +83,7 @@ def _ranked(query: Query) -> tuple[str, ...]:
     names = CANDIDATES.get(query.device.type, ORDER)
     meeting = query.device.type != "cpu" and not torchs.serves(query) and not _goes_backward(query)
     known = [c.backend for c in decision(query, _with_gradients(query), meeting).candidates if c.backend != torchs.name]
-    return (*dict.fromkeys(name for name in known if name in BACKENDS), *(name for name in names if name not in known))
+    return (*dict.fromkeys(name for name in known if name in names), *(name for name in names if name not in known))
 
 
 def _with_gradients(query: Query) -> bool:

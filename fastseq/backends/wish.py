@@ -31,7 +31,7 @@ _context: ContextVar[Any] = ContextVar("fastseq_backend", default=_NOTHING)
 class use_backend(ContextDecorator):
     """Force a backend: within a ``with`` block or a decorated function, or, called by itself, from here on.
 
-    One of ``ORDER``; ``"auto"`` or None: the best one, call by call.
+    One of ``ORDER``; ``"auto"`` or None: the best one, call by call; called by itself, whatever ``set_backend`` says.
 
     A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting is the
     context's: of this thread or asynchronous task alone. A backward pass, whichever thread runs it, heeds what held for its
@@ -46,7 +46,7 @@ class use_backend(ContextDecorator):
     def __init__(self, name: str | None) -> None:
         self.name = _checked(name, "use_backend")
         self._before = _context.get()
-        _context.set(self.name)
+        _context.set(_NOTHING if self.name is None else self.name)
         self._called = True  # and not yet entered
 
     def __enter__(self) -> None:

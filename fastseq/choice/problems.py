@@ -26,6 +26,10 @@ _MOST_ROWS, _MOST_HIDDEN, _MOST_LANES = 256, 4096, 4
 Results = dict[str, Tensor]
 
 
+class Untried(RuntimeError):
+    """The reference did not get through a problem, which says nothing of a backend."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """Inputs by seed, and what a backend makes of them."""
@@ -40,6 +44,21 @@ class Problem:
 
     def check(self, backend: ModuleType, reference: ModuleType) -> None:
         """Raise AssertionError, with the first wrong number, unless a backend is as close to the truth as the reference."""
+        try:
+            inputs, expected, truth, own = self._expected(reference)
+        except RuntimeError as error:
+            raise Untried(f"{self.name}, by the reference: {error}") from error
+        actual = self.run(backend, inputs)
+        for name, value in actual.items():
+            if value.shape == expected[name].shape and value.dtype == expected[name].dtype and not value.isfinite().all():
+                raise AssertionError(f"{self.name}, {name}: {int((~value.isfinite()).sum())} of {value.numel()} not finite")
+        try:
+            assert_all_close_to_truth(actual, expected, truth, own_error=own)
+        except AssertionError as error:
+            raise AssertionError(f"{self.name}, {error}") from None
+
+    def _expected(self, reference: ModuleType) -> tuple[dict[str, Any], Results, Results, float]:
+        """Inputs, the reference's results and the truth, and how large the reference's relative error gets."""
         own = 0.0
         for seed in reversed(_SEEDS):
             inputs = _cast(self.make(seed), self.dtype, self.device)
@@ -49,14 +68,7 @@ class Problem:
             if self.coarse:  # fp16 has TF32's digits
                 half = self.run(reference, _cast(inputs, torch.float16, self.device))
                 own = max(own, _own_error(half, truth))
-        actual = self.run(backend, inputs)
-        for name, value in actual.items():
-            if value.shape == expected[name].shape and value.dtype == expected[name].dtype and not value.isfinite().all():
-                raise AssertionError(f"{self.name}, {name}: {int((~value.isfinite()).sum())} of {value.numel()} not finite")
-        try:
-            assert_all_close_to_truth(actual, expected, truth, own_error=own)
-        except AssertionError as error:
-            raise AssertionError(f"{self.name}, {error}") from None
+        return inputs, expected, truth, own
 
 
 def _own_error(results: Results, truths: Results) -> float:

@@ -23,7 +23,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -34,8 +34,9 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .._version import __version__
-from . import store
-from .problems import families, needed, problems_of
+from . import sources, store
+from .decision import Candidate
+from .problems import Untried, families, needed, problems_of
 
 CHECKED: dict[str, tuple[str, ...]] = {"triton": ("cuda",), "cuda": ("cuda",)}  # backends, and the devices that are to be tried
 MODES = ("0", "1", "force")
@@ -49,10 +50,17 @@ class Verdict(NamedTuple):
     right: bool
     words: str = ""  # what was wrong: the problem, the first wrong number and its bound
     date: str = ""
+    tried: bool = True  # False: it could not be, for want of memory, say; this process alone remembers that
+
+    @property
+    def sentence(self) -> str:
+        """Why a family is off."""
+        return f"{'was wrong' if self.tried else 'could not be tried'} in its self-check on this device: {self.words}"
 
 
 _verdicts: dict[str, Verdict] = {}  # of this process, by `_key`
 _trusted: set[tuple[str, Any]] = set()  # backends and queries that need no second look
+_revision = 0  # of the store, when they did not
 _running = threading.Lock()
 _looking: ContextVar[bool] = ContextVar("fastseq_self_check_looking", default=False)
 
@@ -84,9 +92,10 @@ def against(backend: ModuleType, query: Any, reference: ModuleType) -> list[str]
     Args:
         backend, reference: modules with a function for each op and direction.
     """
-    if query.device.type not in CHECKED.get(backend.name, ()) or (backend.name, query) in _trusted:
+    global _revision
+    if (backend.name, query) in _trusted and store.revision() == _revision:
         return []
-    if mode() == "0":
+    if query.device.type not in CHECKED.get(backend.name, ()) or mode() == "0":
         return []
     wanted = [_key(backend, query, family) for family in needed(query)]
     if any(_known(key) is None for key in wanted):
@@ -101,11 +110,11 @@ def against(backend: ModuleType, query: Any, reference: ModuleType) -> list[str]
             check(backend, query, reference)
         finally:
             _running.release()
-    verdicts = [(key, verdict) for key in wanted if (verdict := _known(key)) is not None]
-    wrong = [f"was wrong in its self-check on this device: {verdict.words}" for _, verdict in verdicts if not verdict.right]
+    wrong = [verdict.sentence for key in wanted if (verdict := _known(key)) is not None and not verdict.right]
     if not wrong:
-        if len(_trusted) >= _MOST_KNOWN:
+        if len(_trusted) >= _MOST_KNOWN or store.revision() != _revision:  # what was tuned meanwhile may take another form
             _trusted.clear()
+            _revision = store.revision()
         _trusted.add((backend.name, query))
     return wrong
 
@@ -125,7 +134,11 @@ def check(backend: ModuleType, query: Any, reference: ModuleType) -> dict[str, V
             except BaseException:
                 store.update("self_check", {key: {"left": _now()}})  # whoever interrupts does not say that it is wrong
                 raise
-            _keep(key, verdict)
+            if verdict.tried:
+                _keep(key, verdict)
+            else:
+                _verdicts[key] = verdict
+                store.update("self_check", {key: {"left": verdict.date}})
             if not verdict.right:
                 _warn(key, verdict)
         found[family] = verdict
@@ -149,25 +162,50 @@ def forget() -> None:
 
 
 def _tried(backend: ModuleType, query: Any, reference: ModuleType, family: str) -> Verdict:
-    with torch.no_grad(), _disable_current_modes():
+    with _as_by_default(), _formed(backend, query, family):
         try:
             for problem in problems_of(query, family, _coarse(query)):
                 if not backend.why_not(problem.query):
                     problem.check(backend, reference)
+        except (Untried, torch.OutOfMemoryError) as error:
+            return Verdict(False, _line_of(error), _now(), tried=False)
         except Exception as error:  # whatever a kernel that is not right does
-            lines = str(error).strip().splitlines() or [""]
-            words = lines[0] if isinstance(error, AssertionError) else f"{type(error).__name__}: {lines[-1]}"
-            return Verdict(False, words[:_MOST_WORDS], _now())
+            return Verdict(False, _line_of(error), _now())
     return Verdict(True, "", _now())
+
+
+@contextmanager
+def _as_by_default() -> Iterator[None]:
+    """Whatever the caller has set: default devices, modes that look on, a demand for deterministic algorithms."""
+    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        with torch.no_grad(), torch.device("cpu"), _disable_current_modes():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn)
+
+
+def _formed(backend: ModuleType, query: Any, family: str) -> AbstractContextManager[None]:
+    """Problems of few steps are run in the form that was measured to be the fastest for the query."""
+    form = backend.form(query, family) if hasattr(backend, "form") else ""
+    chosen = Candidate(backend.name, form)
+    return sources.instead(lambda call: chosen if call.op == "recurrent" else None) if form else nullcontext()
+
+
+def _line_of(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    said = isinstance(error, (AssertionError, Untried))
+    return (lines[0] if said else f"{type(error).__name__}: {lines[-1]}")[:_MOST_WORDS]
 
 
 def _warn(key: str, verdict: Verdict) -> None:
     place, _, family = key.rpartition(" | ")
     logger.warning(
-        "fastseq: kernels are off on this device, as they were wrong in their self-check (%s): %s. Others serve. Please report "
-        "this, with the output of `python -m fastseq info` (%s). FASTSEQ_SELF_CHECK=force checks again.",
+        "fastseq: kernels are off on this device: %s %s. Others serve. Please report this, with the output of `python -m fastseq "
+        "info` (%s). FASTSEQ_SELF_CHECK=force checks again.",
         family,
-        verdict.words,
+        verdict.sentence,
         place,
     )
 
@@ -292,7 +330,7 @@ def _runs(entry: dict[str, Any]) -> bool:
 
 def _keep(key: str, verdict: Verdict) -> None:
     _verdicts[key] = verdict
-    store.update("self_check", {key: verdict._asdict()})
+    store.update("self_check", {key: {"right": verdict.right, "words": verdict.words, "date": verdict.date}})
 
 
 def _now() -> str:

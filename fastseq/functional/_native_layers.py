@@ -66,7 +66,10 @@ def native_layers(
         kept = packing.of(weights)
     elif not chosen and (backends.watched() or not _ours(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes)):
         return None
-    h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
+    count = len(CELLS[cell].states)
+    if states and len(states) != count:
+        return None
+    h0, c0 = (None, None) if not states else (states[0], None) if count == 1 else (states[0], _joined(states[1:]))
     op = torch.ops.fastseq_native.recurrent_layers.default
     two = native.two_parts()
     arguments = input, h0, c0, weights, lengths, batch_sizes, cell, num_layers, has_biases, bidirectional, batch_first, *zoneout
@@ -79,7 +82,14 @@ def native_layers(
             for _ in range(num_layers):
                 backends.select(query)
                 note(packing)
+    if results and count > 2:  # the states beside h come side by side
+        *results, c = results
+        results += c.chunk(count - 1, -1)
     return results or None
+
+
+def _joined(states: Sequence[Tensor]) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(list(states), -1)
 
 
 def native_step(

@@ -66,7 +66,7 @@ def scan(
         NotImplementedError: for dtypes of b other than those above, and during ONNX export.
     """
     refuse_onnx("a scan", "a loop over the steps has one")
-    _check_types(b, a, log_a, initial, resets, lengths, cu_seqlens)
+    _check_types(b, a, log_a, initial, lengths, cu_seqlens)
     if (a is None) == (log_a is None):
         raise ValueError(f"give either a or log_a, got {'neither' if a is None else 'both'}")
     if cu_seqlens is not None and (batch_first or lengths is not None):
@@ -89,16 +89,7 @@ def scan(
         b, coefficients = b.unsqueeze(1), coefficients.unsqueeze(1)
     elif batch_first:
         b, coefficients = b.transpose(0, 1), coefficients.transpose(0, 1)
-    if resets is not None:
-        found = list(resets.shape)
-        if alone and resets.dim() == 1:
-            resets = resets.unsqueeze(1)
-        elif batch_first and not alone:
-            resets = resets.transpose(-1, -2) if resets.dim() == 2 else resets
-        if resets.shape != b.shape[:2]:
-            steps, batch = b.shape[:2]
-            wanted = f"[{steps}]" if alone else f"[B, T] = [{batch}, {steps}]" if batch_first else f"[T, B] = [{steps}, {batch}]"
-            raise RuntimeError(f"resets must be {wanted}, got {found}")
+    resets = checked_resets(resets, b, alone, batch_first)
     if lengths is not None:
         lengths = checked_lengths("lengths", lengths, b.shape[1], b.shape[0])
     if cu_seqlens is not None:
@@ -123,8 +114,25 @@ def scan(
     return h, final.squeeze(0) if unbatched else final
 
 
+def checked_resets(resets: Tensor | None, like: Tensor, alone: bool, batch_first: bool) -> Tensor | None:
+    """bool ``[T, B]`` as ``like``, time-major, begins. ``alone``: what was given has no dimension of the batch."""
+    if resets is None:
+        return None
+    checked_tensor("resets", resets)
+    if resets.dtype != torch.bool:
+        raise RuntimeError(f"resets must be bool, got {resets.dtype}")
+    if resets.device != like.device:
+        raise RuntimeError(f"resets must be on {like.device}, where the sequence is, got {resets.device}")
+    steps, batch = like.shape[:2]
+    wanted = (steps,) if alone else (batch, steps) if batch_first else (steps, batch)
+    if resets.shape != wanted:
+        names = "" if alone else "[B, T] = " if batch_first else "[T, B] = "
+        raise RuntimeError(f"resets must be {names}{list(wanted)}, got {list(resets.shape)}")
+    return resets.unsqueeze(1) if alone else resets.mT if batch_first else resets
+
+
 def _check_types(b: Tensor, *others: Tensor | None) -> None:
-    names = ("a", "log_a", "initial", "resets", "lengths", "cu_seqlens")
+    names = ("a", "log_a", "initial", "lengths", "cu_seqlens")
     checked_tensor("b", b)
     if b.dtype not in _DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
@@ -135,13 +143,11 @@ def _check_types(b: Tensor, *others: Tensor | None) -> None:
         checked_tensor(name, tensor)
         if tensor.device != b.device:
             raise RuntimeError(f"{name} must be on b's device {b.device}, got {tensor.device}")
-    initial, resets = others[2], others[3]
+    initial = others[2]
     if initial is not None and initial.dtype not in (b.dtype, state_dtype(b.dtype)):
         wide = state_dtype(b.dtype)
         also = "" if wide == b.dtype else f" or that of states, {wide}"
         raise RuntimeError(f"initial must have b's dtype {b.dtype}{also}, got {initial.dtype}")
-    if resets is not None and resets.dtype != torch.bool:
-        raise RuntimeError(f"resets must be bool, got {resets.dtype}")
 
 
 def _coefficients(b: Tensor, a: Tensor, name: str, blocks: bool) -> Tensor:

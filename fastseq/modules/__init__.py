@@ -3,6 +3,7 @@ classes.
 """
 
 from fastseq.modules.attention import MultiheadAttention
+from fastseq.modules.linear_recurrent import MinGRU, MinGRUCell
 from fastseq.modules.recurrent import GRU, LSTM, RNN
 from fastseq.modules.recurrent_cells import GRUCell, LSTMCell, RNNCell
 from fastseq.modules.recurrent_variants import (
@@ -32,6 +33,8 @@ __all__ = [
     "LayerNormGRUCell",
     "LayerNormLSTM",
     "LayerNormLSTMCell",
+    "MinGRU",
+    "MinGRUCell",
     "MultiheadAttention",
     "PeepholeLSTM",
     "PeepholeLSTMCell",

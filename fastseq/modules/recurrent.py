@@ -131,7 +131,7 @@ class Sequence(Interop, nn.RNNBase):
     ) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
         """(output, states, c of every step or None) in the layout of `input`."""
         params: list[Any] | None = None
-        if not return_cells and type(self).check_forward_args in _CHECKS and plain_call():
+        if not return_cells and type(self).check_forward_args in CHECKS and plain_call():
             kept = self._parameters  # faster than by attribute; weight_norm, parametrizations and FSDP take them away from there
             params = [kept[name] if name in kept else getattr(self, name) for name in self._flat_weights_names]
             if type(input) is Tensor and input.dim() == 3 and lengths is None:
@@ -174,7 +174,7 @@ class Sequence(Interop, nn.RNNBase):
         if self.num_heads > 1 or (training and self.weight_dropout):
             return None
         states: Any = (
-            None if hx is None else (hx,) if type(hx) is Tensor else hx if type(hx) is tuple and len(hx) == 2 else (None,)
+            None if hx is None else (hx,) if type(hx) is Tensor else hx if type(hx) is tuple and len(hx) in (2, 4) else (None,)
         )
         zoneout, batch_sizes, data, batched = (0.0, 0.0), None, input, True
         if type(input) is PackedSequence:
@@ -262,7 +262,7 @@ class Sequence(Interop, nn.RNNBase):
         if hx is not None:
             if type(hx) is Tensor:
                 states = (hx,)
-            elif type(hx) is tuple and len(hx) == 2:
+            elif type(hx) is tuple and len(hx) in (2, 4):
                 states = hx
             else:
                 return None
@@ -733,7 +733,7 @@ class GRU(SingleSequence):
 
 
 # Those of a subclass of the user's own are called.
-_CHECKS = frozenset((nn.RNNBase.check_forward_args, PairSequence.check_forward_args))
+CHECKS = {nn.RNNBase.check_forward_args, PairSequence.check_forward_args}  # what the short way checks as well
 
 
 def _states(hx: Any) -> tuple[Tensor, ...]:

@@ -14,10 +14,13 @@ from torch.fx import Proxy
 
 from fastseq import functional
 from fastseq.cells import CELLS
+from fastseq.functional._native_layers import native_layers
+from fastseq.functional._packing import packing_of
 from fastseq.modules._checks import describe, kind_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.modules.recurrent import Input, PairSequence, Sequence, SingleSequence
+from fastseq.modules.recurrent import CHECKS, Input, PairSequence, Sequence, SingleSequence
 from fastseq.modules.recurrent_cells import check_cell_input, check_cell_rank, check_cell_state
+from fastseq.ops._dispatch import plain_call
 
 __all__ = [
     "CoupledLSTM",
@@ -241,7 +244,10 @@ class LayerNormGRU(_Single):
     CELL = "layer_norm_gru"
 
 
-class _VariantCell(Interop, nn.RNNCellBase):
+CHECKS.add(SLSTM.check_forward_args)
+
+
+class VariantCell(Interop, nn.RNNCellBase):
     """One step of a variant.
 
     Args:
@@ -272,9 +278,23 @@ class _VariantCell(Interop, nn.RNNCellBase):
         super().reset_parameters()
         reset_norms(self)
 
+    def names(self) -> list[str]:
+        """Of the parameters, in the order of the ops."""
+        biases = ("bias_ih", "bias_hh") if self.bias else ()
+        return ["weight_ih", "weight_hh", *biases, *(name for name, _ in CELLS[self.CELL].extra(self.bias))]
+
     def _step(self, input: Tensor, hx: Any) -> tuple[Tensor, ...]:
         """The states after a step, of input [B, I] or [I] and the states before it."""
         row = CELLS[self.CELL]
+        if type(input) is Tensor and input.dim() == 2 and plain_call():
+            kept = self._parameters
+            plain: list[Any] = [kept.get(name) for name in self.names()]
+            states = None if hx is None else (hx,) if type(hx) is Tensor else hx
+            packing = None if self.training else packing_of(self)
+            if states is None or type(states) is tuple:
+                done = native_layers(self.CELL, input, states, plain, self.bias, 1, False, False, packing=packing)
+                if done is not None:
+                    return tuple(done)
         check_cell_input(self, input)
         states = None
         if hx is not None:
@@ -282,8 +302,7 @@ class _VariantCell(Interop, nn.RNNCellBase):
             for index, state in enumerate(states):
                 check_cell_rank(self, state, f"hx[{index}]")
                 check_cell_state(self, state, input, index)
-        names = ["weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if self.bias else ()), *(n for n, _ in row.extra(self.bias))]
-        params = [getattr(self, name) for name in names]
+        params = [getattr(self, name) for name in self.names()]
         unbatched = input.dim() == 1
         if unbatched:
             input = input.unsqueeze(0)
@@ -294,7 +313,7 @@ class _VariantCell(Interop, nn.RNNCellBase):
         return results
 
 
-class _PairCell(_VariantCell):
+class _PairCell(VariantCell):
     """A cell whose states are h and c."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -308,7 +327,7 @@ class _PairCell(_VariantCell):
         __call__ = forward
 
 
-class _SingleCell(_VariantCell):
+class _SingleCell(VariantCell):
     """A cell whose state is h alone."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -350,7 +369,7 @@ class LayerNormGRUCell(_SingleCell):
 
 
 @public
-class SLSTMCell(_VariantCell):
+class SLSTMCell(VariantCell):
     """One step of `fastseq.SLSTM`: (h, c, n, m) from (h, c, n, m)."""
 
     CELL = "slstm"

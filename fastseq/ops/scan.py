@@ -10,8 +10,8 @@ initial      [B, C] or None        in ``state_dtype``, packed [S, C]; None: zero
 resets       [T, B] bool, None     no state goes from the step before, t - 1, to step t, nor back in a reverse scan
 lengths      [B] int32, None       padded only, taken as if clamped to [0, T]
 cu_seqlens   [S + 1] int32, None   packed only: sequence s has the steps cu_seqlens[s] .. cu_seqlens[s + 1]
-cell         str                   what a and b are, of ``SCAN_CELLS``: coefficients and addends themselves (``given``), logarithms of
-                                   coefficients (``log``), logits of the gate and of the candidate (``min_gru``)
+cell         str                   what a and b are, of ``SCAN_CELLS``: coefficients and addends as they are (``given``),
+                                   logarithms of coefficients (``log``), logits of gate and candidate (``min_gru``)
 reverse      bool                  h_t = a_t h_{t+1} + b_t, from the last step of every row to its first
 h            as b                  zero beyond a row's length; the layout of b where a step's channels lie side by side
 final        [B, C]                the state after a row's last step of the walk, or ``initial``; in ``state_dtype``; or [S, C]
@@ -22,8 +22,8 @@ da           T, B, C               a's dtype, of each row and channel; where a h
 dinitial     as final              without ``initial`` it means nothing
 ===========  ====================  =====================================================================================
 
-Saved for the backward pass: a, of ``min_gru`` b, and h as it is returned, nothing else. What a reset cuts off, and what lies beyond a row's length,
-may be infinite or NaN. The same call gives the same bits every time.
+Saved for the backward pass: a, of ``min_gru`` b, and h as it is returned, nothing else. What a reset cuts off, and what lies
+beyond a row's length, may be infinite or NaN. The same call gives the same bits every time.
 """
 
 from __future__ import annotations

@@ -150,7 +150,9 @@ def backward(
     a = a.to(state_dtype(a.dtype)) if constant else _used(a, ~at.inside if spec.cell == "min_gru" else alone)
     b = a if b is None else _used(b, ~at.inside)
     coefficient, _ = transition(a, b, spec.cell)
-    adjoint = coefficient.mT if blocks else coefficient.conj_physical()  # programs of torch.compile miss the lazy kind within an op
+    adjoint = (
+        coefficient.mT if blocks else coefficient.conj_physical()
+    )  # programs of torch.compile miss the lazy kind within an op
     following = adjoint if constant else adjoint.roll(back, 0)
     reversed_spec = spec._replace(cell="given", reverse=not spec.reverse)
     of_b, _ = scan(g, following, None, reversed_spec)

@@ -1,7 +1,7 @@
 """The arguments of the scan kernels, grouped. Strides are in elements; letters as in ``fastseq.reference.scan``.
 
-A tuple ends with a None: the compiled kernel loses fields equal to 1 at the end of a group. Such a tuple is there in any case, with None
-for a pointer that is not, as Triton 3.6 cannot ask whether it is None itself.
+A tuple ends with a None: the compiled kernel loses fields equal to 1 at the end of a group. Such a tuple is there
+in any case, with None for a pointer that is not, as Triton 3.6 cannot ask whether it is None itself.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def test_explain_sees_the_calls_of_its_own_thread():
     thread.start()
 
     def explained():
-        begun.wait()
+        begun.wait(5)
         begun.clear()
         begun.wait(5)
         return module(x)

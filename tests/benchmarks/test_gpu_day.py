@@ -250,6 +250,8 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     again, first = found[listed[-1]], found["sequential-vs-parallel"]
     assert again.name == "restarts" and (*again.command, "--restarts", "1") == first.command and again.leaves == first.leaves
     assert set(day.SUITE_MINUTES) <= set(SUITES)
+    files = {part for part in found["tests"].command if part.endswith(".py")}
+    assert {"tests/ops/test_recurrent_gpu.py", "tests/csrc/test_host.py"} <= files and "tests/test_pack.py" not in files
     assert all(stage.environment["FASTSEQ_CACHE"] == "{folder}" for stage in found.values())
     (tmp_path / "libfastseq.so").write_text("")
     assert [stage.name for stage in day.table()] == listed[1:]
@@ -266,6 +268,14 @@ def test_eight_minutes_have_room_for_what_is_worth_most():
     assert left >= scale * stages.LEAST_MINUTES
 
 
+def test_a_day_in_which_every_stage_hangs_ends_in_time(tmp_path):
+    table = [replace(stage, tool="") for stage in day.table()]
+    fake = Fake(**{stage.name: (99, 0) for stage in table})
+    found = fake.walk(tmp_path, 8.0, table=table, scale=8 / day.MINUTES)
+    assert fake.seconds <= 480 and fake.ran[:6] == [stage.name for stage in table][:6]
+    assert {*statuses(found).values()} == {"timed out", "left out"} and statuses(found)["attention"] == "timed out"
+
+
 def test_a_short_day_shortens_its_stages(tmp_path):
     fake = Fake(a=(9, 0), b=(0.2, 0))
     found = fake.walk(tmp_path, 8.0, scale=0.32)
@@ -276,8 +286,9 @@ def test_a_short_day_shortens_its_stages(tmp_path):
 def test_a_command_is_told_its_time(tmp_path):
     own = program("import sys; print(*sys.argv[1:])")
     own = replace(own, command=(*own.command, "{seconds}", "{minutes}"), environment={"FASTSEQ_CACHE": "{folder}"})
-    assert stages.execute(own, tmp_path, 20.0) == 0
-    assert (tmp_path / "own.txt").read_text() == "18 0.300\n"
+    for seconds, told in ((20.0, "12 0.200\n"), (10.0, "5 0.083\n")):
+        assert stages.execute(own, tmp_path, seconds) == 0
+        assert (tmp_path / "own.txt").read_text() == told
 
 
 def test_the_archive_is_written_after_every_stage(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq.backends import library, watching
-from fastseq.backends.torch import limits
+from fastseq.choice import lengths as limits
 
 pytestmark = pytest.mark.skipif(library.reason() is not None, reason="needs the library")
 

@@ -318,3 +318,17 @@ def test_inference_mode():
         assert calls_of(lambda: module(x)) == [NATIVE]
         output, _ = module(x)
     assert output.is_inference()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_slstm_that_has_seen_nothing(dtype):
+    """Its first step forgets all, whatever its gates say: the logarithm of what was seen is minus infinity, not 0."""
+    torch.manual_seed(0)
+    cell, layers = fastseq.SLSTMCell(9, 40, dtype=dtype), fastseq.SLSTM(9, 40, bidirectional=True, dtype=dtype)
+    x = 3 * torch.randn(8, 9, dtype=dtype)
+    for run in (lambda: cell(x), lambda: layers(x[None])[1]):
+        with torch.no_grad():
+            found = run()
+            with fastseq.use_backend("reference"):
+                expected = run()
+        torch.testing.assert_close(found, expected)

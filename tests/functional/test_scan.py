@@ -111,7 +111,11 @@ REFUSED = [
         r"resets must be \[6\], got \[5\]",
         {"b": packed, "a": packed, "cu_seqlens": cu, "resets": torch.zeros(5).bool()},
     ),
-    (RuntimeError, r"resets must be on b's device cpu, got meta", {"a": a, "resets": torch.zeros(T, B, device="meta").bool()}),
+    (
+        RuntimeError,
+        r"resets must be on cpu, where the sequence is, got meta",
+        {"a": a, "resets": torch.zeros(T, B, device="meta").bool()},
+    ),
     (RuntimeError, r"lengths must lie in 0..6, got \[7, 1, 1\]", {"a": a, "lengths": torch.tensor([7, 1, 1])}),
     (RuntimeError, r"lengths must be \[B\] = \[3\], got \[2\]", {"a": a, "lengths": torch.tensor([1, 1])}),
     (RuntimeError, "lengths must be int32 or int64", {"a": a, "lengths": torch.ones(B)}),

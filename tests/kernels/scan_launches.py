@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, it finds the checkout
-from tools.triton_gate import Gate, Row, point_of  # noqa: E402
+from tools.triton_gate import Gate, Row  # noqa: E402
 
 CAPABILITIES = (80, 90, 100, 120)
 CALLS = ("forward", "backward")

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from fastseq.backends.torch.limits import LEVELS
+from fastseq.choice.device import LEVELS
 from support.battery import OpBattery
 from support.cases import SMALL_RECURRENT_CASES
 
@@ -63,6 +63,8 @@ def _marks(metafunc: pytest.Metafunc, row: dict) -> list[pytest.MarkDecorator]:
     case = row.get("case", row.get("small_case"))
     usual = _REPEATED.get(metafunc.function.__name__)
     if getattr(case, "heads", 1) == 40:  # 80 lanes; how lanes are shared among ops is no affair of a backend
+        return [pytest.mark.slow]
+    if getattr(case, "steps", 0) == 70:  # seven chunks where three are tried as well
         return [pytest.mark.slow]
     often = usual is None or str(case).removesuffix("-heads") in usual
     dtype = row.get("dtype", torch.float32)

@@ -68,6 +68,14 @@ FEATURES = [
     DecodeCase(heads=3, heads_k=1, lengths=(400, 100), capacity=400, num_splits=3, sinks=True, slopes=1),
     DecodeCase(heads=1, heads_k=1, lengths=(400, 3), capacity=400, num_splits=400, page=4, left=350),
     DecodeCase(heads=16, heads_k=1, queries=3, lengths=(700, 5), capacity=700, num_splits=2),
+    # features enough for tiles that read keys as they lie: in pages shorter than a tile, in pages of one, cut by a window
+    DecodeCase(heads=8, heads_k=1, lengths=(90, 33), capacity=98, page=7, features=64, features_v=64),
+    DecodeCase(heads=10, heads_k=2, lengths=(90, 131), capacity=144, page=16, features=96, features_v=33, left=70),
+    DecodeCase(
+        heads=16, heads_k=2, lengths=(300, 257), capacity=300, features=80, features_v=80, slopes=2, sinks=True, softcap=2.0
+    ),
+    DecodeCase(heads=4, heads_k=1, queries=2, lengths=(150, 40), capacity=160, features=64, features_v=130, left=63, right=1),
+    DecodeCase(heads=8, heads_k=1, queries=5, lengths=(45, 150), capacity=160, features=32, features_v=32, num_splits=2),
 ]
 
 
@@ -163,6 +171,18 @@ def test_infinite_and_far_scores(heads, level):
     inputs["k_cache"].zero_()[0, 0, :299, 0] = -torch.inf
     out, lse = decode(**inputs)
     assert torch.equal(out, inputs["v_cache"][:, :, 299:].expand_as(out)) and lse.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads", (1, 4))
+def test_infinite_values(heads, dtype, level):
+    """They are no NaN, since what a block's end is filled up with is none of its values."""
+    case = DecodeCase(heads=heads, heads_k=1, lengths=(45,), capacity=45, features=32, features_v=8)
+    for place in (0, 32, 44):
+        inputs = make_decode(case, dtype)
+        inputs["v_cache"][0, 0, place, 3] = torch.inf
+        out, _ = decode(**inputs)
+        assert (out[..., 3] == torch.inf).all() and out[..., :3].isfinite().all() and out[..., 4:].isfinite().all()
 
 
 # What attention against a cache does not have, through the general op, whose few rows these kernels take.

@@ -67,7 +67,9 @@ def test_who_multiplies(level):
     assert linear(*given(SIZES[1], torch.float64)).grad_fn.name() != "_LinearBackward"
 
 
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)], ids=str
+)
 def test_some_gradients(wanted, level):
     tensors = given(SIZES[1], torch.float32)
     for tensor, want in zip(tensors, wanted, strict=True):

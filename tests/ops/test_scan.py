@@ -26,7 +26,7 @@ class TestScan(OpBattery):
     COMPILED_CASES = (
         ScanCase(11, 7, 5, resets=True),
         ScanCase(11, 7, 5, a="c", initial=False, reverse=True, batch_first=True),
-        ScanCase(11, 7, 5, layout="packed", log=True),
+        ScanCase(11, 7, 5, layout="packed", cell="log"),
         ScanCase(11, 4, 5, layout="lengths"),
     )
     DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -75,15 +75,16 @@ class TestScan(OpBattery):
         if case.kind == "complex":
             b, a, initial = (torch.view_as_complex(t.detach()) for t in (b, a, initial))
         lengths = None if given["lengths"] is None else given["lengths"].int()
-        spec = ScanSpec(given["resets"], lengths, None, "log" if case.log else "given", case.reverse)
+        spec = ScanSpec(given["resets"], lengths, None, case.cell, case.reverse)
         forward, backward = torch.ops.fastseq.scan.default, torch.ops.fastseq.scan_backward.default
         b, a, initial = (t if t is None else t.detach() for t in (b, a, initial))
         b, a = b.nan_to_num(), a.nan_to_num()  # opcheck's comparisons
         h, final = forward(b, a, initial, *spec)
+        read = b if case.cell == "min_gru" else None
         return [
-            (forward, (b.requires_grad_(), a, initial, *spec)),
-            (backward, (torch.ones_like(h), final, None, a, h, initial, *spec, [True, True])),
-            (backward, (None, final, None, a, h, initial, *spec, [True, False])),
+            (forward, (b.clone().requires_grad_(), a, initial, *spec)),
+            (backward, (torch.ones_like(h), final, read, a, h, initial, *spec, [True, True])),
+            (backward, (None, final, read, a, h, initial, *spec, [True, False])),
         ]
 
 
@@ -168,8 +169,14 @@ def test_logarithms_of_zero(backend):
     assert all(grad.isfinite().all() for grad in grads) and grads[1][3, 1].count_nonzero() == 0
 
 
-@ON_EACH
-@pytest.mark.parametrize("steps", [2, 65, 129, 513])
+@pytest.mark.parametrize(
+    ("backend", "steps"),
+    [
+        pytest.param(backend, steps, marks=[pytest.mark.slow] if backend == "triton" and steps > 65 else [])
+        for backend in ABLE
+        for steps in (2, 65, 129, 513)
+    ],
+)
 def test_growing_states(backend, steps):
     """Coefficients of 1, 0 and beyond 1 are as good as others."""
     b, a = values(steps, 1, 4).double(), torch.tensor([1.0, 0.0, 1.01, -1.01]).double()

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from fastseq.functional import scan
+from fastseq.ops.scan import scan as scan_op
+from fastseq.ops.types import ScanSpec
 
 
 @dataclass(frozen=True)
 class ScanCase:
-    """A call of ``fastseq.functional.scan``; letters as in ``reference/scan.py``."""
+    """A call of ``fastseq.functional.scan``, with another cell of the op; letters as in ``reference/scan.py``."""
 
     steps: int = 9
     batch: int = 3
     channels: int = 5
     kind: str = "real"  # "complex", "blocks"
     a: str = "tbc"  # the dimensions that a has
-    log: bool = False
+    cell: str = "given"  # "log", and padded, time first: "min_gru"
     reverse: bool = False
     initial: bool = True
     resets: bool = False
@@ -32,7 +34,8 @@ class ScanCase:
             f"{self.kind}-T{self.steps}-B{self.batch}-C{self.channels}",
             self.layout if self.layout != "padded" else "",
             f"a_{self.a or 'one'}" if self.a != "tbc" else "",
-            *(name for name in ("log", "reverse", "resets", "batch_first") if getattr(self, name)),
+            self.cell if self.cell != "given" else "",
+            *(name for name in ("reverse", "resets", "batch_first") if getattr(self, name)),
             "" if self.initial else "nostate",
         ]
         return "-".join(filter(None, marks))
@@ -40,10 +43,11 @@ class ScanCase:
 
 SMALL_SCAN_CASES = [
     ScanCase(),
-    ScanCase(resets=True, layout="lengths", reverse=True, log=True),
+    ScanCase(resets=True, layout="lengths", reverse=True, cell="log"),
     ScanCase(layout="packed", initial=False, resets=True, a="c"),
     ScanCase(kind="complex", a="c"),
     ScanCase(kind="blocks", reverse=True, resets=True),
+    ScanCase(cell="min_gru", resets=True, layout="lengths"),
 ]
 
 SCAN_CASES = [
@@ -52,22 +56,24 @@ SCAN_CASES = [
     ScanCase(2, 1, 70, initial=False, reverse=True),
     ScanCase(33, 2, 67, resets=True),
     ScanCase(33, 2, 67, resets=True, reverse=True, initial=False),
-    ScanCase(17, 4, 16, log=True, batch_first=True, resets=True),
+    ScanCase(17, 4, 16, cell="log", batch_first=True, resets=True),
     ScanCase(17, 4, 16, reverse=True, batch_first=True, layout="lengths", initial=False),
     ScanCase(17, 3, 33, layout="packed"),
-    ScanCase(17, 3, 33, layout="packed", reverse=True, resets=True, log=True),
+    ScanCase(17, 3, 33, layout="packed", reverse=True, resets=True, cell="log"),
     ScanCase(70, 2, 3, a="c", layout="lengths", resets=True),
     ScanCase(70, 2, 3, a="bc", reverse=True),
     ScanCase(12, 2, 18, a="tc"),
     ScanCase(12, 2, 18, a="tb", resets=True),
-    ScanCase(12, 2, 18, a="", log=True),
+    ScanCase(12, 2, 18, a="", cell="log"),
     ScanCase(70, 3, 4, a="c", layout="packed", reverse=True),
     ScanCase(9, 3, 35, kind="complex", resets=True, layout="lengths"),
     ScanCase(70, 3, 5, kind="complex", a="c", layout="packed", reverse=True, resets=True),
-    ScanCase(9, 3, 5, kind="complex", a="tb", log=True, batch_first=True),
+    ScanCase(9, 3, 5, kind="complex", a="tb", cell="log", batch_first=True),
     ScanCase(9, 3, 21, kind="blocks", layout="lengths", initial=False),
     ScanCase(70, 2, 5, kind="blocks", a="c", batch_first=True),
     ScanCase(9, 3, 4, kind="blocks", layout="packed", reverse=True),
+    ScanCase(33, 2, 67, cell="min_gru", resets=True, reverse=True),
+    ScanCase(12, 3, 34, cell="min_gru", initial=False),
     ScanCase(0, 2, 3),
     ScanCase(5, 0, 3, a="c"),
     ScanCase(5, 2, 0),
@@ -95,9 +101,9 @@ def make_scan(case: ScanCase, dtype: torch.dtype, device: str = "cpu", seed: int
     of_a = [sizes[dim] if dim in case.a else 1 for dim in order]
     of_block = [2, 2] if case.kind == "blocks" else pairs
     a = (0.9 if case.kind == "real" else 0.45) * torch.randn(*of_a, *of_block, generator=generator, dtype=torch.float64).tanh()
-    if case.log:
+    if case.cell == "log":
         a = -a.abs() if case.kind == "real" else a - 0.5
-    a = a.to(dtype if case.log else wide).to(device)
+    a = a.to(wide if case.cell == "given" else dtype).to(device)
     resets = torch.rand(sizes["t"], *([] if packed else [sizes["b"]]), generator=generator) < 0.3 if case.resets else None
     if resets is not None and case.batch_first:
         resets = resets.mT
@@ -118,7 +124,7 @@ def make_scan(case: ScanCase, dtype: torch.dtype, device: str = "cpu", seed: int
         "lengths": None if lengths is None else lengths.to(device),
         "cu_seqlens": torch.tensor(bounds(case), device=device) if packed else None,
         "kind": case.kind,
-        "log": case.log,
+        "cell": case.cell,
         "reverse": case.reverse,
         "batch_first": case.batch_first,
     }
@@ -127,10 +133,13 @@ def make_scan(case: ScanCase, dtype: torch.dtype, device: str = "cpu", seed: int
 def run_scan(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """h and the final states of what ``make_scan`` gives."""
     given = dict(inputs)
-    kind, log = given.pop("kind"), given.pop("log")
+    kind, cell = given.pop("kind"), given.pop("cell")
+    if cell == "min_gru":  # which layers alone call
+        spec = ScanSpec(given["resets"], given["lengths"], None, cell, given["reverse"])
+        return scan_op(given["b"], given["a"], given["initial"], spec)
     names = ("b", "a", "initial") if kind == "complex" else ()
     given |= {name: torch.view_as_complex(given[name]) for name in names if given[name] is not None}
-    results = scan(given.pop("b"), **{"log_a" if log else "a": given.pop("a")}, **given)
+    results = scan(given.pop("b"), **{"log_a" if cell == "log" else "a": given.pop("a")}, **given)
     return tuple(torch.view_as_real(result) if kind == "complex" else result for result in results)  # type: ignore[return-value]
 
 
@@ -163,12 +172,16 @@ def scan_by_torch(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
             link = t + 1 if inputs["reverse"] else t  # a reset is between a step and the one before it in time
             if resets is not None and link < end and bool(resets[link, r]):
                 state = None
-            if state is None:
+            if inputs["cell"] == "min_gru":
+                z, v = torch.sigmoid(a[t, r]), b[t, r]
+                candidate = torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
+                state = z * candidate if state is None else z * candidate + (1 - z) * state
+            elif state is None:
                 state = b[t, r]
             elif kind == "blocks":
                 state = b[t, r] + torch.einsum("...ij,...j->...i", a[t, r], state)
             else:
-                state = b[t, r] + (a[t, r].exp() if inputs["log"] else a[t, r]) * state
+                state = b[t, r] + (a[t, r].exp() if inputs["cell"] == "log" else a[t, r]) * state
             h[t, r] = state
         final.append(b.new_zeros(b.shape[2:]) if state is None else state)
     out = (
