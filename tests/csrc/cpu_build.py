@@ -1,4 +1,4 @@
-"""Builds and runs tests/csrc/cpu_recurrent.cpp: the CPU kernels without torch, at odd sizes, against plain loops.
+"""Builds and runs tests/csrc/cpu_recurrent.cpp and cpu_attention.cpp: the CPU kernels without torch, at odd sizes, against plain loops.
 
 `python tests/csrc/cpu_build.py` (`make sanitize`) does so for all kernels of every level of instructions that this machine has,
 under each sanitizer. What is built lies in build/host, so that nothing is made twice. $CXX chooses the compiler.
@@ -29,20 +29,24 @@ SANITIZERS = build.SANITIZERS | {"plain": ("-fsanitize=alignment", "-fno-sanitiz
 
 
 def flags_of(level: str) -> list[str]:
-    """The flags that CMakeLists.txt gives a level's file, and the macros that the file defines."""
+    """The flags that CMakeLists.txt gives a level's files."""
     text = (build.ROOT / "CMakeLists.txt").read_text()
 
     def expanded(name: str) -> str:
         (value,) = re.findall(rf"set\({name} ([^)]*)\)", text)
         return re.sub(r"\$\{(\w+)\}", lambda other: expanded(other[1]), value)
 
+    return [flag for flag in expanded(f"flags_{level}").split() if not flag.startswith("-O")]
+
+
+def macros_of(level: str) -> list[str]:
+    """The macros that a level's file of the recurrence defines."""
     source = (build.ROOT / "csrc/cpu" / f"recurrent_{level}.cpp").read_text()
-    macros = [f"-D{name}={value}" for name, value in re.findall(r"^#define (\w+) ?(.*)$", source, re.MULTILINE)]
-    return macros + [flag for flag in expanded(f"flags_{level}").split() if not flag.startswith("-O")]
+    return [f"-D{name}={value}" for name, value in re.findall(r"^#define (\w+) ?(.*)$", source, re.MULTILINE)]
 
 
 def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.ROOT, compiler: str | None = None) -> Path:
-    """The program with some kernels: cases X(storage type, cell)."""
+    """The program with some kernels of the recurrence, X(storage type, cell), or of attention, X(storage type), all of its kind."""
     with_ = compiler or build.compiler()
     command = [
         with_,
@@ -54,15 +58,20 @@ def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.
         "-Werror",
         "-Wno-maybe-uninitialized",  # GCC 12 finds its own intrinsics so
     ]
-    command += [*flags, *flags_of(level)]
-    command += [f"-DCASES={' '.join(cases)}", f"-I{tree / 'csrc'}", "-pthread"]
-    sources = [tree / "tests/csrc/cpu_recurrent.cpp", tree / "csrc/cpu/barrier.cpp"]
+    command += [*flags, *flags_of(level), f"-I{tree / 'csrc'}", "-pthread"]
+    if "," in cases[0]:
+        command += [*macros_of(level), f"-DCASES={' '.join(cases)}"]
+        sources = [tree / "tests/csrc/cpu_recurrent.cpp", tree / "csrc/cpu/barrier.cpp"]
+    else:
+        command += [f"-DLEVEL={level}", f"-DTYPES={' '.join(cases)}", *(["-DTILES"] if level == "amx" else [])]
+        files = (f"csrc/cpu/attention_{level}.cpp", f"csrc/cpu/attention_few_{level}.cpp", "tests/csrc/cpu_attention.cpp")
+        sources = [tree / file for file in files]
     inputs = (build.version(with_), *(build.run(*command, "-E", source) for source in sources))
     return build.made(f"cpu-{level}", "", inputs, *command, *sources)
 
 
 def failure(path: Path, *arguments: str, under: tuple[str, ...] = ()) -> str:
-    """What a program says of what is wrong; empty: nothing is. ``arguments``: the most units and sequences."""
+    """What a program says of what is wrong; empty: nothing is. ``arguments``: the most units and sequences, or keys."""
     # the system denies AMX to threads with a small stack for signals
     environment = os.environ | {"ASAN_OPTIONS": "use_sigaltstack=0", "TSAN_OPTIONS": "halt_on_error=1"}
     done = subprocess.run([*under, path, *arguments], capture_output=True, text=True, env=environment, check=False)
@@ -84,14 +93,21 @@ def levels() -> tuple[str, ...]:
     return tuple(itertools.takewhile(lambda level: wanted[level] <= flags, LEVELS))
 
 
-def trials(some_levels: list[str], sanitizers: list[str]) -> Iterator[tuple[str, str, str]]:
-    """(level, sanitizer, case); what threads share depends on neither level nor type, so that one of each serves."""
+def attention_cases(level: str) -> tuple[str, ...]:
+    return tuple(f"X({type_})" for type_ in TYPES if level != "amx" or type_ == "bfloat16")
+
+
+def trials(some_levels: list[str], sanitizers: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(level, sanitizer, cases); what threads share depends on neither level nor type, so that one of each serves."""
+    for level, sanitizer in itertools.product(some_levels, sanitizers):
+        if sanitizer != "thread":  # kernels of attention share nothing
+            yield level, sanitizer, attention_cases(level)
     for level, sanitizer, type_, cell in itertools.product(some_levels, sanitizers, TYPES, CELLS):
         if level == "amx" and type_ not in ("bfloat16", "float"):
             continue
         if sanitizer == "thread" and (level, type_) != (some_levels[0], "float"):
             continue
-        yield level, sanitizer, f"X({type_}, {cell})"
+        yield level, sanitizer, (f"X({type_}, {cell})",)
 
 
 def main() -> int:
@@ -100,16 +116,17 @@ def main() -> int:
     parser.add_argument("--sanitizers", nargs="+", choices=SANITIZERS, default=list(SANITIZERS))
     chosen = parser.parse_args()
 
-    def tried(trial: tuple[str, str, str]) -> str:
-        level, sanitizer, case = trial
-        return failure(program(level, (case,), *SANITIZERS[sanitizer]))
+    def tried(trial: tuple[str, str, tuple[str, ...]]) -> str:
+        level, sanitizer, cases = trial
+        return failure(program(level, cases, *SANITIZERS[sanitizer]))
 
     every = list(trials(chosen.levels, chosen.sanitizers))
     failed = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for trial, wrong in zip(every, pool.map(tried, every), strict=True):
             failed += bool(wrong)
-            print(*trial, wrong or "passed", flush=True)
+            level, sanitizer, cases = trial
+            print(level, sanitizer, *cases, wrong or "passed", flush=True)
     print(f"{failed} of {len(every)} failed")
     return failed > 0
 

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from tools.triton_gate import loaded
+from . import planted
+from .planted import LEFT, WRONG, Fault, cpu, program
 
-from .conftest import build
-
-cpu = loaded(Path(__file__).with_name("cpu_build.py"))
 # few enough to compile in some seconds
 SHORT = ("X(float, LayerNormLstm)", "X(float16, Gru)")
 AARCH64 = "aarch64-linux-gnu-g++"
 EMULATOR = next((name for name in ("qemu-aarch64-static", "qemu-aarch64") if shutil.which(name)), None)
-
-
-def program(level: str, cases: tuple[str, ...], *flags: str, **where) -> Path:
-    if level not in cpu.levels():
-        pytest.skip(f"this processor has no {level}")
-    try:
-        return cpu.program(level, cases, *flags, **where)
-    except build.Unavailable as reason:
-        pytest.skip(str(reason))
 
 
 def test_odd_sizes():
@@ -45,21 +31,7 @@ def test_aarch64():
     assert not cpu.failure(path, "33", under=(EMULATOR,))
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Some words of a file, found there once, are replaced by others; a pattern is then in what the program says."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    seen: str
-    sanitizer: str = "plain"
-    level: str = "avx2"
-    case: str = "X(float, LayerNormLstm)"
-
-
-WRONG, LEFT, RACE = "wrong result", "exit status -11", "ThreadSanitizer: data race"
+RACE = "ThreadSanitizer: data race"
 ENGINE, NORMS, VECTORS = "recurrent_kernel.inl", "recurrent_normalized.inl", "vector.inl"
 MEET = "if (w.barrier) w.barrier->wait(w.weight);\n"
 EACH = "for (int64_t slot = 0; slot < active; ++slot)"
@@ -88,7 +60,7 @@ FAULTS = [
         "if (n < kWidth) return widened",
         "if (!n) return widened",
         LEFT,
-        case="X(float16, Gru)",
+        cases=("X(float16, Gru)",),
     ),
     Fault("read before the beginning", ENGINE, "bias + g * H + u0 + b * W,", "bias + g * H + u0 + b * W - 1,", LEFT),
     Fault(
@@ -113,11 +85,4 @@ FAULTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_faults_are_seen(fault, tmp_path):
-    for folder in ("csrc/cpu", "csrc/recurrent/cells", "csrc/common", "tests/csrc"):
-        shutil.copytree(build.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "emulator"))
-    file = tmp_path / "csrc/cpu" / fault.file
-    text = file.read_text()
-    assert text.count(fault.old) == 1
-    file.write_text(text.replace(fault.old, fault.new))
-    path = program(fault.level, (fault.case,), *cpu.SANITIZERS[fault.sanitizer], tree=tmp_path)
-    assert re.search(fault.seen, cpu.failure(path))
+    planted.expect(fault, tmp_path)

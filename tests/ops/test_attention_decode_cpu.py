@@ -71,7 +71,9 @@ FEATURES = [
     # features enough for tiles that read keys as they lie: in pages shorter than a tile, in pages of one, cut by a window
     DecodeCase(heads=8, heads_k=1, lengths=(90, 33), capacity=98, page=7, features=64, features_v=64),
     DecodeCase(heads=10, heads_k=2, lengths=(90, 131), capacity=144, page=16, features=96, features_v=33, left=70),
-    DecodeCase(heads=16, heads_k=2, lengths=(300, 257), capacity=300, features=80, features_v=80, slopes=2, sinks=True, softcap=2.0),
+    DecodeCase(
+        heads=16, heads_k=2, lengths=(300, 257), capacity=300, features=80, features_v=80, slopes=2, sinks=True, softcap=2.0
+    ),
     DecodeCase(heads=4, heads_k=1, queries=2, lengths=(150, 40), capacity=160, features=64, features_v=130, left=63, right=1),
     DecodeCase(heads=8, heads_k=1, queries=5, lengths=(45, 150), capacity=160, features=32, features_v=32, num_splits=2),
 ]
