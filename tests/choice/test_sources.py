@@ -365,6 +365,13 @@ def test_a_new_kind_of_call_is_told_once(caplog):
     assert record.getMessage().startswith("fastseq: recurrent lstm float32 padded D=1 B=2 T=20 H=8 inference on cpu: cpu (")
 
 
+def test_the_first_question_of_a_process_is_answered_right():
+    """Before anything has loaded the library, whose level of instructions finds the table."""
+    code = "import fastseq, torch; print(fastseq.convert(torch.nn.LSTM(4, 4)).converted[0].choice)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("shipped for"), done.stderr
+
+
 def log(level: str) -> subprocess.CompletedProcess[str]:
     code = "import fastseq, torch; fastseq.LSTM(8, 8)(torch.randn(20, 2, 8))"
     environment = __import__("os").environ | {"FASTSEQ_LOG": level}
