@@ -25,7 +25,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 import fastseq
 from fastseq import backends
 from fastseq.backends import library
-from fastseq.backends.torch.limits import LEVELS
+from fastseq.choice.device import LEVELS
 from fastseq.ops import _attention_eager as eager
 from fastseq.ops import attention as op
 from fastseq.ops.attention import GRADIENTS, attention, attention_weights

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastseq
 from fastseq.backends import cpu, library
-from fastseq.backends.torch.limits import LEVELS
+from fastseq.choice.device import LEVELS
 from fastseq.testing import assert_all_close_to_truth
 from support.cases import RecurrentCase
 from support.recurrent import RecurrentBattery
