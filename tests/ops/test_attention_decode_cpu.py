@@ -210,7 +210,7 @@ GENERAL = [
 @pytest.mark.parametrize("case", GENERAL, ids=str)
 def test_general_op(case, dtype, level):
     inputs = make(case, dtype)
-    results = torch.ops.fastseq_native.attention_forward(*(inputs[name] for name in "qkv"), *spec_of(inputs))
+    results = torch.ops.fastseq_native.attention_forward(*(inputs[name] for name in "qkv"), *spec_of(inputs), False)
     truth = dense({name: widened(value) for name, value in inputs.items()})[:2]
     check(results, dense(inputs)[:2], truth)
 
@@ -219,10 +219,10 @@ def test_general_op(case, dtype, level):
 def test_a_hidden_key_may_hold_anything(heads, level):
     inputs = make(AttentionCase("mask", lengths=(1, 37), heads=heads, mask="bk"), torch.float32)
     inputs["mask"][..., 20] = False
-    expected = torch.ops.fastseq_native.attention_forward(*(inputs[name] for name in "qkv"), *spec_of(inputs))
+    expected = torch.ops.fastseq_native.attention_forward(*(inputs[name] for name in "qkv"), *spec_of(inputs), False)
     for value in (torch.nan, torch.inf):
         inputs["k"][:, :, 20] = value
-        results = torch.ops.fastseq_native.attention_forward(*(inputs[name] for name in "qkv"), *spec_of(inputs))
+        results = torch.ops.fastseq_native.attention_forward(*(inputs[name] for name in "qkv"), *spec_of(inputs), False)
         assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
 
 
@@ -231,7 +231,7 @@ def test_a_bias_whose_keys_are_far_apart():
     expected = dense(inputs)[:2]
     for name in ("bias", "mask"):
         inputs[name] = inputs[name].mT.contiguous().mT
-    results = torch.ops.fastseq_native.attention_forward(*(inputs[name] for name in "qkv"), *spec_of(inputs))
+    results = torch.ops.fastseq_native.attention_forward(*(inputs[name] for name in "qkv"), *spec_of(inputs), False)
     for one, other in zip(results, expected, strict=True):
         torch.testing.assert_close(one, other)
 
