@@ -82,7 +82,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def(
       "scan_backward(Tensor? dh, Tensor? dfinal, Tensor? b, Tensor a, Tensor h, Tensor? initial, Tensor? resets, Tensor? lengths, "
       "Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!)? db, Tensor(b!)? da, Tensor(c!) dinitial) -> ()");
-  m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool saves) -> (Tensor, Tensor)");
+  m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool saves=True) -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTSEQ_SPEC
         ", bool[] wanted) -> Tensor[]");
   m.def("attention_with_weights(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool average) -> (Tensor, Tensor, Tensor)");

@@ -508,7 +508,7 @@ class TileForward {
       for (V& v : base_[i]) v = V{} - INFINITY;
       for (V& v : total_[i]) v = V{};
       for (V& v : rounded_[i]) v = V{};
-      __builtin_memset(sums_ + i * sums_size_, 0, sums_size_ * sizeof(float));
+      started_[i] = false;
     }
     for (int64_t j = lowest; j < highest; j += keys_) {
       for (int64_t i = 0; i < blocks; ++i) {
@@ -578,7 +578,10 @@ class TileForward {
       for (int64_t x = 0; x < values; x += lanes)
         for (int v = 0; v < NV; ++v) store_vector(all + x + v * W, load_vector(all + x + v * W) * alpha[v] + added(x + v * W));
     };
-    if constexpr (kFolds) {
+    if (!started_[i]) {
+      rows_.template add<NV, false>(begin, n, all);
+      started_[i] = true;
+    } else if constexpr (kFolds) {
       rows_.template add<NV, false>(begin, n, fresh_);
       rescale([&](int64_t at) __attribute__((always_inline)) { return load_vector(fresh_ + at); });
     } else {
@@ -687,6 +690,7 @@ class TileForward {
     V highest[NV], total[NV], rounded[NV];
     for (int v = 0; v < NV; ++v) highest[v] = base_[i][v], total[v] = total_[i][v], rounded[v] = kRounds ? rounded_[i][v] : total[v];
     rows_.template finish<NV>(highest, total, rounded);
+    if (!started_[i]) __builtin_memset(sums_ + i * sums_size_, 0, sums_size_ * sizeof(float));
     rows_.block.store(sums_ + i * sums_size_, a.value_features, rows_.factors(), a.out);
   }
 
@@ -695,6 +699,7 @@ class TileForward {
   TileProduct<S> rows_;
   const int64_t sums_size_;  // of a block
   float *scores_, *weights_, *fresh_, *sums_;
+  bool started_[kMostBlocks];  // whether a block has sums
   V base_[kMostBlocks][2], total_[kMostBlocks][2], rounded_[kMostBlocks][2];  // weights are e^(score - base)
 
  public:

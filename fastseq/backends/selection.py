@@ -16,7 +16,7 @@ import torch
 
 from ..choice import sources
 from ..choice.decision import MODES, Call, Decision
-from . import reference
+from . import library, reference
 from . import torch as torchs
 from .notes import note, tell, watched
 from .precision import fp32_precision
@@ -48,6 +48,7 @@ def decision(query: Query, gradients: bool, meeting: bool = False) -> Decision:
     key = query, gradients, query.dtype.itemsize == 4 and query.device.type == "cuda" and fp32_precision()
     known = _decisions.get(key)
     if known is None:
+        library.load()  # whose level of instructions is a fact of the CPU
         known = sources.decide(call_of(query, gradients), query.device, torchs.fuses(query), meeting)
         if meeting or sources.meet is None:
             sources.remember(_decisions, key, known)
@@ -83,7 +84,7 @@ def _ranked(query: Query) -> tuple[str, ...]:
     names = CANDIDATES.get(query.device.type, ORDER)
     meeting = query.device.type != "cpu" and not torchs.serves(query) and not _goes_backward(query)
     known = [c.backend for c in decision(query, _with_gradients(query), meeting).candidates if c.backend != torchs.name]
-    return (*dict.fromkeys(name for name in known if name in BACKENDS), *(name for name in names if name not in known))
+    return (*dict.fromkeys(name for name in known if name in names), *(name for name in names if name not in known))
 
 
 def _with_gradients(query: Query) -> bool:

@@ -23,7 +23,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -34,7 +34,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .._version import __version__
-from . import store
+from . import sources, store
+from .decision import Candidate
 from .problems import Untried, families, needed, problems_of
 
 CHECKED: dict[str, tuple[str, ...]] = {"triton": ("cuda",), "cuda": ("cuda",)}  # backends, and the devices that are to be tried
@@ -59,6 +60,7 @@ class Verdict(NamedTuple):
 
 _verdicts: dict[str, Verdict] = {}  # of this process, by `_key`
 _trusted: set[tuple[str, Any]] = set()  # backends and queries that need no second look
+_revision = 0  # of the store, when they did not
 _running = threading.Lock()
 _looking: ContextVar[bool] = ContextVar("fastseq_self_check_looking", default=False)
 
@@ -90,7 +92,8 @@ def against(backend: ModuleType, query: Any, reference: ModuleType) -> list[str]
     Args:
         backend, reference: modules with a function for each op and direction.
     """
-    if (backend.name, query) in _trusted:
+    global _revision
+    if (backend.name, query) in _trusted and store.revision() == _revision:
         return []
     if query.device.type not in CHECKED.get(backend.name, ()) or mode() == "0":
         return []
@@ -109,8 +112,9 @@ def against(backend: ModuleType, query: Any, reference: ModuleType) -> list[str]
             _running.release()
     wrong = [verdict.sentence for key in wanted if (verdict := _known(key)) is not None and not verdict.right]
     if not wrong:
-        if len(_trusted) >= _MOST_KNOWN:
+        if len(_trusted) >= _MOST_KNOWN or store.revision() != _revision:  # what was tuned meanwhile may take another form
             _trusted.clear()
+            _revision = store.revision()
         _trusted.add((backend.name, query))
     return wrong
 
@@ -158,7 +162,7 @@ def forget() -> None:
 
 
 def _tried(backend: ModuleType, query: Any, reference: ModuleType, family: str) -> Verdict:
-    with _as_by_default():
+    with _as_by_default(), _formed(backend, query, family):
         try:
             for problem in problems_of(query, family, _coarse(query)):
                 if not backend.why_not(problem.query):
@@ -180,6 +184,13 @@ def _as_by_default() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(strict, warn_only=warn)
+
+
+def _formed(backend: ModuleType, query: Any, family: str) -> AbstractContextManager[None]:
+    """Problems of few steps are run in the form that was measured to be the fastest for the query."""
+    form = backend.form(query, family) if hasattr(backend, "form") else ""
+    chosen = Candidate(backend.name, form)
+    return sources.instead(lambda call: chosen if call.op == "recurrent" else None) if form else nullcontext()
 
 
 def _line_of(error: Exception) -> str:

@@ -19,6 +19,9 @@ from .decision import MODES, Call, Candidate, Decision, Point, Points, nearest, 
 from .device import Device, device_of, versions
 
 REACH = 2.0  # octaves, in all sizes together, over which what was measured here tells of others
+# The same of what is shipped for a CPU: what is farther is ours. Of single steps the smallest and largest tell of all beyond.
+CPU_REACH = {"attention": 3.0, "recurrent_cell": float("inf")}
+OURS = (Candidate("cpu"), Candidate("torch"))
 MET = 0.5  # octaves within which a call counts as met already
 MOST = 4096  # decisions that are remembered
 UNMEASURED = "no measurement for this device: torch's kernel; run python -m fastseq tune"
@@ -129,10 +132,13 @@ def _known(call: Call, here: Device, device: torch.device, meeting: bool) -> Dec
     points, words = shipped.points_for(here.type, here.name, here.level)
     if here.type != "cpu":
         point = nearest(points, call, REACH)
+    elif call.op not in CPU_REACH or not words:
+        point = None
     else:
         likes = product((call.kind, lengths.LIKE.get(call.kind)), (call.dtype, lengths.LIKE.get(call.dtype)))
-        near = (nearest(points, call._replace(kind=kind, dtype=dtype), float("inf")) for kind, dtype in likes if kind and dtype)
-        point = next((point for point in near if point is not None), None)
+        calls = (call._replace(kind=kind, dtype=dtype) for kind, dtype in likes if kind and dtype)
+        near = (nearest(points, other, CPU_REACH[call.op]) for other in calls)
+        point = next((point for point in near if point is not None), Point(call.sizes, OURS, ""))
     return None if point is None else Decision(point.candidates, "shipped", f"shipped for {words}")
 
 
@@ -145,7 +151,7 @@ def _by_length(call: Call, here: Device) -> Decision | None:
         return Decision(
             (Candidate("torch"), Candidate("cpu")), "shipped", f"{lengths.words(taken, gradients)}, {_shipped(table.measured_on)}"
         )
-    return Decision((Candidate("cpu"), Candidate("torch")), "shipped", _shipped(table.measured_on))
+    return Decision(OURS, "shipped", _shipped(table.measured_on))
 
 
 def _shipped(words: str) -> str:

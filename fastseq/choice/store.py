@@ -62,7 +62,7 @@ def read(kind: str) -> dict[str, Any]:
     """The entries of a kind: {key: value}. A file that is no store of this version counts as empty, after one warning."""
     file = path(kind)
     with _guard:
-        return _entries(kind, file) | _unwritten[kind]
+        return (_entries(kind, file) or {}) | _unwritten[kind]
 
 
 def update(kind: str, entries: Mapping[str, Any]) -> str | None:
@@ -116,7 +116,8 @@ def parsed(text: str, kind: str) -> dict[str, Any]:
     return found["entries"]
 
 
-def _entries(kind: str, file: Path | None) -> dict[str, Any]:
+def _entries(kind: str, file: Path | None) -> dict[str, Any] | None:
+    """None: the file is no store of this version, which is said once."""
     if file is None or not os.path.lexists(file):
         return {}
     try:
@@ -127,7 +128,7 @@ def _entries(kind: str, file: Path | None) -> dict[str, Any]:
         if str(file) not in _warned:
             _warned.add(str(file))
             logger.warning("fastseq: %s is ignored: %s", file, _words(error))
-        return {}
+        return None
 
 
 def _write(kind: str, entries: dict[str, Any] | None) -> str | None:
@@ -148,9 +149,9 @@ def _write(kind: str, entries: dict[str, Any] | None) -> str | None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with _locked(file):
                 known = _entries(kind, file)
-                if not known and os.path.lexists(file):  # what is no store of ours is somebody's
+                if known is None:  # what is no store of ours is somebody's
                     os.replace(file, file.with_name(file.name + ".ignored"))
-                _replace(file, document(kind, known | _unwritten[kind] | entries))
+                _replace(file, document(kind, (known or {}) | _unwritten[kind] | entries))
         except OSError as error:
             if entries is not None:
                 _unwritten[kind] |= entries

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastseq
 from fastseq import backends, info
 from fastseq.backends import BACKENDS, AttentionQuery, ScanQuery, explanation, reference, registry, selection
-from fastseq.choice import Candidate, Decision, problems, self_check, store
+from fastseq.choice import Candidate, Decision, problems, self_check, sources, store
 from support.stand_in import StandIn, recurrent
 
 CPU = torch.device("cpu")
@@ -99,7 +99,8 @@ def seldom(query):
         scanned("real", torch.bfloat16, ("initial", "resets"), layout="lengths"),
         seldom(scanned("complex", torch.complex64, ("initial", "reverse"), layout="packed")),
         seldom(scanned("blocks", torch.float16)),
-        seldom(scanned("real", torch.float32, ("log", "resets"))),
+        seldom(scanned("real", torch.float32, ("resets", "log"))),
+        seldom(scanned("real", torch.float16, ("initial", "min_gru"))),
     ],
     ids=str,
 )
@@ -193,6 +194,26 @@ def test_a_family_is_tried_once(first):
     assert len(backend.calls) == tried
     against(backend, recurrent("gru"))
     assert len(backend.calls) == 2 * tried
+
+
+def test_a_form_that_was_tuned_is_tried_as_such(first):
+    """And anew when another one is tuned, in this process or another."""
+    backend, seen, form = first(StandIn()), [], "plan 2"
+    forward = backend.recurrent_forward
+
+    def watching(call):
+        decided = sources.decide(selection.call_of(recurrent(batch=call.batch), False), CPU, False)
+        seen.append(decided.candidates[:1])
+        return forward(call)
+
+    backend.recurrent_forward = watching
+    backend.form = backend.variant = lambda query, family: form
+    assert against(backend, recurrent()) == [] and set(seen) == {(Candidate("stand-in", "plan 2"),)}
+    assert against(backend, recurrent()) == [] and len(seen) == 3
+    form = "plan 1"
+    store.update("tuned", {})
+    assert against(backend, recurrent()) == [] and seen[3:] == 3 * [(Candidate("stand-in", "plan 1"),)]
+    assert sources.decide(selection.call_of(recurrent(), False), CPU, False).source != "asked for"
 
 
 def test_what_is_wrong_is_off_and_the_next_backend_serves(first, caplog):

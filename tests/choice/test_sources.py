@@ -120,6 +120,42 @@ class TestOrder:
         assert ran(fastseq.LSTM(8, 8), torch.randn(20, 2, 8)) == ["cpu"]
 
 
+class TestShippedForACpu:
+    """What no point is near is ours; of single steps the smallest that were measured tell of those that are smaller."""
+
+    @pytest.fixture(autouse=True)
+    def table(self, monkeypatch):
+        def points(backend, *kins_and_sizes):
+            ranks = Candidate(backend, us=1.0), Candidate("cpu" if backend == "torch" else "torch", us=2.0)
+            return {kin: [Point(sizes, ranks, "")] for kin, sizes in kins_and_sizes}
+
+        decoding = ("attention", "inference", "plain", "float32", "", "padded", 4), (8, 4, 512, 64)
+        step = ("recurrent_cell", "training", "gru", "float32", "", "padded", 1), (1, 128)
+        monkeypatch.setattr(sources.shipped, "points_for", lambda *facts: (points("torch", decoding, step), "CPU, AMX"))
+        sources.forget()
+
+    @pytest.mark.parametrize(
+        ("heads", "tq", "tk", "dtype", "backend"),
+        [
+            ((8, 2), 4, 512, torch.float32, "torch"),
+            ((8, 2), 4, 2048, torch.float64, "torch"),
+            ((8, 2), 512, 512, torch.float32, "cpu"),
+            ((8, 4), 4, 512, torch.float32, "cpu"),
+            ((8, 2), 4, 512, torch.bfloat16, "cpu"),
+        ],
+    )
+    def test_attention(self, heads, tq, tk, dtype, backend):
+        facts = dict(op="attention", call="forward", device=CPU, dtype=dtype, batch=1, heads=heads, lengths=(tq, tk))
+        facts |= dict(features=(64, 64), layout="padded", window=(-1, -1), offset=0, block_size=0, uses=(), gradients=())
+        choice = backends.chosen(AttentionQuery(**facts))
+        assert (choice.backend, choice.source, choice.about) == (backend, "shipped", "shipped for CPU, AMX")
+
+    @pytest.mark.parametrize(("hidden", "gradients", "backend"), [(4, True, "torch"), (4, False, "cpu"), (4096, True, "torch")])
+    def test_single_steps(self, hidden, gradients, backend):
+        query = RecurrentQuery("recurrent_cell", CPU, torch.float32, "gru", 1, 1, hidden, False, "padded", batch=2)
+        assert backends.chosen(query, gradients).backend == backend
+
+
 class TestNearness:
     def test_octaves(self):
         assert distance((1, 8, 64), (2, 8, 16)) == 3.0 and distance((0,), (1,)) == 0.0
@@ -213,6 +249,7 @@ class TestPretendedGpu:
 
     @pytest.fixture(autouse=True)
     def gpu(self, monkeypatch):
+        monkeypatch.setenv("FASTSEQ_SELF_CHECK", "0")
         pretended = Device("cuda", "NVIDIA H999", "9.9", 0)
         monkeypatch.setattr(sources, "device_of", lambda device: pretended if device.type == "cuda" else device_of(device))
         for backend in (backends.triton, backends.cuda):
@@ -326,6 +363,13 @@ def test_a_new_kind_of_call_is_told_once(caplog):
             module(torch.randn(steps, 2, 8))
     (record,) = caplog.records
     assert record.getMessage().startswith("fastseq: recurrent lstm float32 padded D=1 B=2 T=20 H=8 inference on cpu: cpu (")
+
+
+def test_the_first_question_of_a_process_is_answered_right():
+    """Before anything has loaded the library, whose level of instructions finds the table."""
+    code = "import fastseq, torch; print(fastseq.convert(torch.nn.LSTM(4, 4)).converted[0].choice)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("shipped for"), done.stderr
 
 
 def log(level: str) -> subprocess.CompletedProcess[str]:

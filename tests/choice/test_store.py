@@ -63,6 +63,12 @@ def test_a_kind_that_is_none():
 GOOD = store.document("tuned", {"a": 1})
 
 
+def test_an_empty_store_is_one_and_not_set_aside(cache):
+    assert store.update("tuned", {}) is None
+    assert store.update("tuned", {"a": 1}) is None
+    assert store.read("tuned") == {"a": 1} and not list(cache.glob("*.ignored"))
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

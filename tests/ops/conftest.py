@@ -64,6 +64,8 @@ def _marks(metafunc: pytest.Metafunc, row: dict) -> list[pytest.MarkDecorator]:
     usual = _REPEATED.get(metafunc.function.__name__)
     if getattr(case, "heads", 1) == 40:  # 80 lanes; how lanes are shared among ops is no affair of a backend
         return [pytest.mark.slow]
+    if getattr(case, "steps", 0) == 70:  # seven chunks where three are tried as well
+        return [pytest.mark.slow]
     often = usual is None or str(case).removesuffix("-heads") in usual
     dtype = row.get("dtype", torch.float32)
     in_bfloat16 = dtype == torch.bfloat16 and usual is None and case in metafunc.cls.SMALL_CASES

@@ -538,7 +538,7 @@ LONG = [
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_long_sequences(case, dtype):
-    check(BATTERY, make(case, dtype), ("amx",))
+    check(BATTERY, make(case, dtype), LEVELS if case.name == "long-queries" else ("amx",))
 
 
 @parts
@@ -657,7 +657,6 @@ def test_queries_that_are_no_sum_of_parts():
         assert torch.equal(found, clean)
 
 
-@parts
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 @pytest.mark.parametrize("keys", (150, 1500, 4200))
 def test_bits_of_heads(dtype, keys):
@@ -666,14 +665,27 @@ def test_bits_of_heads(dtype, keys):
     sizes = ((600 if keys < 1000 else 200, 4), (keys, 2), (keys, 2))
     q, k, v = (torch.randn(3, n, heads, 64).to(dtype).transpose(1, 2) for n, heads in sizes)
     k[1], v[2] = k[0], v[0]
-    whole = ours(q, k, v, enable_gqa=True)
-    for b, h in itertools.product(range(3), range(4)):
-        alone = ours(q[b : b + 1, h : h + 1], k[b : b + 1, h // 2 : h // 2 + 1], v[b : b + 1, h // 2 : h // 2 + 1])
-        assert torch.equal(alone, whole[b : b + 1, h : h + 1])
-    assert torch.equal(whole, ours(*(t.contiguous() for t in (q, k, v)), enable_gqa=True))
-    for count in THREADS:
-        with threads(count):
-            assert torch.equal(whole, ours(q, k, v, enable_gqa=True))
+    for level in filter(reached, ("avx2", "avx512", "amx") if keys < 1000 else ("amx",)):
+        with at(level):
+            whole = ours(q, k, v, enable_gqa=True)
+            for b, h in itertools.product(range(3), range(4)):
+                alone = ours(q[b : b + 1, h : h + 1], k[b : b + 1, h // 2 : h // 2 + 1], v[b : b + 1, h // 2 : h // 2 + 1])
+                assert torch.equal(alone, whole[b : b + 1, h : h + 1])
+            assert torch.equal(whole, ours(*(t.contiguous() for t in (q, k, v)), enable_gqa=True))
+            for count in THREADS:
+                with threads(count):
+                    assert torch.equal(whole, ours(q, k, v, enable_gqa=True))
+
+
+@parts
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("T,E", ((128, 64), (512, 64), (130, 128)))
+def test_bfloat16_is_as_exact_as_torch(T, E, causal):
+    """Root mean square errors are within a twentieth of torch's own; most of both is the rounding of weights and results."""
+    half = [t.bfloat16() for t in of_random(T, E, heads=4)]
+    truth, torchs = theirs(*(t.double() for t in half), is_causal=causal), theirs(*half, is_causal=causal)
+    found = ours(*half, is_causal=causal)
+    assert (found - truth).square().mean().sqrt() <= 1.05 * (torchs - truth).square().mean().sqrt()
 
 
 @parts

@@ -289,6 +289,7 @@ def test_reasons_against_a_call():
 
 def test_without_measurements_it_runs_if_asked_for(monkeypatch):
     """What torch has no kernel for is Triton's."""
+    monkeypatch.setenv("FASTSEQ_SELF_CHECK", "0")
     query = backends.RecurrentQuery("recurrent", torch.device("cuda"), torch.float32, "lstm", 4, 1, 16, False, "padded")
     monkeypatch.setattr(cuda, "available", lambda: None)
     monkeypatch.setattr(cuda, "why_not", lambda query: [])

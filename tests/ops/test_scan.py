@@ -169,8 +169,14 @@ def test_logarithms_of_zero(backend):
     assert all(grad.isfinite().all() for grad in grads) and grads[1][3, 1].count_nonzero() == 0
 
 
-@ON_EACH
-@pytest.mark.parametrize("steps", [2, 65, 129, 513])
+@pytest.mark.parametrize(
+    ("backend", "steps"),
+    [
+        pytest.param(backend, steps, marks=[pytest.mark.slow] if backend == "triton" and steps > 65 else [])
+        for backend in ABLE
+        for steps in (2, 65, 129, 513)
+    ],
+)
 def test_growing_states(backend, steps):
     """Coefficients of 1, 0 and beyond 1 are as good as others."""
     b, a = values(steps, 1, 4).double(), torch.tensor([1.0, 0.0, 1.01, -1.01]).double()

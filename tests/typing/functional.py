@@ -54,4 +54,10 @@ def reports(model: fastseq.LSTM) -> None:
     report: fastseq.Report = fastseq.convert(model)
     explanation: fastseq.Explanation = fastseq.explain(model)
     reveal_type(report.converted[0].backend)  # R: str | None
+    reveal_type(report.converted[0].choice)  # R: str
+    tuned: fastseq.TuneReport = fastseq.tune(model, (), training=False)
+    reveal_type(tuned.rows[0].speedup)  # R: float | None
+    fastseq.tune(model, (), minutes=2)  # E: call-arg
+    fastseq.set_backend("cpu")
+    fastseq.set_backend(3)  # E: arg-type
     reveal_type(explanation.backends)  # R: list[str]

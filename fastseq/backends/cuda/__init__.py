@@ -10,12 +10,13 @@ from .. import library
 from ..query import Query, RecurrentQuery
 from . import recurrent
 from .recurrent import GPU as MACHINE
-from .recurrent import recurrent_backward, recurrent_forward, variant
+from .recurrent import form, recurrent_backward, recurrent_forward, variant
 
 __all__ = [
     "MACHINE",
     "available",
     "devices",
+    "form",
     "forms",
     "name",
     "ops",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...ops.types import Backward, Call, Forward
 from ..dense import dense
-from ..forms import measured_form
+from ..forms import form_of_query, measured_form
 from ..notes import note
 from ..precision import fp32_precision
 from ..query import RecurrentQuery
@@ -45,12 +45,13 @@ def precision_of(dtype: torch.dtype, machine: Machine) -> str:
     return machine.precision() if dtype == torch.float32 else _PRECISIONS[dtype]
 
 
-def _plan(call: Call | RecurrentQuery, backward: bool, where: torch.device, machine: Machine) -> Plan:
+def _plan(call: Call | RecurrentQuery, backward: bool, where: torch.device, machine: Machine, form: str = "") -> Plan:
+    """``form``: the plan that was measured to be the fastest for a query; of a call it is looked up."""
     facts = call.cell, precision_of(call.dtype, machine), backward, call.batch, call.lanes, call.hidden, machine.device(where)
     rank = RANKS[backward]
-    if not rank and not isinstance(call, RecurrentQuery):
-        form = measured_form("cuda", call, backward)
-        rank = min(int(form.removeprefix(PLAN)), plan_of(*facts).of - 1) if form else 0
+    if not rank:
+        form = form if isinstance(call, RecurrentQuery) else measured_form("cuda", call, backward)
+        rank = max(0, min(int(form.removeprefix(PLAN)), plan_of(*facts).of - 1)) if form else 0
     return plan_of(*facts, rank)
 
 
@@ -78,9 +79,9 @@ def obstacles(query: RecurrentQuery, machine: Machine) -> list[str]:
     return [reason for reason in against if reason]
 
 
-def variant_on(query: RecurrentQuery, family: str, machine: Machine) -> str:
+def variant_on(query: RecurrentQuery, family: str, machine: Machine, form: str = "") -> str:
     """The form of the plan that runs a call."""
-    return _plan(query, family == "backward", query.device, machine).numbers.form
+    return _plan(query, family == "backward", query.device, machine, form).numbers.form
 
 
 def forward(call: Forward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -141,8 +142,13 @@ def why_not(query: RecurrentQuery) -> list[str]:
     return obstacles(query, GPU)
 
 
+def form(query: RecurrentQuery, family: str) -> str:
+    """The plan that was measured to be the fastest for a call; "": the best by the model."""
+    return form_of_query("cuda", query, family == "backward")
+
+
 def variant(query: RecurrentQuery, family: str) -> str:
-    return variant_on(query, family, GPU)
+    return variant_on(query, family, GPU, form(query, family))
 
 
 def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ __all__ = [
     "attention_weights_backward",
     "available",
     "devices",
+    "form",
     "forms",
     "name",
     "ops",
@@ -57,6 +58,11 @@ def forms(query: Query) -> tuple[str, ...]:
 
 def why_not(query: Query) -> list[str]:
     return _OPS[query.op].why_not(query)
+
+
+def form(query: Query, family: str) -> str:
+    """The form of its kernels that was measured to be the fastest for a call; "": it chooses by itself."""
+    return recurrent.form(query, family) if isinstance(query, RecurrentQuery) else ""
 
 
 def variant(query: Query, family: str) -> str:

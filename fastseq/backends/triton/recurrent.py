@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...cells import CELLS
 from ...ops.types import Backward, Forward
+from ..forms import form_of_query
 from ..notes import note
 from ..precision import fp32_precision
 from ..query import RecurrentQuery
@@ -32,6 +33,11 @@ def forms(query: RecurrentQuery) -> tuple[str, ...]:
     return ("",) if query.steps == 1 or query.projected else ("", "whole", "streamed", "stepwise")
 
 
+def form(query: RecurrentQuery, family: str) -> str:
+    """The form that was measured to be the fastest for a call; "": the rules choose."""
+    return form_of_query("triton", query, family == "backward")
+
+
 def variant(query: RecurrentQuery, family: str) -> str:
     """The form and tiles that run a call."""
     from fastseq.kernels.recurrent import configs
@@ -40,7 +46,7 @@ def variant(query: RecurrentQuery, family: str) -> str:
     config = configs.of(
         query.device, query.dtype, len(row.gates), query.hidden, query.batch, query.projected, row.normalized,
         one_step=query.steps == 1 and query.layout == "padded", backward=family == "backward",
-        exact=query.dtype == torch.float32 and fp32_precision() == "ieee",
+        exact=query.dtype == torch.float32 and fp32_precision() == "ieee", measured=form(query, family) or None,
     )  # fmt: skip
     return " ".join((config.form, *(f"{name}={size}" for name, size in config.tiles.items())))
 
