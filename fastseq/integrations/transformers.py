@@ -120,7 +120,7 @@ def attention(
             grouped = query.shape[1] != key.shape[1]
             out = eager.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scaling, grouped)
             if out is not None:
-                return out.transpose(1, 2), None
+                return out.transpose(1, 2).contiguous(), None
     if attention_mask is not None and attention_mask.dim() != 4:
         raise RuntimeError(f"attention_mask must be [B, H or 1, Tq, Tk], got {list(attention_mask.shape)}")
     if query.shape[0] == 1:

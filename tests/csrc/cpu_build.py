@@ -1,4 +1,4 @@
-"""Builds and runs tests/csrc/cpu_recurrent.cpp and cpu_attention.cpp: CPU kernels without torch, odd sizes, against plain loops.
+"""Builds and runs cpu_recurrent.cpp and cpu_attention.cpp of tests/csrc: CPU kernels without torch, at odd sizes, against loops.
 
 `python tests/csrc/cpu_build.py` (`make sanitize`) does so for all kernels of every level of instructions that this machine has,
 under each sanitizer. What is built lies in build/host, so that nothing is made twice. $CXX chooses the compiler.
@@ -46,7 +46,7 @@ def macros_of(level: str) -> list[str]:
 
 
 def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.ROOT, compiler: str | None = None) -> Path:
-    """The program with some kernels of the recurrence, X(storage type, cell), or of attention, X(storage type)."""
+    """The program with some kernels of the recurrence, X(storage type, cell), or of attention, X(storage type), of one kind."""
     with_ = compiler or build.compiler()
     command = [
         with_,
