@@ -22,7 +22,7 @@ from .notes import note, tell, watched
 from .precision import fp32_precision
 from .query import AttentionQuery, Query, RecurrentQuery, ScanQuery
 from .registry import BACKENDS, CANDIDATES, ORDER, able, obstacles, reasons
-from .wish import forced
+from .wish import forced, inherited
 
 # is shown each call of the context whose kernel is a question, and whether it is with gradients
 asked: ContextVar[Callable[[Query, bool], None] | None] = ContextVar("fastseq_asked", default=None)
@@ -106,13 +106,16 @@ def select(query: Query) -> ModuleType:
     wish = forced()
     if wish is not None:
         against = obstacles(wish, query)
-        if against:
+        if against and inherited():
+            wish = None
+        elif against:
             free = next(name for name in _ranked(query) if not reasons(name, query))
             raise Refused(
                 f"backend {wish!r} was forced but cannot run [{query}]: {'; '.join(against)} "
                 f"(use_backend(None) lets {free!r} run it)",
                 against,
             )
+    if wish is not None:
         chosen = wish
     else:
         for chosen in _ranked(query):  # the reference, the last, runs everything

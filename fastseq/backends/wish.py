@@ -26,6 +26,7 @@ def _checked(name: str | None, source: str) -> str | None:
 _NOTHING: Any = object()  # what a context says that says nothing
 _process: str | None = _checked(os.environ.get("FASTSEQ_BACKEND"), "FASTSEQ_BACKEND")
 _context: ContextVar[Any] = ContextVar("fastseq_backend", default=_NOTHING)
+_inherited: ContextVar[bool] = ContextVar("fastseq_backend_inherited", default=False)
 
 
 class use_backend(ContextDecorator):
@@ -35,7 +36,7 @@ class use_backend(ContextDecorator):
 
     A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting is the
     context's: of this thread or asynchronous task alone. A backward pass, whichever thread runs it, heeds what held for its
-    forward pass; a compiled program is made without regard to it and heeds it when it runs. ``set_backend`` sets it for the whole
+    forward pass if that backend can run it; a compiled program is made without regard to it and heeds it when it runs. ``set_backend`` sets it for the whole
     process, ``FASTSEQ_BACKEND`` from outside.
 
     Raises:
@@ -88,16 +89,22 @@ def forced() -> str | None:
     return _process if own is _NOTHING else own
 
 
+def inherited() -> bool:
+    """Whether what is ``forced`` was so of a forward pass whose backward pass runs outside of that block: a wish, no demand."""
+    return _inherited.get()
+
+
 class heeding:
     """Within a ``with`` block what was ``forced`` elsewhere is forced here: for a backward pass, of its forward pass."""
 
-    __slots__ = ("_token", "wish")
+    __slots__ = ("_tokens", "wish")
 
     def __init__(self, wish: str | None) -> None:
         self.wish = wish
 
     def __enter__(self) -> None:
-        self._token = _context.set(self.wish)
+        self._tokens = _context.set(self.wish), _inherited.set(True)
 
     def __exit__(self, *error: object) -> None:
-        _context.reset(self._token)
+        _context.reset(self._tokens[0])
+        _inherited.reset(self._tokens[1])

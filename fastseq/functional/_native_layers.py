@@ -195,11 +195,11 @@ def trained_layers(
             return None
         x, *finals = done
     else:
-        # what is declined is declined at once, before anything is drawn at random
         if not all([tensor.is_contiguous() for tensor in params]):
             return None
         each, lanes = len(params) // num_layers, 2 if bidirectional else 1
         of_layers: list[Sequence[Tensor]] = []
+        before = torch.get_rng_state() if any(drawn) or dropout else None  # for whoever runs what is declined
         for index in range(num_layers):
             last, own = index == num_layers - 1, slice(index * lanes, (index + 1) * lanes)
             of_layer = params[index * each : (index + 1) * each]
@@ -214,6 +214,8 @@ def trained_layers(
                 *(ragged, zoneout),
             )
             if done is None:
+                if before is not None:
+                    torch.set_rng_state(before)
                 return None
             x, *ends = done
             if dropout and not last:

@@ -94,12 +94,16 @@ def _torchs_is_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     known = _faster.get(shapes)
     if known is None:
         known = remember(_faster, shapes, _asked(query, key, value, masked, causal, gradients))
-    return known and not backends.forced() and (mask is None or masked == "mask" or mask.dtype == query.dtype)
+    if not known or backends.forced() or not query.dtype == key.dtype == value.dtype or key.shape[:-1] != value.shape[:-1]:
+        return False
+    return mask is None or masked == "mask" or mask.dtype == query.dtype
 
 
 def _asked(query: Tensor, key: Tensor, value: Tensor, masked: str | None, causal: bool, gradients: bool) -> bool:
     if not query.is_cpu or query.dim() != 4 or key.dim() != 4 or 0 in query.shape or 0 in key.shape:
         return False
+    if not query.is_floating_point() or query.shape[::3] != key.shape[::3] or query.shape[1] % key.shape[1]:
+        return False  # an error, which is another's to tell
     of_call = backends.AttentionQuery(
         op="attention",
         call="forward",

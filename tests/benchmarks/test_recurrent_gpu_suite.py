@@ -254,6 +254,7 @@ def test_the_forced_backend_says_why_it_has_no_row_of_its_own(monkeypatch):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     w = replace(SMALL, device=device, T=4)
     lacking = "bfloat16" if _launch.INTERPRETED else "float64"
+    monkeypatch.setattr(_launch, "INTERPRETED_DTYPES", (torch.float16, torch.float32))  # tests mend its bfloat16
     assert f"dtype {lacking} is not one of" in reason(replace(w, dtype=lacking))
     for backends, expected in ((["reference"], None), (["triton"], "it is what fastseq chooses by itself here")):
         monkeypatch.setattr(fastseq, "explain", lambda *call, found=backends: SimpleNamespace(backends=found, calls=[]))

@@ -18,6 +18,8 @@ from fastseq.backends.cuda import recurrent
 from fastseq.backends.cuda.plan import Device, Numbers, fields, plan_of
 from fastseq.benchmarks.gpu.cuda_plans import ranked
 from fastseq.cells import CELLS
+from fastseq.choice import device as choice_device
+from fastseq.choice import sources
 from fastseq.testing import assert_all_close_to_truth, pooled_error
 from support import cuda_host, recurrent_equations
 from support.cases import RecurrentCase
@@ -291,6 +293,7 @@ def test_without_measurements_it_runs_if_asked_for(monkeypatch):
     """What torch has no kernel for is Triton's."""
     monkeypatch.setenv("FASTSEQ_SELF_CHECK", "0")
     query = backends.RecurrentQuery("recurrent", torch.device("cuda"), torch.float32, "lstm", 4, 1, 16, False, "padded")
+    monkeypatch.setattr(sources, "device_of", lambda device: choice_device.Device("cuda", "NVIDIA H999", "9.9", 0))
     monkeypatch.setattr(cuda, "available", lambda: None)
     monkeypatch.setattr(cuda, "why_not", lambda query: [])
     monkeypatch.setattr(backends.triton, "available", lambda: None)

@@ -21,6 +21,7 @@ CALL = Call("recurrent_cell", "inference", "gru", "float32", "", "padded", 1, (4
 @pytest.fixture(autouse=True)
 def own_store(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTSEQ_CACHE", str(tmp_path / "cache"))
+    store.clear("tuned")  # what a store that could not be written left in this process
     library.load()  # whose level of instructions is the device's
     sources.forget()
     yield tmp_path

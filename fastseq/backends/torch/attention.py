@@ -22,6 +22,7 @@ def lacks(q: Tensor, k: Tensor, spec: Spec) -> str:
         "packed sequences": spec.cu_q is not None,
         "lengths": spec.q_lengths is not None or spec.k_lengths is not None,
         "softcap": spec.softcap != 0,
+        "complex numbers": q.is_complex(),
         f"{q.dtype} beside a bias of another dtype": spec.bias is not None and spec.bias.dtype != q.dtype,
         "queries or keys of size 0": 0 in q.shape or 0 in k.shape,
     }
