@@ -36,8 +36,8 @@ class use_backend(ContextDecorator):
 
     A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting is the
     context's: of this thread or asynchronous task alone. A backward pass, whichever thread runs it, heeds what held for its
-    forward pass if that backend can run it; a compiled program is made without regard to it and heeds it when it runs. ``set_backend`` sets it for the whole
-    process, ``FASTSEQ_BACKEND`` from outside.
+    forward pass if that backend can run it; a compiled program is made without regard to it and heeds it when it runs.
+    ``set_backend`` sets it for the whole process, ``FASTSEQ_BACKEND`` from outside.
 
     Raises:
         ValueError: if there is no such backend.
