@@ -181,7 +181,8 @@ def trained_layers(
     training: bool = True,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """The same of plain tensors on the CPU in a dtype that the native kernels have."""
-    if cell not in native.CELLS or len(states) > 2:
+    row = CELLS[cell]
+    if cell not in native.CELLS or row.normalized or row.wide_states > 1 or len(states) > 2:  # whose gradients the ops know
         return None
     if lengths is not None and lengths.dtype == torch.int32:
         lengths = lengths.to(torch.int64)
@@ -199,7 +200,7 @@ def trained_layers(
             return None
         each, lanes = len(params) // num_layers, 2 if bidirectional else 1
         of_layers: list[Sequence[Tensor]] = []
-        before = torch.get_rng_state() if any(drawn) or dropout else None  # for whoever runs what is declined
+        before = torch.get_rng_state() if any(drawn) else None  # for whoever runs what is declined
         for index in range(num_layers):
             last, own = index == num_layers - 1, slice(index * lanes, (index + 1) * lanes)
             of_layer = params[index * each : (index + 1) * each]

@@ -22,7 +22,7 @@ def attention_output(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Tensor:
         return eager.attention(q, k, v, seeded(q, spec))[0]
     if _is_torchs(q, k, v, spec):
         with without_autocast(q.device.type):
-            return torchs.attention(q, k, v, spec, recorder() is not None or _is_chosen(q))
+            return torchs.attention(q, k, v, spec, recorder() is not None, _is_chosen(q))
     return ops.attention(q, k, v, seeded(q, spec))[0]
 
 
@@ -61,6 +61,8 @@ def _torchs_is_faster(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
     """Of a plain call on the CPU that the library has a kernel for."""
     gradients = wants_gradient(ops._tensors(q, k, v, spec))
     if not may_be_torchs("attention", gradients) or backends.forced() or torchs.lacks(q, k, spec):
+        return False
+    if not torchs.fused_is_right(k.shape[2], spec.right == 0, spec.scale):
         return False
     return backends.torch_takes(ops._query("forward", q, k, v, spec), gradients) is not None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import backends
 from ..backends import library
 from ..backends.cpu import attention as native
+from ..backends.torch import attention as torchs
 from ..choice.sources import may_be_torchs, memory, remember
 from ..reference import attention as reference
 from . import attention as op
@@ -63,7 +64,7 @@ def scaled_dot_product_attention(
         if not 0 < dropout < 1:
             return None
         seed = random_seed()
-    elif may_be_torchs("attention", gradients) and _torchs_is_faster(query, key, value, mask, causal, gradients):
+    elif may_be_torchs("attention", gradients) and _torchs_is_faster(query, key, value, mask, causal, scale, gradients):
         return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
     if _native is None:
         _load()
@@ -87,7 +88,9 @@ def _load() -> None:
 _faster = memory()
 
 
-def _torchs_is_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, gradients: bool) -> bool:
+def _torchs_is_faster(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, gradients: bool
+) -> bool:
     """Whether torch's kernel was measured to be the faster one for a plain call, while no backend is forced."""
     masked = None if mask is None else "mask" if mask.dtype == torch.bool else "bias"
     shapes = query.shape, key.shape, query.dtype, masked, causal, gradients
@@ -95,6 +98,8 @@ def _torchs_is_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     if known is None:
         known = remember(_faster, shapes, _asked(query, key, value, masked, causal, gradients))
     if not known or backends.forced() or not query.dtype == key.dtype == value.dtype or key.shape[:-1] != value.shape[:-1]:
+        return False
+    if not torchs.fused_is_right(key.shape[2], causal, scale):
         return False
     return mask is None or masked == "mask" or mask.dtype == query.dtype
 

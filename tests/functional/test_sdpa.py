@@ -13,6 +13,8 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fastseq
+from fastseq.choice import sources
+from fastseq.choice.decision import Candidate
 from fastseq.ops import _attention_eager as eager
 from fastseq.testing import assert_all_close_to_truth
 from support.battery import headed
@@ -523,3 +525,18 @@ class TestPlainCalls:
         out.detach().zero_()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
+
+
+@pytest.mark.parametrize("by", [ours, fastseq.functional.attention])
+def test_what_torch_is_chosen_for_is_right_where_its_fused_kernel_is_not(by):
+    """Of few keys it loses NaN, and causal it gives NaN for scales that are not positive."""
+    torch.manual_seed(0)
+    name = "causal" if by is fastseq.functional.attention else "is_causal"
+    query, key, value = (torch.randn(2, 4, 9, 16) for _ in range(3))
+    undefined = query.index_fill(2, torch.tensor([4]), torch.nan)
+    with sources.instead(lambda call: Candidate("torch")):
+        assert by(undefined, key, value)[:, :, 4].isnan().all()
+        for scale in (0.0, -0.5):
+            found = by(query, key, value, scale=scale, **{name: True})
+            with fastseq.use_backend("reference"):
+                torch.testing.assert_close(found, by(query, key, value, scale=scale, **{name: True}))

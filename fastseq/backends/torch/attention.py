@@ -12,6 +12,7 @@ from ..query import AttentionQuery
 
 _FUSED = frozenset(("mask", "bias", "dropout", "bottom_right"))
 _MOST_FEATURES = 256  # of a head, in flash attention
+_LANES = 16  # of a vector of 64 bytes in fp32
 
 
 def lacks(q: Tensor, k: Tensor, spec: Spec) -> str:
@@ -56,14 +57,21 @@ def fuses(query: AttentionQuery) -> bool:
     return flash or not grouped  # the memory-efficient kernel takes all else, but not fewer heads of keys
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, recorded: bool = False) -> Tensor:
+def fused_is_right(keys: int, causal: bool, scale: float | None) -> bool:
+    """Whether torch's fused kernel on a CPU gives what the formula does. Of fewer keys than a vector has lanes it loses NaN, and
+    causal it gives NaN for scales that are not positive."""
+    return keys >= _LANES and not (causal and scale is not None and scale <= 0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, recorded: bool = False, chosen: bool = False) -> Tensor:
     """[B, Hq, Tq, Ev]: ``F.scaled_dot_product_attention``, which draws its dropout as the unconverted model does.
 
-    Without dropout its products and softmax, unless it is ``recorded``: its fused kernel may give 0 for NaN.
+    Without dropout its products and softmax, unless it is ``recorded``, or ``chosen`` for its speed where `fused_is_right`.
     """
     causal, mask = _mask(q, k, spec)
     grouped = bool(q.shape[1] != k.shape[1])  # while torch.jit traces, sizes are tensors
-    if spec.dropout or recorded:
+    fused = chosen and (not q.is_cpu or fused_is_right(k.shape[2], causal, spec.scale))
+    if spec.dropout or recorded or fused:
         return F.scaled_dot_product_attention(q, k, v, mask, spec.dropout, causal, scale=spec.scale, enable_gqa=grouped)
     return torch._scaled_dot_product_attention_math(q, k, v, mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped)[0]
 
