@@ -93,8 +93,8 @@ class Sequence(Interop, nn.RNNBase):
     def flatten_parameters(self) -> None:
         """On a GPU, gather the weights of an LSTM, GRU or RNN in one buffer, which cuDNN reads without copying them at each call.
 
-        As torch.nn does, by itself too whenever a module moves. Variants and block-diagonal weights, which cuDNN does not have, stay
-        where they are, as does everything on a CPU.
+        As torch.nn does, by itself too whenever a module moves. Variants and block-diagonal weights, which cuDNN does not have,
+        stay where they are, as does everything on a CPU.
         """
         if self.cell in GATES and self.num_heads == 1:
             super().flatten_parameters()
