@@ -1,0 +1,5 @@
+"""The systems that articles on sequence models name: readable, on fastseq's public functions and modules, state in and out."""
+
+from .block_recurrent import BlockRecurrent
+
+__all__ = ["BlockRecurrent"]
