@@ -1,6 +1,18 @@
 """The systems that articles on sequence models name: readable, on fastseq's public functions and modules, state in and out."""
 
 from .block_recurrent import BlockRecurrent
+from .longformer import Longformer, WindowedAttention
 from .memory import DNC, NTM
+from .reformer import HashedAttention, Reformer
+from .reversible import ReversibleBlock
 
-__all__ = ["DNC", "NTM", "BlockRecurrent"]
+__all__ = [
+    "DNC",
+    "NTM",
+    "BlockRecurrent",
+    "HashedAttention",
+    "Longformer",
+    "Reformer",
+    "ReversibleBlock",
+    "WindowedAttention",
+]
