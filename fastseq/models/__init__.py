@@ -2,6 +2,7 @@
 
 from .block_recurrent import BlockRecurrent
 from .hybrid import Hybrid
+from .linear_recurrent import LinearRecurrent
 from .longformer import Longformer, WindowedAttention
 from .memory import DNC, NTM
 from .reformer import HashedAttention, Reformer
@@ -13,6 +14,7 @@ __all__ = [
     "BlockRecurrent",
     "HashedAttention",
     "Hybrid",
+    "LinearRecurrent",
     "Longformer",
     "Reformer",
     "ReversibleBlock",

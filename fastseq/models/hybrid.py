@@ -76,9 +76,9 @@ class Block(nn.Module):
 class Hybrid(nn.Module):
     """A stack of blocks that read a sequence by recurrence, then look back over it by attention.
 
-    There are no positions: the recurrence gives the order. What differs from the papers: none defines this block; it is what those
-    have in common that put an LSTM before attention. With ``local`` the recurrence is R-Transformer's, a GRU over the last K
-    steps alone, all windows at once; its feed-forward has ReLU where this one has GELU.
+    There are no positions: the recurrence gives the order. What differs from the papers: none defines this block, it is what
+    those have in common which put an LSTM before attention. With ``local`` the recurrence is R-Transformer's, a GRU over the
+    last K steps alone, all windows at once; its feed-forward has ReLU where this one has GELU.
 
     Args:
         width: W. heads: H, a divisor of W. depth: N.
