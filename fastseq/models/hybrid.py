@@ -5,7 +5,7 @@ Letters: B batch, T tokens, W width, H heads, E = W / H features of a head, N la
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.heads, self.local, self.causal, self.pre, self.rates = heads, local, causal, pre, rates
         self.recurrent_norm, self.attention_norm, self.feedforward_norm = (nn.LayerNorm(width) for _ in range(3))
         if local:
-            self.recurrent: GRU | LSTM = GRU(width, width, batch_first=True)
+            self.recurrent: Any = GRU(width, width, batch_first=True)
         else:
             self.recurrent = LSTM(width, width if causal else width // 2, batch_first=True, bidirectional=not causal)
         self.query_key_value, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)

@@ -67,19 +67,10 @@ class WindowedAttention(nn.Module):
         rows = places.where(seen, T)  # T: a row too many, that takes what belongs nowhere
         local = torch.ones(B, T + 1, dtype=torch.bool, device=x.device).scatter(1, rows, False)[:, None, None, :T]
         at = rows.clamp(max=T - 1)[:, None, :, None].expand(-1, self.heads, -1, E)
-        parts = (
-            attention(q, k, v, attn_mask=local, return_lse=True, **near),
-            attention(
-                q,
-                k.gather(2, at),
-                v.gather(2, at),
-                attn_mask=seen[:, None, None],
-                seqlens_q=lengths,
-                dropout_p=rate,
-                return_lse=True,
-            ),
-        )
-        y, _ = merge_attention(*parts[0], *parts[1])
+        of_local, lse = attention(q, k, v, attn_mask=local, return_lse=True, **near)
+        all_see: Any = {"attn_mask": seen[:, None, None], "seqlens_q": lengths, "dropout_p": rate}
+        of_global, lse_of_global = attention(q, k.gather(2, at), v.gather(2, at), return_lse=True, **all_see)
+        y, _ = merge_attention(of_local, lse, of_global, lse_of_global)
         asking = x.gather(1, rows.clamp(max=T - 1)[..., None].expand(-1, -1, self.width))
         k, v = self._split(self.key_value_global(x), 2)
         told = attention(self._split(self.query_global(asking), 1)[0], k, v, seqlens_k=lengths, dropout_p=rate)

@@ -55,7 +55,8 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d1: Tensor, d2: Tensor) -> Any:
-        (x1, x2), grads = ctx.saved_tensors, []
+        x1, x2 = ctx.saved_tensors
+        grads: list[Tensor | None] = []
         for block, more in zip(reversed(ctx.blocks), reversed(ctx.of_f), strict=True):
             x2, d1, of_g = undone(ctx.autocast, block.g, x1, x2, d1, d2)
             x1, d2, of_f = undone(ctx.autocast, block.f, x2, x1, d2, d1, *more)
