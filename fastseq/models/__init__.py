@@ -1,6 +1,11 @@
-"""The systems that articles on sequence models name: readable, on fastseq's public functions and modules, state in and out."""
+"""The systems that articles on sequence models name: readable, on fastseq's public functions and modules, state in and out.
 
+Of models whose classes have everyday names the modules are exported: ``seq2seq.Encoder``. ``generation`` decodes all that have a
+``step`` of tokens.
+"""
+
+from . import alignment, generation, seq2seq
 from .block_recurrent import BlockRecurrent
 from .memory import DNC, NTM
 
-__all__ = ["DNC", "NTM", "BlockRecurrent"]
+__all__ = ["DNC", "NTM", "BlockRecurrent", "alignment", "generation", "seq2seq"]
