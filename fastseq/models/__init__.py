@@ -4,8 +4,8 @@ Of models whose classes have everyday names the modules are exported: ``seq2seq.
 ``step`` of tokens.
 """
 
-from . import alignment, generation, seq2seq
+from . import alignment, blocks, generation, positions, seq2seq, transformer
 from .block_recurrent import BlockRecurrent
 from .memory import DNC, NTM
 
-__all__ = ["DNC", "NTM", "BlockRecurrent", "alignment", "generation", "seq2seq"]
+__all__ = ["DNC", "NTM", "BlockRecurrent", "alignment", "blocks", "generation", "positions", "seq2seq", "transformer"]

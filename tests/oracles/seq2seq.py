@@ -1,4 +1,4 @@
-"""What joeynmt makes of small recurrent encoder-decoders, kept in seq2seq.json: GRU, LSTM, two attentions, with and without feeding.
+"""What joeynmt makes of small recurrent encoder-decoders, kept in seq2seq.json: GRU, LSTM, two attentions, fed and not.
 
 In an environment of its own, in tests/: pip install --no-deps joeynmt==2.3.0 tensorboard 'importlib_metadata<8.6' zipp torchtext
 absl-py, then python -m oracles.seq2seq --write

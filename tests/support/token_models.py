@@ -67,9 +67,11 @@ def tensors(tree: Any) -> list[Tensor]:
     return [tensor for each in tree for tensor in tensors(each)] if isinstance(tree, tuple) else []
 
 
-def same_gradients(output: Tensor, model: nn.Module, expected: dict[str, Tensor], bound: float = TIGHT) -> None:
+def same_gradients(
+    output: Tensor | tuple[Tensor, ...], model: nn.Module, expected: dict[str, Tensor], bound: float = TIGHT
+) -> None:
     """Of ``frozen.weighted(output)``, for every parameter of the model, and for no other."""
-    named = dict(model.named_parameters())
+    named, outputs = dict(model.named_parameters()), output if isinstance(output, tuple) else (output,)
     assert named.keys() == expected.keys()
-    for name, found in zip(named, torch.autograd.grad(frozen.weighted(output), list(named.values())), strict=True):
+    for name, found in zip(named, torch.autograd.grad(frozen.weighted(*outputs), list(named.values())), strict=True):
         close(found, expected[name], bound)
