@@ -7,5 +7,17 @@ Of models whose classes have everyday names the modules are exported: ``seq2seq.
 from . import alignment, blocks, generation, positions, seq2seq, transformer
 from .block_recurrent import BlockRecurrent
 from .memory import DNC, NTM
+from .transformer_xl import TransformerXL
 
-__all__ = ["DNC", "NTM", "BlockRecurrent", "alignment", "blocks", "generation", "positions", "seq2seq", "transformer"]
+__all__ = [
+    "DNC",
+    "NTM",
+    "BlockRecurrent",
+    "TransformerXL",
+    "alignment",
+    "blocks",
+    "generation",
+    "positions",
+    "seq2seq",
+    "transformer",
+]

@@ -70,8 +70,9 @@ def tensors(tree: Any) -> list[Tensor]:
 def same_gradients(
     output: Tensor | tuple[Tensor, ...], model: nn.Module, expected: dict[str, Tensor], bound: float = TIGHT
 ) -> None:
-    """Of ``frozen.weighted(output)``, for every parameter of the model, and for no other."""
-    named, outputs = dict(model.named_parameters()), output if isinstance(output, tuple) else (output,)
+    """Of ``frozen.weighted(output)``, for every parameter of the model that wants one."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    outputs = output if isinstance(output, tuple) else (output,)
     assert named.keys() == expected.keys()
     for name, found in zip(named, torch.autograd.grad(frozen.weighted(*outputs), list(named.values())), strict=True):
         close(found, expected[name], bound)
