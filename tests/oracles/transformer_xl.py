@@ -31,7 +31,7 @@ def found() -> dict[str, Any]:
     for same_length in (True, False):
         sizes: dict[str, Any] = dict(vocab_size=WORDS, d_model=WIDTH, d_embed=WIDTH, n_head=HEADS, d_head=WIDTH // HEADS)
         sizes |= dict(d_inner=INNER, n_layer=LAYERS, mem_len=MEMORY, clamp_len=CLAMP, same_length=same_length, untie_r=False)
-        model = TransfoXLModel(TransfoXLConfig(cutoffs=[], div_val=1, dropout=0.0, dropatt=0.0, **sizes)).eval()
+        model = TransfoXLModel(TransfoXLConfig(cutoffs=[], div_val=1, dropout=0.0, dropatt=0.0, **sizes)).double().eval()
         weights = dict(model.named_parameters())
         torch.manual_seed(1)
         for weight in weights.values():
