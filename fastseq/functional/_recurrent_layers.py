@@ -98,9 +98,10 @@ def run_layers(
         resets = checked_resets(resets, x, packed, batch_first)
         options = replace(options, resets=resets.squeeze(1) if packed else resets)
     for name, state in zip(cell.states, reset_to or (), strict=reset_to is not None):
-        width = (options.proj_size or hidden) if name == "h" else hidden
-        _check_state(f"reset_to's {name}", state, x, batch_sizes, (options.num_layers * directions, width), or_one=True)
-    if plain_call() and not _trains(options) and options.num_heads == 1 and not options.return_cells and resets is None:
+        if state is not None:
+            width = (options.proj_size or hidden) if name == "h" else hidden
+            _check_state(f"reset_to's {name}", state, x, batch_sizes, (options.num_layers * directions, width), or_one=True)
+    if plain_call() and not _trains(options) and options.num_heads == 1 and not options.return_cells and reset_to is None:
         given = [state for state in states if state is not None]
         results = native_layers(
             cell.name,
@@ -114,6 +115,7 @@ def run_layers(
             lengths,
             batch_sizes,
             zoneout,
+            resets=options.resets,
         )
         if results is not None:
             return results[0], tuple(results[1:]), None
@@ -152,6 +154,7 @@ def run_layers(
             batch_sizes,
             zoneout,
             options.training,
+            resets=options.resets,
         )
         if with_gradients is not None:
             return *with_gradients, None
@@ -186,7 +189,7 @@ def _trains(options: Options) -> bool:
 def _beyond_native(options: Options) -> bool:
     """Whether a call has what one native op a layer does not take in training."""
     dropped_weights = options.training and options.weight_dropout
-    return bool(options.return_cells or options.num_heads > 1 or dropped_weights or options.resets is not None)
+    return bool(options.return_cells or options.num_heads > 1 or dropped_weights or options.reset_to is not None)
 
 
 def _torch_lacks(cell: Cell, options: Options) -> str:

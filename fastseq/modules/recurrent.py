@@ -151,14 +151,14 @@ class Sequence(Interop, nn.RNNBase):
     ) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
         """(output, states, c of every step or None) in the layout of `input`."""
         params: list[Any] | None = None
-        plain = not return_cells and resets is None and reset_to is None and cu_seqlens is None
+        plain = not return_cells and reset_to is None and cu_seqlens is None
         if plain and type(self).check_forward_args in CHECKS and plain_call():
             kept = self._parameters  # faster than by attribute; weight_norm, parametrizations and FSDP take them away from there
             params = [kept[name] if name in kept else getattr(self, name) for name in self._flat_weights_names]
-            if type(input) is Tensor and input.dim() == 3 and lengths is None:
+            if type(input) is Tensor and input.dim() == 3 and lengths is None and resets is None:
                 done = self._padded(input, hx, params)
             else:
-                done = self._native(input, hx, lengths, params)
+                done = self._native(input, hx, lengths, params, resets)
             if done is not None:
                 return *done, None
         if params is None:
@@ -195,7 +195,9 @@ class Sequence(Interop, nn.RNNBase):
             return self._run_documents(input, hx, cu_seqlens, params, options)
         return self._run_padded(input, hx, lengths, params, options)
 
-    def _native(self, input: Any, hx: Any, lengths: Tensor | None, params: list[Any]) -> tuple[Any, tuple[Tensor, ...]] | None:
+    def _native(
+        self, input: Any, hx: Any, lengths: Tensor | None, params: list[Any], resets: Any = None
+    ) -> tuple[Any, tuple[Tensor, ...]] | None:
         """Output and final states of a plain call, if the native kernels take it and it is beyond question.
 
         Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it.
@@ -225,11 +227,21 @@ class Sequence(Interop, nn.RNNBase):
                 if any(type(state) is not Tensor or state.dim() != 2 for state in states):
                     return None
                 states = [state.unsqueeze(1) for state in states]
+        if resets is not None:
+            rows = (data if batch_sizes is not None else input).shape[:-1]
+            if type(resets) is not Tensor or resets.dtype != torch.bool or resets.shape != rows:
+                return None
+            if not batched:
+                resets = resets.unsqueeze(1)
+            elif self.batch_first and batch_sizes is None:
+                resets = resets.mT
         if self.zoneout:
             zoneout = zoneout_of(CELLS[self.cell], self.zoneout)
         batch_first = self.batch_first and batch_sizes is None
         finals: Any
-        taken = self._packed_of_torch(data, batch_sizes, states, params) if batch_sizes is not None else None
+        taken = None
+        if batch_sizes is not None and resets is None:
+            taken = self._packed_of_torch(data, batch_sizes, states, params)
         if taken is None:
             taken = native_training(
                 self.cell,
@@ -247,6 +259,7 @@ class Sequence(Interop, nn.RNNBase):
                 zoneout,
                 training,
                 chosen=False,
+                resets=resets,
             )
         if taken is not None:
             output, finals = taken
@@ -266,6 +279,7 @@ class Sequence(Interop, nn.RNNBase):
                 batch_sizes,
                 zoneout,
                 None if training else packing_of(self),
+                resets=resets,
             )
             if results is None:
                 return None

@@ -144,22 +144,11 @@ def _check_layout(rows: Tensor, lengths: Tensor | None, batch_sizes: Tensor | No
             raise RuntimeError(f"batch_sizes add up to {total} rows, but the packed data has {rows.shape[0]}")
 
 
-def _give_every_row(call: Call) -> None:
-    """Each its own of a state for all."""
-    for name in ("reset_h", "reset_c"):
-        state = getattr(call, name)
-        if state is not None and state.shape[1] != call.batch:
-            if state.shape[1] != 1:
-                raise RuntimeError(f"Expected reset_to for a batch of {call.batch} or 1, got {list(state.shape)}")
-            setattr(call, name, state.expand(-1, call.batch, -1))
-
-
 def _recurrent_forward(*args: Any) -> tuple[Tensor, ...]:
     call = Forward(*args)
     if call.lengths is not None or call.batch_sizes is not None:
         _check_layout(call.x, call.lengths, call.batch_sizes)
-    if call.resets is not None:
-        _give_every_row(call)
+    call.spread_reset_states()
     return backends.select(_query(call, False)).recurrent_forward(call)
 
 
@@ -169,10 +158,8 @@ def _recurrent_backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _run_backward(call: Backward) -> tuple[Tensor, ...]:
     given = call.reset_h, call.reset_c
-    if call.resets is not None:
-        _give_every_row(call)
+    call.spread_reset_states()
     results = backends.select(_query(call, True)).recurrent_backward(call)
-    call.reset_h, call.reset_c = given
     sums = [
         grad if state is None or state.shape == grad.shape else grad.sum(1, keepdim=True)
         for grad, state in zip(results[5:], given, strict=True)
@@ -363,7 +350,7 @@ def _arguments(
 ) -> tuple[_Layer, Tensor, States, Weights]:
     """The arguments of the op ``recurrent``, without those at its end that are None."""
     walk, options, (resets, *of_resets) = rest[:8], rest[8:11], (*rest[11:], *(None,) * 3)[:3]
-    return _Layer(Walk(*walk, resets), *options), x, States(h0, c0, *of_resets), _grouped(params, kinds)
+    return _Layer(Walk(*walk)._replace(resets=resets), *options), x, States(h0, c0, *of_resets), _grouped(params, kinds)
 
 
 def _recurrent(*args: Any) -> tuple[Tensor, ...]:
@@ -553,7 +540,7 @@ def native_layer(
     """
     with torch._C._AutoDispatchBelowAutograd():
         made = torch.ops.fastseq_native.recurrent_layer.default(
-            x, h0, c0, params, *ragged[:4], cell, has_biases, bidirectional, *zoneout, not recompute, native.two_parts()
+            x, h0, c0, params, *ragged, cell, has_biases, bidirectional, *zoneout, not recompute, native.two_parts()
         )
     if not made:
         return None

@@ -76,13 +76,7 @@ def _native_products(
     call: Backward, results: tuple[Tensor, ...], x: Tensor, weights: Weights, wanted: Weights, wanted_x: bool
 ) -> Iterator[Tensor] | None:
     """What the CPU's native op gives of these gradients, in order; None where plain products serve, or have to be seen."""
-    if (
-        x.device.type != "cpu"
-        or recorded()
-        or transforming()
-        or backends.forced() not in (None, "cpu")
-        or call.resets is not None
-    ):
+    if x.device.type != "cpu" or recorded() or transforming() or backends.forced() not in (None, "cpu"):
         return None
     if any([type(t) not in (Tensor, torch.nn.Parameter) for t in (x, call.y, *results[:2], *weights.w_ih)]):
         return None
