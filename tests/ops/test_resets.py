@@ -278,8 +278,8 @@ class TestOneNativeCall:
     @pytest.mark.parametrize("batch", (3, 40))
     def test_who_runs(self, kind, batch):
         torch.manual_seed(0)
-        module = kind(6, 40, 2, batch_first=True, bidirectional=True)
-        x, resets = torch.randn(batch, 9, 6, requires_grad=True), torch.rand(batch, 9) < 0.2
+        module = kind(6, 40, 2, batch_first=True, bidirectional=True, dtype=torch.float64)
+        x, resets = torch.randn(batch, 9, 6, dtype=torch.float64, requires_grad=True), torch.rand(batch, 9) < 0.2
         lengths = torch.randint(0, 10, (batch,))
         for more in ({}, {"lengths": lengths}):
 
