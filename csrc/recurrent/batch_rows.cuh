@@ -41,6 +41,13 @@ class BatchRows {
     if (!backwards_) return t - 1;
     return active(batch_tile, column, t + 1) ? t + 1 : -1;
   }
+  // the time after t in the lane's own order
+  FASTSEQ_DEVICE int after(int t) const { return backwards_ ? t - 1 : t + 1; }
+  // Whether a row that has time t begins anew with it, in the lane's own order; a reset stands at the later of two times.
+  FASTSEQ_DEVICE bool cut(const uint8_t* resets, int batch_tile, int column, int t) const {
+    const int at = backwards_ ? t + 1 : t;
+    return t >= 0 && active(batch_tile, column, at) && resets[row(batch_tile, column, at)];
+  }
 
  private:
   const Walk& walk_;

@@ -73,7 +73,7 @@ def _whole_forward(launch: ForwardLaunch) -> None:
 
     whole.forward[launch.grid(launch.call.hidden)](
         launch.x_gates, launch.weight, launch.vectors, launch.h0, launch.c0, launch.y, launch.h_n, launch.c_n, launch.c,
-        launch.gates, launch.layout, launch.zoneout, launch.call.hidden,
+        launch.gates, launch.layout, launch.zoneout, launch.resets, launch.call.hidden,
         STEP=launch.math.step, PRECISION=fp32_precision(), **launch.options,
     )  # fmt: skip
 
@@ -84,7 +84,7 @@ def _whole_backward(launch: BackwardLaunch) -> None:
     whole.backward[launch.grid(launch.call.hidden)](
         launch.dy, launch.dh_n, launch.dc_n, launch.dc, launch.weight, launch.vectors, launch.h0, launch.c0, launch.y, launch.c,
         launch.gates, launch.dgates, launch.drecurrent, launch.doutput, launch.dh0, launch.dc0, launch.layout, launch.zoneout,
-        launch.call.hidden, PRECISION=fp32_precision(), **launch.options,
+        launch.resets, launch.call.hidden, PRECISION=fp32_precision(), **launch.options,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ class _Launched:
         )  # fmt: skip
         self.layout = _layout(call)
         self.zoneout = _zoneout(call)
+        self.resets = _resets(call)
         self.weight = call.weight.contiguous()
         self.vectors = dense(call.vectors)
         self.h0, self.c0 = dense(call.h0, call.dtype), dense(call.c0, call.wide)
@@ -92,6 +93,15 @@ def _zoneout(call: Call) -> Any:
     from fastseq.kernels.recurrent.args import Zoneout
 
     return Zoneout(*(None if hold is None else hold.contiguous().view(torch.uint8) for hold in (call.hold_h, call.hold_c)))
+
+
+def _resets(call: Call) -> Any:
+    from fastseq.kernels.recurrent.args import Resets
+
+    if call.resets is None:
+        return Resets(None, None, None)
+    rows = call.resets.contiguous().view(torch.uint8)
+    return Resets(rows, dense(call.reset_h, call.dtype), dense(call.reset_c, call.wide))
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
