@@ -44,6 +44,8 @@ def why_not(query: RecurrentQuery) -> list[str]:
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
     if query.cell not in CELLS:
         against.append(f"cell {query.cell} is not one of {', '.join(CELLS)}")
+    if query.resets:
+        against.append("resets are not in its kernels")
     return against
 
 
@@ -73,9 +75,9 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     return results
 
 
-def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def recurrent_backward(call: Backward) -> tuple[Tensor, ...]:
     y, dtype, wide = call.y, call.dtype, call.wide
-    results = dgates, drecurrent, _, dh0, _ = call.empty_results()
+    results = dgates, drecurrent, _, dh0, *_ = call.empty_results()
     once = call.steps == 1
     torch.ops.fastseq_native.recurrent_backward.default(
         dense(call.dy, dtype),
@@ -100,7 +102,7 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, 
         call.zoneout_c,
         not once,
         two_parts(),
-        *results,
+        *results[:5],
     )
     if once:
         dr = dgates.view(call.batch, call.lanes, -1).transpose(0, 1)
@@ -121,11 +123,13 @@ def layer_backward(
     zoneout_c: float,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of x, h0, c0 and of the parameters, w_ih and w_hh, with biases b_ih and b_hh, and w_hr of a projection
-    without zoneout, of each direction; None for those not ``wanted``: of a layer of few rows, by one native op.
-    ``saved``: x, h0, c0, lengths (int64), batch_sizes, hold_h, hold_c, y, c, gates, parameters.
+    """The gradients of x, of the four states, None for the last two, and of the parameters, w_ih and w_hh, with biases b_ih and
+    b_hh, and w_hr of a projection without zoneout, of each direction; None for those not ``wanted``: of a layer of few rows, by
+    one native op.
+    ``saved``: x, the states, lengths (int64), batch_sizes, hold_h, hold_c, resets, y, c, gates, parameters.
     """
-    x, h0, c0, lengths, batch_sizes, hold_h, hold_c, y, c, gates, *params = saved
+    x, h0, c0, _, _, lengths, batch_sizes, hold_h, hold_c, _, y, c, gates, *params = saved
+    wanted = *wanted[:3], *wanted[5:]
     if c0 is not None and c0.dtype != c.dtype:
         c0 = c0.to(c.dtype)
     dy, dh_n, dc_n, x, h0, c0 = all_dense(dy, dh_n, dc_n, x, h0, c0)
@@ -137,7 +141,7 @@ def layer_backward(
     grads: list[Any] = [next(each) if want else None for want in wanted]
     if wanted[2]:
         grads[2] = grads[2].to(saved[2].dtype)
-    return grads
+    return [*grads[:3], None, None, *grads[3:]]
 
 
 def layer_gradients(

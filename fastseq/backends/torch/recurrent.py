@@ -83,7 +83,7 @@ MOST_STEPS = 65_535  # that cuDNN counts
 
 def serves(query: RecurrentQuery) -> bool:
     """Whether torch has such layers."""
-    return query.cell in GATES and not query.zoned and query.layout != "lengths"
+    return query.cell in GATES and not query.zoned and not query.resets and query.layout != "lengths"
 
 
 def fuses(query: RecurrentQuery) -> bool:
