@@ -132,8 +132,8 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
     FASTSEQ_UNROLL
     for (int j = 0; j < kItems; ++j) {
       const bool there = items_.exists(j) && items_.has_unit(j);
-      cut_[j] = there && rows_.cut(p_.resets.rows, batch_tile, items_.column(j), t);
-      cut_after_[j] = there && rows_.cut(p_.resets.rows, batch_tile, items_.column(j), rows_.after(t));
+      cut_[j] = there ? rows_.cut(p_.resets.rows, batch_tile, items_.column(j), t) : uint8_t{0};
+      cut_after_[j] = there ? rows_.cut(p_.resets.rows, batch_tile, items_.column(j), rows_.after(t)) : uint8_t{0};
     }
   }
 
@@ -208,7 +208,7 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
   const BackwardParams& p_;
   // of the batch tile in work
   Inputs in_[kItems];
-  bool cut_[kItems], cut_after_[kItems];  // before this step, before the step after it
+  uint8_t cut_[kItems], cut_after_[kItems];  // before this step, before the step after it
 };
 
 template <template <class> class CellOf, class Tile, int kNTiles, bool kResets = false>

@@ -155,7 +155,7 @@ class ForwardStep : Step<C, AllGather<Tile, kNTiles, C::kGates, 1>, C::kStates> 
   Number x_[kItems][C::kGates];
   Number y_[kItems];
   float c_[kItems][kStates], saved_[kItems][kSaved];
-  bool cut_[kItems];  // before the next step
+  uint8_t cut_[kItems];  // before the next step
 };
 
 template <template <class> class CellOf, class Tile, int kNTiles, bool kResets = false>

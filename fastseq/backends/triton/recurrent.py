@@ -25,8 +25,6 @@ def why_not(query: RecurrentQuery) -> list[str]:
     from fastseq.kernels.recurrent import configs
 
     unknown = [] if query.cell in configs.CELLS else [f"no Triton cell {query.cell}"]
-    if query.resets:
-        unknown.append("resets are not in its kernels")
     return unknown + dtype_obstacles(query)
 
 

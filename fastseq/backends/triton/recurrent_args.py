@@ -69,7 +69,10 @@ class BackwardLaunch(_Launched):
     def __init__(self, call: Backward) -> None:
         super().__init__(call)
         self.results = call.empty_results(zeros=True)
-        self.dgates, drecurrent, doutput, self.dh0, self.dc0, *_ = self.results
+        self.dgates, drecurrent, doutput, self.dh0, self.dc0, dreset_h, dreset_c = self.results
+        if call.resets is not None:
+            wanted = (sums if sums.numel() else None for sums in (dreset_h, dreset_c))
+            self.resets = self.resets._replace(**dict(zip(("dh", "dc"), wanted, strict=True)))
         self.drecurrent = drecurrent if call.row.own_recurrent else None
         self.doutput = doutput if call.output_gradient else None
         self.y, self.c, self.gates = call.y.contiguous(), call.c.contiguous(), call.gates.contiguous()

@@ -15,13 +15,14 @@ def forward(launch: ForwardLaunch) -> None:
 
     call = launch.call
     h0, c0, resets = launch.h0, launch.c0, launch.resets.rows
-    if call.reset_h is not None or call.reset_c is not None:
-        h0, c0, resets = _started(launch, h0, launch.h_n, launch.resets.h), _started(launch, c0, launch.c_n, launch.resets.c), None
+    if launch.resets.h is not None or launch.resets.c is not None:
+        h0 = _started(launch, h0, launch.h_n, launch.resets.h)
+        c0, resets = _started(launch, c0, launch.c_n, launch.resets.c), None
     x, w_ih, b_ih = (None if tensor is None else tensor.contiguous() for tensor in (call.x, call.w_ih, call.b_ih))
     single.forward[launch.grid(call.hidden)](
         x, w_ih, b_ih, launch.weight, launch.vectors, h0, c0, launch.y, launch.h_n, launch.c_n, launch.c,
-        launch.gates, resets, None if resets is None else call.reverse_bits, launch.zoneout, call.batch, call.lanes, call.x.shape[-1], call.hidden,
-        STEP=launch.math.step, PRECISION=fp32_precision(), **launch.options,
+        launch.gates, resets, None if resets is None else call.reverse_bits, launch.zoneout, call.batch, call.lanes,
+        call.x.shape[-1], call.hidden, STEP=launch.math.step, PRECISION=fp32_precision(), **launch.options,
     )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ def forward(launch: ForwardLaunch) -> None:
     _start(launch.c_n, launch.c0)
     streamed.forward[launch.grid(call.hidden)](
         launch.x_gates, weight, launch.vectors, h, launch.c_n, launch.y, launch.h_n, launch.c, launch.gates, launch.layout,
-        launch.zoneout, launch.resets, call.hidden, weight.shape[-1], STEP=launch.math.step, PRECISION=fp32_precision(), **launch.options,
+        launch.zoneout, launch.resets, call.hidden, weight.shape[-1], STEP=launch.math.step, PRECISION=fp32_precision(),
+        **launch.options,
     )  # fmt: skip
 
 
