@@ -208,11 +208,20 @@ def load_initial(
     c0,  # [D, B, K*H] or None, wide
     place, u, mask, H, READS: tl.constexpr, K: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The states that a sequence starts from, at first or anew, as far as the cell reads them; zeros for None."""
+    """The states that a sequence starts from, as far as the cell reads them; zeros for None."""
     h = tl.zeros((BB, BH), ACC)
     if READS == "h_prev":
         h = load_state(h0, place * H + u[None, :], mask, H, 1, BB, BH, ACC)[0]
     return h, load_state(c0, place * (K * H) + u[None, :], mask, H, K, BB, BH, ACC)
+
+
+@triton.jit
+def load_again(
+    resets, place, u, cut, H, K: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, NARROW: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The states that a sequence starts from anew, h in NARROW; nothing is read where none does."""
+    h = load_state(resets.h, place * H + u[None, :], cut, H, 1, BB, BH, NARROW)[0]
+    return h, load_state(resets.c, place * (K * H) + u[None, :], cut, H, K, BB, BH, ACC)
 
 
 @triton.jit
@@ -221,8 +230,7 @@ def load_step_backward(
     c_all,  # [rows, D, K*H], wide
     gates,  # [rows, D, S*H]
     first_h, first_c,  # what `load_initial` gives
-    again_h, again_c,  # the same of the reset states
-    zoneout, resets, row, row_before, u, active, was, cut, H,
+    zoneout, resets, place, row, row_before, u, active, was, cut, H,
     CANDIDATE: tl.constexpr, READS: tl.constexpr, S: tl.constexpr, K: tl.constexpr, OUTPUT_SAVED: tl.constexpr,
     KEEP_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -233,13 +241,15 @@ def load_step_backward(
         c = load_tiles(c_all, row * (K * H) + u[None, :], active, H, K, ACC)
         c_prev = choose(was, load_tiles(c_all, row_before * (K * H) + u[None, :], was, H, K, ACC), first_c, K)
         if resets.rows is not None:
-            c_prev = choose(cut, again_c, c_prev, K)
+            again = load_state(resets.c, place * (K * H) + u[None, :], cut, H, K, first_h.shape[0], first_h.shape[1], ACC)
+            c_prev = choose(cut, again, c_prev, K)
         if zoneout.mask_c is not None or KEEP_C > 0:
             c = (CANDIDATE(saved, c_prev[0]),)
     if READS == "h_prev":
         h_prev = tl.where(was, tl.load(y + row_before * H + u[None, :], mask=was, other=0.0).to(ACC), first_h)
         if resets.rows is not None:
-            h_prev = tl.where(cut, again_h, h_prev)
+            again = load_state(resets.h, place * H + u[None, :], cut, H, 1, first_h.shape[0], first_h.shape[1], ACC)
+            h_prev = tl.where(cut, again[0], h_prev)
     if OUTPUT_SAVED:
         h = saved[0]
     elif READS == "h":

@@ -85,8 +85,8 @@ def forward(
     if resets.rows is not None:
         cut = cut_before(layout, resets, step_after(t, back), back, lengths, b)
         if not PROJECTED:
-            h_next = tl.where(cut, load_state(resets.h, at_state, active, H, 1, BB, BH, h.dtype.element_ty)[0], h_next)
-        c_next = choose(cut, load_state(resets.c, at_states, active, H, K, BB, BH, ACC), c_next, K)
+            h_next = tl.where(cut, load_state(resets.h, at_state, cut & real, H, 1, BB, BH, h.dtype.element_ty)[0], h_next)
+        c_next = choose(cut, load_state(resets.c, at_states, cut & real, H, K, BB, BH, ACC), c_next, K)
     tl.store(h + at_state, h_next, mask=active)
     if y is not None:
         tl.store(y + at, h_new, mask=active)
@@ -119,7 +119,7 @@ def emit(
     following = value
     if resets.rows is not None:
         cut = cut_before(layout, resets, step_after(t, back), back, lengths, b)
-        following = tl.where(cut, load_state(resets.h, state, active, P, 1, BB, BP, y.dtype.element_ty)[0], value)
+        following = tl.where(cut, load_state(resets.h, state, cut & active, P, 1, BB, BP, y.dtype.element_ty)[0], value)
     tl.store(h + state, following, mask=active)
     tl.store(y + at, value, mask=active)
 
@@ -211,9 +211,8 @@ def backward(
     dc_kept, dc_t = zone_out_states_backward(zoneout.mask_c, at, active, KEEP_C, dc_t, K)
     v = load_vectors(vectors, d, u, H, V, BH, ACC)
     first_h, first_c = load_initial(h0, c0, place, u, active, H, READS, K, BB, BH, ACC)
-    again_h, again_c = load_initial(resets.h, resets.c, place, u, active, H, READS, K, BB, BH, ACC)
     saved, h_prev, h, c_prev, c = load_step_backward(
-        y, c_all, gates, first_h, first_c, again_h, again_c, zoneout, resets, row, row_before, u, active, had & real, cut, H,
+        y, c_all, gates, first_h, first_c, zoneout, resets, place, row, row_before, u, active, had & real, cut & real, H,
         CANDIDATE, READS, S, K, OUTPUT_SAVED, KEEP_C, ACC,
     )  # fmt: skip
     dx, dr, direct, dc_new = STEP_BACKWARD(dh_t, dc_t, saved, v, h_prev, c_prev, h, c, real, H)

@@ -18,8 +18,8 @@ from fastseq.kernels.recurrent.step import (
     goes_back,
     lane_rows,
     lengths_of,
+    load_again,
     load_initial,
-    load_state,
     load_step_backward,
     load_tiles,
     load_vectors,
@@ -66,9 +66,8 @@ def forward(
         for u0 in range(0, H, BH):
             u = u0 + tl.arange(0, BH)
             anew = cut & (u < H)[None, :]
-            again_h = load_state(resets.h, place * H + u[None, :], anew, H, 1, BB, BH, narrow)[0]
+            again_h, again_c = load_again(resets, place, u, anew, H, K, BB, BH, narrow, ACC)
             tl.store(h + first + u[None, :], again_h, mask=anew)
-            again_c = load_state(resets.c, place * (K * H) + u[None, :], anew, H, K, BB, BH, ACC)
             store_tiles(c, place * (K * H) + u[None, :], again_c, anew, H, K)
         tl.debug_barrier()
     for n in range(steps):
@@ -101,8 +100,7 @@ def forward(
             )
             h_next, c_next = tl.where(active, h_new, h_old), c_new
             if resets.rows is not None:
-                again_h = load_state(resets.h, place * H + u[None, :], active, H, 1, BB, BH, narrow)[0]
-                again_c = load_state(resets.c, place * (K * H) + u[None, :], active, H, K, BB, BH, ACC)
+                again_h, again_c = load_again(resets, place, u, cut & real, H, K, BB, BH, narrow, ACC)
                 h_next, c_next = tl.where(cut, again_h, h_next), choose(cut, again_c, c_next, K)
             tl.store(h + new + u[None, :], h_next, mask=own)
             tl.store(y + at, h_new, mask=active)
@@ -180,10 +178,8 @@ def backward(
             dc_kept, dc_t = zone_out_states_backward(zoneout.mask_c, at, active, KEEP_C, dc_t, K)
             v = load_vectors(vectors, d, u, H, V, BH, ACC)
             first_h, first_c = load_initial(h0, c0, place, u, active, H, READS, K, BB, BH, ACC)
-            again_h, again_c = load_initial(resets.h, resets.c, place, u, active, H, READS, K, BB, BH, ACC)
             saved, h_prev, h, c_prev, c = load_step_backward(
-                y, c_all, gates, first_h, first_c, again_h, again_c, zoneout, resets, row, row_before, u, active, had & real,
-                cut, H,
+                y, c_all, gates, first_h, first_c, zoneout, resets, place, row, row_before, u, active, had & real, cut & real, H,
                 CANDIDATE, READS, S, K, OUTPUT_SAVED, KEEP_C, ACC,
             )  # fmt: skip
             dx, dr, direct, dc_new = STEP_BACKWARD(dh_t, dc_t, saved, v, h_prev, c_prev, h, c, real, H)

@@ -16,8 +16,8 @@ from fastseq.kernels.recurrent.step import (
     goes_back,
     lane_rows,
     lengths_of,
+    load_again,
     load_initial,
-    load_state,
     load_step_backward,
     load_tiles,
     load_vectors,
@@ -70,12 +70,11 @@ def forward(
         h = tl.load(h0 + place * H + u[None, :], mask=own, other=0.0)
     if c0 is not None:
         c = load_tiles(c0, place * (K * H) + u[None, :], own, H, K, ACC)
-    again_h = load_state(resets.h, place * H + u[None, :], own, H, 1, BB, BH, narrow)[0]
-    again_c = load_state(resets.c, place * (K * H) + u[None, :], own, H, K, BB, BH, ACC)
 
     steps = tl.max(lengths, 0)
     if resets.rows is not None:
         cut = cut_before(layout, resets, first_step(steps, back), back, lengths, b)
+        again_h, again_c = load_again(resets, place, u, cut & real, H, K, BB, BH, narrow, ACC)
         h, c = tl.where(cut, again_h, h), choose(cut, again_c, c, K)
     for n in range(steps):
         t = tl.where(back, steps - 1 - n, n)
@@ -98,6 +97,7 @@ def forward(
         if gates is not None:
             store_tiles(gates, row * (S * H) + u[None, :], saved, active, H, S)
         if resets.rows is not None:
+            again_h, again_c = load_again(resets, place, u, cut & real, H, K, BB, BH, narrow, ACC)
             h, c = tl.where(cut, again_h, h), choose(cut, again_c, c, K)
     tl.store(h_n + place * H + u[None, :], h, mask=own)
     if K > 0:
@@ -146,7 +146,6 @@ def backward(
         resident = resident + (tl.load(weight + entry, mask=square, other=0.0),)
     v = load_vectors(vectors, d, u, H, V, BH, ACC)
     first_h, first_c = load_initial(h0, c0, place, u, own, H, READS, K, BB, BH, ACC)
-    again_h, again_c = load_initial(resets.h, resets.c, place, u, own, H, READS, K, BB, BH, ACC)
     dh_again, dc_again = tl.zeros((BB, BH), ACC), zero_tiles(K, BB, BH, ACC)
     dh, dc = tl.zeros((BB, BH), ACC), zero_tiles(K, BB, BH, ACC)
     if dh_n is not None:
@@ -170,7 +169,7 @@ def backward(
         dh_kept, dh_t = zone_out_backward(zoneout.mask_h, at, active, KEEP_H, dh_t)
         dc_kept, dc_t = zone_out_states_backward(zoneout.mask_c, at, active, KEEP_C, dc_t, K)
         saved, h_prev, h, c_prev, c = load_step_backward(
-            y, c_all, gates, first_h, first_c, again_h, again_c, zoneout, resets, row, row_before, u, active, had & real, cut, H,
+            y, c_all, gates, first_h, first_c, zoneout, resets, place, row, row_before, u, active, had & real, cut & real, H,
             CANDIDATE, READS, S, K, OUTPUT_SAVED, KEEP_C, ACC,
         )  # fmt: skip
         dx, dr, direct, dc_new = STEP_BACKWARD(dh_t, dc_t, saved, v, h_prev, c_prev, h, c, real, H)
