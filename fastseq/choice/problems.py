@@ -84,7 +84,9 @@ def _cast(inputs: dict[str, Any], dtype: torch.dtype, device: torch.device) -> d
             return value
         if not value.is_floating_point():
             return value.to(device)
-        return value.to(device, wide if name in ("c0", "reset_c", "dc_n", "dc", "c", "slopes", "lse", "dlse", "a", "initial") else dtype)
+        return value.to(
+            device, wide if name in ("c0", "reset_c", "dc_n", "dc", "c", "slopes", "lse", "dlse", "a", "initial") else dtype
+        )
 
     return {name: moved(name, value) for name, value in inputs.items()}
 

@@ -64,9 +64,9 @@ def forward(
     BB: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     b, u, d = tl.program_id(0) * BB + tl.arange(0, BB), tl.program_id(1) * BH + tl.arange(0, BH), tl.program_id(2)
-    back, lengths = goes_back(layout, d), lengths_of(layout, b)
+    back = goes_back(layout, d)
     t = tl.where(back, layout.T - 1 - n, n)
-    real = (u < H)[None, :]
+    real, lengths = (u < H)[None, :], lengths_of(layout, b)
     active = (t < lengths)[:, None] & real
     place = (d * layout.B + b).to(tl.int64)[:, None]
     row = lane_rows(layout, t, b, d)
@@ -107,8 +107,8 @@ def emit(
 ):  # fmt: skip
     """The projected output of a step."""
     b, u, d = tl.program_id(0) * BB + tl.arange(0, BB), tl.program_id(1) * BP + tl.arange(0, BP), tl.program_id(2)
-    back, lengths = goes_back(layout, d), lengths_of(layout, b)
-    t = tl.where(back, layout.T - 1 - n, n)
+    back = goes_back(layout, d)
+    t, lengths = tl.where(back, layout.T - 1 - n, n), lengths_of(layout, b)
     active = (t < lengths)[:, None] & (u < P)[None, :]
     state = (d * layout.B + b).to(tl.int64)[:, None] * P + u[None, :]
     at = lane_rows(layout, t, b, d) * P + u[None, :]
@@ -136,9 +136,9 @@ def gather(
 ):  # fmt: skip
     """The gradient of a projected output, before the product with the projection."""
     b, u, d = tl.program_id(0) * BB + tl.arange(0, BB), tl.program_id(1) * BP + tl.arange(0, BP), tl.program_id(2)
-    back, lengths = goes_back(layout, d), lengths_of(layout, b)
+    back = goes_back(layout, d)
     t = tl.where(back, n, layout.T - 1 - n)
-    own = (b < layout.B)[:, None] & (u < P)[None, :]
+    own, lengths = (b < layout.B)[:, None] & (u < P)[None, :], lengths_of(layout, b)
     active = (t < lengths)[:, None] & own
     state = (d * layout.B + b).to(tl.int64)[:, None] * P + u[None, :]
     row = lane_rows(layout, t, b, d) * P + u[None, :]

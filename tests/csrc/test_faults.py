@@ -179,7 +179,14 @@ FAULTS = [
     engine("a row's depth goes on in the next", "operand -= k_tiles * kStride;", "", WRONG, file=WEIGHTS),
     engine("rows by turns", "row += split_.m_warps(), end", "row += 1, end", WRONG, file=WEIGHTS),
     # resets
-    engine("a lane backwards is cut as one forward", "at = backwards_ ? t + 1 : t;", "at = t;", WRONG, file="batch_rows.cuh", tests=CUTS),
+    engine(
+        "a lane backwards is cut as one forward",
+        "at = backwards_ ? t + 1 : t;",
+        "at = t;",
+        WRONG,
+        file="batch_rows.cuh",
+        tests=CUTS,
+    ),
     engine("a gradient times zero", "    grad = 0;", "    grad *= 0;", WRONG, file=BACKWARD, tests=CUTS),
     # partial sums
     engine("sums: one slot", "received_ + (epoch & 1) * inbox() + which", "received_ + which", WRONG, file=REDUCE_SCATTER),
