@@ -94,7 +94,8 @@ def backward_of(call: Forward, results: tuple[Tensor, ...]) -> Backward:
     given = [like(y), like(h_n), *((like(c_n), like(c)) if call.row.has_c else (None, None))]
     return Backward(
         *given, call.weight, call.vectors, call.projection, call.h0, call.c0, call.lengths, call.batch_sizes, call.hold_h,
-        call.hold_c, y, c, gates, call.cell, call.reverse, call.zoneout_h, call.zoneout_c, call.resets, call.reset_h, call.reset_c,
+        call.hold_c, y, c, gates, call.cell, call.reverse, call.zoneout_h, call.zoneout_c, call.resets, call.reset_h,
+        call.reset_c,
     )  # fmt: skip
 
 
