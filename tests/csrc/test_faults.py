@@ -187,6 +187,22 @@ FAULTS = [
         file="batch_rows.cuh",
         tests=CUTS,
     ),
+    engine(
+        "a cut one step late",
+        "items_.column(j), rows_.after(t));\n    }\n  }",
+        "items_.column(j), t);\n    }\n  }",
+        WRONG,
+        file=FORWARD,
+        tests=CUTS,
+    ),
+    engine(
+        "gradients of c are not cut",
+        "if (cut_[j]) cut_off(gradient(batch_tile, 1 + k",
+        "if (false) cut_off(gradient(batch_tile, 1 + k",
+        WRONG,
+        file=BACKWARD,
+        tests=CUTS,
+    ),
     engine("a gradient times zero", "    grad = 0;", "    grad *= 0;", WRONG, file=BACKWARD, tests=CUTS),
     # partial sums
     engine("sums: one slot", "received_ + (epoch & 1) * inbox() + which", "received_ + which", WRONG, file=REDUCE_SCATTER),
