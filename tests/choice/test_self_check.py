@@ -150,7 +150,6 @@ def test_the_cuda_kernels_are_right(query):
     [
         (recurrent("gru", hidden=16), "recurrent.whole", "choose", []),  # a GRU has no c
         (recurrent("lstm", hidden=16), "recurrent.whole", "choose", ["forward", "backward"]),
-        (recurrent("lstm", hidden=16), "recurrent.whole", "cut_before", []),
         (recurrent("lstm", hidden=16, resets=True), "recurrent.whole", "cut_before", ["forward", "backward"]),
         (attention(), "attention.forward", "finish", ["forward"]),
         (attention(uses=("bias",)), "attention.bias_gradient", "load_rows", ["bias_gradient"]),
