@@ -23,6 +23,7 @@ class RecurrentQuery(NamedTuple):
     batch: int = 1
     backward: bool = False
     saving: bool = False  # forward, for a backward pass
+    solver: str = ""  # what solves all steps at once; "": they run one after another
     resets: bool = False
 
     def __str__(self) -> str:
@@ -33,7 +34,7 @@ class RecurrentQuery(NamedTuple):
             + (", projected" if self.projected else "")
             + (", zoneout" if self.zoned else "")
             + (", resets" if self.resets else "")
-        )
+        ) + (f", by {self.solver}'s method" if self.solver else "")
 
 
 class AttentionQuery(NamedTuple):

@@ -28,8 +28,8 @@ def documents(
         "batch_sizes": options.batch_sizes is not None,
         "batch_first": options.batch_first,
     }
-    for name, given in excluded.items():
-        if given:
+    for name, is_given in excluded.items():
+        if is_given:
             raise ValueError(f"cu_seqlens says itself where documents end and how they lie: leave out {name}")
     if checked_tensor("input", input).dim() != 2:
         raise RuntimeError(f"input must be [N, I] with cu_seqlens, got {list(input.shape)}")

@@ -22,6 +22,7 @@ from ..ops._dispatch import needs_plain_torch, wants_gradient
 from ._documents import documents
 from ._recording import recorder
 from ._recurrent_layers import Options, check_states, run_layers
+from ._solver import Newton
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "recurrent", "recurrent_cell", "rnn", "rnn_cell"]
 
@@ -50,6 +51,7 @@ def recurrent(
     zoneout: float | tuple[float, float] = 0,
     weight_dropout: float = 0,
     num_heads: int = 1,
+    solver: Newton | None = None,
     resets: Tensor | None = None,
     reset_to: Sequence[Tensor] | None = None,
     cu_seqlens: Tensor | None = None,
@@ -82,6 +84,8 @@ def recurrent(
             al. 2018, "Regularizing and Optimizing LSTM Language Models").
         num_heads: number of equal blocks of units without connections between them; a block reads its own rows of w_hh. Layer
             norm is of each block by itself.
+        solver: None: one step after the other. A ``fastseq.Newton``, for ``num_heads`` equal to H: all steps at once, by
+            iterations. Under transforms of ``torch.func``, and for second derivatives, steps run one after the other.
         resets: bool ``[T, B]``, ``[B, T]`` with ``batch_first``, ``[N]`` with ``batch_sizes`` or ``cu_seqlens``, on the input's
             device: where it is set a new segment of the row begins, and the state before that step is replaced, in every layer;
             nothing goes from the steps before to it, nor a gradient back, be they NaN or infinite. So a row is its segments run
@@ -101,7 +105,8 @@ def recurrent(
     Raises:
         ValueError: if there is no such cell, a probability is outside [0, 1], ``num_heads`` does not divide H, the cell cannot
             have what is asked, or options exclude one another.
-        RuntimeError: if ranks, sizes, dtypes, devices, ``lengths``, ``resets`` or ``cu_seqlens`` do not fit.
+        RuntimeError: if ranks, sizes, dtypes, devices, ``lengths``, ``resets`` or ``cu_seqlens`` do not fit; if a solver is given
+            on a CPU and not forced, or fails and is not to go on sequentially.
         TypeError: if an argument is not of the type that is accepted.
     """
     row = CELLS.get(cell) or _cell(cell)
@@ -128,6 +133,7 @@ def recurrent(
         zoneout=zoneout,
         weight_dropout=weight_dropout,
         num_heads=num_heads,
+        solver=solver,
         resets=resets,
         reset_to=reset_to,
     )

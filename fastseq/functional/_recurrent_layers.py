@@ -24,6 +24,7 @@ from ._autocast import autocast_dtype, lowered, without_autocast
 from ._native_layers import held, native_layers, native_training
 from ._recording import refuse_onnx
 from ._scan import checked_resets
+from ._solver import Newton, check_device, check_solver
 from ._torch_layers import torch_layers
 
 LANES = 62  # of one op: a bit for each in an int64
@@ -50,6 +51,7 @@ class Options:
     zoneout: float | tuple[float, float]
     weight_dropout: float
     num_heads: int
+    solver: Newton | None
     resets: Tensor | None
     reset_to: Sequence[Tensor | None] | None
 
@@ -83,6 +85,9 @@ def run_layers(
         reset_to = None if reset_to is None else [lowered(state, lower) for state in reset_to]
         layers = [{name: [lowered(tensor, lower) for tensor in of] for name, of in layer.items()} for layer in layers]
     hidden = _check_params(cell, input, layers, options, directions)
+    if options.solver is not None:
+        check_solver(cell, options.solver, hidden, options.num_heads, options.proj_size, any(zoneout), resets is not None)
+        check_device(options.solver, input.device)
     batch_first = options.batch_first and batch_sizes is None
     x = input.transpose(0, 1) if batch_first else input
     if batch_sizes is None and x.shape[0] == 0:
@@ -98,9 +103,11 @@ def run_layers(
         resets = checked_resets(resets, x, packed, batch_first)
         options = replace(options, resets=resets.squeeze(1) if packed else resets)
     for name, state in zip(cell.states, reset_to or (), strict=reset_to is not None):
-        width = (options.proj_size or hidden) if name == "h" else hidden
-        _check_state(f"reset_to's {name}", state, x, batch_sizes, (options.num_layers * directions, width), or_one=True)
-    if plain_call() and not _trains(options) and options.num_heads == 1 and not options.return_cells and resets is None:
+        if state is not None:
+            width = (options.proj_size or hidden) if name == "h" else hidden
+            _check_state(f"reset_to's {name}", state, x, batch_sizes, (options.num_layers * directions, width), or_one=True)
+    ours_alone = options.num_heads > 1 or options.solver is not None or options.return_cells or reset_to is not None
+    if plain_call() and not _trains(options) and not ours_alone:
         given = [state for state in states if state is not None]
         results = native_layers(
             cell.name,
@@ -114,6 +121,7 @@ def run_layers(
             lengths,
             batch_sizes,
             zoneout,
+            resets=options.resets,
         )
         if results is not None:
             return results[0], tuple(results[1:]), None
@@ -152,6 +160,7 @@ def run_layers(
             batch_sizes,
             zoneout,
             options.training,
+            resets=options.resets,
         )
         if with_gradients is not None:
             return *with_gradients, None
@@ -186,7 +195,8 @@ def _trains(options: Options) -> bool:
 def _beyond_native(options: Options) -> bool:
     """Whether a call has what one native op a layer does not take in training."""
     dropped_weights = options.training and options.weight_dropout
-    return bool(options.return_cells or options.num_heads > 1 or dropped_weights or options.resets is not None)
+    by_steps = options.return_cells or options.num_heads > 1 or options.solver or options.reset_to is not None
+    return bool(by_steps or dropped_weights)
 
 
 def _torch_lacks(cell: Cell, options: Options) -> str:
@@ -198,6 +208,7 @@ def _torch_lacks(cell: Cell, options: Options) -> str:
         "zoneout": bool(options.zoneout),
         "weight_dropout": options.weight_dropout and options.training,
         "num_heads": options.num_heads > 1,
+        "solver": options.solver is not None,
         "return_cells": options.return_cells,
         "resets": options.resets is not None,
     }
@@ -253,9 +264,10 @@ def _run_layer(
             recompute=options.recompute,
             private=not last,
             batch_first=batch_first,
+            solver=() if options.solver is None else options.solver.numbers(),
         )
 
-    if lanes <= LANES:
+    if lanes <= LANES or options.solver is not None:
         y, h_n, c_n, c = run(lanes, layer, joined, reverse)
     else:
         results = []

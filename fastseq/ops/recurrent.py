@@ -1,5 +1,6 @@
 """``fastseq::recurrent``: one layer of recurrence, all its lanes in one call; ``fastseq::recurrent_forward`` and
-``fastseq::recurrent_backward``, what runs of it on a backend.
+``fastseq::recurrent_backward``, what runs of it on a backend; ``fastseq::recurrent_newton`` and
+``fastseq::recurrent_parallel_backward``, the same of layers in which no unit sees another, parallel in time.
 
 A lane is a direction, or a head of one where the recurrence is block-diagonal: ``reverse[d]`` is 1 if lane d walks from the last
 step to the first, else 0. The input projection belongs to the op, so that a backend may fuse it with the steps (the CPU kernels
@@ -49,7 +50,9 @@ a row's length does not count.
 
 ``recurrent`` takes the parameters kind by kind as ``Weights`` has them, and in ``kinds`` a 1 for each kind that is there, else 0;
 it gives y without D, [.., D*P], and c of every step only if it is asked for. Its y belongs to the caller, who may overwrite it
-unless he called it ``private``: what the backward pass needs of it is not affected.
+unless he called it ``private``: what the backward pass needs of it is not affected. ``solver`` is empty, or has the numbers of a
+``Solver`` (``reference/recurrent_parallel.py``): then both passes are parallel in time, by ops with the contract above, whose
+lanes are units, H = P = 1, of a cell with a Jacobian, without zoneout.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ from .. import backends
 from ..backends import library
 from ..backends.cpu import recurrent as native
 from ..cells import CELLS
+from ..reference import recurrent_parallel as parallel
 from . import flops
 from ._dispatch import (
     heeds_forward,
@@ -77,6 +81,7 @@ from ._dispatch import (
     wants_gradient,
 )
 from .recurrent_gradients import input_gradients, recomputed_gates, reference_layer
+from .scan import scan, scan_backward
 from .types import Backward, Call, Forward, States, Walk, Weights
 
 _WALK = (
@@ -87,19 +92,22 @@ _RESETS = "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None"
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(
     f"recurrent(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, int[] kinds, {_WALK}, bool return_cells, bool recompute, "
-    f"bool private, {_RESETS}) -> "
+    f"bool private, float[] solver, {_RESETS}) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor c)"
 )
-_library.define(
-    "recurrent_forward(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor weight, Tensor? vectors, Tensor? projection, Tensor? h0, "
-    f"Tensor? c0, {_WALK}, bool save_c, bool save_gates, {_RESETS}) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
-)
-_library.define(
-    "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
-    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
-    f"Tensor gates, str cell, int[] reverse, float zoneout_h, float zoneout_c, {_RESETS}) "
-    "-> (Tensor dgates, Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0, Tensor dreset_h, Tensor dreset_c)"
-)
+for _name, _more in (("recurrent_forward", _RESETS), ("recurrent_newton", "float[] solver")):
+    _library.define(
+        f"{_name}(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor weight, Tensor? vectors, Tensor? projection, Tensor? h0, "
+        f"Tensor? c0, {_WALK}, bool save_c, bool save_gates, {_more}) "
+        "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
+    )
+for _name in ("recurrent_backward", "recurrent_parallel_backward"):
+    _library.define(
+        f"{_name}(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
+        "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
+        f"Tensor gates, str cell, int[] reverse, float zoneout_h, float zoneout_c, {_RESETS}) "
+        "-> (Tensor dgates, Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0, Tensor dreset_h, Tensor dreset_c)"
+    )
 
 
 def _query(call: Call, backward: bool) -> backends.RecurrentQuery:
@@ -144,22 +152,11 @@ def _check_layout(rows: Tensor, lengths: Tensor | None, batch_sizes: Tensor | No
             raise RuntimeError(f"batch_sizes add up to {total} rows, but the packed data has {rows.shape[0]}")
 
 
-def _give_every_row(call: Call) -> None:
-    """Each its own of a state for all."""
-    for name in ("reset_h", "reset_c"):
-        state = getattr(call, name)
-        if state is not None and state.shape[1] != call.batch:
-            if state.shape[1] != 1:
-                raise RuntimeError(f"Expected reset_to for a batch of {call.batch} or 1, got {list(state.shape)}")
-            setattr(call, name, state.expand(-1, call.batch, -1))
-
-
 def _recurrent_forward(*args: Any) -> tuple[Tensor, ...]:
     call = Forward(*args)
     if call.lengths is not None or call.batch_sizes is not None:
         _check_layout(call.x, call.lengths, call.batch_sizes)
-    if call.resets is not None:
-        _give_every_row(call)
+    call.spread_reset_states()
     return backends.select(_query(call, False)).recurrent_forward(call)
 
 
@@ -169,15 +166,59 @@ def _recurrent_backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _run_backward(call: Backward) -> tuple[Tensor, ...]:
     given = call.reset_h, call.reset_c
-    if call.resets is not None:
-        _give_every_row(call)
+    call.spread_reset_states()
     results = backends.select(_query(call, True)).recurrent_backward(call)
-    call.reset_h, call.reset_c = given
     sums = [
         grad if state is None or state.shape == grad.shape else grad.sum(1, keepdim=True)
         for grad, state in zip(results[5:], given, strict=True)
     ]
     return *results[:5], *sums
+
+
+def _recurrent_newton(*args: Any) -> tuple[Tensor, ...]:
+    *arguments, numbers = args
+    call = Forward(*arguments)
+    if call.lengths is not None or call.batch_sizes is not None:
+        _check_layout(call.x, call.lengths, call.batch_sizes)
+
+    def sequential(part: Forward) -> tuple[Tensor, ...]:
+        return backends.select(_query(part, False)).recurrent_forward(part)
+
+    solver = solver_of(numbers)
+    with torch.no_grad():
+        results, report = parallel.newton(call, solver, scan, sequential)
+    if backends.watched():
+        query = _query(call, False)._replace(solver="Newton")
+        backends.solved(query, _scans_of(call, solver), report)
+    return results
+
+
+def _scans_of(call: Forward, solver: parallel.Solver) -> backends.ScanQuery:
+    """The first of the scans of a call."""
+    backwards = bool(min(call.reverse))
+    return backends.ScanQuery(
+        op="scan",
+        call="forward",
+        device=call.x.device,
+        dtype=call.wide,
+        kind="blocks" if call.row.has_c else "real",
+        steps=min(call.steps, solver.chunk or call.steps),
+        batch=call.batch,
+        channels=sum(bool(of) == backwards for of in call.reverse),
+        layout="padded" if call.lengths is None and call.batch_sizes is None else "lengths",
+        uses=("reverse",) if backwards else (),
+    )
+
+
+def _recurrent_parallel_backward(*args: Any) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return parallel.backward(Backward(*args), scan_backward)
+
+
+def solver_of(numbers: Sequence[float]) -> parallel.Solver:
+    """From the ops' argument."""
+    tolerance, max_iterations, chunk, strict = numbers
+    return parallel.Solver(tolerance, int(max_iterations), int(chunk), bool(strict))
 
 
 def _fake_batch(call: Call, *states: Tensor | None) -> Any:
@@ -193,6 +234,10 @@ def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
     return call.empty_results(_fake_batch(call, call.h0, call.c0))
 
 
+def _fake_newton(*args: Any) -> tuple[Tensor, ...]:
+    return _fake_forward(*args[:-1])
+
+
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     call = Backward(*args)
     return call.empty_results(_fake_batch(call, call.h0, call.c0, call.dh_n, call.dc_n))
@@ -201,12 +246,16 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
 for _name, _run, _fake in (
     ("recurrent_forward", _recurrent_forward, _fake_forward),
     ("recurrent_backward", _recurrent_backward, _fake_backward),
+    ("recurrent_newton", _recurrent_newton, _fake_newton),
+    ("recurrent_parallel_backward", _recurrent_parallel_backward, _fake_backward),
 ):
     _library.impl(_name, outside_dynamo(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastseq::{_name}", _fake, lib=_library)
 
 _forward_op = torch.ops.fastseq.recurrent_forward.default
 _backward_op = torch.ops.fastseq.recurrent_backward.default
+_newton_op = torch.ops.fastseq.recurrent_newton.default
+_parallel_backward_op = torch.ops.fastseq.recurrent_parallel_backward.default
 
 
 class _Layer(NamedTuple):
@@ -216,6 +265,7 @@ class _Layer(NamedTuple):
     return_cells: bool
     recompute: bool
     private: bool  # nobody will overwrite the output
+    solver: list[float]  # as the ops have it
     batch_first: bool = False  # of the output alone
     packed: bool = False  # the output alone has the rows [N] of a packed batch, whose sequences are all of one length
 
@@ -223,6 +273,10 @@ class _Layer(NamedTuple):
         """[.., D, P] -> [.., D*P] in the layout that is wanted, a view."""
         y = y.flatten(-2)
         return y.transpose(0, 1) if self.batch_first else y.flatten(0, 1) if self.packed else y
+
+    def forward(self, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """The results of the forward op."""
+        return _newton_op(*arguments[:-3], self.solver) if self.solver else _forward_op(*arguments)
 
 
 @heeds_forward
@@ -233,8 +287,9 @@ class _Recurrent(torch.autograd.Function):
     def forward(ctx, layer, kinds, x, h0, c0, reset_h, reset_c, *params):
         """``kinds``: which of ``Weights`` are among ``params``."""
         walk, states = layer.walk, States(h0, c0, reset_h, reset_c)
-        has_c, run = CELLS[walk.cell].has_c, _recurrent_forward if plain_call() else _forward_op
-        y, h_n, c_n, c, gates = run(*_grouped(params, kinds).arguments(x, states, walk, True, not layer.recompute))
+        has_c, arguments = CELLS[walk.cell].has_c, _grouped(params, kinds).arguments(x, states, walk, True, not layer.recompute)
+        plain = plain_call() and not layer.solver
+        y, h_n, c_n, c, gates = _recurrent_forward(*arguments) if plain else layer.forward(arguments)
         ctx.save_for_backward(x, *states, *walk.tensors, y, c, gates, *params)
         if _any(walk.tensors):
             layer = layer._replace(walk=walk.with_tensors())
@@ -294,13 +349,15 @@ def _gradients(ctx, layer, x, states, y, c, gates, params, given):
     given = tuple(None if grad is None else grad.contiguous() for grad in given)
     # compiled autograd cannot ask for the count
     if ctx.changes is not None and (torch.compiler.is_compiling() or ctx.changes._version):
-        y = _forward_op(*weights.arguments(x, states, walk, False, False))[0]
+        y = layer.forward(weights.arguments(x, states, walk, False, False))[0]
     if layer.recompute:
         gates = recomputed_gates(Forward(*weights.arguments(x, states, walk, False, False)), y, c)
     resets = walk.resets, *states[2:]
     arguments = (*given, *weights.recurrent(CELLS[walk.cell]), *states[:2], *walk[:4], y, c, gates, *walk[4:8], *resets)
     call = Backward(*arguments)
-    if _plain_backward(y, given):
+    if layer.solver:
+        results = _parallel_backward_op(*arguments)
+    elif _plain_backward(y, given):
         results = _run_backward(call)
     else:
         results = _backward_op(*arguments)
@@ -362,13 +419,13 @@ def _arguments(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, params: Sequence[Tensor], kinds: list[int], *rest: Any
 ) -> tuple[_Layer, Tensor, States, Weights]:
     """The arguments of the op ``recurrent``, without those at its end that are None."""
-    walk, options, (resets, *of_resets) = rest[:8], rest[8:11], (*rest[11:], *(None,) * 3)[:3]
-    return _Layer(Walk(*walk, resets), *options), x, States(h0, c0, *of_resets), _grouped(params, kinds)
+    walk, options, (resets, *of_resets) = rest[:8], rest[8:12], (*rest[12:], *(None,) * 3)[:3]
+    return _Layer(Walk(*walk)._replace(resets=resets), *options), x, States(h0, c0, *of_resets), _grouped(params, kinds)
 
 
 def _recurrent(*args: Any) -> tuple[Tensor, ...]:
     layer, x, states, weights = _arguments(*args)
-    y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, states, layer.walk, layer.return_cells, False))
+    y, h_n, c_n, c, _ = layer.forward(weights.arguments(x, states, layer.walk, layer.return_cells, False))
     return layer.output(y).data, h_n, c_n, c
 
 
@@ -415,6 +472,7 @@ def recurrent(
     recompute: bool = False,
     private: bool = False,
     batch_first: bool = False,
+    solver: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One layer, differentiable: y [.., D*P], h_n [D, B, P], c_n [D, B, K*H] or None, c of every step [.., D*K*H] or None.
 
@@ -425,6 +483,7 @@ def recurrent(
             the steps): less memory, more time.
         private: y goes nowhere where it could be overwritten, but into another layer.
         batch_first: y is ``[B, T, D*P]``; x is not.
+        solver: of lanes that are units, the numbers of a ``Solver``: parallel in time.
     """
     batch_sizes, packed = walk.batch_sizes, False
     if batch_sizes is not None and not torch.compiler.is_compiling() and batch_sizes.numel() and type(batch_sizes) is Tensor:
@@ -435,7 +494,7 @@ def recurrent(
             resets = None if walk.resets is None else walk.resets.unflatten(0, (steps, batch))
             walk = walk._replace(batch_sizes=None, hold_h=hold_h, hold_c=hold_c, resets=resets)
             x, packed = x.view(steps, batch, x.shape[1]), True
-    layer = _Layer(walk, return_cells, recompute, private, batch_first, packed)
+    layer = _Layer(walk, return_cells, recompute, private, list(solver), batch_first, packed)
     w_ih, w_hh, b_ih, b_hh, w_hr, vectors = weights
     params = [*w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *vectors]
     given = [x, *params, *[state for state in states if state is not None]]
@@ -445,16 +504,16 @@ def recurrent(
     elif (compiling and (torch.compiler.is_exporting() or wants_gradient(given))) or (not compiling and traced()):
         if not compiling:
             flops.announce()
-        options = *walk[:8], return_cells, recompute, private, walk.resets, *states[2:]
+        options = *walk[:8], *layer[1:5], walk.resets, *states[2:]
         y, h_n, c_n, c = _layer_op(x, *states[:2], params, _kinds(weights), *options)
         y = layer.output(y.unsqueeze(-2))
     elif compiling:
-        y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, states, layer.walk, return_cells, False))
+        y, h_n, c_n, c, _ = layer.forward(weights.arguments(x, states, layer.walk, return_cells, False))
         y = layer.output(y)
     elif torch.is_grad_enabled() and wants_gradient(given):
         y, h_n, c_n, c = _applied(layer, x, states, weights)
     else:
-        y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, states, layer.walk, return_cells, False))
+        y, h_n, c_n, c, _ = layer.forward(weights.arguments(x, states, layer.walk, return_cells, False))
         y = layer.output(y).data  # of the caller's own, not a view
     has_c = CELLS[walk.cell].has_c
     if not has_c or not return_cells:
@@ -526,7 +585,7 @@ def _plain_layer(
     biases, vectors = int(has_biases), int(CELLS[cell].recurrent_bias is None and bool(CELLS[cell].vectors))
     kinds = [1, 1, biases, biases, each - 2 - 2 * biases - vectors, vectors]
     simple = not (recompute or vectors or (kinds[4] and (zoned or any(zoneout))))
-    return _Layer(walk, False, recompute, private, batch_first), kinds, simple
+    return _Layer(walk, False, recompute, private, [], batch_first), kinds, simple
 
 
 _FEW = 1 << 22  # elements of the gates' gradients that may be copied
@@ -553,7 +612,7 @@ def native_layer(
     """
     with torch._C._AutoDispatchBelowAutograd():
         made = torch.ops.fastseq_native.recurrent_layer.default(
-            x, h0, c0, params, *ragged[:4], cell, has_biases, bidirectional, *zoneout, not recompute, native.two_parts()
+            x, h0, c0, params, *ragged, cell, has_biases, bidirectional, *zoneout, not recompute, native.two_parts()
         )
     if not made:
         return None
@@ -567,7 +626,5 @@ def native_layer(
     layer, kinds, simple = _plain_layer(cell, has_biases, bidirectional, each, zoneout, zoned, recompute, private, batch_first)
     steps, rows = (x.shape[0], x.shape[0] * x.shape[1]) if batch_sizes is None else (len(batch_sizes), x.shape[0])
     few = simple and rows * gates <= _FEW
-    if few and steps == 1 and h0 is not None and x.dtype in (torch.bfloat16, torch.float16):
-        few = False  # a product in h0's gradient is accumulated in fp32
     y, h_n, c_n = _Native.apply((layer, made, ragged, few), kinds, x, h0, c0, None, None, *params)
     return (y, h_n) if c_n is None else (y, h_n, c_n)

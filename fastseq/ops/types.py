@@ -48,8 +48,8 @@ class Walk(NamedTuple):
 
     def with_tensors(self, *tensors: Tensor | None) -> Walk:
         """Of ``tensors`` as the property has them."""
-        *first, resets = tensors or (None,) * 5
-        return Walk(*first, *self[4:8], resets)  # type: ignore[arg-type]
+        lengths, batch_sizes, hold_h, hold_c, resets = tensors or (None,) * 5
+        return self._replace(lengths=lengths, batch_sizes=batch_sizes, hold_h=hold_h, hold_c=hold_c, resets=resets)
 
 
 class Weights(NamedTuple):
@@ -137,9 +137,14 @@ class Call:
         reverse: list[int]
         zoneout_h: float
         zoneout_c: float
-        resets: Tensor | None
-        reset_h: Tensor | None
-        reset_c: Tensor | None
+
+        # not as fields, which would come before those that have no default
+        @property
+        def resets(self) -> Tensor | None: ...
+        @property
+        def reset_h(self) -> Tensor | None: ...
+        @property
+        def reset_c(self) -> Tensor | None: ...
 
     def __post_init__(self) -> None:
         self.rows = rows = getattr(self, self.ROWS)
@@ -164,6 +169,17 @@ class Call:
         for lane, backwards in enumerate(self.reverse):
             bits |= bool(backwards) << lane
         return bits
+
+    def spread_reset_states(self) -> None:
+        """Gives each row its own of states that are alike for all."""
+        if self.reset_h is None and self.reset_c is None:
+            return
+        for name in ("reset_h", "reset_c"):
+            state = getattr(self, name)
+            if state is not None and state.shape[1] != self.batch:
+                if state.shape[1] != 1:
+                    raise RuntimeError(f"Expected reset_to for a batch of {self.batch} or 1, got {list(state.shape)}")
+                setattr(self, name, state.expand(-1, self.batch, -1))
 
     def row_offsets(self) -> tuple[Tensor | None, Tensor | None]:
         """On the device, the first row of every step of packed rows, [T], and the steps of every sequence, [B].

@@ -44,8 +44,6 @@ def why_not(query: RecurrentQuery) -> list[str]:
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
     if query.cell not in CELLS:
         against.append(f"cell {query.cell} is not one of {', '.join(CELLS)}")
-    if query.resets:
-        against.append("resets are not in its kernels")
     return against
 
 
@@ -65,6 +63,9 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
         call.batch_sizes,
         hold_h,
         hold_c,
+        dense(call.resets),
+        dense(call.reset_h, call.dtype),
+        dense(call.reset_c, call.wide),
         call.cell,
         call.reverse_bits,
         call.zoneout_h,
@@ -78,7 +79,7 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
 def recurrent_backward(call: Backward) -> tuple[Tensor, ...]:
     y, dtype, wide = call.y, call.dtype, call.wide
     results = dgates, drecurrent, _, dh0, *_ = call.empty_results()
-    once = call.steps == 1
+    once = call.steps == 1 and call.resets is None
     torch.ops.fastseq_native.recurrent_backward.default(
         dense(call.dy, dtype),
         dense(call.dh_n, dtype),
@@ -93,6 +94,9 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, ...]:
         call.batch_sizes,
         dense(call.hold_h),
         dense(call.hold_c),
+        dense(call.resets),
+        dense(call.reset_h, dtype),
+        dense(call.reset_c, wide),
         y.contiguous(),
         call.c.contiguous(),
         call.gates.contiguous(),
@@ -102,7 +106,7 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, ...]:
         call.zoneout_c,
         not once,
         two_parts(),
-        *results[:5],
+        *results,
     )
     if once:
         dr = dgates.view(call.batch, call.lanes, -1).transpose(0, 1)
@@ -128,13 +132,13 @@ def layer_backward(
     one native op.
     ``saved``: x, the states, lengths (int64), batch_sizes, hold_h, hold_c, resets, y, c, gates, parameters.
     """
-    x, h0, c0, _, _, lengths, batch_sizes, hold_h, hold_c, _, y, c, gates, *params = saved
+    x, h0, c0, _, _, lengths, batch_sizes, hold_h, hold_c, resets, y, c, gates, *params = saved
     wanted = *wanted[:3], *wanted[5:]
     if c0 is not None and c0.dtype != c.dtype:
         c0 = c0.to(c.dtype)
     dy, dh_n, dc_n, x, h0, c0 = all_dense(dy, dh_n, dc_n, x, h0, c0)
     found = torch.ops.fastseq_native.recurrent_layer_backward.default(
-        *(dy, dh_n, dc_n, x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c),
+        *(dy, dh_n, dc_n, x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c, resets),
         *(y, c, gates, cell, zoneout_h, zoneout_c, wanted, two_parts()),
     )
     each = iter(found)
@@ -150,6 +154,7 @@ def layer_gradients(
     """Gradients of x, and lane by lane of w_ih, w_hh, b_ih and b_hh, those that are ``wanted``; None: torch's products serve."""
     if x.dtype not in PRODUCTS or library.reason():
         return None
+    call.spread_reset_states()
     dgates, drecurrent, *_ = results
     bits = [sum(bool(kind and kind[lane]) << bit for bit, kind in enumerate(wanted[:4])) for lane in range(call.lanes)]
     bits[0] |= int(wanted_x) << 4
@@ -161,6 +166,8 @@ def layer_gradients(
         dense(call.h0, x.dtype),
         dense(call.lengths, torch.int64),
         call.batch_sizes,
+        dense(call.resets),
+        dense(call.reset_h, x.dtype),
         list(weights.w_ih) if wanted_x else [],
         call.reverse_bits,
         bits,
