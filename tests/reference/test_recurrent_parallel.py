@@ -226,6 +226,18 @@ def test_numbers_that_are_not_finite(cell, value):
             assert torch.equal(a[:, others], b[:, others]), name
 
 
+def test_rows_do_not_touch():
+    """A row that takes more iterations than the others, or fewer, changes none of their bits."""
+    call, loose = problem("gru", size=2.0, steps=40), parallel.Solver(1e-2, 30, 0, True)
+    clean, few = solved(call, loose)
+    call.x[:, 1] = 3 * torch.randn(40, 15)
+    found, other = solved(call, loose)
+    assert few.iterations != other.iterations
+    for name, a, b in zip(RESULTS, found, clean, strict=True):
+        if a.numel():
+            assert torch.equal(a[:, [0, 2, 3]], b[:, [0, 2, 3]]), name
+
+
 def test_overflow_is_a_failure_not_a_result():
     """Weights so large that iterates leave fp32's range before they come back."""
     call = problem("gru", size=1.0, steps=60, batch=2, dtype=torch.float32)
