@@ -84,7 +84,9 @@ def _cast(inputs: dict[str, Any], dtype: torch.dtype, device: torch.device) -> d
             return value
         if not value.is_floating_point():
             return value.to(device)
-        return value.to(device, wide if name in ("c0", "dc_n", "dc", "c", "slopes", "lse", "dlse", "a", "initial") else dtype)
+        return value.to(
+            device, wide if name in ("c0", "reset_c", "dc_n", "dc", "c", "slopes", "lse", "dlse", "a", "initial") else dtype
+        )
 
     return {name: moved(name, value) for name, value in inputs.items()}
 
@@ -145,13 +147,13 @@ def _recurrent(query: Any, family: str) -> Made:
     one = query.steps == 1
     hidden, rows = min(query.hidden, _MOST_HIDDEN), min(query.batch, _MOST_ROWS)
     odd = hidden - 3 if hidden > 4 else hidden
-    for layout, hidden_, rows_, steps in (
-        (query.layout, hidden, rows, 1 if one else 3),
-        ("lengths" if not one else "padded", odd, min(rows, 7), 1 if one else 5),
-        *(() if one else (("packed", odd, 3, 4),)),
+    for layout, hidden_, rows_, steps, zeros in (
+        (query.layout, hidden, rows, 1 if one else 3, False),
+        ("lengths" if not one else "padded", odd, min(rows, 7), 1 if one else 5, True),
+        *(() if one else (("packed", odd, 3, 4, False),)),
     ):
 
-        def make(seed: int, sizes: tuple[Any, ...] = (layout, hidden_, rows_, steps)) -> dict[str, Any]:
+        def make(seed: int, sizes: tuple[Any, ...] = (layout, hidden_, rows_, steps, zeros)) -> dict[str, Any]:
             return _sequence(query, seed, *sizes)
 
         changes = {"layout": layout, "steps": steps, "batch": rows_, "hidden": hidden_, "lanes": min(query.lanes, _MOST_LANES)}
@@ -159,8 +161,8 @@ def _recurrent(query: Any, family: str) -> Made:
         yield f"{layout} T={steps} B={rows_} H={hidden_}", changes, make, run
 
 
-def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps: int) -> dict[str, Any]:
-    """Arguments of `Forward`, in fp64."""
+def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps: int, zeros: bool) -> dict[str, Any]:
+    """Arguments of `Forward`, in fp64. ``zeros``: what resets put in place of a state."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -173,6 +175,7 @@ def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps
     rows = (int(sizes.sum()),) if layout == "packed" else (steps, batch)
     drawn = query.zoned and layout != "packed"  # else states are mixed
     zoned_c = query.zoned and row.wide_states == 1
+    anew = query.resets and not zeros
 
     def held() -> Tensor:
         return torch.rand(*rows, lanes, width, generator=generator) < 0.4
@@ -197,8 +200,8 @@ def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps
         "save_c": True,
         "save_gates": True,
         "resets": torch.rand(*rows, generator=generator) < 0.3 if query.resets else None,
-        "reset_h": random(lanes, batch, width) if query.resets else None,
-        "reset_c": random(lanes, batch, row.wide_states * hidden).abs() if query.resets and row.has_c else None,
+        "reset_h": random(lanes, batch, width) if anew else None,
+        "reset_c": random(lanes, batch, row.wide_states * hidden).abs() if anew and row.has_c else None,
     }
 
 
