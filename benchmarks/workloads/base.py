@@ -227,11 +227,11 @@ class Problem:
     grad: Tensor  # [T, B, width], of the output
 
     @classmethod
-    def of(cls, workload: Workload) -> Problem:
+    def of(cls, workload: Workload, build: Callable[[Workload], nn.Module] | None = None) -> Problem:
         w, g = workload, workload.generator()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(w.seed)
-            module = FUNCTIONS[w.function].module(w).double()
+            module = (build or FUNCTIONS[w.function].module)(w).double()
         # Rounded to the workload's dtype first: rounding of the inputs is not an error of the provider.
         cast = lambda t: t.detach().to(w.torch_dtype).double()  # noqa: E731
         return cls(
