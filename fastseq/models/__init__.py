@@ -7,11 +7,13 @@ Of models whose classes have everyday names the modules are exported: ``seq2seq.
 from . import alignment, blocks, generation, positions, seq2seq, transformer
 from .block_recurrent import BlockRecurrent
 from .memory import DNC, NTM
+from .tcn import TCN
 from .transformer_xl import TransformerXL
 
 __all__ = [
     "DNC",
     "NTM",
+    "TCN",
     "BlockRecurrent",
     "TransformerXL",
     "alignment",
