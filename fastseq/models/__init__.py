@@ -5,17 +5,25 @@ Of models whose classes have everyday names the modules are exported: ``seq2seq.
 """
 
 from . import alignment, blocks, generation, positions, seq2seq, transformer
+from .bert import BERT
 from .block_recurrent import BlockRecurrent
+from .gpt import GPT
 from .memory import DNC, NTM
+from .t5 import T5
 from .tcn import TCN
 from .transformer_xl import TransformerXL
+from .vit import ViT
 
 __all__ = [
+    "BERT",
     "DNC",
+    "GPT",
     "NTM",
+    "T5",
     "TCN",
     "BlockRecurrent",
     "TransformerXL",
+    "ViT",
     "alignment",
     "blocks",
     "generation",
