@@ -8,6 +8,7 @@ from ._convert import Report, convert, patched, revert
 from ._pack import PackReport, pack, unpack
 from ._version import __version__
 from .backends import Explanation, explain, set_backend, use_backend
+from .functional._solver import Newton
 from .modules import (
     GRU,
     LSTM,
@@ -53,6 +54,7 @@ __all__ = [
     "MinGRU",
     "MinGRUCell",
     "MultiheadAttention",
+    "Newton",
     "PackReport",
     "PeepholeLSTM",
     "PeepholeLSTMCell",

@@ -21,6 +21,7 @@ from ..cells import CELLS, Cell
 from ..ops._dispatch import needs_plain_torch, wants_gradient
 from ._recording import recorder
 from ._recurrent_layers import Options, check_states, run_layers
+from ._solver import Newton
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "recurrent", "recurrent_cell", "rnn", "rnn_cell"]
 
@@ -49,6 +50,7 @@ def recurrent(
     zoneout: float | tuple[float, float] = 0,
     weight_dropout: float = 0,
     num_heads: int = 1,
+    solver: Newton | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """Any cell of ``fastseq.cells`` over a sequence: ``(output, final states, c of every step or None)``.
 
@@ -78,6 +80,8 @@ def recurrent(
             al. 2018, "Regularizing and Optimizing LSTM Language Models").
         num_heads: number of equal blocks of units without connections between them; a block reads its own rows of w_hh. Layer
             norm is of each block by itself.
+        solver: None: one step after the other. A ``fastseq.Newton``, for ``num_heads`` equal to H: all steps at once, by
+            iterations. Under transforms of ``torch.func``, and for second derivatives, steps run one after the other.
 
     Precision: where a CPU has AMX, products of float32 are as exact as multiply-adds; after
     ``torch.set_float32_matmul_precision("high")`` (or ``"medium"``) large ones have half the work and errors of about 5e-6 of the
@@ -86,7 +90,8 @@ def recurrent(
     Raises:
         ValueError: if there is no such cell, a probability is outside [0, 1], ``num_heads`` does not divide H, or the cell cannot
             have what is asked.
-        RuntimeError: if ranks, sizes, dtypes, devices or ``lengths`` do not fit.
+        RuntimeError: if ranks, sizes, dtypes, devices or ``lengths`` do not fit; if a solver is given on a CPU and not forced, or
+            fails and is not to go on sequentially.
     """
     row = CELLS.get(cell) or _cell(cell)
     if return_cells and not row.has_c:
@@ -108,6 +113,7 @@ def recurrent(
         zoneout=zoneout,
         weight_dropout=weight_dropout,
         num_heads=num_heads,
+        solver=solver,
     )
     return run_layers(row, input, [None] * len(row.states) if hx is None else hx, params, options)
 

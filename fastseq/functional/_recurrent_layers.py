@@ -23,6 +23,7 @@ from ..ops.types import Walk, Weights
 from ._autocast import autocast_dtype, lowered, without_autocast
 from ._native_layers import held, native_layers, native_training
 from ._recording import refuse_onnx
+from ._solver import Newton, check_device, check_solver
 from ._torch_layers import torch_layers
 
 LANES = 62  # of one op: a bit for each in an int64
@@ -49,6 +50,7 @@ class Options:
     zoneout: float | tuple[float, float]
     weight_dropout: float
     num_heads: int
+    solver: Newton | None
 
 
 def run_layers(
@@ -78,6 +80,9 @@ def run_layers(
         input, states = lowered(input, lower), [lowered(state, lower) for state in states]
         layers = [{name: [lowered(tensor, lower) for tensor in of] for name, of in layer.items()} for layer in layers]
     hidden = _check_params(cell, input, layers, options, directions)
+    if options.solver is not None:
+        check_solver(cell, options.solver, hidden, options.num_heads, options.proj_size, any(zoneout))
+        check_device(options.solver, input.device)
     batch_first = options.batch_first and batch_sizes is None
     x = input.transpose(0, 1) if batch_first else input
     if batch_sizes is None and x.shape[0] == 0:
@@ -88,7 +93,7 @@ def run_layers(
             _check_state(f"{name}0", state, x, batch_sizes, (options.num_layers * directions, width))
     if lengths is not None or batch_sizes is not None:
         _check_lengths(x, lengths, batch_sizes)
-    if plain_call() and not _trains(options) and options.num_heads == 1 and not options.return_cells:
+    if plain_call() and not _trains(options) and options.num_heads == 1 and options.solver is None and not options.return_cells:
         given = [state for state in states if state is not None]
         results = native_layers(
             cell.name,
@@ -171,7 +176,7 @@ def _trains(options: Options) -> bool:
 def _beyond_native(options: Options) -> bool:
     """Whether a call has what one native op a layer does not take in training."""
     dropped_weights = options.training and options.weight_dropout
-    return bool(options.return_cells or options.num_heads > 1 or dropped_weights)
+    return bool(options.return_cells or options.num_heads > 1 or options.solver or dropped_weights)
 
 
 def _torch_lacks(cell: Cell, options: Options) -> str:
@@ -183,6 +188,7 @@ def _torch_lacks(cell: Cell, options: Options) -> str:
         "zoneout": bool(options.zoneout),
         "weight_dropout": options.weight_dropout and options.training,
         "num_heads": options.num_heads > 1,
+        "solver": options.solver is not None,
         "return_cells": options.return_cells,
     }
     names = [name for name, given in more.items() if given]
@@ -235,9 +241,10 @@ def _run_layer(
             recompute=options.recompute,
             private=not last,
             batch_first=batch_first,
+            solver=() if options.solver is None else options.solver.numbers(),
         )
 
-    if lanes <= LANES:
+    if lanes <= LANES or options.solver is not None:
         y, h_n, c_n, c = run(lanes, layer, h0, c0, reverse)
     else:
         results = []

@@ -8,7 +8,12 @@ from . import alignment, blocks, generation, positions, seq2seq, transformer
 from .bert import BERT
 from .block_recurrent import BlockRecurrent
 from .gpt import GPT
+from .hybrid import Hybrid
+from .linear_recurrent import LinearRecurrent
+from .longformer import Longformer, WindowedAttention
 from .memory import DNC, NTM
+from .reformer import HashedAttention, Reformer
+from .reversible import ReversibleBlock
 from .t5 import T5
 from .tcn import TCN
 from .transformer_xl import TransformerXL
@@ -22,8 +27,15 @@ __all__ = [
     "T5",
     "TCN",
     "BlockRecurrent",
+    "HashedAttention",
+    "Hybrid",
+    "LinearRecurrent",
+    "Longformer",
+    "Reformer",
+    "ReversibleBlock",
     "TransformerXL",
     "ViT",
+    "WindowedAttention",
     "alignment",
     "blocks",
     "generation",

@@ -44,6 +44,18 @@ def check_input(x: Any, *sizes: int | None) -> None:
         raise RuntimeError(f"the input must be {_said(sizes)}, got {list(x.shape)}")
 
 
+def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
+    """lengths are int64 [B], on a CPU (where looking costs nothing) each in 0..T of x [B, T, ..]."""
+    if lengths is None:
+        return
+    if not isinstance(lengths, Tensor) or lengths.shape != x.shape[:1] or lengths.dtype != torch.int64:
+        raise RuntimeError(f"lengths must be an int64 Tensor [{len(x)}], one for each row, got {lengths!r}")
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if (lengths < 0).any() or (lengths > x.shape[1]).any():
+        raise RuntimeError(f"lengths must lie in 0..{x.shape[1]}, got {lengths.tolist()}")
+
+
 def check_state(state: Any, shapes: Shapes, like: Tensor, name: str = "state") -> None:
     """state is what a model of these sizes gave back for a batch on like's device, in single or double precision as like is."""
     if isinstance(shapes, list):

@@ -78,9 +78,8 @@ class Block(nn.Module):
         normed, (rate, of_weights) = self.norm(x), rates
         k, v = (torch.cat(pair, 1) for pair in zip(cache, self.key_value(normed).chunk(2, -1), strict=False))
         y = joined(self.scores(self._split(self.query(normed)), k, v, of_weights, turned=True))
-        whole, cached = k.shape[1] % length == 0, (k, v)
-        if whole:
-            cached = k[:, -length:], v[:, -length:]
+        whole = k.shape[1] % length == 0
+        cached: tuple[Tensor, ...] = (k[:, -length:], v[:, -length:]) if whole else (k, v)
         if self.states:
             named = self.state_norm(cache[2]) + self.identity
             own = self.state_key_value(named).chunk(2, -1)

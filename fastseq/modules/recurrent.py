@@ -32,6 +32,7 @@ from fastseq.choice.sources import layers_are_torchs
 from fastseq.functional._native_layers import native_layers, native_training, trained_layers
 from fastseq.functional._packing import packing_of
 from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
+from fastseq.functional._solver import Newton, check_solver
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
 from fastseq.ops._dispatch import PLAIN, plain_call
@@ -52,6 +53,7 @@ class Sequence(Interop, nn.RNNBase):
     zoneout: float | tuple[float, float] = 0.0
     weight_dropout: float = 0.0
     num_heads: int = 1
+    solver: Newton | None = None
     _REFUSED = {"proj_size": "proj_size argument is only supported for LSTM, not RNN or GRU"}
 
     @property
@@ -59,7 +61,14 @@ class Sequence(Interop, nn.RNNBase):
         """The name of the cell in `fastseq.cells`."""
         return self.mode.lower()
 
-    def _extend(self, recompute: bool, zoneout: float | tuple[float, float], weight_dropout: float, num_heads: int) -> None:
+    def _extend(
+        self,
+        recompute: bool,
+        zoneout: float | tuple[float, float],
+        weight_dropout: float,
+        num_heads: int,
+        solver: Newton | None,
+    ) -> None:
         """What torch.nn's constructors do not know, after them: checked, kept, and `weight_hh` of the heads' width."""
         row = CELLS[self.cell]
         check_zoneout(row, zoneout)
@@ -74,7 +83,9 @@ class Sequence(Interop, nn.RNNBase):
             raise ValueError(
                 f"proj_size and num_heads exclude each other, got proj_size={self.proj_size} and num_heads={num_heads}"
             )
+        check_solver(row, solver, self.hidden_size, num_heads, self.proj_size, any(zoneout_of(row, zoneout)))
         self.recompute, self.zoneout, self.weight_dropout, self.num_heads = recompute, zoneout, weight_dropout, num_heads
+        self.solver = solver
         if num_heads > 1:
             for name in self._flat_weights_names:
                 if name.startswith("weight_hh"):
@@ -85,17 +96,19 @@ class Sequence(Interop, nn.RNNBase):
     def extra_repr(self) -> str:
         given = [
             f"{name}={getattr(self, name)}"
-            for name in ("recompute", "zoneout", "weight_dropout", "num_heads")
+            for name in ("recompute", "zoneout", "weight_dropout", "num_heads", "solver")
             if getattr(self, name) != getattr(Sequence, name)
         ]
         return ", ".join([super().extra_repr(), *given])
 
     def flatten_parameters(self) -> None:
-        """Does nothing and need not be called.
+        """On a GPU, gather the weights of an LSTM, GRU or RNN in one buffer, which cuDNN reads without copying them at each call.
 
-        torch.nn gathers the weights in one buffer for cuDNN here. fastseq reads every parameter where it
-        lies, so parameters never change their storage behind the back of an optimizer, a tied module or FSDP.
+        As torch.nn does, by itself too whenever a module moves. Variants and block-diagonal weights, which cuDNN does not have,
+        stay where they are, as does everything on a CPU.
         """
+        if self.cell in GATES and self.num_heads == 1:
+            super().flatten_parameters()
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise unless `input` fits the weights: three-dimensional, or [N, I] when `batch_sizes` are given.
@@ -155,6 +168,7 @@ class Sequence(Interop, nn.RNNBase):
             zoneout=self.zoneout,
             weight_dropout=self.weight_dropout,
             num_heads=self.num_heads,
+            solver=self.solver,
         )
         if isinstance(input, PackedSequence):
             if lengths is not None:
@@ -171,7 +185,7 @@ class Sequence(Interop, nn.RNNBase):
         Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it.
         """
         training = self.training
-        if self.num_heads > 1 or (training and self.weight_dropout):
+        if self.num_heads > 1 or self.solver is not None or (training and self.weight_dropout):
             return None
         states: Any = (
             None if hx is None else (hx,) if type(hx) is Tensor else hx if type(hx) is tuple and len(hx) in (2, 4) else (None,)
@@ -256,7 +270,7 @@ class Sequence(Interop, nn.RNNBase):
         kernel of one step takes 20 us.
         """
         training, zoneout = self.training, self.zoneout
-        if self.num_heads > 1 or (training and (self.weight_dropout or zoneout)):
+        if self.num_heads > 1 or self.solver is not None or (training and (self.weight_dropout or zoneout)):
             return None
         states: tuple[Any, ...] = ()
         if hx is not None:
@@ -470,10 +484,12 @@ class RNN(SingleSequence):
         weight_dropout: probability of zeroing an element of weight_hh, once for a forward pass of training
             (DropConnect; Merity et al. 2018).
         num_heads: blocks of units without connections between them; weight_hh is then [G*H, H / num_heads].
+        solver: with num_heads equal to hidden_size, how the steps are run. None: one after the other; a `fastseq.Newton`: all
+            at once, by iterations, with the same parameters. May be set on the module later.
 
     Raises:
         ValueError: a size that is not positive, a probability outside [0, 1], an unknown nonlinearity, any
-            `proj_size`, num_heads that does not divide hidden_size.
+            `proj_size`, num_heads that does not divide hidden_size, a solver that cannot run such a layer.
         TypeError: input_size or hidden_size no int; bias or batch_first no bool.
     """
 
@@ -497,6 +513,7 @@ class RNN(SingleSequence):
         zoneout: float = 0.0,
         weight_dropout: float = 0.0,
         num_heads: int = 1,
+        solver: Newton | None = None,
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -507,7 +524,7 @@ class RNN(SingleSequence):
             device=device, dtype=dtype,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
-        self._extend(recompute, zoneout, weight_dropout, num_heads)
+        self._extend(recompute, zoneout, weight_dropout, num_heads, solver)
 
 
 class PairSequence(Sequence):
@@ -637,10 +654,12 @@ class LSTM(PairSequence):
         weight_dropout: probability of zeroing an element of weight_hh, once for a forward pass of training
             (DropConnect; Merity et al. 2018).
         num_heads: blocks of units without connections between them; weight_hh is then [G*H, H / num_heads].
+        solver: with num_heads equal to hidden_size, how the steps are run. None: one after the other; a `fastseq.Newton`: all
+            at once, by iterations, with the same parameters. May be set on the module later.
 
     Raises:
         ValueError: a size that is not positive, a probability outside [0, 1], proj_size outside [0, hidden_size),
-            num_heads that does not divide hidden_size or is given with a proj_size.
+            num_heads that does not divide hidden_size or is given with a proj_size, a solver that cannot run such a layer.
         TypeError: input_size or hidden_size no int; bias or batch_first no bool.
     """
 
@@ -661,11 +680,12 @@ class LSTM(PairSequence):
         zoneout: float | tuple[float, float] = 0.0,
         weight_dropout: float = 0.0,
         num_heads: int = 1,
+        solver: Newton | None = None,
     ) -> None:
         nn.RNNBase.__init__(
             self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
         )
-        self._extend(recompute, zoneout, weight_dropout, num_heads)
+        self._extend(recompute, zoneout, weight_dropout, num_heads, solver)
 
 
 @public
@@ -692,10 +712,12 @@ class GRU(SingleSequence):
         weight_dropout: probability of zeroing an element of weight_hh, once for a forward pass of training
             (DropConnect; Merity et al. 2018).
         num_heads: blocks of units without connections between them; weight_hh is then [G*H, H / num_heads].
+        solver: with num_heads equal to hidden_size, how the steps are run. None: one after the other; a `fastseq.Newton`: all
+            at once, by iterations, with the same parameters. May be set on the module later.
 
     Raises:
         ValueError: a size that is not positive, a probability outside [0, 1], any `proj_size`, num_heads that does not
-            divide hidden_size.
+            divide hidden_size, a solver that cannot run such a layer.
         TypeError: input_size or hidden_size no int; bias or batch_first no bool.
     """
 
@@ -715,6 +737,7 @@ class GRU(SingleSequence):
         zoneout: float = 0.0,
         weight_dropout: float = 0.0,
         num_heads: int = 1,
+        solver: Newton | None = None,
     ) -> None:
         nn.RNNBase.__init__(
             self,
@@ -729,7 +752,7 @@ class GRU(SingleSequence):
             device=device,
             dtype=dtype,
         )
-        self._extend(recompute, zoneout, weight_dropout, num_heads)
+        self._extend(recompute, zoneout, weight_dropout, num_heads, solver)
 
 
 # Those of a subclass of the user's own are called.

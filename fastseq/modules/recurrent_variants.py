@@ -16,6 +16,7 @@ from fastseq import functional
 from fastseq.cells import CELLS
 from fastseq.functional._native_layers import native_layers
 from fastseq.functional._packing import packing_of
+from fastseq.functional._solver import Newton
 from fastseq.modules._checks import describe, kind_of, public
 from fastseq.modules._interop import Interop, as_leaf
 from fastseq.modules.recurrent import CHECKS, Input, PairSequence, Sequence, SingleSequence
@@ -59,9 +60,10 @@ class _Variant(Sequence):
         zoneout: float = 0.0,
         weight_dropout: float = 0.0,
         num_heads: int = 1,
+        solver: Newton | None = None,
     ) -> None:
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype)
-        self._extend(recompute, zoneout, weight_dropout, num_heads)
+        self._extend(recompute, zoneout, weight_dropout, num_heads, solver)
 
     def _build(
         self,
@@ -121,9 +123,10 @@ class _Pair(_Variant, PairSequence):
         zoneout: float | tuple[float, float] = 0.0,
         weight_dropout: float = 0.0,
         num_heads: int = 1,
+        solver: Newton | None = None,
     ) -> None:
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
-        self._extend(recompute, zoneout, weight_dropout, num_heads)
+        self._extend(recompute, zoneout, weight_dropout, num_heads, solver)
 
 
 class _Single(_Variant, SingleSequence):

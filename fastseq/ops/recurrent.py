@@ -1,5 +1,6 @@
 """``fastseq::recurrent``: one layer of recurrence, all its lanes in one call; ``fastseq::recurrent_forward`` and
-``fastseq::recurrent_backward``, what runs of it on a backend.
+``fastseq::recurrent_backward``, what runs of it on a backend; ``fastseq::recurrent_newton`` and
+``fastseq::recurrent_parallel_backward``, the same of layers in which no unit sees another, parallel in time.
 
 A lane is a direction, or a head of one where the recurrence is block-diagonal: ``reverse[d]`` is 1 if lane d walks from the last
 step to the first, else 0. The input projection belongs to the op, so that a backend may fuse it with the steps (the CPU kernels
@@ -40,7 +41,9 @@ dh0, dc0       as h0, c0           always computed
 
 ``recurrent`` takes the parameters kind by kind as ``Weights`` has them, and in ``kinds`` a 1 for each kind that is there, else 0;
 it gives y without D, [.., D*P], and c of every step only if it is asked for. Its y belongs to the caller, who may overwrite it
-unless he called it ``private``: what the backward pass needs of it is not affected.
+unless he called it ``private``: what the backward pass needs of it is not affected. ``solver`` is empty, or has the numbers of a
+``Solver`` (``reference/recurrent_parallel.py``): then both passes are parallel in time, by ops with the contract above, whose
+lanes are units, H = P = 1, of a cell with a Jacobian, without zoneout.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ from .. import backends
 from ..backends import library
 from ..backends.cpu import recurrent as native
 from ..cells import CELLS
+from ..reference import recurrent_parallel as parallel
 from . import flops
 from ._dispatch import (
     heeds_forward,
@@ -68,6 +72,7 @@ from ._dispatch import (
     wants_gradient,
 )
 from .recurrent_gradients import input_gradients, recomputed_gates, reference_layer
+from .scan import scan, scan_backward
 from .types import Backward, Call, Forward, Walk, Weights
 
 _WALK = (
@@ -77,19 +82,22 @@ _WALK = (
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(
     f"recurrent(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, int[] kinds, {_WALK}, bool return_cells, bool recompute, "
-    "bool private) -> "
+    "bool private, float[] solver) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor c)"
 )
-_library.define(
-    "recurrent_forward(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor weight, Tensor? vectors, Tensor? projection, Tensor? h0, "
-    f"Tensor? c0, {_WALK}, bool save_c, bool save_gates) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
-)
-_library.define(
-    "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
-    "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
-    "Tensor gates, str cell, int[] reverse, float zoneout_h, float zoneout_c) "
-    "-> (Tensor dgates, Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0)"
-)
+for _name, _more in (("recurrent_forward", ""), ("recurrent_newton", ", float[] solver")):
+    _library.define(
+        f"{_name}(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor weight, Tensor? vectors, Tensor? projection, Tensor? h0, "
+        f"Tensor? c0, {_WALK}, bool save_c, bool save_gates{_more}) "
+        "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
+    )
+for _name in ("recurrent_backward", "recurrent_parallel_backward"):
+    _library.define(
+        f"{_name}(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
+        "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
+        "Tensor gates, str cell, int[] reverse, float zoneout_h, float zoneout_c) "
+        "-> (Tensor dgates, Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0)"
+    )
 
 
 def _query(call: Call, backward: bool) -> backends.RecurrentQuery:
@@ -145,6 +153,52 @@ def _recurrent_backward(*args: Any) -> tuple[Tensor, ...]:
     return backends.select(_query(call, True)).recurrent_backward(call)
 
 
+def _recurrent_newton(*args: Any) -> tuple[Tensor, ...]:
+    *arguments, numbers = args
+    call = Forward(*arguments)
+    if call.lengths is not None or call.batch_sizes is not None:
+        _check_layout(call.x, call.lengths, call.batch_sizes)
+
+    def sequential(part: Forward) -> tuple[Tensor, ...]:
+        return backends.select(_query(part, False)).recurrent_forward(part)
+
+    solver = solver_of(numbers)
+    with torch.no_grad():
+        results, report = parallel.newton(call, solver, scan, sequential)
+    if backends.watched():
+        query = _query(call, False)._replace(solver="Newton")
+        backends.solved(query, _scans_of(call, solver), report)
+    return results
+
+
+def _scans_of(call: Forward, solver: parallel.Solver) -> backends.ScanQuery:
+    """The first of the scans of a call."""
+    backwards = bool(min(call.reverse))
+    return backends.ScanQuery(
+        op="scan",
+        call="forward",
+        device=call.x.device,
+        dtype=call.wide,
+        kind="blocks" if call.row.has_c else "real",
+        steps=min(call.steps, solver.chunk or call.steps),
+        batch=call.batch,
+        channels=sum(bool(of) == backwards for of in call.reverse),
+        layout="padded" if call.lengths is None and call.batch_sizes is None else "lengths",
+        uses=("reverse",) if backwards else (),
+    )
+
+
+def _recurrent_parallel_backward(*args: Any) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return parallel.backward(Backward(*args), scan_backward)
+
+
+def solver_of(numbers: Sequence[float]) -> parallel.Solver:
+    """From the ops' argument."""
+    tolerance, max_iterations, chunk, strict = numbers
+    return parallel.Solver(tolerance, int(max_iterations), int(chunk), bool(strict))
+
+
 def _fake_batch(call: Call, *states: Tensor | None) -> Any:
     """The batch of a call whose ``batch_sizes`` hold no values."""
     if call.batch_sizes is None:
@@ -158,6 +212,10 @@ def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
     return call.empty_results(_fake_batch(call, call.h0, call.c0))
 
 
+def _fake_newton(*args: Any) -> tuple[Tensor, ...]:
+    return _fake_forward(*args[:-1])
+
+
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     call = Backward(*args)
     return call.empty_results(_fake_batch(call, call.h0, call.c0, call.dh_n, call.dc_n))
@@ -166,12 +224,16 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
 for _name, _run, _fake in (
     ("recurrent_forward", _recurrent_forward, _fake_forward),
     ("recurrent_backward", _recurrent_backward, _fake_backward),
+    ("recurrent_newton", _recurrent_newton, _fake_newton),
+    ("recurrent_parallel_backward", _recurrent_parallel_backward, _fake_backward),
 ):
     _library.impl(_name, outside_dynamo(_run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastseq::{_name}", _fake, lib=_library)
 
 _forward_op = torch.ops.fastseq.recurrent_forward.default
 _backward_op = torch.ops.fastseq.recurrent_backward.default
+_newton_op = torch.ops.fastseq.recurrent_newton.default
+_parallel_backward_op = torch.ops.fastseq.recurrent_parallel_backward.default
 
 
 class _Layer(NamedTuple):
@@ -181,6 +243,7 @@ class _Layer(NamedTuple):
     return_cells: bool
     recompute: bool
     private: bool  # nobody will overwrite the output
+    solver: list[float]  # as the ops have it
     batch_first: bool = False  # of the output alone
     packed: bool = False  # the output alone has the rows [N] of a packed batch, whose sequences are all of one length
 
@@ -188,6 +251,10 @@ class _Layer(NamedTuple):
         """[.., D, P] -> [.., D*P] in the layout that is wanted, a view."""
         y = y.flatten(-2)
         return y.transpose(0, 1) if self.batch_first else y.flatten(0, 1) if self.packed else y
+
+    def forward(self, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """The results of the forward op."""
+        return _newton_op(*arguments, self.solver) if self.solver else _forward_op(*arguments)
 
 
 @heeds_forward
@@ -198,8 +265,9 @@ class _Recurrent(torch.autograd.Function):
     def forward(ctx, layer, kinds, x, h0, c0, *params):
         """``kinds``: which of ``Weights`` are among ``params``."""
         walk = layer.walk
-        has_c, run = CELLS[walk.cell].has_c, _recurrent_forward if plain_call() else _forward_op
-        y, h_n, c_n, c, gates = run(*_grouped(params, kinds).arguments(x, h0, c0, walk, True, not layer.recompute))
+        has_c, arguments = CELLS[walk.cell].has_c, _grouped(params, kinds).arguments(x, h0, c0, walk, True, not layer.recompute)
+        plain = plain_call() and not layer.solver
+        y, h_n, c_n, c, gates = _recurrent_forward(*arguments) if plain else layer.forward(arguments)
         ctx.save_for_backward(x, h0, c0, *walk[:4], y, c, gates, *params)
         if _has_tensors(walk):
             layer = layer._replace(walk=Walk(*_NO_TENSORS, *walk[4:]))
@@ -262,12 +330,14 @@ def _gradients(ctx, layer, x, h0, c0, y, c, gates, params, given):
     given = tuple(None if grad is None else grad.contiguous() for grad in given)
     # compiled autograd cannot ask for the count
     if ctx.changes is not None and (torch.compiler.is_compiling() or ctx.changes._version):
-        y = _forward_op(*weights.arguments(x, h0, c0, walk, False, False))[0]
+        y = layer.forward(weights.arguments(x, h0, c0, walk, False, False))[0]
     if layer.recompute:
         gates = recomputed_gates(Forward(*weights.arguments(x, h0, c0, walk, False, False)), y, c)
     arguments = (*given, *weights.recurrent(CELLS[walk.cell]), h0, c0, *walk[:4], y, c, gates, *walk[4:])
     call = Backward(*arguments)
-    if _plain_backward(y, given):
+    if layer.solver:
+        results = _parallel_backward_op(*arguments)
+    elif _plain_backward(y, given):
         results = backends.select(_query(call, True)).recurrent_backward(call)
     else:
         results = _backward_op(*arguments)
@@ -334,7 +404,7 @@ def _arguments(*args: Any) -> tuple[_Layer, Tensor, Tensor | None, Tensor | None
 
 def _recurrent(*args: Any) -> tuple[Tensor, ...]:
     layer, x, h0, c0, weights = _arguments(*args)
-    y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, layer.return_cells, False))
+    y, h_n, c_n, c, _ = layer.forward(weights.arguments(x, h0, c0, layer.walk, layer.return_cells, False))
     return layer.output(y).data, h_n, c_n, c
 
 
@@ -382,6 +452,7 @@ def recurrent(
     recompute: bool = False,
     private: bool = False,
     batch_first: bool = False,
+    solver: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One layer, differentiable: y [.., D*P], h_n [D, B, P], c_n [D, B, K*H] or None, c of every step [.., D*K*H] or None.
 
@@ -392,6 +463,7 @@ def recurrent(
             the steps): less memory, more time.
         private: y goes nowhere where it could be overwritten, but into another layer.
         batch_first: y is ``[B, T, D*P]``; x is not.
+        solver: of lanes that are units, the numbers of a ``Solver``: parallel in time.
     """
     batch_sizes, packed = walk.batch_sizes, False
     if batch_sizes is not None and not torch.compiler.is_compiling() and batch_sizes.numel() and type(batch_sizes) is Tensor:
@@ -401,7 +473,7 @@ def recurrent(
             hold_h, hold_c = (None if hold is None else hold.unflatten(0, (steps, batch)) for hold in (walk.hold_h, walk.hold_c))
             walk = walk._replace(batch_sizes=None, hold_h=hold_h, hold_c=hold_c)
             x, packed = x.view(steps, batch, x.shape[1]), True
-    layer = _Layer(walk, return_cells, recompute, private, batch_first, packed)
+    layer = _Layer(walk, return_cells, recompute, private, list(solver), batch_first, packed)
     w_ih, w_hh, b_ih, b_hh, w_hr, vectors = weights
     params = [*w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *vectors]
     given = [x, *params]
@@ -415,15 +487,15 @@ def recurrent(
     elif (compiling and (torch.compiler.is_exporting() or wants_gradient(given))) or (not compiling and traced()):
         if not compiling:
             flops.announce()
-        y, h_n, c_n, c = _layer_op(x, h0, c0, params, _kinds(weights), *walk, return_cells, recompute, private)
+        y, h_n, c_n, c = _layer_op(x, h0, c0, params, _kinds(weights), *walk, *layer[1:5])
         y = layer.output(y.unsqueeze(-2))
     elif compiling:
-        y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, return_cells, False))
+        y, h_n, c_n, c, _ = layer.forward(weights.arguments(x, h0, c0, layer.walk, return_cells, False))
         y = layer.output(y)
     elif torch.is_grad_enabled() and wants_gradient(given):
         y, h_n, c_n, c = _applied(layer, x, h0, c0, weights)
     else:
-        y, h_n, c_n, c, _ = _forward_op(*weights.arguments(x, h0, c0, layer.walk, return_cells, False))
+        y, h_n, c_n, c, _ = layer.forward(weights.arguments(x, h0, c0, layer.walk, return_cells, False))
         y = layer.output(y).data  # of the caller's own, not a view
     has_c = CELLS[walk.cell].has_c
     if not has_c or not return_cells:
@@ -495,7 +567,7 @@ def _plain_layer(
     biases, vectors = int(has_biases), int(CELLS[cell].recurrent_bias is None and bool(CELLS[cell].vectors))
     kinds = [1, 1, biases, biases, each - 2 - 2 * biases - vectors, vectors]
     simple = not (recompute or vectors or (kinds[4] and (zoned or any(zoneout))))
-    return _Layer(walk, False, recompute, private, batch_first), kinds, simple
+    return _Layer(walk, False, recompute, private, [], batch_first), kinds, simple
 
 
 _FEW = 1 << 22  # elements of the gates' gradients that may be copied

@@ -30,6 +30,8 @@ def input_gradients(
     call: Backward, results: tuple[Tensor, ...], x: Tensor, weights: Weights, wanted: Weights, wanted_x: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of x and of the weights, kind by kind, from what the backward op gave. ``wanted`` holds bools."""
+    if call.lanes > 1 and call.hidden == 1 and not call.zoned and not call.output_gradient:
+        return _gradients_of_units(call, results, x, weights, wanted, wanted_x)
     cell, lanes = call.row, call.lanes
     dgates, drecurrent, doutput, _, _ = results
     flat_x = _flat(x)
@@ -70,6 +72,62 @@ def input_gradients(
             if given:
                 kind.append(grad)
     return dx, [grad for kind in grads for grad in kind]
+
+
+def _gradients_of_units(
+    call: Backward, results: tuple[Tensor, ...], x: Tensor, weights: Weights, wanted: Weights, wanted_x: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The same of lanes of one unit: one product for all of them, and sums."""
+    dgates, drecurrent, *_ = results
+    lanes, gates, own, wide = call.lanes, call.gates_width, call.row.own_recurrent, call.wide
+    flat_x = _flat(x)
+    d = _of_rows(dgates)
+    inside = _of_rows(drecurrent) if own else d  # the last gates alone, if they have a gradient of their own
+    dr = torch.cat((d[..., :-own], inside), -1) if own else d
+    flat = d.reshape(d.shape[0], lanes * gates)
+    dx = None
+    if wanted_x:
+        dx = ((flat @ torch.cat(list(weights.w_ih))) if weights.w_ih else flat).view(x.shape)
+    some: list[bool] = [bool(kind) and any(kind) for kind in wanted]
+    of_kinds: list[Tensor | None] = [None] * len(weights)  # [lanes, ..]
+    if some[0]:
+        of_kinds[0] = _outer_sum(flat, flat_x).view(lanes, gates, flat_x.shape[1])
+    if some[1]:
+        of_kinds[1] = (dr.to(wide) * _all_shifted(call, call.y, call.h0).to(wide)).sum(0).unsqueeze(-1).to(d.dtype)
+    if some[2] or some[3]:
+        of_kinds[2], of_kinds[3] = d.sum(0), dr.sum(0)
+    if some[5]:
+        assert call.vectors is not None
+        c, c_prev = (_of_rows(call.c), _all_shifted(call, call.c, call.c0)) if call.row.has_c else (None, None)
+        saved, vectors = _of_rows(call.gates).to(wide), call.vectors.to(wide)
+        each = cell_steps(call.cell).vector_gradients(d.to(wide), inside.to(wide), None, saved, vectors, c_prev, c)
+        of_kinds[5] = each.sum(0).to(call.vectors.dtype)
+    grads: list[Tensor | None] = []
+    for kind, given, found in zip(wanted, weights, of_kinds, strict=True):
+        if given:
+            parts = [None] * lanes if found is None else found.unbind(0)
+            grads += [part if want else None for part, want in zip(parts, kind, strict=True)]
+    return dx, grads
+
+
+def _of_rows(rows: Tensor) -> Tensor:
+    """[.., D, n] -> [rows, D, n]"""
+    return rows.reshape(math.prod(rows.shape[:-2]), *rows.shape[-2:])
+
+
+def _all_shifted(call: Backward, rows: Tensor, first: Tensor | None) -> Tensor:
+    """The states before every step of all lanes, from those after: [rows, D, n]."""
+    lanes, size = rows.shape[-2:]
+    own = rows.reshape(*rows.shape[:-2], 1, lanes * size)
+    start = None if first is None else first.transpose(0, 1).reshape(1, first.shape[1], lanes * size)
+    found = [
+        _of_rows(_shifted(own, start, call.lengths, call.batch_sizes, 0, way).unflatten(-1, (lanes, size)))
+        for way in sorted({int(bool(of)) for of in call.reverse})
+    ]
+    if len(found) == 1:
+        return found[0]
+    backwards = torch.tensor(call.reverse, dtype=torch.bool, device=rows.device)[:, None]
+    return torch.where(backwards, found[1], found[0])
 
 
 def _native_products(

@@ -154,3 +154,17 @@ def scan(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -> tuple[
         return _Scan.apply(b, a, initial, *spec)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(b, a, initial, *spec)
+
+
+def scan_backward(
+    dh: Tensor | None,
+    dfinal: Tensor | None,
+    b: Tensor | None,
+    a: Tensor,
+    h: Tensor,
+    initial: Tensor | None,
+    spec: ScanSpec,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of b, a and the initial states, as the op gives them."""
+    return _backward_op(dh, dfinal, b, a, h, initial, *spec, wanted)

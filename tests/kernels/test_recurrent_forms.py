@@ -149,6 +149,48 @@ def test_streamed_with_the_tiles_of_a_gpu(forced, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("cell, layout", [("rnn_tanh", "padded"), ("gru", "lengths"), ("lstm", "packed")])
+def test_parallel_is_the_reference(forced, cell, layout):
+    """Back through all steps by one scan, where no unit sees another."""
+    forced("parallel")
+    call, notes = problem(cell, steps=3, batch=3, hidden=1, layout=layout), []
+    with backends.watching(lambda query, name: None, notes.append):
+        assert_same(call)
+    assert "backward parallel in time" in notes
+
+
+@interpreted
+def test_parallel_without_steps(forced):
+    forced("parallel")
+    assert_same(problem("gru", steps=0, batch=3, hidden=1, lanes=1, inputs=3))
+
+
+@interpreted
+@pytest.mark.parametrize("facts", [{"hidden": 2}, {"zoneout": "proportion"}], ids=str)
+def test_what_is_not_parallel_takes_another_form(forced, facts):
+    forced("parallel")
+    notes: list[str] = []
+    with backends.watching(lambda query, name: None, notes.append):
+        assert_same(problem(**{"cell": "rnn_tanh", "steps": 2, "batch": 2, "hidden": 1} | facts))
+    assert not any("parallel" in note for note in notes)
+
+
+def test_parallel_is_a_candidate_where_it_can_run():
+    query = backends.RecurrentQuery("recurrent", torch.device("cuda"), torch.float32, "gru", 9, 62, 1, False, "padded")
+    assert "parallel" in triton_backend.forms(query)
+    for other in ({"hidden": 2}, {"cell": "slstm"}, {"cell": "layer_norm_gru"}, {"zoned": True}, {"steps": 1}):
+        assert "parallel" not in triton_backend.forms(query._replace(**other))
+
+
+def test_parallel_is_a_variant_of_its_own(forced):
+    query = backends.RecurrentQuery("recurrent", torch.device("cpu"), torch.float32, "gru", 9, 62, 1, False, "padded")
+    forced("parallel")
+    assert triton_backend.variant(query, "backward") == "parallel"
+    assert triton_backend.variant(query, "forward").startswith("whole")
+    assert "parallel" not in triton_backend.variant(query._replace(hidden=2), "backward")
+
+
+@interpreted
 @pytest.mark.parametrize(
     "batch,inputs,zoneout", [(1, 3, "none"), (3, 0, "mask"), (4, 70, "proportion"), (6, 40, "mask"), (16, 0, "none")]
 )
@@ -326,5 +368,7 @@ def test_streamed_tiles_fit(shared, dtype, cell, hidden, backward):
 
 def test_an_unknown_form_is_refused(forced):
     forced("resident")
-    with pytest.raises(ValueError, match="FASTSEQ_TRITON_RECURRENT=resident is none of single, whole, streamed, stepwise"):
+    with pytest.raises(
+        ValueError, match="FASTSEQ_TRITON_RECURRENT=resident is none of single, whole, streamed, stepwise, parallel"
+    ):
         triton_backend.recurrent_forward(problem("lstm", steps=2, batch=2, hidden=4))

@@ -189,3 +189,28 @@ def test_sixteen_bits_are_computed_in_fp32(dtype):
     torch.testing.assert_close(y.double(), truth[0], rtol=0, atol=4 * torch.finfo(dtype).eps)
     # rounding h disturbs c, but c itself is not rounded to the low dtype
     assert not torch.equal(c, c.to(dtype).float())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_jacobian(cell):
+    """Of a unit's state by its state before, a number or h and c, against autograd; there is one only where the table says so."""
+    row, math, points = CELLS[cell], steps(cell), 50
+    assert hasattr(math, "jacobian") == bool(row.jacobian)
+    if not row.jacobian:
+        return
+    torch.manual_seed(0)
+    sizes = (len(row.gates), len(row.gates), max(1, len(row.vectors)), row.jacobian)
+    x, weight, vectors, state = (2 * torch.randn(points, n, dtype=torch.float64) for n in sizes)
+
+    def step(state, x, weight, vectors):
+        h, c = (state[:1], state[1:]) if row.has_c else (state, None)
+        h, c, saved = math.step(x, weight * h, vectors if row.vectors else None, h, c)
+        new = h if c is None else torch.cat((h, c))
+        return new, new if saved is None else saved
+
+    expected, saved = torch.func.vmap(torch.func.jacrev(step, has_aux=True))(state, x, weight, vectors)
+    after, _ = torch.func.vmap(step)(state, x, weight, vectors)
+    parts = [(s[:, :1], s[:, 1:] if row.has_c else None) for s in (state, after)]
+    found = math.jacobian(weight, saved, vectors if row.vectors else None, *parts[0], *parts[1])
+    assert found.shape == (points, 1, 2, 2)[: 4 if row.has_c else 2]
+    torch.testing.assert_close(found.view_as(expected), expected, **ROUNDING)
