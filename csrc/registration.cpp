@@ -83,11 +83,12 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "
       "Tensor(g!) dreset_h, Tensor(h!) dreset_c) -> ()");
   m.def(
-      "scan_forward(Tensor b, Tensor a, Tensor? initial, Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str kind, str cell, "
-      "bool reverse, Tensor(a!) h, Tensor(b!) final) -> ()");
+      "scan_forward(Tensor b, Tensor a, Tensor? gate, Tensor? vector, Tensor? initial, Tensor? resets, Tensor? lengths, "
+      "Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!) h, Tensor(b!) final) -> ()");
   m.def(
-      "scan_backward(Tensor? dh, Tensor? dfinal, Tensor? b, Tensor a, Tensor h, Tensor? initial, Tensor? resets, Tensor? lengths, "
-      "Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!)? db, Tensor(b!)? da, Tensor(c!) dinitial) -> ()");
+      "scan_backward(Tensor? dh, Tensor? dfinal, Tensor? b, Tensor a, Tensor? gate, Tensor? vector, Tensor h, Tensor? initial, "
+      "Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!)? db, Tensor(b!)? da, "
+      "Tensor(c!)? dgate, Tensor(d!)? dvector, Tensor(e!) dinitial) -> ()");
   m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool saves=True) -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTSEQ_SPEC
         ", bool[] wanted) -> Tensor[]");
