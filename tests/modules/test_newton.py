@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
+from fastseq import backends
 from fastseq import functional as F
 from fastseq.cells import CELLS
 from fastseq.testing import assert_all_close_to_truth
@@ -158,6 +159,22 @@ class TestResults:
             grads = torch.autograd.grad(found, [given, *module.parameters()], cotangents)
             into |= dict(zip(names, [*found, *grads], strict=True))
         assert_all_close_to_truth(own, theirs, dict(zip(names, [*truth[0], *truth[1]], strict=True)))
+
+    @pytest.mark.parametrize("backend", ["reference", "triton", "cpu"])
+    def test_backends(self, backend):
+        """Their scans, and as the iterations are too few their kernels for steps in turn."""
+        if backends.BACKENDS[backend].available():
+            pytest.skip(f"no {backend} here")
+        module, other = twins("gru", fastseq.Newton(1e-12, 1, force=True))
+        torch.manual_seed(1)
+        x = torch.randn(3, 1, IN, dtype=torch.float64)
+        expected = results(module, x)
+        with fastseq.use_backend(backend):
+            found = results(other, x)
+            told = fastseq.explain(other, x)
+        assert set(told.backends) == {backend} and "by the sequential kernel then rows 0" in str(told)
+        assert_same(found[0], expected[0])
+        assert_same(found[1], expected[1])
 
     def test_autocast(self):
         module, other = twins("gru", fastseq.Newton(1e-6, force=True), dtype=torch.float32)
