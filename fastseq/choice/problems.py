@@ -137,7 +137,7 @@ Made = Iterator[tuple[str, dict[str, Any], Callable[[int], dict[str, Any]], Call
 # recurrence
 
 OUTPUTS = ("y", "h_n", "c_n", "c", "gates")
-GRADIENTS_OF_STEPS = ("dgates", "drecurrent", "doutput", "dh0", "dc0")
+GRADIENTS_OF_STEPS = ("dgates", "drecurrent", "doutput", "dh0", "dc0", "dreset_h", "dreset_c")
 
 
 def _recurrent(query: Any, family: str) -> Made:
@@ -196,6 +196,9 @@ def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps
         "zoneout_c": 0.4 if zoned_c and not drawn else 0.0,
         "save_c": True,
         "save_gates": True,
+        "resets": torch.rand(*rows, generator=generator) < 0.3 if query.resets else None,
+        "reset_h": random(lanes, batch, width) if query.resets else None,
+        "reset_c": random(lanes, batch, row.wide_states * hidden).abs() if query.resets and row.has_c else None,
     }
 
 

@@ -68,7 +68,8 @@ def min_gru(
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {params[0].shape[1]}, got {input.shape[-1]}")
     x = input.unsqueeze(1) if alone else input.transpose(0, 1) if batch_first else input
     hidden = params[0].shape[0] // 2
-    resets = checked_resets(resets, x, alone, batch_first)
+    if resets is not None:
+        resets = checked_resets(resets, x, alone, batch_first)
     if lengths is not None:
         checked_tensor("lengths", lengths)
         if alone:

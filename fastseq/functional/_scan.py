@@ -89,7 +89,8 @@ def scan(
         b, coefficients = b.unsqueeze(1), coefficients.unsqueeze(1)
     elif batch_first:
         b, coefficients = b.transpose(0, 1), coefficients.transpose(0, 1)
-    resets = checked_resets(resets, b, alone, batch_first)
+    if resets is not None:
+        resets = checked_resets(resets, b, alone, batch_first)
     if lengths is not None:
         lengths = checked_lengths("lengths", lengths, b.shape[1], b.shape[0])
     if cu_seqlens is not None:
@@ -114,10 +115,8 @@ def scan(
     return h, final.squeeze(0) if unbatched else final
 
 
-def checked_resets(resets: Tensor | None, like: Tensor, alone: bool, batch_first: bool) -> Tensor | None:
+def checked_resets(resets: Tensor, like: Tensor, alone: bool, batch_first: bool) -> Tensor:
     """bool ``[T, B]`` as ``like``, time-major, begins. ``alone``: what was given has no dimension of the batch."""
-    if resets is None:
-        return None
     checked_tensor("resets", resets)
     if resets.dtype != torch.bool:
         raise RuntimeError(f"resets must be bool, got {resets.dtype}")

@@ -33,8 +33,9 @@ _MOST_NAMED = 8  # rows
 
 
 def serves(call: Call) -> bool:
-    """Whether a call is such a layer, of a cell that has a Jacobian."""
-    return bool(call.row.jacobian) and call.hidden == 1 and call.projection is None and not call.zoned
+    """Whether a call is such a layer, of a cell that has a Jacobian, whose rows go on without a reset."""
+    plain = call.projection is None and not call.zoned and call.resets is None
+    return bool(call.row.jacobian) and call.hidden == 1 and plain
 
 
 class Rows:
@@ -123,16 +124,16 @@ def before(states: Tensor, first: Tensor, lengths: Tensor | None, backwards: boo
     return torch.where(following.view(*following.shape, *[1] * (states.dim() - 2)), shifted, first)
 
 
-def backward(call: Backward, scan_backward: ScanBackward) -> Results:
+def backward(call: Backward, scan_backward: ScanBackward) -> tuple[Tensor, ...]:
     """What the backward op gives, equal to the sequential one's but for rounding."""
     if call.batch_sizes is not None:
         rows = Rows(call.batch_sizes, call.y.device)
         names = ("dy", "dc", "y", "c", "gates")
         padded = {name: rows.padded(getattr(call, name)) for name in names}
         same = replace(call, batch_sizes=None, lengths=rows.lengths, **padded)
-        dgates, drecurrent, doutput, dh0, dc0 = backward(same, scan_backward)
-        return rows.packed(dgates), rows.packed(drecurrent), doutput, dh0, dc0
-    results = dgates, drecurrent, _, dh0, dc0 = call.empty_results()
+        dgates, drecurrent, *others = backward(same, scan_backward)
+        return rows.packed(dgates), rows.packed(drecurrent), *others
+    results = dgates, drecurrent, _, dh0, dc0, *_ = call.empty_results()
     own, wide = call.row.own_recurrent, call.wide
     lengths = None if call.lengths is None else call.lengths.to(torch.int32)
     for units in units_of(call):

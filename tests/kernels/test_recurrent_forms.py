@@ -24,7 +24,7 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 on_gpu = pytest.mark.gpu
 DIVISIBLE = [name for name, row in CELLS.items() if not row.normalized]
 OUTPUTS = ("y", "h_n", "c_n", "c", "gates")
-GRADIENTS = ("dgates", "drecurrent", "doutput", "dh0", "dc0")
+GRADIENTS = ("dgates", "drecurrent", "doutput", "dh0", "dc0", "dreset_h", "dreset_c")
 H100, A100, CONSUMER = 227 << 10, 163 << 10, 99 << 10
 
 

@@ -17,7 +17,7 @@ ROUNDING = dict(rtol=1e-11, atol=1e-12)
 UNITS = [name for name, row in CELLS.items() if row.jacobian]
 EXACT = parallel.Solver(1e-11, 40, 0, False)
 RESULTS = ("y", "h_n", "c_n", "c", "gates")
-GRADIENTS = ("dgates", "drecurrent", "doutput", "dh0", "dc0")
+GRADIENTS = ("dgates", "drecurrent", "doutput", "dh0", "dc0", "dreset_h", "dreset_c")
 
 
 def problem(

@@ -72,6 +72,8 @@ def obstacles(query: RecurrentQuery, machine: Machine) -> list[str]:
         against.append("a projection (proj_size) is not in its kernels")
     if query.zoned:
         against.append("zoneout is not in its kernels")
+    if query.resets:
+        against.append("resets are not in its kernels")
     if query.lanes > _MOST_LANES:
         against.append(f"{query.lanes} lanes are more than {_MOST_LANES}")
     if not against and query.batch and query.hidden:
@@ -95,10 +97,10 @@ def forward(call: Forward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Te
     return results
 
 
-def backward(call: Backward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dgates, drecurrent, doutput, dh0, dc0, as the op's contract has them."""
+def backward(call: Backward, machine: Machine) -> tuple[Tensor, ...]:
+    """dgates, drecurrent, doutput, dh0, dc0, dreset_h, dreset_c, as the op's contract has them."""
     dtype, wide = call.dtype, call.wide
-    results = dgates, drecurrent, _, dh0, dc0 = call.empty_results(zeros=True)
+    results = dgates, drecurrent, _, dh0, dc0, *_ = call.empty_results(zeros=True)
     _run(
         call, machine, "backward", dy=dense(call.dy, dtype), dh_n=dense(call.dh_n, dtype), dc_n=dense(call.dc_n, wide),
         dc=dense(call.dc, wide), weight=call.weight.contiguous(), vectors=dense(call.vectors), h0=dense(call.h0, dtype),
@@ -155,5 +157,5 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     return forward(call, GPU)
 
 
-def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def recurrent_backward(call: Backward) -> tuple[Tensor, ...]:
     return backward(call, GPU)

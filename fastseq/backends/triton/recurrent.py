@@ -29,6 +29,8 @@ def why_not(query: RecurrentQuery) -> list[str]:
     from fastseq.kernels.recurrent import configs
 
     unknown = [] if query.cell in configs.CELLS else [f"no Triton cell {query.cell}"]
+    if query.resets:
+        unknown.append("resets are not in its kernels")
     return unknown + dtype_obstacles(query)
 
 
@@ -72,7 +74,7 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     return launch.results
 
 
-def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def recurrent_backward(call: Backward) -> tuple[Tensor, ...]:
     if recurrent_parallel.serves(call) and _form_of(call) == PARALLEL:
         note(f"backward {PARALLEL} in time")
         return recurrent_parallel.backward(call, scan_backward)

@@ -62,12 +62,13 @@ class ForwardLaunch(_Launched):
 
 
 class BackwardLaunch(_Launched):
-    """``results``: dgates, drecurrent, doutput, dh0, dc0, as the op's contract has them; None for the kernels where empty."""
+    """``results``: dgates, drecurrent, doutput, dh0, dc0, dreset_h, dreset_c, as the op's contract has them; None for the kernels
+    where empty."""
 
     def __init__(self, call: Backward) -> None:
         super().__init__(call)
         self.results = call.empty_results(zeros=True)
-        self.dgates, drecurrent, doutput, self.dh0, self.dc0 = self.results
+        self.dgates, drecurrent, doutput, self.dh0, self.dc0, *_ = self.results
         self.drecurrent = drecurrent if call.row.own_recurrent else None
         self.doutput = doutput if call.output_gradient else None
         self.y, self.c, self.gates = call.y.contiguous(), call.c.contiguous(), call.gates.contiguous()
