@@ -74,18 +74,21 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def(
       "recurrent_cuda_forward(str cell, str precision, int[] plan, Tensor x_gates, Tensor weight, Tensor? vectors, Tensor? h0, "
       "Tensor? c0, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, Tensor(e!) gates, Tensor? starts, Tensor? lengths, "
-      "int steps, int batch, int lanes, int hidden, int reverse, Tensor(f!) operands, Tensor(g!) flags) -> ()");
+      "int steps, int batch, int lanes, int hidden, int reverse, Tensor(f!) operands, Tensor(g!) flags, Tensor? resets, "
+      "Tensor? reset_h, Tensor? reset_c) -> ()");
   m.def(
       "recurrent_cuda_backward(str cell, str precision, int[] plan, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, "
       "Tensor weight, Tensor? vectors, Tensor? h0, Tensor? c0, Tensor y, Tensor c, Tensor gates, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) dh0, Tensor(d!) dc0, Tensor? starts, Tensor? lengths, int steps, int batch, int lanes, "
-      "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags) -> ()");
+      "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "
+      "Tensor(g!) dreset_h, Tensor(h!) dreset_c) -> ()");
   m.def(
-      "scan_forward(Tensor b, Tensor a, Tensor? initial, Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str kind, str cell, "
-      "bool reverse, Tensor(a!) h, Tensor(b!) final) -> ()");
+      "scan_forward(Tensor b, Tensor a, Tensor? gate, Tensor? vector, Tensor? initial, Tensor? resets, Tensor? lengths, "
+      "Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!) h, Tensor(b!) final) -> ()");
   m.def(
-      "scan_backward(Tensor? dh, Tensor? dfinal, Tensor? b, Tensor a, Tensor h, Tensor? initial, Tensor? resets, Tensor? lengths, "
-      "Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!)? db, Tensor(b!)? da, Tensor(c!) dinitial) -> ()");
+      "scan_backward(Tensor? dh, Tensor? dfinal, Tensor? b, Tensor a, Tensor? gate, Tensor? vector, Tensor h, Tensor? initial, "
+      "Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!)? db, Tensor(b!)? da, "
+      "Tensor(c!)? dgate, Tensor(d!)? dvector, Tensor(e!) dinitial) -> ()");
   m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool saves=True) -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTSEQ_SPEC
         ", bool[] wanted) -> Tensor[]");

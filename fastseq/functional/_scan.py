@@ -107,7 +107,7 @@ def scan(
         initial = initial if initial is None else initial.resolve_conj()
     spec = ScanSpec(resets, lengths, cu_seqlens, "given" if log_a is None else "log", bool(reverse))
     with without_autocast(b.device.type):
-        h, final = ops.scan(_side_by_side(b), coefficients, initial, spec)
+        h, final = ops.scan(_side_by_side(b), coefficients, None, None, initial, spec)
     if alone:
         h = h.squeeze(1)
     elif batch_first:

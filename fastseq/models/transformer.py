@@ -75,7 +75,7 @@ class Decoder(nn.Module):
 
     def read(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """The next T steps at once, x [B, T, W], of sequences that need not be of one length: [B, T, W]. Without gradients."""
-        self._check(state, x)
+        self.check(state, x)
         for number, block in enumerate(self.blocks):
             cache = (state.keys[number], state.values[number], state.count)
             answer = None
@@ -88,7 +88,8 @@ class Decoder(nn.Module):
         if (memory is not None) != self.crosses:
             raise RuntimeError(f"memory must be {'a tensor [B, S, W]' if self.crosses else 'None'} for these blocks")
 
-    def _check(self, state: State, x: Tensor) -> None:
+    def check(self, state: State, x: Tensor) -> None:
+        """Raise unless the state is of these blocks, for as many rows as x [B, T, W] has."""
         batch, heads, room = len(x), self.blocks[0].attention.heads, state.keys[0].shape[1]
         shape, layers = (batch, room, heads, x.shape[-1] // heads), len(self.blocks)
         check_state(state.keys, [shape] * layers, x, "state.keys")

@@ -367,11 +367,28 @@ def empty_gradients(q: Tensor, k: Tensor, v: Tensor, spec: Spec, wanted: list[bo
     return tuple(results)
 
 
-SCAN_CELLS = ("given", "log", "min_gru")  # what makes the coefficients of a scan; ``reference/scan.py`` says how
+class ScanCell(NamedTuple):
+    """What makes coefficients and addends of a scan reads; ``reference/scan.py`` says what it makes of it."""
+
+    reads_b: bool = False  # every step is made of all inputs, and the backward pass reads b again
+    gate: bool = False  # beside a and b another such tensor
+    vector: bool = False  # a number of each channel, which all steps share
+
+
+SCAN_CELLS = {
+    "given": ScanCell(),
+    "log": ScanCell(),
+    "min_gru": ScanCell(reads_b=True),
+    "min_lstm": ScanCell(reads_b=True, gate=True),
+    "hgrn": ScanCell(reads_b=True, vector=True),
+    "rg_lru": ScanCell(reads_b=True, gate=True, vector=True),
+    "qrnn": ScanCell(reads_b=True),
+    "qrnn_ifo": ScanCell(reads_b=True, gate=True),
+}
 
 
 class ScanSpec(NamedTuple):
-    """How a scan is walked: what its ops take beside b, a and the initial states."""
+    """How a scan is walked: what its ops take beside b, a, gate, vector and the initial states."""
 
     resets: Tensor | None
     lengths: Tensor | None
@@ -397,10 +414,15 @@ def empty_scan(b: Tensor, kind: str, spec: ScanSpec) -> tuple[Tensor, Tensor]:
     return empty_states(b, kind), b.new_empty((states, *b.shape[2:]), dtype=state_dtype(b.dtype))
 
 
-def empty_scan_gradients(a: Tensor, h: Tensor, kind: str, spec: ScanSpec, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients of b, a and the initial states; (0,) for those of b and a where not wanted."""
+def empty_scan_gradients(
+    a: Tensor, h: Tensor, kind: str, spec: ScanSpec, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for the gradients of b, a, gate, vector and the initial states; (0,) for those of the first four where not wanted."""
     states = h.shape[1] if spec.cu_seqlens is None else spec.cu_seqlens.shape[0] - 1
     rows = states if a.shape[0] != h.shape[0] else h.shape[1]
     db = empty_states(h, kind) if wanted[0] else h.new_empty(0)
     da = a.new_empty((a.shape[0], rows, h.shape[2], *a.shape[3:])) if wanted[1] else a.new_empty(0)
-    return db, da, h.new_empty((states, *h.shape[2:]), dtype=state_dtype(h.dtype))
+    wide, cell = state_dtype(h.dtype), SCAN_CELLS[spec.cell]
+    dgate = empty_states(h, kind) if wanted[2] and cell.gate else h.new_empty(0)
+    dvector = h.new_empty(h.shape[2] if wanted[3] and cell.vector else 0, dtype=wide)
+    return db, da, dgate, dvector, h.new_empty((states, *h.shape[2:]), dtype=wide)

@@ -26,7 +26,7 @@ from .cells import steps as cell_steps
 from .scan import Scan, product
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-ScanBackward = Callable[..., tuple[Tensor, Tensor, Tensor]]  # as ``reference/scan.py`` has it, and what is wanted
+ScanBackward = Callable[..., tuple[Tensor, ...]]  # as ``reference/scan.py`` has it, and what is wanted
 Sequential = Callable[[Forward], Sequence[Tensor]]  # the forward op
 _MOST_LANES = 62  # of the sequential kernels
 _MOST_NAMED = 8  # rows
@@ -178,7 +178,9 @@ def backward(call: Backward, scan_backward: ScanBackward) -> tuple[Tensor, ...]:
         of_final, numbers = units.numbers(torch.cat(of_finals, -1)), units.numbers(of_states)
         spec, jacobian = ScanSpec(call.resets, lengths, None, "given", units.backwards), units.jacobian(saved, earlier, states)
         # of h and the initial state it reads the sizes alone, where no gradient of coefficients is wanted
-        found, _, of_first = scan_backward(numbers, of_final, None, jacobian, numbers, of_final, spec, [True, False])
+        found, *_, of_first = scan_backward(
+            numbers, of_final, None, jacobian, None, None, numbers, of_final, spec, [True, False, False, False]
+        )
         dh, dc = units.parts(units.states(found))
         h, c = units.parts(states)
         dx, dr, _, _ = units.math.step_backward(dh, dc, saved, units.vectors, *units.parts(earlier), h, c)
@@ -302,7 +304,7 @@ def _solved(
         going = ~done & worst.isfinite()
         if iteration == solver.max_iterations or not going.any():
             break
-        delta, _ = scan(units.numbers(residual), units.jacobian(saved, earlier, after), None, spec)
+        delta, _ = scan(units.numbers(residual), units.jacobian(saved, earlier, after), None, None, None, spec)
         states = torch.where(going[..., None], states + units.states(delta), states)
     report.iterations.append(iteration)
     saved = None if saved is None else _masked(saved, beyond)

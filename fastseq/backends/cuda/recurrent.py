@@ -72,8 +72,6 @@ def obstacles(query: RecurrentQuery, machine: Machine) -> list[str]:
         against.append("a projection (proj_size) is not in its kernels")
     if query.zoned:
         against.append("zoneout is not in its kernels")
-    if query.resets:
-        against.append("resets are not in its kernels")
     if query.lanes > _MOST_LANES:
         against.append(f"{query.lanes} lanes are more than {_MOST_LANES}")
     if not against and query.batch and query.hidden:
@@ -92,7 +90,7 @@ def forward(call: Forward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Te
     _run(
         call, machine, "forward", x_gates=call.input_gates().contiguous(), weight=call.weight.contiguous(),
         vectors=dense(call.vectors), h0=dense(call.h0, call.dtype), c0=dense(call.c0, call.wide), y=y, h_n=h_n, c_n=c_n, c=c,
-        gates=gates,
+        gates=gates, **_resets(call),
     )  # fmt: skip
     return results
 
@@ -100,14 +98,19 @@ def forward(call: Forward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Te
 def backward(call: Backward, machine: Machine) -> tuple[Tensor, ...]:
     """dgates, drecurrent, doutput, dh0, dc0, dreset_h, dreset_c, as the op's contract has them."""
     dtype, wide = call.dtype, call.wide
-    results = dgates, drecurrent, _, dh0, dc0, *_ = call.empty_results(zeros=True)
+    results = dgates, drecurrent, _, dh0, dc0, dreset_h, dreset_c = call.empty_results(zeros=True)
     _run(
         call, machine, "backward", dy=dense(call.dy, dtype), dh_n=dense(call.dh_n, dtype), dc_n=dense(call.dc_n, wide),
         dc=dense(call.dc, wide), weight=call.weight.contiguous(), vectors=dense(call.vectors), h0=dense(call.h0, dtype),
         c0=dense(call.c0, wide), y=call.y.contiguous(), c=call.c.contiguous(), gates=call.gates.contiguous(), dgates=dgates,
-        drecurrent=drecurrent, dh0=dh0, dc0=dc0,
+        drecurrent=drecurrent, dh0=dh0, dc0=dc0, **_resets(call), dreset_h=dreset_h, dreset_c=dreset_c,
     )  # fmt: skip
     return results
+
+
+def _resets(call: Call) -> dict[str, Tensor | None]:
+    rows = None if call.resets is None else call.resets.contiguous().view(torch.uint8)
+    return {"resets": rows, "reset_h": dense(call.reset_h, call.dtype), "reset_c": dense(call.reset_c, call.wide)}
 
 
 def _run(call: Call, machine: Machine, direction: str, **tensors: Tensor | None) -> None:

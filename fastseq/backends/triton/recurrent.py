@@ -29,8 +29,6 @@ def why_not(query: RecurrentQuery) -> list[str]:
     from fastseq.kernels.recurrent import configs
 
     unknown = [] if query.cell in configs.CELLS else [f"no Triton cell {query.cell}"]
-    if query.resets:
-        unknown.append("resets are not in its kernels")
     return unknown + dtype_obstacles(query)
 
 
@@ -97,7 +95,7 @@ def _whole_forward(launch: ForwardLaunch) -> None:
 
     whole.forward[launch.grid(launch.call.hidden)](
         launch.x_gates, launch.weight, launch.vectors, launch.h0, launch.c0, launch.y, launch.h_n, launch.c_n, launch.c,
-        launch.gates, launch.layout, launch.zoneout, launch.call.hidden,
+        launch.gates, launch.layout, launch.zoneout, launch.resets, launch.call.hidden,
         STEP=launch.math.step, PRECISION=fp32_precision(), **launch.options,
     )  # fmt: skip
 
@@ -108,7 +106,7 @@ def _whole_backward(launch: BackwardLaunch) -> None:
     whole.backward[launch.grid(launch.call.hidden)](
         launch.dy, launch.dh_n, launch.dc_n, launch.dc, launch.weight, launch.vectors, launch.h0, launch.c0, launch.y, launch.c,
         launch.gates, launch.dgates, launch.drecurrent, launch.doutput, launch.dh0, launch.dc0, launch.layout, launch.zoneout,
-        launch.call.hidden, PRECISION=fp32_precision(), **launch.options,
+        launch.resets, launch.call.hidden, PRECISION=fp32_precision(), **launch.options,
     )  # fmt: skip
 
 
