@@ -78,21 +78,23 @@ def softmax_sum(scores, values, length):
 
 
 def test_bahdanau_asks_with_the_state_before():
-    """Equations of the paper's appendix, row by row, with torch's cell."""
-    model = pair(attention="bahdanau", layers=1)
+    """Equations of the paper's appendix, row by row, with torch's cells: two layers, whose last one asks and is bridged from."""
+    model = pair(attention="bahdanau")
     source, target, lengths = batch()
     memory, (h,) = model["encoder"](source, lengths)
     decoder = model["decoder"]
-    cell = nn.GRUCell(4 + 6, 6).double()
-    cell.load_state_dict({name.removesuffix("_l0"): weight for name, weight in decoder.rnn.state_dict().items()})
+    cells = [nn.GRUCell(4 + 6, 6).double(), nn.GRUCell(6, 6).double()]
+    for number, cell in enumerate(cells):
+        cell.load_state_dict({name: getattr(decoder.rnn, f"{name}_l{number}") for name in cell.state_dict()})
     align, out = decoder.alignment, logits(model, source, target, lengths)
     for b, length in enumerate(lengths.tolist()):
-        s = torch.tanh(decoder.bridge(h[b].flatten()))
+        s = [torch.tanh(decoder.bridge(h[b, -2:].flatten()))] * 2
         for t in range(target.shape[1]):
-            scores = torch.stack([align.energy(torch.tanh(align.query(s) + align.key(each)))[0] for each in memory[b]])
+            scores = torch.stack([align.energy(torch.tanh(align.query(s[1]) + align.key(each)))[0] for each in memory[b]])
             context = softmax_sum(scores, memory[b], length)
-            s = cell(torch.cat([decoder.embedding(target[b, t]), context])[None], s[None])[0]
-            holds.close(out[b, t], decoder.output(torch.tanh(decoder.combine(torch.cat([s, context])))))
+            below = cells[0](torch.cat([decoder.embedding(target[b, t]), context])[None], s[0][None])
+            s = [below[0], cells[1](below, s[1][None])[0]]
+            holds.close(out[b, t], decoder.output(torch.tanh(decoder.combine(torch.cat([s[1], context])))))
 
 
 @pytest.mark.parametrize("score", ["dot", "general", "additive"])

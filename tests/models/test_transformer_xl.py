@@ -42,12 +42,15 @@ def from_transformers(weights):
     return renamed
 
 
-@pytest.mark.parametrize("same_length", [True, False])
-def test_it_is_transformers(same_length):
+@pytest.mark.parametrize(
+    ("name", "same_length", "norm"), [("same length", True, "post"), ("all", False, "post"), ("norm before", True, "pre")]
+)
+def test_it_is_transformers(name, same_length, norm):
     results = frozen.read(theirs.__file__)
-    case, sizes = results["same length" if same_length else "all"], (theirs.WORDS, theirs.WIDTH, theirs.HEADS, theirs.INNER)
-    options = {"same_length": same_length, "clamp": theirs.CLAMP, "tied": False, "norm": "post"}
+    case, sizes = results[name], (theirs.WORDS, theirs.WIDTH, theirs.HEADS, theirs.INNER)
+    options = {"same_length": same_length, "clamp": theirs.CLAMP, "tied": False, "norm": norm}
     model = TransformerXL(*sizes, theirs.LAYERS, theirs.MEMORY, **options).double()
+    model.final = torch.nn.Identity()  # theirs has no norm at the end
     output = {"output.weight": torch.eye(theirs.WIDTH, dtype=torch.float64)}  # the logits are the hidden states
     model.load_state_dict(from_transformers(results["weights"]) | output)
     state = tuple(torch.zeros(2, theirs.MEMORY, theirs.WIDTH, dtype=torch.float64) for _ in range(theirs.LAYERS))
