@@ -42,6 +42,9 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, float zoneout_c, Tensor[]? kept, "
       "bool two_parts) -> Tensor[]");
   m.def(
+      "recurrent_step(Tensor input, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? kept, "
+      "str cell) -> Tensor[]");
+  m.def(
       "recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, "
       "Tensor? hold_c, str cell, bool has_biases, bool bidirectional, float zoneout_h, float zoneout_c, bool save_gates, "
       "bool two_parts) -> Tensor[]");
@@ -156,6 +159,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("transformer_encoder_layer", TORCH_BOX(&fastseq::cpu::transformer_encoder_layer));
   m.impl("attention_with_kv_cache", TORCH_BOX(&fastseq::cpu::attention_with_kv_cache));
   m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));
+  m.impl("recurrent_step", TORCH_BOX(&fastseq::cpu::recurrent_step));
   m.impl("recurrent_layer", TORCH_BOX(&fastseq::cpu::recurrent_layer));
   m.impl("recurrent_pack", TORCH_BOX(&fastseq::cpu::recurrent_pack));
   m.impl("cuda_limits", TORCH_BOX(&fastseq::cuda_limits));

@@ -30,6 +30,11 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
                                      int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
                                      double zoneout_c, std::optional<std::vector<Tensor>> kept, bool two_parts);
 
+// One step of a layer of the same kind with no parameters beside weights and biases: input [B, I], states [B, n]; kept: its packed weights.
+// Returns the states; nothing where recurrent_layers would decline.
+std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
+                                   std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::optional<Tensor> kept, std::string cell);
+
 // One layer of the same kind, x [T, B, I], or [N, I] with batch_sizes, with what its gradients need: y [T, B, D, P] or [N, D, P], h_n, and
 // in the dtype of c, fp32 or wider, c_n and c of every step, then the gates unless they are to be computed anew; (0,) for what there is
 // not. hold_h, hold_c: masks of zoneout in training. Nothing where recurrent_layers would decline.

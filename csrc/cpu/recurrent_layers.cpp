@@ -415,6 +415,16 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
                    zoneout_h, zoneout_c, kept, Saves::kNothing, two_parts);
 }
 
+std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
+                                   std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::optional<Tensor> kept, std::string cell) {
+  if (input.dim() != 2 || b_ih.has_value() != b_hh.has_value()) return {};
+  std::vector<Tensor> params{std::move(w_ih), std::move(w_hh)};
+  if (b_ih) params.push_back(std::move(*b_ih)), params.push_back(std::move(*b_hh));
+  std::optional<std::vector<Tensor>> packed;
+  if (kept) packed.emplace(1, std::move(*kept));
+  return run_stack(input, h0, c0, params, {}, {}, {}, {}, cell, 1, params.size() == 4, false, false, 0, 0, packed, Saves::kNothing, false);
+}
+
 std::vector<Tensor> recurrent_layer(Tensor x, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                     std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h,
                                     std::optional<Tensor> hold_c, std::string cell, bool has_biases, bool bidirectional,

@@ -93,17 +93,25 @@ def _joined(states: Sequence[Tensor]) -> Tensor:
 
 
 def native_step(
-    cell: str, input: Tensor, states: Sequence[Tensor] | None, params: Sequence[Tensor], has_biases: bool
+    cell: str, input: Tensor, states: Sequence[Tensor] | None, params: Sequence[Tensor], packing: Packing | None = None
 ) -> Sequence[Tensor] | None:
     """The states [B, n] after a step of plain tensors in a plain call without gradients. None: the call is for another way."""
-    if not input.is_cpu or input.dtype not in native.DTYPES or backends.watched() or library.reason():
+    if not input.is_cpu or backends.watched() or library.reason():
         return None
-    if may_be_torchs("recurrent_cell", False) and not backends.forced():
+    kept = None
+    if packing is not None:
+        kept = packing.of(params)
+    elif may_be_torchs("recurrent_cell", False) and not backends.forced():
         if backends.step_is_torchs(cell, input.device, input.dtype, input.shape[0], params[1].shape[1], False):
             return None
-    h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
-    op = torch.ops.fastseq_native.recurrent_layers.default
-    return op(input, h0, c0, params, None, None, cell, 1, has_biases, False, False, 0.0, 0.0, None, False) or None
+    h0, c0 = (None, None) if states is None else states if len(states) == 2 else (states[0], None)
+    w_ih, w_hh, b_ih, b_hh = params if len(params) == 4 else (*params, None, None)
+    op = torch.ops.fastseq_native.recurrent_step.default
+    done = op(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0] if kept else None, cell)
+    if not done and kept:  # made of other values: of weights that were written through .data
+        kept = packing.again(params)  # type: ignore[union-attr]
+        done = op(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0] if kept else None, cell)
+    return done or None
 
 
 def native_training(

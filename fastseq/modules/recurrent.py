@@ -91,11 +91,13 @@ class Sequence(Interop, nn.RNNBase):
         return ", ".join([super().extra_repr(), *given])
 
     def flatten_parameters(self) -> None:
-        """Does nothing and need not be called.
+        """On a GPU, gather the weights of an LSTM, GRU or RNN in one buffer, which cuDNN reads without copying them at each call.
 
-        torch.nn gathers the weights in one buffer for cuDNN here. fastseq reads every parameter where it
-        lies, so parameters never change their storage behind the back of an optimizer, a tied module or FSDP.
+        As torch.nn does, by itself too whenever a module moves. Variants and block-diagonal weights, which cuDNN does not have,
+        stay where they are, as does everything on a CPU.
         """
+        if self.cell in GATES and self.num_heads == 1:
+            super().flatten_parameters()
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Raise unless `input` fits the weights: three-dimensional, or [N, I] when `batch_sizes` are given.

@@ -190,9 +190,6 @@ _torch_lstm: Any = nn.LSTMCell.forward
 _torch_gru: Any = nn.GRUCell.forward
 
 
-_NAMES = {True: ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), False: ("weight_ih", "weight_hh")}
-
-
 def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | None) -> Sequence[Tensor] | None:
     """The states after a plain step, by the native kernels or, with gradients, by torch's; None: it goes another way.
 
@@ -200,17 +197,19 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     """
     if type(input) is not Tensor or input.dim() != 2 or not plain_call():
         return None
-    kept = cell._parameters
-    params: list[Any] = [kept.get(name) for name in _NAMES[bool(cell.bias)]]
-    given: list[Any] = [input, *params] if hx is None else [input, *params, *hx]
+    own = cell._parameters
+    params: list[Any] = [own.get("weight_ih"), own.get("weight_hh")]
+    if cell.bias:
+        params += own.get("bias_ih"), own.get("bias_hh")
+    given: list[Any] = params if hx is None else [*params, *hx]
     for tensor in given:
         if type(tensor) not in PLAIN:
             return None
-    if not torch.is_grad_enabled() or not any([tensor.requires_grad for tensor in given]):
+    if not torch.is_grad_enabled() or not (input.requires_grad or any([tensor.requires_grad for tensor in given])):
         packing = None if cell.training else packing_of(cell)
-        if packing is None:
-            return native_step(name, input, hx, params, cell.bias)
-        return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)
+        if packing is not None and backends.watched():  # which says that it packs
+            return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)
+        return native_step(name, input, hx, params, packing)
     if backends.forced() or backends.watched():
         return None
     dtype, (batch, width), hidden = input.dtype, input.shape, cell.hidden_size

@@ -537,7 +537,5 @@ def native_layer(
     layer, kinds, simple = _plain_layer(cell, has_biases, bidirectional, each, zoneout, zoned, recompute, private, batch_first)
     steps, rows = (x.shape[0], x.shape[0] * x.shape[1]) if batch_sizes is None else (len(batch_sizes), x.shape[0])
     few = simple and rows * gates <= _FEW
-    if few and steps == 1 and h0 is not None and x.dtype in (torch.bfloat16, torch.float16):
-        few = False  # a product in h0's gradient is accumulated in fp32
     y, h_n, c_n = _Native.apply((layer, made, ragged, few), kinds, x, h0, c0, *params)
     return (y, h_n) if c_n is None else (y, h_n, c_n)

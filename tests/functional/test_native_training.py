@@ -162,8 +162,7 @@ class TestResults:
             module = CLASSES[kind](width, hidden, layers, bidirectional=bidirectional, dtype=dtype)
             call = Call(module, steps, batch, states, layout)
             check(call, error_of_mm(dtype, batch, module.weight_hh_l0.shape[0], width))
-            once = steps == 1 and states and dtype in (torch.bfloat16, torch.float16)  # such a gradient of h0 is not for it
-            one = FORWARD, BACKWARD if kind in WHOLE and not once else OF_THE_OP
+            one = FORWARD, BACKWARD if kind in WHOLE else OF_THE_OP
             assert sorted(calls_of(call.run)) == sorted(one * layers)
 
     def test_batch_first_and_strides(self, kind, dtype, shape):

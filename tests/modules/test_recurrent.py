@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -107,12 +107,29 @@ class TestConstruction:
         assert swapped.recompute is False
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_flatten_parameters_moves_nothing(self, name):
+    def test_flatten_parameters_is_torchs(self, name, monkeypatch):
         module = getattr(fastseq, name)(I, H)
         before = [p.data_ptr() for p in module.parameters()]
         module.flatten_parameters()
-        assert [p.data_ptr() for p in module.parameters()] == before
-        assert "nothing" in inspect.getdoc(type(module).flatten_parameters)
+        assert [p.data_ptr() for p in module.parameters()] == before  # on a CPU
+        laid_out = []
+        monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda self: laid_out.append(self))
+        module.double()
+        assert laid_out == [module]
+        others = [getattr(fastseq, name)(I, H, num_heads=H)] + [fastseq.LayerNormLSTM(I, H)] * (name == "LSTM")
+        del laid_out[:]  # of building them
+        for other in others:
+            other.double(), other.flatten_parameters()
+        assert laid_out == []
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("name", NAMES)
+    def test_weights_are_in_one_buffer_on_a_gpu(self, name):
+        module = getattr(fastseq, name)(I, H, num_layers=2).cuda()
+        assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # "RNN module weights are not part of single contiguous chunk of memory"
+            module(torch.randn(3, 2, I, device="cuda"))[0].sum().backward()
 
 
 class TestParity:
