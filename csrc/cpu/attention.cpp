@@ -316,6 +316,16 @@ AttentionBackward backward_of(const std::optional<Tensor>& dout, const Tensor& q
   return g;
 }
 
+// Of the rows beyond the queries that are valid, which see no key.
+void clear_delta(const void* dlse, const Tensor& delta) {
+  torch::stable::zero_(const_cast<Tensor&>(delta));
+  if (!dlse) return;
+  with_storage(type_of(delta.scalar_type()), [&]<class W>() {
+    const auto* from = static_cast<const W*>(dlse);
+    std::transform(from, from + delta.numel(), static_cast<W*>(mutable_data(delta)), [](W x) { return -x; });
+  });
+}
+
 // [B, Hq, Tq, Tk], or [B, Tq, Tk] of the average over the heads
 void add_weights(AttentionBackward& g, const std::optional<Tensor>& dweights, bool average) {
   if (!dweights) return;
@@ -355,7 +365,7 @@ std::vector<Tensor> attention_backward(std::optional<Tensor> dout, std::optional
   std::optional<Tensor> delta;
   if (wanted[7]) {
     delta = empty_lse(q);
-    if (q_lengths || hollow(g.attention)) torch::stable::zero_(*delta);
+    if (q_lengths || hollow(g.attention)) clear_delta(g.dlse, *delta);
     g.delta = mutable_data(*delta);
   }
   Gradients to;

@@ -302,7 +302,11 @@ def test_gradients_of_weights_of_any_strides(level):
         for average in (False, True):
             out, lse, weights = eager.attention(q, k, v, spec, average)
             one = torch.randn((), dtype=torch.float64).to(dtype)
-            for dw in (torch.randn_like(weights).mT.contiguous().mT, one.expand(weights.shape), weights[..., :1].expand_as(weights)):
+            for dw in (
+                torch.randn_like(weights).mT.contiguous().mT,
+                one.expand(weights.shape),
+                weights[..., :1].expand_as(weights),
+            ):
                 results = [
                     cpu.attention_gradients(out, lse, given, average, q, k, v, out, lse, spec, [True] * 3 + [False] * 4 + [True])
                     for given in (dw, dw.contiguous())
