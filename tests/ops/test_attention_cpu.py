@@ -277,6 +277,10 @@ WINDOWS = [
     AttentionCase("blocks-of-64", batch=1, blocks="qk", block_size=64, lengths=(130, 193), right=0, bottom_right=True),
     AttentionCase("bias-edges", batch=2, lengths=(65, 129), bias="hk", heads=(4, 2)),
     AttentionCase("hiding-bias-edges", batch=2, lengths=(65, 129), bias="bqk", hiding_bias=True),
+    # few queries of heads that share keys: their rows together are more than go over the keys at once, or end within a group
+    AttentionCase("few-shared", batch=2, heads=(8, 2), lengths=(5, 300), features=(64, 40), right=0, bottom_right=True),
+    AttentionCase("few-shared-window", batch=1, heads=(9, 1), lengths=(8, 290), left=70, right=2, offset=200, bias="bqk"),
+    AttentionCase("few-shared-lengths", batch=3, heads=(6, 2), lengths=(7, 270), q_lengths=(7, 3, 0), k_lengths=(270, 33, 1)),
 ]  # fmt: skip
 
 
