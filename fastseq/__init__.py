@@ -8,9 +8,14 @@ from ._convert import Report, convert, patched, revert
 from ._pack import PackReport, pack, unpack
 from ._version import __version__
 from .backends import Explanation, explain, set_backend, use_backend
+from .functional._solver import Newton
 from .modules import (
     GRU,
+    HGRN,
+    LRU,
     LSTM,
+    QRNN,
+    RGLRU,
     RNN,
     SLSTM,
     CoupledLSTM,
@@ -23,6 +28,7 @@ from .modules import (
     LSTMCell,
     MinGRU,
     MinGRUCell,
+    MinLSTM,
     MultiheadAttention,
     PeepholeLSTM,
     PeepholeLSTMCell,
@@ -38,7 +44,11 @@ del first_meeting
 
 __all__ = [
     "GRU",
+    "HGRN",
+    "LRU",
     "LSTM",
+    "QRNN",
+    "RGLRU",
     "RNN",
     "SLSTM",
     "CoupledLSTM",
@@ -52,7 +62,9 @@ __all__ = [
     "LayerNormLSTMCell",
     "MinGRU",
     "MinGRUCell",
+    "MinLSTM",
     "MultiheadAttention",
+    "Newton",
     "PackReport",
     "PeepholeLSTM",
     "PeepholeLSTMCell",

@@ -27,6 +27,8 @@ class Cell:
         parameters: a layer's parameters beside weights and biases: name, size in units of H. Those named ``bias`` go with bias.
         normalized: a step looks at all units of a row together, so a row of units cannot be divided among programs; gradients of
             its vectors need the gradient of the step's output.
+        jacobian: numbers in the state of a unit, 1 or 2, whose derivative by that of the step before the mathematics has as
+            ``jacobian``, for layers in which no unit sees another; 0: it has none.
         wide_states: how many states there are beside h.
         has_c: whether there is any.
     """
@@ -42,6 +44,7 @@ class Cell:
     own_recurrent: int = 0
     parameters: tuple[tuple[str, int], ...] = ()
     normalized: bool = False
+    jacobian: int = 0
     wide_states: int = field(init=False)
     has_c: bool = field(init=False)
 
@@ -57,13 +60,24 @@ class Cell:
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
-        Cell("rnn_tanh", "rnn", "RNN_TANH", ("h",), ("h",), ()),
-        Cell("rnn_relu", "rnn", "RNN_RELU", ("h",), ("h",), ()),
-        Cell("lstm", "lstm", "LSTM", ("i", "f", "g", "o"), ("h", "c"), ("i", "f", "g", "o")),
+        Cell("rnn_tanh", "rnn", "RNN_TANH", ("h",), ("h",), (), jacobian=1),
+        Cell("rnn_relu", "rnn", "RNN_RELU", ("h",), ("h",), (), jacobian=1),
+        Cell("lstm", "lstm", "LSTM", ("i", "f", "g", "o"), ("h", "c"), ("i", "f", "g", "o"), jacobian=2),
         # q = R_n h + b_n, which the reset gate multiplies
-        Cell("gru", "gru", "GRU", ("r", "z", "n"), ("h",), ("r", "z", "n", "q"), ("b_n",), recurrent_bias="n", own_recurrent=1),
+        Cell(
+            "gru",
+            "gru",
+            "GRU",
+            ("r", "z", "n"),
+            ("h",),
+            ("r", "z", "n", "q"),
+            ("b_n",),
+            recurrent_bias="n",
+            own_recurrent=1,
+            jacobian=1,
+        ),
         # f = 1 - i
-        Cell("coupled_lstm", "coupled_lstm", "COUPLED_LSTM", ("i", "g", "o"), ("h", "c"), ("i", "g", "o")),
+        Cell("coupled_lstm", "coupled_lstm", "COUPLED_LSTM", ("i", "g", "o"), ("h", "c"), ("i", "g", "o"), jacobian=2),
         Cell(
             "peephole_lstm",
             "peephole_lstm",
@@ -73,6 +87,7 @@ CELLS: dict[str, Cell] = {
             ("i", "f", "g", "o"),
             ("p_i", "p_f", "p_o"),
             parameters=(("weight_peephole", 3),),
+            jacobian=2,
         ),
         # R h itself is kept, which the backward pass normalizes again
         Cell(

@@ -19,7 +19,20 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastseq"
 
 # A file may import from rooms to its right, never from its left. What stands last is facts: the arguments of the ops, the cells.
-ROOMS = ("tuning", "convert", "modules", "functional", "ops", "backends", "choice", "kernels", "reference", "ops.types", "cells")
+ROOMS = (
+    "tuning",
+    "convert",
+    "models",
+    "modules",
+    "functional",
+    "ops",
+    "backends",
+    "choice",
+    "kernels",
+    "reference",
+    "ops.types",
+    "cells",
+)
 
 
 def room(path: Path) -> str | None:
@@ -57,6 +70,34 @@ def test_imports_go_one_way(path):
     own = ROOMS.index(room(path))
     wrong = {name for name in map(lambda name: name.lstrip("_"), imports(path)) if name in ROOMS and ROOMS.index(name) < own}
     assert not wrong, f"{path.relative_to(ROOT)} imports from its left: {sorted(wrong)}"
+
+
+MODELS = sorted((PACKAGE / "models").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
+def test_models_stand_on_what_users_have(path):
+    """A reader can copy one: of fastseq it uses public names alone, beside them torch and other models."""
+    import fastseq
+
+    public, functions = {"models", "functional", *fastseq.__all__}, fastseq.functional.__all__
+    names = {name for name in imported(path) if name[0] != "__future__"}
+    inside = {name[1:] for name in names if name[0] == "fastseq" and len(name) > 1}
+    wrong = {name for name in inside if name[0] not in public or (name[0] == "functional" and not {*name[1:]} <= {*functions})}
+    wrong |= {name for name in names if name[0] not in ("fastseq", "torch", *sys.stdlib_module_names)}
+    assert not wrong, f"{path.name} imports {sorted(wrong)}"
+    read = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+    used = {node.attr for node in read if isinstance(node.value, ast.Name) and node.value.id == "fastseq"}
+    assert used <= public, f"{path.name} uses fastseq's {sorted(used)}"
+
+
+def test_models_have_no_base_class_and_take_no_unnamed_options():
+    for path in MODELS:
+        for model in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)):
+            bases = {ast.unparse(base) for base in model.bases}
+            assert bases <= {"nn.Module", "NamedTuple", "torch.autograd.Function"}, f"{path.name}: {model.name} is a {bases}"
+            for method in (node for node in model.body if isinstance(node, ast.FunctionDef)):
+                assert method.args.kwarg is None, f"{path.name}: {model.name}.{method.name} takes what it does not name"
 
 
 # The same for benchmarks/; what stands beside the rooms may import all of them.

@@ -15,7 +15,7 @@ from .explanation import Explanation, explain
 from .notes import note, watched, watching
 from .query import AttentionQuery, Query, RecurrentQuery, ScanQuery
 from .registry import BACKENDS, ORDER, able, obstacles, reasons
-from .selection import Choice, Refused, call_of, chosen, decision, select, step_is_torchs, torch_runs, torch_takes
+from .selection import Choice, Refused, call_of, chosen, decision, select, solved, step_is_torchs, torch_runs, torch_takes
 from .wish import forced, heeding, set_backend, use_backend
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "reference",
     "select",
     "set_backend",
+    "solved",
     "step_is_torchs",
     "torch",
     "torch_runs",

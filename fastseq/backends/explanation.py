@@ -19,7 +19,8 @@ class Explanation:
     """Which backend ran each call, and what stood against the others. ``print`` it."""
 
     calls: list[tuple[Query, str, dict[str, list[str]]]] = field(default_factory=list)
-    notes: list[list[str]] = field(default_factory=list)  # of each call: where the choice comes from, what its backend says
+    # of each call: where the choice comes from, what its backend says, of calls alike what any of them says
+    notes: list[list[str]] = field(default_factory=list)
 
     @property
     def backends(self) -> list[str]:
@@ -49,14 +50,14 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     if not callable(function):
         raise TypeError(f"explain takes a function or module and then its arguments, not {type(function).__name__}")
     explanation = Explanation()
-    seen: set[Query] = set()
+    seen: dict[Query, list[str]] = {}
     notes: list[str] = []  # of the call that runs
 
     def told(query: Query, chosen: str) -> None:
         nonlocal notes
-        notes = []
-        if query not in seen:
-            seen.add(query)
+        known = seen.get(query)
+        notes = seen[query] = [] if known is None else known
+        if known is None:
             explanation.notes.append(notes)
             # PyTorch's own kernel is not asked for after the others
             better = ORDER[: ORDER.index(chosen)] if forced() is None and chosen != "torch" else ()
@@ -64,7 +65,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
             explanation.calls.append((query, chosen, {name: why for name, why in against.items() if why}))
 
     def noted(text: str) -> None:
-        notes.append(text)
+        if text not in notes:
+            notes.append(text)
 
     with watching(told, noted), no_grad():
         function(*args, **kwargs)

@@ -135,6 +135,12 @@ def select(query: Query) -> ModuleType:
     return BACKENDS[chosen]
 
 
+def solved(query: RecurrentQuery, scans: ScanQuery, report: object) -> None:
+    """Tell who looks on of a call whose steps were solved at once, by such scans, and what became of it."""
+    tell(query, select(scans).name)
+    note(report)
+
+
 class Choice(NamedTuple):
     """Who runs a call."""
 

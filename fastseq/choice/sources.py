@@ -127,7 +127,7 @@ def _known(call: Call, here: Device, device: torch.device, meeting: bool) -> Dec
     if point is not None:
         speed = speed_of(point.candidates)
         return Decision(point.candidates, "tuned", ", ".join(part for part in ("tuned here", speed, point.date) if part))
-    if here.type == "cpu" and call.op == "recurrent" and call.kind in _CELLS and call.layout != "lengths":
+    if here.type == "cpu" and call.op == "recurrent" and call.kind in _CELLS and call.layout != "lengths" and call.lanes <= 2:
         return _by_length(call, here)
     points, words = shipped.points_for(here.type, here.name, here.level)
     if here.type != "cpu":

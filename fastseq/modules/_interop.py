@@ -55,7 +55,7 @@ class Interop(nn.Module):
         torch_class = vars(kind).get("stands_for")
         if torch_class is None and kind.__module__.startswith("fastseq."):
             torch_class = TORCH_CLASSES.get(kind.__name__)
-        own = [option for option in ("zoneout", "weight_dropout") if getattr(self, option, 0)]
+        own = [option for option in ("zoneout", "weight_dropout", "solver") if getattr(self, option, 0)]
         own += ["num_heads"] if isinstance(self, nn.RNNBase) and self.num_heads != 1 else []
         if torch_class is None or own:
             what = f"{kind.__name__} with {', '.join(own)}" if own else kind.__name__

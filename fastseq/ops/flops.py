@@ -89,6 +89,8 @@ _OF_SHAPES = {
     "recurrent": _recurrent,
     "recurrent_forward": _recurrent_forward,
     "recurrent_backward": _recurrent_backward,
+    "recurrent_newton": _recurrent_forward,
+    "recurrent_parallel_backward": _recurrent_backward,
 }
 _OF_TENSORS = {
     "attention_forward": _attention_forward,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastseq import functional, modules
-from fastseq.backends import BACKENDS, AttentionQuery, Query, RecurrentQuery, obstacles
+from fastseq.backends import BACKENDS, AttentionQuery, Query, RecurrentQuery, obstacles, use_backend
 from fastseq.backends.registry import CANDIDATES
 from fastseq.backends.torch import serves
 from fastseq.choice.decision import MODES, Call, Candidate
@@ -32,7 +32,8 @@ Program = Callable[[], list[Tensor]]
 
 @dataclass
 class Problem:
-    """``ours`` runs whatever is chosen while it runs; ``torchs`` is PyTorch's own module or function."""
+    """``ours`` runs whatever is chosen while it runs; ``torchs`` is PyTorch's own module or function, or where it has none the
+    reference, which is plain PyTorch."""
 
     query: Query
     ours: Program
@@ -46,7 +47,7 @@ def untunable(call: Call) -> str | None:
         unknown = set(call.kind.split("+")) - FEATURES
         if unknown or call.layout != "padded" or {"mask", "bias"} <= set(call.kind.split("+")):
             return f"attention with {call.kind}, {call.layout}, has one kernel"
-    elif call.kind not in LAYERS or call.lanes > 2 or 0 in call.sizes:
+    elif call.kind not in LAYERS or (call.lanes > 2 and call.sizes[-1] > 1) or 0 in call.sizes:
         return f"{call.kind} in {call.lanes} lanes has one kernel"
     return None
 
@@ -80,10 +81,14 @@ def _dtype(call: Call) -> torch.dtype:
 def _layers(call: Call, device: torch.device) -> Problem:
     name, options = LAYERS[call.kind]
     (B, T, H), dtype, training = call.sizes, _dtype(call), call.mode == MODES[True]
-    theirs = getattr(nn, name)(H, H, bidirectional=call.lanes == 2, **options).to(device, dtype)
-    ours = getattr(modules, name)(H, H, bidirectional=call.lanes == 2, **options).to(device, dtype)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(T, B, H).to(device, dtype)
+    if call.lanes > 2:  # heads of one unit, which torch does not have
+        ours = getattr(modules, name)(call.lanes, call.lanes, num_heads=call.lanes, **options).to(device, dtype)
+        theirs = copy.deepcopy(ours)
+    else:
+        theirs = getattr(nn, name)(H, H, bidirectional=call.lanes == 2, **options).to(device, dtype)
+        ours = getattr(modules, name)(H, H, bidirectional=call.lanes == 2, **options).to(device, dtype)
+        ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, B, ours.input_size).to(device, dtype)
     lengths = torch.cat((torch.tensor([T]), torch.randint(1, T + 1, (B - 1,))))
 
     def program(module: nn.Module, own: bool) -> Program:
@@ -109,6 +114,9 @@ def _layers(call: Call, device: torch.device) -> Problem:
         "recurrent", device, dtype, call.kind, T, call.lanes, H, False, call.layout, batch=B, saving=training
     )  # fmt: skip
     exact = copy.deepcopy(theirs).double()
+    if call.lanes > 2:
+        plain, truth = (use_backend("reference")(program(module, True)) for module in (theirs, exact))
+        return Problem(query, program(ours, True), plain, truth)
     return Problem(query, program(ours, True), program(theirs, False), program(exact, False))
 
 

@@ -91,7 +91,7 @@ def recurrent(
     divided = not projected and not normalized  # units of a step among programs, or one after another
     able = {"single": divided and one_step and not backward, "whole": not projected, "streamed": divided, "stepwise": True}
     padded = max(16, triton.next_power_of_2(hidden))
-    if form is not None and able[form]:
+    if form is not None and able.get(form):
         chosen, reason = form, "forced by FASTSEQ_TRITON_RECURRENT"
     elif one_step:
         chosen, reason = _one_step(batch, projected, normalized, backward)
@@ -181,8 +181,9 @@ def _streamed(
 def forced_form() -> str | None:
     """The environment variable FASTSEQ_TRITON_RECURRENT forces a form, to compare them."""
     form = os.environ.get("FASTSEQ_TRITON_RECURRENT") or None
-    if form is not None and form not in FORMS:
-        raise ValueError(f"FASTSEQ_TRITON_RECURRENT={form} is none of {', '.join(FORMS)}")
+    accepted = (*FORMS, "parallel")  # the last has no kernel here: the backward pass of a scan
+    if form is not None and form not in accepted:
+        raise ValueError(f"FASTSEQ_TRITON_RECURRENT={form} is none of {', '.join(accepted)}")
     return form
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fastseq
 from fastseq import backends
 from fastseq.backends import AttentionQuery, RecurrentQuery
-from fastseq.choice import sources, store
+from fastseq.choice import lengths, sources, store
 from fastseq.choice.decision import Call, Candidate, Point, distance, entry_of, nearest, ranked, speed_of
 from fastseq.choice.device import Device, device_of, versions
 
@@ -154,6 +155,16 @@ class TestShippedForACpu:
     def test_single_steps(self, hidden, gradients, backend):
         query = RecurrentQuery("recurrent_cell", CPU, torch.float32, "gru", 1, 1, hidden, False, "padded", batch=2)
         assert backends.chosen(query, gradients).backend == backend
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("lanes", [3, 62])
+def test_heads_on_a_cpu_are_ours(monkeypatch, lanes, gradients):
+    """The lengths that are shipped are those of one and two directions."""
+    monkeypatch.setattr(lengths, "_table", lengths.table_of("avx2", json.loads(lengths.FILE.read_text())))
+    sources.forget()
+    query = RecurrentQuery("recurrent", CPU, torch.float32, "gru", 20, lanes, 8, False, "padded", batch=2)
+    assert backends.chosen(query, gradients).backend == "cpu"
 
 
 class TestNearness:

@@ -136,6 +136,16 @@ class TestTune:
         assert not report.rows and not report.skipped
         (skipped,) = tuner.measured_and_stored([(LSTM._replace(kind="slstm"), CPU)], isolated=False).skipped
         assert skipped[1] == "slstm in 1 lanes has one kernel"
+        (skipped,) = tuner.measured_and_stored([(LSTM._replace(lanes=6), CPU)], isolated=False).skipped
+        assert skipped[1] == "lstm in 6 lanes has one kernel"
+
+    @pytest.mark.parametrize("mode", ["inference", "training"])
+    @pytest.mark.parametrize("layout", ["padded", "lengths", "packed"])
+    def test_heads_of_one_unit(self, layout, mode):
+        """Lanes of a call. torch has no such layer: a candidate has to agree with the reference."""
+        call = LSTM._replace(lanes=6, sizes=(2, 5, 1), layout=layout, mode=mode)
+        (row,) = tuner.measured_and_stored([(call, CPU)], isolated=False, seconds=0.001).rows
+        assert [(c.name, c.against) for c in row.candidates] == [("cpu", "")] and row.error < 1e-5
 
     @pytest.mark.parametrize(
         ("given", "error", "words"),

@@ -18,6 +18,10 @@ def constructors() -> None:
     fastseq.RNN(8, 16, 1, "relu", device="cpu")
     fastseq.PeepholeLSTM(8, 16, proj_size=4)
     keep_type.LSTM(8, 16, num_heads=2)
+    fastseq.GRU(8, 16, num_heads=16, solver=fastseq.Newton(tolerance=1e-6, max_iterations=30, chunk=64, otherwise="raise"))
+    fastseq.GRU(8, 16, num_heads=16, solver="newton")  # E: arg-type
+    fastseq.Newton(chunk="64")  # E: arg-type
+    fastseq.Newton(otherwise="rise")  # E: arg-type
     fastseq.LSTM("eight", 16)  # E: arg-type
     fastseq.LSTM(8, hidden_size="x")  # E: arg-type
     fastseq.LSTM(8, 16, foo=3)  # E: call-arg

@@ -2,7 +2,7 @@
 
 One step of a small batch in one launch; whole sequences in one launch where a program can hold the recurrent weights, or can read
 them fast enough in every step; else a matrix product and one fused kernel per step. ``kernels/recurrent/configs.py`` says which
-and why.
+and why. Where no unit sees another, back through all steps at once, if that was measured to be faster.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from torch import Tensor
 
 from ...cells import CELLS
 from ...ops.types import Backward, Forward
-from ..forms import form_of_query
+from ...reference import recurrent_parallel
+from ..forms import form_of_query, measured_form
 from ..notes import note
 from ..precision import fp32_precision
 from ..query import RecurrentQuery
 from . import recurrent_single, recurrent_stepwise, recurrent_streamed
 from ._launch import dtype_obstacles, on
 from .recurrent_args import BackwardLaunch, ForwardLaunch
+from .scan import scan_backward
+
+PARALLEL = "parallel"  # the form of a backward pass by one scan, where no unit sees another
 
 
 def why_not(query: RecurrentQuery) -> list[str]:
@@ -29,8 +33,14 @@ def why_not(query: RecurrentQuery) -> list[str]:
 
 
 def forms(query: RecurrentQuery) -> tuple[str, ...]:
-    """The form by the rules, unnamed, and the others that can walk a sequence."""
-    return ("",) if query.steps == 1 or query.projected else ("", "whole", "streamed", "stepwise")
+    """The form by the rules, unnamed, and the others that can walk a sequence; or go back through it at once."""
+    if query.steps == 1 or query.projected:
+        return ("",)
+    return ("", "whole", "streamed", "stepwise", *((PARALLEL,) if _may_be_parallel(query) else ()))
+
+
+def _may_be_parallel(query: RecurrentQuery) -> bool:
+    return query.hidden == 1 and bool(CELLS[query.cell].jacobian) and not query.zoned
 
 
 def form(query: RecurrentQuery, family: str) -> str:
@@ -43,6 +53,8 @@ def variant(query: RecurrentQuery, family: str) -> str:
     from fastseq.kernels.recurrent import configs
 
     row = CELLS[query.cell]
+    if family == "backward" and _may_be_parallel(query) and (configs.forced_form() or form(query, family)) == PARALLEL:
+        return PARALLEL
     config = configs.of(
         query.device, query.dtype, len(row.gates), query.hidden, query.batch, query.projected, row.normalized,
         one_step=query.steps == 1 and query.layout == "padded", backward=family == "backward",
@@ -60,7 +72,10 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     return launch.results
 
 
-def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def recurrent_backward(call: Backward) -> tuple[Tensor, ...]:
+    if recurrent_parallel.serves(call) and _form_of(call) == PARALLEL:
+        note(f"backward {PARALLEL} in time")
+        return recurrent_parallel.backward(call, scan_backward)
     launch = BackwardLaunch(call)
     if call.batch and call.hidden:
         with on(call.y.device):
@@ -68,12 +83,19 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     return launch.results
 
 
+def _form_of(call: Backward) -> str:
+    """The form that is forced, or was measured to be the fastest."""
+    from fastseq.kernels.recurrent import configs
+
+    return configs.forced_form() or measured_form("triton", call, True)
+
+
 def _whole_forward(launch: ForwardLaunch) -> None:
     from fastseq.kernels.recurrent import whole
 
     whole.forward[launch.grid(launch.call.hidden)](
         launch.x_gates, launch.weight, launch.vectors, launch.h0, launch.c0, launch.y, launch.h_n, launch.c_n, launch.c,
-        launch.gates, launch.layout, launch.zoneout, launch.call.hidden,
+        launch.gates, launch.layout, launch.zoneout, launch.resets, launch.call.hidden,
         STEP=launch.math.step, PRECISION=fp32_precision(), **launch.options,
     )  # fmt: skip
 
@@ -84,7 +106,7 @@ def _whole_backward(launch: BackwardLaunch) -> None:
     whole.backward[launch.grid(launch.call.hidden)](
         launch.dy, launch.dh_n, launch.dc_n, launch.dc, launch.weight, launch.vectors, launch.h0, launch.c0, launch.y, launch.c,
         launch.gates, launch.dgates, launch.drecurrent, launch.doutput, launch.dh0, launch.dc0, launch.layout, launch.zoneout,
-        launch.call.hidden, PRECISION=fp32_precision(), **launch.options,
+        launch.resets, launch.call.hidden, PRECISION=fp32_precision(), **launch.options,
     )  # fmt: skip
 
 

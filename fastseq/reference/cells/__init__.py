@@ -15,6 +15,9 @@ Every file defines, for tensors of any leading shape ``[..., n * H]``:
     the cell state that a step proposed, before zoneout; only of cells whose one wide state is c.
 ``output(saved, vectors, c) -> h``
     what a projection projects; only of cells that can have one.
+``jacobian(weight, saved, vectors, h_prev, c_prev, h, c) -> [..., H] or [..., H, 2, 2]``
+    the derivative of each unit's state by its state before, of a layer in which no unit sees another: R is diagonal, and
+    ``weight`` [..., G * H] that diagonal of each gate. A block has rows and columns h, c; only where the table says so.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .lstm import block
+
 
 def step(x: Tensor, r: Tensor, vectors: None, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     i, g, o = (x + r).chunk(3, -1)
@@ -35,3 +37,10 @@ def candidate(saved: Tensor, c_prev: Tensor) -> Tensor:
 
 def output(saved: Tensor, vectors: None, c: Tensor) -> Tensor:
     return saved.chunk(3, -1)[2] * c.tanh()
+
+
+def jacobian(weight: Tensor, saved: Tensor, vectors: None, h_prev: Tensor, c_prev: Tensor, h: Tensor, c: Tensor) -> Tensor:
+    i, g, o = saved.chunk(3, -1)
+    w_i, w_g, w_o = weight.chunk(3, -1)
+    c_by_h = (g - c_prev) * i * (1 - i) * w_i + i * (1 - g * g) * w_g
+    return block(c_by_h, 1 - i, o * (1 - o) * w_o, torch.zeros_like(o), o, c)

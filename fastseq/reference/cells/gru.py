@@ -28,5 +28,12 @@ def step_backward(
     return torch.cat((dr, dz, dn), -1), torch.cat((dr, dz, dn * r), -1), dh * z, None
 
 
+def jacobian(weight: Tensor, saved: Tensor, vectors: Tensor | None, h_prev: Tensor, c_prev: None, h: Tensor, c: None) -> Tensor:
+    r, z, n, q = saved.chunk(4, -1)
+    w_r, w_z, w_n = weight.chunk(3, -1)
+    of_n = (1 - n * n) * (r * w_n + q * r * (1 - r) * w_r)
+    return z + (h_prev - n) * z * (1 - z) * w_z + (1 - z) * of_n
+
+
 def vector_gradients(dx: Tensor, dr: Tensor, dh: None, saved: Tensor, vectors: Tensor | None, c_prev: None, c: None) -> Tensor:
     return dr

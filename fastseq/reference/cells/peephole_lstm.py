@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .lstm import candidate, output
+from .lstm import block, candidate, output
 
-__all__ = ["candidate", "output", "step", "step_backward", "vector_gradients"]
+__all__ = ["candidate", "jacobian", "output", "step", "step_backward", "vector_gradients"]
 
 
 def step(x: Tensor, r: Tensor, vectors: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,3 +40,12 @@ def step_backward(
 def vector_gradients(dx: Tensor, dr: Tensor, dh: None, saved: Tensor, vectors: Tensor, c_prev: Tensor, c: Tensor) -> Tensor:
     di, df, _, do = dx.chunk(4, -1)
     return torch.cat((di * c_prev, df * c_prev, do * c), -1)
+
+
+def jacobian(weight: Tensor, saved: Tensor, vectors: Tensor, h_prev: Tensor, c_prev: Tensor, h: Tensor, c: Tensor) -> Tensor:
+    i, f, g, o = saved.chunk(4, -1)
+    (w_i, w_f, w_g, w_o), (p_i, p_f, p_o) = weight.chunk(4, -1), vectors.chunk(3, -1)
+    through_i, through_f, through_o = g * i * (1 - i), c_prev * f * (1 - f), o * (1 - o)
+    c_by_h = through_i * w_i + through_f * w_f + i * (1 - g * g) * w_g
+    c_by_c = f + through_i * p_i + through_f * p_f
+    return block(c_by_h, c_by_c, through_o * (w_o + p_o * c_by_h), through_o * p_o * c_by_c, o, c)

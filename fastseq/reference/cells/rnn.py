@@ -22,6 +22,9 @@ class Elman:
     ) -> tuple[Tensor, None, None, None]:
         return dh * self.derivative(h), None, None, None
 
+    def jacobian(self, weight: Tensor, saved: None, vectors: None, h_prev: Tensor, c_prev: None, h: Tensor, c: None) -> Tensor:
+        return weight * self.derivative(h)
+
 
 TANH = Elman(torch.tanh, lambda h: 1 - h * h)
 RELU = Elman(torch.relu, lambda h: (h > 0).to(h.dtype))

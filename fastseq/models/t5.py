@@ -1,0 +1,98 @@
+"""T5: an encoder-decoder whose only positions are a learned bias by distance.
+
+Letters: B batch, S source and T target tokens, W width, H heads, N room in the cache, V words.
+
+What differs from the paper (Raffel et al., 2020): E = W / H, so that the projections are square; nothing is dropped unless a rate
+is named. As there: scores are not scaled, norms are of the root mean square, no layer has a bias, the head is the table of words.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastseq.functional import t5_relative_bias
+
+from ._configuration import check_sizes
+from .blocks import Attention, Block
+from .positions import Embedding
+from .transformer import Decoder, Encoder, State
+
+__all__ = ["T5"]
+
+
+class T5(nn.Module):
+    """From the tokens of a source to logits of a target's.
+
+    Args:
+        buckets, farthest: of distances, num_buckets and max_distance of :func:`fastseq.functional.t5_relative_bias`.
+    """
+
+    def __init__(
+        self, words: int, width: int, heads: int, inner: int, layers: int, *, buckets: int = 32, farthest: int = 128,
+        eps: float = 1e-6, dropout: float = 0.0, attention_dropout: float = 0.0, inner_dropout: float = 0.0
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_sizes(layers=layers, buckets=buckets, farthest=farthest)
+
+        def blocks(cross: bool) -> list[Block]:
+            options = {"kind": "rms", "bias": False, "scale": 1.0, "eps": eps, "dropout": dropout}
+            rates = {"attention_dropout": attention_dropout, "inner_dropout": inner_dropout}
+            return [Block(width, heads, inner, cross=cross, **options, **rates) for _ in range(layers)]
+
+        self.encoder = Encoder(blocks(False), nn.RMSNorm(width, eps))
+        self.decoder = Decoder(blocks(True), nn.RMSNorm(width, eps))
+        self.embedding, self.dropout = Embedding(words, width, "none", dropout=dropout), nn.Dropout(dropout)
+        self.biases = nn.ModuleList(nn.Embedding(buckets, heads) for _ in range(2))  # of the encoder's distances, the decoder's
+        self.buckets = {"num_buckets": buckets, "max_distance": farthest}
+        for parameter in self.biases.parameters():
+            nn.init.normal_(parameter, std=width**-0.5)
+
+    def encode(self, source: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """source int [B, S] with lengths [B]: [B, S, W]."""
+        x, relative = self.embedding(source), t5_relative_bias(self.biases[0].weight, *[source.shape[1]] * 2, **self.buckets)
+        for block in self.encoder.blocks:
+            x = block(x, lambda y, ask=block.attention: ask(y, lengths=lengths, relative=relative))
+        return self.dropout(self.encoder.final(x))
+
+    def forward(self, source: Tensor, target: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """source int [B, S] with lengths [B], target int [B, T], each the token before the one to be said: logits [B, T, V]."""
+        memory, x = self.encode(source, lengths), self.embedding(target)
+        relative = self._before(target.shape[1])
+        for block in self.decoder.blocks:
+            x = block(
+                x,
+                lambda y, ask=block.attention: ask(y, causal=True, relative=relative),
+                lambda y, ask=block.cross: ask(y, ask.project(memory, 1, 3), lengths),
+            )
+        return self._logits(x)
+
+    def start(self, source: Tensor, room: int, lengths: Tensor | None = None) -> State:
+        """The state before the first of up to N target tokens."""
+        return self.decoder.start(len(source), room, self.encode(source, lengths), lengths)
+
+    def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
+        """token int [B]: logits [B, V] of the one after it, and the state then, whose keys and values are written in place."""
+        x = self.embedding(token[:, None])
+        self.decoder.check(state, x)
+        relative = self._before(state.keys[0].shape[1])
+
+        def attend(y: Tensor, ask: Attention, *cache: Tensor) -> Tensor:
+            place = state.count[:, None, None, None].expand(-1, 1, *cache[0].shape[2:])  # [B, 1, H, E]
+            for kept, new in zip(cache, ask.project(y, 1, 3), strict=True):
+                kept.scatter_(1, place, new)
+            return ask(y, cache, state.count + 1, relative=relative, alignment="bottom_right")
+
+        for block, keys, values, source in zip(self.decoder.blocks, state.keys, state.values, state.source, strict=True):
+            x = block(
+                x,
+                lambda y, ask=block.attention, cache=(keys, values): attend(y, ask, *cache),
+                lambda y, ask=block.cross, source=source: ask(y, source, state.lengths),
+            )
+        return self._logits(x)[:, 0], state._replace(count=state.count + 1)
+
+    def _before(self, steps: int) -> tuple[Tensor, int]:
+        """The decoder's bias by distances -(steps - 1) .. 0."""
+        return t5_relative_bias(self.biases[1].weight, steps, 1, bidirectional=False, **self.buckets)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.dropout(self.decoder.final(x)) * x.shape[-1] ** -0.5 @ self.embedding.tokens.weight.T
