@@ -90,8 +90,8 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!)? db, Tensor(b!)? da, "
       "Tensor(c!)? dgate, Tensor(d!)? dvector, Tensor(e!) dinitial) -> ()");
   m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool saves=True) -> (Tensor, Tensor)");
-  m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTSEQ_SPEC
-        ", bool[] wanted) -> Tensor[]");
+  m.def("attention_backward(Tensor? dout, Tensor? dlse, Tensor? dweights, bool average, Tensor q, Tensor k, Tensor? v, Tensor? out, "
+        "Tensor lse, " FASTSEQ_SPEC ", bool[] wanted) -> Tensor[]");
   m.def("attention_with_weights(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool average) -> (Tensor, Tensor, Tensor)");
   m.def("attention_weights(Tensor q, Tensor k, Tensor lse, " FASTSEQ_SPEC ", bool average) -> Tensor");
   m.def("attention_plain(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, float dropout, Tensor? seed, "
@@ -106,8 +106,9 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("linear_backward(Tensor dout, Tensor input, Tensor weight, bool[] wanted) -> Tensor[]");
   m.def("self_attention(Tensor projected, int num_heads, Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, "
         "bool is_causal, float dropout, Tensor? seed, bool need_weights, bool average_attn_weights) -> Tensor[]");
-  m.def("self_attention_backward(Tensor dout, Tensor projected, Tensor out, Tensor lse, int num_heads, Tensor? key_padding_mask, "
-        "Tensor? attn_mask, bool batch_first, bool is_causal, float dropout, Tensor? seed) -> Tensor");
+  m.def("self_attention_backward(Tensor dout, Tensor? dweights, Tensor projected, Tensor out, Tensor lse, int num_heads, "
+        "Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, bool is_causal, float dropout, Tensor? seed, "
+        "bool average_attn_weights) -> Tensor");
   m.def("transformer_encoder_layer(Tensor src, Tensor[] parameters, int num_heads, bool gelu, bool norm_first, float eps, "
         "Tensor? src_mask, Tensor? src_key_padding_mask, bool batch_first, bool is_causal) -> Tensor[]");
   m.def("attention_plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, float scale, "
