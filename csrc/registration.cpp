@@ -34,32 +34,33 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
         "int rank=0) -> (str, float, int[], int)");
   m.def(
       "recurrent_forward(Tensor? x, Tensor? w_ih, Tensor? b_ih, Tensor? x_gates, Tensor weight, Tensor? vectors, "
-      "Tensor? projection, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, str cell, "
-      "int reverse, float zoneout_h, float zoneout_c, bool two_parts, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, "
-      "Tensor(e!) gates) -> ()");
+      "Tensor? projection, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, "
+      "Tensor? resets, Tensor? reset_h, Tensor? reset_c, str cell, int reverse, float zoneout_h, float zoneout_c, bool two_parts, "
+      "Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, Tensor(e!) gates) -> ()");
   m.def(
-      "recurrent_layers(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, str cell, "
-      "int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, float zoneout_c, Tensor[]? kept, "
-      "bool two_parts) -> Tensor[]");
+      "recurrent_layers(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, "
+      "Tensor? resets, str cell, int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, "
+      "float zoneout_c, Tensor[]? kept, bool two_parts) -> Tensor[]");
   m.def(
       "recurrent_step(Tensor input, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? kept, "
       "str cell) -> Tensor[]");
   m.def(
       "recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, "
-      "Tensor? hold_c, str cell, bool has_biases, bool bidirectional, float zoneout_h, float zoneout_c, bool save_gates, "
+      "Tensor? hold_c, Tensor? resets, str cell, bool has_biases, bool bidirectional, float zoneout_h, float zoneout_c, bool save_gates, "
       "bool two_parts) -> Tensor[]");
   m.def(
       "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, "
-      "Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, Tensor gates, str cell, "
+      "Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor? resets, Tensor y, Tensor c, Tensor gates, str cell, "
       "float zoneout_h, float zoneout_c, bool[] wanted, bool two_parts) -> Tensor[]");
   m.def("recurrent_norm_gradients(Tensor dgates, Tensor gates, Tensor? dm, Tensor? c, Tensor vectors, str cell) -> Tensor");
   m.def(
       "recurrent_pack(Tensor[] params, str cell, int num_layers, bool has_biases, bool bidirectional, str weights) -> Tensor[]");
   m.def(
       "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
-      "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
-      "Tensor gates, str cell, int reverse, float zoneout_h, float zoneout_c, bool through_weights, bool two_parts, Tensor(a!) dgates, "
-      "Tensor(b!) drecurrent, Tensor(c!) doutput, Tensor(d!) dh0, Tensor(e!) dc0) -> ()");
+      "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor? resets, Tensor? reset_h, "
+      "Tensor? reset_c, Tensor y, Tensor c, Tensor gates, str cell, int reverse, float zoneout_h, float zoneout_c, "
+      "bool through_weights, bool two_parts, Tensor(a!) dgates, Tensor(b!) drecurrent, Tensor(c!) doutput, Tensor(d!) dh0, "
+      "Tensor(e!) dc0, Tensor(f!) dreset_h, Tensor(g!) dreset_c) -> ()");
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? slopes, Tensor? sinks, "
       "float scale, float softcap, int left, int right, int num_splits) -> (Tensor, Tensor)");
@@ -69,25 +70,28 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "int num_splits) -> Tensor[]");
   m.def(
       "recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, Tensor? h0, Tensor? lengths, Tensor? batch_sizes, "
-      "Tensor[] w_ih, int reverse, int[] wanted, bool two_parts) -> Tensor[]");
+      "Tensor? resets, Tensor? reset_h, Tensor[] w_ih, int reverse, int[] wanted, bool two_parts) -> Tensor[]");
   m.def(
       "recurrent_cuda_forward(str cell, str precision, int[] plan, Tensor x_gates, Tensor weight, Tensor? vectors, Tensor? h0, "
       "Tensor? c0, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!) c, Tensor(e!) gates, Tensor? starts, Tensor? lengths, "
-      "int steps, int batch, int lanes, int hidden, int reverse, Tensor(f!) operands, Tensor(g!) flags) -> ()");
+      "int steps, int batch, int lanes, int hidden, int reverse, Tensor(f!) operands, Tensor(g!) flags, Tensor? resets, "
+      "Tensor? reset_h, Tensor? reset_c) -> ()");
   m.def(
       "recurrent_cuda_backward(str cell, str precision, int[] plan, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, "
       "Tensor weight, Tensor? vectors, Tensor? h0, Tensor? c0, Tensor y, Tensor c, Tensor gates, Tensor(a!) dgates, "
       "Tensor(b!) drecurrent, Tensor(c!) dh0, Tensor(d!) dc0, Tensor? starts, Tensor? lengths, int steps, int batch, int lanes, "
-      "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags) -> ()");
+      "int hidden, int reverse, Tensor(e!) operands, Tensor(f!) flags, Tensor? resets, Tensor? reset_h, Tensor? reset_c, "
+      "Tensor(g!) dreset_h, Tensor(h!) dreset_c) -> ()");
   m.def(
-      "scan_forward(Tensor b, Tensor a, Tensor? initial, Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str kind, str cell, "
-      "bool reverse, Tensor(a!) h, Tensor(b!) final) -> ()");
+      "scan_forward(Tensor b, Tensor a, Tensor? gate, Tensor? vector, Tensor? initial, Tensor? resets, Tensor? lengths, "
+      "Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!) h, Tensor(b!) final) -> ()");
   m.def(
-      "scan_backward(Tensor? dh, Tensor? dfinal, Tensor? b, Tensor a, Tensor h, Tensor? initial, Tensor? resets, Tensor? lengths, "
-      "Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!)? db, Tensor(b!)? da, Tensor(c!) dinitial) -> ()");
+      "scan_backward(Tensor? dh, Tensor? dfinal, Tensor? b, Tensor a, Tensor? gate, Tensor? vector, Tensor h, Tensor? initial, "
+      "Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!)? db, Tensor(b!)? da, "
+      "Tensor(c!)? dgate, Tensor(d!)? dvector, Tensor(e!) dinitial) -> ()");
   m.def("attention_forward(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool saves=True) -> (Tensor, Tensor)");
-  m.def("attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " FASTSEQ_SPEC
-        ", bool[] wanted) -> Tensor[]");
+  m.def("attention_backward(Tensor? dout, Tensor? dlse, Tensor? dweights, bool average, Tensor q, Tensor k, Tensor? v, Tensor? out, "
+        "Tensor lse, " FASTSEQ_SPEC ", bool[] wanted) -> Tensor[]");
   m.def("attention_with_weights(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool average) -> (Tensor, Tensor, Tensor)");
   m.def("attention_weights(Tensor q, Tensor k, Tensor lse, " FASTSEQ_SPEC ", bool average) -> Tensor");
   m.def("attention_plain(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, float dropout, Tensor? seed, "
@@ -102,8 +106,9 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("linear_backward(Tensor dout, Tensor input, Tensor weight, bool[] wanted) -> Tensor[]");
   m.def("self_attention(Tensor projected, int num_heads, Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, "
         "bool is_causal, float dropout, Tensor? seed, bool need_weights, bool average_attn_weights) -> Tensor[]");
-  m.def("self_attention_backward(Tensor dout, Tensor projected, Tensor out, Tensor lse, int num_heads, Tensor? key_padding_mask, "
-        "Tensor? attn_mask, bool batch_first, bool is_causal, float dropout, Tensor? seed) -> Tensor");
+  m.def("self_attention_backward(Tensor dout, Tensor? dweights, Tensor projected, Tensor out, Tensor lse, int num_heads, "
+        "Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, bool is_causal, float dropout, Tensor? seed, "
+        "bool average_attn_weights) -> Tensor");
   m.def("transformer_encoder_layer(Tensor src, Tensor[] parameters, int num_heads, bool gelu, bool norm_first, float eps, "
         "Tensor? src_mask, Tensor? src_key_padding_mask, bool batch_first, bool is_causal) -> Tensor[]");
   m.def("attention_plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, float scale, "

@@ -11,7 +11,11 @@ from .backends import Explanation, explain, set_backend, use_backend
 from .functional._solver import Newton
 from .modules import (
     GRU,
+    HGRN,
+    LRU,
     LSTM,
+    QRNN,
+    RGLRU,
     RNN,
     SLSTM,
     CoupledLSTM,
@@ -24,6 +28,7 @@ from .modules import (
     LSTMCell,
     MinGRU,
     MinGRUCell,
+    MinLSTM,
     MultiheadAttention,
     PeepholeLSTM,
     PeepholeLSTMCell,
@@ -39,7 +44,11 @@ del first_meeting
 
 __all__ = [
     "GRU",
+    "HGRN",
+    "LRU",
     "LSTM",
+    "QRNN",
+    "RGLRU",
     "RNN",
     "SLSTM",
     "CoupledLSTM",
@@ -53,6 +62,7 @@ __all__ = [
     "LayerNormLSTMCell",
     "MinGRU",
     "MinGRUCell",
+    "MinLSTM",
     "MultiheadAttention",
     "Newton",
     "PackReport",

@@ -14,6 +14,7 @@ from ..suites import decode, memory_use
 from ..suites import sequential_vs_parallel as length
 from ..workloads.base import MODES
 from ..workloads.hashed import HASHED
+from . import learning
 from .evidence import Answers, by_size, crossing, judge, less, line, lowest, meet, unreliable
 from .serving import state_lines
 
@@ -38,12 +39,16 @@ def _of(rows: list[Row], suite: str) -> dict[str, list[Row]]:
 
 
 def parallel_ops(rows: list[Row]) -> list[Finding]:
-    """O(1) sequential operations would show as a time that does not grow with T, O(T) as one that does."""
+    """O(1) sequential operations would show as a time that does not grow with T, O(T) as one that does.
+
+    Beside it stands recurrence that is parallel in time: what that buys here, and what it gives up.
+    """
     findings = []
+    given_up, shown = learning.parity(rows)
     for sizes, own in _of(rows, length.NAME).items():
         parts, figures, panels = [], [], []
         for mode, title in MODES.items():
-            every = _lines(own, (*length.RECURRENT, *length.PARALLEL), mode)
+            every = _lines(own, length.EVERY, mode)
             attention = lowest(_lines(own, FUSED, mode), "fused attention")
             layer = lowest(_lines(own, LAYERS, mode), "fastest recurrent layer")
             if len(attention.values) < 2 or len(layer.values) < 2:
@@ -59,10 +64,24 @@ def parallel_ops(rows: list[Row]) -> list[Finding]:
             figures.append(
                 f"{title}: time grows as {power(fits[0].exponent)} for fused attention and {power(fits[1].exponent)} for the "
                 f"fastest recurrent layer, which takes {time_text(layer.values[T] / T)} per step"
+                + "".join(_bought(a, layer, attention) for a in every if a.name in length.LINEAR)
             )
         if parts:
-            findings.append(Finding(sizes, tuple(parts), "; ".join(figures), (), tuple(panels)))
+            figures += [given_up] if given_up else []
+            findings.append(Finding(sizes, tuple(parts), "; ".join(figures), (), (*panels, *shown)))
     return findings
+
+
+def _bought(scan: Line, layer: Line, attention: Line) -> str:
+    """What recurrence that is parallel in time takes beside that which is not, and beside attention."""
+    fit = power_law(list(scan.firm), list(scan.firm.values()))
+    shared = scan.firm.keys() & layer.firm.keys() & attention.firm.keys()
+    if unreliable(scan) or not fit or not shared:
+        return ""
+    T = max(shared)
+    than = {"that layer": layer, attention.name: attention}
+    times = ", ".join(f"{a.values[T] / scan.values[T]:.2f} times as fast as {name}" for name, a in than.items())
+    return f", and as {power(fit.exponent)} for recurrence that is parallel in time, {scan.name}: {times} at T = {T:g}"
 
 
 def _flatness(attention: Line, layer_exponent: float, about: str) -> Part:

@@ -128,6 +128,18 @@ def small_data(rows: list[Row]) -> list[Finding]:
     return findings
 
 
+def parity(rows: list[Row]) -> tuple[str, tuple[Panel, ...]]:
+    """What gates that read the state can do, and gates that do not cannot; "" where it was not measured."""
+    own = [row for row in rows if row.suite == reach.NAME and row.group == reach.PARITY]
+    lines = _lines(own, reach.COUNT)
+    shared = sorted(set.intersection(*(set(a.values) for a in lines))) if len(lines) > 1 else []
+    if not shared:
+        return "", ()
+    each = [f"T = {T:g}: " + ", ".join(f"{a.name} {a.values[T]:.0%}" for a in lines) for T in shared]
+    panel = Panel("Parity of T bits, named right", tuple(lines), "share", "T, bits", log=False)
+    return f"parity of T bits, named right (chance is 50%), {'; '.join(each)}", (panel,)
+
+
 def _samples(row: Row) -> float:
     return (row.detail or {})["samples"]
 

@@ -28,8 +28,9 @@ MEMORY = (sequential_vs_parallel.NAME, memory_use.NAME, decode.NAME)
 CLAIMS = {
     "parallel-ops": Claim(
         "Attention needs O(1) sequential operations per layer, recurrence O(T)",
-        "Time of one layer against T at fixed batch and width, with fitted exponents.",
-        (sequential_vs_parallel.NAME,),
+        "Time of one layer against T at fixed batch and width, with fitted exponents; beside them recurrence that is parallel in "
+        "time, and the parity that it cannot count.",
+        (sequential_vs_parallel.NAME, long_range.NAME),
         cost.parallel_ops,
     ),
     "train-faster": Claim(

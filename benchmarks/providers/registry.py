@@ -7,11 +7,13 @@ from .base import PROVIDERS
 from .cells import CELL_PROVIDERS
 from .decode import DECODE_PROVIDERS
 from .limits import LIMIT_PROVIDERS
+from .linear import LINEAR_PROVIDERS
 from .models import MODEL_PROVIDERS
 from .onnx_attention import ONNX_ATTENTION_PROVIDERS
 from .onnx_runtime import ONNX_PROVIDERS
 from .pack import PACK_PROVIDERS
 from .recurrent import RECURRENT_PROVIDERS
+from .resets import RESET_PROVIDERS
 from .scan import SCAN_PROVIDERS
 from .stacks import STACK_PROVIDERS
 from .variable_length import VARIABLE_PROVIDERS
@@ -19,6 +21,8 @@ from .variable_length import VARIABLE_PROVIDERS
 EVERY_PROVIDER = PROVIDERS | RECURRENT_PROVIDERS | CELL_PROVIDERS | ATTENTION_PROVIDERS | DECODE_PROVIDERS | VARIABLE_PROVIDERS
 EVERY_PROVIDER |= (
     SCAN_PROVIDERS
+    | LINEAR_PROVIDERS
+    | RESET_PROVIDERS
     | MODEL_PROVIDERS
     | LIMIT_PROVIDERS
     | STACK_PROVIDERS

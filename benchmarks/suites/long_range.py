@@ -1,4 +1,4 @@
-"""How far a layer reaches: the gradient across a distance at initialization, and what is recalled across it after training."""
+"""How far a layer reaches: the gradient across a distance at initialization, recall and parity across it after training."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from ..measure.case import Case, Options, Participant
 from ..measure.timing import Effort
 from ..providers.base import PROVIDERS
 from ..report.curves import Curves, number, of_metric, share
-from ..workloads.experiments import SYMBOLS, Experiment
+from ..workloads.experiments import COUNTED, SYMBOLS, Experiment
 
 NAME = "long-range"
-SUMMARY = "experiments against distance: norm of the gradient, accuracy of recall after a fixed budget; recurrence and attention"
+SUMMARY = "experiments against distance: norm of the gradient, recall and parity after a fixed budget; recurrence and attention"
 
 NAMES = ("fastseq.RNN", "fastseq.LSTM", "fastseq.GRU", "fastseq attention", "attention block")
-GRADIENT, RECALL = "gradient", "recall"
+COUNT = ("fastseq.LSTM", "fastseq.GRU", "fastseq.MinGRU")  # recurrence whose gates read the state, and one whose gates do not
+GRADIENT, RECALL, PARITY = "gradient", "recall", "parity"
 
 
 def plan(options: Options) -> list[Case]:
@@ -25,6 +26,7 @@ def plan(options: Options) -> list[Case]:
     settings: dict[str, dict[str, Any]] = {
         GRADIENT: {"B": 8, "W": 32, "dtype": "float64"},
         RECALL: {"B": 32, "W": 32, "dtype": options.dtype, "budget": 100 if options.quick else 600},
+        PARITY: {"B": 32, "W": 32, "dtype": options.dtype, "budget": 200 if options.quick else 400, "rate": 1e-2},
     }
     distances = _distances(cuda, options.quick)
     cases = []
@@ -32,16 +34,17 @@ def plan(options: Options) -> list[Case]:
         for T in distances[group]:
             more = common | given
             B, W = more.pop("B"), more.pop("W")
-            works = {name: Experiment(PROVIDERS[name].function, T, B, W, W, task=group, **more) for name in NAMES}
+            names = COUNT if group == PARITY else NAMES
+            works = {name: Experiment(PROVIDERS[name].function, T, B, W, W, task=group, **more) for name in names}
             cases.append(Case(NAME, group, tuple(Participant(name, w) for name, w in works.items()), Effort()))
     return cases
 
 
 def _distances(cuda: bool, quick: bool) -> dict[str, tuple[int, ...]]:
     if quick:
-        return {GRADIENT: (2, 8, 32, 128), RECALL: (4, 32)}
+        return {GRADIENT: (2, 8, 32, 128), RECALL: (4, 32), PARITY: (8 * COUNTED,)}
     gradients = tuple(2**k for k in range(1, 12 if cuda else 10))
-    return {GRADIENT: gradients, RECALL: (4, 16, 64, 256) if cuda else (2, 8, 32, 128)}
+    return {GRADIENT: gradients, RECALL: (4, 16, 64, 256) if cuda else (2, 8, 32, 128), PARITY: (COUNTED, 16 * COUNTED)}
 
 
 CURVES = Curves(
@@ -53,11 +56,14 @@ CURVES = Curves(
         f"Recall: name one of {SYMBOLS} symbols after T steps that mean nothing, by a model of one layer, after a fixed budget "
         f"of training; chance is {1 / SYMBOLS:.1%}. Same data, same order, same number of steps for all; positions are added for "
         "attention. Medians over seeds.",
+        f"Parity: whether the number of ones among T bits is odd, after a fixed budget on sequences of up to {COUNTED}; chance "
+        "is a half. What is parallel in time has gates that read the input alone, coefficients above zero: it flips no state.",
     ),
-    {GRADIENT: "at initialization", RECALL: "after training"},
+    {GRADIENT: "at initialization", RECALL: "after training", PARITY: "after training on short ones"},
     {
         GRADIENT: (of_metric("Norm of the gradient", number, 10, decays=True),),
         RECALL: (of_metric("Accuracy of recall", share, 0),),
+        PARITY: (of_metric("Accuracy of parity", share, 0),),
     },
     x_label="T, distance",
 )

@@ -34,16 +34,19 @@ from ..report.statistics import Crossover, crossover, power_law
 from ..workloads.base import MODES, Workload
 
 NAME = "sequential-vs-parallel"
-SUMMARY = "time and memory against T: LSTM and GRU (eager loop, torch, fastseq), attention (naive, fused, fastseq)"
+SUMMARY = "time and memory against T: LSTM and GRU (eager loop, torch, fastseq), minGRU, attention (naive, fused, fastseq)"
 
 CUDA_KERNELS = {cell: forced_name(cell, "cuda") for cell in ("LSTM", "GRU")}  # no choice of fastseq's own yet
 RECURRENT = ("eager LSTMCell loop", "torch.nn.LSTM", "torch.nn.GRU", "fastseq.LSTM", "fastseq.GRU", *CUDA_KERNELS.values())
+LINEAR = ("fastseq.MinGRU",)  # recurrence that is parallel in time
 PARALLEL = ("naive attention", "fused attention", "fastseq attention", "attention block")
+EVERY = RECURRENT + LINEAR + PARALLEL
 BASELINE = {
     "eager LSTMCell loop": "torch.nn.LSTM",
     "fastseq.LSTM": "torch.nn.LSTM",
     "fastseq.GRU": "torch.nn.GRU",
     **{name: f"torch.nn.{cell}" for cell, name in CUDA_KERNELS.items()},
+    **dict.fromkeys(LINEAR, "torch.nn.GRU"),
     "naive attention": "fused attention",
     "fastseq attention": "fused attention",
 }
@@ -51,7 +54,7 @@ KNOWN = PROVIDERS | RECURRENT_PROVIDERS
 CROSSOVER = tuple(field.name for field in fields(Crossover))
 EQUAL = (
     "Equal means: the same input, batch and width, one layer each, causal, projections included. "
-    "Parameters at width W: LSTM 8 W², GRU 6 W², attention 4 W² (query, key, value, output). The attention "
+    "Parameters at width W: LSTM 8 W², GRU 6 W², minGRU 2 W², attention 4 W² (query, key, value, output). The attention "
     "block adds a feed-forward part of inner width 2 W, residuals and layer norms, so that it has the "
     "parameters of the LSTM."
 )
@@ -86,7 +89,7 @@ def plan(options: Options) -> list[Case]:
                         device=options.device,
                     ),
                 )
-                for name in RECURRENT + PARALLEL
+                for name in EVERY
             )
             cases.append(Case(NAME, "length", participants, effort, tuple(BASELINE.items()), headline=True))
     return cases
@@ -120,13 +123,13 @@ def derive(results: Results) -> dict[str, Any]:
     rows = results.of_suite(NAME)
     fits, crossings = [], []
     for mode in MODES:
-        for provider in RECURRENT + PARALLEL:
+        for provider in EVERY:
             for quantity in ("seconds", "memory"):
                 points = curve(rows, provider, mode, quantity)
                 fit = power_law(list(points), list(points.values()))
                 if fit:
                     fits.append({"provider": provider, "mode": mode, "quantity": quantity} | asdict(fit))
-        for recurrent in RECURRENT:
+        for recurrent in RECURRENT + LINEAR:
             for parallel in PARALLEL:
                 meeting = compare(rows, parallel, recurrent, mode)
                 if meeting:
@@ -176,7 +179,7 @@ def _at(rows: list[Row], provider: str, mode: str, T: int) -> Row | None:
 def _there(rows: list[Row]) -> list[str]:
     """Providers that could run here, in their order."""
     ran = {row.provider for row in rows if row.status != "unavailable"}
-    return [provider for provider in RECURRENT + PARALLEL if provider in ran]
+    return [provider for provider in EVERY if provider in ran]
 
 
 def _lengths(rows: list[Row]) -> list[int]:
@@ -232,8 +235,8 @@ def _times(rows: list[Row], derived: dict[str, Any], mode: str, title: str) -> T
         body,
         "µs per step, share of the roofline and speed-up at the longest T measured. Roofline: the time that "
         "the peaks measured in this run allow for the same arithmetic and weights (causal half of the "
-        "scores for attention). vs torch: torch.nn for the recurrent layers, torch's fused attention for "
-        "the other two.",
+        "scores for attention). vs torch: torch.nn for the recurrent layers, its GRU for minGRU, "
+        "torch's fused attention for the other two.",
     )
 
 
@@ -274,7 +277,7 @@ def crossover_text(meeting: dict[str, Any]) -> str:
 def _crossovers(derived: dict[str, Any], mode: str, title: str) -> Table:
     found = {(c["b"], c["a"]): c for c in derived["crossovers"] if c["mode"] == mode}
     body: list[list[Cell | str]] = []
-    for recurrent in RECURRENT:
+    for recurrent in RECURRENT + LINEAR:
         cells = [found.get((recurrent, parallel)) for parallel in PARALLEL]
         if not any(cells):
             continue
@@ -377,7 +380,7 @@ def _panel(axes: Any, theme: Any, rows: list[Row], mode: str, quantity: str) -> 
         y_format=lambda v: tick_text(v, units),
     )
     ends = []
-    for name in RECURRENT + PARALLEL:
+    for name in EVERY:
         points, provider = curve(rows, name, mode, quantity), KNOWN[name]
         if not points:
             continue

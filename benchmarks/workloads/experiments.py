@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import GATES, Metric, Workload
+from .base import RECURRENCES, Metric, Workload
 
 DATA = Path(__file__).resolve().parent.parent.parent / "examples" / "data"
 SYMBOLS = 8  # to be recalled; as many again that mean nothing, and one that asks
 TESTED = 512  # sequences that an accuracy is taken from
+COUNTED = 16  # bits whose parity is trained on, at the end of the curriculum
 HELD_OUT = 0.1  # of a record, its end: never trained on
 
 
@@ -74,7 +75,7 @@ class Model(nn.Module):
 
     def __init__(self, w: Experiment, provider: Any, embedding: nn.Module, outputs: int) -> None:
         super().__init__()
-        self.ordered = w.function in GATES
+        self.ordered = w.function in RECURRENCES
         self.embedding, self.layer, self.readout = embedding, w.layer(provider), nn.Linear(w.H, outputs)
         self.to(device=w.device, dtype=w.torch_dtype)
 
@@ -126,6 +127,27 @@ def recall(w: Experiment, provider: Any, generator: torch.Generator) -> float:
     x, symbol = draw(TESTED)
     with torch.no_grad():
         return (model(x)[-1].argmax(-1) == symbol).double().mean().item()
+
+
+def parity(w: Experiment, provider: Any, generator: torch.Generator) -> float:
+    """Share of sequences of T bits whose parity is named, after training on the parity so far of sequences that grow from 2 to
+    COUNTED bits over the first half of the budget. By chance: a half."""
+    model = Model(w, provider, nn.Embedding(2, w.I), 2)
+    lengths = iter(range(w.budget))
+
+    def draw(T: int, rows: int) -> tuple[Tensor, Tensor]:
+        bits = torch.randint(0, 2, (T, rows), generator=generator).to(w.device)
+        return bits, bits.cumsum(0) % 2
+
+    def loss() -> Tensor:
+        grown = min(1.0, 2 * next(lengths) / w.budget)
+        bits, odd = draw(2 + round(grown * (COUNTED - 2)), w.B)
+        return F.cross_entropy(model(bits).flatten(0, 1), odd.flatten())
+
+    learn(w, model, loss)
+    bits, odd = draw(w.T, TESTED)
+    with torch.no_grad():
+        return (model(bits)[-1].argmax(-1) == odd[-1]).double().mean().item()
 
 
 def text(w: Experiment, provider: Any, generator: torch.Generator) -> float:
@@ -191,6 +213,7 @@ TEXT, SUNSPOTS = DATA / "persuasion.txt", DATA / "sunspots.csv"
 TASKS = {
     "gradient": Task(gradient, "gradient norm"),
     "recall": Task(recall, "accuracy"),
+    "parity": Task(parity, "accuracy"),
     "text": Task(text, "test loss", "nats per character", TEXT),
     "series": Task(series, "test error", "of persistence", SUNSPOTS),
 }

@@ -2,9 +2,9 @@
 
 "Equal" in these benchmarks means: the same number of rows B, the same T, the same width, the same input,
 causal (a position sees its own past, as in a recurrence), projections included on both sides. Parameters at
-width W, biases aside: LSTM 8 W², GRU 6 W², attention 4 W² (query, key, value, output), block 8 W² (attention
-and a feed-forward part of inner width 2 W), so that the block is the attention model with the parameters of
-an LSTM.
+width W, biases aside: LSTM 8 W², GRU 6 W², minGRU 2 W², attention 4 W² (query, key, value, output), block 8 W²
+(attention and a feed-forward part of inner width 2 W), so that the block is the attention model with the
+parameters of an LSTM.
 """
 
 from __future__ import annotations
@@ -85,6 +85,27 @@ class Stack(nn.Module):
             y = layer(x)
             x = y[0] if isinstance(y, tuple) else y
         return x
+
+
+class MinGRULoop(nn.Module):
+    """minGRU (Feng et al. 2024) step by step: [T, B, I] -> [T, B, H] and its last step [1, B, H]. Parameters are named and shaped
+    as torch.nn.GRU's are, rows of the gate before those of the candidate."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(hidden_size)
+        self.weight_ih_l0 = nn.Parameter(torch.empty(2 * hidden_size, input_size).uniform_(-bound, bound))
+        self.bias_ih_l0 = nn.Parameter(torch.empty(2 * hidden_size).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, candidate = F.linear(x, self.weight_ih_l0, self.bias_ih_l0).chunk(2, -1)
+        z = gate.sigmoid()
+        new = z * torch.where(candidate >= 0, candidate + 0.5, candidate.sigmoid())
+        h, outputs = torch.zeros_like(new[0]), []
+        for keep, step in zip(1 - z, new, strict=True):
+            h = keep * h + step
+            outputs.append(h)
+        return torch.stack(outputs), h[None]
 
 
 class CellLoop(nn.Module):

@@ -306,12 +306,32 @@ void run_backward(AttentionBackward& g, const Gradients& to) {
   if (drelative_k) drelative_k->store(*to[6], a.scale);
 }
 
-AttentionBackward backward_of(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-                              const Tensor& out, const Tensor& lse, const AttentionSpec& spec) {
+// Without dout, neither v nor out is needed.
+AttentionBackward backward_of(const std::optional<Tensor>& dout, const Tensor& q, const Tensor& k, const std::optional<Tensor>& v,
+                              const std::optional<Tensor>& out, const Tensor& lse, const AttentionSpec& spec) {
   AttentionBackward g{};
-  g.attention = attention_of(q, k, &v, spec);
-  g.dout = rows(dout), g.out = rows(out), g.lse = data(lse), g.dlse = data(dlse);
+  g.attention = attention_of(q, k, dout ? &*v : nullptr, spec);
+  if (dout) g.dout = rows(*dout), g.out = rows(*out);
+  g.lse = data(lse);
   return g;
+}
+
+// Of the rows beyond the queries that are valid, which see no key.
+void clear_delta(const void* dlse, const Tensor& delta) {
+  torch::stable::zero_(const_cast<Tensor&>(delta));
+  if (!dlse) return;
+  with_storage(type_of(delta.scalar_type()), [&]<class W>() {
+    const auto* from = static_cast<const W*>(dlse);
+    std::transform(from, from + delta.numel(), static_cast<W*>(mutable_data(delta)), [](W x) { return -x; });
+  });
+}
+
+// [B, Hq, Tq, Tk], or [B, Tq, Tk] of the average over the heads
+void add_weights(AttentionBackward& g, const std::optional<Tensor>& dweights, bool average) {
+  if (!dweights) return;
+  const auto strides = dweights->strides();
+  g.dweights = {data(*dweights), strides[0], average ? 0 : strides[1], strides[average ? 1 : 2], strides[average ? 2 : 3]};
+  g.dweights_factor = average ? 1.0 / g.attention.heads : 1;
 }
 
 }  // namespace
@@ -336,13 +356,22 @@ Tensor attention_weights(Tensor q, Tensor k, Tensor, FASTSEQ_ATTENTION_SPEC, boo
   return weights;
 }
 
-std::vector<Tensor> attention_backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+std::vector<Tensor> attention_backward(std::optional<Tensor> dout, std::optional<Tensor> dlse, std::optional<Tensor> dweights, bool average,
+                                       Tensor q, Tensor k, std::optional<Tensor> v, std::optional<Tensor> out, Tensor lse,
                                        FASTSEQ_ATTENTION_SPEC, std::vector<bool> wanted) {
-  AttentionBackward g = backward_of(dout, dlse, q, k, v, out, lse, FASTSEQ_ATTENTION_GIVEN);
+  AttentionBackward g = backward_of(dout, q, k, v, out, lse, FASTSEQ_ATTENTION_GIVEN);
+  g.dlse = data(dlse);
+  add_weights(g, dweights, average);
+  std::optional<Tensor> delta;
+  if (wanted[7]) {
+    delta = empty_lse(q);
+    if (q_lengths || hollow(g.attention)) clear_delta(g.dlse, *delta);
+    g.delta = mutable_data(*delta);
+  }
   Gradients to;
   if (wanted[0]) to[0] = empty_rows(q, q.size(-1));
   if (wanted[1]) to[1] = empty_rows(k, k.size(-1));
-  if (wanted[2]) to[2] = empty_rows(v, v.size(-1));
+  if (wanted[2] && v) to[2] = empty_rows(*v, v->size(-1));
   if (wanted[3] && bias) to[3] = empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type());
   if (wanted[4] && relative_bias) to[4] = empty({relative_bias->size(0), relative_bias->size(1)}, relative_bias->scalar_type());
   if (wanted[5] && relative_q) to[5] = empty_rows(*relative_q, q.size(-1));
@@ -350,6 +379,7 @@ std::vector<Tensor> attention_backward(Tensor dout, std::optional<Tensor> dlse, 
   run_backward(g, to);
   std::vector<Tensor> gradients;
   for (const auto& tensor : to) gradients.push_back(tensor ? *tensor : empty({0}, q.scalar_type()));
+  gradients.push_back(delta ? *delta : empty({0}, wide_of(q.scalar_type())));
   return gradients;
 }
 
@@ -373,7 +403,7 @@ std::tuple<Tensor, Tensor> attention_plain(Tensor q, Tensor k, Tensor v, std::op
 std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                                                             std::optional<Tensor> mask, double scale, bool causal, double dropout,
                                                             std::optional<Tensor> seed) {
-  AttentionBackward g = backward_of(dout, {}, q, k, v, out, lse, plain(mask, scale, causal, dropout, seed));
+  AttentionBackward g = backward_of(dout, q, k, v, out, lse, plain(mask, scale, causal, dropout, seed));
   const Gradients to{empty_rows(q, q.size(-1)), empty_rows(k, k.size(-1)), empty_rows(v, v.size(-1))};
   run_backward(g, to);
   return {*to[0], *to[1], *to[2]};
@@ -388,9 +418,11 @@ void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const Att
   run_forward(a);
 }
 
-void attention_backward_into(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                             const AttentionSpec& spec, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
-  AttentionBackward g = backward_of(dout, {}, q, k, v, out, lse, spec);
+void attention_backward_into(const Tensor& dout, const std::optional<Tensor>& dweights, bool average, const Tensor& q, const Tensor& k,
+                             const Tensor& v, const Tensor& out, const Tensor& lse, const AttentionSpec& spec, const Tensor& dq,
+                             const Tensor& dk, const Tensor& dv) {
+  AttentionBackward g = backward_of(dout, q, k, v, out, lse, spec);
+  add_weights(g, dweights, average);
   const Gradients to{dq, dk, dv};
   run_backward(g, to);
 }

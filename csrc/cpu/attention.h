@@ -37,8 +37,10 @@ struct AttentionSpec {
 // saves: for a backward pass.
 std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC, bool saves);
 
-// The gradients of GRADIENTS, (0,) where not wanted.
-std::vector<Tensor> attention_backward(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+// From the gradients of out (with which v and out go), of lse and of the weights after dropout or, if `average`, of their average, each of
+// which may be missing: those of GRADIENTS and delta, (0,) where not wanted.
+std::vector<Tensor> attention_backward(std::optional<Tensor> dout, std::optional<Tensor> dlse, std::optional<Tensor> dweights, bool average,
+                                       Tensor q, Tensor k, std::optional<Tensor> v, std::optional<Tensor> out, Tensor lse,
                                        FASTSEQ_ATTENTION_SPEC, std::vector<bool> wanted);
 
 std::tuple<Tensor, Tensor, Tensor> attention_with_weights(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC, bool average);
@@ -56,7 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor dout, Tensor 
 // pass, and the weights where there is one for them. Without q_lengths; nothing has size 0.
 void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, const Tensor& out,
                     const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average);
-void attention_backward_into(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                             const AttentionSpec& spec, const Tensor& dq, const Tensor& dk, const Tensor& dv);
+void attention_backward_into(const Tensor& dout, const std::optional<Tensor>& dweights, bool average, const Tensor& q, const Tensor& k,
+                             const Tensor& v, const Tensor& out, const Tensor& lse, const AttentionSpec& spec, const Tensor& dq,
+                             const Tensor& dk, const Tensor& dv);
 
 }  // namespace fastseq::cpu

@@ -133,12 +133,18 @@ void run_shared(const Attention& a, const FewKernels& kernel, const Line& line, 
 }  // namespace
 
 bool few_serves(const Attention& a) {
-  constexpr int64_t kMostRows = 8;
+  // By blocks of queries, of which each has vectors for a head, a few queries of each head of a group would leave most lanes empty; not
+  // the four of the lowest level. Of tiles that is a matter of many keys alone.
+  constexpr int64_t kMostRows = 8, kMostQueries = 8, kLeastKeysOfTiles = 256;
+  const bool tiles = level() == Level::kAmx && a.type == Type::kBfloat16, narrow = level() == Level::kDefault && bytes_of(a.type) > 2;
   const auto is_added = [&](Type type) {
     return type == a.type || (type == Type::kFloat && (a.type == Type::kBfloat16 || a.type == Type::kHalf));
   };
-  return a.key_heads && a.heads / a.key_heads * a.queries <= kMostRows && !a.blocks.given() && !a.relative_q.given() &&
-         a.dropout == 0 && (!a.bias.given() || is_added(a.bias_type)) && (!a.relative_bias || is_added(a.relative_bias_type)) &&
+  const int64_t group = a.key_heads ? a.heads / a.key_heads : 0;
+  const bool shared = group > 1 && a.queries <= kMostQueries && !narrow && (!tiles || a.keys >= kLeastKeysOfTiles);
+  const bool few = group * a.queries <= kMostRows || shared;
+  return group && few && !a.blocks.given() && !a.relative_q.given() && a.dropout == 0 &&
+         (!a.bias.given() || is_added(a.bias_type)) && (!a.relative_bias || is_added(a.relative_bias_type)) &&
          (!a.sinks || is_added(a.sinks_type));
 }
 

@@ -110,8 +110,10 @@ struct AttentionWeights {
 
 struct AttentionBackward {
   Attention attention;  // without out and lse, but with the strides of lse
-  ConstRows dout, out;
+  ConstRows dout, out;     // may both be missing, and the attention's v, if dv is not wanted
   const void *lse, *dlse;  // wide, strides as of the attention's lse; dlse may be null
+  Pairs dweights;          // of the weights after dropout, in the attention's type; may be missing. Padded only
+  double dweights_factor;  // 1, or a head's share of the gradient of their average
   // what is wanted
   MutableRows dq, dk, dv;
   // wide sums, one for each worker, zero at first; strides in elements, 0 where the bias is broadcast
@@ -120,6 +122,7 @@ struct AttentionBackward {
   void* const* drelative_bias;  // [Hq, relative_bias_length]
   MutableRows drelative_q;
   void* const* drelative_k;  // [Hq, relative_k_length, E], of which the scale is not yet a factor
+  void* delta;               // as lse: the sum over the keys of weights times their gradients, less dlse; may be null
 };
 
 // The kernels of one instruction set. A workspace is a thread's own, 64-byte aligned.

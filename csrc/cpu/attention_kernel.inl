@@ -498,7 +498,8 @@ class BackwardRows {
 
   // whether the gradients of the scores go through more than the products
   bool plain() const {
-    return !alone_ && !kept_ && !capped_ && !g.dbias[0] && !g.drelative_bias[0] && !g.drelative_q.given() && !g.drelative_k[0];
+    if (alone_ || kept_ || capped_ || g.dweights.given() || !g.dout.given()) return false;
+    return !g.dbias[0] && !g.drelative_bias[0] && !g.drelative_q.given() && !g.drelative_k[0];
   }
 
   const S* of_queries(const ConstRows& rows) const {
@@ -512,11 +513,13 @@ class BackwardRows {
   void prepare(V (&lse)[NV], V (&delta)[NV]) {
     constexpr int64_t lanes = NV * W;
     const Block<S>& block = rows_.block;
-    const int64_t place = (a.cu_q ? 0 : block.b * a.lse_b) + block.h * a.lse_h + block.s.first_q + block.first;
-    block.transposed(g.dout, dout_, Ev), block.transposed(g.out, out_, Ev);
+    const int64_t place = place_of_lse();
     for (int v = 0; v < NV; ++v) delta[v] = V{};
-    for (int64_t x = 0; x < Ev * lanes; x += lanes)
-      for (int v = 0; v < NV; ++v) delta[v] += load_vector(out_ + x + v * W) * load_vector(dout_ + x + v * W);
+    if (g.dout.given()) {
+      block.transposed(g.dout, dout_, Ev), block.transposed(g.out, out_, Ev);
+      for (int64_t x = 0; x < Ev * lanes; x += lanes)
+        for (int v = 0; v < NV; ++v) delta[v] += load_vector(out_ + x + v * W) * load_vector(dout_ + x + v * W);
+    }
     for (int64_t lane = 0; lane < lanes; ++lane) {
       lse_[lane] = INFINITY, delta_[lane] = 0;
       if (lane >= block.count) continue;
@@ -525,8 +528,71 @@ class BackwardRows {
       if (g.dlse) delta_[lane] = static_cast<const A*>(g.dlse)[place + lane];
     }
     for (int v = 0; v < NV; ++v) lse[v] = load_vector(lse_ + v * W), delta[v] -= load_vector(delta_ + v * W);
+    put_delta<NV>(delta);
     for (A* sums : {g.dq.given() ? dq_ : nullptr, drelative_q_})
       if (sums) __builtin_memset(sums, 0, padded_ * NV * W * sizeof(A));
+  }
+
+  // What the gradients of the weights themselves add to delta, and an lse by which the weights that are formed here add up to one: the one that
+  // is given may be that of scores rounded otherwise. For blocks whose keys are several chunks; one alone finds out both by itself.
+  template <int NV>
+  void look_at_weights(int64_t begin, int64_t end, V (&lse)[NV], V (&delta)[NV]) {
+    constexpr int64_t lanes = NV * W;
+    Block<S>& block = rows_.block;
+    V all[NV], sum[NV];
+    for (int v = 0; v < NV; ++v) all[v] = share_of_sink(lse[v]), sum[v] = V{};
+    for (int64_t j = begin; j < end; j += kChunk) {
+      const int64_t n = min(kChunk, end - j);
+      if (block.look(j, n) == Seen::kNone) continue;
+      V largest[NV], of_chunk[NV], of_gradients[NV];
+      rows_.template scores<NV>(j, n, weights_, largest);
+      weigh<NV>(n, lse);
+      __builtin_memset(gradients_, 0, n * lanes * sizeof(A));
+      add_gradients_of_weights<NV>(j, n);
+      if (kept_)
+        block.template drop<NV>(j, n, [&](int64_t at, V keep) { store_vector(gradients_ + at, load_vector(gradients_ + at) * keep); });
+      for (int v = 0; v < NV; ++v) of_chunk[v] = of_gradients[v] = V{};
+      for (int64_t x = 0; x < n * lanes; x += lanes)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          const V weight = load_vector(weights_ + x + v * W);
+          of_chunk[v] += weight, of_gradients[v] += weight * load_vector(gradients_ + x + v * W);
+        }
+      for (int v = 0; v < NV; ++v) all[v] += of_chunk[v], sum[v] += of_gradients[v];
+    }
+    for (int v = 0; v < NV; ++v) {
+      const auto some = all[v] > A(0);  // not of queries without keys
+      const V total = some ? all[v] : V{} + A(1);
+      delta[v] += sum[v] / total, lse[v] += log_of<A>(total);
+    }
+    put_delta<NV>(delta);
+  }
+
+  template <int NV>
+  void add_gradients_of_weights(int64_t begin, int64_t n) {
+    rows_.block.template add_pairs<NV>(g.dweights, a.type, A(g.dweights_factor), gradients_, begin, n);
+  }
+
+  // of the weights of a query
+  V share_of_sink(V lse) const {
+    V share{};
+    if (!a.sinks) return share;
+    A sink = -INFINITY;
+    with_element(a.sinks_type, [&]<class T>() { sink = A(value_of(static_cast<const T*>(a.sinks) + rows_.block.h)); });
+    for (int64_t i = 0; i < W; ++i) share[i] = std::exp(sink - lse[i]);
+    return share;
+  }
+
+  template <int NV>
+  void put_delta(const V (&delta)[NV]) const {
+    if (!g.delta) return;
+    const int64_t count = rows_.block.count;
+    A* to = static_cast<A*>(g.delta) + place_of_lse();
+    for (int64_t v = 0; v * W < count; ++v) Memory<A, A>::store(to + v * W, delta[v], count - v * W);
+  }
+  int64_t place_of_lse() const {
+    const Block<S>& block = rows_.block;
+    return (a.cu_q ? 0 : block.b * a.lse_b) + block.h * a.lse_h + block.s.first_q + block.first;
   }
 
   // scores to weights
@@ -546,10 +612,14 @@ class BackwardRows {
   void through_scores(int64_t begin, int64_t n, const V (&delta)[NV]) {
     constexpr int64_t lanes = NV * W;
     Block<S>& block = rows_.block;
+    if (g.dweights.given()) add_gradients_of_weights<NV>(begin, n);
     if (kept_) block.template drop<NV>(begin, n, [&](int64_t at, V keep) { store_vector(kept_ + at, keep); });
     V subtracted[NV];
     for (int v = 0; v < NV; ++v) subtracted[v] = delta[v];
-    if (alone_) of_these_keys_alone<NV>(n, subtracted);
+    if (alone_) {
+      of_these_keys_alone<NV>(n, subtracted);
+      put_delta<NV>(subtracted);
+    }
     for (int64_t x = 0; x < n * lanes; x += lanes)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
@@ -581,22 +651,19 @@ class BackwardRows {
 
   // The textbook's formula, for a chunk that has all the keys of a block: weights that add up to one, however lse was rounded, and delta as the
   // sum of the weights times their gradients, which no rounded output is part of. But not for lanes whose weights are far from one together:
-  // their lse and their output are those of more keys than these.
+  // their lse and their output are those of more keys than these. (Where weights were returned, the lse is that of these keys.)
   template <int NV>
   void of_these_keys_alone(int64_t n, V (&delta)[NV]) {
-    const Block<S>& block = rows_.block;
-    A sink = -INFINITY;
-    if (a.sinks) with_element(a.sinks_type, [&]<class T>() { sink = A(value_of(static_cast<const T*>(a.sinks) + block.h)); });
     for (int v = 0; v < NV; ++v) {
       V all{}, sum{}, lse = load_vector(lse_ + v * W);
       for (int64_t x = v * W; x < n * NV * W; x += NV * W) all += load_vector(weights_ + x);
-      if (a.sinks)
-        for (int64_t i = 0; i < W; ++i) all[i] += std::exp(sink - lse[i]);
+      all += share_of_sink(lse);
       const V off = all - A(1), size = lse < 0 ? -lse : lse;
       // what lse may be off by in the arithmetic's type; of 16 bits, below what the output is
       constexpr A kEpsilon = sizeof(A) == 8 ? 0x1p-52 : 0x1p-23, kShort = std::is_same_v<S, bfloat16> ? 0x1p-8 : 0x1p-11;
       const V most = sizeof(S) == 2 ? V{} + kShort : (size + A(1)) * (16 * kEpsilon);
-      const auto near = ((off < 0 ? -off : off) <= most) & (all > A(0.5));  // not of queries without keys
+      const auto some = all > A(0);  // not of queries without keys
+      const auto near = g.dweights.given() ? some : ((off < 0 ? -off : off) <= most) & (all > A(0.5));
       const V scale = near ? A(1) / all : V{} + A(1);
       for (int64_t x = v * W; x < n * NV * W; x += NV * W) {
         const V weight = load_vector(weights_ + x) * scale, dw = load_vector(gradients_ + x);
@@ -687,18 +754,23 @@ class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
     int64_t begin, end;
     block.keys(begin, end);
     this->alone_ = end - begin <= kChunk;
+    if (g.dweights.given() && !this->alone_) this->template look_at_weights<NV>(begin, end, lse, delta);
     for (int64_t j = begin; j < end; j += kChunk) {
       const int64_t n = min(kChunk, end - j);
       if (block.look(j, n) == Seen::kNone) continue;
       V largest[NV];
       rows_.template scores<NV>(j, n, weights_, largest, this->capped_);
       this->template weigh<NV>(n, lse);
-      const Operand<A> values = rows_.template values<false>(j, n);
       const bool plain = this->plain();
-      multiply_rows<false, NV>(values.data, values.row, n, dout_, lanes, Ev, [&](int64_t r, int v, V dw) __attribute__((always_inline)) {
-        const int64_t at = r * lanes + v * W;
-        store_vector(gradients_ + at, plain ? load_vector(weights_ + at) * (dw - delta[v]) : dw);
-      });
+      if (g.dout.given()) {
+        const Operand<A> values = rows_.template values<false>(j, n);
+        multiply_rows<false, NV>(values.data, values.row, n, dout_, lanes, Ev, [&](int64_t r, int v, V dw) __attribute__((always_inline)) {
+          const int64_t at = r * lanes + v * W;
+          store_vector(gradients_ + at, plain ? load_vector(weights_ + at) * (dw - delta[v]) : dw);
+        });
+      } else {
+        __builtin_memset(gradients_, 0, n * lanes * sizeof(A));
+      }
       if (!plain) this->template through_scores<NV>(j, n, delta);
       A* sums = sums_ + j * (padded_ + padded_values_);
       if (g.dv.given()) add_products(weights_, lanes, n, douts, Ev, count, sums + padded_);

@@ -471,16 +471,16 @@ std::vector<Tensor> self_attention(Tensor projected, int64_t num_heads, std::opt
   return results;
 }
 
-Tensor self_attention_backward(Tensor dout, Tensor projected, Tensor out, Tensor lse, int64_t num_heads,
+Tensor self_attention_backward(Tensor dout, std::optional<Tensor> dweights, Tensor projected, Tensor out, Tensor lse, int64_t num_heads,
                                std::optional<Tensor> key_padding_mask, std::optional<Tensor> attn_mask, bool batch_first, bool is_causal,
-                               double dropout, std::optional<Tensor> seed) {
+                               double dropout, std::optional<Tensor> seed, bool average_attn_weights) {
   const auto found = Between::of(projected, num_heads, key_padding_mask, attn_mask, batch_first, is_causal, dropout, seed);
   STD_TORCH_CHECK(found, "self_attention_backward is given what self_attention takes");
   const Between& x = *found;
   const Tensor rows = empty({x.batch.count(), 3 * x.features}, projected.scalar_type());
   const Tensor gradient = dout.stride(-1) == 1 ? dout : torch::stable::contiguous(dout);
-  attention_backward_into(x.of_heads(gradient, batch_first), x.q, x.k, x.v, x.of_heads(out, batch_first), lse, x.spec, x.part(rows, 0),
-                          x.part(rows, 1), x.part(rows, 2));
+  attention_backward_into(x.of_heads(gradient, batch_first), dweights, average_attn_weights, x.q, x.k, x.v, x.of_heads(out, batch_first),
+                          lse, x.spec, x.part(rows, 0), x.part(rows, 1), x.part(rows, 2));
   return x.batch.shaped(rows, projected, batch_first);
 }
 

@@ -39,10 +39,10 @@ std::vector<Tensor> linear_backward(Tensor dout, Tensor input, Tensor weight, st
 std::vector<Tensor> self_attention(Tensor projected, int64_t num_heads, std::optional<Tensor> key_padding_mask,
                                    std::optional<Tensor> attn_mask, bool batch_first, bool is_causal, double dropout,
                                    std::optional<Tensor> seed, bool need_weights, bool average_attn_weights);
-// The gradient of `projected`, contiguous.
-Tensor self_attention_backward(Tensor dout, Tensor projected, Tensor out, Tensor lse, int64_t num_heads,
+// The gradient of `projected`, contiguous; dweights: that of the weights, if they have one.
+Tensor self_attention_backward(Tensor dout, std::optional<Tensor> dweights, Tensor projected, Tensor out, Tensor lse, int64_t num_heads,
                                std::optional<Tensor> key_padding_mask, std::optional<Tensor> attn_mask, bool batch_first, bool is_causal,
-                               double dropout, std::optional<Tensor> seed);
+                               double dropout, std::optional<Tensor> seed, bool average_attn_weights);
 
 // The forward of torch.nn.TransformerEncoderLayer with biases. Parameters: in_proj, out_proj, norm1, norm2, linear1, linear2, of each
 // weight and bias. activation: "relu" or "gelu".

@@ -350,7 +350,7 @@ class Block {
       } else {
         for (int64_t x = 0; x < n * lanes; x += W) store_vector(scores + x, load_vector(scores + x) * A(a.scale));
       }
-      if (a.bias.given()) with_element(a.bias_type, [&]<class T>() { add_bias<NV, T>(scores, begin, n); });
+      if (a.bias.given()) add_pairs<NV>(a.bias, a.bias_type, A(1), scores, begin, n);
       if (a.slopes) add_slopes<NV>(scores, begin, n);
       if (a.relative_bias) add_relative_bias<NV>(scores, begin, n);
     }
@@ -362,6 +362,12 @@ class Block {
         A* at = scores + j * lanes + v * W;
         store_vector(at, sees(j, v) ? load_vector(at) : V{} - A(INFINITY));
       }
+  }
+
+  // rows [key][lane] of keys begin .. begin + n get what a tensor has for them, times a factor
+  template <int NV>
+  void add_pairs(const Pairs& pairs, Type type, A factor, A* to, int64_t begin, int64_t n) const {
+    with_element(type, [&]<class T>() { add_pairs<NV, T>(pairs, factor, to, begin, n); });
   }
 
   // weights of keys begin .. begin + n, of which a dropout zeroes some: rows [key][lane]; begin is a multiple of 4
@@ -508,15 +514,15 @@ class Block {
     return I{} + Number(min(max(x, -1), W));
   }
 
-  // the scores of a query and a key change by what `of(lane, key)` says, one square of registers after the other
+  // one square of registers after the other
   template <int NV, class T>
-  void add_bias(A* scores, int64_t begin, int64_t n) const {
+  void add_pairs(const Pairs& pairs, A factor, A* to, int64_t begin, int64_t n) const {
     constexpr int64_t lanes = NV * W;
-    const T* base = static_cast<const T*>(a.bias.data) + b * a.bias.b + h * a.bias.h + first * a.bias.i + begin * a.bias.j;
-    if (a.bias.i == 0) {  // the same for every query
+    const T* base = static_cast<const T*>(pairs.data) + b * pairs.b + h * pairs.h + first * pairs.i + begin * pairs.j;
+    if (pairs.i == 0) {  // the same for every query
       for (int64_t j = 0; j < n; ++j) {
-        const A value = A(value_of(base + j * a.bias.j));
-        for (int64_t v = 0; v < NV; ++v) store_vector(scores + j * lanes + v * W, load_vector(scores + j * lanes + v * W) + value);
+        const A value = A(value_of(base + j * pairs.j)) * factor;
+        for (int64_t v = 0; v < NV; ++v) store_vector(to + j * lanes + v * W, load_vector(to + j * lanes + v * W) + value);
       }
       return;
     }
@@ -527,17 +533,17 @@ class Block {
           const int64_t i = v * W + r;
           if (i >= count) {
             square[r] = V{};
-          } else if (a.bias.j == 1) {
-            square[r] = loaded<T>(base + i * a.bias.i + j, n - j);
+          } else if (pairs.j == 1) {
+            square[r] = loaded<T>(base + i * pairs.i + j, n - j);
           } else {
             square[r] = V{};
-            for (int64_t c = 0; c < min(W, n - j); ++c) square[r][c] = A(value_of(base + i * a.bias.i + (j + c) * a.bias.j));
+            for (int64_t c = 0; c < min(W, n - j); ++c) square[r][c] = A(value_of(base + i * pairs.i + (j + c) * pairs.j));
           }
         }
         transpose<W / 2, W>(square);
         for (int64_t r = 0; r < min(W, n - j); ++r) {
-          A* at = scores + (j + r) * lanes + v * W;
-          store_vector(at, load_vector(at) + square[r]);
+          A* at = to + (j + r) * lanes + v * W;
+          store_vector(at, load_vector(at) + square[r] * factor);
         }
       }
   }

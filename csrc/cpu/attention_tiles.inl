@@ -745,7 +745,7 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
     rows_.load();
     const bfloat16 *queries = of_queries(a.q), *dout = of_queries(g.dout);
     Extent ignored;
-    pack_features(dout, g.dout.t, block.count, NV, Ev, dout_features_, ignored);
+    if (g.dout.given()) pack_features(dout, g.dout.t, block.count, NV, Ev, dout_features_, ignored);
     if (g.dk.given()) pack_rows(queries, a.q.t, block.count, steps, E, query_pairs_);
     if (g.dv.given()) pack_rows(dout, g.dout.t, block.count, steps, Ev, dout_pairs_);
     if (g.dq.given()) keys_.start(rows_.row_of(a.k, 0), a.k.t, block.s.keys);
@@ -755,12 +755,16 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
     int64_t begin, end;
     block.keys(begin, end);
     alone_ = end - begin <= kChunk;
+    if (g.dweights.given() && !alone_) look_at_weights<NV>(begin, end, lse, delta);
     for (int64_t j = begin; j < end; j += kChunk) {
       const int64_t n = min(kChunk, end - j);
       if (block.look(j, n) == Seen::kNone) continue;
       rows_.template products<NV>(j, n, weights_);
       if (!rows_.plain()) block.template shape<NV>(weights_, j, n, capped_);
-      multiply_keys<NV>(rows_.row_of(a.v, j), a.v.t, n, Ev, dout_features_, gradients_, copy_);
+      if (g.dout.given())
+        multiply_keys<NV>(rows_.row_of(a.v, j), a.v.t, n, Ev, dout_features_, gradients_, copy_);
+      else
+        __builtin_memset(gradients_, 0, n * lanes * sizeof(float));
       if (plain()) {
         round<NV>(n, [&](int64_t at, int v, V& weight, V& gradient) __attribute__((always_inline)) {
           weight = power_of<M, float>(load_vector(weights_ + at) * factor - lse[v], 1.0f);

@@ -6,6 +6,7 @@
 #include <deque>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <numeric>
 
 #include "level.h"
@@ -90,8 +91,9 @@ namespace {
 // The rows of a call, cut into parts of the batch. Slots are sorted by decreasing length, and dealt to the parts in turn.
 class Batch {
  public:
-  // lengths [B] or null, sizes [T] of a packed batch or null
-  Batch(int64_t steps, int64_t batch, const int64_t* lengths, const int64_t* sizes, int64_t parts) : steps_(steps), batch_(batch) {
+  // lengths [B] or null, sizes [T] of a packed batch or null, resets of rows or null
+  Batch(int64_t steps, int64_t batch, const int64_t* lengths, const int64_t* sizes, const bool* resets, int64_t parts)
+      : steps_(steps), batch_(batch), resets_(resets) {
     std::vector<int64_t> order(batch), length;
     std::iota(order.begin(), order.end(), 0);
     if (lengths) {
@@ -104,6 +106,14 @@ class Batch {
       for (int64_t t = 0, row = 0; t < steps; row += sizes[t++]) {
         start_[t] = row;
         for (int64_t s = 0; s < sizes[t]; ++s) length[s] = t + 1;
+      }
+    }
+    if (resets) {
+      begins_ = std::make_unique<bool[]>(steps);
+      for (int64_t t = 0, row = 0; t < steps; ++t) {
+        const int64_t rows = sizes ? sizes[t] : batch;
+        begins_[t] = std::memchr(resets + row, true, rows);
+        row += rows;
       }
     }
     parts_.resize(parts);
@@ -134,7 +144,9 @@ class Batch {
             part.index.data(),
             part.active.empty() ? nullptr : part.active.data(),
             part.length.empty() ? nullptr : part.length.data(),
-            static_cast<int64_t>(part.index.size())};
+            static_cast<int64_t>(part.index.size()),
+            resets_,
+            begins_.get()};
   }
 
  private:
@@ -143,6 +155,8 @@ class Batch {
     std::vector<int32_t> active;
   };
   int64_t steps_, batch_;
+  const bool* resets_;
+  std::unique_ptr<bool[]> begins_;
   std::vector<int64_t> start_;
   std::vector<Part> parts_;
 };
@@ -249,7 +263,7 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
   }
   const int64_t depth = a.x ? P + I : P;
   const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, depth, GH, packer.unit_tiles(), wide_bytes(a.shape.type));
-  const Batch batch(layer.steps, a.batch, layer.lengths, layer.batch_sizes, plan.batch_parts);
+  const Batch batch(layer.steps, a.batch, layer.lengths, layer.batch_sizes, layer.resets, plan.batch_parts);
   std::atomic<bool> within = true;
   run_teams(plan, D, layer.reverse, batch, packer.unit_tiles(), packer.output_tiles(), kernel.forward_workspace, a.shape,
             [&](Work& work) {
@@ -281,6 +295,7 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
                        std::optional<Tensor> x_gates, Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection,
                        std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> lengths,
                        std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h, std::optional<Tensor> hold_c,
+                       std::optional<Tensor> resets, std::optional<Tensor> reset_h, std::optional<Tensor> reset_c,
                        std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool two_parts, Tensor y, Tensor h_n,
                        Tensor c_n, Tensor c, Tensor gates) {
   Layer layer;
@@ -306,6 +321,8 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
   expect(lengths, ScalarType::Long, a.batch, "lengths"), expect(batch_sizes, ScalarType::Long, layer.steps, "batch_sizes");
   expect(hold_h, ScalarType::Bool, rows * D * P, "hold_h");
   expect(hold_c, ScalarType::Bool, tiling.states == 1 ? rows * D * H : 0, "hold_c");
+  expect(resets, ScalarType::Bool, rows, "resets"), expect(reset_h, narrow, D * a.batch * P, "reset_h");
+  expect(reset_c, wide, D * a.batch * tiling.states * H, "reset_c");
   expect(y, narrow, rows * D * P, "y"), expect(h_n, narrow, D * a.batch * P, "h_n");
   expect(c_n, wide, D * a.batch * tiling.states * H, "c_n"), expect(c, wide, c.numel() ? rows * D * tiling.states * H : 0, "c");
   expect(gates, narrow, gates.numel() ? rows * D * saved_of(tiling, a.shape) * H : 0, "gates");
@@ -317,9 +334,9 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
     if (projection) layer.w_hr.push_back(offset(data(projection), d * P * H * stored));
   }
   a.x = data(x), a.input = input, a.input_bias = data(b_ih), a.x_gates = data(x_gates), a.vectors = data(vectors);
-  a.h0 = data(h0), a.c0 = data(c0);
+  a.h0 = data(h0), a.c0 = data(c0), a.reset_h = data(reset_h), a.reset_c = data(reset_c);
   a.y = mutable_data(y), a.h_n = mutable_data(h_n), a.c_n = mutable_data(c_n), a.c = mutable_data(c), a.gates = mutable_data(gates);
-  layer.reverse = reverse, layer.lengths = integers(lengths), layer.batch_sizes = integers(batch_sizes);
+  layer.reverse = reverse, layer.lengths = integers(lengths), layer.batch_sizes = integers(batch_sizes), layer.resets = flags(resets);
   run(layer);
 }
 
@@ -330,6 +347,7 @@ struct LayerBackward {
   Backward a{};  // all but what is made of the weights
   int64_t steps = 0, reverse = 0;
   const int64_t *lengths = nullptr, *batch_sizes = nullptr;
+  const bool* resets = nullptr;         // of rows
   std::vector<const void*> w_hh, w_hr;  // of each lane
   bool through_weights = false;         // whether w_hh are packed: the gradient goes through them here
 };
@@ -342,7 +360,7 @@ void run(LayerBackward& layer) {
   const int64_t unit_tiles = tiles_of(H, tile_columns), output_tiles = tiles_of(P, tile_columns);
   const Plan plan = make_plan(torch::stable::get_num_threads(), D, a.batch, GH, P, std::min(unit_tiles, output_tiles),
                               wide_bytes(a.shape.type));
-  const Batch batch(layer.steps, a.batch, layer.lengths, layer.batch_sizes, plan.batch_parts);
+  const Batch batch(layer.steps, a.batch, layer.lengths, layer.batch_sizes, layer.resets, plan.batch_parts);
   const auto by = [&](const Kernels& kernel) {
     Buffer packed, packed_projection;
     const auto pack = [&](const std::vector<const void*>& weights, int64_t tiles, int64_t depth, int64_t columns) {
@@ -376,9 +394,10 @@ void run(LayerBackward& layer) {
 void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc,
                         Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection, std::optional<Tensor> h0,
                         std::optional<Tensor> c0, std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes,
-                        std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
+                        std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, std::optional<Tensor> resets,
+                        std::optional<Tensor> reset_h, std::optional<Tensor> reset_c, Tensor y, Tensor c, Tensor gates,
                         std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool through_weights, bool two_parts,
-                        Tensor dgates, Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0) {
+                        Tensor dgates, Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0, Tensor dreset_h, Tensor dreset_c) {
   LayerBackward layer;
   Backward& a = layer.a;
   a.zoneout = zoneout_of(hold_h, hold_c, zoneout_h, zoneout_c);
@@ -405,18 +424,22 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
   expect(drecurrent, narrow, rows * D * tiling.own_recurrent * H, "drecurrent");
   expect(doutput, narrow, projection || tiling.normalized ? rows * D * P : 0, "doutput");
   expect(dh0, narrow, states * P, "dh0"), expect(dc0, wide, states * tiling.states * H, "dc0");
+  expect(resets, ScalarType::Bool, rows, "resets"), expect(reset_h, narrow, states * P, "reset_h");
+  expect(reset_c, wide, states * tiling.states * H, "reset_c"), expect(dreset_h, wide, reset_h ? states * P : 0, "dreset_h");
+  expect(dreset_c, wide, reset_c ? states * tiling.states * H : 0, "dreset_c");
+  STD_TORCH_CHECK(through_weights || !resets, "recurrent: with resets, dh0 is made here");
 
   a.dy = data(dy), a.dh_n = data(dh_n), a.dc_n = data(dc_n), a.dc = data(dc);
-  a.vectors = data(vectors), a.h0 = data(h0), a.c0 = data(c0);
+  a.vectors = data(vectors), a.h0 = data(h0), a.c0 = data(c0), a.reset_h = data(reset_h), a.reset_c = data(reset_c);
   a.y = data(y), a.c = data(c), a.gates = data(gates);
   a.dgates = mutable_data(dgates), a.drecurrent = mutable_data(drecurrent), a.doutput = mutable_data(doutput);
-  a.dh0 = mutable_data(dh0), a.dc0 = mutable_data(dc0);
+  a.dh0 = mutable_data(dh0), a.dc0 = mutable_data(dc0), a.dreset_h = mutable_data(dreset_h), a.dreset_c = mutable_data(dreset_c);
 
   for (int64_t d = 0; d < D; ++d) {
     layer.w_hh.push_back(offset(data(weight), d * GH * P * stored));
     if (projection) layer.w_hr.push_back(offset(data(projection), d * P * H * stored));
   }
-  layer.reverse = reverse, layer.lengths = integers(lengths), layer.batch_sizes = integers(batch_sizes);
+  layer.reverse = reverse, layer.lengths = integers(lengths), layer.batch_sizes = integers(batch_sizes), layer.resets = flags(resets);
   layer.through_weights = through_weights;
   run(layer);
 }
@@ -467,8 +490,9 @@ void add_to(Type type, const void* values, int64_t n, void* to) {
 std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, Tensor x,
                                              std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                              std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes,
-                                             std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
-                                             std::string cell, double zoneout_h, double zoneout_c, std::vector<bool> wanted, bool two_parts) {
+                                             std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, std::optional<Tensor> resets,
+                                             Tensor y, Tensor c, Tensor gates, std::string cell, double zoneout_h, double zoneout_c,
+                                             std::vector<bool> wanted, bool two_parts) {
   const bool packed = batch_sizes.has_value();
   STD_TORCH_CHECK(y.dim() == 4 - packed && x.dim() == 3 - packed && y.numel() && (!packed || batch_sizes->numel()),
                   "recurrent: x must be [T, B, I] and y [T, B, D, P], or with batch_sizes [N, I] and [N, D, P], not empty");
@@ -500,6 +524,7 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
   expect(x, narrow, rows * I, "x"), expect(h0, narrow, D * B * P, "h0"), expect(c0, wide, D * B * K, "c0");
   expect(lengths, ScalarType::Long, packed ? 0 : B, "lengths");
   expect(hold_h, ScalarType::Bool, rows * D * P, "hold_h"), expect(hold_c, ScalarType::Bool, rows * D * K, "hold_c");
+  expect(resets, ScalarType::Bool, rows, "resets");
   expect(y, narrow, rows * D * P, "y"), expect(c, wide, rows * D * K, "c");
   expect(gates, narrow, rows * D * saved_of(tiling, a.shape) * H, "gates");
   for (int64_t i = 0; i < count; ++i) {
@@ -526,8 +551,9 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
     layer.w_hh.push_back(data(params[D + d]));
     if (projected) layer.w_hr.push_back(data(params[count - D + d]));
   }
-  a.batch = B, a.two_parts = two_parts, layer.steps = T, layer.reverse = D > 1 ? 2 : 0, layer.through_weights = T > 1;
-  layer.lengths = integers(lengths);
+  a.batch = B, a.two_parts = two_parts, layer.steps = T, layer.reverse = D > 1 ? 2 : 0;
+  layer.through_weights = T > 1 || resets;
+  layer.lengths = integers(lengths), layer.resets = flags(resets);
   layer.batch_sizes = packed && sizes[T - 1] < B ? sizes : nullptr;  // sequences of one length lie as padded ones do
   a.dy = data(dy), a.dh_n = data(dh_n), a.dc_n = data(dc_n), a.h0 = data(h0), a.c0 = data(c0);
   a.y = data(y), a.c = data(c), a.gates = data(gates);
@@ -556,7 +582,7 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
     return found;
   };
   std::vector<Matrix> dr;
-  if (T == 1 && wanted[1]) {
+  if (!layer.through_weights && wanted[1]) {
     dr = recurrent_of(a.dgates, a.drecurrent, B);
     for (int64_t d = 0; d < D; ++d) {
       const Tensor through = product(matrix(dr[d].values, B, GH, dr[d].stride, narrow), matrix(layer.w_hh[d], GH, P, P, narrow));
@@ -583,7 +609,8 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
     for (int64_t i = 0; i < of_products; ++i) bits[i % D] |= int64_t(wanted[3 + i]) << i / D;
     bits[0] |= int64_t(wanted[0]) << 4;
     const std::vector<Tensor> w_ih(params.begin(), params.begin() + (wanted[0] ? D : 0));
-    std::vector<Tensor> found = recurrent_gradients(x, dgates, drecurrent, y, h0, lengths, batch_sizes, w_ih, layer.reverse, bits, two_parts);
+    std::vector<Tensor> found =
+        recurrent_gradients(x, dgates, drecurrent, y, h0, lengths, batch_sizes, resets, {}, w_ih, layer.reverse, bits, two_parts);
     if (!found.empty()) {
       auto next = found.begin();
       if (wanted[0]) results.push_back(*next++);
@@ -600,7 +627,7 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
   }
 
   // the rows that sequences have, of all lanes
-  const Sequences sequences(T, B, layer.lengths, sizes);
+  const Sequences sequences(T, B, layer.lengths, sizes, layer.resets);
   int64_t inner = rows;
   const void *of_gates = a.dgates, *of_own = a.drecurrent, *of_x = data(x);
   if (lengths) {
@@ -618,14 +645,14 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
   std::vector<Matrix> before;  // of every direction, the states before every step; null: zeros
   for (int64_t d = 0; d < D; ++d) {
     const void* first = at(a.h0, d * B * P);
-    if (T == 1 && (!first || !lengths)) {
+    if (T == 1 && !resets && (!first || !lengths)) {
       before.push_back({first, P});
       continue;
     }
     char* to = keep(inner * P);
     before.push_back({to, P});
     sequences.each(d, [&](int64_t, int64_t other, int64_t slot) {  // the second direction goes backwards
-      const void* from = other >= 0 ? at(a.y, (other * D + d) * P) : at(first, slot * P);
+      const void* from = other >= 0 ? at(a.y, (other * D + d) * P) : other == Sequences::kFirst ? at(first, slot * P) : nullptr;
       if (from)
         std::memcpy(to, from, P * stored);
       else

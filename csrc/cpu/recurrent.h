@@ -18,17 +18,18 @@ void recurrent_forward(std::optional<Tensor> x, std::optional<Tensor> w_ih, std:
                        std::optional<Tensor> x_gates, Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection,
                        std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> lengths,
                        std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h, std::optional<Tensor> hold_c,
+                       std::optional<Tensor> resets, std::optional<Tensor> reset_h, std::optional<Tensor> reset_c,
                        std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool two_parts, Tensor y, Tensor h_n,
                        Tensor c_n, Tensor c, Tensor gates);
 
 // A whole stack without gradients: the parameters as torch.nn.RNNBase lists them, of every layer and direction w_ih, w_hh, with biases
 // b_ih, b_hh, w_hr if projected, and what the cell has beside. input [T, B, I], [B, T, I] with batch_first, [N, I] with batch_sizes, or of
-// one step [B, I], whose states are [B, n]. Returns output, h_n (not of a step, where it is the output) and c_n if the cell has one; nothing
-// where a call is not of the plain kind, be it wrong or merely rare.
+// one step [B, I], whose states are [B, n]; resets [T, B] or [N]. Returns output, h_n (not of a step, where it is the output) and c_n if the
+// cell has one; nothing where a call is not of the plain kind, be it wrong or merely rare.
 std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
-                                     std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::string cell,
-                                     int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
-                                     double zoneout_c, std::optional<std::vector<Tensor>> kept, bool two_parts);
+                                     std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> resets,
+                                     std::string cell, int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first,
+                                     double zoneout_h, double zoneout_c, std::optional<std::vector<Tensor>> kept, bool two_parts);
 
 // One step of a layer of the same kind with no parameters beside weights and biases: input [B, I], states [B, n]; kept: its packed weights.
 // Returns the states; nothing where recurrent_layers would decline.
@@ -40,8 +41,8 @@ std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::
 // not. hold_h, hold_c: masks of zoneout in training. Nothing where recurrent_layers would decline.
 std::vector<Tensor> recurrent_layer(Tensor x, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                     std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h,
-                                    std::optional<Tensor> hold_c, std::string cell, bool has_biases, bool bidirectional,
-                                    double zoneout_h, double zoneout_c, bool save_gates, bool two_parts);
+                                    std::optional<Tensor> hold_c, std::optional<Tensor> resets, std::string cell, bool has_biases,
+                                    bool bidirectional, double zoneout_h, double zoneout_c, bool save_gates, bool two_parts);
 
 // The weights of a stack packed for recurrent_layers (`kept`), a tensor of bytes for each layer: "" as a call would pack them, or fp32 ones
 // rounded to "bfloat16" or "int8". Nothing where recurrent_layers would decline. A call declines what was made of other weights, or of these
@@ -53,9 +54,10 @@ std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell,
 void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, std::optional<Tensor> dc,
                         Tensor weight, std::optional<Tensor> vectors, std::optional<Tensor> projection, std::optional<Tensor> h0,
                         std::optional<Tensor> c0, std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes,
-                        std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
+                        std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, std::optional<Tensor> resets,
+                        std::optional<Tensor> reset_h, std::optional<Tensor> reset_c, Tensor y, Tensor c, Tensor gates,
                         std::string cell, int64_t reverse, double zoneout_h, double zoneout_c, bool through_weights, bool two_parts,
-                        Tensor dgates, Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0);
+                        Tensor dgates, Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0, Tensor dreset_h, Tensor dreset_c);
 
 // All gradients of what recurrent_layer left, of a cell without parameters beside weights and biases, but for a projection without zoneout:
 // those that are `wanted`, of x, h0, c0, and of the parameters kind by kind (w_ih of each direction, w_hh, then b_ih, b_hh if there are
@@ -64,15 +66,17 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
 std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, std::optional<Tensor> dc_n, Tensor x,
                                              std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                              std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes,
-                                             std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, Tensor y, Tensor c, Tensor gates,
-                                             std::string cell, double zoneout_h, double zoneout_c, std::vector<bool> wanted, bool two_parts);
+                                             std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, std::optional<Tensor> resets,
+                                             Tensor y, Tensor c, Tensor gates, std::string cell, double zoneout_h, double zoneout_c,
+                                             std::vector<bool> wanted, bool two_parts);
 
 // Gradients of a layer's input and weights from what recurrent_backward gave. wanted: of each lane bits 0 to 3 for w_ih, w_hh, b_ih, b_hh,
 // and bit 4 of the first for x. Returned in this order: x, then lane by lane. Nothing where torch's own products serve: without AMX, in
 // other types than bfloat16 and float32, and for float32 whose parts would leave their range.
 std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, std::optional<Tensor> h0,
-                                        std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::vector<Tensor> w_ih,
-                                        int64_t reverse, std::vector<int64_t> wanted, bool two_parts);
+                                        std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> resets,
+                                        std::optional<Tensor> reset_h, std::vector<Tensor> w_ih, int64_t reverse,
+                                        std::vector<int64_t> wanted, bool two_parts);
 
 // Gradients of what a layer_norm_lstm or layer_norm_gru has inside a step, of a lane: [V*H] as wide as `vectors`, which are as wide as c.
 // dgates [rows, G*H]; gates [rows, 2*G*H], as saved; of the LSTM also dm [rows, H], the gradient of a step's output before its projection,

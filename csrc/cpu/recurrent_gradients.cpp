@@ -33,8 +33,9 @@ MatrixRows rows_of(const Tensor& x, const std::vector<int64_t>* places, Pointers
 }  // namespace
 
 std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurrent, Tensor y, std::optional<Tensor> h0,
-                                        std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::vector<Tensor> w_ih,
-                                        int64_t reverse, std::vector<int64_t> wanted, bool two_parts) {
+                                        std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> resets,
+                                        std::optional<Tensor> reset_h, std::vector<Tensor> w_ih, int64_t reverse,
+                                        std::vector<int64_t> wanted, bool two_parts) {
   const ScalarType narrow = y.scalar_type();
   const int64_t D = wanted.size(), I = x.size(x.dim() - 1), P = y.size(y.dim() - 1), GH = dgates.size(dgates.dim() - 1);
   const Type type = type_of(narrow);
@@ -49,6 +50,7 @@ std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurre
   expect(drecurrent, narrow, rows * D * own, "drecurrent");
   const int64_t batch = batch_sizes ? integers(batch_sizes)[0] : y.size(1);
   expect(h0, narrow, D * batch * P, "h0"), expect(lengths, ScalarType::Long, batch, "lengths");
+  expect(resets, ScalarType::Bool, rows, "resets"), expect(reset_h, narrow, D * batch * P, "reset_h");
   STD_TORCH_CHECK(w_ih.empty() || static_cast<int64_t>(w_ih.size()) == D, "recurrent: w_ih must be given for every lane or none");
   for (Tensor& weight : w_ih) dense(weight), expect(weight, narrow, GH * I, "w_ih", false);
 
@@ -62,7 +64,8 @@ std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurre
     results.push_back(torch::stable::new_empty(y, sizes));
     return static_cast<char*>(mutable_data(results.back()));
   };
-  const Sequences sequences(batch_sizes ? batch_sizes->size(0) : y.size(0), batch, integers(lengths), integers(batch_sizes));
+  const int64_t steps = batch_sizes ? batch_sizes->size(0) : y.size(0);
+  const Sequences sequences(steps, batch, integers(lengths), integers(batch_sizes), flags(resets));
   // with lengths, the rows within them: the others have no share in the sums, whatever x holds there
   std::vector<int64_t> within;
   if (lengths) sequences.each(false, [&](int64_t row, int64_t, int64_t) { within.push_back(row); });
@@ -100,9 +103,12 @@ std::vector<Tensor> recurrent_gradients(Tensor x, Tensor dgates, Tensor drecurre
     MatrixRows of_h{};
     if (dw_hh) {
       Pointers& states = fresh();
-      const void *own = offset(data(y), d * P * bytes), *first = offset(data(h0), d * batch * P * bytes);
+      const void* own = offset(data(y), d * P * bytes);
       sequences.each((reverse >> d) & 1, [&](int64_t, int64_t before, int64_t slot) {
-        states.push_back(before >= 0 ? offset(own, before * D * P * bytes) : first ? offset(first, slot * P * bytes) : zeros.get());
+        const void* given = data(before == Sequences::kAnew ? reset_h : h0);
+        states.push_back(before >= 0 ? offset(own, before * D * P * bytes)
+                         : given     ? offset(given, (d * batch + slot) * P * bytes)
+                                     : zeros.get());
       });
       of_h.rows = states.data();
     }

@@ -41,6 +41,8 @@ struct Rows {
   const int32_t* active;  // [T] how many of the slots are active, or null: all
   const int64_t* length;  // [slots] steps of a slot, or null: T
   int64_t slots;
+  const bool* resets;     // rows: where a segment begins, or null
+  const bool* begins;     // [T] whether one does in any row of a step, or null
 };
 
 // A team meets here once to four times a step; a participant may stand for several (weight).
@@ -87,6 +89,8 @@ struct Forward {
   const void* vectors;     // [D, V*H] S or null
   const void* h0;          // [D, B, P] S or null
   const void* c0;          // [D, B, K*H] A or null
+  const void* reset_h;     // as h0: the states of a row whose segment begins, or null
+  const void* reset_c;     // as c0
   const void* weights;     // [D, unit tiles], packed by pack_units over depth P; null with in_place
   const void* projection;  // [D, column tiles over P], packed by pack_columns over depth H, or null
   Zoneout zoneout;
@@ -120,6 +124,8 @@ struct Backward {
   const void* vectors;       // [D, V*H] S or null
   const void* h0;            // [D, B, P] S or null
   const void* c0;            // [D, B, K*H] A or null
+  const void* reset_h;       // as in Forward
+  const void* reset_c;
   int64_t batch;             // B
   Zoneout zoneout;
   const void* y;             // rows x P, S
@@ -132,6 +138,8 @@ struct Backward {
   void* doutput;             // rows x P, S, with projection or layer norm only
   void* dh0;                 // [D, B, P] S
   void* dc0;                 // [D, B, K*H] A
+  void* dreset_h;            // [D, B, P] A, added to; or null
+  void* dreset_c;            // [D, B, K*H] A, added to; or null
   // Of operands multiplied in parts (Kernels::forward): the largest of a step must not be smaller, unless all are zero.
   float least;
   bool two_parts;            // as in Forward

@@ -220,6 +220,22 @@ struct Steps {
   }
 };
 
+// Where a lane starts anew: before a step of the forward pass. A lane that goes backwards does at the last step before a segment's first.
+struct Cuts {
+  const Steps& steps;
+  bool reverse;
+
+  int64_t begin(int64_t t) const { return reverse ? t + 1 : t; }
+  bool any(int64_t t) const {
+    const Rows& rows = steps.rows;
+    return rows.begins && begin(t) < rows.steps && rows.begins[begin(t)];
+  }
+  // of a step with any
+  bool of(int64_t t, int64_t slot) const {
+    return slot < steps.active(begin(t)) && steps.rows.resets[steps.row(begin(t), slot)];
+  }
+};
+
 template <class C>
 constexpr int64_t unit_blocks() {
   return C::kGates == 1 ? kTileVectors : 1;
@@ -378,7 +394,8 @@ class ForwardKernel {
 
   ForwardKernel(const Forward& a, const Work& w)
       : a(a), w(w), H(a.shape.hidden), P(a.shape.output), D(a.shape.lanes), d(w.lane), B(a.batch), GH(G * H), I(a.input),
-        projected(K == 1 && a.shape.projected), steps{w.rows, w.reverse}, buf(a.shape, w.rows.slots, w.workspace),
+        projected(K == 1 && a.shape.projected), steps{w.rows, w.reverse}, cuts{steps, w.reverse},
+        buf(a.shape, w.rows.slots, w.workspace),
         chunk(a, w, w.scratch), units(w.unit_tiles, UB * W, H), outputs(w.output_tiles, kTileVectors * W, P),
         own_h(projected ? outputs : units), keep_h(at<bool>(a.zoneout.hold_h, d * P), a.zoneout.h),
         keep_c(at<bool>(a.zoneout.hold_c, d * H), a.zoneout.c) {}
@@ -436,19 +453,30 @@ class ForwardKernel {
     return at<char>(a.projection, (d * blocks_of(P, kTileVectors * W) + tile) * Product::tile_bytes(kTileVectors, H));
   }
 
+  // own columns of a slot's state: h0 [D, B, P], c0 [D, B, K*H] or null
+  void set_state(int64_t s, const void* h0, const void* c0, std::initializer_list<const Matrix*> states) {
+    const int64_t place = d * B + w.rows.index[s];
+    for (int64_t j = own_h.begin; j < own_h.end; j += W) {
+      const V h = h0 ? Memory<S, A>::load(at<S>(h0, place * P) + j, P - j) : V{};
+      if constexpr (Product::kWatched) watch.see(h, P - j);
+      for (const Matrix* state : states) state->template store<S>(s, j, h, P - j);
+    }
+    for (int k = 0; k < K; ++k)
+      for (int64_t j = units.begin; j < units.end; j += W)
+        *(V*)(buf.c + (s * K + k) * buf.ldc + j) = c0 ? Memory<A, A>::load(at<A>(c0, (place * K + k) * H) + j, H - j) : V{};
+  }
+
+  // own columns of the states that step `at_time` starts from, where it starts anew
+  void cut(int64_t at_time, const Matrix& state) {
+    if (!cuts.any(at_time)) return;
+    for (int64_t s = 0; s < steps.active(at_time); ++s)
+      if (cuts.of(at_time, s)) set_state(s, a.reset_h, a.reset_c, {&state});
+  }
+
   // own columns of the first state; both h buffers hold it until a slot's first step has passed
   void begin() {
-    for (int64_t s = 0; s < w.rows.slots; ++s) {
-      const int64_t place = d * B + w.rows.index[s];
-      for (int64_t j = own_h.begin; j < own_h.end; j += W) {
-        const V h = a.h0 ? Memory<S, A>::load(at<S>(a.h0, place * P) + j, P - j) : V{};
-        if constexpr (Product::kWatched) watch.see(h, P - j);
-        for (auto& state : buf.h) state.template store<S>(s, j, h, P - j);
-      }
-      for (int k = 0; k < K; ++k)
-        for (int64_t j = units.begin; j < units.end; j += W)
-          *(V*)(buf.c + (s * K + k) * buf.ldc + j) = a.c0 ? Memory<A, A>::load(at<A>(a.c0, (place * K + k) * H) + j, H - j) : V{};
-    }
+    for (int64_t s = 0; s < w.rows.slots; ++s) set_state(s, a.h0, a.c0, {&buf.h[0], &buf.h[1]});
+    cut(steps.time(0), buf.h[0]);
     if constexpr (Product::kWatched) within = watch.ends_within(a.least_h);
     if (x)
       for (int64_t tile = w.unit_tiles[0]; tile < w.unit_tiles[1]; ++tile) {
@@ -546,6 +574,7 @@ class ForwardKernel {
       };
       multiply_step<Product, A>(product, buf.m, active, w.output_tiles, step, sums, columns, project);
     }
+    if (step + 1 < w.rows.steps) cut(steps.time(step + 1), *new_h);
     if (w.barrier) w.barrier->wait(w.weight);
   }
 
@@ -717,6 +746,7 @@ class ForwardKernel {
   const int64_t H, P, D, d, B, GH, I;
   const bool projected;
   const Steps steps;
+  const Cuts cuts;
   const Buffers buf;
   const Chunk chunk;
   const Range units, outputs, own_h;
@@ -781,7 +811,8 @@ class BackwardKernel {
 
   BackwardKernel(const Backward& a, const Work& w)
       : a(a), w(w), H(a.shape.hidden), P(a.shape.output), D(a.shape.lanes), d(w.lane), B(a.batch), GH(G * H),
-        projected(K == 1 && a.shape.projected), steps{w.rows, !w.reverse}, buf(a.shape, w.rows.slots, w.workspace),
+        projected(K == 1 && a.shape.projected), steps{w.rows, !w.reverse}, cuts{steps, w.reverse},
+        buf(a.shape, w.rows.slots, w.workspace),
         units(w.unit_tiles, UB * W, H), outputs(w.output_tiles, UB * W, P), own_h(projected ? outputs : units),
         keep_h(at<bool>(a.zoneout.hold_h, d * P), a.zoneout.h), keep_c(at<bool>(a.zoneout.hold_c, d * H), a.zoneout.c) {}
 
@@ -793,7 +824,9 @@ class BackwardKernel {
     for (int64_t step = 0; step < w.rows.steps && (within || w.barrier); ++step) {
       t = steps.time(step);
       old_dgates = &buf.dgates[step & 1], new_dgates = &buf.dgates[1 - (step & 1)];
+      anew = cuts.any(t);
       walk(product, step);
+      came_from = t, came_anew = anew;
       if constexpr (Product::kWatched) within &= watch.ends_within(a.least);
     }
     finish(product);
@@ -867,7 +900,30 @@ class BackwardKernel {
       multiply_step<Product, A>(product, buf.dp, active, w.unit_tiles, step, sums, columns, through_projection);
     }
     if constexpr (kNormalized<C>) finish_normalized(active);
+    if (anew && K)
+      for (int64_t s = 0; s < active; ++s)
+        if (cuts.of(t, s)) cut_c(s);
     if (w.barrier) w.barrier->wait(w.weight);
+  }
+
+  // What reached the c that a slot started anew from; nothing goes on to the step before.
+  void cut_c(int64_t s) const {
+    for (int k = 0; k < K; ++k)
+      for (int64_t u = units.begin; u < units.end; u += W) {
+        V& dc = *(V*)(buf.dc + (s * K + k) * buf.ldp + u);
+        add_to(at<A>(a.dreset_c, ((d * B + w.rows.index[s]) * K + k) * H + u), dc, H - u);
+        dc = V{};
+      }
+  }
+  static void add_to(A* sums, V v, int64_t n) {
+    if (sums) Memory<A, A>::store(sums, Memory<A, A>::load(sums, n) + v, n);
+  }
+
+  // What goes on of the gradient of h, from unit u on, that the step walked before gave: nothing where that started anew.
+  FASTSEQ_HOST_DEVICE V passed(int64_t slot, int64_t u, V dh) const {
+    if (!came_anew || !cuts.of(came_from, slot)) return dh;
+    add_to(at<A>(a.dreset_h, (d * B + w.rows.index[slot]) * P + u), dh, P - u);
+    return V{};
   }
 
   void fetch(const Item<A>& item) const {
@@ -891,7 +947,7 @@ class BackwardKernel {
     const int64_t slot = item.begin + r, row = steps.row(t, slot);
     for (int64_t b = 0; b < item.vectors; ++b) {
       const int64_t u = (item.tile * UB + b) * W;
-      V dh = *(const V*)(item.sums + (r * item.vectors + b) * W) + *(const V*)(buf.dh + slot * buf.ldh + u);
+      V dh = passed(slot, u, *(const V*)(item.sums + (r * item.vectors + b) * W) + *(const V*)(buf.dh + slot * buf.ldh + u));
       if (dy) dh += Memory<S, A>::load(dy + row * D * P + u, P - u);
       V kept{};
       if constexpr (kZoned) {
@@ -925,23 +981,26 @@ class BackwardKernel {
     }
   }
 
-  // Where the states before this step lie: the forward pass came from another step, if the slot was active in it.
+  // Where the states before this step lie: the forward pass came from another step, if the slot was active in it, or started anew.
   struct Before {
     const BackwardKernel& of;
+    const bool anew;
     bool inside;
     int64_t row, place;
 
-    Before(const BackwardKernel& of, int64_t slot) : of(of) {
+    Before(const BackwardKernel& of, int64_t slot) : of(of), anew(of.anew && of.cuts.of(of.t, slot)) {
       const int64_t t = of.w.reverse ? of.t + 1 : of.t - 1;
-      inside = t >= 0 && t < of.w.rows.steps && slot < of.steps.active(t);
+      inside = !anew && t >= 0 && t < of.w.rows.steps && slot < of.steps.active(t);
       row = inside ? of.steps.row(t, slot) : 0, place = of.d * of.B + of.w.rows.index[slot];
     }
     // from unit u on; null: zeros
     const A* c(int64_t u) const {
       const int64_t width = K * of.H;
-      return inside ? of.c_all + row * of.D * width + u : at<A>(of.a.c0, place * width + u);
+      return inside ? of.c_all + row * of.D * width + u : at<A>(anew ? of.a.reset_c : of.a.c0, place * width + u);
     }
-    const S* h(int64_t u) const { return inside ? of.y + row * of.D * of.P + u : at<S>(of.a.h0, place * of.P + u); }
+    const S* h(int64_t u) const {
+      return inside ? of.y + row * of.D * of.P + u : at<S>(anew ? of.a.reset_h : of.a.h0, place * of.P + u);
+    }
   };
 
   // The c that a step proposed, before zoneout, of a cell that normalizes it.
@@ -1041,7 +1100,7 @@ class BackwardKernel {
         for (int64_t b = 0; b < item.vectors; ++b) {
           const int64_t u = (item.tile * UB + b) * W;
           const V dh = *(const V*)(item.sums + (r * item.vectors + b) * W) + *(const V*)(buf.dh + slot * buf.ldh + u);
-          Memory<S, A>::store(at<S>(a.dh0, (d * B + w.rows.index[slot]) * P) + u, dh, P - u);
+          Memory<S, A>::store(at<S>(a.dh0, (d * B + w.rows.index[slot]) * P) + u, passed(slot, u, dh), P - u);
         }
       }
     };
@@ -1057,6 +1116,7 @@ class BackwardKernel {
   const int64_t H, P, D, d, B, GH;
   const bool projected;
   const Steps steps;  // against the direction of the forward pass
+  const Cuts cuts;
   const Buffers buf;
   const Range units, outputs, own_h;
   const Keep<A> keep_h, keep_c;
@@ -1070,8 +1130,9 @@ class BackwardKernel {
   S* drecurrent = kOwn ? at<S>(a.drecurrent, d * kOwn * H) : nullptr;
   S* doutput = projected || kNormalized<C> ? at<S>(a.doutput, d * P) : nullptr;
   Statistics<A>* of_slot = kNormalized<C> ? buf.statistics + w.unit_tiles[0] * w.rows.slots : nullptr;
-  // of the step at hand
-  int64_t t = 0;
+  // of the step at hand, and of the one walked before
+  int64_t t = 0, came_from = 0;
+  bool anew = false, came_anew = false;  // whether any row starts anew before it
   const Matrix *old_dgates = nullptr, *new_dgates = nullptr;
   Watch watch;  // of a product that is watched
   bool within = true;

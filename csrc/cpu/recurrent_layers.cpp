@@ -239,11 +239,11 @@ enum class Saves { kNothing, kCells, kGates };
 std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& h0, const std::optional<Tensor>& c0,
                               const std::vector<Tensor>& params, const std::optional<Tensor>& lengths,
                               const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& hold_h,
-                              const std::optional<Tensor>& hold_c, const std::string& cell, int64_t num_layers, bool has_biases,
-                              bool bidirectional, bool batch_first, double zoneout_h, double zoneout_c,
-                              const std::optional<std::vector<Tensor>>& kept, Saves saves, bool two_parts) {
+                              const std::optional<Tensor>& hold_c, const std::optional<Tensor>& resets, const std::string& cell,
+                              int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
+                              double zoneout_c, const std::optional<std::vector<Tensor>>& kept, Saves saves, bool two_parts) {
   // Whatever is odd is declined: the long way says what is wrong with it, or deals with it.
-  if (!plain(input) || !plain(h0) || !plain(c0) || !plain(lengths) || !plain(batch_sizes)) return {};
+  if (!plain(input) || !plain(h0) || !plain(c0) || !plain(lengths) || !plain(batch_sizes) || !plain(resets)) return {};
   const auto stack = Stack::make(params, cell, num_layers, has_biases, bidirectional);
   if (!stack || input.scalar_type() != stack->narrow || (kept && kept->size() != static_cast<size_t>(num_layers))) return {};
   // with layer norm, the ops are the way but for weights that were packed; and they know the gradients
@@ -291,6 +291,21 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
   layer.steps = T, layer.reverse = D > 1 ? 2 : 0, a.batch = B;
   expect(hold_h, ScalarType::Bool, rows * D * P, "hold_h"), expect(hold_c, ScalarType::Bool, tiling.states == 1 ? rows * D * H : 0, "hold_c");
 
+  Buffer ordered_resets;
+  if (resets) {
+    if (resets->scalar_type() != ScalarType::Bool || step || resets->dim() != input.dim() - 1) return {};
+    if (resets->size(0) != (batch_sizes ? rows : T) || (!batch_sizes && resets->size(1) != B)) return {};
+    layer.resets = flags(resets);
+    if (!resets->is_contiguous()) {
+      ordered_resets = Buffer(rows);
+      auto* to = static_cast<bool*>(ordered_resets.get());
+      const int64_t of_step = batch_sizes ? 1 : B;
+      for (int64_t r = 0; r < rows; ++r)
+        to[r] = layer.resets[r / of_step * resets->stride(0) + (batch_sizes ? 0 : r % of_step * resets->stride(1))];
+      layer.resets = to;
+    }
+  }
+
   const auto state_fits = [&](const std::optional<Tensor>& state, int64_t width) {
     return !state || (step ? fits(*state, narrow, {B, width}) : fits(*state, narrow, {lanes, B, width}));
   };
@@ -313,24 +328,26 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
     x = ordered.get();
   }
 
-  Buffer wide_c0, wide_c, last_h, folded(D * (GH + tiling.vectors * H) * stored), between[2];
+  Buffer wide_c0, wide_c, nothing, last_h, folded(D * (GH + tiling.vectors * H) * stored), between[2];
   const int64_t cells = lanes * B * K * H;
   const void* c = data(c0);
   if (c && stored == 2) {
     wide_c0 = Buffer(cells * wide);
     widen(type, c, cells, static_cast<float*>(wide_c0.get()));
     c = wide_c0.get();
-  } else if (!c && K > 1) {  // of an sLSTM, the last of whose states is the logarithm of what was seen: of nothing
-    wide_c0 = Buffer(cells * wide);
-    c = wide_c0.get();
+  }
+  if (K > 1 && (!c || resets)) {  // of an sLSTM, the last of whose states is the logarithm of what was seen: of nothing
+    nothing = Buffer(cells * wide);
     const auto fill = [&]<class A>() {
       for (int64_t i = 0; i < cells; ++i)
-        static_cast<A*>(wide_c0.get())[i] = i % (K * H) < (K - 1) * H ? A(0) : -std::numeric_limits<A>::infinity();
+        static_cast<A*>(nothing.get())[i] = i % (K * H) < (K - 1) * H ? A(0) : -std::numeric_limits<A>::infinity();
     };
     if (type == Type::kDouble)
       fill.template operator()<double>();
     else
       fill.template operator()<float>();
+    c = c ? c : nothing.get();
+    a.reset_c = nothing.get();
   }
   std::vector<Tensor> results;
   const auto of_rows = [&](int64_t n, ScalarType dtype) {
@@ -408,11 +425,11 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
 }  // namespace
 
 std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
-                                     std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::string cell,
-                                     int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
-                                     double zoneout_c, std::optional<std::vector<Tensor>> kept, bool two_parts) {
-  return run_stack(input, h0, c0, params, lengths, batch_sizes, {}, {}, cell, num_layers, has_biases, bidirectional, batch_first,
-                   zoneout_h, zoneout_c, kept, Saves::kNothing, two_parts);
+                                     std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> resets,
+                                     std::string cell, int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first,
+                                     double zoneout_h, double zoneout_c, std::optional<std::vector<Tensor>> kept, bool two_parts) {
+  return run_stack(input, h0, c0, params, lengths, batch_sizes, {}, {}, resets, cell, num_layers, has_biases, bidirectional,
+                   batch_first, zoneout_h, zoneout_c, kept, Saves::kNothing, two_parts);
 }
 
 std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
@@ -422,15 +439,16 @@ std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::
   if (b_ih) params.push_back(std::move(*b_ih)), params.push_back(std::move(*b_hh));
   std::optional<std::vector<Tensor>> packed;
   if (kept) packed.emplace(1, std::move(*kept));
-  return run_stack(input, h0, c0, params, {}, {}, {}, {}, cell, 1, params.size() == 4, false, false, 0, 0, packed, Saves::kNothing, false);
+  return run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, cell, 1, params.size() == 4, false, false, 0, 0, packed, Saves::kNothing,
+                   false);
 }
 
 std::vector<Tensor> recurrent_layer(Tensor x, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                     std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> hold_h,
-                                    std::optional<Tensor> hold_c, std::string cell, bool has_biases, bool bidirectional,
-                                    double zoneout_h, double zoneout_c, bool save_gates, bool two_parts) {
+                                    std::optional<Tensor> hold_c, std::optional<Tensor> resets, std::string cell, bool has_biases,
+                                    bool bidirectional, double zoneout_h, double zoneout_c, bool save_gates, bool two_parts) {
   if (x.dim() != (batch_sizes ? 2 : 3)) return {};
-  return run_stack(x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c, cell, 1, has_biases, bidirectional, false, zoneout_h,
+  return run_stack(x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c, resets, cell, 1, has_biases, bidirectional, false, zoneout_h,
                    zoneout_c, {}, save_gates ? Saves::kGates : Saves::kCells, two_parts);
 }
 

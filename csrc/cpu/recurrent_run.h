@@ -35,6 +35,8 @@ inline void expect(const std::optional<Tensor>& tensor, ScalarType type, int64_t
   STD_TORCH_CHECK(!contiguous || tensor->is_contiguous(), "recurrent: ", name, " must be contiguous");
 }
 
+inline const bool* flags(const std::optional<Tensor>& tensor) { return static_cast<const bool*>(data(tensor)); }
+
 inline Zoneout zoneout_of(const std::optional<Tensor>& hold_h, const std::optional<Tensor>& hold_c, double h, double c) {
   return {static_cast<const bool*>(data(hold_h)), static_cast<const bool*>(data(hold_c)), h, c};
 }
@@ -43,16 +45,19 @@ inline bool any(const Zoneout& zoneout) { return zoneout.hold_h || zoneout.hold_
 // With zoneout, a cell that saves nothing saves its output.
 inline int64_t saved_of(const Tiling& tiling, const Shape& shape) { return shape.zoned ? std::max<int64_t>(tiling.saved, 1) : tiling.saved; }
 
-// Where the rows of a layer's sequences lie: padded, with lengths [B] or without, or packed, with batch_sizes [T].
+// Where the rows of a layer's sequences lie: padded, with lengths [B] or without, or packed, with batch_sizes [T]; resets of rows or null.
 class Sequences {
  public:
-  Sequences(int64_t steps, int64_t batch, const int64_t* lengths, const int64_t* batch_sizes)
-      : lengths_(lengths), begins_(steps), sizes_(steps, batch) {
+  static constexpr int64_t kFirst = -1, kAnew = -2;
+
+  Sequences(int64_t steps, int64_t batch, const int64_t* lengths, const int64_t* batch_sizes, const bool* resets)
+      : lengths_(lengths), resets_(resets), begins_(steps), sizes_(steps, batch) {
     if (batch_sizes) sizes_.assign(batch_sizes, batch_sizes + steps);
     for (int64_t t = 0, row = 0; t < steps; row += sizes_[t++]) begins_[t] = row;
   }
 
-  // Calls visit(row, before, slot) for every row that a sequence has, in order; before: the row of the step before it, -1 at the first.
+  // Calls visit(row, before, slot) for every row that a sequence has, in order; before: the row of the step before it, kFirst at the first,
+  // kAnew where the state before it was replaced.
   template <class F>
   void each(bool reverse, F&& visit) const {
     const int64_t steps = begins_.size();
@@ -61,12 +66,15 @@ class Sequences {
         if (lengths_ && t >= lengths_[slot]) continue;
         const int64_t other = reverse ? t + 1 : t - 1;
         const bool inside = other >= 0 && other < steps && slot < sizes_[other] && !(lengths_ && other >= lengths_[slot]);
-        visit(begins_[t] + slot, inside ? begins_[other] + slot : -1, slot);
+        const int64_t row = begins_[t] + slot, before = inside ? begins_[other] + slot : kFirst;
+        const bool anew = resets_ && (reverse ? inside && resets_[before] : resets_[row]);
+        visit(row, anew ? kAnew : before, slot);
       }
   }
 
  private:
   const int64_t* lengths_;
+  const bool* resets_;
   std::vector<int64_t> begins_, sizes_;  // of every step: its first row, its rows
 };
 
@@ -108,6 +116,7 @@ struct Layer {
   Forward a{};  // all but what is made of the weights; x, if given, is projected here
   int64_t steps = 0, rows = 0, reverse = 0;
   const int64_t *lengths = nullptr, *batch_sizes = nullptr;
+  const bool* resets = nullptr;               // of rows
   std::vector<const void*> w_ih, w_hh, w_hr;  // of each lane, laid out as PyTorch does
   // of weights packed before: either their tiles, as a call would make them, or w_ih and w_hh of another type, with scales
   const void *tiles_ih = nullptr, *tiles_hh = nullptr, *tiles_hr = nullptr;

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <iterator>
 
 #include "host.h"
 #include "level.h"
@@ -34,8 +35,12 @@ ScanKind kind_of(const std::string& name) {
 }
 
 ScanCell cell_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "given" || name == "log" || name == "min_gru", "scan: cell ", name, " is none of given, log, min_gru");
-  return name == "given" ? ScanCell::kGiven : name == "log" ? ScanCell::kLog : ScanCell::kMinGru;
+  std::string names;
+  for (int i = 0; i < static_cast<int>(std::size(kScanCells)); ++i) {
+    if (name == kScanCells[i].name) return static_cast<ScanCell>(i);
+    names += (i ? ", " : "") + std::string(kScanCells[i].name);
+  }
+  STD_TORCH_CHECK(false, "scan: cell ", name, " is none of ", names);
 }
 
 // [T, B, C] with the numbers of a channel behind it, all but the first two dimensions contiguous.
@@ -66,8 +71,9 @@ const void* state_of(const Scan& s, const std::optional<Tensor>& tensor, const c
   return data(*tensor);
 }
 
-Scan scan_of(const Tensor& h, const Tensor& a, const std::optional<Tensor>& resets, const std::optional<Tensor>& lengths,
-             const std::optional<Tensor>& cu_seqlens, const std::string& kind, const std::string& cell, bool reverse) {
+Scan scan_of(const Tensor& h, const Tensor& a, const std::optional<Tensor>& gate, const std::optional<Tensor>& vector,
+             const std::optional<Tensor>& resets, const std::optional<Tensor>& lengths, const std::optional<Tensor>& cu_seqlens,
+             const std::string& kind, const std::string& cell, bool reverse) {
   Scan s{};
   s.kind = kind_of(kind);
   const int64_t k = static_cast<int64_t>(s.kind);
@@ -93,23 +99,34 @@ Scan scan_of(const Tensor& h, const Tensor& a, const std::optional<Tensor>& rese
   }
   const ScalarType wide = wide_of(h.scalar_type());
   s.wide_a = a.scalar_type() == wide;
-  STD_TORCH_CHECK(s.wide_a || (!given && a.scalar_type() == h.scalar_type()), "scan: a must have the dtype of states");
+  STD_TORCH_CHECK(row_of(s.cell).reads_b ? a.scalar_type() == h.scalar_type() : s.wide_a || (!given && a.scalar_type() == h.scalar_type()),
+                  "scan: a must have the dtype of ", row_of(s.cell).reads_b ? "b" : "states");
   const int64_t m = kScanCoefficient[k];
   s.constant = a.size(0) != s.steps;
   s.each = a.dim() > 2 && a.size(2) == s.channels;
   s.a = rows_of(s, a, "a", a.scalar_type(), m * (s.each ? s.channels : 1));
   STD_TORCH_CHECK(given || (a.size(0) == s.steps && a.size(1) == h.size(1) && s.each),
                   "scan: what a cell makes coefficients of must be as much as b");
+  const ScanCellRow row = row_of(s.cell);
+  STD_TORCH_CHECK(gate.has_value() == row.gate && vector.has_value() == row.vector, "scan: cell ", row.name, row.gate ? " has" : " has no",
+                  " gate and", row.vector ? " a" : " no", " vector");
+  s.gate = rows_of(s, gate, "gate", h.scalar_type(), s.channels);
+  if (gate) STD_TORCH_CHECK(gate->size(0) == s.steps && gate->size(1) == h.size(1), "scan: gate must be as much as b");
+  if (vector) {
+    STD_TORCH_CHECK(vector->is_contiguous() && vector->numel() == s.channels && vector->scalar_type() == wide,
+                    "scan: vector must be a contiguous [C] in the dtype of states");
+    s.vector = data(*vector);
+  }
   return s;
 }
 
 // Rows of whole steps side by side are one row, where nothing tells them apart.
 void merge_rows(Scan& s) {
-  if (s.lengths || s.starts || s.resets || !s.each || s.rows == 1) return;
+  if (s.lengths || s.starts || s.resets || !s.each || s.vector || s.rows == 1) return;
   const int64_t k = static_cast<int64_t>(s.kind);
   const auto merges = [&](const ScanRows& rows, int64_t numbers) { return !rows.data || rows.row == s.channels * numbers; };
   if (!merges(s.a, kScanCoefficient[k]) || !merges(s.da, kScanCoefficient[k])) return;
-  for (const ScanRows& rows : {s.b, s.h, s.dh, s.db})
+  for (const ScanRows& rows : {s.b, s.gate, s.h, s.dh, s.db, s.dgate})
     if (!merges(rows, kScanState[k])) return;
   s.channels *= s.rows, s.rows = 1;
 }
@@ -138,9 +155,10 @@ void share_out(Scan& s, Run&& run) {
 
 }  // namespace
 
-void scan_forward(Tensor b, Tensor a, std::optional<Tensor> initial, std::optional<Tensor> resets, std::optional<Tensor> lengths,
-                  std::optional<Tensor> cu_seqlens, std::string kind, std::string cell, bool reverse, Tensor h, Tensor final) {
-  Scan s = scan_of(h, a, resets, lengths, cu_seqlens, kind, cell, reverse);
+void scan_forward(Tensor b, Tensor a, std::optional<Tensor> gate, std::optional<Tensor> vector, std::optional<Tensor> initial,
+                  std::optional<Tensor> resets, std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, std::string kind,
+                  std::string cell, bool reverse, Tensor h, Tensor final) {
+  Scan s = scan_of(h, a, gate, vector, resets, lengths, cu_seqlens, kind, cell, reverse);
   const int64_t numbers = s.channels * kScanState[static_cast<int64_t>(s.kind)];
   s.b = rows_of(s, b, "b", h.scalar_type(), numbers), s.h = rows_of(s, h, "h", h.scalar_type(), numbers);
   s.initial = state_of(s, initial, "initial"), s.final = const_cast<void*>(state_of(s, final, "final"));
@@ -148,15 +166,24 @@ void scan_forward(Tensor b, Tensor a, std::optional<Tensor> initial, std::option
   share_out(s, [&](const ScanPart& part, void* scratch) { kernels().forward(s, part, scratch); });
 }
 
-void scan_backward(std::optional<Tensor> dh, std::optional<Tensor> dfinal, std::optional<Tensor> b, Tensor a, Tensor h, std::optional<Tensor> initial,
-                   std::optional<Tensor> resets, std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, std::string kind,
-                   std::string cell, bool reverse, std::optional<Tensor> db, std::optional<Tensor> da, Tensor dinitial) {
-  Scan s = scan_of(h, a, resets, lengths, cu_seqlens, kind, cell, reverse);
+void scan_backward(std::optional<Tensor> dh, std::optional<Tensor> dfinal, std::optional<Tensor> b, Tensor a, std::optional<Tensor> gate,
+                   std::optional<Tensor> vector, Tensor h, std::optional<Tensor> initial, std::optional<Tensor> resets,
+                   std::optional<Tensor> lengths, std::optional<Tensor> cu_seqlens, std::string kind, std::string cell, bool reverse,
+                   std::optional<Tensor> db, std::optional<Tensor> da, std::optional<Tensor> dgate, std::optional<Tensor> dvector,
+                   Tensor dinitial) {
+  Scan s = scan_of(h, a, gate, vector, resets, lengths, cu_seqlens, kind, cell, reverse);
   const int64_t k = static_cast<int64_t>(s.kind), numbers = s.channels * kScanState[k];
   const ScalarType stored = h.scalar_type();
   s.h = rows_of(s, h, "h", stored, numbers), s.dh = rows_of(s, dh, "dh", stored, numbers), s.db = rows_of(s, db, "db", stored, numbers);
   s.b = rows_of(s, b, "b", stored, numbers);
-  STD_TORCH_CHECK(s.cell != ScanCell::kMinGru || b, "scan: the backward pass of min_gru reads b");
+  STD_TORCH_CHECK(!row_of(s.cell).reads_b || b, "scan: the backward pass of ", cell, " reads b");
+  s.dgate = rows_of(s, dgate, "dgate", stored, numbers);
+  if (dvector) {
+    STD_TORCH_CHECK(s.vector && dvector->is_contiguous() && dvector->numel() == s.rows * s.channels &&
+                        dvector->scalar_type() == vector->scalar_type(),
+                    "scan: dvector must be a contiguous [B, C], of a cell with a vector");
+    s.dvector = const_cast<void*>(data(*dvector));
+  }
   s.da = rows_of(s, da, "da", a.scalar_type(), s.channels * kScanCoefficient[k]);
   STD_TORCH_CHECK(!da || (da->size(0) == a.size(0) && da->size(1) == (s.starts && !s.constant ? 1 : s.rows)),
                   "scan: da must be [steps of a, B, C]");

@@ -16,6 +16,7 @@ namespace fastseq::cpu::FASTSEQ_LEVEL {
 namespace {
 
 #include "vector.inl"
+#include "scan_cells.inl"
 
 constexpr int64_t kRun = 64;  // steps whose contributions to the gradient of a constant a are summed by themselves: long sums err less
 
@@ -40,31 +41,13 @@ inline void end_of_streams() {
 #endif
 }
 
-// What a cell makes of a and b: coefficient and addend; and, of the gradients of these, those of a and b.
-template <class A, ScanCell kCell>
-struct Transition {
-  using V = typename Lanes<A>::V;
-  static constexpr bool kReadsB = kCell == ScanCell::kMinGru;
-  V a, b, coefficient, addend;
-
-  FASTSEQ_HOST_DEVICE Transition(V a_, V b_) : a(a_), b(b_), coefficient(a_), addend(b_) {
-    if constexpr (kCell == ScanCell::kLog) coefficient = Math<A>::exp(a);
-    if constexpr (kCell == ScanCell::kMinGru) {
-      a = Math<A>::sigmoid(a);  // z
-      coefficient = A(1) - a;
-      addend = a * candidate();
-    }
-  }
-  FASTSEQ_HOST_DEVICE V candidate() const { return b >= 0 ? b + A(0.5) : Math<A>::sigmoid(b); }
-  FASTSEQ_HOST_DEVICE void backward(V of_coefficient, V of_addend, V& of_a, V& of_b) const {
-    of_a = of_coefficient, of_b = of_addend;
-    if constexpr (kCell == ScanCell::kLog) of_a = of_coefficient * coefficient;
-    if constexpr (kCell == ScanCell::kMinGru) {
-      const V s = Math<A>::sigmoid(b), slope = b >= 0 ? V{} + 1 : s * (A(1) - s);
-      of_a = (of_addend * (b >= 0 ? b + A(0.5) : s) - of_coefficient) * a * coefficient;
-      of_b = of_addend * a * slope;
-    }
-  }
+// Where the inputs of a step stand, or room for their gradients: a of E, b and gate of S, vector of A; null where there is none.
+template <class S, class A, class E>
+struct Places {
+  S* b;
+  E* a;
+  S* gate;
+  A* vector;
 };
 
 // Of real states. E: the type of a in memory.
@@ -81,6 +64,17 @@ struct Real {
   static constexpr bool kEveryChannel = kEach;
 
   using Made = Transition<A, kCell>;
+  using Inputs = Places<const S, const A, const E>;
+  static constexpr ScanCellRow kRow = row_of(kCell);
+
+  // What the cell reads of a step; b where the coefficient alone is wanted of a cell that does not make it of b is not.
+  static FASTSEQ_HOST_DEVICE Given<A> load(const Inputs& x, bool with_b, int64_t c, int64_t n) {
+    Given<A> given{load_a(x.a, c, n), {}, {}, {}};
+    if (with_b || kRow.reads_b) given.b = In::load(x.b + c, n);
+    if constexpr (kRow.gate) given.gate = In::load(x.gate + c, n);
+    if constexpr (kRow.vector) given.vector = Own::load(x.vector + c, n);
+    return given;
+  }
 
   static FASTSEQ_HOST_DEVICE V load_a(const E* a, int64_t c, int64_t n) {
     if constexpr (kEach)
@@ -98,68 +92,69 @@ struct Real {
     if (c < n) at(c, n - c);
   }
 
-  // h = b + a before; state, if it is no row of h itself, as well
-  static void step(const S* b, const E* a, const A* before, S* h, A* state, int64_t n) {
+  // h = addend + coefficient before; state, if it is no row of h itself, as well
+  static void step(const Inputs& x, const A* before, S* h, A* state, int64_t n) {
     const auto finish = [&](int64_t c, int64_t count, V v) __attribute__((always_inline)) {
       In::store(h + c, v, count);
       if constexpr (!__is_same(S, A)) Own::store(state + c, v, count);
     };
     if (!before)
       return vectors(n, [&](int64_t c, int64_t count) {
-        const V given = In::load(b + c, count);
-        finish(c, count, Made::kReadsB ? Made(load_a(a, c, count), given).addend : given);  // else a may be anything here
+        if constexpr (kRow.reads_b)
+          finish(c, count, Made(load(x, true, c, count), true).addend);
+        else
+          finish(c, count, In::load(x.b + c, count));  // a may be anything here
       });
     vectors(n, [&](int64_t c, int64_t count) {
-      const Made made(load_a(a, c, count), In::load(b + c, count));
+      const Made made(load(x, true, c, count), false);
       finish(c, count, made.addend + made.coefficient * Own::load(before + c, count));
     });
   }
 
-  // lambda = dh + carry goes to the addend, lambda before to the coefficient; carry = coefficient lambda, or 0 without a state before
+  // lambda = dh + carry goes to the addend, lambda before to the coefficient; carry = coefficient lambda, or 0 without a state before.
+  // What is summed over the steps is added to of.vector: the gradient of a cell's vector, else that of a.
   template <class H>
-  static void step_backward(const S* dh, const S* b, const E* a, const H* before, A* carry, S* db, E* da, A* sums, int64_t n,
-                            bool streams) {
-    const auto load_b = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-      if constexpr (Made::kReadsB) return In::load(b + c, count);
-      else return V{};
-    };
-    if (dh && before && db && da && !sums) {  // the usual step, without a question in its loop
-      V of_a, of_b;
+  static void step_backward(const S* dh, const Inputs& x, const H* before, A* carry, const Places<S, A, E>& of, int64_t n, bool streams) {
+    if (dh && before && of.b && of.a && !of.gate == !kRow.gate && !of.vector == !kRow.vector) {  // without a question in its loop
+      Given<A> gradient{};
       const auto usual = [&](int64_t c, int64_t count) __attribute__((always_inline)) {
         const V lambda = In::load(dh + c, count) + Own::load(carry + c, count);
-        const Made made(load_a(a, c, count), load_b(c, count));
-        made.backward(lambda * Memory<H, A>::load(before + c, count), lambda, of_a, of_b);
+        const Made made(load(x, false, c, count), false);
+        made.backward(lambda * Memory<H, A>::load(before + c, count), lambda, gradient);
         Own::store(carry + c, made.coefficient * lambda, count);
+        if constexpr (kRow.vector) Own::store(of.vector + c, Own::load(of.vector + c, count) + gradient.vector, count);
       };
       if constexpr (__is_same(S, A) && __is_same(E, A)) {
-        if (streams && n % W == 0 && ((uintptr_t)db | (uintptr_t)da) % sizeof(V) == 0) {
+        if (streams && n % W == 0 && ((uintptr_t)of.b | (uintptr_t)of.a | (uintptr_t)of.gate) % sizeof(V) == 0) {
           for (int64_t c = 0; c < n; c += W) {
             usual(c, W);
-            stream(db + c, of_b), stream(da + c, of_a);
+            stream(of.b + c, gradient.b), stream(of.a + c, gradient.a);
+            if constexpr (kRow.gate) stream(of.gate + c, gradient.gate);
           }
           return;
         }
       }
       return vectors(n, [&](int64_t c, int64_t count) {
-        __builtin_prefetch(db + c, 1), __builtin_prefetch(da + c, 1);  // both lines come while the rest is computed
+        __builtin_prefetch(of.b + c, 1), __builtin_prefetch(of.a + c, 1);  // both lines come while the rest is computed
         usual(c, count);
-        In::store(db + c, of_b, count), Of::store(da + c, of_a, count);
+        In::store(of.b + c, gradient.b, count), Of::store(of.a + c, gradient.a, count);
+        if constexpr (kRow.gate) In::store(of.gate + c, gradient.gate, count);
       });
     }
     vectors(n, [&](int64_t c, int64_t count) {
-      V lambda = Own::load(carry + c, count), through{}, of_coefficient{}, of_a{}, of_b;
+      V lambda = Own::load(carry + c, count), through{}, of_coefficient{};
       if (dh) lambda += In::load(dh + c, count);
       if (before) of_coefficient = lambda * Memory<H, A>::load(before + c, count);
-      if (before || Made::kReadsB) {
-        const Made made(load_a(a, c, count), load_b(c, count));
-        made.backward(of_coefficient, lambda, of_a, of_b);
+      Given<A> gradient{{}, lambda, {}, {}};
+      if (before || kRow.reads_b) {
+        const Made made(load(x, false, c, count), !before);
+        made.backward(of_coefficient, lambda, gradient);
         if (before) through = made.coefficient * lambda;
-      } else {
-        of_b = lambda;
       }
-      if (db) In::store(db + c, of_b, count);
-      if (da) Of::store(da + c, of_a, count);
-      if (sums) Own::store(sums + c, Own::load(sums + c, count) + of_a, count);
+      if (of.b) In::store(of.b + c, gradient.b, count);
+      if (of.a) Of::store(of.a + c, gradient.a, count);
+      if (of.gate) In::store(of.gate + c, gradient.gate, count);
+      if (of.vector) Own::store(of.vector + c, Own::load(of.vector + c, count) + (kRow.vector ? gradient.vector : gradient.a), count);
       Own::store(carry + c, through, count);
     });
   }
@@ -173,10 +168,13 @@ struct Pairs {
   using Coefficient = A;
   static constexpr int64_t kState = 2, kCoefficient = kBlock ? 4 : 2;
   static constexpr bool kEveryChannel = kEach;
+  using Inputs = Places<const A, const A, const A>;
 
   static FASTSEQ_HOST_DEVICE const A* coefficient(const A* a, int64_t c) { return kEach ? a + c * kCoefficient : a; }
 
-  static void step(const A* __restrict b, const A* __restrict a, const A* __restrict before, A* __restrict h, A*, int64_t n) {
+  static void step(const Inputs& x, const A* __restrict before, A* __restrict h, A*, int64_t n) {
+    const A* __restrict a = x.a;
+    const A* __restrict b = x.b;
     if (!before) {
       for (int64_t i = 0; i < 2 * n; ++i) h[i] = b[i];
       return;
@@ -195,7 +193,9 @@ struct Pairs {
   }
 
   // through the transposed block, or the conjugate; da is the outer product, or the product with the conjugate
-  static void step_backward(const A* dh, const A*, const A* a, const A* before, A* carry, A* db, A* da, A* sums, int64_t n, bool) {
+  static void step_backward(const A* dh, const Inputs& inputs, const A* before, A* carry, const Places<A, A, A>& of, int64_t n, bool) {
+    const A* a = inputs.a;
+    A *const db = of.b, *const da = of.a, *const sums = of.vector;
     for (int64_t c = 0; c < n; ++c) {
       A u = carry[2 * c], v = carry[2 * c + 1];
       if (dh) u += dh[2 * c], v += dh[2 * c + 1];
@@ -267,15 +267,23 @@ void walk_rows(const Scan& s, const ScanRows& rows, const ScanPart& part, Walk&&
   for (int64_t first = 0; first < part.rows; first += together ? part.rows : 1) walk(part.row + first, together ? part.rows : 1);
 }
 
+template <class Cell>
+FASTSEQ_HOST_DEVICE typename Cell::Inputs inputs_of(const Scan& s, const ScanPart& part, const Row& row, int64_t t) {
+  using S = typename Cell::Stored;
+  using A = typename Cell::Wide;
+  const int64_t at = part.channel * Cell::kState, at_a = Cell::kEveryChannel ? part.channel * Cell::kCoefficient : 0;
+  const A* vector = s.vector ? static_cast<const A*>(s.vector) + part.channel : nullptr;
+  return {place<const S>(s, s.b, row, t, at), place<const typename Cell::Coefficient>(s, s.a, row, t, at_a),
+          place<const S>(s, s.gate, row, t, at), vector};
+}
+
 // The description is a copy, which no store can change: it stays in registers.
 template <class Cell>
 void forward_of(const Scan s, const ScanPart& part, typename Cell::Wide* states) {
   using S = typename Cell::Stored;
   using A = typename Cell::Wide;
-  using E = typename Cell::Coefficient;
   constexpr bool kOwn = !__is_same(S, A);  // h is rounded: the state has a place of its own
   const int64_t N = part.channels * Cell::kState, at = part.channel * Cell::kState, width = s.channels * Cell::kState;
-  const int64_t at_a = Cell::kEveryChannel ? part.channel * Cell::kCoefficient : 0;
   walk_rows(s, s.h, part, [&](int64_t begin, int64_t count) {
     const Row only(s, begin);
     for (int64_t i = 0; i < s.steps; ++i) {
@@ -294,8 +302,7 @@ void forward_of(const Scan s, const ScanPart& part, typename Cell::Wide* states)
         else if constexpr (!kOwn)
           before = place<A>(s, s.h, row, s.reverse ? t + 1 : t - 1, at);
         if (begins(s, row, t, first)) before = nullptr;
-        Cell::step(place<const S>(s, s.b, row, t, at), place<const E>(s, s.a, row, t, at_a), before, place<S>(s, s.h, row, t, at), state,
-                   part.channels);
+        Cell::step(inputs_of<Cell>(s, part, row, t), before, place<S>(s, s.h, row, t, at), state, part.channels);
       }
     }
     for (int64_t r = 0; r < count; ++r) {
@@ -319,12 +326,14 @@ void backward_of(const Scan s, const ScanPart& part, typename Cell::Wide* carrie
   using E = typename Cell::Coefficient;
   const int64_t N = part.channels * Cell::kState, at = part.channel * Cell::kState, width = s.channels * Cell::kState;
   const int64_t M = part.channels * Cell::kCoefficient, each_a = part.channel * Cell::kCoefficient;
-  const int64_t at_a = Cell::kEveryChannel ? each_a : 0;
-  const bool sums_up = s.da.data && s.constant;
+  const bool constant = s.da.data && s.constant, sums_up = constant || s.dvector;
   walk_rows(s, s.h, part, [&](int64_t begin, int64_t count) {
-    A* const runs = carries + count * N;  // [count, M] if a is constant
-    // of a constant a: what a run has summed joins the gradient
-    const auto total_of = [&](const Row& row) { return static_cast<A*>(s.da.data) + row.index * s.da.row + each_a; };
+    A* const runs = carries + count * N;  // [count, M] of what is summed over the steps: a constant a's gradient, or a vector's
+    // what a run has summed joins the gradient
+    const auto total_of = [&](const Row& row) {
+      if (constant) return static_cast<A*>(s.da.data) + row.index * s.da.row + each_a;
+      return static_cast<A*>(s.dvector) + row.index * width + at;
+    };
     const auto join = [&](const Row& row, int64_t r) {
       A* total = total_of(row);
       for (int64_t i = 0; i < M; ++i) total[i] += runs[r * M + i];
@@ -347,25 +356,24 @@ void backward_of(const Scan s, const ScanPart& part, typename Cell::Wide* carrie
         if (t < 0 || t >= row.length) {
           if (!s.starts) {
             fill(place<S>(s, s.db, row, t, at), N);
-            if (!sums_up) fill(place<E>(s, s.da, row, t, each_a), M);
+            fill(place<S>(s, s.dgate, row, t, at), N);
+            if (!constant) fill(place<E>(s, s.da, row, t, each_a), M);
           }
           continue;
         }
         const bool first = t == (s.reverse ? row.length - 1 : 0);
         const S* dh = place<const S>(s, s.dh, row, t, at);
-        const S* b = place<const S>(s, s.b, row, t, at);
-        const E* a = place<const E>(s, s.a, row, t, at_a);
-        S* db = place<S>(s, s.db, row, t, at);
-        E* da = sums_up ? nullptr : place<E>(s, s.da, row, t, each_a);
-        A* sums = sums_up ? runs + r * M : nullptr;
+        const auto inputs = inputs_of<Cell>(s, part, row, t);
+        const Places<S, A, E> of{place<S>(s, s.db, row, t, at), constant ? nullptr : place<E>(s, s.da, row, t, each_a),
+                                 place<S>(s, s.dgate, row, t, at), sums_up ? runs + r * M : nullptr};
         A* carry = carries + r * N;
         const bool fresh = begins(s, row, t, first);
         if (first && !fresh) {
           const A* before = static_cast<const A*>(s.initial) + row.index * width + at;
-          Cell::step_backward(dh, b, a, before, carry, db, da, sums, part.channels, s.streams);
+          Cell::step_backward(dh, inputs, before, carry, of, part.channels, s.streams);
         } else {
           const S* before = fresh ? nullptr : place<const S>(s, s.h, row, s.reverse ? t + 1 : t - 1, at);
-          Cell::step_backward(dh, b, a, before, carry, db, da, sums, part.channels, s.streams);
+          Cell::step_backward(dh, inputs, before, carry, of, part.channels, s.streams);
         }
         if (sums_up && i % kRun == kRun - 1) join(row, r);
       }
@@ -384,12 +392,19 @@ template <class F>
 void with_cell(const Scan& s, F&& body) {
   const auto of_type = [&]<class S, class A>() {
     const auto makes = [&]<ScanCell kCell>() {
-      s.wide_a ? body.template operator()<Real<S, A, A, kCell, true>>() : body.template operator()<Real<S, A, S, kCell, true>>();
+      if constexpr (kCell == ScanCell::kGiven)
+        s.each ? body.template operator()<Real<S, A, A, kCell, true>>() : body.template operator()<Real<S, A, A, kCell, false>>();
+      else if constexpr (kCell == ScanCell::kLog)
+        s.wide_a ? body.template operator()<Real<S, A, A, kCell, true>>() : body.template operator()<Real<S, A, S, kCell, true>>();
+      else
+        body.template operator()<Real<S, A, S, kCell, true>>();
     };
-    if (s.cell == ScanCell::kLog) return makes.template operator()<ScanCell::kLog>();
-    if (s.cell == ScanCell::kMinGru) return makes.template operator()<ScanCell::kMinGru>();
-    s.each ? body.template operator()<Real<S, A, A, ScanCell::kGiven, true>>()
-           : body.template operator()<Real<S, A, A, ScanCell::kGiven, false>>();
+    switch (s.cell) {
+#define FASTSEQ_SCAN_CASE(Name, ...) \
+  case ScanCell::k##Name: return makes.template operator()<ScanCell::k##Name>();
+      FASTSEQ_SCAN_CELLS(FASTSEQ_SCAN_CASE)
+#undef FASTSEQ_SCAN_CASE
+    }
   };
   const auto pairs = [&]<class A, bool kBlock>() {
     s.each ? body.template operator()<Pairs<A, kBlock, true>>() : body.template operator()<Pairs<A, kBlock, false>>();

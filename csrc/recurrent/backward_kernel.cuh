@@ -13,7 +13,7 @@
 
 namespace fastseq::recurrent {
 
-template <class C, class Engine>
+template <class C, class Engine, bool kResets>
 class BackwardStep : Step<C, Engine, 1 + C::kStates> {
   using Base = Step<C, Engine, 1 + C::kStates>;
   using typename Base::Number;
@@ -33,6 +33,7 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
       const int t = rows_.time(steps - 1 - s);
       for (int batch_tile = 0; batch_tile < split_.batch_tiles; ++batch_tile) {
         if (s < steps) fetch(batch_tile, t);
+        if constexpr (kResets) fetch_cuts(batch_tile, t);
         if (s > 0) {
           if (batch_tile == 0) engine_.wait(s);
           engine_.product(batch_tile);
@@ -127,6 +128,21 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
     }
   }
 
+  FASTSEQ_DEVICE void fetch_cuts(int batch_tile, int t) {
+    FASTSEQ_UNROLL
+    for (int j = 0; j < kItems; ++j) {
+      const bool there = items_.exists(j) && items_.has_unit(j);
+      cut_[j] = there ? rows_.cut(p_.resets.rows, batch_tile, items_.column(j), t) : uint8_t{0};
+      cut_after_[j] = there ? rows_.cut(p_.resets.rows, batch_tile, items_.column(j), rows_.after(t)) : uint8_t{0};
+    }
+  }
+
+  // The reset state gets a gradient, the step before nothing of it.
+  FASTSEQ_DEVICE void cut_off(float& grad, float* sums, int64_t offset) {
+    if (sums) sums[offset] += grad;
+    grad = 0;
+  }
+
   // Adds what the later step's gates say of h.
   FASTSEQ_DEVICE void add_reached(int batch_tile) {
     FASTSEQ_UNROLL
@@ -135,6 +151,9 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
       float reached[1];
       engine_.sums(reached, items_.column(j), items_.unit(j));
       gradient(batch_tile, 0, j) += reached[0];
+      if constexpr (kResets) {
+        if (cut_after_[j]) cut_off(gradient(batch_tile, 0, j), p_.resets.dh, offset_of_state(batch_tile, j, 1, 0));
+      }
     }
   }
 
@@ -148,7 +167,17 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
         for (int g = 0; g < C::kGates; ++g) engine_.send(batch_tile, unit, column, g, Number{});
         continue;
       }
-      const Inputs& in = in_[j];
+      Inputs& in = in_[j];
+      if constexpr (kResets) {
+        if (cut_[j]) {
+          const auto* h = static_cast<const Number*>(p_.resets.h);
+          in.h_before = h ? gpu::to_float(h[offset_of_state(batch_tile, j, 1, 0)]) : 0.0f;
+          FASTSEQ_UNROLL
+          for (int k = 0; k < C::kStates; ++k) {
+            in.c_before[k] = p_.resets.c ? p_.resets.c[offset_of_state(batch_tile, j, C::kStates, k)] : 0.0f;
+          }
+        }
+      }
       float vectors[kVectors], dc[kStates], dc_before[kStates], dx[C::kGates], dr[C::kGates], dh_direct;
       FASTSEQ_UNROLL
       for (int v = 0; v < C::kVectors; ++v) vectors[v] = vectors_[v * split_.units + unit];
@@ -158,7 +187,12 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
                   dc_before);
       gradient(batch_tile, 0, j) = dh_direct;
       FASTSEQ_UNROLL
-      for (int k = 0; k < C::kStates; ++k) gradient(batch_tile, 1 + k, j) = dc_before[k];
+      for (int k = 0; k < C::kStates; ++k) {
+        gradient(batch_tile, 1 + k, j) = dc_before[k];
+        if constexpr (kResets) {
+          if (cut_[j]) cut_off(gradient(batch_tile, 1 + k, j), p_.resets.dc, offset_of_state(batch_tile, j, C::kStates, k));
+        }
+      }
       const int64_t row = rows_.row(batch_tile, column, t);
       FASTSEQ_UNROLL
       for (int g = 0; g < C::kGates; ++g) {
@@ -172,21 +206,23 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
   }
 
   const BackwardParams& p_;
-  Inputs in_[kItems];  // of the batch tile in work
+  // of the batch tile in work
+  Inputs in_[kItems];
+  uint8_t cut_[kItems], cut_after_[kItems];  // before this step, before the step after it
 };
 
-template <template <class> class CellOf, class Tile, int kNTiles>
+template <template <class> class CellOf, class Tile, int kNTiles, bool kResets = false>
 FASTSEQ_KERNEL(kThreads) backward_kernel(FASTSEQ_PARAMETERS BackwardParams p) {
   using C = CellOf<Math<Tile::kExact>>;
   gpu::Smem smem;
-  BackwardStep<C, AllGather<Tile, kNTiles, 1, C::kGates>>(p, smem).run();
+  BackwardStep<C, AllGather<Tile, kNTiles, 1, C::kGates>, kResets>(p, smem).run();
 }
 
-template <template <class> class CellOf, class Tile>
+template <template <class> class CellOf, class Tile, bool kResets = false>
 FASTSEQ_KERNEL(kThreads) backward_reduce_scatter_kernel(FASTSEQ_PARAMETERS BackwardParams p) {
   using C = CellOf<Math<Tile::kExact>>;
   gpu::Smem smem;
-  BackwardStep<C, ReduceScatter<Tile, C::kGates>>(p, smem).run();
+  BackwardStep<C, ReduceScatter<Tile, C::kGates>, kResets>(p, smem).run();
 }
 
 }  // namespace fastseq::recurrent

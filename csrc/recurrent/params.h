@@ -47,6 +47,15 @@ struct ExchangeBuffers {
   uint32_t* flags;  // [teams, ctas] zero at the beginning; unused by clusters
 };
 
+// Where sequences begin anew, and from which states.
+struct Resets {
+  const uint8_t* rows;  // [rows] not 0: the state before that row, in time, is another sequence's; null: nowhere
+  const void* h;        // [D, B, H] or null: zero
+  const float* c;       // [D, B, K*H] or null: zero
+  float* dh;            // [D, B, H] or null: not wanted; their gradients are added here, in the backward pass
+  float* dc;            // [D, B, K*H] or null
+};
+
 struct ForwardParams {
   const void* x_gates;  // [rows, D, G*H] the projected input with all biases but the cell's own vectors
   const void* weight;   // [D, G*H, H]
@@ -61,6 +70,7 @@ struct ForwardParams {
   Walk walk;
   Split split;
   ExchangeBuffers exchange;
+  Resets resets;
 };
 
 struct BackwardParams {
@@ -82,6 +92,7 @@ struct BackwardParams {
   Walk walk;
   Split split;
   ExchangeBuffers exchange;
+  Resets resets;
 };
 
 enum class Precision : int32_t { kHalf, kBfloat16, kTf32, kFloat };

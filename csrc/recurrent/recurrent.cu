@@ -58,6 +58,12 @@ class Arguments {
             take<uint32_t>(flags, ScalarType::Int, int64_t{plan_.teams} * plan_.split.ctas, "flags")};
   }
 
+  Resets resets(const std::optional<Tensor>& rows, const std::optional<Tensor>& h, const std::optional<Tensor>& c, float* dh = nullptr,
+                float* dc = nullptr) const {
+    return {take<uint8_t>(rows, ScalarType::Byte, units ? all / units : 0, "resets"), take(h, narrow, states, "reset_h"),
+            take<float>(c, ScalarType::Float, states * facts.states, "reset_c"), dh, dc};
+  }
+
   template <class Params>
   void run_on_stream(const Params& params) const {
     if (walk.batch == 0 || walk.hidden == 0) return;
@@ -88,7 +94,8 @@ void recurrent_cuda_forward(std::string cell, std::string precision, std::vector
                             std::optional<Tensor> vectors, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor y, Tensor h_n,
                             Tensor c_n, Tensor c, Tensor gates, std::optional<Tensor> starts, std::optional<Tensor> lengths,
                             int64_t steps, int64_t batch, int64_t lanes, int64_t hidden, int64_t reverse, Tensor operands,
-                            Tensor flags) {
+                            Tensor flags, std::optional<Tensor> resets, std::optional<Tensor> reset_h,
+                            std::optional<Tensor> reset_c) {
   const Arguments a(cell, precision, plan, y, starts, lengths, sizes(steps, batch, lanes, hidden, reverse));
   const CellFacts facts = a.facts;
   const ScalarType narrow = a.narrow, wide = ScalarType::Float;
@@ -97,7 +104,8 @@ void recurrent_cuda_forward(std::string cell, std::string precision, std::vector
       a.take(vectors, narrow, a.units * facts.vectors, "vectors"), a.take(h0, narrow, a.states, "h0"),
       a.take<float>(c0, wide, a.states * facts.states, "c0"), a.need(y, narrow, a.all, "y"), a.need(h_n, narrow, a.states, "h_n"),
       a.take<float>(c_n, wide, a.states * facts.states, "c_n"), a.take<float>(c, wide, a.all * facts.states, "c"),
-      a.take(gates, narrow, a.all * facts.saved, "gates"), a.walk, {}, a.buffers(operands, flags)});
+      a.take(gates, narrow, a.all * facts.saved, "gates"), a.walk, {}, a.buffers(operands, flags),
+      a.resets(resets, reset_h, reset_c)});
 }
 
 void recurrent_cuda_backward(std::string cell, std::string precision, std::vector<int64_t> plan, std::optional<Tensor> dy,
@@ -105,7 +113,8 @@ void recurrent_cuda_backward(std::string cell, std::string precision, std::vecto
                              std::optional<Tensor> vectors, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor y, Tensor c,
                              Tensor gates, Tensor dgates, Tensor drecurrent, Tensor dh0, Tensor dc0, std::optional<Tensor> starts,
                              std::optional<Tensor> lengths, int64_t steps, int64_t batch, int64_t lanes, int64_t hidden,
-                             int64_t reverse, Tensor operands, Tensor flags) {
+                             int64_t reverse, Tensor operands, Tensor flags, std::optional<Tensor> resets,
+                             std::optional<Tensor> reset_h, std::optional<Tensor> reset_c, Tensor dreset_h, Tensor dreset_c) {
   const Arguments a(cell, precision, plan, y, starts, lengths, sizes(steps, batch, lanes, hidden, reverse));
   const CellFacts facts = a.facts;
   const ScalarType narrow = a.narrow, wide = ScalarType::Float;
@@ -117,7 +126,9 @@ void recurrent_cuda_backward(std::string cell, std::string precision, std::vecto
       a.take<float>(c, wide, a.all * facts.states, "c"), a.take(gates, narrow, a.all * facts.saved, "gates"),
       a.need(dgates, narrow, a.all * facts.gates, "dgates"),
       a.take(drecurrent, narrow, a.all * facts.own_recurrent, "drecurrent"), a.need(dh0, narrow, a.states, "dh0"),
-      a.take<float>(dc0, wide, a.states * facts.states, "dc0"), a.walk, {}, a.buffers(operands, flags)});
+      a.take<float>(dc0, wide, a.states * facts.states, "dc0"), a.walk, {}, a.buffers(operands, flags),
+      a.resets(resets, reset_h, reset_c, a.take<float>(dreset_h, wide, a.states, "dreset_h"),
+               a.take<float>(dreset_c, wide, a.states * facts.states, "dreset_c"))});
 }
 
 }  // namespace fastseq::recurrent

@@ -24,12 +24,16 @@ class RecurrentQuery(NamedTuple):
     backward: bool = False
     saving: bool = False  # forward, for a backward pass
     solver: str = ""  # what solves all steps at once; "": they run one after another
+    resets: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.op} {self.cell}, {dtype} on {self.device}, {self.layout}, T={self.steps} B={self.batch} D={self.lanes} "
-            f"H={self.hidden}" + (", projected" if self.projected else "") + (", zoneout" if self.zoned else "")
+            f"H={self.hidden}"
+            + (", projected" if self.projected else "")
+            + (", zoneout" if self.zoned else "")
+            + (", resets" if self.resets else "")
         ) + (f", by {self.solver}'s method" if self.solver else "")
 
 

@@ -63,8 +63,10 @@ def attention_decode_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: 
     return empty_rows(q, v_cache.shape[-1]).copy_(out), lse
 
 
-def scan_forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
-    h, final = scan.forward(b, a, initial, spec)
+def scan_forward(
+    b: Tensor, a: Tensor, gate: Tensor | None, vector: Tensor | None, initial: Tensor | None, spec: ScanSpec
+) -> tuple[Tensor, Tensor]:
+    h, final = scan.forward(b, a, gate, vector, initial, spec)
     room = empty_scan(b, scan_kind(b, a), spec)
     return room[0].copy_(h), room[1].copy_(final)
 
@@ -74,15 +76,16 @@ def scan_backward(
     dfinal: Tensor | None,
     b: Tensor | None,
     a: Tensor,
+    gate: Tensor | None,
+    vector: Tensor | None,
     h: Tensor,
     initial: Tensor | None,
     spec: ScanSpec,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = scan.backward(dh, dfinal, b, a, h, initial, spec)
-    db, da, dinitial = empty_scan_gradients(a, h, scan_kind(h, a), spec, wanted)
-    if wanted[0]:
-        db.copy_(grads[0])
-    if wanted[1]:
-        da.copy_(grads[1])
-    return db, da, dinitial.copy_(grads[2])
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = scan.backward(dh, dfinal, b, a, gate, vector, h, initial, spec)
+    room = empty_scan_gradients(a, h, scan_kind(h, a), spec, wanted)
+    for place, grad, want in zip(room, grads, [*wanted, True], strict=True):
+        if want and grad is not None:
+            place.copy_(grad)
+    return room

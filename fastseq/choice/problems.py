@@ -75,6 +75,9 @@ def _own_error(results: Results, truths: Results) -> float:
     return pooled_error({name: value.double() for name, value in results.items()}, truths)
 
 
+_WIDE = frozenset(("c0", "dc_n", "dc", "c", "slopes", "lse", "dlse", "a", "vector", "initial", "reset_c"))
+
+
 def _cast(inputs: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Floating tensors in a dtype, what is wide in the wide one; batch_sizes stay on the CPU."""
     wide = state_dtype(dtype)
@@ -84,7 +87,7 @@ def _cast(inputs: dict[str, Any], dtype: torch.dtype, device: torch.device) -> d
             return value
         if not value.is_floating_point():
             return value.to(device)
-        return value.to(device, wide if name in ("c0", "dc_n", "dc", "c", "slopes", "lse", "dlse", "a", "initial") else dtype)
+        return value.to(device, wide if name in _WIDE else dtype)
 
     return {name: moved(name, value) for name, value in inputs.items()}
 
@@ -137,7 +140,7 @@ Made = Iterator[tuple[str, dict[str, Any], Callable[[int], dict[str, Any]], Call
 # recurrence
 
 OUTPUTS = ("y", "h_n", "c_n", "c", "gates")
-GRADIENTS_OF_STEPS = ("dgates", "drecurrent", "doutput", "dh0", "dc0")
+GRADIENTS_OF_STEPS = ("dgates", "drecurrent", "doutput", "dh0", "dc0", "dreset_h", "dreset_c")
 
 
 def _recurrent(query: Any, family: str) -> Made:
@@ -145,13 +148,13 @@ def _recurrent(query: Any, family: str) -> Made:
     one = query.steps == 1
     hidden, rows = min(query.hidden, _MOST_HIDDEN), min(query.batch, _MOST_ROWS)
     odd = hidden - 3 if hidden > 4 else hidden
-    for layout, hidden_, rows_, steps in (
-        (query.layout, hidden, rows, 1 if one else 3),
-        ("lengths" if not one else "padded", odd, min(rows, 7), 1 if one else 5),
-        *(() if one else (("packed", odd, 3, 4),)),
+    for layout, hidden_, rows_, steps, zeros in (
+        (query.layout, hidden, rows, 1 if one else 3, False),
+        ("lengths" if not one else "padded", odd, min(rows, 7), 1 if one else 5, True),
+        *(() if one else (("packed", odd, 3, 4, False),)),
     ):
 
-        def make(seed: int, sizes: tuple[Any, ...] = (layout, hidden_, rows_, steps)) -> dict[str, Any]:
+        def make(seed: int, sizes: tuple[Any, ...] = (layout, hidden_, rows_, steps, zeros)) -> dict[str, Any]:
             return _sequence(query, seed, *sizes)
 
         changes = {"layout": layout, "steps": steps, "batch": rows_, "hidden": hidden_, "lanes": min(query.lanes, _MOST_LANES)}
@@ -159,8 +162,8 @@ def _recurrent(query: Any, family: str) -> Made:
         yield f"{layout} T={steps} B={rows_} H={hidden_}", changes, make, run
 
 
-def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps: int) -> dict[str, Any]:
-    """Arguments of `Forward`, in fp64."""
+def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps: int, zeros: bool) -> dict[str, Any]:
+    """Arguments of `Forward`, in fp64. ``zeros``: what resets put in place of a state."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -173,6 +176,7 @@ def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps
     rows = (int(sizes.sum()),) if layout == "packed" else (steps, batch)
     drawn = query.zoned and layout != "packed"  # else states are mixed
     zoned_c = query.zoned and row.wide_states == 1
+    anew = query.resets and not zeros
 
     def held() -> Tensor:
         return torch.rand(*rows, lanes, width, generator=generator) < 0.4
@@ -196,6 +200,9 @@ def _sequence(query: Any, seed: int, layout: str, hidden: int, batch: int, steps
         "zoneout_c": 0.4 if zoned_c and not drawn else 0.0,
         "save_c": True,
         "save_gates": True,
+        "resets": torch.rand(*rows, generator=generator) < 0.3 if query.resets else None,
+        "reset_h": random(lanes, batch, width) if anew else None,
+        "reset_c": random(lanes, batch, row.wide_states * hidden).abs() if anew and row.has_c else None,
     }
 
 
@@ -400,7 +407,7 @@ def _scan(query: Any, family: str) -> Made:
         (300 if cuda else 23, 3, 37, False),
         (9, 300 if cuda else 3, 128 if cuda else 5, True),
     ):
-        if constant and {"log", "min_gru"} & {*query.uses}:
+        if constant and set(SCAN_CELLS) & set(query.uses):
             continue  # they have an a for each step
 
         def make(seed: int, sizes: tuple[int, int, int, bool] = (steps, batch, channels, constant)) -> dict[str, Any]:
@@ -424,22 +431,26 @@ def _recurrence(query: Any, seed: int, steps: int, batch: int, channels: int, co
     total = int(lengths.sum()) if packed else steps
     rows = 1 if packed else batch
     a = (random(1, 1, channels, *of_a) if constant else random(total, rows, channels, *of_a)).tanh() * (0.45 if numbers else 0.9)
+    name = next((use for use in query.uses if use in SCAN_CELLS), "given")
+    cell = SCAN_CELLS[name]
     return {
         "b": random(total, rows, channels, *numbers),
-        "a": -a.abs() if "log" in query.uses else a,
+        "logits" if cell.reads_b else "a": -a.abs() if "log" in query.uses else a,  # logits have the dtype of b
+        "gate": random(total, rows, channels) if cell.gate else None,
+        "vector": random(channels).sigmoid() if cell.vector else None,
         "initial": random(batch, channels, *numbers) if "initial" in query.uses else None,
         "resets": torch.rand(total, rows, generator=generator) < 0.1 if "resets" in query.uses else None,
         "lengths": lengths if query.layout == "lengths" else None,
         "cu_seqlens": torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int() if packed else None,
-        "cell": next((use for use in query.uses if use in SCAN_CELLS), "given"),
+        "cell": name,
         "reverse": "reverse" in query.uses,
         "kind": query.kind,
     }
 
 
 def _numbers(inputs: dict[str, Any]) -> list[Any]:
-    """b, a, initial as the op takes them, and the rest of it."""
-    given = [inputs[name] for name in ("b", "a", "initial")]
+    """b, a, gate, vector, initial as the op takes them, and the rest of it."""
+    given = [inputs[name] for name in ("b", "logits" if "logits" in inputs else "a", "gate", "vector", "initial")]
     if inputs["kind"] == "complex":
         given = [tensor if tensor is None else torch.view_as_complex(tensor) for tensor in given]
     return [*given, ScanSpec(**{name: inputs[name] for name in ScanSpec._fields})]
@@ -456,12 +467,16 @@ def _scanned(backend: Any, inputs: dict[str, Any]) -> Results:
 
 def _scan_gradients(backend: Any, inputs: dict[str, Any]) -> Results:
     """From the reference's h."""
-    b, a, initial, spec = _numbers(inputs)
-    h, final = scan.forward(b, a, initial, spec)
+    b, a, gate, vector, initial, spec = _numbers(inputs)
+    h, final = scan.forward(b, a, gate, vector, initial, spec)
     dh, dfinal = _like(_apart(h), 1), _like(_apart(final), 2)
     if h.is_complex():
         dh, dfinal = torch.view_as_complex(dh), torch.view_as_complex(dfinal)
-    read = b if spec.cell == "min_gru" else None
-    grads = backend.scan_backward(dh, dfinal, read, a, h, initial, spec, [True, True])
-    named = {name: _apart(grad) for name, grad in zip(("db", "da", "dinitial"), grads, strict=True)}
-    return named if initial is not None else {name: named[name] for name in ("db", "da")}
+    read = b if SCAN_CELLS[spec.cell].reads_b else None
+    grads = backend.scan_backward(dh, dfinal, read, a, gate, vector, h, initial, spec, [True] * 4)
+    names = ("db", "da", "dgate", "dvector", "dinitial")
+    return {
+        name: _apart(grad)
+        for name, grad, given in zip(names, grads, (b, a, gate, vector, initial), strict=True)
+        if given is not None
+    }

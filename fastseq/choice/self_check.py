@@ -241,7 +241,8 @@ def family_of(backend: ModuleType, query: Any, family: str) -> str:
     dtype = str(query.dtype).removeprefix("torch.") + (" in tf32" if _coarse(query) else "")
     variant = backend.variant(query, family) if hasattr(backend, "variant") else ""
     if query.op == "recurrent":
-        used = [query.cell, *(["projected"] if query.projected else []), *(["zoneout"] if query.zoned else [])]
+        facts = {"projected": query.projected, "zoneout": query.zoned, "resets": query.resets}
+        used = [query.cell, *[name for name, given in facts.items() if given]]
     elif query.op == "scan":
         used = [query.kind, *([] if query.layout == "padded" else [query.layout]), *query.uses]
     else:

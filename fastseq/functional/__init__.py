@@ -2,7 +2,7 @@
 
 from ._attention import attention, attention_grad, merge_attention
 from ._attention_decode import attention_with_kv_cache
-from ._linear_recurrent import min_gru, min_gru_cell
+from ._linear_recurrent import linear_recurrent
 from ._recurrent import gru, gru_cell, lstm, lstm_cell, recurrent, recurrent_cell, rnn, rnn_cell
 from ._relative_position import t5_relative_bias, transformer_xl_attention
 from ._scaled_dot_product import scaled_dot_product_attention
@@ -14,11 +14,10 @@ __all__ = [
     "attention_with_kv_cache",
     "gru",
     "gru_cell",
+    "linear_recurrent",
     "lstm",
     "lstm_cell",
     "merge_attention",
-    "min_gru",
-    "min_gru_cell",
     "recurrent",
     "recurrent_cell",
     "rnn",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,18 @@ from ._autocast import without_autocast
 from ._recording import refuse_onnx
 from ._scan import checked_resets
 
-__all__ = ["min_gru", "min_gru_cell"]
+__all__ = ["linear_recurrent"]
+
+Lane = Mapping[str, Tensor]  # parameters of a layer in one direction
 
 
 @own_keywords
-def min_gru(
+def linear_recurrent(
+    cell: str,
     input: Tensor,
-    hx: Tensor | None,
-    params: Sequence[Tensor],
+    hx: Tensor | tuple[Tensor, Tensor] | None,
+    params: Sequence[Mapping[str, Tensor]],
     *,
-    has_biases: bool = True,
     num_layers: int = 1,
     dropout: float = 0.0,
     training: bool = False,
@@ -33,16 +36,20 @@ def min_gru(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """minGRU over a sequence, ``(output, h_n)``: h_t = (1 - z_t) h_{t-1} + z_t g(W_h x_t + b_h), z_t = sigmoid(W_z x_t + b_z),
-    where g(v) = v + 1/2 from 0 on and sigmoid(v) below (Feng et al. 2024, "Were RNNs all we needed?").
+) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+    """Layers whose gates read the input alone over a sequence: ``(output, h_n)``. The modules' docstrings have the equations.
 
     T time, B batch, I input, H hidden, L layers, D directions.
 
     Args:
+        cell: ``"min_gru"``, ``"min_lstm"``, ``"hgrn"``, ``"rg_lru"``, ``"qrnn_f"``, ``"qrnn_fo"``, ``"qrnn_ifo"`` or ``"lru"``.
         input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, or unbatched ``[T, I]``; floating point.
-        hx: ``[L*D, B, H]``, unbatched ``[L*D, H]``; in the input's dtype or that of states. None: zeros.
-        params: per layer, per direction: weight ``[2H, I or D*H]``, rows of W_z, then of W_h; with ``has_biases`` bias ``[2H]``.
+        hx: ``[L*D, B, H]``, unbatched ``[L*D, H]``; in the input's dtype or that of states, of the LRU (``[L*D, B, N]``)
+            complex. None: a sequence begins. Of a QRNN of two steps a pair: the states, and the inputs of all layers before the
+            first step (backwards: behind the last), ``[D, B, I + (L-1)*D*H]``, unbatched ``[D, I + (L-1)*D*H]``, in the input's
+            dtype.
+        params: per layer, per direction, by the names that the module's have but for their ending ``_l<layer>``, ``_reverse``;
+            of the HGRN also ``lower_bound`` ``[H]``, what the forget gate is never below, or none.
         dropout: probability with which, in training, elements of every layer's output but the last's are zeroed.
         lengths: int32 or int64 ``[B]``, each in 0..T. Beyond a row's length the output is zero; final states are those after a
             row's last step, where its backward direction starts.
@@ -50,85 +57,247 @@ def min_gru(
             direction is as if the segments of a row were run one by one, hx before the first (backwards: the last) of them.
 
     Returns:
-        ``output`` ``[T, B, D*H]`` as the input, and ``h_n`` as hx, in the dtype of states: fp32 (fp64 for fp64).
+        ``output`` ``[T, B, D*H]`` as the input, and ``h_n`` as hx, in the dtype of states: fp32 (fp64 for fp64), complex64.
 
     Raises:
+        ValueError: if there is no such cell.
         RuntimeError: if ranks, sizes, dtypes, devices, ``lengths`` or ``resets`` do not fit.
         NotImplementedError: during ONNX export.
     """
-    refuse_onnx("minGRU", "a loop over its cell has one")
+    refuse_onnx("a linear recurrence", "a loop over its steps has one")
+    layer_of = _layer(cell)
     checked_tensor("input", input)
     if input.dim() not in (2, 3):
-        raise RuntimeError(f"min_gru: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        raise RuntimeError(f"{cell}: Expected input to be 2D or 3D, got {input.dim()}D instead")
     alone, directions = input.dim() == 2, 2 if bidirectional else 1
-    each = 2 if has_biases else 1
-    if len(params) != each * num_layers * directions:
-        raise RuntimeError(f"min_gru expects {each * num_layers * directions} parameters, {each} of each lane, got {len(params)}")
-    if input.shape[-1] != params[0].shape[1]:
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {params[0].shape[1]}, got {input.shape[-1]}")
+    lanes = num_layers * directions
+    if len(params) != lanes:
+        raise RuntimeError(f"{cell} expects the parameters of {lanes} lanes, got {len(params)}")
+    if input.shape[-1] != layer_of.width(params[0]):
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {layer_of.width(params[0])}, got {input.shape[-1]}"
+        )
     x = input.unsqueeze(1) if alone else input.transpose(0, 1) if batch_first else input
-    hidden = params[0].shape[0] // 2
-    resets = checked_resets(resets, x, alone, batch_first)
+    if resets is not None:
+        resets = checked_resets(resets, x, alone, batch_first)
+    beyond = None
     if lengths is not None:
         checked_tensor("lengths", lengths)
         if alone:
             raise RuntimeError("lengths are of the rows of a batch, but the input is unbatched")
         lengths = checked_lengths("lengths", lengths, x.shape[1], x.shape[0])
-    lanes = num_layers * directions
-    hx = _checked_state(hx, input, (lanes, hidden) if alone else (lanes, x.shape[1], hidden))
+        beyond = (torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)[..., None]
+        x = x.masked_fill(beyond, 0)  # gradients of weights are sums over all steps
+    hx, inputs = _parted(cell, hx, layer_of.windowed(params[0]))
+    hidden = layer_of.hidden(params[0])
+    hx = _checked_state(hx, input, layer_of, (lanes, hidden) if alone else (lanes, x.shape[1], hidden))
     states = [None] * lanes if hx is None else (hx.unsqueeze(1) if alone else hx).unbind(0)
+    before = _Before(inputs, input, x, alone, directions, num_layers, hidden) if layer_of.windowed(params[0]) else None
     finals: list[Tensor] = []
     for layer in range(num_layers):
         outputs = []
         for direction in range(directions):
             lane = layer * directions + direction
-            weight = params[each * lane]
-            spec = ScanSpec(resets, lengths, None, "min_gru", direction == 1)
-            h, final = _scanned(x, weight, params[each * lane + 1] if has_biases else None, states[lane], spec)
-            outputs.append(h)
+            spec = ScanSpec(resets, lengths, None, layer_of.scan, direction == 1)
+            seen = x if before is None else before.beside(x, layer, direction, spec)
+            output, final = layer_of.run(seen, params[lane], states[lane], spec)
+            if beyond is not None and "bias_out" in params[lane]:
+                output = output.masked_fill(beyond, 0)
+            outputs.append(output)
             finals.append(final)
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         if dropout and layer < num_layers - 1:
             x = F.dropout(x, dropout, training)
     h_n = torch.stack(finals)
+    h_n = h_n.squeeze(1) if alone else h_n
     output = x.squeeze(1) if alone else x.transpose(0, 1) if batch_first else x
-    return output, h_n.squeeze(1) if alone else h_n
+    return output, h_n if before is None else (h_n, before.last())
 
 
-@own_keywords
-def min_gru_cell(input: Tensor, hx: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """One step of ``min_gru``: h ``[B, H]`` from h, in the dtype of states, so that steps in turn are the sequence.
+class _Layer(NamedTuple):
+    """A layer as a value: what it makes of x [T, B, I] and the state before it [B, H], and its sizes by its parameters."""
 
-    Args:
-        input: ``[B, I]``, or unbatched ``[I]``.
-        hx: ``[B, H]``, unbatched ``[H]``; in the input's dtype or that of states. None: zeros.
-        weight, bias: as of ``min_gru``.
-
-    Raises:
-        RuntimeError: if ranks, sizes or dtypes do not fit.
-    """
-    checked_tensor("input", input)
-    if input.dim() not in (1, 2):
-        raise RuntimeError(f"min_gru_cell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    if input.shape[-1] != weight.shape[1]:
-        raise RuntimeError(f"input has inconsistent input_size: got {input.shape[-1]}, expected {weight.shape[1]}")
-    hx = _checked_state(hx, input, (*input.shape[:-1], weight.shape[0] // 2))
-    alone = input.dim() == 1
-    rows, state = (input[None, None], None if hx is None else hx[None]) if alone else (input[None], hx)
-    _, final = _scanned(rows, weight, bias, state, ScanSpec(None, None, None, "min_gru", False))
-    return final.squeeze(0) if alone else final
+    run: Callable[[Tensor, Lane, Tensor | None, ScanSpec], tuple[Tensor, Tensor]]
+    scan: str  # of SCAN_CELLS
+    width: Callable[[Lane], int]
+    hidden: Callable[[Lane], int]  # of the states
+    complex: bool = False  # states
+    windowed: Callable[[Lane], bool] = lambda lane: False  # reads the step before as well: x is [T, B, 2 I], that beside it
 
 
-def _scanned(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
-    """A lane. Rows of the weight are halved, not the projected input, whose gradient would have to be put together again."""
-    weights = weight.chunk(2)
-    biases = (None, None) if bias is None else bias.chunk(2)
-    logits, candidate = (F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
-    with without_autocast(x.device.type):
-        return ops.scan(candidate, logits, state, spec)
+def _projections(x: Tensor, lane: Lane, gates: int) -> list[Tensor]:
+    """Rows of the weight are parted, not the projected input, whose gradient would have to be put together again."""
+    biases = lane["bias_ih"].chunk(gates) if "bias_ih" in lane else [None] * gates
+    return [F.linear(x, w.flatten(1), b) for w, b in zip(lane["weight_ih"].chunk(gates), biases, strict=True)]
 
 
-def _checked_state(hx: Tensor | None, input: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+def _scanned(b: Tensor, a: Tensor, gate: Any, vector: Any, state: Any, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+    with without_autocast(b.device.type):
+        return ops.scan(b, a, gate, vector, state, spec)
+
+
+def _gated(scan: str, gates: int) -> _Layer:
+    """Of cells whose output is the state and whose gates are rows of a weight: that of a, of another gate, of b."""
+
+    def run(x: Tensor, lane: Lane, state: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+        a, *others, b = _projections(x, lane, gates)
+        return _scanned(b, a, others[0] if others else None, None, state, spec)
+
+    return _Layer(run, scan, lambda lane: lane["weight_ih"].shape[1], lambda lane: lane["weight_ih"].shape[0] // gates)
+
+
+def _hgrn(x: Tensor, lane: Lane, state: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+    """Rows of the weight: f, i, and with a norm its gate."""
+    a, b, *gate = _projections(x, lane, 3 if "weight_norm" in lane else 2)
+    wide = state_dtype(x.dtype)
+    bound = lane["lower_bound"].to(wide) if "lower_bound" in lane else torch.zeros(b.shape[-1], dtype=wide, device=x.device)
+    h, final = _scanned(b, a, None, bound, state, spec)
+    if gate:
+        h = F.rms_norm(h, h.shape[-1:], lane["weight_norm"].to(h.dtype), 1e-5) * F.silu(gate[0])
+    return h, final
+
+
+_SHARPNESS = 8  # c of the RG-LRU
+
+
+def _rg_lru(x: Tensor, lane: Lane, state: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+    if "weight_ih" in lane:
+        x = F.linear(x, lane["weight_ih"], lane.get("bias_ih"))
+
+    def gate(name: str) -> Tensor:
+        weight, bias = lane[f"weight_{name}"], lane.get(f"bias_{name}")
+        if weight.shape[0] == 1:
+            return F.linear(x, weight[0], bias)
+        logits = torch.einsum("tbhi,hoi->tbho", x.unflatten(-1, weight.shape[::2]), weight).flatten(-2)
+        return logits if bias is None else logits + bias.to(logits.dtype)
+
+    r, i = gate("r"), gate("i")
+    rate = -_SHARPNESS * F.logsigmoid(-lane["decay"].to(state_dtype(x.dtype)))
+    return _scanned(x.to(r.dtype), r, i, rate, state, spec)
+
+
+def _qrnn(pooling: str) -> _Layer:
+    """Rows of the weight: f, of ifo i, z, and of fo and ifo o; columns: this step's input, and of two steps the one before."""
+    gates = 1 + len(pooling)
+    scan = "qrnn_ifo" if pooling == "ifo" else "qrnn"
+
+    def run(x: Tensor, lane: Lane, state: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+        a, *others = _projections(x, lane, gates)
+        gate = others.pop(0) if pooling == "ifo" else None
+        c, final = _scanned(others[0], a, gate, None, state, spec)
+        return c if pooling == "f" else c * others[1].sigmoid(), final
+
+    return _Layer(
+        run,
+        scan,
+        lambda lane: lane["weight_ih"].shape[2],
+        lambda lane: lane["weight_ih"].shape[0] // gates,
+        windowed=lambda lane: lane["weight_ih"].shape[1] == 2,
+    )
+
+
+def _lru(x: Tensor, lane: Lane, state: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+    """Weights of complex numbers have their real and imaginary part in turn."""
+    wide = state_dtype(x.dtype)
+    nu, theta, gamma = (lane[name].to(wide).exp() for name in ("nu_log", "theta_log", "gamma_log"))
+    into = (lane["weight_b"].to(wide).unflatten(0, (-1, 2)) * gamma[:, None, None]).flatten(0, 1).to(lane["weight_b"].dtype)
+    b = torch.view_as_complex(F.linear(x, into).to(wide).unflatten(-1, (-1, 2)))
+    h, final = _scanned(b, torch.polar((-nu).exp(), theta)[None, None], None, None, state, spec)
+    real, imaginary = lane["weight_c"].unflatten(1, (-1, 2)).unbind(-1)
+    out = torch.stack((real, -imaginary), -1).flatten(1)  # Re(C h)
+    through = F.linear(torch.view_as_real(h).flatten(-2).to(x.dtype), out, lane.get("bias_out"))
+    return through + F.linear(x, lane["weight_d"]), final
+
+
+_LAYERS = {
+    "min_gru": _gated("min_gru", 2),
+    "min_lstm": _gated("min_lstm", 3),
+    "hgrn": _Layer(
+        _hgrn,
+        "hgrn",
+        lambda lane: lane["weight_ih"].shape[1],
+        lambda lane: lane["weight_ih"].shape[0] // (3 if "weight_norm" in lane else 2),
+    ),
+    "rg_lru": _Layer(
+        _rg_lru,
+        "rg_lru",
+        lambda lane: lane["weight_ih"].shape[1] if "weight_ih" in lane else lane["decay"].shape[0],
+        lambda lane: lane["decay"].shape[0],
+    ),
+    "qrnn_f": _qrnn("f"),
+    "qrnn_fo": _qrnn("fo"),
+    "qrnn_ifo": _qrnn("ifo"),
+    "lru": _Layer(_lru, "given", lambda lane: lane["weight_d"].shape[1], lambda lane: lane["nu_log"].shape[0], complex=True),
+}
+
+
+def _parted(cell: str, hx: Any, windowed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The states, and the inputs before the first step."""
+    if not windowed or hx is None:
+        return hx, None
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        given = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
+        raise TypeError(f"{cell}: hx of a window of two steps must be a pair (states, inputs before), got {given}")
+    return checked_tensor("hx[0]", hx[0]), checked_tensor("hx[1]", hx[1])
+
+
+class _Before:
+    """The inputs of the step before, layer by layer: None, zeros, or those given; and the last ones, for the call after this."""
+
+    def __init__(
+        self, given: Tensor | None, input: Tensor, x: Tensor, alone: bool, directions: int, num_layers: int, hidden: int
+    ) -> None:
+        self.alone, self.widths = alone, [x.shape[-1], *[directions * hidden] * (num_layers - 1)]
+        shape = (directions, *([] if alone else [x.shape[1]]), sum(self.widths))
+        if given is not None:
+            if given.shape != shape:
+                raise RuntimeError(f"Expected inputs before of size {shape}, got {list(given.shape)}")
+            if given.dtype != input.dtype or given.device != input.device:
+                raise RuntimeError(
+                    f"inputs before must be {input.dtype} on {input.device}, as the input, got {given.dtype} on {given.device}"
+                )
+            given = given.unsqueeze(1) if alone else given
+        self.given = None if given is None else [lane.split(self.widths, -1) for lane in given.unbind(0)]
+        self.kept: list[list[Tensor]] = [[] for _ in range(directions)]
+
+    def beside(self, x: Tensor, layer: int, direction: int, spec: ScanSpec) -> Tensor:
+        """[T, B, 2 I]: x of every step, then of the one before it in the walk, zeros where a segment begins."""
+        first = x.new_zeros(x.shape[1:]) if self.given is None else self.given[direction][layer].to(x.dtype)
+        steps, reset = x.shape[0], spec.resets
+        ends = None if spec.lengths is None else spec.lengths.long()
+        if spec.reverse:
+            before = torch.cat((x[1:], first[None]))[:steps]
+            if ends is not None:  # what stands behind a row's last step is none of it
+                last = torch.arange(steps, device=x.device)[:, None] == ends - 1
+                before = torch.where(last[..., None], first, before)
+            if reset is not None:
+                cut = torch.cat((reset[1:], torch.zeros_like(reset[:1])))
+                before = before.masked_fill((cut if ends is None else cut & ~last)[..., None], 0)
+            final = x[0] if steps else first
+            some = None if ends is None else ends > 0
+        else:
+            before = torch.cat((first[None], x))[:steps]
+            if reset is not None:
+                before = before.masked_fill(reset[..., None], 0)
+            final, some = x[-1] if steps else first, None
+            if ends is not None and steps:
+                final = x.gather(0, (ends - 1).clamp(min=0)[None, :, None].expand(1, *x.shape[1:]))[0]
+                some = ends > 0
+        self.kept[direction].append(final if some is None else torch.where(some[:, None], final, first))
+        return torch.cat((x, before), -1)
+
+    def last(self) -> Tensor:
+        inputs = torch.stack([torch.cat(layers, -1) for layers in self.kept])
+        return inputs.squeeze(1) if self.alone else inputs
+
+
+def _layer(cell: str) -> _Layer:
+    if cell not in _LAYERS:
+        raise ValueError(f"cell must be one of {', '.join(_LAYERS)}, got {cell!r}")
+    return _LAYERS[cell]
+
+
+def _checked_state(hx: Tensor | None, input: Tensor, layer: _Layer, shape: tuple[int, ...]) -> Tensor | None:
     """In the dtype of states."""
     if hx is None:
         return None
@@ -136,6 +305,8 @@ def _checked_state(hx: Tensor | None, input: Tensor, shape: tuple[int, ...]) -> 
     if hx.shape != shape:
         raise RuntimeError(f"Expected hidden size {shape}, got {list(hx.shape)}")
     wide = state_dtype(input.dtype)
-    if hx.dtype not in (input.dtype, wide) or hx.device != input.device:
-        raise RuntimeError(f"hx must be {input.dtype} or {wide} on {input.device}, as the input, got {hx.dtype} on {hx.device}")
+    wide, accepted = (wide.to_complex(), (wide.to_complex(),)) if layer.complex else (wide, (wide, input.dtype))
+    if hx.dtype not in accepted or hx.device != input.device:
+        names = " or ".join(str(dtype) for dtype in dict.fromkeys(reversed(accepted)))
+        raise RuntimeError(f"hx must be {names} on {input.device}, as the input, got {hx.dtype} on {hx.device}")
     return hx.to(wide)

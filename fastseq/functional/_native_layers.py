@@ -39,6 +39,7 @@ def native_layers(
     zoneout: tuple[float, float] = (0.0, 0.0),
     packing: Packing | None = None,
     chosen: bool = False,
+    resets: Tensor | None = None,
 ) -> Sequence[Tensor] | None:
     """Output and final states, h_n and of a pair c_n, of a plain call (``plain_call``) without gradients.
 
@@ -52,6 +53,8 @@ def native_layers(
         given.append(lengths)
     if batch_sizes is not None:
         given.append(batch_sizes)
+    if resets is not None:
+        given.append(resets)
     for tensor in given:
         if type(tensor) not in PLAIN:
             return None
@@ -64,7 +67,9 @@ def native_layers(
         return None
     if packing is not None:
         kept = packing.of(weights)
-    elif not chosen and (backends.watched() or not _ours(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes)):
+    elif backends.watched() and not chosen:
+        return None
+    elif not (chosen or resets is not None or _ours(cell, input, weight, bidirectional, batch_first, lengths, batch_sizes)):
         return None
     count = len(CELLS[cell].states)
     if states and len(states) != count:
@@ -72,7 +77,8 @@ def native_layers(
     h0, c0 = (None, None) if not states else (states[0], None) if count == 1 else (states[0], _joined(states[1:]))
     op = torch.ops.fastseq_native.recurrent_layers.default
     two = native.two_parts()
-    arguments = input, h0, c0, weights, lengths, batch_sizes, cell, num_layers, has_biases, bidirectional, batch_first, *zoneout
+    options = cell, num_layers, has_biases, bidirectional, batch_first, *zoneout
+    arguments = input, h0, c0, weights, lengths, batch_sizes, resets, *options
     results = op(*arguments, kept, two)
     if packing is not None:
         if not results and kept is not None:  # made of other values: of weights that were written through .data
@@ -130,6 +136,7 @@ def native_training(
     zoneout: tuple[float, float] = (0.0, 0.0),
     training: bool = True,
     chosen: bool = True,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """Output and final states of a plain call with gradients.
 
@@ -144,6 +151,8 @@ def native_training(
         given.append(lengths)
     if batch_sizes is not None:
         given.append(batch_sizes)
+    if resets is not None:
+        given.append(resets)
     for tensor in given:
         if type(tensor) not in PLAIN:
             return None
@@ -152,7 +161,8 @@ def native_training(
     if not x.is_cpu or x.dtype not in native.DTYPES or backends.watched() or library.reason():
         return None
     weights = given[1 : len(params) + 1]
-    if not chosen and not recompute and not _ours(cell, x, weights[1], bidirectional, False, lengths, batch_sizes, True):
+    chosen |= recompute or resets is not None
+    if not chosen and not _ours(cell, x, weights[1], bidirectional, False, lengths, batch_sizes, True):
         return None
     return trained_layers(
         cell,
@@ -169,6 +179,7 @@ def native_training(
         batch_sizes,
         zoneout,
         training,
+        resets,
     )
 
 
@@ -187,6 +198,7 @@ def trained_layers(
     batch_sizes: Tensor | None = None,
     zoneout: tuple[float, float] = (0.0, 0.0),
     training: bool = True,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """The same of plain tensors on the CPU in a dtype that the native kernels have."""
     row = CELLS[cell]
@@ -194,7 +206,9 @@ def trained_layers(
         return None
     if lengths is not None and lengths.dtype == torch.int32:
         lengths = lengths.to(torch.int64)
-    ragged: tuple[Tensor | None, ...] = lengths, batch_sizes, None, None
+    if resets is not None:
+        resets = resets.contiguous()
+    ragged: tuple[Tensor | None, ...] = lengths, batch_sizes, None, None, resets
     drawn, zoneout = (zoneout, (0.0, 0.0)) if training else ((0.0, 0.0), zoneout)
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     finals: Sequence[Tensor]
@@ -217,7 +231,7 @@ def trained_layers(
                 gates, width = of_layer[1].shape
                 sizes = width, gates // len(CELLS[cell].gates)
                 holds = [held(x, (*x.shape[:-1], lanes, size), of) for size, of in zip(sizes, drawn, strict=True)]
-                ragged = lengths, batch_sizes, *holds
+                ragged = lengths, batch_sizes, *holds, resets
             done = native_layer(
                 *(x, *of_states, of_layer, cell, has_biases, bidirectional, recompute, not last, batch_first and last),
                 *(ragged, zoneout),

@@ -19,6 +19,7 @@ from .._arguments import checked_tensor, own_keywords, unknown
 from ..backends.torch import recurrent as torchs
 from ..cells import CELLS, Cell
 from ..ops._dispatch import needs_plain_torch, wants_gradient
+from ._documents import documents
 from ._recording import recorder
 from ._recurrent_layers import Options, check_states, run_layers
 from ._solver import Newton
@@ -51,11 +52,14 @@ def recurrent(
     weight_dropout: float = 0,
     num_heads: int = 1,
     solver: Newton | None = None,
+    resets: Tensor | None = None,
+    reset_to: Sequence[Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """Any cell of ``fastseq.cells`` over a sequence: ``(output, final states, c of every step or None)``.
 
     T time, B batch, I input, H hidden, G gates of the cell, L layers, D directions, P = ``proj_size`` or H, N rows of a packed
-    batch.
+    batch, S documents.
 
     Args:
         cell: a name of ``fastseq.cells.CELLS``: ``"lstm"``, ``"gru"``, ``"rnn_tanh"``, ``"rnn_relu"``, ``"coupled_lstm"``, ...
@@ -82,22 +86,38 @@ def recurrent(
             norm is of each block by itself.
         solver: None: one step after the other. A ``fastseq.Newton``, for ``num_heads`` equal to H: all steps at once, by
             iterations. Under transforms of ``torch.func``, and for second derivatives, steps run one after the other.
+        resets: bool ``[T, B]``, ``[B, T]`` with ``batch_first``, ``[N]`` with ``batch_sizes`` or ``cu_seqlens``, on the input's
+            device: where it is set a new segment of the row begins, and the state before that step is replaced, in every layer;
+            nothing goes from the steps before to it, nor a gradient back, be they NaN or infinite. So a row is its segments run
+            one by one, in both directions: the one from the last step to the first starts anew at the last step before a reset.
+            A reset at the first step replaces hx. Beyond a row's length it does not count.
+        reset_to: what replaces the state at a reset, of the form of hx, whose B may be 1 (a learned state, alike for all rows),
+            with its gradient. None: what hx=None starts from.
+        cu_seqlens: int32 or int64 ``[S + 1]``, rising from 0 to N: input ``[N, I]`` holds S documents end to end, which are run
+            as the rows of a packed batch. States are ``[L*D, S, ..]``; output and cells lie as the input does. A document may be
+            empty and keeps its state. The lengths are read on the host: a GPU is waited for, and what torch.compile records
+            breaks there (torch.export refuses it).
 
     Precision: where a CPU has AMX, products of float32 are as exact as multiply-adds; after
     ``torch.set_float32_matmul_precision("high")`` (or ``"medium"``) large ones have half the work and errors of about 5e-6 of the
     results' size, forward and backward, each as is set when it runs.
 
     Raises:
-        ValueError: if there is no such cell, a probability is outside [0, 1], ``num_heads`` does not divide H, or the cell cannot
-            have what is asked.
-        RuntimeError: if ranks, sizes, dtypes, devices or ``lengths`` do not fit; if a solver is given on a CPU and not forced, or
-            fails and is not to go on sequentially.
+        ValueError: if there is no such cell, a probability is outside [0, 1], ``num_heads`` does not divide H, the cell cannot
+            have what is asked, or options exclude one another.
+        RuntimeError: if ranks, sizes, dtypes, devices, ``lengths``, ``resets`` or ``cu_seqlens`` do not fit; if a solver is given
+            on a CPU and not forced, or fails and is not to go on sequentially.
+        TypeError: if an argument is not of the type that is accepted.
     """
     row = CELLS.get(cell) or _cell(cell)
     if return_cells and not row.has_c:
         raise ValueError(f"return_cells needs a cell with a state c; {cell} has h alone")
     if hx is not None:
         check_states(row, hx)
+    if reset_to is not None:
+        check_states(row, reset_to, resets=True)
+        if resets is None:
+            raise ValueError("reset_to says what a reset puts in place of the state: give resets too")
     options = Options(
         has_biases=has_biases,
         num_layers=num_layers,
@@ -114,8 +134,13 @@ def recurrent(
         weight_dropout=weight_dropout,
         num_heads=num_heads,
         solver=solver,
+        resets=resets,
+        reset_to=reset_to,
     )
-    return run_layers(row, input, [None] * len(row.states) if hx is None else hx, params, options)
+    states = [None] * len(row.states) if hx is None else hx
+    if cu_seqlens is not None:
+        return documents(row, input, states, params, options, cu_seqlens)
+    return run_layers(row, input, states, params, options)
 
 
 @own_keywords
@@ -162,10 +187,13 @@ def rnn(
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     recompute: bool = False,
+    resets: Tensor | None = None,
+    reset_to: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Elman RNN over a sequence, as ``torch.nn.RNN``: ``(output, h_n)``.
 
-    Arguments, shapes and errors are those of :func:`lstm`; ``hx`` is ``h0 [L*D, B, H]`` or None.
+    Arguments, shapes and errors are those of :func:`lstm`; ``hx`` is ``h0 [L*D, B, H]`` or None, ``reset_to`` likewise.
 
     Raises:
         ValueError: if ``nonlinearity`` is neither ``"tanh"`` nor ``"relu"``.
@@ -184,6 +212,9 @@ def rnn(
         lengths=lengths,
         batch_sizes=batch_sizes,
         recompute=recompute,
+        resets=resets,
+        reset_to=None if reset_to is None else (reset_to,),
+        cu_seqlens=cu_seqlens,
     )
     return output, h_n
 
@@ -203,10 +234,13 @@ def gru(
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
     recompute: bool = False,
+    resets: Tensor | None = None,
+    reset_to: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """GRU over a sequence, as ``torch.nn.GRU`` (reset after the matrix product): ``(output, h_n)``.
 
-    Arguments, shapes and errors are those of :func:`lstm`; ``hx`` is ``h0 [L*D, B, H]`` or None.
+    Arguments, shapes and errors are those of :func:`lstm`; ``hx`` is ``h0 [L*D, B, H]`` or None, ``reset_to`` likewise.
     """
     output, (h_n,), _ = recurrent(
         "gru",
@@ -222,6 +256,9 @@ def gru(
         lengths=lengths,
         batch_sizes=batch_sizes,
         recompute=recompute,
+        resets=resets,
+        reset_to=None if reset_to is None else (reset_to,),
+        cu_seqlens=cu_seqlens,
     )
     return output, h_n
 
@@ -239,6 +276,9 @@ class LSTMOptions(TypedDict, total=False):
     lengths: Tensor | None
     batch_sizes: Tensor | None
     recompute: bool
+    resets: Tensor | None
+    reset_to: tuple[Tensor, Tensor] | None
+    cu_seqlens: Tensor | None
 
 
 @overload
@@ -287,6 +327,9 @@ def lstm(
     batch_sizes: Tensor | None = None,
     return_cells: bool = False,
     recompute: bool = False,
+    resets: Tensor | None = None,
+    reset_to: tuple[Tensor, Tensor] | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Any:
     """LSTM over a sequence, as ``torch.nn.LSTM``: ``(output, h_n, c_n)``, and every step's c with ``return_cells``.
 
@@ -309,6 +352,9 @@ def lstm(
         batch_sizes=batch_sizes,
         return_cells=return_cells,
         recompute=recompute,
+        resets=resets,
+        reset_to=reset_to,
+        cu_seqlens=cu_seqlens,
     )
     return (output, *states) if cells is None else (output, *states, cells)
 

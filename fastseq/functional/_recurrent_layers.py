@@ -6,7 +6,7 @@ Nothing here looks at the values in a tensor, so everything can be compiled and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from ..backends.torch import recurrent as torchs
 from ..cells import Cell
 from ..ops._dispatch import plain_call
 from ..ops.recurrent import recurrent, without_padding
-from ..ops.types import Walk, Weights
+from ..ops.types import States, Walk, Weights
 from ._autocast import autocast_dtype, lowered, without_autocast
 from ._native_layers import held, native_layers, native_training
 from ._recording import refuse_onnx
+from ._scan import checked_resets
 from ._solver import Newton, check_device, check_solver
 from ._torch_layers import torch_layers
 
@@ -51,6 +52,8 @@ class Options:
     weight_dropout: float
     num_heads: int
     solver: Newton | None
+    resets: Tensor | None
+    reset_to: Sequence[Tensor | None] | None
 
 
 def run_layers(
@@ -63,6 +66,7 @@ def run_layers(
     if options.weight_dropout != 0 and not 0 <= checked_number("weight_dropout", options.weight_dropout) <= 1:
         raise ValueError(f"weight_dropout must lie in [0, 1], got {options.weight_dropout}")
     zoneout = (0.0, 0.0) if options.zoneout == 0 else zoneout_of(cell, options.zoneout)
+    resets, reset_to = options.resets, options.reset_to
     lengths, batch_sizes, directions = options.lengths, options.batch_sizes, 2 if options.bidirectional else 1
     layers = _layers(cell, params, options, directions)
     if not isinstance(input, Tensor):
@@ -78,6 +82,7 @@ def run_layers(
             # torch's step there, n + z (h - n), has the wider dtype of its products and its state, which is made like the input
             lower = torch.promote_types(lower, input.dtype if states[0] is None else states[0].dtype)
         input, states = lowered(input, lower), [lowered(state, lower) for state in states]
+        reset_to = None if reset_to is None else [lowered(state, lower) for state in reset_to]
         layers = [{name: [lowered(tensor, lower) for tensor in of] for name, of in layer.items()} for layer in layers]
     hidden = _check_params(cell, input, layers, options, directions)
     if options.solver is not None:
@@ -93,7 +98,16 @@ def run_layers(
             _check_state(f"{name}0", state, x, batch_sizes, (options.num_layers * directions, width))
     if lengths is not None or batch_sizes is not None:
         _check_lengths(x, lengths, batch_sizes)
-    if plain_call() and not _trains(options) and options.num_heads == 1 and options.solver is None and not options.return_cells:
+    if resets is not None:
+        packed = batch_sizes is not None
+        resets = checked_resets(resets, x, packed, batch_first)
+        options = replace(options, resets=resets.squeeze(1) if packed else resets)
+    for name, state in zip(cell.states, reset_to or (), strict=reset_to is not None):
+        if state is not None:
+            width = (options.proj_size or hidden) if name == "h" else hidden
+            _check_state(f"reset_to's {name}", state, x, batch_sizes, (options.num_layers * directions, width), or_one=True)
+    ours_alone = options.num_heads > 1 or options.solver is not None or options.return_cells or reset_to is not None
+    if plain_call() and not _trains(options) and not ours_alone:
         given = [state for state in states if state is not None]
         results = native_layers(
             cell.name,
@@ -107,6 +121,7 @@ def run_layers(
             lengths,
             batch_sizes,
             zoneout,
+            resets=options.resets,
         )
         if results is not None:
             return results[0], tuple(results[1:]), None
@@ -145,6 +160,7 @@ def run_layers(
             batch_sizes,
             zoneout,
             options.training,
+            resets=options.resets,
         )
         if with_gradients is not None:
             return *with_gradients, None
@@ -155,8 +171,11 @@ def run_layers(
     cells = []
     for index, layer in enumerate(layers):
         part, last = slice(index * directions, (index + 1) * directions), index == options.num_layers - 1
-        own = states if len(layers) == 1 else [None if state is None else state[part] for state in states]
-        x, of_layer, c = _run_layer(cell, x, own, layer, options, zoneout, last, batch_first and last)
+        own, anew = (
+            of_all if len(layers) == 1 else [None if state is None else state[part] for state in of_all]
+            for of_all in (states, reset_to or [None] * len(states))
+        )
+        x, of_layer, c = _run_layer(cell, x, own, anew, layer, options, zoneout, last, batch_first and last)
         if options.training and options.dropout and not last:
             x = dropped(x, options.dropout)
         finals.append(of_layer)
@@ -176,7 +195,8 @@ def _trains(options: Options) -> bool:
 def _beyond_native(options: Options) -> bool:
     """Whether a call has what one native op a layer does not take in training."""
     dropped_weights = options.training and options.weight_dropout
-    return bool(options.return_cells or options.num_heads > 1 or options.solver or dropped_weights)
+    by_steps = options.return_cells or options.num_heads > 1 or options.solver or options.reset_to is not None
+    return bool(by_steps or dropped_weights)
 
 
 def _torch_lacks(cell: Cell, options: Options) -> str:
@@ -190,6 +210,7 @@ def _torch_lacks(cell: Cell, options: Options) -> str:
         "num_heads": options.num_heads > 1,
         "solver": options.solver is not None,
         "return_cells": options.return_cells,
+        "resets": options.resets is not None,
     }
     names = [name for name, given in more.items() if given]
     return f"{cell.name} with {', '.join(names)}" if names else ""
@@ -206,6 +227,7 @@ def _run_layer(
     cell: Cell,
     x: Tensor,
     states: Sequence[Tensor | None],
+    reset_to: Sequence[Tensor | None],
     layer: Layer,
     options: Options,
     zoneout: tuple[float, float],
@@ -221,20 +243,21 @@ def _run_layer(
         layer, reverse = _of_heads(cell, layer, heads), [direction for direction in reverse for _ in range(heads)]
     lanes, (gates, width) = len(reverse), layer["weight_hh"][0].shape
     hidden = gates // len(cell.gates)
-    h0, c0 = states[0], None
-    if h0 is not None or cell.name == "slstm":
-        h0, c0 = _joined_states(cell, states, x, lanes, hidden, options)
+    batch = None if states[0] is not None or cell.name != "slstm" else _batch_of(x, options)
+    joined = States(
+        *_joined_states(cell, states, batch, x, lanes, hidden, options),
+        *_joined_states(cell, reset_to, None if options.resets is None else 1, x, lanes, hidden, options),
+    )
 
-    def run(lanes: int, layer: Layer, h0: Tensor | None, c0: Tensor | None, reverse: list[int]) -> tuple[Any, ...]:
-        walk = Walk(options.lengths, options.batch_sizes, None, None, cell.name, reverse, *zoneout)
+    def run(lanes: int, layer: Layer, states: States, reverse: list[int]) -> tuple[Any, ...]:
+        walk = Walk(options.lengths, options.batch_sizes, None, None, cell.name, reverse, *zoneout, options.resets)
         if training and any(zoneout):
             hold_h = held(x, (*x.shape[:-1], lanes, width), zoneout[0])
             hold_c = held(x, (*x.shape[:-1], lanes, hidden), zoneout[1])
             walk = walk._replace(hold_h=hold_h, hold_c=hold_c, zoneout_h=0.0, zoneout_c=0.0)
         return recurrent(
             _normalized_input(cell, x, layer) if cell.normalized else x,
-            h0,
-            c0,
+            states,
             _weights(cell, layer, hidden),
             walk,
             return_cells=options.return_cells,
@@ -245,14 +268,14 @@ def _run_layer(
         )
 
     if lanes <= LANES or options.solver is not None:
-        y, h_n, c_n, c = run(lanes, layer, h0, c0, reverse)
+        y, h_n, c_n, c = run(lanes, layer, joined, reverse)
     else:
         results = []
         for begin in range(0, lanes, LANES):
             some = slice(begin, begin + LANES)
             of_some = {name: of[some] for name, of in layer.items()}
-            own_h, own_c = (None if state is None else state[some] for state in (h0, c0))
-            results.append(run(len(reverse[some]), of_some, own_h, own_c, reverse[some]))
+            own = States(*[None if state is None else state[some] for state in joined])
+            results.append(run(len(reverse[some]), of_some, own, reverse[some]))
         ys, h_ns, c_ns, cs = zip(*results, strict=True)
         y, h_n = torch.cat(ys, -1), torch.cat(h_ns)
         c_n = None if c_ns[0] is None else torch.cat(c_ns)
@@ -330,14 +353,22 @@ def _of_heads(cell: Cell, layer: Layer, heads: int) -> Layer:
     return {name: [head for tensor in of for head in divided(tensor)] for name, of in layer.items()}
 
 
+def _batch_of(x: Tensor, options: Options) -> int:
+    return x.shape[1] if options.batch_sizes is None else int(options.batch_sizes[0])
+
+
 def _joined_states(
-    cell: Cell, states: Sequence[Tensor | None], x: Tensor, lanes: int, hidden: int, options: Options
+    cell: Cell, states: Sequence[Tensor | None], batch: int | None, x: Tensor, lanes: int, hidden: int, options: Options
 ) -> tuple[Tensor | None, Tensor | None]:
-    """h0 [lanes, B, P] and the others side by side [lanes, B, K*H], from states [D, B, n]."""
+    """h0 [lanes, B, P] and the others side by side [lanes, B, K*H], from states [D, B, n]; None where zeros serve.
+
+    ``batch``: of an sLSTM's states that are not given; None: they are not wanted.
+    """
     h0, *others = states
-    if h0 is None:  # of an sLSTM
+    if h0 is None:
+        if cell.name != "slstm" or batch is None:
+            return None, None
         # nothing was seen yet: the first step forgets all, whatever its gates say
-        batch = x.shape[1] if options.batch_sizes is None else int(options.batch_sizes[0])
         zeros = x.new_zeros(lanes, batch, 2 * hidden, dtype=torch.promote_types(x.dtype, torch.float32))
         return None, torch.cat((zeros, torch.full_like(zeros[..., :hidden], -torch.inf)), -1)
     if options.num_heads > 1:
@@ -406,16 +437,16 @@ def _without_missing(layer: Layer, index: int) -> Layer:
     return given
 
 
-def check_states(cell: Cell, hx: Any) -> None:
-    """Raise unless ``hx`` is a tuple with a tensor, or None, for each state of the cell."""
+def check_states(cell: Cell, hx: Any, resets: bool = False) -> None:
+    """Raise unless ``hx`` is a tuple with a tensor, or None, for each state of the cell; ``resets``: ``reset_to``, never None."""
     names = ", ".join(cell.states)
     if not isinstance(hx, (tuple, list)):
-        raise TypeError(f"hx must be a tuple of Tensors ({names}), not {type(hx).__name__}")
+        raise TypeError(f"{'reset_to' if resets else 'hx'} must be a tuple of Tensors ({names}), not {type(hx).__name__}")
     if len(hx) != len(cell.states):
         raise RuntimeError(f"{cell.name} has {len(cell.states)} states ({names}), got {len(hx)}")
     for name, state in zip(cell.states, hx, strict=True):
-        if state is not None:
-            checked_tensor(f"{name}0", state)
+        if state is not None or resets:
+            checked_tensor(f"reset_to's {name}" if resets else f"{name}0", state)
 
 
 def _check_params(cell: Cell, input: Tensor, layers: list[Layer], options: Options, directions: int) -> int:
@@ -460,11 +491,14 @@ def _check_params(cell: Cell, input: Tensor, layers: list[Layer], options: Optio
     return hidden
 
 
-def _check_state(name: str, state: Tensor, input: Tensor, batch_sizes: Tensor | None, size: tuple[int, int]) -> None:
+def _check_state(
+    name: str, state: Tensor, input: Tensor, batch_sizes: Tensor | None, size: tuple[int, int], or_one: bool = False
+) -> None:
+    """``or_one``: its batch may also be 1."""
     if state.dim() != 3 or (state.shape[0], state.shape[2]) != size:
         raise RuntimeError(f"Expected {name} of size [{size[0]}, B, {size[1]}], got {list(state.shape)}")
-    if batch_sizes is None and state.shape[1] != input.shape[1]:
-        raise RuntimeError(f"Expected {name} for a batch of {input.shape[1]}, got {list(state.shape)}")
+    if batch_sizes is None and state.shape[1] != input.shape[1] and not (or_one and state.shape[1] == 1):
+        raise RuntimeError(f"Expected {name} for a batch of {input.shape[1]}{' or 1' if or_one else ''}, got {list(state.shape)}")
     if state.dtype != input.dtype:
         raise RuntimeError(f"input dtype ({input.dtype}) does not match {name} dtype ({state.dtype})")
     if state.device != input.device:

@@ -89,7 +89,8 @@ def scan(
         b, coefficients = b.unsqueeze(1), coefficients.unsqueeze(1)
     elif batch_first:
         b, coefficients = b.transpose(0, 1), coefficients.transpose(0, 1)
-    resets = checked_resets(resets, b, alone, batch_first)
+    if resets is not None:
+        resets = checked_resets(resets, b, alone, batch_first)
     if lengths is not None:
         lengths = checked_lengths("lengths", lengths, b.shape[1], b.shape[0])
     if cu_seqlens is not None:
@@ -106,7 +107,7 @@ def scan(
         initial = initial if initial is None else initial.resolve_conj()
     spec = ScanSpec(resets, lengths, cu_seqlens, "given" if log_a is None else "log", bool(reverse))
     with without_autocast(b.device.type):
-        h, final = ops.scan(_side_by_side(b), coefficients, initial, spec)
+        h, final = ops.scan(_side_by_side(b), coefficients, None, None, initial, spec)
     if alone:
         h = h.squeeze(1)
     elif batch_first:
@@ -114,10 +115,8 @@ def scan(
     return h, final.squeeze(0) if unbatched else final
 
 
-def checked_resets(resets: Tensor | None, like: Tensor, alone: bool, batch_first: bool) -> Tensor | None:
+def checked_resets(resets: Tensor, like: Tensor, alone: bool, batch_first: bool) -> Tensor:
     """bool ``[T, B]`` as ``like``, time-major, begins. ``alone``: what was given has no dimension of the batch."""
-    if resets is None:
-        return None
     checked_tensor("resets", resets)
     if resets.dtype != torch.bool:
         raise RuntimeError(f"resets must be bool, got {resets.dtype}")

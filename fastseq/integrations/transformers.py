@@ -114,11 +114,13 @@ def attention(
     if cache is not None:
         raise NotImplementedError("fastseq attention does not read the paged cache of continuous batching; choose 'sdpa' for it")
     wanted = _weights_wanted(output_attentions)
-    if not (wanted or softcap or s_aux is not None or position_bias is not None or sliding_window) and plain_call():
-        if not backends.watched() and (attention_mask is None or (type(attention_mask) is Tensor and attention_mask.dim() == 4)):
-            causal = attention_mask is None and query.shape[2] > 1 and _causal(module, is_causal)
+    if not (wanted or softcap or s_aux is not None or sliding_window) and plain_call():
+        causal = attention_mask is None and query.shape[2] > 1 and _causal(module, is_causal)
+        mask = attention_mask if position_bias is None else position_bias
+        alone = position_bias is None or (attention_mask is None and not causal)  # but for a mask there is room for one tensor
+        if alone and not backends.watched() and (mask is None or (type(mask) is Tensor and mask.dim() == 4)):
             grouped = query.shape[1] != key.shape[1]
-            out = eager.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scaling, grouped)
+            out = eager.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scaling, grouped)
             if out is not None:
                 return out.transpose(1, 2).contiguous(), None
     if attention_mask is not None and attention_mask.dim() != 4:

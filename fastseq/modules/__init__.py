@@ -3,7 +3,7 @@ classes.
 """
 
 from fastseq.modules.attention import MultiheadAttention
-from fastseq.modules.linear_recurrent import MinGRU, MinGRUCell
+from fastseq.modules.linear_recurrent import HGRN, LRU, QRNN, RGLRU, MinGRU, MinGRUCell, MinLSTM
 from fastseq.modules.recurrent import GRU, LSTM, RNN
 from fastseq.modules.recurrent_cells import GRUCell, LSTMCell, RNNCell
 from fastseq.modules.recurrent_variants import (
@@ -22,7 +22,11 @@ from fastseq.modules.transformer import TransformerEncoderLayer
 
 __all__ = [
     "GRU",
+    "HGRN",
+    "LRU",
     "LSTM",
+    "QRNN",
+    "RGLRU",
     "RNN",
     "SLSTM",
     "CoupledLSTM",
@@ -35,6 +39,7 @@ __all__ = [
     "LayerNormLSTMCell",
     "MinGRU",
     "MinGRUCell",
+    "MinLSTM",
     "MultiheadAttention",
     "PeepholeLSTM",
     "PeepholeLSTMCell",

@@ -29,6 +29,7 @@ from fastseq.backends.cpu.recurrent import DTYPES
 from fastseq.backends.torch.recurrent import GATES, LAYERS
 from fastseq.cells import CELLS
 from fastseq.choice.sources import layers_are_torchs
+from fastseq.functional._attention_call import readable
 from fastseq.functional._native_layers import native_layers, native_training, trained_layers
 from fastseq.functional._packing import packing_of
 from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
@@ -139,18 +140,38 @@ class Sequence(Interop, nn.RNNBase):
             raise RuntimeError(f"For {kind} input, hx should also be {dim}-D but got {hx.dim()}-D tensor")
         return hx
 
+    def _reset_states(self, reset_to: Any, dim: int) -> tuple[Tensor, ...]:
+        """`reset_to` as a tuple, if it is of the form of hx with states of `dim` dimensions."""
+        names = CELLS[self.cell].states
+        states = reset_to if isinstance(reset_to, (tuple, list)) and len(names) > 1 else (reset_to,)
+        if len(states) != len(names) or not all(isinstance(state, Tensor) for state in states):
+            wanted = f"a tuple of Tensors ({', '.join(names)})" if len(names) > 1 else "one Tensor h"
+            raise TypeError(f"{kind_of(self)}: reset_to must be {wanted}, as hx is, got {describe(reset_to)}")
+        if any(state.dim() != dim for state in states):
+            dims = ", ".join(f"{state.dim()}-D" for state in states)
+            raise RuntimeError(f"{kind_of(self)}: states of reset_to should be {dim}-D here, got {dims}")
+        return tuple(states)
+
     def _run(
-        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, return_cells: bool = False
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any,
+        lengths: Tensor | None,
+        return_cells: bool = False,
+        resets: Tensor | PackedSequence | None = None,
+        reset_to: Any = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
         """(output, states, c of every step or None) in the layout of `input`."""
         params: list[Any] | None = None
-        if not return_cells and type(self).check_forward_args in CHECKS and plain_call():
+        plain = not return_cells and reset_to is None and cu_seqlens is None
+        if plain and type(self).check_forward_args in CHECKS and plain_call():
             kept = self._parameters  # faster than by attribute; weight_norm, parametrizations and FSDP take them away from there
             params = [kept[name] if name in kept else getattr(self, name) for name in self._flat_weights_names]
-            if type(input) is Tensor and input.dim() == 3 and lengths is None:
+            if type(input) is Tensor and input.dim() == 3 and lengths is None and resets is None:
                 done = self._padded(input, hx, params)
             else:
-                done = self._native(input, hx, lengths, params)
+                done = self._native(input, hx, lengths, params, resets)
             if done is not None:
                 return *done, None
         if params is None:
@@ -169,17 +190,28 @@ class Sequence(Interop, nn.RNNBase):
             weight_dropout=self.weight_dropout,
             num_heads=self.num_heads,
             solver=self.solver,
+            resets=resets,
+            reset_to=reset_to,
         )
         if isinstance(input, PackedSequence):
-            if lengths is not None:
-                raise ValueError(
-                    f"{kind_of(self)}: got a PackedSequence and lengths, but a PackedSequence carries its own "
-                    "lengths. Give the PackedSequence alone, or a padded tensor and lengths"
-                )
+            for name, given in (("lengths", lengths), ("cu_seqlens", cu_seqlens)):
+                if given is not None:
+                    raise ValueError(
+                        f"{kind_of(self)}: got a PackedSequence and {name}, but a PackedSequence carries its own "
+                        f"lengths. Give the PackedSequence alone, or a {'padded ' * (name == 'lengths')}tensor and {name}"
+                    )
             return self._run_packed(input, hx, params, options)
+        if isinstance(resets, PackedSequence):
+            raise TypeError(f"{kind_of(self)}: resets must be a Tensor as the input is, got a PackedSequence")
+        if cu_seqlens is not None:
+            if lengths is not None:
+                raise ValueError(f"{kind_of(self)}: got lengths and cu_seqlens, of which either says where sequences end")
+            return self._run_documents(input, hx, cu_seqlens, params, options)
         return self._run_padded(input, hx, lengths, params, options)
 
-    def _native(self, input: Any, hx: Any, lengths: Tensor | None, params: list[Any]) -> tuple[Any, tuple[Tensor, ...]] | None:
+    def _native(
+        self, input: Any, hx: Any, lengths: Tensor | None, params: list[Any], resets: Any = None
+    ) -> tuple[Any, tuple[Tensor, ...]] | None:
         """Output and final states of a plain call, if the native kernels take it and it is beyond question.
 
         Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it.
@@ -209,11 +241,21 @@ class Sequence(Interop, nn.RNNBase):
                 if any(type(state) is not Tensor or state.dim() != 2 for state in states):
                     return None
                 states = [state.unsqueeze(1) for state in states]
+        if resets is not None:
+            rows = (data if batch_sizes is not None else input).shape[:-1]
+            if type(resets) is not Tensor or resets.dtype != torch.bool or resets.shape != rows:
+                return None
+            if not batched:
+                resets = resets.unsqueeze(1)
+            elif self.batch_first and batch_sizes is None:
+                resets = resets.mT
         if self.zoneout:
             zoneout = zoneout_of(CELLS[self.cell], self.zoneout)
         batch_first = self.batch_first and batch_sizes is None
         finals: Any
-        taken = self._packed_of_torch(data, batch_sizes, states, params) if batch_sizes is not None else None
+        taken = None
+        if batch_sizes is not None and resets is None:
+            taken = self._packed_of_torch(data, batch_sizes, states, params)
         if taken is None:
             taken = native_training(
                 self.cell,
@@ -231,6 +273,7 @@ class Sequence(Interop, nn.RNNBase):
                 zoneout,
                 training,
                 chosen=False,
+                resets=resets,
             )
         if taken is not None:
             output, finals = taken
@@ -250,6 +293,7 @@ class Sequence(Interop, nn.RNNBase):
                 batch_sizes,
                 zoneout,
                 None if training else packing_of(self),
+                resets=resets,
             )
             if results is None:
                 return None
@@ -387,11 +431,36 @@ class Sequence(Interop, nn.RNNBase):
             # Before the rows are sorted: index_select would take them out of a larger batch without a word.
             self.check_forward_args(data, hx, batch_sizes)
             hx = _states(self.permute_hidden(hx, sorted_indices))
+        if isinstance(options["resets"], PackedSequence):
+            options["resets"] = _rows_of(self, options["resets"], input)
+        if options["reset_to"] is not None:
+            anew = self._reset_states(options["reset_to"], 3)
+            batch = int(batch_sizes[0])
+            if any(state.shape[1] not in (1, batch) for state in anew):
+                shapes = ", ".join(str(list(state.shape)) for state in anew)
+                raise RuntimeError(f"{kind_of(self)}: reset_to must be for a batch of {batch} or 1, got {shapes}")
+            if sorted_indices is not None:
+                anew = tuple(state if state.shape[1] == 1 else state.index_select(1, sorted_indices) for state in anew)
+            options["reset_to"] = anew
         output, states, cells = functional.recurrent(self.cell, data, hx, params, batch_sizes=batch_sizes, **options)
         # Cells [L, N, D*H], if asked for, have packed rows as the output has: nothing to unsort.
         if unsorted_indices is not None:
             states = tuple(state.index_select(1, unsorted_indices) for state in states)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), states, cells
+
+    def _run_documents(
+        self, input: Tensor, hx: Any, cu_seqlens: Tensor, params: list[Tensor], options: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        if not isinstance(input, Tensor):
+            raise AttributeError(f"{kind_of(self)}: input must be a Tensor or a PackedSequence, not {describe(input)}")
+        if input.dim() != 2:
+            raise ValueError(f"{kind_of(self)}: Expected input to be 2D with cu_seqlens, [N, I], got {input.dim()}D instead")
+        self.check_input(input, cu_seqlens)
+        if hx is not None:
+            hx = _states(self._checked(hx, 3, "packed"))
+        if options["reset_to"] is not None:
+            options["reset_to"] = self._reset_states(options["reset_to"], 3)
+        return functional.recurrent(self.cell, input, hx, params, cu_seqlens=cu_seqlens, **options)
 
     def _run_padded(
         self, input: Tensor, hx: Any, lengths: Tensor | None, params: list[Tensor], options: dict[str, Any]
@@ -412,6 +481,14 @@ class Sequence(Interop, nn.RNNBase):
                 if lengths.dim() != 0:
                     raise RuntimeError(f"For unbatched 2-D input, lengths should be 0-D but got {lengths.dim()}-D tensor")
                 lengths = lengths.unsqueeze(0)
+            if isinstance(options["resets"], Tensor):
+                if options["resets"].dim() != 1:
+                    given = f"got {options['resets'].dim()}-D tensor"
+                    raise RuntimeError(f"For unbatched 2-D input, resets should be 1-D but {given}")
+                options["resets"] = options["resets"].unsqueeze(batch_dim)
+        if options["reset_to"] is not None:
+            anew = self._reset_states(options["reset_to"], 3 if batched else 2)
+            options["reset_to"] = anew if batched else tuple(state.unsqueeze(1) for state in anew)
         if hx is None:
             self.check_input(input, None)
         else:
@@ -430,7 +507,16 @@ class Sequence(Interop, nn.RNNBase):
 class SingleSequence(Sequence):
     """All of the sequence modules whose state is h alone."""
 
-    def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> tuple[Input, Tensor]:
+    def forward(
+        self,
+        input: Input,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | PackedSequence | None = None,
+        reset_to: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Input, Tensor]:
         """Run every layer over the sequence.
 
         Args:
@@ -439,6 +525,17 @@ class SingleSequence(Sequence):
             lengths: int32 or int64 [B] ([] unbatched) on the input's device, 0 <= lengths <= T. Row b then
                 ends at step lengths[b]: output is zero from there on, h_n is the state there, and the reverse
                 direction starts there.
+            resets: bool [T, B] ([B, T] with batch_first, [T] unbatched; [N] in the order of the rows, or a
+                PackedSequence packed alike, for a PackedSequence) on the input's device. Where it is set a new
+                segment begins: the state before that step is replaced in every layer, nothing that was before
+                reaches it, nor a gradient the steps before, and the reverse direction starts anew at the step
+                before. A row is then as its segments one by one, hx before the first, in the reverse direction
+                the last of them; resets at the first step replace hx. Beyond a row's length they do not count.
+            reset_to: the state that replaces it, as hx, where B may be 1: the same (learned) state for every row.
+                None: that of hx = None.
+            cu_seqlens: int32 or int64 [S+1], rising from 0 to N: input [N, I] are S sequences end to end, whose
+                states are [L*D, S, ..]; resets are [N]. They run as a packed batch. Their lengths are read on the
+                host: a GPU is waited for, and torch.compile breaks its graph there (torch.export refuses it).
 
         Returns:
             output [T, B, D*H] in the layout of the input (a PackedSequence for a PackedSequence), and h_n
@@ -448,13 +545,13 @@ class SingleSequence(Sequence):
             ValueError: input neither 2-D nor 3-D, a dtype other than the weights' outside autocast, or
                 lengths together with a PackedSequence.
             RuntimeError: sizes, devices or dtypes of states that do not fit, lengths out of range or not of
-                an integer dtype, or T = 0.
-            TypeError: lengths is no tensor.
+                an integer dtype, resets or cu_seqlens that do not fit, or T = 0.
+            TypeError: lengths or resets is no tensor, or reset_to not of the form of hx.
             AttributeError: hx is no tensor (torch's type for it).
         """
         if isinstance(input, Proxy):
-            return as_leaf(self, input, hx, lengths=lengths)
-        output, (h_n,), _ = self._run(input, hx, lengths)
+            return as_leaf(self, input, hx, lengths=lengths, resets=resets, reset_to=reset_to, cu_seqlens=cu_seqlens)
+        output, (h_n,), _ = self._run(input, hx, lengths, False, resets, reset_to, cu_seqlens)
         return output, h_n
 
     if TYPE_CHECKING:
@@ -572,6 +669,9 @@ class PairSequence(Sequence):
         *,
         lengths: Tensor | None = None,
         return_cells: Literal[False] = False,
+        resets: Tensor | PackedSequence | None = None,
+        reset_to: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Input, tuple[Tensor, Tensor]]: ...
     @overload
     def forward(
@@ -581,10 +681,21 @@ class PairSequence(Sequence):
         *,
         lengths: Tensor | None = None,
         return_cells: Literal[True],
+        resets: Tensor | PackedSequence | None = None,
+        reset_to: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Input, tuple[Tensor, Tensor], Tensor]: ...
     @overload
     def forward(
-        self, input: Input, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None, return_cells: bool
+        self,
+        input: Input,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        return_cells: bool,
+        resets: Tensor | PackedSequence | None = None,
+        reset_to: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Any: ...
 
     def forward(
@@ -594,6 +705,9 @@ class PairSequence(Sequence):
         *,
         lengths: Tensor | None = None,
         return_cells: bool = False,
+        resets: Tensor | PackedSequence | None = None,
+        reset_to: tuple[Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Any:
         """Run every layer over the sequence.
 
@@ -605,6 +719,17 @@ class PairSequence(Sequence):
                 ends at step lengths[b]: output and cells are zero from there on, h_n and c_n are the states
                 there, and the reverse direction starts there.
             return_cells: also return c of every step of every layer.
+            resets: bool [T, B] ([B, T] with batch_first, [T] unbatched; [N] in the order of the rows, or a
+                PackedSequence packed alike, for a PackedSequence) on the input's device. Where it is set a new
+                segment begins: the state before that step is replaced in every layer, nothing that was before
+                reaches it, nor a gradient the steps before, and the reverse direction starts anew at the step
+                before. A row is then as its segments one by one, hx before the first, in the reverse direction
+                the last of them; resets at the first step replace hx. Beyond a row's length they do not count.
+            reset_to: the state that replaces it, as hx, where B may be 1: the same (learned) state for every row.
+                None: that of hx = None.
+            cu_seqlens: int32 or int64 [S+1], rising from 0 to N: input [N, I] are S sequences end to end, whose
+                states are [L*D, S, ..]; resets are [N]. They run as a packed batch. Their lengths are read on the
+                host: a GPU is waited for, and torch.compile breaks its graph there (torch.export refuses it).
 
         Returns:
             output [T, B, D*P] in the layout of the input (a PackedSequence for a PackedSequence), and
@@ -617,12 +742,13 @@ class PairSequence(Sequence):
             ValueError: input neither 2-D nor 3-D, a dtype other than the weights' outside autocast, or
                 lengths together with a PackedSequence.
             RuntimeError: sizes, devices or dtypes of states that do not fit, lengths out of range or not of
-                an integer dtype, or T = 0.
-            TypeError: hx is no tuple, or lengths no tensor.
+                an integer dtype, resets or cu_seqlens that do not fit, or T = 0.
+            TypeError: hx is no tuple, lengths or resets no tensor, or reset_to not of the form of hx.
         """
         if isinstance(input, Proxy):
-            return as_leaf(self, input, hx, lengths=lengths, return_cells=return_cells or None)
-        output, (h_n, c_n), cells = self._run(input, hx, lengths, return_cells)
+            options = dict(lengths=lengths, return_cells=return_cells or None)
+            return as_leaf(self, input, hx, **options, resets=resets, reset_to=reset_to, cu_seqlens=cu_seqlens)
+        output, (h_n, c_n), cells = self._run(input, hx, lengths, return_cells, resets, reset_to, cu_seqlens)
         return (output, (h_n, c_n)) if cells is None else (output, (h_n, c_n), cells)
 
     if TYPE_CHECKING:
@@ -753,6 +879,18 @@ class GRU(SingleSequence):
             dtype=dtype,
         )
         self._extend(recompute, zoneout, weight_dropout, num_heads, solver)
+
+
+def _rows_of(module: Sequence, resets: PackedSequence, input: PackedSequence) -> Tensor:
+    """The rows of `resets`, if they are packed as those of `input` are."""
+    of_resets, of_input = ((packed.batch_sizes, packed.sorted_indices) for packed in (resets, input))
+    same = (of_resets[1] is None) == (of_input[1] is None)
+    for own, other in zip(of_resets, of_input, strict=True):
+        if same and own is not other and own is not None and other is not None and readable(own) and readable(other):
+            same = torch.equal(own, other)
+    if not same:
+        raise ValueError(f"{kind_of(module)}: resets must be packed as the input is, with the same lengths in the same order")
+    return resets.data
 
 
 # Those of a subclass of the user's own are called.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import functional
 from fastseq.cells import CELLS
@@ -191,18 +192,22 @@ class SLSTM(_Variant):
         hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
         *,
         lengths: Tensor | None = None,
+        resets: Tensor | PackedSequence | None = None,
+        reset_to: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Input, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Run every layer over the sequence. Arguments and errors are those of `fastseq.LSTM.forward`, but for the states.
 
         Args:
             hx: (h, c, n, m), each [L*D, B, H] ([L*D, H] unbatched). None: nothing was seen yet.
+            reset_to: likewise.
 
         Returns:
             output [T, B, D*H] in the layout of the input, and (h_n, c_n, n_n, m_n), each [L*D, B, H].
         """
         if isinstance(input, Proxy):
-            return as_leaf(self, input, hx, lengths=lengths)
-        output, (h_n, c_n, n_n, m_n), _ = self._run(input, hx, lengths)
+            return as_leaf(self, input, hx, lengths=lengths, resets=resets, reset_to=reset_to, cu_seqlens=cu_seqlens)
+        output, (h_n, c_n, n_n, m_n), _ = self._run(input, hx, lengths, False, resets, reset_to, cu_seqlens)
         return output, (h_n, c_n, n_n, m_n)
 
     if TYPE_CHECKING:

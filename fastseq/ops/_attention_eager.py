@@ -207,6 +207,23 @@ class _Attention(op._Attention):
         ctx.set_materialize_grads(False)
         return results
 
+    @staticmethod
+    def backward(ctx, dout, dlse, dw=None):
+        if torch.is_grad_enabled():
+            return op._Attention.backward(ctx, dout, dlse, dw)
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        spec, needs = Spec(*tensors, *ctx.scalars), (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])
+        wanted = [needs[i] for i in op._PLACES]
+        if dout is None:
+            wanted[2] = False
+        elif dout.stride(-1) != 1:
+            dout = dout.contiguous()
+        of_sinks = needs[3 + op._SINKS]
+        arguments = dout, dlse, dw, bool(ctx.average), q, k, v, out, lse, spec, [*wanted, of_sinks]
+        *grads, delta = native.attention_gradients(*arguments)
+        results = op._results(grads, wanted, lse, delta if of_sinks else None, spec.sinks)
+        return *results[:3], None, *results[3:]
+
 
 _attention = lean(_Attention)
 
@@ -260,24 +277,23 @@ class _SelfAttention(torch.autograd.Function):
     def backward(ctx, dout, dw=None):
         projected, out, lse, padding, mask, seed = ctx.saved_tensors
         heads, batch_first, causal, dropout = ctx.rest
-        if dw is not None or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return _self_through_reference(ctx, projected, seed, dout, dw), None, None, None, None
         if dout is None:
-            return None, None, None, None, None
-        backward = torch.ops.fastseq_native.self_attention_backward.default
-        dprojected = backward(dout, projected, out, lse, heads, padding, mask, batch_first, causal, dropout, seed)
-        return dprojected, None, None, None, None
+            dout = torch.zeros_like(out)
+        backward, masks = torch.ops.fastseq_native.self_attention_backward.default, (padding, mask)
+        rest = batch_first, causal, dropout, seed, ctx.average
+        return backward(dout, dw, projected, out, lse, heads, *masks, *rest), None, None, None, None
 
 
 _self_attention = lean(_SelfAttention)
 
 
 def _self_through_reference(ctx, projected, seed, dout, dw):
-    """With a graph of its own (create_graph=True), or with a gradient of the weights."""
+    """With a graph of its own (create_graph=True)."""
     heads, batch_first, *_ = ctx.rest
-    create = torch.is_grad_enabled()
-    with torch.enable_grad(), _plain_dtypes(projected):
-        projected = projected.view_as(projected) if create else projected.detach().requires_grad_()
+    with _plain_dtypes(projected):
+        projected = projected.view_as(projected)
         parts = projected.unflatten(-1, (3, heads, -1))
         q, k, v = (parts.permute(2, 0, 3, 1, 4) if batch_first else parts.permute(2, 1, 3, 0, 4)).unbind(0)
         spec = ctx.meaning()._replace(seed=seed)
@@ -287,4 +303,4 @@ def _self_through_reference(ctx, projected, seed, dout, dw):
         if dw is not None:
             pairs.append((reference.weights(q, k, None, spec, ctx.average), dw))
         pairs = [pair for pair in pairs if pair[1] is not None]
-        return torch.autograd.grad([a for a, _ in pairs], projected, [b for _, b in pairs], create_graph=create)[0]
+        return torch.autograd.grad([a for a, _ in pairs], projected, [b for _, b in pairs], create_graph=True)[0]

@@ -25,6 +25,9 @@ batch_sizes    [T] int64, None     packed only, on the CPU, as PackedSequence ha
 hold_h         rows, P bool, None  zoneout in training: where h keeps its value in a step
 hold_c         rows, H bool, None  the same for c, of cells with one state beside h
 zoneout_h, _c  float               without hold_h, hold_c: the proportion of the old value, as at inference; 0: no zoneout
+resets         rows bool, None     [T, B] or [N]: a new segment begins. In lanes forward the state before step t is replaced where
+                                   resets[t] is set, in those backwards where resets[t + 1] is and the row has that step
+reset_h, _c    as h0, c0, or None  what replaces it, or B = 1, alike for all rows (a backend is given B); None: zeros
 y              rows, P             zero beyond a row's length
 h_n, c_n       as h0, c0           state after a row's last step; c_n in ``state_dtype`` (fp32 or wider)
 c              rows, K*H           every step's states beside h in ``state_dtype``; zero beyond a row's length; empty unless
@@ -35,7 +38,13 @@ dgates         rows, G*H           gradient of the input gates; zero beyond a ro
 drecurrent     rows, own*H         gradient of R h, of the last ``cell.own_recurrent`` gates, where it is another; else empty
 doutput        rows, P             whole gradient of every step's output before zoneout; empty unless projected or normalized
 dh0, dc0       as h0, c0           always computed
+dreset_h, _c   as reset_h, _c      sums over the resets of a row, in ``state_dtype``; empty without reset_h, reset_c
 =============  ==================  =====================================================================================
+
+A reset cuts: y, c and gates of the step before stay what they are, nothing of them reaches the step after it, nor a gradient the
+other way, be they infinite or NaN; zoneout keeps of the state that is put in place. So a row with resets is its segments one by
+one. Where resets[0] is set, h0 and c0 of a lane forward are replaced, and their gradients are zero; what ``resets`` holds beyond
+a row's length does not count.
 
 ``c`` and ``gates`` mean the same whichever backend wrote them, so any backend's backward takes any backend's forward.
 
@@ -48,7 +57,7 @@ lanes are units, H = P = 1, of a cell with a Jacobian, without zoneout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -73,30 +82,31 @@ from ._dispatch import (
 )
 from .recurrent_gradients import input_gradients, recomputed_gates, reference_layer
 from .scan import scan, scan_backward
-from .types import Backward, Call, Forward, Walk, Weights
+from .types import Backward, Call, Forward, States, Walk, Weights
 
 _WALK = (
     "Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, str cell, int[] reverse, float zoneout_h, "
     "float zoneout_c"
 )
+_RESETS = "Tensor? resets=None, Tensor? reset_h=None, Tensor? reset_c=None"
 _library = torch.library.Library("fastseq", "FRAGMENT")
 _library.define(
     f"recurrent(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, int[] kinds, {_WALK}, bool return_cells, bool recompute, "
-    "bool private, float[] solver) -> "
+    f"bool private, float[] solver, {_RESETS}) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor c)"
 )
-for _name, _more in (("recurrent_forward", ""), ("recurrent_newton", ", float[] solver")):
+for _name, _more in (("recurrent_forward", _RESETS), ("recurrent_newton", f"float[] solver, {_RESETS}")):
     _library.define(
         f"{_name}(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor weight, Tensor? vectors, Tensor? projection, Tensor? h0, "
-        f"Tensor? c0, {_WALK}, bool save_c, bool save_gates{_more}) "
+        f"Tensor? c0, {_WALK}, bool save_c, bool save_gates, {_more}) "
         "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)"
     )
 for _name in ("recurrent_backward", "recurrent_parallel_backward"):
     _library.define(
         f"{_name}(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor weight, Tensor? vectors, Tensor? projection, "
         "Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, Tensor? hold_c, Tensor y, Tensor c, "
-        "Tensor gates, str cell, int[] reverse, float zoneout_h, float zoneout_c) "
-        "-> (Tensor dgates, Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0)"
+        f"Tensor gates, str cell, int[] reverse, float zoneout_h, float zoneout_c, {_RESETS}) "
+        "-> (Tensor dgates, Tensor drecurrent, Tensor doutput, Tensor dh0, Tensor dc0, Tensor dreset_h, Tensor dreset_c)"
     )
 
 
@@ -115,6 +125,7 @@ def _query(call: Call, backward: bool) -> backends.RecurrentQuery:
         batch=call.batch,
         backward=backward,
         saving=not backward and call.save_c,  # type: ignore[attr-defined]
+        resets=call.resets is not None,
     )
 
 
@@ -145,30 +156,49 @@ def _recurrent_forward(*args: Any) -> tuple[Tensor, ...]:
     call = Forward(*args)
     if call.lengths is not None or call.batch_sizes is not None:
         _check_layout(call.x, call.lengths, call.batch_sizes)
+    call.spread_reset_states()
     return backends.select(_query(call, False)).recurrent_forward(call)
 
 
 def _recurrent_backward(*args: Any) -> tuple[Tensor, ...]:
-    call = Backward(*args)
-    return backends.select(_query(call, True)).recurrent_backward(call)
+    return _run_backward(Backward(*args))
+
+
+def _run_backward(call: Backward, run: Callable[[Backward], tuple[Tensor, ...]] | None = None) -> tuple[Tensor, ...]:
+    """``run``: instead of a backend."""
+    given = call.reset_h, call.reset_c
+    call.spread_reset_states()
+    results = (run or backends.select(_query(call, True)).recurrent_backward)(call)
+    sums = [
+        grad if state is None or state.shape == grad.shape else grad.sum(1, keepdim=True)
+        for grad, state in zip(results[5:], given, strict=True)
+    ]
+    return *results[:5], *sums
 
 
 def _recurrent_newton(*args: Any) -> tuple[Tensor, ...]:
-    *arguments, numbers = args
-    call = Forward(*arguments)
+    call, solver = Forward(*_without_solver(args)), solver_of(args[_SOLVER])
     if call.lengths is not None or call.batch_sizes is not None:
         _check_layout(call.x, call.lengths, call.batch_sizes)
+    call.spread_reset_states()
 
     def sequential(part: Forward) -> tuple[Tensor, ...]:
         return backends.select(_query(part, False)).recurrent_forward(part)
 
-    solver = solver_of(numbers)
     with torch.no_grad():
         results, report = parallel.newton(call, solver, scan, sequential)
     if backends.watched():
         query = _query(call, False)._replace(solver="Newton")
         backends.solved(query, _scans_of(call, solver), report)
     return results
+
+
+_SOLVER = 18  # its place among the arguments, behind those of the forward op but for resets
+
+
+def _without_solver(args: Sequence[Any]) -> tuple[Any, ...]:
+    """As the forward op has them."""
+    return *args[:_SOLVER], *args[_SOLVER + 1 :]
 
 
 def _scans_of(call: Forward, solver: parallel.Solver) -> backends.ScanQuery:
@@ -184,13 +214,13 @@ def _scans_of(call: Forward, solver: parallel.Solver) -> backends.ScanQuery:
         batch=call.batch,
         channels=sum(bool(of) == backwards for of in call.reverse),
         layout="padded" if call.lengths is None and call.batch_sizes is None else "lengths",
-        uses=("reverse",) if backwards else (),
+        uses=(*(("resets",) if call.resets is not None else ()), *(("reverse",) if backwards else ())),
     )
 
 
 def _recurrent_parallel_backward(*args: Any) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return parallel.backward(Backward(*args), scan_backward)
+        return _run_backward(Backward(*args), lambda call: parallel.backward(call, scan_backward))
 
 
 def solver_of(numbers: Sequence[float]) -> parallel.Solver:
@@ -213,7 +243,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_newton(*args: Any) -> tuple[Tensor, ...]:
-    return _fake_forward(*args[:-1])
+    return _fake_forward(*_without_solver(args))
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -254,7 +284,7 @@ class _Layer(NamedTuple):
 
     def forward(self, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The results of the forward op."""
-        return _newton_op(*arguments, self.solver) if self.solver else _forward_op(*arguments)
+        return _newton_op(*arguments[:-3], self.solver, *arguments[-3:]) if self.solver else _forward_op(*arguments)
 
 
 @heeds_forward
@@ -262,15 +292,15 @@ class _Recurrent(torch.autograd.Function):
     """y, h_n, c_n, c; None where the cell has no c, and for c unless it is returned."""
 
     @staticmethod
-    def forward(ctx, layer, kinds, x, h0, c0, *params):
+    def forward(ctx, layer, kinds, x, h0, c0, reset_h, reset_c, *params):
         """``kinds``: which of ``Weights`` are among ``params``."""
-        walk = layer.walk
-        has_c, arguments = CELLS[walk.cell].has_c, _grouped(params, kinds).arguments(x, h0, c0, walk, True, not layer.recompute)
+        walk, states = layer.walk, States(h0, c0, reset_h, reset_c)
+        has_c, arguments = CELLS[walk.cell].has_c, _grouped(params, kinds).arguments(x, states, walk, True, not layer.recompute)
         plain = plain_call() and not layer.solver
         y, h_n, c_n, c, gates = _recurrent_forward(*arguments) if plain else layer.forward(arguments)
-        ctx.save_for_backward(x, h0, c0, *walk[:4], y, c, gates, *params)
-        if _has_tensors(walk):
-            layer = layer._replace(walk=Walk(*_NO_TENSORS, *walk[4:]))
+        ctx.save_for_backward(x, *states, *walk.tensors, y, c, gates, *params)
+        if _any(walk.tensors):
+            layer = layer._replace(walk=walk.with_tensors())
         ctx.layer, ctx.kinds = layer, kinds
         ctx.set_materialize_grads(False)
         # The caller may overwrite its output, which shares its memory with the y saved: a tensor without memory keeps the count
@@ -293,11 +323,8 @@ class _Recurrent(torch.autograd.Function):
         return None, None, *_backward(ctx, ctx.saved_tensors, (dy, dh_n, dc_n, dc))
 
 
-_NO_TENSORS = (None,) * 4  # of a Walk
-
-
-def _has_tensors(walk: Walk) -> bool:
-    return any([tensor is not None for tensor in walk[:4]])
+def _any(tensors: Sequence[Tensor | None]) -> bool:
+    return any([tensor is not None for tensor in tensors])
 
 
 def _grouped(flat: Any, kinds: list[int]) -> Weights:
@@ -308,43 +335,43 @@ def _grouped(flat: Any, kinds: list[int]) -> Weights:
 
 
 def _backward(ctx, saved, given):
-    """Gradients of x, h0, c0 and of every parameter."""
-    x, h0, c0, lengths, batch_sizes, hold_h, hold_c, y, c, gates, *params = saved
+    """Gradients of x, of the states and of every parameter."""
+    x, states, tensors, (y, c, gates), params = saved[0], States(*saved[1:5]), saved[5:10], saved[10:13], saved[13:]
     layer, dy = ctx.layer, given[0]
-    if lengths is not None or batch_sizes is not None or hold_h is not None or hold_c is not None:
-        layer = layer._replace(walk=Walk(lengths, batch_sizes, hold_h, hold_c, *layer.walk[4:]))
+    if _any(tensors):
+        layer = layer._replace(walk=layer.walk.with_tensors(*tensors))
     if dy is not None:
         given = (dy.transpose(0, 1) if layer.batch_first else dy).reshape(y.shape), *given[1:]
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _gradients(ctx, layer, x, h0, c0, y, c, gates, params, given)
-    return _gradients(ctx, layer, x, h0, c0, y, c, gates, params, given)
+            return _gradients(ctx, layer, x, states, y, c, gates, params, given)
+    return _gradients(ctx, layer, x, states, y, c, gates, params, given)
 
 
-def _gradients(ctx, layer, x, h0, c0, y, c, gates, params, given):
+def _gradients(ctx, layer, x, states, y, c, gates, params, given):
     """The same, of what is in its place."""
     wanted = ctx.needs_input_grad[2:]
     weights, walk = _grouped(params, ctx.kinds), layer.walk
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _differentiable_backward(wanted, (x, h0, c0, *params), ctx.kinds, walk, given)
+        return _differentiable_backward(wanted, (x, *states, *params), ctx.kinds, walk, given)
     given = tuple(None if grad is None else grad.contiguous() for grad in given)
     # compiled autograd cannot ask for the count
     if ctx.changes is not None and (torch.compiler.is_compiling() or ctx.changes._version):
-        y = layer.forward(weights.arguments(x, h0, c0, walk, False, False))[0]
+        y = layer.forward(weights.arguments(x, states, walk, False, False))[0]
     if layer.recompute:
-        gates = recomputed_gates(Forward(*weights.arguments(x, h0, c0, walk, False, False)), y, c)
-    arguments = (*given, *weights.recurrent(CELLS[walk.cell]), h0, c0, *walk[:4], y, c, gates, *walk[4:])
+        gates = recomputed_gates(Forward(*weights.arguments(x, states, walk, False, False)), y, c)
+    resets = walk.resets, *states[2:]
+    arguments = (*given, *weights.recurrent(CELLS[walk.cell]), *states[:2], *walk[:4], y, c, gates, *walk[4:8], *resets)
     call = Backward(*arguments)
     if layer.solver:
         results = _parallel_backward_op(*arguments)
     elif _plain_backward(y, given):
-        results = backends.select(_query(call, True)).recurrent_backward(call)
+        results = _run_backward(call)
     else:
         results = _backward_op(*arguments)
-    dx, dparams = input_gradients(call, results, x, weights, _grouped(wanted[3:], ctx.kinds), wanted[0])
-    dh0 = results[3].to(h0.dtype) if wanted[1] else None
-    dc0 = results[4].to(c0.dtype) if wanted[2] else None
-    return dx, dh0, dc0, *dparams
+    dx, dparams = input_gradients(call, results, x, weights, _grouped(wanted[5:], ctx.kinds), wanted[0])
+    dstates = [grad.to(state.dtype) if want else None for grad, state, want in zip(results[3:], states, wanted[1:5], strict=True)]
+    return dx, *dstates, *dparams
 
 
 def _plain_backward(y: Tensor, given: tuple[Tensor | None, ...]) -> bool:
@@ -361,7 +388,7 @@ def _differentiable_backward(wanted, inputs, kinds, walk, given):
     """The gradients with a graph of their own (create_graph=True): through the reference, from the layer's inputs."""
     # views, so that a tensor given twice (tied weights) has two places in the graph
     views = [t.view_as(t) if t is not None and want else t for t, want in zip(inputs, wanted, strict=True)]
-    outputs = reference_layer(views[0], views[1], views[2], walk, _grouped(views[3:], kinds))
+    outputs = reference_layer(views[0], States(*views[1:5]), walk, _grouped(views[5:], kinds))
     used = [(out, grad) for out, grad in zip(outputs, given, strict=True) if grad is not None]
     results: list[Tensor | None] = [None] * len(inputs)
     places = [i for i, want in enumerate(wanted) if want]
@@ -386,32 +413,34 @@ def _kinds(weights: Weights) -> list[int]:
     return [1 if kind else 0 for kind in weights]
 
 
-def _applied(layer: _Layer, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Weights) -> tuple[Any, ...]:
-    return _Recurrent.apply(layer, _kinds(weights), x, h0, c0, *_flat(weights))
+def _applied(layer: _Layer, x: Tensor, states: States, weights: Weights) -> tuple[Any, ...]:
+    return _Recurrent.apply(layer, _kinds(weights), x, *states, *_flat(weights))
 
 
-def _plain(layer: _Layer, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Weights) -> tuple[Any, ...]:
-    y, h_n, c_n, c = reference_layer(x, h0, c0, layer.walk, weights)
+def _plain(layer: _Layer, x: Tensor, states: States, weights: Weights) -> tuple[Any, ...]:
+    y, h_n, c_n, c = reference_layer(x, states, layer.walk, weights)
     has_c = CELLS[layer.walk.cell].has_c
     return layer.output(y), h_n, c_n if has_c else None, c if has_c and layer.return_cells else None
 
 
-def _arguments(*args: Any) -> tuple[_Layer, Tensor, Tensor | None, Tensor | None, Weights]:
-    """The arguments of the op ``recurrent``."""
-    x, h0, c0, params, kinds, *rest = args
-    return _Layer(Walk(*rest[:8]), *rest[8:]), x, h0, c0, _grouped(params, kinds)
+def _arguments(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, params: Sequence[Tensor], kinds: list[int], *rest: Any
+) -> tuple[_Layer, Tensor, States, Weights]:
+    """The arguments of the op ``recurrent``, without those at its end that are None."""
+    walk, options, (resets, *of_resets) = rest[:8], rest[8:12], (*rest[12:], *(None,) * 3)[:3]
+    return _Layer(Walk(*walk)._replace(resets=resets), *options), x, States(h0, c0, *of_resets), _grouped(params, kinds)
 
 
 def _recurrent(*args: Any) -> tuple[Tensor, ...]:
-    layer, x, h0, c0, weights = _arguments(*args)
-    y, h_n, c_n, c, _ = layer.forward(weights.arguments(x, h0, c0, layer.walk, layer.return_cells, False))
+    layer, x, states, weights = _arguments(*args)
+    y, h_n, c_n, c, _ = layer.forward(weights.arguments(x, states, layer.walk, layer.return_cells, False))
     return layer.output(y).data, h_n, c_n, c
 
 
 def _through_recurrent(*args: Any) -> tuple[Tensor, ...]:
-    layer, x, h0, c0, weights = _arguments(*args)
-    given = [t for t in (x, h0, c0, *_flat(weights)) if t is not None]
-    results = (_plain if needs_plain_torch(given) else _applied)(layer, x, h0, c0, weights)
+    layer, x, states, weights = _arguments(*args)
+    given = [t for t in (x, *states, *_flat(weights)) if t is not None]
+    results = (_plain if needs_plain_torch(given) else _applied)(layer, x, states, weights)
     return tuple(x.new_empty(0) if result is None else result for result in results)
 
 
@@ -428,9 +457,9 @@ def _vmapped_recurrent(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
 
 
 def _fake_recurrent(*args: Any) -> tuple[Tensor, ...]:
-    layer, x, h0, c0, weights = _arguments(*args)
-    call = Forward(*weights.arguments(x, h0, c0, layer.walk, layer.return_cells, False))
-    y, h_n, c_n, c, _ = call.empty_results(_fake_batch(call, h0, c0))
+    layer, x, states, weights = _arguments(*args)
+    call = Forward(*weights.arguments(x, states, layer.walk, layer.return_cells, False))
+    y, h_n, c_n, c, _ = call.empty_results(_fake_batch(call, *states[:2]))
     return y.new_empty((*y.shape[:-2], call.lanes * call.width)), h_n, c_n, c
 
 
@@ -443,8 +472,7 @@ _layer_op = torch.ops.fastseq.recurrent.default
 
 def recurrent(
     x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
+    states: States,
     weights: Weights,
     walk: Walk,
     *,
@@ -471,31 +499,29 @@ def recurrent(
         # rows of one length (a single row always) are not ragged: the plain layout serves
         if x.shape[0] == steps * batch and bool((batch_sizes == batch).all()):
             hold_h, hold_c = (None if hold is None else hold.unflatten(0, (steps, batch)) for hold in (walk.hold_h, walk.hold_c))
-            walk = walk._replace(batch_sizes=None, hold_h=hold_h, hold_c=hold_c)
+            resets = None if walk.resets is None else walk.resets.unflatten(0, (steps, batch))
+            walk = walk._replace(batch_sizes=None, hold_h=hold_h, hold_c=hold_c, resets=resets)
             x, packed = x.view(steps, batch, x.shape[1]), True
     layer = _Layer(walk, return_cells, recompute, private, list(solver), batch_first, packed)
     w_ih, w_hh, b_ih, b_hh, w_hr, vectors = weights
     params = [*w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *vectors]
-    given = [x, *params]
-    if h0 is not None:
-        given.append(h0)
-    if c0 is not None:
-        given.append(c0)
+    given = [x, *params, *[state for state in states if state is not None]]
     compiling = torch.compiler.is_compiling()
     if needs_plain_torch(given):
-        y, h_n, c_n, c = _plain(layer, x, h0, c0, weights)
+        y, h_n, c_n, c = _plain(layer, x, states, weights)
     elif (compiling and (torch.compiler.is_exporting() or wants_gradient(given))) or (not compiling and traced()):
         if not compiling:
             flops.announce()
-        y, h_n, c_n, c = _layer_op(x, h0, c0, params, _kinds(weights), *walk, *layer[1:5])
+        options = *walk[:8], *layer[1:5], walk.resets, *states[2:]
+        y, h_n, c_n, c = _layer_op(x, *states[:2], params, _kinds(weights), *options)
         y = layer.output(y.unsqueeze(-2))
     elif compiling:
-        y, h_n, c_n, c, _ = layer.forward(weights.arguments(x, h0, c0, layer.walk, return_cells, False))
+        y, h_n, c_n, c, _ = layer.forward(weights.arguments(x, states, layer.walk, return_cells, False))
         y = layer.output(y)
     elif torch.is_grad_enabled() and wants_gradient(given):
-        y, h_n, c_n, c = _applied(layer, x, h0, c0, weights)
+        y, h_n, c_n, c = _applied(layer, x, states, weights)
     else:
-        y, h_n, c_n, c, _ = layer.forward(weights.arguments(x, h0, c0, layer.walk, return_cells, False))
+        y, h_n, c_n, c, _ = layer.forward(weights.arguments(x, states, layer.walk, return_cells, False))
         y = layer.output(y).data  # of the caller's own, not a view
     has_c = CELLS[walk.cell].has_c
     if not has_c or not return_cells:
@@ -508,10 +534,10 @@ class _Native(torch.autograd.Function):
     """``_Recurrent`` of a plain call: y, h_n, c_n or None, made before. A short call pays for each line here."""
 
     @staticmethod
-    def forward(ctx, layer, kinds, x, h0, c0, *params):
+    def forward(ctx, layer, kinds, x, h0, c0, reset_h, reset_c, *params):
         """``layer``: also what was made of it, the tensors of its walk, and whether its gradients are for one native op."""
         layer, (y, h_n, c_n, c, gates), ragged, ctx.few = layer
-        ctx.save_for_backward(x, h0, c0, *ragged, y, c, gates, *params)
+        ctx.save_for_backward(x, h0, c0, reset_h, reset_c, *ragged, y, c, gates, *params)
         ctx.layer, ctx.kinds, ctx.changes = layer, kinds, None
         ctx.set_materialize_grads(False)
         out = y.flatten(-2)
@@ -527,8 +553,8 @@ class _Native(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         saved, odd = ctx.saved_tensors, not ctx.few or torch.compiler.is_compiling() or torch.is_grad_enabled()
         changed = not odd and ctx.changes is not None and ctx.changes._version  # compiled autograd cannot ask for the count
-        if odd or changed or not _plain_backward(saved[7], (dy, dh_n, dc_n)):
-            x, lengths = saved[0], saved[3]
+        if odd or changed or not _plain_backward(saved[10], (dy, dh_n, dc_n)):
+            x, lengths = saved[0], saved[5]
             if lengths is not None:
                 saved = without_padding(x, lengths), *saved[1:]
             return None, None, *_backward(ctx, saved, (dy, dh_n, dc_n, None))
@@ -563,7 +589,7 @@ def _plain_layer(
     batch_first: bool,
 ) -> tuple[_Layer, list[int], bool]:
     """A layer of ``each`` parameters a lane, their ``kinds``, and whether one native op knows all its gradients."""
-    walk = Walk(*_NO_TENSORS, cell, [0, 1] if bidirectional else [0], *zoneout)
+    walk = Walk(None, None, None, None, cell, [0, 1] if bidirectional else [0], *zoneout)
     biases, vectors = int(has_biases), int(CELLS[cell].recurrent_bias is None and bool(CELLS[cell].vectors))
     kinds = [1, 1, biases, biases, each - 2 - 2 * biases - vectors, vectors]
     simple = not (recompute or vectors or (kinds[4] and (zoned or any(zoneout))))
@@ -584,13 +610,13 @@ def native_layer(
     recompute: bool,
     private: bool,
     batch_first: bool,
-    ragged: Sequence[Tensor | None] = _NO_TENSORS,
+    ragged: Sequence[Tensor | None] = (None,) * 5,
     zoneout: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Tensor, ...] | None:
     """A layer with gradients in a plain call (``plain_call``) by the native kernels: y [.., D*P], h_n and of a pair c_n.
 
     None: they decline it. Arguments are those of ``recurrent``, but for ``params``: w_ih, w_hh and what else a lane has, lane by
-    lane; and ``ragged``: lengths (int64), batch_sizes, hold_h and hold_c.
+    lane; and ``ragged``: lengths (int64), batch_sizes, hold_h, hold_c and resets.
     """
     with torch._C._AutoDispatchBelowAutograd():
         made = torch.ops.fastseq_native.recurrent_layer.default(
@@ -604,10 +630,9 @@ def native_layer(
         params = [of_lane[i] for i in range(each) for of_lane in (params[:each], params[each:])]
     else:
         each = len(params)
-    _, batch_sizes, *holds = ragged
-    zoned = holds != [None, None]
+    batch_sizes, zoned = ragged[1], ragged[2] is not None or ragged[3] is not None
     layer, kinds, simple = _plain_layer(cell, has_biases, bidirectional, each, zoneout, zoned, recompute, private, batch_first)
     steps, rows = (x.shape[0], x.shape[0] * x.shape[1]) if batch_sizes is None else (len(batch_sizes), x.shape[0])
     few = simple and rows * gates <= _FEW
-    y, h_n, c_n = _Native.apply((layer, made, ragged, few), kinds, x, h0, c0, *params)
+    y, h_n, c_n = _Native.apply((layer, made, ragged, few), kinds, x, h0, c0, None, None, *params)
     return (y, h_n) if c_n is None else (y, h_n, c_n)

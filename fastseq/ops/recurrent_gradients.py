@@ -18,12 +18,12 @@ from ..backends import cpu, library
 from ..reference import recurrent as reference
 from ..reference.cells import steps as cell_steps
 from ._dispatch import plain_call, recorded, transforming
-from .types import Backward, Forward, Walk, Weights
+from .types import Backward, Call, Forward, States, Walk, Weights
 
 
-def reference_layer(x: Tensor, h0: Tensor | None, c0: Tensor | None, walk: Walk, weights: Weights) -> tuple[Tensor, ...]:
+def reference_layer(x: Tensor, states: States, walk: Walk, weights: Weights) -> tuple[Tensor, ...]:
     """A layer in plain, differentiable PyTorch: y, h_n, c_n, c."""
-    return reference.forward(Forward(*weights.arguments(x, h0, c0, walk, True, False)))[:4]
+    return reference.forward(Forward(*weights.arguments(x, states, walk, True, False)))[:4]
 
 
 def input_gradients(
@@ -33,7 +33,7 @@ def input_gradients(
     if call.lanes > 1 and call.hidden == 1 and not call.zoned and not call.output_gradient:
         return _gradients_of_units(call, results, x, weights, wanted, wanted_x)
     cell, lanes = call.row, call.lanes
-    dgates, drecurrent, doutput, _, _ = results
+    dgates, drecurrent, doutput, *_ = results
     flat_x = _flat(x)
     dx, products = None, _native_products(call, results, x, weights, wanted, wanted_x)
     if wanted_x and products and weights.w_ih:
@@ -54,7 +54,7 @@ def input_gradients(
             dr = _lane(drecurrent, lane) if cell.own_recurrent else None  # [rows, own*H]
             dw_ih = _outer_sum(d, flat_x) if w_ih else None
             if w_hh:
-                h_first, h_prev = _before(call.y, call.h0, call.lengths, call.batch_sizes, lane, call.reverse[lane])
+                h_first, h_prev = _before(call, lane)
                 dw_hh = _recurrent_weight_grad(d, dr, h_first, h_prev, dgates.shape, call.reverse[lane])
             if b_ih or b_hh:
                 db_ih = db_hh = d.sum(0)
@@ -93,12 +93,12 @@ def _gradients_of_units(
     if some[0]:
         of_kinds[0] = _outer_sum(flat, flat_x).view(lanes, gates, flat_x.shape[1])
     if some[1]:
-        of_kinds[1] = (dr.to(wide) * _all_shifted(call, call.y, call.h0).to(wide)).sum(0).unsqueeze(-1).to(d.dtype)
+        of_kinds[1] = (dr.to(wide) * _all_shifted(call, call.y, call.h0, call.reset_h).to(wide)).sum(0).unsqueeze(-1).to(d.dtype)
     if some[2] or some[3]:
         of_kinds[2], of_kinds[3] = d.sum(0), dr.sum(0)
     if some[5]:
         assert call.vectors is not None
-        c, c_prev = (_of_rows(call.c), _all_shifted(call, call.c, call.c0)) if call.row.has_c else (None, None)
+        c, c_prev = (_of_rows(call.c), _all_shifted(call, call.c, call.c0, call.reset_c)) if call.row.has_c else (None, None)
         saved, vectors = _of_rows(call.gates).to(wide), call.vectors.to(wide)
         each = cell_steps(call.cell).vector_gradients(d.to(wide), inside.to(wide), None, saved, vectors, c_prev, c)
         of_kinds[5] = each.sum(0).to(call.vectors.dtype)
@@ -115,13 +115,13 @@ def _of_rows(rows: Tensor) -> Tensor:
     return rows.reshape(math.prod(rows.shape[:-2]), *rows.shape[-2:])
 
 
-def _all_shifted(call: Backward, rows: Tensor, first: Tensor | None) -> Tensor:
+def _all_shifted(call: Backward, rows: Tensor, first: Tensor | None, reset: Tensor | None) -> Tensor:
     """The states before every step of all lanes, from those after: [rows, D, n]."""
     lanes, size = rows.shape[-2:]
     own = rows.reshape(*rows.shape[:-2], 1, lanes * size)
-    start = None if first is None else first.transpose(0, 1).reshape(1, first.shape[1], lanes * size)
+    first, reset = (s if s is None else s.transpose(0, 1).reshape(1, s.shape[1], lanes * size) for s in (first, reset))
     found = [
-        _of_rows(_shifted(own, start, call.lengths, call.batch_sizes, 0, way).unflatten(-1, (lanes, size)))
+        _of_rows(_shifted(call, own, first, reset, 0, way).unflatten(-1, (lanes, size)))
         for way in sorted({int(bool(of)) for of in call.reverse})
     ]
     if len(found) == 1:
@@ -151,7 +151,7 @@ def _before_c(call: Backward, lane: int) -> Tensor | None:
     """The wide states before every step, of all rows of a lane."""
     if not call.row.has_c:
         return None
-    return _shifted(call.c, call.c0, call.lengths, call.batch_sizes, lane, call.reverse[lane]).flatten(0, -2)
+    return _shifted(call, call.c, call.c0, call.reset_c, lane, call.reverse[lane]).flatten(0, -2)
 
 
 def _kept_of(call: Backward, lane: int, part: slice, before_c: Tensor | None) -> tuple[Tensor, Any, Any]:
@@ -167,7 +167,7 @@ def _kept_of(call: Backward, lane: int, part: slice, before_c: Tensor | None) ->
 
 def _vector_gradients(call: Backward, results: tuple[Tensor, ...], lane: int) -> Tensor:
     """[V*H], summed over the rows block by block."""
-    dgates, drecurrent, doutput, _, _ = results
+    dgates, drecurrent, doutput, *_ = results
     assert call.vectors is not None
     vectors, wide = call.vectors[lane].to(call.wide), call.wide
     if call.row.normalized and _plain(call, dgates, doutput):
@@ -234,15 +234,14 @@ def _outer_sum(a: Tensor, b: Tensor) -> Tensor:
     return a.t() @ b
 
 
-def _before(
-    rows: Tensor, first: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None, lane: int, backwards: int
-) -> tuple[Tensor | None, Tensor]:
-    """The states before every step, as (rows of the first step, rows of the others) or as (None, all rows).
+def _before(call: Backward, lane: int) -> tuple[Tensor | None, Tensor]:
+    """h before every step, as (rows of the first step, rows of the others) or as (None, all rows).
 
     The pair avoids a copy where the states are a plain shift of the states after every step.
     """
-    if batch_sizes is not None or (backwards and lengths is not None and first is not None):
-        return None, _shifted(rows, first, lengths, batch_sizes, lane, backwards).flatten(0, -2)
+    rows, first, backwards = call.y, call.h0, call.reverse[lane]
+    if call.batch_sizes is not None or call.resets is not None or (backwards and call.lengths is not None and first is not None):
+        return None, _shifted(call, rows, first, call.reset_h, lane, backwards).flatten(0, -2)
     own = rows[:, :, lane]  # [T, B, n]
     if first is not None and own.shape[0] == 1:
         return None, first[lane].to(rows.dtype)
@@ -250,21 +249,25 @@ def _before(
     return (None if first is None else first[lane].to(rows.dtype)), others
 
 
-def _shifted(
-    rows: Tensor, first: Tensor | None, lengths: Tensor | None, batch_sizes: Tensor | None, lane: int, backwards: int
-) -> Tensor:
+def _shifted(call: Call, rows: Tensor, first: Tensor | None, reset: Tensor | None, lane: int, backwards: int) -> Tensor:
     """The states before every step, from the states after every step: [T, B, n], or [N, n]."""
+    lengths, resets = call.lengths, call.resets
     own = rows.select(-2, lane)
-    start = None if first is None else first[lane].to(rows.dtype)
-    steps = rows.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    if batch_sizes is None:
-        start = torch.zeros_like(own[0]) if start is None else start
+    start, anew = (None if state is None else state[lane].to(rows.dtype) for state in (first, reset))
+    if call.batch_sizes is None:
+        start = own.new_zeros(own.shape[1:]) if start is None else start
         shifted = torch.cat((own[1:], start[None]) if backwards else (start[None], own[:-1]))
+        within = None
         if backwards and lengths is not None:
-            following = torch.arange(1, steps + 1, device=rows.device)
-            shifted = torch.where((following[:, None] < lengths)[..., None], shifted, start)
-        return shifted
-    total, sizes = rows.shape[0], batch_sizes
+            following = torch.arange(1, own.shape[0] + 1, device=rows.device)
+            within = following[:, None] < lengths
+            shifted = torch.where(within[..., None], shifted, start)
+        if resets is None:
+            return shifted
+        cuts = torch.cat((resets[1:], torch.zeros_like(resets[:1]))) if backwards else resets
+        return _anew(shifted, cuts if within is None else cuts & within, anew)
+    steps, sizes = call.batch_sizes.shape[0], call.batch_sizes
+    total = rows.shape[0]
     begin = sizes.cumsum(0) - sizes  # first row of every step
     step = torch.repeat_interleave(torch.arange(steps), sizes, output_size=total)
     slot = torch.arange(total) - begin[step]  # which sequence a row belongs to
@@ -277,7 +280,19 @@ def _shifted(
         inside = step > 0
     source = torch.where(inside, begin[other] + slot, outside)
     states = torch.cat((own, own.new_zeros(1, own.shape[-1]) if start is None else start))
-    return states.index_select(0, source.to(rows.device, non_blocking=True))
+    shifted = states.index_select(0, source.to(rows.device, non_blocking=True))
+    if resets is None:
+        return shifted
+    if backwards:  # the reset of the step after, which a row that ends has not
+        following = torch.where(inside, begin[other] + slot, total).to(rows.device, non_blocking=True)
+        resets = torch.cat((resets, resets.new_zeros(1))).index_select(0, following)
+    if anew is not None and anew.shape[0] > 1:
+        anew = anew.index_select(0, slot.to(rows.device, non_blocking=True))
+    return _anew(shifted, resets, anew)
+
+
+def _anew(states: Tensor, cuts: Tensor, reset: Tensor | None) -> Tensor:
+    return torch.where(cuts[..., None], torch.zeros_like(states) if reset is None else reset, states)
 
 
 def _recurrent_weight_grad(
@@ -308,8 +323,8 @@ def recomputed_gates(call: Forward, y: Tensor, c: Tensor) -> Tensor:
     gates = y.new_empty(flat_x.shape[0], lanes, call.saved * call.hidden)
     before = []
     for lane, backwards in enumerate(call.reverse):
-        h_prev = _flat(_shifted(y, call.h0, call.lengths, call.batch_sizes, lane, backwards))
-        c_prev = _flat(_shifted(c, call.c0, call.lengths, call.batch_sizes, lane, backwards)) if call.row.has_c else None
+        h_prev = _flat(_shifted(call, y, call.h0, call.reset_h, lane, backwards))
+        c_prev = _flat(_shifted(call, c, call.c0, call.reset_c, lane, backwards)) if call.row.has_c else None
         before.append((h_prev, c_prev))
     for part in _blocks(flat_x.shape[0]):
         call.x = flat_x[part]

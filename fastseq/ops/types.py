@@ -20,6 +20,15 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+class States(NamedTuple):
+    """What a layer starts from, and what it starts anew from at a reset; None: zeros."""
+
+    h0: Tensor | None  # [D, B, P]
+    c0: Tensor | None  # [D, B, K*H]
+    reset_h: Tensor | None = None  # alike, or with B = 1
+    reset_c: Tensor | None = None
+
+
 class Walk(NamedTuple):
     """How a layer is walked: what the recurrent ops take beside states and weights."""
 
@@ -31,6 +40,16 @@ class Walk(NamedTuple):
     reverse: list[int]
     zoneout_h: float
     zoneout_c: float
+    resets: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return *self[:4], self.resets
+
+    def with_tensors(self, *tensors: Tensor | None) -> Walk:
+        """Of ``tensors`` as the property has them."""
+        lengths, batch_sizes, hold_h, hold_c, resets = tensors or (None,) * 5
+        return self._replace(lengths=lengths, batch_sizes=batch_sizes, hold_h=hold_h, hold_c=hold_c, resets=resets)
 
 
 class Weights(NamedTuple):
@@ -43,11 +62,9 @@ class Weights(NamedTuple):
     w_hr: Sequence[Tensor]  # [P, H]
     vectors: Sequence[Tensor]  # [V*H]: what acts inside a step, but for a bias
 
-    def arguments(
-        self, x: Tensor, h0: Tensor | None, c0: Tensor | None, walk: Walk, save_c: bool, save_gates: bool
-    ) -> tuple[Any, ...]:
+    def arguments(self, x: Tensor, states: States, walk: Walk, save_c: bool, save_gates: bool) -> tuple[Any, ...]:
         """Of the forward op."""
-        return x, *self.stacked(CELLS[walk.cell]), h0, c0, *walk, save_c, save_gates
+        return x, *self.stacked(CELLS[walk.cell]), *states[:2], *walk[:8], save_c, save_gates, walk.resets, *states[2:]
 
     def stacked(self, row: Cell) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """``w_ih, b_ih, weight, vectors, projection`` of the forward op: every bias that can be is folded into ``b_ih``."""
@@ -121,6 +138,14 @@ class Call:
         zoneout_h: float
         zoneout_c: float
 
+        # not as fields, which would come before those that have no default
+        @property
+        def resets(self) -> Tensor | None: ...
+        @property
+        def reset_h(self) -> Tensor | None: ...
+        @property
+        def reset_c(self) -> Tensor | None: ...
+
     def __post_init__(self) -> None:
         self.rows = rows = getattr(self, self.ROWS)
         self.row = row = CELLS[self.cell]
@@ -144,6 +169,17 @@ class Call:
         for lane, backwards in enumerate(self.reverse):
             bits |= bool(backwards) << lane
         return bits
+
+    def spread_reset_states(self) -> None:
+        """Gives each row its own of states that are alike for all."""
+        if self.reset_h is None and self.reset_c is None:
+            return
+        for name in ("reset_h", "reset_c"):
+            state = getattr(self, name)
+            if state is not None and state.shape[1] != self.batch:
+                if state.shape[1] != 1:
+                    raise RuntimeError(f"Expected reset_to for a batch of {self.batch} or 1, got {list(state.shape)}")
+                setattr(self, name, state.expand(-1, self.batch, -1))
 
     def row_offsets(self) -> tuple[Tensor | None, Tensor | None]:
         """On the device, the first row of every step of packed rows, [T], and the steps of every sequence, [B].
@@ -184,6 +220,9 @@ class Forward(Call):
     zoneout_c: float
     save_c: bool
     save_gates: bool
+    resets: Tensor | None = None
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
 
     def input_gates(self) -> Tensor:
         """The projected input [.., D, G*H]."""
@@ -234,9 +273,15 @@ class Backward(Call):
     reverse: list[int]
     zoneout_h: float
     zoneout_c: float
+    resets: Tensor | None = None
+    reset_h: Tensor | None = None
+    reset_c: Tensor | None = None
 
-    def empty_results(self, batch: Any = None, zeros: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Room for dgates, drecurrent, doutput, dh0, dc0; with ``zeros`` as ``Forward.empty_results``."""
+    def empty_results(self, batch: Any = None, zeros: bool = False) -> tuple[Tensor, ...]:
+        """Room for dgates, drecurrent, doutput, dh0, dc0, dreset_h, dreset_c; with ``zeros`` as ``Forward.empty_results``.
+
+        The last two, sums to which every reset adds, are zero.
+        """
         empty, leading, own = self.rows.new_empty, self.y.shape[:-1], self.row.own_recurrent
         of_rows = self.rows.new_zeros if zeros and self.lengths is not None else empty
         batch = self.batch if batch is None else batch
@@ -246,6 +291,7 @@ class Backward(Call):
             of_rows((*leading, self.width) if self.output_gradient else (0,)),
             empty((self.lanes, batch, self.width)),
             empty((self.lanes, batch, self.row.wide_states * self.hidden) if self.row.has_c else (0,), dtype=self.wide),
+            *[self.rows.new_zeros((0,) if of is None else of.shape, dtype=self.wide) for of in (self.reset_h, self.reset_c)],
         )
 
 
@@ -321,11 +367,28 @@ def empty_gradients(q: Tensor, k: Tensor, v: Tensor, spec: Spec, wanted: list[bo
     return tuple(results)
 
 
-SCAN_CELLS = ("given", "log", "min_gru")  # what makes the coefficients of a scan; ``reference/scan.py`` says how
+class ScanCell(NamedTuple):
+    """What makes coefficients and addends of a scan reads; ``reference/scan.py`` says what it makes of it."""
+
+    reads_b: bool = False  # every step is made of all inputs, and the backward pass reads b again
+    gate: bool = False  # beside a and b another such tensor
+    vector: bool = False  # a number of each channel, which all steps share
+
+
+SCAN_CELLS = {
+    "given": ScanCell(),
+    "log": ScanCell(),
+    "min_gru": ScanCell(reads_b=True),
+    "min_lstm": ScanCell(reads_b=True, gate=True),
+    "hgrn": ScanCell(reads_b=True, vector=True),
+    "rg_lru": ScanCell(reads_b=True, gate=True, vector=True),
+    "qrnn": ScanCell(reads_b=True),
+    "qrnn_ifo": ScanCell(reads_b=True, gate=True),
+}
 
 
 class ScanSpec(NamedTuple):
-    """How a scan is walked: what its ops take beside b, a and the initial states."""
+    """How a scan is walked: what its ops take beside b, a, gate, vector and the initial states."""
 
     resets: Tensor | None
     lengths: Tensor | None
@@ -351,10 +414,15 @@ def empty_scan(b: Tensor, kind: str, spec: ScanSpec) -> tuple[Tensor, Tensor]:
     return empty_states(b, kind), b.new_empty((states, *b.shape[2:]), dtype=state_dtype(b.dtype))
 
 
-def empty_scan_gradients(a: Tensor, h: Tensor, kind: str, spec: ScanSpec, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients of b, a and the initial states; (0,) for those of b and a where not wanted."""
+def empty_scan_gradients(
+    a: Tensor, h: Tensor, kind: str, spec: ScanSpec, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for the gradients of b, a, gate, vector and the initial states; (0,) for those of the first four where not wanted."""
     states = h.shape[1] if spec.cu_seqlens is None else spec.cu_seqlens.shape[0] - 1
     rows = states if a.shape[0] != h.shape[0] else h.shape[1]
     db = empty_states(h, kind) if wanted[0] else h.new_empty(0)
     da = a.new_empty((a.shape[0], rows, h.shape[2], *a.shape[3:])) if wanted[1] else a.new_empty(0)
-    return db, da, h.new_empty((states, *h.shape[2:]), dtype=state_dtype(h.dtype))
+    wide, cell = state_dtype(h.dtype), SCAN_CELLS[spec.cell]
+    dgate = empty_states(h, kind) if wanted[2] and cell.gate else h.new_empty(0)
+    dvector = h.new_empty(h.shape[2] if wanted[3] and cell.vector else 0, dtype=wide)
+    return db, da, dgate, dvector, h.new_empty((states, *h.shape[2:]), dtype=wide)

@@ -52,6 +52,20 @@ class Layout:
     def valid(self, t: int) -> Tensor | None:
         return None if self.lengths is None else (t < self.lengths).unsqueeze(-1)
 
+    def cuts(self, resets: Tensor | None, t: int, backwards: int) -> Tensor | None:
+        """Which of the sequences that step t works on start anew before it, [.., 1]; None: none.
+
+        A row ends where it is reset: the lane that walks backwards starts anew at the last step before.
+        """
+        at = t + 1 if backwards else t
+        if resets is None or at >= self.steps:
+            return None
+        if self.sizes is None:
+            valid, cuts = self.valid(at), resets[at].unsqueeze(-1)
+            return cuts if valid is None else cuts & valid
+        cuts = resets[self.starts[at] : self.starts[at + 1]].unsqueeze(-1)
+        return torch.nn.functional.pad(cuts, (0, 0, 0, self.sizes[t] - self.sizes[at]))
+
     def update(self, state: Tensor, new: Tensor, t: int) -> Tensor:
         """The state after step t: new where the sequence is active, as it was elsewhere."""
         if self.sizes is not None:
@@ -84,10 +98,12 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         if row.has_c:
             zeros = x_gates.new_zeros(layout.batch, row.wide_states * hidden, dtype=wide)
             c = zeros if call.c0 is None else call.c0[lane].to(wide)
+        reset_h, reset_c = (None if state is None else state[lane].to(wide) for state in (call.reset_h, call.reset_c))
         ys, cs, gates = [], [], []
         for t in layout.order(backwards):
-            h_prev = layout.active(h, t)
-            c_prev = None if c is None else layout.active(c, t)
+            cuts = layout.cuts(call.resets, t, backwards)
+            h_prev = restarted(layout, layout.active(h, t), cuts, reset_h, t)
+            c_prev = None if c is None else restarted(layout, layout.active(c, t), cuts, reset_c, t)
             x_t = layout.take(x_gates, t, lane).to(wide)
             h_new, c_new, saved = math.step(x_t, h_prev @ r.mT, vectors, h_prev, c_prev)
             if call.projection is not None:
@@ -125,7 +141,7 @@ def forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(call: Backward) -> tuple[Tensor, ...]:
     row, math = call.row, steps(call.cell)
     y, dtype, wide, hidden, out = call.y, call.dtype, call.wide, call.hidden, call.width
     layout = Layout(y, call.lengths, call.batch_sizes)
@@ -143,10 +159,15 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             dc_state = zeros_c if call.dc_n is None else call.dc_n[lane].to(wide)
         first_h = zeros_h if call.h0 is None else call.h0[lane].to(wide)
         first_c = zeros_c if call.c0 is None else call.c0[lane].to(wide)
+        reset_h, reset_c = (None if state is None else state[lane].to(wide) for state in (call.reset_h, call.reset_c))
+        dreset_h, dreset_c = zeros_h, zeros_c
         dxs, drs, dhs = [], [], []
         for t in reversed(layout.order(backwards)):
-            h_prev = previous(layout, y, first_h, t, lane, backwards)
-            c_prev = previous(layout, call.c, first_c, t, lane, backwards) if row.has_c else None
+            cuts = layout.cuts(call.resets, t, backwards)
+            h_prev = restarted(layout, previous(layout, y, first_h, t, lane, backwards), cuts, reset_h, t)
+            c_prev = None
+            if row.has_c:
+                c_prev = restarted(layout, previous(layout, call.c, first_c, t, lane, backwards), cuts, reset_c, t)
             keep_h, keep_c = kept(call, layout, t, lane)
             dh_t = layout.active(dh, t)
             if call.dy is not None:
@@ -170,9 +191,11 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             dh_prev = dr.to(wide) @ r
             for other in (dh_direct, dh_kept):
                 dh_prev = dh_prev if other is None else dh_prev + other
+            dh_prev, dreset_h = taken_off(layout, dh_prev, cuts, dreset_h, t)
             dh = layout.update(dh, dh_prev, t)
             if dc_state is not None:
-                dc_state = layout.update(dc_state, dc_prev if dc_kept is None else dc_prev + dc_kept, t)
+                dc_prev, dreset_c = taken_off(layout, dc_prev if dc_kept is None else dc_prev + dc_kept, cuts, dreset_c, t)
+                dc_state = layout.update(dc_state, dc_prev, t)
             dxs.append(dx)
             drs.append(dr[..., dr.shape[-1] - row.own_recurrent * hidden :])
             dhs.append(dh_t.to(dtype))
@@ -185,16 +208,36 @@ def backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
                 layout.join(dhs, y.new_zeros(*leading, out)),
                 dh.to(dtype),
                 dc_state if dc_state is not None else y.new_zeros(0),
+                dreset_h,
+                dreset_c,
             )
         )
-    dx_all, dr_all, dh_all, dh0, dc0 = (list(parts) for parts in zip(*lanes, strict=True))
+    dx_all, dr_all, dh_all, dh0, dc0, dresets_h, dresets_c = (list(parts) for parts in zip(*lanes, strict=True))
     return (
         torch.stack(dx_all, -2),
         torch.stack(dr_all, -2) if row.own_recurrent else y.new_zeros(0),
         torch.stack(dh_all, -2) if call.output_gradient else y.new_zeros(0),
         torch.stack(dh0),
         torch.stack(dc0) if row.has_c else y.new_zeros(0, dtype=wide),
+        y.new_zeros(0, dtype=wide) if call.reset_h is None else torch.stack(dresets_h),
+        y.new_zeros(0, dtype=wide) if call.reset_c is None else torch.stack(dresets_c),
     )
+
+
+def restarted(layout: Layout, state: Tensor, cuts: Tensor | None, reset: Tensor | None, t: int) -> Tensor:
+    """The state before step t, anew where it is cut; what stood there may be no number."""
+    if cuts is None:
+        return state
+    return torch.where(cuts, torch.zeros_like(state) if reset is None else layout.active(reset, t), state)
+
+
+def taken_off(layout: Layout, grad: Tensor, cuts: Tensor | None, sums: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """The gradient of the state before step t: what goes on to the step before, and ``sums`` with what reaches the state that it
+    starts anew from."""
+    if cuts is None:
+        return grad, sums
+    zeros = torch.zeros_like(grad)
+    return torch.where(cuts, zeros, grad), layout.update(sums, layout.active(sums, t) + torch.where(cuts, grad, zeros), t)
 
 
 def kept(call: Call, layout: Layout, t: int, lane: int) -> tuple[Any, Any]:

@@ -25,6 +25,17 @@ class Zoneout(NamedTuple):
     end: Any = None
 
 
+class Resets(NamedTuple):
+    """Where sequences begin anew, from which states, and what these get of the gradients; None: nowhere, from zeros, nothing."""
+
+    rows: Any  # uint8, a number for each row: the state before it in time is another sequence's
+    h: Any  # [D, B, P]
+    c: Any  # [D, B, K*H], wide
+    dh: Any = None  # [D, B, P], wide: added to
+    dc: Any = None  # [D, B, K*H], wide: added to
+    end: Any = None
+
+
 class Cell(NamedTuple):
     """The mathematics of a cell, as jitted functions, and what its backward step reads beside saved activations and c."""
 

@@ -29,6 +29,8 @@ def forward(
     c_n,  # [D, B, K*H], wide
     c_all,  # [B, D, K*H] wide, or None
     gates,  # [B, D, S*H] or None
+    resets,  # uint8 [B] or None: rows whose state is zero, in lanes forward
+    reverse,  # as in a `Layout`, or None without resets
     zoneout, B, D, I, H,  # noqa: E741
     STEP: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OUTPUT_SAVED: tl.constexpr,
     KEEP_H: tl.constexpr, KEEP_C: tl.constexpr,
@@ -44,22 +46,23 @@ def forward(
     b, u = start + tl.arange(0, BB), tl.program_id(1) * BH + tl.arange(0, BH)
     real = (u < H)[None, :]
     active = (b < B)[:, None] & real
+    begun = has_state(b, B, d, resets, reverse)[:, None] & real
     row, place = (b * D + d).to(tl.int64)[:, None], (d * B + b).to(tl.int64)[:, None]
 
     if w_ih is None:
         x_rows = tl.load(x + row * (G * H) + (gate * H + unit)[None, :], mask=(b < B)[:, None] & exists[None, :], other=0.0)
         x_rows = x_rows.to(ACC)
     else:
-        x_rows = product(x, start, B, w_ih, entry, exists, I, BB, GP * BH, BK, DOT, ACC, PRECISION)
+        x_rows = product(x, start, B, d, None, reverse, w_ih, entry, exists, I, BB, GP * BH, BK, DOT, ACC, PRECISION)
         if b_ih is not None:
             x_rows += tl.load(b_ih + entry, mask=exists, other=0.0).to(ACC)[None, :]
     h_old, c_old, r_rows = tl.zeros((BB, BH), ACC), zero_tiles(K, BB, BH, ACC), tl.zeros((BB, GP * BH), ACC)
     if h0 is not None:
         first = h0 + (d * B).to(tl.int64) * H
-        r_rows = product(first, start, B, weight, entry, exists, H, BB, GP * BH, BK, DOT, ACC, PRECISION)
-        h_old = tl.load(h0 + place * H + u[None, :], mask=active, other=0.0).to(ACC)
+        r_rows = product(first, start, B, d, resets, reverse, weight, entry, exists, H, BB, GP * BH, BK, DOT, ACC, PRECISION)
+        h_old = tl.load(h0 + place * H + u[None, :], mask=begun, other=0.0).to(ACC)
     if c0 is not None:
-        c_old = load_tiles(c0, place * (K * H) + u[None, :], active, H, K, ACC)
+        c_old = load_tiles(c0, place * (K * H) + u[None, :], begun, H, K, ACC)
     v = load_vectors(vectors, d, u, H, V, BH, ACC)
 
     x_gates, r_gates = by_gate(x_rows, G, BB, GP, BH), by_gate(r_rows, G, BB, GP, BH)
@@ -79,10 +82,22 @@ def forward(
 
 
 @triton.jit
+def has_state(b, B, d, resets, reverse):
+    """Of rows of the batch, or of one: whether there is one, and lane d does not begin anew with its only step."""
+    there = b < B
+    if resets is not None:
+        there = there & ((((reverse >> d) & 1) != 0) | (tl.load(resets + b, mask=there, other=0) == 0))
+    return there
+
+
+@triton.jit
 def product(
     left,  # [B, N]
     start,
     B,
+    d,
+    resets,  # uint8 [B] or None: rows of zeros, in lanes forward
+    reverse,
     weight,  # [.., N]
     entry,  # [ROWS] rows of it
     exists,  # [ROWS]
@@ -91,11 +106,12 @@ def product(
 ):  # fmt: skip
     """[BB, ROWS]: rows of the batch from ``start`` on times rows of the weights."""
     b = start + tl.arange(0, BB)
+    rows = has_state(b, B, d, resets, reverse)
     result = tl.zeros((BB, ROWS), ACC)
     if DOT:
         for k0 in range(0, N, BK):
             k = k0 + tl.arange(0, BK)
-            a = tl.load(left + b.to(tl.int64)[:, None] * N + k[None, :], mask=(b < B)[:, None] & (k < N)[None, :], other=0.0)
+            a = tl.load(left + b.to(tl.int64)[:, None] * N + k[None, :], mask=rows[:, None] & (k < N)[None, :], other=0.0)
             w = tl.load(weight + entry[None, :] * N + k[:, None], mask=exists[None, :] & (k < N)[:, None], other=0.0)
             result = tl.dot(a, w, result, input_precision=PRECISION, out_dtype=ACC)
     else:
@@ -108,7 +124,8 @@ def product(
             for i in tl.static_range(BB):
                 # a copy for every row of weights: what lies there already need not be handed from thread to thread
                 at = tl.broadcast_to(((start + i).to(tl.int64) * N + k)[None, :], (ROWS, BK))
-                a = tl.load(left + at, mask=(k < N)[None, :] & (start + i < B), other=0.0).to(ACC)
+                row = has_state(start + i, B, d, resets, reverse)
+                a = tl.load(left + at, mask=(k < N)[None, :] & row, other=0.0).to(ACC)
                 more = more + (sums[i] + w * a,)
             sums = more
         for i in tl.static_range(BB):

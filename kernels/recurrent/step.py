@@ -46,6 +46,29 @@ def step_before(layout, t, back, lengths, b, d):
 
 
 @triton.jit
+def step_after(t, back):
+    """The step after t in the lane's order."""
+    return tl.where(back, t - 1, t + 1)
+
+
+@triton.jit
+def first_step(steps, back):
+    """In the lane's order."""
+    return tl.where(back, steps - 1, 0)
+
+
+@triton.jit
+def cut_before(layout, resets, t, back, lengths, b):
+    """[BB, 1]: whether a sequence that has step t begins anew with it, in the lane's order."""
+    cut = lengths < 0
+    if resets.rows is not None:
+        later = tl.where(back, t + 1, t)  # a reset stands at the later step of a pair, whoever comes first
+        row = rows_of(layout, tl.minimum(later, layout.T - 1), b)
+        cut = tl.load(resets.rows + row, mask=(t >= 0) & (later < lengths), other=0) != 0
+    return cut[:, None]
+
+
+@triton.jit
 def load_tiles(pointer, at, mask, H, N: tl.constexpr, ACC: tl.constexpr):
     """N tiles, H elements apart."""
     tiles = ()
@@ -66,6 +89,25 @@ def zero_tiles(N: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, ACC: tl.cons
     tiles = ()
     for _ in tl.static_range(N):
         tiles = tiles + (tl.zeros((BB, BH), ACC),)
+    return tiles
+
+
+@triton.jit
+def cut_off(grads, sums, at, mask, cut, H, N: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr):
+    """What of the gradients of a state, N tiles H elements apart, goes on to the step before; the rest is added to ``sums``."""
+    if sums is not None:
+        for g in tl.static_range(N):
+            so_far = tl.load(sums + at + g * H, mask=cut & mask, other=0.0)
+            tl.store(sums + at + g * H, so_far + grads[g], mask=cut & mask)
+    return choose(cut, zero_tiles(N, BB, BH, ACC), grads, N)
+
+
+@triton.jit
+def load_state(state, at, mask, H, N: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr):
+    """N tiles, H elements apart; zeros for None."""
+    tiles = zero_tiles(N, BB, BH, ACC)
+    if state is not None:
+        tiles = load_tiles(state, at, mask, H, N, ACC)
     return tiles
 
 
@@ -167,12 +209,19 @@ def load_initial(
     place, u, mask, H, READS: tl.constexpr, K: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The states that a sequence starts from, as far as the cell reads them; zeros for None."""
-    h, c = tl.zeros((BB, BH), ACC), zero_tiles(K, BB, BH, ACC)
-    if h0 is not None and READS == "h_prev":
-        h = tl.load(h0 + place * H + u[None, :], mask=mask, other=0.0).to(ACC)
-    if c0 is not None:
-        c = load_tiles(c0, place * (K * H) + u[None, :], mask, H, K, ACC)
-    return h, c
+    h = tl.zeros((BB, BH), ACC)
+    if READS == "h_prev":
+        h = load_state(h0, place * H + u[None, :], mask, H, 1, BB, BH, ACC)[0]
+    return h, load_state(c0, place * (K * H) + u[None, :], mask, H, K, BB, BH, ACC)
+
+
+@triton.jit
+def load_again(
+    resets, place, u, cut, H, K: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, NARROW: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The states that a sequence starts from anew, h in NARROW; nothing is read where none does."""
+    h = load_state(resets.h, place * H + u[None, :], cut, H, 1, BB, BH, NARROW)[0]
+    return h, load_state(resets.c, place * (K * H) + u[None, :], cut, H, K, BB, BH, ACC)
 
 
 @triton.jit
@@ -181,7 +230,7 @@ def load_step_backward(
     c_all,  # [rows, D, K*H], wide
     gates,  # [rows, D, S*H]
     first_h, first_c,  # what `load_initial` gives
-    zoneout, row, row_before, u, active, was, H,
+    zoneout, resets, place, row, row_before, u, active, was, cut, H,
     CANDIDATE: tl.constexpr, READS: tl.constexpr, S: tl.constexpr, K: tl.constexpr, OUTPUT_SAVED: tl.constexpr,
     KEEP_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -191,10 +240,16 @@ def load_step_backward(
     if K > 0:
         c = load_tiles(c_all, row * (K * H) + u[None, :], active, H, K, ACC)
         c_prev = choose(was, load_tiles(c_all, row_before * (K * H) + u[None, :], was, H, K, ACC), first_c, K)
+        if resets.rows is not None:
+            again = load_state(resets.c, place * (K * H) + u[None, :], cut, H, K, first_h.shape[0], first_h.shape[1], ACC)
+            c_prev = choose(cut, again, c_prev, K)
         if zoneout.mask_c is not None or KEEP_C > 0:
             c = (CANDIDATE(saved, c_prev[0]),)
     if READS == "h_prev":
         h_prev = tl.where(was, tl.load(y + row_before * H + u[None, :], mask=was, other=0.0).to(ACC), first_h)
+        if resets.rows is not None:
+            again = load_state(resets.h, place * H + u[None, :], cut, H, 1, first_h.shape[0], first_h.shape[1], ACC)
+            h_prev = tl.where(cut, again[0], h_prev)
     if OUTPUT_SAVED:
         h = saved[0]
     elif READS == "h":

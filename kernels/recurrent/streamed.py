@@ -12,14 +12,19 @@ import triton.language as tl
 from fastseq.kernels.recurrent.step import (
     add,
     choose,
+    cut_before,
+    cut_off,
+    first_step,
     goes_back,
     lane_rows,
     lengths_of,
+    load_again,
     load_initial,
     load_step_backward,
     load_tiles,
     load_vectors,
     run_step,
+    step_after,
     step_before,
     store_step_backward,
     store_tiles,
@@ -40,7 +45,7 @@ def forward(
     h_n,  # [D, B, H]
     c_all,  # [rows, D, K*H] wide, or None
     gates,  # [rows, D, S*H] or None
-    layout, zoneout, H, HP,
+    layout, zoneout, resets, H, HP,
     STEP: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OUTPUT_SAVED: tl.constexpr,
     KEEP_H: tl.constexpr, KEEP_C: tl.constexpr,
     BB: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,11 +60,22 @@ def forward(
     narrow = y.dtype.element_ty
 
     steps = tl.max(lengths, 0)
+    if resets.rows is not None:
+        cut = cut_before(layout, resets, first_step(steps, back), back, lengths, b)
+        first = (2 * d * layout.B + b).to(tl.int64)[:, None] * HP
+        for u0 in range(0, H, BH):
+            u = u0 + tl.arange(0, BH)
+            anew = cut & (u < H)[None, :]
+            again_h, again_c = load_again(resets, place, u, anew, H, K, BB, BH, narrow, ACC)
+            tl.store(h + first + u[None, :], again_h, mask=anew)
+            store_tiles(c, place * (K * H) + u[None, :], again_c, anew, H, K)
+        tl.debug_barrier()
     for n in range(steps):
         t = tl.where(back, steps - 1 - n, n)
         row = lane_rows(layout, t, b, d)
         old = ((2 * d + n % 2) * layout.B + b).to(tl.int64)[:, None] * HP
         new = ((2 * d + 1 - n % 2) * layout.B + b).to(tl.int64)[:, None] * HP
+        cut = cut_before(layout, resets, step_after(t, back), back, lengths, b)
         for u0 in range(0, H, BH):
             u = u0 + tl.arange(0, BH)
             real = (u < H)[None, :]
@@ -82,9 +98,13 @@ def forward(
             h_new, c_new, saved = run_step(
                 x, r, v, h_old.to(ACC), c_old, zoneout, at, active, real, H, STEP, K, OUTPUT_SAVED, KEEP_H, KEEP_C, narrow, ACC
             )
-            tl.store(h + new + u[None, :], tl.where(active, h_new, h_old), mask=own)
+            h_next, c_next = tl.where(active, h_new, h_old), c_new
+            if resets.rows is not None:
+                again_h, again_c = load_again(resets, place, u, cut & real, H, K, BB, BH, narrow, ACC)
+                h_next, c_next = tl.where(cut, again_h, h_next), choose(cut, again_c, c_next, K)
+            tl.store(h + new + u[None, :], h_next, mask=own)
             tl.store(y + at, h_new, mask=active)
-            store_tiles(c, place * (K * H) + u[None, :], c_new, active, H, K)
+            store_tiles(c, place * (K * H) + u[None, :], c_next, active, H, K)
             if c_all is not None:
                 store_tiles(c_all, row * (K * H) + u[None, :], c_new, active, H, K)
             if gates is not None:
@@ -114,7 +134,7 @@ def backward(
     dgates,  # [rows, D, G*H]
     drecurrent,  # [rows, D, OWN*H] or None
     dh0,  # [D, B, H]
-    layout, zoneout, H, HP,
+    layout, zoneout, resets, H, HP,
     STEP_BACKWARD: tl.constexpr, CANDIDATE: tl.constexpr, READS: tl.constexpr,
     G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OWN: tl.constexpr, OUTPUT_SAVED: tl.constexpr,
     KEEP_H: tl.constexpr, KEEP_C: tl.constexpr,
@@ -135,6 +155,8 @@ def backward(
         t = tl.where(back, n, steps - 1 - n)
         row = lane_rows(layout, t, b, d)
         had, row_before = step_before(layout, t, back, lengths, b, d)
+        cut = cut_before(layout, resets, t, back, lengths, b)
+        cut_after = cut_before(layout, resets, step_after(t, back), back, lengths, b)
         old = ((2 * d + n % 2) * layout.B + b).to(tl.int64)[:, None] * (G * HP)
         new = ((2 * d + 1 - n % 2) * layout.B + b).to(tl.int64)[:, None] * (G * HP)
         for u0 in range(0, H, BH):
@@ -144,6 +166,8 @@ def backward(
             at, at_state, at_states = row * H + u[None, :], place * H + u[None, :], place * (K * H) + u[None, :]
             dh_t = through(dr_gates + old, mine, own_weight, u, HP, G * HP, BB, BH, BK, ACC, PRECISION)
             dh_t += tl.load(dh + at_state, mask=own, other=0.0)
+            if resets.rows is not None:
+                dh_t = cut_off((dh_t,), resets.dh, at_state, own, cut_after, H, 1, BB, BH, ACC)[0]
             waiting = dh_t
             if dy is not None:
                 dh_t += tl.load(dy + at, mask=active, other=0.0).to(ACC)
@@ -155,7 +179,7 @@ def backward(
             v = load_vectors(vectors, d, u, H, V, BH, ACC)
             first_h, first_c = load_initial(h0, c0, place, u, active, H, READS, K, BB, BH, ACC)
             saved, h_prev, h, c_prev, c = load_step_backward(
-                y, c_all, gates, first_h, first_c, zoneout, row, row_before, u, active, had & real, H,
+                y, c_all, gates, first_h, first_c, zoneout, resets, place, row, row_before, u, active, had & real, cut & real, H,
                 CANDIDATE, READS, S, K, OUTPUT_SAVED, KEEP_C, ACC,
             )  # fmt: skip
             dx, dr, direct, dc_new = STEP_BACKWARD(dh_t, dc_t, saved, v, h_prev, c_prev, h, c, real, H)
@@ -163,14 +187,20 @@ def backward(
             dr = choose(active, dr, zero_tiles(G, BB, BH, ACC), G)
             store_tiles(dr_gates, new + u[None, :], dr, mine & (u < HP)[None, :], HP, G)
             tl.store(dh + at_state, tl.where(active, direct + dh_kept, waiting), mask=own)
-            store_tiles(dc, at_states, add(dc_new, dc_kept, K), active, H, K)
+            dc_new = add(dc_new, dc_kept, K)
+            if resets.rows is not None:
+                dc_new = cut_off(dc_new, resets.dc, at_states, own, cut, H, K, BB, BH, ACC)
+            store_tiles(dc, at_states, dc_new, active, H, K)
         tl.debug_barrier()
     last = ((2 * d + steps % 2) * layout.B + b).to(tl.int64)[:, None] * (G * HP)
+    cut = cut_before(layout, resets, first_step(steps, back), back, lengths, b)
     for u0 in range(0, H, BH):
         u = u0 + tl.arange(0, BH)
         own, at_state = mine & (u < H)[None, :], place * H + u[None, :]
         dh_t = through(dr_gates + last, mine, own_weight, u, HP, G * HP, BB, BH, BK, ACC, PRECISION)
         dh_t += tl.load(dh + at_state, mask=own, other=0.0)
+        if resets.rows is not None:
+            dh_t = cut_off((dh_t,), resets.dh, at_state, own, cut, H, 1, BB, BH, ACC)[0]
         tl.store(dh0 + at_state, dh_t.to(narrow), mask=own)
 
 

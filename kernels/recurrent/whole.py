@@ -11,14 +11,18 @@ import triton.language as tl
 from fastseq.kernels.recurrent.step import (
     add,
     choose,
+    cut_before,
+    first_step,
     goes_back,
     lane_rows,
     lengths_of,
+    load_again,
     load_initial,
     load_step_backward,
     load_tiles,
     load_vectors,
     run_step,
+    step_after,
     step_before,
     store_step_backward,
     store_tiles,
@@ -40,7 +44,7 @@ def forward(
     c_n,  # [D, B, K*H], wide
     c_all,  # [rows, D, K*H] wide, or None
     gates,  # [rows, D, S*H] or None
-    layout, zoneout, H,
+    layout, zoneout, resets, H,
     STEP: tl.constexpr, G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OUTPUT_SAVED: tl.constexpr,
     KEEP_H: tl.constexpr, KEEP_C: tl.constexpr,
     BB: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -68,11 +72,16 @@ def forward(
         c = load_tiles(c0, place * (K * H) + u[None, :], own, H, K, ACC)
 
     steps = tl.max(lengths, 0)
+    if resets.rows is not None:
+        cut = cut_before(layout, resets, first_step(steps, back), back, lengths, b)
+        again_h, again_c = load_again(resets, place, u, cut & real, H, K, BB, BH, narrow, ACC)
+        h, c = tl.where(cut, again_h, h), choose(cut, again_c, c, K)
     for n in range(steps):
         t = tl.where(back, steps - 1 - n, n)
         active = (t < lengths)[:, None] & real
         row = lane_rows(layout, t, b, d)
         at = row * H + u[None, :]
+        cut = cut_before(layout, resets, step_after(t, back), back, lengths, b)
         x = load_tiles(x_gates, row * (G * H) + u[None, :], active, H, G, ACC)
         r = ()
         for g in tl.static_range(G):
@@ -87,6 +96,9 @@ def forward(
             store_tiles(c_all, row * (K * H) + u[None, :], c, active, H, K)
         if gates is not None:
             store_tiles(gates, row * (S * H) + u[None, :], saved, active, H, S)
+        if resets.rows is not None:
+            again_h, again_c = load_again(resets, place, u, cut & real, H, K, BB, BH, narrow, ACC)
+            h, c = tl.where(cut, again_h, h), choose(cut, again_c, c, K)
     tl.store(h_n + place * H + u[None, :], h, mask=own)
     if K > 0:
         store_tiles(c_n, place * (K * H) + u[None, :], c, own, H, K)
@@ -110,7 +122,7 @@ def backward(
     doutput,  # [rows, D, H] or None
     dh0,  # [D, B, H]
     dc0,  # [D, B, K*H], wide
-    layout, zoneout, H,
+    layout, zoneout, resets, H,
     STEP_BACKWARD: tl.constexpr, CANDIDATE: tl.constexpr, READS: tl.constexpr,
     G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OWN: tl.constexpr, OUTPUT_SAVED: tl.constexpr,
     KEEP_H: tl.constexpr, KEEP_C: tl.constexpr,
@@ -134,6 +146,7 @@ def backward(
         resident = resident + (tl.load(weight + entry, mask=square, other=0.0),)
     v = load_vectors(vectors, d, u, H, V, BH, ACC)
     first_h, first_c = load_initial(h0, c0, place, u, own, H, READS, K, BB, BH, ACC)
+    dh_again, dc_again = tl.zeros((BB, BH), ACC), zero_tiles(K, BB, BH, ACC)
     dh, dc = tl.zeros((BB, BH), ACC), zero_tiles(K, BB, BH, ACC)
     if dh_n is not None:
         dh = tl.load(dh_n + at_state, mask=own, other=0.0).to(ACC)
@@ -147,6 +160,7 @@ def backward(
         row = lane_rows(layout, t, b, d)
         at = row * H + u[None, :]
         had, row_before = step_before(layout, t, back, lengths, b, d)
+        cut = cut_before(layout, resets, t, back, lengths, b)
         dh_t, dc_t = dh, dc
         if dy is not None:
             dh_t += tl.load(dy + at, mask=active, other=0.0).to(ACC)
@@ -155,7 +169,7 @@ def backward(
         dh_kept, dh_t = zone_out_backward(zoneout.mask_h, at, active, KEEP_H, dh_t)
         dc_kept, dc_t = zone_out_states_backward(zoneout.mask_c, at, active, KEEP_C, dc_t, K)
         saved, h_prev, h, c_prev, c = load_step_backward(
-            y, c_all, gates, first_h, first_c, zoneout, row, row_before, u, active, had & real, H,
+            y, c_all, gates, first_h, first_c, zoneout, resets, place, row, row_before, u, active, had & real, cut & real, H,
             CANDIDATE, READS, S, K, OUTPUT_SAVED, KEEP_C, ACC,
         )  # fmt: skip
         dx, dr, direct, dc_new = STEP_BACKWARD(dh_t, dc_t, saved, v, h_prev, c_prev, h, c, real, H)
@@ -168,6 +182,18 @@ def backward(
             dh_new += tl.dot(operand, resident[g], input_precision=PRECISION, out_dtype=ACC)
         dh = tl.where(active, dh_new, dh)
         dc = choose(active, add(dc_new, dc_kept, K), dc, K)
+        if resets.rows is not None:
+            zeros = zero_tiles(K, BB, BH, ACC)
+            if resets.dh is not None:
+                dh_again += tl.where(cut, dh, 0.0)
+            if resets.dc is not None:
+                dc_again = add(dc_again, choose(cut, dc, zeros, K), K)
+            dh = tl.where(cut, 0.0, dh)
+            dc = choose(cut, zeros, dc, K)
     tl.store(dh0 + at_state, dh.to(narrow), mask=own)
     if K > 0:
         store_tiles(dc0, at_states, dc, own, H, K)
+    if resets.dh is not None:
+        tl.store(resets.dh + at_state, dh_again, mask=own)
+    if resets.dc is not None:
+        store_tiles(resets.dc, at_states, dc_again, own, H, K)

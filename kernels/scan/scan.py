@@ -11,6 +11,7 @@ backwards. U steps are loaded before the first of them is stored.
 import triton
 import triton.language as tl
 
+from fastseq.kernels.scan.cells import transition, transition_backward
 from fastseq.kernels.scan.numbers import (
     add,
     adjoint,
@@ -84,29 +85,20 @@ def begins(layout, row, start, length, i, inside, FRESH: tl.constexpr, REVERSE: 
 
 
 @triton.jit
-def transition(a, b, CELL: tl.constexpr):
-    """Coefficient and addend, from what a cell is given for them: 0 these themselves, 1 logarithms of coefficients, 2 minGRU."""
-    if CELL == 0:
-        return a, b
-    elif CELL == 1:
-        return (tl.exp(a[0]),), b
+def load_gate(gate, at, mask, BC: tl.constexpr, ACC: tl.constexpr):
+    """Of the cells that have one; else zeros."""
+    if gate.pointer is not None:
+        return tl.load(gate.pointer + at, mask=mask, other=0.0).to(ACC)
     else:
-        z, s = tl.sigmoid(a[0]), tl.sigmoid(b[0])
-        return (1 - z,), (z * tl.where(b[0] >= 0, b[0] + 0.5, s),)
+        return tl.zeros((BC,), ACC)
 
 
 @triton.jit
-def transition_backward(of_coefficient, of_addend, a, b, factor, CELL: tl.constexpr):
-    """Gradients of a and b."""
-    if CELL == 0:
-        return of_coefficient, of_addend
-    elif CELL == 1:
-        return (of_coefficient[0] * factor[0],), of_addend
+def load_vector(vector, c, real, BC: tl.constexpr, ACC: tl.constexpr):
+    if vector is not None:
+        return tl.load(vector + c, mask=real, other=0.0)
     else:
-        z, s = tl.sigmoid(a[0]), tl.sigmoid(b[0])
-        candidate = tl.where(b[0] >= 0, b[0] + 0.5, s)
-        slope = tl.where(b[0] >= 0, 1.0, s * (1 - s))
-        return ((of_addend[0] * candidate - of_coefficient[0]) * z * (1 - z),), (of_addend[0] * z * slope,)
+        return tl.zeros((BC,), ACC)
 
 
 @triton.jit
@@ -120,7 +112,8 @@ def through(totals, state, row, chunk, chunks, c, C, real, KIND: tl.constexpr, N
 
 @triton.jit(do_not_specialize=["chunks", "span"])
 def forward(
-    b, a, h,
+    b, a, gate, h,  # of gate the pointer may be None
+    vector,  # wide [C] or None
     initial, final,  # wide [rows, C, N], initial None: zeros
     totals,  # of one chunk its pointers are None
     layout, chunks,
@@ -134,6 +127,7 @@ def forward(
     begin = chunk * span
     end = tl.minimum(begin + span, length)
     state, product, cut = zeros(N, BC, ACC), identity(KIND, BC, ACC), begin < 0
+    shared = load_vector(vector, c, real, BC, ACC)
     if not TOTALS:
         if initial is not None:
             state = load_numbers(initial, row * C + c, real, N, ACC)
@@ -147,12 +141,13 @@ def forward(
             t, inside = step_of(i, length, REVERSE), i < end
             given = load_numbers(b.pointer, places(b, layout, row, start, t, c), real & inside, N, ACC)
             weight = load_numbers(a.pointer, places(a, layout, row, start, t, c), real & inside, M, ACC)
+            second = load_gate(gate, places(gate, layout, row, start, t, c), real & inside, BC, ACC)
             alone = begins(layout, row, start, length, i, inside, initial is None, REVERSE)
-            loaded = loaded + ((given, weight, alone),)
+            loaded = loaded + ((given, weight, second, alone),)
         for u in tl.static_range(U):
             i = first + u
-            given, weight, alone = loaded[u]
-            factor, added = transition(weight, given, CELL)
+            given, weight, second, alone = loaded[u]
+            factor, added = transition(weight, given, second, shared, alone, CELL)
             inside = i < end
             moved = choose(alone, added, add(apply(factor, state, KIND), added, N), N)
             state = choose(inside, moved, state, N)
@@ -178,8 +173,9 @@ def forward(
 
 @triton.jit(do_not_specialize=["chunks", "span"])
 def backward(
-    dh, b, a, h, db, da,  # of dh, b, db and da the pointer may be None
-    sums,  # wide [rows, chunks, C, M] in place of da: of every chunk its sum over the steps, of a constant a
+    dh, b, a, gate, h, db, da, dgate,  # of all but a and h the pointer may be None
+    vector,  # wide [C] or None
+    sums,  # wide [rows, chunks, C, M] or None: of every chunk the sum over its steps of a constant a's gradient, or of a vector's
     initial, dfinal, dinitial,  # wide [rows, C, N]; the first two or None
     totals, layout, chunks, span,
     KIND: tl.constexpr, N: tl.constexpr, M: tl.constexpr, CELL: tl.constexpr, REVERSE: tl.constexpr, TOTALS: tl.constexpr,
@@ -191,6 +187,7 @@ def backward(
     begin = chunk * span
     end = tl.minimum(begin + span, length)
     carry, product, cut, total = zeros(N, BC, ACC), identity(KIND, BC, ACC), begin < 0, zeros(M, BC, ACC)
+    shared = load_vector(vector, c, real, BC, ACC)
     if not TOTALS:
         if dfinal is not None:
             carry = load_numbers(dfinal, row * C + c, real, N, ACC)
@@ -208,21 +205,22 @@ def backward(
                 given = load_numbers(dh.pointer, places(dh, layout, row, start, t, c), valid, N, ACC)
             weight = load_numbers(a.pointer, places(a, layout, row, start, t, c), valid, M, ACC)
             logits = zeros(N, BC, ACC)
-            if CELL == 2 and not TOTALS:
+            if CELL >= 2 and not TOTALS:
                 logits = load_numbers(b.pointer, places(b, layout, row, start, t, c), valid, N, ACC)
+            second = load_gate(gate, places(gate, layout, row, start, t, c), valid, BC, ACC)
             alone = begins(layout, row, start, length, i, inside, initial is None, REVERSE)
             if not TOTALS:
-                if da.pointer is not None or sums is not None:
+                if CELL >= 2 or da.pointer is not None or sums is not None:
                     at = places(h, layout, row, start, step_of(i - 1, length, REVERSE), c)
                     before = load_numbers(h.pointer, at, valid & (i > 0), N, ACC)
                     if initial is not None:
                         before = choose(i == 0, load_numbers(initial, row * C + c, valid & (i == 0), N, ACC), before, N)
-            loaded = loaded + ((given, weight, logits, alone, before),)
+            loaded = loaded + ((given, weight, logits, second, alone, before),)
         run = zeros(M, BC, ACC)
         for u in tl.static_range(U):
             i = end - 1 - done - u
-            given, weight, logits, alone, before = loaded[u]
-            factor, _ = transition(weight, logits, CELL)
+            given, weight, logits, second, alone, before = loaded[u]
+            factor, _ = transition(weight, logits, second, shared, alone, CELL)
             inside = i >= begin
             whole = add(given, carry, N)
             back = adjoint(factor, KIND)
@@ -234,12 +232,18 @@ def backward(
             else:
                 t = step_of(i, length, REVERSE)
                 through_h = choose(alone, zeros(M, BC, ACC), outer(whole, before, KIND), M)
-                gradient, of_b = transition_backward(through_h, whole, weight, logits, factor, CELL)
+                gradient, of_b, of_gate, of_vector = transition_backward(
+                    through_h, whole, weight, logits, second, shared, alone, factor, CELL
+                )
                 if db.pointer is not None:
                     store_numbers(db.pointer, places(db, layout, row, start, t, c), of_b, real & inside, N)
-                if da.pointer is not None or sums is not None:
-                    if da.pointer is not None:
-                        store_numbers(da.pointer, places(da, layout, row, start, t, c), gradient, real & inside, M)
+                if da.pointer is not None:
+                    store_numbers(da.pointer, places(da, layout, row, start, t, c), gradient, real & inside, M)
+                if dgate.pointer is not None:
+                    store_numbers(dgate.pointer, places(dgate, layout, row, start, t, c), (of_gate,), real & inside, 1)
+                if sums is not None:
+                    if vector is not None:
+                        run = add(run, choose(inside, (of_vector,), zeros(M, BC, ACC), M), M)
                     else:
                         run = add(run, choose(inside, gradient, zeros(M, BC, ACC), M), M)
         total = add(total, run, M)
@@ -257,4 +261,6 @@ def backward(
                     store_numbers(db.pointer, places(db, layout, row, start, t, c), zeros(N, BC, ACC), real, N)
                 if da.pointer is not None:
                     store_numbers(da.pointer, places(da, layout, row, start, t, c), zeros(M, BC, ACC), real, M)
+                if dgate.pointer is not None:
+                    store_numbers(dgate.pointer, places(dgate, layout, row, start, t, c), zeros(1, BC, ACC), real, 1)
         store_numbers(dinitial, row * C + c, carry, real & (chunk == 0), N)

@@ -59,7 +59,7 @@ def lengths(
     rows = []
     for mode in modes:
         for T in LENGTHS:
-            for name in sequential_vs_parallel.RECURRENT + sequential_vs_parallel.PARALLEL:
+            for name in sequential_vs_parallel.EVERY:
                 row = Row.of(
                     sequential_vs_parallel.NAME,
                     "length",

@@ -321,6 +321,43 @@ def test_long_range_compares_gradients_and_recall():
     assert turned.state == FAILS
 
 
+def counted(right):
+    return [experiment(long_range.NAME, "parity", name, v, T=T) for name, of in right.items() for T, v in of.items()]
+
+
+def test_parallel_ops_tells_what_parallel_recurrence_buys_and_gives_up(synthetic):
+    """Beside an answer that it does not change: as fast as its line says, and a parity that it cannot count."""
+    seconds = {"fused attention": square, "torch.nn.GRU": linear}
+    plain = verdict(synthetic.lengths(seconds), "parallel-ops")
+    assert "parallel in time" not in plain.figures and "parity" not in plain.figures and plain.missing == ("long-range",)
+    results = synthetic.lengths(seconds | {"fastseq.MinGRU": lambda T: 4e-6 * T})
+    results.rows += counted({name: {32: 1.0, 256: v} for name, v in (("fastseq.GRU", 1.0), ("fastseq.MinGRU", 0.51))})
+    found = verdict(results, "parallel-ops")
+    assert found.verdict == plain.verdict and found.missing == ()
+    said = (
+        "forward: time grows as T²·⁰⁰ for fused attention and T¹·⁰⁰ for the fastest recurrent layer, which takes 10.0 µs per "
+        "step, and as T¹·⁰⁰ for recurrence that is parallel in time, fastseq.MinGRU: 2.50 times as fast as that layer, "
+        "12.80 times as fast as fused attention at T = 512"
+    )
+    assert found.figures.startswith(said)
+    assert found.figures.endswith(
+        "parity of T bits, named right (chance is 50%), T = 32: fastseq.GRU 100%, fastseq.MinGRU 100%; "
+        "T = 256: fastseq.GRU 100%, fastseq.MinGRU 51%"
+    )
+    titles = [panel.title for panel in found.findings[0].panels]
+    assert titles == ["Time of a layer, forward", "Time of a layer, forward + backward", "Parity of T bits, named right"]
+    for row in results.rows:
+        if row.provider == "fastseq.MinGRU" and row.time and row.T < 128:
+            row.time |= {"low": row.time["low"] / 2}  # noisy, at two lengths of five
+    assert "parallel in time" not in verdict(results, "parallel-ops").figures
+
+
+def test_parity_alone_is_no_answer(synthetic):
+    rows = counted({"fastseq.GRU": {32: 1.0}, "fastseq.MinGRU": {32: 0.5}})
+    found = verdict(results_of(long_range.NAME, *rows), "parallel-ops")
+    assert not found.measured and found.missing == ("sequential-vs-parallel",)
+
+
 @pytest.mark.parametrize(
     ("factors", "states", "word"),
     [

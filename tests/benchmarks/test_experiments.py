@@ -74,8 +74,38 @@ def test_recall_is_learned_across_a_distance_or_not():
     assert nothing.high < 2 / SYMBOLS
 
 
+def test_parity_is_counted_by_gates_that_read_the_state_alone():
+    """The quick form of the suite: a GRU is exact beyond the lengths that it was trained on, minGRU does not leave chance."""
+    (case,) = [c for c in long_range.plan(Options("cpu", "float32", (), quick=True)) if c.group == "parity"]
+    names = ("fastseq.GRU", "fastseq.MinGRU")
+    found = {p.provider: p.workload.measure(PROVIDERS[p.provider]) for p in case.participants if p.provider in names}
+    T = case.participants[0].workload.T
+    assert T > experiments.COUNTED and found["fastseq.GRU"].low > 0.98
+    chance = 4 * 0.5 / math.sqrt(experiments.TESTED)  # four standard deviations
+    assert 0.5 - chance < found["fastseq.MinGRU"].low <= found["fastseq.MinGRU"].high < 0.5 + chance
+
+
+@pytest.mark.parametrize(("since", "found"), [(0, 1.0), (1, 0.5)])
+def test_parity_is_that_of_every_bit(monkeypatch, since, found):
+    """Who counts them all is always right, who overlooks the first is right by chance."""
+
+    class Counts(nn.Linear):
+        def __init__(self, *given):
+            super().__init__(1, 1)
+
+        def forward(self, bits):
+            assert bits.shape == (50, experiments.TESTED), "as long as it says, not as what is trained on"
+            seen = bits.clone()
+            seen[:since] = 0
+            return nn.functional.one_hot(seen.cumsum(0) % 2, 2)
+
+    monkeypatch.setattr(experiments, "Model", Counts)
+    w = Experiment("gru", 50, 32, 8, 8, task="parity", seeds=1)
+    assert w.measure(PROVIDERS["fastseq.GRU"]).median == pytest.approx(found, abs=0.09 * since)
+
+
 @pytest.mark.parametrize("name", ["fastseq.GRU", "attention block"])
-@pytest.mark.parametrize("task", ["recall", "text", "series"])
+@pytest.mark.parametrize("task", ["recall", "parity", "text", "series"])
 def test_an_experiment_repeats_itself(task, name):
     w = replace(RECALL, function=PROVIDERS[name].function, task=task, budget=3, samples=500, B=4)
     torch.manual_seed(1)
@@ -181,10 +211,10 @@ def test_a_record_that_is_not_there(monkeypatch, tmp_path):
 @pytest.mark.parametrize("suite", [long_range, small_data])
 def test_the_plan(suite, device, quick):
     cases = suite.plan(Options(device, "float32", (), quick))
-    tasks = {"gradient", "recall"} if suite is long_range else {"text", "series"}
+    tasks = {"gradient", "recall", "parity"} if suite is long_range else {"text", "series"}
     assert {c.group for c in cases} == tasks == {p.workload.task for c in cases for p in c.participants}
     for case in cases:
-        assert {p.provider for p in case.participants} == set(suite.NAMES)
+        assert {p.provider for p in case.participants} == set(suite.COUNT if case.group == "parity" else suite.NAMES)
         assert len({replace(p.workload, function="") for p in case.participants}) == 1, "all but the layer is the same for all"
         for p in case.participants:
             assert p.workload.function == PROVIDERS[p.provider].function and p.workload.mode == "training"

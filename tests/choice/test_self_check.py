@@ -84,6 +84,7 @@ def seldom(query):
     "query",
     [
         recurrent("gru", torch.bfloat16),
+        seldom(recurrent("lstm", torch.bfloat16, resets=True)),
         seldom(recurrent("slstm", torch.float32, hidden=7, zoned=True)),
         seldom(recurrent("lstm", torch.float16, projected=True, layout="packed")),
         seldom(recurrent("lstm", torch.bfloat16, steps=1)),
@@ -129,7 +130,15 @@ def test_on_a_gpu(backend, dtype, monkeypatch):
 
 
 @on_host
-@pytest.mark.parametrize("query", [recurrent("gru", torch.float32), recurrent("lstm", torch.bfloat16, hidden=16)], ids=str)
+@pytest.mark.parametrize(
+    "query",
+    [
+        recurrent("gru", torch.float32),
+        recurrent("lstm", torch.bfloat16, hidden=16),
+        recurrent("lstm", torch.bfloat16, hidden=16, resets=True),
+    ],
+    ids=str,
+)
 def test_the_cuda_kernels_are_right(query):
     assert against(BACKENDS["cuda-host"], query) == []
     assert [verdict.right for _, verdict in self_check.known(CPU)] == [True, True]
@@ -141,6 +150,7 @@ def test_the_cuda_kernels_are_right(query):
     [
         (recurrent("gru", hidden=16), "recurrent.whole", "choose", []),  # a GRU has no c
         (recurrent("lstm", hidden=16), "recurrent.whole", "choose", ["forward", "backward"]),
+        (recurrent("lstm", hidden=16, resets=True), "recurrent.whole", "cut_before", ["forward", "backward"]),
         (attention(), "attention.forward", "finish", ["forward"]),
         (attention(uses=("bias",)), "attention.bias_gradient", "load_rows", ["bias_gradient"]),
         (attention("weights"), "attention.weights", "load_rows", ["weights"]),
@@ -165,11 +175,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from triton import language as tl
 
     from fastseq.kernels.attention import memory, softmax
+    from fastseq.kernels.recurrent import step
 
     @triton.jit
     def always_new(mask, new, old, N: tl.constexpr):
         """`step.choose` that forgets which sequences have ended."""
         return new
+
+    @triton.jit
+    def cut_alike(layout, resets, t, back, lengths, b):
+        """`step.cut_before` that takes a lane backwards for one forward."""
+        return step.cut_before(layout, resets, t, t < 0, lengths, b)
 
     @triton.jit
     def finished_late(m_i, l_i, parts):
@@ -181,7 +197,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         """`memory.load_rows` with the last feature left out."""
         return memory.load_rows(x, b, h, first, rows, T, cols, E, BE, WHOLE) * (cols < E - 1)[None, :]
 
-    FAULTS = {"choose": always_new, "finish": finished_late, "load_rows": one_late}
+    FAULTS = {"choose": always_new, "cut_before": cut_alike, "finish": finished_late, "load_rows": one_late}
 
 
 def test_a_family_is_tried_once(first):

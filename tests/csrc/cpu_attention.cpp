@@ -83,6 +83,7 @@ class Trial {
     const int64_t of_q = o_.B * o_.heads * o_.queries, of_k = o_.B * o_.key_heads * o_.keys;
     q_ = numbers(of_q * o_.features, 1), k_ = numbers(of_k * o_.features, 1), v_ = numbers(of_k * o_.value_features, 1);
     dout_ = numbers(of_q * o_.value_features, 1);
+    dweights_ = numbers(of_q * o_.keys, 1), dmean_ = numbers(o_.B * o_.queries * o_.keys, 1);
     if (o_.bias) bias_ = numbers(o_.heads * o_.queries * o_.keys, 1);
     if (o_.sinks) sinks_ = numbers(o_.heads, 1);
     if (o_.slopes)
@@ -123,12 +124,18 @@ class Trial {
     }
   };
 
+  // whose gradients: the output alone, beside the weights or their average, the weights alone
+  enum Of { kOutput, kBoth, kMean, kWeights, kGradients };
+
   // out, lse, weights and the gradients, as the definition says
   void loops() {
     const int64_t Tq = o_.queries, Tk = o_.keys, E = o_.features, F = o_.value_features, group = o_.heads / o_.key_heads;
     out_.assign(o_.B * o_.heads * Tq * F, 0), lse_.assign(o_.B * o_.heads * Tq, kNone);
     weights_.assign(o_.B * o_.heads * Tq * Tk, 0), mean_.assign(o_.B * Tq * Tk, 0);
-    dq_.assign(q_.size(), 0), dk_.assign(k_.size(), 0), dv_.assign(v_.size(), 0);
+    for (auto& dq : dq_) dq.assign(q_.size(), 0);
+    for (auto& dk : dk_) dk.assign(k_.size(), 0);
+    for (auto& delta : delta_) delta.assign(lse_.size(), 0);
+    dv_.assign(v_.size(), 0);
     for (int64_t b = 0; b < o_.B; ++b)
       for (int64_t h = 0; h < o_.heads; ++h)
         for (int64_t i = 0; i < Tq; ++i) {
@@ -153,7 +160,6 @@ class Trial {
           double total = o_.sinks ? std::exp(sinks_[h] - highest) : 0;
           for (const double s : score) total += std::exp(s - highest);
           lse_[row] = highest + std::log(total);
-          double delta = 0;
           Doubles given(Tk, 0);
           for (int64_t j = 0; j < Tk; ++j) {
             const double w = std::exp(score[j] - lse_[row]);
@@ -162,12 +168,18 @@ class Trial {
               out_[row * F + f] += w * v_[(of_k + j) * F + f], given[j] += dout_[row * F + f] * v_[(of_k + j) * F + f];
               dv_[(of_k + j) * F + f] += w * dout_[row * F + f];
             }
-            delta += w * given[j];
           }
-          for (int64_t j = 0; j < Tk; ++j) {
-            const double ds = weights_[row * Tk + j] * (given[j] - delta) * slope[j] * scale_;
-            for (int64_t e = 0; e < E; ++e) {
-              dq_[row * E + e] += ds * k_[(of_k + j) * E + e], dk_[(of_k + j) * E + e] += ds * q_[row * E + e];
+          for (int of = 0; of < kGradients; ++of) {
+            const auto gradient = [&](int64_t j) {
+              const double own = of == kMean ? dmean_[(b * Tq + i) * Tk + j] / o_.heads : dweights_[row * Tk + j];
+              return (of == kWeights ? 0 : given[j]) + (of == kOutput ? 0 : own);
+            };
+            for (int64_t j = 0; j < Tk; ++j) delta_[of][row] += weights_[row * Tk + j] * gradient(j);
+            for (int64_t j = 0; j < Tk; ++j) {
+              const double ds = weights_[row * Tk + j] * (gradient(j) - delta_[of][row]) * slope[j] * scale_;
+              for (int64_t e = 0; e < E; ++e) {
+                dq_[of][row * E + e] += ds * k_[(of_k + j) * E + e], dk_[of][(of_k + j) * E + e] += ds * q_[row * E + e];
+              }
             }
           }
         }
@@ -247,29 +259,42 @@ class Trial {
 
   bool gradients() const {
     bool good = true;
-    for (const int64_t parts : {1, 2}) {
-      Call call(*this);
-      const Rows dout(o_, o_.heads, o_.queries, o_.value_features, &dout_), out(o_, o_.heads, o_.queries, o_.value_features, &out_);
-      const Rows dq(o_, o_.heads, o_.queries, o_.features), dk(o_, o_.key_heads, o_.keys, o_.features);
-      const Rows dv(o_, o_.key_heads, o_.keys, o_.value_features);
-      const Given<A> lse(lse_);
-      AttentionBackward g{};
-      call.a.saves = true;
-      g.attention = call.a, g.dout = dout.rows(), g.out = out.rows(), g.lse = lse.data();
-      g.dq = dq.results(), g.dk = dk.results(), g.dv = dv.results();
-      const std::vector<void*> none(parts, nullptr);
-      g.dbias = g.drelative_bias = g.drelative_k = none.data();
-      const int64_t of_part = kernels().sums_bytes(call.a);
-      const auto memory = workspace(kernels().backward_workspace(g)), sums = workspace(parts * of_part);
-      for (int64_t b = 0; b < o_.B; ++b)
-        for (int64_t h = 0; h < o_.key_heads; ++h) {
-          for (int64_t part = 0; part < parts; ++part)
-            kernels().backward(g, b, h, part, parts, sums.data() + part * of_part, part, memory.data());
-          kernels().store_gradients(g, b, h, sums.data(), parts);
-        }
-      good &= compare("dq", dq.values(), dq_, 16) & compare("dk", dk.values(), dk_, 16) & compare("dv", dv.values(), dv_, 16);
-    }
+    for (int of = 0; of < kGradients; ++of) good &= gradients(static_cast<Of>(of), 1) & gradients(static_cast<Of>(of), 2);
     return good;
+  }
+  bool gradients(Of of, int64_t parts) const {
+    Call call(*this);
+    const Rows dout(o_, o_.heads, o_.queries, o_.value_features, &dout_), out(o_, o_.heads, o_.queries, o_.value_features, &out_);
+    const Rows dq(o_, o_.heads, o_.queries, o_.features), dk(o_, o_.key_heads, o_.keys, o_.features);
+    const Rows dv(o_, o_.key_heads, o_.keys, o_.value_features);
+    const Given<A> lse(lse_);
+    const Given<S> dweights(of == kMean ? dmean_ : dweights_);
+    const Array<A> delta(lse_.size());
+    std::fill_n(delta.data(), delta.count(), A(0));
+    AttentionBackward g{};
+    call.a.saves = true;
+    g.attention = call.a, g.lse = lse.data(), g.delta = delta.data(), g.dq = dq.results(), g.dk = dk.results();
+    if (of == kWeights)
+      g.attention.v = {}, g.attention.value_features = 0;
+    else
+      g.dout = dout.rows(), g.out = out.rows(), g.dv = dv.results();
+    const int64_t pairs = o_.queries * o_.keys;
+    if (of == kMean) g.dweights = {dweights.data(), pairs, 0, o_.keys, 1}, g.dweights_factor = 1.0 / o_.heads;
+    if (of == kBoth || of == kWeights) g.dweights = {dweights.data(), o_.heads * pairs, pairs, o_.keys, 1}, g.dweights_factor = 1;
+    const std::vector<void*> none(parts, nullptr);
+    g.dbias = g.drelative_bias = g.drelative_k = none.data();
+    const int64_t of_part = kernels().sums_bytes(g.attention);
+    const auto memory = workspace(kernels().backward_workspace(g)), sums = workspace(parts * of_part);
+    for (int64_t b = 0; b < o_.B; ++b)
+      for (int64_t h = 0; h < o_.key_heads; ++h) {
+        for (int64_t part = 0; part < parts; ++part)
+          kernels().backward(g, b, h, part, parts, sums.data() + part * of_part, part, memory.data());
+        kernels().store_gradients(g, b, h, sums.data(), parts);
+      }
+    Doubles deltas;
+    for (int64_t i = 0; i < delta.count(); ++i) deltas.push_back(delta[i]);
+    const bool good = of == kWeights || compare("dv", dv.values(), dv_, 16);
+    return good & compare("dq", dq.values(), dq_[of], 16) & compare("dk", dk.values(), dk_[of], 16) & compare("delta", deltas, delta_[of], 16);
   }
 
   // Whole, and in two parts that are merged; from pages in disorder too.
@@ -354,7 +379,8 @@ class Trial {
   const Options o_;
   std::mt19937 random_;
   double scale_;
-  Doubles q_, k_, v_, dout_, bias_, sinks_, slopes_, out_, lse_, weights_, mean_, dq_, dk_, dv_;
+  Doubles q_, k_, v_, dout_, dweights_, dmean_, bias_, sinks_, slopes_, out_, lse_, weights_, mean_, dv_;
+  Doubles dq_[kGradients], dk_[kGradients], delta_[kGradients];
   std::vector<uint8_t> mask_;
   std::vector<int32_t> lengths_;
 };

@@ -38,12 +38,13 @@ struct Options {
   int zoneout;  // 0: none, 1: proportions, 2: masks
   int64_t members, participants;
   bool state, in_place;  // in_place: weights as PyTorch stores them
+  int resets;  // 0: none, 1: to zeros, 2: to states
 };
 
 // What the loops take and give, in double: rows are [rows, D, n].
 struct Numbers {
-  Doubles x, w_ih, b_ih, x_gates, weight, vectors, projection, h0, c0;
-  std::vector<char> hold_h, hold_c;
+  Doubles x, w_ih, b_ih, x_gates, weight, vectors, projection, h0, c0, reset_h, reset_c;
+  std::vector<char> hold_h, hold_c, resets;
   Doubles y, h_n, c_n, c;
 };
 
@@ -139,10 +140,10 @@ struct Batch {
       rows += o.layout == Layout::kPacked ? count : o.B;
     }
   }
-  Rows of(const Options& o) const {
+  Rows of(const Options& o, const bool* resets, const bool* begins) const {
     const bool padded = o.layout == Layout::kPadded;
     return {o.T, o.B, o.layout == Layout::kPacked ? start.data() : nullptr, index.data(), padded ? nullptr : active.data(),
-            padded ? nullptr : lengths.data(), o.B};
+            padded ? nullptr : lengths.data(), o.B, resets, begins};
   }
 };
 
@@ -202,9 +203,17 @@ class Trial {
     if (o_.P) numbers_.projection = random_values(D * P_ * H, scale);
     numbers_.h0 = o_.state ? random_values(D * o_.B * P_, 1) : Doubles(D * o_.B * P_);
     numbers_.c0 = o_.state || K > 1 ? random_values(D * o_.B * K * H, 1) : Doubles(D * o_.B * K * H);
+    numbers_.reset_h = o_.resets == 2 ? random_values(D * o_.B * P_, 1) : Doubles(D * o_.B * P_);
+    numbers_.reset_c = o_.resets == 2 ? random_values(D * o_.B * K * H, 1) : Doubles(D * o_.B * K * H);
     if (K == 3)  // a normalizer is positive
-      for (int64_t i = 0; i < D * o_.B; ++i)
-        for (int64_t u = 0; u < H; ++u) numbers_.c0[(i * K + 1) * H + u] = 1 + std::fabs(numbers_.c0[(i * K + 1) * H + u]);
+      for (Doubles* c : {&numbers_.c0, &numbers_.reset_c})
+        for (int64_t i = 0; (c == &numbers_.c0 || o_.resets == 2) && i < D * o_.B; ++i)
+          for (int64_t u = 0; u < H; ++u) (*c)[(i * K + 1) * H + u] = 1 + std::fabs((*c)[(i * K + 1) * H + u]);
+    for (int64_t t = 0; o_.resets && t < o_.T; ++t) {
+      const bool quiet = random_() % 3 == 0;  // a step in which nobody starts anew
+      const int64_t end = t + 1 < o_.T ? batch_.start[t + 1] : batch_.rows;
+      for (int64_t row = batch_.start[t]; row < end; ++row) numbers_.resets.push_back(!quiet && random_() % 3 == 0);
+    }
     if (o_.zoneout == 2) {
       for (int64_t i = 0; i < batch_.rows * D * P_; ++i) numbers_.hold_h.push_back(random_() % 3 == 0);
       if (K == 1)
@@ -214,6 +223,12 @@ class Trial {
 
   double keep(const std::vector<char>& hold, double proportion, int64_t place) const {
     return o_.zoneout == 0 ? 0 : o_.zoneout == 1 ? proportion : hold.empty() ? 0 : hold[place];
+  }
+
+  // Whether a lane starts a sequence anew before a step.
+  bool anew(int64_t d, int64_t b, int64_t t) const {
+    const int64_t begin = d ? t + 1 : t;
+    return o_.resets && begin < batch_.length[b] && numbers_.resets[batch_.start[begin] + b];
   }
 
   // y, h_n, c_n and c of some inputs
@@ -226,6 +241,10 @@ class Trial {
         for (int64_t i = 0; i < K * H; ++i) c[i] = n.c0[(d * o_.B + b) * K * H + i];
         for (int64_t step = 0; step < batch_.length[b]; ++step) {
           const int64_t t = d ? batch_.length[b] - 1 - step : step, row = batch_.start[t] + b;
+          if (anew(d, b, t)) {
+            std::copy_n(&n.reset_h[(d * o_.B + b) * P_], P_, h.begin());
+            for (int64_t i = 0; i < K * H; ++i) c[i] = n.reset_c[(d * o_.B + b) * K * H + i];
+          }
           for (int64_t j = 0; j < G * H; ++j) {
             x[j] = o_.I ? n.b_ih[d * G * H + j] : n.x_gates[(row * D + d) * G * H + j];
             for (int64_t i = 0; i < o_.I; ++i) x[j] += n.x[row * o_.I + i] * n.w_ih[(d * G * H + j) * o_.I + i];
@@ -269,6 +288,20 @@ class Trial {
     return {hold_h.data(), hold_c.data(), 0, 0};
   }
 
+  struct Resets {  // of rows, of steps; null: none
+    Array<bool> rows, steps;
+
+    Resets(const Trial& of) : rows(of.numbers_.resets.size()), steps(of.o_.resets ? of.o_.T : 0) {
+      copy(of.numbers_.resets, rows);
+      for (int64_t t = 0; t < steps.count(); ++t) {
+        const auto begin = of.numbers_.resets.begin();
+        steps[t] = std::count(begin + of.batch_.start[t], t + 1 < of.o_.T ? begin + of.batch_.start[t + 1] : of.numbers_.resets.end(), 1);
+      }
+    }
+    const bool* of_rows() const { return steps.count() ? rows.data() : nullptr; }
+    const bool* of_steps() const { return steps.count() ? steps.data() : nullptr; }
+  };
+
   static void copy(const std::vector<char>& from, const Array<bool>& to) {
     for (size_t i = 0; i < from.size(); ++i) to[i] = from[i];
   }
@@ -277,13 +310,13 @@ class Trial {
 
   // every participant in its thread; they share `members` shares of the tiles
   template <class Body>
-  void participate(int64_t lane, int64_t unit_tiles, int64_t output_tiles, void* workspace, const Body& body) const {
+  void participate(int64_t lane, int64_t unit_tiles, int64_t output_tiles, const Resets& resets, void* workspace, const Body& body) const {
     const int64_t members = std::min({o_.members, unit_tiles, output_tiles}), count = std::min(o_.participants, members);
     fastseq::cpu::Barrier barrier(members);
     const auto participant = [&](int64_t i) {
       const int64_t begin = members * i / count, end = members * (i + 1) / count;
       Work w{};
-      w.lane = lane, w.reverse = lane == 1, w.rows = batch_.of(o_);
+      w.lane = lane, w.reverse = lane == 1, w.rows = batch_.of(o_, resets.of_rows(), resets.of_steps());
       w.unit_tiles[0] = unit_tiles * begin / members, w.unit_tiles[1] = unit_tiles * end / members;
       w.output_tiles[0] = output_tiles * begin / members, w.output_tiles[1] = output_tiles * end / members;
       w.first = begin == 0, w.weight = end - begin, w.barrier = count == 1 ? nullptr : &barrier, w.workspace = workspace;
@@ -300,9 +333,11 @@ class Trial {
     const int64_t outputs = tiles_of(P_, kTileVectors * Product::W);
     const Given<S> x(numbers_.x), w_ih(numbers_.w_ih), b_ih(numbers_.b_ih), x_gates(numbers_.x_gates), weight(numbers_.weight);
     const Given<S> vectors(numbers_.vectors), projection(numbers_.projection), h0(numbers_.h0);
-    const Given<A> c0(numbers_.c0);
+    const Given<A> c0(numbers_.c0), reset_c(numbers_.reset_c);
+    const Given<S> reset_h(numbers_.reset_h);
     const Array<bool> hold_h(numbers_.hold_h.size()), hold_c(numbers_.hold_c.size());
     copy(numbers_.hold_h, hold_h), copy(numbers_.hold_c, hold_c);
+    const Resets resets(*this);
 
     const auto packed_units = [&](const Array<S>& from, int64_t depth, const Array<char>& to) {
       for (int64_t d = 0; d < D; ++d)
@@ -331,6 +366,7 @@ class Trial {
     a.shape = shape_, a.x_gates = x_gates.data(), a.x = x.data(), a.input = o_.I, a.input_weights = packed_input.data();
     a.input_bias = b_ih.data(), a.batch = o_.B, a.vectors = vectors.data(), a.h0 = o_.state ? h0.data() : nullptr;
     a.c0 = o_.state || K > 1 ? c0.data() : nullptr, a.weights = packed.data(), a.projection = packed_projection.data();
+    if (o_.resets == 2) a.reset_h = reset_h.data(), a.reset_c = reset_c.data();
     if (o_.in_place) {
       a.in_place = in_place, a.weights = nullptr;
       if (o_.I) a.x = nullptr, a.x_gates = projected.data();
@@ -341,7 +377,7 @@ class Trial {
       using Kernel = ForwardKernel<Product, S, Cell, kZoned>;
       for (int64_t d = 0; d < D; ++d) {
         const Array<char> workspace(Kernel::workspace(shape_, o_.B));
-        participate(d, units, outputs, workspace.data(), [&](Work& w) {
+        participate(d, units, outputs, resets, workspace.data(), [&](Work& w) {
           const Array<char> scratch(Kernel::scratch(a, w));
           w.scratch = scratch.data();
           Kernel(a, w).run();
@@ -358,13 +394,16 @@ class Trial {
     const Doubles dc = random_values(rows * D * K * H, 1);
     const Given<S> given_dy(dy), given_dh_n(dh_n), h0(numbers_.h0), weight(numbers_.weight), vectors(numbers_.vectors);
     const Given<S> projection(numbers_.projection);
-    const Given<A> given_dc_n(dc_n), given_dc(dc), c0(numbers_.c0);
+    const Given<A> given_dc_n(dc_n), given_dc(dc), c0(numbers_.c0), reset_c(numbers_.reset_c);
+    const Given<S> reset_h(numbers_.reset_h);
+    const Resets resets(*this);
     const Array<bool> hold_h(numbers_.hold_h.size()), hold_c(numbers_.hold_c.size());
     copy(numbers_.hold_h, hold_h), copy(numbers_.hold_c, hold_c);
     constexpr int64_t own = C::kOwnRecurrent;
     const bool gives_output = o_.P || kNormalized<C>;
     const Array<S> dgates(rows * D * G * H), drecurrent(rows * D * own * H), doutput(gives_output ? rows * D * P_ : 0), dh0(D * o_.B * P_);
-    const Array<A> dc0(D * o_.B * K * H);
+    const Array<A> dc0(D * o_.B * K * H), dreset_h(numbers_.reset_h.size()), dreset_c(numbers_.reset_c.size());
+    std::fill_n(dreset_h.data(), dreset_h.count(), A(0)), std::fill_n(dreset_c.data(), dreset_c.count(), A(0));
     const Array<char> packed(D * outputs * column_tile_bytes(shape_, G * H)), packed_projection(o_.P ? D * units * column_tile_bytes(shape_, P_) : 0);
     for (int64_t d = 0; d < D; ++d) {
       for (int64_t t = 0; t < outputs; ++t)
@@ -378,11 +417,12 @@ class Trial {
     a.zoneout = zoneout(hold_h, hold_c), a.y = y.data(), a.c = c.data(), a.gates = gates.data(), a.weights = packed.data();
     a.projection = packed_projection.data(), a.dgates = dgates.data(), a.drecurrent = drecurrent.data(), a.doutput = doutput.data();
     a.dh0 = dh0.data(), a.dc0 = dc0.data();
+    if (o_.resets == 2) a.reset_h = reset_h.data(), a.reset_c = reset_c.data(), a.dreset_h = dreset_h.data(), a.dreset_c = dreset_c.data();
     with_zoneout([&]<bool kZoned>() {
       using Kernel = BackwardKernel<Product, S, Cell, kZoned>;
       for (int64_t d = 0; d < D; ++d) {
         const Array<char> workspace(Kernel::workspace(shape_, o_.B));
-        participate(d, units, outputs, workspace.data(), [&](const Work& w) { Kernel(a, w).run(); });
+        participate(d, units, outputs, resets, workspace.data(), [&](const Work& w) { Kernel(a, w).run(); });
       }
     });
 
@@ -391,14 +431,17 @@ class Trial {
              std::inner_product(dc_n.begin(), dc_n.end(), n.c_n.begin(), 0.0) + std::inner_product(dc.begin(), dc.end(), n.c.begin(), 0.0);
     };
     bool good = true;
-    for (int kind = 0; kind < 4; ++kind) {
-      // of the input gates, of R, of h0, of c0
-      const Doubles& moved = kind == 0 ? (o_.I ? numbers_.b_ih : numbers_.x_gates) : kind == 1 ? numbers_.weight : kind == 2 ? numbers_.h0 : numbers_.c0;
-      Doubles direction = random_values(moved.size(), 1);
-      if (kind > 1 && !o_.state) continue;
+    for (int kind = 0; kind < 6; ++kind) {
+      // of the input gates, of R, of h0, of c0, of what a reset puts in their place
+      const auto of_kind = [&](Numbers& n) -> Doubles& {
+        Doubles* each[] = {o_.I ? &n.b_ih : &n.x_gates, &n.weight, &n.h0, &n.c0, &n.reset_h, &n.reset_c};
+        return *each[kind];
+      };
+      Doubles direction = random_values(of_kind(numbers_).size(), 1);
+      if ((kind > 1 && kind < 4 && !o_.state) || (kind > 3 && o_.resets < 2)) continue;
       const auto shifted = [&](double by) {
         Numbers n = numbers_;
-        Doubles& to = kind == 0 ? (o_.I ? n.b_ih : n.x_gates) : kind == 1 ? n.weight : kind == 2 ? n.h0 : n.c0;
+        Doubles& to = of_kind(n);
         for (size_t i = 0; i < to.size(); ++i) to[i] += by * direction[i];
         loops(n);
         return loss(n);
@@ -427,7 +470,9 @@ class Trial {
                 double along = 0;
                 for (int64_t i = 0; i < P_; ++i) {
                   const bool first = before < 0 || before >= batch_.length[b];
-                  const double h = first ? numbers_.h0[(d * o_.B + b) * P_ + i] : value(y[((batch_.start[before] + b) * D + d) * P_ + i]);
+                  const double h = anew(d, b, t) ? numbers_.reset_h[(d * o_.B + b) * P_ + i]
+                                   : first       ? numbers_.h0[(d * o_.B + b) * P_ + i]
+                                                 : value(y[((batch_.start[before] + b) * D + d) * P_ + i]);
                   along += h * direction[(d * G * H + j) * P_ + i];
                 }
                 add(gradient, along);
@@ -435,6 +480,8 @@ class Trial {
             }
       for (int64_t i = 0; kind == 2 && i < dh0.count(); ++i) add(value(dh0[i]), direction[i]);
       for (int64_t i = 0; kind == 3 && i < dc0.count(); ++i) add(value(dc0[i]), direction[i]);
+      for (int64_t i = 0; kind == 4 && i < dreset_h.count(); ++i) add(value(dreset_h[i]), direction[i]);
+      for (int64_t i = 0; kind == 5 && i < dreset_c.count(); ++i) add(value(dreset_c[i]), direction[i]);
       const double bound = std::max((kNormalized<C> ? 1000 : 64) * epsilon(), 1e-6) * (1 + std::sqrt(size) * 4) * std::sqrt(o_.T + 1.0);
       if (!(std::fabs(found - expected) <= bound)) good = false, complain("gradient", kind, found, expected, bound);
     }
@@ -466,8 +513,8 @@ class Trial {
 
   std::string label() const {
     char text[200];
-    std::snprintf(text, sizeof text, "%s T%lld B%lld H%lld I%lld P%lld layout %d zoneout %d members %lld participants %lld%s", name_,
-                  (long long)o_.T, (long long)o_.B, (long long)o_.H, (long long)o_.I, (long long)o_.P, int(o_.layout), o_.zoneout,
+    std::snprintf(text, sizeof text, "%s T%lld B%lld H%lld I%lld P%lld layout %d zoneout %d resets %d members %lld participants %lld%s", name_,
+                  (long long)o_.T, (long long)o_.B, (long long)o_.H, (long long)o_.I, (long long)o_.P, int(o_.layout), o_.zoneout, o_.resets,
                   (long long)o_.members, (long long)o_.participants, o_.in_place ? " in place" : "");
     return text;
   }
@@ -503,7 +550,7 @@ int failures(const char* name, fastseq::cpu::Cell cell, int64_t most) {
         // tiles take no projection, nor in parts zoneout
         o.P = C::kStates == 1 && !kTiles && seed % 4 == 1 ? sizes[(seed / 4) % 5] : 0;
         o.layout = Layout(seed % 3), o.zoneout = kTiles && std::is_same_v<S, float> ? 0 : (seed / 2) % 3, o.members = 1 + seed % 4, o.participants = 1 + (seed / 2) % 3;
-        o.state = seed % 5 > 0, o.in_place = !kTiles && seed % 7 < 2;
+        o.state = seed % 5 > 0, o.in_place = !kTiles && seed % 7 < 2, o.resets = seed * 7 / 4 % 3;
         for (const bool end : {true, false}) {
           at_the_end = end;
           failed += !Trial<S, Cell>(name, cell, kType<S>, o, seed).run();

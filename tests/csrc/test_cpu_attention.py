@@ -15,9 +15,11 @@ def test_odd_sizes(level):
     assert not cpu.failure(program(level, cpu.attention_cases(level), *cpu.SANITIZERS["plain"]), "70")
 
 
-FEW, ALL, TILES = "attention_few.inl", ("X(float)", "X(bfloat16)"), ("X(bfloat16)",)
+KERNEL, FEW, ALL, TILES = "attention_kernel.inl", "attention_few.inl", ("X(float)", "X(bfloat16)"), ("X(bfloat16)",)
 OF_QUERY = "a_.q.offset(part_.batch, row.head,"
 FAULTS = [
+    Fault("the gradient of an average whole for each head", KERNEL, "A(g.dweights_factor)", "A(1)", WRONG, cases=("X(float)",)),
+    Fault("delta without the weights' own gradients", KERNEL, "delta[v] += sum[v] / total,", "", WRONG, cases=("X(float)",)),
     Fault(
         "another head of the group", FEW, OF_QUERY, OF_QUERY.replace("row.head", "(row.head ^ (a_.heads > 1))"), WRONG, cases=ALL
     ),

@@ -42,6 +42,7 @@ WEIGHTS, EXCHANGE, REDUCE_SCATTER = "weights.cuh", "exchange.cuh", "reduce_scatt
 # What both exchanges share is wrong for either of them.
 SUMS = ("backward_flags_reduce_scatter", "backward_cluster_reduce_scatter")
 OPERANDS = ("forward_flags", "forward_cluster", "backward_flags", "backward_cluster")
+CUTS = ("forward_resets", "backward_cluster_resets", "backward_resets_reduce_scatter")  # of a lane backwards
 
 
 def of_both(name: str, old: str, new: str, seen: str) -> tuple[Fault, Fault]:
@@ -177,6 +178,32 @@ FAULTS = [
     engine("a row's sums go on in the next", "sums_[chain][tile][i] = 0;", "{}", WRONG, file=WEIGHTS),
     engine("a row's depth goes on in the next", "operand -= k_tiles * kStride;", "", WRONG, file=WEIGHTS),
     engine("rows by turns", "row += split_.m_warps(), end", "row += 1, end", WRONG, file=WEIGHTS),
+    # resets
+    engine(
+        "a lane backwards is cut as one forward",
+        "at = backwards_ ? t + 1 : t;",
+        "at = t;",
+        WRONG,
+        file="batch_rows.cuh",
+        tests=CUTS,
+    ),
+    engine(
+        "a cut one step late",
+        "items_.column(j), rows_.after(t));\n    }\n  }",
+        "items_.column(j), t);\n    }\n  }",
+        WRONG,
+        file=FORWARD,
+        tests=CUTS,
+    ),
+    engine(
+        "gradients of c are not cut",
+        "if (cut_[j]) cut_off(gradient(batch_tile, 1 + k",
+        "if (false) cut_off(gradient(batch_tile, 1 + k",
+        WRONG,
+        file=BACKWARD,
+        tests=CUTS,
+    ),
+    engine("a gradient times zero", "    grad = 0;", "    grad *= 0;", WRONG, file=BACKWARD, tests=CUTS),
     # partial sums
     engine("sums: one slot", "received_ + (epoch & 1) * inbox() + which", "received_ + which", WRONG, file=REDUCE_SCATTER),
     engine("sums: one place for all", "rank_ * layout_.sent + (unit <<", "(unit <<", WRONG, file=REDUCE_SCATTER),

@@ -498,11 +498,11 @@ def test_raw_op_refuses_what_does_not_fit():
     """The kernels trust sizes and dtypes, so the native op checks them whoever calls it."""
     x, w_ih, w_hh = torch.randn(3, 2, 4), torch.randn(15, 4), torch.randn(15, 5)
     y, h_n, c_n, c, gates = torch.ops.fastseq_native.recurrent_layer(
-        x, None, None, [w_ih, w_hh], *[None] * 4, "gru", False, False, 0.0, 0.0, True, False
+        x, None, None, [w_ih, w_hh], *[None] * 5, "gru", False, False, 0.0, 0.0, True, False
     )
 
     def call(dy=y, x=x, y=y, params=(w_ih, w_hh), h0=None, ragged=(), gates=gates, cell="gru", wanted=(True,) * 5):
-        ragged = [*ragged, *[None] * (4 - len(ragged))]
+        ragged = [*ragged, *[None] * (5 - len(ragged))]
         torch.ops.fastseq_native.recurrent_layer_backward(
             dy, None, None, x, h0, None, list(params), *ragged, y, c, gates, cell, 0.0, 0.0, list(wanted), False
         )
@@ -511,7 +511,7 @@ def test_raw_op_refuses_what_does_not_fit():
     hold = torch.zeros(3, 2, 1, 4, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="hold_h must have 30 elements, got 24"):
         torch.ops.fastseq_native.recurrent_layer(
-            x, None, None, [w_ih, w_hh], *[None] * 2, hold, None, "gru", False, False, 0.0, 0.0, True, False
+            x, None, None, [w_ih, w_hh], *[None] * 2, hold, None, None, "gru", False, False, 0.0, 0.0, True, False
         )
     for wrong, message in (
         ({"x": x[:, :1].contiguous()}, "x must have 24 elements, got 12"),
@@ -524,6 +524,8 @@ def test_raw_op_refuses_what_does_not_fit():
             for sizes in ([2, 2, 1], [1, 2, 3], [6, 0])
         ],
         ({"ragged": [None, None, hold]}, "hold_h must have 30 elements, got 24"),
+        ({"ragged": [*[None] * 4, torch.ones(2, 3)]}, "resets has a wrong dtype"),
+        ({"ragged": [*[None] * 4, torch.ones(2, 2, dtype=torch.bool)]}, "resets must have 6 elements, got 4"),
         ({"dy": y.double()}, "dy has a wrong dtype"),
         ({"dy": y.transpose(0, 1)}, "dy must be contiguous"),
         ({"gates": gates[:2]}, "gates must have 120 elements, got 80"),

@@ -31,8 +31,8 @@ ONE_STEP = (1, 16)  # batches: products in registers, and by matrix instructions
 # Features, each once for every form: they come from functions that all cells and dtypes share.
 FEATURES = (64, 256, 1024)
 VARIANTS = {
-    "lstm": ("bare", "lengths", "packed", "masks", "proportion", "cells"),
-    "gru": ("bare", "masks"),  # without the bias inside; the output before, as it was
+    "lstm": ("bare", "lengths", "packed", "masks", "proportion", "cells", "resets", "reset_to"),
+    "gru": ("bare", "masks", "resets"),  # without the bias inside; the output before, as it was
     "rnn_tanh": ("masks",),  # which saves the output before zoneout
 }
 BEST = "mma.sync"  # a tile has 16 rows of the batch, where wgmma and tcgen05 take 64
@@ -80,7 +80,9 @@ def points() -> list[Point]:
         if capability == 90:
             every = [(cell, variant, hidden) for cell in VARIANTS for variant in VARIANTS[cell] for hidden in FEATURES]
             found += [_walk(call, c, v, "bfloat16", hidden, 90) for c, v, hidden in every for call in CALLS]
-            found += [_walk(call, "lstm", "projection", "bfloat16", 256, 90) for call in CALLS]
+            projected = ("projection", "projection-resets")
+            found += [_walk(call, "lstm", variant, "bfloat16", 256, 90) for variant in projected for call in CALLS]
+            found += [Point("forward", "single", "lstm", "resets", "bfloat16", 1024, batch, 90) for batch in ONE_STEP]
             found += [_walk(call, cell, "plain", "bfloat16", hidden, 90) for cell in FULL for hidden in ODD for call in CALLS]
         for cell, dtype in [(c, d) for c in FULL for d in HIDDEN if capability == 90 or d in ("bfloat16", "tf32")]:
             found += [Point("forward", "single", cell, "plain", dtype, 1024, batch, capability) for batch in ONE_STEP]
@@ -101,7 +103,8 @@ def call_of(point: Point) -> Any:
     _, form, cell, variant, name, hidden, batch, _ = point
     row, bare = CELLS[cell], variant == "bare"
     dtype = torch.float32 if name == "tf32" else getattr(torch, name)
-    width = hidden // 2 if variant == "projection" else hidden
+    width = hidden // 2 if variant.startswith("projection") else hidden
+    resets, reset_to = variant.endswith("resets") or variant == "reset_to", variant in ("reset_to", "projection-resets")
     steps = 1 if form == "single" else T
     rows = (steps * batch,) if variant == "packed" else (steps, batch)
     zoned_c = row.wide_states == 1
@@ -119,7 +122,7 @@ def call_of(point: Point) -> Any:
     fields: dict[str, Any] = {
         "weight": narrow(D, gates, width),
         "vectors": narrow(D, len(row.vectors) * hidden, there=bool(row.vectors) and not (bare and row.recurrent_bias)),
-        "projection": narrow(D, width, hidden, there=variant == "projection"),
+        "projection": narrow(D, width, hidden, there=variant.startswith("projection")),
         "h0": narrow(D, batch, width, there=not bare),
         "c0": wide(D, batch, states, there=not bare),
         "lengths": torch.empty(batch, device="meta", dtype=torch.int64) if variant == "lengths" else None,
@@ -130,6 +133,9 @@ def call_of(point: Point) -> Any:
         "reverse": [0, 1],
         "zoneout_h": 0.1 if variant == "proportion" else 0.0,
         "zoneout_c": 0.1 if variant == "proportion" and zoned_c else 0.0,
+        "resets": mask(*rows, there=resets),
+        "reset_h": narrow(D, batch, width, there=reset_to),
+        "reset_c": wide(D, batch, states, there=reset_to),
     }
     if point.call == "forward":
         x = narrow(*rows, D * gates if bare else hidden)

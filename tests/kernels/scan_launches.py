@@ -17,7 +17,8 @@ CAPABILITIES = (80, 90, 100, 120)
 CALLS = ("forward", "backward")
 PROCESSORS = 132
 MANY, FEW = (512, 64, 1024), (8192, 2, 64)  # T, B, C: programs of 128 channels and of all steps; of 32, and chunks of time
-VARIANTS = ("log", "min_gru", "reverse", "resets", "lengths", "packed", "constant", "state")
+CELLS = ("log", "min_gru", "min_lstm", "hgrn", "rg_lru", "qrnn", "qrnn_ifo")
+VARIANTS = (*CELLS, "reverse", "resets", "lengths", "packed", "constant", "state")
 
 
 class Point(NamedTuple):
@@ -74,14 +75,16 @@ def launches(point: Point) -> list[Any]:
         cell=point.variant if point.variant in SCAN_CELLS else "given",
         reverse=point.variant == "reverse",
     )
-    initial = state if point.variant == "state" else None
+    initial, cell = state if point.variant == "state" else None, SCAN_CELLS[spec.cell]
+    gate, vector = b if cell.gate else None, empty(channels) if cell.vector else None
     before, scan._processors = scan._processors, lambda device: PROCESSORS
     try:
         with recorded() as found:
             if point.call == "forward":
-                scan.scan_forward(b, a, initial, spec)
+                scan.scan_forward(b, a, gate, vector, initial, spec)
             else:
-                scan.scan_backward(b, initial, b if spec.cell == "min_gru" else None, a, b, initial, spec, [True, True])
+                read = b if cell.reads_b else None
+                scan.scan_backward(b, initial, read, a, gate, vector, b, initial, spec, [True] * 4)
     finally:
         scan._processors = before
     assert (len(found) == 2) == (point.cut == "chunks")

@@ -28,8 +28,8 @@ class TestGate(GateTests):
         "backward streamed lstm plain bfloat16 H=256 B=64 sm_90",
         "forward single gru plain tf32 H=1024 B=16 sm_120",
         "forward single rnn_tanh plain float32 H=1024 B=1 sm_90",
-        "forward stepwise lstm projection bfloat16 H=256 B=64 sm_90",
-        "backward stepwise lstm projection bfloat16 H=256 B=64 sm_90",
+        "forward stepwise lstm projection-resets bfloat16 H=256 B=64 sm_90",
+        "backward stepwise lstm projection-resets bfloat16 H=256 B=64 sm_90",
     )
     ROW = {
         "key": "forward whole lstm plain bfloat16 H=128 B=64 sm_90: forward",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import fields, replace
 
@@ -15,6 +16,8 @@ from fastseq import functional as F  # noqa: E402
 from fastseq.backends.triton import recurrent as triton_backend  # noqa: E402
 from fastseq.backends.triton.recurrent_args import BackwardLaunch, ForwardLaunch  # noqa: E402
 from fastseq.cells import CELLS  # noqa: E402
+from fastseq.choice import self_check, sources  # noqa: E402
+from fastseq.choice.decision import Candidate  # noqa: E402
 from fastseq.kernels.recurrent import configs  # noqa: E402
 from fastseq.ops.types import Backward, Forward, state_dtype  # noqa: E402
 from fastseq.reference import recurrent as reference  # noqa: E402
@@ -24,14 +27,17 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 on_gpu = pytest.mark.gpu
 DIVISIBLE = [name for name, row in CELLS.items() if not row.normalized]
 OUTPUTS = ("y", "h_n", "c_n", "c", "gates")
-GRADIENTS = ("dgates", "drecurrent", "doutput", "dh0", "dc0")
+GRADIENTS = ("dgates", "drecurrent", "doutput", "dh0", "dc0", "dreset_h", "dreset_c")
 H100, A100, CONSUMER = 227 << 10, 163 << 10, 99 << 10
 
 
-def problem(cell, *, steps, batch, hidden, lanes=2, inputs=0, layout="padded", zoneout="none", bias=True, state=True) -> Forward:
-    """In fp64; with ``inputs`` the op projects them, else they are input gates."""
+def problem(
+    cell, *, steps, batch, hidden, lanes=2, inputs=0, layout="padded", zoneout="none", bias=True, state=True, projection=0,
+    resets="none",
+) -> Forward:  # fmt: skip
+    """In fp64; with ``inputs`` the op projects them, else they are input gates. ``resets``: "zeros", or "given" states."""
     torch.manual_seed(0)
-    row = CELLS[cell]
+    row, width = CELLS[cell], projection or hidden
     lengths = torch.tensor([max(0, steps - b) for b in range(batch)])
     if layout == "packed":
         lengths = lengths.clamp(min=1)
@@ -46,15 +52,15 @@ def problem(cell, *, steps, batch, hidden, lanes=2, inputs=0, layout="padded", z
         x=random(*rows, inputs or lanes * gates),
         w_ih=random(lanes * gates, inputs) / inputs**0.5 if inputs else None,
         b_ih=random(lanes * gates) if inputs and bias else None,
-        weight=random(lanes, gates, hidden) / hidden**0.5,
+        weight=random(lanes, gates, width) / hidden**0.5,
         vectors=random(lanes, len(row.vectors) * hidden) if row.vectors else None,
-        projection=None,
-        h0=random(lanes, batch, hidden) if state else None,
+        projection=random(lanes, width, hidden) / hidden**0.5 if projection else None,
+        h0=random(lanes, batch, width) if state else None,
         # positive, as the normalizer of an sLSTM is, which cannot begin at 0
         c0=random(lanes, batch, row.wide_states * hidden).abs() if row.has_c and (state or row.wide_states > 1) else None,
         lengths=lengths if layout == "lengths" else None,
         batch_sizes=sizes if layout == "packed" else None,
-        hold_h=torch.rand(*rows, lanes, hidden) < 0.4 if zoneout == "mask" else None,
+        hold_h=torch.rand(*rows, lanes, width) < 0.4 if zoneout == "mask" else None,
         hold_c=torch.rand(*rows, lanes, hidden) < 0.4 if zoneout == "mask" and zoned_c else None,
         cell=cell,
         reverse=[0, 1][:lanes],
@@ -62,6 +68,9 @@ def problem(cell, *, steps, batch, hidden, lanes=2, inputs=0, layout="padded", z
         zoneout_c=0.4 if zoneout == "proportion" and zoned_c else 0.0,
         save_c=True,
         save_gates=True,
+        resets=torch.rand(*rows) < 0.4 if resets != "none" else None,
+        reset_h=random(lanes, batch, width) if resets == "given" else None,
+        reset_c=random(lanes, batch, row.wide_states * hidden).abs() if resets == "given" and row.has_c else None,
     )
 
 
@@ -71,7 +80,7 @@ def cast(call: Forward, dtype: torch.dtype, device: str) -> Forward:
     def moved(name: str, value: object) -> object:
         if not isinstance(value, Tensor) or name == "batch_sizes":
             return value
-        return value.to(device, (wide if name == "c0" else dtype) if value.is_floating_point() else None)
+        return value.to(device, (wide if name in ("c0", "reset_c") else dtype) if value.is_floating_point() else None)
 
     return replace(call, **{f.name: moved(f.name, getattr(call, f.name)) for f in fields(call) if f.init})
 
@@ -87,7 +96,8 @@ def backward_of(call: Forward, results: tuple[Tensor, ...]) -> Backward:
     given = [like(y), like(h_n), *((like(c_n), like(c)) if call.row.has_c else (None, None))]
     return Backward(
         *given, call.weight, call.vectors, call.projection, call.h0, call.c0, call.lengths, call.batch_sizes, call.hold_h,
-        call.hold_c, y, c, gates, call.cell, call.reverse, call.zoneout_h, call.zoneout_c,
+        call.hold_c, y, c, gates, call.cell, call.reverse, call.zoneout_h, call.zoneout_c, call.resets, call.reset_h,
+        call.reset_c,
     )  # fmt: skip
 
 
@@ -180,6 +190,15 @@ def test_parallel_is_a_candidate_where_it_can_run():
     assert "parallel" in triton_backend.forms(query)
     for other in ({"hidden": 2}, {"cell": "slstm"}, {"cell": "layer_norm_gru"}, {"zoned": True}, {"steps": 1}):
         assert "parallel" not in triton_backend.forms(query._replace(**other))
+
+
+def test_parallel_runs_where_it_was_measured_to_be_the_fastest():
+    """And has a verdict of its own in the self-check."""
+    query = backends.RecurrentQuery("recurrent", torch.device("cuda"), torch.float32, "gru", 9, 62, 1, False, "padded")
+    with sources.instead(lambda call: Candidate("triton", "parallel") if call.op == "recurrent" else None):
+        assert triton_backend.form(query, "backward") == "parallel" == triton_backend.variant(query, "backward")
+        family = self_check.family_of(backends.BACKENDS["triton"], query, "backward")
+    assert family.startswith("triton: recurrent backward, gru, float32") and family.endswith(", parallel")
 
 
 def test_parallel_is_a_variant_of_its_own(forced):
@@ -292,6 +311,128 @@ def test_as_precise_as_the_reference(forced, form, steps, batch, cell, device, d
     assert ForwardLaunch(rounded).config.form == form
     truth = expected_of(cast(rounded, torch.float64, device))
     assert_all_close_to_truth(actual_of(rounded), expected_of(rounded), truth)
+
+
+CUTS = [("padded", "none", "zeros"), ("lengths", "mask", "given"), ("packed", "proportion", "given")]
+WALKS = ("whole", "streamed", "stepwise")
+
+
+@interpreted
+@pytest.mark.parametrize("layout,zoneout,resets", CUTS)
+@pytest.mark.parametrize("form,cell", [("whole", "lstm"), ("whole", "gru"), ("streamed", "lstm"), ("stepwise", "lstm")])
+def test_resets_are_the_references(forced, small_tiles, form, cell, layout, zoneout, resets):
+    """In both directions, at first steps and at last ones."""
+    forced(form)
+    call = problem(cell, steps=3, batch=3, hidden=20, layout=layout, zoneout=zoneout, resets=resets)
+    assert ForwardLaunch(call).config.form == form
+    assert_same(call)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "form,cell",
+    [("whole", "layer_norm_lstm"), ("whole", "rnn_tanh"), ("stepwise", "layer_norm_gru"), ("stepwise", "gru")]
+    + [("streamed", "gru"), ("streamed", "slstm")],
+)
+def test_resets_of_other_cells(forced, small_tiles, form, cell):
+    forced(form)
+    call = problem(cell, steps=4, batch=2, hidden=9, resets="given")
+    assert ForwardLaunch(call).config.form == form
+    assert_same(call)
+
+
+@interpreted
+@pytest.mark.parametrize("layout,zoneout,resets", CUTS)
+def test_resets_before_a_projection(layout, zoneout, resets):
+    call = problem("lstm", steps=4, batch=3, hidden=9, projection=7, layout=layout, zoneout=zoneout, resets=resets)
+    assert_same(call)
+
+
+@interpreted
+@pytest.mark.parametrize("resets", ["zeros", "given"])
+@pytest.mark.parametrize("cell,batch,state", [("lstm", 3, True), ("lstm", 7, False), ("gru", 7, True)])
+def test_resets_of_a_single_step(cell, batch, state, resets):
+    call = problem(cell, steps=1, batch=batch, hidden=9, inputs=4, state=state, resets=resets)
+    assert ForwardLaunch(call).config.form == "single"
+    assert_same(call)
+
+
+def not_a_number(cell: str, resets: str) -> Forward:
+    """Rows cut in the middle. What is no number: input before that, a first state that is replaced, input after that."""
+    call = problem(cell, steps=4, batch=3, hidden=5, resets=resets)
+    call.resets[:] = torch.tensor([False, False, True, False])[:, None]
+    call.resets[0, 1] = True
+    call.x[1, 0], call.x[3, 2] = torch.nan, torch.nan
+    call.h0[0, 1] = torch.nan
+    return call
+
+
+def nan_of(call: Forward) -> dict[str, Tensor]:
+    found = actual_of(call)
+    for name, wanted in expected_of(call).items():
+        torch.testing.assert_close(found[name], wanted, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+    return found
+
+
+@interpreted
+@pytest.mark.parametrize("cell,resets", [("lstm", "given"), ("gru", "zeros")])
+@pytest.mark.parametrize("form", WALKS)
+def test_what_is_no_number_stays_in_its_segment(forced, small_tiles, form, cell, resets):
+    forced(form)
+    found = nan_of(not_a_number(cell, resets))
+    for rows in (found["y"], found["dgates"]):
+        assert rows[1, 0].isnan().all() and rows[2:, 0].isfinite().all() and rows[:, 1].isfinite().all()
+        assert rows[3, 2].isnan().all() and rows[:2, 2].isfinite().all()
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton
+    from triton import language as tl
+
+    from fastseq.kernels.recurrent import step
+
+    @triton.jit
+    def a_step_late(layout, resets, t, back, lengths, b):
+        """`cut_before` of the step before."""
+        return step.cut_before(layout, resets, tl.where(back, t + 1, t - 1), back, lengths, b)
+
+    @triton.jit
+    def where_it_stands(layout, resets, t, back, lengths, b):
+        """`cut_before` that takes a lane backwards for one forward."""
+        return step.cut_before(layout, resets, t, t < 0, lengths, b)
+
+    @triton.jit
+    def all_passed_on(grads, sums, at, mask, cut, H, N: tl.constexpr, BB: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr):
+        """`cut_off` that cuts nothing."""
+        return grads
+
+    @triton.jit
+    def times_zero(mask, new, old, N: tl.constexpr):
+        """`choose` by multiplication."""
+        tiles = ()
+        for k in tl.static_range(N):
+            tiles = tiles + (new[k] * tl.where(mask, 1.0, 0.0) + old[k] * tl.where(mask, 0.0, 1.0),)
+        return tiles
+
+    FAULTS = {
+        "late": ("cut_before", a_step_late),
+        "alike": ("cut_before", where_it_stands),
+        "gradients": ("cut_off", all_passed_on),
+        "times zero": ("choose", times_zero),
+    }
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "form,fault",
+    [("whole", "late"), ("whole", "alike"), ("whole", "times zero"), ("streamed", "late"), ("streamed", "gradients")]
+    + [("stepwise", fault) for fault in ("alike", "gradients", "times zero")],
+)
+def test_a_wrong_cut_is_seen(forced, small_tiles, monkeypatch, form, fault):
+    forced(form)
+    monkeypatch.setattr(importlib.import_module(f"fastseq.kernels.recurrent.{form}"), *FAULTS[fault])
+    with pytest.raises(AssertionError):
+        nan_of(not_a_number("lstm", "zeros"))
 
 
 def chosen(shared, dtype, cell, hidden, batch=32, projected=False, form=None, one_step=False, backward=False):

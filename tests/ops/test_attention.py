@@ -164,22 +164,9 @@ def test_which_backend_does_what(case):
     """A call that goes to the reference for no good reason would be a silent slow path."""
     for dtype in (torch.float64, torch.float32, torch.float16):
         inputs = make(case, dtype)
-        calls = ("forward", "backward", *(() if case.packed else ("weights",)))
-        assert not against(inputs, "cpu", *calls)
-        if not case.packed:
-            assert against(inputs, "cpu", "weights_backward")
-            calls = (*calls, "weights_backward")
-        assert not against(inputs, "reference", *calls)
-        if "triton" in ABLE:
-            assert not against(inputs, "triton", *calls)
-
-
-def test_what_the_cpu_leaves_to_the_reference():
-    """Each reason once, by the call that has it."""
-    (everything,) = named("everything")
-    for call in ("forward", "backward", "weights", "weights_backward"):
-        expected = ["the CPU's kernels have no gradient through the weights"] * (call == "weights_backward")
-        assert against(make(everything, torch.float32), "cpu", call) == expected
+        calls = ("forward", "backward", *(() if case.packed else ("weights", "weights_backward")))
+        for backend in ABLE:
+            assert not against(inputs, backend, *calls)
 
 
 @every_backend

@@ -25,6 +25,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 import fastseq
 from fastseq import backends
 from fastseq.backends import library
+from fastseq.backends.cpu import attention as cpu
 from fastseq.choice.device import LEVELS
 from fastseq.ops import _attention_eager as eager
 from fastseq.ops import attention as op
@@ -124,7 +125,21 @@ class Weights(Battery):
         return backends.obstacles(backend, op._query("weights_backward", *tensors, None, spec, wanted))
 
 
-BATTERY, WEIGHTS = Battery(), Weights()
+class WithWeights(Battery):
+    """Output, lse and weights of one call, whose gradients are those of one pass."""
+
+    def run(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        out, lse, weights = eager.attention(*(inputs[name] for name in "qkv"), spec_of(inputs), inputs["case"].average)
+        return out, torch.where(lse == -torch.inf, 3.0, lse), weights
+
+    def run_torch(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+        return *super().run_torch(inputs), *WEIGHTS.run_torch(inputs)
+
+    def against(self, inputs: dict[str, Any], backend: str, backward: bool) -> list[str]:
+        return super().against(inputs, backend, backward) + WEIGHTS.against(inputs, backend, backward)
+
+
+BATTERY, WEIGHTS, WITH_WEIGHTS = Battery(), Weights(), WithWeights()
 
 
 def told(outputs: tuple[Tensor, ...], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -210,6 +225,18 @@ def test_weights(case, dtype):
     listed(WEIGHTS, case, dtype)
 
 
+def returning_weights(cases: Any) -> list[AttentionCase]:
+    """Per head and averaged in turns."""
+    padded = (case for case in cases if not case.packed)
+    return [replace(case, average=i % 2 == 1) for i, case in enumerate(padded)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", returning_weights(ATTENTION_CASES), ids=str)
+def test_gradients_of_output_and_weights(case, dtype):
+    listed(WITH_WEIGHTS, case, dtype)
+
+
 # one less and one more than lanes (4, 8, 16), rows of a tile (16), depths of a tile (32), blocks of queries and of keys
 EDGES = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 193, 255, 257)
 WIDTHS = (64, 1, 3, 16, 33, 128, 31, 40, 80, 17, 96, 7, 32, 65, 15, 48, 112, 130, 8, 127, 24, 63, 72)
@@ -250,6 +277,10 @@ WINDOWS = [
     AttentionCase("blocks-of-64", batch=1, blocks="qk", block_size=64, lengths=(130, 193), right=0, bottom_right=True),
     AttentionCase("bias-edges", batch=2, lengths=(65, 129), bias="hk", heads=(4, 2)),
     AttentionCase("hiding-bias-edges", batch=2, lengths=(65, 129), bias="bqk", hiding_bias=True),
+    # few queries of heads that share keys: their rows together are more than go over the keys at once, or end within a group
+    AttentionCase("few-shared", batch=2, heads=(8, 2), lengths=(5, 300), features=(64, 40), right=0, bottom_right=True),
+    AttentionCase("few-shared-window", batch=1, heads=(9, 1), lengths=(8, 290), left=70, right=2, offset=200, bias="bqk"),
+    AttentionCase("few-shared-lengths", batch=3, heads=(6, 2), lengths=(7, 270), q_lengths=(7, 3, 0), k_lengths=(270, 33, 1)),
 ]  # fmt: skip
 
 
@@ -257,6 +288,57 @@ WINDOWS = [
 @pytest.mark.parametrize("case", WINDOWS, ids=str)
 def test_edges_of_what_is_seen(case, dtype):
     check(BATTERY, make(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("battery", (WEIGHTS, WITH_WEIGHTS), ids=("weights", "both"))
+@pytest.mark.parametrize("case", returning_weights((*EDGE_CASES[::3], *WINDOWS)), ids=str)
+def test_gradients_of_weights_at_edges(case, battery, dtype):
+    """Keys of several chunks, whose weights are seen before their gradients are formed."""
+    check(battery, make(case, dtype))
+
+
+def test_gradients_of_weights_of_any_strides(level):
+    """Bit for bit what contiguous gradients give; where autograd has expanded one number, that is what is read."""
+    for case, dtype in itertools.product(named("several-tiles", "grouped", "key-lengths"), DTYPES):
+        inputs = make(case, dtype)
+        (q, k, v), spec = (inputs[name].detach() for name in "qkv"), spec_of(inputs)
+        for average in (False, True):
+            out, lse, weights = eager.attention(q, k, v, spec, average)
+            one = torch.randn((), dtype=torch.float64).to(dtype)
+            for dw in (
+                torch.randn_like(weights).mT.contiguous().mT,
+                one.expand(weights.shape),
+                weights[..., :1].expand_as(weights),
+            ):
+                results = [
+                    cpu.attention_gradients(out, lse, given, average, q, k, v, out, lse, spec, [True] * 3 + [False] * 4 + [True])
+                    for given in (dw, dw.contiguous())
+                ]
+                assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("both", (False, True))
+@pytest.mark.parametrize("average", (False, True))
+@pytest.mark.parametrize("dropout", (0.0, 0.3))
+@pytest.mark.parametrize("batch_first", (False, True))
+def test_modules_weights_have_gradients(level, batch_first, dropout, average, both):
+    """nn.MultiheadAttention in training, between its projections one call: the reference's gradients, and of the same dropout."""
+    for steps, padded, forced in itertools.product((9, 130), (False, True), (False, True)):
+        torch.manual_seed(0)
+        module = fastseq.MultiheadAttention(12, 3, dropout=dropout, batch_first=batch_first).double()
+        x = torch.randn(2, steps, 12, dtype=torch.float64, requires_grad=True)
+        padding = (torch.arange(steps) >= torch.tensor([[steps], [steps - 4]])) if padded else None
+        results = []
+        for backend in ("cpu" if forced else "auto", "reference"):
+            with fastseq.use_backend(backend):
+                torch.manual_seed(1)
+                out, weights = module(*[x if batch_first else x.transpose(0, 1)] * 3, padding, average_attn_weights=average)
+                factor = torch.linspace(-1, 1, steps, dtype=torch.float64)
+                loss = (weights.square() * factor).sum() + ((out * out).sum() if both else 0)
+                wanted = [x, module.in_proj_weight, *([module.out_proj.weight] if both else [])]
+                results.append((out, weights, *torch.autograd.grad(loss, wanted)))
+        torch.testing.assert_close(results[0], results[1])
 
 
 # any call
@@ -383,6 +465,15 @@ def fuzzed(examples: int) -> Any:
 def test_any_call(family, dtype, data):
     inputs = make(data.draw(calls(family)), dtype)
     check(BATTERY, data.draw(placed(inputs)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "packed"])
+@fuzzed(20)
+@given(data=st.data())
+def test_weights_of_any_call(family, dtype, data):
+    case = replace(data.draw(calls(family)), average=data.draw(st.booleans()))
+    check(WITH_WEIGHTS, data.draw(placed(make(case, dtype))))
 
 
 # what torch calls attention

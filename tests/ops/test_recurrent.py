@@ -297,22 +297,27 @@ class TestCpuKernels:
         x, w_ih, weight = torch.randn(3, 2, 4), torch.randn(15, 4), torch.randn(1, 15, 5)
         y, h_n, empty = torch.empty(3, 2, 1, 5), torch.empty(1, 2, 5), torch.empty(0)
 
-        def call(x=x, w_ih=w_ih, weight=weight, vectors=None, projection=None, hold_h=None, hold_c=None, gates=empty, cell="gru"):
+        def call(x=x, w_ih=w_ih, weight=weight, vectors=None, projection=None, ragged=(), gates=empty, cell="gru"):
+            ragged = [*ragged, *[None] * (7 - len(ragged))]
             torch.ops.fastseq_native.recurrent_forward(
-                x, w_ih, None, None, weight, vectors, projection, None, None, None, None, hold_h, hold_c, cell, 0, 0.0, 0.0,
-                False, y, h_n, empty, empty, gates,
+                x, w_ih, None, None, weight, vectors, projection, None, None, *ragged, cell, 0, 0.0, 0.0, False, y, h_n, empty,
+                empty, gates,
             )  # fmt: skip
 
         call()
+        mask = torch.zeros(3, 2, 1, 5, dtype=torch.bool)
         for wrong, message in (
             ({"x": x[:, :, :3].contiguous()}, "w_ih must have 45 elements, got 60"),
             ({"w_ih": w_ih.double()}, "w_ih has a wrong dtype"),
             ({"weight": torch.randn(1, 5, 15).mT}, "weight must be contiguous"),
             ({"vectors": torch.randn(1, 4)}, "vectors must have 5 elements, got 4"),
             ({"projection": torch.randn(1, 5, 5)}, "cell gru has no projection"),
-            ({"hold_h": torch.zeros(3, 2, 1, 4, dtype=torch.bool)}, "hold_h must have 30 elements, got 24"),
-            ({"hold_h": torch.zeros(3, 2, 1, 5)}, "hold_h has a wrong dtype"),
-            ({"hold_c": torch.zeros(3, 2, 1, 5, dtype=torch.bool)}, "hold_c must have 0 elements, got 30"),
+            ({"ragged": (None, None, mask[..., 1:].contiguous())}, "hold_h must have 30 elements, got 24"),
+            ({"ragged": (None, None, mask.float())}, "hold_h has a wrong dtype"),
+            ({"ragged": (None, None, None, mask)}, "hold_c must have 0 elements, got 30"),
+            ({"ragged": (*[None] * 4, mask)}, "resets must have 6 elements, got 30"),
+            ({"ragged": (*[None] * 4, mask.float())}, "resets has a wrong dtype"),
+            ({"ragged": (*[None] * 5, torch.zeros(1, 2, 4))}, "reset_h must have 10 elements, got 8"),
             ({"gates": torch.empty(30)}, "gates must have 120 elements, got 30"),
             ({"cell": "layer_norm_gru", "vectors": torch.randn(1, 5)}, "vectors must have 20 elements, got 5"),
             ({"cell": "minimal_gru"}, "cell minimal_gru is none of rnn_tanh, .*, slstm"),

@@ -20,6 +20,7 @@ from fastseq.benchmarks.gpu.cuda_plans import ranked
 from fastseq.cells import CELLS
 from fastseq.choice import device as choice_device
 from fastseq.choice import sources
+from fastseq.choice.problems import families, problems_of
 from fastseq.testing import assert_all_close_to_truth, pooled_error
 from support import cuda_host, recurrent_equations
 from support.cases import RecurrentCase
@@ -166,6 +167,22 @@ def test_the_machines_take_every_form():
     for backward in (False, True):
         for word in (*words, *(("flags, partial sums", "cluster, partial sums") if backward else ("rows by turns",))):
             assert any(word in text for key, text in plans.items() if key[3] == backward), word
+
+
+@executed
+@pytest.mark.parametrize(
+    ("name", "cell", "precision"),
+    [("clusters", "lstm", "bf16"), ("flags", "gru", "ieee"), ("few", "lstm", "tf32"), ("small", "rnn_tanh", "fp16")],
+)
+def test_resets(name, cell, precision, machine):
+    """From zeros and from states given, in lanes of both directions, of every layout."""
+    machine(name, precision if precision in ("ieee", "tf32") else "ieee")
+    query = backends.RecurrentQuery(
+        "recurrent", torch.device("cpu"), PRECISIONS[precision], cell, 5, 2, 40, False, "padded", batch=11, resets=True
+    )
+    for family in families(query):
+        for problem in problems_of(query, family, precision == "tf32"):
+            problem.check(cuda_host, backends.reference)
 
 
 @executed

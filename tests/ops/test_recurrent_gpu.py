@@ -18,7 +18,7 @@ from fastseq.backends import RecurrentQuery, cuda
 from fastseq.benchmarks.gpu.cuda_plans import forms, ranked
 from fastseq.functional._recurrent_layers import LANES
 from fastseq.ops.types import state_dtype
-from fastseq.testing import assert_close_to_truth, pooled_error
+from fastseq.testing import assert_all_close_to_truth, assert_close_to_truth, pooled_error
 from support import recurrent_equations
 from support.battery import differentiable
 from support.cases import RECURRENT_CASES, RecurrentCase
@@ -247,6 +247,35 @@ def test_sequences_end_early(cell, backend, precise):
         inputs["x"][6:] = torch.nan
         assert same(battery.run(inputs), expected)
     assert not expected[0][6:].any()
+
+
+@pytest.mark.parametrize("precision", ("ieee", "bfloat16"))
+@pytest.mark.parametrize("form", ("whole", "streamed", "stepwise", "cuda"))
+def test_resets(form, precision, precise, monkeypatch):
+    """A reset every ten steps or so, from learned states, in both directions; what is no number ends with its segment."""
+    dtype, backend = precise(precision), "cuda" if form == "cuda" else "triton"
+    if backend == "triton":
+        monkeypatch.setenv("FASTSEQ_TRITON_RECURRENT", form)
+    needs(backend, RecurrentCase("lstm", steps=60, batch=37, input=20, hidden=60, bidirectional=True), dtype)
+    torch.manual_seed(0)
+    params = [p.detach() for p in nn.LSTM(20, 60, bidirectional=True).parameters()]
+    x, states = torch.randn(60, 37, 20), [torch.randn(2, 1, 60) for _ in range(2)]
+    resets = torch.rand(60, 37, device="cuda") < 0.1
+    resets[[20, 30], :2] = True
+
+    def run(backend: str, dtype: torch.dtype, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+        given = [t.to("cuda", dtype).requires_grad_() for t in (x, *states, *params)]
+        with fastseq.use_backend(backend):
+            outputs = F.lstm(given[0], None, given[3:], bidirectional=True, resets=resets, reset_to=tuple(given[1:3]))
+            grads = torch.autograd.grad([out.float().sin().sum() for out in outputs], given)
+        return list(outputs), {f"{i}": value for i, value in enumerate((*outputs, *grads))}
+
+    x = x.to(dtype)
+    outputs, found = run(backend, dtype, x)
+    assert_all_close_to_truth(found, run("reference", dtype, x)[1], run("reference", torch.float64, x)[1])
+    x[25, :2] = torch.nan
+    y, wanted = run(backend, dtype, x)[0][0], outputs[0]
+    assert same([y[:20], y[30:], y[:, 2:]], [wanted[:20], wanted[30:], wanted[:, 2:]]) and y[25, :2].isnan().all()
 
 
 # the machine around

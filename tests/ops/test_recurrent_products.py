@@ -40,8 +40,11 @@ def amx(monkeypatch):
         pytest.skip("this processor has no AMX")
 
 
-def made(steps, batch, inputs, gates, width, *, lanes=1, own=0, layout="padded", state=True, dtype=torch.float32, seed=0):
-    """Arguments of the op but for what is wanted; zero beyond a sequence's length, as the contract has it."""
+def made(
+    steps, batch, inputs, gates, width, *, lanes=1, own=0, layout="padded", state=True, resets=False, dtype=torch.float32, seed=0
+):  # fmt: skip
+    """Arguments of the op but for what is wanted; zero beyond a sequence's length, as the contract has it. ``resets``: to states
+    where there are some at the beginning."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -68,6 +71,8 @@ def made(steps, batch, inputs, gates, width, *, lanes=1, own=0, layout="padded",
         "h0": random(lanes, batch, width) if state else None,
         "lengths": lengths,
         "batch_sizes": sizes,
+        "resets": torch.rand(leading, generator=generator) < 0.3 if resets else None,
+        "reset_h": random(lanes, batch, width) if resets and state else None,
         "w_ih": [random(gates, inputs) for _ in range(lanes)],
         "reverse": 0b10 if lanes > 1 else 0,
     }
@@ -75,7 +80,7 @@ def made(steps, batch, inputs, gates, width, *, lanes=1, own=0, layout="padded",
 
 def before(call, lane):
     """The state before every step, row by row, by loops."""
-    y, h0, lengths, sizes = call["y"], call["h0"], call["lengths"], call["batch_sizes"]
+    y, h0, lengths, sizes, resets = (call[name] for name in ("y", "h0", "lengths", "batch_sizes", "resets"))
     packed = sizes is not None
     counts = sizes.tolist() if packed else [y.shape[1]] * y.shape[0]
     begins = [sum(counts[:t]) for t in range(len(counts))]
@@ -88,8 +93,11 @@ def before(call, lane):
             inside = 0 <= other < len(counts) and slot < counts[other]
             if backwards and lengths is not None:
                 inside = inside and other < lengths[slot]
-            first = torch.zeros_like(states[0]) if h0 is None else h0[lane, slot]
-            found.append(states[begins[other] + slot] if inside else first)
+            begin = t if not backwards else other if inside else None
+            anew = resets is not None and begin is not None and resets.flatten()[begins[begin] + slot]
+            first = call["reset_h"] if anew else h0
+            first = torch.zeros_like(states[0]) if first is None else first[lane, slot]
+            found.append(states[begins[other] + slot] if inside and not anew else first)
     return torch.stack(found)
 
 
@@ -155,6 +163,10 @@ SIZES = [
     dict(steps=17, batch=35, inputs=5, gates=36, width=12, layout="lengths", lanes=2, own=12),
     dict(steps=13, batch=11, inputs=18, gates=36, width=12, layout="packed", lanes=2),
     dict(steps=13, batch=40, inputs=18, gates=36, width=12, layout="packed", lanes=2, own=12, state=False),
+    dict(steps=9, batch=7, inputs=18, gates=36, width=12, lanes=2, resets=True),
+    dict(steps=1, batch=40, inputs=18, gates=36, width=12, resets=True, state=False),
+    dict(steps=12, batch=9, inputs=18, gates=36, width=12, layout="lengths", lanes=2, own=12, resets=True),
+    dict(steps=13, batch=11, inputs=18, gates=36, width=12, layout="packed", lanes=2, resets=True, state=False),
 ]
 
 

@@ -10,10 +10,11 @@ import torch
 import fastseq
 from fastseq import backends
 from fastseq.functional import scan
-from fastseq.ops.types import ScanSpec
+from fastseq.ops.scan import scan as scan_op
+from fastseq.ops.types import SCAN_CELLS, ScanSpec
 from fastseq.testing import assert_close_to_truth
 from support.battery import OpBattery
-from support.scan import SCAN_CASES, SMALL_SCAN_CASES, ScanCase, make_scan, run_scan, scan_by_torch
+from support.scan import LAYER_CELLS, SCAN_CASES, SMALL_SCAN_CASES, ScanCase, make_scan, run_scan, scan_by_torch
 
 ABLE = ["cpu", "reference", *(["triton"] if "cpu" in backends.BACKENDS["triton"].devices else [])]
 ON_EACH = pytest.mark.parametrize("backend", ABLE)
@@ -77,14 +78,14 @@ class TestScan(OpBattery):
         lengths = None if given["lengths"] is None else given["lengths"].int()
         spec = ScanSpec(given["resets"], lengths, None, case.cell, case.reverse)
         forward, backward = torch.ops.fastseq.scan.default, torch.ops.fastseq.scan_backward.default
-        b, a, initial = (t if t is None else t.detach() for t in (b, a, initial))
-        b, a = b.nan_to_num(), a.nan_to_num()  # opcheck's comparisons
-        h, final = forward(b, a, initial, *spec)
-        read = b if case.cell == "min_gru" else None
+        tensors = (b, a, given["gate"], given["vector"], initial)
+        b, a, gate, vector, initial = (t if t is None else t.detach().nan_to_num() for t in tensors)  # opcheck's comparisons
+        h, final = forward(b, a, gate, vector, initial, *spec)
+        saved = (b if SCAN_CELLS[case.cell].reads_b else None, a, gate, vector, h, initial)
         return [
-            (forward, (b.clone().requires_grad_(), a, initial, *spec)),
-            (backward, (torch.ones_like(h), final, read, a, h, initial, *spec, [True, True])),
-            (backward, (None, final, read, a, h, initial, *spec, [True, False])),
+            (forward, (b.clone().requires_grad_(), a, gate, vector, initial, *spec)),
+            (backward, (torch.ones_like(h), final, *saved, *spec, [True] * 4)),
+            (backward, (None, final, *saved, *spec, [True, False, False, False])),
         ]
 
 
@@ -169,6 +170,50 @@ def test_logarithms_of_zero(backend):
     assert all(grad.isfinite().all() for grad in grads) and grads[1][3, 1].count_nonzero() == 0
 
 
+@ON_EACH
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+def test_gates_at_their_ends(backend, cell):
+    """Logits of gates up to 300 either way, each with each: numbers, and those of the equations."""
+    ends = torch.tensor([-300.0, -90.0, -20.0, -1.0, 0.0, 1.0, 20.0, 90.0, 300.0])
+    a, gate = (grid.flatten().expand(4, 1, 81).clone() for grid in torch.meshgrid(ends, ends, indexing="ij"))
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        inputs = {
+            "b": values(4, 1, 81),
+            "a": a,
+            "gate": gate,
+            "vector": values(81, seed=1).sigmoid(),
+            "initial": values(1, 81, seed=2),
+        }
+        used = ("b", "a", *(name for name in ("gate", "vector") if getattr(SCAN_CELLS[cell], name)), "initial")
+        inputs = {name: inputs[name].to(dtype).requires_grad_() if name in used else None for name in inputs}
+        rest = {"resets": None, "lengths": None, "cu_seqlens": None, "kind": "real", "cell": cell, "reverse": False}
+        with backends.use_backend(backend):
+            own, by_torch = run_scan(inputs | rest), scan_by_torch(inputs | rest | {"batch_first": False})
+            tensors = [inputs[name] for name in used]
+            grads = torch.autograd.grad([out.square().sum() for out in own], tensors)
+        of_torch = torch.autograd.grad([out.square().sum() for out in by_torch], tensors)
+        found[dtype] = [*own, *grads], [*by_torch, *of_torch]
+    for one, exact in zip(found[torch.float32][0], found[torch.float64][1], strict=True):
+        torch.testing.assert_close(one.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@ON_EACH
+def test_roots_do_not_cancel(backend):
+    """sqrt(1 - a^2) and its slope where a is 1 but for 1e-9 .. 1e-3, to the last digits."""
+    rate = torch.logspace(-9, -3, 7).requires_grad_()
+    a, gate, b = torch.zeros(1, 1, 7, requires_grad=True), torch.zeros(1, 1, 7), torch.ones(1, 1, 7)
+    with backends.use_backend(backend):
+        h, _ = scan_op(b, a, gate, rate, torch.zeros(1, 7), ScanSpec(None, None, None, "rg_lru", False))
+        of_a, of_rate = torch.autograd.grad(h.sum(), (a, rate))
+    log = -rate.detach().double() / 2
+    root = torch.sqrt(-torch.expm1(2 * log))
+    slope = -torch.exp(2 * log) / root / 2  # of h by log a
+    torch.testing.assert_close(h[0, 0].double(), root / 2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(of_rate.double(), -slope / 2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(of_a[0, 0].double(), slope * log / 2, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("backend", "steps"),
     [
@@ -207,11 +252,48 @@ def test_transforms():
     each = torch.stack((b, 2 * b))
     stacked = torch.func.vmap(lambda one: scan(one, a)[0])(each)
     torch.testing.assert_close(stacked, torch.stack([scan(one, a)[0] for one in each]))
+    grads = torch.func.vmap(torch.func.grad(lambda one: scan(one, a)[0].square().sum()))(each)
+    torch.testing.assert_close(grads[1], 2 * grads[0])
     value, tangent = torch.func.jvp(lambda one: scan(one, a)[0], (b,), (b,))
     torch.testing.assert_close(tangent, value)  # linear in b
     grad = torch.func.grad(lambda one: scan(b, one)[1].square().sum())(a)
     a.requires_grad_()
     torch.testing.assert_close(grad, torch.autograd.grad(scan(b, a)[1].square().sum(), a)[0])
+
+
+@pytest.mark.parametrize("of_a", ["every", "call", "channels", "rows"])
+@pytest.mark.parametrize("more", [(), ("resets", "lengths", "initial"), ("cu_seqlens",)], ids=["plain", "rows", "packed"])
+def test_vmap_is_one_call(of_a, more):
+    """Its dimension, wherever it stands, joins the rows; gradients go through. Packed sequences: one call each."""
+    packed = more == ("cu_seqlens",)
+    shape = (6, 3) if packed else (6, 2, 3)
+    b = values(*shape, 4).double().requires_grad_()  # the mapped dimension is the last
+    a = {"every": (4, *shape), "call": shape, "channels": (4, 3), "rows": (4, *shape[:-1], 1)}[of_a]
+    a = values(*a, seed=1).double().sigmoid().requires_grad_()
+    given = {
+        "resets": (torch.rand(4, 6, 2) < 0.3, 0),
+        "lengths": (torch.tensor([6, 3]), None),
+        "initial": (values(4, 2, 3, seed=2).double(), 0),
+        "cu_seqlens": (torch.tensor([0, 2, 6]), None),
+    }
+    given = {name: value for name, value in given.items() if name in more}
+    dims = -1, None if of_a == "call" else 0, {name: dim for name, (_, dim) in given.items()}
+
+    def run(b, a, options):
+        return scan(b, a, **options)
+
+    options = {name: value for name, (value, _) in given.items()}
+    found = torch.func.vmap(run, dims, (0, 0))(b, a, options)
+    every = [
+        run(b[..., i], a if of_a == "call" else a[i], {n: v if d is None else v[i] for n, (v, d) in given.items()})
+        for i in range(4)
+    ]
+    expected = tuple(torch.stack(parts) for parts in zip(*every, strict=True))
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(results[0].square().sum() + results[1].sum(), (b, a)) for results in (found, expected)]
+    torch.testing.assert_close(*grads)
+    explanation = fastseq.explain(lambda: torch.func.vmap(run, dims, (0, 0))(b.detach(), a.detach(), options))
+    assert explanation.backends == ["cpu"]
 
 
 def test_explain_names_the_call():

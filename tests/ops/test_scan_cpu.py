@@ -7,7 +7,9 @@ import torch
 
 from fastseq.backends import library
 from fastseq.functional import scan
-from support.scan import SCAN_CASES, make_scan, run_scan, scan_by_torch
+from fastseq.ops.scan import scan as scan_op
+from fastseq.ops.types import SCAN_CELLS, ScanSpec
+from support.scan import LAYER_CELLS, SCAN_CASES, make_scan, run_scan, scan_by_torch
 
 pytestmark = pytest.mark.skipif(library.reason() is not None, reason=str(library.reason()))
 NARROW = (torch.bfloat16, torch.float16)
@@ -80,6 +82,32 @@ def test_threads_change_no_bit(shape, batch_first, of_a):
         assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
 
 
+@pytest.mark.parametrize("cell", LAYER_CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_of_every_width(level, cell, dtype):
+    """Vectors and tails of any length give what channels by themselves give, in every gradient; with a beginning and a reset."""
+    generator = torch.Generator().manual_seed(0)
+    row, widest = SCAN_CELLS[cell], 37
+    a, b, gate = (torch.randn(4, 1, widest, generator=generator).to(dtype) for _ in range(3))
+    vector, resets = torch.rand(widest, generator=generator), torch.tensor([[False], [False], [True], [False]])
+    spec = ScanSpec(resets, None, None, cell, False)
+
+    def run(start, stop):
+        used = [b, a, gate if row.gate else None, vector if row.vector else None]
+        own = [t if t is None else t[..., start:stop].clone().requires_grad_() for t in used]
+        h, final = scan_op(*own, None, spec)
+        leaves = [t for t in own if t is not None]
+        return [h, final, *torch.autograd.grad([h.float().square().sum(), final.sum()], leaves)]
+
+    for start, stop in ((0, 16), (16, widest)):
+        whole = run(0, stop)
+        for one, part in zip(whole, run(start, stop), strict=True):
+            torch.testing.assert_close(one[..., start:], part)
+    single = [run(c, c + 1) for c in range(widest)]
+    for one, parts in zip(run(0, widest), zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(one, torch.cat(parts, -1))
+
+
 def test_gradients_past_the_caches(level):
     """From 16 MiB on they are streamed to memory; rows that are no whole vectors are not."""
     for channels in (4096, 4099):
@@ -89,6 +117,17 @@ def test_gradients_past_the_caches(level):
         few = [t.detach()[:, :, -70:].clone().requires_grad_() for t in (b, a)]
         own = torch.autograd.grad(scan(*few)[0].sum(), few)
         assert torch.equal(db[..., -70:], own[0]) and torch.equal(da[..., -70:], own[1])
+
+
+def test_gradients_of_gates_past_the_caches(level):
+    given = [torch.randn(1100, 1, 4096) for _ in range(3)]
+    spec = ScanSpec(None, None, None, "min_lstm", False)
+    grads = []
+    for start in (0, 4096 - 80):
+        b, a, gate = (t[:, :, start:].clone().requires_grad_() for t in given)
+        grads.append(torch.autograd.grad(scan_op(b, a, gate, None, None, spec)[0].sum(), (b, a, gate)))
+    for whole, few in zip(*grads, strict=True):
+        assert torch.equal(whole[..., -80:], few)
 
 
 def test_strides_of_every_kind():

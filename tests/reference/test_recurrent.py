@@ -21,7 +21,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ("padded", "lengths", "packed"))
 ZONEOUT = ("none", "mask", "proportion")
 
 
-def problem(cell: str, layout: str, projection: int = 0, zoneout: str = "none") -> Forward:
+def problem(cell: str, layout: str, projection: int = 0, zoneout: str = "none", resets: bool = False) -> Forward:
     """Input gates, weights and states in fp64, with gradients."""
     torch.manual_seed(0)
     row, lanes, hidden, batch, length = CELLS[cell], 2, 5, 4, 6
@@ -33,9 +33,9 @@ def problem(cell: str, layout: str, projection: int = 0, zoneout: str = "none") 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
 
-    c0 = random(lanes, batch, row.wide_states * hidden) if row.has_c else None
+    c0, reset_c = (random(lanes, batch, row.wide_states * hidden) if row.has_c else None for _ in range(2))
     if cell == "slstm":
-        c0 = c0.detach().abs().requires_grad_()  # the normalizer is positive
+        c0, reset_c = (c.detach().abs().requires_grad_() for c in (c0, reset_c))  # the normalizer is positive
     zone_c = row.wide_states == 1
     return Forward(
         x=random(*rows, lanes * len(row.gates) * hidden),
@@ -56,6 +56,9 @@ def problem(cell: str, layout: str, projection: int = 0, zoneout: str = "none") 
         zoneout_c=0.4 if zoneout == "proportion" and zone_c else 0.0,
         save_c=True,
         save_gates=True,
+        resets=torch.rand(rows) < 0.4 if resets else None,
+        reset_h=random(lanes, batch, width) if resets else None,
+        reset_c=reset_c if resets else None,
     )
 
 
@@ -63,7 +66,8 @@ def backward_of(call: Forward, results: tuple, grads: tuple) -> Backward:
     y, _, _, c, gates = (result.detach() for result in results)
     return Backward(
         *grads, call.weight, call.vectors, call.projection, call.h0, call.c0, call.lengths, call.batch_sizes, call.hold_h,
-        call.hold_c, y, c, gates, call.cell, call.reverse, call.zoneout_h, call.zoneout_c,
+        call.hold_c, y, c, gates, call.cell, call.reverse, call.zoneout_h, call.zoneout_c, call.resets, call.reset_h,
+        call.reset_c,
     )  # fmt: skip
 
 
@@ -143,25 +147,30 @@ def test_slstm_does_not_overflow():
         torch.testing.assert_close(h, torch.full((3, 1), 0.5) * torch.tanh(torch.ones(3, 1)))
 
 
+@pytest.mark.parametrize("resets", (False, True))
 @pytest.mark.parametrize("zoneout", ZONEOUT)
 @pytest.mark.parametrize("cell,projection", [*((cell, 0) for cell in CELLS), ("lstm", 3), ("layer_norm_lstm", 3)])
 @LAYOUTS
-def test_backward_is_the_gradient_of_forward(cell, projection, layout, zoneout):
-    call = problem(cell, layout, projection, zoneout)
+def test_backward_is_the_gradient_of_forward(cell, projection, layout, zoneout, resets):
+    call = problem(cell, layout, projection, zoneout, resets)
     results = reference.forward(call)
     row = call.row
     y, h_n, c_n, c, _ = results
     outputs = [y, h_n, *((c_n, c) if row.has_c else ())]
     grads = [torch.randn_like(out) for out in outputs]
     back = backward_of(call, results, tuple([*grads, None, None][:4]))
-    dgates, drecurrent, doutput, dh0, dc0 = reference.backward(back)
-    wanted = {name: getattr(call, name) for name in ("x", "h0", "c0", "vectors", "weight")}
+    dgates, drecurrent, doutput, dh0, dc0, dreset_h, dreset_c = reference.backward(back)
+    wanted = {name: getattr(call, name) for name in ("x", "h0", "c0", "vectors", "weight", "reset_h", "reset_c")}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     expected = dict(zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), grads), strict=True))
     torch.testing.assert_close(dgates.flatten(-2), expected["x"])
     torch.testing.assert_close(dh0, expected["h0"])
     if row.has_c:
         torch.testing.assert_close(dc0, expected["c0"])
+    for name, grad in (("reset_h", dreset_h), ("reset_c", dreset_c)):
+        assert name in expected or not grad.numel()
+        if name in expected:
+            torch.testing.assert_close(grad, expected[name])
     assert bool(drecurrent.numel()) == bool(row.own_recurrent)
     assert bool(doutput.numel()) == bool(projection or row.normalized)
 

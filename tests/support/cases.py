@@ -26,6 +26,7 @@ class RecurrentCase:
     heads: int = 1
     zoneout: tuple[float, float] = (0.0, 0.0)  # of h and of c
     training: bool = False  # zoneout is drawn; else states are mixed
+    resets: str = ""  # "zeros", "states" (one of each row), "state" (one for all): what rows start anew from in some steps
 
     def __str__(self) -> str:
         size = f"{self.cell}-T{self.steps}-B{self.batch}-I{self.input}-H{self.hidden}-{self.layout}"
@@ -39,6 +40,7 @@ class RecurrentCase:
             f"heads{self.heads}" if self.heads > 1 else "",
             f"zoneout{self.zoneout[0]}+{self.zoneout[1]}" if any(self.zoneout) else "",
             "training" if self.training else "",
+            f"reset_to_{self.resets}" if self.resets else "",
         ]
         return "-".join([size, *filter(None, marks)])
 
@@ -58,6 +60,12 @@ SMALL_RECURRENT_CASES = [
 ] + [RecurrentCase("lstm", steps=3, batch=7, input=4, hidden=6, projection=5, bidirectional=True, layout="lengths")]
 
 SMALL_VARIANT_CASES = [RecurrentCase(cell, steps=3, batch=7, input=4, hidden=20 if "norm" in cell else 5) for cell in VARIANTS]
+
+SMALL_RESET_CASES = [
+    RecurrentCase("lstm", steps=3, batch=7, bidirectional=True, layout="lengths", resets="states"),
+    RecurrentCase("gru", steps=3, batch=7, bidirectional=True, layout="packed", resets="state", recompute=True),
+    RecurrentCase("rnn_tanh", steps=3, batch=7, bidirectional=True, resets="zeros", state=False),
+]
 
 _ZONED = RecurrentCase("lstm", bidirectional=True, zoneout=(0.3, 0.5))
 
@@ -87,6 +95,21 @@ VARIANT_CASES = [
     *(RecurrentCase(cell, hidden=12, heads=3, bidirectional=True, layers=2) for cell in ("lstm", "gru", "rnn_relu")),
     RecurrentCase("slstm", hidden=12, heads=2, layout="packed", bidirectional=True),
     RecurrentCase("gru", hidden=12, heads=3, bidirectional=True, zoneout=(0.4, 0.0), training=True, layout="packed"),
+    *SMALL_RESET_CASES,
+    *(
+        RecurrentCase(cell, steps=7, batch=9, hidden=20 if "norm" in cell else 17, layout=layout, resets=to, bidirectional=True)
+        for cell, layout, to in zip(
+            CELLS, ("padded", "lengths", "packed") * 3, ("zeros", "states", "states", "state") * 3, strict=False
+        )
+    ),
+    RecurrentCase("slstm", resets="zeros", bidirectional=True),
+    RecurrentCase("lstm", resets="states", projection=20, hidden=40, batch=10, layers=2, bidirectional=True),
+    RecurrentCase("gru", resets="states", steps=1, batch=6),
+    RecurrentCase("lstm", resets="states", hidden=12, heads=3, bidirectional=True, layout="packed"),
+    replace(_ZONED, resets="states", layout="lengths", steps=6),
+    replace(_ZONED, resets="states", training=True, projection=3, layout="packed", steps=6),
+    replace(_ZONED, resets="states", training=True, cell="layer_norm_lstm", hidden=20),
+    replace(_ZONED, resets="states", training=True, cell="gru", zoneout=(0.4, 0.0), recompute=True),
     RecurrentCase("lstm", hidden=66, heads=66, batch=2, steps=3),  # more lanes than an op takes
     RecurrentCase("gru", hidden=40, heads=40, bidirectional=True, batch=4, steps=3, layout="lengths"),  # lanes of both directions
 ]

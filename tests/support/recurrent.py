@@ -16,7 +16,14 @@ from fastseq.ops.types import state_dtype
 
 from . import recurrent_equations
 from .battery import OpBattery
-from .cases import RECURRENT_CASES, SMALL_RECURRENT_CASES, SMALL_VARIANT_CASES, VARIANTS, RecurrentCase
+from .cases import (
+    RECURRENT_CASES,
+    SMALL_RECURRENT_CASES,
+    SMALL_RESET_CASES,
+    SMALL_VARIANT_CASES,
+    VARIANTS,
+    RecurrentCase,
+)
 
 SEED = 11  # of what zoneout draws
 FUNCTIONS: dict[str, Any] = {"lstm": F.lstm, "gru": F.gru, "rnn_tanh": F.rnn, "rnn_relu": F.rnn}
@@ -39,7 +46,7 @@ def module_of(library: Any, case: RecurrentCase, dtype: torch.dtype, **options: 
 
 
 def is_torchs(case: RecurrentCase) -> bool:
-    return case.cell in FUNCTIONS and case.heads == 1 and not any(case.zoneout)
+    return case.cell in FUNCTIONS and case.heads == 1 and not any(case.zoneout) and not case.resets
 
 
 class RecurrentBattery(OpBattery):
@@ -47,12 +54,13 @@ class RecurrentBattery(OpBattery):
 
     OP = "recurrent"
     CASES = RECURRENT_CASES
-    SMALL_CASES = (*SMALL_RECURRENT_CASES, *SMALL_VARIANT_CASES)
+    SMALL_CASES = (*SMALL_RECURRENT_CASES, *SMALL_VARIANT_CASES, *SMALL_RESET_CASES)
     COMPILED_CASES = (
         *SMALL_RECURRENT_CASES[::3][:2],
         *SMALL_RECURRENT_CASES[1::3][1:],
         *SMALL_RECURRENT_CASES[2::3][:1],
         *(case for case in SMALL_VARIANT_CASES if case.cell in ("peephole_lstm", "layer_norm_gru")),
+        *SMALL_RESET_CASES[:2],
     )
 
     def make(self, case, dtype, device="cpu", seed=0):
@@ -74,8 +82,17 @@ class RecurrentBattery(OpBattery):
             inputs["h0"] = torch.randn(lanes, case.batch, case.projection or case.hidden, dtype=torch.float64)
             for name in CELLS[case.cell].states[1:]:
                 inputs[f"{name}0"] = torch.randn(lanes, case.batch, case.hidden, dtype=torch.float64)
-            if "n0" in inputs:
-                inputs["n0"] = inputs["n0"].abs() + 1  # a normalizer is positive
+        if case.resets:
+            inputs["resets"] = torch.rand(inputs["x"].shape[:-1]) < 0.3
+        if case.resets.startswith("state"):
+            for name in CELLS[case.cell].states:
+                width = (case.projection or case.hidden) if name == "h" else case.hidden
+                inputs[f"reset_{name}"] = torch.randn(
+                    lanes, case.batch if case.resets == "states" else 1, width, dtype=torch.float64
+                )
+        for name in ("n0", "reset_n"):
+            if name in inputs:
+                inputs[name] = inputs[name].abs() + 1  # a normalizer is positive
         inputs |= {name: getattr(module, name).detach() for name in module._flat_weights_names}
         for name in (name for name in inputs if "_ln_" in name):
             inputs[name] += torch.randn_like(inputs[name]) / 4  # scales of 1 and shifts of 0 would hide that they are not used
@@ -92,7 +109,7 @@ class RecurrentBattery(OpBattery):
         case, x = inputs["case"], inputs["x"]
         query = backends.RecurrentQuery(
             "recurrent", x.device, x.dtype, case.cell, case.steps, 1, case.hidden, case.projection > 0, case.layout,
-            any(case.zoneout),
+            any(case.zoneout), resets=bool(case.resets),
         )  # fmt: skip
         with backends.use_backend(backend):
             return backends.obstacles(backend, query)
@@ -122,6 +139,8 @@ class RecurrentBattery(OpBattery):
                 torch.manual_seed(SEED)
             zoneout = case.zoneout if case.zoneout[1] else case.zoneout[0]
             options |= dict(proj_size=case.projection, num_heads=case.heads, zoneout=zoneout, training=case.training)
+            anew = [inputs[name] for name in (f"reset_{state}" for state in CELLS[case.cell].states) if name in inputs]
+            options |= dict(resets=inputs.get("resets"), reset_to=anew or None)
             y, finals, _ = F.recurrent(case.cell, inputs["x"], states or None, params, **options)
             return y, *finals
         if case.cell == "lstm":
@@ -165,14 +184,18 @@ class RecurrentBattery(OpBattery):
         reverse = [0, 1][:lanes]
         w_ih = torch.randn(lanes * len(cell.gates) * case.hidden, case.input, dtype=dtype)
         b_ih = torch.randn(w_ih.shape[0], dtype=dtype) if case.bias else None
+        resets: tuple[Any, ...] = ()
+        if case.resets:
+            anew = (h0, c0) if case.resets == "states" else (h0[:, :1], None if c0 is None else c0[:, :1])
+            resets = inputs["resets"], *(anew if case.resets.startswith("state") else (None, None))
         forward = (
             inputs["x"].detach(), w_ih, b_ih, weight, vectors, projection, h0, c0, lengths, batch_sizes, None, None, case.cell,
-            reverse, 0.0, 0.0, True, True,
+            reverse, 0.0, 0.0, True, True, *resets,
         )  # fmt: skip
         y, h_n, c_n, c, gates = torch.ops.fastseq.recurrent_forward(*forward)
         backward = (
             torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n) if cell.has_c else None, None, weight, vectors,
-            projection, h0, c0, lengths, batch_sizes, None, None, y, c, gates, case.cell, reverse, 0.0, 0.0,
+            projection, h0, c0, lengths, batch_sizes, None, None, y, c, gates, case.cell, reverse, 0.0, 0.0, *resets,
         )  # fmt: skip
         return [(torch.ops.fastseq.recurrent_forward.default, forward), (torch.ops.fastseq.recurrent_backward.default, backward)]
 

@@ -135,18 +135,25 @@ def layers(inputs: Mapping[str, Any], seed: int) -> tuple[Tensor, ...]:
         outputs = []
         for lane in range(lanes):
             number = layer * lanes + lane
-            start = []
-            for name in ("h", *states):
-                size = width if name == "h" else case.hidden
-                given = inputs.get(f"{name}0")
+
+            def of_rows(given: Tensor | None, name: str, number: int = number) -> Tensor:
+                if given is not None:
+                    return given[number].to(wide).expand(case.batch, -1)
                 # where nothing was seen yet the stabilizer of the sLSTM has no exponent
-                fill = -torch.inf if name == "m" and given is None else 0.0
-                start.append(x.new_full((case.batch, size), fill, dtype=wide) if given is None else given[number].to(wide))
+                size, fill = width if name == "h" else case.hidden, -torch.inf if name == "m" else 0.0
+                return x.new_full((case.batch, size), fill, dtype=wide)
+
+            start, anew = ([of_rows(inputs.get(f.format(name)), name) for name in ("h", *states)] for f in ("{}0", "reset_{}"))
             order = torch.arange(case.steps, device=x.device)[:, None]
             at = place.gather(0, (lengths - 1 - order if lane else order.expand_as(place)).clamp(min=0))
             held = [None if mask is None else mask[:, lane] for mask in masks]
             weights = _weights(case, inputs, layer, lane, wide)
-            output, ends = _lane(case, rows, at, lengths, start, weights, held)
+            # who starts anew before a step of this direction: backwards where the step before it, in time after it, is reset
+            cuts = torch.zeros_like(at, dtype=torch.bool)
+            if case.resets:
+                begins = inputs["resets"].flatten()[at.clamp(max=len(rows) - 1)]
+                cuts[lane:] = begins[: case.steps - lane]
+            output, ends = _lane(case, rows, at, lengths, start, weights, held, cuts, anew)
             outputs.append(output)
             for final, end in zip(finals, ends, strict=True):
                 final.append(end.to(x.dtype))
@@ -180,13 +187,16 @@ def _weights(case: RecurrentCase, inputs: Mapping[str, Any], layer: int, lane: i
 
 
 def _lane(
-    case: RecurrentCase, rows: Tensor, at: Tensor, lengths: Tensor, states: list[Tensor], w: dict[str, Tensor], held: list[Any]
-) -> tuple[Tensor, list[Tensor]]:
+    case: RecurrentCase, rows: Tensor, at: Tensor, lengths: Tensor, states: list[Tensor], w: dict[str, Tensor], held: list[Any],
+    cuts: Tensor, anew: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The output of every row, zero where there is no step, and the last states of a direction that takes row at[k] in step k."""
     dtype, wide = rows.dtype, states[0].dtype
     gates, outputs = rows @ w["weight_ih"].T, []
     for k in range(case.steps):
         index = at[k].clamp(max=rows.shape[0] - 1)
+        cut = (cuts[k] & (k < lengths))[:, None]
+        states = [torch.where(cut, new, old) for new, old in zip(anew, states, strict=True)]
         h, *others = states
         out, new = step(case.cell, w, gates[index].to(wide), h @ w["weight_hh"].T, h, others)
         if case.projection:

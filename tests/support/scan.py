@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastseq.functional import scan
 from fastseq.ops.scan import scan as scan_op
-from fastseq.ops.types import ScanSpec
+from fastseq.ops.types import SCAN_CELLS, ScanSpec
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ScanCase:
     channels: int = 5
     kind: str = "real"  # "complex", "blocks"
     a: str = "tbc"  # the dimensions that a has
-    cell: str = "given"  # "log", and padded, time first: "min_gru"
+    cell: str = "given"  # "log", and padded, time first, any other of ``SCAN_CELLS``
     reverse: bool = False
     initial: bool = True
     resets: bool = False
@@ -41,13 +41,15 @@ class ScanCase:
         return "-".join(filter(None, marks))
 
 
+LAYER_CELLS = [name for name, cell in SCAN_CELLS.items() if cell.reads_b]  # which layers alone call
+
 SMALL_SCAN_CASES = [
     ScanCase(),
     ScanCase(resets=True, layout="lengths", reverse=True, cell="log"),
     ScanCase(layout="packed", initial=False, resets=True, a="c"),
     ScanCase(kind="complex", a="c"),
     ScanCase(kind="blocks", reverse=True, resets=True),
-    ScanCase(cell="min_gru", resets=True, layout="lengths"),
+    *(ScanCase(cell=cell, resets=True, layout="lengths", reverse=i % 2 == 1) for i, cell in enumerate(LAYER_CELLS)),
 ]
 
 SCAN_CASES = [
@@ -73,7 +75,7 @@ SCAN_CASES = [
     ScanCase(70, 2, 5, kind="blocks", a="c", batch_first=True),
     ScanCase(9, 3, 4, kind="blocks", layout="packed", reverse=True),
     ScanCase(33, 2, 67, cell="min_gru", resets=True, reverse=True),
-    ScanCase(12, 3, 34, cell="min_gru", initial=False),
+    *(ScanCase(12, 3, 34, cell=cell, initial=False) for cell in ("min_gru", "rg_lru")),
     ScanCase(0, 2, 3),
     ScanCase(5, 0, 3, a="c"),
     ScanCase(5, 2, 0),
@@ -104,6 +106,9 @@ def make_scan(case: ScanCase, dtype: torch.dtype, device: str = "cpu", seed: int
     if case.cell == "log":
         a = -a.abs() if case.kind == "real" else a - 0.5
     a = a.to(wide if case.cell == "given" else dtype).to(device)
+    cell = SCAN_CELLS[case.cell]
+    gate = random(*b.shape) if cell.gate else None
+    vector = torch.rand(case.channels, generator=generator, dtype=torch.float64).to(wide).to(device) if cell.vector else None
     resets = torch.rand(sizes["t"], *([] if packed else [sizes["b"]]), generator=generator) < 0.3 if case.resets else None
     if resets is not None and case.batch_first:
         resets = resets.mT
@@ -116,9 +121,13 @@ def make_scan(case: ScanCase, dtype: torch.dtype, device: str = "cpu", seed: int
         b[beyond] = torch.nan
         if case.a == "tbc":
             a[beyond] = torch.nan
+        if gate is not None:
+            gate[beyond] = torch.nan
     return {
         "b": b.requires_grad_(),
         "a": a.requires_grad_(),
+        "gate": None if gate is None else gate.requires_grad_(),
+        "vector": None if vector is None else vector.requires_grad_(),
         "initial": random(case.batch, case.channels, *pairs, of=wide).requires_grad_() if case.initial else None,
         "resets": None if resets is None else resets.to(device),
         "lengths": None if lengths is None else lengths.to(device),
@@ -133,14 +142,34 @@ def make_scan(case: ScanCase, dtype: torch.dtype, device: str = "cpu", seed: int
 def run_scan(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """h and the final states of what ``make_scan`` gives."""
     given = dict(inputs)
-    kind, cell = given.pop("kind"), given.pop("cell")
-    if cell == "min_gru":  # which layers alone call
+    kind, cell, gate, vector = (given.pop(name) for name in ("kind", "cell", "gate", "vector"))
+    if cell in LAYER_CELLS:
         spec = ScanSpec(given["resets"], given["lengths"], None, cell, given["reverse"])
-        return scan_op(given["b"], given["a"], given["initial"], spec)
+        return scan_op(given["b"], given["a"], gate, vector, given["initial"], spec)
     names = ("b", "a", "initial") if kind == "complex" else ()
     given |= {name: torch.view_as_complex(given[name]) for name in names if given[name] is not None}
     results = scan(given.pop("b"), **{"log_a" if cell == "log" else "a": given.pop("a")}, **given)
     return tuple(torch.view_as_real(result) if kind == "complex" else result for result in results)  # type: ignore[return-value]
+
+
+def layer_step(cell: str, a: Tensor, b: Tensor, gate: Tensor, vector: Tensor, state: Tensor | None) -> Tensor:
+    """A step of a layer's cell by its equations; ``state``: before it, None at the beginning of a sequence."""
+    before = torch.zeros_like(b) if state is None else state
+    if cell in ("min_gru", "min_lstm"):
+        candidate = torch.where(b >= 0, b + 0.5, torch.sigmoid(b))
+        if cell == "min_gru":
+            return (1 - torch.sigmoid(a)) * before + torch.sigmoid(a) * candidate
+        f, i = torch.sigmoid(a), torch.sigmoid(gate)
+        return f / (f + i) * before + i / (f + i) * candidate
+    if cell == "hgrn":
+        f = vector + (1 - vector) * torch.sigmoid(a)
+        return f * before + (1 - f) * b * torch.sigmoid(b)
+    if cell == "rg_lru":
+        log = -vector * torch.sigmoid(a)
+        root = 1 if state is None else torch.sqrt(-torch.expm1(2 * log))
+        return torch.exp(log) * before + root * torch.sigmoid(gate) * b
+    f = torch.sigmoid(a)
+    return f * before + (1 - f if cell == "qrnn" else torch.sigmoid(gate)) * torch.tanh(b)
 
 
 def scan_by_torch(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -172,10 +201,9 @@ def scan_by_torch(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
             link = t + 1 if inputs["reverse"] else t  # a reset is between a step and the one before it in time
             if resets is not None and link < end and bool(resets[link, r]):
                 state = None
-            if inputs["cell"] == "min_gru":
-                z, v = torch.sigmoid(a[t, r]), b[t, r]
-                candidate = torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
-                state = z * candidate if state is None else z * candidate + (1 - z) * state
+            if inputs["cell"] in LAYER_CELLS:
+                gate = a[t, r] if inputs["gate"] is None else inputs["gate"][t, r].to(wide)
+                state = layer_step(inputs["cell"], a[t, r], b[t, r], gate, inputs["vector"], state)
             elif state is None:
                 state = b[t, r]
             elif kind == "blocks":

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from ..query import Query
 from . import attention, attention_decode, recurrent, scan
-from .attention import attention_backward, attention_forward, attention_weights, attention_with_weights
+from .attention import (
+    attention_backward,
+    attention_forward,
+    attention_weights,
+    attention_weights_backward,
+    attention_with_weights,
+)
 from .attention_decode import attention_decode_forward
 from .recurrent import layer_gradients, recurrent_backward, recurrent_forward
 from .scan import scan_backward, scan_forward
@@ -14,6 +20,7 @@ __all__ = [
     "attention_decode_forward",
     "attention_forward",
     "attention_weights",
+    "attention_weights_backward",
     "attention_with_weights",
     "available",
     "devices",

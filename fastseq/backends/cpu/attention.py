@@ -21,8 +21,6 @@ def why_not(query: AttentionQuery) -> list[str]:
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of float32, float64, bfloat16, float16")
     if query.features[0] == 0:
         against.append("the CPU's kernels have no products without features")
-    if query.call == "weights_backward":
-        against.append("the CPU's kernels have no gradient through the weights")
     return against
 
 
@@ -34,10 +32,36 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, saves: bool =
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
+    return attention_gradients(dout, dlse, None, False, q, k, v, out, lse, spec, [*wanted, False])[:-1]
+
+
+def attention_weights_backward(
+    dw: Tensor, q: Tensor, k: Tensor, lse: Tensor, spec: Spec, average: bool, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    return attention_gradients(None, None, dw, average, q, k, None, None, lse, spec, [*wanted, True])
+
+
+def attention_gradients(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    dw: Tensor | None,
+    average: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor,
+    spec: Spec,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """Both in one pass: the gradients of ``GRADIENTS``, and delta; wanted: 8 bools. v and out go with dout."""
     if dlse is not None:
         dlse = dlse.to(lse.dtype).contiguous()
+    if dw is not None:
+        dw = dw.to(q.dtype)
     dense, native = _dense(spec, q.dtype), torch.ops.fastseq_native.attention_backward.default
-    dq, dk, dv, dbias, drelative_bias, *rest = native(dout, dlse, q, k, v, out, lse.contiguous(), *dense, wanted)
+    results = native(dout, dlse, dw, average, q, k, v, out, lse.contiguous(), *dense, wanted)
+    dq, dk, dv, dbias, drelative_bias, *rest = results
     if wanted[3] and spec.bias is not None:
         dbias = dbias.to(spec.bias.dtype)
     if wanted[4] and spec.relative_bias is not None:

@@ -63,6 +63,9 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
         call.batch_sizes,
         hold_h,
         hold_c,
+        dense(call.resets),
+        dense(call.reset_h, call.dtype),
+        dense(call.reset_c, call.wide),
         call.cell,
         call.reverse_bits,
         call.zoneout_h,
@@ -73,10 +76,10 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     return results
 
 
-def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def recurrent_backward(call: Backward) -> tuple[Tensor, ...]:
     y, dtype, wide = call.y, call.dtype, call.wide
-    results = dgates, drecurrent, _, dh0, _ = call.empty_results()
-    once = call.steps == 1
+    results = dgates, drecurrent, _, dh0, *_ = call.empty_results()
+    once = call.steps == 1 and call.resets is None
     torch.ops.fastseq_native.recurrent_backward.default(
         dense(call.dy, dtype),
         dense(call.dh_n, dtype),
@@ -91,6 +94,9 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, 
         call.batch_sizes,
         dense(call.hold_h),
         dense(call.hold_c),
+        dense(call.resets),
+        dense(call.reset_h, dtype),
+        dense(call.reset_c, wide),
         y.contiguous(),
         call.c.contiguous(),
         call.gates.contiguous(),
@@ -121,23 +127,25 @@ def layer_backward(
     zoneout_c: float,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of x, h0, c0 and of the parameters, w_ih and w_hh, with biases b_ih and b_hh, and w_hr of a projection
-    without zoneout, of each direction; None for those not ``wanted``: of a layer of few rows, by one native op.
-    ``saved``: x, h0, c0, lengths (int64), batch_sizes, hold_h, hold_c, y, c, gates, parameters.
+    """The gradients of x, of the four states, None for the last two, and of the parameters, w_ih and w_hh, with biases b_ih and
+    b_hh, and w_hr of a projection without zoneout, of each direction; None for those not ``wanted``: of a layer of few rows, by
+    one native op.
+    ``saved``: x, the states, lengths (int64), batch_sizes, hold_h, hold_c, resets, y, c, gates, parameters.
     """
-    x, h0, c0, lengths, batch_sizes, hold_h, hold_c, y, c, gates, *params = saved
+    x, h0, c0, _, _, lengths, batch_sizes, hold_h, hold_c, resets, y, c, gates, *params = saved
+    wanted = *wanted[:3], *wanted[5:]
     if c0 is not None and c0.dtype != c.dtype:
         c0 = c0.to(c.dtype)
     dy, dh_n, dc_n, x, h0, c0 = all_dense(dy, dh_n, dc_n, x, h0, c0)
     found = torch.ops.fastseq_native.recurrent_layer_backward.default(
-        *(dy, dh_n, dc_n, x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c),
+        *(dy, dh_n, dc_n, x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c, resets),
         *(y, c, gates, cell, zoneout_h, zoneout_c, wanted, two_parts()),
     )
     each = iter(found)
     grads: list[Any] = [next(each) if want else None for want in wanted]
     if wanted[2]:
         grads[2] = grads[2].to(saved[2].dtype)
-    return grads
+    return [*grads[:3], None, None, *grads[3:]]
 
 
 def layer_gradients(
@@ -146,6 +154,7 @@ def layer_gradients(
     """Gradients of x, and lane by lane of w_ih, w_hh, b_ih and b_hh, those that are ``wanted``; None: torch's products serve."""
     if x.dtype not in PRODUCTS or library.reason():
         return None
+    call.spread_reset_states()
     dgates, drecurrent, *_ = results
     bits = [sum(bool(kind and kind[lane]) << bit for bit, kind in enumerate(wanted[:4])) for lane in range(call.lanes)]
     bits[0] |= int(wanted_x) << 4
@@ -157,6 +166,8 @@ def layer_gradients(
         dense(call.h0, x.dtype),
         dense(call.lengths, torch.int64),
         call.batch_sizes,
+        dense(call.resets),
+        dense(call.reset_h, x.dtype),
         list(weights.w_ih) if wanted_x else [],
         call.reverse_bits,
         bits,

@@ -54,14 +54,23 @@ def _state(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else _numbers(tensor.to(dtype).contiguous(), 1)
 
 
-def scan_forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+def scan_forward(
+    b: Tensor, a: Tensor, gate: Tensor | None, vector: Tensor | None, initial: Tensor | None, spec: ScanSpec
+) -> tuple[Tensor, Tensor]:
     kind, wide = scan_kind(b, a), state_dtype(b.dtype)
     if kind == "blocks" and b.dtype != wide:  # the kernels of blocks have no elements of 16 bits
-        h, final = scan_forward(b.to(wide), a, initial, spec)
+        h, final = scan_forward(b.to(wide), a, None, None, initial, spec)
         return h.to(b.dtype), final
     h, final = empty_scan(b, kind, spec)
     torch.ops.fastseq_native.scan_forward.default(
-        _numbers(b, 2), _coefficients(a, b, kind), _state(initial, wide), *_fields(spec, kind), _numbers(h, 2), _numbers(final, 1)
+        _numbers(b, 2),
+        _coefficients(a, b, kind),
+        _numbers(gate, 2),
+        _state(vector, wide),
+        _state(initial, wide),
+        *_fields(spec, kind),
+        _numbers(h, 2),
+        _numbers(final, 1),
     )
     return h, final
 
@@ -71,26 +80,34 @@ def scan_backward(
     dfinal: Tensor | None,
     b: Tensor | None,
     a: Tensor,
+    gate: Tensor | None,
+    vector: Tensor | None,
     h: Tensor,
     initial: Tensor | None,
     spec: ScanSpec,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kind, wide = scan_kind(h, a), state_dtype(h.dtype)
     if kind == "blocks" and h.dtype != wide:
-        db, *others = scan_backward(None if dh is None else dh.to(wide), dfinal, b, a, h.to(wide), initial, spec, wanted)
-        return db.to(h.dtype), others[0], others[1]
-    db, da, dinitial = empty_scan_gradients(a, h, kind, spec, wanted)
+        dh = None if dh is None else dh.to(wide)
+        db, *others = scan_backward(dh, dfinal, b, a, None, None, h.to(wide), initial, spec, wanted)
+        return db.to(h.dtype), *others  # type: ignore[return-value]
+    db, da, dgate, dvector, dinitial = empty_scan_gradients(a, h, kind, spec, wanted)
+    of_rows = dvector.new_empty(dinitial.shape[0], *dvector.shape) if dvector.numel() else None
     torch.ops.fastseq_native.scan_backward.default(
         _numbers(dh, 2),
         _state(dfinal, wide),
         _numbers(b, 2),
         _coefficients(a, h, kind),
+        _numbers(gate, 2),
+        _state(vector, wide),
         _numbers(h, 2),
         _state(initial, wide),
         *_fields(spec, kind),
         _numbers(db, 2) if wanted[0] else None,
         _numbers(da, 2) if wanted[1] else None,
+        _numbers(dgate, 2) if dgate.dim() > 1 else None,
+        of_rows,
         _numbers(dinitial, 1),
     )
-    return db, da, dinitial
+    return db, da, dgate, dvector if of_rows is None else of_rows.sum(0), dinitial

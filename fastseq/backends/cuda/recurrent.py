@@ -90,22 +90,27 @@ def forward(call: Forward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Te
     _run(
         call, machine, "forward", x_gates=call.input_gates().contiguous(), weight=call.weight.contiguous(),
         vectors=dense(call.vectors), h0=dense(call.h0, call.dtype), c0=dense(call.c0, call.wide), y=y, h_n=h_n, c_n=c_n, c=c,
-        gates=gates,
+        gates=gates, **_resets(call),
     )  # fmt: skip
     return results
 
 
-def backward(call: Backward, machine: Machine) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dgates, drecurrent, doutput, dh0, dc0, as the op's contract has them."""
+def backward(call: Backward, machine: Machine) -> tuple[Tensor, ...]:
+    """dgates, drecurrent, doutput, dh0, dc0, dreset_h, dreset_c, as the op's contract has them."""
     dtype, wide = call.dtype, call.wide
-    results = dgates, drecurrent, _, dh0, dc0 = call.empty_results(zeros=True)
+    results = dgates, drecurrent, _, dh0, dc0, dreset_h, dreset_c = call.empty_results(zeros=True)
     _run(
         call, machine, "backward", dy=dense(call.dy, dtype), dh_n=dense(call.dh_n, dtype), dc_n=dense(call.dc_n, wide),
         dc=dense(call.dc, wide), weight=call.weight.contiguous(), vectors=dense(call.vectors), h0=dense(call.h0, dtype),
         c0=dense(call.c0, wide), y=call.y.contiguous(), c=call.c.contiguous(), gates=call.gates.contiguous(), dgates=dgates,
-        drecurrent=drecurrent, dh0=dh0, dc0=dc0,
+        drecurrent=drecurrent, dh0=dh0, dc0=dc0, **_resets(call), dreset_h=dreset_h, dreset_c=dreset_c,
     )  # fmt: skip
     return results
+
+
+def _resets(call: Call) -> dict[str, Tensor | None]:
+    rows = None if call.resets is None else call.resets.contiguous().view(torch.uint8)
+    return {"resets": rows, "reset_h": dense(call.reset_h, call.dtype), "reset_c": dense(call.reset_c, call.wide)}
 
 
 def _run(call: Call, machine: Machine, direction: str, **tensors: Tensor | None) -> None:
@@ -155,5 +160,5 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     return forward(call, GPU)
 
 
-def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def recurrent_backward(call: Backward) -> tuple[Tensor, ...]:
     return backward(call, GPU)

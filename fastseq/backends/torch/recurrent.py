@@ -83,7 +83,7 @@ MOST_STEPS = 65_535  # that cuDNN counts
 
 def serves(query: RecurrentQuery) -> bool:
     """Whether torch has such layers: of one or two directions, without heads."""
-    return query.cell in GATES and not query.zoned and query.layout != "lengths" and query.lanes <= 2
+    return query.cell in GATES and not (query.zoned or query.resets) and query.layout != "lengths" and query.lanes <= 2
 
 
 def fuses(query: RecurrentQuery) -> bool:

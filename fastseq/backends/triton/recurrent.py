@@ -40,7 +40,7 @@ def forms(query: RecurrentQuery) -> tuple[str, ...]:
 
 
 def _may_be_parallel(query: RecurrentQuery) -> bool:
-    return query.hidden == 1 and bool(CELLS[query.cell].jacobian) and not query.zoned
+    return query.hidden == 1 and bool(CELLS[query.cell].jacobian) and not query.zoned and not query.resets
 
 
 def form(query: RecurrentQuery, family: str) -> str:
@@ -72,7 +72,7 @@ def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     return launch.results
 
 
-def recurrent_backward(call: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def recurrent_backward(call: Backward) -> tuple[Tensor, ...]:
     if recurrent_parallel.serves(call) and _form_of(call) == PARALLEL:
         note(f"backward {PARALLEL} in time")
         return recurrent_parallel.backward(call, scan_backward)
@@ -95,7 +95,7 @@ def _whole_forward(launch: ForwardLaunch) -> None:
 
     whole.forward[launch.grid(launch.call.hidden)](
         launch.x_gates, launch.weight, launch.vectors, launch.h0, launch.c0, launch.y, launch.h_n, launch.c_n, launch.c,
-        launch.gates, launch.layout, launch.zoneout, launch.call.hidden,
+        launch.gates, launch.layout, launch.zoneout, launch.resets, launch.call.hidden,
         STEP=launch.math.step, PRECISION=fp32_precision(), **launch.options,
     )  # fmt: skip
 
@@ -106,7 +106,7 @@ def _whole_backward(launch: BackwardLaunch) -> None:
     whole.backward[launch.grid(launch.call.hidden)](
         launch.dy, launch.dh_n, launch.dc_n, launch.dc, launch.weight, launch.vectors, launch.h0, launch.c0, launch.y, launch.c,
         launch.gates, launch.dgates, launch.drecurrent, launch.doutput, launch.dh0, launch.dc0, launch.layout, launch.zoneout,
-        launch.call.hidden, PRECISION=fp32_precision(), **launch.options,
+        launch.resets, launch.call.hidden, PRECISION=fp32_precision(), **launch.options,
     )  # fmt: skip
 
 

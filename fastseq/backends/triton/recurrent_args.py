@@ -29,6 +29,7 @@ class _Launched:
         )  # fmt: skip
         self.layout = _layout(call)
         self.zoneout = _zoneout(call)
+        self.resets = _resets(call)
         self.weight = call.weight.contiguous()
         self.vectors = dense(call.vectors)
         self.h0, self.c0 = dense(call.h0, call.dtype), dense(call.c0, call.wide)
@@ -62,12 +63,16 @@ class ForwardLaunch(_Launched):
 
 
 class BackwardLaunch(_Launched):
-    """``results``: dgates, drecurrent, doutput, dh0, dc0, as the op's contract has them; None for the kernels where empty."""
+    """``results``: dgates, drecurrent, doutput, dh0, dc0, dreset_h, dreset_c, as the op's contract has them; None for the kernels
+    where empty."""
 
     def __init__(self, call: Backward) -> None:
         super().__init__(call)
         self.results = call.empty_results(zeros=True)
-        self.dgates, drecurrent, doutput, self.dh0, self.dc0 = self.results
+        self.dgates, drecurrent, doutput, self.dh0, self.dc0, dreset_h, dreset_c = self.results
+        if call.resets is not None:
+            wanted = (sums if sums.numel() else None for sums in (dreset_h, dreset_c))
+            self.resets = self.resets._replace(**dict(zip(("dh", "dc"), wanted, strict=True)))
         self.drecurrent = drecurrent if call.row.own_recurrent else None
         self.doutput = doutput if call.output_gradient else None
         self.y, self.c, self.gates = call.y.contiguous(), call.c.contiguous(), call.gates.contiguous()
@@ -92,6 +97,15 @@ def _zoneout(call: Call) -> Any:
     from fastseq.kernels.recurrent.args import Zoneout
 
     return Zoneout(*(None if hold is None else hold.contiguous().view(torch.uint8) for hold in (call.hold_h, call.hold_c)))
+
+
+def _resets(call: Call) -> Any:
+    from fastseq.kernels.recurrent.args import Resets
+
+    if call.resets is None:
+        return Resets(None, None, None)
+    rows = call.resets.contiguous().view(torch.uint8)
+    return Resets(rows, dense(call.reset_h, call.dtype), dense(call.reset_c, call.wide))
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -19,7 +19,8 @@ def forward(launch: ForwardLaunch) -> None:
     _start(launch.c_n, launch.c0)
     streamed.forward[launch.grid(call.hidden)](
         launch.x_gates, weight, launch.vectors, h, launch.c_n, launch.y, launch.h_n, launch.c, launch.gates, launch.layout,
-        launch.zoneout, call.hidden, weight.shape[-1], STEP=launch.math.step, PRECISION=fp32_precision(), **launch.options,
+        launch.zoneout, launch.resets, call.hidden, weight.shape[-1], STEP=launch.math.step, PRECISION=fp32_precision(),
+        **launch.options,
     )  # fmt: skip
 
 
@@ -34,8 +35,8 @@ def backward(launch: BackwardLaunch) -> None:
     _start(launch.dc0, launch.dc_n)
     streamed.backward[launch.grid(call.hidden)](
         launch.dy, dh, launch.dc0, launch.dc, dr_gates, weight, launch.vectors, launch.h0, launch.c0, launch.y, launch.c,
-        launch.gates, launch.dgates, launch.drecurrent, launch.dh0, launch.layout, launch.zoneout, call.hidden,
-        weight.shape[-1], PRECISION=fp32_precision(), **launch.options,
+        launch.gates, launch.dgates, launch.drecurrent, launch.dh0, launch.layout, launch.zoneout, launch.resets,
+        call.hidden, weight.shape[-1], PRECISION=fp32_precision(), **launch.options,
     )  # fmt: skip
 
 

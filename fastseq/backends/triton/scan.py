@@ -92,7 +92,7 @@ class _Launch:
             "KIND": kind,
             "N": self.state_numbers,
             "M": self.numbers,
-            "CELL": SCAN_CELLS.index(spec.cell),
+            "CELL": [*SCAN_CELLS].index(spec.cell),
             "REVERSE": spec.reverse,
             "U": self.config.unrolled,
             "BC": self.config.channels,
@@ -112,7 +112,9 @@ class _Launch:
                 )
 
 
-def scan_forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+def scan_forward(
+    b: Tensor, a: Tensor, gate: Tensor | None, vector: Tensor | None, initial: Tensor | None, spec: ScanSpec
+) -> tuple[Tensor, Tensor]:
     from fastseq.kernels.scan.scan import forward
 
     launch = _Launch(b, a, spec)
@@ -121,7 +123,9 @@ def scan_forward(b: Tensor, a: Tensor, initial: Tensor | None, spec: ScanSpec) -
         forward,
         _rows(b, launch.state_numbers),
         _rows(a, launch.numbers),
+        _rows(gate, 1),
         _rows(h, launch.state_numbers),
+        _state(vector, launch.wide),
         _state(initial, state_dtype(b.dtype)),
         _numbers(final),
     )
@@ -133,30 +137,42 @@ def scan_backward(
     dfinal: Tensor | None,
     b: Tensor | None,
     a: Tensor,
+    gate: Tensor | None,
+    vector: Tensor | None,
     h: Tensor,
     initial: Tensor | None,
     spec: ScanSpec,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from fastseq.kernels.scan.scan import backward
 
     launch = _Launch(h, a, spec)
     wide = state_dtype(h.dtype)
-    db, da, dinitial = empty_scan_gradients(a, h, launch.kind, spec, wanted)
+    db, da, dgate, dvector, dinitial = empty_scan_gradients(a, h, launch.kind, spec, wanted)
     sums = None
-    if wanted[1] and a.shape[0] != h.shape[0]:
+    constant = wanted[1] and a.shape[0] != h.shape[0]
+    if constant:
         sums = h.new_zeros(da.shape[1], launch.chunks, *da.shape[2:], dtype=da.dtype)
+    elif dvector.numel():
+        sums = h.new_zeros(launch.layout.rows, launch.chunks, *dvector.shape, dtype=wide)
     launch.run(
         backward,
         _rows(dh, launch.state_numbers),
         _rows(b, launch.state_numbers),
         _rows(a, launch.numbers),
+        _rows(gate, 1),
         _rows(h, launch.state_numbers),
         _rows(db if wanted[0] else None, launch.state_numbers),
-        _rows(da if wanted[1] and sums is None else None, launch.numbers),
+        _rows(da if wanted[1] and not constant else None, launch.numbers),
+        _rows(dgate if dgate.dim() > 1 else None, 1),
+        _state(vector, wide),
         _numbers(sums),
         _state(initial, wide),
         _state(dfinal, wide),
         _numbers(dinitial),
     )
-    return db, da if sums is None else sums.sum(1)[None], dinitial
+    if sums is not None and constant:
+        da = sums.sum(1)[None]
+    elif sums is not None:
+        dvector = sums.sum((0, 1))
+    return db, da, dgate, dvector, dinitial

@@ -30,6 +30,11 @@ Walk walk(const py::dict& given) {
 
 ExchangeBuffers buffers(const py::dict& given) { return {pointer<void>(given, "operands"), pointer<uint32_t>(given, "flags")}; }
 
+Resets resets(const py::dict& given, float* dh = nullptr, float* dc = nullptr) {
+  return {pointer<const uint8_t>(given, "resets"), pointer<const void>(given, "reset_h"), pointer<const float>(given, "reset_c"), dh,
+          dc};
+}
+
 template <class Params>
 void run_kernels(const std::string& cell_name, const std::string& precision_name, const std::vector<int64_t>& numbers,
                  const Params& params) {
@@ -46,7 +51,7 @@ void forward(const std::string& cell, const std::string& precision, const std::v
   run_kernels(cell, precision, plan, ForwardParams{
       pointer<const void>(g, "x_gates"), pointer<const void>(g, "weight"), pointer<const void>(g, "vectors"), pointer<const void>(g, "h0"),
       pointer<const float>(g, "c0"), pointer<void>(g, "y"), pointer<void>(g, "h_n"), pointer<float>(g, "c_n"), pointer<float>(g, "c"),
-      pointer<void>(g, "gates"), walk(g), {}, buffers(g)});
+      pointer<void>(g, "gates"), walk(g), {}, buffers(g), resets(g)});
 }
 
 void backward(const std::string& cell, const std::string& precision, const std::vector<int64_t>& plan, const py::dict& g) {
@@ -54,7 +59,8 @@ void backward(const std::string& cell, const std::string& precision, const std::
       pointer<const void>(g, "dy"), pointer<const void>(g, "dh_n"), pointer<const float>(g, "dc_n"), pointer<const float>(g, "dc"),
       pointer<const void>(g, "weight"), pointer<const void>(g, "vectors"), pointer<const void>(g, "h0"), pointer<const float>(g, "c0"),
       pointer<const void>(g, "y"), pointer<const float>(g, "c"), pointer<const void>(g, "gates"), pointer<void>(g, "dgates"),
-      pointer<void>(g, "drecurrent"), pointer<void>(g, "dh0"), pointer<float>(g, "dc0"), walk(g), {}, buffers(g)});
+      pointer<void>(g, "drecurrent"), pointer<void>(g, "dh0"), pointer<float>(g, "dc0"), walk(g), {}, buffers(g),
+      resets(g, pointer<float>(g, "dreset_h"), pointer<float>(g, "dreset_c"))});
 }
 
 void exchange(const std::string& kind, int steps, int ctas, int vectors, uintptr_t flags, uintptr_t operands, uintptr_t results) {
