@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import frozen
 from oracles import seq2seq as joeynmt
 from torch import nn
@@ -192,10 +193,20 @@ def test_a_wide_beam_finds_the_best_sequence():
             best[said] = each[range(len(said)), list(said)].sum().item()
         wanted = max(best, key=best.get)
         assert tuple(found[b, 0].tolist()) == (*wanted, *[end] * (steps - len(wanted)))
-        assert scores[b, 0].item() == pytest.approx(best[wanted], abs=1e-12)
+        for words, score in zip(found[b].tolist(), scores[b].tolist(), strict=True):  # of all that were found, not the best alone
+            said = words[: words.index(end) + 1] if end in words else words
+            assert score == pytest.approx(best[tuple(said)], abs=1e-12)
         assert (scores[b].diff() <= 0).all()
-    narrow, _ = beam(decoder.step, state, begin, steps, width=1, end=end)
-    assert torch.equal(narrow[:, 0], greedy(decoder.step, state, begin, steps, end=end))
+
+
+def test_after_its_end_a_row_says_nothing_else():
+    def counts(token, state):
+        return F.one_hot((token + 1) % 5, 5).double(), state
+
+    said = greedy(counts, (), torch.tensor([0, 2]), 5, end=3)
+    assert said.tolist() == [[1, 2, 3, 3, 3], [3, 3, 3, 3, 3]]
+    assert greedy(counts, (), torch.tensor([0, 2]), 5).tolist() == [[1, 2, 3, 4, 0], [3, 4, 0, 1, 2]]
+    assert torch.equal(beam(counts, (), torch.tensor([0, 2]), 5, width=1, end=3)[0][:, 0], said)
 
 
 def test_a_length_penalty_favors_the_longer():
