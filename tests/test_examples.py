@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -56,6 +58,66 @@ def test_losses_agree_and_fall(program, cell, test):
     losses = re.search(test, printed, re.DOTALL)
     assert float(losses["after"]) < 0.99 * float(losses["before"])
     assert float(re.search(r"ratio ([\d.]+)", printed).group(1)) > 0
+
+
+FORMS = r"a step of an update, T=(\d+), \d+ environments: loop ([\d.]+) ms, one call ([\d.]+) ms, ratio ([\d.]+)"
+
+
+@pytest.mark.parametrize("form, updates", [("call", 8), ("loop", 3)])
+def test_a_recurrent_policy_learns_and_both_forms_agree(form, updates):
+    printed = run("recurrent_ppo.py", "--form", form, "--updates", str(updates))
+    first, last = map(float, re.search(r"mean return ([\d.]+) after the first rollout, ([\d.]+) at the end", printed).groups())
+    assert last > first and f"({form})" in printed
+    assert "both forms agree: loss" in printed and float(re.search(FORMS, printed)[4]) > 0
+
+
+@pytest.mark.slow
+def test_a_recurrent_policy_balances_the_pole_without_seeing_velocities():
+    printed = run("recurrent_ppo.py", "--updates", "200")
+    assert re.search(r"solved after \d+ steps", printed), printed
+
+
+class TestCartPole:
+    """The example's own environment, without gymnasium."""
+
+    @staticmethod
+    def example(monkeypatch) -> ModuleType:
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        return importlib.import_module("recurrent_ppo")
+
+    def test_it_moves_as_gymnasiums_does(self, monkeypatch):
+        gymnasium = pytest.importorskip("gymnasium")
+        theirs = gymnasium.make("CartPole-v1").unwrapped
+        theirs.reset(seed=0)
+        state = torch.tensor(theirs.state, dtype=torch.float64)[None]
+        for push in (1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1):
+            theirs.step(push)
+            state = self.example(monkeypatch).moved(state, torch.tensor([push]))
+            assert torch.allclose(state[0], torch.tensor(theirs.state, dtype=torch.float64), rtol=1e-12, atol=1e-15)
+
+    def test_episodes_end_by_the_rules_and_begin_anew(self, monkeypatch):
+        example = self.example(monkeypatch)
+        poles = example.CartPole(4, torch.Generator().manual_seed(0))
+        poles.state[:] = 0
+        poles.state[1, 0], poles.state[2, 2], poles.steps[3] = 2.5, -0.22, example.LIMIT - 1
+        assert poles.step(torch.tensor([1, 1, 1, 1])).tolist() == [False, True, True, True]
+        assert poles.steps.tolist() == [1, 0, 0, 0] and poles.state[1:].abs().max() <= 0.05 and poles.seen().shape == (4, 2)
+
+    def test_advantages_stop_where_an_episode_ends(self, monkeypatch):
+        """By the sum that defines them, segment by segment."""
+        example = self.example(monkeypatch)
+        generator = torch.Generator().manual_seed(0)
+        values, after = torch.rand(9, 3, generator=generator), torch.rand(3, generator=generator)
+        ended = torch.rand(9, 3, generator=generator) < 0.3
+        found = example.advantages(values, ended, after)
+        following = torch.cat((values[1:], after[None]))
+        for t, row in itertools.product(range(9), range(3)):
+            total, weight = 0.0, 1.0
+            for k in range(t, 9):
+                lives = 0.0 if ended[k, row] else 1.0
+                total += weight * (example.REWARD + example.GAMMA * lives * following[k, row] - values[k, row])
+                weight *= example.GAMMA * example.LAMBDA * lives
+            assert found[t, row] == pytest.approx(float(total), abs=1e-6)
 
 
 def test_options_are_heard():

@@ -13,6 +13,7 @@ from .onnx_attention import ONNX_ATTENTION_PROVIDERS
 from .onnx_runtime import ONNX_PROVIDERS
 from .pack import PACK_PROVIDERS
 from .recurrent import RECURRENT_PROVIDERS
+from .resets import RESET_PROVIDERS
 from .scan import SCAN_PROVIDERS
 from .stacks import STACK_PROVIDERS
 from .variable_length import VARIABLE_PROVIDERS
@@ -21,6 +22,7 @@ EVERY_PROVIDER = PROVIDERS | RECURRENT_PROVIDERS | CELL_PROVIDERS | ATTENTION_PR
 EVERY_PROVIDER |= (
     SCAN_PROVIDERS
     | LINEAR_PROVIDERS
+    | RESET_PROVIDERS
     | MODEL_PROVIDERS
     | LIMIT_PROVIDERS
     | STACK_PROVIDERS

@@ -86,6 +86,7 @@ class Curves:
     def panels(self, rows: list[Row]) -> dict[str, list[Row]]:
         """Rows by heading, which names what differs between them."""
         said = {"B": "B={}", "H": "H={}", "threads": "threads={}", "dtype": "{}"}
+        said.pop(self.x, None)
         varied = [name for name in said if len({(getattr(r, name), r.group) for r in rows}) > len(_groups(rows))]
         modes = len({r.mode for r in rows}) > 1
         found: dict[str, list[Row]] = {}

@@ -86,7 +86,7 @@ def run_layers(
         layers = [{name: [lowered(tensor, lower) for tensor in of] for name, of in layer.items()} for layer in layers]
     hidden = _check_params(cell, input, layers, options, directions)
     if options.solver is not None:
-        check_solver(cell, options.solver, hidden, options.num_heads, options.proj_size, any(zoneout), resets is not None)
+        check_solver(cell, options.solver, hidden, options.num_heads, options.proj_size, any(zoneout))
         check_device(options.solver, input.device)
     batch_first = options.batch_first and batch_sizes is None
     x = input.transpose(0, 1) if batch_first else input

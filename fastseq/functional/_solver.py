@@ -66,7 +66,7 @@ class Newton:
         return [float(self.tolerance), float(self.max_iterations), float(self.chunk or 0), float(self.otherwise == "raise")]
 
 
-def check_solver(cell: Cell, solver: Any, hidden: int, heads: int, proj_size: int, zoned: bool, resets: bool = False) -> None:
+def check_solver(cell: Cell, solver: Any, hidden: int, heads: int, proj_size: int, zoned: bool) -> None:
     """
     Raises:
         TypeError: unless ``solver`` is a Newton or None.
@@ -93,8 +93,6 @@ def check_solver(cell: Cell, solver: Any, hidden: int, heads: int, proj_size: in
         )
     if zoned:
         raise ValueError("solver and zoneout exclude each other: the sequential kernels alone have zoneout")
-    if resets:
-        raise ValueError("solver and resets exclude each other: the sequential kernels alone have resets")
 
 
 def check_device(solver: Newton, device: torch.device) -> None:

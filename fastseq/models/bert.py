@@ -7,6 +7,8 @@ What differs from the paper (Devlin et al., 2019): nothing is dropped unless a r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +40,13 @@ class BERT(nn.Module):
         self.embedding, self.segments = Embedding(words, width, "learned", longest), nn.Embedding(segments, width)
         self.norm, self.dropout = nn.LayerNorm(width, eps), nn.Dropout(dropout)
         inner = 4 * width if inner is None else inner
-        options = {"norm": "post", "activation": "gelu", "eps": eps, "dropout": dropout, "attention_dropout": attention_dropout}
+        options: Any = {
+            "norm": "post",
+            "activation": "gelu",
+            "eps": eps,
+            "dropout": dropout,
+            "attention_dropout": attention_dropout,
+        }
         self.encoder = Encoder([Block(width, heads, inner, **options) for _ in range(layers)])
         self.pooler, self.transform = nn.Linear(width, width), nn.Linear(width, width)
         self.transform_norm, self.output = nn.LayerNorm(width, eps), nn.Linear(width, words)

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, S keys, W width, H heads, E = W / H features of a he
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,11 +70,11 @@ class Attention(nn.Module):
         )
         return self.out(out.flatten(2))
 
-    def read(self, x: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> Tensor:
-        """x [B, T, W], causal, behind `count` [B] tokens of a cache [B, N, H, E] that it joins: [B, T, W]. Without gradients."""
+    def read(self, x: Tensor, keys: Tensor, values: Tensor, past: Tensor) -> Tensor:
+        """x [B, T, W], causal, behind `past` [B] tokens of a cache [B, N, H, E] that it joins: [B, T, W]. Without gradients."""
         q, k, v = self.project(x, 0, 3)
-        cache = {"cache_seqlens": count, "k_new": k, "v_new": v}
-        out = attention_with_kv_cache(q, keys, values, **cache, layout="bshd", scale=self.scale)
+        new: Any = {"cache_seqlens": past, "k_new": k, "v_new": v}
+        out = attention_with_kv_cache(q, keys, values, **new, layout="bshd", scale=self.scale)
         return self.out(out.flatten(2))
 
 

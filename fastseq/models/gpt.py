@@ -7,6 +7,8 @@ What differs from the paper (Radford et al., 2019): nothing is dropped unless a 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ._configuration import check_sizes
@@ -32,7 +34,7 @@ class GPT(nn.Module):
         super().__init__()
         check_sizes(layers=layers)
         self.embedding = Embedding(words, width, "learned", longest, dropout=dropout)
-        options = {"activation": "gelu_tanh", "eps": eps, "dropout": dropout, "attention_dropout": attention_dropout}
+        options: Any = {"activation": "gelu_tanh", "eps": eps, "dropout": dropout, "attention_dropout": attention_dropout}
         blocks = [Block(width, heads, 4 * width if inner is None else inner, **options) for _ in range(layers)]
         self.decoder, self.output = Decoder(blocks, nn.LayerNorm(width, eps)), nn.Linear(width, words, bias=False)
         self.output.weight = self.embedding.tokens.weight
@@ -54,7 +56,7 @@ class GPT(nn.Module):
 
     def read(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """The next tokens int [B, T]: logits [B, T, V], as `forward` has them, and the state then. No gradients."""
-        x, state = self.decoder.read(self.embedding(tokens, state.count), state)
+        x, state = self.decoder.read(self.embedding(tokens, state.past), state)
         return self.output(x), state
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:

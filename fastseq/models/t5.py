@@ -8,6 +8,8 @@ is named. As there: scores are not scaled, norms are of the root mean square, no
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastseq.functional import t5_relative_bias
@@ -35,21 +37,21 @@ class T5(nn.Module):
         check_sizes(layers=layers, buckets=buckets, farthest=farthest)
 
         def blocks(cross: bool) -> list[Block]:
-            options = {"kind": "rms", "bias": False, "scale": 1.0, "eps": eps, "dropout": dropout}
-            rates = {"attention_dropout": attention_dropout, "inner_dropout": inner_dropout}
+            options: Any = {"kind": "rms", "bias": False, "scale": 1.0, "eps": eps, "dropout": dropout}
+            rates: Any = {"attention_dropout": attention_dropout, "inner_dropout": inner_dropout}
             return [Block(width, heads, inner, cross=cross, **options, **rates) for _ in range(layers)]
 
         self.encoder = Encoder(blocks(False), nn.RMSNorm(width, eps))
         self.decoder = Decoder(blocks(True), nn.RMSNorm(width, eps))
         self.embedding, self.dropout = Embedding(words, width, "none", dropout=dropout), nn.Dropout(dropout)
-        self.biases = nn.ModuleList(nn.Embedding(buckets, heads) for _ in range(2))  # of the encoder's distances, the decoder's
-        self.buckets = {"num_buckets": buckets, "max_distance": farthest}
-        for parameter in self.biases.parameters():
-            nn.init.normal_(parameter, std=width**-0.5)
+        self.encoder_bias, self.decoder_bias = nn.Embedding(buckets, heads), nn.Embedding(buckets, heads)  # by distance
+        self.buckets: Any = {"num_buckets": buckets, "max_distance": farthest}
+        for bias in (self.encoder_bias, self.decoder_bias):
+            nn.init.normal_(bias.weight, std=width**-0.5)
 
     def encode(self, source: Tensor, lengths: Tensor | None = None) -> Tensor:
         """source int [B, S] with lengths [B]: [B, S, W]."""
-        x, relative = self.embedding(source), t5_relative_bias(self.biases[0].weight, *[source.shape[1]] * 2, **self.buckets)
+        x, relative = self.embedding(source), t5_relative_bias(self.encoder_bias.weight, *[source.shape[1]] * 2, **self.buckets)
         for block in self.encoder.blocks:
             x = block(x, lambda y, ask=block.attention: ask(y, lengths=lengths, relative=relative))
         return self.dropout(self.encoder.final(x))
@@ -77,10 +79,10 @@ class T5(nn.Module):
         relative = self._before(state.keys[0].shape[1])
 
         def attend(y: Tensor, ask: Attention, *cache: Tensor) -> Tensor:
-            place = state.count[:, None, None, None].expand(-1, 1, *cache[0].shape[2:])  # [B, 1, H, E]
+            place = state.past[:, None, None, None].expand(-1, 1, *cache[0].shape[2:])  # [B, 1, H, E]
             for kept, new in zip(cache, ask.project(y, 1, 3), strict=True):
                 kept.scatter_(1, place, new)
-            return ask(y, cache, state.count + 1, relative=relative, alignment="bottom_right")
+            return ask(y, cache, state.past + 1, relative=relative, alignment="bottom_right")
 
         for block, keys, values, source in zip(self.decoder.blocks, state.keys, state.values, state.source, strict=True):
             x = block(
@@ -88,11 +90,11 @@ class T5(nn.Module):
                 lambda y, ask=block.attention, cache=(keys, values): attend(y, ask, *cache),
                 lambda y, ask=block.cross, source=source: ask(y, source, state.lengths),
             )
-        return self._logits(x)[:, 0], state._replace(count=state.count + 1)
+        return self._logits(x)[:, 0], state._replace(past=state.past + 1)
 
     def _before(self, steps: int) -> tuple[Tensor, int]:
         """The decoder's bias by distances -(steps - 1) .. 0."""
-        return t5_relative_bias(self.biases[1].weight, steps, 1, bidirectional=False, **self.buckets)
+        return t5_relative_bias(self.decoder_bias.weight, steps, 1, bidirectional=False, **self.buckets)
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.dropout(self.decoder.final(x)) * x.shape[-1] ** -0.5 @ self.embedding.tokens.weight.T

@@ -11,7 +11,7 @@ without a source is GPT's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class State(NamedTuple):
 
     keys: tuple[Tensor, ...]  # [B, N, H, E] each
     values: tuple[Tensor, ...]  # likewise
-    count: Tensor  # int64 [B]: tokens so far
+    past: Tensor  # int64 [B]: tokens so far
     source: tuple[tuple[Tensor, ...], ...]  # of every layer the keys and values of the source, [B, S, H, E]; () without one
     lengths: Tensor | None  # [B], of the source
 
@@ -38,7 +38,8 @@ class Encoder(nn.Module):
 
     def __init__(self, blocks: Sequence[Block], final: nn.Module | None = None) -> None:
         super().__init__()
-        self.blocks, self.final = nn.ModuleList(blocks), nn.Identity() if final is None else final
+        self.blocks: Any = nn.ModuleList(blocks)
+        self.final = nn.Identity() if final is None else final
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """x [B, S, W], lengths [B]: [B, S, W]; what comes of padding is to be ignored."""
@@ -52,7 +53,8 @@ class Decoder(nn.Module):
 
     def __init__(self, blocks: Sequence[Block], final: nn.Module | None = None) -> None:
         super().__init__()
-        self.blocks, self.final = nn.ModuleList(blocks), nn.Identity() if final is None else final
+        self.blocks: Any = nn.ModuleList(blocks)
+        self.final = nn.Identity() if final is None else final
         self.crosses = blocks[0].cross is not None
 
     def forward(self, x: Tensor, memory: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
@@ -77,12 +79,12 @@ class Decoder(nn.Module):
         """The next T steps at once, x [B, T, W], of sequences that need not be of one length: [B, T, W]. Without gradients."""
         self.check(state, x)
         for number, block in enumerate(self.blocks):
-            cache = (state.keys[number], state.values[number], state.count)
+            cache = (state.keys[number], state.values[number], state.past)
             answer = None
             if state.source:
                 answer = lambda y, ask=block.cross, source=state.source[number]: ask(y, source, state.lengths)  # noqa: E731
             x = block(x, lambda y, attend=block.attention, cache=cache: attend.read(y, *cache), answer)
-        return self.final(x), state._replace(count=state.count + x.shape[1])
+        return self.final(x), state._replace(past=state.past + x.shape[1])
 
     def _check_source(self, memory: Tensor | None) -> None:
         if (memory is not None) != self.crosses:
@@ -96,8 +98,8 @@ class Decoder(nn.Module):
         check_state(state.values, [shape] * layers, x, "state.values")
         of_source = (batch, None, heads, x.shape[-1] // heads)
         check_state(state.source, [[of_source] * 2] * layers if self.crosses else [], x, "state.source")
-        if state.count.shape != (batch,):
-            raise RuntimeError(f"state.count must be [{batch}] for this batch, got {list(state.count.shape)}")
+        if state.past.shape != (batch,):
+            raise RuntimeError(f"state.past must be [{batch}] for this batch, got {list(state.past.shape)}")
 
 
 class EncoderDecoder(nn.Module):
@@ -117,8 +119,8 @@ class EncoderDecoder(nn.Module):
         check_sizes(layers=layers)
 
         def blocks(cross: bool) -> list[Block]:
-            rates = {"dropout": dropout, "attention_dropout": attention_dropout, "inner_dropout": inner_dropout}
-            options = {"norm": norm, "activation": activation, "eps": eps}
+            rates: Any = {"dropout": dropout, "attention_dropout": attention_dropout, "inner_dropout": inner_dropout}
+            options: Any = {"norm": norm, "activation": activation, "eps": eps}
             return [Block(width, heads, inner, cross=cross, **options, **rates) for _ in range(layers)]
 
         finals = [None if norm == "post" else nn.LayerNorm(width, eps) for _ in range(2)]
@@ -140,7 +142,7 @@ class EncoderDecoder(nn.Module):
 
     def read(self, target: Tensor, state: State) -> tuple[Tensor, State]:
         """The next target tokens int [B, T]: logits [B, T, V], as `forward` gives them, and the state then. Without gradients."""
-        x, state = self.decoder.read(self.target(target, state.count), state)
+        x, state = self.decoder.read(self.target(target, state.past), state)
         return self.output(x), state
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:

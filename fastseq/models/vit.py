@@ -8,6 +8,8 @@ a rate is named.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ class ViT(nn.Module):
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.places = nn.Parameter(torch.randn(1, (size // patch) ** 2 + 1, width) * 0.02)
         inner = 4 * width if inner is None else inner
-        options = {"activation": "gelu", "eps": eps, "dropout": dropout, "attention_dropout": attention_dropout}
+        options: Any = {"activation": "gelu", "eps": eps, "dropout": dropout, "attention_dropout": attention_dropout}
         self.encoder = Encoder([Block(width, heads, inner, **options) for _ in range(layers)], nn.LayerNorm(width, eps))
         self.head = nn.Linear(width, classes)
 

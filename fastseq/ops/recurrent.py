@@ -57,7 +57,7 @@ lanes are units, H = P = 1, of a cell with a Jacobian, without zoneout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -95,7 +95,7 @@ _library.define(
     f"bool private, float[] solver, {_RESETS}) -> "
     "(Tensor y, Tensor h_n, Tensor c_n, Tensor c)"
 )
-for _name, _more in (("recurrent_forward", _RESETS), ("recurrent_newton", "float[] solver")):
+for _name, _more in (("recurrent_forward", _RESETS), ("recurrent_newton", f"float[] solver, {_RESETS}")):
     _library.define(
         f"{_name}(Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor weight, Tensor? vectors, Tensor? projection, Tensor? h0, "
         f"Tensor? c0, {_WALK}, bool save_c, bool save_gates, {_more}) "
@@ -164,10 +164,11 @@ def _recurrent_backward(*args: Any) -> tuple[Tensor, ...]:
     return _run_backward(Backward(*args))
 
 
-def _run_backward(call: Backward) -> tuple[Tensor, ...]:
+def _run_backward(call: Backward, run: Callable[[Backward], tuple[Tensor, ...]] | None = None) -> tuple[Tensor, ...]:
+    """``run``: instead of a backend."""
     given = call.reset_h, call.reset_c
     call.spread_reset_states()
-    results = backends.select(_query(call, True)).recurrent_backward(call)
+    results = (run or backends.select(_query(call, True)).recurrent_backward)(call)
     sums = [
         grad if state is None or state.shape == grad.shape else grad.sum(1, keepdim=True)
         for grad, state in zip(results[5:], given, strict=True)
@@ -176,21 +177,28 @@ def _run_backward(call: Backward) -> tuple[Tensor, ...]:
 
 
 def _recurrent_newton(*args: Any) -> tuple[Tensor, ...]:
-    *arguments, numbers = args
-    call = Forward(*arguments)
+    call, solver = Forward(*_without_solver(args)), solver_of(args[_SOLVER])
     if call.lengths is not None or call.batch_sizes is not None:
         _check_layout(call.x, call.lengths, call.batch_sizes)
+    call.spread_reset_states()
 
     def sequential(part: Forward) -> tuple[Tensor, ...]:
         return backends.select(_query(part, False)).recurrent_forward(part)
 
-    solver = solver_of(numbers)
     with torch.no_grad():
         results, report = parallel.newton(call, solver, scan, sequential)
     if backends.watched():
         query = _query(call, False)._replace(solver="Newton")
         backends.solved(query, _scans_of(call, solver), report)
     return results
+
+
+_SOLVER = 18  # its place among the arguments, behind those of the forward op but for resets
+
+
+def _without_solver(args: Sequence[Any]) -> tuple[Any, ...]:
+    """As the forward op has them."""
+    return *args[:_SOLVER], *args[_SOLVER + 1 :]
 
 
 def _scans_of(call: Forward, solver: parallel.Solver) -> backends.ScanQuery:
@@ -206,13 +214,13 @@ def _scans_of(call: Forward, solver: parallel.Solver) -> backends.ScanQuery:
         batch=call.batch,
         channels=sum(bool(of) == backwards for of in call.reverse),
         layout="padded" if call.lengths is None and call.batch_sizes is None else "lengths",
-        uses=("reverse",) if backwards else (),
+        uses=(*(("resets",) if call.resets is not None else ()), *(("reverse",) if backwards else ())),
     )
 
 
 def _recurrent_parallel_backward(*args: Any) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return parallel.backward(Backward(*args), scan_backward)
+        return _run_backward(Backward(*args), lambda call: parallel.backward(call, scan_backward))
 
 
 def solver_of(numbers: Sequence[float]) -> parallel.Solver:
@@ -235,7 +243,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_newton(*args: Any) -> tuple[Tensor, ...]:
-    return _fake_forward(*args[:-1])
+    return _fake_forward(*_without_solver(args))
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -276,7 +284,7 @@ class _Layer(NamedTuple):
 
     def forward(self, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The results of the forward op."""
-        return _newton_op(*arguments[:-3], self.solver) if self.solver else _forward_op(*arguments)
+        return _newton_op(*arguments[:-3], self.solver, *arguments[-3:]) if self.solver else _forward_op(*arguments)
 
 
 @heeds_forward

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..ops.types import Backward, Call, Forward, ScanSpec
 from .cells import steps as cell_steps
-from .scan import Scan
+from .scan import Scan, product
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 ScanBackward = Callable[..., tuple[Tensor, ...]]  # as ``reference/scan.py`` has it, and what is wanted
@@ -33,9 +33,8 @@ _MOST_NAMED = 8  # rows
 
 
 def serves(call: Call) -> bool:
-    """Whether a call is such a layer, of a cell that has a Jacobian, whose rows go on without a reset."""
-    plain = call.projection is None and not call.zoned and call.resets is None
-    return bool(call.row.jacobian) and call.hidden == 1 and plain
+    """Whether a call is such a layer, of a cell that has a Jacobian."""
+    return bool(call.row.jacobian) and call.hidden == 1 and call.projection is None and not call.zoned
 
 
 class Rows:
@@ -53,7 +52,8 @@ class Rows:
         if rows is None or rows.numel() == 0:
             return rows
         room = rows.new_zeros(self.steps * self.batch, *rows.shape[1:])
-        return room.index_copy(0, self.places, rows).unflatten(0, (self.steps, self.batch))
+        room[self.places] = rows
+        return room.unflatten(0, (self.steps, self.batch))
 
     def packed(self, rows: Tensor) -> Tensor:
         return rows.flatten(0, 1).index_select(0, self.places) if rows.dim() > 1 else rows
@@ -75,7 +75,23 @@ class Units(NamedTuple):
 
     def first(self, call: Call, batch: int) -> Tensor:
         """[B, L, K]"""
-        given = [call.h0, call.c0] if self.pair else [call.h0]
+        return self._joined(call.h0, call.c0, batch)
+
+    def anew(self, call: Call, batch: int) -> Tensor:
+        """[B, L, K], what replaces the state at a reset."""
+        return self._joined(call.reset_h, call.reset_c, batch)
+
+    def cuts(self, call: Call) -> Tensor | None:
+        """[T, B], the steps before which a row starts anew."""
+        if call.resets is None or not self.backwards:
+            return call.resets
+        cuts = torch.cat((call.resets[1:], torch.zeros_like(call.resets[:1])))
+        if call.lengths is None:
+            return cuts
+        return cuts & (torch.arange(1, len(cuts) + 1, device=cuts.device)[:, None] < call.lengths)
+
+    def _joined(self, h: Tensor | None, c: Tensor | None, batch: int) -> Tensor:
+        given = [h, c] if self.pair else [h]
         zeros = self.weight.new_zeros(batch, len(self.weight), 1)
         return torch.cat([zeros if s is None else s[self.lanes].transpose(0, 1).to(zeros.dtype) for s in given], -1)
 
@@ -113,43 +129,55 @@ def units_of(call: Call) -> Iterator[Units]:
         yield Units(cell_steps(call.cell), weight, vectors, call.row.has_c, backwards, lanes)
 
 
-def before(states: Tensor, first: Tensor, lengths: Tensor | None, backwards: bool) -> Tensor:
-    """The states before every step [T, B, ..], from those after and the first [B, ..]."""
-    if not backwards:
-        return torch.cat((first[None], states[:-1]))[: len(states)]
-    shifted = torch.cat((states[1:], first[None]))[: len(states)]
-    if lengths is None:
-        return shifted
-    following = torch.arange(1, len(states) + 1, device=states.device)[:, None] < lengths
-    return torch.where(following.view(*following.shape, *[1] * (states.dim() - 2)), shifted, first)
+class Start(NamedTuple):
+    """Where rows start, of steps that are run together."""
+
+    first: Tensor  # [B, L, K], before the first step of the walk
+    lengths: Tensor | None  # [B]
+    cuts: Tensor | None  # [T, B], where they start anew,
+    anew: Tensor  # [B, L, K], from this
+
+    def before(self, states: Tensor, backwards: bool) -> Tensor:
+        """The states before every step [T, B, L, K], from those after."""
+        shifted = torch.cat((states[1:], self.first[None]) if backwards else (self.first[None], states[:-1]))[: len(states)]
+        if backwards and self.lengths is not None:
+            following = torch.arange(1, len(states) + 1, device=states.device)[:, None] < self.lengths
+            shifted = torch.where(following[..., None, None], shifted, self.first)
+        return shifted if self.cuts is None else torch.where(self.cuts[..., None, None], self.anew, shifted)
+
+    def part(self, steps: slice, rows: Any = slice(None)) -> Start:
+        """Of some steps, and rows, from the same first states."""
+        lengths = None if self.lengths is None else (self.lengths[rows] - steps.start).clamp(0, steps.stop - steps.start)
+        cuts = None if self.cuts is None else self.cuts[steps, rows]
+        return Start(self.first[rows], lengths, cuts, self.anew[rows])
 
 
 def backward(call: Backward, scan_backward: ScanBackward) -> tuple[Tensor, ...]:
     """What the backward op gives, equal to the sequential one's but for rounding."""
     if call.batch_sizes is not None:
         rows = Rows(call.batch_sizes, call.y.device)
-        names = ("dy", "dc", "y", "c", "gates")
+        names = ("dy", "dc", "y", "c", "gates", "resets")
         padded = {name: rows.padded(getattr(call, name)) for name in names}
         same = replace(call, batch_sizes=None, lengths=rows.lengths, **padded)
         dgates, drecurrent, *others = backward(same, scan_backward)
         return rows.packed(dgates), rows.packed(drecurrent), *others
-    results = dgates, drecurrent, _, dh0, dc0, *_ = call.empty_results()
+    results = dgates, drecurrent, _, dh0, dc0, *of_resets = call.empty_results()
     own, wide = call.row.own_recurrent, call.wide
     lengths = None if call.lengths is None else call.lengths.to(torch.int32)
     for units in units_of(call):
         kept = (call.y, call.c) if units.pair else (call.y,)
         states = torch.cat([units.of(of).to(wide) for of in kept], -1)
         first = units.first(call, call.batch)
-        earlier = before(states, first, call.lengths, units.backwards)
+        start = Start(first, call.lengths, units.cuts(call), units.anew(call, call.batch))
+        earlier = start.before(states, units.backwards)
         saved = units.of(call.gates).to(wide) if call.saved else None
         given = (call.dy, call.dc) if units.pair else (call.dy,)
         of_states = torch.cat([_or_zeros(g if g is None else units.of(g), states[..., :1]) for g in given], -1)
         finals = (call.dh_n, call.dc_n) if units.pair else (call.dh_n,)
         of_finals = [_or_zeros(g if g is None else g[units.lanes].transpose(0, 1), first[..., :1]) for g in finals]
         of_final, numbers = units.numbers(torch.cat(of_finals, -1)), units.numbers(of_states)
-        spec = ScanSpec(None, lengths, None, "given", units.backwards)
+        spec, jacobian = ScanSpec(call.resets, lengths, None, "given", units.backwards), units.jacobian(saved, earlier, states)
         # of h and the initial state it reads the sizes alone, where no gradient of coefficients is wanted
-        jacobian = units.jacobian(saved, earlier, states)
         found, *_, of_first = scan_backward(
             numbers, of_final, None, jacobian, None, None, numbers, of_final, spec, [True, False, False, False]
         )
@@ -163,6 +191,12 @@ def backward(call: Backward, scan_backward: ScanBackward) -> tuple[Tensor, ...]:
         dh0[units.lanes] = of_h.to(call.dtype)
         if units.pair:
             dc0[units.lanes] = of_c
+        if start.cuts is not None and (call.reset_h is not None or call.reset_c is not None):
+            through = units.states(product(jacobian.mT if units.pair else jacobian, found))
+            sums = torch.where(start.cuts[..., None, None], through, 0).sum(0).transpose(0, 1)
+            for room, of in zip(of_resets, units.parts(sums), strict=True):
+                if room.numel():
+                    room[units.lanes] = of
     return results
 
 
@@ -213,7 +247,7 @@ def newton(call: Forward, solver: Solver, scan: Scan, sequential: Sequential) ->
     """
     if call.batch_sizes is not None:
         rows = Rows(call.batch_sizes, call.x.device)
-        padded = replace(call, x=rows.padded(call.x), batch_sizes=None, lengths=rows.lengths)
+        padded = replace(call, x=rows.padded(call.x), batch_sizes=None, lengths=rows.lengths, resets=rows.padded(call.resets))
         (y, h_n, c_n, c, gates), report = newton(padded, solver, scan, sequential)
         return (rows.packed(y), h_n, c_n, rows.packed(c), rows.packed(gates)), report
     results = y, h_n, c_n, c, gates = call.empty_results()
@@ -222,11 +256,12 @@ def newton(call: Forward, solver: Solver, scan: Scan, sequential: Sequential) ->
     starts = range(0, total, size)
     for units in units_of(call):
         state = units.first(call, call.batch)
+        whole = Start(state, call.lengths, units.cuts(call), units.anew(call, call.batch))
         for begin in reversed(starts) if units.backwards else starts:
             part = slice(begin, min(begin + size, total))
-            lengths = None if call.lengths is None else (call.lengths - begin).clamp(0, part.stop - begin)
-            states, saved = _solved(call, units, units.of(x_gates[part]), state, lengths, solver, scan, sequential, report, begin)
-            state = _after(states, state, lengths, units.backwards)
+            start = whole._replace(first=state).part(part)
+            states, saved = _solved(call, units, units.of(x_gates[part]), start, part, solver, scan, sequential, report)
+            state = _after(states, start, units.backwards)
             of_h, of_c = units.parts(states)
             y[part, :, units.lanes] = of_h.to(call.dtype)
             if units.pair and call.save_c:
@@ -244,22 +279,23 @@ def _solved(
     call: Forward,
     units: Units,
     x: Tensor,
-    first: Tensor,
-    lengths: Tensor | None,
+    start: Start,
+    steps: slice,
     solver: Solver,
     scan: Scan,
     sequential: Sequential,
     report: Report,
-    begin: int,
 ) -> tuple[Tensor, Any]:
     """States [T, B, L, K] and saved activations [T, B, L, S], zero beyond the lengths, of steps that are solved at once."""
-    own, short = x.to(first.dtype), None if lengths is None else lengths.to(torch.int32)
+    lengths, own = start.lengths, x.to(start.first.dtype)
+    resets, short = None if call.resets is None else call.resets[steps], None if lengths is None else lengths.to(torch.int32)
+    spec = ScanSpec(resets, short, None, "given", units.backwards)
     beyond = None
     if lengths is not None:
         beyond = (torch.arange(len(x), device=x.device)[:, None] >= lengths)[..., None, None]
-    states = _masked(units.step(own, first[None])[0], beyond)
+    states = _masked(units.step(own, start.first[None])[0], beyond)
     for iteration in range(solver.max_iterations + 1):
-        earlier = before(states, first, lengths, units.backwards)
+        earlier = start.before(states, units.backwards)
         after, saved = units.step(own, earlier)
         residual = _masked(after - states, beyond)
         error = (residual.abs() / (1 + states.abs())).amax(-1)
@@ -268,7 +304,6 @@ def _solved(
         going = ~done & worst.isfinite()
         if iteration == solver.max_iterations or not going.any():
             break
-        spec = ScanSpec(None, short, None, "given", units.backwards)
         delta, _ = scan(units.numbers(residual), units.jacobian(saved, earlier, after), None, None, None, spec)
         states = torch.where(going[..., None], states + units.states(delta), states)
     report.iterations.append(iteration)
@@ -282,12 +317,11 @@ def _solved(
     wrong = (failed & ~(error <= solver.tolerance)).flatten(1).any(1).nonzero()
     at = int(wrong[-1 if units.backwards else 0])
     if solver.strict:
-        raise RuntimeError(_failure(solver, worst[failed], f"{len(rows)} of {len(done)} rows, from step {begin + at} on"))
+        raise RuntimeError(_failure(solver, worst[failed], f"{len(rows)} of {len(done)} rows, from step {steps.start + at} on"))
     report.fallen.update(rows.tolist())
-    part = slice(0, at + 1) if units.backwards else slice(at, None)
-    if lengths is not None:
-        lengths = lengths[rows].clamp(max=at + 1) if units.backwards else (lengths[rows] - at).clamp(min=0)
-    again = _by_steps(call, units, x[part, rows], earlier[at, rows], lengths, sequential)
+    part = slice(0, at + 1) if units.backwards else slice(at, len(x))
+    resets = None if resets is None else resets[part, rows]
+    again = _by_steps(call, units, x[part, rows], start._replace(first=earlier[at]).part(part, rows), resets, sequential)
     for values, found in zip((states, saved), again, strict=True):
         if values is not None:
             values[part, rows] = torch.where(failed[rows][..., None], found.to(values.dtype), values[part, rows])
@@ -313,16 +347,17 @@ def _by_steps(
     call: Forward,
     units: Units,
     x: Tensor,
-    first: Tensor,
-    lengths: Tensor | None,
+    start: Start,
+    resets: Tensor | None,
     sequential: Sequential,
 ) -> tuple[Tensor, Any]:
     """The same of some rows by the sequential kernel."""
     found = []
     lanes = list(range(call.lanes))[units.lanes] if isinstance(units.lanes, slice) else units.lanes
-    h0, c0 = units.parts(first.transpose(0, 1))
-    for start in range(0, len(lanes), _MOST_LANES):
-        some = slice(start, start + _MOST_LANES)
+    h0, c0 = units.parts(start.first.transpose(0, 1))
+    reset_h, reset_c = units.parts(start.anew.transpose(0, 1))
+    for begin in range(0, len(lanes), _MOST_LANES):
+        some = slice(begin, begin + _MOST_LANES)
         own = lanes[some]
         y, _, _, c, gates = sequential(
             Forward(
@@ -334,7 +369,7 @@ def _by_steps(
                 projection=None,
                 h0=h0[some].to(call.dtype),
                 c0=c0[some] if units.pair else None,
-                lengths=lengths,
+                lengths=start.lengths,
                 batch_sizes=None,
                 hold_h=None,
                 hold_c=None,
@@ -344,6 +379,9 @@ def _by_steps(
                 zoneout_c=0.0,
                 save_c=True,
                 save_gates=True,
+                resets=resets,
+                reset_h=None if call.reset_h is None else reset_h[some].to(call.dtype),
+                reset_c=None if call.reset_c is None else reset_c[some],
             )
         )
         found.append((torch.cat((y.to(call.wide), c), -1) if units.pair else y, gates))
@@ -351,10 +389,11 @@ def _by_steps(
     return torch.cat(states, 2), torch.cat(saved, 2) if call.saved else None
 
 
-def _after(states: Tensor, first: Tensor, lengths: Tensor | None, backwards: bool) -> Tensor:
+def _after(states: Tensor, start: Start, backwards: bool) -> Tensor:
     """The states [B, L, K] after the last step of the walk."""
+    lengths = start.lengths
     if lengths is None:
         return states[0 if backwards else -1]
     last = torch.zeros_like(lengths) if backwards else (lengths - 1).clamp(min=0)
     found = states[last.long(), torch.arange(len(lengths), device=states.device)]
-    return torch.where((lengths > 0)[:, None, None], found, first)
+    return torch.where((lengths > 0)[:, None, None], found, start.first)

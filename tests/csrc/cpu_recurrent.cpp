@@ -207,7 +207,7 @@ class Trial {
     numbers_.reset_c = o_.resets == 2 ? random_values(D * o_.B * K * H, 1) : Doubles(D * o_.B * K * H);
     if (K == 3)  // a normalizer is positive
       for (Doubles* c : {&numbers_.c0, &numbers_.reset_c})
-        for (int64_t i = 0; i < D * o_.B; ++i)
+        for (int64_t i = 0; (c == &numbers_.c0 || o_.resets == 2) && i < D * o_.B; ++i)
           for (int64_t u = 0; u < H; ++u) (*c)[(i * K + 1) * H + u] = 1 + std::fabs((*c)[(i * K + 1) * H + u]);
     for (int64_t t = 0; o_.resets && t < o_.T; ++t) {
       const bool quiet = random_() % 3 == 0;  // a step in which nobody starts anew

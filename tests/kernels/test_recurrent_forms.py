@@ -16,6 +16,8 @@ from fastseq import functional as F  # noqa: E402
 from fastseq.backends.triton import recurrent as triton_backend  # noqa: E402
 from fastseq.backends.triton.recurrent_args import BackwardLaunch, ForwardLaunch  # noqa: E402
 from fastseq.cells import CELLS  # noqa: E402
+from fastseq.choice import self_check, sources  # noqa: E402
+from fastseq.choice.decision import Candidate  # noqa: E402
 from fastseq.kernels.recurrent import configs  # noqa: E402
 from fastseq.ops.types import Backward, Forward, state_dtype  # noqa: E402
 from fastseq.reference import recurrent as reference  # noqa: E402
@@ -188,6 +190,15 @@ def test_parallel_is_a_candidate_where_it_can_run():
     assert "parallel" in triton_backend.forms(query)
     for other in ({"hidden": 2}, {"cell": "slstm"}, {"cell": "layer_norm_gru"}, {"zoned": True}, {"steps": 1}):
         assert "parallel" not in triton_backend.forms(query._replace(**other))
+
+
+def test_parallel_runs_where_it_was_measured_to_be_the_fastest():
+    """And has a verdict of its own in the self-check."""
+    query = backends.RecurrentQuery("recurrent", torch.device("cuda"), torch.float32, "gru", 9, 62, 1, False, "padded")
+    with sources.instead(lambda call: Candidate("triton", "parallel") if call.op == "recurrent" else None):
+        assert triton_backend.form(query, "backward") == "parallel" == triton_backend.variant(query, "backward")
+        family = self_check.family_of(backends.BACKENDS["triton"], query, "backward")
+    assert family.startswith("triton: recurrent backward, gru, float32") and family.endswith(", parallel")
 
 
 def test_parallel_is_a_variant_of_its_own(forced):

@@ -187,29 +187,28 @@ def test_bad_input(call, error, message):
 
 @pytest.mark.slow
 def test_states_recall_what_three_segments_hide():
-    """Say at the end of the fourth segment the first symbol of the first: chance without state vectors."""
+    """Say at the end of the fourth segment what the first began with, noise since: chance without state vectors."""
     segment, symbols, width = 8, 8, 48
 
     def accuracy(recurrent):
         torch.manual_seed(0)
         parts = nn.ModuleDict(
             {
-                "embedding": nn.Embedding(symbols + 1, width),
+                "embedding": nn.Embedding(2 * symbols + 1, width),
                 "model": BlockRecurrent(width, 4, 2, block=segment, states=4, recurrent=recurrent),
                 "head": nn.Linear(width, symbols),
             }
         )
 
         def run(rows):
-            ids = torch.randint(symbols, (rows, 4 * segment))
-            target = ids[:, 0].clone()
-            ids[:, -1] = symbols
+            ids, target = torch.randint(symbols, 2 * symbols, (rows, 4 * segment)), torch.randint(symbols, (rows,))
+            ids[:, 0], ids[:, -1] = target, 2 * symbols
             return parts["head"](parts["model"](parts["embedding"](ids))[0][:, -1]), target
 
-        support.trained(parts, lambda: F.cross_entropy(*run(32)), 400, 2e-3)
+        support.trained(parts, lambda: F.cross_entropy(*run(32)), 300, 3e-3)
         with torch.no_grad():
             logits, target = run(512)
         return (logits.argmax(-1) == target).float().mean().item()
 
-    assert accuracy(()) < 0.25
-    assert accuracy((0,)) > 0.95
+    found = accuracy((0,)), accuracy(())
+    assert found[0] > 0.95 and found[1] < 0.25, found

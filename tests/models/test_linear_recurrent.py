@@ -152,7 +152,7 @@ def test_adds_what_is_marked_but_does_not_count():
 
     support.trained(parts, loss, 1000, 3e-3)
     with torch.no_grad():
-        assert loss(512) < 0.02  # 0.167: the mean
+        of_sum = loss(512).item()
 
     def parity(model):
         torch.manual_seed(0)
@@ -174,5 +174,5 @@ def test_adds_what_is_marked_but_does_not_count():
         return (logits.argmax(-1) == target)[:, -1].float().mean().item()
 
     of_gru = parity(lambda: fastseq.GRU(32, 32, batch_first=True))
-    of_stack = parity(lambda: LinearRecurrent(32, 2, feedforward=64))
-    assert of_gru == 1.0 and of_stack < 0.65, (of_gru, of_stack)
+    found = of_sum, of_gru, parity(lambda: LinearRecurrent(32, 2, feedforward=64))
+    assert found[0] < 0.02 and found[1] == 1.0 and found[2] < 0.65, found  # 0.167: the mean of the sums

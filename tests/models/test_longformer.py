@@ -179,5 +179,5 @@ def test_a_global_token_finds_what_the_window_does_not():
             logits, target = run(512)
         return (logits.argmax(-1) == target).float().mean().item()
 
-    assert accuracy(False) < 0.12
-    assert accuracy(True) > 0.95
+    found = accuracy(True), accuracy(False)
+    assert found[0] > 0.95 and found[1] < 0.12, found

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import frozen
 from oracles import tcn as theirs
+from torch import nn
 
+from fastseq import GRU
 from fastseq.models.generation import rows
 from fastseq.models.tcn import TCN
+from support import tasks
 from support import token_models as holds
+from support.models import trained
 
 CHANNELS = (4, 4, 6)
 
@@ -124,3 +129,24 @@ def test_a_state_of_another_model_or_batch_is_refused():
     ):
         with pytest.raises(RuntimeError, match=message):
             model.step(x[:, 0], other)
+
+
+@pytest.mark.slow
+def test_it_copies_over_a_hundred_steps_where_a_gru_does_not():
+    """Ten symbols after a hundred steps, 900 steps of training: silence alone costs 0.173 nats."""
+    found = {}
+    for name in ("tcn", "gru"):
+        torch.manual_seed(0)
+        body, width = (TCN(10, [16] * 5, 8), 16) if name == "tcn" else (GRU(10, 64, batch_first=True), 64)
+        model = nn.ModuleList([body, nn.Linear(width, 9)])
+
+        def loss_of(batch, model=model):
+            x, target = batch
+            return F.cross_entropy(model[1](model[0](x)[0]).flatten(0, 1), target.flatten())
+
+        batches = tasks.copies(32, 100, seed=1)
+        trained(model, lambda loss_of=loss_of, batches=batches: loss_of(next(batches)), 900, 2e-3)
+        others = tasks.copies(100, 100, seed=2)
+        found[name] = tasks.mean_loss(lambda loss_of=loss_of, others=others: loss_of(next(others)), 5)
+    print(found)
+    assert found["tcn"] < 0.01 and found["gru"] > 0.15

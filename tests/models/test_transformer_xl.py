@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import frozen
 from oracles import transformer_xl as theirs
 
 from fastseq.models.generation import beam, greedy, rows
 from fastseq.models.transformer_xl import TransformerXL
+from support import tasks
 from support import token_models as holds
+from support.models import trained
 
 WORDS, MEMORY = 7, 4
 
@@ -39,12 +42,15 @@ def from_transformers(weights):
     return renamed
 
 
-@pytest.mark.parametrize("same_length", [True, False])
-def test_it_is_transformers(same_length):
+@pytest.mark.parametrize(
+    ("name", "same_length", "norm"), [("same length", True, "post"), ("all", False, "post"), ("norm before", True, "pre")]
+)
+def test_it_is_transformers(name, same_length, norm):
     results = frozen.read(theirs.__file__)
-    case, sizes = results["same length" if same_length else "all"], (theirs.WORDS, theirs.WIDTH, theirs.HEADS, theirs.INNER)
-    options = {"same_length": same_length, "clamp": theirs.CLAMP, "tied": False, "norm": "post"}
+    case, sizes = results[name], (theirs.WORDS, theirs.WIDTH, theirs.HEADS, theirs.INNER)
+    options = {"same_length": same_length, "clamp": theirs.CLAMP, "tied": False, "norm": norm}
     model = TransformerXL(*sizes, theirs.LAYERS, theirs.MEMORY, **options).double()
+    model.final = torch.nn.Identity()  # theirs has no norm at the end
     output = {"output.weight": torch.eye(theirs.WIDTH, dtype=torch.float64)}  # the logits are the hidden states
     model.load_state_dict(from_transformers(results["weights"]) | output)
     state = tuple(torch.zeros(2, theirs.MEMORY, theirs.WIDTH, dtype=torch.float64) for _ in range(theirs.LAYERS))
@@ -171,3 +177,27 @@ def test_a_state_of_another_model_or_batch_is_refused():
     ):
         with pytest.raises(RuntimeError, match=message):
             model(given, other)
+
+
+@pytest.mark.slow
+def test_it_recalls_what_was_a_segment_back_and_not_without_its_memory():
+    """One symbol of 16 in the first segment, asked for at the end of the second, 300 steps."""
+    found = {}
+    for name in ("memory", "no memory"):
+        torch.manual_seed(0)
+        model = TransformerXL(18, 48, 4, 96, 3, 16, same_length=False)
+
+        def said(batch, model=model, name=name):
+            tokens, symbol = batch
+            state = model.start(len(tokens))
+            for segment in tokens.split(16, 1):
+                scores, state = model(segment, model.start(len(tokens)) if name == "no memory" else state)
+            return scores[:, -1], symbol
+
+        batches = tasks.recall(64, 16, seed=1)
+        trained(model, lambda said=said, batches=batches: F.cross_entropy(*said(next(batches))), 300, 2e-3)
+        with torch.no_grad():
+            scores, symbol = said(next(tasks.recall(500, 16, seed=2)))
+        found[name] = (scores.argmax(-1) == symbol).double().mean().item()
+    print(found)
+    assert found["memory"] > 0.95 and found["no memory"] < 0.15

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import frozen
 from oracles import transformers_models as theirs
+from torch import nn
 
 from fastseq.models.bert import BERT
 from fastseq.models.generation import beam, greedy
 from fastseq.models.gpt import GPT
 from fastseq.models.t5 import T5
 from fastseq.models.vit import ViT
+from support import tasks
 from support import token_models as holds
+from support.models import trained
 
 WORDS, WIDTH, HEADS, INNER, LAYERS = theirs.WORDS, theirs.WIDTH, theirs.HEADS, theirs.INNER, theirs.LAYERS
 
@@ -36,8 +42,9 @@ NAMES = {
             (r"attention.(\w)_proj", r"attention.\1"), ("attention.o", "attention.out"), ("layernorm_before", "norms.0"),
             ("layernorm_after", "norms.1"), ("mlp.fc1", "inner.0"), ("mlp.fc2", "inner.3"), ("vit.layernorm", "encoder.final"),
             ("classifier", "head")],
-    "t5": [("shared", "embedding.tokens"), (r"encoder.block.0.+relative_attention_bias", "biases.0"),
-           (r"decoder.block.0.+relative_attention_bias", "biases.1"), ("block", "blocks"), ("SelfAttention.o", "attention.out"),
+    "t5": [("shared", "embedding.tokens"), (r"encoder.block.0.+relative_attention_bias", "encoder_bias"),
+           (r"decoder.block.0.+relative_attention_bias", "decoder_bias"), ("block", "blocks"),
+           ("SelfAttention.o", "attention.out"),
            ("EncDecAttention.o", "cross.out"), ("SelfAttention", "attention"), ("EncDecAttention", "cross"),
            ("DenseReluDense.wi", "inner.0"), ("DenseReluDense.wo", "inner.3"), (r"layer\.(\d).layer_norm", r"norms.\1"),
            (r"layer\.\d\.", ""), ("final_layer_norm", "final")],
@@ -122,7 +129,7 @@ def test_gpt_steps_and_prompts_are_forward():
 
 def test_t5_steps_are_forward_also_of_rows_at_different_places():
     model, (source, target, lengths) = made("t5"), batch()
-    torch.nn.init.normal_(model.biases[1].weight)  # so that places matter
+    torch.nn.init.normal_(model.decoder_bias.weight)  # so that places matter
     whole = model(source, target, lengths)
     holds.causal(lambda y: model(source, y, lengths), target, (target + 1) % WORDS)
     holds.permuted(model, source, target, lengths)
@@ -133,7 +140,7 @@ def test_t5_steps_are_forward_also_of_rows_at_different_places():
         for t in range(6):
             logits, state = model.step(target[:, t], state)
             holds.close(logits, model(source, target[:, : t + 1], lengths)[:, -1])
-        state = state._replace(count=torch.tensor([5, 2]))
+        state = state._replace(past=torch.tensor([5, 2]))
         logits, _ = model.step(torch.tensor([3, 3]), state)
         for b, count in enumerate((5, 2)):
             alone = torch.cat([target[b, :count], torch.tensor([3])])[None]
@@ -224,3 +231,102 @@ def test_a_state_of_another_model_or_batch_is_refused():
             t5.step(target[:1, 0], t5.start(source, 6, lengths))
         with pytest.raises(RuntimeError, match="state.source must be a tuple of 2"):
             t5.step(target[:, 0], gpt.start(2, 6))
+
+
+@pytest.mark.slow
+def test_t5_learns_to_reverse_with_its_bias_and_not_without():
+    """Exact sequences said without help, 700 steps: the bias by distance is all that it knows of places."""
+    found = {}
+    for name in ("bias", "none"):
+        torch.manual_seed(0)
+        model = T5(tasks.WORDS, 64, 4, 128, 2)
+        if name == "none":
+            for bias in (model.encoder_bias, model.decoder_bias):
+                nn.init.zeros_(bias.weight).requires_grad_(False)
+        batches = tasks.reversals(64, seed=1)
+
+        def loss(model=model, batches=batches):
+            source, lengths, target = next(batches)
+            return tasks.loss_of(model(source, tasks.said_after(target), lengths), target)
+
+        trained(model, loss, 700, 2e-3)
+        source, lengths, target = next(tasks.reversals(500, seed=2))
+        with torch.no_grad():
+            said = greedy(model.step, model.start(source, 11, lengths), torch.full((500,), tasks.BEGIN), 11, end=tasks.END)
+        found[name] = tasks.exact(said, target)
+    print(found)
+    assert found["bias"] > 0.9 and found["none"] < 0.1
+
+
+@pytest.mark.slow
+def test_gpt_learns_english_letters():
+    """Bits a letter of Persuasion after 500 steps, against what the frequencies of letters alone give."""
+    text = (Path(__file__).parents[2] / "examples/data/persuasion.txt").read_text(encoding="utf-8")
+    letters = sorted(set(text))
+    codes = torch.tensor([letters.index(letter) for letter in text])
+    shares = codes.bincount().double() / len(codes)
+    torch.manual_seed(0)
+    model = GPT(len(letters), 96, 4, 3, 64)
+
+    known, unknown = codes.split([len(codes) * 9 // 10, len(codes) - len(codes) * 9 // 10])
+
+    def loss(text):
+        piece = text[torch.randint(len(text) - 65, (24, 1)) + torch.arange(65)]
+        return F.cross_entropy(model(piece[:, :-1]).flatten(0, 1), piece[:, 1:].flatten())
+
+    trained(model, lambda: loss(known), 500, 2e-3)
+    bits = tasks.mean_loss(lambda: loss(unknown), 20) / math.log(2)
+    unigram = -(shares * shares.log2()).sum().item()
+    print(bits, unigram)
+    assert bits < 3.0 and unigram > 4.2
+
+
+@pytest.mark.slow
+def test_bert_says_what_was_hidden_if_it_knows_places():
+    """Rows of period 8 with 15 % hidden, 400 steps: a hidden word is what stands eight places away."""
+    found = {}
+    for name in ("places", "none"):
+        torch.manual_seed(0)
+        model = BERT(21, 64, 4, 2, 32)
+        if name == "none":
+            nn.init.zeros_(model.embedding.places.weight).requires_grad_(False)
+
+        def said(rows, model=model):
+            words = torch.randint(1, 21, (rows, 8)).repeat(1, 4)
+            hidden = torch.rand(rows, 32) < 0.15
+            return model.words(model(words.masked_fill(hidden, 0)))[hidden], words[hidden]
+
+        trained(model, lambda said=said: F.cross_entropy(*said(64)), 400, 2e-3)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            scores, words = said(500)
+        found[name] = (scores.argmax(-1) == words).double().mean().item()
+    print(found)
+    assert found["places"] > 0.95 and found["none"] < 0.5
+
+
+@pytest.mark.slow
+def test_vit_sees_which_mark_is_left_if_it_knows_places():
+    """Two marks somewhere in 8 x 8 pixels: which of them is farther left? 400 steps."""
+    found = {}
+    for name in ("places", "none"):
+        torch.manual_seed(0)
+        model = ViT(8, 2, 1, 2, 48, 4, 2)
+        if name == "none":
+            nn.init.zeros_(model.places).requires_grad_(False)
+
+        def said(rows, model=model):
+            columns = torch.rand(rows, 4).argsort(1)[:, :2]  # two different ones of four
+            images = torch.randn(rows, 1, 8, 8) * 0.1
+            for mark in range(2):
+                x, y = columns[:, mark] * 2, torch.randint(4, (rows,)) * 2
+                images[torch.arange(rows), 0, y, x + mark] += 2  # the one in the patch's left half, the other in its right
+            return model(images), (columns[:, 0] > columns[:, 1]).long()
+
+        trained(model, lambda said=said: F.cross_entropy(*said(64)), 400, 1e-3)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            scores, side = said(1000)
+        found[name] = (scores.argmax(-1) == side).double().mean().item()
+    print(found)
+    assert found["places"] > 0.93 and found["none"] < 0.6

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
+from fastseq import backends
 from fastseq import functional as F
 from fastseq.cells import CELLS
 from fastseq.testing import assert_all_close_to_truth
@@ -110,6 +111,27 @@ class TestResults:
         assert_same(found[1][0], found[0][0])
         assert_same(found[1][1], found[0][1])
 
+    @pytest.mark.parametrize("layout", ["padded", "lengths", "packed"])
+    @pytest.mark.parametrize("cell", ["gru", "lstm"])
+    def test_resets(self, cell, layout):
+        """And the gradients of the states that rows start anew from."""
+        found = []
+        for module in twins(cell, fastseq.Newton(1e-12, 60, chunk=5, force=True), bidirectional=True, num_layers=2):
+            torch.manual_seed(1)
+            x, lengths = torch.randn(T, B, IN, dtype=torch.float64), torch.tensor([T, 3, 7, 1])
+            hx, reset_to, resets = states_of(module, B), states_of(module, B), torch.rand(T, B) < 0.3
+            for state in tensors_in(reset_to):
+                state.requires_grad_()
+            options = {"lengths": lengths} if layout == "lengths" else {}
+            if layout == "packed":
+                resets = pack_padded_sequence(resets, lengths, enforce_sorted=False)
+                x = pack_padded_sequence(x.requires_grad_(), lengths, enforce_sorted=False)
+            values, grads = results(module, x, hx, resets=resets, reset_to=reset_to, **options)
+            y = module(x, hx, resets=resets, reset_to=reset_to, **options)[0]
+            of_states = torch.autograd.grad(tensors_in(y)[0].square().sum(), tensors_in(reset_to))
+            found.append([*values, *grads, *of_states])
+        assert_same(found[1], found[0])
+
     def test_cells_of_every_step(self):
         x = torch.randn(T, B, IN, dtype=torch.float64)
         found = [results(module, x, return_cells=True) for module in twins("lstm", num_layers=2, batch_first=True)]
@@ -158,6 +180,22 @@ class TestResults:
             grads = torch.autograd.grad(found, [given, *module.parameters()], cotangents)
             into |= dict(zip(names, [*found, *grads], strict=True))
         assert_all_close_to_truth(own, theirs, dict(zip(names, [*truth[0], *truth[1]], strict=True)))
+
+    @pytest.mark.parametrize("backend", ["reference", "triton", "cpu"])
+    def test_backends(self, backend):
+        """Their scans, and as the iterations are too few their kernels for steps in turn."""
+        if backends.BACKENDS[backend].available():
+            pytest.skip(f"no {backend} here")
+        module, other = twins("gru", fastseq.Newton(1e-12, 1, force=True))
+        torch.manual_seed(1)
+        x = torch.randn(3, 1, IN, dtype=torch.float64)
+        expected = results(module, x)
+        with fastseq.use_backend(backend):
+            found = results(other, x)
+            told = fastseq.explain(other, x)
+        assert set(told.backends) == {backend} and "by the sequential kernel then rows 0" in str(told)
+        assert_same(found[0], expected[0])
+        assert_same(found[1], expected[1])
 
     def test_autocast(self):
         module, other = twins("gru", fastseq.Newton(1e-6, force=True), dtype=torch.float32)

@@ -12,6 +12,7 @@ from fastseq.ops.types import Backward, Forward
 from fastseq.reference import recurrent as reference
 from fastseq.reference import recurrent_parallel as parallel
 from fastseq.reference import scan
+from fastseq.reference.cells import steps as cell_steps
 
 ROUNDING = dict(rtol=1e-11, atol=1e-12)
 UNITS = [name for name, row in CELLS.items() if row.jacobian]
@@ -65,6 +66,17 @@ def problem(
     return replace(call, **{name: t.to(dtype) for name in names if (t := getattr(call, name)) is not None})
 
 
+def with_resets(call: Forward, states: bool = True) -> Forward:
+    """Rows that start anew in some steps, of which their first and last are some, from states of their own or from zeros."""
+    rows = call.x.shape[:-1]
+    torch.manual_seed(3)
+    resets = torch.rand(rows) < 0.3
+    resets[0] = resets[-1] = True
+    resets[1] = False
+    of_states = {"reset_h": torch.randn_like(call.h0), "reset_c": None if call.c0 is None else torch.randn_like(call.c0)}
+    return replace(call, resets=resets, **(of_states if states else {}))
+
+
 def backward_of(call: Forward, grads: tuple[str, ...]) -> Backward:
     """Of the loop's results."""
     y, h_n, c_n, c, gates = reference.forward(call)
@@ -73,7 +85,7 @@ def backward_of(call: Forward, grads: tuple[str, ...]) -> Backward:
     of = [given[name] if name in grads and given[name].numel() else None for name in given]
     return Backward(
         *(*of, call.weight, call.vectors, None, call.h0, call.c0, call.lengths, call.batch_sizes, None, None, y, c, gates),
-        *(call.cell, call.reverse, 0.0, 0.0),
+        *(call.cell, call.reverse, 0.0, 0.0, call.resets, call.reset_h, call.reset_c),
     )
 
 
@@ -90,11 +102,55 @@ def assert_same(found, expected, names, **bounds):
         torch.testing.assert_close(a, b, **(bounds or ROUNDING), equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("grads", [("dy",), ("dh_n", "dc_n"), ("dc",), ("dy", "dh_n", "dc_n", "dc")], ids="+".join)
 @pytest.mark.parametrize("layout", ["padded", "lengths", "packed"])
 @pytest.mark.parametrize("cell", UNITS)
-def test_backward(cell, layout, grads):
-    call = backward_of(problem(cell, layout), grads)
+def test_backward(cell, layout):
+    call = backward_of(problem(cell, layout), ("dy", "dh_n", "dc_n", "dc"))
+    assert parallel.serves(call)
+    assert_same(parallel.backward(call, scan_backward), reference.backward(call), GRADIENTS)
+
+
+@pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize("layout", ["padded", "lengths", "packed"])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_backward_with_resets(cell, layout, states):
+    call = backward_of(with_resets(problem(cell, layout), states), ("dy", "dh_n", "dc_n", "dc"))
+    assert_same(parallel.backward(call, scan_backward), reference.backward(call), GRADIENTS)
+
+
+@pytest.mark.parametrize("iterations", [40, 1])
+@pytest.mark.parametrize("chunk", [0, 1, 4])
+@pytest.mark.parametrize("layout", ["padded", "lengths", "packed"])
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_newton_with_resets(cell, layout, chunk, iterations):
+    """Within a chunk and at its edge, and where the sequential kernel goes on."""
+    call = with_resets(problem(cell, layout, size=2.0))
+    found, report = solved(call, EXACT._replace(chunk=chunk, max_iterations=iterations))
+    assert bool(report.fallen) == (iterations == 1 and chunk != 1)
+    assert_same(found, reference.forward(call), RESULTS, rtol=1e-8, atol=1e-9)
+
+
+def test_segments_are_solved_side_by_side():
+    """No more iterations than steps between resets, whatever the weights: the scan stops there as well."""
+    call = with_resets(problem("gru", size=4.0, steps=40))
+    assert max(solved(call)[1].iterations) > 5
+    call.resets[:] = (torch.arange(40) % 4 == 0)[:, None]
+    assert max(solved(call)[1].iterations) <= 4
+
+
+def test_a_reset_ends_what_is_not_finite():
+    call = with_resets(problem("lstm"))
+    call.x[4, 1] = torch.nan
+    call.resets[5:7, 1] = torch.tensor([False, True])
+    (y, *others), _ = solved(call)
+    assert_same((y, *others), reference.forward(call), RESULTS, rtol=1e-8, atol=1e-9)
+    assert y[4:6, 1, 0].isnan().all() and y[6:, 1, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("grads", [("dy",), ("dh_n", "dc_n"), ("dc",)], ids="+".join)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_backward_of_some_gradients(cell, grads):
+    call = backward_of(problem(cell, "lengths"), grads)
     assert parallel.serves(call)
     assert_same(parallel.backward(call, scan_backward), reference.backward(call), GRADIENTS)
 
@@ -153,14 +209,12 @@ def test_iterations(cell, size, least, most):
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-5, 1e-9])
 def test_the_residual_is_what_was_asked_for(tolerance):
     """By one application of the step to what is returned."""
-    call = problem("gru", size=2.0, steps=40)
+    call = problem("gru", size=2.0, steps=40, reverse=(0,) * 5)
     (y, *_), report = solved(call, parallel.Solver(tolerance, 40, 0, True))
     assert report.residual <= tolerance
-    for units in parallel.units_of(call):
-        h = units.of(y)
-        x = units.of(call.input_gates())
-        again, _ = units.step(x, parallel.before(h, units.first(call, 4), None, units.backwards))
-        assert ((again - h).abs() / (1 + h.abs())).max() <= tolerance
+    earlier = torch.cat((call.h0.transpose(0, 1)[None], y[:-1]))
+    again, _, _ = cell_steps("gru").step(call.input_gates(), call.weight.squeeze(-1) * earlier, call.vectors, earlier, None)
+    assert ((again - y).abs() / (1 + y.abs())).max() <= tolerance
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 5])

@@ -40,7 +40,7 @@ def forms(query: RecurrentQuery) -> tuple[str, ...]:
 
 
 def _may_be_parallel(query: RecurrentQuery) -> bool:
-    return query.hidden == 1 and bool(CELLS[query.cell].jacobian) and not query.zoned
+    return query.hidden == 1 and bool(CELLS[query.cell].jacobian) and not query.zoned and not query.resets
 
 
 def form(query: RecurrentQuery, family: str) -> str:
