@@ -149,7 +149,7 @@ def test_recall_needs_attention_and_order_needs_recurrence():
         def __init__(self):
             super().__init__()
             self.layers = nn.ModuleList(
-                nn.TransformerEncoderLayer(width, 2, 64, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(2)
+                nn.TransformerEncoderLayer(width, 2, 64, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(1)
             )
 
         def forward(self, x):
@@ -170,7 +170,7 @@ def test_recall_needs_attention_and_order_needs_recurrence():
             y = parts["model"](parts["embedding"](ids))[0]
             return parts["head"](y[:, -1]), values.gather(1, asked)[:, 0]
 
-        support.trained(parts, lambda: F.cross_entropy(*run(64)), 600, 3e-3)
+        support.trained(parts, lambda: F.cross_entropy(*run(64)), 1500, 3e-3)
         with torch.no_grad():
             logits, target = run(512)
         return (logits.argmax(-1) == target).float().mean().item()
