@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..workloads.base import MIN_GRU, Workload
+from ..workloads.base import Workload
 from ..workloads.layers import Attention, CellLoop, TransformerBlock
 
 RECURRENT = {"LSTM": "#1e88e5", "GRU": "#0f9a72", "RNN": "#b97d00"}  # and their colors
@@ -76,7 +76,6 @@ PROVIDERS = {
     p.name: p
     for p in (
         *(provider for cls, color in RECURRENT.items() for provider in _recurrent(cls, color)),
-        Provider("fastseq.MinGRU", MIN_GRU, "time", fastseq_layer("MinGRU"), fastseq_missing("MinGRU"), fastseq_chose, "#e8710a"),
         Provider(
             "naive attention",
             "attention",

@@ -6,7 +6,7 @@ from ..workloads.linear import module_of
 from .base import Provider, fastseq_chose, fastseq_layer, fastseq_missing
 
 LAYERS = {  # function, color
-    "MinGRU": ("min_gru", "#0f9a72"),
+    "MinGRU": ("min_gru", "#e8710a"),
     "MinLSTM": ("min_lstm", "#1e88e5"),
     "HGRN": ("hgrn", "#b97d00"),
     "RGLRU": ("rg_lru", "#9467d6"),

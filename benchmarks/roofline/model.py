@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from ..workloads.attention import AttentionWorkload
-from ..workloads.base import GATES, MIN_GRU, Workload
+from ..workloads.base import GATES, Workload
 from ..workloads.cells import CellWorkload
 from ..workloads.limits import EXCHANGES, LimitWorkload
 from .peaks import Peaks
@@ -50,8 +50,6 @@ def _work(w: Workload, peaks: Peaks) -> Roofline:
     cost = w.cost()
     if cost is not None:
         return _chain(*cost, peaks)
-    if w.function == MIN_GRU:
-        return _scanned(w, peaks)
     return _recurrent(w, peaks) if w.function in GATES else _attention(w, peaks)
 
 
@@ -90,14 +88,6 @@ def _recurrent(w: Workload, peaks: Peaks) -> Roofline:
         often = "once" if resident else "each step"
         return Roofline(float(seconds), "weights", f"R of {size} at {bandwidth / 1e9:.0f} GB/s {often}")
     return Roofline(float(seconds), "arithmetic", peaks.arithmetic_note)
-
-
-def _scanned(w: Workload, peaks: Peaks) -> Roofline:
-    """The projections of gate and candidate at the peak; or input and output through memory. No step waits for another."""
-    project = 2 * w.tokens * 2 * w.H * w.I
-    passes = 2 + w.input_grad if w.mode == "training" else 1  # back: dW and, for an inner layer, dx
-    moved = w.tokens * (w.I + w.H) * w.torch_dtype.itemsize
-    return _slower(passes * project, passes * moved, peaks)
 
 
 def _cell(w: CellWorkload, peaks: Peaks) -> Roofline:

@@ -7,14 +7,16 @@ from typing import Any
 from ..measure.case import Case, Options, Participant
 from ..measure.timing import Effort
 from ..providers.base import PROVIDERS
+from ..providers.linear import LINEAR_PROVIDERS
 from ..report.curves import Curves, number, of_metric, share
-from ..workloads.experiments import COUNTED, SYMBOLS, Experiment
+from ..workloads.experiments import COUNTED, SYMBOLS, Experiment, LinearExperiment
 
 NAME = "long-range"
 SUMMARY = "experiments against distance: norm of the gradient, recall and parity after a fixed budget; recurrence and attention"
 
 NAMES = ("fastseq.RNN", "fastseq.LSTM", "fastseq.GRU", "fastseq attention", "attention block")
 COUNT = ("fastseq.LSTM", "fastseq.GRU", "fastseq.MinGRU")  # recurrence whose gates read the state, and one whose gates do not
+KNOWN = PROVIDERS | LINEAR_PROVIDERS
 GRADIENT, RECALL, PARITY = "gradient", "recall", "parity"
 
 
@@ -35,9 +37,13 @@ def plan(options: Options) -> list[Case]:
             more = common | given
             B, W = more.pop("B"), more.pop("W")
             names = COUNT if group == PARITY else NAMES
-            works = {name: Experiment(PROVIDERS[name].function, T, B, W, W, task=group, **more) for name in names}
+            works = {name: _kind(name)(KNOWN[name].function, T, B, W, W, task=group, **more) for name in names}
             cases.append(Case(NAME, group, tuple(Participant(name, w) for name, w in works.items()), Effort()))
     return cases
+
+
+def _kind(name: str) -> type[Experiment]:
+    return LinearExperiment if name in LINEAR_PROVIDERS else Experiment
 
 
 def _distances(cuda: bool, quick: bool) -> dict[str, tuple[int, ...]]:

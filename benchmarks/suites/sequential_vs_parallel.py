@@ -13,6 +13,7 @@ from ..measure.environment import where
 from ..measure.results import DOUBTFUL, Results, Row, reliable
 from ..measure.timing import Effort
 from ..providers.base import PROVIDERS
+from ..providers.linear import LINEAR_PROVIDERS
 from ..providers.recurrent import RECURRENT_PROVIDERS, forced_name
 from ..report.model import (
     BYTE_UNITS,
@@ -32,6 +33,7 @@ from ..report.model import (
 from ..report.plots.style import end_labels, log_axes
 from ..report.statistics import Crossover, crossover, power_law
 from ..workloads.base import MODES, Workload
+from ..workloads.linear import LinearWorkload
 
 NAME = "sequential-vs-parallel"
 SUMMARY = "time and memory against T: LSTM and GRU (eager loop, torch, fastseq), minGRU, attention (naive, fused, fastseq)"
@@ -50,7 +52,7 @@ BASELINE = {
     "naive attention": "fused attention",
     "fastseq attention": "fused attention",
 }
-KNOWN = PROVIDERS | RECURRENT_PROVIDERS
+KNOWN = PROVIDERS | RECURRENT_PROVIDERS | LINEAR_PROVIDERS
 CROSSOVER = tuple(field.name for field in fields(Crossover))
 EQUAL = (
     "Equal means: the same input, batch and width, one layer each, causal, projections included. "
@@ -77,7 +79,7 @@ def plan(options: Options) -> list[Case]:
             participants = tuple(
                 Participant(
                     name,
-                    Workload(
+                    (LinearWorkload if name in LINEAR else Workload)(
                         KNOWN[name].function,
                         T,
                         B,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from .layers import Attention, MinGRULoop, Stack, TransformerBlock, materialized
+from .layers import Attention, Stack, TransformerBlock, materialized
 
 MODES = {
     "inference": "forward",
@@ -28,8 +28,6 @@ MODES = {
 }
 ALL_MODES = MODES | {"backward": "backward"}  # the backward pass alone: of attention
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
-MIN_GRU = "mingru"  # its gates read the input alone: parallel in time
-RECURRENCES = (*GATES, MIN_GRU)
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Workload:
     @property
     def growth(self) -> int:
         """Power of T that memory grows with at most."""
-        return 1 if self.function in RECURRENCES else 2
+        return 1 if self.function in GATES else 2
 
     @property
     def width(self) -> int:
@@ -212,7 +210,6 @@ FUNCTIONS = {
         Function("lstm", _recurrent(nn.LSTM), "time"),
         Function("gru", _recurrent(nn.GRU), "time"),
         Function("rnn", _recurrent(nn.RNN), "time"),
-        Function(MIN_GRU, _recurrent(MinGRULoop), "time"),
         Function("attention", lambda w: Attention(w.H, w.heads, fused=False), "batch", True),
         Function("block", lambda w: TransformerBlock(w.H, w.heads, fused=False), "batch", True),
         Function("encoder", lambda w: TransformerBlock(w.H, w.heads, fused=_every_key), "batch", True),

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import RECURRENCES, Metric, Workload
+from .base import GATES, Metric, Workload
+from .linear import WEIGHTS, LinearWorkload
 
 DATA = Path(__file__).resolve().parent.parent.parent / "examples" / "data"
 SYMBOLS = 8  # to be recalled; as many again that mean nothing, and one that asks
@@ -57,6 +58,11 @@ class Experiment(Workload):
         return {"task": self.task, "budget": self.budget, "seeds": self.seeds, "samples": self.samples}
 
 
+@dataclass(frozen=True)
+class LinearExperiment(Experiment, LinearWorkload):
+    """With a layer of linear recurrence."""
+
+
 class Layer(nn.Module):
     """A provider's layer, time first: [T, B, W] -> [T, B, W]."""
 
@@ -75,7 +81,7 @@ class Model(nn.Module):
 
     def __init__(self, w: Experiment, provider: Any, embedding: nn.Module, outputs: int) -> None:
         super().__init__()
-        self.ordered = w.function in RECURRENCES
+        self.ordered = w.function in GATES or w.function in WEIGHTS
         self.embedding, self.layer, self.readout = embedding, w.layer(provider), nn.Linear(w.H, outputs)
         self.to(device=w.device, dtype=w.torch_dtype)
 

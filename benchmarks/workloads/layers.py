@@ -87,27 +87,6 @@ class Stack(nn.Module):
         return x
 
 
-class MinGRULoop(nn.Module):
-    """minGRU (Feng et al. 2024) step by step: [T, B, I] -> [T, B, H] and its last step [1, B, H]. Parameters are named and shaped
-    as torch.nn.GRU's are, rows of the gate before those of the candidate."""
-
-    def __init__(self, input_size: int, hidden_size: int) -> None:
-        super().__init__()
-        bound = 1 / math.sqrt(hidden_size)
-        self.weight_ih_l0 = nn.Parameter(torch.empty(2 * hidden_size, input_size).uniform_(-bound, bound))
-        self.bias_ih_l0 = nn.Parameter(torch.empty(2 * hidden_size).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gate, candidate = F.linear(x, self.weight_ih_l0, self.bias_ih_l0).chunk(2, -1)
-        z = gate.sigmoid()
-        new = z * torch.where(candidate >= 0, candidate + 0.5, candidate.sigmoid())
-        h, outputs = torch.zeros_like(new[0]), []
-        for keep, step in zip(1 - z, new, strict=True):
-            h = keep * h + step
-            outputs.append(h)
-        return torch.stack(outputs), h[None]
-
-
 class CellLoop(nn.Module):
     """An nn cell called once per step from Python: [T, B, I] -> [T, B, H]."""
 

@@ -347,10 +347,10 @@ class Block {
           if (capped) store_vector(capped + x, t);
           store_vector(scores + x, t * outer);
         }
-      } else {
+      } else if (!a.bias.given()) {
         for (int64_t x = 0; x < n * lanes; x += W) store_vector(scores + x, load_vector(scores + x) * A(a.scale));
       }
-      if (a.bias.given()) add_pairs<NV>(a.bias, a.bias_type, A(1), scores, begin, n);
+      if (a.bias.given()) add_pairs<NV>(a.bias, a.bias_type, A(1), scores, begin, n, a.softcap != 0 ? A(1) : A(a.scale));
       if (a.slopes) add_slopes<NV>(scores, begin, n);
       if (a.relative_bias) add_relative_bias<NV>(scores, begin, n);
     }
@@ -364,10 +364,10 @@ class Block {
       }
   }
 
-  // rows [key][lane] of keys begin .. begin + n get what a tensor has for them, times a factor
+  // rows [key][lane] of keys begin .. begin + n, times `own`, get what a tensor has for them, times a factor
   template <int NV>
-  void add_pairs(const Pairs& pairs, Type type, A factor, A* to, int64_t begin, int64_t n) const {
-    with_element(type, [&]<class T>() { add_pairs<NV, T>(pairs, factor, to, begin, n); });
+  void add_pairs(const Pairs& pairs, Type type, A factor, A* to, int64_t begin, int64_t n, A own = 1) const {
+    with_element(type, [&]<class T>() { add_pairs<NV, T>(pairs, factor, to, begin, n, own); });
   }
 
   // weights of keys begin .. begin + n, of which a dropout zeroes some: rows [key][lane]; begin is a multiple of 4
@@ -516,19 +516,30 @@ class Block {
 
   // one square of registers after the other
   template <int NV, class T>
-  void add_pairs(const Pairs& pairs, A factor, A* to, int64_t begin, int64_t n) const {
+  void add_pairs(const Pairs& pairs, A factor, A* to, int64_t begin, int64_t n, A own) const {
     constexpr int64_t lanes = NV * W;
     const T* base = static_cast<const T*>(pairs.data) + b * pairs.b + h * pairs.h + first * pairs.i + begin * pairs.j;
     if (pairs.i == 0) {  // the same for every query
       for (int64_t j = 0; j < n; ++j) {
         const A value = A(value_of(base + j * pairs.j)) * factor;
-        for (int64_t v = 0; v < NV; ++v) store_vector(to + j * lanes + v * W, load_vector(to + j * lanes + v * W) + value);
+        for (int64_t v = 0; v < NV; ++v) store_vector(to + j * lanes + v * W, load_vector(to + j * lanes + v * W) * own + value);
       }
       return;
     }
     for (int64_t v = 0; v < NV; ++v)
       for (int64_t j = 0; j < n; j += W) {
         V square[W];
+        if (pairs.j == 1 && (v + 1) * W <= count && j + W <= n) {  // without conditions, which would keep it in memory
+#pragma GCC unroll 16
+          for (int64_t r = 0; r < W; ++r) square[r] = loaded<T>(base + (v * W + r) * pairs.i + j, W);
+          transpose<W / 2, W>(square);
+#pragma GCC unroll 16
+          for (int64_t r = 0; r < W; ++r) {
+            A* at = to + (j + r) * lanes + v * W;
+            store_vector(at, load_vector(at) * own + square[r] * factor);
+          }
+          continue;
+        }
         for (int64_t r = 0; r < W; ++r) {
           const int64_t i = v * W + r;
           if (i >= count) {
@@ -543,7 +554,7 @@ class Block {
         transpose<W / 2, W>(square);
         for (int64_t r = 0; r < min(W, n - j); ++r) {
           A* at = to + (j + r) * lanes + v * W;
-          store_vector(at, load_vector(at) + square[r] * factor);
+          store_vector(at, load_vector(at) * own + square[r] * factor);
         }
       }
   }

@@ -462,6 +462,11 @@ FASTSEQ_HOST_DEVICE Float power_of_two(Float t) {
   constexpr float kLeast = -126, kRound = Lanes<float>::kRound;
   const __mmask16 some = kZeroes ? _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(kLeast), _CMP_NLT_UQ) : 0xffff;
   t = Math<float>::at_least(t, kLeast);
+  if constexpr (std::is_same_v<M, ShortMath>) {  // minimax of (2^f - 1) / f on [0, 1], relative error 3e-6
+    const Float f = (Float)_mm512_reduce_ps((__m512)t, 0x9);  // t less the integer below, which is what scalef takes of it
+    const Float q = (((0.01342669f * f + 0.05224246f) * f + 0.24128021f) * f + 0.69304484f) * f + 1.0f;
+    return (Float)_mm512_maskz_scalef_ps(some, (__m512)q, (__m512)t);
+  }
   const Float n = (t + kRound) - kRound, f = t - n;
   constexpr int last = sizeof(M::kExp2) / sizeof(float) - 1;
   Float q = Float{} + M::kExp2[last];
@@ -691,7 +696,32 @@ class TileForward {
     for (int v = 0; v < NV; ++v) highest[v] = base_[i][v], total[v] = total_[i][v], rounded[v] = kRounds ? rounded_[i][v] : total[v];
     rows_.template finish<NV>(highest, total, rounded);
     if (!started_[i]) __builtin_memset(sums_ + i * sums_size_, 0, sums_size_ * sizeof(float));
-    rows_.block.store(sums_ + i * sums_size_, a.value_features, rows_.factors(), a.out);
+    if constexpr (kPartsOf<S> == 1)
+      put_out<NV>(sums_ + i * sums_size_);
+    else
+      rows_.block.store(sums_ + i * sums_size_, a.value_features, rows_.factors(), a.out);
+  }
+
+  // Rows [feature][lane] times their factors as rows of bfloat16: rounded before they are transposed, two features as one number.
+  template <int NV>
+  void put_out(const float* from) const {
+    const Block<S>& block = rows_.block;
+    S* to = static_cast<S*>(a.out.data) + a.out.offset(a.cu_q ? 0 : block.b, block.h, block.s.first_q + block.first);
+    const int64_t features = a.value_features;
+    for (int64_t v = 0; v < NV; ++v) {
+      const V factor = load_vector(rows_.factors() + v * W);
+      const auto feature = [&](int64_t f) { return f < features ? load_vector(from + (f * NV + v) * W) * factor : V{}; };
+      for (int64_t e = 0; e < features; e += kTileDepth) {
+        Float square[W];
+#pragma GCC unroll 16
+        for (int64_t pair = 0; pair < W; ++pair)
+          square[pair] = (Float)in_pairs(rounded_both(feature(e + 2 * pair), feature(e + 2 * pair + 1)));
+        transpose<8, 16>(square);
+        const uint32_t mask = features - e < kTileDepth ? (uint32_t(1) << (features - e)) - 1 : ~uint32_t(0);
+        for (int64_t r = 0; r < min(W, block.count - v * W); ++r)
+          _mm512_mask_storeu_epi16(to + (v * W + r) * a.out.t + e, mask, (__m512i)square[r]);
+      }
+    }
   }
 
   const Attention& a;

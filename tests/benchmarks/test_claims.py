@@ -9,7 +9,6 @@ import pytest
 from fastseq.benchmarks.claims import table as claims
 from fastseq.benchmarks.claims.evidence import judge, less, lowest, meet
 from fastseq.benchmarks.measure.results import Results, Row
-from fastseq.benchmarks.providers.base import PROVIDERS
 from fastseq.benchmarks.providers.decode import DECODE_PROVIDERS, GROWING, RESERVED, layer_name
 from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
 from fastseq.benchmarks.providers.variable_length import MASK, NESTED, VARIABLE_PROVIDERS
@@ -298,7 +297,7 @@ def test_variable_length_answers_for_both_families(synthetic):
 
 
 def experiment(suite, group, name, value, *, T=32, samples=0, low=None, high=None):
-    w = Experiment(PROVIDERS[name].function, T, 8, 32, 32, task=group, samples=samples)
+    w = Experiment(EVERY_PROVIDER[name].function, T, 8, 32, 32, task=group, samples=samples)
     row = Row.of(suite, group, name, w)
     row.metric = {"name": "", "unit": "", "median": value, "low": low or value, "high": high or value, "seeds": 3}
     return row

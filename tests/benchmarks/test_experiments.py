@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from fastseq.benchmarks.measure.case import Case, Options, Participant
 from fastseq.benchmarks.measure.runner import Runner
 from fastseq.benchmarks.measure.timing import Effort
 from fastseq.benchmarks.providers.base import PROVIDERS, Provider
+from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
 from fastseq.benchmarks.suites import long_range, small_data
 from fastseq.benchmarks.workloads import experiments
 from fastseq.benchmarks.workloads.base import Metric
@@ -78,7 +79,7 @@ def test_parity_is_counted_by_gates_that_read_the_state_alone():
     """The quick form of the suite: a GRU is exact beyond the lengths that it was trained on, minGRU does not leave chance."""
     (case,) = [c for c in long_range.plan(Options("cpu", "float32", (), quick=True)) if c.group == "parity"]
     names = ("fastseq.GRU", "fastseq.MinGRU")
-    found = {p.provider: p.workload.measure(PROVIDERS[p.provider]) for p in case.participants if p.provider in names}
+    found = {p.provider: p.workload.measure(EVERY_PROVIDER[p.provider]) for p in case.participants if p.provider in names}
     T = case.participants[0].workload.T
     assert T > experiments.COUNTED and found["fastseq.GRU"].low > 0.98
     chance = 4 * 0.5 / math.sqrt(experiments.TESTED)  # four standard deviations
@@ -215,9 +216,10 @@ def test_the_plan(suite, device, quick):
     assert {c.group for c in cases} == tasks == {p.workload.task for c in cases for p in c.participants}
     for case in cases:
         assert {p.provider for p in case.participants} == set(suite.COUNT if case.group == "parity" else suite.NAMES)
-        assert len({replace(p.workload, function="") for p in case.participants}) == 1, "all but the layer is the same for all"
+        given = [asdict(replace(p.workload, function="")) for p in case.participants]
+        assert all(one == given[0] for one in given), "all but the layer is the same for all"
         for p in case.participants:
-            assert p.workload.function == PROVIDERS[p.provider].function and p.workload.mode == "training"
+            assert p.workload.function == EVERY_PROVIDER[p.provider].function and p.workload.mode == "training"
             assert p.workload.device == device and p.workload.seeds > 1
             assert p.workload.dtype == ("float64" if case.group == "gradient" else "float32")
     keys = [key for case in cases for key in case.keys()]

@@ -86,7 +86,7 @@ FAULTS = [
     uncut("a cut one step late", "cut(steps.time(step + 1), *new_h)", "cut(steps.time(step), *new_h)"),
     uncut("a lane backwards cut at a segment's first step", "return reverse ? t + 1 : t;", "return t;"),
     uncut("a first step that is not cut", "    cut(steps.time(0), buf.h[0]);\n", ""),
-    uncut("a state of tiles that is not cut", "a.reset_h, a.reset_c, {&state}", "a.reset_h, a.reset_c, {}", level="amx"),
+    uncut("a state of tiles that is not cut", "reset_c, {&state}", "reset_c, {&buf.h[&state == buf.h]}", level="amx"),
     uncut("the gradient of c passes", "if (anew && K)", "if (!K)"),
     uncut("the gradient of h passes", "if (!came_anew || ", "if (true || "),
     uncut("the state that was replaced, backwards", "anew(of.anew && ", "anew(false && ", cell="float16, Gru"),

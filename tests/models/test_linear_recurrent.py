@@ -18,7 +18,6 @@ from support import models as support
 W, T = 6, 9
 NAMES = {
     "recurrent_norm.weight": "1.weight",
-    "recurrent.weight_ih_l0": "2.to_hidden_and_gate.weight",
     "out.weight": "2.to_out.weight",
     "feedforward_norm.weight": "3.weight",
     "up.weight": "4.0.weight",
@@ -28,31 +27,57 @@ NAMES = {
 }
 
 
-def test_parity_with_another_package():
-    """Logits and every gradient; their rows are of the candidate, then of the gate, ours the other way round."""
-    results = frozen.read(oracle.__file__)["min_gru"]
-    layer = partial(fastseq.MinGRU, bias=False)
+@pytest.mark.parametrize(
+    ("kind", "layer", "gates"), [("min_gru", fastseq.MinGRU, "gate"), ("min_lstm", fastseq.MinLSTM, "f_i_gate")]
+)
+def test_parity_with_another_package(kind, layer, gates):
+    """Logits and every gradient; their rows are of the candidate, then of the gates, ours the other way round."""
+    results, layer = frozen.read(oracle.__file__)[kind], partial(layer, bias=False)
     model = LinearRecurrent(oracle.WIDTH, oracle.DEPTH, layer=layer, units=oracle.UNITS, feedforward=oracle.INNER).double()
     names = {"norm.weight": "norm.weight"}
-    names |= {f"blocks.{n}.{own}": f"layers.{n}.{other}" for n in range(oracle.DEPTH) for own, other in NAMES.items()}
+    of_block = NAMES | {"recurrent.weight_ih_l0": f"2.to_hidden_and_{gates}.weight"}
+    names |= {f"blocks.{n}.{own}": f"layers.{n}.{other}" for n in range(oracle.DEPTH) for own, other in of_block.items()}
 
-    def turned(name, tensor):
-        return tensor.roll(oracle.UNITS, 0) if "recurrent.weight" in name else tensor
+    def turned(name, tensor, back=1):
+        return tensor.roll(-back * oracle.UNITS, 0) if "recurrent.weight" in name else tensor
 
     model.load_state_dict({name: turned(name, results["weights"][other]) for name, other in names.items()})
     embedding, head = (results["weights"][name].requires_grad_() for name in ("token_emb.weight", "to_logits.weight"))
     logits = model(F.embedding(results["ids"], embedding))[0] @ head.mT
     torch.testing.assert_close(logits, results["logits"], rtol=0, atol=1e-13)
     frozen.weighted(logits).backward()
-    found = {names[name]: turned(name, parameter.grad) for name, parameter in model.named_parameters()}
+    found = {names[name]: turned(name, parameter.grad, -1) for name, parameter in model.named_parameters()}
     found |= {"token_emb.weight": embedding.grad, "to_logits.weight": head.grad}
     torch.testing.assert_close(found, results["gradients"], rtol=1e-11, atol=1e-12)
+
+
+LAYERS = [
+    fastseq.MinGRU,
+    fastseq.MinLSTM,
+    fastseq.HGRN,
+    fastseq.RGLRU,
+    fastseq.QRNN,
+    partial(fastseq.QRNN, window=2),
+    fastseq.LRU,
+]
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
     return LinearRecurrent(W, 2, units=5).double()
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_every_layer_goes_on_where_the_last_call_ended(layer):
+    torch.manual_seed(0)
+    model, x, state = LinearRecurrent(W, 2, layer=layer).double(), torch.randn(2, T, W, dtype=torch.float64), None
+    whole, last = model(x)
+    support.assert_causal(model, x)
+    for t in range(T):
+        y, state = model.step(x[:, t], state)
+        torch.testing.assert_close(y, whole[:, t])
+    torch.testing.assert_close(support.flat(state), support.flat(last))
 
 
 def test_every_call_goes_on_where_the_last_one_ended(model):
