@@ -85,11 +85,9 @@ FAULTS = [
     ),
     uncut("a cut one step late", "cut(steps.time(step + 1), *new_h)", "cut(steps.time(step), *new_h)"),
     uncut("a lane backwards cut at a segment's first step", "return reverse ? t + 1 : t;", "return t;"),
-    uncut("a first step that is not cut", "    cut(steps.time(0), buf.h[0]);\n", ""),
     uncut("the gradient of c passes", "if (anew && K)", "if (!K)"),
     uncut("the gradient of h passes", "if (!came_anew || ", "if (true || "),
     uncut("the state that was replaced, backwards", "anew(of.anew && ", "anew(false && ", cell="float16, Gru"),
-    uncut("gradients of what replaces", "dh, P - u);\n    return V{};", "V{}, P - u);\n    return V{};"),
     Fault("backwards one tile too far", ENGINE, "tiles[1] - 1 - i", "tiles[1] - i", f"{WRONG}|{LEFT}"),
 ]
 
