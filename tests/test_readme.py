@@ -33,6 +33,10 @@ def names(block: str) -> dict[str, Any]:
         "encoder": nn.TransformerEncoder(layer, 1),
         "x": torch.randn(2, 12, 128),
         "lengths": torch.tensor([12, 7]),
+        "starts": torch.rand(2, 12) < 0.2,
+        "x_t": torch.randn(2, 128),
+        "rows": torch.randn(19, 128),
+        "ends": torch.tensor([0, 12, 19]),
         "padding": torch.zeros(2, 12, dtype=torch.bool),
         "q": torch.randn(2, 4, 12, 8),
         "k": torch.randn(2, 2, 12, 8),
@@ -44,6 +48,9 @@ def names(block: str) -> dict[str, Any]:
         "packed_v": torch.randn(19, 2, 8),
         "cu_seqlens": torch.tensor([0, 12, 19]),
     }
+    if "recurrent_ppo" in block:
+        sb3_contrib = pytest.importorskip("sb3_contrib", reason="needs sb3-contrib")
+        given["recurrent_ppo"] = sb3_contrib.RecurrentPPO("MlpLstmPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu")
     if "hugging_face_model" in block:
         given["hugging_face_model"] = hugging_face_model()
     return given

@@ -45,9 +45,9 @@ def unmet(name: str, before: str, after: str) -> Fault:
     return Fault(f"no meeting {name}", NORMS, before + MEET + after, before + after, RACE, "thread")
 
 
-def uncut(name: str, old: str, new: str, level: str = "avx2", cell: str = "float, Lstm") -> Fault:
+def uncut(name: str, old: str, new: str, cell: str = "float, Lstm") -> Fault:
     """A reset that is missed, or found elsewhere."""
-    return Fault(name, ENGINE, old, new, WRONG, level=level, cases=(f"X({cell})",))
+    return Fault(name, ENGINE, old, new, WRONG, cases=(f"X({cell})",))
 
 
 FAULTS = [
@@ -85,12 +85,9 @@ FAULTS = [
     ),
     uncut("a cut one step late", "cut(steps.time(step + 1), *new_h)", "cut(steps.time(step), *new_h)"),
     uncut("a lane backwards cut at a segment's first step", "return reverse ? t + 1 : t;", "return t;"),
-    uncut("a first step that is not cut", "    cut(steps.time(0), buf.h[0]);\n", ""),
-    uncut("a state of tiles that is not cut", "reset_c, {&state}", "reset_c, {&buf.h[&state == buf.h]}", level="amx"),
     uncut("the gradient of c passes", "if (anew && K)", "if (!K)"),
     uncut("the gradient of h passes", "if (!came_anew || ", "if (true || "),
     uncut("the state that was replaced, backwards", "anew(of.anew && ", "anew(false && ", cell="float16, Gru"),
-    uncut("gradients of what replaces", "dh, P - u);\n    return V{};", "V{}, P - u);\n    return V{};"),
     Fault("backwards one tile too far", ENGINE, "tiles[1] - 1 - i", "tiles[1] - i", f"{WRONG}|{LEFT}"),
 ]
 

@@ -267,8 +267,9 @@ def test_a_state_of_another_model_or_batch_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_attention_learns_to_reverse_where_none_does_not():
-    """Sequences of 5 to 10 symbols said backwards without help, after 1,000 steps of one seed."""
+    """Sequences of 5 to 10 symbols said backwards without help, after 2,000 steps of one seed."""
     found = {}
     for attention in ("general", "bahdanau", "none"):
         torch.manual_seed(0)
@@ -282,7 +283,7 @@ def test_attention_learns_to_reverse_where_none_does_not():
             source, lengths, target = next(batches)
             return tasks.loss_of(logits(model, source, tasks.said_after(target), lengths), target)
 
-        trained(model, loss, 1000, 2e-3)
+        trained(model, loss, 2000, 2e-3)
         source, lengths, target = next(tasks.reversals(500, seed=2))
         with torch.no_grad():
             begin = torch.full((500,), tasks.BEGIN)

@@ -132,6 +132,7 @@ def test_a_state_of_another_model_or_batch_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_it_copies_over_a_hundred_steps_where_a_gru_does_not():
     """Ten symbols after a hundred steps, 900 steps of training: silence alone costs 0.173 nats."""
     found = {}

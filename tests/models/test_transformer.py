@@ -274,6 +274,7 @@ def test_a_state_of_another_model_or_batch_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_it_learns_to_reverse_with_places_and_not_without():
     """The loss on sequences said backwards, 600 steps: without positions the source is a bag of symbols."""
     found = {}

@@ -234,6 +234,7 @@ def test_a_state_of_another_model_or_batch_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_t5_learns_to_reverse_with_its_bias_and_not_without():
     """Exact sequences said without help, 700 steps: the bias by distance is all that it knows of places."""
     found = {}
