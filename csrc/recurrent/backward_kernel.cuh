@@ -13,7 +13,7 @@
 
 namespace fastseq::recurrent {
 
-template <class C, class Engine, bool kResets>
+template <class C, class Engine>
 class BackwardStep : Step<C, Engine, 1 + C::kStates> {
   using Base = Step<C, Engine, 1 + C::kStates>;
   using typename Base::Number;
@@ -33,7 +33,7 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
       const int t = rows_.time(steps - 1 - s);
       for (int batch_tile = 0; batch_tile < split_.batch_tiles; ++batch_tile) {
         if (s < steps) fetch(batch_tile, t);
-        if constexpr (kResets) fetch_cuts(batch_tile, t);
+        fetch_cuts(batch_tile, t);
         if (s > 0) {
           if (batch_tile == 0) engine_.wait(s);
           engine_.product(batch_tile);
@@ -151,9 +151,7 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
       float reached[1];
       engine_.sums(reached, items_.column(j), items_.unit(j));
       gradient(batch_tile, 0, j) += reached[0];
-      if constexpr (kResets) {
-        if (cut_after_[j]) cut_off(gradient(batch_tile, 0, j), p_.resets.dh, offset_of_state(batch_tile, j, 1, 0));
-      }
+      if (cut_after_[j]) cut_off(gradient(batch_tile, 0, j), p_.resets.dh, offset_of_state(batch_tile, j, 1, 0));
     }
   }
 
@@ -168,14 +166,12 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
         continue;
       }
       Inputs& in = in_[j];
-      if constexpr (kResets) {
-        if (cut_[j]) {
-          const auto* h = static_cast<const Number*>(p_.resets.h);
-          in.h_before = h ? gpu::to_float(h[offset_of_state(batch_tile, j, 1, 0)]) : 0.0f;
-          FASTSEQ_UNROLL
-          for (int k = 0; k < C::kStates; ++k) {
-            in.c_before[k] = p_.resets.c ? p_.resets.c[offset_of_state(batch_tile, j, C::kStates, k)] : 0.0f;
-          }
+      if (cut_[j]) {
+        const auto* h = static_cast<const Number*>(p_.resets.h);
+        in.h_before = h ? gpu::to_float(h[offset_of_state(batch_tile, j, 1, 0)]) : 0.0f;
+        FASTSEQ_UNROLL
+        for (int k = 0; k < C::kStates; ++k) {
+          in.c_before[k] = p_.resets.c ? p_.resets.c[offset_of_state(batch_tile, j, C::kStates, k)] : 0.0f;
         }
       }
       float vectors[kVectors], dc[kStates], dc_before[kStates], dx[C::kGates], dr[C::kGates], dh_direct;
@@ -189,9 +185,7 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
       FASTSEQ_UNROLL
       for (int k = 0; k < C::kStates; ++k) {
         gradient(batch_tile, 1 + k, j) = dc_before[k];
-        if constexpr (kResets) {
-          if (cut_[j]) cut_off(gradient(batch_tile, 1 + k, j), p_.resets.dc, offset_of_state(batch_tile, j, C::kStates, k));
-        }
+        if (cut_[j]) cut_off(gradient(batch_tile, 1 + k, j), p_.resets.dc, offset_of_state(batch_tile, j, C::kStates, k));
       }
       const int64_t row = rows_.row(batch_tile, column, t);
       FASTSEQ_UNROLL
@@ -211,18 +205,18 @@ class BackwardStep : Step<C, Engine, 1 + C::kStates> {
   uint8_t cut_[kItems], cut_after_[kItems];  // before this step, before the step after it
 };
 
-template <template <class> class CellOf, class Tile, int kNTiles, bool kResets = false>
+template <template <class> class CellOf, class Tile, int kNTiles>
 FASTSEQ_KERNEL(kThreads) backward_kernel(FASTSEQ_PARAMETERS BackwardParams p) {
   using C = CellOf<Math<Tile::kExact>>;
   gpu::Smem smem;
-  BackwardStep<C, AllGather<Tile, kNTiles, 1, C::kGates>, kResets>(p, smem).run();
+  BackwardStep<C, AllGather<Tile, kNTiles, 1, C::kGates>>(p, smem).run();
 }
 
-template <template <class> class CellOf, class Tile, bool kResets = false>
+template <template <class> class CellOf, class Tile>
 FASTSEQ_KERNEL(kThreads) backward_reduce_scatter_kernel(FASTSEQ_PARAMETERS BackwardParams p) {
   using C = CellOf<Math<Tile::kExact>>;
   gpu::Smem smem;
-  BackwardStep<C, ReduceScatter<Tile, C::kGates>, kResets>(p, smem).run();
+  BackwardStep<C, ReduceScatter<Tile, C::kGates>>(p, smem).run();
 }
 
 }  // namespace fastseq::recurrent

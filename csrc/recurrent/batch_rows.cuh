@@ -43,11 +43,11 @@ class BatchRows {
   }
   // the time after t in the lane's own order
   FASTSEQ_DEVICE int after(int t) const { return backwards_ ? t - 1 : t + 1; }
-  // Not 0 where a row that has time t begins anew with it, in the lane's own order; a reset stands at the later of two times. The
-  // number as it is read: nobody waits for it here.
+  // Not 0 where a row that has time t begins anew with it, in the lane's own order; a reset stands at the later of two times. resets:
+  // null without any. The number as it is read: nobody waits for it here.
   FASTSEQ_DEVICE uint8_t cut(const uint8_t* resets, int batch_tile, int column, int t) const {
     const int at = backwards_ ? t + 1 : t;
-    return t >= 0 && active(batch_tile, column, at) ? resets[row(batch_tile, column, at)] : uint8_t{0};
+    return resets && t >= 0 && active(batch_tile, column, at) ? resets[row(batch_tile, column, at)] : uint8_t{0};
   }
 
  private:

@@ -8,7 +8,7 @@
 
 namespace fastseq::recurrent {
 
-template <class C, class Tile, int kNTiles, bool kResets>
+template <class C, class Tile, int kNTiles>
 class ForwardStep : Step<C, AllGather<Tile, kNTiles, C::kGates, 1>, C::kStates> {
   using Base = Step<C, AllGather<Tile, kNTiles, C::kGates, 1>, C::kStates>;
   using typename Base::Number;
@@ -66,9 +66,7 @@ class ForwardStep : Step<C, AllGather<Tile, kNTiles, C::kGates, 1>, C::kStates> 
       for (int k = 0; k < C::kStates; ++k) {
         carried(batch_tile, k, j) = given && p_.c0 ? p_.c0[offset_of_state(batch_tile, j, C::kStates, k)] : 0.0f;
       }
-      if constexpr (kResets) {
-        if (given && rows_.cut(p_.resets.rows, batch_tile, items_.column(j), rows_.time(0))) begin_anew(batch_tile, j);
-      }
+      if (given && rows_.cut(p_.resets.rows, batch_tile, items_.column(j), rows_.time(0))) begin_anew(batch_tile, j);
     }
   }
 
@@ -97,7 +95,7 @@ class ForwardStep : Step<C, AllGather<Tile, kNTiles, C::kGates, 1>, C::kStates> 
       const int64_t row = rows_.row(batch_tile, items_.column(j), t);
       FASTSEQ_UNROLL
       for (int g = 0; g < C::kGates; ++g) x_[j][g] = static_cast<const Number*>(p_.x_gates)[offset_in_row(row, j, C::kGates, g)];
-      if constexpr (kResets) cut_[j] = rows_.cut(p_.resets.rows, batch_tile, items_.column(j), rows_.after(t));
+      cut_[j] = rows_.cut(p_.resets.rows, batch_tile, items_.column(j), rows_.after(t));
     }
   }
 
@@ -120,9 +118,7 @@ class ForwardStep : Step<C, AllGather<Tile, kNTiles, C::kGates, 1>, C::kStates> 
       h = y_[j] = gpu::from_float<Number>(h_new);
       FASTSEQ_UNROLL
       for (int k = 0; k < C::kStates; ++k) carried(batch_tile, k, j) = c_[j][k];
-      if constexpr (kResets) {
-        if (cut_[j]) begin_anew(batch_tile, j);
-      }
+      if (cut_[j]) begin_anew(batch_tile, j);
       if (j >= kLate) store(batch_tile, j, t);
     }
   }
@@ -158,10 +154,10 @@ class ForwardStep : Step<C, AllGather<Tile, kNTiles, C::kGates, 1>, C::kStates> 
   uint8_t cut_[kItems];  // before the next step
 };
 
-template <template <class> class CellOf, class Tile, int kNTiles, bool kResets = false>
+template <template <class> class CellOf, class Tile, int kNTiles>
 FASTSEQ_KERNEL(kThreads) forward_kernel(FASTSEQ_PARAMETERS ForwardParams p) {
   gpu::Smem smem;
-  ForwardStep<CellOf<Math<Tile::kExact>>, Tile, kNTiles, kResets>(p, smem).run();
+  ForwardStep<CellOf<Math<Tile::kExact>>, Tile, kNTiles>(p, smem).run();
 }
 
 }  // namespace fastseq::recurrent

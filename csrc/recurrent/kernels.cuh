@@ -29,23 +29,23 @@ struct TileOf<Precision::kFloat> {
   using Tile = TileFloat;
 };
 
-template <bool kResets, class Params, template <class> class CellOf, class Tile>
+template <class Params, template <class> class CellOf, class Tile>
 Kernel<Params> kernel_of_cell(const Plan& plan) {
   const bool wide = plan.n_tiles > 1;
   if constexpr (std::is_same_v<Params, ForwardParams>) {
-    return wide ? forward_kernel<CellOf, Tile, Tile::kNTiles, kResets> : forward_kernel<CellOf, Tile, 1, kResets>;
+    return wide ? forward_kernel<CellOf, Tile, Tile::kNTiles> : forward_kernel<CellOf, Tile, 1>;
   } else {
-    if (plan.split.reduce_scatter) return backward_reduce_scatter_kernel<CellOf, Tile, kResets>;
-    return wide ? backward_kernel<CellOf, Tile, Tile::kNTiles, kResets> : backward_kernel<CellOf, Tile, 1, kResets>;
+    if (plan.split.reduce_scatter) return backward_reduce_scatter_kernel<CellOf, Tile>;
+    return wide ? backward_kernel<CellOf, Tile, Tile::kNTiles> : backward_kernel<CellOf, Tile, 1>;
   }
 }
 
 template <Precision kPrecision, class Params>
-Kernel<Params> kernel_of(Cell cell, const Plan& plan, bool resets) {
+Kernel<Params> kernel_of(Cell cell, const Plan& plan) {
   using Tile = typename TileOf<kPrecision>::Tile;
   switch (cell) {
 #define FASTSEQ_CELL(type, name) \
-  case Cell::k##type: return resets ? kernel_of_cell<true, Params, type, Tile>(plan) : kernel_of_cell<false, Params, type, Tile>(plan);
+  case Cell::k##type: return kernel_of_cell<Params, type, Tile>(plan);
     FASTSEQ_CUDA_CELLS(FASTSEQ_CELL)
 #undef FASTSEQ_CELL
   }

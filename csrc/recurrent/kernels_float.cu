@@ -2,7 +2,7 @@
 
 namespace fastseq::recurrent {
 
-template Kernel<ForwardParams> kernel_of<Precision::kFloat, ForwardParams>(Cell, const Plan&, bool);
-template Kernel<BackwardParams> kernel_of<Precision::kFloat, BackwardParams>(Cell, const Plan&, bool);
+template Kernel<ForwardParams> kernel_of<Precision::kFloat, ForwardParams>(Cell, const Plan&);
+template Kernel<BackwardParams> kernel_of<Precision::kFloat, BackwardParams>(Cell, const Plan&);
 
 }  // namespace fastseq::recurrent

@@ -16,15 +16,15 @@ using Kernel = void (*)(Params);
 
 // Defined in kernels_<precision>.cu, which compile side by side.
 template <Precision kPrecision, class Params>
-Kernel<Params> kernel_of(Cell cell, const Plan& plan, bool resets);
+Kernel<Params> kernel_of(Cell cell, const Plan& plan);
 
 template <class Params>
-Kernel<Params> kernel_of(Precision precision, Cell cell, const Plan& plan, bool resets) {
+Kernel<Params> kernel_of(Precision precision, Cell cell, const Plan& plan) {
   switch (precision) {
-    case Precision::kHalf: return kernel_of<Precision::kHalf, Params>(cell, plan, resets);
-    case Precision::kBfloat16: return kernel_of<Precision::kBfloat16, Params>(cell, plan, resets);
-    case Precision::kTf32: return kernel_of<Precision::kTf32, Params>(cell, plan, resets);
-    case Precision::kFloat: return kernel_of<Precision::kFloat, Params>(cell, plan, resets);
+    case Precision::kHalf: return kernel_of<Precision::kHalf, Params>(cell, plan);
+    case Precision::kBfloat16: return kernel_of<Precision::kBfloat16, Params>(cell, plan);
+    case Precision::kTf32: return kernel_of<Precision::kTf32, Params>(cell, plan);
+    case Precision::kFloat: return kernel_of<Precision::kFloat, Params>(cell, plan);
   }
   return nullptr;
 }
@@ -32,7 +32,7 @@ Kernel<Params> kernel_of(Precision precision, Cell cell, const Plan& plan, bool 
 // The params' split becomes the plan's. "" or what the CUDA runtime says against a launch.
 template <class Params>
 const char* run(const Plan& plan, Cell cell, Precision precision, Params params, void* stream) {
-  const Kernel<Params> kernel = kernel_of<Params>(precision, cell, plan, params.resets.rows != nullptr);
+  const Kernel<Params> kernel = kernel_of<Params>(precision, cell, plan);
   if (!kernel) return "there is no CUDA kernel for this cell in this precision";
   params.split = plan.split;
   const int ctas = plan.split.ctas;

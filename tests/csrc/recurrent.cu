@@ -216,13 +216,13 @@ void check_counters([[maybe_unused]] const Run& run, [[maybe_unused]] int row_ga
 #endif
 }
 
-template <bool kResets = false>
+template <bool kWithResets = false>
 void forward(Form form, bool reverse) {
-  Problem p(reverse, kResets);
+  Problem p(reverse, kWithResets);
   Run run(form, kGates, 1, 1);
   Array<Number> y(p.y.count()), h_n(p.h_n.count()), gates(p.gates.count());
   Array<float> c(p.c.count()), c_n(p.c_n.count());
-  harness::must_run(forward_kernel<Lstm, Tile, kNTiles, kResets>, run.how,
+  harness::must_run(forward_kernel<Lstm, Tile, kNTiles>, run.how,
                     ForwardParams{p.x.data(), p.weight.data(), nullptr, p.h0.data(), p.c0.data(), y.data(), h_n.data(),
                                   c_n.data(), c.data(), gates.data(), p.walk(), run.split, run.buffers(), p.given()});
   if (harness::failures) return;
@@ -231,16 +231,16 @@ void forward(Form form, bool reverse) {
       compare("c_n", c_n, p.c_n);
 }
 
-template <bool kResets = false>
+template <bool kWithResets = false>
 void backward(Form form, bool reverse) {
-  Problem p(reverse, kResets);
+  Problem p(reverse, kWithResets);
   Run run(form, 1, kGates, 2);
   Array<Number> dgates(p.dgates.count()), dh0(p.dh0.count());
   Array<float> dc0(p.dc0.count()), dreset_h(p.dreset_h.count()), dreset_c(p.dreset_c.count());
   Resets resets = p.given();
   resets.dh = dreset_h.data(), resets.dc = dreset_c.data();
-  const auto kernel = run.split.reduce_scatter ? backward_reduce_scatter_kernel<Lstm, Tile, kResets>
-                                               : backward_kernel<Lstm, Tile, kNTiles, kResets>;
+  const auto kernel = run.split.reduce_scatter ? backward_reduce_scatter_kernel<Lstm, Tile>
+                                               : backward_kernel<Lstm, Tile, kNTiles>;
   harness::must_run(kernel, run.how,
                     BackwardParams{p.dy.data(), p.dh_n.data(), p.dc_n.data(), nullptr, p.weight.data(), nullptr, p.h0.data(),
                                    p.c0.data(), p.y.data(), p.c.data(), p.gates.data(), dgates.data(), nullptr, dh0.data(),

@@ -108,15 +108,13 @@ def kernels(file: Path) -> list[Kernel]:
 def words_of(name: str) -> str:
     """forward lstm bf16 wide; of other kernels than the recurrence's the name alone"""
     match = re.search(
-        r"(forward|backward|backward_reduce_scatter)_kernel<(?:\w+::)*(\w+), (.*?)(?:, (?:\(int\))?(\d+))?"
-        r", (?:\(bool\))?(0|1|false|true) ?>\(",
-        name,
+        r"(forward|backward|backward_reduce_scatter)_kernel<(?:\w+::)*(\w+), (.*?)(?:, (?:\(int\))?(\d+))?>\(", name
     )
     if not match:
         return re.sub(r"\(.*", "", name.replace("(anonymous namespace)::", "")).split("::")[-1].split()[-1]
-    direction, cell, tile, columns, resets = match.groups()
+    direction, cell, tile, columns = match.groups()
     words = [direction, re.sub(r"(?<!^)(?=[A-Z])", "_", cell).lower(), TILES[re.findall(r"\w+", tile)[-1]]]
-    return " ".join(words + ["wide"] * (int(columns or 1) > 1) + ["resets"] * (resets in ("1", "true")))
+    return " ".join(words + ["wide"] * (int(columns or 1) > 1))
 
 
 def architectures() -> list[str]:
@@ -127,10 +125,10 @@ def architectures() -> list[str]:
 
 def expected(where: Iterable[str]) -> set[str]:
     """Keys of the recurrent kernels of some architectures."""
-    sizes = product(DIRECTIONS, CELLS, PRODUCTS, ("", " wide"), ("", " resets"), where)
+    sizes = product(DIRECTIONS, CELLS, PRODUCTS, ("", " wide"), where)
     return {
-        f"{way} {cell} {precision}{wide}{resets} {arch}"
-        for way, cell, precision, wide, resets, arch in sizes
+        f"{way} {cell} {precision}{wide} {arch}"
+        for way, cell, precision, wide, arch in sizes
         if way != REDUCE_SCATTER or not wide
     }
 
