@@ -163,20 +163,21 @@ def found(battery: Battery, inputs: dict[str, Any]) -> dict[str, Tensor]:
 def cancelled(inputs: dict[str, Any], outputs: int) -> dict[str, float]:
     """Of gradients, what is left when products that are equal are subtracted: of one key, all that there is.
 
-    The gradient of a score is w (dout v - sum dout out), of two sums in their own order; each is at most |dout| |v|.
+    The gradient of a score is w (dout v - sum dout out), of two sums in their own order; each is at most |dout| |v|. That of v is a sum
+    of w dout over the queries, whatever is left of it.
     """
     case, q, k, v = inputs["case"], *(inputs[name] for name in "qkv")
     if 0 in (*q.shape, *k.shape, *v.shape):
         return {}
     unit = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps / 2
-    dout = 5.0 * math.sqrt(v.shape[-1]) if outputs else 0.0  # of normal deviates
-    score = unit * dout * v.detach().double().norm(dim=-1).max().item() / max(1 - case.dropout, 1e-3)
+    most = 5.0 * unit / max(1 - case.dropout, 1e-3) if outputs else 0.0  # of normal deviates
+    score = most * math.sqrt(v.shape[-1]) * v.detach().double().norm(dim=-1).max().item()
     scale = abs(1 / math.sqrt(q.shape[-1]) if case.scale is None else case.scale)
     rows = math.sqrt(q[..., 0].numel())  # that a gradient of something else than a query is summed over
     of = {"q": "k", "k": "q", "relative_q": "relative_k", "relative_k": "relative_q"}
     factors = {name: scale * inputs[other].detach().abs().max().item() for name, other in of.items() if other in inputs}
     factors = {name: factors.get(name, 1.0) * (1 if name.endswith("q") else rows) for name in GRADIENTS if name != "v"}
-    return {f"gradient of {name}": score * factor for name, factor in factors.items()}
+    return {f"gradient of {name}": score * factor for name, factor in factors.items()} | {"gradient of v": most * rows}
 
 
 def compare(results: list[dict[str, Tensor]], where: str, own: float, rest: dict[str, float]) -> None:
