@@ -163,8 +163,8 @@ def found(battery: Battery, inputs: dict[str, Any]) -> dict[str, Tensor]:
 def cancelled(inputs: dict[str, Any], outputs: int) -> dict[str, float]:
     """Of gradients, what is left when products that are equal are subtracted: of one key, all that there is.
 
-    The gradient of a score is w (dout v - sum dout out), of two sums in their own order; each is at most |dout| |v|. That of v is a sum
-    of w dout over the queries, whatever is left of it.
+    The gradient of a score is w (dout v - sum dout out), of two sums in their own order; each is at most |dout| |v|. That of v is
+    a sum of w dout over the queries, whatever is left of it.
     """
     case, q, k, v = inputs["case"], *(inputs[name] for name in "qkv")
     if 0 in (*q.shape, *k.shape, *v.shape):
