@@ -96,6 +96,7 @@ def run_layers(
         if state is not None:
             width = (options.proj_size or hidden) if name == "h" else hidden
             _check_state(f"{name}0", state, x, batch_sizes, (options.num_layers * directions, width))
+    states = _all_or_none(cell, states, options.proj_size or hidden, hidden)
     if lengths is not None or batch_sizes is not None:
         _check_lengths(x, lengths, batch_sizes)
     if resets is not None:
@@ -185,6 +186,18 @@ def run_layers(
     if options.return_cells:
         all_cells = torch.stack([c.transpose(0, 1) if batch_first else c for c in cells if c is not None]).to(x.dtype)
     return x, tuple(joined) if x.dtype in (torch.float32, torch.float64) else tuple([s.to(x.dtype) for s in joined]), all_cells
+
+
+def _all_or_none(cell: Cell, states: Sequence[Tensor | None], width: int, hidden: int) -> Sequence[Tensor | None]:
+    """The states, where some are given those of nothing seen in place of the others."""
+    given = next((state for state in states if state is not None), None)
+    if given is None or all(state is not None for state in states):
+        return states
+    sizes = given.shape[:-1]
+    return [
+        given.new_full((*sizes, width if name == "h" else hidden), -torch.inf if name == "m" else 0.0) if state is None else state
+        for name, state in zip(cell.states, states, strict=True)
+    ]
 
 
 def _trains(options: Options) -> bool:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastseq
 from fastseq.backends import library, watching
+from fastseq.cells import CELLS
 
 NATIVE, STEP, OP = (f"fastseq_native::recurrent_{name}" for name in ("layers", "step", "forward"))
 
@@ -146,6 +147,22 @@ def test_zoneout_at_inference(zoneout):
     module = fastseq.LSTM(6, 9, zoneout=zoneout).eval()
     x = torch.randn(4, 2, 6)
     assert_same(lambda: module(x))
+
+
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+@pytest.mark.parametrize("training", [False, True])
+def test_states_of_which_some_are_given(training, backend):
+    """The others are those of nothing seen."""
+    x, state = torch.randn(4, 2, 6), torch.randn(1, 2, 9)
+    for module in (fastseq.LSTM(6, 9), fastseq.SLSTM(6, 9)):
+        cell, params = module.cell, list(module.parameters())
+        nothing = [torch.full_like(state, -torch.inf if name == "m" else 0.0) for name in CELLS[cell].states]
+        for place in range(len(nothing)):
+            some, every = [None] * len(nothing), list(nothing)
+            some[place] = every[place] = state
+            with torch.set_grad_enabled(training), fastseq.use_backend(backend):
+                found, expected = (fastseq.functional.recurrent(cell, x, hx, params) for hx in (some, every))
+            torch.testing.assert_close(found[:2], expected[:2])
 
 
 def test_unbatched():
