@@ -23,8 +23,8 @@ std::tuple<std::string, double, std::vector<int64_t>, int64_t> recurrent_plan(st
                                                                               int64_t batch, int64_t lanes, int64_t hidden,
                                                                               std::vector<int64_t> device, int64_t rank);
 
-// starts [T] and lengths [B], int64, resets, uint8, and their states: as in params.h. plan: the fields of recurrent_plan for the tensors' device. operands and
-// flags: as much as the plan asks for, flags zero. Tensors that nobody wants or has are empty.
+// starts [T] and lengths [B], int64, resets, uint8, and their states: as in params.h. plan: the fields of recurrent_plan for the tensors'
+// device. operands and flags: as much as the plan asks for, flags zero. Tensors that nobody wants or has are empty.
 void recurrent_cuda_forward(std::string cell, std::string precision, std::vector<int64_t> plan, Tensor x_gates, Tensor weight,
                             std::optional<Tensor> vectors, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor y, Tensor h_n,
                             Tensor c_n, Tensor c, Tensor gates, std::optional<Tensor> starts, std::optional<Tensor> lengths,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._arguments import checked_tensor
 from ..cells import Cell
-from ._recurrent_layers import Options, run_layers
+from ._recurrent_layers import Options, run_layers, unseen
 from ._scan import checked_resets
 
 
@@ -67,8 +67,7 @@ def documents(
     for name, given, final in zip(cell.states, states, finals, strict=True):
         if filled < count:  # the empty documents keep what they were given
             if given is None:
-                nothing = -torch.inf if name == "m" else 0.0
-                rest = final.new_full((final.shape[0], count - filled, final.shape[2]), nothing)
+                rest = final.new_full((final.shape[0], count - filled, final.shape[2]), unseen(name))
             else:
                 rest = given.index_select(1, slots[filled:]).to(final.dtype)
             final = torch.cat((final, rest), 1)

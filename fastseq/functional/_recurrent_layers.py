@@ -5,6 +5,7 @@ Nothing here looks at the values in a tensor, so everything can be compiled and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -188,6 +189,11 @@ def run_layers(
     return x, tuple(joined) if x.dtype in (torch.float32, torch.float64) else tuple([s.to(x.dtype) for s in joined]), all_cells
 
 
+def unseen(state: str) -> float:
+    """What a state is before anything was seen, by its name: zero, but of an sLSTM's m, which is the logarithm of it."""
+    return -math.inf if state == "m" else 0.0
+
+
 def _all_or_none(cell: Cell, states: Sequence[Tensor | None], width: int, hidden: int) -> Sequence[Tensor | None]:
     """The states, where some are given those of nothing seen in place of the others."""
     given = next((state for state in states if state is not None), None)
@@ -195,7 +201,7 @@ def _all_or_none(cell: Cell, states: Sequence[Tensor | None], width: int, hidden
         return states
     sizes = given.shape[:-1]
     return [
-        given.new_full((*sizes, width if name == "h" else hidden), -torch.inf if name == "m" else 0.0) if state is None else state
+        given.new_full((*sizes, width if name == "h" else hidden), unseen(name)) if state is None else state
         for name, state in zip(cell.states, states, strict=True)
     ]
 
