@@ -160,17 +160,19 @@ def found(battery: Battery, inputs: dict[str, Any]) -> dict[str, Tensor]:
         return told(outputs, battery.gradients(outputs, inputs))
 
 
-def cancelled(inputs: dict[str, Any], outputs: int) -> dict[str, float]:
+def cancelled(inputs: dict[str, Any], lse: Tensor | None = None) -> dict[str, float]:
     """Of gradients, what is left when products that are equal are subtracted: of one key, all that there is.
 
-    The gradient of a score is w (dout v - sum dout out), of two sums in their own order; each is at most |dout| |v|. That of v is
-    a sum of w dout over the queries, whatever is left of it.
+    The gradient of a score is w (dout v - sum dout out), of two sums in their own order; each is at most |dout| |v|. And w is the
+    exponential of score - lse, whose rounding is that of lse wherever w counts. That of v is a sum of w dout over the queries,
+    whatever is left of it.
     """
     case, q, k, v = inputs["case"], *(inputs[name] for name in "qkv")
     if 0 in (*q.shape, *k.shape, *v.shape):
         return {}
     unit = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps / 2
-    most = 5.0 * unit / max(1 - case.dropout, 1e-3) if outputs else 0.0  # of normal deviates
+    exponent = lse.detach().abs().max().item() if lse is not None and lse.numel() else 0.0
+    most = 5.0 * unit * (1 + exponent) / max(1 - case.dropout, 1e-3)  # of normal deviates
     score = most * math.sqrt(v.shape[-1]) * v.detach().double().norm(dim=-1).max().item()
     scale = abs(1 / math.sqrt(q.shape[-1]) if case.scale is None else case.scale)
     rows = math.sqrt(q[..., 0].numel())  # that a gradient of something else than a query is summed over
@@ -196,7 +198,7 @@ def compare(results: list[dict[str, Tensor]], where: str, own: float, rest: dict
 def check(battery: Battery, inputs: dict[str, Any], levels: tuple[str, ...] = LEVELS) -> None:
     """At all these levels of this machine."""
     by_torch, truth = expected(battery, inputs)
-    own, rest = battery.own_error(inputs["case"], inputs["q"].dtype), cancelled(inputs, 1)
+    own, rest = battery.own_error(inputs["case"], inputs["q"].dtype), cancelled(inputs, truth.get("output 1"))
     for level in filter(reached, levels):
         with at(level):
             results = found(battery, inputs)
@@ -527,7 +529,7 @@ def as_torchs_best(tensors: dict[str, Any], own_error: float = 0.0, **options: A
     q, k, v = (exact[name] for name in ("query", "key", "value"))
     scale = options.get("scale")
     case = replace(PLAIN, scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    rest = cancelled({"case": case, "q": tensors["query"], "k": k, "v": v}, 1)
+    rest = cancelled({"case": case, "q": tensors["query"], "k": k, "v": v})
     names = {"q": "query", "k": "key", "bias": "attn_mask"}
     rest = {f"gradient of {names[short]}": rest.get(f"gradient of {short}", 0.0) for short in names}
     for level in filter(reached, LEVELS):
