@@ -16,6 +16,7 @@ from . import (
     attention_grid,
     cells,
     decode,
+    distributed,
     limits,
     long_range,
     memory_use,
@@ -69,6 +70,7 @@ SUITES: dict[str, Suite] = {
         resets,
         statements,
         models,
+        distributed,
         limits,
     )
 }
