@@ -275,9 +275,9 @@ def _hidden(shape: Shape) -> float:
 
     module._attend = slowly
     try:
-        plain = min(_slowest(lambda: module.context_parallel_attention(q, k, v, group)) for _ in range(2))
+        plain = min(_slowest(lambda: module.context_parallel_attention(q, k, v, group)) for _ in range(5))
         with delayed(DELAY):
-            late = min(_slowest(lambda: module.context_parallel_attention(q, k, v, group)) for _ in range(2))
+            late = min(_slowest(lambda: module.context_parallel_attention(q, k, v, group)) for _ in range(5))
     finally:
         module._attend = attend
     return 1 - (late - plain) / ((shape.ranks - 1) * DELAY)

@@ -423,9 +423,12 @@ def waits(group, late, hidden, gradients):
 def test_messages_are_hidden_behind_blocks(ranks):
     """In a ring of three, two messages are late: nobody waits for them; backward only for the gradients that come home last."""
     for gradients, exposed in ((False, 0.0), (True, LATE)):
-        hidden, open_ = (max(ranks.run(waits, LATE, how, gradients, size=3)) for how in (True, False))
-        assert 3 * BLOCK <= hidden < 3 * BLOCK + exposed + LATE
-        assert open_ >= 3 * BLOCK + 2 * LATE
+
+        def least(hidden, gradients=gradients):
+            return min(max(ranks.run(waits, LATE, hidden, gradients, size=3)) for _ in range(3))
+
+        assert 3 * BLOCK <= least(True) < 3 * BLOCK + exposed + LATE
+        assert least(False) >= 3 * BLOCK + 2 * LATE
 
 
 def mistake(group, name):
