@@ -29,6 +29,7 @@ from .torch_models import copies
 
 STEP, TOKEN = "training step", "token"  # the stages
 LAYERS = 2
+FEATURES = 8
 
 
 @dataclass(frozen=True)
@@ -419,14 +420,14 @@ def _parameters(w: SystemWorkload) -> int:
 
 
 def at_budget(w: SystemWorkload, budget: int) -> SystemWorkload:
-    """At the width (a multiple of twice the heads) that brings it nearest to a number of parameters.
+    """At the width that brings it nearest to a number of parameters; a head has a multiple of eight features.
 
     Raises:
         ValueError: if the narrowest one has more than twice as many.
     """
 
     def wide(units: int) -> SystemWorkload:
-        return replace(w, I=2 * w.heads * units, H=2 * w.heads * units)
+        return replace(w, I=FEATURES * w.heads * units, H=FEATURES * w.heads * units)
 
     high = 1
     while parameters(wide(high)) < budget:

@@ -82,7 +82,7 @@ def test_systems_have_as_many_parameters(options):
     assert workloads.keys() == SYSTEMS.keys()
     counts = {name: systems.parameters(w) for name, w in workloads.items()}
     budget = suite._sizes(options.device == "cuda", options.quick)[2]
-    assert all(abs(count - budget) < 0.07 * budget for count in counts.values()), counts
+    assert all(abs(count - budget) < (0.14 if options.quick else 0.07) * budget for count in counts.values()), counts
     for case in cases:
         assert all(EVERY_PROVIDER[p.provider].function == p.workload.function for p in case.participants)
         name = case.participants[0].workload.function
@@ -91,11 +91,11 @@ def test_systems_have_as_many_parameters(options):
 
 
 def test_the_width_is_the_nearest():
-    counts = {width: systems.parameters(replace(SMALL, function="LSTM", H=width)) for width in range(4, 400, 4)}
+    counts = {width: systems.parameters(replace(SMALL, function="LSTM", H=width)) for width in range(16, 400, 16)}
     for budget in (20_000, 123_456, 500_000, counts[64]):
         found = systems.at_budget(replace(SMALL, function="LSTM"), budget)
         assert found.H == found.I == min(counts, key=lambda width: abs(counts[width] - budget))
-    with pytest.raises(ValueError, match="TCN has .* parameters at width 4; 100 are too few"):
+    with pytest.raises(ValueError, match="TCN has .* parameters at width 16; 100 are too few"):
         systems.at_budget(replace(SMALL, function="TCN"), 100)
 
 
