@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._arguments import checked_tensor, own_keywords
 from ..ops import scan as ops
+from ..ops._dispatch import wants_gradient
 from ..ops.types import ScanSpec, state_dtype
 from ._attention_call import checked_lengths
 from ._autocast import without_autocast
@@ -108,7 +109,7 @@ def linear_recurrent(
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         if dropout and layer < num_layers - 1:
             x = F.dropout(x, dropout, training)
-    h_n = torch.stack(finals)
+    h_n = torch.stack(finals) if lanes > 1 else finals[0].unsqueeze(0)
     h_n = h_n.squeeze(1) if alone else h_n
     output = x.squeeze(1) if alone else x.transpose(0, 1) if batch_first else x
     return output, h_n if before is None else (h_n, before.last())
@@ -126,7 +127,9 @@ class _Layer(NamedTuple):
 
 
 def _projections(x: Tensor, lane: Lane, gates: int) -> list[Tensor]:
-    """Rows of the weight are parted, not the projected input, whose gradient would have to be put together again."""
+    """With gradients rows of the weight are parted, not what is projected, whose gradient would have to be put together again."""
+    if not wants_gradient([x, *lane.values()]):
+        return list(F.linear(x, lane["weight_ih"].flatten(1), lane.get("bias_ih")).chunk(gates, -1))
     biases = lane["bias_ih"].chunk(gates) if "bias_ih" in lane else [None] * gates
     return [F.linear(x, w.flatten(1), b) for w, b in zip(lane["weight_ih"].chunk(gates), biases, strict=True)]
 
