@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import platform
 import textwrap
@@ -218,6 +219,17 @@ def _devices() -> list[torch.device]:
 
 
 def _support() -> list[dict[str, Any]]:
+    """What is chosen for calls that nobody makes: nothing to warn of."""
+    logger = logging.getLogger("fastseq")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return _choices()
+    finally:
+        logger.setLevel(level)
+
+
+def _choices() -> list[dict[str, Any]]:
     choices = []
     for device in _devices():
         for op in ops.OPS:
