@@ -20,7 +20,7 @@ from side_by_side import compare, parser_of, parts_of, plot, prepared, print_tim
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastseq.models import GPT, TransformerXL
+from fastseq.models import DNC, GPT, NTM, TransformerXL
 
 TEXT = Path(__file__).parent / "data" / "persuasion.txt"
 State = Any
@@ -29,10 +29,10 @@ State = Any
 class OnVectors(nn.Module):
     """A body between an embedding and a head."""
 
-    def __init__(self, characters: int, s: Sizes, name: str) -> None:
+    def __init__(self, characters: int, s: Sizes, body: nn.Module) -> None:
         super().__init__()
         self.embedding, self.head = nn.Embedding(characters, s.width), nn.Linear(s.width, characters)
-        self.body = BODIES[name](s)
+        self.body = body
 
     def forward(self, characters: Tensor) -> Tensor:
         """[B, T] -> scores of the next character [B, T, V]."""
@@ -93,8 +93,10 @@ class OnTransformerXL(nn.Module):
 
 
 MODELS: dict[str, Callable[[int, Sizes], nn.Module]] = {
-    **{name: lambda v, s, name=name: OnVectors(v, s, name) for name in BODIES},
-    **{name: lambda v, s, name=name: Stateless(v, s, name) for name in ("transformer", "reformer")},
+    **{name: lambda v, s, body=body: OnVectors(v, s, body(s)) for name, body in BODIES.items()},
+    **{name: lambda v, s, body=BODIES[name]: Stateless(v, s, body(s)) for name in ("transformer", "reformer")},
+    "ntm": lambda v, s: OnVectors(v, s, NTM(s.width, s.width, s.width, cells=s.width // 2)),
+    "dnc": lambda v, s: OnVectors(v, s, DNC(s.width, s.width, s.width, cells=s.width // 2)),
     "gpt": OnGPT,
     "transformer_xl": OnTransformerXL,
 }

@@ -24,7 +24,7 @@ from examples import dates
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 BODIES = ("lstm", "gru", "rnn", "linear_recurrent", "tcn", "hybrid", "block_recurrent", "transformer", "reformer")
 MODELS = {
-    "text": (*BODIES, "gpt", "transformer_xl"),
+    "text": (*BODIES, "gpt", "transformer_xl", "ntm", "dnc"),
     "forecast": BODIES,
     "translate": ("seq2seq", "transformer", "t5"),
     "classify": (*BODIES, "encoder", "bert", "longformer", "vit"),
@@ -37,6 +37,7 @@ TESTED = {"forecast": r"fastseq: (?P<after>\S+) sunspots.*untrained: (?P<before>
 @pytest.fixture
 def run(monkeypatch, capsys) -> Iterator[Callable[..., str]]:
     """A program's main in this process, in its shortest form: what it prints. Its own checks raise."""
+    pytest.importorskip("rich", reason="needs rich")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
 
@@ -58,7 +59,8 @@ def curves(printed: str) -> list[list[float]]:
 @pytest.mark.parametrize(("program", "model"), [(program, model) for program, models in MODELS.items() for model in models])
 def test_losses_agree_and_fall(run, program, model):
     options = ("--data", "drawn") if program == "classify" else ()
-    steps = 8 if program in ("forecast", "classify") and model in BODIES[3:] else 20  # they run in text.py as well
+    again = program in ("forecast", "classify") and model in BODIES[3:]  # they run in text.py as well
+    steps = 8 if again else 5 if model in ("ntm", "dnc") else 20
     printed = run(program, "--model", model, "--plot", "none", "--steps", str(steps), *options)
     table = curves(printed)
     assert len(table) >= 5 and table[-1][0] == steps - 1 and f"losses agree at every one of {steps} steps" in printed
@@ -86,6 +88,7 @@ def test_the_digits_of_scikit_learn(run):
 
 def test_a_program_starts_alone_and_hears_its_options(run, tmp_path):
     """As a reader starts it; another seed means another start: the first loss differs from the one with the default, 0."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     picture = tmp_path / "losses.png"
     arguments = ["--quick", "--threads", "1", "--model", "rnn", "--steps", "5", "--seed", "1", "--plot", str(picture)]
     finished = subprocess.run(
@@ -128,6 +131,7 @@ def test_wrong_options(run, capsys, monkeypatch, program, arguments, message):
 @pytest.mark.parametrize("model", MODELS["text"])
 def test_the_sides_run_on_what_they_are_called_after(model, monkeypatch, capsys):
     """Nothing of torch's side calls fastseq; all of fastseq's but torch's convolutions does."""
+    pytest.importorskip("rich", reason="needs rich")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     text, shared, bodies = (importlib.import_module(name) for name in ("text", "side_by_side", "bodies"))
     models = shared.sides(text.MODELS[model](9, bodies.Sizes(16, 2, 1, 16)))
@@ -138,6 +142,7 @@ def test_the_sides_run_on_what_they_are_called_after(model, monkeypatch, capsys)
 
 
 def test_the_models_of_the_programs_and_of_the_page_are_these(monkeypatch):
+    pytest.importorskip("rich", reason="needs rich")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     page = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8")
     for program, models in MODELS.items():
@@ -224,6 +229,7 @@ class TestCartPole:
 
 @pytest.fixture
 def side_by_side(monkeypatch) -> ModuleType:
+    pytest.importorskip("rich", reason="needs rich")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module("side_by_side")
 

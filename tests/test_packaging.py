@@ -181,7 +181,7 @@ def test_wheel_metadata(pure_wheel):
     assert facts["License-Expression"] == "Apache-2.0" and facts["Requires-Python"] == ">=3.10"
     needed = {item.split(";")[0].strip() for item in facts.get_all("Requires-Dist") if "extra ==" not in item}
     assert needed == {"torch>=2.10", "triton>=3.4"}
-    assert set(facts.get_all("Provides-Extra")) == {"bench", "test", "transformers", "rl", "dev"}
+    assert set(facts.get_all("Provides-Extra")) == {"bench", "examples", "test", "transformers", "rl", "dev"}
     assert "fastseq = fastseq.__main__:main" in dist_info(pure_wheel, "entry_points.txt")
     assert "Apache License" in dist_info(pure_wheel, "licenses/LICENSE")
 
