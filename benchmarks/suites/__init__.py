@@ -29,6 +29,7 @@ from . import (
     sequential_vs_parallel,
     small_data,
     statements,
+    systems,
     variable_length,
 )
 
@@ -71,6 +72,7 @@ SUITES: dict[str, Suite] = {
         statements,
         models,
         distributed,
+        systems,
         limits,
     )
 }
