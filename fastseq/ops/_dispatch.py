@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -127,3 +130,34 @@ def register_autograd(library: torch.library.Library, name: str, run: Callable[.
             return op.redispatch(keyset & _C._after_autograd_keyset, *args)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+@contextmanager
+def _nothing_shared() -> Iterator[None]:
+    token = sequence_context.set(None)
+    try:
+        yield
+    finally:
+        sequence_context.reset(token)
+
+
+def unshared() -> AbstractContextManager[None]:
+    """A block in which sequences are whole: single steps, and what a rank computes of its part."""
+    return nullcontext() if is_compiling() or sequence_context.get() is None else _nothing_shared()
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor. The first one brings the ops' sharding rules with it."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is None or not isinstance(tensor, tensors.DTensor):
+        return False
+    sharding()
+    return True
+
+
+@cache
+def sharding() -> Any:
+    """What knows DTensors, which stands above the ops and is imported when it is needed."""
+    module = importlib.import_module("fastseq.distributed.dtensor")
+    module.register()
+    return module
