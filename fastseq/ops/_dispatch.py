@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, TypeVar
 
@@ -53,11 +54,14 @@ def transforming() -> bool:
     return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+# The block of fastseq.distributed in which a call runs on this rank's part of a sequence, or None.
+sequence_context: ContextVar[Any] = ContextVar("fastseq_sequence_context", default=None)
+
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # a subclass has a say in what is called on it
 
 
 def plain_call() -> bool:
-    """Whether nobody compiles, traces, transforms or lowers what runs now, nor forces another backend than the CPU's."""
+    """Whether nobody compiles, traces, transforms, lowers or shares what runs now, nor forces another backend than the CPU's."""
     return not (
         is_compiling()
         or _C._is_tracing()
@@ -66,6 +70,7 @@ def plain_call() -> bool:
         or _C._are_functorch_transforms_active()
         or _C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
+        or sequence_context.get() is not None
         or backends.forced() not in (None, "cpu")
     )
 
