@@ -25,7 +25,7 @@ from torch.nn.functional import dropout as dropped
 from .._arguments import checked_int
 from ..cells import Cell
 from ..functional._recurrent_layers import Checked, Layer, Options, checked, run_layer, unseen
-from ..ops._dispatch import transforming, wants_gradient
+from ..ops._dispatch import transforming, unshared, wants_gradient
 from ..ops.recurrent import without_padding
 from ..ops.types import state_dtype
 from ._exchange import Batch
@@ -95,7 +95,8 @@ def run_across(
     if options.lengths is not None:
         check_lengths(options.lengths, run.total)
         run.x = without_padding(run.x, options.lengths - run.before)
-    y, *rest = _Across.apply(run, *run.tensors())
+    with unshared():
+        y, *rest = _Across.apply(run, *run.tensors())
     finals, cells = tuple(rest[: len(cell.states)]), rest[len(cell.states) :]
     if not options.batch_first:
         return y, finals, cells[0] if cells else None

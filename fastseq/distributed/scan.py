@@ -24,7 +24,10 @@ from ._ranks import Own, Ranks
 from .recurrent import check_lengths
 
 _SHUT = -1e4  # of what "min_gru" and "min_lstm" let in, of which nothing is left
-_BACKWARDS = "an RG-LRU that goes backwards cannot have resets on several ranks: where it starts anew, other ranks know"
+_BACKWARDS = (
+    "an RG-LRU that goes backwards cannot have resets on several ranks, nor lengths without hx: its first step of a row is "
+    "another, and a rank has that of some rows"
+)
 
 
 def own_lengths(lengths: Tensor, steps: int, ranks: Ranks) -> Tensor:
@@ -39,13 +42,14 @@ def own_lengths(lengths: Tensor, steps: int, ranks: Ranks) -> Tensor:
 
 
 def inputs_before(x: Tensor, given: Tensor, spec: ScanSpec, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """For layers that read the step before as well, of x [t, B, I]: what stands before this rank's first step of each row, [B, I],
-    and the last step of the whole sequence, both in the order of the walk; ``given`` stands before the first of all."""
+    """For layers that read the step before as well, of x [t, B, I]: what stands before this rank's first step of each row, and
+    the last step of the whole sequence, [B, I] each, both in the order of the walk; ``given`` stands before the first of all."""
     own, (steps, batch) = Own(), x.shape[:2]
     facts = {"call": "inputs before", "x": f"[.., {batch}, {x.shape[2]}] {x.dtype}", "reverse": spec.reverse}
+    facts["wants gradients"] = wants_gradient([x])
     sizes = [size for (size,) in own.settle(ranks, facts, (steps,))]
     lengths = torch.full((batch,), steps, device=x.device) if spec.lengths is None else spec.lengths.long()
-    last = torch.zeros_like(given)
+    last = x.sum(0)  # without a step zeros, of which all ranks have a gradient or none has
     if steps and spec.reverse:
         last = x[0]
         if spec.resets is not None and sum(sizes[: ranks.rank]):
@@ -53,11 +57,14 @@ def inputs_before(x: Tensor, given: Tensor, spec: ScanSpec, ranks: Ranks) -> tup
     elif steps:
         last = x.gather(0, (lengths - 1).clamp(min=0)[None, :, None].expand(1, *x.shape[1:]))[0]
     every = _Everywhere.apply(torch.cat((last, (lengths > 0)[:, None].to(last.dtype)), -1), ranks)
-    state = first = given
+    first = state = given
+    passed = False
     for rank in range(ranks.size)[:: -1 if spec.reverse else 1]:
-        if rank == ranks.rank:
-            first = state
-        state = torch.where(every[rank, :, -1:] != 0, every[rank, :, :-1], state)
+        passed |= rank == ranks.rank
+        there = every[rank, :, -1:] != 0
+        state = torch.where(there, every[rank, :, :-1], state)
+        # also of those behind, so that every rank's backward pass comes by what all ranks exchange
+        first = torch.where(there & (not passed), every[rank, :, :-1], first)
     return first, state
 
 
@@ -92,7 +99,7 @@ def scan_across(
     own, facts = Own(), {}
     own.run(_check, b, a, gate, vector, initial, spec, ranks, facts)
     sizes = [size for (size,) in own.settle(ranks, facts, (b.shape[0],))]
-    b, a, spec = ops.prepared(b, a, spec)
+    a, spec = ops.prepared(b, a, spec)
     return _Across.apply(ranks, sizes, spec, b, a, gate, vector, initial)
 
 
@@ -108,7 +115,7 @@ def _check(
 ) -> None:
     if spec.cu_seqlens is not None:
         raise ValueError("cu_seqlens do not go with a sequence on several ranks: give resets, true at the first step of each")
-    if spec.cell == "rg_lru" and spec.reverse and spec.resets is not None:
+    if spec.cell == "rg_lru" and spec.reverse and (spec.resets is not None or (spec.lengths is not None and initial is None)):
         raise NotImplementedError(_BACKWARDS)
     if transforming():
         raise RuntimeError("transforms of torch.func and forward-mode AD do not go through a sequence on several ranks")
@@ -177,17 +184,16 @@ class _Across(torch.autograd.Function):
         place = order.index(ranks.rank)
         wide = state_dtype(b.dtype)
         zeros = b.new_zeros(b.shape[1:], dtype=wide)
-        start = None if place == 0 and initial is None else zeros if place or initial is None else initial
+        # here or further on: the one rank that gives initial its gradient, and on which an RG-LRU's first step is another
+        begins = not any(sizes[rank] for rank in order[:place])
+        start = initial if begins else zeros
         first = own.run(_forward_op, b, a, gate, vector, start, *spec)
-        mine = own.run(_part, b, a, gate, vector, spec, None if first is None else first[1], sum(sizes[: ranks.rank]), place == 0)
+        mine = own.run(_part, b, a, gate, vector, spec, None if first is None else first[1], sum(sizes[: ranks.rank]), begins)
         parts = _exchanged(ranks, mine, zeros, scan_kind(b, a) == "blocks")
-        state = zeros
-        states = []
+        states = [zeros]
         for rank in order:
-            states.append(state)
-            state = parts[rank].behind(state)
-        final = state
-        if place:
+            states.append(parts[rank].behind(states[-1]))
+        if not begins:
             start = states[place]
             first = own.run(_forward_op, b, a, gate, vector, start, *spec)
         own.settle(ranks, {"call": "scan, the end of its forward pass"})
@@ -195,21 +201,21 @@ class _Across(torch.autograd.Function):
         h = first[0]
         kept = b if SCAN_CELLS[spec.cell].reads_b else None
         ctx.save_for_backward(kept, a, gate, vector, h, start, *spec[:3], *[tensor for part in parts for tensor in part])
-        ctx.rest = ranks, order, place, spec[3:], b.dtype
+        ctx.rest = ranks, order, place, begins, begins and (b.shape[0] > 0 or place == ranks.size - 1), spec[3:], b.dtype
         ctx.set_materialize_grads(False)
-        return h, final
+        return h, states[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        ranks, order, place, flags, dtype = ctx.rest
+        ranks, order, place, begins, of_initial, flags, dtype = ctx.rest
         b, a, gate, vector, h, initial, resets, lengths, cu_seqlens, *flat = ctx.saved_tensors
         parts = [_Part(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
         spec, needs, own = ScanSpec(resets, lengths, cu_seqlens, *flags), ctx.needs_input_grad[3:], Own()
         given = b, a, gate, vector, h, initial
         zeros = torch.zeros_like(parts[0].b)
         of_steps = None
-        if dh is not None and place:
+        if dh is not None and not begins:
             of_steps = own.run(_backward_op, dh, None, *given, *spec, [False] * 4)
         message = torch.stack([zeros if of_steps is None else of_steps[4], zeros if dfinal is None else dfinal.to(zeros.dtype)])
         every = _gathered(ranks, message)
@@ -229,7 +235,7 @@ class _Across(torch.autograd.Function):
             da.sum_to_size(a.shape).to(a.dtype) if needs[1] else None,
             dgate.to(gate.dtype) if needs[2] else None,
             dvector.to(vector.dtype) if needs[3] else None,
-            (dinitial if place == 0 else torch.zeros_like(zeros)) if needs[4] else None,
+            (dinitial if of_initial else zeros) if needs[4] else None,
         )
 
 
@@ -240,7 +246,7 @@ _backward_op = torch.ops.fastseq.scan_backward.default
 def _part(
     b: Tensor, a: Tensor, gate: Tensor | None, vector: Tensor | None, spec: ScanSpec, final: Tensor, before: int, first: bool
 ) -> _Part:
-    """Of this rank's steps. ``first``: in the order of the walk, so that nobody asks for a."""
+    """Of this rank's steps. ``first``: they begin with the initial state, which ``final`` has in it already."""
     steps, batch = b.shape[:2]
     lengths = torch.full((batch,), steps, device=b.device) if spec.lengths is None else spec.lengths
     cut = apart = torch.zeros(batch, dtype=torch.bool, device=b.device)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._arguments import checked_tensor, own_keywords
-from ..ops._dispatch import sequence_context
+from ..ops._dispatch import shared_sequence
 from ..ops.types import ScanSpec, state_dtype
 from ._autocast import without_autocast
 from ._recording import refuse_onnx
@@ -262,7 +262,7 @@ class _Before:
     def beside(self, x: Tensor, layer: int, direction: int, spec: ScanSpec) -> Tensor:
         """[T, B, 2 I]: x of every step, then of the one before it in the walk, zeros where a segment begins."""
         first = x.new_zeros(x.shape[1:]) if self.given is None else self.given[direction][layer].to(x.dtype)
-        shared, last = sequence_context.get(), None
+        shared, last = shared_sequence(), None
         if shared is not None:
             first, last = shared.inputs_before(x, first, spec)
         steps, reset = x.shape[0], spec.resets

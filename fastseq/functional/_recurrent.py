@@ -18,7 +18,7 @@ from .. import backends
 from .._arguments import checked_tensor, own_keywords, unknown
 from ..backends.torch import recurrent as torchs
 from ..cells import CELLS, Cell
-from ..ops._dispatch import needs_plain_torch, sequence_context, unshared, wants_gradient
+from ..ops._dispatch import needs_plain_torch, shared_sequence, unshared, wants_gradient
 from ._documents import documents
 from ._recording import recorder
 from ._recurrent_layers import Options, check_states, run_layers
@@ -138,7 +138,7 @@ def recurrent(
         reset_to=reset_to,
     )
     states = [None] * len(row.states) if hx is None else hx
-    shared = sequence_context.get()
+    shared = shared_sequence()
     if shared is not None:
         return shared.recurrent(row, input, states, params, options, cu_seqlens)
     if cu_seqlens is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._arguments import checked_tensor, own_keywords
 from ..ops import scan as ops
-from ..ops._dispatch import sequence_context
+from ..ops._dispatch import shared_sequence
 from ..ops.types import ScanSpec, state_dtype
 from ._attention_call import checked_lengths, integers, readable
 from ._autocast import without_autocast
@@ -118,7 +118,7 @@ def scan(
 
 def own_lengths(lengths: Tensor, like: Tensor) -> Tensor:
     """int32 [B], for the steps of ``like`` [T, B, ..], which may be a part of the sequence."""
-    shared, (steps, batch) = sequence_context.get(), like.shape[:2]
+    shared, (steps, batch) = shared_sequence(), like.shape[:2]
     lengths = checked_lengths("lengths", lengths, batch, steps if shared is None else None)
     return lengths if shared is None else shared.lengths(lengths, steps)
 
@@ -127,7 +127,7 @@ def scanned(
     b: Tensor, a: Tensor, gate: Tensor | None, vector: Tensor | None, initial: Tensor | None, spec: ScanSpec
 ) -> tuple[Tensor, Tensor]:
     """h and the final states, of steps that may be a part of the sequence."""
-    shared = sequence_context.get()
+    shared = shared_sequence()
     return (ops.scan if shared is None else shared.scan)(b, a, gate, vector, initial, spec)
 
 

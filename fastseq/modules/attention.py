@@ -327,7 +327,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
                 runs = [(query, 3, self.in_proj_weight, self.in_proj_bias)]
             else:
                 counts = [2, 1] if query is key else [1, 2] if key is value else [1, 1, 1]
-                rows = [count * self.embed_dim for count in counts]
+                rows = [count * self.num_heads * self.head_dim for count in counts]
                 inputs = (query, value) if len(counts) == 2 else (query, key, value)
                 biases = [None] * len(rows) if self.in_proj_bias is None else self.in_proj_bias.split_with_sizes(rows)
                 weights = self.in_proj_weight.split_with_sizes(rows)

@@ -137,18 +137,33 @@ def register_autograd(library: torch.library.Library, name: str, run: Callable[.
     library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
+_sharing = 0  # blocks that are entered, which what is compiled can see
+
+
+def shared_sequence() -> Any:
+    """The block of fastseq.distributed in which a call runs on this rank's part of a sequence, or None."""
+    if not is_compiling():
+        return sequence_context.get()
+    if _sharing:
+        raise RuntimeError("what shares a sequence with other ranks cannot be compiled: leave it out by torch.compiler.disable")
+    return None
+
+
 @contextmanager
-def _nothing_shared() -> Iterator[None]:
-    token = sequence_context.set(None)
+def share(block: Any) -> Iterator[None]:
+    """Within it ``block`` runs what takes a sequence; None: sequences are whole."""
+    global _sharing
+    token, before, _sharing = sequence_context.set(block), _sharing, int(block is not None)
     try:
         yield
     finally:
         sequence_context.reset(token)
+        _sharing = before
 
 
 def unshared() -> AbstractContextManager[None]:
     """A block in which sequences are whole: single steps, and what a rank computes of its part."""
-    return nullcontext() if is_compiling() or sequence_context.get() is None else _nothing_shared()
+    return nullcontext() if is_compiling() or sequence_context.get() is None else share(None)
 
 
 def is_sharded(tensor: Any) -> bool:

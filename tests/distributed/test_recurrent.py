@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastseq
-from fastseq.distributed import context_parallel, recurrent, sum_gradients
+from fastseq.distributed import _wavefront, context_parallel, recurrent, sum_gradients
 from fastseq.distributed._exchange import counted
 from fastseq.testing import assert_all_close_to_truth
 
@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, int, tuple[int, ...]]] = {
     "a rank without steps": ("LSTM", {"num_layers": 2, "bidirectional": True}, "hx resets reset_to cells", 2, (0, 4)),
     "an end without steps": ("GRU", {"bidirectional": True}, "resets", 1, (4, 0)),
     "four": ("LSTM", {"num_layers": 2, "bidirectional": True}, "hx lengths resets reset_to cells", 3, (2, 3, 1, 2)),
+    "rows": ("LSTM", {"num_layers": 2, "bidirectional": True}, "hx", 3, (2, 2)),
     "four, one way": ("GRU", {"num_layers": 3}, "hx", 3, (2, 2, 2, 2)),
     "fewer steps than ranks": ("LSTM", {"num_layers": 2, "bidirectional": True}, "hx lengths resets", 2, (0, 1, 0, 1)),
     "one step": ("SLSTM", {"bidirectional": True}, "hx resets reset_to", 1, (0, 0, 1, 0)),
@@ -307,6 +308,7 @@ def disagreements(group: Any) -> None:
     text = "lengths must lie in [0, 4], the number of steps of all ranks; got values from 1 to 5"
     refused(group, RuntimeError, text, lambda: lstm(x, lengths=torch.tensor([1, 2, 5])))
     refused(group, RuntimeError, "wants gradients: rank 0 has 1, rank 1 has 0", lambda: lstm.requires_grad_(not rank)(x))
+    lstm.requires_grad_()
     states = torch.randn(1, B + rank, H), torch.randn(1, B, H)
     refused(group, RuntimeError, "Expected hidden[0] size (1, 3, 4), got [1, 4, 4]", lambda: lstm(x, states), alike=False)
     refused(group, ValueError, "micro_batches must lie in 1..1, the rows of the batch, got 2", lambda: lstm(x[:, :1]))
@@ -367,31 +369,47 @@ def test_an_error_on_one_rank_reaches_all(ranks):
     ranks.run(failures, size=4)
 
 
-def faulty(group: Any, fault: str) -> None:
-    """A protocol with a fault in it: ``check`` must see it."""
-    run, arrived = recurrent._Run, recurrent._arrived
-    kept = run.packed, run.unpacked, run.upstream
-    micro_batches: dict[int, list[Tensor]] = {}
+def faults(group: Any) -> None:
+    """Protocols with a fault in them, each of which ``check`` must see."""
+    run = recurrent._Run
+    packed, unpacked = run.packed, run.unpacked
 
-    def packed(self: Any, job: Any, states: Any) -> Tensor:
-        return kept[0](self, job, None if torch._C._current_graph_task_id() >= 0 else states)
+    def no_gradient(self: Any, job: Any, states: Any) -> Tensor:
+        return packed(self, job, None if torch._C._current_graph_task_id() >= 0 else states)
 
     def swapped(self: Any, job: Any, buffer: Tensor) -> list[Tensor]:
-        """The first micro-batch's states for the second one as well."""
-        return kept[1](self, job, micro_batches.setdefault(job.layer, buffer) if job.micro_batch < 2 else buffer)
+        """The states that a micro-batch of two gets first, the other one gets as well."""
+        kept = self.__dict__.setdefault("kept", {})
+        return unpacked(self, job, kept.setdefault((job.layer, job.direction), buffer))
 
-    def doubled(mail: Any, job: Any) -> Tensor:
-        return arrived(mail, job).roll(1)
+    def both_from_the_first(ranks: int, layers: int, micro_batches: int, directions: int) -> Any:
+        return [
+            [job and job._replace(direction=way) for job in row]
+            for row in _wavefront.rounds(ranks, layers, micro_batches, 1)
+            for way in range(directions)
+        ]
 
-    def one_way(self: Any, direction: int) -> int | None:
-        return kept[2](self, 0)
+    planted: dict[str, dict[Any, dict[str, Any]]] = {
+        "dh is not sent back": {run: {"packed": no_gradient}},
+        "micro-batches are swapped": {run: {"unpacked": swapped}},
+        "backwards states go to the wrong neighbor": {
+            run: {
+                "upstream": lambda self, direction: self.ranks.rank - 1 if self.ranks.rank else None,
+                "downstream": lambda self, direction: self.ranks.rank + 1 if self.ranks.rank + 1 < self.ranks.size else None,
+                "owner": lambda self, direction: self.ranks.size - 1,
+            },
+            recurrent: {"rounds": both_from_the_first},
+        },
+    }
+    for patches in planted.values():
+        with pytest.MonkeyPatch.context() as patch:
+            for where, functions in patches.items():
+                for name, function in functions.items():
+                    patch.setattr(where, name, function)
+            with pytest.raises(AssertionError, match="rows, "):
+                check(group, "rows")
+    check(group, "rows")
 
-    with pytest.MonkeyPatch.context() as patch:
-        if fault == "dh is not sent back":
-            patch.setattr(run, "packed", packed)
-        elif fault == "micro-batches are swapped":
-            patch.setattr(run, "unpacked", swapped)
-        elif fault == "states are another's":
-            patch.setattr(recurrent, "_arrived", doubled)
-        with pytest.raises(AssertionError, match="lstm, four rows"):
-            check(group, "lstm, four rows")
+
+def test_faults_are_seen(ranks):
+    ranks.run(faults)
