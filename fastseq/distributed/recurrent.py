@@ -393,7 +393,8 @@ class _Across(torch.autograd.Function):
         if ctx.past is None:
             raise RuntimeError("a recurrence over several ranks goes backward once, also with retain_graph")
         run, own, count = ctx.run, Own(), len(ctx.run.cell.states)
-        grads = _backward(run, own, ctx.past, dy, run.collected(rest[:count]), rest[count] if len(rest) > count else None)
+        with unshared():
+            grads = _backward(run, own, ctx.past, dy, run.collected(rest[:count]), rest[count] if len(rest) > count else None)
         own.settle(run.ranks, {"call": "recurrent, the end of its backward pass"})
         ctx.past = None
         given = zip(run.tensors(), ctx.needs, strict=True)
