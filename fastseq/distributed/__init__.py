@@ -3,9 +3,13 @@
 ``import fastseq.distributed``; ``import fastseq`` alone does not load it.
 """
 
+from .attention import context_parallel_attention
+from .context import context_parallel
 from .sequence import positions, shard_sequence, unshard_sequence
 
 __all__ = [
+    "context_parallel",
+    "context_parallel_attention",
     "positions",
     "shard_sequence",
     "unshard_sequence",

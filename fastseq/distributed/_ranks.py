@@ -48,7 +48,7 @@ class Ranks:
                 names = mesh.mesh_dim_names
                 hint = f", such as mesh[{names[-1]!r}]" if names else ""
                 raise ValueError(f"one dimension of the mesh is needed{hint}, got a mesh of {list(mesh.shape)}")
-            group = mesh.get_group() if mesh.get_coordinate() is not None else dist.GroupMember.NON_GROUP_MEMBER
+            group: Any = mesh.get_group() if mesh.get_coordinate() is not None else dist.GroupMember.NON_GROUP_MEMBER
         elif isinstance(mesh, dist.ProcessGroup) or mesh is dist.GroupMember.NON_GROUP_MEMBER:
             group = mesh
         else:
@@ -106,11 +106,15 @@ def agree(
 _turns: dict[str, int] = {}
 
 
-def next_turn(ranks: Ranks) -> int:
-    """How many operations these ranks have begun together: told as a fact, it shows when they run different ones."""
-    name = ranks.group.group_name
-    _turns[name] = _turns.get(name, 0) + 1
-    return _turns[name]
+def own_turn(ranks: Ranks) -> int:
+    """The number that this rank would give to an operation of these ranks that begins now."""
+    return _turns.get(ranks.group.group_name, 0) + 1
+
+
+def common_turn(ranks: Ranks, turns: Sequence[int]) -> int:
+    """The number that all give it: after an error some may have begun fewer."""
+    _turns[ranks.group.group_name] = max(turns)
+    return max(turns)
 
 
 def known_to_all(error: BaseException) -> bool:
