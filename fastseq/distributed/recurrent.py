@@ -83,7 +83,8 @@ def run_across(
         RuntimeError: if the ranks disagree, or what one of them raised while it computed.
         ValueError: for packed rows and ``cu_seqlens``; for more micro-batches than rows.
     """
-    own, facts = Own(), {}
+    own = Own()
+    facts: dict[str, object] = {}
     call = own.run(_checked, cell, input, states, params, options, cu_seqlens, ranks, micro_batches, facts)
     seed = int(torch.empty((), dtype=torch.int64).random_()) if options.training and options.weight_dropout else 0
     numbers = own.settle(ranks, facts, (0 if call is None else call.x.shape[0], seed))
@@ -246,10 +247,10 @@ class _Run:
             y, c = (x.new_empty(0, x.shape[1], width) for width in (self.widths[0], self.widths[-1]))
             return _Done(x, states, [None] * len(states), y, states, c if self.options.return_cells else None)
         anew: list[Tensor | None] = [None] * len(states)
-        for place, state in enumerate(self.reset_to):
-            if state is not None:
-                own = state[lane : lane + 1, rows if state.shape[1] > 1 else slice(None)]
-                anew[place] = own.detach().requires_grad_(state.requires_grad)
+        for place, whole in enumerate(self.reset_to):
+            if whole is not None:
+                own = whole[lane : lane + 1, rows if whole.shape[1] > 1 else slice(None)]
+                anew[place] = own.detach().requires_grad_(whole.requires_grad)
         lengths = None if self.options.lengths is None else (self.options.lengths[rows] - self.before).clamp(0, self.steps)
         resets = None if self.options.resets is None else self.options.resets[:, rows]
         options, last = replace(self.options, lengths=lengths, resets=resets), job.layer == self.last

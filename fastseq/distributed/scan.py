@@ -45,14 +45,15 @@ def inputs_before(x: Tensor, given: Tensor, spec: ScanSpec, ranks: Ranks) -> tup
     """For layers that read the step before as well, of x [t, B, I]: what stands before this rank's first step of each row, and
     the last step of the whole sequence, [B, I] each, both in the order of the walk; ``given`` stands before the first of all."""
     own, (steps, batch) = Own(), x.shape[:2]
-    facts = {"call": "inputs before", "x": f"[.., {batch}, {x.shape[2]}] {x.dtype}", "reverse": spec.reverse}
+    facts: dict[str, object] = {"call": "inputs before", "x": f"[.., {batch}, {x.shape[2]}] {x.dtype}", "reverse": spec.reverse}
     facts["wants gradients"] = wants_gradient([x])
     sizes = [size for (size,) in own.settle(ranks, facts, (steps,))]
+    before = sum(sizes[: ranks.rank])
     lengths = torch.full((batch,), steps, device=x.device) if spec.lengths is None else spec.lengths.long()
     last = x.sum(0)  # without a step zeros, of which all ranks have a gradient or none has
     if steps and spec.reverse:
         last = x[0]
-        if spec.resets is not None and sum(sizes[: ranks.rank]):
+        if spec.resets is not None and before:
             last = torch.where((spec.resets[0] & (lengths > 0))[:, None], 0, last)
     elif steps:
         last = x.gather(0, (lengths - 1).clamp(min=0)[None, :, None].expand(1, *x.shape[1:]))[0]
@@ -96,7 +97,8 @@ def scan_across(
     Raises on every rank, in the same words:
         RuntimeError: if the ranks disagree in what they give, or what one of them raised while it computed.
     """
-    own, facts = Own(), {}
+    own = Own()
+    facts: dict[str, object] = {}
     own.run(_check, b, a, gate, vector, initial, spec, ranks, facts)
     sizes = [size for (size,) in own.settle(ranks, facts, (b.shape[0],))]
     a, spec = ops.prepared(b, a, spec)

@@ -55,7 +55,7 @@ class HeadParallel(ParallelStyle):
             raise TypeError(
                 f"HeadParallel is for MultiheadAttention and recurrent modules of fastseq, got {type(module).__name__}"
             )
-        heads = module.num_heads
+        heads: Any = module.num_heads
         if heads % device_mesh.size():
             raise ValueError(f"HeadParallel needs a number of heads that {device_mesh.size()} ranks divide, got {heads}")
         module.__class__ = parallel
@@ -64,7 +64,7 @@ class HeadParallel(ParallelStyle):
 
 
 @cache
-def _of(kind: type, parallel: type) -> type:
+def _of(kind: Any, parallel: Any) -> type:
     return type(kind.__name__, (parallel, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
