@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 MOST = 4
+_START = 200.0  # seconds, on a machine that is busy with other tests
 _PATIENCE = 5.0  # seconds that ranks get after one of them failed, and to write their stacks
 
 
@@ -42,7 +43,7 @@ class Pool:
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def run(self, function: Callable[..., Any], *args: Any, size: int = 2, seconds: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, size: int = 2, seconds: float = 120.0) -> list[Any]:
         """
         Raises:
             RankError: if a rank raised, died, or was not done in time; then with a stack of every rank.
@@ -82,7 +83,8 @@ class Pool:
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.device_mesh", "fastseq.distributed"])  # imported once for all
         for rank in range(MOST):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self._folder.name, theirs), daemon=True)
@@ -90,6 +92,11 @@ class Pool:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(_START):
+                self.close()
+                raise RankError(f"rank {rank} did not start within {_START} s")
+            pipe.recv()
 
     def _code(self, rank: int) -> int | None:
         self._processes[rank].join(_PATIENCE)
@@ -133,6 +140,7 @@ def _serve(rank: int, folder: str, pipe: Connection) -> None:
         timeout=datetime.timedelta(seconds=120),
     )
     groups = {size: dist.new_group(list(range(size))) for size in range(1, MOST + 1)}
+    pipe.send("ready")
     while True:
         try:
             path, name, args, size = pipe.recv()
