@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastseq
 from fastseq.distributed import context_parallel, sum_gradients
+from fastseq.distributed import scan as across
 from fastseq.functional import scan
 
 B, C = 3, 4
@@ -169,3 +170,150 @@ def check_all(group: Any, size: int) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_is_what_one_process_computes(ranks, size):
     ranks.run(check_all, size, size=size)
+
+
+def same_bits(group: Any) -> None:
+    for run, case in ((scanned, "all"), (layered, "min gru"), (layered, "qrnn, two steps")):
+        first, second = run(case, group), run(case, group)
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items()), case
+
+
+def test_the_same_bits_every_time(ranks):
+    ranks.run(same_bits)
+
+
+def cut_off(group: Any) -> None:
+    """What is before a reset on another rank does not count, be it NaN; coefficients may multiply to infinity if h is zero."""
+    rank = dist.get_rank(group)
+    b, a = torch.ones(2, 1, 2, dtype=torch.float64), torch.full((2, 1, 2), 0.5, dtype=torch.float64)
+    if rank == 0:
+        b[:] = torch.nan
+    resets = torch.tensor([[rank == 1], [False]])
+    for reverse in (False, True):
+        given = b.clone().requires_grad_()
+        with context_parallel(group):
+            h, final = scan(given, a, resets=resets, reverse=reverse)
+        assert h.isfinite().all() == bool(rank) and (final.isfinite().all() or reverse)
+        if rank == 0:
+            h = h.nan_to_num()
+        h.sum().backward()
+        assert given.grad.isfinite().all() or rank == 0
+    zeros, huge = torch.zeros(2, 1, 2), torch.full((2, 1, 2), 1e30)
+    with context_parallel(group):
+        h, final = scan(zeros, huge)
+    assert (h == 0).all() and (final == 0).all()
+
+
+def test_what_is_cut_off_may_be_anything(ranks):
+    ranks.run(cut_off)
+
+
+def refused(group: Any, kind: type[Exception], text: str, call: Any, **options: Any) -> None:
+    """By this rank, as by all others, in the same words."""
+    try:
+        with context_parallel(group, **options):
+            call()
+    except kind as error:
+        said = str(error)
+    else:
+        raise AssertionError(f"nothing was raised, expected {kind.__name__}: {text}")
+    assert text in said, said
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, said, group=group)
+    assert len(set(every)) == 1, every
+
+
+def refusals(group: Any) -> None:
+    rank = dist.get_rank(group)
+    b, a = torch.randn(2, B, C), torch.rand(2, B, C)
+    wide = torch.randn(2, B, C + rank)
+    refused(
+        group,
+        RuntimeError,
+        "rank 0 has [.., 3, 4] torch.float32 on cpu, rank 1 has [.., 3, 5]",
+        lambda: scan(wide, wide.sigmoid()),
+    )
+    refused(group, RuntimeError, "reverse: rank 0 has False, rank 1 has True", lambda: scan(b, a, reverse=bool(rank)))
+    refused(group, RuntimeError, "given: rank 0 has ['b', 'a']", lambda: scan(b, a, initial=b[0] if rank else None))
+    refused(group, RuntimeError, "wants gradients: rank 0 has False", lambda: scan(b.clone().requires_grad_(bool(rank)), a))
+    refused(group, RuntimeError, "lengths must lie in [0, 4]", lambda: scan(b, a, lengths=torch.tensor([1, 5, 0])))
+    refused(group, RuntimeError, "lengths: rank 0 has [1, 2, 0]", lambda: scan(b, a, lengths=torch.tensor([1, 2 + rank, 0])))
+    refused(group, ValueError, "must be one run", lambda: scan(b, a), sharding="zigzag")
+    refused(group, ValueError, "cu_seqlens do not go with", lambda: scan(b[:, 0], a[:, 0], cu_seqlens=torch.tensor([0, 2])))
+    unit, x = fastseq.RGLRU(C, C, bidirectional=True), torch.randn(2, B, C)
+    resets = torch.zeros(2, B, dtype=torch.bool)
+    refused(group, NotImplementedError, "RG-LRU that goes backwards", lambda: unit(x, resets=resets))
+    refused(group, NotImplementedError, "RG-LRU that goes backwards", lambda: unit(x, lengths=torch.tensor([4, 1, 0])))
+
+
+def test_what_it_cannot_do_is_refused_by_all(ranks):
+    ranks.run(refusals)
+
+
+def failures(group: Any) -> None:
+    """A rank that raises while it computes goes on with what the others wait for."""
+    rank, forward, backward = dist.get_rank(group), across._forward_op, across._backward_op
+    b, a = torch.randn(2, B, C, requires_grad=True), torch.rand(2, B, C)
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("no more memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(across, "_forward_op", failing)
+        refused(group, RuntimeError, "rank 1: no more memory", lambda: scan(b, a))
+    with context_parallel(group):
+        h, _ = scan(b, a)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(across, "_backward_op", failing)
+        with pytest.raises(RuntimeError, match="rank 1: no more memory"):
+            h.sum().backward()
+    assert (across._forward_op, across._backward_op) == (forward, backward)
+
+
+def test_an_error_on_one_rank_reaches_all(ranks):
+    ranks.run(failures, size=4)
+
+
+def faults(group: Any) -> None:
+    """Protocols with a fault in them, each of which ``check`` must see."""
+    part, exchanged = across._Part, across._exchanged
+    behind, before = part.behind, part.before
+    planted: dict[str, tuple[Any, str, Any, str]] = {
+        "what is before a rank is forgotten": (part, "behind", lambda self, state: self.b, "four"),
+        "a reset at a border is not seen": (
+            part,
+            "behind",
+            lambda self, state: behind(self._replace(apart=torch.zeros_like(self.apart)), state),
+            "four backwards",
+        ),
+        "parts are those of the neighbors": (
+            across,
+            "_exchanged",
+            lambda *args: (parts := exchanged(*args))[1:] + parts[:1],
+            "four",
+        ),
+        "gradients are not conjugate": (
+            part,
+            "before",
+            lambda self, gradient, of_steps: before(self._replace(a=self.a.conj()), gradient, of_steps),
+            "four backwards",
+        ),
+        "gradients are not sent back": (
+            part,
+            "before",
+            lambda self, gradient, of_steps: (before(self, gradient, of_steps)[0] * 0, of_steps * 0),
+            "four",
+        ),
+    }
+    for where, name, function, case in planted.values():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(where, name, function)
+            with pytest.raises(AssertionError, match=f"{case}, "):
+                check(group, scanned, case, SCANS[case][-1])
+        check(group, scanned, case, SCANS[case][-1])
+
+
+def test_faults_are_seen(ranks):
+    ranks.run(faults, size=4)
