@@ -7,6 +7,7 @@ bound is that of one process, and what the merge adds: a weight of a merge, exp(
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from fastseq.distributed import _exchange, context_parallel_attention
 from fastseq.distributed import attention as module
-from fastseq.distributed._exchange import counted
+from fastseq.distributed._exchange import Batch, counted
 from fastseq.distributed._parts import Whole, held
 from fastseq.distributed.sequence import held_runs, runs_of_ranks, size_of
 from fastseq.functional import attention, t5_relative_bias
@@ -376,6 +377,58 @@ def test_bytes_sent_are_those_of_the_formula(ranks):
     assert ranks.run(sent, T, "all_to_all", "contiguous", None, False, size=n) == [(n - 1) * (there + back)] * n
     there, back = there + own * 16 * 4, back + own * (16 + 2 * 16) * 4
     assert ranks.run(sent, T, "all_to_all", "contiguous", None, True, size=n) == [(n - 1) * (there + back)] * n
+
+
+BLOCK, LATE = 0.15, 0.1  # seconds that a block takes, and that a message is late
+
+
+def waits(group, late, hidden, gradients):
+    """Seconds of a call whose blocks and messages take long, on the slowest rank."""
+    q, k, v = (torch.randn(1, 2, 4, 8, requires_grad=gradients) for _ in range(3))
+    post, wait, attend, back = Batch.post, Batch.wait, module._attend, module._gradients
+
+    def posted(self):
+        self.due = time.monotonic() + late
+        result = post(self)
+        if not hidden:
+            self.wait()
+        return result
+
+    def waited(self):
+        if self._works:
+            time.sleep(max(0.0, self.due - time.monotonic()))
+        wait(self)
+
+    def slowly(function):
+        def slow(*args):
+            time.sleep(BLOCK)
+            return function(*args)
+
+        return slow
+
+    Batch.post, Batch.wait, module._attend, module._gradients = posted, waited, slowly(attend), slowly(back)
+    try:
+        dist.barrier(group)
+        out, begun = context_parallel_attention(q, k, v, group), time.monotonic()
+        if gradients:
+            out.sum().backward()
+        else:
+            begun = time.monotonic()
+            context_parallel_attention(q, k, v, group)
+        return time.monotonic() - begun
+    finally:
+        Batch.post, Batch.wait, module._attend, module._gradients = post, wait, attend, back
+
+
+def test_messages_are_hidden_behind_blocks(ranks):
+    """In a ring of three, two messages are late: nobody waits for them; backward only for the gradients that come home last."""
+    for gradients, exposed in ((False, 0.0), (True, LATE)):
+
+        def least(hidden, gradients=gradients):
+            return min(max(ranks.run(waits, LATE, hidden, gradients, size=3)) for _ in range(3))
+
+        assert 3 * BLOCK <= least(True) < 3 * BLOCK + exposed + LATE
+        assert least(False) >= 3 * BLOCK + 2 * LATE
 
 
 def mistake(group, name):

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .poison import poison
+
 MOST = 4
 _START = 200.0  # seconds, on a machine that is busy with other tests
 _PATIENCE = 5.0  # seconds that ranks get after one of them failed, and to write their stacks
@@ -129,6 +131,7 @@ class Pool:
 def _serve(rank: int, folder: str, pipe: Connection) -> None:
     """A process of the pool: it ends with the pipe."""
     torch.set_num_threads(1)
+    poison(setattr)
     warnings.filterwarnings("error", module="fastseq")
     stacks = open(Path(folder, f"stack{rank}"), "w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
