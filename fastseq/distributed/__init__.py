@@ -5,6 +5,7 @@
 
 from .attention import context_parallel_attention
 from .context import context_parallel
+from .recurrent import sum_gradients
 from .sequence import positions, shard_sequence, unshard_sequence
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "context_parallel_attention",
     "positions",
     "shard_sequence",
+    "sum_gradients",
     "unshard_sequence",
 ]

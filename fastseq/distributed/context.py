@@ -1,9 +1,8 @@
-"""``with context_parallel(mesh): model(x)``: attention inside is over the whole sequence, of which x is this rank's part."""
+"""``with context_parallel(mesh): model(x)``: what is inside is of the whole sequence, of which x is this rank's part."""
 
 from __future__ import annotations
 
-from contextlib import suppress
-from contextvars import Token
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
 
@@ -12,26 +11,36 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._arguments import checked_number, unknown
-from ..ops._dispatch import sequence_context
+from .._arguments import checked_int, checked_number, unknown
+from ..ops._dispatch import share
 from ._ranks import Ranks, agree, known_to_all
+from ._recurrences import Recurrences
 from .attention import METHODS, Method, context_parallel_attention
 from .sequence import Sharding, checked_sharding, unshard_sequence
 
 __all__ = ["context_parallel"]
 
 
-class context_parallel:
+class context_parallel(Recurrences):
     """A block in which ``fastseq.MultiheadAttention`` (in ``fastseq.TransformerEncoderLayer`` as well),
     ``fastseq.functional.attention`` and ``fastseq.functional.scaled_dot_product_attention`` are over the sequence that the ranks
-    of ``mesh`` share; what works step by step (linear layers, norms) needs no more.
+    of ``mesh`` share, and in which recurrent modules, layers of linear recurrence, ``functional.recurrent`` (``lstm``, ``gru``,
+    ``rnn``), ``functional.linear_recurrent`` and ``functional.scan`` hand their states from rank to rank; what works step by step
+    (linear layers, norms, cells) needs no more.
 
     Args:
-        mesh, method, sharding: as :func:`context_parallel_attention` takes them.
+        mesh, method, sharding: as :func:`context_parallel_attention` takes them. Recurrence is for ``"contiguous"`` alone.
+        micro_batches: M, of recurrent layers: into how many parts the rows of a batch are divided, so that ranks have more to do
+            at the same time. L layers in one direction then take L * M + ranks - 1 rounds of B / M rows.
 
     Inside, masks have this rank's rows and the columns of the whole sequence; a ``key_padding_mask`` is this rank's part, as the
     keys are. ``need_weights`` must be False. Places that a model forms itself (position embeddings) are to be those of
     :func:`positions`. torch's own attention is not touched; its encoder layers' fused inference, which calls no module, is off.
+
+    Of recurrence, input and ``resets`` are this rank's steps; ``hx``, ``reset_to`` and ``lengths``, of the whole sequence, are
+    the same on every rank, and every rank is given the final states. Gradients are those of the sum of the ranks' losses: of the
+    input a rank's own, whole; of parameters, hx and reset_to each rank's part, which :func:`sum_gradients` adds up, or
+    DistributedDataParallel. All ranks must go backward; second derivatives are refused.
 
     All ranks enter and leave together, and an exception that a rank raises inside is raised on all of them: where they meet next,
     at an attention or at the end of the block. A backward pass may come after the block.
@@ -41,24 +50,32 @@ class context_parallel:
     """
 
     def __init__(
-        self, mesh: DeviceMesh | dist.ProcessGroup, *, method: Method = "ring", sharding: Sharding = "contiguous"
+        self,
+        mesh: DeviceMesh | dist.ProcessGroup,
+        *,
+        method: Method = "ring",
+        sharding: Sharding = "contiguous",
+        micro_batches: int = 1,
     ) -> None:
         if method not in METHODS:
             raise ValueError(unknown("method", method, METHODS))
-        self.mesh, self.method, self.sharding = mesh, method, checked_sharding(sharding)
-        self.ranks = Ranks.of(mesh)
-        self._entered: list[tuple[Token[Any], bool]] = []
+        if checked_int("micro_batches", micro_batches) < 1:
+            raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
+        super().__init__(Ranks.of(mesh), checked_sharding(sharding), micro_batches)
+        self.mesh, self.method = mesh, method
+        self._entered: list[ExitStack] = []
 
     def __enter__(self) -> context_parallel:
         agree(self.ranks, {"call": "context_parallel", "method": self.method, "sharding": self.sharding})
-        self._entered.append((sequence_context.set(self), torch.backends.mha.get_fastpath_enabled()))
+        entered = ExitStack()
+        entered.enter_context(share(self))
+        entered.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
+        self._entered.append(entered)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        token, fused = self._entered.pop()
-        sequence_context.reset(token)
-        torch.backends.mha.set_fastpath_enabled(fused)
+        self._entered.pop().close()
         if error is None:
             agree(self.ranks, {"call": "the end of context_parallel"})
         elif isinstance(error, Exception) and not known_to_all(error):

@@ -20,7 +20,7 @@ from .. import backends
 from .._arguments import own_keywords
 from ..ops import _attention_eager as eager
 from ..ops import attention as ops
-from ..ops._dispatch import plain_call, sequence_context
+from ..ops._dispatch import plain_call, shared_sequence
 from . import _nested
 from ._attention_call import (
     ALIGNMENTS,
@@ -168,7 +168,7 @@ def attention(
         out = _in_one_call(q, k, v, options)
         if out is not None:
             return out
-    shared = sequence_context.get()
+    shared = shared_sequence()
     if shared is not None:
         return shared.attention(q, k, v, return_lse, return_weights, options)
     if return_weights not in (False, True, "average"):

@@ -18,7 +18,7 @@ from .. import backends
 from .._arguments import checked_tensor, own_keywords, unknown
 from ..backends.torch import recurrent as torchs
 from ..cells import CELLS, Cell
-from ..ops._dispatch import needs_plain_torch, wants_gradient
+from ..ops._dispatch import needs_plain_torch, shared_sequence, unshared, wants_gradient
 from ._documents import documents
 from ._recording import recorder
 from ._recurrent_layers import Options, check_states, run_layers
@@ -138,6 +138,9 @@ def recurrent(
         reset_to=reset_to,
     )
     states = [None] * len(row.states) if hx is None else hx
+    shared = shared_sequence()
+    if shared is not None:
+        return shared.recurrent(row, input, states, params, options, cu_seqlens)
     if cu_seqlens is not None:
         return documents(row, input, states, params, options, cu_seqlens)
     return run_layers(row, input, states, params, options)
@@ -167,7 +170,10 @@ def recurrent_cell(
         if state.dim() != 2:
             raise RuntimeError(f"{name} must be [B, H], got {list(state.shape)}")
     states = None if hx is None else [state.unsqueeze(0) for state in hx]
-    _, finals, _ = recurrent(cell, input.unsqueeze(0), states, params, has_biases=has_biases, training=training, zoneout=zoneout)
+    with unshared():
+        _, finals, _ = recurrent(
+            cell, input.unsqueeze(0), states, params, has_biases=has_biases, training=training, zoneout=zoneout
+        )
     return tuple(state[0] for state in finals)
 
 

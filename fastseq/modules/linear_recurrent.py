@@ -16,6 +16,7 @@ from fastseq import functional
 from fastseq._arguments import checked_int, checked_number, checked_tensor
 from fastseq.functional._linear_recurrent import check_zoneout
 from fastseq.modules._checks import kind_of, public
+from fastseq.ops._dispatch import unshared
 
 __all__ = ["HGRN", "LRU", "QRNN", "RGLRU", "MinGRU", "MinGRUCell", "MinLSTM"]
 
@@ -149,7 +150,8 @@ class _Layers(nn.Module):
         if checked_tensor("input", input).dim() not in (1, 2):
             raise RuntimeError(f"{kind_of(self)}: Expected a step's input to be 1D or 2D, got {input.dim()}D instead")
         time = 1 if self.batch_first and input.dim() == 2 else 0
-        output, states = self(input.unsqueeze(time), hx)
+        with unshared():
+            output, states = self(input.unsqueeze(time), hx)
         return output.squeeze(time), states
 
     def extra_repr(self) -> str:
@@ -251,7 +253,8 @@ class MinGRUCell(nn.Module):
         if checked_tensor("input", input).dim() not in (1, 2):
             raise RuntimeError(f"MinGRUCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         state = None if hx is None else checked_tensor("hx", hx).unsqueeze(0)
-        _, h_n = functional.linear_recurrent("min_gru", input.unsqueeze(0), state, [dict(self.named_parameters())])
+        with unshared():
+            _, h_n = functional.linear_recurrent("min_gru", input.unsqueeze(0), state, [dict(self.named_parameters())])
         return h_n[0]
 
     def extra_repr(self) -> str:

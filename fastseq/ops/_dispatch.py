@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -132,3 +135,49 @@ def register_autograd(library: torch.library.Library, name: str, run: Callable[.
             return op.redispatch(keyset & _C._after_autograd_keyset, *args)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+_sharing = 0  # blocks that are entered, which what is compiled can see
+
+
+def shared_sequence() -> Any:
+    """The block of fastseq.distributed in which a call runs on this rank's part of a sequence, or None."""
+    if not is_compiling():
+        return sequence_context.get()
+    if _sharing:
+        raise RuntimeError("what shares a sequence with other ranks cannot be compiled: leave it out by torch.compiler.disable")
+    return None
+
+
+@contextmanager
+def share(block: Any) -> Iterator[None]:
+    """Within it ``block`` runs what takes a sequence; None: sequences are whole."""
+    global _sharing
+    token, before, _sharing = sequence_context.set(block), _sharing, int(block is not None)
+    try:
+        yield
+    finally:
+        sequence_context.reset(token)
+        _sharing = before
+
+
+def unshared() -> AbstractContextManager[None]:
+    """A block in which sequences are whole: single steps, and what a rank computes of its part."""
+    return nullcontext() if is_compiling() or sequence_context.get() is None else share(None)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor. The first one brings the ops' sharding rules with it."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is None or not isinstance(tensor, tensors.DTensor):
+        return False
+    sharding()
+    return True
+
+
+@cache
+def sharding() -> Any:
+    """What knows DTensors, which stands above the ops and is imported when it is needed."""
+    module = importlib.import_module("fastseq.distributed.dtensor")
+    module.register()
+    return module
