@@ -29,15 +29,16 @@ def plan(options: Options) -> list[Case]:
     threads = options.threads[-1] if options.threads else 1
     common: dict[str, Any] = {"threads": threads, "device": options.device, "heads": 16 if cuda else 2}
     lengths, B, budget, span = _sizes(cuda, options.quick)
-    effort = Effort(seconds=0.08, min_rounds=3, max_rounds=10) if options.quick else Effort(seconds=1.5, max_rounds=60)
+    effort = Effort(seconds=0.05, min_rounds=3, max_rounds=8) if options.quick else Effort(seconds=1.5, max_rounds=60)
     cases = []
     for (stage, mode), T, system in product(((STEP, "training"), (TOKEN, "inference")), lengths, SYSTEMS.values()):
-        if T > system.longest * (4 if cuda else 1) or (stage == TOKEN and not system.generates):
+        longest = system.longest * 4 if cuda else system.longest // 4 if options.quick else system.longest
+        if T > longest or (stage == TOKEN and not system.generates):
             continue
         w = SystemWorkload(system.name, T, B, 0, 0, mode, dtype=dtype, stage=stage, span=span, **common)
         w = at_budget(w, budget)
         own, torchs, oracle = own_name(system.name), torch_name(system.name), oracle_name(system.name)
-        names = [name for name in (torchs, own, oracle) if name in SYSTEM_PROVIDERS]
+        names = [name for name in (torchs, own, oracle)[: 2 if options.quick else 3] if name in SYSTEM_PROVIDERS]
         baseline = ((own, torchs), (oracle, torchs)) if torchs in names else ()
         cases.append(Case(NAME, stage, tuple(Participant(name, w) for name in names), effort, baseline))
     return cases + _text(options, common)
