@@ -27,7 +27,7 @@ def plan(options: Options) -> list[Case]:
     cuda = options.device.startswith("cuda")
     dtype = "bfloat16" if cuda and options.dtype == "float32" else options.dtype
     threads = options.threads[-1] if options.threads else 1
-    common: dict[str, Any] = {"threads": threads, "device": options.device, "heads": 16 if cuda else 2}
+    common: dict[str, Any] = {"threads": threads, "device": options.device, "heads": 8 if cuda else 2}
     lengths, B, budget, span = _sizes(cuda, options.quick)
     effort = Effort(seconds=0.05, min_rounds=3, max_rounds=8) if options.quick else Effort(seconds=1.5, max_rounds=60)
     cases = []
@@ -47,16 +47,16 @@ def plan(options: Options) -> list[Case]:
 def _sizes(cuda: bool, quick: bool) -> tuple[tuple[int, ...], int, int, int]:
     """Lengths (squares, of pictures' patches, and multiples of the span), batch, parameters, the span of windows and memories."""
     if cuda:
-        return ((256,) if quick else (256, 1024, 4096)), 16, 8_000_000 if quick else 30_000_000, 128
-    return ((16, 64), 2, 100_000, 16) if quick else ((64, 256, 1024), 4, 500_000, 32)
+        return ((256,) if quick else (256, 1024, 4096)), 16, 30_000_000, 128
+    return ((16, 64), 2, 500_000, 16) if quick else ((64, 256, 1024), 4, 500_000, 32)
 
 
 def _text(options: Options, common: dict[str, Any]) -> list[Case]:
     """One case: systems that learn for as long."""
-    given: dict[str, Any] = {"seconds": 1.0, "seeds": 1} if options.quick else {"seconds": 20.0, "seeds": 3}
+    given: dict[str, Any] = {"heads": 2} | ({"seconds": 1.0, "seeds": 1} if options.quick else {"seconds": 20.0, "seeds": 3})
     participants = []
     for name in FAMILY:
-        w = TextExperiment(name, 64, 16, 0, 0, dtype=options.dtype, **common, **given)
+        w = TextExperiment(name, 64, 16, 0, 0, dtype=options.dtype, **common | given)
         participants.append(Participant(own_name(name), at_budget(w, 200_000)))
     return [Case(NAME, TEXT, tuple(participants), Effort())]
 
