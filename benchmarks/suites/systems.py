@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -61,6 +62,10 @@ def _text(options: Options, common: dict[str, Any]) -> list[Case]:
     return [Case(NAME, TEXT, tuple(participants), Effort())]
 
 
+def _compared(stage: str, row: Row) -> bool:
+    return row.group == stage and row.provider in OWN and SYSTEMS[row.function].own_parts
+
+
 RATE = Quantity("Tokens per second", lambda r: r.tokens / r.seconds, lambda v: f"{v:,.0f}", lambda v: f"{v:,.0f}")
 STATE = of_bytes("Kept of the context", lambda r: r.kept)
 CURVES = Curves(
@@ -84,14 +89,10 @@ CURVES = Curves(
     height=6.6,
 )
 GATES = [
-    gates.Gate(f"no system slower, {CURVES.groups[stage]}", LEAST, 1.0, lambda r, stage=stage: _compared(r, stage), over="torch")
+    gates.Gate(f"no system slower, {CURVES.groups[stage]}", LEAST, 1.0, partial(_compared, stage), over="torch")
     for stage in (STEP, TOKEN)
 ]
 picture = CURVES.picture
-
-
-def _compared(row: Row, stage: str) -> bool:
-    return row.group == stage and row.provider in OWN and SYSTEMS[row.function].own_parts
 
 
 def verdicts(rows: list[Row]) -> list[dict[str, Any]]:
