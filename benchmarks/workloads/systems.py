@@ -101,8 +101,8 @@ class TextExperiment(SystemWorkload):
     """What a system has learned of a novel after as much time of computing as the others: the loss of the next letter."""
 
     mode: str = "training"
-    seconds: float = 0.0
-    budget: int = 0  # steps; 0: what the seconds allow
+    seconds: float = 0.0  # of training
+    budget: int = 0  # steps before these
     seeds: int = 3
     samples: int = 1 << 20  # all that is known
     rate: float = 2e-3

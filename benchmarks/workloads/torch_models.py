@@ -196,7 +196,7 @@ def _in_window(
         y, lse = _with_lse(q, k, v, None, valid, rate)
         return y.flatten(2, 3)[:, :, :T], lse.flatten(2, 3)[:, :, :T]
     valid = valid.expand(B, H, -1, -1, -1).flatten(1, 2) if valid.dim() == 5 else valid.repeat(H, 1, 1)
-    y = F.scaled_dot_product_attention(*(t.flatten(1, 2) for t in (q, k, v)), valid, rate)
+    y = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), valid, rate)
     return y.unflatten(1, (H, count)).flatten(2, 3)[:, :, :T]
 
 

@@ -82,7 +82,7 @@ def test_systems_have_as_many_parameters(options):
     assert workloads.keys() == SYSTEMS.keys()
     counts = {name: systems.parameters(w) for name, w in workloads.items()}
     budget = suite._sizes(options.device == "cuda", options.quick)[2]
-    assert all(abs(count - budget) < (0.14 if options.quick else 0.07) * budget for count in counts.values()), counts
+    assert all(abs(count - budget) < (0.14 if options.device == "cpu" else 0.07) * budget for count in counts.values()), counts
     for case in cases:
         assert all(EVERY_PROVIDER[p.provider].function == p.workload.function for p in case.participants)
         name = case.participants[0].workload.function
