@@ -21,6 +21,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
+from fastseq import info
 from fastseq.benchmarks import assembly
 from fastseq.benchmarks.claims.table import verdicts
 from fastseq.benchmarks.measure import combine
@@ -196,6 +197,33 @@ def packed() -> str:
     return "\n".join([*lines, "", about])
 
 
+NAMES = {
+    "recurrent": "recurrence",
+    "attention": "attention",
+    "attention_decode": "attention with a KV cache",
+    "scan": "scan",
+}
+WORDS = {"measured": "**measured**", "tested": "tested", "executed on the host only": "host", "not available": "–"}
+
+
+def support() -> str:
+    """Of every op, device and dtype how far its kernels were tried; calls that are alike in one row."""
+    rows = json.loads(info.as_json())["matrix"]["rows"]
+    dtypes = list(rows[0]["by_dtype"])
+    folded: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        cells = tuple(f"{WORDS[cell['state']]}" for cell in row["by_dtype"].values())
+        key = (NAMES[row["op"]], row["call"], row["device"].partition(" (")[0], *cells)
+        folded.setdefault(key, []).append(f"{row['what']}")
+    lines = [f"| op | of which | call | device | {' | '.join(dtypes)} |", "|---" * (4 + len(dtypes)) + "|"]
+    merged: dict[tuple[str, ...], list[str]] = {}
+    for (op, call, device, *cells), what in folded.items():
+        merged.setdefault((op, ", ".join(what), device, *cells), []).append(call)
+    for (op, which, device, *cells), calls in merged.items():
+        lines.append(f"| {op} | {which} | {', '.join(calls)} | {device} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def claims() -> str:
     return "\n".join(readme.verdict_tables({name: verdicts(of) for name, of in devices().items()})).rstrip()
 
@@ -224,6 +252,8 @@ def gallery() -> str:
 
 BLOCKS: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "packed", packed),
+    ("README.md", "support", support),
+    ("docs/backends.md", "support", support),
     ("docs/benchmarks/index.md", "packed", packed),
     ("docs/benchmarks/index.md", "layers", layers),
     ("docs/benchmarks/claims.md", "claims", claims),

@@ -28,6 +28,7 @@ from . import (
     sequential_vs_parallel,
     small_data,
     statements,
+    systems,
     variable_length,
 )
 
@@ -69,6 +70,7 @@ SUITES: dict[str, Suite] = {
         resets,
         statements,
         models,
+        systems,
         limits,
     )
 }

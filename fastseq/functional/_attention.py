@@ -8,6 +8,7 @@ the features and t the rows.
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any, Literal, overload
 
 import torch
@@ -22,6 +23,7 @@ from ..ops import attention as ops
 from ..ops._dispatch import plain_call
 from . import _nested
 from ._attention_call import (
+    ALIGNMENTS,
     MOST_HEADS,
     AttentionOptions,
     Call,
@@ -37,7 +39,9 @@ from ._torch_attention import attention_and_lse, attention_and_weights, attentio
 
 __all__ = ["attention", "attention_grad", "merge_attention"]
 
-_OF_TORCHS = frozenset(("layout", "attn_mask", "attn_bias", "causal", "scale", "dropout_p"))  # what torch's function has as well
+# What torch's function has as well, or a call of it need not know; what may be given as None.
+_OF_TORCHS = frozenset(("layout", "attn_mask", "attn_bias", "causal", "scale", "dropout_p", "alignment"))
+_MAY_BE_NONE = frozenset(field.name for field in fields(Options) if field.default is None)
 
 
 @overload
@@ -191,18 +195,22 @@ def attention(
 
 def _in_one_call(q: Tensor, k: Tensor, v: Tensor, options: Any) -> Tensor | None:
     """A plain eager call on the CPU of what torch's function has too; None: for the long way, which also has the checks."""
-    for name in options:
-        if name not in _OF_TORCHS:
+    for name, value in options.items():
+        if name not in _OF_TORCHS and (value is not None or name not in _MAY_BE_NONE):
             return None
     for tensor in (q, k, v):
         if type(tensor) is not Tensor or tensor.is_nested or tensor.dim() != 4:
             return None
     mask, bias, layout = options.get("attn_mask"), options.get("attn_bias"), options.get("layout")
-    causal, scale = options.get("causal", False), options.get("scale")
+    causal, scale, alignment = options.get("causal", False), options.get("scale"), options.get("alignment")
+    if alignment is not None and alignment not in ALIGNMENTS:
+        return None
     if layout == "bshd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     elif layout not in (None, "bhsd") or (layout is None and q.shape[1] > MOST_HEADS):
         return None
+    if causal is True and alignment == "bottom_right" and q.shape[2] == 1:
+        causal = False  # the last query sees every key
     if (causal and q.shape[2] != k.shape[2]) or (scale is not None and (type(scale) is not float or not math.isfinite(scale))):
         return None
     if mask is not None and (bias is not None or type(mask) is not Tensor or mask.dtype != torch.bool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, Literal, overload
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._arguments import checked_int, checked_number, checked_tensor, own_keywords
+from ..ops._dispatch import plain_call
 from ._attention import attention
 from ._attention_call import AttentionOptions, check_tensors, checked_layout, takes_options
 
@@ -62,16 +64,33 @@ def t5_relative_bias(
             f"a direction needs at least 2 buckets, and max_distance more than half of them; got num_buckets={num_buckets}, "
             f"bidirectional={bidirectional}, max_distance={max_distance}"
         )
-    zero = max(query_length - 1, 0)
-    distance = torch.arange(max(query_length + key_length - 1, 0), device=table.device) - zero
+    kept = plain_call() and table.device.type != "meta"
+    bucket = (_kept_buckets if kept else _buckets)(
+        query_length, key_length, bidirectional, num_buckets, max_distance, table.device
+    )
+    return torch.nn.functional.embedding(bucket, table).t().contiguous(), max(query_length - 1, 0)
+
+
+def _buckets(
+    query_length: int, key_length: int, bidirectional: bool, num_buckets: int, max_distance: float, device: torch.device
+) -> Tensor:
+    """int64 [L], of distances in order."""
+    buckets = num_buckets // 2 if bidirectional else num_buckets
+    exact = buckets // 2
+    distance = torch.arange(max(query_length + key_length - 1, 0), device=device) - max(query_length - 1, 0)
     size = distance.abs() if bidirectional else (-distance).clamp(min=0)
     # in fp32 and in this order of operations, as checkpoints were trained: some distances lie on the edge of a bucket
     logarithm = torch.log(size.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (logarithm * (buckets - exact)).long()).clamp(max=buckets - 1)
     bucket = torch.where(size < exact, size, far)
-    if bidirectional:
-        bucket = bucket + (distance > 0) * buckets
-    return torch.nn.functional.embedding(bucket, table).t().contiguous(), zero
+    return bucket + (distance > 0) * buckets if bidirectional else bucket
+
+
+@lru_cache(maxsize=8)
+def _kept_buckets(*sizes: Any) -> Tensor:
+    """For the next layer, or the next token."""
+    with torch.inference_mode(False):
+        return _buckets(*sizes)
 
 
 @overload

@@ -32,7 +32,7 @@ except (ImportError, AttributeError) as error:
     except ImportError:
         found = "none"
     raise ImportError(
-        "fastseq.integrations.transformers needs transformers 5.23 or newer (pip install 'fastseq-kernels[transformers]'), "
+        "fastseq.integrations.transformers needs transformers 5.23 or newer (pip install 'transformers>=5.23'), "
         f"found {found}: {error}"
     ) from error
 

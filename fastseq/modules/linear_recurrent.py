@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastseq import functional
 from fastseq._arguments import checked_int, checked_number, checked_tensor
+from fastseq.functional._linear_recurrent import check_zoneout
 from fastseq.modules._checks import kind_of, public
 
 __all__ = ["HGRN", "LRU", "QRNN", "RGLRU", "MinGRU", "MinGRUCell", "MinLSTM"]
@@ -31,6 +32,7 @@ class _Layers(nn.Module):
     """A stack of layers, in one direction or both. A subclass says what a lane's parameters are, and how they begin."""
 
     _CELL: ClassVar[str]  # of functional.linear_recurrent
+    zoneout: float = 0.0  # of a QRNN
     _DEFAULTS: ClassVar[dict[str, Any]] = {
         "num_layers": 1,
         "bias": True,
@@ -132,6 +134,7 @@ class _Layers(nn.Module):
             batch_first=self.batch_first,
             lengths=lengths,
             resets=resets,
+            zoneout=self.zoneout,
         )
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
@@ -453,6 +456,8 @@ class QRNN(_Layers):
         bias: whether the convolutions have one.
         window: steps of a convolution, 1 or 2. A segment's first step (backwards: its last) has zeros before it.
         pooling: ``"f"``, ``"fo"`` or ``"ifo"``.
+        zoneout: probability with which f is one in a step of training, so that the state is kept; of ``"ifo"`` what i lets in is
+            added to it, as the paper has it. At inference f is p + (1 - p) f, the mean.
         device, dtype: of the parameters.
 
     States are c (h of ``"f"``). With two steps hx and h_n are a pair, the states and the last inputs of all layers side by side,
@@ -462,11 +467,12 @@ class QRNN(_Layers):
     each; ``bias_ih_l0`` ``[G*H]``, and so on, uniform in +-1/sqrt(H).
 
     Raises:
-        ValueError: if a size is not positive, ``window`` or ``pooling`` is none of these, or ``dropout`` is outside [0, 1].
+        ValueError: if a size is not positive, ``window`` or ``pooling`` is none of these, ``dropout`` or ``zoneout`` is outside
+            [0, 1].
         TypeError: if a number is none.
     """
 
-    _DEFAULTS: ClassVar[dict[str, Any]] = _Layers._DEFAULTS | {"window": 1, "pooling": "fo"}
+    _DEFAULTS: ClassVar[dict[str, Any]] = _Layers._DEFAULTS | {"window": 1, "pooling": "fo", "zoneout": 0.0}
 
     def __init__(
         self,
@@ -480,6 +486,7 @@ class QRNN(_Layers):
         *,
         window: int = 1,
         pooling: str = "fo",
+        zoneout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -488,7 +495,8 @@ class QRNN(_Layers):
             raise ValueError(f"window must be 1 or 2, got {window}")
         if pooling not in ("f", "fo", "ifo"):
             raise ValueError(f"pooling must be 'f', 'fo' or 'ifo', got {pooling!r}")
-        self.window, self.pooling = window, pooling
+        check_zoneout(zoneout)
+        self.window, self.pooling, self.zoneout = window, pooling, zoneout
         self._build(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype)
 
     @property

@@ -857,3 +857,25 @@ def test_names_of_nobody():
         F.attention_with_kv_cache(q, q, q, lengths=torch.tensor([3]))
     with pytest.raises(TypeError, match="'causal'; did you mean 'is_causal'"):
         F.scaled_dot_product_attention(q, q, q, causal=True)
+
+
+def test_options_at_their_defaults_go_the_short_way(monkeypatch):
+    """As a model passes them on. What is unknown is not taken for one of them."""
+    q, k, v = (torch.randn(2, 3, 2, E) for _ in range(3))
+    nothing = {field.name: None for field in dataclasses.fields(Options) if field.default is None and field.name != "layout"}
+    expected = [F.attention(q, k, v, layout="bshd", causal=causal) for causal in (False, True)]
+    last = F.attention(q[:, :1], k, v, layout="bshd")
+    monkeypatch.setattr("fastseq.functional._attention.prepared", None)
+    with fastseq.use_backend("cpu"):
+        for causal, alignment in ((False, None), (True, None), (True, "bottom_right"), (False, "top_left")):
+            found = F.attention(q, k, v, **nothing | {"layout": "bshd", "causal": causal, "alignment": alignment})
+            torch.testing.assert_close(found, expected[causal])
+        one = F.attention(q[:, :1], k, v, layout="bshd", causal=True, alignment="bottom_right")
+        torch.testing.assert_close(one, last)
+    monkeypatch.undo()
+    first = F.attention(q[:, :1], k, v, layout="bshd", causal=True, alignment="top_left")
+    torch.testing.assert_close(first, v[:, :1])
+    with pytest.raises(TypeError, match="of_nothing"):
+        F.attention(q, k, v, of_nothing=None)
+    with pytest.raises(ValueError, match="alignment must be one of"):
+        F.attention(q, k, v, layout="bshd", alignment="middle")
