@@ -9,7 +9,7 @@ from rich.console import Console
 from . import suites
 from .claims.table import verdicts
 from .measure.results import Results
-from .report import custom, html, peaks, quality, readme, terminal
+from .report import custom, html, peaks, quality, terminal
 from .report.model import Section
 from .suites import recurrent
 
@@ -40,7 +40,7 @@ def page(results: Results) -> str:
 
 def figures(results: Results) -> str:
     """What a README says of a run, in Markdown."""
-    return readme.section(recurrent.markdown(results), verdicts(results), results)
+    return "\n".join(recurrent.markdown(results))
 
 
 def show(results: Results, console: Console) -> None:

@@ -16,6 +16,7 @@ from . import (
     attention_grid,
     cells,
     decode,
+    distributed,
     limits,
     long_range,
     memory_use,
@@ -70,6 +71,7 @@ SUITES: dict[str, Suite] = {
         resets,
         statements,
         models,
+        distributed,
         systems,
         limits,
     )

@@ -504,12 +504,12 @@ def integers(name: str, tensor: Tensor, what: str) -> Tensor:
     return tensor.to(torch.int32).contiguous()
 
 
-def checked_lengths(name: str, lengths: Tensor, batch: int, longest: int) -> Tensor:
-    """int32 [B]."""
+def checked_lengths(name: str, lengths: Tensor, batch: int, longest: int | None) -> Tensor:
+    """int32 [B]. ``longest`` None: they may be as long as they like."""
     result = integers(name, lengths, "[B]")
     if lengths.shape[0] != batch:
         raise RuntimeError(f"{name} must be [B] = [{batch}], got {list(lengths.shape)}")
-    if readable(lengths) and not ((lengths >= 0) & (lengths <= longest)).all():
+    if longest is not None and readable(lengths) and not ((lengths >= 0) & (lengths <= longest)).all():
         raise RuntimeError(f"{name} must lie in 0..{longest}, got {lengths.tolist()}")
     return result
 

@@ -38,6 +38,9 @@ def t5_relative_bias(
     Args:
         table: ``[num_buckets, Hq]``, floating point; gets a gradient, the same bits at every run.
         query_length, key_length: Tq and Tk; L = Tq + Tk - 1 distances occur. No [Tq, Tk] tensor is built.
+        bidirectional: whether keys after the query have buckets of their own.
+        num_buckets: of both directions together.
+        max_distance: from which on all distances share a bucket.
 
     Raises:
         RuntimeError: if ``table`` is not ``[num_buckets, Hq]`` of a floating dtype.
@@ -149,7 +152,7 @@ def transformer_xl_attention(
         key, value: likewise with Tk = memory + Tq steps: the caller puts the memory before the segment.
         r: the paper's R after its projection, ``[H or 1, Tk, E]``: from the farthest distance, Tk - 1, to 0.
         u, v: the paper's biases, ``[H, E]``.
-        options: further ones of :func:`attention`, such as ``dropout_p`` or ``attn_mask``.
+        options: the others are those of :func:`attention`, such as ``dropout_p`` or ``attn_mask``.
         return_lse, return_weights: as there.
 
     Returns, raises: as :func:`attention`.
