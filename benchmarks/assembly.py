@@ -12,7 +12,7 @@ from . import suites
 from .claims.table import verdicts
 from .measure.results import Results, write_csv
 from .providers.recurrent import FORCED
-from .report import custom, html, peaks, quality, readme, summary, terminal
+from .report import custom, html, peaks, quality, summary, terminal
 from .report.model import Figure, Section
 from .suites import recurrent
 
@@ -81,7 +81,7 @@ def _headline(results: Results) -> Figure | None:
 
 def figures(results: Results) -> str:
     """What a README says of a run, in Markdown."""
-    return readme.section(recurrent.markdown(results), verdicts(results), results)
+    return "\n".join(recurrent.markdown(results))
 
 
 def show(results: Results, console: Console) -> None:

@@ -16,6 +16,7 @@ from . import (
     attention_grid,
     cells,
     decode,
+    distributed,
     limits,
     long_range,
     memory_use,
@@ -28,6 +29,7 @@ from . import (
     sequential_vs_parallel,
     small_data,
     statements,
+    systems,
     variable_length,
 )
 
@@ -69,6 +71,8 @@ SUITES: dict[str, Suite] = {
         resets,
         statements,
         models,
+        distributed,
+        systems,
         limits,
     )
 }
