@@ -108,7 +108,7 @@ def context_parallel_attention(
     ``alignment`` are those of the whole sequence.
 
     Args:
-        q, k, v: this rank's t of the T steps, shapes as :func:`attention` takes them; parts may differ in length and be empty.
+        q, k, v: this rank's t of the T steps, shapes as in one process; parts may differ in length and be empty.
             Packed: its rows of the N of all sequences, which may cross from rank to rank.
         mesh: one dimension of a mesh, such as ``mesh["context"]``, or a process group.
         method: ``"ring"``: keys and values go round; ``"all_gather"``: they come from the ranks that a window reaches;
@@ -116,7 +116,7 @@ def context_parallel_attention(
         sharding: which steps a rank holds: ``"contiguous"``, or ``"zigzag"`` as :func:`shard_sequence` cuts, which balances
             causal attention.
         return_lse: also return the lse, ``[B, Hq, t]`` or packed ``[Hq, n]``.
-        options: as :func:`attention` takes them, nested tensors apart, with the same values on every rank, but for
+        options: as :func:`fastseq.functional.attention` takes them, with the same values on every rank, but for
 
             * ``attn_mask``, ``attn_bias``: this rank's rows of all columns, ``[.., t, T]``, columns in the order of the whole;
             * ``relative_query``: as q.
@@ -132,8 +132,10 @@ def context_parallel_attention(
     Returns:
         ``out`` as q, with Ev features; or ``(out, lse)``.
 
+    Nested tensors are refused: give packed sequences.
+
     Raises on every rank, before anything but a few integers is exchanged:
-        as :func:`attention`;
+        as :func:`fastseq.functional.attention`;
         RuntimeError: if ranks differ in arguments, dtypes or shapes, or parts are not those of ``sharding``.
         ValueError: for a method that cannot do what is asked, with the one that can.
         NotImplementedError: for a second derivative, or within a transform (vmap, jvp).

@@ -21,6 +21,8 @@ from ..functional._recurrent_layers import Options
 from ..ops.attention import FIELDS
 from ..ops.types import GRADIENTS, SCAN_CELLS, Spec
 
+__all__: list[str] = []  # what the modules of this package share
+
 Placement = Replicate | Shard | Partial | None
 Rule = tuple[list[Placement], list[Placement]]  # of outputs, of inputs
 _ops = torch.ops.fastseq

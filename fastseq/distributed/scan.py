@@ -29,6 +29,8 @@ _BACKWARDS = (
     "another, and a rank has that of some rows"
 )
 
+__all__: list[str] = []  # what the modules of this package share
+
 
 def own_lengths(lengths: Tensor, steps: int, ranks: Ranks) -> Tensor:
     """How many of this rank's ``steps`` belong to each row, from the lengths in the whole sequence, the same on every rank.

@@ -60,7 +60,12 @@ def positions(
     sharding: Sharding = "contiguous",
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The places, int64 ``[t]``, of this rank's steps in a sequence of ``length``: for embeddings and rotations of places.
+    """The places, int64 ``[t]``, of this rank's steps in a sequence: for embeddings and rotations of places.
+
+    Args:
+        length: T, steps of the whole sequence.
+        mesh, sharding: as :func:`shard_sequence` takes them.
+        device: where the places shall be; None: torch's default.
 
     Raises:
         TypeError: if ``length`` is no int.
@@ -80,7 +85,8 @@ def shard_sequence(
     """This rank's steps of a tensor that every rank has whole: nothing is sent.
 
     Args:
-        tensor: any shape; steps lie along ``dim``.
+        tensor: any shape.
+        dim: along which the steps lie.
         mesh: one dimension of a mesh, or a process group: the ranks that share the sequence.
         sharding: ``"contiguous"``: a run of steps each, of equal lengths as far as possible, the first ones longer by a step;
             ``"zigzag"``: two runs each, which gives every rank as much to do under a causal mask.
@@ -103,6 +109,10 @@ def unshard_sequence(
     tensor: Tensor, mesh: DeviceMesh | dist.ProcessGroup, *, dim: int, sharding: Sharding = "contiguous"
 ) -> Tensor:
     """The whole tensor on every rank, from parts as :func:`shard_sequence` cuts them; contiguous parts may have any lengths.
+
+    Args:
+        tensor: this rank's steps.
+        mesh, dim, sharding: as :func:`shard_sequence` takes them.
 
     Its gradient on a rank is the sum over the ranks of what they have for that rank's steps: of a loss that all ranks form alike
     from the whole, each gives its share, so divide such a loss by their number.
