@@ -134,9 +134,11 @@ def attention(
         scale: of the products; None: 1 / sqrt(E).
         softcap: if not 0, softcap tanh(scores / softcap) takes the place of the scaled products.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``; no gradient.
-        relative_bias: ``[Hq or 1, L]``; entry ``relative_bias_zero`` (None: L // 2, if L is odd) is for distance 0, those after
-            it for later keys; beyond the table 0. With gradient; dtype as ``attn_bias``.
-        relative_query: as q, with ``relative_key`` ``[Hq or 1, M, E]`` whose row ``relative_key_zero`` is for distance 0.
+        relative_bias: ``[Hq or 1, L]``, a bias by distance; beyond the table 0. With gradient; dtype as ``attn_bias``.
+        relative_bias_zero: its entry for distance 0, those after it for later keys; None: L // 2, if L is odd.
+        relative_query: as q; goes with ``relative_key``.
+        relative_key: ``[Hq or 1, M, E]``, a key for each distance.
+        relative_key_zero: its row for distance 0.
         sinks: ``[Hq]``, one more score for each query, of a key without a value; with gradient; dtype as ``attn_bias``.
         dropout_p: probability with which weights are zeroed (whether training or not); ``torch.manual_seed`` repeats it.
         seqlens_q, seqlens_k: int32 or int64 ``[B]``, valid queries and keys of padded sequences. Values are checked on the CPU

@@ -52,7 +52,11 @@ def linear_recurrent(
             dtype.
         params: per layer, per direction, by the names that the module's have but for their ending ``_l<layer>``, ``_reverse``;
             of the HGRN also ``lower_bound`` ``[H]``, what the forget gate is never below, or none.
+        num_layers: L; each layer after the first reads the output of the one before.
         dropout: probability with which, in training, elements of every layer's output but the last's are zeroed.
+        training: whether that is drawn.
+        bidirectional: D = 2: a second lane of every layer goes from the last step to the first.
+        batch_first: input, output and resets have the batch before the time.
         lengths: int32 or int64 ``[B]``, each in 0..T. Beyond a row's length the output is zero; final states are those after a
             row's last step, where its backward direction starts.
         resets: bool ``[T, B]``, ``[B, T]`` with ``batch_first``, unbatched ``[T]``: where a new segment begins. Every layer and

@@ -47,6 +47,17 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
 
     Inside an ``nn.TransformerEncoderLayer`` that is in eval mode and wants no gradients, torch computes the whole layer from its
     parameters, in one fused call, and calls no submodule: neither torch's attention nor this one.
+
+    Args:
+        embed_dim: E, features of queries and results.
+        num_heads: H, a divisor of E.
+        dropout: probability with which, in training, weights are zeroed.
+        bias: whether the projections have one.
+        add_bias_kv: a learned key and value behind all others.
+        add_zero_attn: a key and value of zeros behind all others.
+        kdim, vdim: features of keys and values. None: E.
+        batch_first: sequences are [N, L, E].
+        device, dtype: of the parameters.
     """
 
     _quantized_dynamically = False
