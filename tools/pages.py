@@ -97,6 +97,12 @@ def crossover() -> Figure:
     return SUITES["sequential-vs-parallel"].picture(results(LAYERS))
 
 
+def systems() -> dict[str, Figure]:
+    """What whole models cost, if a committed result has their times."""
+    timed = any(row.time for row in results(EVERY).of_suite("systems"))
+    return {"systems": SUITES["systems"].picture(results(EVERY))} if timed else {}
+
+
 def memory() -> Figure:
     (section, *_) = SUITES["sequential-vs-parallel"].present(results(LAYERS))
     return next(figure for figure in section.figures if "memory" in figure.title.lower())
@@ -167,7 +173,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {"speed-ups": speed_ups, "crossover"
 def pictures() -> dict[Path, Figure]:
     """Every generated picture by its place."""
     found = {GALLERY / f"{name}.svg": make() for name, make in PICTURES.items()}
-    found |= {GALLERY / f"{name}.svg": figure for name, figure in maps().items()}
+    found |= {GALLERY / f"{name}.svg": figure for name, figure in (maps() | systems()).items()}
     found |= {GALLERY / "masks" / f"{name}.svg": picture_of(name, weights) for name, weights in _masks().items()}
     return found
 
@@ -245,7 +251,7 @@ def gallery() -> str:
     show(titles["speed-ups"], "gallery/speed-ups.svg", speed_ups())
     show("Recurrence step by step, fused recurrence, attention", "gallery/crossover.svg", crossover())
     show(titles["memory"], "gallery/memory.svg", memory())
-    for name, figure in maps().items():
+    for name, figure in (maps() | systems()).items():
         show(figure.title, f"gallery/{name}.svg", figure)
     return "\n".join(lines)
 

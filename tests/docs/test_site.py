@@ -14,6 +14,7 @@ import pytest
 
 from support.pages import DOCS, ROOT
 
+pytestmark = pytest.mark.timeout(900)  # half a minute of work, on a machine with nothing else to do
 needs_sphinx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("sphinx", "myst_nb", "furo")),
     reason="needs what requirements/docs.txt lists",
@@ -37,7 +38,7 @@ class Page(HTMLParser):
 
 def build(source: Path, out: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-d", str(out / "doctrees")]
-    return subprocess.run([*command, str(source), str(out / "html")], capture_output=True, text=True, timeout=280, cwd=ROOT)
+    return subprocess.run([*command, str(source), str(out / "html")], capture_output=True, text=True, timeout=800, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
