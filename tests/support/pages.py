@@ -27,6 +27,7 @@ INTERNAL = {
     "ops",
     "parity",
     "reference",
+    "support_matrix",
     "transformers_masks",
     "tuning",
 }
