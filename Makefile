@@ -8,12 +8,14 @@
 # make library     compile the native library into fastseq/lib
 # make sanitize    the CPU kernels of every level that this machine has under sanitizers; a short form is among the tests
 # make host-kernels  compile the CUDA kernels for this machine's CPU, for tests without a GPU
+# make docs        the documentation site, into build/docs/html; a warning is an error
 # make abi         one library file, loaded by CPU torch 2.13.0 and by CUDA torch 2.14.1 (downloads the latter, 5 GB)
-# make wheel       a wheel in dist/                          make clean     remove what was built, keep .venv
+# make wheel       a wheel in dist/, with the library, its platform tag checked, run in a bare environment
+# make clean       remove what was built, keep .venv
 #
 # PYTHON=/path/to/python uses that environment as it is, and no network.
 # FASTSEQ_BUILD=auto|cuda|cpu|none chooses the library (see setup.py).
-# TORCH_INDEX=https://download.pytorch.org/whl/cpu fetches torch from there, for instance its smaller CPU build.
+# Without a GPU torch's CPU build is fetched; TORCH_INDEX=https://download.pytorch.org/whl/cu130 or the like chooses another one.
 
 ARGS ?=
 # One process per core, but what shares a group (builds in one folder, say) in one.
@@ -26,32 +28,36 @@ ifeq ($(strip $(PYTHON)),)
   VENV := .venv
   PY := $(VENV)/bin/python
   TOOLS := $(VENV)/.requirements
+  KERNELS := $(VENV)/.kernels
   ENVIRONMENT := $(TOOLS) $(VENV)/.editable
   BROWSER := $(VENV)/.browser
+  SITE := $(VENV)/.docs
   # Tests that fetch build tools from a package index run in this environment only.
   export FASTSEQ_TEST_NETWORK ?= 1
 else
   PY := $(PYTHON)
   TOOLS :=
+  KERNELS :=
   ENVIRONMENT :=
   BROWSER :=
+  SITE :=
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
 SOURCES := CMakeLists.txt setup.py fastseq/_version.py $(shell find csrc -type f)
 LIBRARY := fastseq/lib/.built-$(FASTSEQ_BUILD)
 
-.PHONY: test check lint format bench gpu-day library host-kernels sanitize wheel abi clean
+.PHONY: test check lint format bench gpu-day library host-kernels sanitize docs wheel abi clean
 
-test: $(ENVIRONMENT) $(LIBRARY) $(BROWSER)
+test: $(ENVIRONMENT) $(KERNELS) $(LIBRARY) $(BROWSER) $(SITE)
 	-@$(PY) tests/csrc/host_build.py
 	$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
-check: lint $(ENVIRONMENT) $(LIBRARY) $(BROWSER)
+check: lint $(ENVIRONMENT) $(KERNELS) $(LIBRARY) $(BROWSER) $(SITE)
 	-@$(PY) tests/csrc/host_build.py
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
-lint: $(TOOLS)
+lint: $(TOOLS) $(KERNELS)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -65,7 +71,7 @@ bench: $(ENVIRONMENT) $(LIBRARY)
 	$(PY) -m fastseq bench $(ARGS)
 
 # It takes the library that is there, or builds one.
-gpu-day: $(ENVIRONMENT)
+gpu-day: $(ENVIRONMENT) $(KERNELS)
 	$(PY) -m fastseq.benchmarks.gpu.day $(ARGS)
 
 library: $(ENVIRONMENT) $(LIBRARY)
@@ -76,19 +82,28 @@ host-kernels: $(TOOLS)
 sanitize: $(TOOLS)
 	$(PY) tests/csrc/cpu_build.py $(ARGS)
 
+docs: $(ENVIRONMENT) $(LIBRARY) $(SITE)
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -d build/docs/doctrees docs build/docs/html
+
 wheel: $(TOOLS)
+	rm -f dist/*.whl
 	$(PIP) wheel . --no-deps --no-build-isolation -w dist
+	$(PY) .ci/wheel.py dist/*.whl
 
 $(LIBRARY): $(SOURCES) $(TOOLS)
 	$(PY) setup.py --quiet build_native --inplace
 	@rm -f fastseq/lib/.built-*
 	@touch $@
 
-.venv/.requirements: requirements/dev.txt requirements/triton.txt requirements/cute.txt
+.venv/.requirements: requirements/dev.txt
 	@python3 -c "import sys; sys.exit(sys.version_info < (3, 10) and 'error: Python 3.10 or newer is needed, python3 is ' + sys.version.split()[0])"
 	test -x .venv/bin/python || python3 -m venv .venv
-	$(if $(TORCH_INDEX),$(PIP) install --index-url $(TORCH_INDEX) $(shell grep '^torch==' requirements/dev.txt))
+	$(PY) tools/install_torch.py $(shell grep '^torch==' requirements/dev.txt) $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
 	$(PIP) install -r requirements/dev.txt
+	@touch $@
+
+# What tests of GPU kernels want where there is no GPU; nothing else asks for it.
+.venv/.kernels: requirements/triton.txt requirements/cute.txt .venv/.requirements
 	$(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('triton') is None)" || $(PIP) install -r requirements/triton.txt
 	$(PIP) install --no-deps -r requirements/cute.txt
 	@touch $@
@@ -96,6 +111,10 @@ $(LIBRARY): $(SOURCES) $(TOOLS)
 # For the tests of the report alone, which are skipped without it.
 .venv/.browser: requirements/browser.txt .venv/.requirements
 	@$(PIP) install -r $< && touch $@ || echo "no browser for this machine: the tests that want one are skipped"
+
+# For the documentation, which is no part of the tests without it.
+.venv/.docs: requirements/docs.txt .venv/.requirements
+	@$(PIP) install -r $< && touch $@ || echo "no Sphinx: the tests that build the documentation are skipped"
 
 # After the library: the install finds it up to date. It gives the command `fastseq` and lets scripts anywhere import the checkout.
 .venv/.editable: pyproject.toml setup.py .venv/.requirements | $(LIBRARY)

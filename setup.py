@@ -17,11 +17,13 @@ Environment:
 from __future__ import annotations
 
 import collections
+import operator
 import os
 import platform
 import re
 import shutil
 import site
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -39,6 +41,14 @@ NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "results", "R
 MODES = ("auto", "cuda", "cpu", "none")
 OLDEST_TORCH = (2, 10)
 OLDEST_CMAKE = (3, 26)
+# glibc, and the newest GLIBCXX, CXXABI and GCC of the distributions that have it (PEP 600). torch's own wheels need the first.
+RUNTIMES = (
+    ((2, 28), (3, 4, 24), (1, 3, 11), (7, 0, 0)),
+    ((2, 31), (3, 4, 28), (1, 3, 12), (7, 0, 0)),
+    ((2, 34), (3, 4, 29), (1, 3, 13), (7, 0, 0)),
+    ((2, 35), (3, 4, 30), (1, 3, 13), (12, 0, 0)),
+    ((2, 39), (3, 4, 33), (1, 3, 15), (14, 0, 0)),
+)
 
 
 class BuildError(Exception):
@@ -234,13 +244,49 @@ def say_boxed(headline: str, reasons: list[str], hint: str) -> None:
     print("\n".join(["", rule, *(f"| {line:<96} |" for line in lines), rule, ""]), file=sys.stderr, flush=True)
 
 
-class FastseqDistribution(Distribution):
-    """Knows whether it carries a library: that decides the wheel's tag and where its files are installed."""
+def needed_versions(library: Path) -> set[str]:
+    """The versions of symbols that a library needs of others, "GLIBC_2.34" and the like: its section .gnu.version_r."""
+    content = library.read_bytes()
+    (table,), (size, count) = struct.unpack_from("<Q", content, 0x28), struct.unpack_from("<HH", content, 0x3A)
+    # of each section: name, type, flags, address, offset, size, link, info
+    sections = [struct.unpack_from("<IIQQQQII", content, table + size * index) for index in range(count)]
+    found = set()
+    for _, kind, _, _, entry, _, link, files in sections:
+        if kind != 0x6FFFFFFE:
+            continue
+        names = sections[link][4]
+        for _ in range(files):
+            _, versions, _, first, following = struct.unpack_from("<HHIII", content, entry)
+            item = entry + first
+            for _ in range(versions):
+                _, _, _, name, step = struct.unpack_from("<IHHII", content, item)
+                found.add(content[names + name : content.index(0, names + name)].decode())
+                item += step
+            entry += following
+    return found
 
-    has_library = False
+
+def manylinux(needed: set[str]) -> tuple[int, int] | None:
+    """The oldest glibc whose distributions have all of these versions, libstdc++'s among them; None: no such is known."""
+
+    def newest(prefix: str) -> tuple[int, ...]:
+        own = [version.removeprefix(prefix) for version in needed if version.startswith(prefix)]
+        return max((tuple(map(int, version.split("."))) for version in own if re.fullmatch(r"[\d.]+", version)), default=())
+
+    glibc = newest("GLIBC_")
+    for oldest, *runtime in RUNTIMES if glibc else ():
+        if all(map(operator.le, map(newest, ("GLIBCXX_", "CXXABI_", "GCC_")), runtime)):
+            return max(oldest, (glibc[0], glibc[1]))
+    return None
+
+
+class FastseqDistribution(Distribution):
+    """Knows which library it carries: that decides the wheel's tag and where its files are installed."""
+
+    library: Path | None = None
 
     def has_ext_modules(self) -> bool:
-        return self.has_library
+        return self.library is not None
 
 
 class Build(build):
@@ -297,7 +343,7 @@ class BuildNative(Addition):
 
     def run(self) -> None:
         library, why = obtain_library(build_mode())
-        self.distribution.has_library = library is not None
+        self.distribution.library = library
         folder = self.package() / "lib"
         folder.mkdir(parents=True, exist_ok=True)
         target, note = folder / "libfastseq.so", folder / "not-built.txt"
@@ -313,17 +359,27 @@ class BuildNative(Addition):
 
 
 class Wheel(bdist_wheel):
-    """py3-none-<platform> with the library, py3-none-any without: no Python ABI, only torch's stable one."""
+    """py3-none-<platform> with the library, py3-none-any without: no Python ABI, only torch's stable one.
+
+    The platform is the oldest manylinux that has what the library needs; linux, for this machine alone, if that is not known, or
+    newer than this machine's own glibc, whose pip would refuse it.
+    """
 
     def run(self) -> None:
         self.run_command("build")
-        self.root_is_pure = not self.distribution.has_library
+        self.root_is_pure = self.distribution.library is None
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         if self.root_is_pure:
             return "py3", "none", "any"
-        return "py3", "none", re.sub(r"[-.]", "_", self.plat_name or sysconfig.get_platform())
+        name = re.sub(r"[-.]", "_", self.plat_name or sysconfig.get_platform())
+        if not name.startswith("linux_") or not self.distribution.library:
+            return "py3", "none", name
+        oldest, here = manylinux(needed_versions(self.distribution.library)), platform.libc_ver()
+        if oldest is None or here[0] != "glibc" or oldest > tuple(map(int, here[1].split(".")[:2])):
+            return "py3", "none", name
+        return "py3", "none", f"manylinux_{oldest[0]}_{oldest[1]}_{name.removeprefix('linux_')}"
 
 
 def build_tools() -> list[str]:

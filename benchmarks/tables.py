@@ -5,6 +5,7 @@
 
 `cpu-lengths.json` follows from the files choice.json (cpu/choice.py), `points.json` from the files tuned*.json: what `python -m
 fastseq tune --export` writes, on a GPU as on a CPU. Of two files about one device and level the last in order of names holds.
+`measured.json` follows from these and from the files results.json: of which ops, dtypes and devices there are times at all.
 """
 
 from __future__ import annotations
@@ -21,15 +22,20 @@ from typing import Any
 
 from fastseq.backends import library
 from fastseq.choice import lengths, shipped, store
-from fastseq.choice.decision import Candidate, Point, point_of
+from fastseq.choice.decision import MODES, Candidate, Point, point_of
 from fastseq.choice.device import LEVELS, Device, cpu_level
 
 from .cpu import choice
+from .measure.results import Results, Row
+from .workloads import attention
+from .workloads.linear import WEIGHTS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARGIN = 1.02  # a CPU's call goes to torch's kernel if ours takes so much longer: what a measurement can tell from equal
 SECONDS = 0.1  # for the rounds of a call
 SUITES = "attention,cells"  # of layers cpu-lengths.json tells
+CELLS = {"lstm": "lstm", "gru": "gru", "rnn": "rnn_tanh"}  # functions of workloads
+SCORES, RETURNED, CACHE = "scores never materialized", "returned weights", "KV cache"  # of fastseq.support_matrix
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +68,52 @@ def texts(results: Path) -> dict[Path, str]:
     return {
         lengths.FILE: choice.text_of(sorted(results.glob("*/choice.json"))),
         shipped.FILE: points_text(sorted(results.glob("*/tuned*.json"))),
+        shipped.MEASURED: measured_text(results),
     }
+
+
+def measured_text(results: Path) -> str:
+    """Of ``measured.json``: type of device, op, what of it, call, dtype, and the names of devices with a time of fastseq's."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    for file in sorted(results.rglob("results.json")):
+        of_file = Results.load(file)
+        name = str(of_file.environment["device name"])
+        for row in of_file.rows:
+            place = _place(row)
+            if place:
+                mode = MODES[row.mode != MODES[0]]
+                found.setdefault((row.device.partition(":")[0], *place, mode, row.dtype), set()).add(name)
+    for file in sorted(results.glob("*/choice.json")):
+        of_choice = choice.read(file)
+        for row in of_choice["rows"]:
+            key = ("cpu", "recurrent", row["cell"], row["mode"], row["dtype"])
+            found.setdefault(key, set()).add(of_choice["environment"]["device name"])
+    for device in json.loads(points_text(sorted(results.glob("*/tuned*.json"))))["devices"]:
+        for called in device["calls"]:
+            op, mode, kind, dtype, *_ = called["kin"]
+            ours = any(backend != "torch" for _, candidates in called["points"] for backend, *_ in candidates)
+            what = {"attention": SCORES, "attention_decode": CACHE}.get(op, kind)
+            if ours:
+                found.setdefault((device["type"], op.removesuffix("_cell"), what, mode, dtype), set()).add(device["name"])
+    lines = ",\n".join(json.dumps([*key, sorted(names)]) for key, names in sorted(found.items()))
+    what = "of which calls there are times of fastseq's kernels: type of device, op, what of it, call, dtype, devices"
+    return f'{{\n"what": {json.dumps(what)},\n"command": "python -m fastseq.benchmarks.tables",\n"calls": [\n{lines}\n]\n}}\n'
+
+
+def _place(row: Row) -> tuple[str, str] | None:
+    """The op and what of it a row is a time of; None: it is of none, or of nothing of fastseq's."""
+    if "fastseq" not in row.provider or not row.ok or not row.time:
+        return None
+    function = row.function.removesuffix("cell")
+    if function in CELLS:
+        return "recurrent", CELLS[function]
+    if function == "decode" or row.suite == "decode":
+        return "attention_decode", CACHE
+    if function == "weights":
+        return "attention", RETURNED
+    if function == "attention" or (function in attention.CASES and not attention.CASES[function].hashed):
+        return "attention", SCORES
+    return ("scan", "real") if function == "scan" or function in WEIGHTS else None
 
 
 def points_text(files: Iterable[Path]) -> str:

@@ -1,26 +1,23 @@
-"""Sunspots a year ahead, from 260 years of monthly counts, trained with torch.nn and with fastseq.
+"""Sunspots a year ahead, from 260 years of monthly counts: any causal model by name, on torch's parts and on fastseq's.
 
     python examples/forecast.py                 # a GRU; about a minute on a CPU
-    python examples/forecast.py --cell lstm --quick
+    python examples/forecast.py --model tcn --quick
 
-Both models start from the same weights and see the same batches. The program checks that their losses agree,
-then compares the forecast with what was observed, and the times. Data: see data/README.md.
+Both start from the same weights and see the same batches. The program checks that their losses agree, then compares
+the forecast with what was observed, and the times. Data: see data/README.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from side_by_side import compare, nudged, print_times, train
+from bodies import BODIES, JUMPING, Sizes, output_of
+from side_by_side import compare, parser_of, parts_of, plot, prepared, print_times, sides, train
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-import fastseq
 
 DATA = Path(__file__).parent / "data" / "sunspots.csv"
 AHEAD = 12  # months
@@ -30,14 +27,13 @@ LAST_TRAINING_YEAR = 1975
 class Forecaster(nn.Module):
     """The next 12 months at every month: [B, T, 1] -> [B, T, 12], as change against that month."""
 
-    def __init__(self, cell: str, hidden: int):
+    def __init__(self, s: Sizes, name: str):
         super().__init__()
-        kind = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[cell]
-        self.rnn = kind(1, hidden, num_layers=2, batch_first=True)
-        self.head = nn.Linear(hidden, AHEAD)
+        self.into, self.head = nn.Linear(1, s.width), nn.Linear(s.width, AHEAD)
+        self.body = BODIES[name](s)
 
     def forward(self, months: Tensor) -> Tensor:
-        return months + self.head(self.rnn(months)[0])
+        return months + self.head(output_of(self.body, self.into(months)))
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -50,10 +46,10 @@ def pairs(series: Tensor) -> tuple[Tensor, Tensor]:
     return series[..., :-AHEAD, None], series[..., 1:].unfold(-1, AHEAD, 1)
 
 
-def batches(series: Tensor, steps: int, length: int, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(series: Tensor, length: int, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows from random places."""
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+    while True:
         starts = torch.randint(0, len(series) - length - AHEAD + 1, (size, 1), generator=generator)
         yield pairs(series[(starts + torch.arange(length + AHEAD)).to(series.device)])
 
@@ -65,57 +61,42 @@ def read() -> tuple[list[str], Tensor]:
     return [row["month"] for row in rows], torch.tensor([float(row["sunspots"]) for row in rows])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="gru")
-    parser.add_argument("--steps", type=int, help="training steps (default 300, quick 20)")
-    parser.add_argument("--quick", action="store_true", help="a small model and few steps: some seconds")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.backends.cudnn.allow_tf32 = False  # fp32 against fp32, on a GPU too
-    torch.manual_seed(options.seed)
-    hidden, length, size = (32, 66, 8) if options.quick else (64, 132, 16)
-    steps = options.steps or (20 if options.quick else 300)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, BODIES, "gru")
+    options = prepared(parser, arguments)
+    s, size = (Sizes(32, 2, 1, 64), 8) if options.quick else (Sizes(64, 4, 2, 128), 16)
 
     months, counts = read()
     split = next(i for i, month in enumerate(months) if int(month[:4]) > LAST_TRAINING_YEAR)
     mean, deviation = counts[:split].mean(), counts[:split].std()
     series = ((counts - mean) / deviation).to(options.device)
-
-    model = Forecaster(options.cell, hidden).to(options.device)
-    converted = copy.deepcopy(model)
-    print(fastseq.convert(converted, example_inputs=series[:length].view(1, -1, 1)))
+    models = sides(Forecaster(s, options.model).to(options.device))
 
     @torch.no_grad()
     def error_of(predict: Callable[[Tensor], Tensor]) -> float:
-        """RMS over the months that were not trained on; the state comes warm out of those before."""
-        inputs, targets = pairs(series)
-        return ((predict(inputs) - targets)[split:].square().mean().sqrt() * deviation).item()
+        """RMS from months that were not trained on, the last year of each window; the state comes warm out of those before."""
+        windows = series[split - s.length + AHEAD :].unfold(0, s.length + AHEAD, AHEAD)
+        inputs, targets = pairs(windows)
+        return ((predict(inputs) - targets)[:, -AHEAD:].square().mean().sqrt() * deviation).item()
 
-    untrained = error_of(model)
-    histories = train(
-        {"torch.nn": model, "fastseq": converted, "nudged": nudged(model)},
-        batches(series[:split], steps, length, size, options.seed),
-        loss_of,
-        learning_rate=2e-3,
-    )
-    compare(histories)
+    untrained = error_of(models["fastseq"])
+    histories = train(models, batches(series[:split], s.length, size, options.seed), options.steps, loss_of, 2e-3)
+    compare(histories, options.model in JUMPING)
 
-    errors = {"fastseq": error_of(converted), "torch.nn": error_of(model), "untrained": untrained}
-    errors["as this month"] = error_of(lambda months: months.expand(-1, AHEAD))
+    errors = {"fastseq": error_of(models["fastseq"])}
+    with parts_of("torch.nn"):
+        errors["torch.nn"] = error_of(models["torch.nn"])
+    errors |= {"untrained": untrained, "as this month": error_of(lambda months: months.expand(-1, -1, AHEAD))}
     for name, error in errors.items():
         print(f"test error from {months[split]} on, {name}: {error:.2f} sunspots (RMS, 1 to 12 months ahead)")
     assert errors["fastseq"] < untrained, "training did not help"
     print_times(histories)
+    plot(histories, f"{options.model}: sunspots a year ahead", "squared error", options.plot)
 
     print(f"\nforecast made after {months[-AHEAD - 1]}")
     with torch.no_grad():
-        last = (converted(series[:-AHEAD, None])[-1].cpu() * deviation + mean).clamp(min=0)
-    for month, forecast, observed in zip(months[-AHEAD:], last, counts[-AHEAD:], strict=True):
+        last = models["fastseq"](series[None, -s.length - AHEAD : -AHEAD, None])[0, -1].cpu()
+    for month, forecast, observed in zip(months[-AHEAD:], (last * deviation + mean).clamp(min=0), counts[-AHEAD:], strict=True):
         print(f"  {month}  forecast {forecast:6.1f}  observed {observed:6.1f}")
 
 

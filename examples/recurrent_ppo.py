@@ -19,6 +19,7 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -189,7 +190,7 @@ def compare_forms(policy: Policy, hidden: int, rollout: Rollout, repeats: int) -
     print(f"a step of an update, T={T}, {N} environments: loop {loop:.2f} ms, one call {call:.2f} ms, ratio {loop / call:.2f}")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--form", choices=("call", "loop"), default="call", help="how sequences are evaluated while it learns")
     parser.add_argument("--updates", type=int, help="at most (default 200, quick 8)")
@@ -197,7 +198,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few updates: some seconds")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

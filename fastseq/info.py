@@ -1,9 +1,13 @@
-"""``python -m fastseq info``: what is installed, what is missing and why, which backend runs what."""
+"""``python -m fastseq info``: what is installed, what is missing and why, which backend runs what.
+
+``--json`` has one key more: ``matrix``, of every op, device and dtype whether its kernels were measured or tested.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import platform
 import textwrap
@@ -12,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastseq import backends, ops
+from fastseq import backends, ops, support_matrix
 from fastseq._version import __version__
 from fastseq.backends import AttentionQuery, Query, RecurrentQuery, ScanQuery, library
 from fastseq.cells import CELLS
@@ -32,6 +36,11 @@ def collect() -> dict[str, Any]:
         "backends": [{"name": name, "reason": backends.BACKENDS[name].available()} for name in backends.ORDER],
         "self_check": _self_check(),
         "support": _support(),
+        "matrix": {
+            "states": support_matrix.STATES,
+            "rows": support_matrix.rows(),
+            "platforms": support_matrix.PLATFORMS,
+        },
         "choice": _stored(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTSEQ_")},
     }
@@ -210,6 +219,17 @@ def _devices() -> list[torch.device]:
 
 
 def _support() -> list[dict[str, Any]]:
+    """What is chosen for calls that nobody makes: nothing to warn of."""
+    logger = logging.getLogger("fastseq")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return _choices()
+    finally:
+        logger.setLevel(level)
+
+
+def _choices() -> list[dict[str, Any]]:
     choices = []
     for device in _devices():
         for op in ops.OPS:

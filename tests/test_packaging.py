@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,12 +14,14 @@ import tarfile
 import zipfile
 from email import message_from_string
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import fastseq
 from fastseq.backends import library
+from tools import install_torch
 
 ROOT = Path(fastseq.__file__).parents[1]
 if not (ROOT / "setup.py").is_file():
@@ -26,6 +31,7 @@ if not (ROOT / "setup.py").is_file():
 pytestmark = pytest.mark.xdist_group("packaging")
 
 ROOMS = ("kernels", "benchmarks")
+GLIBC = re.compile(r"GLIBC_[\d.]+").fullmatch
 TORCH = Path(torch.__file__).parent
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 needs_library = pytest.mark.skipif(library.reason() is not None, reason=str(library.reason()))
@@ -33,6 +39,11 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 needs_network = pytest.mark.skipif(
     not os.environ.get("FASTSEQ_TEST_NETWORK"), reason="needs a package index (FASTSEQ_TEST_NETWORK=1)"
 )
+
+
+# What a package for Linux might import or call before it knows where it is.
+LINUX_ONLY = {"Darwin": ("spwd",), "Windows": ("fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty")}
+NOT_IN_OS = {"Darwin": ("sched_getaffinity",), "Windows": ("sched_getaffinity", "fork", "getloadavg", "getuid", "uname")}
 
 
 def python(*arguments: str, cwd: Path = ROOT, fails: bool = False, **environment: str) -> str:
@@ -70,6 +81,17 @@ def pip_wheel(source: Path, folder: Path, *options: str, **environment: str) -> 
 def pip_install(wheel: Path, folder: Path) -> Path:
     python("-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(folder), str(wheel))
     return folder
+
+
+def setup() -> ModuleType:
+    """setup.py, without building anything."""
+    spec = importlib.util.spec_from_file_location("fastseq_setup", ROOT / "setup.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **options: None)
+        spec.loader.exec_module(module)
+    return module
 
 
 def modules() -> set[str]:
@@ -147,10 +169,14 @@ def test_sdist_is_complete(sdist):
 
 @needs_library
 def test_wheel_with_library(native_wheel):
-    machine = os.uname().machine
-    assert native_wheel.name == f"fastseq_kernels-{fastseq.__version__}-py3-none-linux_{machine}.whl"
+    glibc = max(tuple(map(int, name.split("_")[1].split("."))) for name in setup().needed_versions(library.path()) if GLIBC(name))
+    oldest = re.fullmatch(
+        rf"fastseq_kernels-{re.escape(fastseq.__version__)}-py3-none-manylinux_2_(\d+)_{os.uname().machine}.whl",
+        native_wheel.name,
+    )
+    assert oldest and glibc[:2] <= (2, int(oldest[1])) <= tuple(map(int, platform.libc_ver()[1].split(".")))
     facts = message_from_string(dist_info(native_wheel, "WHEEL"))
-    assert facts["Root-Is-Purelib"] == "false" and facts["Tag"] == f"py3-none-linux_{machine}"
+    assert facts["Root-Is-Purelib"] == "false" and facts["Tag"] == f"py3-none-manylinux_2_{oldest[1]}_{os.uname().machine}"
     assert "fastseq/lib/libfastseq.so" in names(native_wheel)
     assert "fastseq/lib/not-built.txt" not in names(native_wheel)
 
@@ -180,8 +206,18 @@ def test_wheel_metadata(pure_wheel):
     assert facts["Name"] == "fastseq-kernels" and facts["Version"] == fastseq.__version__
     assert facts["License-Expression"] == "Apache-2.0" and facts["Requires-Python"] == ">=3.10"
     needed = {item.split(";")[0].strip() for item in facts.get_all("Requires-Dist") if "extra ==" not in item}
-    assert needed == {"torch>=2.10", "triton>=3.4"}
-    assert set(facts.get_all("Provides-Extra")) == {"bench", "test", "transformers", "rl", "dev"}
+    assert needed == {"torch>=2.10"}, "a CUDA build of torch brings Triton, a CPU needs none"
+    assert set(facts.get_all("Provides-Extra")) == {"bench", "test", "triton", "examples", "transformers", "rl", "dev"}
+    assert any(
+        item.startswith("triton>=3.4") and "extra == 'triton'" in item.replace('"', "'")
+        for item in facts.get_all("Requires-Dist")
+    )
+    assert {item.partition(",")[0] for item in facts.get_all("Project-URL")} == {
+        "Repository",
+        "Documentation",
+        "Issues",
+        "Changelog",
+    }
     assert "fastseq = fastseq.__main__:main" in dist_info(pure_wheel, "entry_points.txt")
     assert "Apache License" in dist_info(pure_wheel, "licenses/LICENSE")
 
@@ -213,6 +249,114 @@ def test_native_install_works(native_wheel, tmp_path):
     where, reason, top_level, workloads = python("-c", LOOK, cwd=tmp_path, PYTHONPATH=str(folder)).splitlines()
     assert (where, reason, top_level) == (str(folder), "None", "[None, None]")
     assert workloads.startswith(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["pure_wheel", pytest.param("native_wheel", marks=needs_library)])
+def test_a_wheel_runs_where_there_is_only_torch(kind, request):
+    """No Triton, no NumPy: .ci/wheel.py, as `make wheel` runs it; auditwheel agrees with the tag where it is installed."""
+    told = python(".ci/wheel.py", str(request.getfixturevalue(kind)))
+    assert "alone:" in told and "auditwheel does not take" not in told
+    if kind == "native_wheel" and importlib.util.find_spec("auditwheel"):
+        assert re.search(r"manylinux_2_\d+_\w+: auditwheel agrees", told)
+
+
+@pytest.mark.parametrize(
+    ("needed", "oldest"),
+    [
+        ({"GLIBC_2.17", "GLIBCXX_3.4.21", "CXXABI_1.3.9", "GCC_3.0"}, (2, 28)),
+        ({"GLIBC_2.28", "GLIBCXX_3.4.24"}, (2, 28)),
+        ({"GLIBC_2.34", "GLIBC_2.3.2", "GLIBCXX_3.4.29"}, (2, 34)),
+        ({"GLIBC_2.17", "GLIBCXX_3.4.29"}, (2, 34)),
+        ({"GLIBC_2.36", "GLIBCXX_3.4.29", "GLIBC_PRIVATE"}, (2, 36)),
+        ({"GLIBC_2.17", "GLIBCXX_3.4.30"}, (2, 35)),
+        ({"GLIBC_2.17", "CXXABI_1.3.99"}, None),
+        (set(), None),
+    ],
+)
+def test_the_oldest_manylinux_that_holds(needed, oldest):
+    assert setup().manylinux(needed) == oldest
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_versions_of_symbols_are_those_that_readelf_finds():
+    dump = subprocess.run(["readelf", "-VW", str(library.path())], capture_output=True, text=True, check=True).stdout
+    assert setup().needed_versions(library.path()) == set(re.findall(r"Name: (\S+)\s+Flags", dump))
+
+
+@pytest.mark.parametrize("system", ["Darwin", "Windows"])
+def test_a_pure_wheel_imports_and_runs_on_other_systems(system, pure_install, tmp_path):
+    """As far as Linux can tell: what only Linux has is gone, and the system has another name."""
+    code = (
+        "import torch, sys, os, platform, pathlib\n"
+        f"platform.system = lambda: {system!r}\n"
+        "class Gone:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name in {LINUX_ONLY[system]!r}: raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Gone())\n"
+        f"for name in {LINUX_ONLY[system]!r}: sys.modules.pop(name, None)\n"
+        f"for name in {NOT_IN_OS[system]!r}: delattr(os, name)\n"
+        "import fastseq, fastseq.info\n"
+        "from fastseq.backends import library\n"
+        "fastseq.LSTM(4, 5)(torch.randn(6, 2, 4))[0].sum().backward()\n"
+        "fastseq.functional.attention(*torch.randn(3, 1, 2, 7, 8), causal=True)\n"
+        "assert 'which backend runs what' in fastseq.info.as_text()\n"
+        "print(library.reason())"
+    )
+    told = python("-c", code, cwd=tmp_path, PYTHONPATH=str(pure_install), FASTSEQ_CACHE=str(tmp_path / "cache"))
+    assert (
+        told.splitlines()[-1] == f"the library is for Linux, this is {system}: torch's kernels and PyTorch operations run instead"
+    )
+
+
+@pytest.mark.parametrize("system", ["Darwin", "Windows"])
+def test_a_build_elsewhere_makes_a_pure_wheel(system, sdist, monkeypatch):
+    told = setup()
+    monkeypatch.setattr(told.platform, "system", lambda: system)
+    library_, why = told.obtain_library("auto")
+    assert library_ is None and why.startswith(f"the library is for Linux, this is {system}")
+
+
+PLAIN, CPU_TORCH = "torch==9.8.7", {"version": "9.8.7+cpu", "requires_dist": ["filelock", "sympy>=1.13"]}
+CUDA_TORCH = {"version": "9.8.7", "requires_dist": ["filelock", "nvidia-cublas==13.0; platform_system == 'Linux'"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpu", "installed", "offered", "unreachable", "commands", "status"),
+    [
+        ([PLAIN], False, "", CPU_TORCH, False, [], 0),  # pip's own index gives the CPU build
+        ([PLAIN], False, "", CUDA_TORCH, False, [install_torch.CPU_INDEX], 0),
+        ([PLAIN], False, "", CUDA_TORCH, True, [install_torch.CPU_INDEX], 0),  # pip's own index follows
+        ([PLAIN], False, "", None, True, [install_torch.CPU_INDEX], 0),
+        ([PLAIN], True, "", CUDA_TORCH, False, [], 0),
+        ([PLAIN], False, "9.8.7+cpu", CUDA_TORCH, False, [], 0),
+        ([PLAIN], False, "9.8.6", CUDA_TORCH, False, [install_torch.CPU_INDEX], 0),
+        ([PLAIN, "--index", "https://x.example/cu130"], False, "", CPU_TORCH, False, ["https://x.example/cu130"], 0),
+        ([PLAIN, "--index", "https://x.example/cu130"], True, "", CPU_TORCH, True, ["https://x.example/cu130"], 1),
+    ],
+)
+def test_which_torch_is_installed(monkeypatch, capsys, arguments, gpu, installed, offered, unreachable, commands, status):
+    """A CPU build where there is no GPU, never an error for want of it."""
+    indices = []
+
+    def run(command, **options):
+        done = subprocess.CompletedProcess(command, 0, "", "")
+        if "show" in command:
+            done.stdout = f"Name: torch\nVersion: {installed}\n" if installed else ""
+        elif "--dry-run" in command:
+            done.returncode = offered is None
+            done.stdout = json.dumps({"install": [{"metadata": offered}]}) if offered else ""
+        else:
+            indices.append(command[command.index("--index-url") + 1])
+            done.returncode = int(unreachable)
+        return done
+
+    monkeypatch.setattr(install_torch.subprocess, "run", run)
+    monkeypatch.setattr(install_torch, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(install_torch.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(install_torch.sys, "argv", ["install_torch.py", *arguments])
+    assert install_torch.main() == status and indices == commands
+    assert ("may bring CUDA" in capsys.readouterr().out) == (unreachable and len(arguments) == 1)
 
 
 def test_from_the_checkout():

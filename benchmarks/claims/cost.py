@@ -6,14 +6,16 @@ from collections.abc import Callable
 
 from ..measure.results import Row
 from ..providers.attention import ATTENTION_PROVIDERS, OWN, REFORMER
+from ..providers.systems import own_name
 from ..report.findings import FAILS, FORMATS, HOLDS, INCONCLUSIVE, PARTLY, Finding, Line, Meeting, Panel, Part
 from ..report.model import bytes_text, power, time_text
 from ..report.statistics import local_exponents, power_law
 from ..suites import attention as alone
-from ..suites import decode, memory_use
+from ..suites import decode, memory_use, systems
 from ..suites import sequential_vs_parallel as length
 from ..workloads.base import MODES
 from ..workloads.hashed import HASHED
+from ..workloads.systems import SYSTEMS
 from . import learning
 from .evidence import Answers, by_size, crossing, judge, less, line, lowest, meet, unreliable
 from .serving import state_lines
@@ -195,7 +197,41 @@ def overhead(rows: list[Row]) -> list[Finding]:
             programs = f"hashed attention by {REFORMER}" if hashed else "hashed attention not measured"
             said = f"{OWN}, forward + backward: {'; '.join(figures)}; {programs}"
             findings.append(Finding(sizes, tuple(parts), said, tuple(meetings), tuple(panels)))
+    return findings + _whole_systems(rows)
+
+
+def _whole_systems(rows: list[Row]) -> list[Finding]:
+    """The same of models: those with cheaper attention beside those with all keys, at equal parameters."""
+    findings = []
+    steps = [row for row in rows if row.suite == systems.NAME and row.group == systems.STEP]
+    for sizes, own in by_size(steps, width=False).items():
+        parts: list[Part] = []
+        figures: list[str] = []
+        panels: list[Panel] = []
+        meetings: list[Meeting] = []
+        for quantity, what, unit in (("seconds", "time", "seconds"), ("memory", "memory", "bytes")):
+            lines = {name: _system(own, name, quantity) for pair in SYSTEM_PAIRS for name in pair}
+            for cheaper, full in SYSTEM_PAIRS:
+                about, holds = f"{what}, {cheaper} beside {full}", less(lines[cheaper], lines[full])
+                if not holds:
+                    continue
+                T, text = holds.places[-1], FORMATS[unit]
+                parts.append(judge(holds, about))
+                values = f"{text(lines[cheaper].values[T])} against {text(lines[full].values[T])}"
+                figures.append(f"{about} {values} at T = {T}")
+                meetings += meet(lines[cheaper], lines[full], about)
+            panels.append(Panel(f"{what.capitalize()} of a training step, systems", tuple(a for a in lines.values() if a), unit))
+        if parts:
+            findings.append(Finding(sizes, tuple(parts), "; ".join(figures), tuple(meetings), tuple(panels)))
     return findings
+
+
+SYSTEM_PAIRS = (("Longformer", "BERT"), ("Reformer", "GPT"), ("Transformer-XL", "GPT"))
+
+
+def _system(rows: list[Row], name: str, quantity: str) -> Line:
+    own = [row for row in rows if row.provider == own_name(name)]
+    return line(own, name, None if quantity == "seconds" else lambda row: row.memory, color=SYSTEMS[name].color)
 
 
 COLORS = {

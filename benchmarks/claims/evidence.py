@@ -37,18 +37,18 @@ class Answers:
         return replace(self, firm={x: into(v) for x, v in self.firm.items()})
 
 
-def by_size(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows that may be compared: of one batch, width, precision and number of threads."""
+def by_size(rows: Iterable[Row], *, width: bool = True) -> dict[str, list[Row]]:
+    """Rows that may be compared: of one batch, width (or, without it, number of parameters), precision and number of threads."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(sizes(row), []).append(row)
+        found.setdefault(sizes(row, width=width), []).append(row)
     return found
 
 
-def sizes(row: Row) -> str:
+def sizes(row: Row, *, width: bool = True) -> str:
     precision = (row.detail or {}).get("precision", row.dtype)
     threads = "" if row.device.startswith("cuda") else f", {row.threads} thread" + "s" * (row.threads > 1)
-    return f"B = {row.B}, width {row.H}, {precision}{threads}"
+    return f"B = {row.B}, {f'width {row.H}' if width else 'equal parameters'}, {precision}{threads}"
 
 
 def line(

@@ -11,11 +11,13 @@ import torch
 
 from ..measure.results import Row
 from ..providers.registry import EVERY_PROVIDER
+from ..providers.systems import own_name
 from ..report.findings import FAILS, FORMATS, HOLDS, Finding, Line, Meeting, Panel, Part
 from ..report.statistics import Exponential, exponential
 from ..suites import long_range as reach
 from ..suites import small_data as little
 from ..suites import statements as single
+from ..suites import systems as whole
 from ..workloads.experiments import SYMBOLS
 from .evidence import EQUAL, by_size, highest, judge, less, line, lowest, meet
 
@@ -150,7 +152,7 @@ def order(rows: list[Row]) -> list[Finding]:
     for sizes, own in _of_groups(rows, single.ORDER.values()).items():
         plain, told = ([row for row in own if row.group == single.ORDER[how]] for how in (single.PLAIN, single.POSITIONED))
         parts, figures = [], []
-        for name in (ATTENTION, BLOCK):
+        for name in single.BLIND:
             for a in _lines(plain, (name,)):
                 blind = {T: v < ROUNDING for T, v in a.values.items()}
                 parts.append(judge(blind, f"{name} does not know the order"))
@@ -159,12 +161,12 @@ def order(rows: list[Row]) -> list[Finding]:
                 parts.append(judge({T: v >= ROUNDING for T, v in a.values.items()}, f"{name} with positions knows it"))
                 figures.append(f"with them {min(a.values.values()):.2g}")
         if parts:
-            recurrent = _lines(plain, ("fastseq.LSTM",))
+            recurrent = _lines(plain, (single.LSTMS, single.HYBRID))
             figures += [f"{a.name} {min(a.values.values()):.2g}" for a in recurrent]
             shown = [
                 replace(a, name=f"{a.name}, {how}")
                 for how, of in ((single.PLAIN, plain), (single.POSITIONED, told))
-                for a in _lines(of, (ATTENTION, BLOCK))
+                for a in _lines(of, single.BLIND)
             ]
             text = f"change of the last output when the steps before it change places: {', '.join(figures)}"
             panel = Panel("Change of the last output", (*shown, *recurrent), "number", "T, steps that change places")
@@ -199,30 +201,50 @@ def fixed_context(rows: list[Row]) -> list[Finding]:
 
 
 def hybrid(rows: list[Row]) -> list[Finding]:
-    """On each axis: is the stack of both as good as the better stack of one kind?"""
+    """On each axis: is the system of both as good as the better one of either kind? And is it better, where all learn as long?"""
     findings = []
-    for sizes, own in _of_groups(rows, (single.COST, single.RECALL)).items():
-        parts, figures, panels = [], [], []
+    for sizes, own in by_size([row for row in rows if row.suite == whole.NAME], width=False).items():
+        parts: list[Part] = []
+        figures: list[str] = []
+        panels: list[Panel] = []
         for group, what, unit in (
-            (single.COST, "time", "seconds"),
-            (single.COST, "memory", "bytes"),
-            (single.RECALL, "recall", "share"),
+            (whole.STEP, "time of a training step", "seconds"),
+            (whole.STEP, "memory of a training step", "bytes"),
+            (whole.TOKEN, "time of a token", "seconds"),
+            (whole.TEXT, "loss on a text after equal time", "number"),
         ):
-            value = (lambda row: row.memory) if what == "memory" else None
-            of_group = [row for row in own if row.group == group]
-            lines = {a.name: a for a in _lines(of_group, single.STACKS, value=value)}
-            if len(lines) < len(single.STACKS):
+            value = (lambda row: row.memory) if unit == "bytes" else None
+            found = _lines([row for row in own if row.group == group], map(own_name, whole.FAMILY), value=value)
+            if len(found) < len(whole.FAMILY):
                 continue
-            both, others = lines[single.HYBRID], [lines[name] for name in (single.LSTMS, single.BLOCKS)]
-            better = (highest if what == "recall" else lowest)(others, "better stack of one kind")
-            worse = less(both, better) if what == "recall" else less(better, both)
-            parts.append(judge(worse.turned(lambda v: v is not True), f"{what}, as good as the better one"))
-            T, form = worse.places[-1], FORMATS[unit]
-            figures.append(f"{what} at T = {T:g}: " + ", ".join(f"{a.name} {form(a.values[T])}" for a in lines.values()))
-            label = DISTANCE if what == "recall" else "T, sequence length"
-            panels.append(Panel(f"{what.capitalize()} of two layers", tuple(lines.values()), unit, label, log=what != "recall"))
+            *others, both = found
+            if group == whole.TEXT:
+                holds, words = less(both, lowest(others, "better one of the others")), "below the better one"
+            else:
+                worse = less(lowest(others, "better one of the others"), both)
+                holds, words = worse.turned(lambda v: v is not True), "as good as the better one"
+            parts.append(judge(holds, f"{what}, {words}"))
+            T, form = holds.places[-1], FORMATS[unit]
+            figures.append(f"{what} at T = {T:g}: " + ", ".join(f"{a.name} {form(a.values[T])}" for a in found))
+            panels.append(Panel(what.capitalize(), tuple(found), unit, log=group != whole.TEXT))
         if parts:
             findings.append(Finding(sizes, tuple(parts), "; ".join(figures), (), tuple(panels)))
+    return findings + _recall_of_stacks(rows)
+
+
+def _recall_of_stacks(rows: list[Row]) -> list[Finding]:
+    findings = []
+    for sizes, own in _of_groups(rows, (single.RECALL,)).items():
+        lines = {a.name: a for a in _lines(own, single.STACKS)}
+        if len(lines) < len(single.STACKS):
+            continue
+        both, others = lines[single.HYBRID], [lines[name] for name in single.STACKS if name != single.HYBRID]
+        worse = less(both, highest(others, "better stack of one kind"))
+        part = judge(worse.turned(lambda v: v is not True), "recall, as good as the better one")
+        T = worse.places[-1]
+        text = f"recall at T = {T:g}: " + ", ".join(f"{a.name} {a.values[T]:.0%}" for a in lines.values())
+        panel = Panel("Recall of two layers", tuple(lines.values()), "share", DISTANCE, log=False)
+        findings.append(Finding(sizes, (part,), text, (), (panel,)))
     return findings
 
 

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 from ..measure.results import Results, Row
 from ..report.findings import Finding, Verdict
-from ..suites import attention, decode, long_range, memory_use, sequential_vs_parallel, small_data, statements, variable_length
+from ..suites import (
+    attention,
+    decode,
+    long_range,
+    memory_use,
+    sequential_vs_parallel,
+    small_data,
+    statements,
+    systems,
+    variable_length,
+)
 from . import cost, learning, serving
 
 
@@ -78,13 +88,15 @@ CLAIMS = {
     ),
     "fixed-context": Claim(
         "A Transformer sees a fixed window; Transformer-XL's segment recurrence goes beyond it",
-        "Loss of the last token against the distance of the token that it needs: attention on segments, alone and cached.",
+        "Loss of the last token against the distance of the token that it needs: Transformer-XL on segments, with the memory of "
+        "those before and without.",
         (statements.NAME,),
         learning.fixed_context,
     ),
     "order": Claim(
         "Attention alone does not know the order, so positions must be added",
-        "Change of the last output when the steps before it change places: attention with and without positions, an LSTM.",
+        "Change of the last output when the steps before it change places: a Transformer's encoder and its decoder, with and "
+        "without positions; LSTMs, and a stack of both.",
         (statements.NAME,),
         learning.order,
     ),
@@ -96,15 +108,16 @@ CLAIMS = {
     ),
     "hybrid": Claim(
         "Recurrence and attention combined get the best of both",
-        "Two layers, an attention block on an LSTM, beside two of either, all with as many parameters: time, memory, recall.",
-        (statements.NAME,),
+        "Blocks of an LSTM and attention beside an LSTM and GPT, all with as many parameters: time and memory of a training "
+        "step, time of a token, the loss on a text after equal time, recall.",
+        (systems.NAME, statements.NAME),
         learning.hybrid,
     ),
     "overhead": Claim(
         "Sparse, windowed and hashed attention cut the cost of attention",
         "Time and peak memory of a training step against T: full causal attention, a sliding window, a block-sparse layout, and "
-        "Reformer's hashed chunks.",
-        (attention.NAME,),
+        "Reformer's hashed chunks; Longformer, Reformer and Transformer-XL as whole systems beside BERT and GPT.",
+        (attention.NAME, systems.NAME),
         cost.overhead,
     ),
 }

@@ -48,7 +48,7 @@ class Row:
     host: dict[str, float] | None = None  # host time until the call returns, on CUDA
     ratio: dict[str, Any] | None = None  # timing.Ratio
     memory: int | None = None  # peak of the call in bytes, see memory.py
-    kept: int | None = None  # bytes alive between forward and backward, output included
+    kept: int | None = None  # bytes alive between forward and backward, output included; of a token those of the state
     metric: dict[str, Any] | None = None  # workloads.Metric: what an experiment found, in place of a time
     check: dict[str, Any] | None = None  # check.Check
     roofline: dict[str, Any] | None = None  # roofline.model.Roofline

@@ -117,8 +117,7 @@ class Runner:
             seen = memory.observe(call.run, w.device)
             row.chose, row.launches = provider.chose(call) + seen.chose, seen.launches
         row.memory = seen.peak_bytes
-        if w.mode == "training":
-            row.kept = memory.kept(call.forward, w.device)
+        row.kept = memory.kept(call.forward, w.device) if w.mode == "training" else getattr(call, "state_bytes", None)
         self._last_peak[self._series(provider, w)] = (w.T, seen.peak_bytes)
         return call
 

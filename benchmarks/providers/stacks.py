@@ -1,31 +1,18 @@
-"""Stacks of two layers: of an LSTM, of an attention block, and one of each. All have the same number of parameters."""
+"""Stacks of fastseq.models, of as many parameters: LSTMs, attention blocks that see all or what came before, one of each."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from typing import Any
+from ..workloads.statements import own_stack
+from .base import Provider, fastseq_chose, fastseq_missing
 
-from torch import nn
-
-from ..workloads.base import STACKS, Workload
-from ..workloads.layers import Stack, TransformerBlock
-from .base import Provider, fastseq_missing
-
-COLORS = {"lstm lstm": "#1e88e5", "block block": "#c454b8", "lstm block": "#d55e00"}
-LSTMS, BLOCKS, HYBRID = ("LSTM on LSTM", "block on block", "block on LSTM")
-
-
-def _stack(function: str) -> Callable[[Workload], nn.Module]:
-    def layer(kind: str, w: Workload) -> Any:
-        if kind == "block":
-            return TransformerBlock(w.H, w.heads, fused=True)
-        return importlib.import_module("fastseq").LSTM(w.H, w.H, batch_first=True)
-
-    return lambda w: Stack(*(layer(kind, w) for kind in function.split()))
-
+LSTMS, ENCODER, DECODER, HYBRID = ("fastseq LSTMs", "fastseq encoder", "fastseq decoder", "fastseq LSTM and block")
 
 STACK_PROVIDERS = {
-    name: Provider(name, function, "batch", _stack(function), fastseq_missing("LSTM"), color=COLORS[function])
-    for name, function in zip((LSTMS, BLOCKS, HYBRID), STACKS, strict=True)
+    name: Provider(name, function, "batch", own_stack, fastseq_missing("models"), fastseq_chose, color)
+    for name, function, color in (
+        (LSTMS, "lstms", "#1e88e5"),
+        (ENCODER, "encoder", "#9467d6"),
+        (DECODER, "decoder", "#c454b8"),
+        (HYBRID, "both", "#d55e00"),
+    )
 }

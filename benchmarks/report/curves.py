@@ -23,6 +23,7 @@ from .model import (
     Section,
     Table,
     bytes_text,
+    curve_of,
     power,
     ratio_cell,
     speed_tone,
@@ -82,11 +83,14 @@ class Curves:
     x: str = "T"
     at: Callable[[Row], int] = lambda row: row.T
     notes: dict[str, str] = field(default_factory=dict)  # of a group's tables
+    split: tuple[str, ...] = ("B", "H", "threads", "dtype")  # what a panel has one of
+    drawn: Callable[[Row], bool] = lambda row: True  # whether figures show it
+    height: float = 4.2  # of a panel in a figure, in inches
 
     def panels(self, rows: list[Row]) -> dict[str, list[Row]]:
         """Rows by heading, which names what differs between them."""
         said = {"B": "B={}", "H": "H={}", "threads": "threads={}", "dtype": "{}"}
-        said.pop(self.x, None)
+        said = {name: form for name, form in said.items() if name in self.split and name != self.x}
         varied = [name for name in said if len({(getattr(r, name), r.group) for r in rows}) > len(_groups(rows))]
         modes = len({r.mode for r in rows}) > 1
         found: dict[str, list[Row]] = {}
@@ -154,11 +158,12 @@ class Curves:
             tables += [self._table(heading, panel, quantity, derived) for quantity in self.shown[panel[0].group]]
             tables.append(self._speed_ups(heading, panel))
         tables += [_losses(derived), _what_ran(rows)]
-        figures = [self._figure(rows, title) for title in self._titles(rows)]
+        drawn = [r for r in rows if self.drawn(r)]
+        figures = [self._figure(drawn, title) for title in self._titles(drawn)]
         return [Section(self.title, [*self.text, sizes], _cards(derived), figures, [t for t in tables if t.rows])]
 
     def picture(self, results: Results) -> Figure:
-        rows = results.of_suite(self.name)
+        rows = [r for r in results.of_suite(self.name) if self.drawn(r)]
         titles = self._titles(rows)
         if not titles:
             raise ValueError(f"--picture: this run of the suite {self.name} has nothing to draw")
@@ -224,7 +229,14 @@ class Curves:
                 self._draw(axes, theme, heading, panel, quantity)
 
         caption = "Median, with its 20 % and 80 % quantiles or, of an experiment, the extremes over seeds."
-        return Figure(f"{title} against {self.x_label}", caption, draw, (12.5, 4.2 * -(-len(shown) // 2)))
+        drawn = {
+            curve_of(provider, points)
+            for panel, quantity in shown.values()
+            for provider in _providers(panel)
+            if (points := self.curve(panel, provider, quantity))
+        }
+        size = (12.5, self.height * -(-len(shown) // 2))
+        return Figure(f"{title} against {self.x_label}", caption, draw, size, curves=frozenset(drawn))
 
     def _draw(self, axes: Any, theme: Any, heading: str, panel: list[Row], quantity: Quantity) -> None:
         places = [float(T) for T in sorted({self.at(r) for r in panel})]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from .layers import Attention, Stack, TransformerBlock, materialized
+from .layers import Attention, TransformerBlock, materialized
 
 MODES = {
     "inference": "forward",
@@ -194,19 +194,9 @@ def _every_key(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
     return materialized(q, k, v, causal=False)
 
 
-def _stack(function: str) -> Callable[[Workload], nn.Module]:
-    def layer(kind: str, w: Workload) -> nn.Module:
-        return nn.LSTM(w.H, w.H, batch_first=True) if kind == "lstm" else TransformerBlock(w.H, w.heads, fused=False)
-
-    return lambda w: Stack(*(layer(kind, w) for kind in function.split()))
-
-
-STACKS = ("lstm lstm", "block block", "lstm block")  # from the input on
-
 FUNCTIONS = {
     f.name: f
     for f in (
-        *(Function(name, _stack(name), "batch", True) for name in STACKS),
         Function("lstm", _recurrent(nn.LSTM), "time"),
         Function("gru", _recurrent(nn.GRU), "time"),
         Function("rnn", _recurrent(nn.RNN), "time"),
@@ -257,7 +247,12 @@ def around(module: Any) -> AbstractContextManager[Any]:
 
 
 def load(module: nn.Module, values: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Gives a module its parameters; they are returned by the names that the function's own module gives them."""
+    """Gives a module its parameters; they are returned by the names that the function's own module gives them.
+
+    Of a module that has a method `adopt` they are its own, as it returns them.
+    """
+    if adopt := getattr(module, "adopt", None):
+        return adopt(values)
     name_of: Callable[[str], str] = getattr(module, "canonical_name", lambda name: name)
     learned = {name_of(name): p for name, p in module.named_parameters()}
     with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastseq.models.positions import sinusoids
 
 from .base import GATES, Metric, Workload
 from .linear import WEIGHTS, LinearWorkload
@@ -34,6 +37,7 @@ class Experiment(Workload):
     mode: str = "training"
     task: str = "gradient"
     budget: int = 0  # training steps
+    seconds: float = 0.0  # of training beyond them
     seeds: int = 3
     samples: int = 0  # steps of a record that are trained on
     rate: float = 5e-3  # of learning
@@ -88,23 +92,23 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[T, B] of symbols or [T, B, features] -> [T, B, outputs]."""
         h = self.embedding(x)
-        return self.readout(self.layer(h if self.ordered else h + positions(*h.shape[::2]).to(h)[:, None]))
+        return self.readout(self.layer(h if self.ordered else h + sinusoids(torch.arange(len(h)), h.shape[2]).to(h)[:, None]))
 
 
-def positions(T: int, width: int) -> Tensor:
-    """[T, width]: sines and cosines of Vaswani et al. (2017)."""
-    angles = torch.arange(T)[:, None] * torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
-
-
-def learn(w: Experiment, model: nn.Module, loss_of: Callable[[], Tensor]) -> None:
-    """`budget` steps of Adam, gradients clipped to norm 1."""
+def learn(w: Any, model: nn.Module, loss_of: Callable[[], Tensor]) -> int:
+    """`budget` steps of Adam, gradients clipped to norm 1, and as many more as begin in `seconds` of computing."""
     optimizer = torch.optim.Adam(model.parameters(), lr=w.rate)
-    for _ in range(w.budget):
+    now = time.perf_counter if w.device.startswith("cuda") else time.process_time  # of a CPU what this program has of it
+    steps, end = 0, now() + w.seconds if w.seconds else 0.0
+    while steps < w.budget or now() < end:
         optimizer.zero_grad()
         loss_of().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        steps += 1
+        if end and w.device.startswith("cuda"):
+            torch.cuda.synchronize(w.device)
+    return steps
 
 
 def gradient(w: Experiment, provider: Any, generator: torch.Generator) -> float:
@@ -158,11 +162,20 @@ def parity(w: Experiment, provider: Any, generator: torch.Generator) -> float:
 
 def text(w: Experiment, provider: Any, generator: torch.Generator) -> float:
     """Cross entropy of the next character of a novel, in nats, on text that was not trained on."""
-    letters = TEXT.read_text(encoding="utf-8")
-    alphabet = {letter: i for i, letter in enumerate(sorted(set(letters)))}
-    record = torch.tensor([alphabet[letter] for letter in letters])
-    model = Model(w, provider, nn.Embedding(len(alphabet), w.I), len(alphabet))
-    return predict(w, model, record, generator, lambda y, target: F.cross_entropy(y.flatten(0, 1), target.flatten()))
+    record = letters()
+    count = int(record.max()) + 1
+    return predict(w, Model(w, provider, nn.Embedding(count, w.I), count), record, generator, of_letters)
+
+
+def letters() -> Tensor:
+    """The novel, its letters numbered."""
+    text = TEXT.read_text(encoding="utf-8")
+    alphabet = {letter: i for i, letter in enumerate(sorted(set(text)))}
+    return torch.tensor([alphabet[letter] for letter in text])
+
+
+def of_letters(y: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(y.flatten(0, 1), target.flatten())
 
 
 def series(w: Experiment, provider: Any, generator: torch.Generator) -> float:
@@ -181,7 +194,7 @@ def _held_out(record: Tensor) -> int:
 
 
 def predict(
-    w: Experiment, model: nn.Module, record: Tensor, generator: torch.Generator, loss_of: Callable[[Tensor, Tensor], Tensor]
+    w: Any, model: nn.Module, record: Tensor, generator: torch.Generator, loss_of: Callable[[Tensor, Tensor], Tensor]
 ) -> float:
     """Trains on pieces of T steps of the last `samples` known ones; the loss on the held-out end, cut into pieces of T."""
     cut = len(record) - _held_out(record)

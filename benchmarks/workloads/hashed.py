@@ -116,5 +116,5 @@ def reformer(w: AttentionWorkload, tensors: Tensors) -> Bound:
 
 def reformer_missing(w: AttentionWorkload) -> str | None:
     if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed: pip install 'fastseq-kernels[transformers]'"
+        return "transformers is not installed: pip install 'transformers>=5.23'"
     return f"T must be a multiple of its chunks of {w.block}, got {w.T}" if w.T % w.block else None

@@ -73,20 +73,6 @@ class TransformerBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))
 
 
-class Stack(nn.Module):
-    """Layers one on the other, of a recurrent one the outputs: [B, T, W] -> [B, T, W]."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            y = layer(x)
-            x = y[0] if isinstance(y, tuple) else y
-        return x
-
-
 class CellLoop(nn.Module):
     """An nn cell called once per step from Python: [T, B, I] -> [T, B, H]."""
 

@@ -83,7 +83,7 @@ def missing_package(package: str) -> str | None:
     """Why what needs this package ("": none) cannot be built."""
     if not package or importlib.util.find_spec(package):
         return None
-    return f"{package} is not installed: pip install 'fastseq-kernels[{package}]'"
+    return f"{package} is not installed: pip install {package}"
 
 
 @dataclass

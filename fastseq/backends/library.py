@@ -82,6 +82,8 @@ def _missing(file: Path) -> str | None:
         return None
     if os.environ.get("FASTSEQ_LIBRARY"):
         return f"FASTSEQ_LIBRARY={os.environ['FASTSEQ_LIBRARY']} is not a file; correct it or unset it"
+    if platform.system() != "Linux":
+        return f"the library is for Linux, this is {platform.system()}: torch's kernels and PyTorch operations run instead"
     note = file.with_name("not-built.txt")
     if note.is_file():
         why = next(iter(note.read_text(errors="replace").splitlines()), "").rstrip(": ")

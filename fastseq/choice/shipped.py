@@ -19,6 +19,7 @@ from .decision import Candidate, Point, Points
 from .device import LEVELS, WORDS, Device
 
 FILE = Path(__file__).parent / "tables" / "points.json"
+MEASURED = FILE.with_name("measured.json")  # of which calls there are times at all, for `fastseq.support_matrix`
 
 
 @cache

@@ -8,6 +8,7 @@ the features and t the rows.
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any, Literal, overload
 
 import torch
@@ -19,9 +20,10 @@ from .. import backends
 from .._arguments import own_keywords
 from ..ops import _attention_eager as eager
 from ..ops import attention as ops
-from ..ops._dispatch import plain_call
+from ..ops._dispatch import plain_call, shared_sequence
 from . import _nested
 from ._attention_call import (
+    ALIGNMENTS,
     MOST_HEADS,
     AttentionOptions,
     Call,
@@ -37,7 +39,9 @@ from ._torch_attention import attention_and_lse, attention_and_weights, attentio
 
 __all__ = ["attention", "attention_grad", "merge_attention"]
 
-_OF_TORCHS = frozenset(("layout", "attn_mask", "attn_bias", "causal", "scale", "dropout_p"))  # what torch's function has as well
+# What torch's function has as well, or a call of it need not know; what may be given as None.
+_OF_TORCHS = frozenset(("layout", "attn_mask", "attn_bias", "causal", "scale", "dropout_p", "alignment"))
+_MAY_BE_NONE = frozenset(field.name for field in fields(Options) if field.default is None)
 
 
 @overload
@@ -130,9 +134,11 @@ def attention(
         scale: of the products; None: 1 / sqrt(E).
         softcap: if not 0, softcap tanh(scores / softcap) takes the place of the scaled products.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``; no gradient.
-        relative_bias: ``[Hq or 1, L]``; entry ``relative_bias_zero`` (None: L // 2, if L is odd) is for distance 0, those after
-            it for later keys; beyond the table 0. With gradient; dtype as ``attn_bias``.
-        relative_query: as q, with ``relative_key`` ``[Hq or 1, M, E]`` whose row ``relative_key_zero`` is for distance 0.
+        relative_bias: ``[Hq or 1, L]``, a bias by distance; beyond the table 0. With gradient; dtype as ``attn_bias``.
+        relative_bias_zero: its entry for distance 0, those after it for later keys; None: L // 2, if L is odd.
+        relative_query: as q; goes with ``relative_key``.
+        relative_key: ``[Hq or 1, M, E]``, a key for each distance.
+        relative_key_zero: its row for distance 0.
         sinks: ``[Hq]``, one more score for each query, of a key without a value; with gradient; dtype as ``attn_bias``.
         dropout_p: probability with which weights are zeroed (whether training or not); ``torch.manual_seed`` repeats it.
         seqlens_q, seqlens_k: int32 or int64 ``[B]``, valid queries and keys of padded sequences. Values are checked on the CPU
@@ -164,6 +170,9 @@ def attention(
         out = _in_one_call(q, k, v, options)
         if out is not None:
             return out
+    shared = shared_sequence()
+    if shared is not None:
+        return shared.attention(q, k, v, return_lse, return_weights, options)
     if return_weights not in (False, True, "average"):
         raise ValueError(f"return_weights must be False, True or 'average', got {return_weights!r}")
     given = Options(**options)
@@ -189,18 +198,22 @@ def attention(
 
 def _in_one_call(q: Tensor, k: Tensor, v: Tensor, options: Any) -> Tensor | None:
     """A plain eager call on the CPU of what torch's function has too; None: for the long way, which also has the checks."""
-    for name in options:
-        if name not in _OF_TORCHS:
+    for name, value in options.items():
+        if name not in _OF_TORCHS and (value is not None or name not in _MAY_BE_NONE):
             return None
     for tensor in (q, k, v):
         if type(tensor) is not Tensor or tensor.is_nested or tensor.dim() != 4:
             return None
     mask, bias, layout = options.get("attn_mask"), options.get("attn_bias"), options.get("layout")
-    causal, scale = options.get("causal", False), options.get("scale")
+    causal, scale, alignment = options.get("causal", False), options.get("scale"), options.get("alignment")
+    if alignment is not None and alignment not in ALIGNMENTS:
+        return None
     if layout == "bshd":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     elif layout not in (None, "bhsd") or (layout is None and q.shape[1] > MOST_HEADS):
         return None
+    if causal is True and alignment == "bottom_right" and q.shape[2] == 1:
+        causal = False  # the last query sees every key
     if (causal and q.shape[2] != k.shape[2]) or (scale is not None and (type(scale) is not float or not math.isfinite(scale))):
         return None
     if mask is not None and (bias is not None or type(mask) is not Tensor or mask.dtype != torch.bool):

@@ -21,7 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Layout = Literal["bhsd", "bshd", "thd"]
 LAYOUTS = ("bhsd", "bshd")  # padded
 Alignment = Literal["top_left", "bottom_right"]
-_ALIGNMENTS = ("top_left", "bottom_right")
+ALIGNMENTS = ("top_left", "bottom_right")
 _SMALLEST_BLOCK = 16
 MOST_HEADS = 128  # beyond what models have
 
@@ -126,8 +126,8 @@ def prepared(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Call:
     packed = given.cu_seqlens_q is not None or given.cu_seqlens_k is not None
     layout = checked_layout(given.layout, packed)
     left, right = checked_window(given.causal, given.window_size)
-    if given.alignment not in (None, *_ALIGNMENTS):
-        raise ValueError(f"alignment must be one of {', '.join(_ALIGNMENTS)}, got {given.alignment!r}")
+    if given.alignment not in (None, *ALIGNMENTS):
+        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, got {given.alignment!r}")
     for name in ("offset", "relative_bias_zero", "relative_key_zero", "max_seqlen_q", "max_seqlen_k", "block_size"):
         if getattr(given, name) is not None:
             checked_int(name, getattr(given, name))
@@ -328,7 +328,7 @@ def onto_scores(name: str, tensor: Tensor, scores: Sequence[int]) -> Tensor:
 def checked_window(causal: Any, window_size: Any) -> tuple[int, int]:
     """left, right; -1: unlimited."""
     if not isinstance(causal, bool):
-        hint = "; where the queries stand is the alignment" if causal in _ALIGNMENTS else ""
+        hint = "; where the queries stand is the alignment" if causal in ALIGNMENTS else ""
         raise TypeError(f"causal must be a bool, got {causal!r}{hint}")
     sides: list[Any] = []
     if window_size is not None:
@@ -504,12 +504,12 @@ def integers(name: str, tensor: Tensor, what: str) -> Tensor:
     return tensor.to(torch.int32).contiguous()
 
 
-def checked_lengths(name: str, lengths: Tensor, batch: int, longest: int) -> Tensor:
-    """int32 [B]."""
+def checked_lengths(name: str, lengths: Tensor, batch: int, longest: int | None) -> Tensor:
+    """int32 [B]. ``longest`` None: they may be as long as they like."""
     result = integers(name, lengths, "[B]")
     if lengths.shape[0] != batch:
         raise RuntimeError(f"{name} must be [B] = [{batch}], got {list(lengths.shape)}")
-    if readable(lengths) and not ((lengths >= 0) & (lengths <= longest)).all():
+    if longest is not None and readable(lengths) and not ((lengths >= 0) & (lengths <= longest)).all():
         raise RuntimeError(f"{name} must lie in 0..{longest}, got {lengths.tolist()}")
     return result
 

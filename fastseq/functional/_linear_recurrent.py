@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._arguments import checked_tensor, own_keywords
-from ..ops import scan as ops
+from .._arguments import checked_number, checked_tensor, own_keywords
+from ..ops._dispatch import shared_sequence, wants_gradient
 from ..ops.types import ScanSpec, state_dtype
-from ._attention_call import checked_lengths
 from ._autocast import without_autocast
+from ._native_layers import held
 from ._recording import refuse_onnx
-from ._scan import checked_resets
+from ._scan import checked_resets, own_lengths, scanned
 
 __all__ = ["linear_recurrent"]
 
@@ -36,6 +37,7 @@ def linear_recurrent(
     batch_first: bool = False,
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
+    zoneout: float = 0.0,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """Layers whose gates read the input alone over a sequence: ``(output, h_n)``. The modules' docstrings have the equations.
 
@@ -50,22 +52,32 @@ def linear_recurrent(
             dtype.
         params: per layer, per direction, by the names that the module's have but for their ending ``_l<layer>``, ``_reverse``;
             of the HGRN also ``lower_bound`` ``[H]``, what the forget gate is never below, or none.
+        num_layers: L; each layer after the first reads the output of the one before.
         dropout: probability with which, in training, elements of every layer's output but the last's are zeroed.
+        training: whether that is drawn.
+        bidirectional: D = 2: a second lane of every layer goes from the last step to the first.
+        batch_first: input, output and resets have the batch before the time.
         lengths: int32 or int64 ``[B]``, each in 0..T. Beyond a row's length the output is zero; final states are those after a
             row's last step, where its backward direction starts.
         resets: bool ``[T, B]``, ``[B, T]`` with ``batch_first``, unbatched ``[T]``: where a new segment begins. Every layer and
             direction is as if the segments of a row were run one by one, hx before the first (backwards: the last) of them.
+        zoneout: of a QRNN, probability with which, in training, a forget gate is one in a step; otherwise it is mixed with one in
+            that proportion.
 
     Returns:
         ``output`` ``[T, B, D*H]`` as the input, and ``h_n`` as hx, in the dtype of states: fp32 (fp64 for fp64), complex64.
 
     Raises:
-        ValueError: if there is no such cell.
+        ValueError: if there is no such cell, or ``zoneout`` is outside [0, 1] or of another cell than a QRNN.
+        TypeError: if an argument is no Tensor, or ``zoneout`` no number.
         RuntimeError: if ranks, sizes, dtypes, devices, ``lengths`` or ``resets`` do not fit.
         NotImplementedError: during ONNX export.
     """
     refuse_onnx("a linear recurrence", "a loop over its steps has one")
     layer_of = _layer(cell)
+    check_zoneout(zoneout)
+    if zoneout and not layer_of.zoned:
+        raise ValueError(f"zoneout is of QRNNs, got {zoneout} with {cell}")
     checked_tensor("input", input)
     if input.dim() not in (2, 3):
         raise RuntimeError(f"{cell}: Expected input to be 2D or 3D, got {input.dim()}D instead")
@@ -85,7 +97,7 @@ def linear_recurrent(
         checked_tensor("lengths", lengths)
         if alone:
             raise RuntimeError("lengths are of the rows of a batch, but the input is unbatched")
-        lengths = checked_lengths("lengths", lengths, x.shape[1], x.shape[0])
+        lengths = own_lengths(lengths, x)
         beyond = (torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)[..., None]
         x = x.masked_fill(beyond, 0)  # gradients of weights are sums over all steps
     hx, inputs = _parted(cell, hx, layer_of.windowed(params[0]))
@@ -94,13 +106,14 @@ def linear_recurrent(
     states = [None] * lanes if hx is None else (hx.unsqueeze(1) if alone else hx).unbind(0)
     before = _Before(inputs, input, x, alone, directions, num_layers, hidden) if layer_of.windowed(params[0]) else None
     finals: list[Tensor] = []
+    more: dict[str, Any] = {"zoneout": zoneout, "training": training} if zoneout else {}
     for layer in range(num_layers):
         outputs = []
         for direction in range(directions):
             lane = layer * directions + direction
             spec = ScanSpec(resets, lengths, None, layer_of.scan, direction == 1)
             seen = x if before is None else before.beside(x, layer, direction, spec)
-            output, final = layer_of.run(seen, params[lane], states[lane], spec)
+            output, final = layer_of.run(seen, params[lane], states[lane], spec, **more)
             if beyond is not None and "bias_out" in params[lane]:
                 output = output.masked_fill(beyond, 0)
             outputs.append(output)
@@ -108,7 +121,7 @@ def linear_recurrent(
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         if dropout and layer < num_layers - 1:
             x = F.dropout(x, dropout, training)
-    h_n = torch.stack(finals)
+    h_n = torch.stack(finals) if lanes > 1 else finals[0].unsqueeze(0)
     h_n = h_n.squeeze(1) if alone else h_n
     output = x.squeeze(1) if alone else x.transpose(0, 1) if batch_first else x
     return output, h_n if before is None else (h_n, before.last())
@@ -117,23 +130,26 @@ def linear_recurrent(
 class _Layer(NamedTuple):
     """A layer as a value: what it makes of x [T, B, I] and the state before it [B, H], and its sizes by its parameters."""
 
-    run: Callable[[Tensor, Lane, Tensor | None, ScanSpec], tuple[Tensor, Tensor]]
+    run: Callable[..., tuple[Tensor, Tensor]]  # (x, lane, state, spec), if zoned also zoneout and training
     scan: str  # of SCAN_CELLS
     width: Callable[[Lane], int]
     hidden: Callable[[Lane], int]  # of the states
     complex: bool = False  # states
+    zoned: bool = False  # has zoneout
     windowed: Callable[[Lane], bool] = lambda lane: False  # reads the step before as well: x is [T, B, 2 I], that beside it
 
 
 def _projections(x: Tensor, lane: Lane, gates: int) -> list[Tensor]:
-    """Rows of the weight are parted, not the projected input, whose gradient would have to be put together again."""
+    """With gradients rows of the weight are parted, not what is projected, whose gradient would have to be put together again."""
+    if not wants_gradient([x, *lane.values()]):
+        return list(F.linear(x, lane["weight_ih"].flatten(1), lane.get("bias_ih")).chunk(gates, -1))
     biases = lane["bias_ih"].chunk(gates) if "bias_ih" in lane else [None] * gates
     return [F.linear(x, w.flatten(1), b) for w, b in zip(lane["weight_ih"].chunk(gates), biases, strict=True)]
 
 
 def _scanned(b: Tensor, a: Tensor, gate: Any, vector: Any, state: Any, spec: ScanSpec) -> tuple[Tensor, Tensor]:
     with without_autocast(b.device.type):
-        return ops.scan(b, a, gate, vector, state, spec)
+        return scanned(b, a, gate, vector, state, spec)
 
 
 def _gated(scan: str, gates: int) -> _Layer:
@@ -181,8 +197,11 @@ def _qrnn(pooling: str) -> _Layer:
     gates = 1 + len(pooling)
     scan = "qrnn_ifo" if pooling == "ifo" else "qrnn"
 
-    def run(x: Tensor, lane: Lane, state: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+    def run(
+        x: Tensor, lane: Lane, state: Tensor | None, spec: ScanSpec, zoneout: float = 0.0, training: bool = False
+    ) -> tuple[Tensor, Tensor]:
         a, *others = _projections(x, lane, gates)
+        a = _zoned(a, zoneout, training) if zoneout else a
         gate = others.pop(0) if pooling == "ifo" else None
         c, final = _scanned(others[0], a, gate, None, state, spec)
         return c if pooling == "f" else c * others[1].sigmoid(), final
@@ -192,8 +211,18 @@ def _qrnn(pooling: str) -> _Layer:
         scan,
         lambda lane: lane["weight_ih"].shape[2],
         lambda lane: lane["weight_ih"].shape[0] // gates,
+        zoned=True,
         windowed=lambda lane: lane["weight_ih"].shape[1] == 2,
     )
+
+
+def _zoned(a: Tensor, zoneout: float, training: bool) -> Tensor:
+    """Logits of a gate that is 1 where zoneout says so, or of p + (1 - p) sigmoid(a)."""
+    if training or zoneout == 1:
+        hold = held(a, a.shape, zoneout)
+        return a if hold is None else a.masked_fill(hold, math.inf)
+    wide = a.to(state_dtype(a.dtype))
+    return (torch.logaddexp(wide, wide.new_full((), math.log(zoneout))) - math.log1p(-zoneout)).to(a.dtype)
 
 
 def _lru(x: Tensor, lane: Lane, state: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
@@ -263,16 +292,19 @@ class _Before:
     def beside(self, x: Tensor, layer: int, direction: int, spec: ScanSpec) -> Tensor:
         """[T, B, 2 I]: x of every step, then of the one before it in the walk, zeros where a segment begins."""
         first = x.new_zeros(x.shape[1:]) if self.given is None else self.given[direction][layer].to(x.dtype)
+        shared, last = shared_sequence(), None
+        if shared is not None:
+            first, last = shared.inputs_before(x, first, spec)
         steps, reset = x.shape[0], spec.resets
         ends = None if spec.lengths is None else spec.lengths.long()
         if spec.reverse:
             before = torch.cat((x[1:], first[None]))[:steps]
             if ends is not None:  # what stands behind a row's last step is none of it
-                last = torch.arange(steps, device=x.device)[:, None] == ends - 1
-                before = torch.where(last[..., None], first, before)
+                end = torch.arange(steps, device=x.device)[:, None] == ends - 1
+                before = torch.where(end[..., None], first, before)
             if reset is not None:
                 cut = torch.cat((reset[1:], torch.zeros_like(reset[:1])))
-                before = before.masked_fill((cut if ends is None else cut & ~last)[..., None], 0)
+                before = before.masked_fill((cut if ends is None else cut & ~end)[..., None], 0)
             final = x[0] if steps else first
             some = None if ends is None else ends > 0
         else:
@@ -283,12 +315,19 @@ class _Before:
             if ends is not None and steps:
                 final = x.gather(0, (ends - 1).clamp(min=0)[None, :, None].expand(1, *x.shape[1:]))[0]
                 some = ends > 0
-        self.kept[direction].append(final if some is None else torch.where(some[:, None], final, first))
+        if last is None:
+            last = final if some is None else torch.where(some[:, None], final, first)
+        self.kept[direction].append(last)
         return torch.cat((x, before), -1)
 
     def last(self) -> Tensor:
         inputs = torch.stack([torch.cat(layers, -1) for layers in self.kept])
         return inputs.squeeze(1) if self.alone else inputs
+
+
+def check_zoneout(zoneout: Any) -> None:
+    if not 0 <= checked_number("zoneout", zoneout) <= 1:
+        raise ValueError(f"zoneout must be a number in [0, 1], got {zoneout}")
 
 
 def _layer(cell: str) -> _Layer:

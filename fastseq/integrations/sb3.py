@@ -25,7 +25,7 @@ try:
     from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 except ImportError as error:
     raise ImportError(
-        "fastseq.integrations.sb3 needs sb3-contrib and stable-baselines3 (pip install 'fastseq-kernels[rl]'): " + str(error)
+        "fastseq.integrations.sb3 needs sb3-contrib and stable-baselines3 (pip install sb3-contrib): " + str(error)
     ) from error
 
 __all__ = ["CnnLstmPolicy", "MlpLstmPolicy", "MultiInputLstmPolicy", "patch", "process_sequence", "unpatch"]
@@ -78,6 +78,9 @@ def patch(model: Any) -> None:
 
 def unpatch(model: Any) -> None:
     """Take ``patch`` back: sb3-contrib's loop, and ``torch.nn.LSTM``.
+
+    Args:
+        model: what was patched.
 
     Raises:
         TypeError: if it is neither a RecurrentPPO nor a policy of it.

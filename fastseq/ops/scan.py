@@ -39,9 +39,20 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import backends
+from ..backends import library
+from ..backends.cpu import scan as native
 from ..reference import scan as reference
 from . import flops
-from ._dispatch import needs_plain_torch, outside_dynamo, recorded, register_autograd, wants_gradient
+from ._dispatch import (
+    PLAIN,
+    is_sharded,
+    needs_plain_torch,
+    outside_dynamo,
+    plain_call,
+    recorded,
+    register_autograd,
+    wants_gradient,
+)
 from .types import SCAN_CELLS, ScanSpec, empty_scan, empty_scan_gradients, scan_kind, state_dtype
 
 _SPEC = "Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str cell, bool reverse"
@@ -185,12 +196,23 @@ def _through_scan(b: Tensor, a: Tensor, gate: Any, vector: Any, initial: Any, *f
 register_autograd(_library, "scan", _through_scan)
 
 
+def prepared(b: Tensor, a: Tensor, spec: ScanSpec) -> tuple[Tensor, ScanSpec]:
+    """Logarithms as coefficients where that is cheaper once than at every step."""
+    if spec.cell == "log" and (a.is_complex() or a.shape != b.shape):
+        return a.to(state_dtype(a.dtype)).exp(), spec._replace(cell="given")
+    return a, spec
+
+
 def scan(b: Tensor, a: Tensor, gate: Tensor | None, vector: Tensor | None, initial: Tensor | None, spec: ScanSpec) -> Results:
     """h and the final states, differentiable in b, a, gate, vector and the initial states."""
-    if spec.cell == "log" and (a.is_complex() or a.shape != b.shape):  # cheaper once than at every step
-        a, spec = a.to(state_dtype(a.dtype)).exp(), spec._replace(cell="given")
+    if type(b) not in PLAIN:
+        is_sharded(b)
+    a, spec = prepared(b, a, spec)
     tensors = (b, a, gate, vector, initial)
     given = [t for t in tensors if t is not None]
+    if plain_call() and not backends.watched() and not wants_gradient(given) and _native_serves(given, spec):
+        with torch._C._AutoDispatchBelowAutograd():  # the library without the op around it
+            return native.scan_forward(*tensors, spec)
     if needs_plain_torch(given):
         return _forward_op(*tensors, *spec) if _mapped() else reference.forward(*tensors, spec)
     if recorded():
@@ -201,6 +223,13 @@ def scan(b: Tensor, a: Tensor, gate: Tensor | None, vector: Tensor | None, initi
         return _Scan.apply(*tensors, *spec)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(*tensors, *spec)
+
+
+def _native_serves(tensors: list[Tensor], spec: ScanSpec) -> bool:
+    """Whether the CPU's library has the kernel."""
+    others = [t for t in (spec.resets, spec.lengths, spec.cu_seqlens) if t is not None]
+    plain = all([type(t) in PLAIN and t.is_cpu for t in (*tensors, *others)])
+    return plain and tensors[0].dtype in native.DTYPES and library.reason() is None
 
 
 def scan_backward(*args: Any) -> tuple[Tensor, ...]:

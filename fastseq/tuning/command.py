@@ -189,7 +189,7 @@ def _or_bad(why: str | None) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on the terminal, if the packages of `fastseq-kernels[bench]` are there; else a line now and then."""
+    """A bar on the terminal, if the packages of the extra `bench` are there; else a line now and then."""
     try:
         from rich.console import Console
         from rich.progress import Progress

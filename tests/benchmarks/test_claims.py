@@ -11,13 +11,24 @@ from fastseq.benchmarks.claims.evidence import judge, less, lowest, meet
 from fastseq.benchmarks.measure.results import Results, Row
 from fastseq.benchmarks.providers.decode import DECODE_PROVIDERS, GROWING, RESERVED, layer_name
 from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
+from fastseq.benchmarks.providers.systems import own_name
 from fastseq.benchmarks.providers.variable_length import MASK, NESTED, VARIABLE_PROVIDERS
 from fastseq.benchmarks.providers.variable_length import layer_name as variable_name
 from fastseq.benchmarks.report.findings import FAILS, HOLDS, NOT_MEASURED, PARTLY, UNDECIDED, Line, together
-from fastseq.benchmarks.suites import SUITES, decode, long_range, sequential_vs_parallel, small_data, statements, variable_length
+from fastseq.benchmarks.suites import (
+    SUITES,
+    decode,
+    long_range,
+    sequential_vs_parallel,
+    small_data,
+    statements,
+    systems,
+    variable_length,
+)
 from fastseq.benchmarks.workloads.decode import PREFILL, TOKENS, DecodeWorkload
 from fastseq.benchmarks.workloads.experiments import Experiment
-from fastseq.benchmarks.workloads.statements import StackWorkload, Statement
+from fastseq.benchmarks.workloads.statements import Context, Statement
+from fastseq.benchmarks.workloads.systems import SystemWorkload, TextExperiment
 from fastseq.benchmarks.workloads.variable_length import VariableWorkload
 
 LSTM = layer_name("fastseq", "LSTM")
@@ -386,27 +397,38 @@ def test_small_data_needs_seeds_apart():
     assert "n = 1024: 2 against 3" in found.figures and "n ≈" in found.crossovers
 
 
-def on_its_own(group, name, value, T):
-    row = Row.of(statements.NAME, group, name, Statement(EVERY_PROVIDER[name].function, T, 8, 32, 32))
+def told(suite, group, name, w, value):
+    row = Row.of(suite.NAME, group, name, w)
     row.metric = {"name": "", "unit": "", "median": value, "low": value, "high": value, "seeds": 3}
     return row
 
 
+def on_its_own(group, name, value, T):
+    return told(statements, group, name, Statement(EVERY_PROVIDER[name].function, T, 8, 32, 32), value)
+
+
 def test_order_is_known_if_more_than_rounding_changes():
-    def rows(plain, told):
-        changes = {statements.ORDER[statements.PLAIN]: plain, statements.ORDER[statements.POSITIONED]: told}
-        return [on_its_own(group, "fastseq attention", v, T) for group, v in changes.items() for T in (8, 64)]
+    def rows(plain, with_places):
+        changes = {statements.ORDER[statements.PLAIN]: plain, statements.ORDER[statements.POSITIONED]: with_places}
+        return [on_its_own(group, statements.ENCODER, v, T) for group, v in changes.items() for T in (8, 64)]
 
     assert verdict(results_of(statements.NAME, *rows(1e-16, 0.1)), "order").state == HOLDS
     knows = verdict(results_of(statements.NAME, *rows(0.2, 0.1)), "order")
-    assert knows.verdict.startswith("fastseq attention does not know the order: does not hold here, T = 8…64")
+    assert knows.verdict.startswith("fastseq encoder does not know the order: does not hold here, T = 8…64")
     assert verdict(results_of(statements.NAME, *rows(1e-16, 1e-15)), "order").state == PARTLY
+    mask = [on_its_own(statements.ORDER[statements.PLAIN], statements.DECODER, 0.3, T) for T in (8, 64)]
+    both = verdict(results_of(statements.NAME, *rows(1e-16, 0.1), *mask), "order")
+    assert both.state == PARTLY and "fastseq decoder does not know the order: does not hold here" in both.verdict
 
 
 def test_fixed_context_is_judged_beyond_the_window():
     def found(cached):
         losses = {statements.ALONE: {8: 0.0, 24: 2.0, 64: 2.1}, statements.CACHED: cached}
-        rows = [on_its_own(statements.CONTEXT[how], "attention block", v, T) for how, of in losses.items() for T, v in of.items()]
+        rows = [
+            told(statements, statements.CONTEXT[how], statements.XL, Context("Transformer-XL", T, 8, 32, 32, variant=how), v)
+            for how, of in losses.items()
+            for T, v in of.items()
+        ]
         return verdict(results_of(statements.NAME, *rows), "fixed-context")
 
     assert found({8: 0.0, 24: 0.1, 64: 0.2}).state == HOLDS
@@ -418,18 +440,46 @@ def test_fixed_context_is_judged_beyond_the_window():
     assert found({8: 0.0, 24: 2.0, 64: 2.2}).findings[0].parts[1].state == FAILS
 
 
-def test_a_hybrid_is_held_against_the_better_stack(synthetic):
-    def found(hybrid):
-        seconds = {statements.LSTMS: 1.0, statements.BLOCKS: 2.0, statements.HYBRID: hybrid}
-        rows = []
-        for name, value in seconds.items():
-            w = StackWorkload(EVERY_PROVIDER[name].function, 64, 8, 32, 32, "training")
-            rows.append(synthetic.timed(Row.of(statements.NAME, statements.COST, name, w), value, int(value * 2**20)))
-            rows.append(on_its_own(statements.RECALL, name, {1.0: 0.2, 2.0: 0.9}.get(value, 0.9), 16))
-        return verdict(results_of(statements.NAME, *rows), "hybrid")
+def of_systems(synthetic, group, seconds, T=64, memory=1 << 20):
+    """Rows of the suite systems, of widths that differ."""
+    mode = "training" if group == systems.STEP else "inference"
+    return [
+        synthetic.timed(
+            Row.of(systems.NAME, group, own_name(name), SystemWorkload(name, T, 8, W, W, mode, stage=group)), s, memory
+        )
+        for W, (name, s) in zip((64, 72, 80), seconds.items(), strict=False)
+    ]
 
-    assert found(1.5).state == PARTLY and "time, as good as the better one: does not hold here, T = 64" in found(1.5).verdict
-    assert found(1.01).state == HOLDS and "recall at T = 16: LSTM on LSTM 20%, block on block 90%" in found(1.01).figures
+
+def test_a_hybrid_is_held_against_both_of_which_it_is_made(synthetic):
+    def found(hybrid, loss):
+        rows = of_systems(synthetic, systems.STEP, {"LSTM": 1.0, "GPT": 2.0, "hybrid": hybrid})
+        for name, value in {"LSTM": 1.5, "GPT": 2.0, "hybrid": loss}.items():
+            rows.append(told(systems, systems.TEXT, own_name(name), TextExperiment(name, 64, 8, 64, 64), value))
+        recalled = {statements.LSTMS: 0.2, statements.DECODER: 0.9, statements.HYBRID: 0.9}
+        rows += [on_its_own(statements.RECALL, name, value, 16) for name, value in recalled.items()]
+        return verdict(Results({"device": "cpu"}, {"suites": [systems.NAME, statements.NAME]}, rows), "hybrid")
+
+    slower = found(1.5, 1.4)
+    assert slower.state == PARTLY
+    assert "time of a training step, as good as the better one: does not hold here, T = 64" in slower.verdict
+    assert "loss on a text after equal time, below the better one: holds for T = 64" in slower.verdict
+    assert "recall at T = 16: fastseq LSTMs 20%, fastseq decoder 90%" in slower.figures
+    assert found(1.01, 1.4).state == HOLDS
+    loses = found(1.01, 1.6)
+    assert "below the better one: does not hold here, T = 64" in loses.verdict and "fastseq hybrid 1.6" in loses.figures
+    assert "below the better one: undecided" in found(1.01, 1.5).verdict
+
+
+def test_overhead_of_whole_systems(synthetic):
+    """A window costs T, all keys T²."""
+    rows = []
+    for T in (64, 128, 256):
+        rows += of_systems(synthetic, systems.STEP, {"BERT": T * T / 128, "Longformer": 1.0 * T}, T, 1 << 20)
+    found = verdict(results_of(systems.NAME, *rows), "overhead")
+    assert "time, Longformer beside BERT: holds only from T = 256 on, measured to 256" in found.verdict
+    assert "memory, Longformer beside BERT: undecided" in found.verdict and "Reformer" not in found.verdict
+    assert "256 s against 512 s at T = 256" in found.figures and "equal parameters" in found.findings[0].sizes
 
 
 def test_sizes_are_judged_apart(synthetic):

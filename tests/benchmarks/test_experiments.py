@@ -19,7 +19,7 @@ from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
 from fastseq.benchmarks.suites import long_range, small_data
 from fastseq.benchmarks.workloads import experiments
 from fastseq.benchmarks.workloads.base import Metric
-from fastseq.benchmarks.workloads.experiments import SYMBOLS, TASKS, Experiment, positions
+from fastseq.benchmarks.workloads.experiments import SYMBOLS, TASKS, Experiment
 
 GRADIENT = Experiment("lstm", 6, 16, 8, 8, dtype="float64", task="gradient", seeds=2)
 RECALL = Experiment("attention", 5, 16, 16, 16, task="recall", budget=80, seeds=2, heads=2, rate=1e-2)
@@ -163,12 +163,6 @@ def test_nothing_of_the_held_out_end_is_trained_on():
     trained, tested = ([s for s in seen if s[0] is grad] for grad in (True, False))
     assert min(s[1] for s in trained) >= 600 and max(s[2] for s in trained) < 900
     assert min(s[1] for s in tested) == 900 and len(trained) == 50
-
-
-def test_positions_are_those_of_the_paper():
-    found = positions(50, 8)
-    assert found[7, 2].item() == pytest.approx(math.sin(7 / 10000 ** (2 / 8)), abs=1e-5)
-    assert found[7, 3].item() == pytest.approx(math.cos(7 / 10000 ** (2 / 8)), abs=1e-5)
 
 
 def test_metrics_are_medians_between_extremes():

@@ -139,4 +139,4 @@ def test_the_small_shape_keeps_what_it_is():
 
 def test_without_the_library_the_reason_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'fastseq-kernels[transformers]'" in ATTENTION_PROVIDERS[REFORMER].unavailable(W)
+    assert "pip install 'transformers>=5.23'" in ATTENTION_PROVIDERS[REFORMER].unavailable(W)

@@ -118,9 +118,7 @@ def test_without_transformers_its_models_say_so(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     w = replace(SMALL, function="gpt2")
     rows = Runner("cpu").run(Case("models", "gpt2", tuple(Participant(n, w) for n in (EAGER, SDPA, OWN)), Effort()))
-    assert {(r.status, r.reason) for r in rows} == {
-        ("unavailable", "transformers is not installed: pip install 'fastseq-kernels[transformers]'")
-    }
+    assert {(r.status, r.reason) for r in rows} == {("unavailable", "transformers is not installed: pip install transformers")}
 
 
 @pytest.mark.parametrize("quick", [True, False])

@@ -156,6 +156,23 @@ def test_short_calls_are_repeated_until_a_sample_is_long_enough():
     assert samples["short"].timing().median == pytest.approx(0.001)
 
 
+def test_what_a_long_call_leaves_behind_is_not_charged_to_the_next():
+    """Short calls that take longer after a long one, whose data are in the caches then."""
+    world = World()
+
+    def short(name: str):
+        def run():
+            world.host += 0.1 if world.log and world.log[-1].startswith("short") else 0.15
+            world.log.append(name)
+
+        return run
+
+    runs = {"long": world.work("long", 10.0), "short one": short("short one"), "short other": short("short other")}
+    samples = interleave(runs, HostClock(world.now), Effort(seconds=1e9, max_rounds=6, sample_seconds=0.01, precision=0.0))
+    for name in ("short one", "short other"):
+        assert samples[name].seconds[1:] == pytest.approx([0.1] * 5)
+
+
 def test_it_stops_when_the_budget_is_spent_but_not_before_the_least_rounds():
     world = World()
     jitter = iter(range(10**6))

@@ -9,7 +9,9 @@ from oracles import block_recurrent as oracle
 from oracles import frozen
 from torch import nn
 
+from examples.torch_parts import on_torch
 from fastseq.models import BlockRecurrent
+from fastseq.testing import assert_all_close_to_truth
 from support import models as support
 
 W, BLOCK = 8, 4
@@ -131,18 +133,22 @@ def test_dropouts_are_in_training_alone():
 
 
 def test_sixteen_bits():
+    """As exact as the same model on torch's attention: outputs, and the state after them."""
     torch.manual_seed(0)
-    model, x = BlockRecurrent(W, 2, 2, block=BLOCK, states=2), torch.randn(2, 10, W)
-    expected = model(x)[0]
-    found, state = model.bfloat16()(x.bfloat16())
+    model, x = BlockRecurrent(W, 2, 2, block=BLOCK, states=2).bfloat16(), torch.randn(8, 10, W).bfloat16()
+    found, state = model(x)
     assert found.dtype == torch.bfloat16 and {t.dtype for t in support.flat(state)} == {torch.bfloat16}
-    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+    with on_torch():
+        by_torch = model(x)
+    truth = model.double()(x.double())
+    named = ({str(n): t for n, t in enumerate(support.flat(each))} for each in ((found, state), by_torch, truth))
+    assert_all_close_to_truth(*named)
 
 
-@pytest.mark.slow
-def test_compiled_without_a_break():
-    model = BlockRecurrent(W, 2, 2, block=BLOCK, states=2)
-    support.assert_compiles(lambda x: model(x)[0], model, torch.randn(2, 6, W))
+@support.ON_COMPILERS
+def test_compiled_without_a_break(compiler):
+    model = BlockRecurrent(W, 2, 2, block=BLOCK, states=2).double()
+    support.assert_compiles(lambda x: model(x)[0], model, compiler, torch.randn(2, 6, W, dtype=torch.float64))
 
 
 fine = BlockRecurrent(W, 2, 2, block=BLOCK, states=2)

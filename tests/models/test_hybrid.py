@@ -102,11 +102,11 @@ def test_its_recurrence_and_attention_are_fastseqs():
     assert "lstm" in said.lower() and "attention" in said.lower()
 
 
-@pytest.mark.slow
+@support.ON_COMPILERS
 @pytest.mark.parametrize("local", [None, 3])
-def test_compiled_without_a_break(local):
-    model = made(local).float()
-    support.assert_compiles(lambda x: model(x)[0], model, torch.randn(2, T, W))
+def test_compiled_without_a_break(local, compiler):
+    model = made(local)
+    support.assert_compiles(lambda x: model(x)[0], model, compiler, torch.randn(2, T, W, dtype=torch.float64))
 
 
 fine, both_ways, x = made().float(), made(causal=False).float(), torch.randn(2, T, W)

@@ -126,9 +126,9 @@ def test_dropout_is_in_training_alone():
     assert torch.equal(model(x)[0], model(x)[0])
 
 
-@pytest.mark.slow
-def test_compiled_without_a_break(model):
-    support.assert_compiles(lambda x: model(x)[0], model.float(), torch.randn(2, T, W))
+@support.ON_COMPILERS
+def test_compiled_without_a_break(model, compiler):
+    support.assert_compiles(lambda x: model(x)[0], model, compiler, torch.randn(2, T, W, dtype=torch.float64))
 
 
 fine, x = LinearRecurrent(W, 2), torch.randn(2, T, W)

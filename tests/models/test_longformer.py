@@ -120,10 +120,11 @@ def test_dropouts_are_in_training_alone():
         assert torch.equal(model(x, places), model(x, places))
 
 
-@pytest.mark.slow
-def test_compiled_without_a_break():
-    model, places, lengths = Longformer(W, HEADS, 1, window=4), torch.tensor([[0], [1]]), torch.tensor([7, 11])
-    support.assert_compiles(lambda x: model(x, places, lengths), model, torch.randn(2, T, W))
+@support.ON_COMPILERS
+def test_compiled_without_a_break(compiler):
+    model, places, lengths = Longformer(W, HEADS, 1, window=4).double(), torch.tensor([[0], [1]]), torch.tensor([7, 11])
+    x = torch.randn(2, T, W, dtype=torch.float64)
+    support.assert_compiles(lambda x: model(x, places, lengths), model, compiler, x)
 
 
 fine, x = WindowedAttention(W, HEADS, 4), torch.randn(2, T, W)

@@ -143,11 +143,11 @@ def test_gradients_of_empty_memory_are_finite(kind):
     assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.slow
+@support.ON_COMPILERS
 @KINDS
-def test_compiled_without_a_break(kind):
-    model = made(kind, torch.float32)
-    support.assert_compiles(lambda x: model(x)[0], model, torch.randn(2, 3, X))
+def test_compiled_without_a_break(kind, compiler):
+    model = made(kind)
+    support.assert_compiles(lambda x: model(x)[0], model, compiler, torch.randn(2, 3, X, dtype=torch.float64))
 
 
 ntm, dnc = made(NTM, torch.float32), made(DNC, torch.float32)

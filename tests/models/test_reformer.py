@@ -155,11 +155,11 @@ def test_autocast_goes_back_in_the_precision_of_the_way_there():
     assert any(not torch.equal(a, b) for a, b in zip(lowered, exact, strict=True))
 
 
-@pytest.mark.slow
-def test_compiled_without_a_break():
-    model = Reformer(W, HEADS, 1, chunk=4, buckets=4, rounds=2)
-    rotations = model.rotations()
-    support.assert_compiles(lambda x: model(x, rotations), model, torch.randn(2, 10, W))
+@support.ON_COMPILERS
+def test_compiled_without_a_break(compiler):
+    model = Reformer(W, HEADS, 1, chunk=4, buckets=4, rounds=2).double()
+    rotations, x = model.rotations(), torch.randn(2, 10, W, dtype=torch.float64)
+    support.assert_compiles(lambda x: model(x, rotations), model, compiler, x)
 
 
 fine, x = Reformer(W, HEADS, 2, chunk=4, buckets=4), torch.randn(2, 10, W)

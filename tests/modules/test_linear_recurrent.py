@@ -210,6 +210,21 @@ def test_steps_are_the_sequence(name, dtype):
     torch.testing.assert_close([alone, *own], [y[1], *(part[:, 1] for part in states)], **tolerance)
 
 
+@ON_FEW
+@pytest.mark.parametrize("more", [{}, {"bidirectional": True, "num_layers": 2}])
+def test_without_gradients_it_is_as_with_them(name, more):
+    """From states, with rows that end early and segments that begin anew; a step as well."""
+    module = made(name, batch_first=True, **more)
+    x, hx = torch.randn(4, 5, X, dtype=torch.float64), states(module, name)
+    for lengths, resets in ((None, None), (torch.tensor([5, 0, 3, 1]), torch.rand(4, 5) < 0.3)):
+        for part in (x, x[:, :1]) if lengths is None else (x,):
+            expected = flat(module(part, hx, lengths=lengths, resets=resets))
+            with torch.no_grad():
+                found = flat(module(part, hx, lengths=lengths, resets=resets))
+            assert any(tensor.requires_grad for tensor in expected) and not any(tensor.requires_grad for tensor in found)
+            torch.testing.assert_close(found, [tensor.detach() for tensor in expected])
+
+
 @ON_EVERY
 def test_segments_go_on_from_the_state_before(name):
     module = made(name, 2)
@@ -458,6 +473,55 @@ def test_the_lru_is_a_convolution():
     torch.testing.assert_close(module(x)[0], found)
 
 
+@pytest.mark.parametrize("pooling", ["f", "fo", "ifo"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_zoneout_of_the_qrnn(pooling, backend):
+    """By the paper: f is one where it is drawn, else itself; at inference its mean. Both ways, with gradients."""
+    p, T, B = 0.3, 6, 4
+    torch.manual_seed(0)
+    module = fastseq.QRNN(X, H, window=2, pooling=pooling, bidirectional=True, zoneout=p, dtype=torch.float64)
+    x = torch.randn(T, B, X, dtype=torch.float64, requires_grad=True)
+    for training in (True, False):
+        torch.manual_seed(3)
+        with fastseq.use_backend(backend):
+            found = module.train(training)(x)[0]
+        torch.manual_seed(3)
+        outputs = []
+        for ending, walk in (("", range(T)), ("_reverse", range(T)[::-1])):
+            hold = torch.empty(T, B, H, dtype=torch.bool).bernoulli_(p)
+            weight, bias = (getattr(module, f"{name}_l0{ending}") for name in ("weight_ih", "bias_ih"))
+            before, c, of_steps = torch.zeros(B, X, dtype=x.dtype), torch.zeros(B, H, dtype=x.dtype), {}
+            for t in walk:
+                logits = x[t] @ weight[:, 0].T + before @ weight[:, 1].T + bias
+                gates = dict(zip({"f": "fz", "fo": "fzo", "ifo": "fizo"}[pooling], logits.split(H, -1), strict=True))
+                f = torch.sigmoid(gates["f"])
+                f = torch.where(hold[t], 1.0, f) if training else p + (1 - p) * f
+                c = f * c + (torch.sigmoid(gates["i"]) if "i" in gates else 1 - f) * torch.tanh(gates["z"])
+                of_steps[t], before = torch.sigmoid(gates["o"]) * c if "o" in gates else c, x[t]
+            outputs.append(torch.stack([of_steps[t] for t in range(T)]))
+        compare((found,), (torch.cat(outputs, -1),), [x, *module.parameters()])
+
+
+def test_zoneout_of_all_and_none():
+    x, hx = torch.randn(5, 2, X), torch.randn(1, 2, H)
+    kept, plain, none = (fastseq.QRNN(X, H, pooling="f", **more) for more in ({"zoneout": 1.0}, {}, {"zoneout": 0.0}))
+    for training in (True, False):
+        assert torch.equal(kept.train(training)(x, hx)[0], hx.expand(5, -1, -1))
+    none.load_state_dict(plain.state_dict())
+    assert torch.equal(none(x, hx)[0], plain(x, hx)[0])
+    assert "zoneout=1.0" in repr(kept) and "zoneout" not in repr(none)
+    half = fastseq.QRNN(X, H, zoneout=0.5)
+    assert not torch.equal(half(x)[0], half(x)[0]) and torch.equal(half.eval()(x)[0], half(x)[0])
+    y, state = half.step(x[1], half.step(x[0])[1])
+    torch.testing.assert_close(y, half(x[:2])[0][1])
+    torch._dynamo.reset()
+    compiled = torch.compile(half, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x)[0], half(x)[0])
+    torch.testing.assert_close(torch.compile(kept.train(), fullgraph=True, backend="aot_eager")(x, hx)[0], kept(x, hx)[0])
+    low = fastseq.QRNN(X, H, zoneout=0.1).bfloat16()
+    assert low(x.bfloat16())[0].dtype == low.eval()(x.bfloat16())[0].dtype == torch.bfloat16
+
+
 # errors
 
 module = fastseq.MinGRU(X, H)
@@ -475,6 +539,15 @@ packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, X)])
         (lambda: fastseq.RGLRU(X, H, heads=0), ValueError, "heads must be greater than zero, got 0"),
         (lambda: fastseq.QRNN(X, H, window=3), ValueError, "window must be 1 or 2, got 3"),
         (lambda: fastseq.QRNN(X, H, pooling="of"), ValueError, "pooling must be 'f', 'fo' or 'ifo', got 'of'"),
+        (lambda: fastseq.QRNN(X, H, zoneout=1.5), ValueError, r"zoneout must be a number in \[0, 1\], got 1.5"),
+        (lambda: fastseq.QRNN(X, H, zoneout="0.1"), TypeError, "zoneout must be a number, got '0.1'"),
+        (lambda: fastseq.QRNN(X, H, zoneout=(0.1, 0.2)), TypeError, "zoneout must be a number"),
+        (lambda: fastseq.MinGRU(X, H, zoneout=0.1), TypeError, "unexpected keyword argument 'zoneout'"),
+        (
+            lambda: functional.linear_recurrent("min_gru", torch.randn(2, 2, X), None, [], zoneout=0.1),
+            ValueError,
+            "zoneout is of QRNNs, got 0.1 with min_gru",
+        ),
         (lambda: fastseq.LRU(X, H, r_min=0.9, r_max=0.5), ValueError, "0 <= r_min < r_max <= 1 must hold, got 0.9 and 0.5"),
         (lambda: fastseq.LRU(X, H, max_phase=0), ValueError, "max_phase must be greater than zero, got 0"),
         (lambda: fastseq.LRU(X, H, state_size=0), ValueError, "state_size must be greater than zero, got 0"),

@@ -199,6 +199,26 @@ def test_gates_at_their_ends(backend, cell):
 
 
 @ON_EACH
+@pytest.mark.parametrize("cell", ["qrnn", "qrnn_ifo"])
+def test_an_infinite_forget_gate_keeps_the_state(backend, cell):
+    """As zoneout asks for it: f is one, its gradient none."""
+    a, b, gate, initial = values(4, 1, 9).float(), values(4, 1, 9, seed=1).float(), None, values(1, 9, seed=2).float()
+    a[1:3, :, ::2] = torch.inf
+    if cell == "qrnn_ifo":
+        gate = values(4, 1, 9, seed=3).float()
+        gate[1:3, :, ::2] = -torch.inf
+    inputs = [t if t is None else t.requires_grad_() for t in (b, a, gate, None, initial)]
+    with backends.use_backend(backend):
+        h, _ = scan_op(*inputs, ScanSpec(None, None, None, cell, False))
+        grads = torch.autograd.grad(h.square().sum(), [t for t in inputs if t is not None])
+    torch.testing.assert_close(h[2, :, ::2], h[0, :, ::2], rtol=0, atol=1e-30)
+    assert all(grad.isfinite().all() for grad in grads)
+    for grad in grads[:-1]:
+        torch.testing.assert_close(grad[1:3, :, ::2], torch.zeros(2, 1, 5), rtol=0, atol=1e-30)
+        assert (grad[:, :, 1::2] != 0).all()
+
+
+@ON_EACH
 def test_roots_do_not_cancel(backend):
     """sqrt(1 - a^2) and its slope where a is 1 but for 1e-9 .. 1e-3, to the last digits."""
     rate = torch.logspace(-9, -3, 7).requires_grad_()

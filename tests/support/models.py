@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -51,10 +52,13 @@ def assert_rows_stand_alone(model: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(model(x[order], of_permuted)[0], again[order])
 
 
-def assert_compiles(run: Any, model: nn.Module, *inputs: Tensor) -> None:
-    """Without a break, with equal results and gradients."""
+ON_COMPILERS = pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+
+
+def assert_compiles(run: Any, model: nn.Module, compiler: str, *inputs: Tensor) -> None:
+    """Without a break, with equal results and gradients. By "eager" nothing is generated, which takes longest."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(run, fullgraph=True, backend=counter)
     expected, found = run(*inputs), compiled(*inputs)
     torch.testing.assert_close(found, expected)

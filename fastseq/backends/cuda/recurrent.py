@@ -23,7 +23,7 @@ from ..query import RecurrentQuery
 from .plan import Device, Plan, plan_of
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
-_PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _MOST_LANES = 63  # their directions are the bits of one number
 PLAN, WORTH = "plan ", 3
 RANKS = (0, 0)  # of the plans taken forward and backward, for whoever tries others than the best by the model
@@ -42,7 +42,7 @@ class Machine(NamedTuple):
 
 def precision_of(dtype: torch.dtype, machine: Machine) -> str:
     """Of a call's products: "fp16", "bf16", "tf32" or "ieee"."""
-    return machine.precision() if dtype == torch.float32 else _PRECISIONS[dtype]
+    return machine.precision() if dtype == torch.float32 else DTYPES[dtype]
 
 
 def _plan(call: Call | RecurrentQuery, backward: bool, where: torch.device, machine: Machine, form: str = "") -> Plan:
@@ -65,8 +65,8 @@ def obstacles(query: RecurrentQuery, machine: Machine) -> list[str]:
     against = []
     if query.cell not in CELLS:
         against.append(f"cell {query.cell} is not one of {', '.join(CELLS)}")
-    if query.dtype not in _PRECISIONS:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _PRECISIONS)
+    if query.dtype not in DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of {accepted}")
     if query.projected:
         against.append("a projection (proj_size) is not in its kernels")

@@ -47,7 +47,7 @@ _OPS = {"recurrent": recurrent, "attention": attention, "attention_decode": atte
 
 def available() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+        return "Triton is not installed; CUDA builds of torch bring it, beside another torch: pip install triton"
     return None if interpreted or torch.cuda.is_available() else "no CUDA device is visible to torch"
 
 

@@ -11,6 +11,7 @@ from ..query import Query
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETED_DTYPES = (torch.float16, torch.float32, torch.float64)
+GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def dtype_obstacles(query: Query) -> list[str]:
@@ -19,7 +20,7 @@ def dtype_obstacles(query: Query) -> list[str]:
         accepted: tuple[torch.dtype, ...] = INTERPRETED_DTYPES
         where = "in Triton's interpreter, which gets bfloat16 wrong"
     else:
-        accepted = (torch.float16, torch.bfloat16, torch.float32)
+        accepted = GPU_DTYPES
         where = "on a GPU"
     if query.dtype in accepted:
         return []
