@@ -47,8 +47,8 @@ def sum_gradients(module: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> No
     has none where no rank has one. DistributedDataParallel over the ranks does the same, but for dividing by their number.
 
     Args:
-        module: the same on every rank, after its backward pass there.
-        mesh: the ranks, as ``fastseq.distributed.shard_sequence`` takes them.
+        module: the same on every rank.
+        mesh: one dimension of a mesh, or a process group: the ranks that share the sequence.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``fastseq.distributed.shard_sequence`` of ``mesh``.
