@@ -153,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = sides(MODELS[options.model](len(alphabet), s).to(options.device))
     pieces = 40 if options.quick else 200
     untrained = test_loss(models["fastseq"], unknown, s.length, pieces)
-    histories = train(models, batches(known, s.length, size, options.seed), options.steps, loss_of, 5e-3)
+    rate = 5e-3 if options.model in ("lstm", "gru", "rnn") else 2e-3
+    histories = train(models, batches(known, s.length, size, options.seed), options.steps, loss_of, rate)
     compare(histories, options.model in JUMPING)
     losses = {}
     for side in ("torch.nn", "fastseq"):

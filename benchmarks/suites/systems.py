@@ -36,7 +36,7 @@ def plan(options: Options) -> list[Case]:
         longest = system.longest * 4 if cuda else system.longest // 4 if options.quick else system.longest
         if T > longest or (stage == TOKEN and not system.generates):
             continue
-        w = SystemWorkload(system.name, T, B, 0, 0, mode, dtype=dtype, stage=stage, span=span, **common)
+        w = SystemWorkload(system.name, T, B, 0, 0, mode, dtype=dtype, stage=stage, span=span, seed=system.seed, **common)
         w = at_budget(w, budget)
         own, torchs, oracle = own_name(system.name), torch_name(system.name), oracle_name(system.name)
         names = [name for name in (torchs, own, oracle)[: 2 if options.quick else 3] if name in SYSTEM_PROVIDERS]

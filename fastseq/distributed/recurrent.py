@@ -46,6 +46,10 @@ def sum_gradients(module: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> No
     So the gradient is that of the sum of the ranks' losses. A parameter without a gradient on some rank counts as zero there, and
     has none where no rank has one. DistributedDataParallel over the ranks does the same, but for dividing by their number.
 
+    Args:
+        module: the same on every rank.
+        mesh: one dimension of a mesh, or a process group: the ranks that share the sequence.
+
     Raises:
         TypeError, ValueError, RuntimeError: as ``fastseq.distributed.shard_sequence`` of ``mesh``.
         RuntimeError: on every rank, if parameters or the dtypes of gradients differ between ranks.
@@ -244,8 +248,8 @@ class _Run:
         states = [state.detach().requires_grad_(self.gradients) for state in states]
         rows, lane = self.rows[job.micro_batch], self.lane(job)
         if self.steps == 0:
-            y, c = (x.new_empty(0, x.shape[1], width) for width in (self.widths[0], self.widths[-1]))
-            return _Done(x, states, [None] * len(states), y, states, c if self.options.return_cells else None)
+            y, empty = (x.new_empty(0, x.shape[1], width) for width in (self.widths[0], self.widths[-1]))
+            return _Done(x, states, [None] * len(states), y, states, empty if self.options.return_cells else None)
         anew: list[Tensor | None] = [None] * len(states)
         for place, whole in enumerate(self.reset_to):
             if whole is not None:
@@ -253,10 +257,10 @@ class _Run:
                 anew[place] = own.detach().requires_grad_(whole.requires_grad)
         lengths = None if self.options.lengths is None else (self.options.lengths[rows] - self.before).clamp(0, self.steps)
         resets = None if self.options.resets is None else self.options.resets[:, rows]
-        options, last = replace(self.options, lengths=lengths, resets=resets), job.layer == self.last
+        options = replace(self.options, lengths=lengths, resets=resets)
         with torch.set_grad_enabled(self.gradients):
             y, finals, c = run_layer(
-                self.cell, x, states, anew, self.weights(job), options, self.zoneout, last, False, [job.direction]
+                self.cell, x, states, anew, self.weights(job), options, self.zoneout, False, False, [job.direction]
             )
             after = list(finals)
             if job.direction and resets is not None and self.before:  # a reset at the first step parts it from the rank before
@@ -333,7 +337,9 @@ class _Run:
         def whole(of: dict[Job, Tensor], layer: int) -> Tensor:
             parts = [[of[Job(layer, micro, way)] for way in ways] for micro in micros]
             rows = [torch.cat(part, -1) if len(part) > 1 else part[0] for part in parts]
-            return (torch.cat(rows, 1) if len(rows) > 1 else rows[0]).detach()
+            if len(rows) > 1 or len(ways) > 1:
+                return torch.cat(rows, 1)
+            return rows[0].clone()  # the caller may overwrite his
 
         finals = []
         for way in ways:

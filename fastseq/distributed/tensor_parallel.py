@@ -45,12 +45,12 @@ class HeadParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if device_mesh.ndim != 1:
             raise ValueError(f"HeadParallel needs one dimension of the mesh, got a mesh of {list(device_mesh.shape)}")
+        kind: Any = type(module)
+        own, parallel = False, None
         if isinstance(module, MultiheadAttention):
-            own, parallel = type(module).forward is MultiheadAttention.forward, _of(type(module), _Attention)
+            own, parallel = kind.forward is MultiheadAttention.forward, _of(kind, _Attention)
         elif isinstance(module, Sequence):
-            own, parallel = type(module)._run is Sequence._run, _of(type(module), _Recurrence)
-        else:
-            own = False
+            own, parallel = kind._run is Sequence._run, _of(kind, _Recurrence)
         if not own:
             raise TypeError(
                 f"HeadParallel is for MultiheadAttention and recurrent modules of fastseq, got {type(module).__name__}"
@@ -58,7 +58,7 @@ class HeadParallel(ParallelStyle):
         heads: Any = module.num_heads
         if heads % device_mesh.size():
             raise ValueError(f"HeadParallel needs a number of heads that {device_mesh.size()} ranks divide, got {heads}")
-        module.__class__ = parallel
+        module.__class__ = parallel  # type: ignore[assignment]
         module._divide(device_mesh, self.src_data_rank)  # type: ignore[operator]
         return module
 

@@ -8,6 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import fastseq
 from fastseq.distributed import _wavefront, context_parallel, recurrent, sum_gradients
@@ -367,6 +371,78 @@ def failures(group: Any) -> None:
 
 def test_an_error_on_one_rank_reaches_all(ranks):
     ranks.run(failures, size=4)
+
+
+def memory(group: Any) -> None:
+    """What is kept for the backward pass grows with the steps: on a rank by its share of what one process keeps."""
+    module = fastseq.LSTM(WIDTH, 16, 2)
+
+    def kept(steps: int, shared: bool) -> int:
+        storages: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(steps, B, WIDTH)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), fastseq.use_backend("cpu"):
+            if shared:
+                with context_parallel(group):
+                    module(x)[0].sum().backward()
+            else:
+                module(x)[0].sum().backward()
+        return sum(storages.values())
+
+    ranks = dist.get_world_size(group)
+    own, one = (kept(2 * t, shared) - kept(t, shared) for t, shared in ((32, True), (32 * ranks, False)))
+    assert 0 < own <= one / ranks * 1.15, f"{own} bytes on a rank, {one} on one"
+
+
+def test_a_rank_keeps_its_part(ranks):
+    ranks.run(memory)
+
+
+def averaged(group: Any) -> None:
+    """DistributedDataParallel and FSDP over the ranks form the mean of their parts."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    x = torch.randn(4, B, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    own = x[2 * rank : 2 * rank + 2]
+
+    def made() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return fastseq.LSTM(WIDTH, H, 2, bidirectional=True, dtype=torch.float64)
+
+    whole = made()
+    whole(x)[0].square().sum().backward()
+    for wrap in (
+        lambda module: DistributedDataParallel(module, process_group=group),
+        lambda module: fully_shard(module, mesh=DeviceMesh.from_group(group, "cpu")),
+    ):
+        module = wrap(made())
+        with context_parallel(group, micro_batches=3):
+            loss = module(own)[0].square().sum() * ranks
+        loss.backward()
+        for one, other in zip(whole.parameters(), module.parameters(), strict=True):
+            grad = other.grad.full_tensor() if isinstance(other.grad, DTensor) else other.grad
+            torch.testing.assert_close(grad, one.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_data_parallel_over_the_ranks(ranks):
+    ranks.run(averaged)
+
+
+def compiled(group: Any) -> None:
+    """A program is of whole sequences; inside the block none is made."""
+    lstm, x = fastseq.LSTM(WIDTH, H), torch.randn(2, B, WIDTH)
+    program = torch.compile(lstm, fullgraph=True, backend="eager")
+    torch.testing.assert_close(program(x), lstm(x))
+    with context_parallel(group), pytest.raises(Exception, match="shares a sequence with other ranks cannot be compiled"):
+        program(x)
+    torch.testing.assert_close(program(x), lstm(x))
+
+
+def test_nothing_is_compiled_inside(ranks):
+    ranks.run(compiled, size=1)
 
 
 def faults(group: Any) -> None:
