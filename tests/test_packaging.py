@@ -207,7 +207,8 @@ def test_wheel_metadata(pure_wheel):
     assert facts["License-Expression"] == "Apache-2.0" and facts["Requires-Python"] == ">=3.10"
     needed = {item.split(";")[0].strip() for item in facts.get_all("Requires-Dist") if "extra ==" not in item}
     assert needed == {"torch>=2.10"}, "a CUDA build of torch brings Triton, a CPU needs none"
-    assert set(facts.get_all("Provides-Extra")) == {"bench", "test", "triton", "examples", "transformers", "rl", "dev"}
+    extras = {"bench", "test", "triton", "examples", "transformers", "rl", "docs", "dev"}
+    assert set(facts.get_all("Provides-Extra")) == extras
     assert any(
         item.startswith("triton>=3.4") and "extra == 'triton'" in item.replace('"', "'")
         for item in facts.get_all("Requires-Dist")
