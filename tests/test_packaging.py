@@ -154,6 +154,8 @@ def test_version_is_one():
     from fastseq import _version
 
     assert fastseq.__version__ == _version.__version__
+    assert f"\nversion: {fastseq.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {fastseq.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert library.reason() is not None or torch.ops.fastseq_native.version() == fastseq.__version__
 
 
