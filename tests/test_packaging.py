@@ -154,6 +154,8 @@ def test_version_is_one():
     from fastseq import _version
 
     assert fastseq.__version__ == _version.__version__
+    assert f"\nversion: {fastseq.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {fastseq.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert library.reason() is not None or torch.ops.fastseq_native.version() == fastseq.__version__
 
 
@@ -207,7 +209,8 @@ def test_wheel_metadata(pure_wheel):
     assert facts["License-Expression"] == "Apache-2.0" and facts["Requires-Python"] == ">=3.10"
     needed = {item.split(";")[0].strip() for item in facts.get_all("Requires-Dist") if "extra ==" not in item}
     assert needed == {"torch>=2.10"}, "a CUDA build of torch brings Triton, a CPU needs none"
-    assert set(facts.get_all("Provides-Extra")) == {"bench", "test", "triton", "examples", "transformers", "rl", "dev"}
+    extras = {"bench", "test", "triton", "examples", "transformers", "rl", "docs", "dev"}
+    assert set(facts.get_all("Provides-Extra")) == extras
     assert any(
         item.startswith("triton>=3.4") and "extra == 'triton'" in item.replace('"', "'")
         for item in facts.get_all("Requires-Dist")

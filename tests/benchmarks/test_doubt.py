@@ -191,7 +191,7 @@ def test_a_verdict_is_a_dozen_words_and_the_rest_is_folded(results):
     assert every and all(len(v.brief.split()) <= 12 for v in every)
     assert {v.brief for v in every} >= {"holds only up to T = 64, measured to 512"}
     page = assembly.page(results)
-    assert page.count("<details><summary>details</summary>") == len(every)
+    assert page.count("<details><summary>How it was tried") == len(every)
     assert page.count("more claims: <code>python -m fastseq bench --suite") == 1 and "not measured in this run" not in page
 
 

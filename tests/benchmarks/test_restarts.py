@@ -13,7 +13,6 @@ import pytest
 from torch import nn
 
 from fastseq.benchmarks import assembly, cli, suites
-from fastseq.benchmarks.claims.table import verdicts
 from fastseq.benchmarks.measure import restarts
 from fastseq.benchmarks.measure.case import Case, Options, Participant
 from fastseq.benchmarks.measure.restarts import Restarts, join
@@ -21,7 +20,7 @@ from fastseq.benchmarks.measure.results import Results, Row, write_csv
 from fastseq.benchmarks.measure.runner import Runner
 from fastseq.benchmarks.measure.timing import Effort
 from fastseq.benchmarks.providers.custom import add_provider, remove_provider
-from fastseq.benchmarks.report import compare, quality, readme, reproduce
+from fastseq.benchmarks.report import compare, quality, reproduce
 from fastseq.benchmarks.report.model import ratio_cell, time_cell
 from fastseq.benchmarks.suites import SUITES, joined, sequential_vs_parallel
 from fastseq.benchmarks.workloads.base import Workload
@@ -420,19 +419,13 @@ def test_the_page(measured):
     assert "3 processes: 45.5% between them, 4.0% within" in time_cell(first).hint
     own = next(r for r in measured.rows if r.provider == OWN)
     assert "3 processes: 0.0% between them, 6.0% within" in ratio_cell(own).hint
-    assert "behind every line, whose times are medians over 3 fresh processes:" in "\n".join(
-        readme.verdict_table(verdicts(measured), measured)
-    )
 
 
 def test_nothing_is_said_without_further_restarts(here):
     results, _ = here
     page = assembly.page(results)
     assert not any(word in page for word in ("Headlines by process", "processes: their times", "Contended rows", "once more"))
-    assert (
-        readme.verdict_table(verdicts(results), results)[0].endswith("behind every line:")
-        and assembly.derive(results)["contended"] == []
-    )
+    assert assembly.derive(results)["contended"] == []
 
 
 @pytest.mark.parametrize(
