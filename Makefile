@@ -8,6 +8,7 @@
 # make library     compile the native library into fastseq/lib
 # make sanitize    the CPU kernels of every level that this machine has under sanitizers; a short form is among the tests
 # make host-kernels  compile the CUDA kernels for this machine's CPU, for tests without a GPU
+# make docs        the documentation site, with the reports of committed results, into build/docs/html; a warning is an error
 # make abi         one library file, loaded by CPU torch 2.13.0 and by CUDA torch 2.14.1 (downloads the latter, 5 GB)
 # make wheel       a wheel in dist/, with the library, its platform tag checked, run in a bare environment
 # make clean       remove what was built, keep .venv
@@ -30,6 +31,7 @@ ifeq ($(strip $(PYTHON)),)
   KERNELS := $(VENV)/.kernels
   ENVIRONMENT := $(TOOLS) $(VENV)/.editable
   BROWSER := $(VENV)/.browser
+  SITE := $(VENV)/.docs
   # Tests that fetch build tools from a package index run in this environment only.
   export FASTSEQ_TEST_NETWORK ?= 1
 else
@@ -38,19 +40,20 @@ else
   KERNELS :=
   ENVIRONMENT :=
   BROWSER :=
+  SITE :=
 endif
 PIP := $(PY) -m pip --disable-pip-version-check
 
 SOURCES := CMakeLists.txt setup.py fastseq/_version.py $(shell find csrc -type f)
 LIBRARY := fastseq/lib/.built-$(FASTSEQ_BUILD)
 
-.PHONY: test check lint format bench gpu-day library host-kernels sanitize wheel abi clean
+.PHONY: test check lint format bench gpu-day library host-kernels sanitize docs wheel abi clean
 
-test: $(ENVIRONMENT) $(KERNELS) $(LIBRARY) $(BROWSER)
+test: $(ENVIRONMENT) $(KERNELS) $(LIBRARY) $(BROWSER) $(SITE)
 	-@$(PY) tests/csrc/host_build.py
 	$(PY) -m pytest $(PARALLEL) -m "not slow" $(ARGS)
 
-check: lint $(ENVIRONMENT) $(KERNELS) $(LIBRARY) $(BROWSER)
+check: lint $(ENVIRONMENT) $(KERNELS) $(LIBRARY) $(BROWSER) $(SITE)
 	-@$(PY) tests/csrc/host_build.py
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
@@ -79,6 +82,10 @@ host-kernels: $(TOOLS)
 sanitize: $(TOOLS)
 	$(PY) tests/csrc/cpu_build.py $(ARGS)
 
+docs: $(ENVIRONMENT) $(LIBRARY) $(SITE)
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -t reports -d build/docs/doctrees docs build/docs/html
+	$(PY) -m fastseq.benchmarks.publish build/docs/html/reports
+
 wheel: $(TOOLS)
 	rm -f dist/*.whl
 	$(PIP) wheel . --no-deps --no-build-isolation -w dist
@@ -105,6 +112,10 @@ $(LIBRARY): $(SOURCES) $(TOOLS)
 # For the tests of the report alone, which are skipped without it.
 .venv/.browser: requirements/browser.txt .venv/.requirements
 	@$(PIP) install -r $< && touch $@ || echo "no browser for this machine: the tests that want one are skipped"
+
+# For the documentation, which is no part of the tests without it.
+.venv/.docs: requirements/docs.txt .venv/.requirements
+	@$(PIP) install -r $< && touch $@ || echo "no Sphinx: the tests that build the documentation are skipped"
 
 # After the library: the install finds it up to date. It gives the command `fastseq` and lets scripts anywhere import the checkout.
 .venv/.editable: pyproject.toml setup.py .venv/.requirements | $(LIBRARY)

@@ -1,4 +1,4 @@
-"""`python -m fastseq bench`: runs suites on one device and leaves results.json, rows.csv and report.html.
+"""`python -m fastseq bench`: runs suites on one device and leaves results.json, rows.csv, report.html and summary.png.
 
 `python -m fastseq bench compare OLD NEW` compares two of these results: compare.py.
 """
@@ -32,7 +32,7 @@ from . import assembly, suites
 from .measure import combine, environment, restarts
 from .measure.case import QUICK_RESTARTS, RESTARTS, Case, Options
 from .measure.check import forget_references
-from .measure.results import Results, write_csv
+from .measure.results import Results
 from .measure.runner import Runner
 from .report import compare, quality, readme
 from .report.plots import style
@@ -291,14 +291,8 @@ def _folder(out: Path | None) -> Path:
 
 
 def _write(results: Results, out: Path, console: Console) -> None:
-    results.save(out / "results.json", **assembly.derive(results))
-    write_csv(results.rows, out / "rows.csv")
-    (out / "report.html").write_text(assembly.page(results), encoding="utf-8")
-    console.print(
-        f"\n{out / 'report.html'}\n{out / 'results.json'}\n{out / 'rows.csv'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    written = assembly.write(results, out)
+    console.print("\n" + "\n".join(map(str, written)), highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

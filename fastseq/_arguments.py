@@ -85,11 +85,11 @@ def own_keywords(function: Function, refused: Mapping[str, str] = MappingProxyTy
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        for name in kwargs:
-            if name not in names:
-                if name in refused:
-                    raise ValueError(refused[name])
-                raise TypeError(unexpected(function.__qualname__, name, accepted))
+        if not names.issuperset(kwargs):
+            name = next(name for name in kwargs if name not in names)
+            if name in refused:
+                raise ValueError(refused[name])
+            raise TypeError(unexpected(function.__qualname__, name, accepted))
         return function(*args, **kwargs)
 
     return checked  # type: ignore[return-value]

@@ -67,7 +67,13 @@ class Row:
 
 @dataclass
 class Report:
-    """What `convert` or `revert` did. Print it. True if it changed anything; `len` counts those modules."""
+    """What `convert` or `revert` did. Print it. True if it changed anything; `len` counts those modules.
+
+    Attributes:
+        title: what was called.
+        converted: a row for each module that was changed: names, classes, backend.
+        skipped: a row for each that was left alone, with the reason.
+    """
 
     title: str
     converted: list[Row] = field(default_factory=list)
@@ -397,6 +403,9 @@ def revert(model: nn.Module) -> Report:
 
     This holds for modules that `convert` made as well as for those built as fastseq's, by name or under
     `patched`. Parameters keep their identity. Reverting again changes nothing.
+
+    Args:
+        model: any module, as `convert` takes it.
 
     Returns:
         The report; what could not be reverted (subclasses, modules wrapped by FSDP or a parametrization

@@ -58,6 +58,7 @@ class PackReport:
     """What `pack` or `unpack` did. Print it. True if it changed anything; `len` counts those modules.
 
     Attributes:
+        title: what was called.
         packed: modules that were packed, or of `unpack` unpacked.
         skipped: recurrent modules that were left alone.
         errors: with `example`, of every tensor of the result: its place, the largest difference from the unpacked model,
@@ -156,6 +157,9 @@ def pack(model: nn.Module, weights: torch.dtype | None = None, *, example: Any =
 
 def unpack(model: nn.Module) -> PackReport:
     """Take away what `pack` left in `model`; its modules read their parameters again.
+
+    Args:
+        model: any module.
 
     Raises:
         TypeError: model is no nn.Module.

@@ -16,13 +16,23 @@ def _scale(truth: Tensor) -> float:
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:
-    """Largest error of ``result`` against an fp64 ``truth``, relative to the largest value of the truth."""
+    """Largest error of a result, relative to the largest value of the truth.
+
+    Args:
+        result: in any dtype.
+        truth: the same in fp64.
+    """
     scale = _scale(truth)
     return (result.double() - truth.double()).abs().max().item() / scale if scale else 0.0
 
 
 def pooled_error(results: Mapping[str, Tensor], truths: Mapping[str, Tensor]) -> float:
-    """The largest relative error of all results of one computation."""
+    """The largest relative error of all results of one computation.
+
+    Args:
+        results: by name.
+        truths: the same in fp64, by the same names.
+    """
     return max((relative_error(result, truths[name].double()) for name, result in results.items()), default=0.0)
 
 
@@ -38,6 +48,8 @@ def assert_close_to_truth(
         actual: the result under test; shape and dtype must be ``torch_result``'s.
         torch_result: what PyTorch computes in the same dtype.
         truth: the same in fp64.
+        what: its name, for the message.
+        factor: how many times PyTorch's error is allowed.
         own_error: PyTorch's relative error as known from elsewhere, if that is larger than what this result shows.
     """
     if actual.shape != torch_result.shape or actual.dtype != torch_result.dtype:
@@ -72,6 +84,12 @@ def assert_all_close_to_truth(
 
     PyTorch's error is pooled: the largest relative error of any of its results bounds all of them, since the largest of a few
     elements says little about the error of the computation behind them.
+
+    Args:
+        actual: results under test, by name.
+        torch_results: what PyTorch computes in the same dtype, by the same names.
+        truths: the same in fp64.
+        factor, own_error: as of :func:`assert_close_to_truth`.
     """
     assert actual.keys() == torch_results.keys() == truths.keys()
     own = max(own_error, pooled_error(torch_results, truths))

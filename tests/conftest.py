@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 # Read when torch is loaded: a thread that waits for work sleeps. By default it spins for milliseconds after every operation, on a
@@ -24,6 +23,7 @@ from fastseq.backends import BACKENDS, library  # noqa: E402
 from fastseq.backends.triton import _launch  # noqa: E402
 from fastseq.choice import lengths  # noqa: E402
 from support import cuda_host, interpreter  # noqa: E402
+from support.poison import poison  # noqa: E402
 
 BACKENDS[cuda_host.name] = cuda_host  # has no place in the order: only where it is forced
 _patches = ExitStack()
@@ -67,36 +67,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-def _called_from_fastseq() -> bool:
-    # Frames: this function, the poisoning wrapper, the caller.
-    return str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0] == "fastseq"
-
-
-def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def wrapper(*args, **kwargs):
-        if torch.compiler.is_compiling():
-            return allocate(*args, **kwargs)
-        tensor = allocate(*args, **kwargs)
-        if _called_from_fastseq() and tensor.device.type != "meta" and (tensor.is_floating_point() or tensor.is_complex()):
-            with torch.no_grad():
-                tensor.fill_(float("nan"))
-        return tensor
-
-    return wrapper
-
-
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_allocations() -> Iterator[None]:
     """`torch.empty` and its like, called by fastseq, return NaN: an element left unwritten shows."""
-    torch.utils._device._device_constructors()  # remembers the real functions, which `with torch.device(...)` looks for
     patch = pytest.MonkeyPatch()
-    for owner, name in (
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch, "empty_strided"),
-        (torch.Tensor, "new_empty"),
-    ):
-        patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    poison(patch.setattr)
     yield
     patch.undo()
 

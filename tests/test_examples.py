@@ -227,6 +227,23 @@ class TestCartPole:
             assert found[t, row] == pytest.approx(float(total), abs=1e-6)
 
 
+@pytest.mark.slow
+def test_a_sequence_on_two_processes_is_trained_as_on_one():
+    """Twice as long as a process holds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [*command, str(EXAMPLES / "context_parallel.py"), "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        cwd=EXAMPLES.parent,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "64 characters, 32 on each of 2 processes, by ring" in finished.stdout
+    assert "losses agree at every one of 8 steps" in finished.stdout
+
+
 @pytest.fixture
 def side_by_side(monkeypatch) -> ModuleType:
     pytest.importorskip("rich", reason="needs rich")

@@ -23,6 +23,7 @@ ROOMS = (
     "tuning",
     "convert",
     "models",
+    "distributed",
     "modules",
     "functional",
     "ops",

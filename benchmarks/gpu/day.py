@@ -98,7 +98,7 @@ def _sanitizer(tool: str, module: tuple[str, ...]) -> Stage:
 
 def _suite(name: str, module: tuple[str, ...], device: str, *more: str) -> Stage:
     command = (*module, "fastseq", "bench", "--suite", name, "--device", device, "--out", f"{{folder}}/{name}", "--resume", *more)
-    drops = (f"{name}/rows.csv", f"{name}/report.html")  # bench --json-in writes them again
+    drops = (f"{name}/rows.csv", f"{name}/report.html", f"{name}/summary.png")  # bench --json-in writes them again
     return Stage(name, command, SUITE_MINUTES.get(name, OTHER_SUITE_MINUTES), f"{name}/results.json", drops)
 
 

@@ -12,6 +12,7 @@ from .models import MODEL_PROVIDERS
 from .onnx_attention import ONNX_ATTENTION_PROVIDERS
 from .onnx_runtime import ONNX_PROVIDERS
 from .pack import PACK_PROVIDERS
+from .ranks import RANK_PROVIDERS
 from .recurrent import RECURRENT_PROVIDERS
 from .resets import RESET_PROVIDERS
 from .scan import SCAN_PROVIDERS
@@ -30,5 +31,6 @@ EVERY_PROVIDER |= (
     | ONNX_PROVIDERS
     | ONNX_ATTENTION_PROVIDERS
     | PACK_PROVIDERS
+    | RANK_PROVIDERS
     | SYSTEM_PROVIDERS
 )

@@ -23,6 +23,7 @@ from .model import (
     Section,
     Table,
     bytes_text,
+    curve_of,
     power,
     ratio_cell,
     speed_tone,
@@ -228,7 +229,14 @@ class Curves:
                 self._draw(axes, theme, heading, panel, quantity)
 
         caption = "Median, with its 20 % and 80 % quantiles or, of an experiment, the extremes over seeds."
-        return Figure(f"{title} against {self.x_label}", caption, draw, (12.5, self.height * -(-len(shown) // 2)))
+        drawn = {
+            curve_of(provider, points)
+            for panel, quantity in shown.values()
+            for provider in _providers(panel)
+            if (points := self.curve(panel, provider, quantity))
+        }
+        size = (12.5, self.height * -(-len(shown) // 2))
+        return Figure(f"{title} against {self.x_label}", caption, draw, size, curves=frozenset(drawn))
 
     def _draw(self, axes: Any, theme: Any, heading: str, panel: list[Row], quantity: Quantity) -> None:
         places = [float(T) for T in sorted({self.at(r) for r in panel})]

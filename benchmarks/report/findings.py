@@ -197,7 +197,9 @@ class Verdict:
             return doubts[0]
         parts = [part for finding in self.findings for part in finding.parts]
         if len(parts) == 1:
-            return parts[0].text.removeprefix(f"{INCONCLUSIVE}, ").partition(" (")[0]
+            text = parts[0].text.removeprefix(f"{INCONCLUSIVE}, ").partition(" (")[0]
+            shorter = (text, text.partition(": ")[0], BRIEF[parts[0].state])
+            return next(words for words in shorter if len(words.split()) <= WORDS)
         of_state = {state: [part for part in parts if part.state == state] for state in BRIEF}
         told = [f"{', '.join(p.about for p in of)}: {BRIEF[state]}" for state, of in of_state.items() if of]
         if len(self.findings) == 1 and len(" ".join(told).split()) <= WORDS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,9 @@ class Table:
     heat: bool = False  # color whole cells by tone instead of their text
 
 
+Curve = tuple[str, tuple[tuple[float, float], ...]]  # a name, and its points
+
+
 @dataclass
 class Figure:
     title: str
@@ -39,6 +42,7 @@ class Figure:
     draw: Callable[[Any, Any], None]  # (matplotlib Figure, plots.Theme)
     size: tuple[float, float] = (10.5, 4.4)  # inches
     alt: str = ""  # what it shows, for those who do not see it; without it the caption
+    curves: frozenset[Curve] = frozenset()  # all that it draws: a page that has drawn them already links there instead
 
 
 @dataclass
@@ -57,6 +61,11 @@ class Section:
     cards: list[Card] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+
+
+def curve_of(name: str, points: Mapping[Any, float]) -> Curve:
+    """For `Figure.curves`."""
+    return name, tuple((float(x), float(y)) for x, y in points.items())
 
 
 def time_text(seconds: float) -> str:

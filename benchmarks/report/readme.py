@@ -1,59 +1,53 @@
-"""The figures of the README, from committed results: tables between two markers, and the picture beside them.
+"""What documents say of committed results: text between two markers, a table of verdicts by device.
 
-`python -m fastseq bench --json-in benchmarks/results/<device>/results.json --readme README.md --picture docs/<name>.svg` writes
-both; a test fails when they differ from the file.
+`python -m fastseq bench --json-in benchmarks/results/<device>/results.json --readme README.md` writes the README's figures,
+`python -m tools.pages` all other tables and pictures. Tests fail when they differ from the files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..measure.results import Results
 from .findings import Verdict
 
 BEGIN, END = "<!-- figures: begin, written by --readme -->", "<!-- figures: end -->"
 
 
-def section(speed_ups: Sequence[str], verdicts: Sequence[Verdict], results: Results) -> str:
-    """Markdown: the table of a suite's speed-ups, and the verdicts."""
-    return "\n".join([*speed_ups, "", *verdict_table(verdicts, results)])
-
-
-def verdict_table(every: Sequence[Verdict], results: Results) -> list[str]:
-    """A Markdown table of the claims that were measured, and how to measure the others."""
-    restarts = max((row.restarts["count"] for row in results.rows if row.restarts), default=1)
-    medians = f", whose times are medians over {restarts} fresh processes" if restarts > 1 else ""
-    lines = [
-        f"Common claims, tested by this run; the report shows the curves behind every line{medians}:",
-        "",
-        "| claim | verdict | figures |",
-        "|---|---|---|",
-    ]
-    for v in every:
-        if v.measured:
-            figures = "; ".join(text for text in (v.figures, v.crossovers) if text)
-            sizes = ", ".join(dict.fromkeys(finding.sizes for finding in v.findings))
-            lines.append(f"| {v.statement} | {v.state}: {_text(v.brief)} ({sizes}) | {_text(figures)} |")
-    rest = sorted({name for v in every if not v.measured for name in v.missing})
-    if rest:
-        lines += ["", f"The verdicts on the other claims come from {', '.join(f'`--suite {name}`' for name in rest)}."]
+def verdict_tables(devices: Mapping[str, Sequence[Verdict]]) -> list[str]:
+    """Markdown: the state of every claim on every device, then for each device the sizes and figures behind it."""
+    names = list(devices)
+    statements = list(dict.fromkeys(v.statement for of in devices.values() for v in of))
+    lines = [f"| claim | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for statement in statements:
+        states = [next(v.state for v in devices[name] if v.statement == statement) for name in names]
+        lines.append(f"| {statement} | {' | '.join(states)} |")
+    for name, of in devices.items():
+        lines += ["", f"## {name}", ""]
+        for v in of:
+            if v.measured:
+                sizes = " and ".join(dict.fromkeys(finding.sizes for finding in v.findings))
+                told = [f"{v.experiment} {sizes}.", v.verdict + ".", *(f"{text}." for text in (v.figures, v.crossovers) if text)]
+                lines += [f"### {v.statement}", "", f"**{v.state}**: {' '.join(told)}", ""]
+        rest = sorted({suite for v in of if not v.measured for suite in v.missing})
+        if rest:
+            lines += [f"Not measured in this run; the suites for it are {', '.join(f'`{suite}`' for suite in rest)}."]
     return lines
 
 
-def _text(words: str) -> str:
-    """For a cell of a table."""
-    return words.replace("|", "\\|")
-
-
-def update(readme: Path, text: str) -> None:
+def update(file: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Replaces what stands between the markers.
 
     Raises:
         ValueError: if the file has no markers.
     """
-    old = readme.read_text(encoding="utf-8")
-    if BEGIN not in old or END not in old:
-        raise ValueError(f"--readme: {readme} lacks the markers {BEGIN!r} and {END!r}")
-    before, rest = old.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    file.write_text(replaced(file, text, begin, end), encoding="utf-8")
+
+
+def replaced(file: Path, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """The file with other text between the markers. Raises ValueError if it has none."""
+    old = file.read_text(encoding="utf-8")
+    if begin not in old or end not in old.partition(begin)[2]:
+        raise ValueError(f"--readme: {file} lacks the markers {begin!r} and {end!r}")
+    before, _, rest = old.partition(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"

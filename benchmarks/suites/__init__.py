@@ -16,6 +16,7 @@ from . import (
     attention_grid,
     cells,
     decode,
+    distributed,
     limits,
     long_range,
     memory_use,
@@ -70,6 +71,7 @@ SUITES: dict[str, Suite] = {
         resets,
         statements,
         models,
+        distributed,
         systems,
         limits,
     )
@@ -90,9 +92,9 @@ def joined(case: Case) -> Case:
 
 
 def sections(results: Results) -> list[Section]:
-    """What the suites of a run show, each with its rooflines and maps."""
+    """What the suites of a run show, in the order of `SUITES`, each with its rooflines and maps."""
     found: list[Section] = []
-    for name in results.suites():
+    for name in sorted(results.suites(), key=list(SUITES).index):
         rows, of_suite = results.of_suite(name), SUITES[name].present(results)
         of_suite[0].figures += roofline.figures(rows) + heatmap.figures(rows, recurrent_gpu.ONE_LAYER)
         found += of_suite

@@ -27,6 +27,7 @@ from ..report.model import (
     target_cell,
     time_cell,
 )
+from ..report.plots.bars import Bar
 from ..report.plots.strip import Strip, draw
 from ..report.statistics import geometric_mean
 from ..workloads.base import MODES, Workload
@@ -412,7 +413,61 @@ def markdown(results: Results) -> list[str]:
             what = TITLES[group] if group != "padded" or mode == "training" else "rows of equal length"
             cells = [_summary([r for r in results.rows if _is(r, group, mode, cell)]) for cell in CELLS]
             lines.append(f"| {title}, {what} | {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", *remarks(results)]
+
+
+def bars(results: Results) -> list[tuple[str, list[Bar]]]:
+    """The same as bars, a group for each kind of call."""
+    found = []
+    for mode, group in product(reversed(MODES), ("packed", "padded")):
+        rows = {cell: [row for row in results.rows if _is(row, group, mode, cell) and row.ok and row.ratio] for cell in CELLS}
+        of_kind = [
+            Bar(cell, RECURRENT[cell], [row.ratio["median"] for row in of if row.ratio]) for cell, of in rows.items() if of
+        ]
+        what = "PackedSequence" if group == "packed" else "rows of equal length"
+        found.append((f"{'Training step' if mode == 'training' else 'Inference'}, {what}", of_kind))
+    return [(title, of_kind) for title, of_kind in found if of_kind]
+
+
+def remarks(results: Results) -> list[str]:
+    """Below the table: where fastseq is slower, how far torch's own kernel gets, ONNX Runtime, how much of it was noisy."""
+    rows = [row for row in results.of_suite(NAME) if row.ok and row.time]
+    ours = [row for row in rows if row.ratio and row.provider.startswith("fastseq.") and row.group in TIMED]
+    lost = sorted((row for row in ours if _speed(row) < 1), key=_speed)
+    found = []
+    if lost:
+        worst = lost[0]
+        told = f"{worst.provider}, {MODES[worst.mode]}, {'packed' if worst.packed else 'padded'}, B={worst.B}, H={worst.H}"
+        found.append(
+            f"Slower than torch.nn at {len(lost)} of {len(ours)} points, at {sum(_speed(row) < LEAST for row in lost)} of them "
+            f"by more than a tenth; at worst {_speed(worst):.2f}× ({told})."
+        )
+    elif ours:
+        found.append(f"Slower than torch.nn at none of {len(ours)} points.")
+    large = [r for r in rows if (r.provider, r.group, r.H) == ("torch.nn.LSTM", "padded", 512) and r.B > 1 and r.roofline]
+    if large:
+        rates = [100 * row.of_roofline for row in large]
+        found.append(
+            f"At H = 512 and batches above one oneDNN, behind torch.nn.LSTM, runs at {min(rates):.0f} to {max(rates):.0f} % of "
+            "the rate of a plain matrix product."
+        )
+    times = {(row.provider, row.mode, row.group, row.B, row.H, row.threads): row.seconds for row in rows}
+    own = {layer_name(cell): f"fastseq.{cell}" for cell in CELLS}
+    pairs = [times[key] / times[mine] for key in times if (mine := (own.get(key[0], ""), *key[1:])) in times]
+    if pairs:
+        found.append(
+            f"ONNX Runtime, inference on rows of equal length, is slower than fastseq at {sum(pair > 1 for pair in pairs)} of "
+            f"{len(pairs)} points, {min(pairs):.2f} to {max(pairs):.2f} times."
+        )
+    doubtful = sum(bool(row.noisy or row.contended) for row in results.rows)
+    return [
+        " ".join([*found, f"{doubtful} of the file's {len(results.rows)} rows were noisy or contended; they decide no verdict."])
+    ]
+
+
+def _speed(row: Row) -> float:
+    assert row.ratio
+    return float(row.ratio["median"])
 
 
 def _is(row: Row, group: str, mode: str, cell: str) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, fields
+import textwrap
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..report.model import (
     Section,
     Table,
     bytes_text,
+    curve_of,
     power,
     ratio_cell,
     tick_text,
@@ -150,10 +152,8 @@ def present(results: Results) -> list[Section]:
         tables.append(_crossovers(derived, mode, f"Crossover length, {title}"))
         tables.append(_memory(rows, derived, mode, f"Peak memory, {title}"))
     tables.append(_implementations(rows))
-    figures = [
-        _figure(rows, "seconds", "Time against sequence length"),
-        _figure(rows, "memory", "Peak memory against sequence length"),
-    ]
+    forward = _figure(rows, "inference", "Forward alone: time and peak memory against sequence length")
+    figures = [figure for figure in (_training(rows), forward) if figure.curves]
     return [Section(f"Sequential against parallel: {sizes}", [EQUAL, MEASURED], _cards(rows, derived), figures, tables)]
 
 
@@ -162,16 +162,24 @@ def _threads(count: int) -> str:
 
 
 def picture(results: Results) -> Figure:
-    rows = results.of_suite(NAME)
-    longest = [r for r in rows if r.mode == "training" and r.T == _lengths(rows)[-1] and r.ok]
-    return Figure(
-        "Sequential against parallel",
-        "A training step of one layer at equal batch and width: time and peak memory against sequence length.",
-        lambda canvas, theme: _panels(canvas, theme, rows, [("training", "seconds"), ("training", "memory")], results),
-        (11.5, 4.6),
-        alt=f"At T = {_lengths(rows)[-1]}: "
-        + "; ".join(f"{r.provider} {time_text(r.seconds)} and {bytes_text(r.memory)}" for r in longest),
-    )
+    """With the device and sizes in it, for where no page says them."""
+    figure = _training(results.of_suite(NAME))
+    title = textwrap.fill(f"Sequential against parallel, lower is better: {_sizes(results)}", 125)
+
+    def draw(canvas: Any, theme: Any) -> None:
+        figure.draw(canvas, theme)
+        canvas.suptitle(title, color=theme.ink, fontsize=11.5, x=0.01, ha="left")
+
+    return replace(figure, draw=draw)
+
+
+def _training(rows: list[Row]) -> Figure:
+    return _figure(rows, "training", "Sequential against parallel, a training step: time and peak memory")
+
+
+def _sizes(results: Results) -> str:
+    w = results.of_suite(NAME)[0]
+    return f"{where(results.environment)}, B={w.B}, width {w.H}, {w.dtype}"
 
 
 def _at(rows: list[Row], provider: str, mode: str, T: int) -> Row | None:
@@ -346,27 +354,29 @@ def _cards(rows: list[Row], derived: dict[str, Any]) -> list[Card]:
     return cards
 
 
-def _figure(rows: list[Row], quantity: str, title: str) -> Figure:
-    caption = (
-        "Lower is better. Median of interleaved rounds; the band is the 20 % to 80 % quantile; beside a name how its time grows. "
-        "Both axes are logarithmic: every power of T is a straight line, and its exponent is the slope."
-        if quantity == "seconds"
-        else "Peak of what the call allocated."
+QUANTITIES = ("seconds", "memory")
+
+
+def _figure(rows: list[Row], mode: str, title: str) -> Figure:
+    """Of one layer at equal batch and width."""
+    shown = {quantity: {name: curve(rows, name, mode, quantity) for name in EVERY} for quantity in QUANTITIES}
+    T = _lengths(rows)[-1]
+    longest = [r for r in rows if r.mode == mode and r.T == T and r.ok]
+
+    def draw(canvas: Any, theme: Any) -> None:
+        for axes, quantity in zip(canvas.subplots(1, len(QUANTITIES)), QUANTITIES, strict=True):
+            _panel(axes, theme, rows, mode, quantity)
+
+    return Figure(
+        title,
+        "One layer at equal batch and width, lower is better. Time: the median of interleaved rounds, its band from the 20 % to "
+        "the 80 % quantile; memory: what the call allocated at most. Beside a name how it grows: both axes are logarithmic, so "
+        "every power of T is a straight line, and its exponent the slope.",
+        draw,
+        (11.5, 4.6),
+        alt=f"At T = {T}: " + "; ".join(f"{r.provider} {time_text(r.seconds)} and {bytes_text(r.memory)}" for r in longest),
+        curves=frozenset(curve_of(name, points) for of in shown.values() for name, points in of.items() if points),
     )
-    panels = [(mode, quantity) for mode in MODES]
-    return Figure(title, caption, lambda canvas, theme: _panels(canvas, theme, rows, panels, None), (11.5, 4.8))
-
-
-def _panels(canvas: Any, theme: Any, rows: list[Row], panels: list[tuple[str, str]], results: Results | None) -> None:
-    every = canvas.subplots(1, len(panels))
-    for axes, (mode, quantity) in zip(every, panels, strict=True):
-        _panel(axes, theme, rows, mode, quantity)
-    if results is not None:
-        w = rows[0]
-        line = f"{where(results.environment)}, B={w.B}, width {w.H}, {w.dtype}"
-        canvas.suptitle(
-            f"Sequential against parallel, lower is better: {line}", color=theme.ink, fontsize=11.5, x=0.01, ha="left"
-        )
 
 
 def _panel(axes: Any, theme: Any, rows: list[Row], mode: str, quantity: str) -> None:
@@ -404,7 +414,8 @@ def _panel(axes: Any, theme: Any, rows: list[Row], mode: str, quantity: str) -> 
             T, low, high = zip(*sorted(band), strict=True)
             axes.fill_between(T, low, high, color=provider.color, alpha=0.18, linewidth=0)
         fit = power_law(list(points), list(points.values()))
-        ends.append((points[max(points)], f"{name}  {power(fit.exponent)}" if fit else name, provider.color))
+        label = f"{name}, parallel in time" if name in LINEAR else name
+        ends.append((points[max(points)], f"{label}  {power(fit.exponent)}" if fit else label, provider.color))
     if not ends:
         return
     axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.06)

@@ -37,6 +37,7 @@ class Experiment(Workload):
     mode: str = "training"
     task: str = "gradient"
     budget: int = 0  # training steps
+    seconds: float = 0.0  # of training beyond them
     seeds: int = 3
     samples: int = 0  # steps of a record that are trained on
     rate: float = 5e-3  # of learning
@@ -95,10 +96,10 @@ class Model(nn.Module):
 
 
 def learn(w: Any, model: nn.Module, loss_of: Callable[[], Tensor]) -> int:
-    """`budget` steps of Adam, gradients clipped to norm 1; without a budget those that begin in `seconds` of computing."""
+    """`budget` steps of Adam, gradients clipped to norm 1, and as many more as begin in `seconds` of computing."""
     optimizer = torch.optim.Adam(model.parameters(), lr=w.rate)
     now = time.perf_counter if w.device.startswith("cuda") else time.process_time  # of a CPU what this program has of it
-    steps, end = 0, 0.0 if w.budget else now() + w.seconds
+    steps, end = 0, now() + w.seconds if w.seconds else 0.0
     while steps < w.budget or now() < end:
         optimizer.zero_grad()
         loss_of().backward()

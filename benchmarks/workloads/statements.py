@@ -98,6 +98,7 @@ class Context(SystemWorkload):
     same_length: bool = False
     variant: str = ""
     budget: int = 0
+    seconds: float = 0.0
     seeds: int = 3
     rate: float = 5e-3
 

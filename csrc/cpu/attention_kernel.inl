@@ -41,9 +41,11 @@ int64_t copied_row(int64_t features) {
 template <class S, class A = Wide<S>>
 void copy_rows(const S* from, int64_t row, int64_t rows, int64_t features, A* to) {
   constexpr int64_t W = Math<A>::kWidth;
-  for (int64_t j = 0; j < rows; ++j)
-    for (int64_t e = 0; e < features; e += W)
-      store_vector(to + j * copied_row<A>(features) + e, Memory<S, A>::load(from + j * row + e, features - e));
+  const int64_t whole = features / W * W;
+  for (int64_t j = 0; j < rows; ++j, from += row, to += copied_row<A>(features)) {
+    for (int64_t e = 0; e < whole; e += W) store_vector(to + e, Memory<S, A>::load(from + e, W));
+    if (whole < features) store_vector(to + whole, Memory<S, A>::load(from + whole, features - whole));
+  }
 }
 
 template <class A>
@@ -447,10 +449,17 @@ class WeightsKernel {
     S* to = static_cast<S*>(w.weights) + (w.average ? block.b : block.b * a.heads + block.h) * a.queries * a.keys + block.first * a.keys;
     for (int64_t v = 0; v < NV; ++v)
       for (int64_t j = 0; j < a.keys; j += W) {
-        V square[W];
-        for (int64_t r = 0; r < W; ++r) square[r] = j + r < a.keys ? load_vector(from + (j + r) * lanes + v * W) * factor : V{};
-        transpose<W / 2, W>(square);
-        for (int64_t r = 0; r < min(W, block.count - v * W); ++r) Memory<S, A>::store(to + (v * W + r) * a.keys + j, square[r], a.keys - j);
+        const A* at = from + j * lanes + v * W;
+        S* row = to + v * W * a.keys + j;
+        if ((v + 1) * W <= block.count && j + W <= a.keys) {
+          through_square<V>([&](int r) __attribute__((always_inline)) { return load_vector(at + r * lanes) * factor; },
+                            [&](int r, V x) __attribute__((always_inline)) { Memory<S, A>::store(row + r * a.keys, x, W); });
+        } else {
+          through_square<V>([&](int r) { return j + r < a.keys ? load_vector(at + r * lanes) * factor : V{}; },
+                            [&](int r, V x) {
+                              if (v * W + r < block.count) Memory<S, A>::store(row + r * a.keys, x, a.keys - j);
+                            });
+        }
       }
   }
 

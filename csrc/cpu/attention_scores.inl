@@ -15,6 +15,19 @@ FASTSEQ_HOST_DEVICE void store_vector(A* p, typename Math<A>::V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Transposes a square of vectors: row(r) gives each, put(r, vector) takes each of the others. Where they ask for conditions the compiler keeps
+// the square in memory: whole squares should be asked for without.
+template <class V, class Row, class Put>
+FASTSEQ_HOST_DEVICE void through_square(const Row& row, const Put& put) {
+  constexpr int W = sizeof(V) / sizeof(V{}[0]);
+  V square[W];
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) square[r] = row(r);
+  transpose<W / 2, W>(square);
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) put(r, square[r]);
+}
+
 // sums[m][v] = sum over k < depth of a(m, k) times the vectors b(k, v): a(m, k) is a[m * row + k], or a[k * row + m] if kAcross.
 template <bool kAcross, int M, int NV, class A, class V>
 FASTSEQ_HOST_DEVICE void multiply(const A* a, int64_t row, const A* b, int64_t b_row, int64_t depth, V (&sums)[M][NV]) {
@@ -286,13 +299,12 @@ class Block {
     const int64_t n = lanes();
     for (int64_t v = 0; v < vectors; ++v)
       for (int64_t e = 0; e < features; e += W) {
-        V square[W];
-        for (int64_t r = 0; r < W; ++r) {
-          const int64_t i = v * W + r;
-          square[r] = i < count ? Memory<S, A>::load(from + i * rows.t + e, features - e) : V{};
-        }
-        transpose<W / 2, W>(square);
-        for (int64_t r = 0; r < W; ++r) store_vector(to + (e + r) * n + v * W, square[r]);
+        const S* at = from + v * W * rows.t + e;
+        const auto put = [&](int r, V x) __attribute__((always_inline)) { store_vector(to + (e + r) * n + v * W, x); };
+        if ((v + 1) * W <= count && e + W <= features)
+          through_square<V>([&](int r) __attribute__((always_inline)) { return Memory<S, A>::load(at + r * rows.t, W); }, put);
+        else
+          through_square<V>([&](int r) { return v * W + r < count ? Memory<S, A>::load(at + r * rows.t, features - e) : V{}; }, put);
       }
   }
   void transposed(const ConstRows& rows, A* to) const { transposed(rows, to, a.features); }
@@ -304,10 +316,17 @@ class Block {
     for (int64_t v = 0; v < vectors; ++v) {
       const V scale = load_vector(factor + v * W);
       for (int64_t e = 0; e < features; e += W) {
-        V square[W];
-        for (int64_t r = 0; r < W; ++r) square[r] = e + r < features ? load_vector(from + (e + r) * n + v * W) * scale : V{};
-        transpose<W / 2, W>(square);
-        for (int64_t r = 0; r < min(W, count - v * W); ++r) Memory<S, A>::store(to + (v * W + r) * rows.t + e, square[r], features - e);
+        const A* at = from + e * n + v * W;
+        S* row = to + v * W * rows.t + e;
+        if ((v + 1) * W <= count && e + W <= features) {
+          through_square<V>([&](int r) __attribute__((always_inline)) { return load_vector(at + r * n) * scale; },
+                            [&](int r, V x) __attribute__((always_inline)) { Memory<S, A>::store(row + r * rows.t, x, W); });
+        } else {
+          through_square<V>([&](int r) { return e + r < features ? load_vector(at + r * n) * scale : V{}; },
+                            [&](int r, V x) {
+                              if (v * W + r < count) Memory<S, A>::store(row + r * rows.t, x, features - e);
+                            });
+        }
       }
     }
   }
@@ -340,19 +359,22 @@ class Block {
     constexpr int64_t lanes = NV * W;
     if (shaped_) {
       if (a.relative_q.given()) add_relative<NV>(scores, begin, n);
+      A own = A(a.scale);  // what the scores are still to be multiplied by: the first pass does it
+      const auto once = [&] { return std::exchange(own, A(1)); };
       if (a.softcap != 0) {
         const A inner = A(a.scale / a.softcap), outer = A(a.softcap);
+        own = A(1);
         for (int64_t x = 0; x < n * lanes; x += W) {
           const V t = M::tanh(load_vector(scores + x) * inner);
           if (capped) store_vector(capped + x, t);
           store_vector(scores + x, t * outer);
         }
-      } else if (!a.bias.given()) {
-        for (int64_t x = 0; x < n * lanes; x += W) store_vector(scores + x, load_vector(scores + x) * A(a.scale));
       }
-      if (a.bias.given()) add_pairs<NV>(a.bias, a.bias_type, A(1), scores, begin, n, a.softcap != 0 ? A(1) : A(a.scale));
-      if (a.slopes) add_slopes<NV>(scores, begin, n);
-      if (a.relative_bias) add_relative_bias<NV>(scores, begin, n);
+      if (a.bias.given()) add_pairs<NV>(a.bias, a.bias_type, A(1), scores, begin, n, once());
+      if (a.slopes) add_slopes<NV>(scores, begin, n, once());
+      if (a.relative_bias) add_relative_bias<NV>(scores, begin, n, once());
+      if (own != A(1))
+        for (int64_t x = 0; x < n * lanes; x += W) store_vector(scores + x, load_vector(scores + x) * own);
     }
     if (!hides_) return;
     if (!a.mask.given() && !a.blocks.given()) return hide_outside<NV>(scores, begin, n);
@@ -528,18 +550,15 @@ class Block {
     }
     for (int64_t v = 0; v < NV; ++v)
       for (int64_t j = 0; j < n; j += W) {
-        V square[W];
-        if (pairs.j == 1 && (v + 1) * W <= count && j + W <= n) {  // without conditions, which would keep it in memory
-#pragma GCC unroll 16
-          for (int64_t r = 0; r < W; ++r) square[r] = loaded<T>(base + (v * W + r) * pairs.i + j, W);
-          transpose<W / 2, W>(square);
-#pragma GCC unroll 16
-          for (int64_t r = 0; r < W; ++r) {
-            A* at = to + (j + r) * lanes + v * W;
-            store_vector(at, load_vector(at) * own + square[r] * factor);
-          }
+        if (pairs.j == 1 && (v + 1) * W <= count && j + W <= n) {
+          through_square<V>([&](int r) __attribute__((always_inline)) { return loaded<T>(base + (v * W + r) * pairs.i + j, W); },
+                            [&](int r, V x) __attribute__((always_inline)) {
+                              A* at = to + (j + r) * lanes + v * W;
+                              store_vector(at, load_vector(at) * own + x * factor);
+                            });
           continue;
         }
+        V square[W];
         for (int64_t r = 0; r < W; ++r) {
           const int64_t i = v * W + r;
           if (i >= count) {
@@ -571,34 +590,54 @@ class Block {
   }
 
   template <int NV>
-  void add_slopes(A* scores, int64_t begin, int64_t n) const {
+  void add_slopes(A* scores, int64_t begin, int64_t n, A own) const {
     constexpr int64_t lanes = NV * W;
     const A slope = static_cast<const A*>(a.slopes)[b * a.slopes_b + h];
-    for (int64_t v = 0; v < NV; ++v) {
-      V place;
-      for (int64_t i = 0; i < W; ++i) place[i] = A(first + s.shift + v * W + i);
-      for (int64_t j = 0; j < n; ++j) {
-        const V distance = place - A(begin + j);
+    V place[NV]{};
+    for (int64_t v = 0; v < NV; ++v)
+      for (int64_t i = 0; i < W; ++i) place[v][i] = A(first + s.shift + v * W + i);
+    for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < NV; ++v) {
+        const V distance = place[v] - A(begin + j);
         A* at = scores + j * lanes + v * W;
-        store_vector(at, load_vector(at) - slope * (distance < 0 ? -distance : distance));
+        store_vector(at, load_vector(at) * own - slope * (distance < 0 ? -distance : distance));
       }
-    }
   }
 
   // diagonal t of a chunk holds the pairs with lane - key = t - (n - 1)
   template <int NV>
-  void add_relative_bias(A* scores, int64_t begin, int64_t n) const {
+  void add_relative_bias(A* scores, int64_t begin, int64_t n, A own) const {
     constexpr int64_t lanes = NV * W;
-    const int64_t last = begin + n - 1 - first - s.shift + a.relative_bias_zero, length = a.relative_bias_length;
-    with_element(a.relative_bias_type, [&]<class T>() {
-      const T* table = static_cast<const T*>(a.relative_bias) + h * length;
-      for (int64_t t = 0; t < lanes + n - 1; ++t) diagonal_[t] = last - t >= 0 && last - t < length ? A(value_of(table + last - t)) : A(0);
-    });
+    with_element(a.relative_bias_type, [&]<class T>() { fill_diagonal<T>(begin + n - 1 - first - s.shift + a.relative_bias_zero, lanes + n - 1); });
     for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
       for (int64_t v = 0; v < NV; ++v) {
         A* at = scores + j * lanes + v * W;
-        store_vector(at, load_vector(at) + load_vector(diagonal_ + v * W - j + n - 1));
+        store_vector(at, load_vector(at) * own + load_vector(diagonal_ + v * W - j + n - 1));
       }
+  }
+
+  // entries last, last - 1, .. of the head's relative bias, nothing beyond its ends
+  template <class T>
+  void fill_diagonal(int64_t last, int64_t count) const {
+    const int64_t length = a.relative_bias_length;
+    const T* table = static_cast<const T*>(a.relative_bias) + h * length;
+    for (int64_t t = 0; t < count; t += W) {
+      if constexpr ((sizeof(T) == 8) == (sizeof(A) == 8)) {
+        const int64_t lowest = last - t - (W - 1);
+        if (lowest >= 0 && last - t < length) {
+          store_vector(diagonal_ + t, reversed(loaded<T>(table + lowest, W), std::make_integer_sequence<int, W>()));
+          continue;
+        }
+      }
+      for (int64_t r = t; r < min(t + W, count); ++r)
+        diagonal_[r] = last - r >= 0 && last - r < length ? A(value_of(table + last - r)) : A(0);
+    }
+  }
+  template <int... J>
+  static FASTSEQ_HOST_DEVICE V reversed(V v, std::integer_sequence<int, J...>) {
+    return __builtin_shufflevector(v, v, (W - 1 - J)...);
   }
 
   // relative_q . relative_k[distance], of every lane and every distance of the chunk, and then the diagonal that is each key's

@@ -29,10 +29,15 @@ constexpr TileMatrix packed_tiles(const void* data, int64_t depths) {
 }
 
 // Tiles 0 to 3 are sums, 4 and 5 of the left-hand matrix, 6 and 7 of the right-hand one.
-template <int M>
+template <int M, bool kStreams = false>
 FASTSEQ_HOST_DEVICE void load_left(const char* at, const TileMatrix& a) {
-  tile_load<4>(at, a.row);
-  if constexpr (M > 1) tile_load<5>(at + a.tile, a.row);
+  if constexpr (kStreams) {
+    tile_stream<4>(at, a.row);
+    if constexpr (M > 1) tile_stream<5>(at + a.tile, a.row);
+  } else {
+    tile_load<4>(at, a.row);
+    if constexpr (M > 1) tile_load<5>(at + a.tile, a.row);
+  }
 }
 template <int N>
 FASTSEQ_HOST_DEVICE void load_right(const char* at, const TileMatrix& b) {
@@ -47,7 +52,7 @@ FASTSEQ_HOST_DEVICE void multiply_loaded() {
   if constexpr (M > 1 && N > 1) tile_multiply<3, 5, 7>();
 }
 
-template <int M, int N, bool kAdd, int kParts>
+template <int M, int N, bool kAdd, int kParts, bool kStreams>
 FASTSEQ_HOST_DEVICE void multiply_tiles(const TileMatrix& a, int64_t m, const TileMatrix& b, int64_t n, int64_t depths, float* c,
                                         int64_t c_row) {
   char *upper = reinterpret_cast<char*>(c) + m * kTileRows * c_row + n * 64, *lower = upper + kTileRows * c_row;
@@ -65,7 +70,7 @@ FASTSEQ_HOST_DEVICE void multiply_tiles(const TileMatrix& a, int64_t m, const Ti
   const char *left = a.data + m * a.tile, *right = b.data + n * b.tile;
   for (int64_t k = 0; k < depths; ++k, left += a.depth, right += b.depth) {
     if constexpr (kParts == 1) {
-      load_left<M>(left, a), load_right<N>(right, b), multiply_loaded<M, N>();
+      load_left<M, kStreams>(left, a), load_right<N>(right, b), multiply_loaded<M, N>();
     } else {
       // the six products that count, the largest last, each with one factor of the one before
       load_left<M>(left, a), load_right<N>(right + 2 * kTileBytes, b), multiply_loaded<M, N>();
@@ -82,19 +87,20 @@ FASTSEQ_HOST_DEVICE void multiply_tiles(const TileMatrix& a, int64_t m, const Ti
   if constexpr (M > 1 && N > 1) tile_store<3>(lower + 64, c_row);
 }
 
-// c [rows][columns], in tiles, is the product, or is added to it; c_row in bytes
-template <bool kAdd, int kParts = 1>
+// c [rows][columns], in tiles, is the product, or is added to it; c_row in bytes. kStreams: of two columns at most, for which each tile of a is
+// loaded once: it takes no room in the first-level cache from what is.
+template <bool kAdd, int kParts = 1, bool kStreams = false>
 void multiply_tiles(const TileMatrix& a, int64_t rows, const TileMatrix& b, int64_t columns, int64_t depths, float* c, int64_t c_row) {
   int64_t m = 0;
   for (; m + 2 <= rows; m += 2) {
     int64_t n = 0;
-    for (; n + 2 <= columns; n += 2) multiply_tiles<2, 2, kAdd, kParts>(a, m, b, n, depths, c, c_row);
-    if (n < columns) multiply_tiles<2, 1, kAdd, kParts>(a, m, b, n, depths, c, c_row);
+    for (; n + 2 <= columns; n += 2) multiply_tiles<2, 2, kAdd, kParts, kStreams>(a, m, b, n, depths, c, c_row);
+    if (n < columns) multiply_tiles<2, 1, kAdd, kParts, kStreams>(a, m, b, n, depths, c, c_row);
   }
   if (m < rows) {
     int64_t n = 0;
-    for (; n + 2 <= columns; n += 2) multiply_tiles<1, 2, kAdd, kParts>(a, m, b, n, depths, c, c_row);
-    if (n < columns) multiply_tiles<1, 1, kAdd, kParts>(a, m, b, n, depths, c, c_row);
+    for (; n + 2 <= columns; n += 2) multiply_tiles<1, 2, kAdd, kParts, kStreams>(a, m, b, n, depths, c, c_row);
+    if (n < columns) multiply_tiles<1, 1, kAdd, kParts, kStreams>(a, m, b, n, depths, c, c_row);
   }
 }
 
@@ -202,11 +208,22 @@ void pack_features(const S* from, int64_t row, int64_t rows, int64_t tiles, int6
   constexpr int kParts = kPartsOf<S>;
   for (int64_t tile = 0; tile < tiles; ++tile)
     for (int64_t e = 0; e < features; e += kTileDepth, to += kParts * kTileBytes) {
+      const S* at = from + tile * kTileRows * row + e;
       Float squares[kParts][kTileRows];
+      if ((tile + 1) * kTileRows <= rows && e + kTileDepth <= features) {  // without conditions, which would keep them in memory
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kTileRows; ++i) {
+          Bits parts[kParts];
+          load_pairs(at + i * row, kTileDepth, parts, extent);
+#pragma GCC unroll 3
+          for (int part = 0; part < kParts; ++part) squares[part][i] = (Float)parts[part];
+        }
+        store_transposed(squares, to);
+        continue;
+      }
       for (int64_t i = 0; i < kTileRows; ++i) {
-        const int64_t r = tile * kTileRows + i;
         Bits parts[kParts]{};
-        if (r < rows) load_pairs(from + r * row + e, features - e, parts, extent);
+        if (tile * kTileRows + i < rows) load_pairs(at + i * row, features - e, parts, extent);
         for (int part = 0; part < kParts; ++part) squares[part][i] = (Float)parts[part];
       }
       store_transposed(squares, to);
@@ -248,6 +265,18 @@ void pack_transposed(const S* from, int64_t row, int64_t rows, int64_t features,
   constexpr int kParts = kPartsOf<S>;
   for (int64_t e = 0; e < features; e += kTileRows, to += kParts * kTileBytes) {
     Float squares[kParts][kTileRows];
+    if (rows >= kTileDepth && e + kTileRows <= features) {
+#pragma GCC unroll 16
+      for (int64_t pair = 0; pair < kTileRows; ++pair) {
+        const S* first = from + 2 * pair * row + e;
+        Bits parts[kParts];
+        load_pairs(first, first + row, kTileRows, parts, extent);
+#pragma GCC unroll 3
+        for (int part = 0; part < kParts; ++part) squares[part][pair] = (Float)parts[part];
+      }
+      store_transposed(squares, to);
+      continue;
+    }
     for (int64_t pair = 0; pair < kTileRows; ++pair) {
       const int64_t r = 2 * pair;
       const S* first = from + r * row + e;
@@ -322,7 +351,7 @@ void multiply_keys(const bfloat16* from, int64_t row, int64_t n, int64_t feature
   const TileMatrix right = packed_tiles(packed, depths);
   if (whole) {
     const TileMatrix left{reinterpret_cast<const char*>(from), kTileRows * row * 2, 64, row * 2};
-    multiply_tiles<false>(left, whole, right, NV, depths, to, lanes * 4);
+    multiply_tiles<false, 1, NV <= 2>(left, whole, right, NV, depths, to, lanes * 4);
   }
   if (whole * kTileRows == n) return;
   // rows that end within a tile are copied, zeros beyond their features and beyond them
@@ -383,7 +412,8 @@ class TileProduct : public Softmax<S> {
     if constexpr (kParts == 1)
       if (!packs_) return multiply_keys<NV>(row_of(a.k, begin), a.k.t, n, a.features, queries, to, copy_);
     const int64_t depths = blocks_of(a.features, kTileDepth);
-    multiply_tiles<false, kParts>(keys_.tiles(begin, n), blocks_of(n, kTileRows), packed_tiles<kParts>(queries, depths), NV, depths, to, NV * 64);
+    multiply_tiles<false, kParts, kParts == 1 && NV <= 2>(keys_.tiles(begin, n), blocks_of(n, kTileRows), packed_tiles<kParts>(queries, depths),
+                                                         NV, depths, to, NV * 64);
   }
   template <int NV>
   void scores(int64_t begin, int64_t n, float* to, V (&largest)[NV], float* capped = nullptr, int64_t i = 0) {
@@ -391,30 +421,41 @@ class TileProduct : public Softmax<S> {
     this->template shape<NV>(begin, n, to, largest, capped);
   }
 
-  // The weights of two keys, next to one another, of the lanes of a vector; gives them, or their first parts.
-  FASTSEQ_HOST_DEVICE Bits put(int64_t key, int64_t v, V first, V second) {
+  // Where weights of a key and the next go, of the lanes of the first vector.
+  char* pairs(int64_t key) const { return weights_ + key / kTileDepth * kParts * kTileBytes + key % kTileDepth / 2 * 64; }
+  // The weights of two keys, next to one another, of the lanes of vector v.
+  static FASTSEQ_HOST_DEVICE void put(char* to, int64_t v, V first, V second) {
     Bits parts[kParts];
     if constexpr (kParts == 1)
       parts[0] = in_pairs(rounded_both(first, second));
     else
       parts_of_pairs<false>(first, second, parts);
-    char* to = weights_ + v * kRow + key / kTileDepth * kParts * kTileBytes + key % kTileDepth / 2 * 64;
 #pragma GCC unroll 3
-    for (int part = 0; part < kParts; ++part) __builtin_memcpy(to + part * kTileBytes, &parts[part], 64);
-    return parts[0];
+    for (int part = 0; part < kParts; ++part) __builtin_memcpy(to + v * kRow + part * kTileBytes, &parts[part], 64);
+  }
+  // The same of positive numbers that half of what bfloat16 tells apart was added to already, or is added here: then the upper half is the
+  // rounded number. Gives the sum of both, rounded. An instruction rounds, too, but takes twice the time, and so does one that sums.
+  template <bool kAdded>
+  static FASTSEQ_HOST_DEVICE V put_rounded(char* to, int64_t v, V first, V second) {
+    typedef Lanes<float>::U Words;
+    constexpr uint32_t kUpper = 0xffff0000, half = kAdded ? 0 : 0x8000;
+    const Words a = (Words)first + half, b = ((Words)second + half) & kUpper;
+    const Bits pair = (Bits)(a >> 16 | b);
+    __builtin_memcpy(to + v * kRow, &pair, 64);
+    return (V)(a & kUpper) + (V)b;
   }
   // those of the keys n .. of the step that n ends in are zero
   template <int NV>
   void put_zeros(int64_t n) {
     for (int64_t key = blocks_of(n, 2) * 2; key % kTileDepth; key += 2)
-      for (int64_t v = 0; v < NV; ++v) put(key, v, V{}, V{});
+      for (int64_t v = 0; v < NV; ++v) put(pairs(key), v, V{}, V{});
   }
   // sums[feature][lane] (+)= what keys begin .. begin + n have of the weights that were put
   template <int NV, bool kAdd = true>
   void add(int64_t begin, int64_t n, float* sums) {
     const TileMatrix right{weights_, kRow, kParts * kTileBytes, 64};
-    multiply_tiles<kAdd, kParts>(values_.tiles(begin, n), blocks_of(a.value_features, kTileRows), right, NV, blocks_of(n, kTileDepth), sums,
-                                 NV * 64);
+    multiply_tiles<kAdd, kParts, kParts == 1 && NV <= 2>(values_.tiles(begin, n), blocks_of(a.value_features, kTileRows), right, NV,
+                                                        blocks_of(n, kTileDepth), sums, NV * 64);
   }
 
   // the weights [key][lane] of n keys
@@ -424,7 +465,7 @@ class TileProduct : public Softmax<S> {
     for (int64_t key = 0; key < n; key += 2)
       for (int64_t v = 0; v < NV; ++v) {
         const float* at = weights + key * lanes + v * W;
-        put(key, v, load_vector(at), key + 1 < n ? load_vector(at + lanes) : V{});
+        put(pairs(key), v, load_vector(at), key + 1 < n ? load_vector(at + lanes) : V{});
       }
     put_zeros<NV>(n);
   }
@@ -457,16 +498,19 @@ class TileProduct : public Softmax<S> {
 };
 
 // 2^t: infinity where that is more than a float holds; of t < -126 not less than 2^-126, or, if kZeroes, nothing. A NaN stays one.
-template <class M, bool kZeroes>
+// kHalf: half of what bfloat16 tells apart is added.
+template <class M, bool kZeroes, bool kHalf = false>
 FASTSEQ_HOST_DEVICE Float power_of_two(Float t) {
   constexpr float kLeast = -126, kRound = Lanes<float>::kRound;
   const __mmask16 some = kZeroes ? _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(kLeast), _CMP_NLT_UQ) : 0xffff;
   t = Math<float>::at_least(t, kLeast);
   if constexpr (std::is_same_v<M, ShortMath>) {  // minimax of (2^f - 1) / f on [0, 1], relative error 3e-6
+    constexpr float one = kHalf ? 1 + 0x1p-8f : 1;
     const Float f = (Float)_mm512_reduce_ps((__m512)t, 0x9);  // t less the integer below, which is what scalef takes of it
-    const Float q = (((0.01342669f * f + 0.05224246f) * f + 0.24128021f) * f + 0.69304484f) * f + 1.0f;
+    const Float q = (((0.01342669f * f + 0.05224246f) * f + 0.24128021f) * f + 0.69304484f) * f + one;
     return (Float)_mm512_maskz_scalef_ps(some, (__m512)q, (__m512)t);
   }
+  static_assert(!kHalf || std::is_same_v<M, ShortMath>);
   const Float n = (t + kRound) - kRound, f = t - n;
   constexpr int last = sizeof(M::kExp2) / sizeof(float) - 1;
   Float q = Float{} + M::kExp2[last];
@@ -490,7 +534,7 @@ class TileForward {
   TileForward(const Attention& given, Arena arena)
       : a(given),
         blocks_(blocks_of_task(a)),
-        keys_(kFolds && a.value_features > 96 ? kMostKeys : kMostKeys / 2),
+        keys_(a.value_features > 96 && (kFolds || (a.right < 0 && a.keys >= 512)) ? kMostKeys : kMostKeys / 2),
         rows_(given, arena, blocks_, kFolds || a.queries > 512),
         sums_size_(rows_.padded(a.value_features) * kLanes),
         scores_(arena.take<float>(keys_ * kLanes)),
@@ -515,17 +559,33 @@ class TileForward {
       for (V& v : rounded_[i]) v = V{};
       started_[i] = false;
     }
-    for (int64_t j = lowest; j < highest; j += keys_) {
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t from = max(j, begin[i]), n = min(j + keys_, end[i]) - from;
-        if (n <= 0) continue;
-        if (blocks > 1) place(i);
-        if (rows_.block.vectors > 1)
-          step<2>(i, from, n);
-        else
-          step<1>(i, from, n);
-      }
+    // The products of the turn that `t` stands at, or of the next one that some query sees; false: there is none.
+    const auto forms = [&](Turn& t) {
+      for (; t.chunk < highest; t.chunk += keys_, t.i = 0)
+        for (; t.i < blocks; ++t.i) {
+          t.begin = max(t.chunk, begin[t.i]), t.n = min(t.chunk + keys_, end[t.i]) - t.begin;
+          if (t.n <= 0) continue;
+          if (blocks > 1) place(t.i);
+          if (rows_.block.look(t.begin, t.n) == Seen::kNone) continue;
+          t.vectors = rows_.block.vectors;
+          if (t.vectors > 1)
+            rows_.template products<2>(t.begin, t.n, scores_, t.i);
+          else
+            rows_.template products<1>(t.begin, t.n, scores_, t.i);
+          return true;
+        }
+      return false;
+    };
+    Turn turn{lowest, 0, 0, 0, 0};
+    for (bool more = forms(turn); more;) {
+      Turn next{turn.chunk, turn.i + 1, 0, 0, 0};
+      const auto ahead = [&] { more = forms(next); };
+      if (turn.vectors > 1)
+        step<2>(turn, ahead);
+      else
+        step<1>(turn, ahead);
       if (kFolds && rows_.refuses()) return false;
+      turn = next;
     }
     for (int64_t i = 0; i < blocks; ++i) {
       if (blocks > 1) place(i);
@@ -549,15 +609,21 @@ class TileForward {
     return bytes > kNear && !a.relative_q.given() ? min(kMostBlocks, blocks_of(a.queries, kLanes)) : 1;
   }
 
-  // keys begin .. begin + n for block i
-  template <int NV>
-  void step(int64_t i, int64_t begin, int64_t n) {
+  // A chunk of keys for one of the blocks.
+  struct Turn {
+    int64_t chunk, i;           // the chunk's first key, the block
+    int64_t begin, n, vectors;  // the keys of it that the block may see; the block's vectors
+  };
+
+  // Weighs the scores of a turn and adds its values. Between, ahead() forms the scores of the next turn: its tiles are multiplied while the
+  // weights are still on their way to the cache, and its scores have arrived there before they are wanted. Not of parts, three times as large,
+  // which it would displace.
+  template <int NV, class Ahead>
+  void step(const Turn& turn, const Ahead& ahead) {
     constexpr int64_t lanes = NV * W;
+    const int64_t i = turn.i, begin = turn.begin, n = turn.n, values = a.value_features * lanes;
     Block<S>& block = rows_.block;
-    if (block.look(begin, n) == Seen::kNone) return;
     float* all = sums_ + i * sums_size_;
-    const int64_t values = a.value_features * lanes;
-    rows_.template products<NV>(begin, n, scores_, i);
     V sums[NV], rounded[NV], alpha[NV];
     __mmask16 others[NV];
     for (int v = 0; v < NV; ++v) alpha[v] = V{} + 1.0f, others[v] = 0xffff;
@@ -579,6 +645,7 @@ class TileForward {
     } else {
       rows_.template put_zeros<NV>(n);
     }
+    if constexpr (!kFolds) ahead();
     const auto rescale = [&](auto&& added) __attribute__((always_inline)) {
       for (int64_t x = 0; x < values; x += lanes)
         for (int v = 0; v < NV; ++v) store_vector(all + x + v * W, load_vector(all + x + v * W) * alpha[v] + added(x + v * W));
@@ -595,6 +662,7 @@ class TileForward {
       if (moved) rescale([](int64_t) { return V{}; });
       rows_.template add<NV>(begin, n, all);
     }
+    if constexpr (kFolds) ahead();
   }
 
   // Weighs a chunk by the base that is there, at first 0, if that serves: weights are numbers of any size, and seldom does a chunk have scores
@@ -640,47 +708,51 @@ class TileForward {
   // are subtracted before they are multiplied.
   template <int NV, bool kZeroes>
   void weigh(int64_t i, int64_t n, V (&sums)[NV], V (&rounded)[NV]) {
+    if (a.dropout > 0) return weigh<NV, kZeroes, true, true>(i, n, sums, rounded);
+    if constexpr (kRounds)
+      if (!a.lse && !a.sinks) return weigh<NV, kZeroes, false, false>(i, n, sums, rounded);
+    weigh<NV, kZeroes, true, false>(i, n, sums, rounded);
+  }
+  // kExact: whether sums of the weights themselves are wanted
+  template <int NV, bool kZeroes, bool kExact, bool kDrops>
+  void weigh(int64_t i, int64_t n, V (&sums)[NV], V (&rounded)[NV]) {
     constexpr int64_t lanes = NV * W;
     const float factor = unit();
-    V base[NV], power[NV], rest[NV];
+    V base[NV], power[NV], rest[NV], all[NV], of_rounded[NV];  // the sums in registers, since what is stored might be theirs elsewhere
     for (int v = 0; v < NV; ++v) {
-      base[v] = rows_.base_of(base_[i][v]), sums[v] = rounded[v] = V{};
+      base[v] = rows_.base_of(base_[i][v]), all[v] = of_rounded[v] = V{};
       power[v] = base[v] * factor, rest[v] = rest_of(base[v]);
     }
-    const auto exponent = [&](V score, int v) __attribute__((always_inline)) {
-      return kZeroes ? (score - base[v]) * factor + rest[v] : score * factor - power[v];
-    };
-    const bool drops = a.dropout > 0, exact = !kRounds || drops || a.lse || a.sinks;  // whether sums of the weights themselves are wanted
-    const auto weight = [&](int64_t key, int v) __attribute__((always_inline)) {
-      const V w = power_of_two<M, kZeroes>(exponent(load_vector(scores_ + key * lanes + v * W), v));
-      if (drops) store_vector(weights_ + key * lanes + v * W, w);
+    const auto weight = [&](const float* at, int v) __attribute__((always_inline)) {
+      const V score = load_vector(at), exponent = kZeroes ? (score - base[v]) * factor + rest[v] : score * factor - power[v];
+      const V w = power_of_two<M, kZeroes, kRounds && !kExact>(exponent);
+      if constexpr (kDrops) store_vector(weights_ + (at - scores_), w);
       return w;
     };
-    int64_t key = 0;
-    for (; key + 2 <= n; key += 2) {
+    const auto put = [&](char* to, int v, V first, V second) __attribute__((always_inline)) {
+      if constexpr (kExact) all[v] += first + second;
+      if constexpr (kDrops)
+        return;
+      else if constexpr (kRounds)
+        of_rounded[v] += rows_.template put_rounded<!kExact>(to, v, first, second);
+      else
+        rows_.put(to, v, first, second);
+    };
+    for (int64_t step = 0; step < n; step += kTileDepth) {
+      const float *from = scores_ + step * lanes, *last = scores_ + min(step + kTileDepth, n) * lanes;
+      char* to = rows_.pairs(step);
+      for (; from + lanes < last; from += 2 * lanes, to += 64)
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) {
-        const V first = weight(key, v), second = weight(key + 1, v);
-        if (exact) sums[v] += first + second;
-        if (!drops) add_rounded(rounded[v], rows_.put(key, v, first, second));
-      }
+        for (int v = 0; v < NV; ++v) put(to, v, weight(from + v * W, v), weight(from + lanes + v * W, v));
+      if (from < last)
+        for (int v = 0; v < NV; ++v) put(to, v, weight(from + v * W, v), V{});
     }
-    if (key < n)
-      for (int v = 0; v < NV; ++v) {
-        const V last = weight(key, v);
-        if (exact) sums[v] += last;
-        if (!drops) add_rounded(rounded[v], rows_.put(key, v, last, V{}));
-      }
-    for (int v = 0; v < NV; ++v)
-      if (drops)
-        rounded[v] = sums[v];
-      else if (!exact)
-        sums[v] = rounded[v];
+    for (int v = 0; v < NV; ++v) {
+      sums[v] = kExact ? all[v] : of_rounded[v];
+      rounded[v] = kDrops ? all[v] : of_rounded[v];
+      if constexpr (kExact) rounded[v] = all[v] == all[v] ? rounded[v] : all[v];  // a NaN, whatever became of its bits
+    }
   }
-  static FASTSEQ_HOST_DEVICE void add_rounded(V& sum, Bits pairs) {
-    if constexpr (kRounds) sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi16(0x3f80));  // times one
-  }
-
   // what rounding takes from the power of two of a base
   V rest_of(V base) const {
     const __m512 factor = _mm512_set1_ps(unit()), b = (__m512)base;

@@ -16,7 +16,12 @@ from .wish import forced
 
 @dataclass
 class Explanation:
-    """Which backend ran each call, and what stood against the others. ``print`` it."""
+    """Which backend ran each call, and what stood against the others. ``print`` it.
+
+    Attributes:
+        calls: for each call what was asked, the backend that ran it, and of others what stood against them.
+        notes: for each call where the choice is known from, and what its backend says of it.
+    """
 
     calls: list[tuple[Query, str, dict[str, list[str]]]] = field(default_factory=list)
     # of each call: where the choice comes from, what its backend says, of calls alike what any of them says
@@ -40,6 +45,10 @@ class Explanation:
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Run ``function(*args, **kwargs)`` without gradients: which backend each fastseq op chose that it calls in this thread,
     where the choice comes from, and why not the others.
+
+    Args:
+        function: a module, or whatever is called.
+        args, kwargs: its arguments.
 
     Example:
         >>> print(fastseq.explain(fastseq.GRU(8, 16), torch.randn(5, 2, 8)))

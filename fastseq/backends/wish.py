@@ -32,12 +32,15 @@ _inherited: ContextVar[bool] = ContextVar("fastseq_backend_inherited", default=F
 class use_backend(ContextDecorator):
     """Force a backend: within a ``with`` block or a decorated function, or, called by itself, from here on.
 
-    One of ``ORDER``; ``"auto"`` or None: the best one, call by call; called by itself, whatever ``set_backend`` says.
+    ``"auto"`` or None: the best one, call by call; called by itself, whatever ``set_backend`` says.
 
     A call that the forced backend cannot run raises ``RuntimeError`` with its reasons instead of falling back. The setting is the
     context's: of this thread or asynchronous task alone. A backward pass, whichever thread runs it, heeds what held for its
     forward pass if that backend can run it; a compiled program is made without regard to it and heeds it when it runs.
     ``set_backend`` sets it for the whole process, ``FASTSEQ_BACKEND`` from outside.
+
+    Args:
+        name: one of ``ORDER`` ("triton", "cuda", "cpu", "torch", "reference"), "auto" or None.
 
     Raises:
         ValueError: if there is no such backend.

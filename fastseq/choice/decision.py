@@ -83,15 +83,20 @@ def nearest(points: Points, call: Call, reach: float) -> Point | None:
     """The point of a call's kin with the least distance, at most ``reach``: the sum of the octaves between the sizes."""
     best, found = (reach, True), None
     for point in points.get(call.kin, ()):
-        place = distance(point.sizes, call.sizes), point.candidates[0].backend != FIRST
+        place = distance(point.sizes, call.sizes, best[0]), point.candidates[0].backend != FIRST
         if place <= best:
             best, found = place, point
     return found
 
 
-def distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    """In octaves."""
-    return sum(abs(math.log2(max(x, 1) / max(y, 1))) for x, y in zip(a, b, strict=True))
+def distance(a: tuple[int, ...], b: tuple[int, ...], enough: float = math.inf) -> float:
+    """In octaves; what is more than enough is not counted to its end."""
+    octaves = 0.0
+    for x, y in zip(a, b, strict=True):
+        octaves += abs(math.log2((x or 1) / (y or 1)))
+        if octaves > enough:
+            break
+    return octaves
 
 
 def ranked(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:

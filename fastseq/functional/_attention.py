@@ -20,7 +20,7 @@ from .. import backends
 from .._arguments import own_keywords
 from ..ops import _attention_eager as eager
 from ..ops import attention as ops
-from ..ops._dispatch import plain_call
+from ..ops._dispatch import plain_call, shared_sequence
 from . import _nested
 from ._attention_call import (
     ALIGNMENTS,
@@ -134,9 +134,11 @@ def attention(
         scale: of the products; None: 1 / sqrt(E).
         softcap: if not 0, softcap tanh(scores / softcap) takes the place of the scaled products.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``; no gradient.
-        relative_bias: ``[Hq or 1, L]``; entry ``relative_bias_zero`` (None: L // 2, if L is odd) is for distance 0, those after
-            it for later keys; beyond the table 0. With gradient; dtype as ``attn_bias``.
-        relative_query: as q, with ``relative_key`` ``[Hq or 1, M, E]`` whose row ``relative_key_zero`` is for distance 0.
+        relative_bias: ``[Hq or 1, L]``, a bias by distance; beyond the table 0. With gradient; dtype as ``attn_bias``.
+        relative_bias_zero: its entry for distance 0, those after it for later keys; None: L // 2, if L is odd.
+        relative_query: as q; goes with ``relative_key``.
+        relative_key: ``[Hq or 1, M, E]``, a key for each distance.
+        relative_key_zero: its row for distance 0.
         sinks: ``[Hq]``, one more score for each query, of a key without a value; with gradient; dtype as ``attn_bias``.
         dropout_p: probability with which weights are zeroed (whether training or not); ``torch.manual_seed`` repeats it.
         seqlens_q, seqlens_k: int32 or int64 ``[B]``, valid queries and keys of padded sequences. Values are checked on the CPU
@@ -168,6 +170,9 @@ def attention(
         out = _in_one_call(q, k, v, options)
         if out is not None:
             return out
+    shared = shared_sequence()
+    if shared is not None:
+        return shared.attention(q, k, v, return_lse, return_weights, options)
     if return_weights not in (False, True, "average"):
         raise ValueError(f"return_weights must be False, True or 'average', got {return_weights!r}")
     given = Options(**options)

@@ -13,7 +13,7 @@ from .. import backends
 from .._arguments import checked_int, checked_tensor, own_keywords
 from ..backends import library
 from ..ops import attention_decode as ops
-from ..ops._dispatch import PLAIN, plain_call
+from ..ops._dispatch import PLAIN, plain_call, shared_sequence
 from ._attention_call import (
     LAYOUTS,
     Sizes,
@@ -140,6 +140,8 @@ def attention_with_kv_cache(
     if checked_int("num_splits", num_splits) < 0:
         raise ValueError(f"num_splits must not be negative (0: chosen), got {num_splits}")
     left, right = checked_window(causal, window_size)
+    if shared_sequence() is not None:
+        raise RuntimeError("a cache is not shared among ranks: call attention_with_kv_cache outside of context_parallel")
     if plain_call():
         given = (q, k_cache, v_cache, cache_seqlens, k_new, v_new, block_table, alibi_slopes, sinks)
         results = _natively(given, layout == "bshd", scale, softcap, left, right, num_splits)

@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._arguments import checked_number, checked_tensor, own_keywords
-from ..ops import scan as ops
-from ..ops._dispatch import wants_gradient
+from ..ops._dispatch import shared_sequence, wants_gradient
 from ..ops.types import ScanSpec, state_dtype
-from ._attention_call import checked_lengths
 from ._autocast import without_autocast
 from ._native_layers import held
 from ._recording import refuse_onnx
-from ._scan import checked_resets
+from ._scan import checked_resets, own_lengths, scanned
 
 __all__ = ["linear_recurrent"]
 
@@ -54,7 +52,11 @@ def linear_recurrent(
             dtype.
         params: per layer, per direction, by the names that the module's have but for their ending ``_l<layer>``, ``_reverse``;
             of the HGRN also ``lower_bound`` ``[H]``, what the forget gate is never below, or none.
+        num_layers: L; each layer after the first reads the output of the one before.
         dropout: probability with which, in training, elements of every layer's output but the last's are zeroed.
+        training: whether that is drawn.
+        bidirectional: D = 2: a second lane of every layer goes from the last step to the first.
+        batch_first: input, output and resets have the batch before the time.
         lengths: int32 or int64 ``[B]``, each in 0..T. Beyond a row's length the output is zero; final states are those after a
             row's last step, where its backward direction starts.
         resets: bool ``[T, B]``, ``[B, T]`` with ``batch_first``, unbatched ``[T]``: where a new segment begins. Every layer and
@@ -95,7 +97,7 @@ def linear_recurrent(
         checked_tensor("lengths", lengths)
         if alone:
             raise RuntimeError("lengths are of the rows of a batch, but the input is unbatched")
-        lengths = checked_lengths("lengths", lengths, x.shape[1], x.shape[0])
+        lengths = own_lengths(lengths, x)
         beyond = (torch.arange(x.shape[0], device=x.device)[:, None] >= lengths)[..., None]
         x = x.masked_fill(beyond, 0)  # gradients of weights are sums over all steps
     hx, inputs = _parted(cell, hx, layer_of.windowed(params[0]))
@@ -147,7 +149,7 @@ def _projections(x: Tensor, lane: Lane, gates: int) -> list[Tensor]:
 
 def _scanned(b: Tensor, a: Tensor, gate: Any, vector: Any, state: Any, spec: ScanSpec) -> tuple[Tensor, Tensor]:
     with without_autocast(b.device.type):
-        return ops.scan(b, a, gate, vector, state, spec)
+        return scanned(b, a, gate, vector, state, spec)
 
 
 def _gated(scan: str, gates: int) -> _Layer:
@@ -290,16 +292,19 @@ class _Before:
     def beside(self, x: Tensor, layer: int, direction: int, spec: ScanSpec) -> Tensor:
         """[T, B, 2 I]: x of every step, then of the one before it in the walk, zeros where a segment begins."""
         first = x.new_zeros(x.shape[1:]) if self.given is None else self.given[direction][layer].to(x.dtype)
+        shared, last = shared_sequence(), None
+        if shared is not None:
+            first, last = shared.inputs_before(x, first, spec)
         steps, reset = x.shape[0], spec.resets
         ends = None if spec.lengths is None else spec.lengths.long()
         if spec.reverse:
             before = torch.cat((x[1:], first[None]))[:steps]
             if ends is not None:  # what stands behind a row's last step is none of it
-                last = torch.arange(steps, device=x.device)[:, None] == ends - 1
-                before = torch.where(last[..., None], first, before)
+                end = torch.arange(steps, device=x.device)[:, None] == ends - 1
+                before = torch.where(end[..., None], first, before)
             if reset is not None:
                 cut = torch.cat((reset[1:], torch.zeros_like(reset[:1])))
-                before = before.masked_fill((cut if ends is None else cut & ~last)[..., None], 0)
+                before = before.masked_fill((cut if ends is None else cut & ~end)[..., None], 0)
             final = x[0] if steps else first
             some = None if ends is None else ends > 0
         else:
@@ -310,7 +315,9 @@ class _Before:
             if ends is not None and steps:
                 final = x.gather(0, (ends - 1).clamp(min=0)[None, :, None].expand(1, *x.shape[1:]))[0]
                 some = ends > 0
-        self.kept[direction].append(final if some is None else torch.where(some[:, None], final, first))
+        if last is None:
+            last = final if some is None else torch.where(some[:, None], final, first)
+        self.kept[direction].append(last)
         return torch.cat((x, before), -1)
 
     def last(self) -> Tensor:

@@ -18,7 +18,7 @@ from .. import backends
 from .._arguments import checked_tensor, own_keywords, unknown
 from ..backends.torch import recurrent as torchs
 from ..cells import CELLS, Cell
-from ..ops._dispatch import needs_plain_torch, wants_gradient
+from ..ops._dispatch import needs_plain_torch, shared_sequence, unshared, wants_gradient
 from ._documents import documents
 from ._recording import recorder
 from ._recurrent_layers import Options, check_states, run_layers
@@ -69,7 +69,12 @@ def recurrent(
             ``[G*H]`` with ``has_biases`` (None: zeros), w_hr ``[P, H]`` with ``proj_size``, then what the cell has beside:
             w_peephole ``[3H]`` (i, f, o); w_ln_ih, w_ln_hh ``[G*H]``, for the LSTM also w_ln_c ``[H]`` and with ``has_biases``
             b_ln_c ``[H]``.
+        has_biases: whether ``params`` has b_ih and b_hh.
+        num_layers: L; each layer after the first reads the output of the one before.
         dropout: probability with which, in training, elements of every layer's output but the last's are zeroed.
+        training: whether ``dropout``, ``zoneout`` and ``weight_dropout`` are drawn.
+        bidirectional: D = 2: a second lane of every layer runs from the last step to the first.
+        batch_first: input, output and cells are ``[B, T, ..]``; states are not affected.
         proj_size: P of cells whose states are h and c.
         lengths: integer ``[B]`` on the input's device, each in 0..T. Beyond a row's length the output is zero; final states are
             those after a row's last step, where its backward direction starts.
@@ -138,6 +143,9 @@ def recurrent(
         reset_to=reset_to,
     )
     states = [None] * len(row.states) if hx is None else hx
+    shared = shared_sequence()
+    if shared is not None:
+        return shared.recurrent(row, input, states, params, options, cu_seqlens)
     if cu_seqlens is not None:
         return documents(row, input, states, params, options, cu_seqlens)
     return run_layers(row, input, states, params, options)
@@ -167,7 +175,10 @@ def recurrent_cell(
         if state.dim() != 2:
             raise RuntimeError(f"{name} must be [B, H], got {list(state.shape)}")
     states = None if hx is None else [state.unsqueeze(0) for state in hx]
-    _, finals, _ = recurrent(cell, input.unsqueeze(0), states, params, has_biases=has_biases, training=training, zoneout=zoneout)
+    with unshared():
+        _, finals, _ = recurrent(
+            cell, input.unsqueeze(0), states, params, has_biases=has_biases, training=training, zoneout=zoneout
+        )
     return tuple(state[0] for state in finals)
 
 
@@ -193,7 +204,11 @@ def rnn(
 ) -> tuple[Tensor, Tensor]:
     """Elman RNN over a sequence, as ``torch.nn.RNN``: ``(output, h_n)``.
 
-    Arguments, shapes and errors are those of :func:`lstm`; ``hx`` is ``h0 [L*D, B, H]`` or None, ``reset_to`` likewise.
+    Other arguments, shapes and errors are those of :func:`recurrent`; ``hx`` is ``h0 [L*D, B, H]`` or None, ``reset_to``
+    likewise.
+
+    Args:
+        nonlinearity: ``"tanh"`` or ``"relu"``.
 
     Raises:
         ValueError: if ``nonlinearity`` is neither ``"tanh"`` nor ``"relu"``.
@@ -240,7 +255,7 @@ def gru(
 ) -> tuple[Tensor, Tensor]:
     """GRU over a sequence, as ``torch.nn.GRU`` (reset after the matrix product): ``(output, h_n)``.
 
-    Arguments, shapes and errors are those of :func:`lstm`; ``hx`` is ``h0 [L*D, B, H]`` or None, ``reset_to`` likewise.
+    Arguments, shapes and errors are those of :func:`recurrent`; ``hx`` is ``h0 [L*D, B, H]`` or None, ``reset_to`` likewise.
     """
     output, (h_n,), _ = recurrent(
         "gru",
@@ -370,7 +385,14 @@ def rnn_cell(
     *,
     nonlinearity: str = "tanh",
 ) -> Tensor:
-    """One step of an Elman RNN, as ``torch.nn.RNNCell``: h ``[B, H]`` from input ``[B, I]`` and hx ``[B, H]`` (None: zeros).
+    """One step of an Elman RNN, as ``torch.nn.RNNCell``: h ``[B, H]``.
+
+    Args:
+        input: ``[B, I]``.
+        hx: h before the step, ``[B, H]``. None: zeros.
+        w_ih, w_hh: ``[H, I]`` and ``[H, H]``.
+        b_ih, b_hh: ``[H]``; None: zeros.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
 
     Raises as :func:`rnn`.
     """
@@ -386,7 +408,14 @@ def gru_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> Tensor:
-    """One step of a GRU, as ``torch.nn.GRUCell``: h ``[B, H]`` from input ``[B, I]`` and hx ``[B, H]`` (None: zeros)."""
+    """One step of a GRU, as ``torch.nn.GRUCell``: h ``[B, H]``.
+
+    Args:
+        input: ``[B, I]``.
+        hx: h before the step, ``[B, H]``. None: zeros.
+        w_ih, w_hh: ``[3H, I]`` and ``[3H, H]``, gates in the order r, z, n.
+        b_ih, b_hh: ``[3H]``; None: zeros.
+    """
     return _one_step("gru", input, None if hx is None else (hx,), w_ih, w_hh, b_ih, b_hh)[0]
 
 
@@ -399,7 +428,14 @@ def lstm_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of an LSTM, as ``torch.nn.LSTMCell``: (h, c) ``[B, H]`` from input ``[B, I]`` and hx (h, c) (None: zeros)."""
+    """One step of an LSTM, as ``torch.nn.LSTMCell``: (h, c), each ``[B, H]``.
+
+    Args:
+        input: ``[B, I]``.
+        hx: (h, c) before the step. None: zeros.
+        w_ih, w_hh: ``[4H, I]`` and ``[4H, H]``, gates in the order i, f, g, o.
+        b_ih, b_hh: ``[4H]``; None: zeros.
+    """
     h, c = _one_step("lstm", input, hx, w_ih, w_hh, b_ih, b_hh)
     return h, c
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn.functional import layer_norm, linear, pad
 from .._arguments import checked_int, checked_number, checked_tensor, is_number
 from ..backends.torch import recurrent as torchs
 from ..cells import Cell
-from ..ops._dispatch import plain_call
+from ..ops._dispatch import PLAIN, is_sharded, plain_call, sharding
 from ..ops.recurrent import recurrent, without_padding
 from ..ops.types import States, Walk, Weights
 from ._autocast import autocast_dtype, lowered, without_autocast
@@ -57,10 +57,23 @@ class Options:
     reset_to: Sequence[Tensor | None] | None
 
 
-def run_layers(
+class Checked(NamedTuple):
+    """A call in which everything fits, in the dtype in which it runs."""
+
+    input: Tensor
+    x: Tensor  # [T, B, I] or [N, I]
+    states: Sequence[Tensor | None]
+    reset_to: Sequence[Tensor | None] | None
+    layers: list[Layer]
+    options: Options
+    zoneout: tuple[float, float]
+    hidden: int
+
+
+def checked(
     cell: Cell, input: Tensor, states: Sequence[Tensor | None], params: Sequence[Tensor | None], options: Options
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    """Output, final states, and c of every step of every layer if wanted."""
+) -> Checked:
+    """The checks of ``run_layers``, but for what is in ``lengths`` and for sequences without a step."""
     # here and below a check is a call only where what is given is not what most calls give: a short sequence takes no longer
     if options.dropout != 0 and not 0 <= checked_number("dropout", options.dropout) <= 1:
         raise ValueError(f"dropout must lie in [0, 1], got {options.dropout}")
@@ -91,8 +104,6 @@ def run_layers(
         check_device(options.solver, input.device)
     batch_first = options.batch_first and batch_sizes is None
     x = input.transpose(0, 1) if batch_first else input
-    if batch_sizes is None and x.shape[0] == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     for name, state in zip(cell.states, states, strict=True):
         if state is not None:
             width = (options.proj_size or hidden) if name == "h" else hidden
@@ -108,6 +119,20 @@ def run_layers(
         if state is not None:
             width = (options.proj_size or hidden) if name == "h" else hidden
             _check_state(f"reset_to's {name}", state, x, batch_sizes, (options.num_layers * directions, width), or_one=True)
+    return Checked(input, x, states, reset_to, layers, options, zoneout, hidden)
+
+
+def run_layers(
+    cell: Cell, input: Tensor, states: Sequence[Tensor | None], params: Sequence[Tensor | None], options: Options
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """Output, final states, and c of every step of every layer if wanted."""
+    if type(input) not in PLAIN and is_sharded(input):
+        return sharding().layers(run_layers, cell, input, states, params, options)
+    input, x, states, reset_to, layers, options, zoneout, _ = checked(cell, input, states, params, options)
+    lengths, batch_sizes, directions = options.lengths, options.batch_sizes, 2 if options.bidirectional else 1
+    batch_first = options.batch_first and batch_sizes is None
+    if batch_sizes is None and x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     ours_alone = options.num_heads > 1 or options.solver is not None or options.return_cells or reset_to is not None
     if plain_call() and not _trains(options) and not ours_alone:
         given = [state for state in states if state is not None]
@@ -177,7 +202,7 @@ def run_layers(
             of_all if len(layers) == 1 else [None if state is None else state[part] for state in of_all]
             for of_all in (states, reset_to or [None] * len(states))
         )
-        x, of_layer, c = _run_layer(cell, x, own, anew, layer, options, zoneout, last, batch_first and last)
+        x, of_layer, c = run_layer(cell, x, own, anew, layer, options, zoneout, last, batch_first and last)
         if options.training and options.dropout and not last:
             x = dropped(x, options.dropout)
         finals.append(of_layer)
@@ -242,7 +267,7 @@ def _flat(layer: Layer, options: Options) -> list[Tensor | None]:
     return [layer[name][lane] if name in layer else None for lane in range(len(layer["weight_hh"])) for name in names]
 
 
-def _run_layer(
+def run_layer(
     cell: Cell,
     x: Tensor,
     states: Sequence[Tensor | None],
@@ -252,15 +277,19 @@ def _run_layer(
     zoneout: tuple[float, float],
     last: bool,
     batch_first: bool,
+    reverse: Sequence[int] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    """Output [.., D*P], [B, T, D*P] with ``batch_first``; final states [D, B, n]; c of every step [.., D*H]."""
+    """Output [.., D*P], [B, T, D*P] with ``batch_first``; final states [D, B, n]; c of every step [.., D*H].
+
+    ``reverse``: which of the directions go backwards. None: of two the second.
+    """
     heads, training = options.num_heads, options.training
     if training and options.weight_dropout:
         layer = layer | {"weight_hh": [dropped(w_hh, options.weight_dropout) for w_hh in layer["weight_hh"]]}
-    reverse = [0, 1] if options.bidirectional else [0]
+    ways = list(reverse) if reverse is not None else [0, 1] if options.bidirectional else [0]
     if heads > 1:
-        layer, reverse = _of_heads(cell, layer, heads), [direction for direction in reverse for _ in range(heads)]
-    lanes, (gates, width) = len(reverse), layer["weight_hh"][0].shape
+        layer, ways = _of_heads(cell, layer, heads), [way for way in ways for _ in range(heads)]
+    lanes, (gates, width) = len(ways), layer["weight_hh"][0].shape
     hidden = gates // len(cell.gates)
     batch = None if states[0] is not None or cell.name != "slstm" else _batch_of(x, options)
     joined = States(
@@ -268,8 +297,8 @@ def _run_layer(
         *_joined_states(cell, reset_to, None if options.resets is None else 1, x, lanes, hidden, options),
     )
 
-    def run(lanes: int, layer: Layer, states: States, reverse: list[int]) -> tuple[Any, ...]:
-        walk = Walk(options.lengths, options.batch_sizes, None, None, cell.name, reverse, *zoneout, options.resets)
+    def run(lanes: int, layer: Layer, states: States, ways: list[int]) -> tuple[Any, ...]:
+        walk = Walk(options.lengths, options.batch_sizes, None, None, cell.name, ways, *zoneout, options.resets)
         if training and any(zoneout):
             hold_h = held(x, (*x.shape[:-1], lanes, width), zoneout[0])
             hold_c = held(x, (*x.shape[:-1], lanes, hidden), zoneout[1])
@@ -287,14 +316,14 @@ def _run_layer(
         )
 
     if lanes <= LANES or options.solver is not None:
-        y, h_n, c_n, c = run(lanes, layer, joined, reverse)
+        y, h_n, c_n, c = run(lanes, layer, joined, ways)
     else:
         results = []
         for begin in range(0, lanes, LANES):
             some = slice(begin, begin + LANES)
             of_some = {name: of[some] for name, of in layer.items()}
             own = States(*[None if state is None else state[some] for state in joined])
-            results.append(run(len(reverse[some]), of_some, own, reverse[some]))
+            results.append(run(len(ways[some]), of_some, own, ways[some]))
         ys, h_ns, c_ns, cs = zip(*results, strict=True)
         y, h_n = torch.cat(ys, -1), torch.cat(h_ns)
         c_n = None if c_ns[0] is None else torch.cat(c_ns)

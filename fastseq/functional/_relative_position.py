@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, overload
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._arguments import checked_int, checked_number, checked_tensor, own_keywords
-from ..ops._dispatch import plain_call
+from ..ops._dispatch import plain_call, wants_gradient
 from ._attention import attention
 from ._attention_call import AttentionOptions, check_tensors, checked_layout, takes_options
 
@@ -37,6 +38,9 @@ def t5_relative_bias(
     Args:
         table: ``[num_buckets, Hq]``, floating point; gets a gradient, the same bits at every run.
         query_length, key_length: Tq and Tk; L = Tq + Tk - 1 distances occur. No [Tq, Tk] tensor is built.
+        bidirectional: whether keys after the query have buckets of their own.
+        num_buckets: of both directions together.
+        max_distance: from which on all distances share a bucket.
 
     Raises:
         RuntimeError: if ``table`` is not ``[num_buckets, Hq]`` of a floating dtype.
@@ -148,7 +152,7 @@ def transformer_xl_attention(
         key, value: likewise with Tk = memory + Tq steps: the caller puts the memory before the segment.
         r: the paper's R after its projection, ``[H or 1, Tk, E]``: from the farthest distance, Tk - 1, to 0.
         u, v: the paper's biases, ``[H, E]``.
-        options: further ones of :func:`attention`, such as ``dropout_p`` or ``attn_mask``.
+        options: the others are those of :func:`attention`, such as ``dropout_p`` or ``attn_mask``.
         return_lse, return_weights: as there.
 
     Returns, raises: as :func:`attention`.
@@ -165,6 +169,8 @@ def transformer_xl_attention(
             raise RuntimeError(f"{name} must be [H, E] = [{heads}, {query.shape[-1]}], got {list(vector.shape)}")
     if layout == "bhsd":
         u, v = u[:, None], v[:, None]
+    if not (return_lse or return_weights) and plain_call() and _is_a_step(layout, (query, key, value, r, u, v), options):
+        return _step(query, key, value, r, u, v, **options)
     options |= {
         "causal": True,
         "alignment": "bottom_right",
@@ -173,3 +179,47 @@ def transformer_xl_attention(
         "relative_key_zero": r.shape[-2] - 1,
     }
     return attention(query + u, key, value, return_lse=return_lse, return_weights=return_weights, **options)
+
+
+_OF_A_STEP = frozenset(("layout", "window_size", "scale"))
+
+
+def _is_side(given: Any) -> bool:
+    return given is None or (type(given) is int and given >= -1)
+
+
+def _is_a_step(layout: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> bool:
+    """Whether `_step` can give what is asked for: one query on a CPU, without gradients; what does not fit goes the long way."""
+    query, key, value, r, *_ = tensors
+    steps, heads = (2, 1) if layout == "bhsd" else (1, 2)
+    if query.shape[steps] != 1 or query.dtype not in (torch.float32, torch.float64) or not query.is_cpu:
+        return False
+    if any([name not in _OF_A_STEP and (isinstance(given, Tensor) or given) for name, given in options.items()]):
+        return False
+    window = options.get("window_size")
+    if window is not None and not (isinstance(window, (tuple, list)) and len(window) == 2 and all(map(_is_side, window))):
+        return False
+    if (
+        any([t.dtype != query.dtype or not t.is_cpu for t in tensors])
+        or wants_gradient(tensors)
+        or key.shape != value.shape
+        or key.dim() != 4
+    ):
+        return False
+    fits = query.shape[heads] == key.shape[heads] and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
+    return fits and r.shape[0] in (1, query.shape[heads]) and r.shape[1:] == (key.shape[steps], query.shape[3])
+
+
+def _step(
+    query: Tensor, key: Tensor, value: Tensor, r: Tensor, u: Tensor, v: Tensor, *, layout: Any = "bhsd",
+    window_size: Sequence[int | None] | None = None, scale: float | None = None, **_: Any
+) -> Tensor:  # fmt: skip
+    """The last query stands at the last key: row j of R is for key j, so that the term over distances is a bias."""
+    steps = 1 if layout == "bshd" else 2
+    left = -1 if window_size is None or window_size[0] is None else window_size[0]
+    if 0 <= left < key.shape[steps] - 1:
+        first, count = key.shape[steps] - 1 - left, left + 1
+        key, value, r = key.narrow(steps, first, count), value.narrow(steps, first, count), r.narrow(1, first, count)
+    asks = (query + v) * (query.shape[3] ** -0.5 if scale is None else scale)
+    bias = (asks.transpose(1, 2) if layout == "bshd" else asks) @ r.mT  # [B, H, 1, Tk]
+    return attention(query + u, key, value, layout=layout, scale=scale, attn_bias=bias)

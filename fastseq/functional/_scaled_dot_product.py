@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backends
 from .._arguments import checked_number, own_keywords
 from ..ops import _attention_eager as eager
-from ..ops._dispatch import plain_call
+from ..ops._dispatch import plain_call, shared_sequence
 from ..ops.attention import Spec
 from . import _nested
 from ._attention import attention
@@ -70,6 +70,9 @@ def scaled_dot_product_attention(
             return out
     named = {"query": query, "key": key, "value": value}
     check_tensors(named)
+    shared = shared_sequence()
+    if shared is not None:
+        return shared.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if not 0 <= checked_number("dropout_p", dropout_p) <= 1:
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
     if not isinstance(is_causal, bool):

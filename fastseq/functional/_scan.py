@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._arguments import checked_tensor, own_keywords
 from ..ops import scan as ops
+from ..ops._dispatch import shared_sequence
 from ..ops.types import ScanSpec, state_dtype
 from ._attention_call import checked_lengths, integers, readable
 from ._autocast import without_autocast
@@ -92,7 +93,7 @@ def scan(
     if resets is not None:
         resets = checked_resets(resets, b, alone, batch_first)
     if lengths is not None:
-        lengths = checked_lengths("lengths", lengths, b.shape[1], b.shape[0])
+        lengths = own_lengths(lengths, b)
     if cu_seqlens is not None:
         cu_seqlens = _cumulated(cu_seqlens, b.shape[0])
     states = (b.shape[1] if cu_seqlens is None else cu_seqlens.shape[0] - 1, *b.shape[2:])
@@ -107,12 +108,27 @@ def scan(
         initial = initial if initial is None else initial.resolve_conj()
     spec = ScanSpec(resets, lengths, cu_seqlens, "given" if log_a is None else "log", bool(reverse))
     with without_autocast(b.device.type):
-        h, final = ops.scan(_side_by_side(b), coefficients, None, None, initial, spec)
+        h, final = scanned(_side_by_side(b), coefficients, None, None, initial, spec)
     if alone:
         h = h.squeeze(1)
     elif batch_first:
         h = h.transpose(0, 1)
     return h, final.squeeze(0) if unbatched else final
+
+
+def own_lengths(lengths: Tensor, like: Tensor) -> Tensor:
+    """int32 [B], for the steps of ``like`` [T, B, ..], which may be a part of the sequence."""
+    shared, (steps, batch) = shared_sequence(), like.shape[:2]
+    lengths = checked_lengths("lengths", lengths, batch, steps if shared is None else None)
+    return lengths if shared is None else shared.lengths(lengths, steps)
+
+
+def scanned(
+    b: Tensor, a: Tensor, gate: Tensor | None, vector: Tensor | None, initial: Tensor | None, spec: ScanSpec
+) -> tuple[Tensor, Tensor]:
+    """h and the final states, of steps that may be a part of the sequence."""
+    shared = shared_sequence()
+    return (ops.scan if shared is None else shared.scan)(b, a, gate, vector, initial, spec)
 
 
 def checked_resets(resets: Tensor, like: Tensor, alone: bool, batch_first: bool) -> Tensor:

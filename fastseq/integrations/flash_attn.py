@@ -54,6 +54,7 @@ def flash_attn_func(
         k, v: ``[B, Tk, Hkv, E]``, Hq a multiple of Hkv.
         dropout_p: probability with which weights are zeroed, whether training or not.
         softmax_scale: None: 1 / sqrt(E).
+        causal: query i sees keys up to its own place, counted from the last query and the last key.
         window_size: (left, right), -1: unlimited.
         softcap: 0: none.
         alibi_slopes: fp32 ``[Hq]`` or ``[B, Hq]``.
@@ -92,7 +93,14 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """``flash_attn_func`` with k and v in one tensor ``[B, Tk, 2, Hkv, E]``."""
+    """``flash_attn_func`` with k and v in one tensor ``[B, Tk, 2, Hkv, E]``.
+
+    Other arguments, results and errors are those of :func:`flash_attn_func`.
+
+    Args:
+        q: ``[B, Tq, Hq, E]``.
+        kv: ``[B, Tk, 2, Hkv, E]``.
+    """
     k, v = _unpacked("kv", kv, 5, 2)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -111,7 +119,13 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """``flash_attn_func`` with q, k and v in one tensor ``[B, T, 3, H, E]``."""
+    """``flash_attn_func`` with q, k and v in one tensor ``[B, T, 3, H, E]``.
+
+    Other arguments, results and errors are those of :func:`flash_attn_func`.
+
+    Args:
+        qkv: ``[B, T, 3, H, E]``.
+    """
     q, k, v = _unpacked("qkv", qkv, 5, 3)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -147,7 +161,7 @@ def flash_attn_varlen_func(
         block_table: int32 ``[B, max_pages]``: key j of sequence b lies in page block_table[b, j // page_size]; they are gathered
             first.
 
-    The rest: see ``flash_attn_func``; lse is ``[Hq, Nq]``.
+    Other arguments are those of :func:`flash_attn_func`; lse is ``[Hq, Nq]``.
     """
     checked_tensor("cu_seqlens_q", cu_seqlens_q)
     checked_tensor("cu_seqlens_k", cu_seqlens_k)
@@ -186,7 +200,14 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """``flash_attn_varlen_func`` with k and v in one tensor ``[Nk, 2, Hkv, E]``."""
+    """``flash_attn_varlen_func`` with k and v in one tensor ``[Nk, 2, Hkv, E]``.
+
+    Other arguments, results and errors are those of :func:`flash_attn_varlen_func`.
+
+    Args:
+        q: ``[Nq, Hq, E]``.
+        kv: ``[Nk, 2, Hkv, E]``.
+    """
     k, v = _unpacked("kv", kv, 4, 2)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -208,7 +229,14 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """``flash_attn_varlen_func`` with q, k and v in one tensor ``[N, 3, H, E]``."""
+    """``flash_attn_varlen_func`` with q, k and v in one tensor ``[N, 3, H, E]``.
+
+    Other arguments, results and errors are those of :func:`flash_attn_varlen_func`.
+
+    Args:
+        qkv: ``[N, 3, H, E]``.
+        cu_seqlens, max_seqlen: of queries and keys alike.
+    """
     q, k, v = _unpacked("qkv", qkv, 4, 3)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
@@ -256,7 +284,7 @@ def flash_attn_with_kvcache(
         num_splits: parts that the keys are cut into; 0: chosen.
         return_softmax_lse: return ``(out, lse [B, Hq, Tq])``.
 
-    The rest: see ``flash_attn_func``.
+    Other arguments are those of :func:`flash_attn_func`.
 
     Raises:
         ValueError: if arguments contradict each other or one that is needed is missing.

@@ -79,6 +79,9 @@ def patch(model: Any) -> None:
 def unpatch(model: Any) -> None:
     """Take ``patch`` back: sb3-contrib's loop, and ``torch.nn.LSTM``.
 
+    Args:
+        model: what was patched.
+
     Raises:
         TypeError: if it is neither a RecurrentPPO nor a policy of it.
         ValueError: if it is not patched; a policy of this module's classes is not.

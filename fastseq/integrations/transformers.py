@@ -45,6 +45,9 @@ def register(name: str = "fastseq") -> None:
     Registers the attention and the function that makes its masks (without the latter transformers would leave the mask out, in
     silence). Models need nothing else; those that do not support exchanged attention say so themselves.
 
+    Args:
+        name: what models are told, ``attn_implementation=name``.
+
     Raises:
         TypeError: if ``name`` is not a str.
         ValueError: for the names of transformers' own implementations.
@@ -96,6 +99,7 @@ def attention(
             as ``sliding_window``.
         dropout: of the weights; 0 outside training is up to the caller.
         scaling: of the scores; None: ``1 / sqrt(E)``.
+        is_causal: whether several queries see keys causally where there is no mask; None: what ``module`` says.
         sliding_window: keys that a query sees, itself included.
         softcap: scores become ``softcap tanh(s / softcap)``.
         s_aux: ``[Hq]``, a logit for each head that takes part in the softmax and has no value (attention sinks).

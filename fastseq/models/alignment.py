@@ -24,6 +24,11 @@ class Alignment(nn.Module):
     """softmax(score(query, memory)) memory, by "dot" (s.h), "general" (s.W h) or "additive" (v.tanh(W s + U h)).
 
     The additive score needs [B, T, S, H] numbers, and so more memory with T queries at once than with one.
+
+    Args:
+        hidden: H, features of a query.
+        memory: M, features of what it looks at.
+        score: "dot", "general" or "additive".
     """
 
     def __init__(self, hidden: int, memory: int, score: str = "general") -> None:

@@ -25,9 +25,16 @@ class BERT(nn.Module):
     """Vectors of tokens that see each other: learned places, segments, norms after, GELU.
 
     Args:
+        words: V, size of the vocabulary.
+        width: W.
+        heads: H, a divisor of W.
+        layers: number of blocks.
         longest: places.
         segments: kinds of segment; the paper has two, DistilBERT one.
         inner: of the linear layers; None: 4 W.
+        eps: of the layer norms.
+        dropout: of what each sub-layer adds and of the embeddings, in training alone.
+        attention_dropout: of attention's weights, in training alone.
     """
 
     def __init__(

@@ -120,11 +120,16 @@ class BlockRecurrent(nn.Module):
     these choices; its cosine scores are divided by sqrt(E), here they begin multiplied by it, and the LSTM gate is the paper's.
 
     Args:
-        width: W. heads: H, a divisor of W with an even quotient. depth: layers. block: tokens of a block. states: S.
+        width: W.
+        heads: H, a divisor of W with an even quotient.
+        depth: layers.
+        block: tokens of a block.
+        states: S.
         recurrent: the layers that pass state vectors, counted from 0; None: the third from the top, or the first of fewer.
         gate: ``"fixed"``: s' = g s + (1 - g) z with g constant in time; ``"lstm"``: s' = f s + i tanh(z).
         feedforward: width inside the GEGLU; None: 8 W / 3.
-        dropout: of what each sub-layer adds. attention_dropout: of attention's weights. Both in training alone.
+        dropout: of what each sub-layer adds.
+        attention_dropout: of attention's weights. Both in training alone.
 
     Raises:
         ValueError: if an argument has a value that is not accepted. TypeError: if a size is no int.

@@ -26,7 +26,15 @@ NORMS: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.R
 
 
 class Attention(nn.Module):
-    """Heads over this sequence or another. Rows of `projection`: those of queries, keys and values, as in torch's in_proj."""
+    """Heads over this sequence or another. Rows of `projection`: those of queries, keys and values, as in torch's in_proj.
+
+    Args:
+        width: W.
+        heads: H, a divisor of W.
+        bias: whether the projections have one.
+        scale: of the products; None: 1 / sqrt(W / H).
+        dropout: of the weights, in training alone.
+    """
 
     def __init__(self, width: int, heads: int, *, bias: bool = True, scale: float | None = None, dropout: float = 0.0) -> None:
         super().__init__()
@@ -54,7 +62,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [B, T, W] asks itself, or keys and values of a source [B, S, H, E] with these lengths [B]: [B, T, W].
 
-        `relative` is a bias by distance [H, L] and where distance 0 stands, `alignment` where queries stand among other keys.
+        `causal`: a token sees none that come later. `relative` is a bias by distance [H, L] and where distance 0 stands,
+        `alignment` where queries stand among other keys.
         """
         q, k, v = self.project(x, 0, 3) if source is None else (*self.project(x, 0, 1), *source)
         out = attention(
@@ -79,7 +88,23 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, attention to a source if `cross`, two linear layers: each with a way around it, and a norm before or after."""
+    """Attention, attention to a source if `cross`, two linear layers: each with a way around it, and a norm before or after.
+
+    Args:
+        width: W.
+        heads: H, a divisor of W.
+        inner: width between the two linear layers.
+        cross: whether it attends to a source.
+        norm: "pre" or "post": before or after each of the three.
+        kind: of norm, "layer" or "rms".
+        eps: of the norms.
+        activation: "relu", "gelu" or "gelu_tanh".
+        bias: whether linear layers and norms have one.
+        scale: of attention's products; None: 1 / sqrt(W / H).
+        dropout: of what each of the three adds, in training alone.
+        attention_dropout: of attention's weights, in training alone.
+        inner_dropout: between the two linear layers, in training alone.
+    """
 
     def __init__(
         self, width: int, heads: int, inner: int, *, cross: bool = False, norm: str = "pre", kind: str = "layer",

@@ -22,7 +22,12 @@ Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
 def rows(state: Any, index: Tensor) -> Any:
-    """The rows `index` [N] of a state: of every tensor in its tuples; what is no tensor stays as it is."""
+    """The rows `index` [N] of a state: of every tensor in its tuples; what is no tensor stays as it is.
+
+    Args:
+        state: tuples of tensors [B, ..], in tuples.
+        index: int64 [N], rows of B; one may come several times.
+    """
     if isinstance(state, Tensor):
         return state.index_select(0, index)
     if not isinstance(state, tuple):
@@ -37,7 +42,9 @@ def greedy(step: Step, state: Any, begin: Tensor, steps: int, *, end: int | None
 
     Args:
         step: of a model: ``(token [B], state) -> (logits [B, V], state)``.
+        state: where the first step begins.
         begin: int64 [B], the token that opens a sequence.
+        steps: how many tokens are said.
         end: the token that closes one; a row that has said it says nothing else from there on.
 
     Returns:

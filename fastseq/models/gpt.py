@@ -23,8 +23,15 @@ class GPT(nn.Module):
     """Logits of the next token: learned places, norms before, GELU by tanh, one table for input and output.
 
     Args:
+        words: V, size of the vocabulary.
+        width: W.
+        heads: H, a divisor of W.
+        layers: number of blocks.
         longest: places.
         inner: of the linear layers; None: 4 W.
+        eps: of the layer norms.
+        dropout: of what each sub-layer adds and of the embeddings, in training alone.
+        attention_dropout: of attention's weights, in training alone.
     """
 
     def __init__(

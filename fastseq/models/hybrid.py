@@ -81,12 +81,15 @@ class Hybrid(nn.Module):
     last K steps alone, all windows at once; its feed-forward has ReLU where this one has GELU.
 
     Args:
-        width: W. heads: H, a divisor of W. depth: N.
+        width: W.
+        heads: H, a divisor of W.
+        depth: N.
         local: K, in place of the LSTM a GRU over every K steps; None: the LSTM.
         causal: False: the LSTM goes both ways, W / 2 units each, and attention sees all; there is no state then.
         feedforward: its inner width; None: 4 W.
         norm: ``"pre"`` (with one more norm at the end) or ``"post"``.
-        dropout: of what each sub-layer adds. attention_dropout: of attention's weights. Both in training alone.
+        dropout: of what each sub-layer adds.
+        attention_dropout: of attention's weights. Both in training alone.
 
     Raises:
         ValueError: if an argument has a value that is not accepted. TypeError: if a size is no int.

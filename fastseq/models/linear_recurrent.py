@@ -45,7 +45,8 @@ class LinearRecurrent(nn.Module):
     stays at chance.
 
     Args:
-        width: W. depth: N.
+        width: W.
+        depth: N.
         layer: called as ``layer(W, units, batch_first=True)``: `fastseq.MinGRU` or another layer of linear recurrence, or
             ``functools.partial`` of one with its options.
         units: of each layer; None: W.

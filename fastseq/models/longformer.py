@@ -24,7 +24,9 @@ class WindowedAttention(nn.Module):
     What global tokens see they see by projections of their own, as in the paper: ``query_global`` and ``key_value_global``.
 
     Args:
-        width: W. heads: H, a divisor of W. window: an even number of neighbors, half on each side.
+        width: W.
+        heads: H, a divisor of W.
+        window: an even number of neighbors, half on each side.
         attention_dropout: of the weights, in training alone.
 
     Raises:
@@ -123,7 +125,8 @@ class Longformer(nn.Module):
     tokens are said by their places. Attention looks both ways: nothing is generated, so there is no step.
 
     Args:
-        width, heads, attention_dropout: as of `WindowedAttention`. depth: blocks.
+        width, heads, attention_dropout: as of `WindowedAttention`.
+        depth: blocks.
         window: of every block, or a tuple of one for each.
         feedforward: its inner width; None: 4 W.
         norm: ``"pre"`` (with one more norm at the end) or ``"post"``.

@@ -37,7 +37,10 @@ class NTM(nn.Module):
     begin at the first cell, 1e-6 stands beside norms and 1e-12 beside weights that are raised to a power.
 
     Args:
-        input_size, hidden_size, output_size: I, H, O. cells: N. cell_size: E. heads: R, read heads.
+        input_size, hidden_size, output_size: I, H, O.
+        cells: N.
+        cell_size: E.
+        heads: R, read heads.
 
     Raises:
         ValueError: if a size is not positive. TypeError: if it is no int.
@@ -120,7 +123,10 @@ class DNC(nn.Module):
     pass through the sorted usages, not through their order, as in the paper.
 
     Args:
-        input_size, hidden_size, output_size: I, H, O. cells: N. cell_size: E. heads: R, read heads.
+        input_size, hidden_size, output_size: I, H, O.
+        cells: N.
+        cell_size: E.
+        heads: R, read heads.
 
     Raises:
         ValueError: if a size is not positive. TypeError: if it is no int.

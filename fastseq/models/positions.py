@@ -17,7 +17,14 @@ __all__ = ["Embedding", "sinusoids"]
 
 
 def sinusoids(places: Tensor, width: int, layout: str = "interleaved", dtype: torch.dtype = torch.float32) -> Tensor:
-    """``[.., W]`` for places ``[..]``: sines and cosines in turn, or with layout "halves" the sines first."""
+    """``[.., W]`` for places ``[..]``: sines and cosines in turn, or with layout "halves" the sines first.
+
+    Args:
+        places: ``[..]``.
+        width: W, even.
+        layout: "interleaved" or "halves".
+        dtype: of the result.
+    """
     check_choice("layout", layout, ("interleaved", "halves"))
     if width % 2:
         raise ValueError(f"width must be even for sinusoids, got {width}")
@@ -29,7 +36,16 @@ def sinusoids(places: Tensor, width: int, layout: str = "interleaved", dtype: to
 
 
 class Embedding(nn.Module):
-    """Tokens and their places: the token's vector times `scale`, plus sinusoids or learned vectors of `longest` places."""
+    """Tokens and their places: the token's vector times `scale`, plus sinusoids or learned vectors of `longest` places.
+
+    Args:
+        words: V, size of the vocabulary.
+        width: W.
+        positions: "interleaved" or "halves", sinusoids; "learned"; or "none".
+        longest: learned places.
+        scale: of the token's vector.
+        dropout: of the sum, in training alone.
+    """
 
     def __init__(
         self, words: int, width: int, positions: str = "interleaved", longest: int = 512, scale: float = 1.0, dropout: float = 0.0

@@ -31,7 +31,11 @@ class HashedAttention(nn.Module):
     factors.
 
     Args:
-        width: W. heads: H, a divisor of W. chunk: M. buckets: an even number; about 2 T / M. rounds: R.
+        width: W.
+        heads: H, a divisor of W.
+        chunk: M.
+        buckets: an even number; about 2 T / M.
+        rounds: R.
         causal: a token sees none that come later. Which of the earlier ones share its chunk depends on all tokens of the row even
             so; hence no step would equal a call over the whole row, and there is none.
         attention_dropout: of the weights, in training alone.
@@ -137,7 +141,8 @@ class Reformer(nn.Module):
     mean is normalized at the end; there is no dropout, which the way back could not repeat.
 
     Args:
-        width, heads, chunk, buckets, rounds, causal: as of `HashedAttention`. depth: blocks.
+        width, heads, chunk, buckets, rounds, causal: as of `HashedAttention`.
+        depth: blocks.
         feedforward: its inner width; None: 4 W.
 
     Raises:

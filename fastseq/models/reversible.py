@@ -12,13 +12,19 @@ __all__ = ["ReversibleBlock", "reversible"]
 
 
 class ReversibleBlock(nn.Module):
-    """y1 = x1 + f(x2), y2 = x2 + g(y1): its inputs follow from its outputs. Neither part may draw random numbers."""
+    """y1 = x1 + f(x2), y2 = x2 + g(y1): its inputs follow from its outputs. Neither part may draw random numbers.
+
+    Args:
+        f: called with x2 and what else the block is given.
+        g: called with y1.
+    """
 
     def __init__(self, f: nn.Module, g: nn.Module) -> None:
         super().__init__()
         self.f, self.g = f, g
 
     def forward(self, x1: Tensor, x2: Tensor, *of_f: Any) -> tuple[Tensor, Tensor]:
+        """y1 and y2, of x1 and x2."""
         y1 = x1 + self.f(x2, *of_f)
         return y1, x2 + self.g(y1)
 
@@ -26,7 +32,12 @@ class ReversibleBlock(nn.Module):
 def reversible(blocks: Iterable[nn.Module], x1: Tensor, x2: Tensor, of_f: list[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
     """Outputs of `ReversibleBlock` after `ReversibleBlock`; nothing in between is kept, the way back computes it anew.
 
-    ``of_f``: for each block what its f gets beside x2, without gradient. Compiled, and without gradients, it is the plain loop.
+    Compiled, and without gradients, it is the plain loop.
+
+    Args:
+        blocks: one after the other.
+        x1, x2: both halves of the input.
+        of_f: for each block what its f gets beside x2, without gradient.
     """
     blocks = list(blocks)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():

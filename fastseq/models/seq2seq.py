@@ -39,7 +39,18 @@ class State(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Embeds the source and reads it; rows of different lengths need neither sorting nor packing."""
+    """Embeds the source and reads it; rows of different lengths need neither sorting nor packing.
+
+    Args:
+        words: V, size of the vocabulary.
+        width: of the embedding.
+        hidden: units of a direction; the memory has M = D * hidden features.
+        cell: "gru", "lstm" or "rnn".
+        layers: of the recurrence.
+        bidirectional: whether it reads both ways.
+        input_dropout: of the embedding, in training alone.
+        layer_dropout: between layers, in training alone.
+    """
 
     def __init__(
         self, words: int, width: int, hidden: int, *, cell: str = "gru", layers: int = 1, bidirectional: bool = True,
@@ -61,11 +72,19 @@ class Decoder(nn.Module):
     """Says the target word by word. Unless something is fed back, all T steps are one call of the RNN and one of attention.
 
     Args:
+        words: V, size of the vocabulary.
+        width: of the embedding.
+        hidden: units.
         memory: M, features of the encoder's output.
+        cell: "gru", "lstm" or "rnn".
+        layers: of the recurrence.
         attention: "none"; Luong's "dot" (s.h), "general" (s.W h) or "concat" (v.tanh(W s + U h)); or "bahdanau".
         feeding: the attentional vector enters the next step (Luong's input feeding).
         bridge: the state begins as tanh of a projection of the encoder's last h, in every layer, for h and c. False: with the
             encoder's states as they are, which then has one direction and this cell, layers and hidden units.
+        input_dropout: of the embedding, in training alone.
+        layer_dropout: between layers, in training alone.
+        output_dropout: of the RNN's output and the context, before they are combined, in training alone.
     """
 
     def __init__(

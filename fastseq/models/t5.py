@@ -26,7 +26,16 @@ class T5(nn.Module):
     """From the tokens of a source to logits of a target's.
 
     Args:
+        words: V, size of the vocabulary.
+        width: W.
+        heads: H, a divisor of W.
+        inner: width of the feed-forward.
+        layers: number of blocks, of the encoder and of the decoder.
         buckets, farthest: of distances, num_buckets and max_distance of :func:`fastseq.functional.t5_relative_bias`.
+        eps: of the norms.
+        dropout: of what each sub-layer adds and of the embeddings, in training alone.
+        attention_dropout: of attention's weights, in training alone.
+        inner_dropout: inside the feed-forward, in training alone.
     """
 
     def __init__(

@@ -52,6 +52,8 @@ class TCN(nn.Module):
         inputs: I.
         channels: C of every level.
         kernel: k, at least 2, or there is nothing to see of the past.
+        dropout: after each convolution, in training alone.
+        weight_norm: whether the convolutions' weights are split into direction and length.
     """
 
     def __init__(

@@ -34,7 +34,12 @@ class State(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Blocks that see the whole sequence; `final` is a norm at the end, which blocks with theirs before need."""
+    """Blocks that see the whole sequence; `final` is a norm at the end, which blocks with theirs before need.
+
+    Args:
+        blocks: one after the other, each of which attends in both directions.
+        final: a norm at the end; None: none.
+    """
 
     def __init__(self, blocks: Sequence[Block], final: nn.Module | None = None) -> None:
         super().__init__()
@@ -49,7 +54,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Blocks that see what came before, and a source if they have `cross`; `final` as an encoder takes it."""
+    """Blocks that see what came before, and a source if they have `cross`; `final` as an encoder takes it.
+
+    Args:
+        blocks: one after the other.
+        final: a norm at the end; None: none.
+    """
 
     def __init__(self, blocks: Sequence[Block], final: nn.Module | None = None) -> None:
         super().__init__()
@@ -58,7 +68,7 @@ class Decoder(nn.Module):
         self.crosses = blocks[0].cross is not None
 
     def forward(self, x: Tensor, memory: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """x [B, T, W], what an encoder made of a source [B, S, W], its lengths [B]: [B, T, W]."""
+        """x [B, T, W], memory [B, S, W] that an encoder made of a source, its lengths [B]: [B, T, W]."""
         self._check_source(memory)
         for block in self.blocks:
             answer = None if memory is None else lambda y, ask=block.cross: ask(y, ask.project(memory, 1, 3), lengths)
@@ -106,8 +116,20 @@ class EncoderDecoder(nn.Module):
     """From the tokens of a source to logits of a target's.
 
     Args:
+        words: V, size of the vocabulary.
+        width: W.
+        heads: H, a divisor of W.
+        inner: width of the feed-forward.
+        layers: number of blocks, of the encoder and of the decoder.
+        positions: "interleaved" or "halves", sinusoids; or "learned".
         longest: learned positions, in source and target.
         tied: one table of vectors for source, target and output, as in the paper; else three.
+        norm: "pre" or "post".
+        activation: "relu", "gelu" or "gelu_tanh", of the feed-forward.
+        eps: of the layer norms.
+        dropout: of what each sub-layer adds and of the embeddings, in training alone.
+        attention_dropout: of attention's weights, in training alone.
+        inner_dropout: inside the feed-forward, in training alone.
     """
 
     def __init__(

@@ -59,10 +59,20 @@ class TransformerXL(nn.Module):
     """Logits of the next token, segment after segment.
 
     Args:
+        words: V, size of the vocabulary.
+        width: W.
+        heads: H, a divisor of W.
+        inner: width of the feed-forward.
+        layers: number of blocks.
         memory: how many tokens are kept of the segments before.
         same_length: every token sees the last `memory` ones, itself among them; False: all that is there.
         clamp: distances beyond count as this one. None: as they are.
         tied: one table for the input and the output.
+        norm: "pre" or "post".
+        eps: of the layer norms.
+        dropout: of what each sub-layer adds and of the embeddings, in training alone.
+        attention_dropout: of attention's weights, in training alone.
+        inner_dropout: inside the feed-forward, in training alone.
     """
 
     def __init__(
@@ -91,7 +101,7 @@ class TransformerXL(nn.Module):
         return tuple(self.embedding.weight.new_zeros(batch, 0, self.embedding.embedding_dim) for _ in self.layers)
 
     def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """tokens int [B, T], the next ones: logits [B, T, V], and the memories then, through which no gradient flows."""
+        """tokens int [B, T] behind those of the state: logits [B, T, V], and the memories then, which pass no gradient."""
         self._check(state, len(tokens))
         width, total = self.embedding.embedding_dim, state[0].shape[1] + tokens.shape[1]
         x = self.dropout(self.embedding(tokens) * width**0.5)

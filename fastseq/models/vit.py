@@ -25,8 +25,15 @@ class ViT(nn.Module):
 
     Args:
         size, patch: of an image and of a patch, in pixels; patch divides size.
+        channels: of an image.
         classes: of the head on the class token.
+        width: W.
+        heads: H, a divisor of W.
+        layers: number of blocks.
         inner: of the linear layers; None: 4 W.
+        eps: of the layer norms.
+        dropout: of what each sub-layer adds and of the embeddings, in training alone.
+        attention_dropout: of attention's weights, in training alone.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from ..backends import library
 from ..functional._recording import recorder
 from ..functional._torch_attention import attention_and_weights, attention_output, seeded
 from ..ops._attention_eager import self_attention
-from ..ops._dispatch import PLAIN, plain_call
+from ..ops._dispatch import PLAIN, plain_call, shared_sequence
 from ..ops._linear_eager import linear
 from ..ops.attention import Spec, attention, attention_weights
 from ._checks import describe, public
@@ -47,6 +47,17 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
 
     Inside an ``nn.TransformerEncoderLayer`` that is in eval mode and wants no gradients, torch computes the whole layer from its
     parameters, in one fused call, and calls no submodule: neither torch's attention nor this one.
+
+    Args:
+        embed_dim: E, features of queries and results.
+        num_heads: H, a divisor of E.
+        dropout: probability with which, in training, weights are zeroed.
+        bias: whether the projections have one.
+        add_bias_kv: a learned key and value behind all others.
+        add_zero_attn: a key and value of zeros behind all others.
+        kdim, vdim: features of keys and values. None: E.
+        batch_first: sequences are [N, L, E].
+        device, dtype: of the parameters.
     """
 
     _quantized_dynamically = False
@@ -165,6 +176,12 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
         if recorder() is not None:
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         _check_types(query, key, value, key_padding_mask, attn_mask)
+        shared = shared_sequence()
+        if shared is not None:
+            if query.is_nested or key.is_nested or value.is_nested:
+                raise ValueError("nested tensors do not go with context_parallel")
+            self._check(query, key, value, key_padding_mask, None, False, need_weights)
+            return shared.multihead_attention(self, query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -327,7 +344,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
                 runs = [(query, 3, self.in_proj_weight, self.in_proj_bias)]
             else:
                 counts = [2, 1] if query is key else [1, 2] if key is value else [1, 1, 1]
-                rows = [count * self.embed_dim for count in counts]
+                rows = [count * self.num_heads * self.head_dim for count in counts]
                 inputs = (query, value) if len(counts) == 2 else (query, key, value)
                 biases = [None] * len(rows) if self.in_proj_bias is None else self.in_proj_bias.split_with_sizes(rows)
                 weights = self.in_proj_weight.split_with_sizes(rows)

@@ -16,6 +16,7 @@ from fastseq import functional
 from fastseq._arguments import checked_int, checked_number, checked_tensor
 from fastseq.functional._linear_recurrent import check_zoneout
 from fastseq.modules._checks import kind_of, public
+from fastseq.ops._dispatch import unshared
 
 __all__ = ["HGRN", "LRU", "QRNN", "RGLRU", "MinGRU", "MinGRUCell", "MinLSTM"]
 
@@ -138,8 +139,11 @@ class _Layers(nn.Module):
         )
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        """One step of all layers: ``(output, h_n)`` of ``[B, I]`` or ``[I]`` and the states before it. Steps in turn, each from
-        the states of the one before, are the sequence.
+        """One step of all layers: ``(output, h_n)``. Steps in turn, each from the states of the one before, are the sequence.
+
+        Args:
+            input: ``[B, I]`` or ``[I]``.
+            hx: the states before it, as h_n. None: a sequence begins.
 
         Raises:
             RuntimeError: if the layers go both ways, or as ``forward`` does.
@@ -149,7 +153,8 @@ class _Layers(nn.Module):
         if checked_tensor("input", input).dim() not in (1, 2):
             raise RuntimeError(f"{kind_of(self)}: Expected a step's input to be 1D or 2D, got {input.dim()}D instead")
         time = 1 if self.batch_first and input.dim() == 2 else 0
-        output, states = self(input.unsqueeze(time), hx)
+        with unshared():
+            output, states = self(input.unsqueeze(time), hx)
         return output.squeeze(time), states
 
     def extra_repr(self) -> str:
@@ -188,6 +193,7 @@ class MinGRU(_Gated):
         batch_first: sequences are ``[B, T, I]``.
         dropout: probability with which, in training, elements of every layer's output but the last's are zeroed.
         bidirectional: a second lane of every layer goes from the last step to the first; outputs are side by side.
+        device, dtype: of the parameters.
 
     Parameters are ``weight_ih_l0`` ``[2H, I]``, rows of W_z, then of W_h, ``bias_ih_l0`` ``[2H]``, and so for every layer, with
     ``_reverse`` at the end for its way back; uniform in +-1/sqrt(H).
@@ -208,6 +214,7 @@ class MinGRUCell(nn.Module):
         input_size: I.
         hidden_size: H.
         bias: whether there are b_z and b_h.
+        device, dtype: of the parameters.
 
     Parameters are ``weight_ih`` ``[2H, I]`` and ``bias_ih`` ``[2H]``, uniform in +-1/sqrt(H).
 
@@ -251,7 +258,8 @@ class MinGRUCell(nn.Module):
         if checked_tensor("input", input).dim() not in (1, 2):
             raise RuntimeError(f"MinGRUCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         state = None if hx is None else checked_tensor("hx", hx).unsqueeze(0)
-        _, h_n = functional.linear_recurrent("min_gru", input.unsqueeze(0), state, [dict(self.named_parameters())])
+        with unshared():
+            _, h_n = functional.linear_recurrent("min_gru", input.unsqueeze(0), state, [dict(self.named_parameters())])
         return h_n[0]
 
     def extra_repr(self) -> str:
@@ -299,6 +307,7 @@ class HGRN(_Layers):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as of `fastseq.MinGRU`.
         lower_bound: whether there is one; else l is zero.
         output_gate: whether y is normalized and gated; else it is h.
+        device, dtype: of the parameters.
 
     Parameters are ``weight_ih_l0`` ``[3H, I]``, rows of W_f, W_i, W_g (``[2H, I]`` without output gate), ``bias_ih_l0``, the
     norm's ``weight_norm_l0`` ``[H]``, and so on; ``lower_bounds`` ``[L, H]``, logits of the softmax, ``lower_bounds_reverse``.
@@ -376,6 +385,7 @@ class RGLRU(_Layers):
         input_size, hidden_size, num_layers, batch_first, dropout, bidirectional: as of `fastseq.MinGRU`.
         bias: whether there are b_r, b_i, and that of a projection.
         heads: number of blocks of W_r and W_i; it divides H.
+        device, dtype: of the parameters.
 
     Parameters are ``weight_r_l0``, ``weight_i_l0`` ``[heads, H/heads, H/heads]``, ``bias_r_l0``, ``bias_i_l0`` ``[H]``,
     ``decay_l0`` ``[H]`` (Lambda), and, where a layer's input is not H wide, ``weight_ih_l0`` ``[H, I]``, ``bias_ih_l0`` ``[H]``.
@@ -451,6 +461,7 @@ class QRNN(_Layers):
         pooling: ``"f"``, ``"fo"`` or ``"ifo"``.
         zoneout: probability with which f is one in a step of training, so that the state is kept; of ``"ifo"`` what i lets in is
             added to it, as the paper has it. At inference f is p + (1 - p) f, the mean.
+        device, dtype: of the parameters.
 
     States are c (h of ``"f"``). With two steps hx and h_n are a pair, the states and the last inputs of all layers side by side,
     ``[D, B, I + (L-1)*D*H]`` in the input's dtype: with both a sequence goes on where it was cut.
@@ -517,6 +528,7 @@ class LRU(_Layers):
         bias: whether a bias joins y; the paper has none.
         state_size: N, of complex numbers. None: H.
         r_min, r_max, max_phase: lambda begins uniform in this ring and these angles from 0.
+        device, dtype: of the parameters.
 
     Parameters are ``nu_log_l0`` and ``theta_log_l0`` (nu and theta above), ``gamma_log_l0`` ``[N]``, ``weight_b_l0`` ``[2N, I]``,
     ``weight_c_l0`` ``[H, 2N]`` (real and imaginary part in turn), ``weight_d_l0`` ``[H, I]``, ``bias_out_l0`` ``[H]``, and so on.

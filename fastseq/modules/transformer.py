@@ -37,6 +37,18 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
     In eval mode and without gradients an eager call on a CPU is one call of fastseq's library. Every other call is torch's
     forward, with fastseq's attention in it or, where torch has one, its own fused path (nested tensors, GPUs).
     A sequence that is all padding gives zeros for its attention, not NaN.
+
+    Args:
+        d_model: E, features of the input.
+        nhead: number of heads, a divisor of E.
+        dim_feedforward: width between the two linear layers.
+        dropout: of attention's weights, of the feed-forward and of what each adds, in training.
+        activation: "relu", "gelu" or a function.
+        layer_norm_eps: of the layer norms.
+        batch_first: sequences are [N, T, E].
+        norm_first: norms come before attention and feed-forward, not after.
+        bias: whether linear layers and norms have one.
+        device, dtype: of the parameters.
     """
 
     __setattr__ = nn.Module.__setattr__  # quantization looks for its parts, which say for themselves what they are

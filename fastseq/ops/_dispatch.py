@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -50,11 +54,14 @@ def transforming() -> bool:
     return _C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+# The block of fastseq.distributed in which a call runs on this rank's part of a sequence, or None.
+sequence_context: ContextVar[Any] = ContextVar("fastseq_sequence_context", default=None)
+
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # a subclass has a say in what is called on it
 
 
 def plain_call() -> bool:
-    """Whether nobody compiles, traces, transforms or lowers what runs now, nor forces another backend than the CPU's."""
+    """Whether nobody compiles, traces, transforms, lowers or shares what runs now, nor forces another backend than the CPU's."""
     return not (
         is_compiling()
         or _C._is_tracing()
@@ -63,6 +70,7 @@ def plain_call() -> bool:
         or _C._are_functorch_transforms_active()
         or _C._is_any_autocast_enabled()
         or forward_ad._current_level >= 0
+        or sequence_context.get() is not None
         or backends.forced() not in (None, "cpu")
     )
 
@@ -127,3 +135,49 @@ def register_autograd(library: torch.library.Library, name: str, run: Callable[.
             return op.redispatch(keyset & _C._after_autograd_keyset, *args)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+_sharing = 0  # blocks that are entered, which what is compiled can see
+
+
+def shared_sequence() -> Any:
+    """The block of fastseq.distributed in which a call runs on this rank's part of a sequence, or None."""
+    if not is_compiling():
+        return sequence_context.get()
+    if _sharing:
+        raise RuntimeError("what shares a sequence with other ranks cannot be compiled: leave it out by torch.compiler.disable")
+    return None
+
+
+@contextmanager
+def share(block: Any) -> Iterator[None]:
+    """Within it ``block`` runs what takes a sequence; None: sequences are whole."""
+    global _sharing
+    token, before, _sharing = sequence_context.set(block), _sharing, int(block is not None)
+    try:
+        yield
+    finally:
+        sequence_context.reset(token)
+        _sharing = before
+
+
+def unshared() -> AbstractContextManager[None]:
+    """A block in which sequences are whole: single steps, and what a rank computes of its part."""
+    return nullcontext() if is_compiling() or sequence_context.get() is None else share(None)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor. The first one brings the ops' sharding rules with it."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is None or not isinstance(tensor, tensors.DTensor):
+        return False
+    sharding()
+    return True
+
+
+@cache
+def sharding() -> Any:
+    """What knows DTensors, which stands above the ops and is imported when it is needed."""
+    module = importlib.import_module("fastseq.distributed.dtensor")
+    module.register()
+    return module

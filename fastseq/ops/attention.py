@@ -34,7 +34,16 @@ from torch import Tensor
 from .. import backends
 from ..reference import attention as reference
 from . import flops
-from ._dispatch import heeds_forward, needs_plain_torch, outside_dynamo, recorded, register_autograd, wants_gradient
+from ._dispatch import (
+    PLAIN,
+    heeds_forward,
+    is_sharded,
+    needs_plain_torch,
+    outside_dynamo,
+    recorded,
+    register_autograd,
+    wants_gradient,
+)
 from .types import GRADIENTS, Spec, empty_gradients, empty_rows, state_dtype
 
 _SPEC = (
@@ -327,6 +336,8 @@ for _name, _through in (
 
 def _differentiable(op: Any, through: Any, given: list[Tensor], *arguments: Any) -> Any:
     """An op with its derivative. What records a program is shown the op; a plain call goes its way directly, which is faster."""
+    if type(given[0]) not in PLAIN:
+        is_sharded(given[0])
     if needs_plain_torch(given):
         return through(*arguments)
     if recorded():

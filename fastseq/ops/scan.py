@@ -43,7 +43,16 @@ from ..backends import library
 from ..backends.cpu import scan as native
 from ..reference import scan as reference
 from . import flops
-from ._dispatch import PLAIN, needs_plain_torch, outside_dynamo, plain_call, recorded, register_autograd, wants_gradient
+from ._dispatch import (
+    PLAIN,
+    is_sharded,
+    needs_plain_torch,
+    outside_dynamo,
+    plain_call,
+    recorded,
+    register_autograd,
+    wants_gradient,
+)
 from .types import SCAN_CELLS, ScanSpec, empty_scan, empty_scan_gradients, scan_kind, state_dtype
 
 _SPEC = "Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str cell, bool reverse"
@@ -187,10 +196,18 @@ def _through_scan(b: Tensor, a: Tensor, gate: Any, vector: Any, initial: Any, *f
 register_autograd(_library, "scan", _through_scan)
 
 
+def prepared(b: Tensor, a: Tensor, spec: ScanSpec) -> tuple[Tensor, ScanSpec]:
+    """Logarithms as coefficients where that is cheaper once than at every step."""
+    if spec.cell == "log" and (a.is_complex() or a.shape != b.shape):
+        return a.to(state_dtype(a.dtype)).exp(), spec._replace(cell="given")
+    return a, spec
+
+
 def scan(b: Tensor, a: Tensor, gate: Tensor | None, vector: Tensor | None, initial: Tensor | None, spec: ScanSpec) -> Results:
     """h and the final states, differentiable in b, a, gate, vector and the initial states."""
-    if spec.cell == "log" and (a.is_complex() or a.shape != b.shape):  # cheaper once than at every step
-        a, spec = a.to(state_dtype(a.dtype)).exp(), spec._replace(cell="given")
+    if type(b) not in PLAIN:
+        is_sharded(b)
+    a, spec = prepared(b, a, spec)
     tensors = (b, a, gate, vector, initial)
     given = [t for t in tensors if t is not None]
     if plain_call() and not backends.watched() and not wants_gradient(given) and _native_serves(given, spec):

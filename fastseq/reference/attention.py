@@ -42,6 +42,17 @@ class Tile(NamedTuple):
     k: tuple[Any, ...]  # of k and v
 
 
+class Place(NamedTuple):
+    """Where a part of a larger attention stands in it, as dropout counts: its first query, its first key, its heads."""
+
+    row: int = 0
+    key: int = 0
+    which: Tensor | None = None  # int64 [B, Hq], b Hq + h in the whole; None: the part has all of them
+
+
+_AT_FIRST = Place()
+
+
 class Group(NamedTuple):
     """Sequences of one size."""
 
@@ -334,19 +345,22 @@ def dropout_threshold(dropout: float) -> int:
     return min(int(dropout * 2**32), 2**32)
 
 
-def _keep(spec: Spec, tile: Tile, heads: int) -> Tensor | None:
+def _keep(spec: Spec, tile: Tile, heads: int, place: Place = _AT_FIRST) -> Tensor | None:
     """Which weights survive the dropout: [b, Hq, R, C]; None: all.
 
     Weight (b, h, i, j) is kept if philox(seed, j // 4, i, b Hq + h)[j % 4] >= dropout 2^32, so every backend drops the same ones.
     """
     if not spec.dropout or spec.seed is None:
         return None
-    device, keys = spec.seed.device, tile.keys
-    i = torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None]
-    which = torch.arange(tile.batch.start * heads, tile.batch.stop * heads, device=device).view(-1, heads, 1, 1)
-    quads = torch.arange(keys.start // 4, -(-keys.stop // 4), device=device)
-    skipped = keys.start % 4
-    random = torch.stack(philox(spec.seed, quads, i, which), -1).flatten(-2)[..., skipped : skipped + keys.stop - keys.start]
+    device, first, last = spec.seed.device, place.key + tile.keys.start, place.key + tile.keys.stop
+    i = torch.arange(place.row + tile.rows.start, place.row + tile.rows.stop, device=device)[:, None]
+    if place.which is None:
+        which = torch.arange(tile.batch.start * heads, tile.batch.stop * heads, device=device).view(-1, heads, 1, 1)
+    else:
+        which = place.which[tile.batch, :, None, None]
+    quads = torch.arange(first // 4, -(-last // 4), device=device)
+    skipped = first % 4
+    random = torch.stack(philox(spec.seed, quads, i, which), -1).flatten(-2)[..., skipped : skipped + last - first]
     return random >= dropout_threshold(spec.dropout)
 
 
@@ -378,8 +392,11 @@ def _joined(pieces: list[tuple[Tile, Tensor]], dim: int) -> Tensor:
     return torch.cat([torch.cat(rows, dim) for rows in batches.values()])
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-    """out as q with Ev features, in q's dtype; lse ``[B, Hq, Tq]`` or ``[Hq, N]`` in ``state_dtype``. Differentiable."""
+def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, place: Place = _AT_FIRST) -> tuple[Tensor, Tensor]:
+    """out as q with Ev features, in q's dtype; lse ``[B, Hq, Tq]`` or ``[Hq, N]`` in ``state_dtype``. Differentiable.
+
+    ``place``: in the attention that this one is a part of, for its dropout.
+    """
     wide = state_dtype(q.dtype)
     q, k, v, spec = _clean(q, k, v, spec)
     outs, lses = [], []
@@ -388,7 +405,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor
         own, _ = of_tile(spec, tile)
         s, _ = _scores(q[tile.q].to(wide), k_wide[tile.k], own, tile)
         w, lse = _softmax(s, spec.sinks)
-        w = _dropped(w, _keep(spec, tile, s.shape[1]), spec)
+        w = _dropped(w, _keep(spec, tile, s.shape[1], place), spec)
         outs.append((tile, _weighted(w, v_wide[tile.k]).to(q.dtype)))
         lses.append((tile, lse))
     if not outs:
@@ -419,16 +436,26 @@ def weights(q: Tensor, k: Tensor, lse: Tensor | None, spec: Spec, average: bool)
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec, wanted: list[bool]
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: Spec,
+    wanted: list[bool],
+    place: Place = _AT_FIRST,
 ) -> tuple[Tensor, ...]:
     """The gradients of ``GRADIENTS``, each in its tensor's dtype; empty (0,) where not wanted.
 
-    ``out`` and ``lse`` may come from elsewhere (a merge of several attentions over parts of the keys).
+    ``out`` and ``lse`` may come from elsewhere (a merge of several attentions over parts of the keys); ``place`` as in
+    ``forward``.
     """
     wide = lse.dtype
     q, k, v, spec = _clean(q, k, v, spec)
     dout, out, dlse = (_valid(t, spec.q_lengths) for t in (dout, out, dlse))
-    grads = _Gradients(q, k, v, spec, wanted)
+    grads = Gradients(q, k, v, spec, wanted)
     k_wide, v_wide = k.to(wide), v.to(wide)
     for tile in tiles(q, k, spec):
         d, v_tile = dout[tile.q].to(wide), v_wide[tile.k]
@@ -443,7 +470,7 @@ def backward(
                 grads.add("v", _grouped_sum(_dropped(w, keep, spec), d, v_tile.shape[1]), tile.k)
             return w * (_dropped(_grouped(d, v_tile), keep, spec) - delta[..., None])
 
-        _through_scores(grads, tile, q[tile.q], k_wide[tile.k], lse[tile.q], spec, through)
+        _through_scores(grads, tile, q[tile.q], k_wide[tile.k], lse[tile.q], spec, through, place)
     return grads.results()
 
 
@@ -455,7 +482,7 @@ def weights_backward(
     q, k, _, spec = _clean(q, k, None, spec)
     dw = _valid(dw[:, None] / q.shape[1] if average else dw, spec.q_lengths)  # [B, 1 or Hq, Tq, Tk]
     dw = dw if spec.k_lengths is None else _valid(dw.mT, spec.k_lengths).mT
-    grads = _Gradients(q, k, q, spec, wanted)
+    grads = Gradients(q, k, q, spec, wanted)
     delta_all = torch.zeros_like(lse)
     k_wide = k.to(lse.dtype)
     for tile in tiles(q, k, spec):
@@ -472,7 +499,7 @@ def weights_backward(
     return *grads.results(), delta_all
 
 
-class _Gradients:
+class Gradients:
     """Gradients in the dtype of accumulation, summed over tiles."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, spec: Spec, wanted: list[bool]) -> None:
@@ -490,20 +517,21 @@ class _Gradients:
 
 
 def _through_scores(
-    grads: _Gradients,
+    grads: Gradients,
     tile: Tile,
     q: Tensor,
     k: Tensor,
     lse: Tensor | None,
     spec: Spec,
     through: Callable[[Tensor, Tensor | None], Tensor],
+    place: Place = _AT_FIRST,
 ) -> None:
     """Gradients of a tile: ``through(w, keep)`` gives that of the scores, which goes on to all that shapes them."""
     own, at = of_tile(spec, tile)
     q = q.to(k.dtype)
     s, capped = _scores(q, k, own, tile)
     w = _softmax(s, spec.sinks)[0] if lse is None else _weights(s, lse)
-    ds = through(w, _keep(spec, tile, q.shape[1]))
+    ds = through(w, _keep(spec, tile, q.shape[1], place))
     places = _Places(tile, q.device)
     if own.bias is not None and "bias" in grads.given:
         grads.add("bias", ds.sum_to_size(own.bias.shape), at["bias"])

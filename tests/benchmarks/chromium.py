@@ -26,12 +26,12 @@ INSPECT = """
     }
     return [255, 255, 255];
   };
-  const contrast = e => {
-    const [a, b] = [lightness(rgb(getComputedStyle(e).color)), lightness(behind(e))].sort((x, y) => y - x);
+  const contrast = (e, property = 'color') => {
+    const [a, b] = [lightness(rgb(getComputedStyle(e)[property])), lightness(behind(e))].sort((x, y) => y - x);
     return (a + 0.05) / (b + 0.05);
   };
   document.querySelectorAll('details').forEach(e => e.open = true);
-  const words = 'h1, h2, h3, h4, p, td, th, dt, dd, q, pre, code, summary, figcaption, .badge, .card b, .card span, svg';
+  const words = 'h1, h2, h3, h4, p, td, th, dt, dd, q, pre, code, summary, figcaption, a:not(.here), li, span, b, svg';
   const shown = [...document.querySelectorAll(words)];
   return JSON.stringify({
     width: innerWidth,
@@ -50,6 +50,10 @@ INSPECT = """
         * e.getBoundingClientRect().width / e.viewBox.baseVal.width)),
     })),
     contrasts: shown.map(e => ({ what: `${e.tagName} ${e.className.baseVal ?? e.className}`, ratio: contrast(e) })),
+    words_in_pictures: [...document.querySelectorAll('svg text')].map(e => ({ what: e.textContent, ratio: contrast(e, 'fill'),
+      fill: getComputedStyle(e).fill })),
+    unlinked: [...document.querySelectorAll('h2, main > .panel > h3, article h3')].filter(
+      e => !e.id || !e.querySelector(`a[href="#${e.id}"]`)).map(e => e.textContent),
   });
 })()
 """

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import colorsys
 import math
+import re
 
 import pytest
+from matplotlib.colors import to_rgb
 
 from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
+from fastseq.benchmarks.report import html, summary
 from fastseq.benchmarks.report.findings import Finding, Line, Panel
 from fastseq.benchmarks.report.plots import finding, heatmap, style
 from fastseq.benchmarks.report.plots import roofline as roofline_plot
@@ -71,19 +74,37 @@ def test_a_claims_picture_tells_its_ends_in_words():
     assert math.isfinite(figure.size[1]) and "block" in style.svg(figure)
 
 
-def luminance(color):
-    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 def test_every_line_has_contrast_on_either_background():
     """3:1, as WCAG wants it of graphics."""
     colors = {name: p.color for name, p in EVERY_PROVIDER.items()} | {f"claims {c}": c for c in finding.COLORS}
     for name, color in colors.items():
-        for paper in (style.LIGHT.paper, style.DARK.paper):
-            dark, light = sorted((luminance(color), luminance(paper)))
-            assert (light + 0.05) / (dark + 0.05) >= 3, (name, color, paper)
+        for theme in (style.LIGHT, style.DARK):
+            assert style.contrast(to_rgb(color), to_rgb(theme.paper)) >= 3, (name, color, theme.paper)
+
+
+def test_words_have_contrast():
+    """4.5:1: ink on either background, the numbers on every color of a map, the words of the summary."""
+    assert style.contrast((0, 0, 0), (1, 1, 1)) == pytest.approx(21) and style.contrast((1, 0, 0), (1, 0, 0)) == 1
+    for theme in (style.LIGHT, style.DARK):
+        assert style.contrast(to_rgb(theme.ink), to_rgb(theme.paper)) >= 4.5
+    for colors in (heatmap.LOSSES, heatmap.GAINS):
+        for shade in range(256):
+            assert max(style.contrast(to_rgb(ink), colors(shade)) for ink in heatmap.INKS) >= 4.5
+    for ink in (*summary.TONES.values(), summary.SOFT):
+        assert style.contrast(to_rgb(ink), to_rgb(style.LIGHT.paper)) >= 4.5
+
+
+def test_words_of_the_page_have_contrast():
+    """As its style sheet pairs them, in light and in dark: what a browser is not there to see."""
+    sheet = (html.TEMPLATES / "style.css.j2").read_text()
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w+)", part)) for part in sheet.split("prefers-color-scheme: dark")[:2])
+    assert light.keys() == dark.keys() and len(light) > 12
+    pairs = [(ink, paper) for ink in ("ink", "soft", "accent", "good", "bad") for paper in ("paper", "card")]
+    pairs += [("good", "good-wash"), ("bad", "bad-wash"), ("part", "part-wash"), ("soft", "line")]
+    pairs += [("ink", f"{tone}-wash") for tone in ("good", "best", "bad", "worst")]
+    for scheme in (light, dark):
+        for ink, paper in pairs:
+            assert style.contrast(to_rgb(scheme[ink]), to_rgb(scheme[paper])) >= 4.5, (ink, paper, scheme[ink], scheme[paper])
 
 
 @pytest.mark.parametrize("distance", [1.0, 10.0, 37.3])

@@ -2,18 +2,23 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 
+import matplotlib.image
+import numpy as np
 import pytest
+from markupsafe import escape
 from rich.console import Console
 
-from fastseq.benchmarks import assembly
+from fastseq.benchmarks import assembly, publish
 from fastseq.benchmarks.claims import table as claims
 from fastseq.benchmarks.measure import environment
 from fastseq.benchmarks.measure.results import Results, write_csv
-from fastseq.benchmarks.report import quality
-from fastseq.benchmarks.report.model import Table, sides
+from fastseq.benchmarks.report import html, quality, summary
+from fastseq.benchmarks.report.findings import Finding, Part, Verdict
+from fastseq.benchmarks.report.model import Figure, Table, curve_of, sides
 from fastseq.benchmarks.report.plots import finding, style
 from fastseq.benchmarks.suites import SUITES
 
@@ -79,9 +84,96 @@ def test_the_page_needs_nothing_but_itself(results, page):
     assert [r for r in parsed.resources if not r.startswith(("#", "data:"))] == []
     assert "script" not in parsed.tags and "link" not in parsed.tags
     assert not re.search(r"@import|url\(\s*['\"]?(?!#)", page)
-    assert page.count("<svg") == len(report_figures(results))
+    assert page.count("<svg") + page.count("These curves are in") == len(report_figures(results))
     references = set(re.findall(r"url\(#([^)]+)\)", page)) | {r[1:] for r in parsed.resources if r.startswith("#")}
     assert references <= set(re.findall(r'\bid="([^"]+)"', page))
+
+
+def test_no_plot_is_drawn_twice(results, page):
+    """A training step is the figure on top; claims and the suite's own section lead there."""
+    links = re.findall(r'These curves are in <a href="#([\w-]+)">', page)
+    assert len(links) >= 5 and links.count("figure-1") >= 4
+    assert set(links) <= set(re.findall(r'<figure id="([\w-]+)"', page))
+    pictures = html._Pictures([])
+    lines = {name: curve_of(name, {1: k, 2: 2 * k}) for k, name in enumerate("abc", 1)}
+    figures = [
+        Figure(names, "", lambda canvas, theme: canvas.subplots(), (3, 2), curves=frozenset(lines[n] for n in names))
+        for names in ("ab", "b", "bc", "ac", "a")
+    ]
+    placed = [str(pictures(figure)) for figure in figures]
+    assert ["<svg" in text for text in placed] == [True, False, True, False, False]
+    assert '#figure-1">ab</a>.' in placed[1] and '">ab</a> and <a href="#figure-2">bc</a>' in placed[3]
+    assert "<svg" in str(html._Pictures(figures[::-1])(figures[4])), "those that come first in the order have the curve"
+
+
+def test_contents_and_permalinks(page):
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    (contents,) = re.findall(r'<nav aria-label="Contents">.*?</nav>', page)
+    titles = re.findall(r'<h2 id="([^"]+)">', page)
+    assert re.findall(r'href="#([^"]+)"', contents) == titles and len(titles) > 8
+    for name in re.findall(r'<h[23] id="([^"]+)">', page):
+        assert f'<a class="here" href="#{name}"' in page
+
+
+def test_a_verdict_is_twelve_words_and_the_rest_is_folded(results, page):
+    open_text = re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
+    measured = [v for v in claims.verdicts(results) if v.measured]
+    assert len(measured) > 3
+    for v in measured:
+        assert len(v.brief.split()) <= 12
+        for found in v.findings:
+            if not found.void:
+                figures = str(escape(found.figures))
+                assert figures in page and figures not in open_text
+    long = Part("fails", "fails since " + "word " * 20)
+    assert Verdict("", "", "", "", (Finding("", (long,), ""),), ()).brief == "fails"
+
+
+def test_nothing_about_kernels_of_gpus_on_a_cpu(results, page):
+    """But for a GPU, where the row says why it could not run."""
+    assert "(cuda)" not in page and any("(cuda)" in row.provider for row in results.rows)
+    on_gpu = Results(
+        results.environment | {"device": "cuda"}, results.options, [r for r in results.rows if "(cuda)" in r.provider]
+    )
+    assert assembly.shown(on_gpu).rows == on_gpu.rows != assembly.shown(replace(on_gpu, environment=results.environment)).rows
+
+
+def test_the_summary_tells_title_device_and_date(results, tmp_path):
+    assembly.picture(results, tmp_path / "a.png")
+    image = matplotlib.image.imread(tmp_path / "a.png")
+    assert image.shape[:2] == (630, 1200) and len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 50
+    assembly.picture(results, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    parts = assembly.sections(results)
+    said = " ".join(text.get_text() for text in summary.draw(assembly.title(results), results, html.cards(parts), None).texts)
+    for part in ("RNN vs attention on A <fast> CPU & more (2 vCPU)", "2030-01-01", "torch 2.13.0"):
+        assert part in said
+    assert html.cards(parts)[0].value in said and quality.status(results).text in said
+
+
+def test_a_site_of_committed_results(results, synthetic, tmp_path, capsys):
+    """Files that belong together make one report, those of another version their own."""
+    single = synthetic.single(lambda group, w: 1.5)
+    single.rows = [row for row in single.rows if (row.group, row.mode) == ("step", "inference")]
+    grid = replace(single, rows=[row for row in single.rows if row.function == "grucell"])
+    other = replace(grid, environment=grid.environment | {"versions": {"python": "3.12.0", "torch": "2.12.0"}})
+    for name, found in (("alone/results.json", single), ("mixed/one/results.json", grid), ("mixed/two/results.json", other)):
+        (tmp_path / "results" / name).parent.mkdir(parents=True, exist_ok=True)
+        found.save(tmp_path / "results" / name)
+    assert publish.main([str(tmp_path / "site"), "--results", str(tmp_path / "results")]) == 0
+    text = (tmp_path / "site/index.html").read_text()
+    links = set(re.findall(r'(?:href|src)="([^"#]+)"', text))
+    assert {link for link in links if link.endswith("report.html")} == {
+        "alone/report.html",
+        "mixed-one/report.html",
+        "mixed-two/report.html",
+    }
+    assert len(links) == 12 and all((tmp_path / "site" / link).is_file() for link in links)
+    assert "fastseq benchmarks on A &lt;fast&gt; CPU &amp; more (2 vCPU), float32" in text and "2030-01-01" in text
+    with pytest.raises(SystemExit):
+        publish.main([str(tmp_path / "site"), "--results", str(tmp_path / "nowhere")])
+    assert "there is no results.json under" in capsys.readouterr().err
 
 
 def report_figures(results):

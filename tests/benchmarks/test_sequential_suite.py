@@ -74,7 +74,7 @@ def test_min_gru_is_a_third_curve(synthetic):
         assert shown[f"Time, {mode}"][MIN_GRU][6].text == "T¹·⁰⁰" and MIN_GRU in shown[f"Peak memory, {mode}"]
         crossover = shown[f"Crossover length, {mode}"][MIN_GRU][2].text
         assert crossover.startswith("recurrence above T ≈ 40 ("), "where 4e-6 T is 1e-7 T²"
-    assert f"{MIN_GRU}  T" in style.svg(suite.picture(results))
+    assert f"{MIN_GRU}, parallel in time  T" in style.svg(suite.picture(results))
     memory = next(v for v in claims.verdicts(results) if v.claim == "memory-more")
     assert not any(a.name == MIN_GRU for f in memory.findings for p in f.panels for a in p.lines)
 

@@ -744,6 +744,37 @@ def test_transformer_xl(layout):
         F.transformer_xl_attention(q, k, v, r, u[0], v_bias)
 
 
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_a_step_of_transformer_xl(monkeypatch, layout):
+    """One query without gradients is what the last of many is; what does not fit raises as it does for many."""
+    torch.manual_seed(0)
+    q, k, v = (swapped(layout, torch.randn(B, HQ, TK, E)) for _ in range(3))
+    last = q[:, -1:] if layout == "bshd" else q[:, :, -1:]
+    u, other, memory = torch.randn(HQ, E), torch.randn(HQ, E), F.transformer_xl_attention
+    for heads in (1, HQ):
+        r = torch.randn(heads, TK, E)
+        for more in ({}, {"window_size": (4, None)}, {"window_size": (0, -1), "scale": 0.3}, {"window_size": (TK, 0)}):
+            many = memory(q, k, v, r, u, other, layout=layout, **more)
+            with monkeypatch.context() as patch, torch.no_grad():
+                patch.setattr("fastseq.functional._attention.prepared", None)
+                found = memory(last, k, v, r, u, other, layout=layout, dropout_p=0.0, **more)
+            torch.testing.assert_close(found, many[:, -1:] if layout == "bshd" else many[:, :, -1:])
+            masked = memory(last, k, v, r, u, other, layout=layout, attn_mask=torch.ones(1, TK, dtype=torch.bool), **more)
+            torch.testing.assert_close(masked, found)
+    r = torch.randn(HQ, TK, E)
+    for wrong, kind in (
+        ({"window_size": ()}, ValueError),
+        ({"window_size": (-2, None)}, ValueError),
+        ({"softcap": "a"}, TypeError),
+    ):
+        with pytest.raises(kind):
+            memory(last, k, v, r, u, other, layout=layout, **wrong)
+    with pytest.raises(RuntimeError):
+        memory(last, k, v, r[:, :, 1:], u, other, layout=layout)
+    with pytest.raises(RuntimeError):
+        memory(last, k, v.double(), r, u, other, layout=layout)
+
+
 def test_explained():
     explanation = fastseq.explain(
         F.attention, torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), causal=True

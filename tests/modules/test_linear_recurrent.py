@@ -210,6 +210,21 @@ def test_steps_are_the_sequence(name, dtype):
     torch.testing.assert_close([alone, *own], [y[1], *(part[:, 1] for part in states)], **tolerance)
 
 
+@ON_FEW
+@pytest.mark.parametrize("more", [{}, {"bidirectional": True, "num_layers": 2}])
+def test_without_gradients_it_is_as_with_them(name, more):
+    """From states, with rows that end early and segments that begin anew; a step as well."""
+    module = made(name, batch_first=True, **more)
+    x, hx = torch.randn(4, 5, X, dtype=torch.float64), states(module, name)
+    for lengths, resets in ((None, None), (torch.tensor([5, 0, 3, 1]), torch.rand(4, 5) < 0.3)):
+        for part in (x, x[:, :1]) if lengths is None else (x,):
+            expected = flat(module(part, hx, lengths=lengths, resets=resets))
+            with torch.no_grad():
+                found = flat(module(part, hx, lengths=lengths, resets=resets))
+            assert any(tensor.requires_grad for tensor in expected) and not any(tensor.requires_grad for tensor in found)
+            torch.testing.assert_close(found, [tensor.detach() for tensor in expected])
+
+
 @ON_EVERY
 def test_segments_go_on_from_the_state_before(name):
     module = made(name, 2)

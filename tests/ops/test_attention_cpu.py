@@ -280,6 +280,8 @@ WINDOWS = [
     AttentionCase("blocks-of-64", batch=1, blocks="qk", block_size=64, lengths=(130, 193), right=0, bottom_right=True),
     AttentionCase("bias-edges", batch=2, lengths=(65, 129), bias="hk", heads=(4, 2)),
     AttentionCase("hiding-bias-edges", batch=2, lengths=(65, 129), bias="bqk", hiding_bias=True),
+    AttentionCase("relative-bias-edges", batch=1, heads=(2, 1), lengths=(65, 129), relative_bias=70),
+    AttentionCase("relative-bias-of-all", batch=1, heads=(2, 1), lengths=(65, 129), relative_bias=257, slopes=1, offset=-3),
     # few queries of heads that share keys: their rows together are more than go over the keys at once, or end within a group
     AttentionCase("few-shared", batch=2, heads=(8, 2), lengths=(5, 300), features=(64, 40), right=0, bottom_right=True),
     AttentionCase("few-shared-window", batch=1, heads=(9, 1), lengths=(8, 290), left=70, right=2, offset=200, bias="bqk"),
@@ -780,6 +782,30 @@ def test_bfloat16_is_as_exact_as_torch(T, E, causal):
     truth, torchs = theirs(*(t.double() for t in half), is_causal=causal), theirs(*half, is_causal=causal)
     found = ours(*half, is_causal=causal)
     assert (found - truth).square().mean().sqrt() <= 1.05 * (torchs - truth).square().mean().sqrt()
+
+
+@parts
+@pytest.mark.parametrize("E", (40, 64, 128))
+@pytest.mark.parametrize("hidden", ("nothing", "later", "keys", "bias"))
+def test_bfloat16_without_lse_is_as_exact_as_with(hidden, E):
+    """Without lse weights are rounded by what is added before, and their sum is that of the rounded ones alone."""
+    torch.manual_seed(0)
+    for queries, keys in ((1, 300), (31, 33), (33, 31), (65, 129), (130, 700), (128, 512), (97, 1)):
+        q, k, v = (torch.randn(2, n, heads, E).bfloat16().transpose(1, 2) for n, heads in ((queries, 4), (keys, 2), (keys, 2)))
+        options: dict[str, Any] = {"enable_gqa": True, "is_causal": hidden == "later"}
+        if hidden == "keys":
+            options["attn_mask"] = torch.rand(2, 1, queries, keys) < 0.7
+        elif hidden == "bias":
+            options["attn_mask"] = 2 * torch.randn(1, 4, queries, keys).bfloat16()
+        with_lse = ours(q.clone().requires_grad_(), k, v, **options).detach()
+        found = ours(q, k, v, **options)
+        mask = options.pop("attn_mask", None)
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
+        truth = theirs(q.double(), k.double(), v.double(), mask, **options)
+        seen = ~truth.isnan()  # of rows that see a key
+        errors = [(t - truth)[seen].square().mean().sqrt() for t in (found, with_lse)]
+        assert errors[0] <= 1.03 * errors[1] + 1e-5, (queries, keys)
+        assert not found[~seen].any()
 
 
 @parts

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from ..findings import FORMATS, Finding, Panel
-from ..model import BYTE_UNITS, NARROW, TIME_UNITS, Figure, tick_text
+from ..model import BYTE_UNITS, NARROW, TIME_UNITS, Figure, curve_of, tick_text
 from .style import plain
 
 # Told apart with every kind of color vision; every line has a shape of its own as well.
@@ -28,6 +28,7 @@ def figures(finding: Finding) -> list[Figure]:
             partial(draw, panel=panel),
             (NARROW, 2.6 + 0.17 * ((len(panel.lines) + 1) // 2)),
             alt=panel.words(),
+            curves=frozenset(curve_of(line.name, line.values) for line in panel.lines if line),
         )
         for panel in finding.panels
         if any(panel.lines)

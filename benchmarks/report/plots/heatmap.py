@@ -7,12 +7,13 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.ticker import NullLocator
 
 from ...measure.results import Row
 from ...workloads.base import MODES
 from ..model import NARROW, Figure
+from .style import contrast
 
 # Told apart with every kind of color vision; a loss is orange however small it is. Darker to four times either way.
 LOSSES = LinearSegmentedColormap.from_list("losses", ["#fdd3a8", "#e08214", "#8f3a00"])
@@ -20,6 +21,7 @@ GAINS = LinearSegmentedColormap.from_list("gains", ["#f1f5f8", "#8fbfe0", "#3a8a
 DARKEST = 4.0
 LOSS = "▼"
 COLUMNS = 2
+INKS = ("#000000", "#ffffff")  # one of them can be read on any color
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,7 @@ def _map(axes: Any, theme: Any, m: Map) -> None:
                 continue
             color = (LOSSES if value < 1 else GAINS)(abs(math.log(value, DARKEST)))
             axes.fill([x, x + 1, x + 1, x], [y, y, y + 1, y + 1], color=color, linewidth=0)
-            light = 0.2126 * color[0] + 0.7152 * color[1] + 0.0722 * color[2] > 0.45
-            ink = "#111111" if light else "#ffffff"
+            ink = max(INKS, key=lambda ink: contrast(to_rgb(ink), color))
             text = f"{value:.2f}{LOSS}" if value < 1 else f"{value:.2f}" if value < 99.5 else f"{value:.0f}"
             axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color=ink, in_layout=False)
     axes.set_title(m.title, color=theme.ink, fontsize=8.5, loc="left", pad=4)

@@ -6,6 +6,7 @@ import html
 import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,9 @@ def svg(figure: Figure, theme: Theme = PAGE, *, name: str = "figure") -> str:
     found = re.sub(r"<metadata>.*?</metadata>\s*", "", found, flags=re.DOTALL)
     found = re.sub(r"font-family: [^;\"]*", f"font-family: {FONTS}", found)
     if theme is PAGE:
-        found = found[found.index("<svg") :]
+        found = re.sub(
+            r'<g id="[^"]*"', "<g", found[found.index("<svg") :]
+        )  # the same in every figure, and nothing refers to them
         title, alt = html.escape(figure.title), html.escape(figure.alt or figure.caption)
         least, most = (round(figure.size[0] * 72 * scale) for scale in (LEGIBLE, LARGE))
         found = re.sub(
@@ -76,6 +79,18 @@ def svg(figure: Figure, theme: Theme = PAGE, *, name: str = "figure") -> str:
     elif theme is AUTO:
         found = re.sub(r"(<svg [^>]*>)", lambda m: m[1] + _STYLE, found, count=1)
     return found.replace(_INK, "currentColor").replace(_FAINT, "var(--line)")
+
+
+def luminance(color: Sequence[float]) -> float:
+    """Of red, green and blue from 0 to 1, as WCAG 2 has it."""
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in color[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    """1 to 21; words need 4.5, lines 3 (WCAG 2, level AA)."""
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
 
 
 def save(figure: Figure, path: Any, theme: Theme) -> None:
@@ -123,7 +138,9 @@ def plain(axes: Any, theme: Theme, title: str) -> None:
 
 
 def end_labels(axes: Any, ends: list[tuple[float, str, str]]) -> None:
-    """Labels beside the last points [(y, text, color)], pushed apart. The axis limits must be final."""
+    """Labels beside the last points [(y, text, color)], pushed apart, in the ink of the axes' ticks, which words need to be read;
+    what leads to them has the color of the line. The axis limits must be final."""
+    ink = axes.yaxis.get_tick_params()["labelcolor"]
     low, high = (math.log(v) for v in axes.get_ylim())
     ends = sorted(ends)
     heights = [(math.log(y) - low) / (high - low) for y, _, _ in ends]
@@ -132,7 +149,7 @@ def end_labels(axes: Any, ends: list[tuple[float, str, str]]) -> None:
         line = {
             "arrowstyle": "-",
             "color": color,
-            "linewidth": 0.7,
+            "linewidth": 1.4,
             "shrinkA": 0,
             "shrinkB": 0,
             "relpos": (0, 0.5),
@@ -145,7 +162,7 @@ def end_labels(axes: Any, ends: list[tuple[float, str, str]]) -> None:
             textcoords="axes fraction",
             fontsize=8.5,
             va="center",
-            color=color,
+            color=ink,
             annotation_clip=False,
             arrowprops=line,
         )

@@ -1,0 +1,50 @@
+"""What ``context_parallel`` hands the functions of recurrence and scans to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..cells import Cell
+from ..functional._recurrent_layers import Options
+from ..ops.types import ScanSpec
+from ._ranks import Ranks
+from .recurrent import ZIGZAG, run_across
+from .scan import inputs_before, own_lengths, scan_across
+from .sequence import Sharding
+
+
+class Recurrences:
+    """Runs what goes from step to step, of sequences whose steps lie on ``ranks``."""
+
+    def __init__(self, ranks: Ranks, sharding: Sharding, micro_batches: int) -> None:
+        self.ranks, self.sharding, self.micro_batches = ranks, sharding, micro_batches
+
+    def recurrent(
+        self,
+        cell: Cell,
+        input: Tensor,
+        states: Sequence[Tensor | None],
+        params: Sequence[Tensor | None],
+        options: Options,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        self._check_sharding()
+        return run_across(cell, input, states, params, options, cu_seqlens, self.ranks, self.micro_batches)
+
+    def scan(self, b: Tensor, a: Tensor, gate: Any, vector: Any, initial: Any, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+        self._check_sharding()
+        return scan_across(b, a, gate, vector, initial, spec, self.ranks)
+
+    def inputs_before(self, x: Tensor, given: Tensor, spec: ScanSpec) -> tuple[Tensor, Tensor]:
+        return inputs_before(x, given, spec, self.ranks)
+
+    def lengths(self, lengths: Tensor, steps: int) -> Tensor:
+        self._check_sharding()
+        return own_lengths(lengths, steps, self.ranks)
+
+    def _check_sharding(self) -> None:
+        if self.sharding != "contiguous":
+            raise ValueError(ZIGZAG)

@@ -1,0 +1,208 @@
+"""DTensors through the ops: results and gradients are those of whole tensors, and what is sharded by rows, heads or channels is
+not gathered on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import fastseq
+from fastseq.functional import attention, scan
+
+B, HEADS, T, E = 4, 4, 5, 6
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    return (attention(q, k, v, layout="bhsd", attn_bias=bias, causal=True),)
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
+    return (attention(q, k, v, layout="bhsd", window_size=(2, 1), sinks=sinks),)
+
+
+def scanned(b: Tensor, a: Tensor, initial: Tensor) -> tuple[Tensor, ...]:
+    return scan(b, a * 0.5, initial=initial)
+
+
+def gated(b: Tensor, a: Tensor, initial: Tensor) -> tuple[Tensor, ...]:
+    return scan(b, log_a=-a.abs(), initial=initial, reverse=True)
+
+
+SHAPES = ((B, HEADS, T, E), (B, 2, T, E), (B, 2, T, E))
+SCAN = ((T, B, E), (T, B, E), (B, E))
+# what runs, shapes, placements of each tensor, whether nothing is gathered
+CASES: dict[str, tuple[Any, tuple[tuple[int, ...], ...], tuple[Any, ...], bool]] = {
+    "attention by rows": (attended, (*SHAPES, (B, 1, T, T)), (Shard(0),) * 4, True),
+    "attention by rows, shared bias": (attended, (*SHAPES, (1, HEADS, T, T)), (*(Shard(0),) * 3, Replicate()), True),
+    "attention by heads": (attended, (*SHAPES, (1, HEADS, T, T)), (Shard(1),) * 4, True),
+    "attention by keys": (attended, (*SHAPES, (1, 1, T, T)), (Replicate(), Shard(2), Shard(2), Replicate()), False),
+    "attention by features": (attended, (*SHAPES, (1, 1, T, T)), (Shard(3), Shard(3), Shard(3), Replicate()), False),
+    "sinks by heads": (windowed, (*SHAPES, (HEADS,)), (Shard(1), Shard(1), Shard(1), Shard(0)), True),
+    "scan by rows": (scanned, SCAN, (Shard(1), Shard(1), Shard(0)), True),
+    "scan by channels": (scanned, SCAN, (Shard(2), Shard(2), Shard(1)), True),
+    "scan by steps": (scanned, SCAN, (Shard(0), Shard(0), Replicate()), False),
+    "scan, shared coefficients": (scanned, ((T, B, E), (T, 1, E), (B, E)), (Shard(1), Replicate(), Shard(0)), True),
+    "logarithms by rows": (gated, SCAN, (Shard(1), Shard(1), Shard(0)), True),
+    "logarithms by channels": (gated, SCAN, (Shard(2), Shard(2), Shard(1)), True),
+}
+
+
+def check(group: Any, case: str) -> None:
+    run, shapes, placements, stays = CASES[case]
+    mesh = DeviceMesh.from_group(group, "cpu")
+    whole = [tensor.requires_grad_() for tensor in tensors(*shapes)]
+    expected = run(*whole)
+    weights = tensors(*[tuple(t.shape) for t in expected])
+    sum((t * w).sum() for t, w in zip(expected, weights, strict=True)).backward()
+    given = [
+        distribute_tensor(tensor.detach(), mesh, [placement]).requires_grad_()
+        for tensor, placement in zip(whole, placements, strict=True)
+    ]
+    shared = [distribute_tensor(w, mesh, [Replicate()]) for w in weights]
+    with CommDebugMode() as seen:
+        results = run(*given)
+        sums = [(t * w.redistribute(placements=t.placements)).sum() for t, w in zip(results, shared, strict=True)]
+    counts = {str(name): count for name, count in seen.get_comm_counts().items() if count}
+    assert not stays or not counts, f"{case}: {counts}"
+    total = sum(sums).redistribute(placements=[Replicate()])
+    with CommDebugMode() as seen:
+        total.backward()
+    gathers = {str(name): count for name, count in seen.get_comm_counts().items() if count and "gather" in str(name)}
+    assert not stays or not gathers, f"{case}: {gathers}"
+    for name, own, of_all in [
+        *(("result", r, e) for r, e in zip(results, expected, strict=True)),
+        *(("gradient", g.grad, w.grad) for g, w in zip(given, whole, strict=True)),
+    ]:
+        what = f"{case}, {name}"
+        torch.testing.assert_close(
+            own.full_tensor(), of_all, rtol=1e-12, atol=1e-12, msg=lambda text, what=what: f"{what}: {text}"
+        )
+
+
+def check_all(group: Any) -> None:
+    for case in CASES:
+        check(group, case)
+
+
+@pytest.mark.parametrize("size", [2])
+def test_is_what_whole_tensors_give(ranks, size):
+    ranks.run(check_all, size=size)
+
+
+def remembered(group: Any) -> None:
+    """What DTensor decided for a call it does not take for another one, of another number or with another tensor given."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    whole = tensors(*SHAPES)
+    q, k, v = (distribute_tensor(tensor, mesh, [Shard(2)]) for tensor in whole)
+    lengths = torch.tensor([5, 3, 1, 2], dtype=torch.int32)
+    for options in ({"scale": 1.0}, {"scale": 0.25}, {"softcap": 2.0}, {"seqlens_q": lengths}, {"seqlens_k": lengths}):
+        own = {name: distribute_tensor(of, mesh, [Shard(0)]) if of is lengths else of for name, of in options.items()}
+        found = attention(q, k, v, layout="bhsd", **own).full_tensor()
+        torch.testing.assert_close(found, attention(*whole, layout="bhsd", **options), rtol=1e-12, atol=1e-12)
+    b, a, h0 = (t.requires_grad_() for t in tensors(*SCAN))
+    for wanted in ((True, False, True), (False, True, False), (True, True, True)):
+        for placement in (Shard(1), Shard(0)):
+            given = [t.detach().requires_grad_(want) for t, want in zip((b, a, h0), wanted, strict=True)]
+            placements = (placement, placement, Replicate())
+            parts = [
+                distribute_tensor(t.detach(), mesh, [p]).requires_grad_(t.requires_grad)
+                for t, p in zip(given, placements, strict=True)
+            ]
+            for reverse in (False, True):
+                for tensor in (*given, *parts):
+                    tensor.grad = None
+                scan(given[0], given[1], initial=given[2], reverse=reverse)[0].sin().sum().backward()
+                scan(parts[0], parts[1], initial=parts[2], reverse=reverse)[0].sin().sum().backward()
+                for one, own in zip(given, parts, strict=True):
+                    assert (one.grad is None) == (own.grad is None)
+                    if one.grad is not None:
+                        torch.testing.assert_close(own.grad.full_tensor(), one.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_another_call_is_another_decision(ranks):
+    ranks.run(remembered)
+
+
+LAYERS: dict[str, tuple[str, dict[str, Any], str, Any]] = {
+    "lstm by rows": ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 2}, "hx lengths resets cells", Shard(1)),
+    "gru by rows": ("GRU", {"num_layers": 2, "batch_first": True}, "hx", Shard(0)),
+    "slstm by steps": ("SLSTM", {}, "hx", Shard(0)),
+    "lstm by features": ("LSTM", {}, "", Shard(2)),
+    "min gru by rows": ("MinGRU", {"num_layers": 2}, "", Shard(1)),
+}
+
+
+def recurred(case: str, mesh: Any = None) -> dict[str, Tensor]:
+    kind, options, extra, placement = LAYERS[case]
+    torch.manual_seed(1)
+    module = getattr(fastseq, kind)(3, 4, dtype=torch.float64, **options)
+    rows = 3  # two ranks have different numbers of them
+    x = torch.randn((rows, T, 3) if module.batch_first else (T, rows, 3), dtype=torch.float64)
+    with torch.no_grad():
+        hx = module(x)[1]
+    given: dict[str, Any] = {}
+    if "lengths" in extra:
+        given["lengths"] = torch.tensor([5, 0, 3])
+    if "resets" in extra:
+        given["resets"] = torch.rand(T, rows) < 0.3
+    states = list(hx) if isinstance(hx, tuple) else [hx]
+    if mesh is not None:
+        module = distribute_module(module, mesh)
+        x = distribute_tensor(x, mesh, [placement])
+        states = [distribute_tensor(state, mesh, [Replicate()]) for state in states]
+        given = {name: distribute_tensor(tensor, mesh, [Replicate()]) for name, tensor in given.items()}
+    x.requires_grad_()
+    for state in states:
+        state.requires_grad_()
+    if "hx" in extra:
+        given["hx"] = tuple(states) if isinstance(hx, tuple) else states[0]
+    if "cells" in extra:
+        given["return_cells"] = True
+    output, finals, *cells = module(x, **given)
+    results = [output, *(finals if isinstance(finals, tuple) else (finals,)), *cells]
+    if mesh is not None and placement == Shard(0 if getattr(module, "batch_first", False) else 1):
+        assert output.placements == (placement,), "rows stay where they are"
+    sum(t.sin().sum() for t in results).backward()
+    found = {f"result {i}": t for i, t in enumerate(results)} | {"dx": x.grad}
+    found |= {f"d state {i}": state.grad for i, state in enumerate(states) if "hx" in extra}
+    found |= {f"d {name}": parameter.grad for name, parameter in module.named_parameters()}
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found.items()}
+
+
+def check_layers(group: Any) -> None:
+    mesh = DeviceMesh.from_group(group, "cpu")
+    for case in LAYERS:
+        own, whole = recurred(case, mesh), recurred(case)
+        assert own.keys() == whole.keys()
+        for name, tensor in own.items():
+            what = f"{case}, {name}"
+            torch.testing.assert_close(tensor, whole[name], rtol=1e-12, atol=1e-12, msg=lambda text, what=what: f"{what}: {text}")
+
+
+def test_layers_are_what_whole_tensors_give(ranks):
+    ranks.run(check_layers)
+
+
+def refusals(group: Any) -> None:
+    mesh = DeviceMesh.from_group(group, "cpu")
+    x = distribute_tensor(torch.randn(T, B, 3), mesh, [Shard(1)])
+    with pytest.raises(RuntimeError, match="so a parameter must be one of the same mesh, got a Parameter"):
+        fastseq.LSTM(3, 4)(x)
+    module = distribute_module(fastseq.LSTM(3, 4), mesh)
+    with pytest.raises(RuntimeError, match="so lengths must be one of the same mesh, got a Tensor"):
+        module(x, lengths=torch.full((B,), T))
+
+
+def test_what_it_cannot_do_is_refused(ranks):
+    ranks.run(refusals)
