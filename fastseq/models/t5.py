@@ -55,8 +55,14 @@ class T5(nn.Module):
         self.embedding, self.dropout = Embedding(words, width, "none", dropout=dropout), nn.Dropout(dropout)
         self.encoder_bias, self.decoder_bias = nn.Embedding(buckets, heads), nn.Embedding(buckets, heads)  # by distance
         self.buckets: Any = {"num_buckets": buckets, "max_distance": farthest}
+        for parameter in self.parameters():  # each as its inputs are many; the embedding is of order 1
+            if parameter.dim() > 1 and parameter is not self.embedding.tokens.weight:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         for bias in (self.encoder_bias, self.decoder_bias):
             nn.init.normal_(bias.weight, std=width**-0.5)
+        for module in self.modules():
+            if isinstance(module, Attention):  # queries are smaller, as no score is scaled
+                nn.init.normal_(module.projection.weight[:width], std=(width * (width // heads)) ** -0.5)
 
     def encode(self, source: Tensor, lengths: Tensor | None = None) -> Tensor:
         """source int [B, S] with lengths [B]: [B, S, W]."""
