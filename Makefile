@@ -8,7 +8,7 @@
 # make library     compile the native library into fastseq/lib
 # make sanitize    the CPU kernels of every level that this machine has under sanitizers; a short form is among the tests
 # make host-kernels  compile the CUDA kernels for this machine's CPU, for tests without a GPU
-# make docs        the documentation site, into build/docs/html; a warning is an error
+# make docs        the documentation site, with the reports of committed results, into build/docs/html; a warning is an error
 # make abi         one library file, loaded by CPU torch 2.13.0 and by CUDA torch 2.14.1 (downloads the latter, 5 GB)
 # make wheel       a wheel in dist/, with the library, its platform tag checked, run in a bare environment
 # make clean       remove what was built, keep .venv
@@ -83,7 +83,8 @@ sanitize: $(TOOLS)
 	$(PY) tests/csrc/cpu_build.py $(ARGS)
 
 docs: $(ENVIRONMENT) $(LIBRARY) $(SITE)
-	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -d build/docs/doctrees docs build/docs/html
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -t reports -d build/docs/doctrees docs build/docs/html
+	$(PY) -m fastseq.benchmarks.publish build/docs/html/reports
 
 wheel: $(TOOLS)
 	rm -f dist/*.whl

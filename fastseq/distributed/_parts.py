@@ -6,6 +6,7 @@ one after the other.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -96,7 +97,8 @@ class Whole:
                 if low < high:
                     first, last = min(first, low), max(last, high)
             return (first, last) if first < last else (0, 0)
-        for b, shift in enumerate(self.shifts):
+        for b in self._met(begin, end):
+            shift = self.shifts[b]
             one, other = max(begin, self.cu_q[b]), min(end, self.cu_q[b + 1])
             if one < other:
                 places = one - self.cu_q[b] + shift, other - 1 - self.cu_q[b] + shift
@@ -104,6 +106,10 @@ class Whole:
                 if low < high:
                     first, last = min(first, self.cu_k[b] + low), max(last, self.cu_k[b] + high)
         return (first, last) if first < last else (0, 0)
+
+    def _met(self, begin: int, end: int) -> range:
+        """The packed sequences that have some of these rows of the queries."""
+        return range(bisect_right(self.cu_q, begin) - 1, bisect_left(self.cu_q, end))
 
     def _seen(self, first: int, last: int, keys: int) -> Run:
         """Of ``keys`` keys those that queries at places first .. last see."""
@@ -134,7 +140,7 @@ class Whole:
             if group:
                 yield self._sequences(group, cut, q, k)
 
-        for b in range(self.batch):
+        for b in self._met(q.begin, q.end):
             rows = max(q.begin, self.cu_q[b]), min(q.end, self.cu_q[b + 1])
             keys = max(k.begin, self.cu_k[b]), min(k.end, self.cu_k[b + 1])
             if rows[0] >= rows[1] or keys[0] >= keys[1]:

@@ -2,14 +2,14 @@
 
 Three ways, which compute the same:
 
-============  ======================================================  =========================================================
-ring          keys and values go round, chunk by chunk, while the     what a rank holds and sends is that of its part; any
-              chunk before is used; results are merged by their lse    feature
-all_gather    a rank asks the others for the keys that the windows     one call, without a merge; for windows that reach few
-              of its queries reach                                     ranks, and for short sequences
-all_to_all    heads are exchanged for steps: a rank has all steps of   least traffic, whole kernels; the ranks share the heads,
-              some heads                                               so there must be as many
-============  ======================================================  =========================================================
+============  =====================================================  ========================================================
+ring          keys and values go round, chunk by chunk, while the    what a rank holds and sends is that of its part; any
+              chunk before is used; results are merged by their lse  feature
+all_gather    a rank asks the others for the keys that the windows   one call, without a merge; for windows that reach few
+              of its queries reach                                   ranks, and for short sequences
+all_to_all    heads are exchanged for steps: a rank has all steps    least traffic, whole kernels; the ranks share the heads,
+              of some heads                                          so there must be as many
+============  =====================================================  ========================================================
 
 Backward, dK and dV follow their chunk round the ring and go home from its last stop, or go back the way the keys came.
 Everything is summed in a fixed order, in fp32 (fp64 for fp64), so reruns give the same bits.
@@ -33,8 +33,8 @@ from .._arguments import checked_tensor, unknown
 from ..functional._attention_call import (
     AttentionOptions,
     Options,
-    _heads_first,
     checked_layout,
+    heads_first,
     onto_scores,
     prepared,
     rows,
@@ -175,12 +175,12 @@ class _Local:
             if checked_tensor(name, tensor).is_nested:
                 raise ValueError(f"{name} is a nested tensor: give packed sequences, with cu_seqlens")
         lower = autocast_dtype(q.device.type)
-        self.q, self.k, self.v = (rows(_heads_first(n, lowered(named[n], lower), self.layout)) for n in "qkv")
+        self.q, self.k, self.v = (rows(heads_first(n, lowered(named[n], lower), self.layout)) for n in "qkv")
         if self.k.shape[-2] != self.v.shape[-2]:
             raise RuntimeError(f"k and v must agree in length, got {self.k.shape[-2]} and {self.v.shape[-2]}")
         self.relative_q = None
         if given.relative_query is not None:
-            self.relative_q = rows(_heads_first("relative_query", lowered(given.relative_query, lower), self.layout))
+            self.relative_q = rows(heads_first("relative_query", lowered(given.relative_query, lower), self.layout))
             if self.relative_q.shape != self.q.shape:
                 raise RuntimeError("relative_query must have the shape of q")
         self.rowwise = {name: lowered(getattr(given, name), lower) for name in _ROWWISE}
@@ -218,14 +218,14 @@ class _Local:
             value = getattr(self.given, field.name)
             if field.name in _ROWWISE:
                 tensor = self.rowwise[field.name]
-                value = None if tensor is None else (tensor.dtype, *tensor.shape[:-2], tensor.shape[-1])
+                value = None if tensor is None else (tensor.dtype, tensor.device.type, *tensor.shape[:-2], tensor.shape[-1])
             elif isinstance(value, Tensor):
                 if field.name in _VALUES and (field.name.startswith("cu") or value.is_cpu):
-                    value = (value.dtype, value.tolist())
+                    value = (value.dtype, value.device.type, value.tolist())
                 elif field.name == "relative_query":
                     value = value.dtype
                 else:
-                    value = (value.dtype, *value.shape)
+                    value = (value.dtype, value.device.type, *value.shape, grad and value.requires_grad)
             facts[field.name] = value
         return facts
 

@@ -38,6 +38,9 @@ def register() -> None:
         (_ops.scan_backward, _scan_backward),
     ):
         register_sharding(op.default)(rule)
+        # DTensor remembers its decisions, and the other arguments with them, by tensors and by what comes from the first int on:
+        # here every argument counts. Not a public name; so it is called from 2.10 to 2.14.
+        DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[op.default].static_argnum = 0
 
 
 def _is_tensor(arg: Any) -> bool:

@@ -46,6 +46,10 @@ def sum_gradients(module: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> No
     So the gradient is that of the sum of the ranks' losses. A parameter without a gradient on some rank counts as zero there, and
     has none where no rank has one. DistributedDataParallel over the ranks does the same, but for dividing by their number.
 
+    Args:
+        module: the same on every rank.
+        mesh: one dimension of a mesh, or a process group: the ranks that share the sequence.
+
     Raises:
         TypeError, ValueError, RuntimeError: as ``fastseq.distributed.shard_sequence`` of ``mesh``.
         RuntimeError: on every rank, if parameters or the dtypes of gradients differ between ranks.

@@ -62,6 +62,11 @@ def positions(
 ) -> Tensor:
     """The places, int64 ``[t]``, of this rank's steps in a sequence of ``length``: for embeddings and rotations of places.
 
+    Args:
+        length: T, of the whole sequence.
+        mesh, sharding: as :func:`shard_sequence` takes them.
+        device: of the result.
+
     Raises:
         TypeError: if ``length`` is no int.
         ValueError: if it is negative, or an argument as :func:`shard_sequence` does not take it.
@@ -82,6 +87,7 @@ def shard_sequence(
     Args:
         tensor: any shape; steps lie along ``dim``.
         mesh: one dimension of a mesh, or a process group: the ranks that share the sequence.
+        dim: the dimension of steps.
         sharding: ``"contiguous"``: a run of steps each, of equal lengths as far as possible, the first ones longer by a step;
             ``"zigzag"``: two runs each, which gives every rank as much to do under a causal mask.
 
@@ -106,6 +112,10 @@ def unshard_sequence(
 
     Its gradient on a rank is the sum over the ranks of what they have for that rank's steps: of a loss that all ranks form alike
     from the whole, each gives its share, so divide such a loss by their number.
+
+    Args:
+        tensor: this rank's part.
+        mesh, dim, sharding: as :func:`shard_sequence` takes them.
 
     Raises:
         TypeError, IndexError, ValueError: as :func:`shard_sequence`.

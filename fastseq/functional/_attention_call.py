@@ -144,9 +144,9 @@ def prepared(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Call:
     relative_query, relative_key = lowered(given.relative_query, lower), lowered(given.relative_key, lower)
     check_dtypes({"q": q, "k": k, "v": v})
 
-    q, k, v = (_heads_first(name, t, layout) for name, t in (("q", q), ("k", k), ("v", v)))
+    q, k, v = (heads_first(name, t, layout) for name, t in (("q", q), ("k", k), ("v", v)))
     if relative_query is not None:
-        relative_query = _heads_first("relative_query", relative_query, layout)
+        relative_query = heads_first("relative_query", relative_query, layout)
     cu_seqlens_q, cu_seqlens_k = given.cu_seqlens_q, given.cu_seqlens_k
     max_seqlen_q, max_seqlen_k = given.max_seqlen_q, given.max_seqlen_k
     if packed:
@@ -407,7 +407,7 @@ def _warn_if_time_first(size: Sizes) -> None:
         )
 
 
-def _heads_first(name: str, tensor: Tensor, layout: str) -> Tensor:
+def heads_first(name: str, tensor: Tensor, layout: str) -> Tensor:
     """[B, H, T, E], or packed [H, N, E], from the caller's layout."""
     expected = {"thd": "[N, H, E] (with cu_seqlens)", "bhsd": "[B, H, T, E]", "bshd": "[B, T, H, E]"}[layout]
     if tensor.dim() != (3 if layout == "thd" else 4):

@@ -473,6 +473,8 @@ def mistake(group, name):
         options |= {"cu_seqlens_q": torch.tensor([0, 6]), "cu_seqlens_k": torch.tensor([0, 6])}
     elif name == "no tensor":
         q = [1] if rank else q
+    elif name == "slopes":
+        options["alibi_slopes"] = torch.ones(3, requires_grad=rank == 1)
     elif name == "lengths":
         v = v[:, :, : 6 - rank]
     with counted() as traffic:
@@ -502,6 +504,7 @@ def mistake(group, name):
         ("cu_seqlens", "RuntimeError", "cu_seqlens_q: rank 0 has"),
         ("rows of cu_seqlens", "RuntimeError", "the number of rows, 12, got [0, 6]"),
         ("no tensor", "TypeError", "rank 1: q must be a Tensor, not list"),
+        ("slopes", "RuntimeError", "alibi_slopes: rank 0 has (torch.float32, 'cpu', 3, False), rank 1 has"),
         ("lengths", "RuntimeError", "rank 1: k and v must agree in length, got 6 and 5"),
     ],
 )

@@ -222,10 +222,9 @@ def data_and_context(group, method):
     else:
         from torch.distributed.fsdp import fully_shard
 
-        flat = DeviceMesh("cpu", torch.arange(4), mesh_dim_names=("all",))
-        for layer in model.layers:
-            fully_shard(layer, mesh=flat)
-        fully_shard(model, mesh=flat)
+        for layer in model.layers:  # sharded over the context, copied over the data
+            fully_shard(layer, mesh=plane)
+        fully_shard(model, mesh=plane)
     half = data[rank // 2 * 2 : rank // 2 * 2 + 2]
     share = lambda t: shard_sequence(t, context, dim=1, sharding="zigzag")  # noqa: E731
     places = positions(T, context, sharding="zigzag")

@@ -100,6 +100,40 @@ def test_is_what_whole_tensors_give(ranks, size):
     ranks.run(check_all, size=size)
 
 
+def remembered(group: Any) -> None:
+    """What DTensor decided for a call it does not take for another one, of another number or with another tensor given."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    whole = tensors(*SHAPES)
+    q, k, v = (distribute_tensor(tensor, mesh, [Shard(2)]) for tensor in whole)
+    lengths = torch.tensor([5, 3, 1, 2], dtype=torch.int32)
+    for options in ({"scale": 1.0}, {"scale": 0.25}, {"softcap": 2.0}, {"seqlens_q": lengths}, {"seqlens_k": lengths}):
+        own = {name: distribute_tensor(of, mesh, [Shard(0)]) if of is lengths else of for name, of in options.items()}
+        found = attention(q, k, v, layout="bhsd", **own).full_tensor()
+        torch.testing.assert_close(found, attention(*whole, layout="bhsd", **options), rtol=1e-12, atol=1e-12)
+    b, a, h0 = (t.requires_grad_() for t in tensors(*SCAN))
+    for wanted in ((True, False, True), (False, True, False), (True, True, True)):
+        for placement in (Shard(1), Shard(0)):
+            given = [t.detach().requires_grad_(want) for t, want in zip((b, a, h0), wanted, strict=True)]
+            placements = (placement, placement, Replicate())
+            parts = [
+                distribute_tensor(t.detach(), mesh, [p]).requires_grad_(t.requires_grad)
+                for t, p in zip(given, placements, strict=True)
+            ]
+            for reverse in (False, True):
+                for tensor in (*given, *parts):
+                    tensor.grad = None
+                scan(given[0], given[1], initial=given[2], reverse=reverse)[0].sin().sum().backward()
+                scan(parts[0], parts[1], initial=parts[2], reverse=reverse)[0].sin().sum().backward()
+                for one, own in zip(given, parts, strict=True):
+                    assert (one.grad is None) == (own.grad is None)
+                    if one.grad is not None:
+                        torch.testing.assert_close(own.grad.full_tensor(), one.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_another_call_is_another_decision(ranks):
+    ranks.run(remembered)
+
+
 LAYERS: dict[str, tuple[str, dict[str, Any], str, Any]] = {
     "lstm by rows": ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 2}, "hx lengths resets cells", Shard(1)),
     "gru by rows": ("GRU", {"num_layers": 2, "batch_first": True}, "hx", Shard(0)),

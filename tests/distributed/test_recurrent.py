@@ -373,6 +373,35 @@ def test_an_error_on_one_rank_reaches_all(ranks):
     ranks.run(failures, size=4)
 
 
+def memory(group: Any) -> None:
+    """What is kept for the backward pass grows with the steps: on a rank by its share of what one process keeps."""
+    module = fastseq.LSTM(WIDTH, 16, 2)
+
+    def kept(steps: int, shared: bool) -> int:
+        storages: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(steps, B, WIDTH)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), fastseq.use_backend("cpu"):
+            if shared:
+                with context_parallel(group):
+                    module(x)[0].sum().backward()
+            else:
+                module(x)[0].sum().backward()
+        return sum(storages.values())
+
+    ranks = dist.get_world_size(group)
+    own, one = (kept(2 * t, shared) - kept(t, shared) for t, shared in ((32, True), (32 * ranks, False)))
+    assert 0 < own <= one / ranks * 1.15, f"{own} bytes on a rank, {one} on one"
+
+
+def test_a_rank_keeps_its_part(ranks):
+    ranks.run(memory)
+
+
 def averaged(group: Any) -> None:
     """DistributedDataParallel and FSDP over the ranks form the mean of their parts."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -413,7 +442,7 @@ def compiled(group: Any) -> None:
 
 
 def test_nothing_is_compiled_inside(ranks):
-    ranks.run(compiled)
+    ranks.run(compiled, size=1)
 
 
 def faults(group: Any) -> None:

@@ -68,7 +68,8 @@ def named(path: str, near: Any) -> Any:
                 found = getattr(found, part)
         except (ImportError, AttributeError, ValueError):
             continue
-        return found
+        if callable(found):
+            return found
     return None
 
 
@@ -77,7 +78,7 @@ def undescribed(thing: Any, names: list[str], seen: tuple[Any, ...] = ()) -> lis
     left = [name for name in names if not described(text, name)]
     for path in ELSEWHERE.findall(text) if left else ():
         other = named(path, thing)
-        if other is not None and other is not thing and other not in seen and callable(other):
+        if other is not None and other is not thing and other not in seen:
             left = undescribed(other, left, (*seen, thing))
     return left
 

@@ -27,6 +27,7 @@ INTERNAL = {
     "ops",
     "parity",
     "reference",
+    "support_matrix",
     "transformers_masks",
     "tuning",
 }
@@ -50,7 +51,8 @@ def public_modules(package: Any = fastseq) -> Iterator[Any]:
             if (missing.name or "").startswith("fastseq"):
                 raise
             continue
-        yield from public_modules(module) if found.ispkg else (module,)
+        # of a package the names that it exports are public, not its modules, but for those that are there to be imported alone
+        yield from public_modules(module) if found.name in ("integrations", "models") else (module,)
 
 
 def public_names(module: Any) -> list[str]:
