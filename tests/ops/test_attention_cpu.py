@@ -803,8 +803,8 @@ def test_bfloat16_without_lse_is_as_exact_as_with(hidden, E):
         mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
         truth = theirs(q.double(), k.double(), v.double(), mask, **options)
         seen = ~truth.isnan()  # of rows that see a key
-        errors = [(t - truth)[seen].square().mean().sqrt() for t in (found, with_lse)]
-        assert errors[0] <= 1.03 * errors[1] + 1e-5, (queries, keys)
+        errors = sorted((t - truth)[seen].square().mean().sqrt() for t in (found, with_lse))
+        assert errors[1] <= 1.03 * errors[0] + 1e-5, (queries, keys)
         assert not found[~seen].any()
 
 
