@@ -16,8 +16,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastseq
 from fastseq import backends
+from fastseq.backends.torch import attention as torch_attention
 from fastseq.choice import lengths, sources
 from fastseq.functional import scaled_dot_product_attention
+from fastseq.functional._attention_call import Options, prepared
 from fastseq.testing import assert_close_to_truth
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -351,3 +353,21 @@ class TestAttention:
         q = torch.randn(2, 4, 6, 8)
         torch.testing.assert_close(scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
         assert backends_of(fastseq.functional.attention, q, q, q, softcap=5.0) == {"reference"}
+
+
+def test_a_bool_mask_without_the_library_hides():
+    """torch's products and softmax add the mask that they are given, bool or not."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 7, 8, requires_grad=True) for _ in range(3))
+    mask = torch.rand(2, 1, 7, 7) < 0.5
+    mask[..., 0] = True
+    mask[1, :, 3] = False  # a query that sees no key
+    call = prepared(q, k, v, Options(attn_mask=mask))
+    out = torch_attention.attention(*call)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    torch.testing.assert_close(out, expected)
+    assert (out[1, :, 3] == 0).all()
+    for own, theirs in zip(
+        torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v)), strict=True
+    ):
+        torch.testing.assert_close(own, theirs)

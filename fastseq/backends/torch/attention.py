@@ -73,6 +73,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, recorded: bool = Fals
     fused = chosen and (not q.is_cpu or fused_is_right(k.shape[2], causal, spec.scale))
     if spec.dropout or recorded or fused:
         return F.scaled_dot_product_attention(q, k, v, mask, spec.dropout, causal, scale=spec.scale, enable_gqa=grouped)
+    if mask is not None and mask.dtype == torch.bool:  # what follows adds the mask that it is given
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
     return torch._scaled_dot_product_attention_math(q, k, v, mask, 0.0, causal, scale=spec.scale, enable_gqa=grouped)[0]
 
 
