@@ -72,7 +72,8 @@ def prepared(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -
     if options.threads:
         torch.set_num_threads(options.threads)
     options.steps = options.steps or (20 if options.quick else 300)
-    torch.backends.cudnn.allow_tf32 = False  # fp32 against fp32, on a GPU too
+    if torch.device(options.device).type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # fp32 against fp32
     torch.manual_seed(options.seed)
     return options
 

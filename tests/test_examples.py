@@ -39,15 +39,14 @@ def run(monkeypatch, capsys) -> Iterator[Callable[..., str]]:
     """A program's main in this process, in its shortest form: what it prints. Its own checks raise."""
     pytest.importorskip("rich", reason="needs rich")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    threads = torch.get_num_threads()
 
     def main(program: str, *arguments: str) -> str:
         importlib.import_module(program).main(["--quick", "--threads", "1", *arguments])
         return capsys.readouterr().out
 
     yield main
-    torch.set_num_threads(before[0])
-    torch.backends.cudnn.allow_tf32 = before[1]
+    torch.set_num_threads(threads)
 
 
 def curves(printed: str) -> list[list[float]]:
