@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
 from ..measure.environment import where
@@ -24,6 +25,7 @@ TONES = {"good": "#0a5c9c", "bad": "#a84300", "part": "#55408a", "": style.LIGHT
 SOFT = "#5b6478"
 FINER = 1.25  # how much smaller a figure is than drawn alone
 WRAP = 34  # letters of a card's label in a line
+LEFT = 0.035  # where lines begin, and how far from the right edge they end at the latest, in widths of the picture
 
 
 def save(path: Path, title: str, results: Results, cards: Sequence[Card], figure: Figure | None) -> None:
@@ -33,12 +35,12 @@ def save(path: Path, title: str, results: Results, cards: Sequence[Card], figure
 def draw(title: str, results: Results, cards: Sequence[Card], figure: Figure | None) -> Canvas:
     """Title, device, commit, date and versions, headline figures, one plot, how far all that may be trusted."""
     canvas = Canvas(figsize=SIZE, dpi=DPI, facecolor=style.LIGHT.paper)
-    left, top = 0.035, 0.93
-    canvas.text(left, top, title, fontsize=24, weight="bold", color=style.LIGHT.ink, va="center")
+    left, top = LEFT, 0.93
+    _line(canvas, top, title, 24, weight="bold", color=style.LIGHT.ink)
     versions = results.environment.get("versions", {})
     told = [f"{name} {versions[name]}" for name in ("fastseq", "torch") if name in versions]
     line = ", ".join([where(results.environment), *told])
-    canvas.text(left, top - 0.075, line, fontsize=13, color=SOFT, va="center")
+    _line(canvas, top - 0.075, line, 13, color=SOFT)
     for place, card in enumerate(cards):
         height = 0.75 - 0.25 * place
         canvas.text(
@@ -47,10 +49,17 @@ def draw(title: str, results: Results, cards: Sequence[Card], figure: Figure | N
         label = textwrap.fill(card.label, WRAP)
         canvas.text(left, height - 0.05, label, fontsize=10.5, color=SOFT, va="top", linespacing=1.35)
     quality = status(results)
-    canvas.text(left, 0.035, quality.text, fontsize=11.5, color=TONES[quality.tone], va="center")
+    _line(canvas, 0.035, quality.text, 11.5, color=TONES[quality.tone])
     if figure is not None:
         _place(canvas, figure, (0.3 if cards else left, 0.08, 0.68 if cards else 0.93, 0.74))
     return canvas
+
+
+def _line(canvas: Any, height: float, words: str, size: float, **look: Any) -> None:
+    """A line across the picture, in smaller letters if it were too long."""
+    text = canvas.text(LEFT, height, words, fontsize=size, va="center", **look)
+    width = text.get_window_extent(FigureCanvasAgg(canvas).get_renderer()).width
+    text.set_fontsize(size * min(1.0, (1 - 2 * LEFT) * SIZE[0] * DPI / width))
 
 
 def _place(canvas: Any, figure: Figure, box: tuple[float, float, float, float]) -> None:

@@ -7,6 +7,7 @@ import math
 import re
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 from fastseq.benchmarks.providers.registry import EVERY_PROVIDER
@@ -92,6 +93,19 @@ def test_words_have_contrast():
             assert max(style.contrast(to_rgb(ink), colors(shade)) for ink in heatmap.INKS) >= 4.5
     for ink in (*summary.TONES.values(), summary.SOFT):
         assert style.contrast(to_rgb(ink), to_rgb(style.LIGHT.paper)) >= 4.5
+
+
+def test_lines_of_the_summary_end_within_the_picture(synthetic):
+    """Whatever the device is called; a short one keeps its size."""
+    results = synthetic.grid(lambda group, mode, cell, B, H: 1.0)
+    sizes = []
+    for device in ("GPU", "a processor of a maker who likes long names, (2 vCPU), float32, 1 thread, " * 2):
+        canvas = summary.draw(f"RNN vs attention on {device}", results, (), None)
+        renderer = FigureCanvasAgg(canvas).get_renderer()
+        for text in canvas.texts:
+            assert text.get_window_extent(renderer).x1 <= summary.SIZE[0] * summary.DPI, text.get_text()
+        sizes.append(canvas.texts[0].get_fontsize())
+    assert sizes[0] == 24 > sizes[1]
 
 
 def test_words_of_the_page_have_contrast():
