@@ -87,6 +87,28 @@ FASTSEQ_HOST_DEVICE void multiply_tiles(const TileMatrix& a, int64_t m, const Ti
   if constexpr (M > 1 && N > 1) tile_store<3>(lower + 64, c_row);
 }
 
+// Two by two tiles of a product, [32][32] numbers behind one another, and what they are the product of.
+struct Square {
+  TileMatrix left, right;
+  int64_t depths = 0;  // 0: there is none
+  float* to = nullptr;
+
+  // Calls between() at each step of the depth: the tiles of one step are multiplied while vectors work on something else.
+  template <class Between>
+  FASTSEQ_HOST_DEVICE void multiply(const Between& between) const {
+    constexpr int64_t row = 2 * 64;
+    if (!depths) return;
+    char *upper = reinterpret_cast<char*>(to), *lower = upper + kTileRows * row;
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    const char *a = left.data, *b = right.data;
+    for (int64_t k = 0; k < depths; ++k, a += left.depth, b += right.depth) {
+      load_left<2, true>(a, left), load_right<2>(b, right), multiply_loaded<2, 2>();
+      between();
+    }
+    tile_store<0>(upper, row), tile_store<1>(upper + 64, row), tile_store<2>(lower, row), tile_store<3>(lower + 64, row);
+  }
+};
+
 // c [rows][columns], in tiles, is the product, or is added to it; c_row in bytes. kStreams: of two columns at most, for which each tile of a is
 // loaded once: it takes no room in the first-level cache from what is.
 template <bool kAdd, int kParts = 1, bool kStreams = false>
@@ -415,6 +437,14 @@ class TileProduct : public Softmax<S> {
     multiply_tiles<false, kParts, kParts == 1 && NV <= 2>(keys_.tiles(begin, n), blocks_of(n, kTileRows), packed_tiles<kParts>(queries, depths),
                                                          NV, depths, to, NV * 64);
   }
+  // Of bfloat16: the scores of 32 keys and of two vectors of lanes, if `has_squares`.
+  bool has_squares() const { return packs_ || a.features % kTileDepth == 0; }
+  Square square(int64_t begin, float* to, int64_t i) {
+    const int64_t depths = blocks_of(a.features, kTileDepth), row = a.k.t * sizeof(S);
+    const TileMatrix keys = packs_ ? keys_.tiles(begin, kTileDepth)
+                                   : TileMatrix{reinterpret_cast<const char*>(row_of(a.k, begin)), kTileRows * row, 64, row};
+    return {keys, packed_tiles<kParts>(queries_ + i * queries_bytes_, depths), depths, to};
+  }
   template <int NV>
   void scores(int64_t begin, int64_t n, float* to, V (&largest)[NV], float* capped = nullptr, int64_t i = 0) {
     products<NV>(begin, n, to, i);
@@ -538,6 +568,7 @@ class TileForward {
         rows_(given, arena, blocks_, kFolds || a.queries > 512),
         sums_size_(rows_.padded(a.value_features) * kLanes),
         scores_(arena.take<float>(keys_ * kLanes)),
+        of_steps_(kFolds ? nullptr : arena.take<float>(2 * kTileDepth * kLanes)),
         weights_(a.dropout > 0 ? arena.take<float>(keys_ * kLanes) : nullptr),
         fresh_(kFolds ? arena.take<float>(sums_size_) : nullptr),
         sums_(arena.take<float>(blocks_ * sums_size_)),
@@ -559,8 +590,9 @@ class TileForward {
       for (V& v : rounded_[i]) v = V{};
       started_[i] = false;
     }
-    // The products of the turn that `t` stands at, or of the next one that some query sees; false: there is none.
-    const auto forms = [&](Turn& t) {
+    // The scores of the turn that `t` stands at, or of the next one that some query sees, or those of its first step, which may be left to be
+    // multiplied; false: there is none.
+    const auto forms = [&](Turn& t, Square& square) {
       for (; t.chunk < highest; t.chunk += keys_, t.i = 0)
         for (; t.i < blocks; ++t.i) {
           t.begin = max(t.chunk, begin[t.i]), t.n = min(t.chunk + keys_, end[t.i]) - t.begin;
@@ -568,7 +600,10 @@ class TileForward {
           if (blocks > 1) place(t.i);
           if (rows_.block.look(t.begin, t.n) == Seen::kNone) continue;
           t.vectors = rows_.block.vectors;
-          if (t.vectors > 1)
+          t.in_steps = !kFolds && t.vectors > 1 && rows_.plain() && a.dropout == 0 && rows_.has_squares();
+          if (t.in_steps)
+            form_step(t, 0, square);
+          else if (t.vectors > 1)
             rows_.template products<2>(t.begin, t.n, scores_, t.i);
           else
             rows_.template products<1>(t.begin, t.n, scores_, t.i);
@@ -576,10 +611,17 @@ class TileForward {
         }
       return false;
     };
-    Turn turn{lowest, 0, 0, 0, 0};
-    for (bool more = forms(turn); more;) {
-      Turn next{turn.chunk, turn.i + 1, 0, 0, 0};
-      const auto ahead = [&] { more = forms(next); };
+    Turn turn{lowest, 0, 0, 0, 0, false};
+    Square square;
+    bool more = forms(turn, square);
+    square.multiply([] {});
+    while (more) {
+      Turn next{turn.chunk, turn.i + 1, 0, 0, 0, false};
+      const auto ahead = [&] {
+        Square square;
+        more = forms(next, square);
+        return square;
+      };
       if (turn.vectors > 1)
         step<2>(turn, ahead);
       else
@@ -613,27 +655,75 @@ class TileForward {
   struct Turn {
     int64_t chunk, i;           // the chunk's first key, the block
     int64_t begin, n, vectors;  // the keys of it that the block may see; the block's vectors
+    bool in_steps;              // whether its scores are formed 32 keys at a time, since each stays as it is formed
   };
 
-  // Weighs the scores of a turn and adds its values. Between, ahead() forms the scores of the next turn: its tiles are multiplied while the
-  // weights are still on their way to the cache, and its scores have arrived there before they are wanted. Not of parts, three times as large,
-  // which it would displace.
+  // Scores of all keys of a turn, formed before.
+  struct Whole {
+    const float* scores;
+    int64_t lanes;
+
+    const float* of(int64_t step) const { return scores + step * lanes; }
+    template <class Weigh>
+    FASTSEQ_HOST_DEVICE void operator()(int64_t, int64_t pairs, const Weigh& weigh) const {
+      weigh(pairs);
+    }
+  };
+
+  // Scores of a step at a time: those of the next step, or of the next turn's first, are formed beside the weights of this one. Neither the
+  // vectors nor the tiles fill all of a core, and what one waits for, the other uses.
+  template <class Ahead>
+  struct InSteps {
+    TileForward& forward;
+    const Turn& turn;
+    const Ahead& ahead;
+
+    const float* of(int64_t) const { return forward.scores_of_step(); }
+    template <class Weigh>
+    FASTSEQ_HOST_DEVICE void operator()(int64_t step, int64_t pairs, const Weigh& weigh) const {
+      Square square;
+      if (step + kTileDepth < turn.n)
+        forward.form_step(turn, step + kTileDepth, square);
+      else
+        square = ahead();
+      const int64_t each = square.depths ? pairs / square.depths : 0;
+      square.multiply([&]() __attribute__((always_inline)) { weigh(each); });
+      weigh(pairs - each * square.depths);
+    }
+  };
+
+  float* scores_of_step() const { return of_steps_ + place_ * kTileDepth * kLanes; }
+  // Scores of a turn's keys from `at` on, in the other place; or what is to be multiplied for them.
+  void form_step(const Turn& turn, int64_t at, Square& square) {
+    place_ ^= 1;
+    if (turn.n - at >= kTileDepth)
+      square = rows_.square(turn.begin + at, scores_of_step(), turn.i);
+    else
+      rows_.template products<2>(turn.begin + at, turn.n - at, scores_of_step(), turn.i);
+  }
+
+  // Weighs the scores of a turn and adds its values. Before it ends, ahead() forms the scores of the next turn, or tells what is to be
+  // multiplied for them: its tiles are multiplied while the weights are still on their way to the cache, and its scores have arrived there
+  // before they are wanted. Not of parts, three times as large, which it would displace.
   template <int NV, class Ahead>
   void step(const Turn& turn, const Ahead& ahead) {
     constexpr int64_t lanes = NV * W;
     const int64_t i = turn.i, begin = turn.begin, n = turn.n, values = a.value_features * lanes;
     Block<S>& block = rows_.block;
     float* all = sums_ + i * sums_size_;
-    V sums[NV], rounded[NV], alpha[NV];
+    V sums[NV]{}, rounded[NV]{}, alpha[NV];
     __mmask16 others[NV];
     for (int v = 0; v < NV; ++v) alpha[v] = V{} + 1.0f, others[v] = 0xffff;
-    if (!rows_.plain()) {
+    const Whole whole{scores_, lanes};
+    if (turn.in_steps) {
+      if constexpr (!kFolds && NV > 1) weigh_in_steps<NV>(turn, ahead, sums, rounded, alpha);
+    } else if (!rows_.plain()) {
       block.template shape<NV>(scores_, begin, n);
-      raise<NV>(i, n, others, alpha);
-      weigh<NV, true>(i, n, sums, rounded);
+      raise<NV>(i, scores_, n, others, alpha);
+      weigh<NV, true>(i, n, whole, sums, rounded);
     } else if (!weighs_as_before<NV>(i, n, sums, rounded, others)) {
-      raise<NV>(i, n, others, alpha);
-      weigh<NV, false>(i, n, sums, rounded);
+      raise<NV>(i, scores_, n, others, alpha);
+      weigh<NV, false>(i, n, whole, sums, rounded);
     }
     for (int v = 0; v < NV; ++v) {
       total_[i][v] = total_[i][v] * alpha[v] + sums[v];
@@ -645,7 +735,7 @@ class TileForward {
     } else {
       rows_.template put_zeros<NV>(n);
     }
-    if constexpr (!kFolds) ahead();
+    if (!kFolds && !turn.in_steps) ahead().multiply([] {});
     const auto rescale = [&](auto&& added) __attribute__((always_inline)) {
       for (int64_t x = 0; x < values; x += lanes)
         for (int v = 0; v < NV; ++v) store_vector(all + x + v * W, load_vector(all + x + v * W) * alpha[v] + added(x + v * W));
@@ -665,19 +755,42 @@ class TileForward {
     if constexpr (kFolds) ahead();
   }
 
+  static constexpr float kLeast = 0x1p-4f, kMost = 0x1p40f;  // of the sum of a chunk's weights
+
+  // Weighs a chunk whose scores are formed in steps, by the base that is there, or by the highest score of its first step. If weights get out
+  // of bounds, which is seldom, all scores are formed once more.
+  template <int NV, class Ahead>
+  void weigh_in_steps(const Turn& turn, const Ahead& ahead, V (&sums)[NV], V (&rounded)[NV], V (&alpha)[NV]) {
+    const int64_t i = turn.i;
+    __mmask16 lanes[NV], any = 0;
+    for (int v = 0; v < NV; ++v) {
+      lanes[v] = _mm512_cmp_ps_mask((__m512)base_[i][v], _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
+      any |= lanes[v];
+    }
+    if (any) raise<NV>(i, scores_of_step(), min(turn.n, kTileDepth), lanes, alpha);
+    weigh<NV, false>(i, turn.n, InSteps<Ahead>{*this, turn, ahead}, sums, rounded);
+    any = 0;
+    for (int v = 0; v < NV; ++v) lanes[v] = _mm512_cmp_ps_mask((__m512)sums[v], _mm512_set1_ps(kMost), _CMP_NLE_UQ), any |= lanes[v];
+    if (!any) return;
+    V less[NV];
+    rows_.template products<NV>(turn.begin, turn.n, scores_, i);
+    raise<NV>(i, scores_, turn.n, lanes, less);
+    for (int v = 0; v < NV; ++v) alpha[v] *= less[v];
+    weigh<NV, false>(i, turn.n, Whole{scores_, NV * W}, sums, rounded);
+  }
+
   // Weighs a chunk by the base that is there, at first 0, if that serves: weights are numbers of any size, and seldom does a chunk have scores
   // so much higher than those before, or the first scores so far from 0, that they get out of bounds: in some `others` of the lanes. Of 16
   // bits, the first base is that of the highest score: where few keys are seen, its weight of 1 is exact.
   template <int NV>
   bool weighs_as_before(int64_t i, int64_t n, V (&sums)[NV], V (&rounded)[NV], __mmask16 (&others)[NV]) {
-    constexpr float kLeast = 0x1p-4f, kMost = 0x1p40f;
     __mmask16 first[NV], any = 0;
     for (int v = 0; v < NV; ++v) {
       first[v] = _mm512_cmp_ps_mask((__m512)base_[i][v], _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
       others[v] = kFolds ? 0 : first[v], any |= others[v];
     }
     if (any) return false;
-    weigh<NV, false>(i, n, sums, rounded);
+    weigh<NV, false>(i, n, Whole{scores_, NV * W}, sums, rounded);
     for (int v = 0; v < NV; ++v) {
       others[v] = _mm512_cmp_ps_mask((__m512)sums[v], _mm512_set1_ps(kMost), _CMP_NLE_UQ) |
                   (first[v] & _mm512_cmp_ps_mask((__m512)sums[v], _mm512_set1_ps(kLeast), _CMP_LT_OQ));
@@ -686,15 +799,15 @@ class TileForward {
     return !any;
   }
 
-  // The base of each of these lanes becomes its highest score, if that is higher; alpha: what it leaves of what was summed before.
+  // The base of each of these lanes becomes its highest of n scores, if that is higher; alpha: what it leaves of what was summed before.
   template <int NV>
-  void raise(int64_t i, int64_t n, const __mmask16 (&lanes)[NV], V (&alpha)[NV]) {
+  void raise(int64_t i, const float* scores, int64_t n, const __mmask16 (&lanes)[NV], V (&alpha)[NV]) {
     V most[NV];
     for (int v = 0; v < NV; ++v) most[v] = V{} - INFINITY;
     for (int64_t x = 0; x < n * NV * W; x += NV * W)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
-        const V score = load_vector(scores_ + x + v * W);
+        const V score = load_vector(scores + x + v * W);
         most[v] = score > most[v] ? score : most[v];
       }
     for (int v = 0; v < NV; ++v) {
@@ -706,16 +819,17 @@ class TileForward {
 
   // Scores become weights, operands of the product, and their sums, before and after they are rounded; with a dropout, numbers. Scores that a bias has put at the end of the range
   // are subtracted before they are multiplied.
-  template <int NV, bool kZeroes>
-  void weigh(int64_t i, int64_t n, V (&sums)[NV], V (&rounded)[NV]) {
-    if (a.dropout > 0) return weigh<NV, kZeroes, true, true>(i, n, sums, rounded);
+  template <int NV, bool kZeroes, class Scores>
+  void weigh(int64_t i, int64_t n, const Scores& scores, V (&sums)[NV], V (&rounded)[NV]) {
+    if constexpr (std::is_same_v<Scores, Whole>)
+      if (a.dropout > 0) return weigh<NV, kZeroes, true, true>(i, n, scores, sums, rounded);
     if constexpr (kRounds)
-      if (!a.lse && !a.sinks) return weigh<NV, kZeroes, false, false>(i, n, sums, rounded);
-    weigh<NV, kZeroes, true, false>(i, n, sums, rounded);
+      if (!a.lse && !a.sinks) return weigh<NV, kZeroes, false, false>(i, n, scores, sums, rounded);
+    weigh<NV, kZeroes, true, false>(i, n, scores, sums, rounded);
   }
   // kExact: whether sums of the weights themselves are wanted
-  template <int NV, bool kZeroes, bool kExact, bool kDrops>
-  void weigh(int64_t i, int64_t n, V (&sums)[NV], V (&rounded)[NV]) {
+  template <int NV, bool kZeroes, bool kExact, bool kDrops, class Scores>
+  void weigh(int64_t i, int64_t n, const Scores& scores, V (&sums)[NV], V (&rounded)[NV]) {
     constexpr int64_t lanes = NV * W;
     const float factor = unit();
     V base[NV], power[NV], rest[NV], all[NV], of_rounded[NV];  // the sums in registers, since what is stored might be theirs elsewhere
@@ -726,7 +840,7 @@ class TileForward {
     const auto weight = [&](const float* at, int v) __attribute__((always_inline)) {
       const V score = load_vector(at), exponent = kZeroes ? (score - base[v]) * factor + rest[v] : score * factor - power[v];
       const V w = power_of_two<M, kZeroes, kRounds && !kExact>(exponent);
-      if constexpr (kDrops) store_vector(weights_ + (at - scores_), w);
+      if constexpr (kDrops) store_vector(weights_ + (at - scores.scores), w);
       return w;
     };
     const auto put = [&](char* to, int v, V first, V second) __attribute__((always_inline)) {
@@ -739,12 +853,15 @@ class TileForward {
         rows_.put(to, v, first, second);
     };
     for (int64_t step = 0; step < n; step += kTileDepth) {
-      const float *from = scores_ + step * lanes, *last = scores_ + min(step + kTileDepth, n) * lanes;
+      const int64_t there = min(kTileDepth, n - step);
+      const float* from = scores.of(step);
       char* to = rows_.pairs(step);
-      for (; from + lanes < last; from += 2 * lanes, to += 64)
+      scores(step, there / 2, [&](int64_t pairs) __attribute__((always_inline)) {
+        for (; pairs > 0; --pairs, from += 2 * lanes, to += 64)
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) put(to, v, weight(from + v * W, v), weight(from + lanes + v * W, v));
-      if (from < last)
+          for (int v = 0; v < NV; ++v) put(to, v, weight(from + v * W, v), weight(from + lanes + v * W, v));
+      });
+      if (there % 2)
         for (int v = 0; v < NV; ++v) put(to, v, weight(from + v * W, v), V{});
     }
     for (int v = 0; v < NV; ++v) {
@@ -800,7 +917,8 @@ class TileForward {
   const int64_t blocks_, keys_;  // of a task; of a chunk, which is to stay in the first-level cache with all that it meets
   TileProduct<S> rows_;
   const int64_t sums_size_;  // of a block
-  float *scores_, *weights_, *fresh_, *sums_;
+  float *scores_, *of_steps_, *weights_, *fresh_, *sums_;
+  int64_t place_ = 0;  // of the two for the scores of a step, that of the step under way
   bool started_[kMostBlocks];  // whether a block has sums
   V base_[kMostBlocks][2], total_[kMostBlocks][2], rounded_[kMostBlocks][2];  // weights are e^(score - base)
 

@@ -57,6 +57,11 @@ class Trial {
                                 : std::is_same_v<S, float>    ? Type::kFloat
                                 : std::is_same_v<S, bfloat16> ? Type::kBfloat16
                                                               : Type::kHalf;
+#if defined(TILES)
+  static constexpr bool kForwardAlone = std::is_same_v<S, float>;  // in parts of bfloat16
+#else
+  static constexpr bool kForwardAlone = false;
+#endif
 
  public:
   Trial(const Options& o, unsigned seed) : o_(o), random_(seed) {}
@@ -65,6 +70,7 @@ class Trial {
   bool run(bool whole) {
     make();
     loops();
+    if constexpr (kForwardAlone) return forward();
     return few() & (!whole || (forward() & weights() & gradients()));
   }
 

@@ -94,7 +94,7 @@ def levels() -> tuple[str, ...]:
 
 
 def attention_cases(level: str) -> tuple[str, ...]:
-    return tuple(f"X({type_})" for type_ in TYPES if level != "amx" or type_ == "bfloat16")
+    return tuple(f"X({type_})" for type_ in TYPES if level != "amx" or type_ in ("float", "bfloat16"))
 
 
 def trials(some_levels: list[str], sanitizers: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:

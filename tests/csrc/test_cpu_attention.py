@@ -15,7 +15,8 @@ def test_odd_sizes(level):
     assert not cpu.failure(program(level, cpu.attention_cases(level), *cpu.SANITIZERS["plain"]), "70")
 
 
-KERNEL, FEW, ALL, TILES = "attention_kernel.inl", "attention_few.inl", ("X(float)", "X(bfloat16)"), ("X(bfloat16)",)
+KERNEL, FEW, BY_TILES = "attention_kernel.inl", "attention_few.inl", "attention_tiles.inl"
+ALL, TILES = ("X(float)", "X(bfloat16)"), ("X(bfloat16)",)
 OF_QUERY = "a_.q.offset(part_.batch, row.head,"
 FAULTS = [
     Fault("the gradient of an average whole for each head", KERNEL, "A(g.dweights_factor)", "A(1)", WRONG, cases=("X(float)",)),
@@ -52,6 +53,16 @@ FAULTS = [
         cases=TILES,
     ),
     Fault("stale weights behind the end", FEW, "at % kDepth; at += 2)", "at % 2; at += 2)", WRONG, level="amx", cases=TILES),
+    Fault("keys left out beside tiles", BY_TILES, "weigh(pairs - each * square.depths);", "", WRONG, level="amx", cases=TILES),
+    Fault(
+        "one of the six products of parts left out",
+        BY_TILES,
+        "load_left<M>(left + kTileBytes, a), multiply_loaded<M, N>();",
+        "load_left<M>(left + kTileBytes, a);",
+        WRONG,
+        level="amx",
+        cases=("X(float)",),
+    ),
     Fault("stale values behind the end", FEW, "values[i] = zeros_;", "values[i] = zeros_ + 1;", LEFT, level="amx", cases=TILES),
 ]
 
