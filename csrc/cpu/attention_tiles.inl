@@ -716,11 +716,14 @@ class TileForward {
     for (int v = 0; v < NV; ++v) alpha[v] = V{} + 1.0f, others[v] = 0xffff;
     const Whole whole{scores_, lanes};
     if (turn.in_steps) {
-      if constexpr (!kFolds && NV > 1) weigh_in_steps<NV>(turn, ahead, sums, rounded, alpha);
+      if constexpr (!kFolds && NV > 1)
+        weigh_rounded<NV>(turn, InSteps<Ahead>{*this, turn, ahead}, scores_of_step(), sums, rounded, alpha);
     } else if (!rows_.plain()) {
       block.template shape<NV>(scores_, begin, n);
       raise<NV>(i, scores_, n, others, alpha);
       weigh<NV, true>(i, n, whole, sums, rounded);
+    } else if constexpr (!kFolds) {
+      weigh_rounded<NV>(turn, whole, scores_, sums, rounded, alpha);
     } else if (!weighs_as_before<NV>(i, n, sums, rounded, others)) {
       raise<NV>(i, scores_, n, others, alpha);
       weigh<NV, false>(i, n, whole, sums, rounded);
@@ -757,18 +760,18 @@ class TileForward {
 
   static constexpr float kLeast = 0x1p-4f, kMost = 0x1p40f;  // of the sum of a chunk's weights
 
-  // Weighs a chunk whose scores are formed in steps, by the base that is there, or by the highest score of its first step. If weights get out
-  // of bounds, which is seldom, all scores are formed once more.
-  template <int NV, class Ahead>
-  void weigh_in_steps(const Turn& turn, const Ahead& ahead, V (&sums)[NV], V (&rounded)[NV], V (&alpha)[NV]) {
+  // Weighs a chunk of bfloat16 by the base that is there, or by the highest score of its first step, `first`: where few keys are seen, its
+  // weight of 1 is exact. If weights get out of bounds, which is seldom, all scores are formed once more.
+  template <int NV, class Scores>
+  void weigh_rounded(const Turn& turn, const Scores& scores, const float* first, V (&sums)[NV], V (&rounded)[NV], V (&alpha)[NV]) {
     const int64_t i = turn.i;
     __mmask16 lanes[NV], any = 0;
     for (int v = 0; v < NV; ++v) {
       lanes[v] = _mm512_cmp_ps_mask((__m512)base_[i][v], _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
       any |= lanes[v];
     }
-    if (any) raise<NV>(i, scores_of_step(), min(turn.n, kTileDepth), lanes, alpha);
-    weigh<NV, false>(i, turn.n, InSteps<Ahead>{*this, turn, ahead}, sums, rounded);
+    if (any) raise<NV>(i, first, min(turn.n, kTileDepth), lanes, alpha);
+    weigh<NV, false>(i, turn.n, scores, sums, rounded);
     any = 0;
     for (int v = 0; v < NV; ++v) lanes[v] = _mm512_cmp_ps_mask((__m512)sums[v], _mm512_set1_ps(kMost), _CMP_NLE_UQ), any |= lanes[v];
     if (!any) return;
@@ -779,17 +782,13 @@ class TileForward {
     weigh<NV, false>(i, turn.n, Whole{scores_, NV * W}, sums, rounded);
   }
 
-  // Weighs a chunk by the base that is there, at first 0, if that serves: weights are numbers of any size, and seldom does a chunk have scores
-  // so much higher than those before, or the first scores so far from 0, that they get out of bounds: in some `others` of the lanes. Of 16
-  // bits, the first base is that of the highest score: where few keys are seen, its weight of 1 is exact.
+  // Weighs a chunk of numbers in parts by the base that is there, at first 0, if that serves: weights are numbers of any size, and seldom does a
+  // chunk have scores so much higher than those before, or the first scores so far from 0, that they get out of bounds: in some `others` of
+  // the lanes.
   template <int NV>
   bool weighs_as_before(int64_t i, int64_t n, V (&sums)[NV], V (&rounded)[NV], __mmask16 (&others)[NV]) {
     __mmask16 first[NV], any = 0;
-    for (int v = 0; v < NV; ++v) {
-      first[v] = _mm512_cmp_ps_mask((__m512)base_[i][v], _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
-      others[v] = kFolds ? 0 : first[v], any |= others[v];
-    }
-    if (any) return false;
+    for (int v = 0; v < NV; ++v) first[v] = _mm512_cmp_ps_mask((__m512)base_[i][v], _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
     weigh<NV, false>(i, n, Whole{scores_, NV * W}, sums, rounded);
     for (int v = 0; v < NV; ++v) {
       others[v] = _mm512_cmp_ps_mask((__m512)sums[v], _mm512_set1_ps(kMost), _CMP_NLE_UQ) |

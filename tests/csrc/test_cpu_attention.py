@@ -53,7 +53,6 @@ FAULTS = [
         cases=TILES,
     ),
     Fault("stale weights behind the end", FEW, "at % kDepth; at += 2)", "at % 2; at += 2)", WRONG, level="amx", cases=TILES),
-    Fault("keys left out beside tiles", BY_TILES, "weigh(pairs - each * square.depths);", "", WRONG, level="amx", cases=TILES),
     Fault(
         "one of the six products of parts left out",
         BY_TILES,
