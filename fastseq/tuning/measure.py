@@ -155,8 +155,7 @@ def in_turn(
                 with _taking(call, of_name[name]):
                     if begins is not None:
                         begins(name)
-                    # A call finds its weights in the caches where a loop makes it, and so it does here; what another candidate left
-                    # there, and what is decided anew, is no part of the time.
+                    # As a loop finds the caches: what others left there, and what is decided anew, is no part of the time.
                     if before[name] < LONG:
                         programs[name]()
                     taken[name].append(clock.sample(programs[name], counts[name]) / counts[name])

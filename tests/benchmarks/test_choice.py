@@ -109,7 +109,7 @@ def test_a_call_finds_the_row_of_its_sizes(tmp_path):
 
 
 def test_least_is_the_least_of_interleaved_rounds():
-    """On a clock on which the first call takes 5, 5, 1, 5, 5, 1, ... ms, the second always 2 ms. Each is timed after one of its own."""
+    """On a clock on which the first call takes 5, 5, 1, 5, 5, 1, ... ms, the second always 2 ms; each after one of its own."""
     clock, calls = [0.0], []
 
     def call(name, times):

@@ -48,7 +48,7 @@ def macros_of(level: str) -> list[str]:
 
 
 def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.ROOT, compiler: str | None = None) -> Path:
-    """The program with some kernels of the recurrence, X(storage type, cell), or of attention, X(storage type), of one kind, or of
+    """The program with some kernels of one kind: of the recurrence, X(storage type, cell), of attention, X(storage type), or of
     single steps, `STEP`."""
     with_ = compiler or build.compiler()
     command = [

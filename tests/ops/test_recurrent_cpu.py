@@ -90,6 +90,12 @@ def test_odd_sizes(level, case, dtype):
 STEPS = ((16, 1, 17), (31, 130, 16), (48, 7, 33), (64, 200, 65), (100, 16, 130))
 
 
+def _step_results(module, dtype, x, state):
+    given = None if state is None else tuple(t.to(dtype) for t in state) if len(state) > 1 else state[0].to(dtype)
+    with torch.no_grad():
+        return {str(i): t for i, t in enumerate(tree_leaves(module.to(dtype)(x.to(dtype), given)))}
+
+
 @pytest.mark.parametrize("name", ("RNN", "LSTM", "GRU"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_steps_of_many_sequences(level, name, dtype):
@@ -104,18 +110,12 @@ def test_steps_of_many_sequences(level, name, dtype):
             x = torch.randn(*(1,) * (lanes > 1), batch, width, dtype=dtype)
             state = [torch.randn(*(lanes,) * (lanes > 1), batch, hidden, dtype=dtype) for _ in range(1 + (name == "LSTM"))]
 
-            def results(module, to):
-                given = [t.to(to) for t in state]
-                with torch.no_grad():
-                    out = module.to(to)(x.to(to), None if place == 2 else tuple(given) if len(given) > 1 else given[0])
-                flat = tree_leaves(out)
-                return {str(i): t for i, t in enumerate(flat)}
-
-            found, plain = results(ours, dtype), results(theirs, dtype)
+            given = x, None if place == 2 else state
+            found, plain = (_step_results(module, dtype, *given) for module in (ours, theirs))
             if dtype == torch.float64:  # sums of up to 330 terms of either
                 torch.testing.assert_close(found, plain, rtol=0, atol=330 * 8 * torch.finfo(dtype).eps)
             else:
-                assert_all_close_to_truth(found, plain, results(theirs, torch.float64))
+                assert_all_close_to_truth(found, plain, _step_results(theirs, torch.float64, *given))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
