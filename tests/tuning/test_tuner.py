@@ -19,6 +19,7 @@ from torch import nn
 
 import fastseq
 from fastseq import backends
+from fastseq.backends import library
 from fastseq.choice import sources, store
 from fastseq.choice.decision import Call, Candidate, entry_of
 from fastseq.choice.device import device_of, versions
@@ -31,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.fixture(autouse=True)
 def own_store(monkeypatch, tmp_path):
+    library.load()  # whose level of instructions is a fact of the CPU
     monkeypatch.setenv("FASTSEQ_CACHE", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(HERE.parents[1]))))  # for measuring processes
     sources.forget()
