@@ -188,7 +188,8 @@ class TestIsolated:
         ],
     )
     def test_a_bad_candidate_is_left_out_and_the_others_are_timed(self, setup, name, why):
-        with child.Bench(1, f"stand_ins:{setup}", part_seconds=2.0) as bench:
+        limit = 2.0 if setup.startswith("hanging") else 60.0  # a busy machine takes its time where nothing hangs
+        with child.Bench(1, f"stand_ins:{setup}", part_seconds=limit) as bench:
             found = bench.measured(LSTM, CPU, 0.01)
             again = bench.measured(LSTM._replace(sizes=(2, 5, 8)), CPU, 0.01) if setup == "wrong" else found
         able = {c.name for c in found if not c.against}
