@@ -277,6 +277,7 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
 }  // namespace
 
 void run(Layer& layer) {
+  if (is_step(layer)) return run_step(layer);
   Forward& a = layer.a;
 #if defined(__x86_64__)
   const Tiling tiling = kernels_of(a.shape).tiling(a.shape);

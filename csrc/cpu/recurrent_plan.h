@@ -23,6 +23,14 @@ constexpr int64_t kWorkOfPacking = 64 << 10;  // weights worth a thread to pack
 // multiply a row as fast as 16, take packed weights alone.
 inline bool reads_in_place(int64_t rows, int64_t depth, bool tiles) { return rows * (tiles ? 64 : 6) <= depth; }
 
+// Whether a single step of a batch is multiplied with lanes along its sequences (recurrent_step.h), in vectors of so many of them: the
+// last must not be mostly empty.
+constexpr int64_t kSequencesOfStep = 16;
+inline bool steps_at_once(int64_t batch, int64_t width) {
+  const int64_t whole = (batch + width - 1) / width * width;
+  return batch >= kSequencesOfStep && 4 * batch >= 3 * whole;
+}
+
 // Whether weights kept in another type are read as they lie: they are what fits the caches. With many sequences, tiles made of them again
 // are the faster ones; and the projected input of a long call, all of it at once, would take too much memory.
 constexpr int64_t kProjectedElements = 16 << 20;

@@ -158,4 +158,8 @@ class Packer {
 // All lanes of a layer, by the kernels that serve it.
 void run(Layer& layer);
 
+// Whether a layer is a single step of so many sequences that recurrent_step.h serves it; then it runs all its lanes.
+bool is_step(const Layer& layer);
+void run_step(const Layer& layer);
+
 }  // namespace fastseq::cpu

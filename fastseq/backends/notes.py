@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
-import torch
+from torch.compiler import is_compiling
 
 from .query import Query
 
@@ -32,7 +32,7 @@ def watching(told: Callable[[Query, str], None], noted: Callable[[str], None] = 
 
 def watched() -> bool:
     """Whether somebody wants to know who runs what."""
-    return not torch.compiler.is_compiling() and bool(_watchers.get())
+    return not is_compiling() and bool(_watchers.get())
 
 
 def tell(query: Query, backend: str) -> None:

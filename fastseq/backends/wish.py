@@ -7,7 +7,7 @@ from contextlib import ContextDecorator
 from contextvars import ContextVar
 from typing import Any
 
-import torch
+from torch.compiler import is_compiling
 
 from .._arguments import Function, unknown
 from .registry import BACKENDS, ORDER
@@ -86,7 +86,7 @@ def set_backend(name: str | None) -> None:
 
 def forced() -> str | None:
     """The backend that is forced; None: the best one is chosen call by call. What is traced sees the process's wish alone."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _process
     own = _context.get()
     return _process if own is _NOTHING else own

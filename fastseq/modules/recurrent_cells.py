@@ -66,14 +66,16 @@ class RNNCell(Interop, nn.RNNCellBase):
             ValueError: input or hx neither 1-D nor 2-D.
             RuntimeError: sizes, dtypes or devices that do not fit each other, or an unknown nonlinearity.
         """
+        name = _ELMAN.get(self.nonlinearity)
+        if name is not None:
+            done = _step(self, name, input, None if hx is None else (hx,))
+            if done is not None:
+                return done[0]
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx)
-        if self.nonlinearity not in ("tanh", "relu"):
+        if name is None:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}. Select from 'tanh' or 'relu'.")
-        done = _step(self, f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))
-        if done is not None:
-            return done[0]
-        if _as_torchs(self, f"rnn_{self.nonlinearity}", input, hx):
+        if _as_torchs(self, name, input, hx):
             return _torch_rnn(self, input, hx)
         return _step_one_state(self, functional.rnn_cell, input, hx, nonlinearity=self.nonlinearity)
 
@@ -184,6 +186,7 @@ class GRUCell(Interop, nn.RNNCellBase):
         __call__ = forward
 
 
+_ELMAN = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 # As torch has them, whatever `fastseq.patched` puts in their place.
 _torch_rnn: Any = nn.RNNCell.forward
 _torch_lstm: Any = nn.LSTMCell.forward
@@ -205,28 +208,33 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     for tensor in given:
         if type(tensor) not in PLAIN:
             return None
-    if not torch.is_grad_enabled() or not (input.requires_grad or any([tensor.requires_grad for tensor in given])):
+    if not torch.is_grad_enabled() or not (
+        params[0].requires_grad or input.requires_grad or any([tensor.requires_grad for tensor in given])
+    ):
         packing = None if cell.training else packing_of(cell)
         if packing is not None and backends.watched():  # which says that it packs
             return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)
         return native_step(name, input, hx, params, packing)
     if backends.forced() or backends.watched():
         return None
-    dtype, (batch, width), hidden = input.dtype, input.shape, cell.hidden_size
-    if dtype != params[0].dtype or width != cell.input_size:
-        return None
+    dtype, batch, hidden = input.dtype, input.size(0), cell.hidden_size
     if hx is None:
         zeros = input.new_zeros(batch, hidden)
         hx = (zeros, zeros) if name == "lstm" else (zeros,)
+    if backends.step_is_torchs(name, input.device, dtype, batch, hidden, True):
+        for state in hx:
+            if state.dim() != 2:
+                return None
+        # which says itself of sizes and dtypes that they do not fit
+        return STEPS[name](input, hx, *params) if name == "lstm" else (STEPS[name](input, hx[0], *params),)
+    if dtype != params[0].dtype or input.size(1) != cell.input_size:
+        return None
     for state in hx:
         if state.shape != (batch, hidden) or state.dtype != dtype:
             return None
-    if not backends.step_is_torchs(name, input.device, dtype, batch, hidden, True):
-        states = [state.unsqueeze(0) for state in hx]
-        done = trained_layers(name, input.unsqueeze(0), states, params, cell.bias, 1, False, False, 0.0, False)
-        return None if done is None else [state.squeeze(0) for state in done[1]]
-    results = STEPS[name](input, hx if name == "lstm" else hx[0], *params)
-    return results if name == "lstm" else (results,)
+    states = [state.unsqueeze(0) for state in hx]
+    done = trained_layers(name, input.unsqueeze(0), states, params, cell.bias, 1, False, False, 0.0, False)
+    return None if done is None else [state.squeeze(0) for state in done[1]]
 
 
 def _as_torchs(cell: nn.RNNCellBase, name: str, input: Any, *states: Any) -> bool:

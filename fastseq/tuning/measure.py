@@ -19,10 +19,13 @@ from fastseq.testing import assert_all_close_to_truth, pooled_error
 from . import problems
 
 FEWEST_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS = 3, 7, 60  # the fewest of calls that take long
+# Times the fastest's, in rounds, of which one in so many may be disturbed: then nothing is left to be decided.
+CLEAR, CLEAR_ROUNDS, DISTURBED_OF = 1.15, 5, 8
 SAMPLE = 3e-4  # seconds that a sample lasts at least
 DISTURBED = 1.05  # times the least of the pilot's times: a round that a throttled clock or a busy neighbor slowed down
 REPEATS = 3  # times as many rounds as wanted, at most, if some are disturbed
 WARM = 0.05  # seconds of work after which a GPU's clock is up
+LONG = 0.02  # seconds of a call that does not notice what others have left in the caches
 
 Said = Callable[[str, str], None]  # what is being done, and with which candidate
 
@@ -127,7 +130,7 @@ def in_turn(
 ) -> dict[str, float]:
     """Median seconds of a call of each, over rounds in which every program has a turn, each round starting with another one."""
     of_name = {c.name: c for c in found}
-    counts = {}
+    counts, before = {}, {}
     for name, run in programs.items():
         if begins is not None:
             begins(name)
@@ -136,7 +139,9 @@ def in_turn(
             once = clock.sample(run, 1)
             while clock.pilot is not None and clock.sample(run, 1) < WARM / 10 and once < WARM:
                 once += clock.sample(run, max(1, round(WARM / 10 / max(once, 1e-6))))
-            once = min(once, clock.sample(run, 1))
+            if once < LONG:
+                once = min(once, clock.sample(run, 1))
+        before[name] = once
         counts[name] = max(1, min(1000, math.ceil(SAMPLE / max(once, 1e-9))))
     taken: dict[str, list[float]] = {name: [] for name in programs}
     pilots: list[float] = []
@@ -150,8 +155,9 @@ def in_turn(
                 with _taking(call, of_name[name]):
                     if begins is not None:
                         begins(name)
-                    if counts[name] > 1:
-                        programs[name]()  # what is decided anew is no part of the time
+                    # As a loop finds the caches: what others left there, and what is decided anew, is no part of the time.
+                    if before[name] < LONG:
+                        programs[name]()
                     taken[name].append(clock.sample(programs[name], counts[name]) / counts[name])
     calm = _calm(pilots, len(next(iter(taken.values()), [])))
     return {
@@ -166,10 +172,23 @@ def _turns(taken: Mapping[str, list[float]], counts: Mapping[str, int], pilots: 
         calm = _calm(pilots, turn)
         spent = sum(sample * counts[name] for name, samples in taken.items() for sample in samples)
         enough = spent >= seconds or sum(calm) >= MOST_ROUNDS
+        if _is_clear(list(taken.values()), calm):
+            return
         long = spent >= REPEATS * seconds
         if (sum(calm) >= LEAST_ROUNDS and enough) or (long and (sum(calm) >= FEWEST_ROUNDS or turn >= REPEATS * LEAST_ROUNDS)):
             return
         yield turn
+
+
+def _is_clear(samples: Sequence[Sequence[float]], calm: Sequence[bool]) -> bool:
+    """Whether the same one was the fastest by far in nearly every round that nothing slowed down."""
+    rounds = [row for row, quiet in zip(zip(*samples, strict=True), calm, strict=True) if quiet]
+    if len(rounds) < CLEAR_ROUNDS or len(samples) < 2:
+        return False
+    best = min(range(len(samples)), key=lambda place: statistics.median(row[place] for row in rounds))
+    others = [min(row[:best] + row[best + 1 :]) for row in rounds]
+    doubtful = sum(CLEAR * row[best] > other for row, other in zip(rounds, others, strict=True))
+    return doubtful <= len(rounds) // DISTURBED_OF
 
 
 def _calm(pilots: Sequence[float], rounds: int) -> list[bool]:

@@ -109,7 +109,7 @@ def test_a_call_finds_the_row_of_its_sizes(tmp_path):
 
 
 def test_least_is_the_least_of_interleaved_rounds():
-    """On a clock on which the first call takes 1, 5, 1, 5, ... ms, the second always 2 ms."""
+    """On a clock on which the first call takes 5, 5, 1, 5, 5, 1, ... ms, the second always 2 ms; each after one of its own."""
     clock, calls = [0.0], []
 
     def call(name, times):
@@ -119,9 +119,9 @@ def test_least_is_the_least_of_interleaved_rounds():
 
         return run
 
-    found = choice.least([call("a", (1e-3, 5e-3)), call("b", (2e-3,))], 0.02, lambda: clock[0])
+    found = choice.least([call("a", (1e-3, 5e-3, 5e-3)), call("b", (2e-3,))], 0.02, lambda: clock[0])
     assert found == pytest.approx([1e-3, 2e-3])
-    assert calls == ["a", "b"] * (len(calls) // 2) and len(calls) >= 8
+    assert calls == ["a", "b", *["a", "a", "b", "b"] * (len(calls) // 4)] and len(calls) >= 18
 
 
 def test_halves_that_disagree_get_more_rounds():
@@ -129,10 +129,10 @@ def test_halves_that_disagree_get_more_rounds():
 
     def run():
         count[0] += 1
-        clock[0] += 1e-3 * (1.0 if count[0] > 8 else 2.0)  # the machine gets quiet
+        clock[0] += 1e-3 * (1.0 if count[0] > 16 else 2.0)  # the machine gets quiet
 
     (found,) = choice.least([run], 0.02, lambda: clock[0])
-    assert found == pytest.approx(1e-3) and count[0] == 21
+    assert found == pytest.approx(1e-3) and count[0] == 41
 
 
 TINY = choice.Grid((1, 3), (8,), (1, 3), ("float32", "bfloat16"), (1, 2), 1e-4)

@@ -1,4 +1,5 @@
-"""Builds and runs cpu_recurrent.cpp and cpu_attention.cpp of tests/csrc: CPU kernels without torch, at odd sizes, against loops.
+"""Builds and runs cpu_recurrent.cpp, cpu_step.cpp and cpu_attention.cpp of tests/csrc: CPU kernels without torch, at odd
+sizes, against loops.
 
 `python tests/csrc/cpu_build.py` (`make sanitize`) does so for all kernels of every level of instructions that this machine has,
 under each sanitizer. What is built lies in build/host, so that nothing is made twice. $CXX chooses the compiler.
@@ -24,6 +25,7 @@ CELLS = (
     "RnnTanh", "RnnRelu", "Lstm", "Gru", "CoupledLstm", "PeepholeLstm", "LayerNormLstm", "LayerNormGru", "Slstm",
 )  # fmt: skip
 TYPES = ("float", "double", "bfloat16", "float16")
+STEP = ("step",)  # cases: all of single steps
 # By itself the program ends with a segmentation fault where an array is left, on either side.
 SANITIZERS = build.SANITIZERS | {"plain": ("-fsanitize=alignment", "-fno-sanitize-recover=all")}
 
@@ -46,7 +48,8 @@ def macros_of(level: str) -> list[str]:
 
 
 def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.ROOT, compiler: str | None = None) -> Path:
-    """The program with some kernels of the recurrence, X(storage type, cell), or of attention, X(storage type), of one kind."""
+    """The program with some kernels of one kind: of the recurrence, X(storage type, cell), of attention, X(storage type), or of
+    single steps, `STEP`."""
     with_ = compiler or build.compiler()
     command = [
         with_,
@@ -62,6 +65,9 @@ def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.
     if "," in cases[0]:
         command += [*macros_of(level), f"-DCASES={' '.join(cases)}"]
         sources = [tree / "tests/csrc/cpu_recurrent.cpp", tree / "csrc/cpu/barrier.cpp"]
+    elif cases == STEP:
+        command.append(f"-DLEVEL={level}")
+        sources = [tree / f"csrc/cpu/recurrent_step_{level}.cpp", tree / "tests/csrc/cpu_step.cpp"]
     else:
         command += [f"-DLEVEL={level}", f"-DTYPES={' '.join(cases)}", *(["-DTILES"] if level == "amx" else [])]
         files = (f"csrc/cpu/attention_{level}.cpp", f"csrc/cpu/attention_few_{level}.cpp", "tests/csrc/cpu_attention.cpp")
@@ -100,8 +106,10 @@ def attention_cases(level: str) -> tuple[str, ...]:
 def trials(some_levels: list[str], sanitizers: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(level, sanitizer, cases); what threads share depends on neither level nor type, so that one of each serves."""
     for level, sanitizer in itertools.product(some_levels, sanitizers):
-        if sanitizer != "thread":  # kernels of attention share nothing
+        if sanitizer != "thread":  # kernels of attention and of steps share nothing
             yield level, sanitizer, attention_cases(level)
+            if level != "amx":  # whose steps are AVX-512's
+                yield level, sanitizer, STEP
     for level, sanitizer, type_, cell in itertools.product(some_levels, sanitizers, TYPES, CELLS):
         if level == "amx" and type_ not in ("bfloat16", "float"):
             continue

@@ -20,6 +20,11 @@ def test_odd_sizes():
     assert not cpu.failure(program(level, SHORT, *cpu.SANITIZERS["plain"]), "33")
 
 
+def test_single_steps():
+    level = "avx2" if "avx2" in cpu.levels() else "default"
+    assert not cpu.failure(program(level, cpu.STEP, *cpu.SANITIZERS["plain"]), "64")
+
+
 @pytest.mark.slow
 def test_aarch64():
     """The baseline's vectors on another architecture, emulated; without an emulator they are only compiled."""
@@ -33,6 +38,7 @@ def test_aarch64():
 
 RACE = "ThreadSanitizer: data race"
 ENGINE, NORMS, VECTORS = "recurrent_kernel.inl", "recurrent_normalized.inl", "vector.inl"
+STEP = "recurrent_step.inl"
 MEET = "if (w.barrier) w.barrier->wait(w.weight);\n"
 EACH = "for (int64_t slot = 0; slot < active; ++slot)"
 SUMS = (
@@ -51,6 +57,15 @@ def uncut(name: str, old: str, new: str, cell: str = "float, Lstm") -> Fault:
 
 
 FAULTS = [
+    Fault(
+        "a gate's R h among its x",
+        STEP,
+        "w_hh + u0 * H, n, kOwn, w_ih",
+        "w_hh + u0 * H, n, 0, w_ih",
+        WRONG,
+        cases=cpu.STEP,
+    ),
+    Fault("sequences beyond the batch", STEP, "square[b] = b < there", "square[b] = b <= there", LEFT, cases=cpu.STEP),
     Fault("variance of what is beyond the units", NORMS, "(units - u) * sizeof(A)", "sizeof(V)", WRONG),
     Fault("mean over whole vectors", NORMS, "kParts * units, mean", "kParts * blocks_of(units, W) * W, mean", WRONG),
     unmet("before R h is normalized", "  ", f"  {EACH} finish_gates"),

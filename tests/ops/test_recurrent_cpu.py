@@ -10,10 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import fastseq
 from fastseq import functional as F
 from fastseq.backends import library
+from fastseq.testing import assert_all_close_to_truth
 from support.cases import RecurrentCase
 from support.recurrent import RecurrentBattery
 
@@ -81,6 +83,39 @@ def threads(request):
 @pytest.mark.parametrize("case", ODD, ids=str)
 def test_odd_sizes(level, case, dtype):
     BATTERY.check(case, dtype, "cpu")
+
+
+# a step of many sequences: whole vectors of 4, 8 and 16 lanes and not, one to several groups of them; rows, runs and tiles that
+# end early
+STEPS = ((16, 1, 17), (31, 130, 16), (48, 7, 33), (64, 200, 65), (100, 16, 130))
+
+
+def _step_results(module, dtype, x, state):
+    given = None if state is None else tuple(t.to(dtype) for t in state) if len(state) > 1 else state[0].to(dtype)
+    with torch.no_grad():
+        return {str(i): t for i, t in enumerate(tree_leaves(module.to(dtype)(x.to(dtype), given)))}
+
+
+@pytest.mark.parametrize("name", ("RNN", "LSTM", "GRU"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_steps_of_many_sequences(level, name, dtype):
+    """Of cells, and of layers in both directions, whose rows of the output lie apart; with and without biases and states."""
+    for place, (batch, width, hidden) in enumerate(STEPS):
+        torch.manual_seed(place)
+        options = {"bias": place != 1, **({"nonlinearity": "relu"} if name == "RNN" and place % 2 else {})}
+        for kind, more, lanes in ((f"{name}Cell", {}, 1), (name, {"bidirectional": True}, 2)):
+            theirs = getattr(nn, kind)(width, hidden, **options, **more).to(dtype)
+            ours = getattr(fastseq, kind)(width, hidden, **options, **more).to(dtype)
+            ours.load_state_dict(theirs.state_dict())
+            x = torch.randn(*(1,) * (lanes > 1), batch, width, dtype=dtype)
+            state = [torch.randn(*(lanes,) * (lanes > 1), batch, hidden, dtype=dtype) for _ in range(1 + (name == "LSTM"))]
+
+            given = x, None if place == 2 else state
+            found, plain = (_step_results(module, dtype, *given) for module in (ours, theirs))
+            if dtype == torch.float64:  # sums of up to 330 terms of either
+                torch.testing.assert_close(found, plain, rtol=0, atol=330 * 8 * torch.finfo(dtype).eps)
+            else:
+                assert_all_close_to_truth(found, plain, _step_results(theirs, torch.float64, *given))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

@@ -19,6 +19,7 @@ from torch import nn
 
 import fastseq
 from fastseq import backends
+from fastseq.backends import library
 from fastseq.choice import sources, store
 from fastseq.choice.decision import Call, Candidate, entry_of
 from fastseq.choice.device import device_of, versions
@@ -31,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.fixture(autouse=True)
 def own_store(monkeypatch, tmp_path):
+    library.load()  # whose level of instructions is a fact of the CPU
     monkeypatch.setenv("FASTSEQ_CACHE", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(HERE), str(HERE.parents[1]))))  # for measuring processes
     sources.forget()
@@ -186,7 +188,8 @@ class TestIsolated:
         ],
     )
     def test_a_bad_candidate_is_left_out_and_the_others_are_timed(self, setup, name, why):
-        with child.Bench(1, f"stand_ins:{setup}", part_seconds=2.0) as bench:
+        limit = 2.0 if setup.startswith("hanging") else 60.0  # a busy machine takes its time where nothing hangs
+        with child.Bench(1, f"stand_ins:{setup}", part_seconds=limit) as bench:
             found = bench.measured(LSTM, CPU, 0.01)
             again = bench.measured(LSTM._replace(sizes=(2, 5, 8)), CPU, 0.01) if setup == "wrong" else found
         able = {c.name for c in found if not c.against}
@@ -249,8 +252,48 @@ class TestRounds:
         clock, _ = self.clock(None)
         times = measure.in_turn(LSTM, found, programs, clock, 0.1)
         assert times == pytest.approx({"cpu": 1e-3, "torch": 2e-3})
-        rounds = order[6:]
-        assert rounds[:4] in (["cpu", "torch", "torch", "cpu"], ["torch", "cpu", "cpu", "torch"])
+        assert order[6:14] == ["cpu"] * 2 + ["torch"] * 4 + ["cpu"] * 2
+
+    @pytest.mark.parametrize("seconds", (1e-6, 1e-3, 1e-1))
+    def test_a_call_is_timed_after_one_of_its_own(self, seconds):
+        """As a loop finds the caches; a long one does not notice them."""
+        calls, timed, now = [], [False], [0.0]
+
+        def sample(run, count):
+            start, timed[0] = now[0], True
+            for _ in range(count):
+                now[0] += run()
+            timed[0] = False
+            return now[0] - start
+
+        def program(name):
+            def run():
+                calls.append((name, timed[0]))
+                return seconds
+
+            return run
+
+        programs = {name: program(name) for name in ("cpu", "torch")}
+        measure.in_turn(LSTM, [Candidate("cpu"), Candidate("torch")], programs, measure.Clock(sample, None), 1.0)
+        rounds = calls[6 if seconds < measure.LONG else 4 :]
+        changes = [(before, after) for before, after in zip(rounds, rounds[1:], strict=False) if before[0] != after[0]]
+        assert len(changes) >= measure.LEAST_ROUNDS
+        assert all(before[1] and after[1] == (seconds > measure.LONG) for before, after in changes)
+
+    @pytest.mark.parametrize(("other", "rounds"), [(1.3e-3, measure.CLEAR_ROUNDS), (1.1e-3, measure.MOST_ROUNDS)])
+    def test_what_is_clear_takes_few_rounds(self, other, rounds):
+        calls = []
+
+        def program(name, seconds):
+            def run():
+                calls.append(name)
+                return seconds
+
+            return run
+
+        programs = {"cpu": program("cpu", 1e-3), "torch": program("torch", other)}
+        measure.in_turn(LSTM, [Candidate("cpu"), Candidate("torch")], programs, self.clock(None)[0], 1.0)
+        assert len(calls) == 6 + 4 * rounds
 
     def test_rounds_that_something_slowed_down_do_not_count_and_are_repeated(self):
         slow = set(range(1, 9))
