@@ -241,7 +241,7 @@ def layers() -> str:
 
 
 def costs() -> str:
-    """Of every system the times of the suite `systems`, and how many times as fast as torch's parts; nothing before it was run."""
+    """Of every system its times in the suite `systems`, and over those of torch's parts; nothing before it was run."""
     rows = [row for row in results(EVERY).of_suite("systems") if row.ok and row.time]
     own = [row for row in rows if row.provider.startswith("fastseq ")]
     if not own:
@@ -266,8 +266,8 @@ def costs() -> str:
                      f"lowest {worst['value']:.2f} ({worst['point']}), geometric mean {found['mean']:.2f}")  # fmt: skip
     first = own[0]
     about = (
-        f"{where(results(EVERY).environment)}, {first.threads} thread, batch {first.B}, {first.dtype}; in parentheses how many times "
-        "as fast as the same source on torch's parts. The picture: [gallery](gallery.md)."
+        f"{where(results(EVERY).environment)}, {first.threads} thread, batch {first.B}, {first.dtype}; in parentheses how many "
+        "times as fast as the same source on torch's parts. The picture: [gallery](gallery.md)."
     )
     return "\n".join([*lines, "", about, "", *[f"{gate}." for gate in gates]])
 
