@@ -45,7 +45,9 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         """x [B, T, W]: of its queries, keys, values (0, 1, 2) those from `first` to before `last`, each [B, T, H, E]."""
-        width, weight, bias = x.shape[-1], self.projection.weight, self.projection.bias
+        width = x.shape[-1]
+        weight: Tensor = self.projection.weight
+        bias: Tensor | None = self.projection.bias
         if last - first < 3:  # a part of the rows, whose gradient has to be put beside that of the others
             rows = slice(first * width, last * width)
             weight, bias = weight[rows], None if bias is None else bias[rows]

@@ -71,8 +71,8 @@ def scaled_dot_product_attention(
     elif may_be_torchs("attention", gradients) and _torchs_is_faster(query, key, value, mask, causal, scale, gradients, swapped):
         if swapped:
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        out = F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
-        return out.transpose(1, 2) if swapped else out
+        y = F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+        return y.transpose(1, 2) if swapped else y
     if _native is None:
         _load()
     if not gradients:
@@ -114,8 +114,8 @@ def _torchs_is_faster(
     shapes = query.shape, key.shape, query.dtype, masked, causal, gradients, swapped
     known = _faster.get(shapes)
     if known is None:
-        given = [t.transpose(1, 2) for t in (query, key, value)] if swapped else (query, key, value)
-        known = remember(_faster, shapes, _asked(*given, masked, causal, gradients))
+        q, k, v = (t.transpose(1, 2) if swapped else t for t in (query, key, value))
+        known = remember(_faster, shapes, _asked(q, k, v, masked, causal, gradients))
     if not known or backends.forced() or not query.dtype == key.dtype == value.dtype or key.shape[:-1] != value.shape[:-1]:
         return False
     if not torchs.fused_is_right(key.shape[1 if swapped else 2], causal, scale):

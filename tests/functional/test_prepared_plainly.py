@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastseq import functional as F
 from fastseq.backends import library
+from fastseq.choice import sources
+from fastseq.choice.decision import Candidate
 from fastseq.functional import _attention as calls
 from fastseq.functional._attention_call import Options, prepared, prepared_plainly
 
@@ -161,3 +163,26 @@ def test_both_ways_give_the_same_bits_and_gradients(dtype, return_lse, monkeypat
                 of_both.append([*(out if return_lse else (out,)), *grads])
         for a, b in zip(*of_both, strict=True):
             assert torch.equal(a, b), name
+
+
+@pytest.mark.skipif(library.reason() is not None, reason="needs the library")
+@pytest.mark.parametrize("choice", ["torch", "cpu"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_time_before_heads_is_the_same_call_with_its_derivatives(choice, causal):
+    """Whoever runs it: results, gradients and, of ours, gradients of gradients are those of the transposed call."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 18, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def of(out: Tensor) -> list[Tensor]:
+        twice = choice == "cpu"  # torch's fused kernel has no second derivative
+        grads = torch.autograd.grad(out.sin().sum(), (q, k, v), create_graph=twice)
+        return [out, *grads, *(torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v)) if twice else ())]
+
+    with sources.instead(lambda call: Candidate(choice)):
+        found = of(F.attention(q, k, v, layout="bshd", causal=causal))
+        with torch.no_grad():
+            torch.testing.assert_close(F.attention(q, k, v, layout="bshd", causal=causal), found[0])
+        expected = of(F.attention(*(t.transpose(1, 2) for t in (q, k, v)), layout="bhsd", causal=causal).transpose(1, 2))
+    torch.testing.assert_close(found, expected)
+    textbook = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=causal)
+    torch.testing.assert_close(found[0], textbook.transpose(1, 2))
