@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from bodies import BODIES, JUMPING, Sizes, WithPlaces, blocks, output_of
-from side_by_side import compare, parser_of, parts_of, plot, prepared, print_times, sides, train
+from side_by_side import compare, parser_of, plot, prepared, print_times, sides, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -147,8 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     @torch.no_grad()
     def tested_on(side: str) -> tuple[float, float]:
         """Loss, and the share of images that are named rightly."""
-        with parts_of(side):
-            scores = models[side](images[tested])
+        scores = models[side](images[tested])
         return F.cross_entropy(scores, target[tested]).item(), (scores.argmax(-1) == target[tested]).double().mean().item()
 
     untrained, _ = tested_on("fastseq")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from bodies import BODIES, JUMPING, Sizes, output_of
-from side_by_side import compare, parser_of, parts_of, plot, prepared, print_times, sides, train
+from side_by_side import compare, parser_of, plot, prepared, print_times, sides, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -83,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     histories = train(models, batches(series[:split], s.length, size, options.seed), options.steps, loss_of, 2e-3)
     compare(histories, options.model in JUMPING)
 
-    errors = {"fastseq": error_of(models["fastseq"])}
-    with parts_of("torch.nn"):
-        errors["torch.nn"] = error_of(models["torch.nn"])
+    errors = {side: error_of(models[side]) for side in ("fastseq", "torch.nn")}
     errors |= {"untrained": untrained, "as this month": error_of(lambda months: months.expand(-1, -1, AHEAD))}
     for name, error in errors.items():
         print(f"test error from {months[split]} on, {name}: {error:.2f} sunspots (RMS, 1 to 12 months ahead)")

@@ -15,15 +15,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch_parts import of_torch, on_torch
 
 import fastseq
+from fastseq.benchmarks.workloads.torch_models import on_parts
 
 try:
     from rich.console import Console
@@ -99,15 +98,10 @@ def nudged(model: nn.Module) -> nn.Module:
 
 def sides(model: nn.Module) -> dict[str, nn.Module]:
     """The model on torch's parts, on fastseq's, and on torch's from weights that are a rounding away."""
-    ours, theirs = copy.deepcopy(model), of_torch(copy.deepcopy(model))
+    ours, theirs = copy.deepcopy(model), on_parts(copy.deepcopy(model))
     if any(type(module) in (nn.LSTM, nn.GRU, nn.RNN) for module in ours.modules()):
         print(fastseq.convert(ours))
     return {"torch.nn": theirs, "fastseq": ours, "nudged": nudged(theirs)}
-
-
-def parts_of(side: str) -> AbstractContextManager[None]:
-    """Within it the model of a side runs on that side's parts."""
-    return nullcontext() if side == "fastseq" else on_torch()
 
 
 def train(
@@ -129,9 +123,8 @@ def train(
                 torch.manual_seed(step)  # a model that draws numbers draws the same
                 start = time.perf_counter()
                 optimizers[name].zero_grad()
-                with parts_of(name):
-                    loss = loss_of(models[name], *batch)
-                    loss.backward()
+                loss = loss_of(models[name], *batch)
+                loss.backward()
                 nn.utils.clip_grad_norm_(models[name].parameters(), 1.0)
                 optimizers[name].step()
                 histories[name].losses.append(loss.item())  # .item() waits for the device

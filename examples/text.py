@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from bodies import BODIES, JUMPING, Sizes, output_of
-from side_by_side import compare, parser_of, parts_of, plot, prepared, print_times, sides, train
+from side_by_side import compare, parser_of, plot, prepared, print_times, sides, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -156,10 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rate = 5e-3 if options.model in ("lstm", "gru", "rnn") else 2e-3
     histories = train(models, batches(known, s.length, size, options.seed), options.steps, loss_of, rate)
     compare(histories, options.model in JUMPING)
-    losses = {}
-    for side in ("torch.nn", "fastseq"):
-        with parts_of(side):
-            losses[side] = test_loss(models[side], unknown, s.length, pieces)
+    losses = {side: test_loss(models[side], unknown, s.length, pieces) for side in ("torch.nn", "fastseq")}
     print(f"test loss: {untrained:.4f} untrained, torch.nn {losses['torch.nn']:.4f}, fastseq {losses['fastseq']:.4f} nats")
     assert losses["fastseq"] < untrained, "training did not help"
     print_times(histories)

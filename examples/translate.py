@@ -15,7 +15,7 @@ from typing import Any
 
 import dates
 import torch
-from side_by_side import compare, parser_of, parts_of, plot, prepared, print_times, sides, train
+from side_by_side import compare, parser_of, plot, prepared, print_times, sides, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     @torch.no_grad()
     def test_loss(side: str) -> float:
-        with parts_of(side):
-            return loss_of(models[side], source, lengths, target).item()
+        return loss_of(models[side], source, lengths, target).item()
 
     untrained = test_loss("fastseq")
     histories = train(models, given(), options.steps, loss_of, 2e-3 if options.model == "seq2seq" else 1e-3)

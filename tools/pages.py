@@ -28,9 +28,11 @@ from fastseq.benchmarks.measure import combine
 from fastseq.benchmarks.measure.environment import where
 from fastseq.benchmarks.measure.results import Results
 from fastseq.benchmarks.report import readme
-from fastseq.benchmarks.report.model import Figure
+from fastseq.benchmarks.report.model import Figure, bytes_text, time_text
 from fastseq.benchmarks.report.plots import bars, heatmap, style
 from fastseq.benchmarks.suites import SUITES, recurrent
+from fastseq.benchmarks.suites import systems as systems_suite
+from fastseq.benchmarks.workloads.systems import STEP, TOKEN
 from fastseq.functional import attention
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,6 +240,38 @@ def layers() -> str:
     return assembly.figures(results(LAYERS))
 
 
+def costs() -> str:
+    """Of every system its times in the suite `systems`, and over those of torch's parts; nothing before it was run."""
+    rows = [row for row in results(EVERY).of_suite("systems") if row.ok and row.time]
+    own = [row for row in rows if row.provider.startswith("fastseq ")]
+    if not own:
+        return ""
+    places = [(stage, T) for stage in (STEP, TOKEN) for T in sorted({row.T for row in own if row.group == stage})]
+    kept = f"kept, T={max(T for stage, T in places if stage == TOKEN)}"
+    lines = [f"| system | {' | '.join(f'{stage}, T={T}' for stage, T in places)} | {kept} |", "|---" * (len(places) + 2) + "|"]
+    for name in dict.fromkeys(row.function for row in own):
+        of = {(row.group, row.T): row for row in own if row.function == name}
+        cells = [name]
+        for place in places:
+            row = of.get(place)
+            over = f" ({row.ratio['median']:.2f}×)" if row and row.ratio else ""
+            cells.append(f"{time_text(row.seconds)}{over}" if row else "–")
+        last = of.get((TOKEN, places[-1][1]))
+        lines.append(f"| {' | '.join(cells)} | {bytes_text(last.kept) if last else '–'} |")
+    gates = []
+    for found in systems_suite.verdicts(results(EVERY).of_suite("systems")):
+        below = "reached" if found["reached"] else "not reached"
+        worst, must = found["worst"], found["must"]
+        gates.append(f"{found['gate']} (at least {must} at each of {found['points']} points): {below}, "
+                     f"lowest {worst['value']:.2f} ({worst['point']}), geometric mean {found['mean']:.2f}")  # fmt: skip
+    first = own[0]
+    about = (
+        f"{where(results(EVERY).environment)}, {first.threads} thread, batch {first.B}, {first.dtype}; in parentheses how many "
+        "times as fast as the same source on torch's parts. The picture: [gallery](gallery.md)."
+    )
+    return "\n".join([*lines, "", about, "", *[f"{gate}." for gate in gates]])
+
+
 def gallery() -> str:
     """The page of the pictures: a heading, the picture, what it shows in words."""
     titles = {"speed-ups": "Speed-ups over torch.nn", "memory": "Memory"}
@@ -263,6 +297,7 @@ BLOCKS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/benchmarks/index.md", "packed", packed),
     ("docs/benchmarks/index.md", "layers", layers),
     ("docs/benchmarks/claims.md", "claims", claims),
+    ("docs/models.md", "costs", costs),
     ("docs/gallery.md", "gallery", gallery),
 ]
 

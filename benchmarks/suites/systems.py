@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -11,7 +12,7 @@ from ..measure.results import Results, Row
 from ..measure.timing import Effort
 from ..providers.systems import SYSTEM_PROVIDERS, oracle_name, own_name, torch_name
 from ..report.curves import PEAK, TIME, Curves, Quantity, number, of_bytes, of_metric
-from ..report.model import Section
+from ..report.model import Figure, Section, time_text
 from ..workloads.systems import STEP, SYSTEMS, TOKEN, SystemWorkload, TextExperiment, at_budget
 from . import gates
 
@@ -92,7 +93,18 @@ GATES = [
     gates.Gate(f"no system slower, {CURVES.groups[stage]}", LEAST, 1.0, partial(_compared, stage), over="torch")
     for stage in (STEP, TOKEN)
 ]
-picture = CURVES.picture
+
+
+def picture(results: Results) -> Figure:
+    """Times of both stages, a line for each system."""
+    words = []
+    for stage in (STEP, TOKEN):
+        timed = [row for row in results.of_suite(NAME) if row.group == stage and row.provider in OWN and row.ok]
+        longest = sorted((row for row in timed if row.T == max(r.T for r in timed)), key=lambda row: row.seconds)
+        if longest:
+            each = ", ".join(f"{row.function} {time_text(row.seconds)}" for row in longest)
+            words.append(f"{CURVES.groups[stage][:1].upper()}{CURVES.groups[stage][1:]} at T = {longest[0].T}: {each}")
+    return replace(CURVES.picture(results), title="The systems that articles name, at equal parameters", alt="; ".join(words))
 
 
 def verdicts(rows: list[Row]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 What stands here is what a PyTorch user calls for each of them: nn.LSTM, nn.GRU, nn.LSTMCell, scaled_dot_product_attention in the
 form that is fastest for a call (its causal flag, a slice of the cache, masks and buckets that are made once, blocks in place of a
 band as wide as the sequence), scores in memory where more than the output is asked for. `merge_attention` is plain PyTorch and
-stays.
+stays. `copies` are classes of their own; `on_parts` changes a model that is there.
 
 Letters: B batch, H heads, T queries, S keys, E features of a head.
 """
@@ -268,3 +268,15 @@ def copies() -> ModuleType:
             for table in (names, *(value for key, value in names.items() if key.isupper() and isinstance(value, dict))):
                 table.update({key: PARTS[value] for key, value in table.items() if callable(value) and value in PARTS})
     return package
+
+
+def on_parts(model: nn.Module) -> nn.Module:
+    """The model itself, with the parameters that it has: its modules of fastseq's are now those of `copies` and PARTS."""
+    own, here = f"{fastseq.models.__name__}.", copies().__name__
+    for module in model.modules():
+        kind = type(module)
+        if kind in PARTS:
+            module.__class__ = PARTS[kind]
+        elif kind.__module__.startswith(own):
+            module.__class__ = getattr(sys.modules[f"{here}.{kind.__module__.removeprefix(own)}"], kind.__qualname__)
+    return model

@@ -8,7 +8,6 @@ the features and t the rows.
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import Any, Literal, overload
 
 import torch
@@ -18,12 +17,14 @@ from typing_extensions import Unpack
 
 from .. import backends
 from .._arguments import own_keywords
+from ..backends import library
 from ..ops import _attention_eager as eager
 from ..ops import attention as ops
 from ..ops._dispatch import plain_call, shared_sequence
 from . import _nested
 from ._attention_call import (
     ALIGNMENTS,
+    MAY_BE_NONE,
     MOST_HEADS,
     AttentionOptions,
     Call,
@@ -32,6 +33,7 @@ from ._attention_call import (
     check_tensors,
     checked_layout,
     prepared,
+    prepared_plainly,
     rows,
     takes_options,
 )
@@ -39,9 +41,8 @@ from ._torch_attention import attention_and_lse, attention_and_weights, attentio
 
 __all__ = ["attention", "attention_grad", "merge_attention"]
 
-# What torch's function has as well, or a call of it need not know; what may be given as None.
+# What torch's function has as well, or a call of it need not know.
 _OF_TORCHS = frozenset(("layout", "attn_mask", "attn_bias", "causal", "scale", "dropout_p", "alignment"))
-_MAY_BE_NONE = frozenset(field.name for field in fields(Options) if field.default is None)
 
 
 @overload
@@ -166,10 +167,16 @@ def attention(
     Warns:
         UserWarning: if q and k, without a ``layout``, have more heads than any model, and more heads than steps.
     """
-    if not (return_lse or return_weights) and plain_call() and not backends.watched():
-        out = _in_one_call(q, k, v, options)
-        if out is not None:
-            return out
+    if return_weights is False and plain_call() and not backends.watched():
+        if not return_lse:
+            out = _in_one_call(q, k, v, options)
+            if out is not None:
+                return out
+        plain = None if library.reason() else prepared_plainly(q, k, v, options)
+        if plain is not None:
+            out, lse = attention_and_lse(*plain, True) if return_lse else (attention_output(*plain, True), None)
+            out = out.transpose(1, 2) if options.get("layout") == "bshd" else out
+            return (out, lse) if return_lse else out
     shared = shared_sequence()
     if shared is not None:
         return shared.attention(q, k, v, return_lse, return_weights, options)
@@ -199,7 +206,7 @@ def attention(
 def _in_one_call(q: Tensor, k: Tensor, v: Tensor, options: Any) -> Tensor | None:
     """A plain eager call on the CPU of what torch's function has too; None: for the long way, which also has the checks."""
     for name, value in options.items():
-        if name not in _OF_TORCHS and (value is not None or name not in _MAY_BE_NONE):
+        if name not in _OF_TORCHS and (value is not None or name not in MAY_BE_NONE):
             return None
     for tensor in (q, k, v):
         if type(tensor) is not Tensor or tensor.is_nested or tensor.dim() != 4:
@@ -208,21 +215,20 @@ def _in_one_call(q: Tensor, k: Tensor, v: Tensor, options: Any) -> Tensor | None
     causal, scale, alignment = options.get("causal", False), options.get("scale"), options.get("alignment")
     if alignment is not None and alignment not in ALIGNMENTS:
         return None
-    if layout == "bshd":
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    elif layout not in (None, "bhsd") or (layout is None and q.shape[1] > MOST_HEADS):
+    swapped = layout == "bshd"
+    if not swapped and (layout not in (None, "bhsd") or (layout is None and q.shape[1] > MOST_HEADS)):
         return None
-    if causal is True and alignment == "bottom_right" and q.shape[2] == 1:
+    queries, keys = (q.shape[1], k.shape[1]) if swapped else (q.shape[2], k.shape[2])
+    if causal is True and alignment == "bottom_right" and queries == 1:
         causal = False  # the last query sees every key
-    if (causal and q.shape[2] != k.shape[2]) or (scale is not None and (type(scale) is not float or not math.isfinite(scale))):
+    if (causal and queries != keys) or (scale is not None and (type(scale) is not float or not math.isfinite(scale))):
         return None
     if mask is not None and (bias is not None or type(mask) is not Tensor or mask.dtype != torch.bool):
         return None
     if bias is not None and (type(bias) not in (Tensor, Parameter) or not bias.is_floating_point()):
         return None
     mask = bias if mask is None else mask
-    out = eager.scaled_dot_product_attention(q, k, v, mask, options.get("dropout_p", 0.0), causal, scale, True)
-    return out.transpose(1, 2) if out is not None and layout == "bshd" else out
+    return eager.scaled_dot_product_attention(q, k, v, mask, options.get("dropout_p", 0.0), causal, scale, True, swapped)
 
 
 def _nested_attention(q: Tensor, k: Tensor, v: Tensor, given: Options, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backends
 from .._arguments import checked_number, checked_tensor, own_keywords
-from ..ops._dispatch import shared_sequence, wants_gradient
+from ..backends import library
+from ..ops._dispatch import PLAIN, plain_call, shared_sequence, wants_gradient
 from ..ops.types import ScanSpec, state_dtype
 from ._autocast import without_autocast
 from ._native_layers import held
@@ -21,6 +23,7 @@ from ._scan import checked_resets, own_lengths, scanned
 __all__ = ["linear_recurrent"]
 
 Lane = Mapping[str, Tensor]  # parameters of a layer in one direction
+_OWN_STATES = (torch.float32, torch.float64)  # whose states have their dtype
 
 
 @own_keywords
@@ -73,6 +76,10 @@ def linear_recurrent(
         RuntimeError: if ranks, sizes, dtypes, devices, ``lengths`` or ``resets`` do not fit.
         NotImplementedError: during ONNX export.
     """
+    if lengths is None and resets is None and not (bidirectional or zoneout) and plain_call() and not backends.watched():
+        done = None if dropout and training else _natively(cell, input, hx, params, num_layers, batch_first)
+        if done is not None:
+            return done
     refuse_onnx("a linear recurrence", "a loop over its steps has one")
     layer_of = _layer(cell)
     check_zoneout(zoneout)
@@ -125,6 +132,49 @@ def linear_recurrent(
     h_n = h_n.squeeze(1) if alone else h_n
     output = x.squeeze(1) if alone else x.transpose(0, 1) if batch_first else x
     return output, h_n if before is None else (h_n, before.last())
+
+
+_GATES = {"min_gru": 2, "min_lstm": 3}  # of layers that are a projection and a scan
+_native_scan: Any = None  # the library's op, once it is loaded, without a frame of Python around it
+
+
+def _natively(
+    cell: Any, input: Any, hx: Any, params: Sequence[Mapping[str, Any]], num_layers: int, batch_first: bool
+) -> tuple[Tensor, Tensor] | None:
+    """A plain call (``plain_call``) of a batch on the CPU without gradients, of layers that are a projection and a scan: of a
+    single step all else takes longer than these.
+
+    None: it is for the other way, which also says what is wrong with it.
+    """
+    gates = _GATES.get(cell) if isinstance(cell, str) else None
+    if gates is None or type(input) not in PLAIN or input.dim() != 3 or not input.is_cpu or len(params) != num_layers:
+        return None
+    dtype, given = input.dtype, [input, *[tensor for lane in params for tensor in lane.values()]]
+    if hx is not None:
+        given.append(hx)
+    for tensor in given:
+        if type(tensor) not in PLAIN or tensor.dtype != dtype:
+            return None
+    if dtype not in _OWN_STATES or wants_gradient(given) or library.reason():
+        return None
+    x = input.transpose(0, 1) if batch_first else input
+    batch, width, hidden = x.shape[1], x.shape[2], params[0]["weight_ih"].shape[0] // gates
+    if 0 in x.shape or (hx is not None and (hx.shape != (num_layers, batch, hidden) or not hx.is_contiguous())):
+        return None
+    for lane in params:
+        if lane["weight_ih"].shape != (gates * hidden, width):
+            return None
+        width = hidden
+    global _native_scan
+    if _native_scan is None:
+        _native_scan = torch.ops.fastseq_native.scan_forward.default._op
+    final = x.new_empty(num_layers, batch, hidden)
+    for layer, lane in enumerate(params):
+        a, *gate, b = F.linear(x, lane["weight_ih"], lane.get("bias_ih")).chunk(gates, -1)
+        x = torch.empty_like(b)
+        before = None if hx is None else hx[layer]
+        _native_scan(b, a, gate[0] if gate else None, None, before, None, None, None, "real", cell, False, x, final[layer])
+    return x.transpose(0, 1) if batch_first else x, final
 
 
 class _Layer(NamedTuple):

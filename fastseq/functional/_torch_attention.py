@@ -16,9 +16,12 @@ from ._autocast import without_autocast
 from ._recording import recorder, refuse_onnx
 
 
-def attention_output(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Tensor:
-    """[B, Hq, Tq, Ev]; differentiable. The seed of a dropout is drawn here, if it is not torch's: ``spec`` has none."""
-    if plain_call() and not backends.watched() and eager.serves(q, k, v, spec) and not _torchs_is_faster(q, k, v, spec):
+def attention_output(q: Tensor, k: Tensor, v: Tensor, spec: Spec, served: bool = False) -> Tensor:
+    """[B, Hq, Tq, Ev]; differentiable. The seed of a dropout is drawn here, if it is not torch's: ``spec`` has none.
+
+    ``served``: it is known of a plain call that ``eager`` serves it.
+    """
+    if (served or _served(q, k, v, spec)) and not _torchs_is_faster(q, k, v, spec):
         return eager.attention(q, k, v, seeded(q, spec))[0]
     if _is_torchs(q, k, v, spec):
         with without_autocast(q.device.type):
@@ -26,16 +29,20 @@ def attention_output(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Tensor:
     return ops.attention(q, k, v, seeded(q, spec))[0]
 
 
-def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+def _served(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
+    return plain_call() and not backends.watched() and eager.serves(q, k, v, spec)
+
+
+def attention_and_lse(q: Tensor, k: Tensor, v: Tensor, spec: Spec, served: bool = False) -> tuple[Tensor, Tensor]:
     """The same, and the lse [B, Hq, Tq]."""
-    if plain_call() and not backends.watched() and eager.serves(q, k, v, spec):
+    if served or _served(q, k, v, spec):
         return eager.attention(q, k, v, seeded(q, spec))  # type: ignore[return-value]
     return ops.attention(q, k, v, seeded(q, spec))
 
 
 def attention_and_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average: bool) -> tuple[Tensor, Tensor]:
     """The same, and the weights after dropout, [B, Hq, Tq, Tk], or averaged over the heads, [B, Tq, Tk]."""
-    if plain_call() and not backends.watched() and eager.serves(q, k, v, spec):
+    if _served(q, k, v, spec):
         out, _, weights = eager.attention(q, k, v, seeded(q, spec), average)
         return out, weights
     if _is_torchs(q, k, v, spec, ("weights",)):

@@ -73,7 +73,12 @@ def check_state(state: Any, shapes: Shapes, like: Tensor, name: str = "state") -
 
 
 def _fits(tensor: Tensor, sizes: Sequence[int | None]) -> bool:
-    return tensor.dim() == len(sizes) and all(size in (None, own) for size, own in zip(sizes, tensor.shape, strict=True))
+    if tensor.dim() != len(sizes):
+        return False
+    for size, own in zip(sizes, tensor.shape, strict=True):  # every step of a model asks
+        if size is not None and size != own:
+            return False
+    return True
 
 
 def _said(sizes: Sequence[int | None]) -> str:

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, S keys, W width, H heads, E = W / H features of a he
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,9 +45,13 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         """x [B, T, W]: of its queries, keys, values (0, 1, 2) those from `first` to before `last`, each [B, T, H, E]."""
-        width, bias = x.shape[-1], self.projection.bias
-        rows = slice(first * width, last * width)
-        y = F.linear(x, self.projection.weight[rows], None if bias is None else bias[rows])
+        width = x.shape[-1]
+        weight: Tensor = self.projection.weight
+        bias: Tensor | None = self.projection.bias
+        if last - first < 3:  # a part of the rows, whose gradient has to be put beside that of the others
+            rows = slice(first * width, last * width)
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        y = F.linear(x, weight, bias)
         return y.unflatten(-1, (last - first, self.heads, width // self.heads)).unbind(2)
 
     def forward(
@@ -58,12 +62,10 @@ class Attention(nn.Module):
         *,
         causal: bool = False,
         relative: tuple[Tensor, int] | None = None,
-        alignment: Literal["top_left", "bottom_right"] | None = None,
     ) -> Tensor:
         """x [B, T, W] asks itself, or keys and values of a source [B, S, H, E] with these lengths [B]: [B, T, W].
 
-        `causal`: a token sees none that come later. `relative` is a bias by distance [H, L] and where distance 0 stands,
-        `alignment` where queries stand among other keys.
+        `causal`: a token sees none that come later. `relative` is a bias by distance [H, L] and where distance 0 stands.
         """
         q, k, v = self.project(x, 0, 3) if source is None else (*self.project(x, 0, 1), *source)
         out = attention(
@@ -74,16 +76,25 @@ class Attention(nn.Module):
             causal=causal,
             relative_bias=None if relative is None else relative[0],
             relative_bias_zero=None if relative is None else relative[1],
-            alignment=alignment,
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out(out.flatten(2))
 
-    def read(self, x: Tensor, keys: Tensor, values: Tensor, past: Tensor) -> Tensor:
-        """x [B, T, W], causal, behind `past` [B] tokens of a cache [B, N, H, E] that it joins: [B, T, W]. Without gradients."""
+    def read(self, x: Tensor, keys: Tensor, values: Tensor, past: Tensor, relative: tuple[Tensor, int] | None = None) -> Tensor:
+        """x [B, T, W], causal, behind `past` [B] tokens of a cache [B, N, H, E] that it joins: [B, T, W]. Without gradients.
+
+        With a bias by distance, `relative`, T is 1.
+        """
         q, k, v = self.project(x, 0, 3)
-        new: Any = {"cache_seqlens": past, "k_new": k, "v_new": v}
-        out = attention_with_kv_cache(q, keys, values, **new, layout="bshd", scale=self.scale)
+        if relative is None:
+            new: Any = {"cache_seqlens": past, "k_new": k, "v_new": v}
+            out = attention_with_kv_cache(q, keys, values, **new, layout="bshd", scale=self.scale)
+            return self.out(out.flatten(2))
+        place = past[:, None, None, None].expand_as(k)
+        keys.scatter_(1, place, k)
+        values.scatter_(1, place, v)
+        by_distance: Any = {"relative_bias": relative[0], "relative_bias_zero": relative[1], "alignment": "bottom_right"}
+        out = attention(q, keys, values, layout="bshd", scale=self.scale, seqlens_k=past + 1, **by_distance)
         return self.out(out.flatten(2))
 
 

@@ -93,16 +93,10 @@ class T5(nn.Module):
         self.decoder.check(state, x)
         relative = self._before(state.keys[0].shape[1])
 
-        def attend(y: Tensor, ask: Attention, *cache: Tensor) -> Tensor:
-            place = state.past[:, None, None, None].expand(-1, 1, *cache[0].shape[2:])  # [B, 1, H, E]
-            for kept, new in zip(cache, ask.project(y, 1, 3), strict=True):
-                kept.scatter_(1, place, new)
-            return ask(y, cache, state.past + 1, relative=relative, alignment="bottom_right")
-
         for block, keys, values, source in zip(self.decoder.blocks, state.keys, state.values, state.source, strict=True):
             x = block(
                 x,
-                lambda y, ask=block.attention, cache=(keys, values): attend(y, ask, *cache),
+                lambda y, ask=block.attention, cache=(keys, values): ask.read(y, *cache, state.past, relative),
                 lambda y, ask=block.cross, source=source: ask(y, source, state.lengths),
             )
         return self._logits(x)[:, 0], state._replace(past=state.past + 1)

@@ -44,8 +44,12 @@ def scaled_dot_product_attention(
     causal: bool,
     scale: float | None,
     grouped: bool,
+    swapped: bool = False,
 ) -> Tensor | None:
-    """What torch's function of that name gives; None: the call is for another way, which also says what is wrong with it."""
+    """What torch's function of that name gives; None: the call is for another way, which also says what is wrong with it.
+
+    ``swapped``: query, key, value and result, of four dimensions each, have their time before their heads.
+    """
     if type(query) not in PLAIN or type(key) not in PLAIN or type(value) not in PLAIN:
         return None
     if type(causal) is not bool or type(dropout) not in _NUMBERS or (mask is not None and type(mask) not in PLAIN):
@@ -64,18 +68,25 @@ def scaled_dot_product_attention(
         if not 0 < dropout < 1:
             return None
         seed = random_seed()
-    elif may_be_torchs("attention", gradients) and _torchs_is_faster(query, key, value, mask, causal, scale, gradients):
-        return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+    elif may_be_torchs("attention", gradients) and _torchs_is_faster(query, key, value, mask, causal, scale, gradients, swapped):
+        if swapped:
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        y = F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+        return y.transpose(1, 2) if swapped else y
     if _native is None:
         _load()
     if not gradients:
+        if swapped:
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if seed is None and mask is None:
-            return _native_plain(query, key, value, causal, scale, grouped)
-        results = _native(query, key, value, mask, causal, scale, grouped, False, dropout, seed)
-        return results[0] if results else None
+            out = _native_plain(query, key, value, causal, scale, grouped)
+        else:
+            results = _native(query, key, value, mask, causal, scale, grouped, False, dropout, seed)
+            out = results[0] if results else None
+        return out.transpose(1, 2) if swapped and out is not None else out
     if query.dim() != 4:
         return None
-    return _plain(query, key, value, (mask, causal, scale, grouped, True, dropout, seed))
+    return _plain(query, key, value, (mask, causal, scale, grouped, True, dropout, seed), swapped)
 
 
 def _load() -> None:
@@ -89,17 +100,25 @@ _faster = memory()
 
 
 def _torchs_is_faster(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, gradients: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    gradients: bool,
+    swapped: bool,
 ) -> bool:
     """Whether torch's kernel was measured to be the faster one for a plain call, while no backend is forced."""
     masked = None if mask is None else "mask" if mask.dtype == torch.bool else "bias"
-    shapes = query.shape, key.shape, query.dtype, masked, causal, gradients
+    shapes = query.shape, key.shape, query.dtype, masked, causal, gradients, swapped
     known = _faster.get(shapes)
     if known is None:
-        known = remember(_faster, shapes, _asked(query, key, value, masked, causal, gradients))
+        q, k, v = (t.transpose(1, 2) if swapped else t for t in (query, key, value))
+        known = remember(_faster, shapes, _asked(q, k, v, masked, causal, gradients))
     if not known or backends.forced() or not query.dtype == key.dtype == value.dtype or key.shape[:-1] != value.shape[:-1]:
         return False
-    if not torchs.fused_is_right(key.shape[2], causal, scale):
+    if not torchs.fused_is_right(key.shape[1 if swapped else 2], causal, scale):
         return False
     return mask is None or masked == "mask" or mask.dtype == query.dtype
 
@@ -130,11 +149,15 @@ def _asked(query: Tensor, key: Tensor, value: Tensor, masked: str | None, causal
 
 @heeds_forward
 class _Plain(torch.autograd.Function):
-    """Attention that is differentiable in q, k and v; None: the library declines it."""
+    """Attention that is differentiable in q, k and v; None: the library declines it.
+
+    ``swapped``: what comes in and goes out has its time before its heads, which costs no node of the graph.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, arguments):
-        results = _native(q, k, v, *arguments)
+    def forward(ctx, q, k, v, arguments, swapped):
+        given = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if swapped else (q, k, v)
+        results = _native(*given, *arguments)
         if not results:
             return None
         mask, causal, scale, _, _, dropout, seed = arguments
@@ -142,20 +165,26 @@ class _Plain(torch.autograd.Function):
             mask = mask[(None,) * (4 - mask.dim())]
         out, lse = results
         ctx.save_for_backward(q, k, v, out, lse, mask, seed)
-        ctx.rest = q.shape[-1] ** -0.5 if scale is None else scale, causal, dropout
-        return out
+        ctx.rest = q.shape[-1] ** -0.5 if scale is None else scale, causal, dropout, swapped
+        return out.transpose(1, 2) if swapped else out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse, mask, seed = ctx.saved_tensors
-        scale, causal, dropout = ctx.rest
+        scale, causal, dropout, swapped = ctx.rest
+        if swapped:
+            q, k, v, dout = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dout.transpose(1, 2)
         if torch.is_grad_enabled():
             spec = Spec(scale=scale, right=0 if causal else -1, dropout=dropout, seed=seed)
             spec = spec._replace(**{} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask})
-            return *_through_reference(ctx.needs_input_grad[:3], (q, k, v), spec, dout), None
-        if dout.stride(-1) != 1:
-            dout = dout.contiguous()
-        return *_native_backward(dout, q, k, v, out, lse, mask, scale, causal, dropout, seed), None
+            grads = _through_reference(ctx.needs_input_grad[:3], (q, k, v), spec, dout)
+        else:
+            if dout.stride(-1) != 1:
+                dout = dout.contiguous()
+            grads = _native_backward(dout, q, k, v, out, lse, mask, scale, causal, dropout, seed)
+        if swapped:
+            grads = [grad if grad is None else grad.transpose(1, 2) for grad in grads]
+        return *grads, None, None
 
 
 _plain = lean(_Plain)

@@ -299,7 +299,8 @@ def _differentiable_backward(needs, q, k, v, fields, grad_outputs, function):
 
 
 def _tensors(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> list[Tensor]:
-    return [t for t in (q, k, v, *spec[:TENSORS]) if isinstance(t, Tensor)]
+    of_spec: tuple[Any, ...] = spec[:TENSORS]
+    return [t for t in (q, k, v, *of_spec) if t is not None]
 
 
 def _through_forward(q: Tensor, k: Tensor, v: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:

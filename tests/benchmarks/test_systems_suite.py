@@ -24,6 +24,7 @@ from fastseq.benchmarks.suites import systems as suite
 from fastseq.benchmarks.workloads import systems, torch_models
 from fastseq.benchmarks.workloads.oracles import ORACLES
 from fastseq.benchmarks.workloads.systems import STEP, SYSTEMS, TOKEN, SystemWorkload, TextExperiment
+from tools import pages
 
 SMALL = SystemWorkload("GPT", 9, 2, 16, 16, "training", heads=2, vocabulary=11, span=4)
 PLANS = [Options(device, "float32", (1,), quick=quick) for device in ("cpu", "cuda") for quick in (True, False)]
@@ -292,6 +293,24 @@ def test_figures_have_a_line_for_each_system(synthetic):
     assert all(f">{own_name(name)}<" in drawn for name in SYSTEMS) and "torch GPT" not in drawn
     text = next(t for t in section.tables if t.title.startswith("Test loss"))
     assert [line[0] for line in text.rows] == [own_name(name) for name in suite.FAMILY]
+
+
+def test_their_picture_stands_in_the_gallery_once_they_are_timed(synthetic, monkeypatch):
+    timed, of_layers = rows(synthetic, lambda function, group, T: 1.2), pages.results(pages.LAYERS)
+    texts = Results(timed.environment, {}, [row for row in timed.rows if row.group == suite.TEXT])
+    for results, drawn in ((timed, True), (texts, False)):
+        monkeypatch.setattr(pages, "results", lambda folder, found=results: found if folder == pages.EVERY else of_layers)
+        assert ("gallery/systems.svg" in pages.gallery()) == drawn == (pages.GALLERY / "systems.svg" in pages.pictures())
+    monkeypatch.setattr(pages, "results", lambda folder: timed)
+    table = pages.costs().splitlines()
+    assert table[0] == ("| system | training step, T=16 | training step, T=64 | token, T=16 | token, T=64 | kept, T=64 |")
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table[2 : 2 + len(SYSTEMS)]] == list(SYSTEMS)
+    assert "| GPT | 13.3 ms (1.20×) | 53.3 ms (1.20×) | 13.3 ms (1.20×) | 53.3 ms (1.20×) | 1.00 KiB |" in table
+    assert "| ViT | 13.3 ms (1.20×) | 53.3 ms (1.20×) | – | – | – |" in table
+    assert "no system slower, a generated token (at least 0.97 at each of 26 points): reached, lowest 1.20" in table[-1]
+    figure = pages.systems()["systems"]
+    assert ">fastseq hybrid<" in pages.drawn(figure) and figure.title.startswith("The systems that articles name")
+    assert "A training step at T = 64: LSTM " in figure.alt and "A generated token at T = 64: " in figure.alt
 
 
 def test_a_run_from_end_to_end(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from oracles import block_recurrent as oracle
 from oracles import frozen
 from torch import nn
 
-from examples.torch_parts import on_torch
+from fastseq.benchmarks.workloads.torch_models import on_parts
 from fastseq.models import BlockRecurrent
 from fastseq.testing import assert_all_close_to_truth
 from support import models as support
@@ -138,8 +140,7 @@ def test_sixteen_bits():
     model, x = BlockRecurrent(W, 2, 2, block=BLOCK, states=2).bfloat16(), torch.randn(8, 10, W).bfloat16()
     found, state = model(x)
     assert found.dtype == torch.bfloat16 and {t.dtype for t in support.flat(state)} == {torch.bfloat16}
-    with on_torch():
-        by_torch = model(x)
+    by_torch = on_parts(copy.deepcopy(model))(x)
     truth = model.double()(x.double())
     named = ({str(n): t for n, t in enumerate(support.flat(each))} for each in ((found, state), by_torch, truth))
     assert_all_close_to_truth(*named)

@@ -4,6 +4,7 @@ directions, errors."""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastseq
 from fastseq import functional
+from fastseq.backends import library
+from fastseq.functional import _linear_recurrent
 
 X, H = 3, 6  # widths of input and output
 
@@ -223,6 +226,48 @@ def test_without_gradients_it_is_as_with_them(name, more):
                 found = flat(module(part, hx, lengths=lengths, resets=resets))
             assert any(tensor.requires_grad for tensor in expected) and not any(tensor.requires_grad for tensor in found)
             torch.testing.assert_close(found, [tensor.detach() for tensor in expected])
+
+
+@pytest.mark.skipif(library.reason() is not None, reason="needs the library")
+@pytest.mark.parametrize("name", ["MinGRU", "MinLSTM"])
+def test_a_plain_call_without_gradients_is_short_and_has_the_same_bits(name, monkeypatch):
+    """What the short way does not know it leaves to the long one."""
+    short, taken = _linear_recurrent._natively, []
+
+    def watched(*given):
+        found = short(*given)
+        taken.append(found is not None)
+        return found
+
+    for layers, batch_first, bias, dtype in itertools.product(
+        (1, 2), (False, True), (False, True), (torch.float32, torch.float64)
+    ):
+        module = made(name, layers, bias, batch_first, dtype=dtype)
+        x, hx = torch.randn(3, 5, X, dtype=dtype), states(module, name, 3 if batch_first else 5, dtype).detach()
+        for given in ((x, None), (x, hx), (x[:, :1], hx) if batch_first else (x[:1], hx)):
+            of_both = []
+            for way in (watched, lambda *_: None):
+                monkeypatch.setattr(_linear_recurrent, "_natively", way)
+                with torch.no_grad():
+                    y, last = module(*given)
+                of_both.append((y, last))
+                assert y.stride() == of_both[0][0].stride() and last.stride() == of_both[0][1].stride()
+            assert all(torch.equal(a, b) for a, b in zip(*of_both, strict=True))
+    assert len(taken) == 48 and all(taken)
+
+    monkeypatch.setattr(_linear_recurrent, "_natively", watched)
+    module, x = made(name, 2), torch.randn(4, 2, X, dtype=torch.float64)
+    hx = states(module, name, 2).detach()
+    with torch.no_grad():
+        taken.clear()
+        module(x.float().double(), hx[..., :H].transpose(1, 2).contiguous().transpose(1, 2))  # states that are not contiguous
+        module(x[:0], hx)
+        made(name, 2, dropout=0.5)(x)  # in training
+        for wrong in (x[..., :2], x.float(), x[0, 0]):
+            with pytest.raises(RuntimeError):
+                module(wrong, hx)
+    module(x, hx)  # with gradients
+    assert len(taken) == 6 and not any(taken)
 
 
 @ON_EVERY

@@ -79,8 +79,10 @@ def attention_with_weights(q: Tensor, k: Tensor, v: Tensor, spec: Spec, average:
 
 def _dense(spec: Spec, dtype: torch.dtype) -> Spec:
     """With what is added as the kernels read it: tables of every head, beside fp64 nothing narrower."""
-    tables = {name: getattr(spec, name) for name in ("relative_bias", "relative_k")}
-    spec = spec._replace(**{name: t.contiguous() for name, t in tables.items() if t is not None and not t.is_contiguous()})
+    if spec.relative_bias is not None and not spec.relative_bias.is_contiguous():
+        spec = spec._replace(relative_bias=spec.relative_bias.contiguous())
+    if spec.relative_k is not None and not spec.relative_k.is_contiguous():
+        spec = spec._replace(relative_k=spec.relative_k.contiguous())
     if dtype == torch.float64:
         added = {name: getattr(spec, name) for name in ("bias", "relative_bias", "sinks")}
         spec = spec._replace(**{name: t.to(dtype) for name, t in added.items() if t is not None})
