@@ -1,16 +1,28 @@
 // Products of bfloat16 by AMX tiles: sums[row][vector] = rows x a tile of weights, summed in fp32.
 // Included inside the namespace of an instruction set, after vector.inl and tiles.inl.
 
+// Activations that end in bfloat16, where products of two are concerned.
+struct ShortProducts : ShortMath {
+  // In one division, whose divisor has to stay finite. How far its factors are from 1 a product does not tell: 14 bits will do.
+  static FASTSEQ_HOST_DEVICE V sigmoid_tanh(V x, V y) {
+    V scale, fraction;
+    exp_parts(clamped(x, 60), -1, scale, fraction);
+    const V e = tanh_dividend(y), divisor = ((scale * fraction + scale) + 1.0f) * (e + 2.0f);
+    return e * (V)_mm512_maskz_rcp14_ps(0xffff, (__m512)divisor);
+  }
+};
+
 // S is what is stored: bfloat16, or float in three parts, which has to be watched.
 template <class S>
 struct TileProduct {
   using A = float;
   using V = Lanes<float>::V;
   static constexpr int kParts = sizeof(S) == sizeof(bfloat16) ? 1 : 3;
-  using Activations = std::conditional_t<kParts == 1, ShortMath, Math<float>>;
+  using Activations = std::conditional_t<kParts == 1, ShortProducts, Math<float>>;
   static constexpr int64_t W = 16;
   static constexpr bool kInterleaves = true;
   static constexpr bool kWatched = kParts > 1;  // the operands have to stay within a range
+  static constexpr bool kTakesRows = kParts == 1;
   static constexpr int64_t kMostRows = 32;  // two tiles of rows
   // Rows of input projected together: 128 rows of them and of their gates displace the recurrent weights, 32 fetch the input's too often
   // (LSTM of 256 units, 32 sequences: 6.8, 4.9 and 5.0 ms with 128, 64 and 32; of 512 units 27, 25 and 30).
@@ -23,6 +35,12 @@ struct TileProduct {
 
   using Half = Memory<bfloat16, float>;
   using H = Half::H;
+
+  // Whether rows of a tensor, `stride` elements apart, are multiplied as they lie: bfloat16, whole tiles that start at lines.
+  static bool takes(const S* rows, int64_t columns, int64_t stride, int64_t count) {
+    return columns % kDepth == 0 && (reinterpret_cast<uintptr_t>(rows) | stride * sizeof(S)) % 64 == 0 && count &&
+           count % blocks_of(count, 16) == 0;
+  }
 
   // 16 values, or the first n, in parts
   static FASTSEQ_HOST_DEVICE void load_parts(const S* p, int64_t n, H* parts) {
@@ -38,14 +56,17 @@ struct TileProduct {
   class Matrix {
    public:
     Matrix() = default;
-    Matrix(void* memory, int64_t columns) : data_(static_cast<bfloat16*>(memory)), depth_(blocks_of(columns, kDepth) * kDepth) {}
+    Matrix(void* memory, int64_t columns)
+        : data_(static_cast<bfloat16*>(memory)), depth_(blocks_of(columns, kDepth) * kDepth), stride_(depth_ * kParts) {}
+    // rows that the product takes as they lie
+    Matrix(const S* rows, int64_t columns, int64_t stride) : data_((bfloat16*)rows), depth_(columns), stride_(stride) {}
     // a tile of rows may reach beyond them
     static int64_t bytes(int64_t rows, int64_t columns) {
       return blocks_of(rows, 16) * 16 * blocks_of(columns, kDepth) * kDepth * kParts * sizeof(bfloat16);
     }
 
     bfloat16* row(int64_t r) const { return data_ + r * stride(); }
-    int64_t stride() const { return depth_ * kParts; }
+    int64_t stride() const { return stride_; }
     int64_t depth() const { return depth_; }
     V load(int64_t r, int64_t u) const {
       V v = Half::load(row(r) + u, W);
@@ -95,6 +116,7 @@ struct TileProduct {
 
     bfloat16* data_ = nullptr;
     int64_t depth_ = 0;  // columns of a row, whole tiles
+    int64_t stride_ = 0;
   };
 
   // Rows are cut evenly into tiles; a product takes two. C: tiles 0 to 3, A: 4 and 5, B: 6 and 7. two_parts: of the three.

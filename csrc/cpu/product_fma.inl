@@ -9,6 +9,7 @@ struct MultiplyAdd {
   static constexpr int64_t W = Math<A>::kWidth;
   static constexpr bool kInterleaves = false;
   static constexpr bool kWatched = false;
+  static constexpr bool kTakesRows = false;
   static constexpr int64_t kChunkRows = 32;  // more of them, with their gates, displace the recurrent weights
   // So many rows multiply the input weights in the same passes, whatever their size: each weight is fetched once a step. With fewer, or
   // with gates that do not add the input, steps are projected together.

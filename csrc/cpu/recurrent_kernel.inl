@@ -405,13 +405,15 @@ class ForwardKernel {
     begin();
     if (w.barrier) w.barrier->wait(w.weight);
     for (int64_t step = 0, turn = 0; step < w.rows.steps && (within || w.barrier); ++turn) {
-      const int64_t end = x ? end_of_chunk(step) : w.rows.steps;
-      if (x) project_input(step, end, turn);
+      const int64_t end = x && !takes_x ? end_of_chunk(step) : w.rows.steps;
+      if (x && !takes_x) project_input(step, end, turn);
       const Product product(w.rows.slots, a.two_parts);
       for (const int64_t start = step; step < end; ++step) {
         t = steps.time(step);
-        chunk_row = x ? chunk_start[step - start] : 0;
+        chunk_row = !x ? 0 : takes_x ? steps.row(t, 0) : chunk_start[step - start];
         old_h = &buf.h[step & 1], new_h = &buf.h[1 - (step & 1)];
+        if constexpr (Product::kTakesRows)
+          if (takes_y && step) last_y = Matrix(y + steps.row(steps.time(step - 1), 0) * D * P, P, D * P), old_h = &last_y;
         walk(product, step);
         if constexpr (Product::kWatched) within &= watch.ends_within(a.least_h);
       }
@@ -443,6 +445,31 @@ class ForwardKernel {
       for (int g = 0; g < kSaved; ++g) __builtin_prefetch(gates + (row * kSaved + g) * H + u, 1, 3);
       for (int k = 0; k < K; ++k) __builtin_prefetch(c_all + (row * K + k) * H + u, 1, 3);
     }
+  }
+
+  // Whether rows [.., columns] of every step, `stride` elements apart, are operands as they lie.
+  bool takes(const S* rows, int64_t columns, int64_t stride) const {
+    if constexpr (Product::kTakesRows) {
+      const int64_t slots = w.rows.slots, first = slots ? w.rows.index[0] : 0;
+      for (int64_t s = 0; s < slots; ++s)
+        if (w.rows.index[s] != first + s) return false;
+      return !kNormalized<C> && rows && !w.rows.active && !w.rows.start && Product::takes(rows, columns, stride, slots);
+    }
+    return false;
+  }
+  Matrix rows_of_input() const {
+    if constexpr (Product::kTakesRows)
+      if (takes_x) return Matrix(x, I, I);
+    return {};
+  }
+  // The x of the next step, a share with every tile.
+  void fetch_input(int64_t tile) const {
+    const int64_t next = w.reverse ? t - 1 : t + 1, tiles = w.unit_tiles[1] - w.unit_tiles[0], i = tile - w.unit_tiles[0];
+    if (next < 0 || next >= w.rows.steps) return;
+    constexpr int64_t line = 64 / sizeof(S);
+    const int64_t lines = blocks_of(w.rows.slots * I, line);
+    const S* row = x + steps.row(next, 0) * I;
+    for (int64_t j = lines * i / tiles; j < lines * (i + 1) / tiles; ++j) prefetch(row + j * line);
   }
 
   const void* unit_tile(const void* packed, int64_t tile, int64_t depth) const {
@@ -544,15 +571,16 @@ class ForwardKernel {
         const int64_t own = item.vectors / G * kOwn;
         item.vectors += own;
         const void* next = unit_tile(a.input_weights, tile_after(w.unit_tiles, step, item.tile), I);
-        return {unit_tile(a.weights, item.tile, P), P, {start, 0, NV}, next, unit_tile(a.input_weights, item.tile, I), I, &chunk.x,
-                chunk_row, own};
+        if (takes_x && !item.begin) fetch_input(item.tile);
+        return {unit_tile(a.weights, item.tile, P), P, {start, 0, NV}, next, unit_tile(a.input_weights, item.tile, I), I,
+                takes_x ? &x_rows : &chunk.x, chunk_row, own};
       }
       const void* next = unit_tile(a.weights, tile_after(w.unit_tiles, step, item.tile), P);
       if (x)
         return {unit_tile(a.weights, item.tile, P), P, {projected_input(item, 0), item.vectors * W, item.vectors / G * (G - kOwn)}, next};
       for (int64_t r = 0; r < item.count; ++r)
         for (int g = 0; g < G; ++g) prefetch(x_gates + steps.row(t, item.begin + r) * D * GH + g * H + u0);
-      if (in_place) multiply_in_place(item);
+      if (in_place) multipltakes_y(item);
       return {unit_tile(a.weights, item.tile, P), P, {}, next};
     };
     const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
@@ -579,7 +607,7 @@ class ForwardKernel {
   }
 
   // R h of a short call, or with weights that are never packed
-  void multiply_in_place(const Item<A>& item) const {
+  void multipltakes_y(const Item<A>& item) const {
     using X = std::remove_cvref_t<decltype(*old_h->row(0))>;
     const int64_t u0 = item.tile * UB * W, blocks = item.vectors / G;
     A* sums = const_cast<A*>(item.sums);
@@ -637,7 +665,7 @@ class ForwardKernel {
     S* saved_to = gates ? gates + u : nullptr;
     S* y_to = y + u;
     const Matrix before = *old_h, after = *new_h, m = buf.m;
-    const bool through_m = projected;
+    const bool through_m = projected, takes_rows_of_y = takes_y;
 
     const bool past_caches = kWhole && streams;
     const auto keep = [&]<class E>(E* to, V v) __attribute__((always_inline)) {
@@ -654,13 +682,17 @@ class ForwardKernel {
       R gx[G], gr[G], inner[C::kVectors + 1], saved[kSaved + 1], c[K + 1], h_next, c_next[K + 1];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        gx[g] = R{};
+        gx[g] = Rows::gather([](int64_t) { return -V{}; });  // what is added to -0 stays as it is: the compiler leaves the sum out
         // with x itself, of the input too
         gr[g] = Rows::gather([&](int64_t i) { return *(const V*)(sums_of + (first + i) * stride + g * blocks * W); });
-        if (x_of)
-          gx[g] = Rows::gather([&](int64_t i) { return Memory<S, A>::load(x_of + row[i] * gates_stride + g * units, n); });
-        else if (g >= G - kOwn)
+        const auto given = [&](int64_t i) { return Memory<S, A>::load(x_of + row[i] * gates_stride + g * units, n); };
+        if (g < G - kOwn) {
+          if (x_of) gr[g] = gr[g] + Rows::gather(given);
+        } else if (x_of) {
+          gx[g] = Rows::gather(given);
+        } else {
           gx[g] = Rows::gather([&](int64_t i) { return *(const V*)(x_sums + (first + i) * x_stride + g * blocks * W); });
+        }
       }
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k) c[k] = Rows::gather([&](int64_t i) { return *(const V*)(c_of + ((first + i) * K + k) * ldc); });
@@ -693,7 +725,7 @@ class ForwardKernel {
           m.template store<A>(item.begin + first + i, u, v, n);
         } else {
           if constexpr (Product::kWatched) seen.see(v, n);
-          after.template store<S>(item.begin + first + i, u, v, n);
+          if (!takes_rows_of_y) after.template store<S>(item.begin + first + i, u, v, n);
           Memory<S, A>::store(y_to + row[i] * y_stride, v, n);
         }
       });
@@ -760,6 +792,10 @@ class ForwardKernel {
   A* c_all = at<A>(a.c, d * K * H);
   S* gates = at<S>(a.gates, d * kSaved * H);
   const bool streams = streams_saved(), fetches = fetches_saved();
+  // whether x and, as the state before a step, y serve as operands themselves
+  const bool takes_x = chunk.fused && takes(x, I, I), takes_y = !projected && !w.rows.resets && takes(y, P, D * P);
+  const Matrix x_rows = rows_of_input();
+  Matrix last_y;
   // of the step at hand
   int64_t t = 0, chunk_row = 0;
   const Matrix *old_h = nullptr, *new_h = nullptr;

@@ -541,6 +541,12 @@ int failures(const char* name, fastseq::cpu::Cell cell, int64_t most) {
   const int64_t sizes[] = {1, 3, 17, 33, 40};
   int failed = 0;
   unsigned seed = 0;
+  const auto try_out = [&](const Options& o) {
+    for (const bool end : {true, false}) {
+      at_the_end = end;
+      failed += !Trial<S, Cell>(name, cell, kType<S>, o, seed).run();
+    }
+  };
   for (const int64_t H : sizes)
     for (const int64_t B : sizes)
       for (int variant = 0; variant < 3; ++variant, ++seed) {
@@ -551,11 +557,15 @@ int failures(const char* name, fastseq::cpu::Cell cell, int64_t most) {
         o.P = C::kStates == 1 && !kTiles && seed % 4 == 1 ? sizes[(seed / 4) % 5] : 0;
         o.layout = Layout(seed % 3), o.zoneout = kTiles && std::is_same_v<S, float> ? 0 : (seed / 2) % 3, o.members = 1 + seed % 4, o.participants = 1 + (seed / 2) % 3;
         o.state = seed % 5 > 0, o.in_place = !kTiles && seed % 7 < 2, o.resets = seed * 7 / 4 % 3;
-        for (const bool end : {true, false}) {
-          at_the_end = end;
-          failed += !Trial<S, Cell>(name, cell, kType<S>, o, seed).run();
-        }
+        try_out(o);
       }
+  if (kTiles && std::is_same_v<S, bfloat16>)  // sizes of which tiles take rows as they lie, and next to these
+    for (const int64_t H : {32, 64})
+      for (const int64_t B : {1, 16, 17, 20, 48})
+        for (const int resets : {0, 2}) {
+          if (std::max(H, B) > most) continue;
+          try_out({4, B, H, 96 - H, 0, Layout::kPadded, 0, 1 + ++seed % 2, 1, true, false, resets});
+        }
   return failed;
 }
 

@@ -56,6 +56,11 @@ def uncut(name: str, old: str, new: str, cell: str = "float, Lstm") -> Fault:
     return Fault(name, ENGINE, old, new, WRONG, cases=(f"X({cell})",))
 
 
+def untaken(name: str, old: str, new: str, seen: str = WRONG, file: str = ENGINE) -> Fault:
+    """Tiles are made of other rows of a tensor than they are to be made of."""
+    return Fault(name, file, old, new, seen, level="amx", cases=("X(bfloat16, Lstm)",))
+
+
 FAULTS = [
     Fault(
         "a gate's R h among its x",
@@ -103,6 +108,10 @@ FAULTS = [
     uncut("the gradient of c passes", "if (anew && K)", "if (!K)"),
     uncut("the gradient of h passes", "if (!came_anew || ", "if (true || "),
     uncut("the state that was replaced, backwards", "anew(of.anew && ", "anew(false && ", cell="float16, Gru"),
+    untaken("y of two steps before", "steps.time(step - 1), 0) * D * P", "steps.time(max(step - 2, 0)), 0) * D * P"),
+    untaken("x of another step", "takes_x ? steps.row(t, 0)", "takes_x ? steps.row(0, 0)"),
+    untaken("y where a reset replaced it", "!w.rows.resets && takes(y", "takes(y"),
+    untaken("rows beyond the last", " &&\n           count % blocks_of(count, 16) == 0", "", LEFT, "product_amx.inl"),
     Fault("backwards one tile too far", ENGINE, "tiles[1] - 1 - i", "tiles[1] - i", f"{WRONG}|{LEFT}"),
 ]
 

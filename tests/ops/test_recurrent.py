@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -291,6 +292,27 @@ class TestCpuKernels:
                 RecurrentCase(cell, steps=steps, batch=batch, hidden=hidden, input=width, bidirectional=True, layout="lengths"),
             ):
                 battery.test_forward_and_gradients(case, dtype, "cpu")
+
+    @pytest.mark.parametrize("cell", NATIVE)
+    def test_rows_of_tensors_are_multiplied_as_they_lie(self, cell):
+        """By AMX: x, and y as the state before a step. With lengths it is copies of the same numbers that are multiplied."""
+        if torch.ops.fastseq_native.cpu_level() != "amx":
+            pytest.skip("this processor has no AMX")
+        battery, before = TestRecurrent(), torch.get_num_threads()
+        sizes = [(5, 32, 64, 32), (4, 40, 32, 96), (3, 1, 96, 64), (4, 20, 64, 33), (4, 17, 64, 32), (4, 16, 40, 32)]
+        sizes += [(3, 32, 512, 64)]  # whose input is projected before
+        try:
+            for threads, (steps, batch, hidden, width) in product((1, 2), sizes):
+                torch.set_num_threads(threads)
+                case = RecurrentCase(cell, steps=steps, batch=batch, hidden=hidden, input=width, bidirectional=True)
+                for resets in ("", "states"):
+                    inputs = battery.make(replace(case, resets=resets), torch.bfloat16)
+                    with torch.no_grad():
+                        found = battery.run(inputs)
+                        wanted = battery.run(inputs | {"lengths": torch.full((batch,), steps)})
+                    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), (threads, str(case), resets)
+        finally:
+            torch.set_num_threads(before)
 
     def test_raw_op_refuses_what_does_not_fit(self):
         """The kernels trust sizes and dtypes, so the native op checks them whoever calls it."""
