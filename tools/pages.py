@@ -28,7 +28,7 @@ from fastseq.benchmarks.measure import combine
 from fastseq.benchmarks.measure.environment import where
 from fastseq.benchmarks.measure.results import Results
 from fastseq.benchmarks.report import readme
-from fastseq.benchmarks.report.model import Figure
+from fastseq.benchmarks.report.model import Figure, bytes_text, time_text
 from fastseq.benchmarks.report.plots import bars, heatmap, style
 from fastseq.benchmarks.suites import SUITES, recurrent
 from fastseq.functional import attention
@@ -230,6 +230,38 @@ def support() -> str:
     return "\n".join(lines)
 
 
+def distributed() -> str:
+    """Of every program over several processes: time, bytes and memory of a rank."""
+    rows = results(EVERY).of_suite("distributed")
+    if not rows:
+        return "No result file has them."
+    suite = SUITES["distributed"]
+    shares = {(found["program"], found["ranks"]): found["of its share"] for found in suite.derive(results(EVERY))["memory"]}
+    at: dict[tuple[str, int, str], dict[str, float]] = {}
+    for row in rows:
+        if row.ok and row.metric and row.detail:
+            key = row.function.partition(" ")[0], row.detail["ranks"], row.provider
+            at.setdefault(key, {})[row.detail["what"]] = row.metric["median"]
+    lines = ["| | ranks | program | time | sent by a rank | memory of its share |", "|---|---|---|---|---|---|"]
+    for (kind, ranks, program), found in at.items():
+        sent = bytes_text(found["bytes"]) if "bytes" in found else "–"
+        share = f"{shares[program, ranks]:.2f}" if (program, ranks) in shares else "–"
+        time = time_text(found["seconds"]) if "seconds" in found else "–"
+        lines.append(f"| {kind} | {ranks} | {program} | {time} | {sent} | {share} |")
+    first = {row.function: row for row in rows}
+    sizes = "; ".join(f"{name.partition(' ')[0]}: T = {r.T}, B = {r.B}, width {r.H}" for name, r in first.items())
+    hidden = next((r.metric["median"] for r in rows if r.ok and r.metric and r.detail and r.detail["what"] == "hidden"), None)
+    said = f" Of a delay of 40 ms that every message of a ring of two was given, {hidden:.0%} was hidden." if hidden else ""
+    environment = results(EVERY / "distributed").environment
+    load = environment.get("load average")
+    about = (
+        f"Forward and backward, fp32, a thread a process, gloo, on {where(environment)} (load average {load}); {sizes}. "
+        "Memory: what a step of the whole adds to a rank's peak, over the same of one process divided by the ranks; 1 is linear, "
+        f"less is where one process holds what a rank makes part by part.{said}"
+    )
+    return "\n".join([*lines, "", about])
+
+
 def claims() -> str:
     return "\n".join(readme.verdict_tables({name: verdicts(of) for name, of in devices().items()})).rstrip()
 
@@ -264,6 +296,7 @@ BLOCKS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/benchmarks/index.md", "layers", layers),
     ("docs/benchmarks/claims.md", "claims", claims),
     ("docs/gallery.md", "gallery", gallery),
+    ("docs/distributed.md", "distributed", distributed),
 ]
 
 
