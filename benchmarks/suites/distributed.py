@@ -36,8 +36,8 @@ def plan(options: Options) -> list[Case]:
     for ranks in counts:
         every = {}
         for function, (T, B, H) in sizes.items():
-            steps, more = T // 4 if options.quick else T, {"ranks": ranks, "rounds": rounds}
-            every[function] = RanksWorkload(function, steps, B, H, H, "training", device=options.device, **more)
+            w = RanksWorkload(function, T // 4 if options.quick else T, B, H, H, "training", device=options.device)
+            every[function] = replace(w, ranks=ranks, rounds=rounds)
         together = tuple(w.shape for w in every.values())
         for begin, (function, groups) in KINDS.items():
             for what, names in groups.items():

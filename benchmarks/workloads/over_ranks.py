@@ -105,10 +105,11 @@ class Attention(Shape):
         from fastseq.distributed import context_parallel_attention
         from fastseq.functional import attention
 
+        q, k, v = inputs
         if name == ONE:
-            return lambda: attention(*inputs, causal=True), []
+            return lambda: attention(q, k, v, causal=True), []
         options: dict[str, Any] = {"method": name, "sharding": self.sharding, "causal": True}
-        return lambda: context_parallel_attention(*inputs, group, **options), []
+        return lambda: context_parallel_attention(q, k, v, group, **options), []
 
     def check_program(self, name: str, group: Any) -> Any:
         return Torchs(self) if name == TORCH else super().check_program(name, group)
