@@ -38,6 +38,7 @@ RESULTS, GALLERY = ROOT / "benchmarks/results", ROOT / "docs/gallery"
 LAYERS = RESULTS / "intel-xeon-one-thread"  # recurrent layers, and sequential against parallel
 EVERY = RESULTS / "intel-xeon-2-cores"  # every suite, in fewer points
 PACKED = LAYERS / "packed-lstm.json"  # of examples/packed_lstm.py
+RANKS = EVERY / "distributed.json"  # of the suite distributed, by another version than the rest
 ISSUE = {  # pytorch#149194: packed in percent of padded, forward and backward
     10: (527, 277), 20: (740, 461), 50: (1163, 382), 100: (1507, 396),
     200: (2300, 591), 500: (5968, 1716), 1000: (9583, 2794),
@@ -232,11 +233,9 @@ def support() -> str:
 
 def distributed() -> str:
     """Of every program over several processes: time, bytes and memory of a rank."""
-    rows = results(EVERY).of_suite("distributed")
-    if not rows:
-        return "No result file has them."
-    suite = SUITES["distributed"]
-    shares = {(found["program"], found["ranks"]): found["of its share"] for found in suite.derive(results(EVERY))["memory"]}
+    of = combine.load([RANKS])
+    rows, derived = of.of_suite("distributed"), SUITES["distributed"].derive(of)
+    shares = {(found["program"], found["ranks"]): found["of its share"] for found in derived["memory"]}
     at: dict[tuple[str, int, str], dict[str, float]] = {}
     for row in rows:
         if row.ok and row.metric and row.detail:
@@ -250,14 +249,11 @@ def distributed() -> str:
         lines.append(f"| {kind} | {ranks} | {program} | {time} | {sent} | {share} |")
     first = {row.function: row for row in rows}
     sizes = "; ".join(f"{name.partition(' ')[0]}: T = {r.T}, B = {r.B}, width {r.H}" for name, r in first.items())
-    hidden = next((r.metric["median"] for r in rows if r.ok and r.metric and r.detail and r.detail["what"] == "hidden"), None)
-    said = f" Of a delay of 40 ms that every message of a ring of two was given, {hidden:.0%} was hidden." if hidden else ""
-    environment = results(EVERY / "distributed").environment
-    load = environment.get("load average")
+    load = of.environment.get("load average")
     about = (
-        f"Forward and backward, fp32, a thread a process, gloo, on {where(environment)} (load average {load}); {sizes}. "
+        f"Forward and backward, fp32, a thread a process, gloo, on {where(of.environment)} (load average {load}); {sizes}. "
         "Memory: what a step of the whole adds to a rank's peak, over the same of one process divided by the ranks; 1 is linear, "
-        f"less is where one process holds what a rank makes part by part.{said}"
+        "less is where one process holds what a rank makes part by part. On a machine with other work times say little."
     )
     return "\n".join([*lines, "", about])
 
