@@ -40,6 +40,7 @@ RESULTS, GALLERY = ROOT / "benchmarks/results", ROOT / "docs/gallery"
 LAYERS = RESULTS / "intel-xeon-one-thread"  # recurrent layers, and sequential against parallel
 EVERY = RESULTS / "intel-xeon-2-cores"  # every suite, in fewer points
 PACKED = LAYERS / "packed-lstm.json"  # of examples/packed_lstm.py
+RANKS = EVERY / "distributed.json"  # of the suite distributed, by another version than the rest
 ISSUE = {  # pytorch#149194: packed in percent of padded, forward and backward
     10: (527, 277), 20: (740, 461), 50: (1163, 382), 100: (1507, 396),
     200: (2300, 591), 500: (5968, 1716), 1000: (9583, 2794),
@@ -232,6 +233,33 @@ def support() -> str:
     return "\n".join(lines)
 
 
+def distributed() -> str:
+    """Of every program over several processes: time, bytes and memory of a rank."""
+    of = combine.load([RANKS])
+    rows, derived = of.of_suite("distributed"), SUITES["distributed"].derive(of)
+    shares = {(found["program"], found["ranks"]): found["of its share"] for found in derived["memory"]}
+    at: dict[tuple[str, int, str], dict[str, float]] = {}
+    for row in rows:
+        if row.ok and row.metric and row.detail:
+            key = row.function.partition(" ")[0], row.detail["ranks"], row.provider
+            at.setdefault(key, {})[row.detail["what"]] = row.metric["median"]
+    lines = ["| | ranks | program | time | sent by a rank | memory of its share |", "|---|---|---|---|---|---|"]
+    for (kind, ranks, program), found in at.items():
+        sent = bytes_text(found["bytes"]) if "bytes" in found else "–"
+        share = f"{shares[program, ranks]:.2f}" if (program, ranks) in shares else "–"
+        time = time_text(found["seconds"]) if "seconds" in found else "–"
+        lines.append(f"| {kind} | {ranks} | {program} | {time} | {sent} | {share} |")
+    first = {row.function: row for row in rows}
+    sizes = "; ".join(f"{name.partition(' ')[0]}: T = {r.T}, B = {r.B}, width {r.H}" for name, r in first.items())
+    load = of.environment.get("load average")
+    about = (
+        f"Forward and backward, fp32, a thread a process, gloo, on {where(of.environment)} (load average {load}); {sizes}. "
+        "Memory: what a step of the whole adds to a rank's peak, over the same of one process divided by the ranks; 1 is linear, "
+        "less is where one process holds what a rank makes part by part. On a machine with other work times say little."
+    )
+    return "\n".join([*lines, "", about])
+
+
 def claims() -> str:
     return "\n".join(readme.verdict_tables({name: verdicts(of) for name, of in devices().items()})).rstrip()
 
@@ -299,6 +327,7 @@ BLOCKS: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/benchmarks/claims.md", "claims", claims),
     ("docs/models.md", "costs", costs),
     ("docs/gallery.md", "gallery", gallery),
+    ("docs/distributed.md", "distributed", distributed),
 ]
 
 

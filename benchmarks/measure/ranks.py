@@ -1,7 +1,8 @@
-"""Attention whose sequence lies on several processes of this machine, started here: time, bytes, memory, and what waiting costs.
+"""Sequences that lie on several processes of this machine, started here: time, bytes, memory, and what waiting costs.
 
-The processes start once for a number of ranks and a shape, and try every program in turn: checked first, against fp64 and torch's
-own error, then timed in rounds, each as long as its slowest rank. A program that raises, or is wrong, has a reason and no figure.
+The processes start once for a number of ranks, and try every program of every shape (`workloads/over_ranks.py`) in turn:
+checked first, against fp64 and torch's own error, then timed in rounds, each as long as its slowest rank. A program that raises,
+or is wrong, has a reason and no figure.
 """
 
 from __future__ import annotations
@@ -17,32 +18,38 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
 
 from fastseq.testing import FACTOR, ROUNDINGS, relative_error
 
 from ..workloads.base import Metric, Workload
+from ..workloads.over_ranks import ONE, TORCH, Attention, Recurrence, Scan, Shape, this_group, truths
 from . import memory
 
-ONE, TORCH = "one process", "torch context_parallel"
-METHODS = ("ring", "all_gather", "all_to_all")
+ATTENTION, RECURRENCE, SCAN = "attention over ranks", "recurrence over ranks", "scan over ranks"
 DELAY, PAUSE = 0.04, 0.05  # seconds that a message is late, and that a block takes longer, to see whether one hides the other
 _SMALL = 1 << 16  # bytes of a message while memory is measured, so that a few of them are no matter
 
 
 @dataclass(frozen=True)
 class RanksWorkload(Workload):
-    """Causal attention of B sequences of T steps, H = heads x head dim, I = H, over `ranks` processes with one thread each."""
+    """B sequences of T steps over `ranks` processes with one thread each, by function: causal attention, H = heads x head dim;
+    LSTMs with I = H; a scan of H channels."""
 
     ranks: int = 2
     kv_heads: int = 4
+    layers: int = 2  # of LSTMs
     rounds: int = 5
     what: str = "seconds"  # or "bytes", "memory", "hidden"
+    beside: tuple[Shape, ...] = ()  # which the same processes measure
 
     @property
-    def E(self) -> int:
-        return self.H // self.heads
+    def shape(self) -> Shape:
+        common = (self.ranks, self.B, self.T, self.rounds)
+        if self.function == RECURRENCE:
+            return Recurrence(*common, self.H, self.layers)
+        if self.function == SCAN:
+            return Scan(*common, self.H)
+        return Attention(*common, self.heads, self.kv_heads, self.H // self.heads)
 
     def problem(self) -> Nothing:
         return Nothing(self)
@@ -51,8 +58,7 @@ class RanksWorkload(Workload):
         return problem
 
     def found(self, provider: str) -> Found:
-        shape = Shape(self.ranks, self.B, self.T, self.heads, self.kv_heads, self.E, self.rounds)
-        return measured(shape)[provider]
+        return measured(self.ranks, self.beside or (self.shape,))[self.shape][provider]
 
     def measure(self, provider: Any) -> Metric | None:
         name, unit = {
@@ -64,7 +70,10 @@ class RanksWorkload(Workload):
         return Metric.of(name, unit, getattr(self.found(provider.name), self.what))
 
     def detail(self) -> dict[str, Any]:
-        return {"ranks": self.ranks, "heads": self.heads, "kv_heads": self.kv_heads, "E": self.E, "what": self.what}
+        own: dict[str, Any] = {"ranks": self.ranks, "what": self.what}
+        if self.function == ATTENTION:
+            own |= {"heads": self.heads, "kv_heads": self.kv_heads, "E": self.H // self.heads}
+        return own | ({"layers": self.layers} if self.function == RECURRENCE else {})
 
 
 @dataclass
@@ -73,34 +82,6 @@ class Nothing:
 
     workload: RanksWorkload
     parameters: tuple[()] = ()
-
-
-@dataclass(frozen=True)
-class Shape:
-    ranks: int
-    B: int
-    T: int
-    heads: int
-    kv_heads: int
-    E: int
-    rounds: int
-
-    def sent(self, method: str) -> float | None:
-        """Bytes that all ranks together send, forward and backward, by the formula; None: there is none.
-
-        The sequence lies in 2 n zigzag runs. Forward, K and V of a run go to those who see it; backward once more, and their
-        gradients come back.
-        """
-        n, head = self.ranks, self.B * 4 * self.E  # bytes of a step of a head
-        run = self.T // (2 * n) * 2 * self.kv_heads * head
-        if method == "ring":  # the last run is seen by none but its own rank, every other makes n - 1 hops
-            return 3 * (n - 1) * (2 * n - 1) * run
-        if method == "all_gather":  # rank r sees the first 2 n - r runs, two of which are its own
-            return 3 * sum(2 * n - rank - 2 for rank in range(n)) * run
-        if method == "all_to_all":  # q, k, v, dout there; out, lse, dq, dk, dv back
-            q, kv = self.heads // n, max(self.kv_heads // n, 1)
-            return n * (n - 1) * self.T // n * (4 * (q + kv) * head + 4 * self.B * q)
-        return None
 
 
 @dataclass
@@ -115,19 +96,19 @@ class Found:
 
 
 @functools.lru_cache(maxsize=8)
-def measured(shape: Shape) -> dict[str, Found]:
-    """By program."""
+def measured(ranks: int, shapes: tuple[Shape, ...]) -> dict[Shape, dict[str, Found]]:
+    """By shape and program."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_serve, args=(shape, folder), nprocs=shape.ranks)
+        torch.multiprocessing.spawn(_serve, args=(ranks, shapes, folder), nprocs=ranks)
         return torch.load(f"{folder}/found", weights_only=False)
 
 
-def _serve(rank: int, shape: Shape, folder: str) -> None:
+def _serve(rank: int, ranks: int, shapes: tuple[Shape, ...], folder: str) -> None:
     torch.set_num_threads(1)
     patience = datetime.timedelta(minutes=10)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=shape.ranks, timeout=patience)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks, timeout=patience)
     try:
-        found = {name: _tried(name, shape) for name in (ONE, *METHODS, TORCH)}
+        found = {shape: {name: _tried(name, shape) for name in shape.programs} for shape in shapes}
         if rank == 0:
             torch.save(found, f"{folder}/found")
         dist.barrier()
@@ -146,106 +127,43 @@ def _figures(name: str, shape: Shape) -> Found:
     from fastseq.distributed import _exchange
 
     found = Found()
-    inputs = _inputs(shape)
-    found.reason = _wrong(name, shape, inputs)
+    program = shape.check_program(name, this_group())
+    run = program.both if name != ONE or dist.get_rank() == 0 else lambda: None
+    found.reason = _wrong(name, shape, run)
     if found.reason:
         return found
-    run = _program(name, shape, inputs)
     for _ in range(shape.rounds):
-        found.seconds.append(_slowest(run.both))
-    if name in METHODS:
+        found.seconds.append(_slowest(run))
+    if name not in (ONE, TORCH):
         with _exchange.counted() as traffic:
-            run.both()
+            run()
         sent = _gathered(traffic.bytes)
         if sum(sent) != shape.sent(name):
             raise AssertionError(f"{sum(sent)} bytes were sent, not {shape.sent(name)}")
         found.bytes = [max(sent)]
     if name == "ring":
         found.hidden = [_hidden(shape)]
-    if name in (ONE, *METHODS):
+    if name != TORCH:
         found.memory = [_growth(name, shape)]
     return found
 
 
-class _Program:
-    """Forward, and forward with backward, of this rank's part; of one process: of the first rank alone."""
-
-    def __init__(self, forward: Callable[[], Tensor | None], gradient: Tensor, leaves: list[Tensor]) -> None:
-        self.forward, self.gradient, self.leaves = forward, gradient, leaves
-
-    def both(self) -> list[Tensor] | None:
-        out = self.forward()
-        return None if out is None else [out, *torch.autograd.grad(out, self.leaves, self.gradient)]
-
-
-def _inputs(shape: Shape, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """q, k, v and the gradient of the output, whole."""
-    g = torch.Generator().manual_seed(0)
-    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
-    return [torch.randn(shape.B, h, shape.T, shape.E, generator=g).to(dtype) for h in heads]
-
-
-def _program(name: str, shape: Shape, inputs: list[Tensor]) -> _Program:
-    from fastseq.distributed import context_parallel_attention, shard_sequence
-    from fastseq.functional import attention
-
-    group = dist.distributed_c10d._get_default_group()
-    if name == ONE:
-        q, k, v = (t.clone().requires_grad_() for t in inputs[:3])
-        own = dist.get_rank() == 0
-        return _Program(lambda: attention(q, k, v, causal=True) if own else None, inputs[3], [q, k, v])
-    if name == TORCH:
-        return _Torchs(shape, inputs)
-    parts = [shard_sequence(t, group, dim=2, sharding="zigzag") for t in inputs]
-    q, k, v = (t.requires_grad_() for t in parts[:3])
-    options: dict[str, Any] = {"method": name, "sharding": "zigzag", "causal": True}
-    return _Program(lambda: context_parallel_attention(q, k, v, group, **options), parts[3], [q, k, v])
-
-
-class _Torchs(_Program):
-    """torch.distributed.tensor.experimental.context_parallel, of this name from torch 2.10 to 2.14. It cuts zigzag, too."""
-
-    def __init__(self, shape: Shape, inputs: list[Tensor]) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-
-        super().__init__(lambda: None, inputs[3], [])
-        self.mesh, self.inputs = init_device_mesh("cpu", (shape.ranks,)), inputs
-
-    def both(self) -> list[Tensor]:
-        from torch.distributed.tensor.experimental import context_parallel
-
-        buffers = [t.clone() for t in self.inputs]
-        with context_parallel(self.mesh, buffers=buffers, buffer_seq_dims=[2] * 4):
-            q, k, v = (t.detach().clone().requires_grad_() for t in buffers[:3])
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            return [out.detach(), *torch.autograd.grad(out, (q, k, v), buffers[3].clone())]
-
-
-def _wrong(name: str, shape: Shape, inputs: list[Tensor]) -> str:
+def _wrong(name: str, shape: Shape, run: Callable[[], Any]) -> str:
     """Why a program is not to be timed, on every rank; "": it is right."""
-    from fastseq.distributed import shard_sequence
-
-    truth, plain = (_textbook(shape, dtype) for dtype in (torch.float64, torch.float32))
+    truth, plain = truths(shape)
     own_error = max(relative_error(a, b) for a, b in zip(plain, truth, strict=True))
-    results, reason = _program(name, shape, inputs).both(), ""
-    if results is not None:
-        for found, exact in zip(results, truth, strict=True):
-            if name != ONE:
-                exact = shard_sequence(exact, dist.distributed_c10d._get_default_group(), dim=2, sharding="zigzag")
-            bound = FACTOR * own_error + (ROUNDINGS + 2 * shape.ranks) * torch.finfo(torch.float32).eps
-            error = (found.double() - exact).abs().max().item() / exact.abs().max().item()
-            if not error <= bound:
-                reason = f"off by {error:.1e} of the largest value; {bound:.1e} is allowed"
+    results, reason, of_steps = run(), "", len(shape.sizes(0))  # results that lie along the sequence; parameters follow
+    for place, (found, exact) in enumerate(zip(results, truth, strict=True) if results else ()):
+        if name != ONE and place < of_steps:
+            exact = shape.part(exact, this_group())
+        elif name != ONE:
+            found = found.clone()
+            dist.all_reduce(found)
+        bound = FACTOR * own_error + (ROUNDINGS + 2 * shape.ranks) * torch.finfo(torch.float32).eps
+        error = (found.double() - exact).abs().max().item() / exact.abs().max().item()
+        if not error <= bound:
+            reason = f"off by {error:.1e} of the largest value; {bound:.1e} is allowed"
     return next((text for text in _gathered(reason) if text), "")
-
-
-@functools.lru_cache(maxsize=2)
-def _textbook(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
-    q, k, v, gradient = _inputs(shape, dtype)
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
 
 
 def _gathered(value: Any) -> list[Any]:
@@ -267,7 +185,7 @@ def _hidden(shape: Shape) -> float:
     from fastseq.distributed import attention
 
     module: Any = attention
-    group, attend = dist.distributed_c10d._get_default_group(), module._attend
+    group, attend = this_group(), module._attend
     q, k, v = (torch.randn(1, 4, 16, 16) for _ in range(3))
 
     def slowly(*args: Any) -> Any:
@@ -322,19 +240,10 @@ def _growth(name: str, shape: Shape) -> float:
 
 def _peak(name: str, shape: Shape) -> int:
     """Of the largest rank: its part of the inputs, results and all between."""
-    from fastseq.distributed import context_parallel_attention
-    from fastseq.functional import attention
 
     def run() -> None:
-        t = shape.T if name == ONE else shape.T // shape.ranks
-        heads = shape.heads, shape.kv_heads, shape.kv_heads
-        q, k, v = (torch.randn(shape.B, h, t, shape.E, requires_grad=True) for h in heads)
-        if name == ONE:
-            out = attention(q, k, v, causal=True)
-        else:
-            group = dist.distributed_c10d._get_default_group()
-            options: dict[str, Any] = {"method": name, "sharding": "zigzag", "causal": True}
-            out = context_parallel_attention(q, k, v, group, **options)
-        out.backward(torch.randn_like(out))
+        program = shape.program(name, this_group(), shape.drawn(shape.T if name == ONE else shape.T // shape.ranks))
+        program.both()
 
-    return max(_gathered(memory.observe(run).peak_bytes))
+    alone = name == ONE and dist.get_rank() > 0
+    return max(_gathered(0 if alone else memory.observe(run).peak_bytes))

@@ -1,4 +1,4 @@
-"""Attention over several processes, by the names of ``measure/ranks.py``: which program a name means, the processes know."""
+"""Programs over several processes, by the names of ``workloads/over_ranks.py``: which one a name means, the processes know."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..workloads.over_ranks import ONE, TORCH
 from .base import Provider
 
-FUNCTION = "attention over ranks"
 COLORS = {
     "one process": "#7c889e",
     "ring": "#1e88e5",
     "all_gather": "#0f9a72",
     "all_to_all": "#9467d6",
     "torch context_parallel": "#d1495b",
+    "wavefront, 1 micro-batch": "#b97d00",
+    "wavefront, 4 micro-batches": "#0f9a72",
+    "scan over ranks": "#1e88e5",
 }
 
 
@@ -29,7 +32,7 @@ def _provider(name: str, color: str) -> Provider:
     def unavailable(w: Any) -> str | None:
         return _obstacle(w) or w.found(name).reason or None
 
-    return Provider(name, FUNCTION, "", lambda w: name, unavailable, color=color, dashed="torch" in name or "one" in name)
+    return Provider(name, "ranks", "", lambda w: name, unavailable, color=color, dashed=name in (ONE, TORCH))
 
 
 RANK_PROVIDERS = {name: _provider(name, color) for name, color in COLORS.items()}

@@ -1,36 +1,49 @@
-"""Attention over several processes of this machine: time, bytes and memory of a rank, how much of the exchange is hidden."""
+"""Sequences over several processes of this machine: time, bytes and memory of a rank, how much of the exchange is hidden."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from ..measure.case import Case, Options, Participant
-from ..measure.ranks import DELAY, METHODS, ONE, PAUSE, TORCH, RanksWorkload
+from ..measure.ranks import ATTENTION, DELAY, PAUSE, RECURRENCE, SCAN, RanksWorkload
 from ..measure.results import Results, Row
 from ..measure.timing import Effort
-from ..providers.ranks import FUNCTION
 from ..report.curves import Curves, Quantity, number, of_bytes, of_metric, time_tick
 from ..report.model import Cell, Section, Table, bytes_text, time_text
+from ..workloads.over_ranks import METHODS, ONE, PAIRS, TORCH, WAVES
 
 NAME = "distributed"
-SUMMARY = "attention over ranks that this machine starts: ring, all_gather, all_to_all, one process; a model of 1,024 ranks"
+SUMMARY = "attention, recurrence, scans over ranks that this machine starts, against one process; a model of 1,024 ranks"
 
 SECONDS, BYTES, MEMORY, HIDDEN = "seconds", "bytes", "memory", "hidden"
-WHO = {SECONDS: (ONE, *METHODS, TORCH), BYTES: METHODS, MEMORY: (ONE, *METHODS), HIDDEN: ("ring",)}
-LINEAR = 1.15  # times its share of one process: the memory of a rank in a ring, by step
+KINDS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {  # what a group's name begins with: its function, and who is in it
+    "": (ATTENTION, {SECONDS: (ONE, *METHODS, TORCH), BYTES: METHODS, MEMORY: (ONE, *METHODS), HIDDEN: ("ring",)}),
+    "recurrence ": (RECURRENCE, {SECONDS: (ONE, *WAVES), BYTES: tuple(WAVES), MEMORY: (ONE, *WAVES)}),
+    "scan ": (SCAN, {SECONDS: (ONE, PAIRS), BYTES: (PAIRS,), MEMORY: (ONE, PAIRS)}),
+}
+LINEAR = 1.15  # times its share of one process: the memory of a rank, by step
+WHOLE = ("all_gather", "all_to_all")  # which hold the keys of all, or all steps of their heads, and so more than a share
 BANDWIDTHS = (1e8, 1e9, 5e10)  # bytes in a second from rank to rank, given to the model
 RANKS = (2, 8, 64, 256, 1024)  # of the model
 
 
 def plan(options: Options) -> list[Case]:
-    counts, T, rounds = ((2,), 512, 3) if options.quick else ((2, 4), 2048, 7)
+    counts, rounds = ((2,), 3) if options.quick else ((2, 4), 7)
+    sizes = {ATTENTION: (2048, 1, 256), RECURRENCE: (1024, 16, 128), SCAN: (2048, 4, 512)}  # T, B, H
     cases = []
     for ranks in counts:
-        for what, names in WHO.items():
-            w = RanksWorkload(FUNCTION, T, 1, 256, 256, "training", device=options.device, ranks=ranks, rounds=rounds, what=what)
-            participants = tuple(Participant(name, w) for name in names)
-            cases.append(Case(NAME, what, participants, Effort(), check=False, timed=False))
+        every = {}
+        for function, (T, B, H) in sizes.items():
+            w = RanksWorkload(function, T // 4 if options.quick else T, B, H, H, "training", device=options.device)
+            every[function] = replace(w, ranks=ranks, rounds=rounds)
+        together = tuple(w.shape for w in every.values())
+        for begin, (function, groups) in KINDS.items():
+            for what, names in groups.items():
+                w = replace(every[function], what=what, beside=together)
+                participants = tuple(Participant(name, w) for name in names)
+                cases.append(Case(NAME, begin + what, participants, Effort(), check=False, timed=False))
     return cases
 
 
@@ -38,28 +51,32 @@ def _ranks(row: Row) -> int:
     return (row.detail or {})["ranks"]
 
 
+OF = {"": "attention", "recurrence ": "LSTMs", "scan ": "scan"}
+SAYS = {SECONDS: "forward and backward", BYTES: "both ways", MEMORY: "for each step", HIDDEN: "of a delay"}
+SHOWN = {
+    SECONDS: Quantity("Time", lambda r: r.metric["median"] if r.metric else math.nan, time_text, time_tick),
+    BYTES: of_bytes("Sent by a rank", lambda r: r.metric["median"] if r.metric else None),
+    MEMORY: of_bytes("Memory of a rank", lambda r: r.metric["median"] if r.metric else None),
+    HIDDEN: of_metric("Hidden", number, 0),
+}
 CURVES = Curves(
     NAME,
     "Sequences over several processes",
     (
-        "Causal attention, forward and backward, of one sequence in zigzag parts on processes of this machine, a thread each, "
-        "gloo between them. Every program's results are first compared with fp64. Where processes outnumber free cores, times "
-        "say nothing of a cluster: equal work, linear memory and hidden messages do.",
+        "Forward and backward of one sequence on processes of this machine, a thread each, gloo between them: causal attention "
+        "in zigzag parts, two LSTMs, a scan. Every program's results are first compared with fp64. Where processes outnumber "
+        "free cores, times say nothing of a cluster: equal work, linear memory and hidden messages do.",
         "Bytes are those that the largest rank sent, counted, and equal in sum to the formula. Memory: what a step of the whole "
         "sequence adds to the peak of a rank, its inputs and gradients included, between T and 2 T. Hidden: of a delay "
         f"that every message of the ring is given, {1e3 * DELAY:.0f} ms, the share that a forward pass does not wait for, while "
         f"each of its blocks takes {1e3 * PAUSE:.0f} ms more than it does.",
     ),
-    {SECONDS: "time of a call", BYTES: "bytes that a rank sends", MEMORY: "memory of a rank", HIDDEN: "delay that is hidden"},
-    {
-        SECONDS: (Quantity("Time", lambda r: r.metric["median"] if r.metric else math.nan, time_text, time_tick),),
-        BYTES: (of_bytes("Sent", lambda r: r.metric["median"] if r.metric else None),),
-        MEMORY: (of_bytes("For each step", lambda r: r.metric["median"] if r.metric else None),),
-        HIDDEN: (of_metric("Hidden", number, 0),),
-    },
+    {begin + what: f"{OF[begin]}, {SAYS[what]}" for begin, (_, groups) in KINDS.items() for what in groups},
+    {begin + what: (SHOWN[what],) for begin, (_, groups) in KINDS.items() for what in groups},
     x_label="n, ranks",
     x="n",
     at=_ranks,
+    split=("threads", "dtype"),
 )
 picture = CURVES.picture
 
@@ -74,12 +91,13 @@ def _value(rows: list[Row], group: str, provider: str, ranks: int) -> float | No
 def memory(rows: list[Row]) -> list[dict[str, Any]]:
     """A rank's memory by step, over its share of that of one process."""
     found = []
-    for ranks in sorted({_ranks(row) for row in rows}):
-        one = _value(rows, MEMORY, ONE, ranks)
-        for name in METHODS:
-            own = _value(rows, MEMORY, name, ranks)
-            if one and own is not None:
-                found.append({"method": name, "ranks": ranks, "of its share": own / (one / ranks)})
+    for begin, (_, groups) in KINDS.items():
+        for ranks in sorted({_ranks(row) for row in rows}):
+            one = _value(rows, begin + MEMORY, ONE, ranks)
+            for name in groups[MEMORY]:
+                own = _value(rows, begin + MEMORY, name, ranks)
+                if one and own is not None and name != ONE:
+                    found.append({"program": name, "ranks": ranks, "of its share": own / (one / ranks)})
     return found
 
 
@@ -113,11 +131,14 @@ def present(results: Results) -> list[Section]:
     shares: list[list[Cell | str]] = []
     for found in memory(rows):
         value = found["of its share"]
-        tone = "" if found["method"] != "ring" else "good" if value <= LINEAR else "bad"
-        shares.append([found["method"], str(found["ranks"]), Cell(number(value), tone)])
+        tone = "" if found["program"] in WHOLE else "good" if value <= LINEAR else "bad"
+        shares.append([found["program"], str(found["ranks"]), Cell(number(value), tone)])
     if shares:
-        note = f"A rank's peak over that of one process divided by the ranks, by step. The ring must stay within {LINEAR}."
-        sections[0].tables.insert(0, Table("Memory is linear", ["method", "ranks", "of its share"], shares, note))
+        note = (
+            f"A rank's peak over that of one process divided by the ranks, by step: at most {LINEAR}, but of "
+            f"{' and '.join(WHOLE)}, which hold the keys that a rank's queries see, and all steps of its heads beside its part."
+        )
+        sections[0].tables.insert(0, Table("Memory is linear", ["program", "ranks", "of its share"], shares, note))
     far = model(rows)
     if far:
         lines: list[list[Cell | str]] = [

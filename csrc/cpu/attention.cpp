@@ -97,7 +97,7 @@ Attention attention_of(const Tensor& q, const Tensor& k, const Tensor* v, const 
   }
   if (spec.slopes) a.slopes = data(*spec.slopes), a.slopes_b = spec.slopes->size(0) == 1 ? 0 : a.heads;
   if (spec.sinks) a.sinks = data(*spec.sinks), a.sinks_type = type_of(spec.sinks->scalar_type());
-  if (spec.seed) a.seed = integers(spec.seed);
+  if (spec.seed) a.seed = integers(spec.seed), a.placed = spec.seed->numel() > 1;
   if (!a.seed) a.dropout = 0;
   // of a lse that is contiguous
   a.lse_b = a.heads * a.queries, a.lse_h = packed ? q.size(1) : a.queries;

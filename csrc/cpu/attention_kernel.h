@@ -61,7 +61,8 @@ struct Attention {
   int64_t slopes_b;
   const void* sinks;          // [Hq]
   Type sinks_type;
-  const int64_t* seed;
+  bool placed;                // whether `seed` is [5]: then it has the place of the call in a larger one, as `Spec` of fastseq/ops/types.py says
+  const int64_t* seed;        // [1]
   double dropout;
 
   // of a cache in pages: entry [b, j / page_size] of the table is the place of a page in the first dimension of k and v

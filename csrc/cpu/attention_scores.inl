@@ -399,15 +399,18 @@ class Block {
     using U32 = typename R::U;
     constexpr int64_t lanes = NV * W;
     const uint64_t threshold = static_cast<uint64_t>(a.dropout * 4294967296.0), seed = static_cast<uint64_t>(*a.seed);
+    const int64_t query = a.placed ? a.seed[1] : 0, key = a.placed ? a.seed[2] : 0;
+    const int64_t which = a.placed ? a.seed[3] + b * a.seed[4] + h : b * a.heads + h;
     const A kept = a.dropout < 1 ? A(1 / (1 - a.dropout)) : A(0);
     U32 of_lane;
     for (int64_t i = 0; i < W; ++i) of_lane[i] = uint32_t(i);
-    for (int64_t j = 0; j < n; j += 4)
+    for (int64_t j = -(key % 4); j < n; j += 4)  // four keys of one number, of which these may be the last
       for (int64_t v = 0; v < NV; ++v) {
         U32 numbers[4];
-        R::random(seed, U32{} + uint32_t((begin + j) / 4), of_lane + uint32_t(first + v * W), U32{} + uint32_t(b * a.heads + h), numbers);
+        R::random(seed, U32{} + uint32_t((key + begin + j) / 4), of_lane + uint32_t(query + first + v * W), U32{} + uint32_t(which), numbers);
 #pragma GCC unroll 4
         for (int64_t r = 0; r < 4; ++r) {
+          if (j + r < 0) continue;
           if (j + r >= n) break;
           const auto keeps = threshold >> 32 ? U32{} : (U32)(numbers[r] >= uint32_t(threshold));
           apply((j + r) * lanes + v * W, lanes_where(keeps, kept));

@@ -1,7 +1,7 @@
 """What ranks send one another: chunks that go round a ring while they are used, and pieces between any two.
 
 All of it is point to point, posted in the same order by both sides, so that no message needs a tag (which NCCL has not).
-Every byte is counted.
+Every byte is counted, also of the few collectives of other modules here.
 """
 
 from __future__ import annotations
@@ -44,6 +44,14 @@ def counted() -> Iterator[Traffic]:
         _traffic.reset(token)
 
 
+def account(tensor: Tensor, receivers: int = 1) -> None:
+    """Of a message, or of what a rank gives to a collective, which so many others get."""
+    traffic = _traffic.get()
+    if traffic is not None:
+        traffic.bytes += receivers * tensor.numel() * tensor.element_size()
+        traffic.messages += receivers
+
+
 class Batch:
     """Messages that are posted together; empty ones are left out, by both sides."""
 
@@ -58,10 +66,7 @@ class Batch:
             tensor = tensor.contiguous()
             self._held.append(tensor)  # until it is sent
             self._ops.append(dist.P2POp(dist.isend, tensor, group=self.ranks.group, group_peer=to))
-            traffic = _traffic.get()
-            if traffic is not None:
-                traffic.bytes += tensor.numel() * tensor.element_size()
-                traffic.messages += 1
+            account(tensor)
 
     def receive(self, into: Tensor, source: int) -> None:
         """``into`` is contiguous."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..ops.types import Spec
-from ..reference.attention import Place
 from .sequence import Run
 
 Index = tuple[Any, ...]
@@ -53,7 +52,6 @@ class Part(NamedTuple):
     q: Index  # of q, out and lse without features
     k: Index  # of k and v
     spec: Spec
-    place: Place
     alone: bool  # a packed sequence that is called as a padded one
     bias: Index | None  # of the bias, whose gradient this is
     relative_q: Index | None
@@ -76,11 +74,16 @@ class Whole:
             self.shifts = [self._shift(q, k) for q, k in zip(queries, keys, strict=True)]
         else:
             self.shifts = [self._shift(tq, tk)] * batch
-        device = (spec.seed if spec.seed is not None else torch.empty(0)).device
-        self.which = torch.arange(batch * heads, device=device).view(batch, heads)
 
     def _shift(self, queries: int, keys: int) -> int:
         return self.spec.offset + (keys - queries if self.spec.bottom_right else 0)
+
+    def seed(self, row: int, key: int, sequence: int, head: int = 0) -> Tensor | None:
+        """Of the dropout of a part that begins there."""
+        seed = self.spec.seed
+        if seed is None:
+            return None
+        return torch.cat((seed, seed.new_tensor([row, key, sequence * self.heads + head, self.heads])))
 
     @staticmethod
     def _of(b: int, cu: list[int]) -> int:
@@ -163,7 +166,7 @@ class Whole:
         begin_q, begin_k = self.cu_q[first], self.cu_k[first]
         if len(group) == 1:
             return self._part(slice(first, last), rows, keys, q, k, begin_q, begin_k, self.shifts[first])
-        spec, place = self.spec, Place(rows[0] - begin_q, keys[0] - begin_k, self.which[first:last])
+        spec, row, key = self.spec, rows[0] - begin_q, keys[0] - begin_k
         at_q, at_k = (slice(None), q.steps(*rows)), (slice(None), k.steps(*keys))
         ends = [[run[1] - start for run in runs] for runs, start in zip(zip(*cut, strict=True), (rows[0], keys[0]), strict=True)]
         cu = [torch.tensor([0, *e], dtype=torch.int32, device=spec.cu_q.device) for e in ends]  # type: ignore[union-attr]
@@ -181,18 +184,19 @@ class Whole:
             relative_q=None if spec.relative_q is None else spec.relative_q[at_q],
             blocks=blocks,
             sinks=None,
+            seed=self.seed(row, key, first),
             bottom_right=False,
-            offset=self.shifts[first] + place.row - place.key,
+            offset=self.shifts[first] + row - key,
         )
-        return Part(at_q, at_k, own, place, False, None, at_q, (rows, keys, own.offset))
+        return Part(at_q, at_k, own, False, None, at_q, (rows, keys, own.offset))
 
     def _part(self, batch: slice, rows: Run, keys: Run, q: Held, k: Held, begin_q: int, begin_k: int, shift: int) -> Part:
         """Padded sequences, or a packed one (which begins at these rows of the whole) by itself."""
         spec = self.spec
-        place = Place(rows[0] - begin_q, keys[0] - begin_k, self.which[batch])
+        row, key = rows[0] - begin_q, keys[0] - begin_k
         every = slice(None)
         at_rows, at_keys = q.steps(*rows), k.steps(*keys)
-        within = slice(place.key, place.key + keys[1] - keys[0])  # of a mask's keys
+        within = slice(key, key + keys[1] - keys[0])  # of a mask's keys
         at_q: Index = (every, at_rows) if self.packed else (batch, every, at_rows)
         at_k: Index = (every, at_keys) if self.packed else (batch, every, at_keys)
         changes: dict[str, Any] = {}
@@ -215,7 +219,7 @@ class Whole:
             relative = spec.relative_q[at_q]
             changes["relative_q"] = relative[None] if self.packed else relative
         if spec.blocks is not None:
-            changes |= _blocks_of(spec, batch, place, rows, keys, changes.get("mask"))
+            changes |= _blocks_of(spec, batch, (row, key), rows, keys, changes.get("mask"))
         own_spec = spec._replace(
             **changes,
             cu_q=None,
@@ -223,20 +227,21 @@ class Whole:
             max_q=0,
             max_k=0,
             sinks=None,
+            seed=self.seed(row, key, batch.start),
             bottom_right=False,
-            offset=shift + place.row - place.key,
+            offset=shift + row - key,
         )
-        return Part(at_q, at_k, own_spec, place, self.packed, at_bias, at_q, (rows, keys, own_spec.offset))
+        return Part(at_q, at_k, own_spec, self.packed, at_bias, at_q, (rows, keys, own_spec.offset))
 
 
-def _blocks_of(spec: Spec, batch: slice, place: Place, rows: Run, keys: Run, mask: Tensor | None) -> dict[str, Any]:
+def _blocks_of(spec: Spec, batch: slice, place: tuple[int, int], rows: Run, keys: Run, mask: Tensor | None) -> dict[str, Any]:
     """A block layout's own part, as a mask where blocks are cut."""
     assert spec.blocks is not None
-    size = spec.block_size
+    size, (row, key) = spec.block_size, place
     blocks = spec.blocks if spec.blocks.shape[0] == 1 else spec.blocks[batch]
-    ends = place.row + rows[1] - rows[0], place.key + keys[1] - keys[0]
-    if place.row % size == 0 and place.key % size == 0:
-        return {"blocks": blocks[:, :, place.row // size : -(-ends[0] // size), place.key // size : -(-ends[1] // size)]}
-    at_rows, at_keys = (torch.arange(a, b, device=blocks.device) // size for a, b in zip(place[:2], ends, strict=True))
+    ends = row + rows[1] - rows[0], key + keys[1] - keys[0]
+    if row % size == 0 and key % size == 0:
+        return {"blocks": blocks[:, :, row // size : -(-ends[0] // size), key // size : -(-ends[1] // size)]}
+    at_rows, at_keys = (torch.arange(a, b, device=blocks.device) // size for a, b in zip(place, ends, strict=True))
     full = blocks[:, :, at_rows[:, None], at_keys]
     return {"blocks": None, "block_size": 0, "mask": full if mask is None else full & mask}

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..cells import Cell
 from ..functional._recurrent_layers import Options
 from ..ops.types import ScanSpec
-from ._ranks import Ranks
+from ._ranks import Own, Ranks
 from .recurrent import ZIGZAG, run_across
 from .scan import inputs_before, own_lengths, scan_across
-from .sequence import Sharding
+from .sequence import Sharding, held_runs, places_of, size_of
 
 
 class Recurrences:
@@ -44,6 +45,11 @@ class Recurrences:
     def lengths(self, lengths: Tensor, steps: int) -> Tensor:
         self._check_sharding()
         return own_lengths(lengths, steps, self.ranks)
+
+    def places(self, steps: int, device: torch.device | str | None) -> tuple[Tensor, int]:
+        told = Own().settle(self.ranks, {"call": "sequence_places", "sharding": self.sharding}, [steps])
+        runs = held_runs([numbers[0] for numbers in told], self.sharding)
+        return places_of(runs[self.ranks.rank], device), sum(map(size_of, runs))
 
     def _check_sharding(self) -> None:
         if self.sharding != "contiguous":

@@ -45,8 +45,7 @@ from ..ops import attention as ops
 from ..ops._attention_eager import random_seed
 from ..ops._dispatch import transforming
 from ..ops.types import GRADIENTS, Spec, empty_rows, state_dtype
-from ..reference import attention as reference
-from ..reference.attention import Gradients, Place
+from ..reference.attention import Gradients
 from . import _exchange
 from ._exchange import Pair, once_round, swap
 from ._parts import Held, Part, Whole, held
@@ -122,8 +121,7 @@ def context_parallel_attention(
             * ``relative_query``: as q.
 
             ``cu_seqlens``, ``seqlens``, ``block_layout`` and the tables are those of the whole. ``dropout_p`` drops the weights
-            that a single process with the first rank's generator would drop, whatever the number of ranks; then plain PyTorch
-            computes the attention, tile by tile.
+            that a single process with the first rank's generator would drop, whatever the number of ranks.
 
     Gradients of q, k, v, ``relative_query`` and the rows of ``attn_bias`` are those of this rank's part. Those of ``sinks``,
     ``relative_bias``, ``relative_key`` and a bias that all rows share are this rank's shares, as those of any parameter that all
@@ -287,7 +285,8 @@ class _ContextParallel(torch.autograd.Function):
                 "attention over several ranks has no second derivative (create_graph=True); fastseq.functional.attention has"
             )
         told = own.settle(call.ranks, {"call": f"backward of attention, number {call.turn}"}, [dlse is not None])
-        saved, tensors = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        every = ctx.saved_tensors  # once: torch's checkpoint computes them anew for that
+        saved, tensors = every[: ctx.count], every[ctx.count :]
         call.whole.spec = Spec(*tensors, *call.spec[ops.TENSORS :])
         needs = ctx.needs_input_grad[1:]
         wanted = [needs[i] for i in ops._PLACES]
@@ -365,13 +364,14 @@ class _ByRows(_Call):
 
         def use(keys: Held, pair: Pair) -> Pair:
             sums = Pair(torch.zeros_like(pair.flat, dtype=self.wide), pair.k.shape, pair.v.shape)
-            for queries in self._queries(q):
-                for part in self.whole.parts(queries, keys):
-                    for name, grad, at in _gradients(part, dout, dlse, q, pair, out, lse, wanted):
-                        if name in of_keys:
-                            getattr(sums, name)[at] += grad
-                        else:
-                            grads.add(name, grad, at)
+            for piece in _pieces(keys, _steps(k, v)):
+                for queries in self._queries(q):
+                    for part in self.whole.parts(queries, piece):
+                        for name, grad, at in _gradients(part, dout, dlse, q, pair, out, lse, wanted):
+                            if name in of_keys:
+                                getattr(sums, name)[at] += grad
+                            else:
+                                grads.add(name, grad, at)
             return sums
 
         def home(keys: Held, pair: Pair) -> None:
@@ -452,27 +452,35 @@ class _Gather(_ByRows):
 
         coming = [size_of([(at.begin, at.end) for at in of]) for of in asked[rank]]
         going = [size_of([(at.begin, at.end) for at in asked[to][rank]]) for to in range(ranks.size)]
-        flats = swap(ranks, [packed(asked[to][rank], k, v) for to in range(ranks.size)], [width(n) for n in coming])
-        found = [Pair.of(k.new_empty(_with_steps(k, b - a)), v.new_empty(_with_steps(v, b - a))) for a, b in spans[rank]]
         wholes = [Held(begin, end, 0) for begin, end in spans[rank]]
         places = [list(_places(of, wholes)) for of in asked[rank]]
-        for pair, of in zip(pairs(flats, coming), places, strict=True):
-            for own, span, at in of:
-                found[span].k[..., at, :], found[span].v[..., at, :] = pair.k[..., own, :], pair.v[..., own, :]
-        del flats
-        results = [use(keys, pair) for keys, pair in zip(wholes, found, strict=True)]
+
+        def arrived() -> list[Pair]:
+            """K and V of each span."""
+            flats = swap(ranks, [packed(asked[to][rank], k, v) for to in range(ranks.size)], [width(n) for n in coming])
+            of_spans = [pairs([k.new_empty(width(of.size))], [of.size])[0] for of in wholes]
+            for pair, of in zip(pairs(flats, coming), places, strict=True):
+                for own, span, at in of:
+                    of_spans[span].k[..., at, :], of_spans[span].v[..., at, :] = pair.k[..., own, :], pair.v[..., own, :]
+            return of_spans
+
+        def parted(results: list[Pair | None]) -> list[Tensor]:
+            """What each span's keys got, for the ranks that they are of."""
+            flats = [k.new_zeros(width(count), dtype=returns) for count in coming]
+            for pair, of in zip(pairs(flats, coming), places, strict=True):
+                for own, span, at in of:
+                    result = results[span]
+                    if result is not None:
+                        pair.k[..., own, :], pair.v[..., own, :] = result.k[..., at, :], result.v[..., at, :]
+            return flats
+
+        found = arrived()
+        results = [use(keys, found.pop(0)) for keys in wholes]
         if returns is None or home is None:
             return
-        outgoing = []
-        for of, count in zip(places, coming, strict=True):
-            flat = k.new_zeros(width(count), dtype=returns)
-            (pair,) = pairs([flat], [count])
-            for own, span, at in of:
-                if results[span] is not None:
-                    pair.k[..., own, :], pair.v[..., own, :] = results[span].k[..., at, :], results[span].v[..., at, :]
-            outgoing.append(flat)
-        back = swap(ranks, outgoing, [width(n) for n in going])
-        for source, pair in enumerate(pairs(back, going)):
+        outgoing = parted(results)
+        results.clear()
+        for source, pair in enumerate(pairs(swap(ranks, outgoing, [width(n) for n in going]), going)):
             first = 0
             for keys in asked[source][rank]:
                 own = slice(first, first + keys.size)
@@ -491,6 +499,11 @@ class _Side(NamedTuple):
     def steps(self) -> int:
         return sum(map(size_of, self.runs))
 
+    @property
+    def shared(self) -> bool:
+        """Whether several ranks have the same head."""
+        return sum(end - begin for begin, end in self.shares) > self.heads
+
 
 class _Heads(_Call):
     """A rank computes some heads of all rows."""
@@ -507,12 +520,9 @@ class _Heads(_Call):
         if self.spec.relative_q is not None:
             given["relative_q"] = self.spec.relative_q
         exchanged = self._to_heads(list(given.values()), [self.sides[name] for name in given])
+        del given
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, *relative_q: Tensor) -> tuple[Tensor, Tensor]:
-            spec = self._own_heads(*relative_q)
-            return reference.forward(q, k, v, spec, self._place()) if spec.dropout else ops.attention(q, k, v, spec)
-
-        results = own.run(attend, *exchanged)
+        results = own.run(lambda q, k, v, *rest: ops.attention(q, k, v, self._own_heads(*rest)), *exchanged)
         if results is None:
             like = exchanged[0]
             results = empty_rows(like, v.shape[-1]).zero_(), like.new_zeros(like.shape[:-1], dtype=self.wide)
@@ -520,33 +530,17 @@ class _Heads(_Call):
         return out, lse[..., 0], [*exchanged, *results]
 
     def backward(self, dout, dlse, any_dlse, saved, wanted, of_sinks, own):
-        *exchanged, out, lse = saved
-        q, k, v = exchanged[:3]
-        shape = (*q.shape[:-3], self.of_q.heads, size_of(self.q_runs[self.ranks.rank]))
-        dout = q.new_zeros(*shape, v.shape[-1]) if dout is None else dout.to(q.dtype)
-        (dout,) = self._to_heads([dout], [self.of_q])
-        if any_dlse:
-            dlse = lse.new_zeros(shape) if dlse is None else dlse
-            (dlse,) = self._to_heads([dlse[..., None]], [self.of_q])
-            dlse = dlse[..., 0].contiguous()
-        spec = self._own_heads(*exchanged[3:])
-
-        def gradients() -> dict[str, Tensor]:
-            if spec.dropout:
-                grads = reference.backward(dout, dlse, q, k, v, out, lse, spec, wanted, self._place())
-            else:
-                grads = ops.attention_backward(dout, dlse, q, k, v, out, lse, spec, wanted)
-            found = dict(zip(GRADIENTS, grads, strict=True))
-            if of_sinks and spec.sinks is not None:
-                delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-                found["sinks"] = ops._sinks_grad(spec.sinks, lse, delta if dlse is None else delta - dlse)
-            return found
-
-        found = own.run(gradients) or {}
-        grads = dict.fromkeys(GRADIENTS, q.new_empty(0))
+        exchanged = saved[:-2]
+        found = self._gradients(dout, dlse, any_dlse, saved, wanted, of_sinks, own)
+        grads = dict.fromkeys(GRADIENTS, saved[0].new_empty(0))
         of = dict(zip(self.sides, exchanged, strict=False))
         names = [name for name, want in zip(GRADIENTS, wanted, strict=True) if want and name in of]
-        going = [found.get(name, torch.zeros_like(of[name])).to(self.wide) for name in names]
+        going = []
+        for name in names:  # in fp32 where several ranks have a share of a head's gradient
+            grad, side = found.pop(name, None), self.sides[name]
+            grad = torch.zeros_like(of[name]) if grad is None else grad
+            going.append(grad.to(self.wide) if side.shared else grad.to(of[name].dtype))
+            del grad
         coming = self._to_steps(going, [self.sides[name] for name in names]) if names else []
         for name, grad in zip(names, coming, strict=True):
             grads[name] = grad.to(of[name].dtype)
@@ -555,14 +549,43 @@ class _Heads(_Call):
                 grads[name] = self._share(name, found.get(name))
         return list(grads.values()), self._share("sinks", found.get("sinks")) if of_sinks else None
 
-    def _place(self) -> Place:
-        return Place(0, 0, self.whole.which[:, slice(*self.of_q.shares[self.ranks.rank])])
+    def _gradients(
+        self,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        any_dlse: bool,
+        saved: Sequence[Tensor],
+        wanted: list[bool],
+        of_sinks: bool,
+        own: Own,
+    ) -> dict[str, Tensor]:
+        """Of own heads, by name; after an error none."""
+        *exchanged, out, lse = saved
+        q, k, v, *relative_q = exchanged
+        shape = (*q.shape[:-3], self.of_q.heads, size_of(self.q_runs[self.ranks.rank]))
+        (d,) = self._to_heads([q.new_zeros(*shape, v.shape[-1]) if dout is None else dout.to(q.dtype)], [self.of_q])
+        of_lse: Tensor | None = None
+        if any_dlse:
+            given = lse.new_zeros(shape) if dlse is None else dlse
+            of_lse = self._to_heads([given[..., None]], [self.of_q])[0][..., 0].contiguous()
+        spec = self._own_heads(*relative_q)
+
+        def gradients() -> dict[str, Tensor]:
+            grads = ops.attention_backward(d, of_lse, q, k, v, out, lse, spec, wanted)
+            found = dict(zip(GRADIENTS, grads, strict=True))
+            if of_sinks and spec.sinks is not None:
+                delta = (d.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+                found["sinks"] = ops._sinks_grad(spec.sinks, lse, delta if of_lse is None else delta - of_lse)
+            return found
+
+        return own.run(gradients) or {}
 
     def _own_heads(self, relative_q: Tensor | None = None) -> Spec:
         """The spec of this rank's heads."""
         given = {name: getattr(self.spec, name) for name in _HEADS_AT}
         own = {name: tensor[self._heads_at(name, tensor)].contiguous() for name, tensor in given.items() if tensor is not None}
-        return self.spec._replace(relative_q=relative_q, **own)
+        seed = self.whole.seed(0, 0, 0, self.of_q.shares[self.ranks.rank][0])
+        return self.spec._replace(relative_q=relative_q, seed=seed, **own)
 
     def _heads_at(self, name: str, tensor: Tensor) -> tuple[Any, ...]:
         """The index of this rank's heads in a tensor of the spec, which may have one for all."""
@@ -579,39 +602,70 @@ class _Heads(_Call):
         return share
 
     def _to_heads(self, tensors: list[Tensor], sides: list[_Side]) -> list[Tensor]:
-        """Own heads of all steps, from all heads of own steps; one message to each rank."""
-        given, rank = list(zip(tensors, sides, strict=True)), self.ranks.rank
-        outgoing = [_flat([x[..., slice(*of.shares[to]), :, :] for x, of in given]) for to in range(self.ranks.size)]
-        shapes = [[self._piece(x, of, rank, source) for x, of in given] for source in range(self.ranks.size)]
-        results = [empty_rows(x.new_empty((*self._piece(x, of, rank, rank)[:-2], of.steps, 0)), x.shape[-1]) for x, of in given]
-        for source, pieces in enumerate(_swapped(self.ranks, outgoing, shapes)):
-            for result, of, piece in zip(results, sides, pieces, strict=True):
-                for at in held(of.runs[source]):
-                    result[..., at.begin : at.end, :] = piece[..., at.at : at.at + at.size, :]
+        """Own heads of all steps, from all heads of own steps. ``tensors`` is emptied."""
+        runs, rank = _runs(tensors, sides), self.ranks.rank
+        if len(runs) > 1 and len(sides) > 1:
+            return [result for of in sides for result in self._to_heads([tensors.pop(0)], [of])]
+        given = list(zip(tensors, sides, strict=True))
+        results = [empty_rows(x.new_empty((*_piece(x, of, rank, 0, (0, 0))[:-2], of.steps, 0)), x.shape[-1]) for x, of in given]
+        for run in runs:
+            outgoing = [
+                _flat([x[..., slice(*of.shares[to]), slice(*run), :] for x, of in given]) for to in range(self.ranks.size)
+            ]
+            shapes = [[_piece(x, of, rank, source, run) for x, of in given] for source in range(self.ranks.size)]
+            for source, pieces in enumerate(_swapped(self.ranks, outgoing, shapes)):
+                for result, of, piece in zip(results, sides, pieces, strict=True):
+                    for begin, end, at in _cut(of.runs[source], run):
+                        result[..., begin:end, :] = piece[..., at : at + end - begin, :]
+        tensors.clear()
         return results
 
     def _to_steps(self, tensors: list[Tensor], sides: list[_Side]) -> list[Tensor]:
-        """All heads of own steps, from own heads of all steps; summed where several ranks had a head."""
-        given, rank = list(zip(tensors, sides, strict=True)), self.ranks.rank
-
-        def steps(x: Tensor, runs: list[Run]) -> Tensor:
-            return torch.cat([x[..., begin:end, :] for begin, end in runs], -2)
-
-        outgoing = [_flat([steps(x, of.runs[to]) for x, of in given]) for to in range(self.ranks.size)]
-        shapes = [[self._piece(x, of, source, rank) for x, of in given] for source in range(self.ranks.size)]
+        """All heads of own steps, from own heads of all steps; summed where several ranks had a head. ``tensors`` is emptied."""
+        runs, rank = _runs(tensors, sides), self.ranks.rank
+        if len(runs) > 1 and len(sides) > 1:
+            return [result for of in sides for result in self._to_steps([tensors.pop(0)], [of])]
+        given = list(zip(tensors, sides, strict=True))
         results = [
             empty_rows(x.new_empty((*x.shape[:-3], of.heads, size_of(of.runs[rank]), 0)), x.shape[-1]).zero_() for x, of in given
         ]
-        for source, pieces in enumerate(_swapped(self.ranks, outgoing, shapes)):
-            for result, of, piece in zip(results, sides, pieces, strict=True):
-                result[..., slice(*of.shares[source]), :, :] += piece
+        for run in runs:
+            outgoing = [
+                _flat([_joined([x[..., begin:end, :] for begin, end, _ in _cut(of.runs[to], run)], x) for x, of in given])
+                for to in range(self.ranks.size)
+            ]
+            shapes = [[_piece(x, of, source, rank, run) for x, of in given] for source in range(self.ranks.size)]
+            for source, pieces in enumerate(_swapped(self.ranks, outgoing, shapes)):
+                for result, of, piece in zip(results, sides, pieces, strict=True):
+                    result[..., slice(*of.shares[source]), slice(*run), :] += piece
+        tensors.clear()
         return results
 
-    @staticmethod
-    def _piece(x: Tensor, of: _Side, heads: int, steps: int) -> torch.Size:
-        """The shape of the heads of one rank and the steps of another."""
-        begin, end = of.shares[heads]
-        return torch.Size((*x.shape[:-3], end - begin, size_of(of.runs[steps]), x.shape[-1]))
+
+def _runs(tensors: list[Tensor], sides: list[_Side]) -> list[Run]:
+    """Of every rank's steps, counted from its first: as many as make a message, with these tensors together."""
+    each = sum(x.shape[:-3].numel() * of.heads * x.shape[-1] * x.element_size() for x, of in zip(tensors, sides, strict=True))
+    steps = max(_exchange.FEWEST, _exchange.MESSAGE // max(each, 1))
+    longest = max(size_of(runs) for of in sides for runs in of.runs)
+    return [(first, first + steps) for first in range(0, longest, steps)]
+
+
+def _cut(runs: list[Run], own: Run) -> Iterator[tuple[int, int, int]]:
+    """Steps ``own`` of a rank that holds these runs: where they begin and end in the whole, and their place among ``own``."""
+    for of in held(runs):
+        first, last = max(of.at, own[0]), min(of.at + of.size, own[1])
+        if first < last:
+            yield of.begin + first - of.at, of.begin + last - of.at, first - own[0]
+
+
+def _piece(x: Tensor, of: _Side, heads: int, steps: int, run: Run) -> torch.Size:
+    """The shape of the heads of one rank and, within a run, the steps of another."""
+    begin, end = of.shares[heads]
+    return torch.Size((*x.shape[:-3], end - begin, max(0, min(size_of(of.runs[steps]), run[1]) - run[0]), x.shape[-1]))
+
+
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(parts, -2) if parts else like[..., :0, :]
 
 
 _HEADS_AT = {"mask": 1, "bias": 1, "blocks": 1, "slopes": 1, "relative_bias": 0, "relative_k": 0, "sinks": 0}
@@ -657,7 +711,7 @@ def _attend(part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     q, k, v = q[part.q], k[part.k], v[part.k]
     if part.alone:
         q, k, v = q[None], k[None], v[None]
-    out, lse = reference.forward(q, k, v, part.spec, part.place) if part.spec.dropout else ops.attention(q, k, v, part.spec)
+    out, lse = ops.attention(q, k, v, part.spec)
     return (out[0], lse[0]) if part.alone else (out, lse)
 
 
@@ -679,10 +733,7 @@ def _gradients(
     dlse, lse = own(dlse, part.q), own(lse, part.q).contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     of_q, of_k = (own(dout, part.q), dlse, own(q, part.q)), (own(pair.k, part.k), own(pair.v, part.k))
-    if part.spec.dropout:
-        found = reference.backward(*of_q, *of_k, own(out, part.q), lse, part.spec, wanted, part.place)
-    else:
-        found = ops.attention_backward(*of_q, *of_k, own(out, part.q), lse, part.spec, wanted)
+    found = ops.attention_backward(*of_q, *of_k, own(out, part.q), lse, part.spec, wanted)
     places = {"q": part.q, "k": part.k, "v": part.k, "bias": part.bias, "relative_q": part.q}
     for name, grad, want in zip(GRADIENTS, found, wanted, strict=True):
         if want:
@@ -708,6 +759,13 @@ def _united(runs: list[Run]) -> list[Run]:
         else:
             found.append((begin, end))
     return found
+
+
+def _pieces(keys: Held, steps: int) -> list[Held]:
+    """At most so many keys each."""
+    return [
+        Held(first, min(first + steps, keys.end), keys.at + first - keys.begin) for first in range(keys.begin, keys.end, steps)
+    ]
 
 
 def _within(holder: list[Held], runs: list[Run]) -> list[Held]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +19,21 @@ from .attention import METHODS, Method, context_parallel_attention
 from .sequence import Sharding, checked_sharding, unshard_sequence
 
 __all__ = ["context_parallel"]
+
+
+class _Inside:
+    """A block once more, as often as somebody enters it, without what all ranks do at its ends."""
+
+    def __init__(self, block: Any) -> None:
+        self.block = block
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(share(self.block))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._entered.pop().__exit__(*raised)
 
 
 class context_parallel(Recurrences):
@@ -42,8 +57,12 @@ class context_parallel(Recurrences):
     input a rank's own, whole; of parameters, hx and reset_to each rank's part, which :func:`sum_gradients` adds up, or
     DistributedDataParallel. All ranks must go backward; second derivatives are refused.
 
+    A backward pass may come after the block, but what computes a part of the forward pass once more on the way back has to do so
+    as inside: ``torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=block.checkpoint_contexts)`` with the
+    block that ``with context_parallel(mesh) as block`` gives.
+
     All ranks enter and leave together, and an exception that a rank raises inside is raised on all of them: where they meet next,
-    at an attention or at the end of the block. A backward pass may come after the block.
+    at an attention or at the end of the block.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`context_parallel_attention`, for these arguments.
@@ -81,6 +100,11 @@ class context_parallel(Recurrences):
         elif isinstance(error, Exception) and not known_to_all(error):
             with suppress(Exception):  # it is this rank's own that goes on from here
                 agree(self.ranks, {}, error=error)
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """For ``context_fn`` of ``torch.utils.checkpoint.checkpoint``: what is computed anew is so inside this block, wherever
+        and in whatever thread its backward pass runs."""
+        return nullcontext(), _Inside(self)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool, return_weights: Any, options: dict[str, Any]) -> Any:
         """``functional.attention``."""

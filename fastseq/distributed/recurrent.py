@@ -28,14 +28,14 @@ from ..functional._recurrent_layers import Checked, Layer, Options, checked, run
 from ..ops._dispatch import transforming, unshared, wants_gradient
 from ..ops.recurrent import without_padding
 from ..ops.types import state_dtype
-from ._exchange import Batch
+from ._exchange import Batch, account
 from ._ranks import Own, Ranks
 from ._wavefront import Job, rounds
 from .sequence import cut
 
 __all__ = ["sum_gradients"]
 
-_PACKED = "rows of a packed batch do not lie in the order of time, of which a rank holds a run: give padded input and lengths"
+_PACKED = "packed rows do not say which sequences go on, or went before, on other ranks: give padded input and lengths"
 _DOCUMENTS = "cu_seqlens do not go with a sequence on several ranks: give resets, true at the first step of each sequence"
 ZIGZAG = "a recurrence goes from step to step, so a rank's steps must be one run: give sharding='contiguous', got 'zigzag'"
 
@@ -350,6 +350,7 @@ class _Run:
                 of_states = zip(*[past.finals[Job(layer, micro, way)] for layer in layers for micro in micros], strict=True)
                 joined = [torch.cat([part[0].to(self.wide) for part in parts]).flatten() for parts in of_states]
                 buffer = torch.cat(joined).detach()
+                account(buffer, self.ranks.size - 1)
             dist.broadcast(buffer, group=self.ranks.group, group_src=self.owner(way))
             finals.append([part.view(shape) for part, shape in zip(buffer.split([*map(math.prod, own)]), own, strict=True)])
         states = [torch.stack(of_ways, 1).flatten(0, 1).to(self.x.dtype) for of_ways in zip(*finals, strict=True)]
@@ -366,12 +367,20 @@ class _Run:
                 for grad, shape in zip(dfinals, shapes, strict=True)
             ]
             buffer = torch.cat([part.flatten() for part in parts])
+            if self.owner(way) != self.ranks.rank:
+                account(buffer)
             dist.reduce(buffer, group=self.ranks.group, group_dst=self.owner(way))
             found.append([part.view(shape) for part, shape in zip(buffer.split([*map(math.prod, shapes)]), shapes, strict=True)])
         return found
 
     def _shapes(self) -> list[tuple[int, int, int]]:
         return [(self.last + 1, self.x.shape[1], width) for width in self.widths]
+
+
+def unhooked() -> Any:
+    """A block whose graphs keep their tensors as they are. What a checkpoint around it would form anew, it would form for each
+    job, out of step with the other ranks."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _like(state: Tensor, new: Tensor | None, name: str) -> Tensor:
@@ -387,7 +396,8 @@ class _Across(torch.autograd.Function):
         run.take([None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, ctx.needs, strict=True)])
         ctx.set_materialize_grads(False)
         own, past = Own(), _Past()
-        _forward(run, own, past)
+        with unhooked():
+            _forward(run, own, past)
         own.settle(run.ranks, {"call": "recurrent, the end of its forward pass"})
         ctx.run, ctx.past = run, past
         results = run.results(past)

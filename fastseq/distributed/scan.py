@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from ..ops import scan as ops
 from ..ops._dispatch import transforming, wants_gradient
 from ..ops.types import SCAN_CELLS, ScanSpec, scan_kind, state_dtype
+from ._exchange import account, swap
 from ._ranks import Own, Ranks
 from .recurrent import check_lengths
 
@@ -82,9 +83,8 @@ class _Everywhere(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total, group=ctx.ranks.group)
-        return total[ctx.ranks.rank], None
+        first, *others = swap(ctx.ranks, list(gradient), [gradient.shape[1:]] * ctx.ranks.size)
+        return sum(others, first), None
 
 
 def scan_across(
@@ -291,6 +291,7 @@ def _gathered(ranks: Ranks, message: Tensor) -> list[Tensor]:
     """Of every rank. Complex numbers travel as pairs of real ones."""
     real = torch.view_as_real(message) if message.is_complex() else message
     real = real.resolve_conj().contiguous()
+    account(real, ranks.size - 1)
     every = [torch.empty_like(real) for _ in range(ranks.size)]
     dist.all_gather(every, real, group=ranks.group)
     return [torch.view_as_complex(of) if message.is_complex() else of for of in every]

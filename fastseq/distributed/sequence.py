@@ -67,11 +67,6 @@ def positions(
         mesh, sharding: as :func:`shard_sequence` takes them.
         device: where the places shall be; None: torch's default.
 
-    Args:
-        length: T, of the whole sequence.
-        mesh, sharding: as :func:`shard_sequence` takes them.
-        device: of the result.
-
     Raises:
         TypeError: if ``length`` is no int.
         ValueError: if it is negative, or an argument as :func:`shard_sequence` does not take it.
@@ -79,7 +74,11 @@ def positions(
     if checked_int("length", length) < 0:
         raise ValueError(f"length must not be negative, got {length}")
     ranks = Ranks.of(mesh)
-    runs = runs_of_ranks(length, ranks.size, checked_sharding(sharding))[ranks.rank]
+    return places_of(runs_of_ranks(length, ranks.size, checked_sharding(sharding))[ranks.rank], device)
+
+
+def places_of(runs: Sequence[Run], device: torch.device | str | None) -> Tensor:
+    """int64, one after the other."""
     return torch.cat([torch.arange(begin, end, device=device) for begin, end in runs])
 
 
@@ -91,7 +90,6 @@ def shard_sequence(
 
     Args:
         tensor: any shape.
-        dim: along which the steps lie.
         mesh: one dimension of a mesh, or a process group: the ranks that share the sequence.
         dim: the dimension of steps.
         sharding: ``"contiguous"``: a run of steps each, of equal lengths as far as possible, the first ones longer by a step;
@@ -115,10 +113,6 @@ def unshard_sequence(
     tensor: Tensor, mesh: DeviceMesh | dist.ProcessGroup, *, dim: int, sharding: Sharding = "contiguous"
 ) -> Tensor:
     """The whole tensor on every rank, from parts as :func:`shard_sequence` cuts them; contiguous parts may have any lengths.
-
-    Args:
-        tensor: this rank's steps.
-        mesh, dim, sharding: as :func:`shard_sequence` takes them.
 
     Its gradient on a rank is the sum over the ranks of what they have for that rank's steps: of a loss that all ranks form alike
     from the whole, each gives its share, so divide such a loss by their number.

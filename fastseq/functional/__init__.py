@@ -7,6 +7,7 @@ from ._recurrent import gru, gru_cell, lstm, lstm_cell, recurrent, recurrent_cel
 from ._relative_position import t5_relative_bias, transformer_xl_attention
 from ._scaled_dot_product import scaled_dot_product_attention
 from ._scan import scan
+from ._shared_sequence import require_whole_sequence, sequence_places
 
 __all__ = [
     "attention",
@@ -20,10 +21,12 @@ __all__ = [
     "merge_attention",
     "recurrent",
     "recurrent_cell",
+    "require_whole_sequence",
     "rnn",
     "rnn_cell",
     "scaled_dot_product_attention",
     "scan",
+    "sequence_places",
     "t5_relative_bias",
     "transformer_xl_attention",
 ]

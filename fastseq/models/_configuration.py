@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastseq.functional import sequence_places
+
 Shapes = Any  # tuple: a tensor of these sizes, None for any; list: a tuple of such
 
 
@@ -45,15 +47,24 @@ def check_input(x: Any, *sizes: int | None) -> None:
 
 
 def check_lengths(lengths: Tensor | None, x: Tensor) -> None:
-    """lengths are int64 [B], on a CPU (where looking costs nothing) each in 0..T of x [B, T, ..]."""
+    """lengths are int64 [B], on a CPU (where looking costs nothing) each in 0..T of x [B, T, ..] or the whole it is a part of."""
     if lengths is None:
         return
     if not isinstance(lengths, Tensor) or lengths.shape != x.shape[:1] or lengths.dtype != torch.int64:
         raise RuntimeError(f"lengths must be an int64 Tensor [{len(x)}], one for each row, got {lengths!r}")
     if lengths.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if (lengths < 0).any() or (lengths > x.shape[1]).any():
-        raise RuntimeError(f"lengths must lie in 0..{x.shape[1]}, got {lengths.tolist()}")
+    steps = sequence_places(x.shape[1])[1]
+    if (lengths < 0).any() or (lengths > steps).any():
+        raise RuntimeError(f"lengths must lie in 0..{steps}, got {lengths.tolist()}")
+
+
+def cleared(y: Tensor, lengths: Tensor | None) -> Tensor:
+    """y [B, T, ..] with zeros beyond each row's length."""
+    if lengths is None:
+        return y
+    places, _ = sequence_places(y.shape[1], device=y.device)
+    return y.masked_fill((places >= lengths[:, None])[..., None], 0.0)
 
 
 def check_state(state: Any, shapes: Shapes, like: Tensor, name: str = "state") -> None:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastseq.functional import require_whole_sequence
+
 from ._configuration import check_rates, check_sizes
 from .blocks import Block
 from .positions import Embedding
@@ -73,4 +75,5 @@ class BERT(nn.Module):
 
     def pooled(self, x: Tensor) -> Tensor:
         """One vector for a row, of [B, T, W] and its first token: [B, W]."""
+        require_whole_sequence("the first token")
         return torch.tanh(self.pooler(x[:, 0]))

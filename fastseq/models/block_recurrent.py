@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseq.functional import attention
+from fastseq.functional import attention, require_whole_sequence
 
 from ._configuration import check_choice, check_heads, check_input, check_rates, check_sizes, check_state
 
@@ -171,6 +171,7 @@ class BlockRecurrent(nn.Module):
         Raises:
             RuntimeError: if the input or the state is not of this model's sizes and one batch.
         """
+        require_whole_sequence("a loop over blocks")
         check_input(x, None, None, self.width)
         state = self.initial_state(x) if state is None else state
         keys = (x.shape[0], None, self.features)

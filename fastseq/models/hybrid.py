@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseq import GRU, LSTM
-from fastseq.functional import attention
+from fastseq.functional import attention, require_whole_sequence, sequence_places
 
-from ._configuration import check_choice, check_heads, check_input, check_lengths, check_rates, check_sizes, check_state
+from ._configuration import check_choice, check_heads, check_input, check_lengths, check_rates, check_sizes, check_state, cleared
 
 __all__ = ["Hybrid"]
 
@@ -134,6 +134,8 @@ class Hybrid(nn.Module):
         """
         check_input(x, None, None, self.width)
         check_lengths(lengths, x)
+        if self.local or state is not None:
+            require_whole_sequence("a local GRU" if self.local else "what goes on from a state")
         if state is not None and (lengths is not None or not self.causal):
             other = "lengths" if self.causal else "causal=False"
             raise ValueError(f"a state goes on from causal rows of one length, got it with {other}")
@@ -142,19 +144,17 @@ class Hybrid(nn.Module):
         check_state(before, [[*((len(x), steps, self.width) for steps in self.carried), keys, keys]] * len(self.blocks), x)
         if len({t.shape[1] for of_block in before for t in of_block[-2:]}) > 1:
             raise RuntimeError("state must hold as many keys as values, and in every block, got different numbers")
-        if x.shape[1] == 0:
+        if sequence_places(x.shape[1])[1] == 0:
             return self.norm(x), before if self.causal and lengths is None else None
         after = []
         for block, of_block in zip(self.blocks, before, strict=True):
             x, of_block = block(x, of_block, lengths)
             after.append(of_block)
-        y = self.norm(x)
-        if lengths is not None:
-            y = y.masked_fill((torch.arange(y.shape[1], device=y.device) >= lengths[:, None])[..., None], 0.0)
-        return y, tuple(after) if self.causal and lengths is None else None
+        return cleared(self.norm(x), lengths), tuple(after) if self.causal and lengths is None else None
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One token: y ``[B, W]`` from x likewise, and the state after it; as ``forward`` over the tokens so far."""
+        require_whole_sequence("a step from a state")
         check_input(x, None, self.width)
         if not self.causal:
             raise ValueError("a model with causal=False has no step")

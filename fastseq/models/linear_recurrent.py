@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseq import MinGRU
+from fastseq.functional import require_whole_sequence
 
-from ._configuration import check_input, check_lengths, check_rates, check_sizes
+from ._configuration import check_input, check_lengths, check_rates, check_sizes, cleared
 
 __all__ = ["LinearRecurrent"]
 
@@ -93,13 +93,11 @@ class LinearRecurrent(nn.Module):
         for block, before in zip(self.blocks, state or (None,) * len(self.blocks), strict=True):
             x, of_block = block(x, before, lengths, resets)
             after.append(of_block)
-        y = self.norm(x)
-        if lengths is not None:
-            y = y.masked_fill((torch.arange(y.shape[1], device=y.device) >= lengths[:, None])[..., None], 0.0)
-        return y, tuple(after)
+        return cleared(self.norm(x), lengths), tuple(after)
 
     def step(self, x: Tensor, state: tuple[Any, ...] | None = None) -> tuple[Tensor, tuple[Any, ...]]:
         """One token: y ``[B, W]`` from x likewise, and the state after it; as ``forward`` over the tokens so far."""
+        require_whole_sequence("a step from a state")
         check_input(x, None, self.width)
         y, state = self.forward(x[:, None], state)
         return y[:, 0], state

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseq.functional import attention, merge_attention
+from fastseq.functional import attention, merge_attention, require_whole_sequence
 
 from ._configuration import check_choice, check_heads, check_input, check_rates, check_sizes
 
@@ -64,6 +64,7 @@ class WindowedAttention(nn.Module):
         near: Any = {"window_size": (half, half), "seqlens_q": lengths, "seqlens_k": lengths, "dropout_p": rate}
         if places is None:
             return self.out(attention(q, k, v, **near).transpose(1, 2).flatten(2))
+        require_whole_sequence("attention with global tokens")
         check_places(places, x, lengths)
         B, T, E, seen = len(x), x.shape[1], q.shape[-1], places >= 0
         rows = places.where(seen, T)  # T: a row too many, that takes what belongs nowhere

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastseq import LSTMCell
+from fastseq.functional import require_whole_sequence
 
 from ._configuration import check_input, check_sizes, check_state
 
@@ -210,6 +211,7 @@ def allocation(usage: Tensor) -> Tensor:
 
 
 def stepped(model: NTM | DNC, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+    require_whole_sequence("a loop over steps")
     check_input(x, None, None, model.input_size)
     state, outputs = model.initial_state(x) if state is None else state, [x.new_zeros(len(x), 0, model.output.out_features)]
     for t in range(x.shape[1]):

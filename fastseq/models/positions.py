@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastseq.functional import require_whole_sequence, sequence_places
+
 from ._configuration import check_choice, check_rates, check_sizes
 
 __all__ = ["Embedding", "sinusoids"]
@@ -60,13 +62,14 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor, before: Tensor | None = None) -> Tensor:
         """tokens int [B, T], before which `before` int [B] (None: 0) others have gone: [B, T, W]."""
-        x, places = self.tokens(tokens) * self.scale, torch.arange(tokens.shape[1], device=tokens.device)
+        x, (places, total) = self.tokens(tokens) * self.scale, sequence_places(tokens.shape[1], device=tokens.device)
         if before is not None:
+            require_whole_sequence("what follows other tokens")
             if before.shape != tokens.shape[:1]:
                 raise RuntimeError(f"a state of {len(before)} rows goes with {len(before)} rows of tokens, got {len(tokens)}")
             places = places + before[:, None]
         if self.places is not None:
-            self.check_room(tokens.shape[1])
+            self.check_room(total)
             x = x + self.places(places)
         elif self.positions != "none":
             x = x + sinusoids(places, x.shape[-1], self.positions, x.dtype)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseq.functional import attention, merge_attention
+from fastseq.functional import attention, merge_attention, require_whole_sequence
 
 from ._configuration import check_heads, check_input, check_lengths, check_rates, check_sizes
 from .reversible import ReversibleBlock, reversible
@@ -74,6 +74,7 @@ class HashedAttention(nn.Module):
         Raises:
             RuntimeError: if sizes or dtypes do not fit.
         """
+        require_whole_sequence("sorting by hash")
         check_input(x, None, None, self.width)
         check_lengths(lengths, x)
         rotations = self.rotations() if rotations is None else rotations

@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastseq.functional import require_whole_sequence
+
 __all__ = ["ReversibleBlock", "reversible"]
 
 
@@ -39,6 +41,7 @@ def reversible(blocks: Iterable[nn.Module], x1: Tensor, x2: Tensor, of_f: list[t
         x1, x2: both halves of the input.
         of_f: for each block what its f gets beside x2, without gradient.
     """
+    require_whole_sequence("a reversible stack, which computes its blocks once more on the way back,")
     blocks = list(blocks)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         for block, more in zip(blocks, of_f, strict=True):

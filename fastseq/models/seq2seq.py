@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fastseq
+from fastseq.functional import require_whole_sequence
 
 from ._configuration import check_choice, check_sizes, check_state
 from .alignment import Alignment
@@ -124,6 +125,8 @@ class Decoder(nn.Module):
 
     def forward(self, target: Tensor, state: State) -> tuple[Tensor, State]:
         """target int [B, T], each the word before the one to be said: logits [B, T, V], and the state after the last."""
+        if self.feeding or self.asks_before:
+            require_whole_sequence("a loop over steps")
         self._check(state, target.shape[0])
         x, vectors = self.embedding(target), []
         for part in x.split(1, 1) if self.feeding or self.asks_before else (x,):
@@ -133,6 +136,7 @@ class Decoder(nn.Module):
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """token int [B]: logits [B, V] of the one after it, and the state then."""
+        require_whole_sequence("a step from a state")
         logits, state = self(token[:, None], state)
         return logits[:, 0], state
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastseq.functional import t5_relative_bias
+from fastseq.functional import require_whole_sequence, sequence_places, t5_relative_bias
 
 from ._configuration import check_sizes
 from .blocks import Attention, Block
@@ -66,7 +66,8 @@ class T5(nn.Module):
 
     def encode(self, source: Tensor, lengths: Tensor | None = None) -> Tensor:
         """source int [B, S] with lengths [B]: [B, S, W]."""
-        x, relative = self.embedding(source), t5_relative_bias(self.encoder_bias.weight, *[source.shape[1]] * 2, **self.buckets)
+        steps = sequence_places(source.shape[1])[1]
+        x, relative = self.embedding(source), t5_relative_bias(self.encoder_bias.weight, steps, steps, **self.buckets)
         for block in self.encoder.blocks:
             x = block(x, lambda y, ask=block.attention: ask(y, lengths=lengths, relative=relative))
         return self.dropout(self.encoder.final(x))
@@ -74,7 +75,7 @@ class T5(nn.Module):
     def forward(self, source: Tensor, target: Tensor, lengths: Tensor | None = None) -> Tensor:
         """source int [B, S] with lengths [B], target int [B, T], each the token before the one to be said: logits [B, T, V]."""
         memory, x = self.encode(source, lengths), self.embedding(target)
-        relative = self._before(target.shape[1])
+        relative = self._before(sequence_places(target.shape[1])[1])
         for block in self.decoder.blocks:
             x = block(
                 x,
@@ -89,6 +90,7 @@ class T5(nn.Module):
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """token int [B]: logits [B, V] of the one after it, and the state then, whose keys and values are written in place."""
+        require_whole_sequence("a step from a state")
         x = self.embedding(token[:, None])
         self.decoder.check(state, x)
         relative = self._before(state.keys[0].shape[1])

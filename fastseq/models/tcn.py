@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm as normalized
 
+from fastseq.functional import require_whole_sequence
+
 from ._configuration import check_input, check_rates, check_sizes, check_state
 
 __all__ = ["TCN"]
@@ -81,6 +83,7 @@ class TCN(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """x [B, T, I]; a state of :meth:`start` or of an earlier call (None: the first steps): [B, T, C], and the state after."""
+        require_whole_sequence("a convolution")
         check_input(x, None, None, self.inputs)
         state = self.start(len(x)) if state is None else state
         check_state(state, [(len(x), *past) for past in self.pasts], x)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastseq.functional import transformer_xl_attention
+from fastseq.functional import require_whole_sequence, transformer_xl_attention
 
 from ._configuration import check_choice, check_heads, check_rates, check_sizes, check_state
 from .positions import sinusoids
@@ -102,6 +102,7 @@ class TransformerXL(nn.Module):
 
     def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """tokens int [B, T] behind those of the state: logits [B, T, V], and the memories then, which pass no gradient."""
+        require_whole_sequence("a segment behind its memory")
         self._check(state, len(tokens))
         width, total = self.embedding.embedding_dim, state[0].shape[1] + tokens.shape[1]
         x = self.dropout(self.embedding(tokens) * width**0.5)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastseq.functional import require_whole_sequence
+
 from ._configuration import check_input, check_sizes
 from .blocks import Block
 from .transformer import Encoder
@@ -55,6 +57,7 @@ class ViT(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """images [B, I, size, size]: [B, 1 + P, W], the class token first."""
+        require_whole_sequence("an image with its class token")
         check_input(images, None, *self.sizes)
         x = self.patches(images).flatten(2).transpose(1, 2)  # [B, P, W]
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)

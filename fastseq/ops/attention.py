@@ -79,6 +79,8 @@ def _query(
     packed = spec.cu_q is not None
     names = [name for name, tensor in zip(_NAMED, spec, strict=False) if name and tensor is not None]
     names += [name for name in ("softcap", "dropout", "bottom_right") if getattr(spec, name)]
+    if spec.seed is not None and spec.seed.numel() > 1:
+        names.append("dropout of a part")
     return backends.AttentionQuery(
         op="attention",
         call=call,

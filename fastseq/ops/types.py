@@ -314,7 +314,9 @@ class Spec(NamedTuple):
     cu_q: Tensor | None = None  # int32 [B + 1], both or none: packed
     cu_k: Tensor | None = None
     blocks: Tensor | None = None  # bool [B or 1, Hq or 1, ceil(Tq / block_size), ceil(Tk / block_size)]: False hides a block
-    seed: Tensor | None = None  # int64 [1], of the dropout
+    # int64 [1], of the dropout; [5], of a part of a larger attention: then follow its first query and key there, b Hq + h of its
+    # first head, and what b Hq + h grows by from a sequence to the next
+    seed: Tensor | None = None
     scale: float = 1.0
     softcap: float = 0.0  # 0: none; else softcap tanh(s / softcap)
     dropout: float = 0.0

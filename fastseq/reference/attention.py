@@ -42,17 +42,6 @@ class Tile(NamedTuple):
     k: tuple[Any, ...]  # of k and v
 
 
-class Place(NamedTuple):
-    """Where a part of a larger attention stands in it, as dropout counts: its first query, its first key, its heads."""
-
-    row: int = 0
-    key: int = 0
-    which: Tensor | None = None  # int64 [B, Hq], b Hq + h in the whole; None: the part has all of them
-
-
-_AT_FIRST = Place()
-
-
 class Group(NamedTuple):
     """Sequences of one size."""
 
@@ -345,22 +334,22 @@ def dropout_threshold(dropout: float) -> int:
     return min(int(dropout * 2**32), 2**32)
 
 
-def _keep(spec: Spec, tile: Tile, heads: int, place: Place = _AT_FIRST) -> Tensor | None:
+def _keep(spec: Spec, tile: Tile, heads: int) -> Tensor | None:
     """Which weights survive the dropout: [b, Hq, R, C]; None: all.
 
-    Weight (b, h, i, j) is kept if philox(seed, j // 4, i, b Hq + h)[j % 4] >= dropout 2^32, so every backend drops the same ones.
+    Weight (b, h, i, j) is kept if philox(seed, j // 4, i, b Hq + h)[j % 4] >= dropout 2^32, so every backend drops the same ones;
+    of a part of a larger attention with its places there.
     """
     if not spec.dropout or spec.seed is None:
         return None
-    device, first, last = spec.seed.device, place.key + tile.keys.start, place.key + tile.keys.stop
-    i = torch.arange(place.row + tile.rows.start, place.row + tile.rows.stop, device=device)[:, None]
-    if place.which is None:
-        which = torch.arange(tile.batch.start * heads, tile.batch.stop * heads, device=device).view(-1, heads, 1, 1)
-    else:
-        which = place.which[tile.batch, :, None, None]
+    row, key, first_head, between = (0, 0, 0, heads) if spec.seed.numel() == 1 else spec.seed[1:].tolist()
+    device, first, last = spec.seed.device, key + tile.keys.start, key + tile.keys.stop
+    i = torch.arange(row + tile.rows.start, row + tile.rows.stop, device=device)[:, None]
+    sequences = torch.arange(tile.batch.start, tile.batch.stop, device=device).view(-1, 1, 1, 1)
+    which = first_head + sequences * between + torch.arange(heads, device=device).view(-1, 1, 1)
     quads = torch.arange(first // 4, -(-last // 4), device=device)
     skipped = first % 4
-    random = torch.stack(philox(spec.seed, quads, i, which), -1).flatten(-2)[..., skipped : skipped + last - first]
+    random = torch.stack(philox(spec.seed.view(-1)[:1], quads, i, which), -1).flatten(-2)[..., skipped : skipped + last - first]
     return random >= dropout_threshold(spec.dropout)
 
 
@@ -392,11 +381,8 @@ def _joined(pieces: list[tuple[Tile, Tensor]], dim: int) -> Tensor:
     return torch.cat([torch.cat(rows, dim) for rows in batches.values()])
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, place: Place = _AT_FIRST) -> tuple[Tensor, Tensor]:
-    """out as q with Ev features, in q's dtype; lse ``[B, Hq, Tq]`` or ``[Hq, N]`` in ``state_dtype``. Differentiable.
-
-    ``place``: in the attention that this one is a part of, for its dropout.
-    """
+def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    """out as q with Ev features, in q's dtype; lse ``[B, Hq, Tq]`` or ``[Hq, N]`` in ``state_dtype``. Differentiable."""
     wide = state_dtype(q.dtype)
     q, k, v, spec = _clean(q, k, v, spec)
     outs, lses = [], []
@@ -405,7 +391,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, place: Place = _AT_FIRS
         own, _ = of_tile(spec, tile)
         s, _ = _scores(q[tile.q].to(wide), k_wide[tile.k], own, tile)
         w, lse = _softmax(s, spec.sinks)
-        w = _dropped(w, _keep(spec, tile, s.shape[1], place), spec)
+        w = _dropped(w, _keep(spec, tile, s.shape[1]), spec)
         outs.append((tile, _weighted(w, v_wide[tile.k]).to(q.dtype)))
         lses.append((tile, lse))
     if not outs:
@@ -445,12 +431,10 @@ def backward(
     lse: Tensor,
     spec: Spec,
     wanted: list[bool],
-    place: Place = _AT_FIRST,
 ) -> tuple[Tensor, ...]:
     """The gradients of ``GRADIENTS``, each in its tensor's dtype; empty (0,) where not wanted.
 
-    ``out`` and ``lse`` may come from elsewhere (a merge of several attentions over parts of the keys); ``place`` as in
-    ``forward``.
+    ``out`` and ``lse`` may come from elsewhere (a merge of several attentions over parts of the keys).
     """
     wide = lse.dtype
     q, k, v, spec = _clean(q, k, v, spec)
@@ -470,7 +454,7 @@ def backward(
                 grads.add("v", _grouped_sum(_dropped(w, keep, spec), d, v_tile.shape[1]), tile.k)
             return w * (_dropped(_grouped(d, v_tile), keep, spec) - delta[..., None])
 
-        _through_scores(grads, tile, q[tile.q], k_wide[tile.k], lse[tile.q], spec, through, place)
+        _through_scores(grads, tile, q[tile.q], k_wide[tile.k], lse[tile.q], spec, through)
     return grads.results()
 
 
@@ -524,14 +508,13 @@ def _through_scores(
     lse: Tensor | None,
     spec: Spec,
     through: Callable[[Tensor, Tensor | None], Tensor],
-    place: Place = _AT_FIRST,
 ) -> None:
     """Gradients of a tile: ``through(w, keep)`` gives that of the scores, which goes on to all that shapes them."""
     own, at = of_tile(spec, tile)
     q = q.to(k.dtype)
     s, capped = _scores(q, k, own, tile)
     w = _softmax(s, spec.sinks)[0] if lse is None else _weights(s, lse)
-    ds = through(w, _keep(spec, tile, q.shape[1], place))
+    ds = through(w, _keep(spec, tile, q.shape[1]))
     places = _Places(tile, q.device)
     if own.bias is not None and "bias" in grads.given:
         grads.add("bias", ds.sum_to_size(own.bias.shape), at["bias"])

@@ -132,7 +132,7 @@ def test_copies_hold_nothing_of_fastseq():
         and str(getattr(value, "__module__", "")).startswith("fastseq.")
         and not value.__module__.startswith("fastseq.benchmarks.")
     }
-    assert left == {"merge_attention"}  # which is plain PyTorch
+    assert left == {"merge_attention", "sequence_places", "require_whole_sequence"}  # which are plain PyTorch
     assert copies.blocks.attention is torch_models.attention and fastseq.models.blocks.attention is fastseq.functional.attention
     assert fastseq.models.seq2seq.CELLS["gru"] is fastseq.GRU and copies.seq2seq.CELLS["gru"].__mro__[1] is nn.GRU
 

@@ -607,8 +607,20 @@ def _twice(results):
     return wrong
 
 
+def _rotated(swap):
+    """What one rank sent is taken for what another did."""
+
+    def wrong(ranks, outgoing, shapes):
+        found = swap(ranks, outgoing, shapes)
+        return found[1:] + found[:1]
+
+    return wrong
+
+
 FAULTS = {
     "neighbor": (module, "once_round", _of_another_rank),
+    "all_gather from another rank": (module, "swap", _rotated),
+    "all_to_all from another rank": (module, "swap", _rotated),
     "offset": (module, "_attend", _shifted),
     "offset of gradients": (module, "_gradients", _shifted),
     "merge without lse": (module._Merged, "add", _unweighted),
@@ -622,8 +634,9 @@ def planted(group, fault):
     owner, name, change = FAULTS[fault]
     right = getattr(owner, name)
     setattr(owner, name, change(right))
+    method, everything = (fault.split()[0], -1) if fault.startswith("all_") else ("ring", 0)
     try:
-        compare(group, replace(CASES["long-causal"], lengths=(12, 12), sinks=True), "ring")
+        compare(group, replace(CASES["long-causal"], lengths=(12, 12), sinks=True, right=everything), method)
     except AssertionError as error:
         return str(error)
     finally:
@@ -633,5 +646,5 @@ def planted(group, fault):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(ranks, fault):
-    found = ranks.run(planted, fault, size=3)
+    found = ranks.run(planted, fault, size=2 if fault.startswith("all_to_all") else 3)
     assert any("is off by" in words for words in found), found

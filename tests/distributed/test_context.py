@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import fastseq
 from fastseq.distributed import context_parallel, positions, shard_sequence
@@ -208,12 +210,54 @@ def train(model, optimizer, data, places, mask, share, around, steps=2):
     return gradients
 
 
-def data_and_context(group, method):
+def recomputed(group):
+    """Layers that are computed once more on the way back, which comes after the block."""
+    torch.manual_seed(0)
+    x = torch.randn(2, T, WIDTH, dtype=torch.float64)
+    attends = fastseq.TransformerEncoderLayer(WIDTH, HEADS, 24, dropout=0.0, batch_first=True).double()
+    recurs = fastseq.GRU(WIDTH, WIDTH, batch_first=True, dtype=torch.float64)
+    for module, call in ((attends, lambda m, x: m(x)), (recurs, lambda m, x: m(x)[0].tanh())):
+        again = lambda m, x, call=call: checkpoint(call, m, x, use_reentrant=False, context_fn=block.checkpoint_contexts)  # noqa: E731
+        twin, own = copy.deepcopy(module), shard_sequence(x, group, dim=1)
+        call(module, x).square().sum().backward()
+        with context_parallel(group) as block:
+            out = again(twin, own)
+        out.square().sum().backward()
+        for parameter, other in zip(module.parameters(), twin.parameters(), strict=True):
+            dist.all_reduce(other.grad, group=group)
+            torch.testing.assert_close(other.grad, parameter.grad)
+        with context_parallel(group):  # and without the block it would be computed of the rank's part alone: that is seen
+            out = checkpoint(call, twin, own, use_reentrant=False)
+        with pytest.raises(CheckpointError):
+            out.square().sum().backward()
+
+
+def test_what_is_computed_anew_is_so_inside_the_block(ranks):
+    ranks.run(recomputed)
+
+
+class Recurrences(nn.Module):
+    """An LSTM and scans, one of which reads the step before; the order is in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11)
+        kinds = [partial(fastseq.LSTM, num_layers=2), fastseq.MinGRU, partial(fastseq.QRNN, window=2)]
+        self.layers = nn.ModuleList([kind(WIDTH, WIDTH, batch_first=True) for kind in kinds])
+
+    def forward(self, characters, places, mask):
+        x = self.embedding(characters)
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return self.head(x)
+
+
+def data_and_context(group, method, kind, sharding):
     """Two halves of the batch times two halves of the sequence: the gradients are the mean over the halves of the batch."""
     rank = dist.get_rank(group)
     plane = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("data", "context"))
     torch.manual_seed(0)
-    alone, data = Model(), torch.randint(0, 11, (4, T + 1))
+    alone, data = globals()[kind](), torch.randint(0, 11, (4, T + 1))
     model, mask = copy.deepcopy(alone), torch.ones(T, T, dtype=torch.bool).triu(1)
     expected = train(alone, torch.optim.SGD(alone.parameters(), 0.5), data, torch.arange(T), mask, None, nullcontext)
     context = plane["context"]
@@ -226,9 +270,9 @@ def data_and_context(group, method):
             fully_shard(layer, mesh=plane)
         fully_shard(model, mesh=plane)
     half = data[rank // 2 * 2 : rank // 2 * 2 + 2]
-    share = lambda t: shard_sequence(t, context, dim=1, sharding="zigzag")  # noqa: E731
-    places = positions(T, context, sharding="zigzag")
-    around = lambda: context_parallel(context, sharding="zigzag")  # noqa: E731
+    share = lambda t: shard_sequence(t, context, dim=1, sharding=sharding)  # noqa: E731
+    places = positions(T, context, sharding=sharding)
+    around = lambda: context_parallel(context, sharding=sharding, micro_batches=2)  # noqa: E731
     # a share of a context is a sum, the gradient that DDP and FSDP form a mean over all four
     optimizer = torch.optim.SGD(model.parameters(), 0.5 * 2)
     found = train(model, optimizer, half, places, mask, share, around)
@@ -240,4 +284,5 @@ def data_and_context(group, method):
 
 @pytest.mark.parametrize("method", ["ddp", "fsdp2"])
 def test_data_times_context(ranks, method):
-    ranks.run(data_and_context, method, size=4)
+    ranks.run(data_and_context, method, "Model", "zigzag", size=4)
+    ranks.run(data_and_context, method, "Recurrences", "contiguous", size=4)

@@ -890,6 +890,28 @@ def test_infinite_and_undefined_values_are_torchs(level, dtype):
         assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_drops_what_the_whole_drops(level, dtype):
+    """Of heads, queries and keys at odd places: the zeros of the whole, forward and in the gradients, and of plain PyTorch."""
+    B, H, Tq, Tk, seed = 3, 4, 90, 150, 123_456_789_012
+    common: dict[str, Any] = {"dropout": 0.4, "scale": 1.0}
+    q, k, v = torch.zeros(B, H, Tq, 8, dtype=dtype), torch.zeros(B, H, Tk, 8, dtype=dtype), torch.eye(Tk, dtype=dtype)
+    kept = attention(q, k, v.expand(B, H, Tk, Tk).contiguous(), Spec(seed=torch.tensor([seed]), **common))[0] != 0
+    for b, h, i, j in ((0, 0, 0, 0), (1, 2, 7, 3), (2, 1, 33, 66), (0, 3, 16, 129), (1, 0, 1, 64)):
+        own_q, own_k = q[b:, h:, i:].contiguous(), k[b:, h:, j:].contiguous()
+        own_v = torch.eye(Tk - j, dtype=dtype).expand(B - b, H - h, -1, -1).contiguous()
+        spec = Spec(seed=torch.tensor([seed, i, j, b * H + h, H]), **common)
+        out, lse = attention(own_q, own_k, own_v, spec)
+        assert torch.equal(out != 0, kept[b:, h:, i:, j:]), (b, h, i, j)
+        with fastseq.use_backend("reference"):
+            plain = attention(own_q, own_k, own_v, spec)[0]
+        assert torch.equal(plain != 0, out != 0), (b, h, i, j)
+        dout, wanted = torch.eye(Tq - i, Tk - j, dtype=dtype).expand_as(out), [name == "v" for name in GRADIENTS]
+        dv = op.attention_backward(dout, None, own_q, own_k, own_v, out, lse, spec, wanted)[2]
+        # query n asks for feature n: dv of a key has, transposed, the weights that it kept
+        assert torch.equal(dv.mT[..., : Tq - i, :] != 0, kept[b:, h:, i:, j:][..., : Tk - j, :]), (b, h, i, j)
+
+
 def test_keys_beyond_the_lengths_do_not_matter(level):
     """NaN beyond the lengths: bit for bit what numbers there give."""
     for dtype in DTYPES:
