@@ -53,10 +53,10 @@ EXCHANGE, LAYOUT, WEIGHTS = "exchange.cuh", "layout.h", "weights.cuh"
 RESETS = ("forward_resets", "backward_cluster_resets")  # of a lane backwards
 
 
-def of_both(name: str, old: str, new: str, seen: str) -> tuple[Fault, Fault]:
+def of_both(name: str, old: str, new: str, seen: str, kernels: int = FORWARD) -> tuple[Fault, Fault]:
     """What both exchanges share is wrong for either of them."""
     return (
-        engine(name, old, new, seen, file=EXCHANGE),
+        engine(name, old, new, seen, file=EXCHANGE, kernels=kernels),
         engine(f"sums: {name}", old, new, seen, file=EXCHANGE, kernels=SUMS),
     )
 
@@ -142,7 +142,7 @@ FAULTS = [
     ),
     # the recurrent kernels
     *of_both("no wait for flags", "if (gpu::warp() == 0) gpu::flags_wait(", "if (false) gpu::flags_wait(", WRONG),
-    *of_both("flags seen by one warp", "split_.ctas, epoch);\n    gpu::cta_sync();", "split_.ctas, epoch);", WRONG),
+    *of_both("flags seen by one warp", "split_.ctas, epoch);\n    gpu::cta_sync();", "split_.ctas, epoch);", WRONG, BACKWARD),
     engine(
         "no wait for copies", "gpu::cp_wait<0>();", "gpu::cp_wait<1>();", f"{WRONG}|without having waited for this cp_async16"
     ),
