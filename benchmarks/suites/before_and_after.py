@@ -84,14 +84,14 @@ def table(results: Results) -> list[str]:
     for (model, built, told), rows in sorted(of_models.items(), key=lambda item: order.index(item[0][1])):
         cells = []
         for mode in MODES:
-            row = rows.get(mode)
-            if row is None:
+            timed = rows.get(mode)
+            if timed is None:
                 cells.append("–")
                 continue
-            assert row.ratio
-            base = before[row.group, row.function, row.mode, row.T, row.ratio["baseline"]]
-            mark = (LOSS if _speed(row) < 1 else "") + (" ~" if row.doubtful or base.doubtful else "")
-            cells.append(f"**{_speed(row):.2f}×**{mark} {time_text(base.seconds)} → {time_text(row.seconds)}")
+            assert timed.ratio
+            base = before[timed.group, timed.function, timed.mode, timed.T, timed.ratio["baseline"]]
+            mark = (LOSS if _speed(timed) < 1 else "") + (" ~" if timed.doubtful or base.doubtful else "")
+            cells.append(f"**{_speed(timed):.2f}×**{mark} {time_text(base.seconds)} → {time_text(timed.seconds)}")
         lines.append(f"| {' | '.join((model, built, told, *cells))} |")
     return lines
 
