@@ -34,6 +34,7 @@ def pytest_configure() -> None:
     if interpreter.ON:
         _patches.enter_context(interpreter.true_bfloat16())
         _patches.enter_context(interpreter.checked_bounds())
+        _patches.enter_context(interpreter.remapped_once())
         patch = _patches.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(_launch, "INTERPRETED_DTYPES", (*_launch.INTERPRETED_DTYPES, torch.bfloat16))
 

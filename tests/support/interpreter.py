@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,38 @@ def checked_bounds() -> Iterator[Accesses]:
         patch.setattr(builder, "create_masked_store", store_)
         patch.setattr(builder, "create_atomic_rmw", atomic_)
         yield seen
+
+
+@contextmanager
+def remapped_once() -> Iterator[None]:
+    """The interpreter maps Triton's language to its own for a launch, and once more at every call of a device function: slow."""
+    remap, mapped = interpreter._patch_lang, set[str]()
+
+    def remap_(function: Any) -> Any:
+        names = _languages(function)
+        if names <= mapped:
+            return interpreter._LangPatchScope()  # nothing to undo: the launch's own mapping is there
+        outermost, scope = not mapped, remap(function)
+        mapped.update(names)
+        if outermost:
+            undo = scope.restore
+
+            def restore() -> None:
+                undo()
+                mapped.clear()
+
+            scope.restore = restore
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(interpreter, "_LangPatchScope"):  # where a launch says when it is over
+            patch.setattr(interpreter, "_patch_lang", remap_)
+        yield
+
+
+@cache
+def _languages(function: Any) -> frozenset[str]:
+    return frozenset(value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core)
 
 
 def _line() -> str:
