@@ -27,21 +27,24 @@ export FASTSEQ_BUILD
 ifeq ($(strip $(PYTHON)),)
   VENV := .venv
   PY := $(VENV)/bin/python
+  BENCH := $(VENV)/.bench
   TOOLS := $(VENV)/.requirements
   KERNELS := $(VENV)/.kernels
-  ENVIRONMENT := $(TOOLS) $(VENV)/.editable
+  EDITABLE := $(VENV)/.editable
   BROWSER := $(VENV)/.browser
   SITE := $(VENV)/.docs
   # Tests that fetch build tools from a package index run in this environment only.
   export FASTSEQ_TEST_NETWORK ?= 1
 else
   PY := $(PYTHON)
+  BENCH :=
   TOOLS :=
   KERNELS :=
-  ENVIRONMENT :=
+  EDITABLE :=
   BROWSER :=
   SITE :=
 endif
+ENVIRONMENT := $(TOOLS) $(EDITABLE)
 PIP := $(PY) -m pip --disable-pip-version-check
 
 SOURCES := CMakeLists.txt setup.py fastseq/_version.py $(shell find csrc -type f)
@@ -67,14 +70,14 @@ format: $(TOOLS)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(ENVIRONMENT) $(LIBRARY)
+bench: $(BENCH) $(EDITABLE) $(LIBRARY)
 	$(PY) -m fastseq bench $(ARGS)
 
 # It takes the library that is there, or builds one.
 gpu-day: $(ENVIRONMENT) $(KERNELS)
 	$(PY) -m fastseq.benchmarks.gpu.day $(ARGS)
 
-library: $(ENVIRONMENT) $(LIBRARY)
+library: $(BENCH) $(EDITABLE) $(LIBRARY)
 
 host-kernels: $(TOOLS)
 	$(PY) tests/csrc/host_build.py
@@ -91,15 +94,19 @@ wheel: $(TOOLS)
 	$(PIP) wheel . --no-deps --no-build-isolation -w dist
 	$(PY) .ci/wheel.py dist/*.whl
 
-$(LIBRARY): $(SOURCES) $(TOOLS)
+$(LIBRARY): $(SOURCES) $(BENCH)
 	$(PY) setup.py --quiet build_native --inplace
 	@rm -f fastseq/lib/.built-*
 	@touch $@
 
-.venv/.requirements: requirements/dev.txt
+.venv/.bench: requirements/bench.txt
 	@python3 -c "import sys; sys.exit(sys.version_info < (3, 10) and 'error: Python 3.10 or newer is needed, python3 is ' + sys.version.split()[0])"
 	test -x .venv/bin/python || python3 -m venv .venv
-	$(PY) tools/install_torch.py $(shell grep '^torch==' requirements/dev.txt) $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
+	$(PY) tools/install_torch.py $(shell grep '^torch==' requirements/bench.txt) $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
+	$(PIP) install -r requirements/bench.txt
+	@touch $@
+
+.venv/.requirements: requirements/dev.txt .venv/.bench
 	$(PIP) install -r requirements/dev.txt
 	@touch $@
 
@@ -118,7 +125,7 @@ $(LIBRARY): $(SOURCES) $(TOOLS)
 	@$(PIP) install -r $< && touch $@ || echo "no Sphinx: the tests that build the documentation are skipped"
 
 # After the library: the install finds it up to date. It gives the command `fastseq` and lets scripts anywhere import the checkout.
-.venv/.editable: pyproject.toml setup.py .venv/.requirements | $(LIBRARY)
+.venv/.editable: pyproject.toml setup.py .venv/.bench | $(LIBRARY)
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

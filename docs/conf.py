@@ -19,6 +19,7 @@ sys.path.insert(0, ROOT)
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])  # of the notebook's kernel
 
 import fastseq  # noqa: E402
+from tools.public import INTERNAL, OWN_PAGES  # noqa: E402
 
 project = "fastseq"
 copyright = "the fastseq authors"
@@ -47,22 +48,6 @@ python_maximum_signature_line_length = 100
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False
 add_module_names = False
-
-INTERNAL = {
-    "backends",
-    "benchmarks",
-    "choice",
-    "info",
-    "kernels",
-    "modules",
-    "ops",
-    "parity",
-    "reference",
-    "support_matrix",
-    "transformers_masks",
-    "tuning",
-}
-OWN_PAGES = {"functional", "integrations", "models"}
 
 
 def public_modules(package: str) -> list[str]:

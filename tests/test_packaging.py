@@ -215,14 +215,33 @@ def test_wheel_metadata(pure_wheel):
         item.startswith("triton>=3.4") and "extra == 'triton'" in item.replace('"', "'")
         for item in facts.get_all("Requires-Dist")
     )
-    assert {item.partition(",")[0] for item in facts.get_all("Project-URL")} == {
-        "Repository",
-        "Documentation",
-        "Issues",
-        "Changelog",
-    }
+    urls = dict(item.split(", ") for item in facts.get_all("Project-URL"))
+    assert list(urls) == ["Repository", "Documentation", "Issues", "Changelog"]
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
     assert "fastseq = fastseq.__main__:main" in dist_info(pure_wheel, "entry_points.txt")
     assert "Apache License" in dist_info(pure_wheel, "licenses/LICENSE")
+
+
+def test_an_address_stands_in_one_place():
+    """So that it is replaced in one, and nobody is sent elsewhere."""
+    (address,) = re.findall(r'^Repository = "https://([^"]+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("*.cff"), *(ROOT / ".github").rglob("*.yml"), *(ROOT / "docs").rglob("*.md")]
+    assert len(texts) > 30
+    assert not [str(file.relative_to(ROOT)) for file in texts if address in file.read_text(encoding="utf-8")]
+
+
+# Of a workflow what is no target of the Makefile: an environment for one.
+PREPARES = {'echo /opt/python/cp311-cp311/bin >> "$GITHUB_PATH"', "python -m pip install torch setuptools wheel"}
+
+
+def test_workflows_run_make_targets_alone():
+    targets = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())
+    files = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    assert len(files) >= 3
+    commands = [line for file in files for line in re.findall(r"^ +(?:- )?run: (.+)$", file.read_text(), re.MULTILINE)]
+    assert len(commands) == sum(file.read_text().count("run:") for file in files)
+    made = [re.fullmatch(r"make ([\w-]+)(?: PYTHON=python)?", command) for command in commands if command not in PREPARES]
+    assert all(made) and {"lint", "test", "docs", "wheel"} == {found[1] for found in made} <= targets
 
 
 LOOK = """

@@ -2,7 +2,7 @@
 
     install_torch.py REQUIREMENT [--index URL]
 
-REQUIREMENT is torch's line of requirements/dev.txt. With --index it comes from there, and a failure ends this. Without one, and
+REQUIREMENT is torch's line of requirements/bench.txt. With --index it comes from there, and a failure ends this. Without one, and
 without a GPU, pip is asked which build it would take; if that brings CUDA, the CPU build is taken from torch's index. If that
 index cannot be reached nothing is installed here: the requirements that follow take what pip finds.
 """

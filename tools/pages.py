@@ -30,14 +30,15 @@ from fastseq.benchmarks.measure.results import Results
 from fastseq.benchmarks.report import readme
 from fastseq.benchmarks.report.model import Figure, bytes_text, time_text
 from fastseq.benchmarks.report.plots import bars, heatmap, style
-from fastseq.benchmarks.suites import SUITES, recurrent
+from fastseq.benchmarks.suites import SUITES, before_and_after, recurrent
 from fastseq.benchmarks.suites import systems as systems_suite
 from fastseq.benchmarks.workloads.systems import STEP, TOKEN
 from fastseq.functional import attention
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, GALLERY = ROOT / "benchmarks/results", ROOT / "docs/gallery"
-LAYERS = RESULTS / "intel-xeon-one-thread"  # recurrent layers, and sequential against parallel
+LAYERS = RESULTS / "intel-xeon-one-thread"  # recurrent layers, sequential against parallel; whole models in a file of their own
+MODELS = LAYERS / "models"
 EVERY = RESULTS / "intel-xeon-2-cores"  # every suite, in fewer points
 PACKED = LAYERS / "packed-lstm.json"  # of examples/packed_lstm.py
 RANKS = EVERY / "distributed.json"  # of the suite distributed, by another version than the rest
@@ -50,7 +51,19 @@ KEYS = 16  # of the pictures of masks
 
 @cache
 def results(folder: Path) -> Results:
+    """All that a folder holds, in a file or in several."""
     return combine.load(sorted(folder.rglob("results.json")))
+
+
+def models() -> Results | None:
+    """Of whole models, if they were measured."""
+    return results(MODELS) if (MODELS / "results.json").is_file() else None
+
+
+@cache
+def layers() -> Results:
+    """Of the file that README.md names."""
+    return combine.load([LAYERS / "results.json"])
 
 
 def devices() -> dict[str, Results]:
@@ -69,17 +82,10 @@ def devices() -> dict[str, Results]:
 
 
 def speed_ups() -> Figure:
-    """Of layers, and of whole models where they were measured on the same machine in the same way."""
-    of = results(LAYERS)
-    groups = recurrent.bars(of)
-    models = [row for row in of.of_suite("models") if row.ok and row.ratio and "fastseq" in row.provider]
-    kinds: dict[str, list[float]] = {}
-    for row in models:
-        assert row.ratio
-        kinds.setdefault(f"{row.group}, {row.mode}", []).append(row.ratio["median"])
-    if kinds:
-        groups.append(("Whole models", [bars.Bar(label, "#6a4c93", values) for label, values in kinds.items()]))
-    title = f"Speed-up over torch.nn, geometric mean and range\n{where(of.environment)}, float32, higher is better"
+    """Of layers, and of whole models, measured on one machine in one way."""
+    of = models()
+    groups = recurrent.bars(layers()) + (before_and_after.bars(of, "float32") if of else [])
+    title = f"Speed-up over torch.nn, float32, one thread: geometric mean and range\n{where(results(LAYERS).environment)}"
     return Figure(
         "Speed-up over torch.nn",
         title,
@@ -90,14 +96,14 @@ def speed_ups() -> Figure:
 
 
 def maps() -> dict[str, Figure]:
-    rows = results(LAYERS).of_suite("recurrent")
+    rows = layers().of_suite("recurrent")
     found = heatmap.maps(rows, ()), heatmap.figures(rows, ())
     return {f"map-{group}-{mode}": figure for (group, mode), figure in zip(*found, strict=True)}
 
 
 def crossover() -> Figure:
     """Recurrence step by step, fused recurrence and attention against the length of the sequence."""
-    return SUITES["sequential-vs-parallel"].picture(results(LAYERS))
+    return SUITES["sequential-vs-parallel"].picture(layers())
 
 
 def systems() -> dict[str, Figure]:
@@ -107,7 +113,7 @@ def systems() -> dict[str, Figure]:
 
 
 def memory() -> Figure:
-    (section, *_) = SUITES["sequential-vs-parallel"].present(results(LAYERS))
+    (section, *_) = SUITES["sequential-vs-parallel"].present(layers())
     return next(figure for figure in section.figures if "memory" in figure.title.lower())
 
 
@@ -196,7 +202,7 @@ def packed() -> str:
         cells = []
         for i in range(2):
             theirs, ours = (100 * times[f"{name} packed"][i] / times["torch padded"][i] for name in ("torch", "fastseq"))
-            cells += [f"{ISSUE[int(length)][i]:,} %", f"{theirs:.0f} %", f"**{ours:.0f} %**"]
+            cells += [f"{ISSUE[int(length)][i]:,} %", f"{theirs:,.0f} %", f"**{ours:.0f} %**"]
         lines.append(f"| {length} | {' | '.join(cells)} |")
     said = f"{where(file['environment'])}, torch {file['environment']['versions']['torch']}"
     about = (
@@ -264,8 +270,23 @@ def claims() -> str:
     return "\n".join(readme.verdict_tables({name: verdicts(of) for name, of in devices().items()})).rstrip()
 
 
-def layers() -> str:
-    return assembly.figures(results(LAYERS))
+def layer_figures() -> str:
+    return assembly.figures(layers())
+
+
+def model_words() -> str:
+    """Where the models were measured, and what came of it."""
+    of = models()
+    if of is None:
+        return "Whole models have not been measured in this way yet."
+    threads = sorted({row.threads for row in of.of_suite("models")})
+    said = f"{where(of.environment)}, torch {of.environment['versions']['torch']}, threads={', '.join(map(str, threads))}"
+    return f"{before_and_after.words(of)} {said}."
+
+
+def model_table() -> str:
+    of = models()
+    return "\n".join([model_words(), "", *before_and_after.table(of)]) if of else model_words()
 
 
 def costs() -> str:
@@ -303,7 +324,7 @@ def costs() -> str:
 def gallery() -> str:
     """The page of the pictures: a heading, the picture, what it shows in words."""
     titles = {"speed-ups": "Speed-ups over torch.nn", "memory": "Memory"}
-    lines = ["Machine and commit: " + where(results(LAYERS).environment) + ", one thread, float32."]
+    lines = ["Machine and commit: " + where(layers().environment) + ", one thread, float32."]
 
     def show(title: str, place: str, figure: Figure) -> None:
         alt = (figure.alt or figure.caption).replace("\n", " ").replace("[", "(").replace("]", ")")
@@ -320,10 +341,12 @@ def gallery() -> str:
 
 BLOCKS: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "packed", packed),
+    ("README.md", "models", model_words),
     ("README.md", "support", support),
     ("docs/backends.md", "support", support),
     ("docs/benchmarks/index.md", "packed", packed),
-    ("docs/benchmarks/index.md", "layers", layers),
+    ("docs/benchmarks/index.md", "layers", layer_figures),
+    ("docs/benchmarks/models.md", "models", model_table),
     ("docs/benchmarks/claims.md", "claims", claims),
     ("docs/models.md", "costs", costs),
     ("docs/gallery.md", "gallery", gallery),

@@ -15,8 +15,8 @@ from fastseq.benchmarks.measure.results import Results, Row
 from fastseq.benchmarks.measure.runner import Runner
 from fastseq.benchmarks.measure.timing import Effort
 from fastseq.benchmarks.providers.models import AFTER, BEFORE, EAGER, MODEL_PROVIDERS, OWN, SDPA
+from fastseq.benchmarks.suites import before_and_after, stand_ins
 from fastseq.benchmarks.suites import models as suite
-from fastseq.benchmarks.suites import stand_ins
 from fastseq.benchmarks.workloads import attention_stand_ins as attention_models
 from fastseq.benchmarks.workloads import models
 from fastseq.benchmarks.workloads import stand_ins as stand_ins_models
@@ -292,6 +292,43 @@ def test_no_slower_and_the_mean(synthetic, slow, mean, reached, group, slowest):
     untimed = next(r for r in rows if r.provider in (AFTER, OWN))
     untimed.status, untimed.ratio, untimed.time = "wrong", None, None
     assert not stand_ins.derive(rows)["both"]["none slower"]
+
+
+def whole_suite(synthetic, ratio):
+    """Rows of every case, with what a model gains by its name and mode."""
+    rows = []
+    for case in suite.plan(Options("cpu", "float32", (1,), quick=True)):
+        base = dict(case.baseline)
+        for participant in case.participants:
+            w, over = participant.workload, base.get(participant.provider)
+            value = ratio(w.function, w.mode) if participant.provider in (AFTER, OWN) else 1.0
+            options = {"over": over, "ratio": value} if over else {}
+            rows.append(synthetic.timed(Row.of(suite.NAME, case.group, participant.provider, w), 1e-3 / value, **options))
+    return Results({"device": "cpu"}, {}, rows)
+
+
+def test_documents_show_every_model_and_name_what_is_slower(synthetic):
+    results = whole_suite(synthetic, lambda name, mode: 0.9 if (name, mode) == ("GPT-2", "training") else 1.5)
+    rows = before_and_after.afterwards(results)
+    models = {row.function for row in rows}
+    assert len(models) == len(MODELS) + len(STAND_INS) + len(ATTENTION_STAND_INS)
+    told = before_and_after.words(results)
+    assert told.startswith(f"{len(models)} whole models before and after: forward 1.50× (1.50 to 1.50), forward + backward 1.4")
+    assert f"Slower afterwards at 1 of {len(rows)} points, at 1 of them by more than 3%: GPT-2, forward + backward 0.90×." in told
+    groups = dict(before_and_after.bars(results, "float32"))
+    assert list(groups) == ["Training step, whole models before and after", "Inference, whole models before and after"]
+    of_kinds = {bar.label.partition(" ")[2]: bar for bar in groups["Training step, whole models before and after"]}
+    assert list(of_kinds) == list(before_and_after.KINDS) and of_kinds["Hugging Face"].losses == 1
+    assert sum(bar.losses for of_kind in groups.values() for bar in of_kind) == 1
+    narrow = sum(row.dtype != "float32" for row in rows)
+    assert narrow and sum(len(bar.values) for of_kind in groups.values() for bar in of_kind) == len(rows) - narrow
+    head, _, *lines = before_and_after.table(results)
+    assert len({line.split(" | ")[0] for line in lines}) == len(lines) == len(models)
+    (lost,) = [line for line in lines if "▼" in line]
+    assert lost.startswith("| GPT-2 | Hugging Face | B=4, T=64, width 256 | **1.50×** 1.00 ms → 667 µs | **0.90×**▼ 1.00 ms")
+    assert "bfloat16" in next(line for line in lines if line.startswith("| BERT, bf16 |")) and "forward + backward" in head
+    unhurt = before_and_after.words(whole_suite(synthetic, lambda name, mode: 1.5))
+    assert f"Slower afterwards at none of {len(rows)} points." in unhurt
 
 
 def test_a_run_from_end_to_end(tmp_path):

@@ -15,6 +15,7 @@ from fastseq.benchmarks.report import html, summary
 from fastseq.benchmarks.report.findings import Finding, Line, Panel
 from fastseq.benchmarks.report.plots import finding, heatmap, style
 from fastseq.benchmarks.report.plots import roofline as roofline_plot
+from fastseq.benchmarks.suites import before_and_after
 from fastseq.benchmarks.suites.recurrent_gpu import ONE_LAYER
 
 
@@ -78,6 +79,7 @@ def test_a_claims_picture_tells_its_ends_in_words():
 def test_every_line_has_contrast_on_either_background():
     """3:1, as WCAG wants it of graphics."""
     colors = {name: p.color for name, p in EVERY_PROVIDER.items()} | {f"claims {c}": c for c in finding.COLORS}
+    colors |= before_and_after.KINDS
     for name, color in colors.items():
         for theme in (style.LIGHT, style.DARK):
             assert style.contrast(to_rgb(color), to_rgb(theme.paper)) >= 3, (name, color, theme.paper)

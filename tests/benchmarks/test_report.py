@@ -191,7 +191,11 @@ def test_every_picture_is_described(page):
 
 
 def test_the_page_shows_claims_maps_rooflines_and_how_to_reproduce(results, page):
-    for part in ("Speed-up over batch and width, padded, forward", "Distance to the roofline, forward", "How to reproduce it"):
+    for part in (
+        "Speed-up over batch and width, rows of equal length, forward",
+        "Distance to the roofline, forward",
+        "How to reproduce it",
+    ):
         assert part in page
     assert "python -m fastseq bench --suite sequential-vs-parallel --suite recurrent" in page
     assert page.count('<article class="claim"') == sum(v.measured for v in claims.verdicts(results))
@@ -242,6 +246,8 @@ def test_labels_are_pushed_apart_and_keep_their_order():
     assert all(b - a >= 0.1 - 1e-9 for a, b in zip(found, found[1:], strict=False))
     assert found[0] == 0.1 and found[-1] == 0.9
     assert sum(found[1:4]) / 3 == pytest.approx(0.51, abs=0.02)
+    high = style._apart([0.5, 0.97, 0.98, 0.99], gap=0.1)  # the title begins above 1
+    assert high == pytest.approx([0.5, 0.8, 0.9, 1.0])
 
 
 def test_numbers_are_set_right_and_words_left():

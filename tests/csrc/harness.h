@@ -118,6 +118,7 @@ int main(const Test (&tests)[kCount], int argc, char** argv) {
   const int first = argc > 1 ? std::atoi(argv[1]) : 0;
   const int seeds = argc > 2 ? std::atoi(argv[2]) : 1;
   int failed = 0;
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // whoever reads along need not wait for the end
   for (const Test& test : tests) {
     bool wanted = argc <= 3;
     for (int i = 3; i < argc; ++i) wanted |= std::strcmp(argv[i], test.name) == 0;

@@ -11,6 +11,7 @@ import pytest
 
 import fastseq
 from support.pages import DOCS, parameters, public_modules, public_names
+from tools.public import OWN_PAGES
 
 REFERENCE = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
 # A docstring may leave arguments to another one, which it names.
@@ -25,16 +26,13 @@ SIGNATURES = list(
 )
 
 
-OWN_PAGES = ("fastseq.functional", "fastseq.integrations", "fastseq.models")
-
-
 def on_a_page(module: str, name: str) -> bool:
     """As an entry of its own, with all of its module, or by the package that exports it."""
     if module == "fastseq":
         return bool(re.search(rf"^\.\. auto(class|function):: {name}$", REFERENCE, re.MULTILINE))
     package = module.rpartition(".")[0]
     entries = [f"automodule:: {module}", f"public-modules:: {module}"]
-    entries += [f"public-modules:: {package}"] if module not in OWN_PAGES else []
+    entries += [f"public-modules:: {package}"] if module.removeprefix("fastseq.") not in OWN_PAGES else []
     if any(f".. {entry}\n" in REFERENCE for entry in entries):
         return True
     return package != "fastseq" and name in public_names(importlib.import_module(package)) and on_a_page(package, name)

@@ -11,26 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import fastseq
+from tools.public import INTERNAL
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-# What users do not import; everything else below fastseq is public, as far as its names have no underscore in front.
-INTERNAL = {
-    "__main__",
-    "backends",
-    "benchmarks",
-    "choice",
-    "info",
-    "kernels",
-    "modules",
-    "ops",
-    "parity",
-    "reference",
-    "support_matrix",
-    "transformers_masks",
-    "tuning",
-}
 BLOCK = re.compile(r"<!-- setup\n(.*?)-->|^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -20,6 +20,7 @@ LOSSES = LinearSegmentedColormap.from_list("losses", ["#fdd3a8", "#e08214", "#8f
 GAINS = LinearSegmentedColormap.from_list("gains", ["#f1f5f8", "#8fbfe0", "#3a8ac4", "#08407e"])
 DARKEST = 4.0
 LOSS = "▼"
+WORDS = {"padded": "rows of equal length", "data": "rows of equal length, input without a gradient", "packed": "PackedSequence"}
 COLUMNS = 2
 INKS = ("#000000", "#ffffff")  # one of them can be read on any color
 
@@ -78,7 +79,7 @@ def _figure(group: str, mode: str, of_kind: list[Map]) -> Figure:
     lines = math.ceil(len(of_kind) / COLUMNS)
     height = sum(0.95 + 0.3 * max(len(m.batches) for m in of_kind[i * COLUMNS : (i + 1) * COLUMNS]) for i in range(lines))
     return Figure(
-        f"Speed-up over batch and width, {group}, {MODES.get(mode, mode)}",
+        f"Speed-up over batch and width, {WORDS.get(group, group)}, {MODES.get(mode, mode)}",
         f"Times as fast as {', '.join(dict.fromkeys(m.baseline for m in of_kind))}. Blue: fastseq is faster; orange and "
         f"{LOSS}: it is slower. Empty: not measured.",
         lambda canvas, theme: draw(canvas, theme, of_kind),

@@ -169,10 +169,15 @@ def end_labels(axes: Any, ends: list[tuple[float, str, str]]) -> None:
 
 
 def _apart(places: list[float], gap: float) -> list[float]:
-    """Ascending places at least `gap` apart: the mean of pushing all of them up and all down."""
+    """Ascending places at least `gap` apart: the mean of pushing all of them up and all down, but none into the title above 1."""
     up, down = list(places), list(places)
     for i in range(1, len(places)):
         up[i] = max(up[i], up[i - 1] + gap)
     for i in range(len(places) - 2, -1, -1):
         down[i] = min(down[i], down[i + 1] - gap)
-    return [(a + b) / 2 for a, b in zip(up, down, strict=True)]
+    found = [(a + b) / 2 for a, b in zip(up, down, strict=True)]
+    most = 1.0
+    for i in range(len(found) - 1, -1, -1):
+        found[i] = min(found[i], most)
+        most = found[i] - gap
+    return found
