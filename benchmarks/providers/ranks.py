@@ -15,8 +15,8 @@ COLORS = {
     "all_gather": "#0f9a72",
     "all_to_all": "#9467d6",
     "torch context_parallel": "#d1495b",
-    "wavefront, 1 micro-batch": "#b97d00",
-    "wavefront, 4 micro-batches": "#0f9a72",
+    "wavefront of 1 micro-batch": "#b97d00",
+    "wavefront of 4 micro-batches": "#0f9a72",
     "scan over ranks": "#1e88e5",
 }
 

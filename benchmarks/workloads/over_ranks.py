@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 ONE, TORCH = "one process", "torch context_parallel"
 METHODS = ("ring", "all_gather", "all_to_all")
-WAVES = {"wavefront, 1 micro-batch": 1, "wavefront, 4 micro-batches": 4}
+WAVES = {"wavefront of 1 micro-batch": 1, "wavefront of 4 micro-batches": 4}
 PAIRS = "scan over ranks"
 Forward = tuple[Callable[[], Tensor], list[Tensor]]  # and the parameters that want a gradient
 

@@ -218,16 +218,18 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     if backends.forced() or backends.watched():
         return None
     dtype, batch, hidden = input.dtype, input.size(0), cell.hidden_size
+    if dtype != params[0].dtype:
+        return None
     if hx is None:
         zeros = input.new_zeros(batch, hidden)
         hx = (zeros, zeros) if name == "lstm" else (zeros,)
     if backends.step_is_torchs(name, input.device, dtype, batch, hidden, True):
         for state in hx:
-            if state.dim() != 2:
+            if state.dim() != 2 or state.dtype != dtype:
                 return None
-        # which says itself of sizes and dtypes that they do not fit
+        # which says itself of sizes that they do not fit
         return STEPS[name](input, hx, *params) if name == "lstm" else (STEPS[name](input, hx[0], *params),)
-    if dtype != params[0].dtype or input.size(1) != cell.input_size:
+    if input.size(1) != cell.input_size:
         return None
     for state in hx:
         if state.shape != (batch, hidden) or state.dtype != dtype:
