@@ -247,8 +247,8 @@ MAY_BE_NONE = frozenset(field.name for field in fields(Options) if field.default
 
 
 def prepared_plainly(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Call | None:
-    """``prepared`` of a plain call (``plain_call``) of padded sequences on the CPU with fewer questions: those of a short call take as
-    long as its kernel.
+    """``prepared`` of a plain call (``plain_call``) of padded sequences on the CPU, with fewer questions: those of a short call
+    take as long as its kernel.
 
     None: something is odd, or rare. ``prepared`` takes it, or says what is wrong with it.
     """
