@@ -42,6 +42,7 @@ MODELS = LAYERS / "models"
 EVERY = RESULTS / "intel-xeon-2-cores"  # every suite, in fewer points
 PACKED = LAYERS / "packed-lstm.json"  # of examples/packed_lstm.py
 RANKS = EVERY / "distributed.json"  # of the suite distributed, by another version than the rest
+SYSTEMS = EVERY / "systems.json"  # likewise, of the suite systems but for its text
 ISSUE = {  # pytorch#149194: packed in percent of padded, forward and backward
     10: (527, 277), 20: (740, 461), 50: (1163, 382), 100: (1507, 396),
     200: (2300, 591), 500: (5968, 1716), 1000: (9583, 2794),
@@ -64,6 +65,11 @@ def models() -> Results | None:
 def layers() -> Results:
     """Of the file that README.md names."""
     return combine.load([LAYERS / "results.json"])
+
+
+@cache
+def system_costs() -> Results:
+    return combine.load([SYSTEMS])
 
 
 def devices() -> dict[str, Results]:
@@ -106,10 +112,13 @@ def crossover() -> Figure:
     return SUITES["sequential-vs-parallel"].picture(layers())
 
 
-def systems() -> dict[str, Figure]:
-    """What whole models cost, if a committed result has their times."""
-    timed = any(row.time for row in results(EVERY).of_suite("systems"))
-    return {"systems": SUITES["systems"].picture(results(EVERY))} if timed else {}
+def systems() -> Figure:
+    """What whole models cost."""
+    return SUITES["systems"].picture(system_costs())
+
+
+def by_name() -> dict[str, Figure]:
+    return maps() | {"systems": systems()}
 
 
 def memory() -> Figure:
@@ -182,7 +191,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {"speed-ups": speed_ups, "crossover"
 def pictures() -> dict[Path, Figure]:
     """Every generated picture by its place."""
     found = {GALLERY / f"{name}.svg": make() for name, make in PICTURES.items()}
-    found |= {GALLERY / f"{name}.svg": figure for name, figure in (maps() | systems()).items()}
+    found |= {GALLERY / f"{name}.svg": figure for name, figure in by_name().items()}
     found |= {GALLERY / "masks" / f"{name}.svg": picture_of(name, weights) for name, weights in _masks().items()}
     return found
 
@@ -290,11 +299,9 @@ def model_table() -> str:
 
 
 def costs() -> str:
-    """Of every system its times in the suite `systems`, and over those of torch's parts; nothing before it was run."""
-    rows = [row for row in results(EVERY).of_suite("systems") if row.ok and row.time]
+    """Of every system its times in the suite `systems`, and over those of torch's parts."""
+    rows = [row for row in system_costs().of_suite("systems") if row.ok and row.time]
     own = [row for row in rows if row.provider.startswith("fastseq ")]
-    if not own:
-        return ""
     places = [(stage, T) for stage in (STEP, TOKEN) for T in sorted({row.T for row in own if row.group == stage})]
     kept = f"kept, T={max(T for stage, T in places if stage == TOKEN)}"
     lines = [f"| system | {' | '.join(f'{stage}, T={T}' for stage, T in places)} | {kept} |", "|---" * (len(places) + 2) + "|"]
@@ -308,14 +315,14 @@ def costs() -> str:
         last = of.get((TOKEN, places[-1][1]))
         lines.append(f"| {' | '.join(cells)} | {bytes_text(last.kept) if last else '–'} |")
     gates = []
-    for found in systems_suite.verdicts(results(EVERY).of_suite("systems")):
+    for found in systems_suite.verdicts(system_costs().of_suite("systems")):
         below = "reached" if found["reached"] else "not reached"
         worst, must = found["worst"], found["must"]
         gates.append(f"{found['gate']} (at least {must} at each of {found['points']} points): {below}, "
                      f"lowest {worst['value']:.2f} ({worst['point']}), geometric mean {found['mean']:.2f}")  # fmt: skip
     first = own[0]
     about = (
-        f"{where(results(EVERY).environment)}, {first.threads} thread, batch {first.B}, {first.dtype}; in parentheses how many "
+        f"{where(system_costs().environment)}, {first.threads} thread, batch {first.B}, {first.dtype}; in parentheses how many "
         "times as fast as the same source on torch's parts. The picture: [gallery](gallery.md)."
     )
     return "\n".join([*lines, "", about, "", *[f"{gate}." for gate in gates]])
@@ -334,7 +341,7 @@ def gallery() -> str:
     show(titles["speed-ups"], "gallery/speed-ups.svg", speed_ups())
     show("Recurrence step by step, fused recurrence, attention", "gallery/crossover.svg", crossover())
     show(titles["memory"], "gallery/memory.svg", memory())
-    for name, figure in (maps() | systems()).items():
+    for name, figure in by_name().items():
         show(figure.title, f"gallery/{name}.svg", figure)
     return "\n".join(lines)
 

@@ -295,20 +295,17 @@ def test_figures_have_a_line_for_each_system(synthetic):
     assert [line[0] for line in text.rows] == [own_name(name) for name in suite.FAMILY]
 
 
-def test_their_picture_stands_in_the_gallery_once_they_are_timed(synthetic, monkeypatch):
-    timed, of_layers = rows(synthetic, lambda function, group, T: 1.2), pages.results(pages.LAYERS)
-    texts = Results(timed.environment, {}, [row for row in timed.rows if row.group == suite.TEXT])
-    for results, drawn in ((timed, True), (texts, False)):
-        monkeypatch.setattr(pages, "results", lambda folder, found=results: found if folder == pages.EVERY else of_layers)
-        assert ("gallery/systems.svg" in pages.gallery()) == drawn == (pages.GALLERY / "systems.svg" in pages.pictures())
-    monkeypatch.setattr(pages, "results", lambda folder: timed)
+def test_their_picture_and_table_in_the_documentation(synthetic, monkeypatch):
+    timed = rows(synthetic, lambda function, group, T: 1.2)
+    monkeypatch.setattr(pages, "system_costs", lambda: timed)
+    assert "gallery/systems.svg" in pages.gallery() and pages.GALLERY / "systems.svg" in pages.pictures()
     table = pages.costs().splitlines()
     assert table[0] == ("| system | training step, T=16 | training step, T=64 | token, T=16 | token, T=64 | kept, T=64 |")
     assert [line.split(" | ")[0].removeprefix("| ") for line in table[2 : 2 + len(SYSTEMS)]] == list(SYSTEMS)
     assert "| GPT | 13.3 ms (1.20×) | 53.3 ms (1.20×) | 13.3 ms (1.20×) | 53.3 ms (1.20×) | 1.00 KiB |" in table
     assert "| ViT | 13.3 ms (1.20×) | 53.3 ms (1.20×) | – | – | – |" in table
     assert "no system slower, a generated token (at least 0.97 at each of 26 points): reached, lowest 1.20" in table[-1]
-    figure = pages.systems()["systems"]
+    figure = pages.systems()
     assert ">fastseq hybrid<" in pages.drawn(figure) and figure.title.startswith("The systems that articles name")
     assert "A training step at T = 64: LSTM " in figure.alt and "A generated token at T = 64: " in figure.alt
 
