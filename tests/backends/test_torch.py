@@ -311,7 +311,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("function", [scaled_dot_product_attention, fastseq.functional.attention])
     def test_functions_with_dropout(self, function):
-        q, k, v = (torch.randn(2, 4, 6, 8, requires_grad=True) for _ in range(3))
+        q, k, v = (torch.randn(2, 4, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
         mask = torch.ones(6, 6, dtype=torch.bool).tril()
         causal = "is_causal" if function is scaled_dot_product_attention else "causal"
         for options in ({}, {causal: True}, {"attn_mask": mask}, {"scale": -0.5, causal: True}):
