@@ -56,9 +56,8 @@ def results(folder: Path) -> Results:
     return combine.load(sorted(folder.rglob("results.json")))
 
 
-def models() -> Results | None:
-    """Of whole models, if they were measured."""
-    return results(MODELS) if (MODELS / "results.json").is_file() else None
+def models() -> Results:
+    return results(MODELS)
 
 
 @cache
@@ -89,8 +88,7 @@ def devices() -> dict[str, Results]:
 
 def speed_ups() -> Figure:
     """Of layers, and of whole models, measured on one machine in one way."""
-    of = models()
-    groups = recurrent.bars(layers()) + (before_and_after.bars(of, "float32") if of else [])
+    groups = recurrent.bars(layers()) + before_and_after.bars(models(), "float32")
     title = f"Speed-up over torch.nn, float32, one thread: geometric mean and range\n{where(results(LAYERS).environment)}"
     return Figure(
         "Speed-up over torch.nn",
@@ -286,16 +284,13 @@ def layer_figures() -> str:
 def model_words() -> str:
     """Where the models were measured, and what came of it."""
     of = models()
-    if of is None:
-        return "Whole models have not been measured in this way yet."
     threads = sorted({row.threads for row in of.of_suite("models")})
     said = f"{where(of.environment)}, torch {of.environment['versions']['torch']}, threads={', '.join(map(str, threads))}"
     return f"{before_and_after.words(of)} {said}."
 
 
 def model_table() -> str:
-    of = models()
-    return "\n".join([model_words(), "", *before_and_after.table(of)]) if of else model_words()
+    return "\n".join([model_words(), "", *before_and_after.table(models())])
 
 
 def costs() -> str:

@@ -580,7 +580,7 @@ class ForwardKernel {
         return {unit_tile(a.weights, item.tile, P), P, {projected_input(item, 0), item.vectors * W, item.vectors / G * (G - kOwn)}, next};
       for (int64_t r = 0; r < item.count; ++r)
         for (int g = 0; g < G; ++g) prefetch(x_gates + steps.row(t, item.begin + r) * D * GH + g * H + u0);
-      if (in_place) multipltakes_y(item);
+      if (in_place) multiply_in_place(item);
       return {unit_tile(a.weights, item.tile, P), P, {}, next};
     };
     const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
@@ -607,7 +607,7 @@ class ForwardKernel {
   }
 
   // R h of a short call, or with weights that are never packed
-  void multipltakes_y(const Item<A>& item) const {
+  void multiply_in_place(const Item<A>& item) const {
     using X = std::remove_cvref_t<decltype(*old_h->row(0))>;
     const int64_t u0 = item.tile * UB * W, blocks = item.vectors / G;
     A* sums = const_cast<A*>(item.sums);

@@ -204,11 +204,6 @@ struct ShortMath : Math<float> {
     const V e = tanh_dividend(x);
     return divide(e, e + 2.0f);
   }
-  // in one division, whose divisor has to stay finite
-  static FASTSEQ_HOST_DEVICE V sigmoid_tanh(V x, V y) {
-    const V e = tanh_dividend(y);
-    return divide(e, at_most(sigmoid_divisor(x), 0x1p90f) * (e + 2.0f));
-  }
 };
 
 // Two vectors that go through a cell side by side: the long chain of one row's operations leaves room for another's.

@@ -153,7 +153,7 @@ def _natively(
     if hx is not None:
         given.append(hx)
     for tensor in given:
-        if type(tensor) not in PLAIN or tensor.dtype != dtype:
+        if type(tensor) not in PLAIN or tensor.dtype != dtype or not tensor.is_cpu:
             return None
     if dtype not in _OWN_STATES or wants_gradient(given) or library.reason():
         return None

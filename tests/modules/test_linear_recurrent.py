@@ -570,6 +570,7 @@ def test_zoneout_of_all_and_none():
 # errors
 
 module = fastseq.MinGRU(X, H)
+untrained = fastseq.MinGRU(X, H).requires_grad_(False)
 packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, X)])
 
 
@@ -605,6 +606,11 @@ packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, X)])
             r"Expected hidden size \(1, 2, 6\), got \[1, 3, 6\]",
         ),
         (lambda: module(torch.randn(2, 2, X), torch.zeros(1, 2, H).half()), RuntimeError, "hx must be torch.float32"),
+        (
+            lambda: untrained(torch.randn(2, 2, X), torch.zeros(1, 2, H, device="meta")),
+            RuntimeError,
+            "on cpu, as the input, got .*on meta",
+        ),
         (lambda: fastseq.LRU(X, H)(torch.randn(2, 2, X), torch.zeros(1, 2, H)), RuntimeError, "hx must be torch.complex64"),
         (lambda: module(torch.randn(2, 2, X), resets=torch.zeros(2, 2)), RuntimeError, "resets must be bool"),
         (
