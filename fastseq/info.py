@@ -168,7 +168,7 @@ def _cpu() -> dict[str, Any]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     used = torch.backends.cpu.get_cpu_capability()
     level = "none" if library.reason() else torch.ops.fastseq_native.cpu_level()
-    obstacle = level == "avx512" and torch.ops.fastseq_native.cpu_amx_obstacle()
+    obstacle = level in ("avx512", "avx512_bf16") and torch.ops.fastseq_native.cpu_amx_obstacle()
     return {
         "device": "cpu",
         "name": cpu_name(),

@@ -118,7 +118,7 @@ def times_packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-@pytest.mark.parametrize("level", ["default", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("level", ["default", "avx2", "avx512", "avx512_bf16", "amx"])
 @pytest.mark.parametrize("kind", [*MODULES, *CELLS])
 def test_values(kind, level, weights, monkeypatch):
     """Against fp64 with the rounded weights: what fp32 leaves, at every length, however many rows."""

@@ -219,7 +219,7 @@ def test_one_registration():
     for path in sources:
         if path.suffix in (".cpp", ".cu"):
             name = str(path.relative_to(ROOT))
-            pattern = re.sub(r"_(default|avx2|avx512|amx)\.cpp$", "_${level}.cpp", name)
+            pattern = re.sub(r"_(default|avx2|avx512|avx512_bf16|amx)\.cpp$", "_${level}.cpp", name)
             assert name in listed or pattern in listed, f"{name} is not in CMakeLists.txt"
 
 

@@ -19,19 +19,26 @@
 namespace fastseq::cpu {
 namespace {
 
-constexpr std::string_view kNames[] = {"default", "avx2", "avx512", "amx"};
+constexpr std::string_view kNames[] = {"default", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(__x86_64__)
+
+// Products of pairs of bfloat16.
+bool multiplies_pairs() {
+  unsigned a = 0, b, c, d;
+  constexpr unsigned kVectorBf16 = 1u << 5;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kVectorBf16);
+}
 
 // Tiles with bfloat16, AVX512-BF16 beside them, and the system's permission to use the tiles' registers, which are saved only for
 // processes that ask. One permission serves every thread, those to come as well.
 const std::string& amx_obstacle() {
   static const std::string obstacle = []() -> std::string {
-    unsigned a, b, c, d, a1 = 0;
+    unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return "this processor has no AMX";
-    constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22, kVectorBf16 = 1u << 5;
+    constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
     if ((d & (kTile | kBf16)) != (kTile | kBf16)) return "this processor has no AMX with bfloat16";
-    if (!__get_cpuid_count(7, 1, &a1, &b, &c, &d) || !(a1 & kVectorBf16)) return "this processor has no AVX512-BF16";
+    if (!multiplies_pairs()) return "this processor has no AVX512-BF16";
     uint32_t low, high;
     asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     constexpr uint32_t kTileState = 3u << 17;
@@ -53,8 +60,11 @@ Level highest() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? Level::kAvx2
                                                                                                             : Level::kDefault;
   }();
+  if (found != Level::kAvx512) return found;
   // asked last, and only where it may be used: permission is a property of the process
-  return found == Level::kAvx512 && amx_obstacle().empty() ? Level::kAmx : found;
+  if (amx_obstacle().empty()) return Level::kAmx;
+  // AMD multiplies pairs at twice the rate of fp32's multiply-adds, Intel at half of it.
+  return multiplies_pairs() && __builtin_cpu_is("amd") ? Level::kAvx512Bf16 : found;
 }
 
 #endif
@@ -67,11 +77,14 @@ Level level() {
   if (wanted && *wanted) {
     most = static_cast<int>(std::size(kNames)) - 1;
     while (most >= 0 && kNames[most] != wanted) --most;
-    STD_TORCH_CHECK(most >= 0, "FASTSEQ_CPU_LEVEL=", wanted, " is none of default, avx2, avx512, amx");
+    STD_TORCH_CHECK(most >= 0, "FASTSEQ_CPU_LEVEL=", wanted, " is none of default, avx2, avx512, avx512_bf16, amx");
   }
 #if defined(__x86_64__)
   if (most == 0) return Level::kDefault;
-  return static_cast<Level>(std::min(most, static_cast<int>(highest())));
+  const Level least = static_cast<Level>(std::min(most, static_cast<int>(highest())));
+  // asked for by name, wherever it can run
+  const bool pairs = most == static_cast<int>(Level::kAvx512Bf16) && least == Level::kAvx512 && multiplies_pairs();
+  return pairs ? Level::kAvx512Bf16 : least;
 #else
   return Level::kDefault;
 #endif

@@ -5,11 +5,11 @@
 
 namespace fastseq::cpu {
 
-enum class Level { kDefault, kAvx2, kAvx512, kAmx };
+enum class Level { kDefault, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 Level level();
 
-// "amx", "avx512", "avx2" or "default".
+// "amx", "avx512_bf16", "avx512", "avx2" or "default".
 std::string cpu_level();
 
 // Why this process does not use AMX, though nothing lowers the level; empty where it does.

@@ -28,6 +28,7 @@ const Kernels& kernels_of(const Shape& shape) {
   switch (level()) {
 #if defined(__x86_64__)
     case Level::kAmx: return multiplies_tiles(shape) ? kernels_amx() : kernels_avx512();
+    case Level::kAvx512Bf16:
     case Level::kAvx512: return kernels_avx512();
     case Level::kAvx2: return kernels_avx2();
 #endif

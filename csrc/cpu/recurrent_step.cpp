@@ -11,6 +11,7 @@ const StepKernels& kernels() {
   switch (level()) {
 #if defined(__x86_64__)
     case Level::kAmx:
+    case Level::kAvx512Bf16:
     case Level::kAvx512: return step_kernels_avx512();
     case Level::kAvx2: return step_kernels_avx2();
 #endif

@@ -13,8 +13,8 @@ import torch
 
 from .._version import __version__
 
-LEVELS = ("default", "avx2", "avx512", "amx")  # of a CPU's instructions, as the library names them
-WORDS = {"default": "baseline", "avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX"}
+LEVELS = ("default", "avx2", "avx512", "avx512_bf16", "amx")  # of a CPU's instructions, as the library names them
+WORDS = {"default": "baseline", "avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx": "AMX"}
 
 
 class Device(NamedTuple):

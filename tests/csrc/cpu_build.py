@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import host_build as build  # noqa: E402
 
-LEVELS = ("default", "avx2", "avx512", "amx")
+LEVELS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
 CELLS = (
     "RnnTanh", "RnnRelu", "Lstm", "Gru", "CoupledLstm", "PeepholeLstm", "LayerNormLstm", "LayerNormGru", "Slstm",
 )  # fmt: skip
@@ -94,6 +94,7 @@ def levels() -> tuple[str, ...]:
         "default": set(),
         "avx2": {"avx2", "fma", "f16c"},
         "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "avx512_bf16": {"avx512_bf16"},
         "amx": {"amx_tile", "amx_bf16", "avx512_bf16"},
     }
     return tuple(itertools.takewhile(lambda level: wanted[level] <= flags, LEVELS))

@@ -364,7 +364,7 @@ def test_threads(threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("level", ("default", "avx2", "avx512", "amx"))
+@pytest.mark.parametrize("level", ("default", "avx2", "avx512", "avx512_bf16", "amx"))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(level, dtype, monkeypatch):
     monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)

@@ -227,7 +227,7 @@ class TestLevels:
 
     BATCH, STEPS, WIDTH, HIDDEN = 5, 33, 72, 100
 
-    @pytest.fixture(autouse=True, params=["default", "avx2", "avx512", "amx"])
+    @pytest.fixture(autouse=True, params=["default", "avx2", "avx512", "avx512_bf16", "amx"])
     def level(self, request, monkeypatch):
         monkeypatch.setenv("FASTSEQ_CPU_LEVEL", request.param)
         monkeypatch.setenv("FASTSEQ_CPU_POISON", "1")

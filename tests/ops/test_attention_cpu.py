@@ -761,7 +761,7 @@ def test_bits_of_heads(dtype, keys):
     sizes = ((600 if keys < 1000 else 200, 4), (keys, 2), (keys, 2))
     q, k, v = (torch.randn(3, n, heads, 64).to(dtype).transpose(1, 2) for n, heads in sizes)
     k[1], v[2] = k[0], v[0]
-    for level in filter(reached, ("avx2", "avx512", "amx") if keys < 1000 else ("amx",)):
+    for level in filter(reached, ("avx2", "avx512", "avx512_bf16", "amx") if keys < 1000 else ("amx",)):
         with at(level):
             whole = ours(q, k, v, enable_gqa=True)
             for b, h in itertools.product(range(3), range(4)):

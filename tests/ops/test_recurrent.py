@@ -267,7 +267,7 @@ class TestCpuKernels:
         with fastseq.use_backend("cpu"):
             yield
 
-    @pytest.mark.parametrize("level", ("default", "avx2", "avx512", "amx"))
+    @pytest.mark.parametrize("level", ("default", "avx2", "avx512", "avx512_bf16", "amx"))
     @pytest.mark.parametrize("dtype", TestRecurrent.DTYPES, ids=str)
     def test_every_instruction_set(self, level, dtype, monkeypatch):
         monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
@@ -277,7 +277,7 @@ class TestCpuKernels:
         for case in [case for case in RECURRENT_CASES if case.cell in NATIVE][::3]:
             battery.test_forward_and_gradients(case, dtype, "cpu")
 
-    @pytest.mark.parametrize("level", ("default", "avx2", "avx512", "amx"))
+    @pytest.mark.parametrize("level", ("default", "avx2", "avx512", "avx512_bf16", "amx"))
     @pytest.mark.parametrize("dtype", TestRecurrent.DTYPES, ids=str)
     @pytest.mark.parametrize("cell", NATIVE)
     def test_short_calls_read_weights_in_place(self, cell, dtype, level, monkeypatch):
