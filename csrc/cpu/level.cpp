@@ -23,6 +23,12 @@ constexpr std::string_view kNames[] = {"default", "avx2", "avx512", "avx512_bf16
 
 #if defined(__x86_64__)
 
+// Between blanks, the levels that a library for one machine goes without (CMakeLists.txt, FASTSEQ_CPU_LEVELS).
+bool is_built(int level) {
+  constexpr std::string_view kLeftOut = FASTSEQ_LEFT_OUT;
+  return kLeftOut.size() <= 2 || kLeftOut.find(" " + std::string(kNames[level]) + " ") == std::string_view::npos;
+}
+
 // Products of pairs of bfloat16.
 bool multiplies_pairs() {
   unsigned a = 0, b, c, d;
@@ -80,11 +86,13 @@ Level level() {
     STD_TORCH_CHECK(most >= 0, "FASTSEQ_CPU_LEVEL=", wanted, " is none of default, avx2, avx512, avx512_bf16, amx");
   }
 #if defined(__x86_64__)
-  if (most == 0) return Level::kDefault;
-  const Level least = static_cast<Level>(std::min(most, static_cast<int>(highest())));
+  int found = most == 0 ? 0 : std::min(most, static_cast<int>(highest()));
   // asked for by name, wherever it can run
-  const bool pairs = most == static_cast<int>(Level::kAvx512Bf16) && least == Level::kAvx512 && multiplies_pairs();
-  return pairs ? Level::kAvx512Bf16 : least;
+  if (most == static_cast<int>(Level::kAvx512Bf16) && found == static_cast<int>(Level::kAvx512) && multiplies_pairs()) found = most;
+  while (found >= 0 && !is_built(found)) --found;
+  STD_TORCH_CHECK(found >= 0, "this library was built for one machine, without kernels for what ",
+                  wanted && *wanted ? "FASTSEQ_CPU_LEVEL asks for" : "this processor has", "; `make library` builds all of them");
+  return static_cast<Level>(found);
 #else
   return Level::kDefault;
 #endif
