@@ -101,7 +101,8 @@ def levels() -> tuple[str, ...]:
 
 
 def attention_cases(level: str) -> tuple[str, ...]:
-    return tuple(f"X({type_})" for type_ in TYPES if level != "amx" or type_ in ("float", "bfloat16"))
+    types = {"amx": ("float", "bfloat16"), "avx512_bf16": ("bfloat16",)}.get(level, TYPES)
+    return tuple(f"X({type_})" for type_ in types)
 
 
 def trials(some_levels: list[str], sanitizers: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
