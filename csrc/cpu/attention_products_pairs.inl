@@ -53,8 +53,10 @@ struct Square {
   int64_t depths = 0;  // 0: there is none
   float* to = nullptr;
 
+  // Calls between() as often as there are steps of the depth. Vectors that multiply leave nothing idle for others.
   template <class Between>
-  FASTSEQ_HOST_DEVICE void multiply(const Between&) const {
+  FASTSEQ_HOST_DEVICE void multiply(const Between& between) const {
     if (depths) multiply_tiles<false>(left, 2, right, 2, depths, to, 2 * 64);
+    for (int64_t k = 0; k < depths; ++k) between();
   }
 };
