@@ -23,11 +23,14 @@ constexpr std::string_view kNames[] = {"default", "avx2", "avx512", "avx512_bf16
 
 #if defined(__x86_64__)
 
-// Products of pairs of bfloat16.
+// Products of pairs of bfloat16. Asked once, as calls ask for the level several times: a virtual machine's host has to answer, in microseconds.
 bool multiplies_pairs() {
-  unsigned a = 0, b, c, d;
-  constexpr unsigned kVectorBf16 = 1u << 5;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kVectorBf16);
+  static const bool found = [] {
+    unsigned a = 0, b, c, d;
+    constexpr unsigned kVectorBf16 = 1u << 5;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kVectorBf16);
+  }();
+  return found;
 }
 
 // Tiles with bfloat16, AVX512-BF16 beside them, and the system's permission to use the tiles' registers, which are saved only for
