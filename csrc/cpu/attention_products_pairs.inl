@@ -14,6 +14,7 @@ FASTSEQ_HOST_DEVICE void multiply_pairs(const char* left, const TileMatrix& a, c
     for (int n = 0; n < N; ++n) sums[m][n] = kAdd ? _mm512_loadu_ps(c + m * c_row + n * 64) : _mm512_setzero_ps();
   for (int64_t k = 0; k < depths; ++k, left += a.depth, right += b.depth) {
     const char *pairs = left, *columns = right;
+#pragma GCC unroll 2
     for (int64_t p = 0; p < kPairs; ++p, pairs += kBytes, columns += b.row) {
       __m512bh of_columns[N];
 #pragma GCC unroll 2
