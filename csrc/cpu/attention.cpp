@@ -20,7 +20,7 @@ const AttentionKernels& kernels(Type type) {
   switch (level()) {
 #if defined(__x86_64__)
     case Level::kAmx: return type == Type::kBfloat16 ? attention_kernels_amx() : attention_kernels_avx512();
-    case Level::kAvx512Bf16:
+    case Level::kAvx512Bf16: return type == Type::kBfloat16 ? attention_kernels_avx512_bf16() : attention_kernels_avx512();
     case Level::kAvx512: return attention_kernels_avx512();
     case Level::kAvx2: return attention_kernels_avx2();
 #endif

@@ -16,7 +16,7 @@ const FewKernels& few_kernels([[maybe_unused]] Type type) {
   switch (level()) {
 #if defined(__x86_64__)
     case Level::kAmx: return type == Type::kBfloat16 ? few_amx() : few_avx512();
-    case Level::kAvx512Bf16:
+    case Level::kAvx512Bf16: return type == Type::kBfloat16 ? few_avx512_bf16() : few_avx512();
     case Level::kAvx512: return few_avx512();
     case Level::kAvx2: return few_avx2();
 #endif

@@ -33,6 +33,7 @@ const FewKernels& few_default();
 #if defined(__x86_64__)
 const FewKernels& few_avx2();
 const FewKernels& few_avx512();
+const FewKernels& few_avx512_bf16();  // bfloat16
 const FewKernels& few_amx();  // bfloat16
 #endif
 

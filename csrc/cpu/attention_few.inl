@@ -1,10 +1,12 @@
 // Attention of few rows for one instruction set; contracts stand in attention_few.h. Included by attention_few_<level>.cpp, which defines
-// FASTSEQ_LEVEL, FASTSEQ_VECTOR_BYTES and FASTSEQ_VECTOR_REGISTERS, and for the kernels of bfloat16 by AMX FASTSEQ_TILES.
+// FASTSEQ_LEVEL, FASTSEQ_VECTOR_BYTES and FASTSEQ_VECTOR_REGISTERS, and for the kernels of bfloat16 by AMX FASTSEQ_TILES. With the flags of
+// AVX512-BF16 there are kernels of bfloat16 alone.
 //
 // What bounds such a call is how fast keys and values come from memory: each is read once, where it lies, for all rows of its head.
 // A vector of products with a key holds a group of rows, made up to a power of two, L, and W / L of their features each, so that adding
 // up across lanes, of W / L keys together, costs little; scores, weights and maxima then lie as [key, L]. Weighted sums of values have
 // features in their lanes.
+// Where there are products of pairs of bfloat16, a lane is a pair of features.
 // By tiles, 16 keys are multiplied as they lie with all rows of a group; what comes out has the same places. So are values, in pairs of
 // keys side by side, once there are rows enough to pay for that.
 
@@ -161,9 +163,14 @@ class Few {
   static constexpr int64_t kGroup = W < 8 ? W : 8;      // rows
   static constexpr A kLowest = -std::numeric_limits<A>::infinity();
 #if defined(FASTSEQ_TILES)
-  static constexpr bool kTiles = true;  // beside which there are products of pairs of bfloat16 in vectors
+  static constexpr bool kTiles = true;
 #else
   static constexpr bool kTiles = false;
+#endif
+#if defined(__AVX512BF16__)
+  static constexpr int64_t kMostInPairs = kTiles ? 1 : kGroup;  // lanes of a group whose features are multiplied in pairs
+#else
+  static constexpr int64_t kMostInPairs = 0;
 #endif
   // Of tiles: keys or rows, features of a key (and keys of weights), columns of sums under way.
   static constexpr int64_t kTile = 16, kDepth = 32, kColumns = 64;
@@ -186,7 +193,7 @@ class Few {
     int64_t row, rows;
     int64_t lanes;       // L
     int64_t begin, end;  // keys that none of its rows is denied
-    A *queries;          // [padded E / P, L, P]; in pairs, of the type in memory, [padded E / 2, L, 2]
+    A *queries;          // [padded E / P, L, P]; in pairs, of the type in memory, [padded E / 2 P, L, P, 2], P = 1 of tiles
     A *highest, *total;  // [W / L, L], highest the same for all keys; total the sums of its keys
   };
 
@@ -366,14 +373,16 @@ class Few {
   }
 
   // whether features are multiplied in pairs
-  bool in_pairs(const Group& group) const { return tiled_ || (kTiles && group.lanes == 1); }
+  bool in_pairs(const Group& group) const { return tiled_ || group.lanes <= kMostInPairs; }
   void read_pairs(const Group& group) {
     auto* const to = reinterpret_cast<S*>(group.queries);
     __builtin_memset((void*)to, 0, group.lanes * blocks_of(a_.features, kDepth) * kDepth * sizeof(S));
+    const int64_t P = tiled_ ? 1 : W / group.lanes;
     for (int64_t i = 0; i < group.rows; ++i) {
       const S* const from = query_of(rows_[group.row + i]);
-      for (int64_t e = 0; e < a_.features / 2; ++e) __builtin_memcpy((void*)(to + (e * group.lanes + i) * 2), from + 2 * e, 2 * sizeof(S));
-      if (a_.features % 2) to[(a_.features - 1) * group.lanes + i * 2] = from[a_.features - 1];
+      for (int64_t pair = 0; 2 * pair < a_.features; ++pair)
+        __builtin_memcpy((void*)(to + ((pair / P * group.lanes + i) * P + pair % P) * 2), from + 2 * pair,
+                         min(2, a_.features - 2 * pair) * sizeof(S));
     }
   }
 
@@ -511,8 +520,8 @@ class Few {
 #pragma GCC unroll 1
       for (int64_t n = 0; n < G; n += N) {
         V sum[N] = {};
-        if constexpr (L == 1 && kTiles)
-          multiply_pairs(reinterpret_cast<const S*>(q), keys + first + n, ahead.part(first + n, first + n + N), sum);
+        if constexpr (L <= kMostInPairs)
+          multiply_pairs<L>(reinterpret_cast<const S*>(q), keys + first + n, ahead.part(first + n, first + n + N), sum);
         else if constexpr (L == 1)
           multiply_rows(q, keys + first + n, ahead.part(first + n, first + n + N), sum);
         else
@@ -535,6 +544,13 @@ class Few {
     if (adds_) s = with_added<L>(s, at);
     return j + at < group.begin || j + at + W / L > group.end ? within<L>(s, group, j + at) : s;
   }
+
+#if defined(__AVX512BF16__)
+  // up to 32, zeros behind
+  static FASTSEQ_HOST_DEVICE __m512i features_of(const S* p, int64_t n) {
+    return n < kDepth ? _mm512_maskz_loadu_epi16((uint32_t(1) << n) - 1, p) : _mm512_loadu_si512(p);
+  }
+#endif
 
 #if defined(FASTSEQ_TILES)
   // Whether the 16 keys from j on lie at one distance from each other.
@@ -568,11 +584,6 @@ class Few {
     const A scale = a_.scale;
     for (int64_t at = 0; at < blocks_of(count, kScored<L>) * kScored<L>; at += W / L)
       store(weights_ + at * L, shaped<L>(load(weights_ + at * L) * scale, group, j, at));
-  }
-
-  // up to 32, zeros behind
-  static FASTSEQ_HOST_DEVICE __m512i features_of(const S* p, int64_t n) {
-    return n < kDepth ? _mm512_maskz_loadu_epi16((uint32_t(1) << n) - 1, p) : _mm512_loadu_si512(p);
   }
 
   // The weights of a block as a left-hand matrix, [rows, keys].
@@ -650,18 +661,26 @@ class Few {
   }
 #endif
 
-  // Adds products of one row, those of a pair of features at once.
+  // Adds products of L rows, those of a pair of features at once.
+  template <int L>
   FASTSEQ_HOST_DEVICE void multiply_pairs([[maybe_unused]] const S* q, [[maybe_unused]] const S* const* keys,
                                           [[maybe_unused]] const Ahead& ahead, [[maybe_unused]] V* sum) const {
-#if defined(FASTSEQ_TILES)
-    int64_t fetched = 0;
-    for (int64_t e = 0; e < a_.features; e += kDepth) {
-      ahead.fetch(e + kDepth, a_.features, fetched);
-      const auto query = (__m512bh)_mm512_loadu_si512(q + e);
+#if defined(__AVX512BF16__)
+    constexpr int64_t P = W / L, kFeatures = 2 * P;
+    int64_t fetched = 0, e = 0;
+    const auto multiply = [&](auto&& pairs_of) __attribute__((always_inline)) {
+      ahead.fetch(e + kFeatures, a_.features, fetched);
+      const auto query = (__m512bh)_mm512_loadu_si512(q + e * L);
 #pragma GCC unroll 8
-      for (int64_t n = 0; n < kTogether; ++n)
-        sum[n] = (V)_mm512_dpbf16_ps((__m512)sum[n], query, (__m512bh)features_of(keys[n] + e, a_.features - e));
-    }
+      for (int64_t n = 0; n < kTogether; ++n) sum[n] = (V)_mm512_dpbf16_ps((__m512)sum[n], query, (__m512bh)pairs_of(keys[n] + e));
+    };
+    for (; e + kFeatures <= a_.features; e += kFeatures)
+      multiply([](const S* p) __attribute__((always_inline)) { return repeated<P>(reinterpret_cast<const A*>(p)); });
+    if (e < a_.features)
+      multiply([&](const S* p) __attribute__((always_inline)) {
+        _mm512_store_si512(wide_, features_of(p, a_.features - e));
+        return repeated<P>(wide_);
+      });
 #endif
   }
 
@@ -950,7 +969,7 @@ class Few {
 // body.template operator()<kernels>() for a call's type
 template <class F>
 auto with_type([[maybe_unused]] Type type, F&& body) {
-#if defined(FASTSEQ_TILES)
+#if defined(__AVX512BF16__)
   return body.template operator()<Few<bfloat16, float>>();
 #else
   switch (type) {

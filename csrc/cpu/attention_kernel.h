@@ -148,6 +148,7 @@ const AttentionKernels& attention_kernels_default();
 #if defined(__x86_64__)
 const AttentionKernels& attention_kernels_avx2();
 const AttentionKernels& attention_kernels_avx512();
+const AttentionKernels& attention_kernels_avx512_bf16();  // bfloat16
 const AttentionKernels& attention_kernels_amx();  // bfloat16; forward of float, in parts
 #endif
 

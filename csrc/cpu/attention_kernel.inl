@@ -847,18 +847,19 @@ void store_sums(const AttentionBackward& g, int64_t b, int64_t key_head, const A
   put(g.dv, a.value_features, Softmax<S>::padded(a.features), A(1));
 }
 
-#if defined(FASTSEQ_TILES)
-#include "tiles.inl"
+#if defined(__AVX512BF16__)
 #include "attention_tiles.inl"
 
-// bfloat16 alone, but for what has kernels for float as well
+// bfloat16 alone, but for what AMX has kernels of float for as well
 template <class F>
 void with_kernels(Type, F&& body) {
   body.template operator()<bfloat16, TileProduct, TileBackward>();
 }
 template <class F>
-void with_forward(Type type, F&& body) {
+void with_forward([[maybe_unused]] Type type, F&& body) {
+#if defined(FASTSEQ_TILES)
   if (type == Type::kFloat) return body.template operator()<TileForward<float>>();
+#endif
   body.template operator()<TileForward<bfloat16>>();
 }
 #else
@@ -874,7 +875,7 @@ void with_forward(Type type, F&& body) {
 
 // Queries of a block at most. Fewer where a causal mask hides much of a short sequence: blocks follow its edge more closely.
 int64_t lanes_of(const Attention& a) {
-#if defined(FASTSEQ_TILES)
+#if defined(__AVX512BF16__)
   int64_t lanes = 0;
   with_forward(a.type, [&]<class Forward>() { lanes = Forward::lanes(a); });
   return lanes;

@@ -1,6 +1,8 @@
-// Attention by AMX tiles: of bfloat16, and forward of float32, each number of which is three of bfloat16. Included by attention_kernel.inl.
+// Attention by products of pairs of bfloat16, laid out in tiles, which AMX multiplies, or vectors: of bfloat16, and by AMX forward of float32, each
+// number of which is three of bfloat16. Included by attention_kernel.inl.
 //
-// What multiplies what (A, the left-hand matrix, lies in rows; B in pairs of depths: tiles.inl):
+// A tile has 16 rows of 64 bytes. A, the left-hand matrix, lies in rows of 32 values; B has 16 pairs of depths x 16 columns, the two values
+// of a pair side by side. What multiplies what:
 //
 //   scores^T [key][lane]     A: keys as they lie          B: queries, pairs of features
 //   out^T [feature][lane]    A: values, transposed        B: weights, pairs of keys
@@ -28,103 +30,12 @@ constexpr TileMatrix packed_tiles(const void* data, int64_t depths) {
   return {static_cast<const char*>(data), depths * kParts * kTileBytes, kParts * kTileBytes, 64};
 }
 
-// Tiles 0 to 3 are sums, 4 and 5 of the left-hand matrix, 6 and 7 of the right-hand one.
-template <int M, bool kStreams = false>
-FASTSEQ_HOST_DEVICE void load_left(const char* at, const TileMatrix& a) {
-  if constexpr (kStreams) {
-    tile_stream<4>(at, a.row);
-    if constexpr (M > 1) tile_stream<5>(at + a.tile, a.row);
-  } else {
-    tile_load<4>(at, a.row);
-    if constexpr (M > 1) tile_load<5>(at + a.tile, a.row);
-  }
-}
-template <int N>
-FASTSEQ_HOST_DEVICE void load_right(const char* at, const TileMatrix& b) {
-  tile_load<6>(at, b.row);
-  if constexpr (N > 1) tile_load<7>(at + b.tile, b.row);
-}
-template <int M, int N>
-FASTSEQ_HOST_DEVICE void multiply_loaded() {
-  tile_multiply<0, 4, 6>();
-  if constexpr (N > 1) tile_multiply<1, 4, 7>();
-  if constexpr (M > 1) tile_multiply<2, 5, 6>();
-  if constexpr (M > 1 && N > 1) tile_multiply<3, 5, 7>();
-}
-
-template <int M, int N, bool kAdd, int kParts, bool kStreams>
-FASTSEQ_HOST_DEVICE void multiply_tiles(const TileMatrix& a, int64_t m, const TileMatrix& b, int64_t n, int64_t depths, float* c,
-                                        int64_t c_row) {
-  char *upper = reinterpret_cast<char*>(c) + m * kTileRows * c_row + n * 64, *lower = upper + kTileRows * c_row;
-  if constexpr (kAdd) {
-    tile_load<0>(upper, c_row);
-    if constexpr (N > 1) tile_load<1>(upper + 64, c_row);
-    if constexpr (M > 1) tile_load<2>(lower, c_row);
-    if constexpr (M > 1 && N > 1) tile_load<3>(lower + 64, c_row);
-  } else {
-    tile_zero<0>();
-    if constexpr (N > 1) tile_zero<1>();
-    if constexpr (M > 1) tile_zero<2>();
-    if constexpr (M > 1 && N > 1) tile_zero<3>();
-  }
-  const char *left = a.data + m * a.tile, *right = b.data + n * b.tile;
-  for (int64_t k = 0; k < depths; ++k, left += a.depth, right += b.depth) {
-    if constexpr (kParts == 1) {
-      load_left<M, kStreams>(left, a), load_right<N>(right, b), multiply_loaded<M, N>();
-    } else {
-      // the six products that count, the largest last, each with one factor of the one before
-      load_left<M>(left, a), load_right<N>(right + 2 * kTileBytes, b), multiply_loaded<M, N>();
-      load_right<N>(right + kTileBytes, b), multiply_loaded<M, N>();
-      load_left<M>(left + kTileBytes, a), multiply_loaded<M, N>();
-      load_right<N>(right, b), multiply_loaded<M, N>();
-      load_left<M>(left + 2 * kTileBytes, a), multiply_loaded<M, N>();
-      load_left<M>(left, a), multiply_loaded<M, N>();
-    }
-  }
-  tile_store<0>(upper, c_row);
-  if constexpr (N > 1) tile_store<1>(upper + 64, c_row);
-  if constexpr (M > 1) tile_store<2>(lower, c_row);
-  if constexpr (M > 1 && N > 1) tile_store<3>(lower + 64, c_row);
-}
-
-// Two by two tiles of a product, [32][32] numbers behind one another, and what they are the product of.
-struct Square {
-  TileMatrix left, right;
-  int64_t depths = 0;  // 0: there is none
-  float* to = nullptr;
-
-  // Calls between() at each step of the depth: the tiles of one step are multiplied while vectors work on something else.
-  template <class Between>
-  FASTSEQ_HOST_DEVICE void multiply(const Between& between) const {
-    constexpr int64_t row = 2 * 64;
-    if (!depths) return;
-    char *upper = reinterpret_cast<char*>(to), *lower = upper + kTileRows * row;
-    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    const char *a = left.data, *b = right.data;
-    for (int64_t k = 0; k < depths; ++k, a += left.depth, b += right.depth) {
-      load_left<2, true>(a, left), load_right<2>(b, right), multiply_loaded<2, 2>();
-      between();
-    }
-    tile_store<0>(upper, row), tile_store<1>(upper + 64, row), tile_store<2>(lower, row), tile_store<3>(lower + 64, row);
-  }
-};
-
-// c [rows][columns], in tiles, is the product, or is added to it; c_row in bytes. kStreams: of two columns at most, for which each tile of a is
-// loaded once: it takes no room in the first-level cache from what is.
-template <bool kAdd, int kParts = 1, bool kStreams = false>
-void multiply_tiles(const TileMatrix& a, int64_t rows, const TileMatrix& b, int64_t columns, int64_t depths, float* c, int64_t c_row) {
-  int64_t m = 0;
-  for (; m + 2 <= rows; m += 2) {
-    int64_t n = 0;
-    for (; n + 2 <= columns; n += 2) multiply_tiles<2, 2, kAdd, kParts, kStreams>(a, m, b, n, depths, c, c_row);
-    if (n < columns) multiply_tiles<2, 1, kAdd, kParts, kStreams>(a, m, b, n, depths, c, c_row);
-  }
-  if (m < rows) {
-    int64_t n = 0;
-    for (; n + 2 <= columns; n += 2) multiply_tiles<1, 2, kAdd, kParts, kStreams>(a, m, b, n, depths, c, c_row);
-    if (n < columns) multiply_tiles<1, 1, kAdd, kParts, kStreams>(a, m, b, n, depths, c, c_row);
-  }
-}
+#if defined(FASTSEQ_TILES)
+#include "tiles.inl"
+#include "attention_products_amx.inl"
+#else
+#include "attention_products_pairs.inl"
+#endif
 
 typedef uint16_t Bits __attribute__((vector_size(64)));  // 32 values of bfloat16
 using Float = Math<float>::V;
@@ -392,7 +303,7 @@ void multiply_keys(const bfloat16* from, int64_t row, int64_t n, int64_t feature
 // nobody else's matter.
 constexpr float kLeastOfParts = 0x1p-100f, kMostOfParts = 0x1p60f;
 
-// The products of a block of queries, by tiles.
+// The products of a block of queries.
 template <class S>
 class TileProduct : public Softmax<S> {
  public:
@@ -517,7 +428,7 @@ class TileProduct : public Softmax<S> {
     return false;
   }
 
-  const TileConfiguration configuration_{16, 16, 16, 16, 16, 16, 16, 16};
+  [[no_unique_address]] const Multiplier multiplier_{};
   static constexpr int64_t kRow = kMostKeys / kTileDepth * kParts * kTileBytes;  // of the weights, from a vector of lanes to the next
   const bool packs_;
   const int64_t queries_bytes_;
@@ -925,7 +836,7 @@ class TileForward {
   const int64_t used;
 };
 
-// The gradients that a part of the queries of a key head's query heads gives, by tiles.
+// The gradients that a part of the queries of a key head's query heads gives.
 class TileBackward : public BackwardRows<bfloat16, TileProduct> {
   using S = bfloat16;
   static constexpr int64_t kLanes = 64;

@@ -3,6 +3,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdint>
 #include <cstdlib>
@@ -25,15 +26,24 @@ constexpr std::string_view kNames[] = {"default", "avx2", "avx512", "avx512_bf16
 
 // Between blanks, the levels that a library for one machine goes without (CMakeLists.txt, FASTSEQ_CPU_LEVELS).
 bool is_built(int level) {
-  constexpr std::string_view kLeftOut = FASTSEQ_LEFT_OUT;
-  return kLeftOut.size() <= 2 || kLeftOut.find(" " + std::string(kNames[level]) + " ") == std::string_view::npos;
+  static const auto built = [] {
+    std::array<bool, std::size(kNames)> found;
+    for (size_t i = 0; i < found.size(); ++i)
+      found[i] = std::string_view(FASTSEQ_LEFT_OUT).find(" " + std::string(kNames[i]) + " ") == std::string_view::npos;
+    return found;
+  }();
+  return built[level];
 }
 
-// Products of pairs of bfloat16.
+// Products of pairs of bfloat16. Asked once, as calls ask for the level several times: a virtual machine's host has to answer, in
+// microseconds.
 bool multiplies_pairs() {
-  unsigned a = 0, b, c, d;
-  constexpr unsigned kVectorBf16 = 1u << 5;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kVectorBf16);
+  static const bool found = [] {
+    unsigned a = 0, b, c, d;
+    constexpr unsigned kVectorBf16 = 1u << 5;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kVectorBf16);
+  }();
+  return found;
 }
 
 // Tiles with bfloat16, AVX512-BF16 beside them, and the system's permission to use the tiles' registers, which are saved only for

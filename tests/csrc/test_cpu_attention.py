@@ -8,14 +8,14 @@ from . import planted
 from .planted import LEFT, WRONG, Fault, cpu, program
 
 
-@pytest.mark.parametrize("level", ["avx2", "amx"])
+@pytest.mark.parametrize("level", ["avx2", "avx512_bf16", "amx"])
 def test_odd_sizes(level):
     if level == "avx2" and "avx2" not in cpu.levels():
         level = "default"
     assert not cpu.failure(program(level, cpu.attention_cases(level), *cpu.SANITIZERS["plain"]), "70")
 
 
-KERNEL, FEW, BY_TILES = "attention_kernel.inl", "attention_few.inl", "attention_tiles.inl"
+KERNEL, FEW, BY_AMX, BY_PAIRS = (f"attention_{part}.inl" for part in ("kernel", "few", "products_amx", "products_pairs"))
 ALL, TILES = ("X(float)", "X(bfloat16)"), ("X(bfloat16)",)
 OF_QUERY = "a_.q.offset(part_.batch, row.head,"
 FAULTS = [
@@ -55,12 +55,30 @@ FAULTS = [
     Fault("stale weights behind the end", FEW, "at % kDepth; at += 2)", "at % 2; at += 2)", WRONG, level="amx", cases=TILES),
     Fault(
         "one of the six products of parts left out",
-        BY_TILES,
+        BY_AMX,
         "load_left<M>(left + kTileBytes, a), multiply_loaded<M, N>();",
         "load_left<M>(left + kTileBytes, a);",
         WRONG,
         level="amx",
         cases=("X(float)",),
+    ),
+    Fault(
+        "vectors take the left-hand tile for one of eight rows",
+        BY_PAIRS,
+        "+ m % kTileRows * a.row",
+        "",
+        WRONG,
+        level="avx512_bf16",
+        cases=TILES,
+    ),
+    Fault(
+        "pairs of a group of rows beside one another",
+        FEW,
+        "((pair / P * group.lanes + i) * P + pair % P) * 2",
+        "(pair * group.lanes + i) * 2",
+        WRONG,
+        level="avx512_bf16",
+        cases=TILES,
     ),
     Fault("stale values behind the end", FEW, "values[i] = zeros_;", "values[i] = zeros_ + 1;", LEFT, level="amx", cases=TILES),
 ]

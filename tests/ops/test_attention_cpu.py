@@ -600,6 +600,17 @@ def amx() -> None:
 
 parts = pytest.mark.usefixtures("amx")
 
+# levels that multiply pairs of bfloat16
+PAIRS = ("avx512_bf16", "amx")
+
+
+@pytest.fixture(params=PAIRS)
+def pairs(request) -> Iterator[None]:
+    with at(request.param) as found:
+        if found != request.param:
+            pytest.skip(f"no {request.param} here")
+        yield
+
 
 def inference(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
@@ -634,7 +645,7 @@ LONG = [
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 @pytest.mark.parametrize("case", LONG, ids=str)
 def test_long_sequences(case, dtype):
-    check(BATTERY, make(case, dtype), LEVELS if case.name == "long-queries" else ("amx",))
+    check(BATTERY, make(case, dtype), LEVELS if case.name == "long-queries" else PAIRS)
 
 
 @parts
@@ -761,7 +772,7 @@ def test_bits_of_heads(dtype, keys):
     sizes = ((600 if keys < 1000 else 200, 4), (keys, 2), (keys, 2))
     q, k, v = (torch.randn(3, n, heads, 64).to(dtype).transpose(1, 2) for n, heads in sizes)
     k[1], v[2] = k[0], v[0]
-    for level in filter(reached, ("avx2", "avx512", "avx512_bf16", "amx") if keys < 1000 else ("amx",)):
+    for level in filter(reached, ("avx2", "avx512", *PAIRS) if keys < 1000 else PAIRS):
         with at(level):
             whole = ours(q, k, v, enable_gqa=True)
             for b, h in itertools.product(range(3), range(4)):
@@ -773,7 +784,7 @@ def test_bits_of_heads(dtype, keys):
                     assert torch.equal(whole, ours(q, k, v, enable_gqa=True))
 
 
-@parts
+@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("T,E", ((128, 64), (512, 64), (130, 128)))
 def test_bfloat16_is_as_exact_as_torch(T, E, causal):
@@ -784,7 +795,7 @@ def test_bfloat16_is_as_exact_as_torch(T, E, causal):
     assert (found - truth).square().mean().sqrt() <= 1.05 * (torchs - truth).square().mean().sqrt()
 
 
-@parts
+@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("E", (40, 64, 128))
 @pytest.mark.parametrize("hidden", ("nothing", "later", "keys", "bias"))
 def test_bfloat16_without_lse_is_as_exact_as_with(hidden, E):
@@ -820,6 +831,24 @@ def test_parts_are_used(monkeypatch):
             with at(level):
                 results.append((ours(q, k, v).detach(), eager.attention(q, k, v, spec)[0].detach()))
         assert all(torch.equal(*pair) == (gradients or T < 128) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("level_of_pairs", PAIRS)
+@pytest.mark.parametrize("sizes", ((130, 64, 4), (1, 40, 4), (2, 300, 1), (64, 64, 4)), ids=str)
+def test_pairs_are_used(level_of_pairs, sizes, monkeypatch):
+    """In bfloat16 alone, by the kernels of few queries too: sums of pairs are rounded otherwise, which lse shows."""
+    if not reached(level_of_pairs):
+        pytest.skip(f"no {level_of_pairs} here")
+    monkeypatch.delenv("FASTSEQ_CPU_PARTS")
+    torch.manual_seed(0)
+    queries, keys, key_heads = sizes
+    inputs = [torch.randn(2, heads, n, 72) for n, heads in ((queries, 4), (keys, key_heads), (keys, key_heads))]
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        results = []
+        for level in ("avx512", level_of_pairs):
+            with at(level):
+                results.append(eager.attention(*(t.to(dtype) for t in inputs), Spec(scale=0.125))[1])
+        assert torch.equal(*results) == (dtype != torch.bfloat16)
 
 
 # what a softmax in blocks can get wrong

@@ -1,0 +1,63 @@
+// Products of attention's tiles by vectors, of pairs of bfloat16 (AVX512-BF16). Included by attention_tiles.inl.
+
+struct Multiplier {};
+
+// c[row][column] of M rows and N vectors of columns, from addresses of their own: sums over 16 pairs of a step of the depth, step by step.
+template <int M, int N, bool kAdd>
+FASTSEQ_HOST_DEVICE void multiply_pairs(const char* left, const TileMatrix& a, const char* right, const TileMatrix& b, int64_t depths, char* c,
+                                        int64_t c_row) {
+  constexpr int64_t kPairs = kTileDepth / 2, kBytes = 4;  // of a row of a step, of a pair
+  __m512 sums[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) sums[m][n] = kAdd ? _mm512_loadu_ps(c + m * c_row + n * 64) : _mm512_setzero_ps();
+  for (int64_t k = 0; k < depths; ++k, left += a.depth, right += b.depth) {
+    const char *pairs = left, *columns = right;
+#pragma GCC unroll 2
+    for (int64_t p = 0; p < kPairs; ++p, pairs += kBytes, columns += b.row) {
+      __m512bh of_columns[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) of_columns[n] = (__m512bh)_mm512_loadu_si512(columns + n * b.tile);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        int32_t pair;
+        __builtin_memcpy(&pair, pairs + m * a.row, sizeof pair);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sums[m][n] = _mm512_dpbf16_ps(sums[m][n], (__m512bh)_mm512_set1_epi32(pair), of_columns[n]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) _mm512_storeu_ps(c + m * c_row + n * 64, sums[m][n]);
+}
+
+// c [rows][columns], in tiles, is the product, or is added to it; c_row in bytes.
+template <bool kAdd, int kParts = 1, bool kStreams = false>
+void multiply_tiles(const TileMatrix& a, int64_t rows, const TileMatrix& b, int64_t columns, int64_t depths, float* c, int64_t c_row) {
+  static_assert(kParts == 1);
+  constexpr int M = 8;
+  for (int64_t m = 0; m < rows * kTileRows; m += M) {
+    const char *left = a.data + m / kTileRows * a.tile + m % kTileRows * a.row, *right = b.data;
+    char* to = reinterpret_cast<char*>(c) + m * c_row;
+    int64_t n = 0;
+    for (; n + 2 <= columns; n += 2, right += 2 * b.tile, to += 2 * 64) multiply_pairs<M, 2, kAdd>(left, a, right, b, depths, to, c_row);
+    if (n < columns) multiply_pairs<M, 1, kAdd>(left, a, right, b, depths, to, c_row);
+  }
+}
+
+// Two by two tiles of a product, [32][32] numbers behind one another, and what they are the product of.
+struct Square {
+  TileMatrix left, right;
+  int64_t depths = 0;  // 0: there is none
+  float* to = nullptr;
+
+  // Calls between() as often as there are steps of the depth. Vectors that multiply leave nothing idle for others.
+  template <class Between>
+  FASTSEQ_HOST_DEVICE void multiply(const Between& between) const {
+    if (depths) multiply_tiles<false>(left, 2, right, 2, depths, to, 2 * 64);
+    for (int64_t k = 0; k < depths; ++k) between();
+  }
+};
