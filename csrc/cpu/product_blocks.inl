@@ -14,6 +14,12 @@ struct BlockProduct {
   static constexpr int64_t W = Math<A>::kWidth;
   static constexpr bool kInterleaves = false;
   static constexpr bool kWatched = false;
+  static constexpr bool kTakesRows = false;
+  static constexpr int64_t kChunkRows = 32;  // more of them, with their gates, displace the recurrent weights
+  // So many rows multiply the input weights in the same passes, whatever their size: each weight is fetched once a step. With fewer, or
+  // with gates that do not add the input, steps are projected together.
+  static constexpr bool kFusesAll = false;
+  static constexpr int64_t kFusedRows = 16, kFusedBytes = INT64_MAX;
   static constexpr int64_t kMostRows = 48;  // of one product: with a run of weights, their sums and their operands stay in the first cache
 
   int64_t block(int64_t rows) const { return blocks_of(rows, blocks_of(rows, kMostRows)); }

@@ -64,12 +64,6 @@ struct MultiplyAdd : BlockProduct<Values<A_>> {
   using Blocks = BlockProduct<Values<A_>>;
   using typename Blocks::A, typename Blocks::V;
   using Blocks::W, Blocks::place;
-  static constexpr bool kTakesRows = false;
-  static constexpr int64_t kChunkRows = 32;  // more of them, with their gates, displace the recurrent weights
-  // So many rows multiply the input weights in the same passes, whatever their size: each weight is fetched once a step. With fewer, or
-  // with gates that do not add the input, steps are projected together.
-  static constexpr bool kFusesAll = false;
-  static constexpr int64_t kFusedRows = 16, kFusedBytes = INT64_MAX;
 
   MultiplyAdd(int64_t, bool) {}
 

@@ -13,14 +13,12 @@ struct Pairs {
   using H = Half::H;
   static constexpr int64_t W = Math<float>::kWidth;
 
-  // The left-hand matrix: rows of bfloat16, zero beyond the columns. Those made here are a line further apart than they need: a power of
-  // two would put those of a block into one cache set.
+  // The left-hand matrix, zero beyond its columns up to a whole pair. Rows are a line further apart than they need: a power of two would
+  // put those of a block into one cache set.
   class Matrix {
    public:
     Matrix() = default;
     Matrix(void* memory, int64_t columns) : data_(static_cast<bfloat16*>(memory)), stride_(stride_of(columns)) {}
-    // rows that the product takes as they lie
-    Matrix(const bfloat16* rows, int64_t, int64_t stride) : data_((bfloat16*)rows), stride_(stride) {}
     static int64_t bytes(int64_t rows, int64_t columns) { return rows * stride_of(columns) * sizeof(bfloat16); }
 
     bfloat16* row(int64_t r) const { return data_ + r * stride_; }
@@ -64,17 +62,7 @@ struct Pairs {
 };
 
 struct MultiplyPairs : BlockProduct<Pairs> {
-  static constexpr bool kTakesRows = true;
-  static constexpr int64_t kChunkRows = 32;  // more of them, with their gates, displace the recurrent weights
-  static constexpr bool kFusesAll = false;
-  static constexpr int64_t kFusedRows = 16, kFusedBytes = INT64_MAX;  // as MultiplyAdd's
-
   MultiplyPairs(int64_t, bool) {}
-
-  // Whether rows of a tensor, `stride` elements apart, are multiplied as they lie: whole vectors, in pairs that no cache line parts.
-  static bool takes(const bfloat16* rows, int64_t columns, int64_t stride, int64_t) {
-    return columns % W == 0 && (reinterpret_cast<uintptr_t>(rows) | stride * sizeof(bfloat16)) % sizeof(Factor) == 0;
-  }
 
   // of weights [vectors*W rows, depth], rows given by row(vector, lane) or null: pairs of depths, transposed
   template <class, class Row>
