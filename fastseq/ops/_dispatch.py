@@ -19,6 +19,12 @@ from .. import backends
 from . import flops
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device. Which types have it, Dynamo cannot ask in torch 2.10; in 2.13 it can."""
+    has_it = device_type != "meta" if is_compiling() else _C._is_autocast_available(device_type)
+    return has_it and torch.is_autocast_enabled(device_type)
+
+
 def outside_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps out of an implementation what is meant for its caller: autocast, in backward passes as well, and Dynamo, which goes
     on compiling what it meets after a graph break."""
@@ -28,7 +34,7 @@ def outside_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
         nonlocal disabled
         if _C._is_any_autocast_enabled():
             device = next(arg for arg in args if isinstance(arg, Tensor)).device.type  # the first argument may be None
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            if autocasts(device):
                 with torch.autocast(device, enabled=False):
                     return implementation(*args)
         if "torch._dynamo" not in sys.modules:  # nothing is being compiled, and importing it would take a second
