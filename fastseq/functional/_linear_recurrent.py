@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
-from .._arguments import checked_number, checked_tensor, own_keywords
+from .._arguments import check_keywords, checked_number, checked_tensor, without_unknown
 from ..backends import library
-from ..ops._dispatch import PLAIN, is_sharded, plain_call, sharding, shared_sequence, wants_gradient
+from ..ops._dispatch import PLAIN, is_sharded, shared_sequence, sharding, unseen_call, wants_gradient
 from ..ops.types import ScanSpec, state_dtype
 from ._autocast import without_autocast
 from ._native_layers import held
@@ -26,7 +25,7 @@ Lane = Mapping[str, Tensor]  # parameters of a layer in one direction
 _OWN_STATES = (torch.float32, torch.float64)  # whose states have their dtype
 
 
-@own_keywords
+@without_unknown
 def linear_recurrent(
     cell: str,
     input: Tensor,
@@ -41,6 +40,7 @@ def linear_recurrent(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     zoneout: float = 0.0,
+    **unknown: Any,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """Layers whose gates read the input alone over a sequence: ``(output, h_n)``. The modules' docstrings have the equations.
 
@@ -76,7 +76,9 @@ def linear_recurrent(
         RuntimeError: if ranks, sizes, dtypes, devices, ``lengths`` or ``resets`` do not fit.
         NotImplementedError: during ONNX export.
     """
-    if lengths is None and resets is None and not (bidirectional or zoneout) and plain_call() and not backends.watched():
+    if unknown:
+        check_keywords(linear_recurrent, unknown)
+    if lengths is None and resets is None and not (bidirectional or zoneout) and unseen_call():
         done = None if dropout and training else _natively(cell, input, hx, params, num_layers, batch_first)
         if done is not None:
             return done
@@ -168,12 +170,12 @@ def _natively(
     global _native_scan
     if _native_scan is None:
         _native_scan = torch.ops.fastseq_native.scan_forward.default._op
-    final = x.new_empty(num_layers, batch, hidden)
-    for layer, lane in enumerate(params):
+    final, steps = x.new_empty(num_layers, batch, hidden), x.shape[0]
+    before = (None,) * num_layers if hx is None else hx.unbind()
+    for lane, initial, last in zip(params, before, final.unbind(), strict=True):
         a, *gate, b = F.linear(x, lane["weight_ih"], lane.get("bias_ih")).chunk(gates, -1)
-        x = torch.empty_like(b)
-        before = None if hx is None else hx[layer]
-        _native_scan(b, a, gate[0] if gate else None, None, before, None, None, None, "real", cell, False, x, final[layer])
+        x = x.new_empty(steps, batch, hidden)
+        _native_scan(b, a, gate[0] if gate else None, None, initial, None, None, None, "real", cell, False, x, last)
     return x.transpose(0, 1) if batch_first else x, final
 
 
