@@ -122,7 +122,13 @@ FAULTS = [
     unpaired("an odd depth's last pair is not zero", "(stride_ - columns) * sizeof(bfloat16)", "0"),
     unpaired("a row's values beyond its end", "if (n < 2 * W) return", "if (n < W) return", f"{WRONG}|{LEFT}"),
     unpaired("half of a depth", "blocks_of(depth, 2)", "depth / 2", f"{WRONG}|{LEFT}"),
-    unpaired("in place, a whole vector at the end", "if (k < depth) add(depth - k)", "if (k < depth) add(T::kDepth)", LEFT, "product_in_place.inl"),
+    unpaired(
+        "in place, a whole vector at the end",
+        "if (k < depth) add(depth - k)",
+        "if (k < depth) add(T::kDepth)",
+        LEFT,
+        "product_in_place.inl",
+    ),
     Fault("backwards one tile too far", ENGINE, "tiles[1] - 1 - i", "tiles[1] - i", f"{WRONG}|{LEFT}"),
 ]
 
