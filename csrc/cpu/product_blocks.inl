@@ -2,7 +2,8 @@
 // say product_fma.inl and product_pairs.inl.
 // Included inside the namespace of an instruction set, after vector.inl.
 
-// Factors: what a lane multiplies at once, a Factor: a value, or a pair of values at neighboring depths. Depths are counted in factors here.
+// Factors: what a lane multiplies at once, a Factor, is a value, or a pair of values at neighboring depths. Depths are counted in factors
+// here.
 template <class Factors>
 struct BlockProduct {
   using A = typename Factors::A;
@@ -41,7 +42,9 @@ struct BlockProduct {
       for (int64_t k = 0; k < depth; k += kRun) {
         const int64_t run = min(kRun, depth - k);
         const bool ends = v + width == vectors && k + run == depth;
-        const Factor* after = blocks == 1 ? tile + kAhead : ends ? static_cast<const Factor*>(next) - k * inner * W : tile + run * inner * W;
+        const Factor* after = blocks == 1 ? tile + kAhead
+                              : ends      ? static_cast<const Factor*>(next) - k * inner * W
+                                          : tile + run * inner * W;
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t r = count * b / blocks, n = count * (b + 1) / blocks - r;
           A* to = sums + r * stride + v * W;
@@ -136,7 +139,8 @@ struct BlockProduct {
       for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v)
-          sum[0][r][v] = Factors::add(sum[0][r][v], Factors::broadcast(rows[r * stride + k]), *(const Vector*)(tile + place(k, v, NV, depth)));
+          sum[0][r][v] =
+              Factors::add(sum[0][r][v], Factors::broadcast(rows[r * stride + k]), *(const Vector*)(tile + place(k, v, NV, depth)));
 #pragma GCC unroll 16
     for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 4

@@ -1,5 +1,5 @@
 // Products of bfloat16 by AVX512-BF16: a lane multiplies a pair of values with a pair of weights, and adds both products to a sum of fp32.
-// Where a processor does so at twice the rate of its multiply-adds, as AMD's do. The instruction takes and gives zero for subnormal numbers.
+// AMD's processors do so at twice the rate of their multiply-adds. The instruction takes and gives zero for subnormal numbers.
 // Included inside the namespace of an instruction set, after product_blocks.inl and short_products.inl.
 
 // Pairs of neighboring columns of a row, and of neighboring depths of the weights.

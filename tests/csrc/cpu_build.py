@@ -25,7 +25,7 @@ CELLS = (
     "RnnTanh", "RnnRelu", "Lstm", "Gru", "CoupledLstm", "PeepholeLstm", "LayerNormLstm", "LayerNormGru", "Slstm",
 )  # fmt: skip
 TYPES = ("float", "double", "bfloat16", "float16")
-MULTIPLIED = {"avx512_bf16": ("bfloat16",), "amx": ("float", "bfloat16")}  # types, of levels that are ways to multiply and no more
+MULTIPLIED = {"avx512_bf16": ("bfloat16",), "amx": ("float", "bfloat16")}  # types of levels that only multiply
 STEP = ("step",)  # cases: all of single steps
 # By itself the program ends with a segmentation fault where an array is left, on either side.
 SANITIZERS = build.SANITIZERS | {"plain": ("-fsanitize=alignment", "-fno-sanitize-recover=all")}

@@ -41,8 +41,8 @@ CHUNKED = [
     RecurrentCase("lstm", steps=15, batch=21, hidden=17, input=40, layout="packed", bidirectional=True),
     RecurrentCase("rnn_tanh", steps=9, batch=40, hidden=70, input=33, layout="lengths", bidirectional=True),
     RecurrentCase("lstm", steps=14, batch=9, hidden=600, input=20),
-    # one row and three, of more depths, and more pairs of them, than a run of sums; more rows than one product takes, with so much to save that it is
-    # stored past the caches, in whole lines and not
+    # one row and three, of more depths, in pairs as well, than a run of sums; more rows than one product takes, with so much to
+    # save that it is stored past the caches, in whole lines and not
     RecurrentCase("lstm", steps=60, batch=1, hidden=290, input=270),
     RecurrentCase("gru", steps=40, batch=3, hidden=270, input=260),
     RecurrentCase("lstm", steps=12, batch=50, hidden=256, input=16),
@@ -349,7 +349,7 @@ def test_what_no_bfloat16_product_holds(level, where, value, steps):
 
 
 def test_powers_of_two_pass_through(level):
-    """What is small, yet no subnormal number on its way, is computed as exactly: a network of relu, without biases, is linear in scale."""
+    """What is small, but nowhere subnormal, is computed as exactly: a network of relu without biases is linear in its scale."""
     params, x, h0, _ = _random("RNN", hidden=80, batch=20, steps=20)
     w_ih, weight, *_ = (p.bfloat16() for p in params)
     biases = [torch.zeros(80, dtype=torch.bfloat16)] * 2
