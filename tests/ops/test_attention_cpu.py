@@ -842,7 +842,7 @@ def test_pairs_are_used(level_of_pairs, sizes, monkeypatch):
     monkeypatch.delenv("FASTSEQ_CPU_PARTS")
     torch.manual_seed(0)
     queries, keys, key_heads = sizes
-    inputs = [torch.randn(2, heads, n, 128) for n, heads in ((queries, 4), (keys, key_heads), (keys, key_heads))]
+    inputs = [torch.randn(30, heads, n, 128) for n, heads in ((queries, 4), (keys, key_heads), (keys, key_heads))]
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         results = []
         for level in ("avx512", level_of_pairs):
