@@ -49,6 +49,14 @@ PIP := $(PY) -m pip --disable-pip-version-check
 
 SOURCES := CMakeLists.txt setup.py fastseq/_version.py $(shell find csrc -type f)
 LIBRARY := fastseq/lib/.built-$(FASTSEQ_BUILD)
+# The first report soon: where there is no library yet, one for this machine alone. Whatever else needs one builds the rest.
+ifeq ($(MAKECMDGOALS)$(wildcard $(LIBRARY)),bench)
+  LIBRARY := fastseq/lib/.built-native
+  export FASTSEQ_CPU_LEVELS := native
+  ifeq ($(FASTSEQ_BUILD)$(wildcard /dev/nvidia*),auto)
+    FASTSEQ_BUILD := cpu
+  endif
+endif
 
 .PHONY: test check lint format bench gpu-day library host-kernels sanitize docs wheel abi clean
 

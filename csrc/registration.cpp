@@ -94,11 +94,14 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
         "Tensor lse, " FASTSEQ_SPEC ", bool[] wanted) -> Tensor[]");
   m.def("attention_with_weights(Tensor q, Tensor k, Tensor v, " FASTSEQ_SPEC ", bool average) -> (Tensor, Tensor, Tensor)");
   m.def("attention_weights(Tensor q, Tensor k, Tensor lse, " FASTSEQ_SPEC ", bool average) -> Tensor");
-  m.def("attention_plain(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, float dropout, Tensor? seed, "
-        "bool wants_lse) -> (Tensor, Tensor)");
   m.def("scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, "
-        "float? scale=None, bool enable_gqa=False, bool wants_lse=False, float dropout=0.0, Tensor? seed=None) -> Tensor[]");
-  m.def("plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, float? scale, bool enable_gqa) -> Tensor?");
+        "float? scale=None, bool enable_gqa=False, bool wants_lse=False, float dropout=0.0, Tensor? seed=None, bool bottom_right=False, "
+        "bool time_first=False) -> Tensor[]");
+  m.def("plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, float? scale, bool enable_gqa, "
+        "bool time_first=False) -> Tensor?");
+  m.def("scaled_dot_product_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+        "Tensor? attn_mask, bool is_causal, float? scale, float dropout, Tensor? seed, bool bottom_right, bool time_first, "
+        "bool[] wanted) -> Tensor[]");
   m.def("multihead_attention(Tensor query, Tensor key, Tensor value, int num_heads, Tensor in_proj_weight, Tensor? in_proj_bias, "
         "Tensor out_proj_weight, Tensor? out_proj_bias, Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, bool is_causal, "
         "bool need_weights, bool average_attn_weights) -> Tensor[]");
@@ -111,8 +114,6 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
         "bool average_attn_weights) -> Tensor");
   m.def("transformer_encoder_layer(Tensor src, Tensor[] parameters, int num_heads, bool gelu, bool norm_first, float eps, "
         "Tensor? src_mask, Tensor? src_key_padding_mask, bool batch_first, bool is_causal) -> Tensor[]");
-  m.def("attention_plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, float scale, "
-        "bool causal, float dropout, Tensor? seed) -> (Tensor, Tensor, Tensor)");
   // The benchmark suite `limits` measures the machine with these; no module and no function of fastseq calls them.
   m.def("fma(Tensor start, float factor, float addend, int steps, Tensor(a!) results) -> ()");
   m.def("exchange(str kind, int steps, int ctas, int vectors, Tensor(a!) flags, Tensor(b!) operands, Tensor(c!) results) -> ()");
@@ -128,10 +129,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&fastseq::cpu::attention_backward));
   m.impl("attention_with_weights", TORCH_BOX(&fastseq::cpu::attention_with_weights));
   m.impl("attention_weights", TORCH_BOX(&fastseq::cpu::attention_weights));
-  m.impl("attention_plain", TORCH_BOX(&fastseq::cpu::attention_plain));
   m.impl("linear_backward", TORCH_BOX(&fastseq::cpu::linear_backward));
   m.impl("self_attention_backward", TORCH_BOX(&fastseq::cpu::self_attention_backward));
-  m.impl("attention_plain_backward", TORCH_BOX(&fastseq::cpu::attention_plain_backward));
   m.impl("attention_decode", TORCH_BOX(&fastseq::cpu::attention_decode));
   m.impl("recurrent_gradients", TORCH_BOX(&fastseq::cpu::recurrent_gradients));
   m.impl("scan_forward", TORCH_BOX(&fastseq::cpu::scan_forward));
@@ -157,6 +156,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_amx_obstacle", TORCH_BOX(&fastseq::cpu::cpu_amx_obstacle));
   m.impl("scaled_dot_product_attention", TORCH_BOX(&fastseq::cpu::scaled_dot_product_attention));  // these decline what is not on the CPU
   m.impl("plain_attention", TORCH_BOX(&fastseq::cpu::plain_attention));
+  m.impl("scaled_dot_product_attention_backward", TORCH_BOX(&fastseq::cpu::scaled_dot_product_attention_backward));
   m.impl("multihead_attention", TORCH_BOX(&fastseq::cpu::multihead_attention));
   m.impl("linear", TORCH_BOX(&fastseq::cpu::linear_forward));
   m.impl("self_attention", TORCH_BOX(&fastseq::cpu::self_attention));

@@ -223,6 +223,18 @@ def test_one_registration():
             assert name in listed or pattern in listed, f"{name} is not in CMakeLists.txt"
 
 
+def test_every_kernel_of_a_level_can_be_left_out():
+    """A library for one machine has something in the place of every function of the levels that it goes without."""
+    names = r"\b(\w+)_(default|avx2|avx512|avx512_bf16|amx)\(\);"
+    declared = {found for p in (ROOT / "csrc").rglob("*.h") for found in re.findall(names, p.read_text())}
+    left_out = (ROOT / "csrc/cpu/left_out.cpp").read_text()
+    products, others = left_out.split("#define LEFT_OUT(level)")
+    of_products, of_all = (set(re.findall(r"(\w+)_##level\(\)", part)) for part in (products, others))
+    uses = re.findall(r"FASTSEQ_WITHOUT_(\w+)\)\n(LEFT_OUT\w*)\(\1\)", left_out)
+    found = {(name, level) for level, macro in uses for name in of_products | (of_all if macro == "LEFT_OUT" else set())}
+    assert found | set(re.findall(r"(\w+)_(amx)\(\) {", left_out)) >= declared
+
+
 # What only common/prims.cuh may say: the machine's own words, and waits that the host execution could not see.
 MACHINE = re.compile(r"\b__\w+|\basm\b|\bvolatile\b|<<<|\b(thread|block)Idx\b|\b(block|grid)Dim\b|\bthread_local\b|\bcuda\w*")
 

@@ -38,7 +38,7 @@ _16 = (torch.bfloat16, torch.float16)
 DTYPES = (*_16, torch.float32)
 FEATURES = (
     (), ("bias",), ("mask",), ("relative_bias",), ("slopes",), ("sinks",), ("softcap",), ("dropout",), ("relative_q",),
-    ("k_lengths",), ("q_lengths", "k_lengths"), ("blocks",), ("bottom_right",),
+    ("k_lengths",), ("q_lengths", "k_lengths"), ("blocks",), ("bottom_right",), ("dropout", "dropout of a part"),
     ("bias", "dropout", "k_lengths", "mask", "relative_bias", "sinks", "slopes", "softcap"),
 )  # fmt: skip
 WINDOWS = ((-1, 0), (-1, -1), (128, 0))

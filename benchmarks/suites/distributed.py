@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +24,11 @@ KINDS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {  # what a group's n
     "recurrence ": (RECURRENCE, {SECONDS: (ONE, *WAVES), BYTES: tuple(WAVES), MEMORY: (ONE, *WAVES)}),
     "scan ": (SCAN, {SECONDS: (ONE, PAIRS), BYTES: (PAIRS,), MEMORY: (ONE, PAIRS)}),
 }
-LINEAR = 1.15  # times its share of one process: the memory of a rank, by step
-WHOLE = ("all_gather", "all_to_all")  # which hold the keys of all, or all steps of their heads, and so more than a share
+LINEAR = 1.15  # times its share of one process, or what its method holds: the memory of a rank, by step
+# Of the 8 tensors of q's size that forward with backward of one process holds, as many: forward q, k, v, the output, its gradient
+# (which is there from the beginning), and the keys and values of all ranks; backward q, k, v, the output and its gradient, of own
+# steps and of own heads, and three gradients.
+HOLD: dict[str, Callable[[int], float]] = {"all_gather": lambda n: max(8, 5 + 2 * n) / 8, "all_to_all": lambda n: 13 / 8}
 BANDWIDTHS = (1e8, 1e9, 5e10)  # bytes in a second from rank to rank, given to the model
 RANKS = (2, 8, 64, 256, 1024)  # of the model
 
@@ -130,13 +134,14 @@ def present(results: Results) -> list[Section]:
     sections, rows = CURVES.present(results), results.of_suite(NAME)
     shares: list[list[Cell | str]] = []
     for found in memory(rows):
-        value = found["of its share"]
-        tone = "" if found["program"] in WHOLE else "good" if value <= LINEAR else "bad"
+        value, name = found["of its share"], found["program"]
+        most = LINEAR * (HOLD[name](found["ranks"]) if name in HOLD else 1)
+        tone = "good" if value <= most else "bad"
         shares.append([found["program"], str(found["ranks"]), Cell(number(value), tone)])
     if shares:
         note = (
-            f"A rank's peak over that of one process divided by the ranks, by step: at most {LINEAR}, but of "
-            f"{' and '.join(WHOLE)}, which hold the keys that a rank's queries see, and all steps of its heads beside its part."
+            f"A rank's peak over that of one process divided by the ranks, by step: at most {LINEAR} times what its method has "
+            f"to hold, which is one, but of {' and '.join(HOLD)}: the keys that a rank's queries see, and all steps of its heads."
         )
         sections[0].tables.insert(0, Table("Memory is linear", ["program", "ranks", "of its share"], shares, note))
     far = model(rows)

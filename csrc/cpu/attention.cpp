@@ -384,32 +384,6 @@ std::vector<Tensor> attention_backward(std::optional<Tensor> dout, std::optional
   return gradients;
 }
 
-namespace {
-
-AttentionSpec plain(const std::optional<Tensor>& mask, double scale, bool causal, double dropout, const std::optional<Tensor>& seed) {
-  AttentionSpec spec{};
-  if (mask) (mask->scalar_type() == ScalarType::Bool ? spec.mask : spec.bias) = mask;
-  spec.scale = scale, spec.dropout = dropout, spec.seed = seed;
-  if (causal) spec.right = 0;
-  return spec;
-}
-
-}  // namespace
-
-std::tuple<Tensor, Tensor> attention_plain(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, double scale, bool causal,
-                                           double dropout, std::optional<Tensor> seed, bool wants_lse) {
-  return forward(q, k, v, plain(mask, scale, causal, dropout, seed), wants_lse, wants_lse);
-}
-
-std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                            std::optional<Tensor> mask, double scale, bool causal, double dropout,
-                                                            std::optional<Tensor> seed) {
-  AttentionBackward g = backward_of(dout, q, k, v, out, lse, plain(mask, scale, causal, dropout, seed));
-  const Gradients to{empty_rows(q, q.size(-1)), empty_rows(k, k.size(-1)), empty_rows(v, v.size(-1))};
-  run_backward(g, to);
-  return {*to[0], *to[1], *to[2]};
-}
-
 void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, const Tensor& out,
                     const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average) {
   Attention a = attention_of(q, k, &v, spec);
@@ -420,12 +394,12 @@ void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const Att
 }
 
 void attention_backward_into(const Tensor& dout, const std::optional<Tensor>& dweights, bool average, const Tensor& q, const Tensor& k,
-                             const Tensor& v, const Tensor& out, const Tensor& lse, const AttentionSpec& spec, const Tensor& dq,
-                             const Tensor& dk, const Tensor& dv) {
+                             const Tensor& v, const Tensor& out, const Tensor& lse, const AttentionSpec& spec,
+                             const std::optional<Tensor>& dq, const std::optional<Tensor>& dk, const std::optional<Tensor>& dv,
+                             const std::optional<Tensor>& dbias) {
   AttentionBackward g = backward_of(dout, q, k, v, out, lse, spec);
   add_weights(g, dweights, average);
-  const Gradients to{dq, dk, dv};
-  run_backward(g, to);
+  run_backward(g, {dq, dk, dv, dbias});
 }
 
 }  // namespace fastseq::cpu

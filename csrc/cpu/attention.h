@@ -46,20 +46,13 @@ std::vector<Tensor> attention_backward(std::optional<Tensor> dout, std::optional
 std::tuple<Tensor, Tensor, Tensor> attention_with_weights(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC, bool average);
 Tensor attention_weights(Tensor q, Tensor k, Tensor lse, FASTSEQ_ATTENTION_SPEC, bool average);
 
-// Of the features of scaled_dot_product_attention: a mask, bool or added, over [B, Hq, Tq, Tk], or the keys up to a query's own place, top
-// left. lse, for a backward pass, has size 0 if it is not wanted.
-std::tuple<Tensor, Tensor> attention_plain(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, double scale, bool causal,
-                                           double dropout, std::optional<Tensor> seed, bool wants_lse);
-std::tuple<Tensor, Tensor, Tensor> attention_plain_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                            std::optional<Tensor> mask, double scale, bool causal, double dropout,
-                                                            std::optional<Tensor> seed);
-
 // For other host parts: the results go into tensors that are given, of any strides (lse and weights contiguous), the lse, for a backward
-// pass, and the weights where there is one for them. Without q_lengths; nothing has size 0.
+// pass, and the weights where there is one for them, gradients where there is one for each. Without q_lengths; nothing has size 0.
 void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, const Tensor& out,
                     const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average);
 void attention_backward_into(const Tensor& dout, const std::optional<Tensor>& dweights, bool average, const Tensor& q, const Tensor& k,
-                             const Tensor& v, const Tensor& out, const Tensor& lse, const AttentionSpec& spec, const Tensor& dq,
-                             const Tensor& dk, const Tensor& dv);
+                             const Tensor& v, const Tensor& out, const Tensor& lse, const AttentionSpec& spec,
+                             const std::optional<Tensor>& dq, const std::optional<Tensor>& dk, const std::optional<Tensor>& dv,
+                             const std::optional<Tensor>& dbias);
 
 }  // namespace fastseq::cpu

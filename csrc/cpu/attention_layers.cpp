@@ -39,13 +39,23 @@ Tensor view(const Tensor& tensor, Sizes sizes, Sizes strides, int64_t first = 0)
   return Tensor(handle);
 }
 
-// [1, .., n, m] of a tensor of two to four dimensions
-Tensor four_dimensions(const Tensor& tensor) {
+// New, of a tensor's sizes, two to four.
+Tensor contiguous_like(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  switch (x.dim()) {
+    case 2: return empty({x.size(0), x.size(1)}, type);
+    case 3: return empty({x.size(0), x.size(1), x.size(2)}, type);
+    default: return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, type);
+  }
+}
+
+// [1, .., n, m] of a tensor of two to four dimensions; time_first: of four, [B, T, H, E], with the heads before the time.
+Tensor four_dimensions(const Tensor& tensor, bool time_first = false) {
   const auto n = tensor.sizes(), s = tensor.strides();
   switch (tensor.dim()) {
     case 2: return view(tensor, {1, 1, n[0], n[1]}, {0, 0, s[0], s[1]});
     case 3: return view(tensor, {1, n[0], n[1], n[2]}, {0, s[0], s[1], s[2]});
-    default: return tensor;
+    default: return time_first ? view(tensor, {n[0], n[2], n[1], n[3]}, {s[0], s[2], s[1], s[3]}) : tensor;
   }
 }
 
@@ -53,12 +63,12 @@ Tensor four_dimensions(const Tensor& tensor) {
 
 std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, bool is_causal,
                                                  std::optional<double> scale, bool enable_gqa, bool wants_lse, double dropout,
-                                                 std::optional<Tensor> seed) {
+                                                 std::optional<Tensor> seed, bool bottom_right, bool time_first) {
   const int64_t rank = query.dim();
   const ScalarType type = query.scalar_type();
-  if (rank < 2 + enable_gqa || rank > 4 || key.dim() != rank || value.dim() != rank || !is_stored(type)) return {};
+  if (rank < 2 + enable_gqa || rank > 4 || (time_first && rank != 4) || key.dim() != rank || value.dim() != rank || !is_stored(type)) return {};
   if (!rows_of(query, type) || !rows_of(key, type) || !rows_of(value, type)) return {};
-  const Tensor q = four_dimensions(query), k = four_dimensions(key), v = four_dimensions(value);
+  const Tensor q = four_dimensions(query, time_first), k = four_dimensions(key, time_first), v = four_dimensions(value, time_first);
   const auto of_q = q.sizes(), of_k = k.sizes(), of_v = v.sizes();
   if (of_k[0] != of_q[0] || of_v[0] != of_q[0] || of_v[1] != of_k[1] || of_v[2] != of_k[2] || of_k[3] != of_q[3]) return {};
   for (int64_t dim = 0; dim < 4; ++dim)
@@ -76,12 +86,12 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
   AttentionSpec spec{};
   if (mask) (mask->scalar_type() == ScalarType::Bool ? spec.mask : spec.bias) = mask;
   spec.scale = scale.value_or(1 / std::sqrt(static_cast<double>(of_q[3]))), spec.dropout = dropout, spec.seed = seed;
-  spec.right = is_causal ? 0 : -1;
+  spec.right = is_causal ? 0 : -1, spec.bottom_right = bottom_right;
   const int64_t H = of_q[1], L = of_q[2], E = of_v[3];
-  Tensor out = empty({of_q[0], H, L, E}, type, true);
+  Tensor out = time_first ? empty({of_q[0], L, H, E}, type) : empty({of_q[0], H, L, E}, type, true);
   std::optional<Tensor> lse;
   if (wants_lse) lse = empty({of_q[0], H, L}, wide_of(type));
-  attention_into(q, k, v, spec, out, lse, {}, false);
+  attention_into(q, k, v, spec, four_dimensions(out, time_first), lse, {}, false);
   if (rank == 3) out = view(out, {H, L, E}, {E, H * E, 1});
   if (rank == 2) out = view(out, {L, E}, {E, 1});
   if (wants_lse) return {out, *lse};
@@ -89,10 +99,38 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
 }
 
 std::optional<Tensor> plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, std::optional<double> scale,
-                                      bool enable_gqa) {
-  const std::vector<Tensor> results = scaled_dot_product_attention(query, key, value, {}, is_causal, scale, enable_gqa, false, 0, {});
+                                      bool enable_gqa, bool time_first) {
+  const std::vector<Tensor> results =
+      scaled_dot_product_attention(query, key, value, {}, is_causal, scale, enable_gqa, false, 0, {}, false, time_first);
   if (results.empty()) return {};
   return results[0];
+}
+
+std::vector<Tensor> scaled_dot_product_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,
+                                                          std::optional<Tensor> attn_mask, bool is_causal, std::optional<double> scale,
+                                                          double dropout, std::optional<Tensor> seed, bool bottom_right, bool time_first,
+                                                          std::vector<bool> wanted) {
+  const Tensor q = four_dimensions(query, time_first), k = four_dimensions(key, time_first), v = four_dimensions(value, time_first);
+  AttentionSpec spec{};
+  if (attn_mask) (attn_mask->scalar_type() == ScalarType::Bool ? spec.mask : spec.bias) = four_dimensions(*attn_mask);
+  spec.scale = scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3)))), spec.dropout = dropout, spec.seed = seed;
+  spec.right = is_causal ? 0 : -1, spec.bottom_right = bottom_right;
+  // time before heads in memory
+  const auto like = [&](const Tensor& x) {
+    return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), !time_first);
+  };
+  const Tensor none = empty({0}, query.scalar_type());
+  std::vector<Tensor> results{wanted[0] ? like(query) : none, wanted[1] ? like(key) : none, wanted[2] ? like(value) : none, none};
+  const auto heads_first = [&](int which) -> std::optional<Tensor> {
+    if (!wanted[which]) return {};
+    return four_dimensions(results[which], time_first);
+  };
+  std::optional<Tensor> dbias;
+  if (wanted[3]) results[3] = contiguous_like(*attn_mask), dbias = four_dimensions(results[3]);
+  const Tensor gradient = dout.stride(-1) == 1 || dout.size(-1) == 1 ? dout : torch::stable::contiguous(dout);
+  attention_backward_into(four_dimensions(gradient, time_first), {}, false, q, k, v, four_dimensions(out, time_first), lse, spec,
+                          heads_first(0), heads_first(1), heads_first(2), dbias);
+  return results;
 }
 
 namespace {
@@ -480,7 +518,7 @@ Tensor self_attention_backward(Tensor dout, std::optional<Tensor> dweights, Tens
   const Tensor rows = empty({x.batch.count(), 3 * x.features}, projected.scalar_type());
   const Tensor gradient = dout.stride(-1) == 1 ? dout : torch::stable::contiguous(dout);
   attention_backward_into(x.of_heads(gradient, batch_first), dweights, average_attn_weights, x.q, x.k, x.v, x.of_heads(out, batch_first),
-                          lse, x.spec, x.part(rows, 0), x.part(rows, 1), x.part(rows, 2));
+                          lse, x.spec, x.part(rows, 0), x.part(rows, 1), x.part(rows, 2), {});
   return x.batch.shaped(rows, projected, batch_first);
 }
 

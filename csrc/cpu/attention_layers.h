@@ -12,14 +12,22 @@ namespace fastseq::cpu {
 
 using torch::stable::Tensor;
 
-// torch.nn.functional.scaled_dot_product_attention; with wants_lse also the lse [B, H, L]. A dropout needs a seed.
+// torch.nn.functional.scaled_dot_product_attention; with wants_lse also the lse [B, H, L]. A dropout needs a seed. bottom_right: is_causal
+// has the last query at the last key. time_first: tensors are [B, L, H, E].
 std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, bool is_causal,
                                                  std::optional<double> scale, bool enable_gqa, bool wants_lse, double dropout,
-                                                 std::optional<Tensor> seed);
+                                                 std::optional<Tensor> seed, bool bottom_right, bool time_first);
 
 // The same without mask, dropout and lse: fewer arguments cost less of a short call.
 std::optional<Tensor> plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, std::optional<double> scale,
-                                      bool enable_gqa);
+                                      bool enable_gqa, bool time_first);
+
+// The gradients of query, key, value and an attn_mask that is added, of four dimensions, after the above with its lse; of size 0 where not
+// wanted.
+std::vector<Tensor> scaled_dot_product_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,
+                                                          std::optional<Tensor> attn_mask, bool is_causal, std::optional<double> scale,
+                                                          double dropout, std::optional<Tensor> seed, bool bottom_right, bool time_first,
+                                                          std::vector<bool> wanted);
 
 // The forward of torch.nn.MultiheadAttention with one in_proj_weight; the weights, if needed, behind the output. is_causal: the causal mask
 // is meant by attn_mask, which is not read.

@@ -3,6 +3,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdint>
 #include <cstdlib>
@@ -23,7 +24,19 @@ constexpr std::string_view kNames[] = {"default", "avx2", "avx512", "avx512_bf16
 
 #if defined(__x86_64__)
 
-// Products of pairs of bfloat16. Asked once, as calls ask for the level several times: a virtual machine's host has to answer, in microseconds.
+// Between blanks, the levels that a library for one machine goes without (CMakeLists.txt, FASTSEQ_CPU_LEVELS).
+bool is_built(int level) {
+  static const auto built = [] {
+    std::array<bool, std::size(kNames)> found;
+    for (size_t i = 0; i < found.size(); ++i)
+      found[i] = std::string_view(FASTSEQ_LEFT_OUT).find(" " + std::string(kNames[i]) + " ") == std::string_view::npos;
+    return found;
+  }();
+  return built[level];
+}
+
+// Products of pairs of bfloat16. Asked once, as calls ask for the level several times: a virtual machine's host has to answer, in
+// microseconds.
 bool multiplies_pairs() {
   static const bool found = [] {
     unsigned a = 0, b, c, d;
@@ -83,11 +96,13 @@ Level level() {
     STD_TORCH_CHECK(most >= 0, "FASTSEQ_CPU_LEVEL=", wanted, " is none of default, avx2, avx512, avx512_bf16, amx");
   }
 #if defined(__x86_64__)
-  if (most == 0) return Level::kDefault;
-  const Level least = static_cast<Level>(std::min(most, static_cast<int>(highest())));
+  int found = most == 0 ? 0 : std::min(most, static_cast<int>(highest()));
   // asked for by name, wherever it can run
-  const bool pairs = most == static_cast<int>(Level::kAvx512Bf16) && least == Level::kAvx512 && multiplies_pairs();
-  return pairs ? Level::kAvx512Bf16 : least;
+  if (most == static_cast<int>(Level::kAvx512Bf16) && found == static_cast<int>(Level::kAvx512) && multiplies_pairs()) found = most;
+  while (found >= 0 && !is_built(found)) --found;
+  STD_TORCH_CHECK(found >= 0, "this library was built for one machine, without kernels for what ",
+                  wanted && *wanted ? "FASTSEQ_CPU_LEVEL asks for" : "this processor has", "; `make library` builds all of them");
+  return static_cast<Level>(found);
 #else
   return Level::kDefault;
 #endif

@@ -37,6 +37,28 @@ FASTSEQ_HOST_DEVICE void with_stored([[maybe_unused]] Stored stored, F&& body) {
   body.template operator()<S>();
 }
 
+// How many values of a row and of weights, of types X and S, are multiplied at once, and how.
+template <class A, class X, class S>
+struct Terms {
+  using V = typename Lanes<A>::V;
+  using Row = V;
+  using Column = V;
+  static constexpr int64_t kDepth = Math<A>::kWidth;
+  static FASTSEQ_HOST_DEVICE V row(const X* p, int64_t n) { return Memory<X, A>::load(p, n); }
+  static FASTSEQ_HOST_DEVICE V column(const S* p, int64_t n) { return Memory<S, A>::load(p, n); }
+  static FASTSEQ_HOST_DEVICE V add(V sum, V row, V column) { return sum + row * column; }
+};
+#if defined(FASTSEQ_PAIRS)
+template <>
+struct Terms<float, bfloat16, bfloat16> : Pairs {
+  using Row = Vector;
+  using Column = Vector;
+  static constexpr int64_t kDepth = 2 * W;
+  static FASTSEQ_HOST_DEVICE Vector row(const bfloat16* p, int64_t n) { return load(p, n); }
+  static FASTSEQ_HOST_DEVICE Vector column(const bfloat16* p, int64_t n) { return load(p, n); }
+};
+#endif
+
 template <class A>
 struct InPlace {
   using V = typename Lanes<A>::V;
@@ -73,22 +95,24 @@ struct InPlace {
   // sums[row * C + column], each still W partial ones
   template <int R, class X, class S>
   static __attribute__((noinline)) void products(const X* rows, int64_t stride, const S* const* columns, int64_t depth, V* sums) {
+    using T = Terms<A, X, S>;
     constexpr int64_t C = W / R;
-    V sum[R][C], value[R];
+    V sum[R][C];
+    typename T::Row value[R];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < W; ++i) sum[i / C][i % C] = V{};
     int64_t k = 0;
     const auto add = [&](int64_t n) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < R; ++i) value[i] = Memory<X, A>::load(rows + i * stride + k, n);
+      for (int64_t i = 0; i < R; ++i) value[i] = T::row(rows + i * stride + k, n);
 #pragma GCC unroll 16
       for (int64_t c = 0; c < C; ++c) {
-        const V weight = Memory<S, A>::load(columns[c] + k, n);
+        const typename T::Column weight = T::column(columns[c] + k, n);
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < R; ++i) sum[i][c] += value[i] * weight;
+        for (int64_t i = 0; i < R; ++i) sum[i][c] = T::add(sum[i][c], value[i], weight);
       }
     };
-    for (; k + W <= depth; k += W) add(W);
+    for (; k + T::kDepth <= depth; k += T::kDepth) add(T::kDepth);
     if (k < depth) add(depth - k);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < W; ++i) sums[i] = sum[i / C][i % C];

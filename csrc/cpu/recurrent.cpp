@@ -22,13 +22,18 @@ bool multiplies_tiles(const Shape& shape) {
   return level() == Level::kAmx && shape.type == Type::kBfloat16 && !shape.projected;
 }
 
+// So do products of pairs, for the same reason.
+bool multiplies_pairs(const Shape& shape) {
+  return level() == Level::kAvx512Bf16 && shape.type == Type::kBfloat16 && !shape.projected;
+}
+
 }  // namespace
 
 const Kernels& kernels_of(const Shape& shape) {
   switch (level()) {
 #if defined(__x86_64__)
     case Level::kAmx: return multiplies_tiles(shape) ? kernels_amx() : kernels_avx512();
-    case Level::kAvx512Bf16:
+    case Level::kAvx512Bf16: return multiplies_pairs(shape) ? kernels_avx512_bf16() : kernels_avx512();
     case Level::kAvx512: return kernels_avx512();
     case Level::kAvx2: return kernels_avx2();
 #endif

@@ -191,6 +191,7 @@ const Kernels& kernels_default();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512_bf16();  // bfloat16 alone
 const Kernels& kernels_amx();  // bfloat16, and float in parts; without zoneout
 #endif
 

@@ -1,10 +1,10 @@
 // The recurrence over time for one instruction set: forward and backward, any cell. Included by recurrent_<level>.cpp, which defines
-// FASTSEQ_LEVEL, FASTSEQ_VECTOR_BYTES, FASTSEQ_VECTOR_REGISTERS and, where bfloat16 is multiplied by AMX tiles, FASTSEQ_TILES; contracts
-// stand in recurrent_kernel.h.
+// FASTSEQ_LEVEL, FASTSEQ_VECTOR_BYTES, FASTSEQ_VECTOR_REGISTERS and, where bfloat16 is multiplied by AMX tiles, FASTSEQ_TILES, where it is
+// in pairs, FASTSEQ_PAIRS; contracts stand in recurrent_kernel.h.
 //
 // Each step multiplies the state of the sequences with one tile of packed weights after the other, and finishes that tile's units (gates,
 // state, outputs) while the sums are still in the first-level cache. A team meets once a step, when the new state is complete. What
-// multiplies (product_fma.inl, product_amx.inl) also says how states and weights lie; the rest is written once.
+// multiplies (product_fma.inl, product_pairs.inl, product_amx.inl) also says how states and weights lie; the rest is written once.
 
 #include <cstddef>
 #include <cstdint>
@@ -43,8 +43,14 @@ struct Start {
 
 #if defined(FASTSEQ_TILES)
 #include "tiles.inl"
+#include "short_products.inl"
 #include "product_amx.inl"
+#elif defined(FASTSEQ_PAIRS)
+#include "short_products.inl"
+#include "product_blocks.inl"
+#include "product_pairs.inl"
 #else
+#include "product_blocks.inl"
 #include "product_fma.inl"
 #endif
 #include "product_in_place.inl"
@@ -1196,10 +1202,12 @@ auto with_cell(Cell cell, F&& body) {
 
 // Calls body.template operator()<Product, S>() for the types of a shape.
 template <class F>
-auto with_types(Type type, F&& body) {
+auto with_types([[maybe_unused]] Type type, F&& body) {
 #if defined(FASTSEQ_TILES)
   if (type == Type::kFloat) return body.template operator()<TileProduct<float>, float>();
   return body.template operator()<TileProduct<bfloat16>, bfloat16>();
+#elif defined(FASTSEQ_PAIRS)
+  return body.template operator()<MultiplyPairs, bfloat16>();
 #else
   switch (type) {
     case Type::kFloat: return body.template operator()<MultiplyAdd<float>, float>();

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from . import cpu, cuda, reference, torch, triton
 from .explanation import Explanation, explain
-from .notes import note, watched, watching
+from .notes import note, watched, watched_eagerly, watching
 from .query import AttentionQuery, Query, RecurrentQuery, ScanQuery
 from .registry import BACKENDS, ORDER, able, obstacles, reasons
 from .selection import Choice, Refused, call_of, chosen, decision, select, solved, step_is_torchs, torch_runs, torch_takes
-from .wish import forced, heeding, set_backend, use_backend
+from .wish import forced, forced_eagerly, heeding, set_backend, use_backend
 
 __all__ = [
     "BACKENDS",
@@ -36,6 +36,7 @@ __all__ = [
     "decision",
     "explain",
     "forced",
+    "forced_eagerly",
     "heeding",
     "note",
     "obstacles",
@@ -51,5 +52,6 @@ __all__ = [
     "triton",
     "use_backend",
     "watched",
+    "watched_eagerly",
     "watching",
 ]

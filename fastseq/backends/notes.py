@@ -17,30 +17,35 @@ class Watcher(NamedTuple):
     noted: Callable[[str], None]  # then, of the call that runs, the ways it takes
 
 
-_watchers: ContextVar[tuple[Watcher, ...]] = ContextVar("fastseq_watchers", default=())
+watchers: ContextVar[tuple[Watcher, ...]] = ContextVar("fastseq_watchers", default=())
 
 
 @contextmanager
 def watching(told: Callable[[Query, str], None], noted: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """Within a ``with`` block, ``told`` is told every call of this thread and the backend that runs it, and ``noted`` how."""
-    token = _watchers.set((*_watchers.get(), Watcher(told, noted)))
+    token = watchers.set((*watchers.get(), Watcher(told, noted)))
     try:
         yield
     finally:
-        _watchers.reset(token)
+        watchers.reset(token)
 
 
 def watched() -> bool:
     """Whether somebody wants to know who runs what."""
-    return not is_compiling() and bool(_watchers.get())
+    return not is_compiling() and watched_eagerly()
+
+
+def watched_eagerly() -> bool:
+    """The same, where it is known that nothing is traced."""
+    return bool(watchers.get())
 
 
 def tell(query: Query, backend: str) -> None:
-    for watcher in _watchers.get():
+    for watcher in watchers.get():
         watcher.told(query, backend)
 
 
 def note(way: object) -> None:
     """Tell it, as a string, of the call that runs."""
-    for watcher in _watchers.get():
+    for watcher in watchers.get():
         watcher.noted(str(way))

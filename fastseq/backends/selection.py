@@ -226,7 +226,8 @@ def _torch_takes(query: Query, gradients: bool) -> str | None:
 
 def step_is_torchs(cell: str, device: torch.device, dtype: torch.dtype, batch: int, hidden: int, gradients: bool) -> bool:
     """Whether torch's kernel takes a single step, while no backend is forced."""
-    sources.heed_threads()
+    if sources._threads is not None:
+        sources.heed_threads()
     key = cell, device, dtype, batch, hidden, gradients
     known = _steps.get(key)
     if known is None:

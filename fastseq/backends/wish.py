@@ -23,9 +23,9 @@ def _checked(name: str | None, source: str) -> str | None:
     return name
 
 
-_NOTHING: Any = object()  # what a context says that says nothing
+NOTHING: Any = object()  # what a context says that says nothing
 _process: str | None = _checked(os.environ.get("FASTSEQ_BACKEND"), "FASTSEQ_BACKEND")
-_context: ContextVar[Any] = ContextVar("fastseq_backend", default=_NOTHING)
+context: ContextVar[Any] = ContextVar("fastseq_backend", default=NOTHING)
 _inherited: ContextVar[bool] = ContextVar("fastseq_backend_inherited", default=False)
 
 
@@ -49,18 +49,18 @@ class use_backend(ContextDecorator):
 
     def __init__(self, name: str | None) -> None:
         self.name = _checked(name, "use_backend")
-        self._before = _context.get()
-        _context.set(_NOTHING if self.name is None else self.name)
+        self._before = context.get()
+        context.set(NOTHING if self.name is None else self.name)
         self._called = True  # and not yet entered
 
     def __enter__(self) -> None:
         if not self._called:
-            self._before = _context.get()
+            self._before = context.get()
         self._called = False
-        _context.set(self.name)
+        context.set(self.name)
 
     def __exit__(self, *error: object) -> None:
-        _context.set(self._before)
+        context.set(self._before)
 
     def __call__(self, function: Function) -> Function:
         self.__exit__()
@@ -86,10 +86,13 @@ def set_backend(name: str | None) -> None:
 
 def forced() -> str | None:
     """The backend that is forced; None: the best one is chosen call by call. What is traced sees the process's wish alone."""
-    if is_compiling():
-        return _process
-    own = _context.get()
-    return _process if own is _NOTHING else own
+    return _process if is_compiling() else forced_eagerly()
+
+
+def forced_eagerly() -> str | None:
+    """The same, where it is known that nothing is traced."""
+    own = context.get()
+    return _process if own is NOTHING else own
 
 
 def inherited() -> bool:
@@ -106,8 +109,8 @@ class heeding:
         self.wish = wish
 
     def __enter__(self) -> None:
-        self._tokens = _context.set(self.wish), _inherited.set(True)
+        self._tokens = context.set(self.wish), _inherited.set(True)
 
     def __exit__(self, *error: object) -> None:
-        _context.reset(self._tokens[0])
+        context.reset(self._tokens[0])
         _inherited.reset(self._tokens[1])

@@ -289,7 +289,8 @@ def _pairs(query: Any, seed: int, lengths: tuple[tuple[int, int], ...]) -> dict[
             given[name] = torch.tensor([0, *(pair[i] for pair in lengths)]).cumsum(0).to(torch.int32)
         given |= {"max_q": tq, "max_k": tk}
     if "dropout" in uses:
-        given |= {"seed": torch.tensor([0x1234567890ABCDEF - seed]), "dropout": 0.3}
+        place = [21, 7 - seed % 4, 5, hq + 2] if "dropout of a part" in uses else []
+        given |= {"seed": torch.tensor([0x1234567890ABCDEF - seed, *place]), "dropout": 0.3}
     return given | {
         "scale": e**-0.5,
         "softcap": 2.0 if "softcap" in uses else 0.0,

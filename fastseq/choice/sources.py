@@ -223,7 +223,8 @@ def form_of(
 
 def may_be_torchs(op: str, gradients: bool) -> bool:
     """Whether anything that was measured gives such a call on the CPU to torch: if nothing does, its sizes need no look."""
-    heed_threads()
+    if _threads is not None:
+        heed_threads()
     known = _may.get((op, gradients))
     return remember(_may, (op, gradients), _look(op, MODES[gradients])) if known is None else known
 

@@ -99,6 +99,18 @@ def swap(ranks: Ranks, outgoing: Sequence[Tensor], shapes: Sequence[Sequence[int
     return incoming
 
 
+def trade(ranks: Ranks, outgoing: Tensor, to: int, shape: Sequence[int], source: int) -> Tensor:
+    """``outgoing`` goes to one rank; what comes from another has ``shape``. A rank's own is given back as it is."""
+    if to == source == ranks.rank:
+        return outgoing
+    incoming = outgoing.new_empty(tuple(shape))
+    batch = Batch(ranks)
+    batch.send(outgoing, to)
+    batch.receive(incoming, source)
+    batch.post().wait()
+    return incoming
+
+
 class Pair:
     """K and V of a chunk in one tensor, so that they travel as one message."""
 

@@ -5,8 +5,8 @@ Three ways, which compute the same:
 ============  =====================================================  ========================================================
 ring          keys and values go round, chunk by chunk, while the    what a rank holds and sends is that of its part; any
               chunk before is used; results are merged by their lse  feature
-all_gather    a rank asks the others for the keys that the windows   one call, without a merge; for windows that reach few
-              of its queries reach                                   ranks, and for short sequences
+all_gather    a rank asks the others for the keys that the windows   one call forward, without a merge; for windows that reach
+              of its queries reach                                   few ranks, and for short sequences
 all_to_all    heads are exchanged for steps: a rank has all steps    least traffic, whole kernels; the ranks share the heads,
               of some heads                                          so there must be as many
 ============  =====================================================  ========================================================
@@ -47,7 +47,7 @@ from ..ops._dispatch import transforming
 from ..ops.types import GRADIENTS, Spec, empty_rows, state_dtype
 from ..reference.attention import Gradients
 from . import _exchange
-from ._exchange import Pair, once_round, swap
+from ._exchange import Pair, once_round, swap, trade
 from ._parts import Held, Part, Whole, held
 from ._ranks import Own, Ranks, common_turn, own_turn
 from .sequence import Run, Sharding, checked_sharding, held_runs, size_of
@@ -434,58 +434,62 @@ class _Ring(_ByRows):
         return 0
 
 
+class _Message(NamedTuple):
+    """Keys that a rank gets, and such that it gives at the same time."""
+
+    source: int
+    coming: list[Held]  # where they lie there
+    to: int
+    going: list[Held]  # where they lie here
+
+
 class _Gather(_ByRows):
+    """Forward all keys come first, for one call. Backward sums need no merge: a message is done with before the next comes."""
+
     def _visit(self, k, v, use, returns=None, home=None):
-        ranks, rank = self.ranks, self.ranks.rank
         spans = [_united([self.whole.reach(*run) for run in runs]) for runs in self.q_runs]
         asked = [[_within(held(runs), of) for runs in self.k_runs] for of in spans]  # [who asks][whom]
-
-        def packed(of: list[Held], k: Tensor, v: Tensor) -> Tensor:
-            taken = [torch.cat([t[..., at.at : at.at + at.size, :] for at in of], -2) if of else t[..., :0, :] for t in (k, v)]
-            return Pair.of(*taken).flat
-
-        def pairs(flats: list[Tensor], counts: list[int]) -> list[Pair]:
-            return [Pair(flat, _with_steps(k, n), _with_steps(v, n)) for flat, n in zip(flats, counts, strict=True)]
-
-        def width(count: int) -> tuple[int]:
-            return (_with_steps(k, count).numel() + _with_steps(v, count).numel(),)
-
-        coming = [size_of([(at.begin, at.end) for at in of]) for of in asked[rank]]
-        going = [size_of([(at.begin, at.end) for at in asked[to][rank]]) for to in range(ranks.size)]
-        wholes = [Held(begin, end, 0) for begin, end in spans[rank]]
-        places = [list(_places(of, wholes)) for of in asked[rank]]
-
-        def arrived() -> list[Pair]:
-            """K and V of each span."""
-            flats = swap(ranks, [packed(asked[to][rank], k, v) for to in range(ranks.size)], [width(n) for n in coming])
-            of_spans = [pairs([k.new_empty(width(of.size))], [of.size])[0] for of in wholes]
-            for pair, of in zip(pairs(flats, coming), places, strict=True):
-                for own, span, at in of:
-                    of_spans[span].k[..., at, :], of_spans[span].v[..., at, :] = pair.k[..., own, :], pair.v[..., own, :]
-            return of_spans
-
-        def parted(results: list[Pair | None]) -> list[Tensor]:
-            """What each span's keys got, for the ranks that they are of."""
-            flats = [k.new_zeros(width(count), dtype=returns) for count in coming]
-            for pair, of in zip(pairs(flats, coming), places, strict=True):
-                for own, span, at in of:
-                    result = results[span]
-                    if result is not None:
-                        pair.k[..., own, :], pair.v[..., own, :] = result.k[..., at, :], result.v[..., at, :]
-            return flats
-
-        found = arrived()
-        results = [use(keys, found.pop(0)) for keys in wholes]
-        if returns is None or home is None:
+        messages = self._messages(asked, _steps(k, v))
+        if home is None:
+            wholes = [Held(begin, end, 0) for begin, end in spans[self.ranks.rank]]
+            found = [_empty_pair(k, v, of.size) for of in wholes]
+            for message in messages:
+                pair = self._fetched(message, k, v)
+                for piece, at in _one_after_another(message.coming):
+                    span = next(i for i, of in enumerate(wholes) if of.begin <= piece.begin < of.end)
+                    own = wholes[span].steps(piece.begin, piece.end)
+                    found[span].k[..., own, :], found[span].v[..., own, :] = pair.k[..., at, :], pair.v[..., at, :]
+            for keys in wholes:
+                use(keys, found.pop(0))
             return
-        outgoing = parted(results)
-        results.clear()
-        for source, pair in enumerate(pairs(swap(ranks, outgoing, [width(n) for n in going]), going)):
-            first = 0
-            for keys in asked[source][rank]:
-                own = slice(first, first + keys.size)
-                home(keys, Pair.of(pair.k[..., own, :], pair.v[..., own, :]))
-                first += keys.size
+        for message in messages:
+            pair = self._fetched(message, k, v)
+            sums = None if returns is None else Pair(torch.zeros_like(pair.flat, dtype=returns), pair.k.shape, pair.v.shape)
+            for piece, at in _one_after_another(message.coming):
+                result = use(piece._replace(at=0), _taken(pair.k, pair.v, [at]))
+                if sums is not None and result is not None:
+                    sums.k[..., at, :], sums.v[..., at, :] = result.k, result.v
+            if sums is not None:
+                back = self._traded(sums, message.source, _count(message.going), message.to)
+                for piece, at in _one_after_another(message.going):
+                    home(piece, _taken(back.k, back.v, [at]))
+
+    def _messages(self, asked: list[list[list[Held]]], steps: int) -> Iterator[_Message]:
+        """All that this rank gets and gives, one rank after the other, itself first: of two ranks both have the same order."""
+        n, rank = self.ranks.size, self.ranks.rank
+        for step in range(n):
+            source, to = (rank - step) % n, (rank + step) % n
+            coming, going = asked[rank][source], asked[to][rank]
+            for first in range(0, max(_count(coming), _count(going)), steps):
+                yield _Message(source, _stretch(coming, first, first + steps), to, _stretch(going, first, first + steps))
+
+    def _fetched(self, message: _Message, k: Tensor, v: Tensor) -> Pair:
+        outgoing = _taken(k, v, [slice(piece.at, piece.at + piece.size) for piece in message.going])
+        return self._traded(outgoing, message.to, _count(message.coming), message.source)
+
+    def _traded(self, outgoing: Pair, to: int, steps: int, source: int) -> Pair:
+        shapes = _with_steps(outgoing.k, steps), _with_steps(outgoing.v, steps)
+        return Pair(trade(self.ranks, outgoing.flat, to, (sum(shape.numel() for shape in shapes),), source), *shapes)
 
 
 class _Side(NamedTuple):
@@ -779,13 +783,38 @@ def _within(holder: list[Held], runs: list[Run]) -> list[Held]:
     return found
 
 
-def _places(pieces: list[Held], spans: list[Held]) -> Iterator[tuple[slice, int, slice]]:
-    """Pieces that lie one after the other: where they lie, in which span they belong, and where in it."""
+def _count(pieces: list[Held]) -> int:
+    return sum(piece.size for piece in pieces)
+
+
+def _stretch(pieces: list[Held], first: int, last: int) -> list[Held]:
+    """Steps first .. last of pieces, counted through all of them."""
+    found, before = [], 0
+    for piece in pieces:
+        begin, end = max(first - before, 0), min(last - before, piece.size)
+        if begin < end:
+            found.append(Held(piece.begin + begin, piece.begin + end, piece.at + begin))
+        before += piece.size
+    return found
+
+
+def _one_after_another(pieces: list[Held]) -> Iterator[tuple[Held, slice]]:
+    """Pieces, and where they lie in a message of them."""
     at = 0
     for piece in pieces:
-        span = next(i for i, of in enumerate(spans) if of.begin <= piece.begin < of.end)
-        yield slice(at, at + piece.size), span, spans[span].steps(piece.begin, piece.end)
+        yield piece, slice(at, at + piece.size)
         at += piece.size
+
+
+def _taken(k: Tensor, v: Tensor, at: list[slice]) -> Pair:
+    """These steps of k and v."""
+    return Pair.of(*[torch.cat([t[..., own, :] for own in at], -2) if at else t[..., :0, :] for t in (k, v)])
+
+
+def _empty_pair(k: Tensor, v: Tensor, steps: int) -> Pair:
+    """Of as many steps."""
+    shapes = _with_steps(k, steps), _with_steps(v, steps)
+    return Pair(k.new_empty(shapes[0].numel() + shapes[1].numel()), *shapes)
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

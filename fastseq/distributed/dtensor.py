@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding  # 2.10 to 2.14; it says of itself that it may change
 
@@ -206,6 +207,26 @@ def _scan_backward(dh: Any, dfinal: Any, b: Any, a: Any, gate: Any, vector: Any,
         outputs += [of_all if wanted[3] and cell.vector else Replicate(), Shard(dim - 1)]
         found.append((outputs, inputs))
     return found
+
+
+def linear(x: DTensor, weight: Any, bias: Any) -> Any:
+    """``torch.nn.functional.linear`` of x [T, B, I], on its shards of steps or of rows, with whole weights, whose gradients are
+    summed. What is sharded otherwise is put together first.
+
+    The function makes one dimension of T and B. The DTensor of torch 2.10 raises an error, in either pass, where that is sharded
+    along B, or unevenly; that of 2.13 takes it.
+    """
+    mesh, given = x.device_mesh, [tensor for tensor in (weight, bias) if tensor is not None]
+    if not all(isinstance(tensor, DTensor) and tensor.device_mesh == mesh for tensor in given):
+        return F.linear(x, weight, bias)  # which says what is wrong
+    sharded = [placement in (Shard(0), Shard(1)) for placement in x.placements]
+    placed = [placement if own else Replicate() for own, placement in zip(sharded, x.placements, strict=True)]
+    of_gradient = [Partial() if own else Replicate() for own in sharded]
+    wholes = [t.redistribute(placements=[Replicate()] * mesh.ndim).to_local(grad_placements=of_gradient) for t in given]
+    y = F.linear(x.redistribute(placements=placed).to_local(), *wholes).contiguous()
+    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(y, mesh, placed, run_check=False, shape=shape, stride=strides)
 
 
 def layers(

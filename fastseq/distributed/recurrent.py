@@ -35,7 +35,10 @@ from .sequence import cut
 
 __all__ = ["sum_gradients"]
 
-_PACKED = "packed rows do not say which sequences go on, or went before, on other ranks: give padded input and lengths"
+_PACKED = (
+    "packed rows do not say which sequences go on, or went before, on other ranks: give this rank's steps of the padded input, "
+    "and lengths=, those of the whole sequences"
+)
 _DOCUMENTS = "cu_seqlens do not go with a sequence on several ranks: give resets, true at the first step of each sequence"
 ZIGZAG = "a recurrence goes from step to step, so a rank's steps must be one run: give sharding='contiguous', got 'zigzag'"
 

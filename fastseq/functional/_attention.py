@@ -12,20 +12,20 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from typing_extensions import Unpack
 
-from .. import backends
-from .._arguments import own_keywords
+from .._arguments import check_keywords, own_keywords
 from ..backends import library
 from ..ops import _attention_eager as eager
 from ..ops import attention as ops
-from ..ops._dispatch import plain_call, shared_sequence
+from ..ops._dispatch import PLAIN, shared_sequence, unseen_call
 from . import _nested
 from ._attention_call import (
     ALIGNMENTS,
+    INTEGERS,
     MAY_BE_NONE,
     MOST_HEADS,
+    NUMBERS,
     AttentionOptions,
     Call,
     Layout,
@@ -35,6 +35,7 @@ from ._attention_call import (
     prepared,
     prepared_plainly,
     rows,
+    shows_options,
     takes_options,
 )
 from ._torch_attention import attention_and_lse, attention_and_weights, attention_output, seeded
@@ -42,7 +43,20 @@ from ._torch_attention import attention_and_lse, attention_and_weights, attentio
 __all__ = ["attention", "attention_grad", "merge_attention"]
 
 # What torch's function has as well, or a call of it need not know.
-_OF_TORCHS = frozenset(("layout", "attn_mask", "attn_bias", "causal", "scale", "dropout_p", "alignment"))
+_OF_TORCHS = frozenset(
+    (
+        "layout",
+        "attn_mask",
+        "attn_bias",
+        "causal",
+        "scale",
+        "dropout_p",
+        "alignment",
+        "seqlens_k",
+        "relative_bias",
+        "relative_bias_zero",
+    )
+)
 
 
 @overload
@@ -97,7 +111,7 @@ def attention(
 ) -> Any: ...
 
 
-@takes_options()
+@shows_options()
 def attention(
     q: Tensor,
     k: Tensor,
@@ -167,7 +181,7 @@ def attention(
     Warns:
         UserWarning: if q and k, without a ``layout``, have more heads than any model, and more heads than steps.
     """
-    if return_weights is False and plain_call() and not backends.watched():
+    if return_weights is False and unseen_call():
         if not return_lse:
             out = _in_one_call(q, k, v, options)
             if out is not None:
@@ -177,6 +191,12 @@ def attention(
             out, lse = attention_and_lse(*plain, True) if return_lse else (attention_output(*plain, True), None)
             out = out.transpose(1, 2) if options.get("layout") == "bshd" else out
             return (out, lse) if return_lse else out
+    return _any_attention(q, k, v, options, return_lse, return_weights)
+
+
+def _any_attention(q: Tensor, k: Tensor, v: Tensor, options: Any, return_lse: bool, return_weights: bool | str) -> Any:
+    """`attention` of whatever it is given."""
+    check_keywords(attention, options)
     shared = shared_sequence()
     if shared is not None:
         return shared.attention(q, k, v, return_lse, return_weights, options)
@@ -209,26 +229,83 @@ def _in_one_call(q: Tensor, k: Tensor, v: Tensor, options: Any) -> Tensor | None
         if name not in _OF_TORCHS and (value is not None or name not in MAY_BE_NONE):
             return None
     for tensor in (q, k, v):
-        if type(tensor) is not Tensor or tensor.is_nested or tensor.dim() != 4:
+        if type(tensor) is not Tensor or tensor.dim() != 4 or tensor.is_nested:
             return None
-    mask, bias, layout = options.get("attn_mask"), options.get("attn_bias"), options.get("layout")
-    causal, scale, alignment = options.get("causal", False), options.get("scale"), options.get("alignment")
-    if alignment is not None and alignment not in ALIGNMENTS:
+    if library.reason():
+        return None
+    get = options.get
+    mask, bias, layout, dropout = get("attn_mask"), get("attn_bias"), get("layout"), get("dropout_p", 0.0)
+    causal, scale, alignment = get("causal", False), get("scale"), get("alignment")
+    if type(causal) is not bool or type(dropout) not in NUMBERS or (alignment is not None and alignment not in ALIGNMENTS):
         return None
     swapped = layout == "bshd"
     if not swapped and (layout not in (None, "bhsd") or (layout is None and q.shape[1] > MOST_HEADS)):
         return None
-    queries, keys = (q.shape[1], k.shape[1]) if swapped else (q.shape[2], k.shape[2])
-    if causal is True and alignment == "bottom_right" and queries == 1:
-        causal = False  # the last query sees every key
-    if (causal and queries != keys) or (scale is not None and (type(scale) is not float or not math.isfinite(scale))):
+    if scale is not None and (type(scale) is not float or not math.isfinite(scale)):
         return None
     if mask is not None and (bias is not None or type(mask) is not Tensor or mask.dtype != torch.bool):
         return None
-    if bias is not None and (type(bias) not in (Tensor, Parameter) or not bias.is_floating_point()):
+    if bias is not None and (type(bias) not in PLAIN or not bias.is_floating_point()):
         return None
-    mask = bias if mask is None else mask
-    return eager.scaled_dot_product_attention(q, k, v, mask, options.get("dropout_p", 0.0), causal, scale, True, swapped)
+    mask, lengths, table = bias if mask is None else mask, get("seqlens_k"), get("relative_bias")
+    if lengths is not None or table is not None or get("relative_bias_zero") is not None:
+        narrowed = _narrowed(q, k, v, lengths, table, get("relative_bias_zero"), mask, alignment, swapped)
+        if narrowed is None:
+            return None
+        k, v, mask = narrowed
+    bottom_right = False
+    if causal:
+        time = 1 if swapped else 2
+        queries = q.shape[time]
+        if queries != k.shape[time]:
+            if alignment != "bottom_right":
+                return None
+            causal = bottom_right = queries > 1  # the last query sees every key
+    return eager.attended(q, k, v, mask, dropout, causal, scale, True, swapped, bottom_right)
+
+
+def _narrowed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Any,
+    table: Any,
+    zero: Any,
+    mask: Tensor | None,
+    alignment: str | None,
+    swapped: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """k, v and mask of a call without gradients whose rows have one length, and whose bias by distance is that of one query."""
+    if mask is not None or torch.is_grad_enabled():
+        return None
+    time = 1 if swapped else 2
+    keys, queries = k.shape[time], q.shape[time]
+    if alignment is None and keys != queries and table is not None:
+        return None  # which is ambiguous
+    if lengths is not None:
+        if type(lengths) is not Tensor or not lengths.is_cpu or lengths.dtype not in INTEGERS or lengths.dim() != 1:
+            return None
+        each = lengths.tolist()
+        if len(each) != q.shape[0] or not each or each.count(each[0]) != len(each) or not 0 < each[0] <= keys:
+            return None
+        if v.shape[time] != keys:
+            return None
+        if each[0] < keys:
+            keys = each[0]
+            k, v = k.narrow(time, 0, keys), v.narrow(time, 0, keys)
+    if table is None:
+        return None if zero is not None else (k, v, None)
+    heads = q.shape[2 if swapped else 1]
+    if queries != 1 or type(table) not in PLAIN or table.dim() != 2 or table.dtype != q.dtype or not table.is_cpu:
+        return None
+    if zero is None and table.shape[1] % 2:
+        zero = table.shape[1] // 2
+    if type(zero) is not int or table.shape[0] != heads:
+        return None
+    first = zero - (keys - 1 if alignment == "bottom_right" else 0)  # of key 0
+    if first < 0 or first + keys > table.shape[1]:
+        return None  # beyond the table there are zeros
+    return k, v, table.narrow(1, first, keys).unsqueeze(1)
 
 
 def _nested_attention(q: Tensor, k: Tensor, v: Tensor, given: Options, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ Alignment = Literal["top_left", "bottom_right"]
 ALIGNMENTS = ("top_left", "bottom_right")
 _SMALLEST_BLOCK = 16
 MOST_HEADS = 128  # beyond what models have
-_INTEGERS = (torch.int32, torch.int64)
+INTEGERS = (torch.int32, torch.int64)
 
 _TENSORS = (
     "attn_mask",
@@ -223,7 +223,7 @@ def prepared(q: Tensor, k: Tensor, v: Tensor, given: Options) -> Call:
     )
 
 
-_NUMBERS = frozenset((int, float))
+NUMBERS = frozenset((int, float))
 _OF_PLAIN = frozenset(
     (
         "layout",
@@ -274,9 +274,9 @@ def prepared_plainly(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Call
         return None
     if scale is None:
         scale = 1 / math.sqrt(features)
-    elif type(scale) not in _NUMBERS or not math.isfinite(scale):
+    elif type(scale) not in NUMBERS or not math.isfinite(scale):
         return None
-    if type(dropout) not in _NUMBERS or not 0 <= dropout <= 1:
+    if type(dropout) not in NUMBERS or not 0 <= dropout <= 1:
         return None
     if window is not None:
         if type(window) not in (tuple, list) or len(window) != 2:
@@ -318,7 +318,7 @@ def prepared_plainly(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Call
     lengths = []
     for given, longest in ((get("seqlens_q"), tq), (get("seqlens_k"), tk)):
         if given is not None:
-            if type(given) is not Tensor or not given.is_cpu or given.dtype not in _INTEGERS or given.shape != (batch,):
+            if type(given) is not Tensor or not given.is_cpu or given.dtype not in INTEGERS or given.shape != (batch,):
                 return None
             values = given.tolist()
             if min(values) < 0 or max(values) > longest:
@@ -358,6 +358,15 @@ def takes_options(*without: str) -> Callable[[Function], Function]:
     """For a function with ``**options``: its signature shows each of ``Options`` but ``without``, and others raise TypeError."""
 
     def decorated(function: Function) -> Function:
+        return own_keywords(shows_options(*without)(function))
+
+    return decorated
+
+
+def shows_options(*without: str) -> Callable[[Function], Function]:
+    """The same of the signature alone: the function itself refuses others, by `check_keywords`."""
+
+    def decorated(function: Function) -> Function:
         own = inspect.signature(function)
         first = [p for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         last = [p for p in own.parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -367,7 +376,7 @@ def takes_options(*without: str) -> Callable[[Function], Function]:
             if field.name not in without
         ]
         function.__signature__ = own.replace(parameters=[*first, *options, *last])  # type: ignore[attr-defined]
-        return own_keywords(function)
+        return function
 
     return decorated
 
@@ -535,7 +544,7 @@ def _warn_if_time_first(size: Sizes) -> None:
         warnings.warn(
             f"attention takes q as [B, H, T, E] unless layout says otherwise, which makes {size.q_heads} heads of {size.tq} "
             "steps here; pass layout='bshd' if it is [B, T, H, E], or layout='bhsd' to say that it is not",
-            stacklevel=5,  # of the caller of `attention`, which `own_keywords` wraps
+            stacklevel=5,  # of the caller of `attention`, by way of `_any_attention`
         )
 
 

@@ -7,13 +7,13 @@ from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from typing_extensions import Unpack
 
-from .. import backends
 from .._arguments import checked_int, checked_tensor, own_keywords
 from ..backends import library
 from ..ops import attention_decode as ops
-from ..ops._dispatch import PLAIN, plain_call, shared_sequence
+from ..ops._dispatch import PLAIN, shared_sequence, unseen_call
 from ._attention_call import (
     LAYOUTS,
     Sizes,
@@ -135,18 +135,18 @@ def attention_with_kv_cache(
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if (k_new is None) != (v_new is None):
         raise ValueError("k_new and v_new go together")
-    softcap = checked_softcap(softcap)
+    softcap = 0.0 if type(softcap) is float and not softcap else checked_softcap(softcap)
     scale = None if scale is None else checked_scale(scale)
-    if checked_int("num_splits", num_splits) < 0:
+    if (type(num_splits) is not int or num_splits) and checked_int("num_splits", num_splits) < 0:
         raise ValueError(f"num_splits must not be negative (0: chosen), got {num_splits}")
-    left, right = checked_window(causal, window_size)
-    if shared_sequence() is not None:
-        raise RuntimeError("a cache is not shared among ranks: call attention_with_kv_cache outside of context_parallel")
-    if plain_call():
+    left, right = (-1, 0) if causal is True and window_size is None else checked_window(causal, window_size)
+    if unseen_call():
         given = (q, k_cache, v_cache, cache_seqlens, k_new, v_new, block_table, alibi_slopes, sinks)
         results = _natively(given, layout == "bshd", scale, softcap, left, right, num_splits)
         if results:
             return (results[0], results[1]) if return_lse else results[0]
+    if shared_sequence() is not None:
+        raise RuntimeError("a cache is not shared among ranks: call attention_with_kv_cache outside of context_parallel")
     checked_tensor("cache_seqlens", cache_seqlens)
     others = {
         "cache_seqlens": cache_seqlens,
@@ -210,20 +210,28 @@ def attention_with_kv_cache(
     return (out, lse) if return_lse else out
 
 
+_native: Any = None  # the library's op, once it is loaded, without a frame of Python around it
+
+
 def _natively(given: tuple[Any, ...], *options: Any) -> list[Tensor]:
-    """out and lse of a plain call (``plain_call``), in one call of the CPU library, which checks everything before it writes.
+    """out and lse of a plain call (``unseen_call``), in one call of the CPU library, which checks everything before it writes.
 
     Empty: the call is for the other way, which also says what is wrong with it.
     """
-    there = [*given[:4], *[tensor for tensor in given[4:] if tensor is not None]]
-    for tensor in there:
-        if type(tensor) not in PLAIN or not tensor.is_cpu:
+    global _native
+    gradients = torch.is_grad_enabled()
+    for place, tensor in enumerate(given):
+        if tensor is None and place > 3:
+            continue
+        if type(tensor) not in PLAIN or not tensor.is_cpu or (gradients and tensor.requires_grad):
             return []
-    if library.reason() or backends.watched() or (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in there])):
+    if library.reason():
         return []
-    results = torch.ops.fastseq_native.attention_with_kv_cache.default(*given, *options)
+    if _native is None:
+        _native = torch.ops.fastseq_native.attention_with_kv_cache.default._op
+    results = _native(*given, *options)
     if results and given[4] is not None:
-        torch.autograd.graph.increment_version(given[1:3])
+        increment_version(given[1:3])
     return results
 
 

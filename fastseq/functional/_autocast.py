@@ -8,14 +8,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..ops._dispatch import autocasts
+
 _Operand = TypeVar("_Operand", Tensor, Tensor | None)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks for on a type of device; None: autocast is off."""
-    if torch._C._is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
+    return torch.get_autocast_dtype(device_type) if autocasts(device_type) else None
 
 
 def lowered(tensor: _Operand, dtype: torch.dtype | None) -> _Operand:

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
-from .._arguments import checked_number, checked_tensor, own_keywords
+from .._arguments import check_keywords, checked_number, checked_tensor, without_unknown
 from ..backends import library
-from ..ops._dispatch import PLAIN, plain_call, shared_sequence, wants_gradient
+from ..ops._dispatch import PLAIN, is_sharded, shared_sequence, sharding, unseen_call, wants_gradient
 from ..ops.types import ScanSpec, state_dtype
 from ._autocast import without_autocast
 from ._native_layers import held
@@ -26,7 +25,7 @@ Lane = Mapping[str, Tensor]  # parameters of a layer in one direction
 _OWN_STATES = (torch.float32, torch.float64)  # whose states have their dtype
 
 
-@own_keywords
+@without_unknown
 def linear_recurrent(
     cell: str,
     input: Tensor,
@@ -41,6 +40,7 @@ def linear_recurrent(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     zoneout: float = 0.0,
+    **unknown: Any,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """Layers whose gates read the input alone over a sequence: ``(output, h_n)``. The modules' docstrings have the equations.
 
@@ -76,7 +76,9 @@ def linear_recurrent(
         RuntimeError: if ranks, sizes, dtypes, devices, ``lengths`` or ``resets`` do not fit.
         NotImplementedError: during ONNX export.
     """
-    if lengths is None and resets is None and not (bidirectional or zoneout) and plain_call() and not backends.watched():
+    if unknown:
+        check_keywords(linear_recurrent, unknown)
+    if lengths is None and resets is None and not (bidirectional or zoneout) and unseen_call():
         done = None if dropout and training else _natively(cell, input, hx, params, num_layers, batch_first)
         if done is not None:
             return done
@@ -168,12 +170,12 @@ def _natively(
     global _native_scan
     if _native_scan is None:
         _native_scan = torch.ops.fastseq_native.scan_forward.default._op
-    final = x.new_empty(num_layers, batch, hidden)
-    for layer, lane in enumerate(params):
+    final, steps = x.new_empty(num_layers, batch, hidden), x.shape[0]
+    before = (None,) * num_layers if hx is None else hx.unbind()
+    for lane, initial, last in zip(params, before, final.unbind(), strict=True):
         a, *gate, b = F.linear(x, lane["weight_ih"], lane.get("bias_ih")).chunk(gates, -1)
-        x = torch.empty_like(b)
-        before = None if hx is None else hx[layer]
-        _native_scan(b, a, gate[0] if gate else None, None, before, None, None, None, "real", cell, False, x, final[layer])
+        x = x.new_empty(steps, batch, hidden)
+        _native_scan(b, a, gate[0] if gate else None, None, initial, None, None, None, "real", cell, False, x, last)
     return x.transpose(0, 1) if batch_first else x, final
 
 
@@ -189,12 +191,19 @@ class _Layer(NamedTuple):
     windowed: Callable[[Lane], bool] = lambda lane: False  # reads the step before as well: x is [T, B, 2 I], that beside it
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of x [T, B, I], which may be a DTensor."""
+    if type(x) not in PLAIN and is_sharded(x):
+        return sharding().linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 def _projections(x: Tensor, lane: Lane, gates: int) -> list[Tensor]:
     """With gradients rows of the weight are parted, not what is projected, whose gradient would have to be put together again."""
     if not wants_gradient([x, *lane.values()]):
-        return list(F.linear(x, lane["weight_ih"].flatten(1), lane.get("bias_ih")).chunk(gates, -1))
+        return list(_linear(x, lane["weight_ih"].flatten(1), lane.get("bias_ih")).chunk(gates, -1))
     biases = lane["bias_ih"].chunk(gates) if "bias_ih" in lane else [None] * gates
-    return [F.linear(x, w.flatten(1), b) for w, b in zip(lane["weight_ih"].chunk(gates), biases, strict=True)]
+    return [_linear(x, w.flatten(1), b) for w, b in zip(lane["weight_ih"].chunk(gates), biases, strict=True)]
 
 
 def _scanned(b: Tensor, a: Tensor, gate: Any, vector: Any, state: Any, spec: ScanSpec) -> tuple[Tensor, Tensor]:
@@ -228,12 +237,12 @@ _SHARPNESS = 8  # c of the RG-LRU
 
 def _rg_lru(x: Tensor, lane: Lane, state: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
     if "weight_ih" in lane:
-        x = F.linear(x, lane["weight_ih"], lane.get("bias_ih"))
+        x = _linear(x, lane["weight_ih"], lane.get("bias_ih"))
 
     def gate(name: str) -> Tensor:
         weight, bias = lane[f"weight_{name}"], lane.get(f"bias_{name}")
         if weight.shape[0] == 1:
-            return F.linear(x, weight[0], bias)
+            return _linear(x, weight[0], bias)
         logits = torch.einsum("tbhi,hoi->tbho", x.unflatten(-1, weight.shape[::2]), weight).flatten(-2)
         return logits if bias is None else logits + bias.to(logits.dtype)
 
@@ -280,12 +289,12 @@ def _lru(x: Tensor, lane: Lane, state: Tensor | None, spec: ScanSpec) -> tuple[T
     wide = state_dtype(x.dtype)
     nu, theta, gamma = (lane[name].to(wide).exp() for name in ("nu_log", "theta_log", "gamma_log"))
     into = (lane["weight_b"].to(wide).unflatten(0, (-1, 2)) * gamma[:, None, None]).flatten(0, 1).to(lane["weight_b"].dtype)
-    b = torch.view_as_complex(F.linear(x, into).to(wide).unflatten(-1, (-1, 2)))
+    b = torch.view_as_complex(_linear(x, into).to(wide).unflatten(-1, (-1, 2)))
     h, final = _scanned(b, torch.polar((-nu).exp(), theta)[None, None], None, None, state, spec)
     real, imaginary = lane["weight_c"].unflatten(1, (-1, 2)).unbind(-1)
     out = torch.stack((real, -imaginary), -1).flatten(1)  # Re(C h)
-    through = F.linear(torch.view_as_real(h).flatten(-2).to(x.dtype), out, lane.get("bias_out"))
-    return through + F.linear(x, lane["weight_d"]), final
+    through = _linear(torch.view_as_real(h).flatten(-2).to(x.dtype), out, lane.get("bias_out"))
+    return through + _linear(x, lane["weight_d"]), final
 
 
 _LAYERS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal, overload
 
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._arguments import checked_int, checked_number, checked_tensor, own_keywords
-from ..ops._dispatch import plain_call, wants_gradient
+from .._arguments import check_keywords, checked_int, checked_number, checked_tensor, without_unknown
+from ..backends import library
+from ..ops._attention_eager import attended
+from ..ops._dispatch import PLAIN, plain_call, unseen_call
 from ._attention import attention
-from ._attention_call import AttentionOptions, check_tensors, checked_layout, takes_options
+from ._attention_call import MOST_HEADS, AttentionOptions, check_tensors, checked_layout, shows_options
 
 __all__ = ["t5_relative_bias", "transformer_xl_attention"]
 
 
-@own_keywords
+@without_unknown
 def t5_relative_bias(
     table: Tensor,
     query_length: int,
@@ -28,6 +30,7 @@ def t5_relative_bias(
     bidirectional: bool = True,
     num_buckets: int = 32,
     max_distance: int = 128,
+    **unknown: Any,
 ) -> tuple[Tensor, int]:
     """T5's learned bias as ``attention`` takes it: ``relative_bias`` ``[Hq, L]`` and ``relative_bias_zero``.
 
@@ -48,11 +51,14 @@ def t5_relative_bias(
         ValueError: if a length is negative, a direction has fewer than 2 buckets, or ``max_distance`` is not beyond the
             exact ones.
     """
+    if unknown:
+        check_keywords(t5_relative_bias, unknown)
     checked_tensor("table", table)
-    checked_int("num_buckets", num_buckets)
-    checked_number("max_distance", max_distance)
+    if type(num_buckets) is not int or type(max_distance) is not int:
+        checked_int("num_buckets", num_buckets)
+        checked_number("max_distance", max_distance)
     for name, length in (("query_length", query_length), ("key_length", key_length)):
-        if checked_int(name, length) < 0:
+        if (type(length) is not int or length < 0) and checked_int(name, length) < 0:
             raise ValueError(f"{name} must not be negative, got {length}")
     if table.dim() != 2 or table.shape[0] != num_buckets or not table.is_floating_point():
         raise RuntimeError(
@@ -69,7 +75,7 @@ def t5_relative_bias(
     bucket = (_kept_buckets if kept else _buckets)(
         query_length, key_length, bidirectional, num_buckets, max_distance, table.device
     )
-    return torch.nn.functional.embedding(bucket, table).t().contiguous(), max(query_length - 1, 0)
+    return torch.embedding(table, bucket).t().contiguous(), max(query_length - 1, 0)
 
 
 def _buckets(
@@ -122,7 +128,7 @@ def transformer_xl_attention(
 ) -> Any: ...
 
 
-@takes_options(
+@shows_options(
     "causal",
     "alignment",
     "relative_query",
@@ -157,6 +163,11 @@ def transformer_xl_attention(
 
     Returns, raises: as :func:`attention`.
     """
+    if not (return_lse or return_weights) and unseen_call():
+        out = _one_step(query, key, value, r, u, v, options)
+        if out is not None:
+            return out
+    check_keywords(transformer_xl_attention, options)
     check_tensors({"query": query, "key": key, "value": value, "r": r, "u": u, "v": v})
     layout = checked_layout(options.get("layout"), False)
     if query.dim() != 4:
@@ -169,8 +180,6 @@ def transformer_xl_attention(
             raise RuntimeError(f"{name} must be [H, E] = [{heads}, {query.shape[-1]}], got {list(vector.shape)}")
     if layout == "bhsd":
         u, v = u[:, None], v[:, None]
-    if not (return_lse or return_weights) and plain_call() and _is_a_step(layout, (query, key, value, r, u, v), options):
-        return _step(query, key, value, r, u, v, **options)
     options |= {
         "causal": True,
         "alignment": "bottom_right",
@@ -182,44 +191,55 @@ def transformer_xl_attention(
 
 
 _OF_A_STEP = frozenset(("layout", "window_size", "scale"))
+_OF_STEPS = (torch.float32, torch.float64)
+
+
+def _one_step(
+    query: Tensor, key: Tensor, value: Tensor, r: Tensor, u: Tensor, v: Tensor, options: Mapping[str, Any]
+) -> Tensor | None:
+    """One query on a CPU, without gradients, which stands at the last key: row j of R is for key j, so that the term over
+    distances is a bias. None: it goes the long way, which also says what is wrong with it.
+    """
+    for name, given in options.items():
+        if name not in _OF_A_STEP and not (name == "dropout_p" and type(given) is float and given == 0):
+            return None
+    if type(query) not in PLAIN:
+        return None
+    dtype, gradients = query.dtype, torch.is_grad_enabled()
+    for tensor in (query, key, value, r, u, v):
+        if type(tensor) not in PLAIN or tensor.dtype != dtype or not tensor.is_cpu or (gradients and tensor.requires_grad):
+            return None
+    layout, window, scale = options.get("layout"), options.get("window_size"), options.get("scale")
+    swapped = layout == "bshd"
+    if dtype not in _OF_STEPS or query.dim() != 4 or key.dim() != 4 or library.reason():
+        return None
+    steps, heads = (1, 2) if swapped else (2, 1)
+    sizes, of_keys = query.shape, key.shape
+    keys, own, features = of_keys[steps], sizes[heads], sizes[3]
+    if sizes[steps] != 1 or of_keys != value.shape or of_keys[heads] != own or of_keys[0] != sizes[0] or of_keys[3] != features:
+        return None
+    if (not swapped and (layout not in (None, "bhsd") or own > MOST_HEADS)) or not features or not keys:
+        return None
+    if r.dim() != 3 or r.shape[0] not in (1, own) or r.shape[1:] != (keys, features) or not u.shape == v.shape == (own, features):
+        return None
+    if scale is None:
+        scale = features**-0.5
+    elif type(scale) is not float or not math.isfinite(scale):
+        return None
+    if window is not None:
+        if type(window) not in (tuple, list) or len(window) != 2 or not _is_side(window[0]) or not _is_side(window[1]):
+            return None
+        left = -1 if window[0] is None else window[0]
+        if 0 <= left < keys - 1:
+            first, keys = keys - 1 - left, left + 1
+            key, value, r = key.narrow(steps, first, keys), value.narrow(steps, first, keys), r.narrow(1, first, keys)
+    asks = query.squeeze(steps)  # [B, H, E]
+    if r.shape[0] != own:
+        r = r.expand(own, -1, -1)
+    bias = torch.bmm(((asks + v) * scale).transpose(0, 1), r.mT)  # [H, B, Tk]
+    query = (asks + u).unsqueeze(steps)
+    return attended(query, key, value, bias.transpose(0, 1).unsqueeze(2), 0.0, False, scale, True, swapped, False)
 
 
 def _is_side(given: Any) -> bool:
     return given is None or (type(given) is int and given >= -1)
-
-
-def _is_a_step(layout: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> bool:
-    """Whether `_step` can give what is asked for: one query on a CPU, without gradients; what does not fit goes the long way."""
-    query, key, value, r, *_ = tensors
-    steps, heads = (2, 1) if layout == "bhsd" else (1, 2)
-    if query.shape[steps] != 1 or query.dtype not in (torch.float32, torch.float64) or not query.is_cpu:
-        return False
-    if any([name not in _OF_A_STEP and (isinstance(given, Tensor) or given) for name, given in options.items()]):
-        return False
-    window = options.get("window_size")
-    if window is not None and not (isinstance(window, (tuple, list)) and len(window) == 2 and all(map(_is_side, window))):
-        return False
-    if (
-        any([t.dtype != query.dtype or not t.is_cpu for t in tensors])
-        or wants_gradient(tensors)
-        or key.shape != value.shape
-        or key.dim() != 4
-    ):
-        return False
-    fits = query.shape[heads] == key.shape[heads] and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
-    return fits and r.shape[0] in (1, query.shape[heads]) and r.shape[1:] == (key.shape[steps], query.shape[3])
-
-
-def _step(
-    query: Tensor, key: Tensor, value: Tensor, r: Tensor, u: Tensor, v: Tensor, *, layout: Any = "bhsd",
-    window_size: Sequence[int | None] | None = None, scale: float | None = None, **_: Any
-) -> Tensor:  # fmt: skip
-    """The last query stands at the last key: row j of R is for key j, so that the term over distances is a bias."""
-    steps = 1 if layout == "bshd" else 2
-    left = -1 if window_size is None or window_size[0] is None else window_size[0]
-    if 0 <= left < key.shape[steps] - 1:
-        first, count = key.shape[steps] - 1 - left, left + 1
-        key, value, r = key.narrow(steps, first, count), value.narrow(steps, first, count), r.narrow(1, first, count)
-    asks = (query + v) * (query.shape[3] ** -0.5 if scale is None else scale)
-    bias = (asks.transpose(1, 2) if layout == "bshd" else asks) @ r.mT  # [B, H, 1, Tk]
-    return attention(query + u, key, value, layout=layout, scale=scale, attn_bias=bias)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
 from .._arguments import checked_number, own_keywords
 from ..ops import _attention_eager as eager
-from ..ops._dispatch import plain_call, shared_sequence
+from ..ops._dispatch import shared_sequence, unseen_call
 from ..ops.attention import Spec
 from . import _nested
 from ._attention import attention
@@ -64,7 +63,7 @@ def scaled_dot_product_attention(
         ValueError: for a causal bias together with ``is_causal``, and for nested tensors mixed with others or with a mask.
         NotImplementedError: for floating dtypes other than those above.
     """
-    if plain_call() and not backends.watched():
+    if unseen_call():
         out = eager.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if out is not None:
             return out

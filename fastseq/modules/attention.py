@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .. import backends
 from .._arguments import checked_int
 from ..backends import library
 from ..functional._recording import recorder
 from ..functional._torch_attention import attention_and_weights, attention_output, seeded
 from ..ops._attention_eager import self_attention
-from ..ops._dispatch import PLAIN, plain_call, shared_sequence
+from ..ops._dispatch import PLAIN, shared_sequence, unseen_call
 from ..ops._linear_eager import linear
 from ..ops.attention import Spec, attention, attention_weights
 from ._checks import describe, public
@@ -155,7 +154,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
                 devices that do not go together.
             ValueError: in training, a dropout that is no probability.
         """
-        if plain_call() and not backends.watched():
+        if unseen_call():
             results = self._in_one_call(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

@@ -36,7 +36,7 @@ from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
 from fastseq.functional._solver import Newton, check_solver
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.ops._dispatch import PLAIN, plain_call
+from fastseq.ops._dispatch import PLAIN, autocasts, plain_call
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -119,8 +119,7 @@ class Sequence(Interop, nn.RNNBase):
             RuntimeError: another number of dimensions, or another last size than input_size.
         """
         dtype, device = getattr(self, self._flat_weights_names[0]).dtype, input.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if input.dtype != dtype and not autocast:
+        if input.dtype != dtype and not autocasts(device):
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
                 f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"

@@ -14,11 +14,13 @@ from torch.fx import Proxy
 
 from fastseq import backends, functional
 from fastseq.backends.torch.recurrent import STEPS
+from fastseq.choice import sources
+from fastseq.choice.sources import memory
 from fastseq.functional._native_layers import native_layers, native_step, trained_layers
 from fastseq.functional._packing import packing_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.ops._dispatch import PLAIN, plain_call, recorded, transforming, wants_gradient
+from fastseq.ops._dispatch import PLAIN, free_call, plain_call, recorded, transforming, wants_gradient
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -68,6 +70,9 @@ class RNNCell(Interop, nn.RNNCellBase):
         """
         name = _ELMAN.get(self.nonlinearity)
         if name is not None:
+            h = None if hx is None else _trained_by_torch(self, name, input, hx, (hx,))
+            if h is not None:
+                return h
             done = _step(self, name, input, None if hx is None else (hx,))
             if done is not None:
                 return done[0]
@@ -122,6 +127,9 @@ class LSTMCell(Interop, nn.RNNCellBase):
             TypeError: hx is no tuple.
         """
         if hx is None or (type(hx) is tuple and len(hx) == 2):
+            states = None if hx is None else _trained_by_torch(self, "lstm", input, hx, hx)
+            if states is not None:
+                return states
             done = _step(self, "lstm", input, hx)
             if done is not None:
                 return done[0], done[1]
@@ -173,6 +181,9 @@ class GRUCell(Interop, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
+        h = None if hx is None else _trained_by_torch(self, "gru", input, hx, (hx,))
+        if h is not None:
+            return h
         done = _step(self, "gru", input, None if hx is None else (hx,))
         if done is not None:
             return done[0]
@@ -191,6 +202,41 @@ _ELMAN = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 _torch_rnn: Any = nn.RNNCell.forward
 _torch_lstm: Any = nn.LSTMCell.forward
 _torch_gru: Any = nn.GRUCell.forward
+
+
+_trained = memory()
+
+
+def _trained_by_torch(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
+    """What torch's kernel gives of a step with gradients, if it is the one for it: then what stands before it is a part of the
+    time, and what there is to be asked of sizes and dtypes was asked of the first such call. None: the call is for `_step`.
+    """
+    own = cell._parameters
+    w_ih = own.get("weight_ih")
+    if type(input) is not Tensor or w_ih is None or not w_ih.requires_grad or not torch.is_grad_enabled() or not free_call():
+        return None
+    if sources._threads is not None:
+        sources.heed_threads()
+    key: Any = (name, input.shape, input.dtype, input.is_cpu, w_ih.dtype, cell.hidden_size)
+    for state in states:
+        if type(state) is not Tensor:
+            return None
+        key += (state.shape, state.dtype)
+    known = _trained.get(key)
+    if known is None:
+        known = sources.remember(_trained, key, _is_torchs_to_train(cell, name, input, states, w_ih.dtype))
+    if not known:
+        return None
+    return STEPS[name](input, hx, w_ih, own.get("weight_hh"), own.get("bias_ih"), own.get("bias_hh"))
+
+
+def _is_torchs_to_train(cell: nn.RNNCellBase, name: str, input: Tensor, states: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+    if input.dim() != 2 or not input.is_cpu or input.dtype != dtype or input.shape[1] != cell.input_size:
+        return False
+    shape = (input.shape[0], cell.hidden_size)
+    if any(state.shape != shape or state.dtype != dtype or not state.is_cpu for state in states):
+        return False
+    return backends.step_is_torchs(name, input.device, dtype, *shape, True)
 
 
 def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | None) -> Sequence[Tensor] | None:
@@ -215,7 +261,7 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
         if packing is not None and backends.watched():  # which says that it packs
             return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)
         return native_step(name, input, hx, params, packing)
-    if backends.forced() or backends.watched():
+    if backends.forced_eagerly() or backends.watched_eagerly():
         return None
     dtype, batch, hidden = input.dtype, input.size(0), cell.hidden_size
     if dtype != params[0].dtype:

@@ -44,12 +44,8 @@ def scaled_dot_product_attention(
     causal: bool,
     scale: float | None,
     grouped: bool,
-    swapped: bool = False,
 ) -> Tensor | None:
-    """What torch's function of that name gives; None: the call is for another way, which also says what is wrong with it.
-
-    ``swapped``: query, key, value and result, of four dimensions each, have their time before their heads.
-    """
+    """What torch's function of that name gives; None: the call is for another way, which also says what is wrong with it."""
     if type(query) not in PLAIN or type(key) not in PLAIN or type(value) not in PLAIN:
         return None
     if type(causal) is not bool or type(dropout) not in _NUMBERS or (mask is not None and type(mask) not in PLAIN):
@@ -58,17 +54,39 @@ def scaled_dot_product_attention(
         return None
     if query.is_nested or key.is_nested or value.is_nested:
         return None
-    gradients = False
-    if torch.is_grad_enabled():
-        gradients = query.requires_grad or key.requires_grad or value.requires_grad
-        if mask is not None and mask.requires_grad:
-            return None
+    return attended(query, key, value, mask, dropout, causal, scale, grouped, False, False)
+
+
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    grouped: bool,
+    swapped: bool,
+    bottom_right: bool,
+) -> Tensor | None:
+    """The same of plain tensors, none of them nested, and other arguments of their types, with the library loaded.
+
+    ``swapped``: query, key, value and result, of four dimensions each, have their time before their heads. ``bottom_right``: of
+    a causal call whose numbers of queries and keys differ, the last query stands at the last key.
+    """
+    gradients = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
+    )
     seed = None
     if dropout:
         if not 0 < dropout < 1:
             return None
         seed = random_seed()
-    elif may_be_torchs("attention", gradients) and _torchs_is_faster(query, key, value, mask, causal, scale, gradients, swapped):
+    elif (
+        may_be_torchs("attention", gradients)
+        and not bottom_right
+        and _torchs_is_faster(query, key, value, mask, causal, scale, gradients, swapped)
+    ):
         if swapped:
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         y = F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
@@ -76,24 +94,20 @@ def scaled_dot_product_attention(
     if _native is None:
         _load()
     if not gradients:
-        if swapped:
-            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if seed is None and mask is None:
-            out = _native_plain(query, key, value, causal, scale, grouped)
-        else:
-            results = _native(query, key, value, mask, causal, scale, grouped, False, dropout, seed)
-            out = results[0] if results else None
-        return out.transpose(1, 2) if swapped and out is not None else out
+        if seed is None and mask is None and not bottom_right:
+            return _native_plain(query, key, value, causal, scale, grouped, swapped)
+        results = _native(query, key, value, mask, causal, scale, grouped, False, dropout, seed, bottom_right, swapped)
+        return results[0] if results else None
     if query.dim() != 4:
         return None
-    return _plain(query, key, value, (mask, causal, scale, grouped, True, dropout, seed), swapped)
+    return _plain(query, key, value, mask, grouped, (causal, scale, dropout, seed, bottom_right, swapped))
 
 
 def _load() -> None:
     global _native, _native_plain, _native_backward
     ops = torch.ops.fastseq_native
     _native, _native_plain = ops.scaled_dot_product_attention.default._op, ops.plain_attention.default._op
-    _native_backward = ops.attention_plain_backward.default._op
+    _native_backward = ops.scaled_dot_product_attention_backward.default._op
 
 
 _faster = memory()
@@ -147,55 +161,60 @@ def _asked(query: Tensor, key: Tensor, value: Tensor, masked: str | None, causal
     return backends.torch_takes(of_call, gradients) is not None
 
 
-@heeds_forward
 class _Plain(torch.autograd.Function):
-    """Attention that is differentiable in q, k and v; None: the library declines it.
-
-    ``swapped``: what comes in and goes out has its time before its heads, which costs no node of the graph.
-    """
+    """Attention that is differentiable in q, k, v and a mask that is added; None: the library declines it."""
 
     @staticmethod
-    def forward(ctx, q, k, v, arguments, swapped):
-        given = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if swapped else (q, k, v)
-        results = _native(*given, *arguments)
+    def forward(ctx, q, k, v, mask, grouped, arguments):
+        causal, scale, dropout, seed, bottom_right, swapped = arguments
+        results = _native(q, k, v, mask, causal, scale, grouped, True, dropout, seed, bottom_right, swapped)
         if not results:
             return None
-        mask, causal, scale, _, _, dropout, seed = arguments
-        if mask is not None:
-            mask = mask[(None,) * (4 - mask.dim())]
         out, lse = results
         ctx.save_for_backward(q, k, v, out, lse, mask, seed)
-        ctx.rest = q.shape[-1] ** -0.5 if scale is None else scale, causal, dropout, swapped
-        return out.transpose(1, 2) if swapped else out
+        ctx.rest = arguments
+        return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse, mask, seed = ctx.saved_tensors
-        scale, causal, dropout, swapped = ctx.rest
-        if swapped:
-            q, k, v, dout = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dout.transpose(1, 2)
+        wanted = ctx.needs_input_grad[:4]
+        causal, scale, dropout, _, bottom_right, swapped = ctx.rest
         if torch.is_grad_enabled():
-            spec = Spec(scale=scale, right=0 if causal else -1, dropout=dropout, seed=seed)
-            spec = spec._replace(**{} if mask is None else {"mask" if mask.dtype == torch.bool else "bias": mask})
-            grads = _through_reference(ctx.needs_input_grad[:3], (q, k, v), spec, dout)
-        else:
-            if dout.stride(-1) != 1:
-                dout = dout.contiguous()
-            grads = _native_backward(dout, q, k, v, out, lse, mask, scale, causal, dropout, seed)
-        if swapped:
-            grads = [grad if grad is None else grad.transpose(1, 2) for grad in grads]
+            spec = Spec(scale=q.shape[-1] ** -0.5 if scale is None else scale, dropout=dropout, seed=seed)
+            spec = spec._replace(right=0 if causal else -1, bottom_right=bottom_right)
+            return *_through_reference(wanted, q, k, v, mask, spec, swapped, dout), None, None
+        grads = _native_backward(dout, q, k, v, out, lse, mask, causal, scale, dropout, seed, bottom_right, swapped, wanted)
+        if False in wanted:
+            grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
         return *grads, None, None
 
 
 _plain = lean(_Plain)
 
 
-def _through_reference(wanted: Sequence[bool], inputs: Sequence[Tensor], spec: Spec, dout: Tensor) -> list[Tensor | None]:
-    """The gradients of q, k and v with a graph of their own (create_graph=True)."""
-    with _plain_dtypes(inputs[0]):
-        views = [t.view_as(t) if want else t for t, want in zip(inputs, wanted, strict=True)]
-        out, _ = reference.forward(views[0], views[1], views[2], spec)
-        used = [t for t, want in zip(views, wanted, strict=True) if want]
+def _through_reference(
+    wanted: Sequence[bool],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    spec: Spec,
+    swapped: bool,
+    dout: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of q, k, v and mask with a graph of their own (create_graph=True)."""
+    with _plain_dtypes(q):
+        given = (q, k, v, mask)
+        views = [t.view_as(t) if t is not None and want else t for t, want in zip(given, wanted, strict=True)]
+        q, k, v, mask = views  # type: ignore[assignment]
+        if mask is not None:
+            name, mask = "mask" if mask.dtype == torch.bool else "bias", mask[(None,) * (4 - mask.dim())]
+            spec = spec._replace(**{name: mask})
+        if swapped:
+            q, k, v, dout = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dout.transpose(1, 2)
+        out, _ = reference.forward(q, k, v, spec)
+        used = [t for t, want in zip(views, wanted, strict=True) if t is not None and want]
         grads = iter(torch.autograd.grad(out, used, dout, create_graph=True))
     return [next(grads) if want else None for want in wanted]
 

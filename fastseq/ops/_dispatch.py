@@ -16,7 +16,14 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .. import backends
+from ..backends import notes, wish
 from . import flops
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device. Which types have it, Dynamo cannot ask in torch 2.10; in 2.13 it can."""
+    has_it = device_type != "meta" if is_compiling() else _C._is_autocast_available(device_type)
+    return has_it and torch.is_autocast_enabled(device_type)
 
 
 def outside_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,7 +35,7 @@ def outside_dynamo(run: Callable[..., Any]) -> Callable[..., Any]:
         nonlocal disabled
         if _C._is_any_autocast_enabled():
             device = next(arg for arg in args if isinstance(arg, Tensor)).device.type  # the first argument may be None
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            if autocasts(device):
                 with torch.autocast(device, enabled=False):
                     return implementation(*args)
         if "torch._dynamo" not in sys.modules:  # nothing is being compiled, and importing it would take a second
@@ -58,21 +65,38 @@ def transforming() -> bool:
 sequence_context: ContextVar[Any] = ContextVar("fastseq_sequence_context", default=None)
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))  # a subclass has a say in what is called on it
+_OF_CPU = (None, "cpu")
+
+
+# of calls that take microseconds, looking a name up twice is a part
+_is_tracing, _transforming, _lowering = _C._is_tracing, _C._are_functorch_transforms_active, _C._is_any_autocast_enabled
+_dispatch_modes, _function_modes = _C._len_torch_dispatch_stack, _C._len_torch_function_stack
+_sequence, _wish, _watchers = sequence_context.get, wish.context.get, notes.watchers.get
 
 
 def plain_call() -> bool:
     """Whether nobody compiles, traces, transforms, lowers or shares what runs now, nor forces another backend than the CPU's."""
     return not (
         is_compiling()
-        or _C._is_tracing()
-        or _C._len_torch_dispatch_stack()
-        or _C._len_torch_function_stack()
-        or _C._are_functorch_transforms_active()
-        or _C._is_any_autocast_enabled()
+        or _is_tracing()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforming()
+        or _lowering()
         or forward_ad._current_level >= 0
-        or sequence_context.get() is not None
-        or backends.forced() not in (None, "cpu")
+        or _sequence() is not None
+        or ((wish._process if (own := _wish()) is wish.NOTHING else own) not in _OF_CPU)  # as `backends.forced` has it
     )
+
+
+def unseen_call() -> bool:
+    """``plain_call``, and nobody wants to know who runs it."""
+    return plain_call() and not _watchers()
+
+
+def free_call() -> bool:
+    """``unseen_call``, and no backend is forced."""
+    return plain_call() and not _watchers() and (wish._process if (own := _wish()) is wish.NOTHING else own) is None
 
 
 Node = TypeVar("Node", bound=type)

@@ -36,6 +36,7 @@ from ..reference import attention as reference
 from . import flops
 from ._dispatch import (
     PLAIN,
+    autocasts,
     heeds_forward,
     is_sharded,
     needs_plain_torch,
@@ -102,7 +103,7 @@ def _query(
 def _plain_dtypes(q: Tensor) -> Any:
     """Autocast is the business of the caller: plain PyTorch, too, computes in the dtypes of its tensors."""
     kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if autocasts(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 

@@ -71,6 +71,7 @@ from ..cells import CELLS
 from ..reference import recurrent_parallel as parallel
 from . import flops
 from ._dispatch import (
+    autocasts,
     heeds_forward,
     needs_plain_torch,
     outside_dynamo,
@@ -342,7 +343,7 @@ def _backward(ctx, saved, given):
         layer = layer._replace(walk=layer.walk.with_tensors(*tensors))
     if dy is not None:
         given = (dy.transpose(0, 1) if layer.batch_first else dy).reshape(y.shape), *given[1:]
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if autocasts(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _gradients(ctx, layer, x, states, y, c, gates, params, given)
     return _gradients(ctx, layer, x, states, y, c, gates, params, given)

@@ -88,9 +88,10 @@ class Parts(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    seed: Any  # pointer, int64 [1]
+    seed: Any  # pointer, int64 [1], or [5] of a part of a larger attention: `Spec` says what follows
     threshold: Any  # a random 32-bit number below it drops a weight
     scale: Any  # of the weights kept
+    part: Any = None  # 1 or None: whether the seed is [5]
 
 
 class Incoming(NamedTuple):

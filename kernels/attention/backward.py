@@ -18,18 +18,7 @@ import triton.language as tl
 from fastseq.kernels.attention.bias import band, from_band, scores, to_band
 from fastseq.kernels.attention.mask import any_block, keys_of, queries_of, seen, sequence
 from fastseq.kernels.attention.memory import load_rows, load_scalars, owner, pair_places, store_rows, store_scalars
-from fastseq.kernels.attention.softmax import kept, survives, weights
-
-
-@triton.jit
-def kept_anywhere(dropout, which, i, j):
-    """`kept` for keys j [BN] that do not begin at a multiple of 4; four times the work."""
-    zero = tl.zeros((i.shape[0], j.shape[0]), tl.uint32)
-    c0, c1 = zero + (j // 4)[None, :].to(tl.uint32), zero + i[:, None].to(tl.uint32)
-    r0, r1, r2, r3 = tl.philox(tl.load(dropout.seed), c0, c1, zero + which.to(tl.uint32), zero)
-    place = (j % 4)[None, :]
-    random = tl.where(place < 2, tl.where(place == 0, r0, r1), tl.where(place == 2, r2, r3))
-    return survives(random, dropout)
+from fastseq.kernels.attention.softmax import kept, weights
 
 
 @triton.jit
@@ -67,10 +56,7 @@ def tile(
         dw = tl.dot(do, tl.trans(value), input_precision=PRECISION, out_dtype=lse.dtype)
     dropped = w
     if dropout is not None:
-        if QUADS:
-            keep = kept(dropout, b * Hq + h, i, j0, BM, BN)
-        else:
-            keep = kept_anywhere(dropout, b * Hq + h, i, j)
+        keep = kept(dropout, b, h, Hq, i, j, j0, BM, BN, QUADS)
         dropped = tl.where(keep, w * dropout.scale, 0.0)
         dw = tl.where(keep, dw * dropout.scale, 0.0)
     return dropped, w * (dw - delta[:, None]), t

@@ -77,9 +77,8 @@ def survives(random, dropout):
 
 
 @triton.jit
-def kept(dropout, which, i, j0, BM: tl.constexpr, BN: tl.constexpr):
-    """[BM, BN]: which weights of rows i [BM] and keys from j0 on (a multiple of 4) survive; `which` counts sequences and
-    heads."""
+def _kept_quads(dropout, which, i, j0, BM: tl.constexpr, BN: tl.constexpr):
+    """Of keys from j0 on, a multiple of 4: four of them share what one block of random numbers costs."""
     quads = j0 // 4 + tl.arange(0, BN // 4)
     zero = tl.zeros((BM, BN // 4), tl.uint32)
     c0 = zero + quads[None, :].to(tl.uint32)
@@ -89,8 +88,38 @@ def kept(dropout, which, i, j0, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def dropped(w, dropout, which, i, j0, BM: tl.constexpr, BN: tl.constexpr):
+def _kept_anywhere(dropout, which, i, j):
+    """Of keys j [BN] that do not begin at a multiple of 4; four times the work."""
+    zero = tl.zeros((i.shape[0], j.shape[0]), tl.uint32)
+    c0, c1 = zero + (j // 4)[None, :].to(tl.uint32), zero + i[:, None].to(tl.uint32)
+    r0, r1, r2, r3 = tl.philox(tl.load(dropout.seed), c0, c1, zero + which.to(tl.uint32), zero)
+    place = (j % 4)[None, :]
+    random = tl.where(place < 2, tl.where(place == 0, r0, r1), tl.where(place == 2, r2, r3))
+    return survives(random, dropout)
+
+
+@triton.jit
+def kept(dropout, b, h, Hq, i, j, j0, BM: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr = True):
+    """[BM, BN]: which weights of rows i [BM] and keys j [BN], from j0 on, survive. QUADS: j0 is a multiple of 4; of a part of a
+    larger attention, which may begin at any of its keys, that is seen when it runs."""
+    if dropout.part is None:
+        if QUADS:
+            return _kept_quads(dropout, b * Hq + h, i, j0, BM, BN)
+        else:
+            return _kept_anywhere(dropout, b * Hq + h, i, j)
+    else:
+        row, key = tl.load(dropout.seed + 1), tl.load(dropout.seed + 2)
+        which = tl.load(dropout.seed + 3) + b * tl.load(dropout.seed + 4) + h
+        if (key + j0) % 4 == 0:
+            keep = _kept_quads(dropout, which, row + i, key + j0, BM, BN)
+        else:
+            keep = _kept_anywhere(dropout, which, row + i, key + j)
+        return keep
+
+
+@triton.jit
+def dropped(w, dropout, b, h, Hq, i, j, j0, BM: tl.constexpr, BN: tl.constexpr):
     """The weights [BM, BN] after dropout, if there is one."""
     if dropout is not None:  # not an early return: Triton compiles what follows one
-        w = tl.where(kept(dropout, which, i, j0, BM, BN), w * dropout.scale, 0.0)
+        w = tl.where(kept(dropout, b, h, Hq, i, j, j0, BM, BN), w * dropout.scale, 0.0)
     return w

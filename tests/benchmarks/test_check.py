@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastseq.benchmarks.measure.case import Case, Participant
-from fastseq.benchmarks.measure.check import TF32_EPS, check_provider, rounding
+from fastseq.benchmarks.measure.check import TF32_EPS, Expected, check_provider, compare, rounding
 from fastseq.benchmarks.measure.runner import Runner
 from fastseq.benchmarks.measure.timing import Effort
 from fastseq.benchmarks.providers.base import PROVIDERS, Provider
@@ -189,3 +189,20 @@ def test_fp64_is_held_to_torchs_error_in_fp32_at_its_own_rounding_step():
     right = check_provider(lambda s: (PROVIDERS["fastseq.LSTM"].build(s), "time"), w)
     assert right.ok and 0 < right.error <= right.bound < 1e-14
     assert not check_provider(lambda s: (Off(s.I, s.H), "time"), w).ok
+
+
+@pytest.mark.parametrize(("name", "off", "allowed"), [("y", 1e-3, False), ("grad x", 1e-3, True), ("grad x", 1e-2, False)])
+def test_torch_is_held_to_a_coarse_limit(name, off, allowed):
+    """Were torch wrong, the error that it allows others would be; where a derivative jumps, terms of gradients are not alike."""
+    truth = torch.ones(100, dtype=torch.float64)
+    found = compare({name: truth + off}, Expected({name: truth}, {name: off}), torch.finfo(torch.float32).eps)
+    assert found.ok == allowed and ("root mean square" in (found.reason or "")) != allowed
+
+
+def test_a_term_of_a_gradient_may_be_another_where_a_derivative_jumps():
+    truth = torch.ones(10_000, dtype=torch.float64)
+    found = truth.clone()
+    found[7] += 0.02  # as far as torch itself is off
+    eps = torch.finfo(torch.float32).eps
+    assert compare({"grad x": found}, Expected({"grad x": truth}, {"grad x": 0.02}), eps).ok
+    assert not compare({"grad x": found}, Expected({"grad x": truth}, {"grad x": 1e-6}), eps).ok

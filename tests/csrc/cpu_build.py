@@ -25,6 +25,7 @@ CELLS = (
     "RnnTanh", "RnnRelu", "Lstm", "Gru", "CoupledLstm", "PeepholeLstm", "LayerNormLstm", "LayerNormGru", "Slstm",
 )  # fmt: skip
 TYPES = ("float", "double", "bfloat16", "float16")
+MULTIPLIED = {"avx512_bf16": ("bfloat16",), "amx": ("float", "bfloat16")}  # types, of levels that are ways to multiply and no more
 STEP = ("step",)  # cases: all of single steps
 # By itself the program ends with a segmentation fault where an array is left, on either side.
 SANITIZERS = build.SANITIZERS | {"plain": ("-fsanitize=alignment", "-fno-sanitize-recover=all")}
@@ -100,9 +101,12 @@ def levels() -> tuple[str, ...]:
     return tuple(itertools.takewhile(lambda level: wanted[level] <= flags, LEVELS))
 
 
+def types_of(level: str) -> tuple[str, ...]:
+    return MULTIPLIED.get(level, TYPES)
+
+
 def attention_cases(level: str) -> tuple[str, ...]:
-    types = {"amx": ("float", "bfloat16"), "avx512_bf16": ("bfloat16",)}.get(level, TYPES)
-    return tuple(f"X({type_})" for type_ in types)
+    return tuple(f"X({type_})" for type_ in types_of(level))
 
 
 def trials(some_levels: list[str], sanitizers: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -110,12 +114,12 @@ def trials(some_levels: list[str], sanitizers: list[str]) -> Iterator[tuple[str,
     for level, sanitizer in itertools.product(some_levels, sanitizers):
         if sanitizer != "thread":  # kernels of attention and of steps share nothing
             yield level, sanitizer, attention_cases(level)
-            if level != "amx":  # whose steps are AVX-512's
+            if level not in MULTIPLIED:  # whose steps are AVX-512's
                 yield level, sanitizer, STEP
     for level, sanitizer, type_, cell in itertools.product(some_levels, sanitizers, TYPES, CELLS):
-        if level == "amx" and type_ not in ("bfloat16", "float"):
+        if type_ not in types_of(level):
             continue
-        if sanitizer == "thread" and (level, type_) != (some_levels[0], "float"):
+        if sanitizer == "thread" and (level, type_) != (some_levels[0], types_of(level)[0]):
             continue
         yield level, sanitizer, (f"X({type_}, {cell})",)
 

@@ -114,9 +114,11 @@ void plain_step(fastseq::cpu::Cell cell, int64_t H, const double* x, double* r, 
 
 constexpr int64_t D = 2;  // lanes: one in either direction
 #if defined(FASTSEQ_TILES)
-constexpr bool kTiles = true;
+constexpr bool kTiles = true, kPairs = false;
+#elif defined(FASTSEQ_PAIRS)
+constexpr bool kTiles = false, kPairs = true;
 #else
-constexpr bool kTiles = false;
+constexpr bool kTiles = false, kPairs = false;
 #endif
 
 // The rows of a call.
@@ -151,6 +153,8 @@ template <class S, template <class> class Cell>
 class Trial {
 #if defined(FASTSEQ_TILES)
   using Product = TileProduct<S>;
+#elif defined(FASTSEQ_PAIRS)
+  using Product = MultiplyPairs;
 #else
   using Product = MultiplyAdd<std::conditional_t<std::is_same_v<S, double>, double, float>>;
 #endif
@@ -553,8 +557,8 @@ int failures(const char* name, fastseq::cpu::Cell cell, int64_t most) {
         if (std::max(H, B) > most) continue;
         Options o{};
         o.T = 1 + seed % 5, o.B = B, o.H = H, o.I = seed % 3 == 0 ? 0 : sizes[(seed / 3) % 5];
-        // tiles take no projection, nor in parts zoneout
-        o.P = C::kStates == 1 && !kTiles && seed % 4 == 1 ? sizes[(seed / 4) % 5] : 0;
+        // tiles and pairs take no projection, nor parts zoneout
+        o.P = C::kStates == 1 && !kTiles && !kPairs && seed % 4 == 1 ? sizes[(seed / 4) % 5] : 0;
         o.layout = Layout(seed % 3), o.zoneout = kTiles && std::is_same_v<S, float> ? 0 : (seed / 2) % 3, o.members = 1 + seed % 4, o.participants = 1 + (seed / 2) % 3;
         o.state = seed % 5 > 0, o.in_place = !kTiles && seed % 7 < 2, o.resets = seed * 7 / 4 % 3;
         try_out(o);

@@ -61,6 +61,11 @@ def untaken(name: str, old: str, new: str, seen: str = WRONG, file: str = ENGINE
     return Fault(name, file, old, new, seen, level="amx", cases=("X(bfloat16, Lstm)",))
 
 
+def unpaired(name: str, old: str, new: str, seen: str = WRONG, file: str = "product_pairs.inl") -> Fault:
+    """Pairs are made of other values than of two neighbors within a row or a column."""
+    return Fault(name, file, old, new, seen, level="avx512_bf16", cases=("X(bfloat16, Gru)",))
+
+
 FAULTS = [
     Fault(
         "a gate's R h among its x",
@@ -112,6 +117,12 @@ FAULTS = [
     untaken("x of another step", "takes_x ? steps.row(t, 0)", "takes_x ? steps.row(0, 0)"),
     untaken("y where a reset replaced it", "!w.rows.resets && takes(y", "takes(y"),
     untaken("rows beyond the last", " &&\n           count % blocks_of(count, 16) == 0", "", LEFT, "product_amx.inl"),
+    unpaired("pairs of two rows exchanged", "0, 16, 1, 17, 2, 18,", "0, 16, 17, 1, 2, 18,"),
+    unpaired("an odd depth's last pair reads a row beyond", "i < min(2, depth - 2 * k)", "i < 2", f"{WRONG}|{LEFT}"),
+    unpaired("an odd depth's last pair is not zero", "(stride_ - columns) * sizeof(bfloat16)", "0"),
+    unpaired("a row's values beyond its end", "if (n < 2 * W) return", "if (n < W) return", f"{WRONG}|{LEFT}"),
+    unpaired("half of a depth", "blocks_of(depth, 2)", "depth / 2", f"{WRONG}|{LEFT}"),
+    unpaired("in place, a whole vector at the end", "if (k < depth) add(depth - k)", "if (k < depth) add(T::kDepth)", LEFT, "product_in_place.inl"),
     Fault("backwards one tile too far", ENGINE, "tiles[1] - 1 - i", "tiles[1] - i", f"{WRONG}|{LEFT}"),
 ]
 

@@ -140,6 +140,10 @@ LAYERS: dict[str, tuple[str, dict[str, Any], str, Any]] = {
     "slstm by steps": ("SLSTM", {}, "hx", Shard(0)),
     "lstm by features": ("LSTM", {}, "", Shard(2)),
     "min gru by rows": ("MinGRU", {"num_layers": 2}, "", Shard(1)),
+    "min gru by rows, no biases": ("MinGRU", {"batch_first": True, "bias": False}, "", Shard(0)),
+    "min lstm by steps": ("MinLSTM", {"num_layers": 2}, "", Shard(0)),
+    "hgrn by features": ("HGRN", {}, "", Shard(2)),
+    "qrnn by rows": ("QRNN", {"num_layers": 2}, "", Shard(1)),
 }
 
 

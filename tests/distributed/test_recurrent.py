@@ -43,10 +43,15 @@ CASES: dict[str, tuple[str, dict[str, Any], str, int, tuple[int, ...]]] = {
     "a rank without steps": ("LSTM", {"num_layers": 2, "bidirectional": True}, "hx resets reset_to cells", 2, (0, 4)),
     "an end without steps": ("GRU", {"bidirectional": True}, "resets", 1, (4, 0)),
     "four": ("LSTM", {"num_layers": 2, "bidirectional": True}, "hx lengths resets reset_to cells", 3, (2, 3, 1, 2)),
-    "rows": ("LSTM", {"num_layers": 2, "bidirectional": True}, "hx", 3, (2, 2)),
+    "rows": ("LSTM", {"num_layers": 2, "bidirectional": True}, "hx", 3, (2, 2, 1, 1)),
     "four, one way": ("GRU", {"num_layers": 3}, "hx", 3, (2, 2, 2, 2)),
     "fewer steps than ranks": ("LSTM", {"num_layers": 2, "bidirectional": True}, "hx lengths resets", 2, (0, 1, 0, 1)),
     "one step": ("SLSTM", {"bidirectional": True}, "hx resets reset_to", 1, (0, 0, 1, 0)),
+    "ends on the first": ("GRU", {"num_layers": 2, "bidirectional": True}, "hx early", 2, (4, 2)),
+    "ends before the last": ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 2}, "hx early cells", 3, (2, 3, 1, 2)),
+    "ends early, no states": ("PeepholeLSTM", {"num_layers": 2, "bidirectional": True}, "early resets", 2, (1, 4, 0, 3)),
+    "slstm, ends early": ("SLSTM", {"num_layers": 2, "bidirectional": True}, "hx early resets reset_to", 1, (3, 1, 0, 2)),
+    "ends early, one way": ("LayerNormLSTM", {"num_layers": 3, "batch_first": True}, "early", 3, (2, 2, 2, 2)),
 }
 
 
@@ -71,6 +76,8 @@ def made(case: str, dtype: torch.dtype, drawn: torch.dtype) -> tuple[torch.nn.Mo
         given["hx"] = states(B)
     if "lengths" in extra:
         given["lengths"] = torch.tensor([steps, max(steps - 3, 0), min(1, steps)])
+    if "early" in extra:  # later ranks have a step of no row, one row has a step on no rank
+        given["lengths"] = torch.tensor([steps // 2, 0, steps // 4])
     if "resets" in extra:
         given["resets"] = torch.rand(steps, B) < 0.4
         for border in torch.tensor(sizes).cumsum(0)[:-1].tolist():
@@ -320,7 +327,7 @@ def disagreements(group: Any) -> None:
     refused(group, RuntimeError, "Expected hidden[0] size (1, 3, 4), got [1, 4, 4]", lambda: lstm(x, states), alike=False)
     refused(group, ValueError, "micro_batches must lie in 1..1, the rows of the batch, got 2", lambda: lstm(x[:, :1]))
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(2, WIDTH)])
-    refused(group, ValueError, "give padded input and lengths", lambda: lstm(packed))
+    refused(group, ValueError, "of the padded input, and lengths=, those of the whole", lambda: lstm(packed))
     refused(group, ValueError, "give resets", lambda: lstm(x[:, 0], cu_seqlens=torch.tensor([0, 2])))
     refused(group, RuntimeError, "Expected sequence length to be larger than 0", lambda: lstm(x[:0]))
     refused(group, RuntimeError, "torch.func", lambda: torch.func.grad(lambda x: lstm(x)[0].sum())(x))
@@ -451,7 +458,7 @@ def test_nothing_is_compiled_inside(ranks):
 
 def faults(group: Any) -> None:
     """Protocols with a fault in them, each of which ``check`` must see."""
-    run = recurrent._Run
+    run, early = recurrent._Run, "ends before the last"
     packed, unpacked = run.packed, run.unpacked
 
     def no_gradient(self: Any, job: Any, states: Any) -> Tensor:
@@ -469,9 +476,23 @@ def faults(group: Any) -> None:
             for way in range(directions)
         ]
 
+    def none_of_rows_that_ended(backward: bool) -> Any:
+        """A row without a step here passes nothing on, of states or of their gradients."""
+
+        def fault(self: Any, job: Any, states: Any) -> Tensor:
+            if backward == (torch._C._current_graph_task_id() >= 0) and states is not None:
+                here = self.options.lengths[self.rows[job.micro_batch]] > self.before
+                states = [None if state is None else state * here[:, None] for state in states]
+            return packed(self, job, states)
+
+        return fault
+
     planted: dict[str, dict[Any, dict[str, Any]]] = {
         "dh is not sent back": {run: {"packed": no_gradient}},
         "micro-batches are swapped": {run: {"unpacked": swapped}},
+        "lengths are counted from a rank's first step": {run: {"before": property(lambda self: 0, lambda self, before: None)}},
+        "rows that ended pass no states on": {run: {"packed": none_of_rows_that_ended(False)}},
+        "rows that ended pass no gradients back": {run: {"packed": none_of_rows_that_ended(True)}},
         "backwards states go to the wrong neighbor": {
             run: {
                 "upstream": lambda self, direction: self.ranks.rank - 1 if self.ranks.rank else None,
@@ -481,15 +502,23 @@ def faults(group: Any) -> None:
             recurrent: {"rounds": both_from_the_first},
         },
     }
-    for patches in planted.values():
+    for fault, patches in planted.items():
+        case = early if "rows that ended" in fault or "lengths" in fault else "rows"
         with pytest.MonkeyPatch.context() as patch:
             for where, functions in patches.items():
                 for name, function in functions.items():
-                    patch.setattr(where, name, function)
-            with pytest.raises(AssertionError, match="rows, "):
-                check(group, "rows")
-    check(group, "rows")
+                    patch.setattr(where, name, function, raising=False)
+            seen = ""
+            try:
+                check(group, case)
+            except AssertionError as error:
+                seen = str(error)
+        every: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(every, seen, group=group)
+        assert any(text.startswith(f"{case}, ") for text in every), (fault, every)
+    for case in ("rows", early):
+        check(group, case)
 
 
 def test_faults_are_seen(ranks):
-    ranks.run(faults)
+    ranks.run(faults, size=4)

@@ -370,10 +370,13 @@ def test_every_instruction_set(level, dtype, monkeypatch):
     monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
     if torch.ops.fastseq_native.cpu_level() != level:
         pytest.skip(f"this processor has no {level}")
-    for kind, steps, batch in product(("LSTM", "GRU", "RNN"), (1, 3), (1, 17)):
-        check(Call(CLASSES[kind](33, 45, bidirectional=True, dtype=dtype), steps, batch))
-    for kind, layout, batch in product(("LSTM", "GRU", "projected"), ("packed", "lengths"), (4, 33)):
-        check(Call(CLASSES[kind](33, 45, bidirectional=True, dtype=dtype), 19, batch, layout=layout))
+    torch.manual_seed(0)
+    shapes = [(kind, steps, batch, "padded") for kind, steps, batch in product(("LSTM", "GRU", "RNN"), (1, 3), (1, 17))]
+    shapes += product(("LSTM", "GRU", "projected"), (19,), (4, 33), ("packed", "lengths"))
+    for kind, steps, batch, layout in shapes:
+        module = CLASSES[kind](33, 45, bidirectional=True, dtype=dtype)
+        own = error_of_mm(dtype, steps * batch, module.weight_hh_l0.shape[0], 33)
+        check(Call(module, steps, batch, layout=layout), own)
 
 
 class Looks(TorchDispatchMode):

@@ -38,6 +38,7 @@ SINGLE = (
     "softcap",
     "sinks",
     "dropout",
+    "dropout-of-a-part",
     "lengths",
     "packed",
     "blocks",
@@ -81,7 +82,7 @@ def _single(call: str) -> tuple[str, ...]:
     if call == "decode":
         return ("paged",)
     if call.startswith("weights"):
-        return ("relative", "dropout")
+        return ("relative", "dropout", "dropout-of-a-part")
     return ("full", *SINGLE)
 
 
@@ -117,8 +118,9 @@ def spec_of(point: Point, torch: Any) -> Any:
         fields["softcap"] = 30.0
     if on("sinks"):
         fields["sinks"] = torch.empty(H, **q)
-    if on("dropout"):
-        fields |= {"dropout": 0.1, "seed": torch.empty(1, device="meta", dtype=torch.int64)}
+    if on("dropout", "dropout-of-a-part"):
+        numbers = 5 if point.variant == "dropout-of-a-part" else 1
+        fields |= {"dropout": 0.1, "seed": torch.empty(numbers, device="meta", dtype=torch.int64)}
     if on("lengths"):
         fields |= {"q_lengths": torch.empty(B, **ints), "k_lengths": torch.empty(B, **ints), "bottom_right": True}
     if on("packed"):

@@ -40,6 +40,8 @@ CASES = [
     replace(TILES, name="softcap", softcap=0.7, bias="h"),
     replace(TWO, name="slopes-sinks", slopes=2, sinks=True),
     replace(TWO, name="dropout", dropout=0.3),
+    replace(TWO, name="dropout-of-a-part", dropout=0.3, place=(9, 30, 6, 11), bias="hqk"),
+    replace(TILES, name="dropout-of-a-part-by-distance", dropout=0.3, place=(9, 2, 0, 2), relative_bias=61, relative_k=35),
     replace(TWO, name="blocks", blocks="bqk", block_size=16, lengths=(64, 64)),
     replace(TWO, name="lengths", batch=3, q_lengths=(20, 33, 0), k_lengths=(35, 5, 9), bias="hqk"),
     replace(TILES, name="relative-bias", relative_bias=105, right=2),

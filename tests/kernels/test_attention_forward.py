@@ -195,21 +195,29 @@ def test_bands_are_index_arithmetic(rows, keys):
 
 
 @triton.jit
-def _kept(out, dropout, which, i0, j0, BM: tl.constexpr, BN: tl.constexpr):
-    keep = softmax.kept(dropout, which, i0 + tl.arange(0, BM), j0, BM, BN)
-    tl.store(out + tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :], keep.to(tl.uint8))
+def _kept(out, dropout, b, h, Hq, i0, j0, BM: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr):
+    i, j = tl.arange(0, BM), tl.arange(0, BN)
+    keep = softmax.kept(dropout, b, h, Hq, i0 + i, j0 + j, j0, BM, BN, QUADS)
+    tl.store(out + i[:, None] * BN + j[None, :], keep.to(tl.uint8))
 
 
 @pytest.mark.parametrize("seed", [1, 2**33 + 5, 2**63 - 2])
 @pytest.mark.parametrize("probability", [1e-9, 0.1, 0.5, 0.9])
-def test_the_same_weights_are_dropped_as_in_the_reference(seed, probability):
-    seeds = torch.tensor([seed], dtype=torch.int64)
+@pytest.mark.parametrize("place", [(), (0, 0, 0, 4), (5, 8, 7, 3), (70, 13, 2**31 - 40, 90), (3, 2**31 + 6, 0, 2)], ids=str)
+def test_the_same_weights_are_dropped_as_in_the_reference(seed, probability, place):
+    """Of a tile that begins at key 20, or at 22; a part of a larger attention moves it."""
+    row, key, head, between = place or (0, 0, 0, 4)
+    seeds = torch.tensor([seed, *place], dtype=torch.int64)
     threshold = reference.dropout_threshold(probability)
-    i, quads, which, i0, j0 = torch.arange(16)[:, None] + 48, torch.arange(8) + 5, 11, 48, 20
-    random = torch.stack(reference.philox(seeds, quads, i, torch.tensor(which)), -1).flatten(-2)
-    out = torch.empty(16, 32, dtype=torch.uint8, device=DEVICE)
-    _kept[(1,)](out, Dropout(seeds.to(DEVICE), threshold, 1.0), which, i0, j0, BM=16, BN=32)
-    assert torch.equal(out.cpu().bool(), random >= threshold)
+    b, h, i0 = 2, 3, 48
+    for j0, quads in ((20, True), (20, False), (22, False)):
+        first, which = key + j0, torch.tensor(head + b * between + h)
+        at = torch.arange(first // 4, first // 4 + 9)
+        random = torch.stack(reference.philox(seeds[:1], at, torch.arange(16)[:, None] + row + i0, which), -1).flatten(-2)
+        out = torch.empty(16, 32, dtype=torch.uint8, device=DEVICE)
+        dropout = Dropout(seeds.to(DEVICE), threshold, 1.0, 1 if place else None)
+        _kept[(1,)](out, dropout, b, h, 4, i0, j0, BM=16, BN=32, QUADS=quads)
+        assert torch.equal(out.cpu().bool(), (random >= threshold)[:, first % 4 : first % 4 + 32]), (j0, quads)
 
 
 @triton.jit

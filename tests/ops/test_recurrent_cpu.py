@@ -41,10 +41,10 @@ CHUNKED = [
     RecurrentCase("lstm", steps=15, batch=21, hidden=17, input=40, layout="packed", bidirectional=True),
     RecurrentCase("rnn_tanh", steps=9, batch=40, hidden=70, input=33, layout="lengths", bidirectional=True),
     RecurrentCase("lstm", steps=14, batch=9, hidden=600, input=20),
-    # one row and three, of more depths than a run of sums; more rows than one product takes, with so much to save that it is
+    # one row and three, of more depths, and more pairs of them, than a run of sums; more rows than one product takes, with so much to save that it is
     # stored past the caches, in whole lines and not
-    RecurrentCase("lstm", steps=60, batch=1, hidden=150, input=140),
-    RecurrentCase("gru", steps=40, batch=3, hidden=140, input=130),
+    RecurrentCase("lstm", steps=60, batch=1, hidden=290, input=270),
+    RecurrentCase("gru", steps=40, batch=3, hidden=270, input=260),
     RecurrentCase("lstm", steps=12, batch=50, hidden=256, input=16),
     RecurrentCase("gru", steps=15, batch=50, hidden=250, input=16, layout="packed"),
 ]
@@ -311,6 +311,52 @@ def test_parts_are_used(monkeypatch):
         found = torch.ops.fastseq_native.cpu_level()
         results.append(F.gru(x.float(), h0.float(), [p.float() for p in params])[0])
     assert torch.equal(*results) == (found != "amx")
+
+
+def test_pairs_are_used(monkeypatch):
+    """Of bfloat16 at the level avx512_bf16, and of nothing else at any."""
+    params, x, h0, _ = _random("GRU")
+    for dtype in DTYPES:
+        results = []
+        for level in ("avx512", "avx512_bf16"):
+            monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
+            found = torch.ops.fastseq_native.cpu_level()
+            results.append(F.gru(x.to(dtype), h0.to(dtype), [p.to(dtype) for p in params])[0])
+        assert torch.equal(*results) == (found != "avx512_bf16" or dtype != torch.bfloat16)
+
+
+@pytest.mark.parametrize("steps", (2, 48))  # weights read where they lie, and packed
+@pytest.mark.parametrize("value", (torch.inf, -torch.inf, torch.nan, 3e38))
+@pytest.mark.parametrize("where", ("x", "h0", "weight"))
+def test_what_no_bfloat16_product_holds(level, where, value, steps):
+    """Infinity and NaN, given or of products too large, are where torch has them, and everything else is as near to the truth."""
+    params, x, h0, _ = _random("RNN", hidden=112, batch=3, steps=steps)
+    {"x": x, "h0": h0, "weight": params[1]}[where].view(-1)[77] = value
+    params, x, h0 = [p.bfloat16() for p in params], x.bfloat16(), h0.bfloat16()
+    torchs = nn.RNN(112, 112, nonlinearity="relu", dtype=torch.bfloat16)
+    truth = nn.RNN(112, 112, nonlinearity="relu", dtype=torch.float64)
+    with torch.no_grad():
+        for own in (torchs, truth):
+            for mine, given in zip(own.parameters(), params, strict=True):
+                mine.copy_(given)
+        y = F.rnn(x, h0, params, nonlinearity="relu")[0]
+        expected = torchs(x, h0)[0]
+        exact = truth(x.double(), h0.double())[0]
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+    finite = expected.isfinite()
+    scale = exact[finite].abs().max()
+    assert _rms(y[finite] / scale, exact[finite] / scale) <= 1.1 * _rms(expected[finite] / scale, exact[finite] / scale) + 1e-4
+
+
+def test_powers_of_two_pass_through(level):
+    """What is small, yet no subnormal number on its way, is computed as exactly: a network of relu, without biases, is linear in scale."""
+    params, x, h0, _ = _random("RNN", hidden=80, batch=20, steps=20)
+    w_ih, weight, *_ = (p.bfloat16() for p in params)
+    biases = [torch.zeros(80, dtype=torch.bfloat16)] * 2
+    x, h0 = x.bfloat16(), h0.bfloat16()
+    y = F.rnn(x, h0, [w_ih, weight, *biases], nonlinearity="relu")[0]
+    for scale in (2.0**-80, 2.0**80):
+        assert torch.equal(F.rnn(x * scale, h0 * scale, [w_ih, weight, *biases], nonlinearity="relu")[0], y * scale)
 
 
 @pytest.mark.parametrize("name", ("LayerNormLSTM", "LayerNormGRU"))

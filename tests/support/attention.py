@@ -38,6 +38,7 @@ class AttentionCase:
     softcap: float = 0.0
     sinks: bool = False
     dropout: float = 0.0
+    place: tuple[int, ...] = ()  # of a part of a larger attention: what follows the seed
     left: int = -1
     right: int = -1
     bottom_right: bool = False
@@ -111,6 +112,8 @@ ATTENTION_CASES = [
     AttentionCase("dropout", dropout=0.4, lengths=(5, 11)),
     AttentionCase("dropout-everything", dropout=1.0),
     AttentionCase("dropout-tiles-grouped", dropout=0.25, lengths=(35, 41), heads=(2, 1), left=13),
+    AttentionCase("dropout-of-a-part", dropout=0.3, lengths=(18, 35), heads=(2, 1), place=(21, 7, 5, 9)),
+    AttentionCase("dropout-of-a-part-in-quads", dropout=0.3, lengths=(5, 19), place=(3, 2**31 + 16, 2, 2), right=4),
     AttentionCase("key-lengths", batch=3, k_lengths=(7, 3, 0)),
     AttentionCase("both-lengths-causal", batch=3, q_lengths=(5, 2, 0), k_lengths=(4, 7, 3), right=0, bottom_right=True),
     AttentionCase("query-lengths", q_lengths=(2, 5), relative_bias=11),
@@ -205,6 +208,7 @@ WEIGHTS_CASES = [
         "transformer-xl-both-sides",
         "sinks-dead",
         "dropout-tiles-grouped",
+        "dropout-of-a-part",
         "both-lengths-causal",
         "no-queries",
         "no-keys",
@@ -272,7 +276,7 @@ def make(case: AttentionCase, dtype: torch.dtype, device: str = "cpu", seed: int
             ends = torch.tensor([0, *(pair[i] for pair in case.packed)]).cumsum(0)
             inputs[name] = ends.to(device, torch.int32)
     if case.dropout:
-        inputs["seed"] = torch.tensor([0x1234567890ABCDEF - seed], device=device)
+        inputs["seed"] = torch.tensor([0x1234567890ABCDEF - seed, *case.place], device=device)
     return inputs
 
 
@@ -378,8 +382,9 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, spec: Spec, first: int) -> tuple[Ten
     w = torch.where(alive, torch.softmax(safe, -1), 0)[..., :tk]
     lse = torch.where(alive[..., 0], torch.logsumexp(safe.to(wide), -1), -torch.inf)
     if spec.dropout and spec.seed is not None:
-        which = torch.arange(first * h, (first + b) * h).view(b, h, 1, 1)
-        random = _random(int(spec.seed), j.cpu(), torch.arange(tq)[:, None], which).to(q.device)
+        seed, row, key, first_head, between = (*spec.seed.tolist(), 0, 0, 0, h)[:5]
+        which = first_head + torch.arange(first, first + b).view(b, 1, 1, 1) * between + torch.arange(h).view(h, 1, 1)
+        random = _random(seed, key + j.cpu(), row + torch.arange(tq)[:, None], which).to(q.device)
         w = torch.where(random >= int(spec.dropout * 2**32), w / (1 - spec.dropout), 0) if spec.dropout < 1 else w * 0
     return torch.einsum("bhij,bhje->bhie", w, v), lse, w
 

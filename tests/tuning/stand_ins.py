@@ -38,7 +38,7 @@ class StandIn:
 def add(name: str, way: Any) -> None:
     """A candidate for calls on the CPU, asked before the CPU's own kernels."""
     registry.BACKENDS[name] = StandIn(name, way)  # type: ignore[assignment]
-    notes._watchers.set((notes.Watcher(lambda *told: None, lambda noted: None),))  # the short ways know the CPU's kernels alone
+    notes.watchers.set((notes.Watcher(lambda *told: None, lambda noted: None),))  # the short ways know the CPU's kernels alone
     registry.CANDIDATES["cpu"] = (name, *registry.CANDIDATES["cpu"])
 
 

@@ -26,8 +26,6 @@ def why_not(query: AttentionQuery) -> list[str]:
         against.append(f"the blocks of a layout must be at least {_SMALLEST_BLOCK}, got {query.block_size}")
     if abs(query.offset) + sum(query.lengths) >= _FARTHEST:
         against.append(f"offset and lengths together must be below 2^29, got {query.offset} and {query.lengths}")
-    if "dropout of a part" in query.uses:
-        against.append("drops weights by their places in the call, not in a larger attention")
     if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
         against.append("needs compute capability 8.0")
     return against

@@ -63,7 +63,8 @@ def parts_of(q: Tensor, k: Tensor, spec: Spec) -> tuple[Any, Any, Any]:
     dropout = None
     if spec.dropout and spec.seed is not None:
         kept = 1 / (1 - spec.dropout) if spec.dropout < 1 else 0.0
-        dropout = Dropout(spec.seed, min(dropout_threshold(spec.dropout), 2**32 - 1), number(kept, q.dtype))
+        threshold = min(dropout_threshold(spec.dropout), 2**32 - 1)
+        dropout = Dropout(spec.seed, threshold, number(kept, q.dtype), part=1 if spec.seed.numel() > 1 else None)
     ints = [None if t is None else t.contiguous() for t in (spec.cu_q, spec.cu_k, spec.q_lengths, spec.k_lengths)]
     return parts, dropout, Sequences(*ints, offset=spec.offset, bottom_right=1 if spec.bottom_right else None)
 
