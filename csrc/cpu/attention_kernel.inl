@@ -721,6 +721,13 @@ class BackwardRows {
   int64_t worker_ = 0;
 };
 
+// Queries of a block at most. Fewer where a causal mask hides much of a short sequence: blocks follow its edge more closely.
+template <class A>
+int64_t lanes_of_block(const Attention& a) {
+  constexpr int64_t lanes = kMostLanes<A>;
+  return a.right >= 0 && a.queries <= 4 * lanes ? lanes / 2 : lanes;
+}
+
 // The gradients that a part of the queries of a key head's query heads gives, by multiply-adds.
 template <class S>
 class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
@@ -741,11 +748,11 @@ class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
     sums_ = sums, this->worker_ = worker;
     const Attention::Sequence s = a.sequence(b);
     __builtin_memset(sums, 0, s.keys * Base::sums_width(a) * sizeof(A));
-    const int64_t group = a.heads / a.key_heads, blocks = blocks_of(s.queries, kMostLanes<A>);
+    const int64_t group = a.heads / a.key_heads, lanes = lanes_of_block<A>(a), blocks = blocks_of(s.queries, lanes);
     for (int64_t h = key_head * group; h < (key_head + 1) * group; ++h)
       for (int64_t block = blocks * p / parts; block < blocks * (p + 1) / parts; ++block) {
-        const int64_t first = block * kMostLanes<A>;
-        rows_.block.place(b, h, s, first, min(kMostLanes<A>, s.queries - first));
+        const int64_t first = block * lanes;
+        rows_.block.place(b, h, s, first, min(lanes, s.queries - first));
         with_vectors(rows_.block.vectors, [&]<int NV>() { run<NV>(); });
       }
   }
@@ -873,15 +880,14 @@ void with_forward(Type type, F&& body) {
 }
 #endif
 
-// Queries of a block at most. Fewer where a causal mask hides much of a short sequence: blocks follow its edge more closely.
+// Queries of a block at most, forward.
 int64_t lanes_of(const Attention& a) {
 #if defined(__AVX512BF16__)
   int64_t lanes = 0;
   with_forward(a.type, [&]<class Forward>() { lanes = Forward::lanes(a); });
   return lanes;
 #else
-  const int64_t lanes = a.type == Type::kDouble ? kMostLanes<double> : kMostLanes<float>;
-  return a.right >= 0 && a.queries <= 4 * lanes ? lanes / 2 : lanes;
+  return a.type == Type::kDouble ? lanes_of_block<double>(a) : lanes_of_block<float>(a);
 #endif
 }
 

@@ -2,6 +2,8 @@
 
 // What products need as long as they are formed.
 struct Multiplier {
+  static constexpr int64_t kCausalLanes = 64;  // queries of a block, backward, where a causal mask hides keys
+
   const TileConfiguration configuration{16, 16, 16, 16, 16, 16, 16, 16};
 };
 

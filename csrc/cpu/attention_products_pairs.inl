@@ -1,6 +1,9 @@
 // Products of attention's tiles by vectors, of pairs of bfloat16 (AVX512-BF16). Included by attention_tiles.inl.
 
-struct Multiplier {};
+struct Multiplier {
+  // Queries of a block, backward, where a causal mask hides keys: half of the others', which follow its edge less closely.
+  static constexpr int64_t kCausalLanes = 32;
+};
 
 // c[row][column] of M rows and N vectors of columns, from addresses of their own: sums over 16 pairs of a step of the depth, step by step.
 template <int M, int N, bool kAdd>

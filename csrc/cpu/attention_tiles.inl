@@ -858,11 +858,11 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
     sums_ = sums, worker_ = worker;
     const Attention::Sequence s = a.sequence(b);
     __builtin_memset(sums, 0, blocks_of(s.keys, kChunk) * kChunk * sums_width(a) * sizeof(float));
-    const int64_t group = a.heads / a.key_heads, blocks = blocks_of(s.queries, kLanes);
+    const int64_t group = a.heads / a.key_heads, lanes = a.right >= 0 ? Multiplier::kCausalLanes : kLanes, blocks = blocks_of(s.queries, lanes);
     for (int64_t h = key_head * group; h < (key_head + 1) * group; ++h)
       for (int64_t block = blocks * p / parts; block < blocks * (p + 1) / parts; ++block) {
-        const int64_t first = block * kLanes;
-        rows_.block.place(b, h, s, first, min(kLanes, s.queries - first));
+        const int64_t first = block * lanes;
+        rows_.block.place(b, h, s, first, min(lanes, s.queries - first));
         with_vectors(rows_.block.vectors, [&]<int NV>() { run<NV>(); });
       }
   }

@@ -113,8 +113,7 @@ def trials(some_levels: list[str], sanitizers: list[str]) -> Iterator[tuple[str,
     """(level, sanitizer, cases); what threads share depends on neither level nor type, so that one of each serves."""
     for level, sanitizer in itertools.product(some_levels, sanitizers):
         if sanitizer != "thread":  # kernels of attention and of steps share nothing
-            if level != "avx512_bf16":  # whose attention is AVX-512's
-                yield level, sanitizer, attention_cases(level)
+            yield level, sanitizer, attention_cases(level)
             if level not in MULTIPLIED:  # whose steps are AVX-512's
                 yield level, sanitizer, STEP
     for level, sanitizer, type_, cell in itertools.product(some_levels, sanitizers, TYPES, CELLS):

@@ -74,8 +74,8 @@ FAULTS = [
     Fault(
         "pairs of a group of rows beside one another",
         FEW,
-        "((pair / P * group.lanes + i) * P + pair % P) * 2",
-        "(pair * group.lanes + i) * 2",
+        "P = tiled_ ? 1 : W / group.lanes;",
+        "P = 1;",
         WRONG,
         level="avx512_bf16",
         cases=TILES,
