@@ -19,8 +19,6 @@ namespace fastseq::cpu {
 
 namespace {
 
-using Sizes = std::initializer_list<int64_t>;
-
 // of the attention's arithmetic, with a contiguous last dimension
 bool rows_of(const Tensor& tensor, ScalarType type) {
   return plain(tensor) && tensor.scalar_type() == type && (tensor.stride(-1) == 1 || tensor.size(-1) == 1);
@@ -29,14 +27,6 @@ bool rows_of(const Tensor& tensor, ScalarType type) {
 bool may_be_added(const Tensor& tensor, ScalarType type) {
   const ScalarType own = tensor.scalar_type();
   return own == type || (own == ScalarType::Float && bytes_of(type_of(type)) == 2);
-}
-
-// Elements of a tensor, from its `first` on.
-Tensor view(const Tensor& tensor, Sizes sizes, Sizes strides, int64_t first = 0) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.begin(), strides.begin(), first, &handle));
-  return Tensor(handle);
 }
 
 // New, of a tensor's sizes, two to four.

@@ -2,6 +2,7 @@
 // and never parts of time, which read everything twice.
 #include "scan.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -192,6 +193,51 @@ void scan_backward(std::optional<Tensor> dh, std::optional<Tensor> dfinal, std::
   s.dinitial = const_cast<void*>(state_of(s, dinitial, "dinitial"));
   if (s.rows * numbers == 0) return;
   share_out(s, [&](const ScanPart& part, void* scratch) { kernels().backward(s, part, scratch); });
+}
+
+std::vector<Tensor> scan_layers(Tensor x, std::optional<Tensor> initial, std::vector<Tensor> params, std::string cell, int64_t gates,
+                                bool has_biases, bool batch_first) {
+  const ScalarType type = x.scalar_type();
+  const int64_t each = has_biases ? 2 : 1, L = params.size() / each, batch_dim = batch_first ? 0 : 1;
+  if ((type != ScalarType::Float && type != ScalarType::Double) || !plain(x) || x.dim() != 3 || x.numel() == 0) return {};
+  const int64_t B = x.size(batch_dim), T = x.size(1 - batch_dim), n = B * T;
+  const auto is_of = [&](const Tensor& tensor, int64_t dims) {
+    return plain(tensor) && tensor.scalar_type() == type && tensor.dim() == dims;
+  };
+  if (L == 0 || static_cast<int64_t>(params.size()) != L * each || !is_of(params[0], 2)) return {};
+  const int64_t H = params[0].size(0) / gates, rows = gates * H;
+  if (H == 0) return {};
+  for (int64_t l = 0; l < L; ++l) {
+    const Tensor& weight = params[l * each];
+    if (!is_of(weight, 2) || weight.size(0) != rows || weight.size(1) != (l ? H : x.size(2))) return {};
+    if (has_biases && (!is_of(params[l * each + 1], 1) || params[l * each + 1].size(0) != rows)) return {};
+  }
+  if (initial && (!is_of(*initial, 3) || initial->size(0) != L || initial->size(1) != B || initial->size(2) != H || !initial->is_contiguous()))
+    return {};
+  const Tensor final = empty({L, B, H}, type);
+  Tensor y = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  for (int64_t l = 0; l < L; ++l) {
+    const Tensor &weight = params[l * each], logits = empty({n, rows}, type);
+    const int64_t width = weight.size(1);
+    const Tensor given = view(y, {n, width}, {width, 1}), transposed = view(weight, {width, rows}, {weight.stride(1), weight.stride(0)});
+    if (has_biases) {
+      const Tensor& bias = params[l * each + 1];
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(logits.get(), bias.get(), given.get(), transposed.get(), 1, 1));
+    } else {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(logits.get(), given.get(), transposed.get()));
+    }
+    // [T, B, H] of columns from `first` on of rows in the order of x
+    const auto over_time = [&](const Tensor& matrix, int64_t columns, int64_t first) {
+      return view(matrix, {T, B, H}, {(batch_first ? 1 : B) * columns, (batch_first ? T : 1) * columns, 1}, first);
+    };
+    y = batch_first ? empty({B, T, H}, type) : empty({T, B, H}, type);
+    std::optional<Tensor> gate, before;
+    if (gates == 3) gate = over_time(logits, rows, H);
+    if (initial) before = view(*initial, {B, H}, {H, 1}, l * B * H);
+    scan_forward(over_time(logits, rows, rows - H), over_time(logits, rows, 0), gate, {}, before, {}, {}, {}, "real", cell, false,
+                 over_time(y, H, 0), view(final, {B, H}, {H, 1}, l * B * H));
+  }
+  return {y, final};
 }
 
 }  // namespace fastseq::cpu
