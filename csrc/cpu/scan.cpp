@@ -195,6 +195,23 @@ void scan_backward(std::optional<Tensor> dh, std::optional<Tensor> dfinal, std::
   share_out(s, [&](const ScanPart& part, void* scratch) { kernels().backward(s, part, scratch); });
 }
 
+namespace {
+
+void add_bias(const Tensor& matrix, const Tensor& bias) {
+  const int64_t columns = matrix.size(1), stride = bias.stride(0);
+  torch::stable::parallel_for(0, matrix.size(0), std::max<int64_t>(1, kWorkOfThread / columns), [&](int64_t begin, int64_t end) {
+    with_storage(type_of(matrix.scalar_type()), [&]<class S>() {
+      const auto* from = static_cast<const S*>(data(bias));
+      for (int64_t i = begin; i < end; ++i) {
+        auto* to = static_cast<S*>(mutable_data(matrix)) + i * columns;
+        for (int64_t j = 0; j < columns; ++j) to[j] = to[j] + from[j * stride];
+      }
+    });
+  });
+}
+
+}  // namespace
+
 std::vector<Tensor> scan_layers(Tensor x, std::optional<Tensor> initial, std::vector<Tensor> params, std::string cell, int64_t gates,
                                 bool has_biases, bool batch_first) {
   const ScalarType type = x.scalar_type();
@@ -214,29 +231,33 @@ std::vector<Tensor> scan_layers(Tensor x, std::optional<Tensor> initial, std::ve
   }
   if (initial && (!is_of(*initial, 3) || initial->size(0) != L || initial->size(1) != B || initial->size(2) != H || !initial->is_contiguous()))
     return {};
-  const Tensor final = empty({L, B, H}, type);
-  Tensor y = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  for (int64_t l = 0; l < L; ++l) {
+  const Tensor final = empty({L, B, H}, type), given = batch_first ? view(x, {T, B, x.size(2)}, {x.stride(1), x.stride(0), x.stride(2)}) : x;
+  // torch.nn.functional.linear adds its bias afterwards, to what does not lie row by row: so does this, for the same bits
+  bool at_once = given.is_contiguous();
+  Tensor y = at_once ? given : torch::stable::contiguous(given);
+  for (int64_t l = 0; l < L; ++l, at_once = true) {
     const Tensor &weight = params[l * each], logits = empty({n, rows}, type);
     const int64_t width = weight.size(1);
-    const Tensor given = view(y, {n, width}, {width, 1}), transposed = view(weight, {width, rows}, {weight.stride(1), weight.stride(0)});
-    if (has_biases) {
+    const Tensor matrix = view(y, {n, width}, {width, 1}), transposed = view(weight, {width, rows}, {weight.stride(1), weight.stride(0)});
+    if (has_biases && at_once) {
       const Tensor& bias = params[l * each + 1];
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(logits.get(), bias.get(), given.get(), transposed.get(), 1, 1));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(logits.get(), bias.get(), matrix.get(), transposed.get(), 1, 1));
     } else {
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(logits.get(), given.get(), transposed.get()));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(logits.get(), matrix.get(), transposed.get()));
+      if (has_biases) add_bias(logits, params[l * each + 1]);
     }
-    // [T, B, H] of columns from `first` on of rows in the order of x
-    const auto over_time = [&](const Tensor& matrix, int64_t columns, int64_t first) {
-      return view(matrix, {T, B, H}, {(batch_first ? 1 : B) * columns, (batch_first ? T : 1) * columns, 1}, first);
+    // [T, B, H] of columns from `first` on
+    const auto over_time = [&](const Tensor& of, int64_t columns, int64_t first) {
+      return view(of, {T, B, H}, {B * columns, columns, 1}, first);
     };
-    y = batch_first ? empty({B, T, H}, type) : empty({T, B, H}, type);
+    y = empty({T, B, H}, type);
     std::optional<Tensor> gate, before;
     if (gates == 3) gate = over_time(logits, rows, H);
     if (initial) before = view(*initial, {B, H}, {H, 1}, l * B * H);
-    scan_forward(over_time(logits, rows, rows - H), over_time(logits, rows, 0), gate, {}, before, {}, {}, {}, "real", cell, false,
-                 over_time(y, H, 0), view(final, {B, H}, {H, 1}, l * B * H));
+    scan_forward(over_time(logits, rows, rows - H), over_time(logits, rows, 0), gate, {}, before, {}, {}, {}, "real", cell, false, y,
+                 view(final, {B, H}, {H, 1}, l * B * H));
   }
+  if (batch_first) y = view(y, {B, T, H}, {H, B * H, 1});
   return {y, final};
 }
 
