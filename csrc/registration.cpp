@@ -85,6 +85,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def(
       "scan_forward(Tensor b, Tensor a, Tensor? gate, Tensor? vector, Tensor? initial, Tensor? resets, Tensor? lengths, "
       "Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!) h, Tensor(b!) final) -> ()");
+  m.def("scan_layers(Tensor x, Tensor? initial, Tensor[] params, str cell, int gates, bool has_biases, bool batch_first) -> Tensor[]");
   m.def(
       "scan_backward(Tensor? dh, Tensor? dfinal, Tensor? b, Tensor a, Tensor? gate, Tensor? vector, Tensor h, Tensor? initial, "
       "Tensor? resets, Tensor? lengths, Tensor? cu_seqlens, str kind, str cell, bool reverse, Tensor(a!)? db, Tensor(b!)? da, "
@@ -162,6 +163,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("self_attention", TORCH_BOX(&fastseq::cpu::self_attention));
   m.impl("transformer_encoder_layer", TORCH_BOX(&fastseq::cpu::transformer_encoder_layer));
   m.impl("attention_with_kv_cache", TORCH_BOX(&fastseq::cpu::attention_with_kv_cache));
+  m.impl("scan_layers", TORCH_BOX(&fastseq::cpu::scan_layers));
   m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));
   m.impl("recurrent_step", TORCH_BOX(&fastseq::cpu::recurrent_step));
   m.impl("recurrent_layer", TORCH_BOX(&fastseq::cpu::recurrent_layer));

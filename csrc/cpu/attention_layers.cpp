@@ -19,8 +19,6 @@ namespace fastseq::cpu {
 
 namespace {
 
-using Sizes = std::initializer_list<int64_t>;
-
 // of the attention's arithmetic, with a contiguous last dimension
 bool rows_of(const Tensor& tensor, ScalarType type) {
   return plain(tensor) && tensor.scalar_type() == type && (tensor.stride(-1) == 1 || tensor.size(-1) == 1);
@@ -29,14 +27,6 @@ bool rows_of(const Tensor& tensor, ScalarType type) {
 bool may_be_added(const Tensor& tensor, ScalarType type) {
   const ScalarType own = tensor.scalar_type();
   return own == type || (own == ScalarType::Float && bytes_of(type_of(type)) == 2);
-}
-
-// Elements of a tensor, from its `first` on.
-Tensor view(const Tensor& tensor, Sizes sizes, Sizes strides, int64_t first = 0) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.begin(), strides.begin(), first, &handle));
-  return Tensor(handle);
 }
 
 // New, of a tensor's sizes, two to four.
@@ -119,17 +109,18 @@ std::vector<Tensor> scaled_dot_product_attention_backward(Tensor dout, Tensor qu
   const auto like = [&](const Tensor& x) {
     return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), !time_first);
   };
-  const Tensor none = empty({0}, query.scalar_type());
-  std::vector<Tensor> results{wanted[0] ? like(query) : none, wanted[1] ? like(key) : none, wanted[2] ? like(value) : none, none};
-  const auto heads_first = [&](int which) -> std::optional<Tensor> {
-    if (!wanted[which]) return {};
-    return four_dimensions(results[which], time_first);
+  std::vector<Tensor> results;
+  const auto heads_first = [&](const Tensor& x, bool is_wanted) -> std::optional<Tensor> {
+    if (!is_wanted) return {};
+    results.push_back(like(x));
+    return four_dimensions(results.back(), time_first);
   };
+  const std::optional<Tensor> dq = heads_first(query, wanted[0]), dk = heads_first(key, wanted[1]), dv = heads_first(value, wanted[2]);
   std::optional<Tensor> dbias;
-  if (wanted[3]) results[3] = contiguous_like(*attn_mask), dbias = four_dimensions(results[3]);
+  if (wanted[3]) results.push_back(contiguous_like(*attn_mask)), dbias = four_dimensions(results.back());
   const Tensor gradient = dout.stride(-1) == 1 || dout.size(-1) == 1 ? dout : torch::stable::contiguous(dout);
-  attention_backward_into(four_dimensions(gradient, time_first), {}, false, q, k, v, four_dimensions(out, time_first), lse, spec,
-                          heads_first(0), heads_first(1), heads_first(2), dbias);
+  attention_backward_into(four_dimensions(gradient, time_first), {}, false, q, k, v, four_dimensions(out, time_first), lse, spec, dq, dk,
+                          dv, dbias);
   return results;
 }
 

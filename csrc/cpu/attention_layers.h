@@ -22,8 +22,7 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
 std::optional<Tensor> plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, std::optional<double> scale,
                                       bool enable_gqa, bool time_first);
 
-// The gradients of query, key, value and an attn_mask that is added, of four dimensions, after the above with its lse; of size 0 where not
-// wanted.
+// Of four dimensions, after the above with its lse: those gradients that are wanted of query, key, value and an attn_mask that is added.
 std::vector<Tensor> scaled_dot_product_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,
                                                           std::optional<Tensor> attn_mask, bool is_causal, std::optional<double> scale,
                                                           double dropout, std::optional<Tensor> seed, bool bottom_right, bool time_first,

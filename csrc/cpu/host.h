@@ -75,6 +75,16 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, bool 
   return empty_strided(sizes, strides, type);
 }
 
+using Sizes = std::initializer_list<int64_t>;
+
+// Elements of a tensor, from its `first` on.
+inline Tensor view(const Tensor& tensor, Sizes sizes, Sizes strides, int64_t first = 0) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.begin(), strides.begin(), first, &handle));
+  return Tensor(handle);
+}
+
 // Memory for packed weights, states and workspaces, 64-byte aligned, since the kernels load whole registers. What it holds is undefined: with
 // FASTSEQ_CPU_POISON set, NaN in every dtype, so that a test sees what is read before it is written. Each thread keeps what it has freed,
 // up to kKept bytes: pages that the system has to clear anew at every call cost as much as a tenth of it.

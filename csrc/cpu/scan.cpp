@@ -2,6 +2,7 @@
 // and never parts of time, which read everything twice.
 #include "scan.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -192,6 +193,72 @@ void scan_backward(std::optional<Tensor> dh, std::optional<Tensor> dfinal, std::
   s.dinitial = const_cast<void*>(state_of(s, dinitial, "dinitial"));
   if (s.rows * numbers == 0) return;
   share_out(s, [&](const ScanPart& part, void* scratch) { kernels().backward(s, part, scratch); });
+}
+
+namespace {
+
+void add_bias(const Tensor& matrix, const Tensor& bias) {
+  const int64_t columns = matrix.size(1), stride = bias.stride(0);
+  torch::stable::parallel_for(0, matrix.size(0), std::max<int64_t>(1, kWorkOfThread / columns), [&](int64_t begin, int64_t end) {
+    with_storage(type_of(matrix.scalar_type()), [&]<class S>() {
+      const auto* from = static_cast<const S*>(data(bias));
+      for (int64_t i = begin; i < end; ++i) {
+        auto* to = static_cast<S*>(mutable_data(matrix)) + i * columns;
+        for (int64_t j = 0; j < columns; ++j) to[j] = to[j] + from[j * stride];
+      }
+    });
+  });
+}
+
+}  // namespace
+
+std::vector<Tensor> scan_layers(Tensor x, std::optional<Tensor> initial, std::vector<Tensor> params, std::string cell, int64_t gates,
+                                bool has_biases, bool batch_first) {
+  const ScalarType type = x.scalar_type();
+  const int64_t each = has_biases ? 2 : 1, L = params.size() / each, batch_dim = batch_first ? 0 : 1;
+  if ((type != ScalarType::Float && type != ScalarType::Double) || !plain(x) || x.dim() != 3 || x.numel() == 0) return {};
+  const int64_t B = x.size(batch_dim), T = x.size(1 - batch_dim), n = B * T;
+  const auto is_of = [&](const Tensor& tensor, int64_t dims) {
+    return plain(tensor) && tensor.scalar_type() == type && tensor.dim() == dims;
+  };
+  if (L == 0 || static_cast<int64_t>(params.size()) != L * each || !is_of(params[0], 2)) return {};
+  const int64_t H = params[0].size(0) / gates, rows = gates * H;
+  if (H == 0) return {};
+  for (int64_t l = 0; l < L; ++l) {
+    const Tensor& weight = params[l * each];
+    if (!is_of(weight, 2) || weight.size(0) != rows || weight.size(1) != (l ? H : x.size(2))) return {};
+    if (has_biases && (!is_of(params[l * each + 1], 1) || params[l * each + 1].size(0) != rows)) return {};
+  }
+  if (initial && (!is_of(*initial, 3) || initial->size(0) != L || initial->size(1) != B || initial->size(2) != H || !initial->is_contiguous()))
+    return {};
+  const Tensor final = empty({L, B, H}, type), given = batch_first ? view(x, {T, B, x.size(2)}, {x.stride(1), x.stride(0), x.stride(2)}) : x;
+  // torch.nn.functional.linear adds its bias afterwards, to what does not lie row by row: so does this, for the same bits
+  bool at_once = given.is_contiguous();
+  Tensor y = at_once ? given : torch::stable::contiguous(given);
+  for (int64_t l = 0; l < L; ++l, at_once = true) {
+    const Tensor &weight = params[l * each], logits = empty({n, rows}, type);
+    const int64_t width = weight.size(1);
+    const Tensor matrix = view(y, {n, width}, {width, 1}), transposed = view(weight, {width, rows}, {weight.stride(1), weight.stride(0)});
+    if (has_biases && at_once) {
+      const Tensor& bias = params[l * each + 1];
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(logits.get(), bias.get(), matrix.get(), transposed.get(), 1, 1));
+    } else {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(logits.get(), matrix.get(), transposed.get()));
+      if (has_biases) add_bias(logits, params[l * each + 1]);
+    }
+    // [T, B, H] of columns from `first` on
+    const auto over_time = [&](const Tensor& of, int64_t columns, int64_t first) {
+      return view(of, {T, B, H}, {B * columns, columns, 1}, first);
+    };
+    y = empty({T, B, H}, type);
+    std::optional<Tensor> gate, before;
+    if (gates == 3) gate = over_time(logits, rows, H);
+    if (initial) before = view(*initial, {B, H}, {H, 1}, l * B * H);
+    scan_forward(over_time(logits, rows, rows - H), over_time(logits, rows, 0), gate, {}, before, {}, {}, {}, "real", cell, false, y,
+                 view(final, {B, H}, {H, 1}, l * B * H));
+  }
+  if (batch_first) y = view(y, {B, T, H}, {H, B * H, 1});
+  return {y, final};
 }
 
 }  // namespace fastseq::cpu

@@ -18,14 +18,14 @@ from .._arguments import check_keywords, own_keywords
 from ..backends import library
 from ..ops import _attention_eager as eager
 from ..ops import attention as ops
-from ..ops._dispatch import PLAIN, shared_sequence, unseen_call
+from ..ops._dispatch import PLAIN, plain_call, shared_sequence
 from . import _nested
 from ._attention_call import (
     ALIGNMENTS,
     INTEGERS,
-    MAY_BE_NONE,
     MOST_HEADS,
     NUMBERS,
+    Alignment,
     AttentionOptions,
     Call,
     Layout,
@@ -41,22 +41,6 @@ from ._attention_call import (
 from ._torch_attention import attention_and_lse, attention_and_weights, attention_output, seeded
 
 __all__ = ["attention", "attention_grad", "merge_attention"]
-
-# What torch's function has as well, or a call of it need not know.
-_OF_TORCHS = frozenset(
-    (
-        "layout",
-        "attn_mask",
-        "attn_bias",
-        "causal",
-        "scale",
-        "dropout_p",
-        "alignment",
-        "seqlens_k",
-        "relative_bias",
-        "relative_bias_zero",
-    )
-)
 
 
 @overload
@@ -117,9 +101,19 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    layout: Layout | None = None,
+    attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    causal: bool = False,
+    alignment: Alignment | None = None,
+    scale: float | None = None,
+    relative_bias: Tensor | None = None,
+    relative_bias_zero: int | None = None,
+    dropout_p: float = 0.0,
+    seqlens_k: Tensor | None = None,
     return_lse: bool = False,
     return_weights: bool | Literal["average"] = False,
-    **options: Unpack[AttentionOptions],
+    **options: Any,
 ) -> Any:
     """softmax(scores) v for q, k and v heads first, ``[B, H, T, E]``, unless ``layout`` says otherwise.
 
@@ -181,17 +175,44 @@ def attention(
     Warns:
         UserWarning: if q and k, without a ``layout``, have more heads than any model, and more heads than steps.
     """
-    if return_weights is False and unseen_call():
-        if not return_lse:
-            out = _in_one_call(q, k, v, options)
-            if out is not None:
-                return out
-        plain = None if library.reason() else prepared_plainly(q, k, v, options)
-        if plain is not None:
-            out, lse = attention_and_lse(*plain, True) if return_lse else (attention_output(*plain, True), None)
-            out = out.transpose(1, 2) if options.get("layout") == "bshd" else out
-            return (out, lse) if return_lse else out
-    return _any_attention(q, k, v, options, return_lse, return_weights)
+    plain = return_weights is False and plain_call(unseen=True)
+    if plain and not (return_lse or options):
+        mask = attn_bias if attn_mask is None else attn_mask if attn_bias is None else NotImplemented
+        out = _in_one_call(
+            q,
+            k,
+            v,
+            layout,
+            mask,
+            attn_mask is not None,
+            causal,
+            alignment,
+            scale,
+            relative_bias,
+            relative_bias_zero,
+            dropout_p,
+            seqlens_k,
+        )
+        if out is not None:
+            return out
+    options |= {
+        "layout": layout,
+        "attn_mask": attn_mask,
+        "attn_bias": attn_bias,
+        "causal": causal,
+        "alignment": alignment,
+        "scale": scale,
+        "relative_bias": relative_bias,
+        "relative_bias_zero": relative_bias_zero,
+        "dropout_p": dropout_p,
+        "seqlens_k": seqlens_k,
+    }
+    call = prepared_plainly(q, k, v, options) if plain and not library.reason() else None
+    if call is None:
+        return _any_attention(q, k, v, options, return_lse, return_weights)
+    out, lse = attention_and_lse(*call, True) if return_lse else (attention_output(*call, True), None)
+    out = out.transpose(1, 2) if layout == "bshd" else out
+    return (out, lse) if return_lse else out
 
 
 def _any_attention(q: Tensor, k: Tensor, v: Tensor, options: Any, return_lse: bool, return_weights: bool | str) -> Any:
@@ -223,33 +244,43 @@ def _any_attention(q: Tensor, k: Tensor, v: Tensor, options: Any, return_lse: bo
     return _as_given(out, call, given.layout), *more
 
 
-def _in_one_call(q: Tensor, k: Tensor, v: Tensor, options: Any) -> Tensor | None:
-    """A plain eager call on the CPU of what torch's function has too; None: for the long way, which also has the checks."""
-    for name, value in options.items():
-        if name not in _OF_TORCHS and (value is not None or name not in MAY_BE_NONE):
-            return None
-    for tensor in (q, k, v):
-        if type(tensor) is not Tensor or tensor.dim() != 4 or tensor.is_nested:
-            return None
-    if library.reason():
+def _in_one_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: str | None,
+    mask: Any,
+    hides: bool,
+    causal: bool,
+    alignment: str | None,
+    scale: float | None,
+    table: Tensor | None,
+    zero: int | None,
+    dropout: float,
+    lengths: Tensor | None,
+) -> Tensor | None:
+    """A plain eager call on the CPU of what torch's function has too; None: for the long way, which also has the checks.
+
+    ``mask``: NotImplemented if there are two; ``hides``: it is bool. ``table`` and ``zero``: a bias by distance.
+    """
+    if type(q) is not Tensor or type(k) is not Tensor or type(v) is not Tensor or q.is_nested or k.is_nested or v.is_nested:
         return None
-    get = options.get
-    mask, bias, layout, dropout = get("attn_mask"), get("attn_bias"), get("layout"), get("dropout_p", 0.0)
-    causal, scale, alignment = get("causal", False), get("scale"), get("alignment")
-    if type(causal) is not bool or type(dropout) not in NUMBERS or (alignment is not None and alignment not in ALIGNMENTS):
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or type(causal) is not bool or type(dropout) not in NUMBERS:
         return None
     swapped = layout == "bshd"
     if not swapped and (layout not in (None, "bhsd") or (layout is None and q.shape[1] > MOST_HEADS)):
         return None
     if scale is not None and (type(scale) is not float or not math.isfinite(scale)):
         return None
-    if mask is not None and (bias is not None or type(mask) is not Tensor or mask.dtype != torch.bool):
+    if alignment is not None and alignment not in ALIGNMENTS:
         return None
-    if bias is not None and (type(bias) not in PLAIN or not bias.is_floating_point()):
+    if mask is not None:
+        if type(mask) not in PLAIN or not (mask.dtype == torch.bool if hides else mask.is_floating_point()):
+            return None
+    if library.reason():
         return None
-    mask, lengths, table = bias if mask is None else mask, get("seqlens_k"), get("relative_bias")
-    if lengths is not None or table is not None or get("relative_bias_zero") is not None:
-        narrowed = _narrowed(q, k, v, lengths, table, get("relative_bias_zero"), mask, alignment, swapped)
+    if lengths is not None or table is not None or zero is not None:
+        narrowed = _narrowed(q, k, v, lengths, table, zero, mask, alignment, swapped)
         if narrowed is None:
             return None
         k, v, mask = narrowed

@@ -369,7 +369,8 @@ def shows_options(*without: str) -> Callable[[Function], Function]:
     def decorated(function: Function) -> Function:
         own = inspect.signature(function)
         first = [p for p in own.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        last = [p for p in own.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        every = Options.__dataclass_fields__
+        last = [p for p in own.parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in every]
         options = [
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
             for field in fields(Options)

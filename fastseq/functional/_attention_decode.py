@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from .._arguments import checked_int, checked_tensor, own_keywords
 from ..backends import library
 from ..ops import attention_decode as ops
-from ..ops._dispatch import PLAIN, shared_sequence, unseen_call
+from ..ops._dispatch import PLAIN, plain_call, shared_sequence
 from ._attention_call import (
     LAYOUTS,
     Sizes,
@@ -140,7 +140,7 @@ def attention_with_kv_cache(
     if (type(num_splits) is not int or num_splits) and checked_int("num_splits", num_splits) < 0:
         raise ValueError(f"num_splits must not be negative (0: chosen), got {num_splits}")
     left, right = (-1, 0) if causal is True and window_size is None else checked_window(causal, window_size)
-    if unseen_call():
+    if plain_call(unseen=True):
         given = (q, k_cache, v_cache, cache_seqlens, k_new, v_new, block_table, alibi_slopes, sinks)
         results = _natively(given, layout == "bshd", scale, softcap, left, right, num_splits)
         if results:
@@ -214,7 +214,7 @@ _native: Any = None  # the library's op, once it is loaded, without a frame of P
 
 
 def _natively(given: tuple[Any, ...], *options: Any) -> list[Tensor]:
-    """out and lse of a plain call (``unseen_call``), in one call of the CPU library, which checks everything before it writes.
+    """out and lse of a plain call (``plain_call``), in one call of the CPU library, which checks everything before it writes.
 
     Empty: the call is for the other way, which also says what is wrong with it.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._arguments import check_keywords, checked_number, checked_tensor, without_unknown
 from ..backends import library
-from ..ops._dispatch import PLAIN, is_sharded, shared_sequence, sharding, unseen_call, wants_gradient
+from ..ops._dispatch import PLAIN, is_sharded, plain_call, sharding, shared_sequence, wants_gradient
 from ..ops.types import ScanSpec, state_dtype
 from ._autocast import without_autocast
 from ._native_layers import held
@@ -22,7 +22,6 @@ from ._scan import checked_resets, own_lengths, scanned
 __all__ = ["linear_recurrent"]
 
 Lane = Mapping[str, Tensor]  # parameters of a layer in one direction
-_OWN_STATES = (torch.float32, torch.float64)  # whose states have their dtype
 
 
 @without_unknown
@@ -78,10 +77,10 @@ def linear_recurrent(
     """
     if unknown:
         check_keywords(linear_recurrent, unknown)
-    if lengths is None and resets is None and not (bidirectional or zoneout) and unseen_call():
+    if lengths is None and resets is None and not (bidirectional or zoneout) and plain_call(unseen=True):
         done = None if dropout and training else _natively(cell, input, hx, params, num_layers, batch_first)
         if done is not None:
-            return done
+            return done[0], done[1]
     refuse_onnx("a linear recurrence", "a loop over its steps has one")
     layer_of = _layer(cell)
     check_zoneout(zoneout)
@@ -137,46 +136,38 @@ def linear_recurrent(
 
 
 _GATES = {"min_gru": 2, "min_lstm": 3}  # of layers that are a projection and a scan
-_native_scan: Any = None  # the library's op, once it is loaded, without a frame of Python around it
+_native: Any = None  # the library's op, once it is loaded, without a frame of Python around it
 
 
 def _natively(
     cell: Any, input: Any, hx: Any, params: Sequence[Mapping[str, Any]], num_layers: int, batch_first: bool
-) -> tuple[Tensor, Tensor] | None:
-    """A plain call (``plain_call``) of a batch on the CPU without gradients, of layers that are a projection and a scan: of a
-    single step all else takes longer than these.
+) -> Sequence[Tensor] | None:
+    """Output and final states of a plain call (``plain_call``) of a batch on the CPU without gradients, of layers that are a
+    projection and a scan, in one call of the library: of a single step all else takes longer than these.
 
     None: it is for the other way, which also says what is wrong with it.
     """
     gates = _GATES.get(cell) if isinstance(cell, str) else None
-    if gates is None or type(input) not in PLAIN or input.dim() != 3 or not input.is_cpu or len(params) != num_layers:
+    if gates is None or type(input) not in PLAIN or len(params) != num_layers:
         return None
-    dtype, given = input.dtype, [input, *[tensor for lane in params for tensor in lane.values()]]
-    if hx is not None:
-        given.append(hx)
-    for tensor in given:
-        if type(tensor) not in PLAIN or tensor.dtype != dtype or not tensor.is_cpu:
-            return None
-    if dtype not in _OWN_STATES or wants_gradient(given) or library.reason():
-        return None
-    x = input.transpose(0, 1) if batch_first else input
-    batch, width, hidden = x.shape[1], x.shape[2], params[0]["weight_ih"].shape[0] // gates
-    if 0 in x.shape or (hx is not None and (hx.shape != (num_layers, batch, hidden) or not hx.is_contiguous())):
-        return None
+    given: list[Any] = []
+    has_biases = num_layers > 0 and "bias_ih" in params[0]
     for lane in params:
-        if lane["weight_ih"].shape != (gates * hidden, width):
+        if len(lane) != 1 + has_biases:
             return None
-        width = hidden
-    global _native_scan
-    if _native_scan is None:
-        _native_scan = torch.ops.fastseq_native.scan_forward.default._op
-    final, steps = x.new_empty(num_layers, batch, hidden), x.shape[0]
-    before = (None,) * num_layers if hx is None else hx.unbind()
-    for lane, initial, last in zip(params, before, final.unbind(), strict=True):
-        a, *gate, b = F.linear(x, lane["weight_ih"], lane.get("bias_ih")).chunk(gates, -1)
-        x = x.new_empty(steps, batch, hidden)
-        _native_scan(b, a, gate[0] if gate else None, None, initial, None, None, None, "real", cell, False, x, last)
-    return x.transpose(0, 1) if batch_first else x, final
+        given.append(lane.get("weight_ih"))
+        if has_biases:
+            given.append(lane.get("bias_ih"))
+    gradients = torch.is_grad_enabled()
+    for tensor in (input, *given) if hx is None else (input, hx, *given):
+        if type(tensor) not in PLAIN or tensor.is_nested or (gradients and tensor.requires_grad):
+            return None
+    if library.reason():
+        return None
+    global _native
+    if _native is None:
+        _native = torch.ops.fastseq_native.scan_layers.default._op
+    return _native(input, hx, given, cell, gates, has_biases, batch_first) or None
 
 
 class _Layer(NamedTuple):

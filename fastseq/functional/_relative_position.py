@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from .._arguments import check_keywords, checked_int, checked_number, checked_tensor, without_unknown
 from ..backends import library
 from ..ops._attention_eager import attended
-from ..ops._dispatch import PLAIN, plain_call, unseen_call
+from ..ops._dispatch import PLAIN, plain_call
 from ._attention import attention
 from ._attention_call import MOST_HEADS, AttentionOptions, check_tensors, checked_layout, shows_options
 
@@ -163,7 +163,7 @@ def transformer_xl_attention(
 
     Returns, raises: as :func:`attention`.
     """
-    if not (return_lse or return_weights) and unseen_call():
+    if not (return_lse or return_weights) and plain_call(unseen=True):
         out = _one_step(query, key, value, r, u, v, options)
         if out is not None:
             return out

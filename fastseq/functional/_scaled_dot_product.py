@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._arguments import checked_number, own_keywords
 from ..ops import _attention_eager as eager
-from ..ops._dispatch import shared_sequence, unseen_call
+from ..ops._dispatch import plain_call, shared_sequence
 from ..ops.attention import Spec
 from . import _nested
 from ._attention import attention
@@ -63,7 +63,7 @@ def scaled_dot_product_attention(
         ValueError: for a causal bias together with ``is_causal``, and for nested tensors mixed with others or with a mask.
         NotImplementedError: for floating dtypes other than those above.
     """
-    if unseen_call():
+    if plain_call(unseen=True):
         out = eager.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if out is not None:
             return out

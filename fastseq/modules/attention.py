@@ -28,7 +28,7 @@ from ..backends import library
 from ..functional._recording import recorder
 from ..functional._torch_attention import attention_and_weights, attention_output, seeded
 from ..ops._attention_eager import self_attention
-from ..ops._dispatch import PLAIN, shared_sequence, unseen_call
+from ..ops._dispatch import PLAIN, plain_call, shared_sequence
 from ..ops._linear_eager import linear
 from ..ops.attention import Spec, attention, attention_weights
 from ._checks import describe, public
@@ -154,7 +154,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
                 devices that do not go together.
             ValueError: in training, a dropout that is no probability.
         """
-        if unseen_call():
+        if plain_call(unseen=True):
             results = self._in_one_call(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

@@ -96,7 +96,7 @@ class _Layers(nn.Module):
         """Those of the stack."""
 
     def _parameters_of(self, lane: int) -> dict[str, Tensor]:
-        kept = self._parameters  # faster than by attribute; parametrizations take them away from there
+        kept: Any = self._parameters  # faster than by attribute; parametrizations take them away from there
         return {name: kept[own] if own in kept else getattr(self, own) for name, own in self._lanes[lane].items()}
 
     def reset_parameters(self) -> None:

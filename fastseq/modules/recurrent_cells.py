@@ -20,7 +20,7 @@ from fastseq.functional._native_layers import native_layers, native_step, traine
 from fastseq.functional._packing import packing_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.ops._dispatch import PLAIN, free_call, plain_call, recorded, transforming, wants_gradient
+from fastseq.ops._dispatch import PLAIN, plain_call, recorded, transforming, wants_gradient
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -213,7 +213,9 @@ def _trained_by_torch(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, stat
     """
     own = cell._parameters
     w_ih = own.get("weight_ih")
-    if type(input) is not Tensor or w_ih is None or not w_ih.requires_grad or not torch.is_grad_enabled() or not free_call():
+    if type(input) is not Tensor or w_ih is None or not w_ih.requires_grad or not torch.is_grad_enabled():
+        return None
+    if not plain_call(unseen=True) or backends.forced_eagerly():
         return None
     if sources._threads is not None:
         sources.heed_threads()

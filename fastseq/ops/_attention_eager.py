@@ -185,11 +185,13 @@ class _Plain(torch.autograd.Function):
             spec = spec._replace(right=0 if causal else -1, bottom_right=bottom_right)
             return *_through_reference(wanted, q, k, v, mask, spec, swapped, dout), None, None
         grads = _native_backward(dout, q, k, v, out, lse, mask, causal, scale, dropout, seed, bottom_right, swapped, wanted)
-        if False in wanted:
-            grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-        return *grads, None, None
+        if wanted == _OF_INPUTS:
+            return *grads, None, None, None
+        found = iter(grads)
+        return *[next(found) if want else None for want in wanted], None, None
 
 
+_OF_INPUTS = (True, True, True, False)
 _plain = lean(_Plain)
 
 
@@ -209,8 +211,9 @@ def _through_reference(
         views = [t.view_as(t) if t is not None and want else t for t, want in zip(given, wanted, strict=True)]
         q, k, v, mask = views  # type: ignore[assignment]
         if mask is not None:
-            name, mask = "mask" if mask.dtype == torch.bool else "bias", mask[(None,) * (4 - mask.dim())]
-            spec = spec._replace(**{name: mask})
+            over_scores = mask[(None,) * (4 - mask.dim())]
+            hides = mask.dtype == torch.bool
+            spec = spec._replace(mask=over_scores) if hides else spec._replace(bias=over_scores)
         if swapped:
             q, k, v, dout = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dout.transpose(1, 2)
         out, _ = reference.forward(q, k, v, spec)

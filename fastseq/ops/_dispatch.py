@@ -74,8 +74,9 @@ _dispatch_modes, _function_modes = _C._len_torch_dispatch_stack, _C._len_torch_f
 _sequence, _wish, _watchers = sequence_context.get, wish.context.get, notes.watchers.get
 
 
-def plain_call() -> bool:
-    """Whether nobody compiles, traces, transforms, lowers or shares what runs now, nor forces another backend than the CPU's."""
+def plain_call(unseen: bool = False) -> bool:
+    """Whether nobody compiles, traces, transforms, lowers or shares what runs now, nor forces another backend than the CPU's;
+    ``unseen``: nor wants to know who runs it."""
     return not (
         is_compiling()
         or _is_tracing()
@@ -86,17 +87,8 @@ def plain_call() -> bool:
         or forward_ad._current_level >= 0
         or _sequence() is not None
         or ((wish._process if (own := _wish()) is wish.NOTHING else own) not in _OF_CPU)  # as `backends.forced` has it
+        or (unseen and _watchers())
     )
-
-
-def unseen_call() -> bool:
-    """``plain_call``, and nobody wants to know who runs it."""
-    return plain_call() and not _watchers()
-
-
-def free_call() -> bool:
-    """``unseen_call``, and no backend is forced."""
-    return plain_call() and not _watchers() and (wish._process if (own := _wish()) is wish.NOTHING else own) is None
 
 
 Node = TypeVar("Node", bound=type)

@@ -48,9 +48,9 @@ from ._dispatch import (
     is_sharded,
     needs_plain_torch,
     outside_dynamo,
+    plain_call,
     recorded,
     register_autograd,
-    unseen_call,
     wants_gradient,
 )
 from .types import SCAN_CELLS, ScanSpec, empty_scan, empty_scan_gradients, scan_kind, state_dtype
@@ -210,7 +210,7 @@ def scan(b: Tensor, a: Tensor, gate: Tensor | None, vector: Tensor | None, initi
     a, spec = prepared(b, a, spec)
     tensors = (b, a, gate, vector, initial)
     given = [t for t in tensors if t is not None]
-    if unseen_call() and not wants_gradient(given) and _native_serves(given, spec):
+    if plain_call(unseen=True) and not wants_gradient(given) and _native_serves(given, spec):
         with torch._C._AutoDispatchBelowAutograd():  # the library without the op around it
             return native.scan_forward(*tensors, spec)
     if needs_plain_torch(given):

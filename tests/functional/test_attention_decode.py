@@ -114,7 +114,7 @@ def test_a_plain_call_is_one_native_call_with_the_same_results(paged, layout, in
         patch.setattr(_attention_decode, "_natively", lambda *args: seen.append(natively(*args)) or seen[-1])
         results = attention_with_kv_cache(**one)
     with monkeypatch.context() as patch:
-        patch.setattr(_attention_decode, "unseen_call", lambda: False)
+        patch.setattr(_attention_decode, "plain_call", lambda unseen: False)
         expected = attention_with_kv_cache(**other)
     assert len(seen) == 1 and len(seen[0]) == 2
     assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(results, expected, strict=True))

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import fastseq
-from fastseq.modules import keep_type
+from fastseq.choice import sources
+from fastseq.choice.decision import Candidate
+from fastseq.modules import keep_type, recurrent_cells
 from support.modules import assert_same, both, leaves, random
 
 CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
@@ -110,3 +112,36 @@ def test_keep_type_is_both(name):
     assert isinstance(kept, getattr(nn, name)) and isinstance(kept, getattr(fastseq, name))
     assert type(kept).forward is getattr(fastseq, name).forward
     assert repr(kept) == f"fastseq.{getattr(nn, name)(4, 5)!r}"
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_what_torchs_kernel_trains_is_asked_once_and_checked_always(name, monkeypatch):
+    """The second call of a size looks up what the first one found out; what does not fit still has its error."""
+    kind = {"RNNCell": "rnn_tanh", "LSTMCell": "lstm", "GRUCell": "gru"}[name]
+    theirs, ours = both(name, 4, 5)
+    x, hx, known = random(3, 4), initial(name, 3, 5), []
+    asked = recurrent_cells._is_torchs_to_train
+    monkeypatch.setattr(recurrent_cells, "_is_torchs_to_train", lambda *given: known.append(asked(*given)) or known[-1])
+    monkeypatch.setitem(
+        recurrent_cells.STEPS, kind, lambda *given, own=recurrent_cells.STEPS[kind]: known.append(kind) or own(*given)
+    )
+    pair = isinstance(hx, tuple)
+    with sources.instead(lambda call: Candidate("torch")):
+        for _ in range(2):
+            torch.testing.assert_close(ours(x, hx), theirs(x, hx), rtol=0, atol=0)  # the same kernel
+        assert known == [True, kind, kind]
+        for wrong in (random(2, 5), random(3, 6), random(5)):
+            with pytest.raises(RuntimeError):
+                ours(x, (hx[0], wrong) if pair else wrong)
+        with pytest.raises((RuntimeError, ValueError)):
+            ours(x, (hx[0], hx[1].double()) if pair else hx.double())
+        with pytest.raises(RuntimeError, match="input_size"):
+            ours(random(3, 6), hx)
+        known.clear()
+        with fastseq.use_backend("reference"):
+            ours(x, hx)
+        assert not known
+    with sources.instead(lambda call: Candidate("cpu")):  # a decision that changed is asked for anew
+        known.clear()
+        ours(x, hx)
+        assert known == [False]

@@ -1,0 +1,111 @@
+"""Attention in one native call: what goes that way gives what the long way gives, with its derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastseq import functional as F
+from fastseq.backends import library
+from fastseq.functional import _attention as calls
+
+pytestmark = pytest.mark.skipif(library.reason() is not None, reason="needs the library")
+B, HQ, HKV, E = 2, 4, 2, 8
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """What a function gives when `attention` goes the short way, which is made sure of, and when it goes the long way."""
+
+    def run(call: Any) -> tuple[Any, Any]:
+        taken: list[bool] = []
+        attended = calls.eager.attended
+        with monkeypatch.context() as patch:
+            patch.setattr(calls.eager, "attended", lambda *given: taken.append(True) or attended(*given))
+            short = call()
+        assert taken
+        with monkeypatch.context() as patch:
+            patch.setattr(calls, "plain_call", lambda unseen: False)
+            return short, call()
+
+    return run
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize(("queries", "keys"), [(3, 7), (7, 3), (5, 5), (1, 6)])
+@pytest.mark.parametrize("wanted", ["qkv", "v", "qk"])
+def test_causal_at_the_end_of_the_keys(both, layout, queries, keys, wanted):
+    torch.manual_seed(0)
+    shapes = (B, HQ, queries, E), (B, HKV, keys, E), (B, HKV, keys, E)
+    given = [normal(*shape) if layout == "bhsd" else normal(*shape).transpose(1, 2).contiguous() for shape in shapes]
+    leaves = [t.requires_grad_() for t, name in zip(given, "qkv", strict=True) if name in wanted]
+
+    def call() -> list[Tensor]:
+        out = F.attention(*given, layout=layout, causal=True, alignment="bottom_right", scale=0.7)
+        grads = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        return [out, *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)]
+
+    torch.testing.assert_close(*both(call))
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("shape", [(5, 6), (HQ, 1, 6), (B, 1, 5, 1), (1, HQ, 5, 6), (B, HQ, 5, 6)], ids=str)
+@pytest.mark.parametrize("alone", [False, True])
+def test_gradient_of_a_bias(both, layout, shape, alone):
+    """Alone: the only one that is wanted, as where the scores are made by another layer."""
+    torch.manual_seed(1)
+    shapes = (B, HQ, 5, E), (B, HKV, 6, E), (B, HKV, 6, E)
+    given = [normal(*of) if layout == "bhsd" else normal(*of).transpose(1, 2).contiguous() for of in shapes]
+    bias = normal(*shape).requires_grad_()
+    leaves = [bias] if alone else [*(t.requires_grad_() for t in given), bias]
+
+    def call() -> list[Tensor]:
+        out = F.attention(*given, layout=layout, attn_bias=bias)
+        grads = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        return [out, *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)]
+
+    torch.testing.assert_close(*both(call))
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("length", [1, 4, 9])
+@pytest.mark.parametrize("by_distance", [False, True])
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+def test_a_query_against_rows_of_one_length(both, layout, length, by_distance, alignment):
+    """What lies beyond the length, NaN, has no part in it; nor has a row of another length, which goes the long way."""
+    torch.manual_seed(2)
+    q, k, v = normal(B, HQ, 1, E), normal(B, HKV, 9, E), normal(B, HKV, 9, E)
+    k[:, :, length:], v[:, :, length:] = torch.nan, torch.nan
+    given = [t if layout == "bhsd" else t.transpose(1, 2).contiguous() for t in (q, k, v)]
+    options: dict[str, Any] = {"layout": layout, "seqlens_k": torch.full((B,), length), "alignment": alignment}
+    if by_distance:
+        options |= {"relative_bias": normal(HQ, 17), "relative_bias_zero": 8}
+    with torch.no_grad():
+        short, long = both(lambda: F.attention(*given, **options))
+        assert not long.isnan().any()
+        torch.testing.assert_close(short, long)
+        options["seqlens_k"] = torch.tensor([length, max(length - 1, 1)])
+        unlike = F.attention(*given, **options)
+    torch.testing.assert_close(unlike[0], long[0])
+
+
+def test_what_a_bias_by_distance_lacks_is_left_to_the_long_way():
+    torch.manual_seed(3)
+    q, k, v, table = normal(B, HQ, 1, E), normal(B, HQ, 9, E), normal(B, HQ, 9, E), normal(HQ, 5)
+    with torch.no_grad():  # five entries of nine distances: the others are zeros
+        out = F.attention(q, k, v, relative_bias=table, relative_bias_zero=4, alignment="bottom_right")
+        bias = torch.nn.functional.pad(table, (4, 0))[:, None]
+        torch.testing.assert_close(out, F.attention(q, k, v, attn_bias=bias))
+        with pytest.raises(ValueError, match="alignment"):
+            F.attention(q, k, v, relative_bias=table, relative_bias_zero=4)
+        with pytest.raises(RuntimeError, match="seqlens_k"):
+            F.attention(q, k, v, seqlens_k=torch.full((B,), 10))
+        with pytest.raises(ValueError, match="relative_bias_zero"):
+            F.attention(q, k, v, relative_bias_zero=4)
