@@ -118,8 +118,8 @@ def _kept_anywhere(dropout, which, i, first, BM: tl.constexpr, BN: tl.constexpr)
 
 @triton.jit
 def kept(dropout, parts, b, h, Hq, i, j0, BM: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr = True):
-    """[BM, BN]: which weights of rows i [BM] and keys from j0 on survive. QUADS: j0 is a multiple of 4. A part of a larger attention
-    may begin anywhere in it."""
+    """[BM, BN]: which weights of rows i [BM] and keys from j0 on survive. QUADS: j0 is a multiple of 4. A part of a larger
+    attention may begin anywhere in it."""
     if parts.part is not None:
         row, key = tl.load(dropout.seed + 1).to(tl.int32), tl.load(dropout.seed + 2)
         which = tl.load(dropout.seed + 3) + b * tl.load(dropout.seed + 4) + h
