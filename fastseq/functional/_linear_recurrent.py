@@ -259,7 +259,7 @@ def _qrnn(pooling: str) -> _Layer:
     ) -> tuple[Tensor, Tensor]:
         a, *others = _projections(x, lane, gates)
         a = _zoned(a, zoneout, training) if zoneout else a
-        gate, z, *out = others if pooling == "ifo" else (None, *others)
+        gate, (z, *out) = (others[0], others[1:]) if pooling == "ifo" else (None, others)
         c, final = _scanned(z, a, gate, None, state, spec)
         return c * out[0].sigmoid() if out else c, final
 
