@@ -252,9 +252,9 @@ def _qrnn(pooling: str) -> _Layer:
     ) -> tuple[Tensor, Tensor]:
         a, *others = _projections(x, lane, gates)
         a = _zoned(a, zoneout, training) if zoneout else a
-        gate = others.pop(0) if pooling == "ifo" else None
-        c, final = _scanned(others[0], a, gate, None, state, spec)
-        return c if pooling == "f" else c * others[1].sigmoid(), final
+        gate, (z, *out) = (others[0], others[1:]) if pooling == "ifo" else (None, others)
+        c, final = _scanned(z, a, gate, None, state, spec)
+        return c * out[0].sigmoid() if out else c, final
 
     return _Layer(
         run,

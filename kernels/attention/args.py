@@ -83,15 +83,15 @@ class Parts(NamedTuple):
     sinks: Any = None  # pointer, [Hq]
     blocks: Any = None  # Pairs of uint8, of blocks of `block_size`
     block_size: Any = None
+    part: Any = None  # 1: of a larger attention; where in it stands behind the seed of the dropout
     base2: Any = None  # scale * log2 e, where the scores are the products times a positive scale and nothing else
     end: None = None
 
 
 class Dropout(NamedTuple):
-    seed: Any  # pointer, int64 [1], or [5] of a part of a larger attention: `Spec` says what follows
+    seed: Any  # pointer, int64 [1], or [5] (`Parts.part`): `Spec` says what follows
     threshold: Any  # a random 32-bit number below it drops a weight
     scale: Any  # of the weights kept
-    part: Any = None  # 1 or None: whether the seed is [5]
 
 
 class Incoming(NamedTuple):

@@ -56,7 +56,7 @@ def tile(
         dw = tl.dot(do, tl.trans(value), input_precision=PRECISION, out_dtype=lse.dtype)
     dropped = w
     if dropout is not None:
-        keep = kept(dropout, b, h, Hq, i, j, j0, BM, BN, QUADS)
+        keep = kept(dropout, parts, b, h, Hq, i, j0, BM, BN, QUADS)
         dropped = tl.where(keep, w * dropout.scale, 0.0)
         dw = tl.where(keep, dw * dropout.scale, 0.0)
     return dropped, w * (dw - delta[:, None]), t

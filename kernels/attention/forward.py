@@ -32,7 +32,7 @@ def _tile(
     s, _ = scores(product, parts, b, h, i, j, shift, Tq, Tk)
     s = tl.where(seen(parts, b, h, i, j, shift, Tq, Tk, EDGE), s, float("-inf"))
     w, m_i, l_i, factor = update(s, m_i, l_i, parts)
-    w = dropped(w, dropout, b, h, Hq, i, j, j0, BM, BN)
+    w = dropped(w, dropout, parts, b, h, Hq, i, j0, BM, BN)
     value = load_rows(v, b, hk, k0, j, Tk, tl.arange(0, BEV), EV, BEV, not EDGE)
     acc = tl.dot(w.to(value.dtype), value, acc * factor[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
     return acc, m_i, l_i

@@ -77,49 +77,63 @@ def survives(random, dropout):
 
 
 @triton.jit
-def _kept_quads(dropout, which, i, j0, BM: tl.constexpr, BN: tl.constexpr):
-    """Of keys from j0 on, a multiple of 4: four of them share what one block of random numbers costs."""
-    quads = j0 // 4 + tl.arange(0, BN // 4)
+def _quads(dropout, which, i, quad, BM: tl.constexpr, BN: tl.constexpr):
+    """Of rows i [BM] and keys from 4 quad on, in fours: four times [BM, BN // 4] random numbers."""
     zero = tl.zeros((BM, BN // 4), tl.uint32)
-    c0 = zero + quads[None, :].to(tl.uint32)
+    c0 = zero + (quad + tl.arange(0, BN // 4))[None, :].to(tl.uint32)
     c1 = zero + i[:, None].to(tl.uint32)
-    a, b, c, d = tl.philox(tl.load(dropout.seed), c0, c1, zero + which.to(tl.uint32), zero)
-    return survives(tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BM, BN)), dropout)
+    return tl.philox(tl.load(dropout.seed), c0, c1, zero + which.to(tl.uint32), zero)
 
 
 @triton.jit
-def _kept_anywhere(dropout, which, i, j):
-    """Of keys j [BN] that do not begin at a multiple of 4; four times the work."""
-    zero = tl.zeros((i.shape[0], j.shape[0]), tl.uint32)
-    c0, c1 = zero + (j // 4)[None, :].to(tl.uint32), zero + i[:, None].to(tl.uint32)
-    r0, r1, r2, r3 = tl.philox(tl.load(dropout.seed), c0, c1, zero + which.to(tl.uint32), zero)
-    place = (j % 4)[None, :]
-    random = tl.where(place < 2, tl.where(place == 0, r0, r1), tl.where(place == 2, r2, r3))
-    return survives(random, dropout)
+def _of_fours(of, BM: tl.constexpr, BN: tl.constexpr):
+    """[BM, BN], from the first, second, third and fourth of every four keys."""
+    return tl.reshape(tl.join(tl.join(of[0], of[2]), tl.join(of[1], of[3])), (BM, BN))
 
 
 @triton.jit
-def kept(dropout, b, h, Hq, i, j, j0, BM: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr = True):
-    """[BM, BN]: which weights of rows i [BM] and keys j [BN], from j0 on, survive. QUADS: j0 is a multiple of 4; of a part of a
-    larger attention, which may begin at any of its keys, that is seen when it runs."""
-    if dropout.part is None:
-        if QUADS:
-            return _kept_quads(dropout, b * Hq + h, i, j0, BM, BN)
-        else:
-            return _kept_anywhere(dropout, b * Hq + h, i, j)
-    else:
-        row, key = tl.load(dropout.seed + 1), tl.load(dropout.seed + 2)
+def _surviving(of, dropout):
+    return survives(of[0], dropout), survives(of[1], dropout), survives(of[2], dropout), survives(of[3], dropout)
+
+
+@triton.jit
+def _kept_anywhere(dropout, which, i, first, BM: tl.constexpr, BN: tl.constexpr):
+    """`kept` of keys from `first` on, which need not be a multiple of 4: then every four are of two fours of random numbers."""
+    quad, shift = (first >> 2).to(tl.int32), first & 3
+    a, b, c, d = _surviving(_quads(dropout, which, i, quad, BM, BN), dropout)
+    if shift != 0:
+        e, f, g, _ = _surviving(_quads(dropout, which, i, quad + 1, BM, BN), dropout)
+        one, two = shift % 2 == 1, shift >= 2
+        a, b, c, d, e, f = (
+            tl.where(one, b, a),
+            tl.where(one, c, b),
+            tl.where(one, d, c),
+            tl.where(one, e, d),
+            tl.where(one, f, e),
+            tl.where(one, g, f),
+        )
+        a, b, c, d = tl.where(two, c, a), tl.where(two, d, b), tl.where(two, e, c), tl.where(two, f, d)
+    return _of_fours((a, b, c, d), BM, BN)
+
+
+@triton.jit
+def kept(dropout, parts, b, h, Hq, i, j0, BM: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr = True):
+    """[BM, BN]: which weights of rows i [BM] and keys from j0 on survive. QUADS: j0 is a multiple of 4. A part of a larger
+    attention may begin anywhere in it."""
+    if parts.part is not None:
+        row, key = tl.load(dropout.seed + 1).to(tl.int32), tl.load(dropout.seed + 2)
         which = tl.load(dropout.seed + 3) + b * tl.load(dropout.seed + 4) + h
-        if (key + j0) % 4 == 0:
-            keep = _kept_quads(dropout, which, row + i, key + j0, BM, BN)
-        else:
-            keep = _kept_anywhere(dropout, which, row + i, key + j)
-        return keep
+        keep = _kept_anywhere(dropout, which, row + i, key + j0, BM, BN)
+    elif QUADS:
+        keep = survives(_of_fours(_quads(dropout, b * Hq + h, i, j0 // 4, BM, BN), BM, BN), dropout)
+    else:
+        keep = _kept_anywhere(dropout, b * Hq + h, i, j0, BM, BN)
+    return keep
 
 
 @triton.jit
-def dropped(w, dropout, b, h, Hq, i, j, j0, BM: tl.constexpr, BN: tl.constexpr):
+def dropped(w, dropout, parts, b, h, Hq, i, j0, BM: tl.constexpr, BN: tl.constexpr):
     """The weights [BM, BN] after dropout, if there is one."""
     if dropout is not None:  # not an early return: Triton compiles what follows one
-        w = tl.where(kept(dropout, b, h, Hq, i, j, j0, BM, BN), w * dropout.scale, 0.0)
+        w = tl.where(kept(dropout, parts, b, h, Hq, i, j0, BM, BN), w * dropout.scale, 0.0)
     return w

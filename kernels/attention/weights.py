@@ -27,7 +27,7 @@ def _of_head(
     s, _ = scores(product, parts, b, h, i, j, shift, Tq, Tk)
     s = tl.where(seen(parts, b, h, i, j, shift, Tq, Tk, True), s, float("-inf"))
     w = weights(s, load_scalars(lse, b, h, 0, i, Tq), parts)
-    return dropped(w, dropout, b, h, Hq, i, j, j0, BM, BN)
+    return dropped(w, dropout, parts, b, h, Hq, i, j0, BM, BN)
 
 
 @triton.jit

@@ -195,9 +195,9 @@ def test_bands_are_index_arithmetic(rows, keys):
 
 
 @triton.jit
-def _kept(out, dropout, b, h, Hq, i0, j0, BM: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr):
+def _kept(out, dropout, parts, b, h, Hq, i0, j0, BM: tl.constexpr, BN: tl.constexpr, QUADS: tl.constexpr):
     i, j = tl.arange(0, BM), tl.arange(0, BN)
-    keep = softmax.kept(dropout, b, h, Hq, i0 + i, j0 + j, j0, BM, BN, QUADS)
+    keep = softmax.kept(dropout, parts, b, h, Hq, i0 + i, j0, BM, BN, QUADS)
     tl.store(out + i[:, None] * BN + j[None, :], keep.to(tl.uint8))
 
 
@@ -215,8 +215,8 @@ def test_the_same_weights_are_dropped_as_in_the_reference(seed, probability, pla
         at = torch.arange(first // 4, first // 4 + 9)
         random = torch.stack(reference.philox(seeds[:1], at, torch.arange(16)[:, None] + row + i0, which), -1).flatten(-2)
         out = torch.empty(16, 32, dtype=torch.uint8, device=DEVICE)
-        dropout = Dropout(seeds.to(DEVICE), threshold, 1.0, 1 if place else None)
-        _kept[(1,)](out, dropout, b, h, 4, i0, j0, BM=16, BN=32, QUADS=quads)
+        parts, dropout = Parts(1.0, part=1 if place else None), Dropout(seeds.to(DEVICE), threshold, 1.0)
+        _kept[(1,)](out, dropout, parts, b, h, 4, i0, j0, BM=16, BN=32, QUADS=quads)
         assert torch.equal(out.cpu().bool(), (random >= threshold)[:, first % 4 : first % 4 + 32]), (j0, quads)
 
 

@@ -58,13 +58,14 @@ def parts_of(q: Tensor, k: Tensor, spec: Spec) -> tuple[Any, Any, Any]:
         sinks=None if spec.sinks is None else spec.sinks.contiguous(),
         blocks=None if spec.blocks is None else pairs(spec.blocks),
         block_size=None if spec.blocks is None else spec.block_size,
+        part=1 if spec.dropout and spec.seed is not None and spec.seed.numel() > 1 else None,
         base2=number(spec.scale * math.log2(math.e), q.dtype) if plain else None,
     )
     dropout = None
     if spec.dropout and spec.seed is not None:
         kept = 1 / (1 - spec.dropout) if spec.dropout < 1 else 0.0
         threshold = min(dropout_threshold(spec.dropout), 2**32 - 1)
-        dropout = Dropout(spec.seed, threshold, number(kept, q.dtype), part=1 if spec.seed.numel() > 1 else None)
+        dropout = Dropout(spec.seed, threshold, number(kept, q.dtype))
     ints = [None if t is None else t.contiguous() for t in (spec.cu_q, spec.cu_k, spec.q_lengths, spec.k_lengths)]
     return parts, dropout, Sequences(*ints, offset=spec.offset, bottom_right=1 if spec.bottom_right else None)
 
