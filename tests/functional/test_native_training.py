@@ -4,7 +4,7 @@ ops, and only where nobody looks on."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -122,6 +122,12 @@ def error_of_mm(dtype: torch.dtype, rows: int, depth: int, columns: int) -> floa
     return max(relative_error(a @ b, a.double() @ b.double()) for a, b in draws)
 
 
+def error_of_ops(call: Call, expected: list[Tensor], truth: list[Tensor]) -> float:
+    """Of the gradients: of the same sums as ours, in another order."""
+    count = len(call.weights)
+    return max(map(relative_error, expected[count:], truth[count:]))
+
+
 def check(call: Call, own: float = 0.0) -> None:
     """Outputs are the ops' to the bit; gradients no further from the truth than theirs, or ``own``, may be."""
     found, expected = call.run(), call.by_the_ops()
@@ -130,8 +136,25 @@ def check(call: Call, own: float = 0.0) -> None:
     for ours, theirs in zip(found[:count], expected[:count], strict=True):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
         assert ours._base is None
-    own = max(own, *map(relative_error, expected[count:], truth[count:]))  # of the same sums, in another order
-    for index, (ours, theirs, true) in enumerate(zip(found[count:], expected[count:], truth[count:], strict=True)):
+    own = max(own, error_of_ops(call, expected, truth))
+    try:
+        check_gradients(found[count:], expected[count:], truth[count:], own)
+    except AssertionError:  # one set of gradients may have been rounded luckily
+        own = max(own, *(error_of_ops(*drawn) for drawn in other_losses(call)))
+        check_gradients(found[count:], expected[count:], truth[count:], own)
+
+
+def other_losses(call: Call) -> Iterator[tuple[Call, list[Tensor], list[Tensor]]]:
+    """The call with other weights in its loss, what the ops give, and the truth."""
+    with torch.random.fork_rng():
+        for _ in range(3):
+            other = copy.copy(call)
+            other.weights = [torch.randn_like(weight) for weight in call.weights]
+            yield other, other.by_the_ops(), other.to(torch.float64).by_the_ops()
+
+
+def check_gradients(found: list[Tensor], expected: list[Tensor], truth: list[Tensor], own: float) -> None:
+    for index, (ours, theirs, true) in enumerate(zip(found, expected, truth, strict=True)):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         if ours.dtype == torch.float64:
             torch.testing.assert_close(ours, theirs)
