@@ -41,7 +41,7 @@ LAYERS = RESULTS / "intel-xeon-one-thread"  # recurrent layers, sequential again
 MODELS = LAYERS / "models"
 EVERY = RESULTS / "intel-xeon-2-cores"  # every suite, in fewer points
 PACKED = LAYERS / "packed-lstm.json"  # of examples/packed_lstm.py
-RANKS = EVERY / "distributed.json"  # of the suite distributed, by another version than the rest
+RANKS = RESULTS / "amd-epyc-2-cores/distributed.json"  # of the suite distributed
 SYSTEMS = EVERY / "systems.json"  # likewise, of the suite systems but for its text
 ISSUE = {  # pytorch#149194: packed in percent of padded, forward and backward
     10: (527, 277), 20: (740, 461), 50: (1163, 382), 100: (1507, 396),
