@@ -243,7 +243,7 @@ def test_info():
 def test_info_is_a_matrix():
     """Calls that go the same way are one row, and backends stand below their dtypes."""
     told = command("info", FASTSEQ_BACKEND="").stdout
-    assert "CPU: baseline, AVX2, AVX-512, AMX; CUDA: " in told
+    assert "CPU: baseline, AVX2, AVX-512, AVX512-BF16, AMX; CUDA: " in told
     lines = told[told.index("which backend runs what on cpu") :].splitlines()
     places = [match.start() for match in re.finditer(r"\S+", lines[1])]
     rows = [line for line in lines[2:] if re.match("  (recurrent|attention)", line)]

@@ -38,11 +38,12 @@ from fastseq.functional import attention
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, GALLERY = ROOT / "benchmarks/results", ROOT / "docs/gallery"
 LAYERS = RESULTS / "intel-xeon-one-thread"  # recurrent layers, sequential against parallel; whole models in a file of their own
-MODELS = LAYERS / "models"
+AMD = RESULTS / "amd-epyc-2-cores"  # what was measured there, in a file for each suite
+MODELS = LAYERS / "models/results.json", AMD / "models.json"  # of whole models, the first in the picture
 EVERY = RESULTS / "intel-xeon-2-cores"  # every suite, in fewer points
 PACKED = LAYERS / "packed-lstm.json"  # of examples/packed_lstm.py
-RANKS = RESULTS / "amd-epyc-2-cores/distributed.json"  # of the suite distributed
-SYSTEMS = EVERY / "systems.json"  # likewise, of the suite systems but for its text
+RANKS = AMD / "distributed.json"  # of the suite distributed
+SYSTEMS = EVERY / "systems.json"  # of the suite systems but for its text, by another version than the rest
 ISSUE = {  # pytorch#149194: packed in percent of padded, forward and backward
     10: (527, 277), 20: (740, 461), 50: (1163, 382), 100: (1507, 396),
     200: (2300, 591), 500: (5968, 1716), 1000: (9583, 2794),
@@ -56,8 +57,10 @@ def results(folder: Path) -> Results:
     return combine.load(sorted(folder.rglob("results.json")))
 
 
-def models() -> Results:
-    return results(MODELS)
+@cache
+def models() -> list[Results]:
+    """Of each machine."""
+    return [combine.load([file]) for file in MODELS]
 
 
 @cache
@@ -88,7 +91,7 @@ def devices() -> dict[str, Results]:
 
 def speed_ups() -> Figure:
     """Of layers, and of whole models, measured on one machine in one way."""
-    groups = recurrent.bars(layers()) + before_and_after.bars(models(), "float32")
+    groups = recurrent.bars(layers()) + before_and_after.bars(models()[0], "float32")
     title = f"Speed-up over torch.nn, float32, one thread: geometric mean and range\n{where(results(LAYERS).environment)}"
     return Figure(
         "Speed-up over torch.nn",
@@ -282,15 +285,18 @@ def layer_figures() -> str:
 
 
 def model_words() -> str:
-    """Where the models were measured, and what came of it."""
-    of = models()
+    """Where the models were measured, and what came of it: a paragraph for each machine."""
+    return "\n\n".join(map(_words_of_models, models()))
+
+
+def _words_of_models(of: Results) -> str:
     threads = sorted({row.threads for row in of.of_suite("models")})
     said = f"{where(of.environment)}, torch {of.environment['versions']['torch']}, threads={', '.join(map(str, threads))}"
     return f"{before_and_after.words(of)} {said}."
 
 
 def model_table() -> str:
-    return "\n".join([model_words(), "", *before_and_after.table(models())])
+    return "\n\n".join("\n".join([_words_of_models(of), "", *before_and_after.table(of)]) for of in models())
 
 
 def costs() -> str:

@@ -405,7 +405,7 @@ def test_every_cell_feature_and_dtype_is_among_the_calls():
 
 # what a query may name, but for the place of packed rows and a relative key's table
 _TENSORS = {*Spec._fields[: Spec._fields.index("scale")]} - {"relative_k", "cu_q", "cu_k", "seed"}
-ALL_USES = _TENSORS | {"softcap", "dropout", "bottom_right"}
+ALL_USES = _TENSORS | {"softcap", "dropout", "dropout of a part", "bottom_right"}
 
 
 def test_the_self_check_of_the_cpus_kernels(tmp_path, capsys):

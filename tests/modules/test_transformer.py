@@ -18,6 +18,13 @@ N, L, E, H, HIDDEN = 3, 7, 12, 3, 20  # H is odd: torch's fused path wants it ev
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+def check(found: torch.Tensor, expected: torch.Tensor, truth: torch.Tensor) -> None:
+    if found.dtype == torch.float64:  # torch's is the truth
+        torch.testing.assert_close(found, expected, **FP64)
+    else:
+        assert_close_to_truth(found, expected, truth.detach())
+
+
 def both(dtype: torch.dtype = torch.float64, **options) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(1)
     theirs = nn.TransformerEncoderLayer(E, H, HIDDEN, **{"dropout": 0.0, **options}).to(dtype).eval()
@@ -103,7 +110,7 @@ def test_dtypes(kind, dtype):
     truth = copy.deepcopy(theirs).double()(x.double(), **masks(kind)).detach()
     given = masks(kind, dtype)
     with torch.no_grad():
-        assert_close_to_truth(ours(x, **given), theirs(x, **given), truth)
+        check(ours(x, **given), theirs(x, **given), truth)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 33), (5, 1), (2, 130)])
@@ -251,11 +258,7 @@ class TestLevels:
         mask.fill_diagonal_(False)
         truth = copy.deepcopy(theirs).double()(x.double(), mask).detach()
         with torch.no_grad():
-            found, expected = ours(x, mask), theirs(x, mask)
-        if dtype == torch.float64:  # torch's is the truth
-            torch.testing.assert_close(found, truth, **FP64)
-        else:
-            assert_close_to_truth(found, expected, truth)
+            check(ours(x, mask), theirs(x, mask), truth)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("which", ["self", "memory", "distinct"])
@@ -266,11 +269,8 @@ class TestLevels:
         truth = copy.deepcopy(theirs.self_attn).double()(*(t.double() for t in given))
         with torch.no_grad():
             found, expected = ours.self_attn(*given), theirs.self_attn(*given)
-        for a, b, exact in zip(found, expected, truth, strict=True):
-            if dtype == torch.float64:  # torch's is the truth
-                torch.testing.assert_close(a, b, **FP64)
-            else:
-                assert_close_to_truth(a, b, exact.detach())
+        for results in zip(found, expected, truth, strict=True):
+            check(*results)
 
     @pytest.mark.parametrize("scale", [1e-36, 1e18, torch.inf, torch.nan])
     def test_numbers_beyond_the_parts(self, scale):
