@@ -285,8 +285,8 @@ def layer_figures() -> str:
 
 
 def model_words() -> str:
-    """Where the models were measured, and what came of it: a paragraph for each machine."""
-    return "\n\n".join(map(_words_of_models, models()))
+    """Where the models were measured, and what came of it, machine by machine."""
+    return " ".join(map(_words_of_models, models()))
 
 
 def _words_of_models(of: Results) -> str:
