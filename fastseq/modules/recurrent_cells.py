@@ -212,8 +212,11 @@ def _trained_by_torch(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, stat
     time, and what there is to be asked of sizes and dtypes was asked of the first such call. None: the call is for `_step`.
     """
     own = cell._parameters
-    w_ih = own.get("weight_ih")
-    if type(input) is not Tensor or w_ih is None or not w_ih.requires_grad or not torch.is_grad_enabled():
+    w_ih, w_hh, b_ih, b_hh = own.get("weight_ih"), own.get("weight_hh"), own.get("bias_ih"), own.get("bias_hh")
+    if type(input) is not Tensor or type(w_ih) not in PLAIN or not w_ih.requires_grad or not torch.is_grad_enabled():
+        return None
+    # parametrizations take parameters away from where they are looked for here
+    if type(w_hh) not in PLAIN or (cell.bias and (type(b_ih) not in PLAIN or type(b_hh) not in PLAIN)):
         return None
     if not plain_call(unseen=True) or backends.forced_eagerly():
         return None
@@ -229,7 +232,7 @@ def _trained_by_torch(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, stat
         known = sources.remember(_trained, key, _is_torchs_to_train(cell, name, input, states, w_ih.dtype))
     if not known:
         return None
-    return STEPS[name](input, hx, w_ih, own.get("weight_hh"), own.get("bias_ih"), own.get("bias_hh"))
+    return STEPS[name](input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def _is_torchs_to_train(cell: nn.RNNCellBase, name: str, input: Tensor, states: tuple[Tensor, ...], dtype: torch.dtype) -> bool:

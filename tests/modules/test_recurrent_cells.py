@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import fastseq
 from fastseq.choice import sources
@@ -145,3 +146,31 @@ def test_what_torchs_kernel_trains_is_asked_once_and_checked_always(name, monkey
         known.clear()
         ours(x, hx)
         assert known == [False]
+
+
+class Twice(nn.Module):
+    def forward(self, parameter):
+        return 2 * parameter
+
+
+@pytest.mark.parametrize("wrap", ["parametrization", "weight_norm"])
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_parameters_that_are_computed(kind, name, wrap):
+    """They are no parameters of the cell any more, yet of every step, with gradients and without."""
+    theirs, ours = getattr(nn, kind)(5, 7), getattr(fastseq, kind)(5, 7)
+    ours.load_state_dict(theirs.state_dict())
+    for cell in (theirs, ours):
+        if wrap == "weight_norm":
+            nn.utils.weight_norm(cell, name, dim=None)
+        else:
+            nn.utils.parametrize.register_parametrization(cell, name, Twice())
+    x, h = torch.randn(3, 5), torch.randn(3, 7)
+    for hx in (None, (h, h) if kind == "LSTMCell" else h):
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                torch.testing.assert_close(ours(x, hx), theirs(x, hx))
+    leaves = [tree_leaves(cell(x, hx))[0].sum() for cell in (theirs, ours)]
+    grads = [torch.autograd.grad(leaf, list(cell.parameters())) for leaf, cell in zip(leaves, (theirs, ours), strict=True)]
+    torch.testing.assert_close(grads[1], grads[0])
