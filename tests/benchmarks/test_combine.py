@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastseq.benchmarks import cli
-from fastseq.benchmarks.measure import combine
+from fastseq.benchmarks.measure import combine, environment
 from fastseq.benchmarks.measure.results import Results
 from fastseq.benchmarks.report import reproduce
 
@@ -91,3 +91,9 @@ def test_a_report_from_the_command_line(files, tmp_path):
     page = (written / "report.html").read_text()
     assert "Single cells against torch.nn" in page and "Sequential against parallel" in page
     assert Results.load(written / "results.json").rows == combine.load(files).rows
+
+
+@pytest.mark.parametrize(("value", "kept"), [("off", True), ("/home/me/cache", False)])
+def test_no_folder_of_the_machine_is_recorded(monkeypatch, value, kept):
+    monkeypatch.setenv("FASTSEQ_CACHE", value)
+    assert ("FASTSEQ_CACHE" in environment.variables()) == kept
