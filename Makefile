@@ -52,7 +52,7 @@ LIBRARY := fastseq/lib/.built-$(FASTSEQ_BUILD)
 # The first report soon: where there is no library yet, one for this machine alone. Whatever else needs one builds the rest.
 ifeq ($(MAKECMDGOALS)$(wildcard $(LIBRARY)),bench)
   LIBRARY := fastseq/lib/.built-native
-  export FASTSEQ_CPU_LEVELS := native
+  export FASTSEQ_BUILD_LEVELS := native
   ifeq ($(FASTSEQ_BUILD)$(wildcard /dev/nvidia*),auto)
     FASTSEQ_BUILD := cpu
   endif

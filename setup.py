@@ -8,7 +8,7 @@ Environment:
     FASTSEQ_BUILD          auto (default): CUDA if nvcc is found, else CPU; on any trouble a package without
                            the library, never a failed install
                            cuda, cpu: exactly that, or an error;  none: no library
-    FASTSEQ_CPU_LEVELS     native: the CPU kernels of this machine's instructions alone, in half the time (`make bench`
+    FASTSEQ_BUILD_LEVELS   native: the CPU kernels of this machine's instructions alone, in half the time (`make bench`
                            in a checkout without a library does so); all (default)
     FASTSEQ_TORCH_DIR      the torch package to build against, where it is not found by itself
     CUDA_HOME              the CUDA toolkit (CUDACXX, CUDA_PATH, PATH and /usr/local/cuda are looked at too)
@@ -201,8 +201,8 @@ def compile_library(kind: str) -> Path:
     folder = ROOT / "build" / f"native-{kind}"
     start_afresh_if_changed(folder, [compiler, *options[:1], *options[3:]])
     count = jobs()
-    levels = os.environ.get("FASTSEQ_CPU_LEVELS", "").strip().lower() or "all"
-    run_visibly([cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options, f"-DFASTSEQ_CPU_LEVELS={levels}"])
+    levels = os.environ.get("FASTSEQ_BUILD_LEVELS", "").strip().lower() or "all"
+    run_visibly([cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options, f"-DFASTSEQ_BUILD_LEVELS={levels}"])
     run_visibly([cmake, "--build", str(folder), "--parallel", str(count)])
     return folder / "libfastseq.so"
 

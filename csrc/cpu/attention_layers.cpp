@@ -49,6 +49,16 @@ Tensor four_dimensions(const Tensor& tensor, bool time_first = false) {
   }
 }
 
+// Of the features of torch's function; a query has `features`.
+AttentionSpec spec_of(const std::optional<Tensor>& mask, bool is_causal, std::optional<double> scale, int64_t features, double dropout,
+                      const std::optional<Tensor>& seed, bool bottom_right) {
+  AttentionSpec spec{};
+  if (mask) (mask->scalar_type() == ScalarType::Bool ? spec.mask : spec.bias) = mask;
+  spec.scale = scale.value_or(1 / std::sqrt(static_cast<double>(features))), spec.dropout = dropout, spec.seed = seed;
+  spec.right = is_causal ? 0 : -1, spec.bottom_right = bottom_right;
+  return spec;
+}
+
 }  // namespace
 
 std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, bool is_causal,
@@ -73,10 +83,7 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
     for (int64_t dim = 0; dim < 4; ++dim)
       if (mask->size(dim) != 1 && mask->size(dim) != of_scores[dim]) return {};
   }
-  AttentionSpec spec{};
-  if (mask) (mask->scalar_type() == ScalarType::Bool ? spec.mask : spec.bias) = mask;
-  spec.scale = scale.value_or(1 / std::sqrt(static_cast<double>(of_q[3]))), spec.dropout = dropout, spec.seed = seed;
-  spec.right = is_causal ? 0 : -1, spec.bottom_right = bottom_right;
+  const AttentionSpec spec = spec_of(mask, is_causal, scale, of_q[3], dropout, seed, bottom_right);
   const int64_t H = of_q[1], L = of_q[2], E = of_v[3];
   Tensor out = time_first ? empty({of_q[0], L, H, E}, type) : empty({of_q[0], H, L, E}, type, true);
   std::optional<Tensor> lse;
@@ -101,10 +108,9 @@ std::vector<Tensor> scaled_dot_product_attention_backward(Tensor dout, Tensor qu
                                                           double dropout, std::optional<Tensor> seed, bool bottom_right, bool time_first,
                                                           std::vector<bool> wanted) {
   const Tensor q = four_dimensions(query, time_first), k = four_dimensions(key, time_first), v = four_dimensions(value, time_first);
-  AttentionSpec spec{};
-  if (attn_mask) (attn_mask->scalar_type() == ScalarType::Bool ? spec.mask : spec.bias) = four_dimensions(*attn_mask);
-  spec.scale = scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3)))), spec.dropout = dropout, spec.seed = seed;
-  spec.right = is_causal ? 0 : -1, spec.bottom_right = bottom_right;
+  std::optional<Tensor> mask;
+  if (attn_mask) mask = four_dimensions(*attn_mask);
+  const AttentionSpec spec = spec_of(mask, is_causal, scale, q.size(3), dropout, seed, bottom_right);
   // time before heads in memory
   const auto like = [&](const Tensor& x) {
     return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), !time_first);

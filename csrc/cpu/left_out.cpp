@@ -1,4 +1,4 @@
-// Kernels of the levels that a library for one machine (FASTSEQ_CPU_LEVELS=native) goes without. level() never says one of these.
+// Kernels of the levels that a library for one machine (FASTSEQ_BUILD_LEVELS=native) goes without. level() never says one of these.
 #include <cstdlib>
 
 #include "../limits/fma.h"

@@ -24,7 +24,7 @@ constexpr std::string_view kNames[] = {"default", "avx2", "avx512", "avx512_bf16
 
 #if defined(__x86_64__)
 
-// Between blanks, the levels that a library for one machine goes without (CMakeLists.txt, FASTSEQ_CPU_LEVELS).
+// Between blanks, the levels that a library for one machine goes without (CMakeLists.txt, FASTSEQ_BUILD_LEVELS).
 bool is_built(int level) {
   static const auto built = [] {
     std::array<bool, std::size(kNames)> found;
