@@ -213,7 +213,9 @@ def _trained_by_torch(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, stat
     """
     own = cell._parameters
     w_ih, w_hh, b_ih, b_hh = own.get("weight_ih"), own.get("weight_hh"), own.get("bias_ih"), own.get("bias_hh")
-    if type(input) is not Tensor or type(w_ih) not in PLAIN or not w_ih.requires_grad or not torch.is_grad_enabled():
+    if type(input) is not Tensor or w_ih is None or type(w_ih) not in PLAIN:
+        return None
+    if not w_ih.requires_grad or not torch.is_grad_enabled():
         return None
     # parametrizations take parameters away from where they are looked for here
     if type(w_hh) not in PLAIN or (cell.bias and (type(b_ih) not in PLAIN or type(b_hh) not in PLAIN)):
