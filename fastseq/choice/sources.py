@@ -18,7 +18,8 @@ from . import lengths, shipped, store
 from .decision import MODES, Call, Candidate, Decision, Point, Points, nearest, point_of, speed_of
 from .device import Device, device_of, versions
 
-REACH = 2.0  # octaves, in all sizes together, over which what was measured here tells of others
+# Octaves, in all sizes together, over which what was measured here tells of others; on a CPU fewer, as more is shipped for it.
+REACH, CPU_OWN_REACH = 2.0, 1.0
 # The same of what is shipped for a CPU: what is farther is ours. Of single steps the smallest and largest tell of all beyond.
 CPU_REACH = {"attention": 3.0, "recurrent_cell": float("inf")}
 OURS = (Candidate("cpu"), Candidate("torch"))
@@ -120,10 +121,10 @@ def is_tuned(call: Call, device: torch.device) -> bool:
 
 def _known(call: Call, here: Device, device: torch.device, meeting: bool) -> Decision | None:
     """What was measured, here or elsewhere."""
-    own = tuned().get(here, {})
-    point = nearest(own, call, REACH)
+    own, reach = tuned().get(here, {}), CPU_OWN_REACH if here.type == "cpu" else REACH
+    point = nearest(own, call, reach)
     if meeting and meet is not None and nearest(own, call, MET) is None and meet(call, device):
-        point = nearest(tuned().get(here, {}), call, REACH)
+        point = nearest(tuned().get(here, {}), call, reach)
     if point is not None:
         speed = speed_of(point.candidates)
         return Decision(point.candidates, "tuned", ", ".join(part for part in ("tuned here", speed, point.date) if part))
@@ -131,7 +132,7 @@ def _known(call: Call, here: Device, device: torch.device, meeting: bool) -> Dec
         return _by_length(call, here)
     points, words = shipped.points_for(here.type, here.name, here.level)
     if here.type != "cpu":
-        point = nearest(points, call, REACH)
+        point = nearest(points, call, reach)
     elif call.op not in CPU_REACH or not words:
         point = None
     else:
