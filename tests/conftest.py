@@ -29,6 +29,10 @@ BACKENDS[cuda_host.name] = cuda_host  # has no place in the order: only where it
 _patches = ExitStack()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--level", metavar="NAME", help="only what is run for this level of CPU instructions by name: amx, say")
+
+
 def pytest_configure() -> None:
     """Triton's interpreter with a bfloat16 that is right, and with every access of every kernel in every test checked."""
     if interpreter.ON:
@@ -59,7 +63,15 @@ def pytest_report_header() -> list[str]:
     ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _names(item: pytest.Item, level: str) -> bool:
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return level in getattr(item, "fixturenames", ()) or any(type(value) is str and value == level for value in values)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    level = config.getoption("--level")
+    if level is not None:
+        items[:] = [item for item in items if _names(item, level)]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

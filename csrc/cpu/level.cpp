@@ -99,6 +99,10 @@ Level level() {
   int found = most == 0 ? 0 : std::min(most, static_cast<int>(highest()));
   // asked for by name, wherever it can run
   if (most == static_cast<int>(Level::kAvx512Bf16) && found == static_cast<int>(Level::kAvx512) && multiplies_pairs()) found = most;
+#ifdef FASTSEQ_EMULATED_TILES
+  const bool vectors = found == static_cast<int>(Level::kAvx512) || found == static_cast<int>(Level::kAvx512Bf16);
+  if (wanted && most == static_cast<int>(Level::kAmx) && vectors && multiplies_pairs()) found = most;
+#endif
   while (found >= 0 && !is_built(found)) --found;
   STD_TORCH_CHECK(found >= 0, "this library was built for one machine, without kernels for what ",
                   wanted && *wanted ? "FASTSEQ_CPU_LEVEL asks for" : "this processor has", "; `make library` builds all of them");

@@ -3,6 +3,10 @@
 // A tile register holds up to 16 rows of 64 bytes. A, the left-hand matrix, is loaded as it lies: 16 rows x 32 values. B holds 16
 // pairs of depths x 16 columns, the two values of a pair side by side; C 16 rows x 16 columns of fp32.
 
+#ifdef FASTSEQ_EMULATED_TILES  // tests/csrc/emulator/tiles.h, on a processor without AMX
+using emulated::tile_load, emulated::tile_multiply, emulated::tile_store, emulated::tile_stream, emulated::tile_zero;
+using emulated::tiles_configure, emulated::tiles_release;
+#else
 // Tile instructions as assembly, since gcc 12's intrinsics know nothing of the memory that they read and write.
 template <int kTile>
 FASTSEQ_HOST_DEVICE void tile_zero() {
@@ -25,6 +29,11 @@ template <int kC, int kA, int kB>
 FASTSEQ_HOST_DEVICE void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
 }
+FASTSEQ_HOST_DEVICE void tiles_configure(const void* configuration) {
+  asm volatile("ldtilecfg %0" ::"m"(*static_cast<const char(*)[64]>(configuration)) : "memory");
+}
+FASTSEQ_HOST_DEVICE void tiles_release() { asm volatile("tilerelease" ::: "memory"); }
+#endif
 
 // The rows of the eight tiles, and their bytes, 64 unless given. It is the thread's own, and other libraries' kernels change it: it holds
 // from construction to destruction, within which nothing else runs.
@@ -42,9 +51,9 @@ class TileConfiguration {
     for (int64_t of_tile : rows) configuration.bytes[tile] = 64, configuration.rows[tile++] = of_tile;
     tile = 0;
     for (int64_t of_row : bytes) configuration.bytes[tile++] = of_row;
-    asm volatile("ldtilecfg %0" ::"m"(configuration) : "memory");
+    tiles_configure(&configuration);
   }
-  ~TileConfiguration() { asm volatile("tilerelease" ::: "memory"); }
+  ~TileConfiguration() { tiles_release(); }
   TileConfiguration(const TileConfiguration&) = delete;
   TileConfiguration& operator=(const TileConfiguration&) = delete;
 };

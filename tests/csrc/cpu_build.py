@@ -2,7 +2,8 @@
 sizes, against loops.
 
 `python tests/csrc/cpu_build.py` (`make sanitize`) does so for all kernels of every level of instructions that this machine has,
-under each sanitizer. What is built lies in build/host, so that nothing is made twice. $CXX chooses the compiler.
+under each sanitizer; AMX's tiles are software (emulator/tiles.h) where there is no more than AVX512-BF16. What is built lies in
+build/host, so that nothing is made twice. $CXX chooses the compiler.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.
         "-Wno-maybe-uninitialized",  # GCC 12 finds its own intrinsics so
     ]
     command += [*flags, *flags_of(level), f"-I{tree / 'csrc'}", "-pthread"]
+    if emulated(level):
+        command += ["-include", str(build.ROOT / "tests/csrc/emulator/tiles.h")]
     if "," in cases[0]:
         command += [*macros_of(level), f"-DCASES={' '.join(cases)}"]
         sources = [tree / "tests/csrc/cpu_recurrent.cpp", tree / "csrc/cpu/barrier.cpp"]
@@ -85,20 +88,29 @@ def failure(path: Path, *arguments: str, under: tuple[str, ...] = ()) -> str:
     return f"{done.stdout}{done.stderr}exit status {done.returncode}" if done.returncode else ""
 
 
+def instructions() -> set[str]:
+    """The flags of this machine's processor."""
+    if os.uname().machine != "x86_64":
+        return set()
+    return set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+
+
 def levels() -> tuple[str, ...]:
     """What this machine has, from the lowest on."""
-    cpu = Path("/proc/cpuinfo")
-    flags = (
-        set(re.search(r"^flags\s*:(.*)$", cpu.read_text(), re.MULTILINE)[1].split()) if os.uname().machine == "x86_64" else set()
-    )
     wanted = {
         "default": set(),
         "avx2": {"avx2", "fma", "f16c"},
         "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
         "avx512_bf16": {"avx512_bf16"},
-        "amx": {"amx_tile", "amx_bf16", "avx512_bf16"},
+        "amx": {"avx512_bf16"},
     }
+    flags = instructions()
     return tuple(itertools.takewhile(lambda level: wanted[level] <= flags, LEVELS))
+
+
+def emulated(level: str) -> bool:
+    """Whether tiles are software here."""
+    return level == "amx" and not {"amx_tile", "amx_bf16"} <= instructions()
 
 
 def types_of(level: str) -> tuple[str, ...]:

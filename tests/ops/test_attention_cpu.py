@@ -843,12 +843,14 @@ def test_pairs_are_used(level_of_pairs, sizes, monkeypatch):
     torch.manual_seed(0)
     queries, keys, key_heads = sizes
     inputs = [torch.randn(30, heads, n, 128) for n, heads in ((queries, 4), (keys, key_heads), (keys, key_heads))]
+    # a tile wants three queries of a key's head; Intel's vectors multiply pairs at half the rate of single numbers
+    by_pairs = level_of_pairs != "amx" or queries * 4 // key_heads > 2
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         results = []
         for level in ("avx512", level_of_pairs):
             with at(level):
                 results.append(eager.attention(*(t.to(dtype) for t in inputs), Spec(scale=1.0))[1])
-        assert torch.equal(*results) == (dtype != torch.bfloat16)
+        assert torch.equal(*results) == (dtype != torch.bfloat16 or not by_pairs)
 
 
 # what a softmax in blocks can get wrong
