@@ -422,7 +422,7 @@ int failures(int64_t most) {
 
 int main(int count, char** arguments) {
   using namespace fastseq::cpu;
-#if defined(TILES)
+#if defined(TILES) && !defined(FASTSEQ_EMULATED_TILES)
   if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return std::puts("the system denies AMX"), 2;
 #endif
   const int64_t most = count > 1 ? std::atoll(arguments[1]) : INT64_MAX;

@@ -603,7 +603,7 @@ int conversion_failures() {
 
 int main(int count, char** arguments) {
   using namespace fastseq::cpu::FASTSEQ_LEVEL;
-#if defined(FASTSEQ_TILES)
+#if defined(FASTSEQ_TILES) && !defined(FASTSEQ_EMULATED_TILES)
   if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return std::puts("the system denies AMX"), 2;
 #endif
   const int64_t most = count > 1 ? std::atoll(arguments[1]) : INT64_MAX;
