@@ -48,7 +48,7 @@ FAULTS = [
         FEW,
         "!a_.block_table || j % a_.page_size + kTile <=",
         "0 * j <=",
-        WRONG,
+        f"{WRONG}|{LEFT}",
         level="amx",
         cases=TILES,
     ),
@@ -80,7 +80,15 @@ FAULTS = [
         level="avx512_bf16",
         cases=TILES,
     ),
-    Fault("stale values behind the end", FEW, "values[i] = zeros_;", "values[i] = zeros_ + 1;", LEFT, level="amx", cases=TILES),
+    Fault(
+        "stale values behind the end",
+        FEW,
+        "values[i] = zeros_;",
+        "values[i] = zeros_ + 1;",
+        f"{WRONG}|{LEFT}",
+        level="amx",
+        cases=TILES,
+    ),
 ]
 
 
