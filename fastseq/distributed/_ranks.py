@@ -90,16 +90,16 @@ def agree(
     encoded = text.encode()
     fingerprint = int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little", signed=True)
     header = [int(error is not None), fingerprint, len(encoded), len(numbers), *numbers, *[0] * (NUMBERS - len(numbers))]
-    headers = _gathered(ranks, torch.tensor(header)).tolist()
+    headers = gathered(ranks, torch.tensor(header)).tolist()
     if not any(h[_FAILED] for h in headers) and len({(h[_FINGERPRINT], h[_COUNT]) for h in headers}) == 1:
         return [h[_COUNT + 1 : _COUNT + 1 + len(numbers)] for h in headers]
     longest = max(1, *(h[_TEXT] for h in headers))
     padded = torch.frombuffer(bytearray(encoded.ljust(longest, b"\0")), dtype=torch.uint8)
-    rows = _gathered(ranks, padded).cpu()
+    rows = gathered(ranks, padded).cpu()
     texts = [bytes(row[: h[_TEXT]].tolist()).decode() for row, h in zip(rows, headers, strict=True)]
     failed = [rank for rank, h in enumerate(headers) if h[_FAILED]]
     raised = _error_of(failed[0], texts[failed[0]]) if failed else RuntimeError(_differing(texts))
-    raised.known_to_all = True  # type: ignore[attr-defined]
+    make_known(raised, ranks)
     raise raised from error
 
 
@@ -117,9 +117,14 @@ def common_turn(ranks: Ranks, turns: Sequence[int]) -> int:
     return max(turns)
 
 
-def known_to_all(error: BaseException) -> bool:
-    """Whether an exception is one that ``agree`` raised, on every rank."""
-    return getattr(error, "known_to_all", False)
+def known(error: BaseException, ranks: Ranks) -> bool:
+    """Whether all of these ranks were told of an exception."""
+    return ranks.group.group_name in getattr(error, "known_to", ())
+
+
+def make_known(error: BaseException, ranks: Ranks) -> None:
+    """Say so of it."""
+    error.known_to = {*getattr(error, "known_to", ()), ranks.group.group_name}  # type: ignore[attr-defined]
 
 
 def agreed(ranks: Ranks, check: Callable[[], Result]) -> Result:
@@ -150,7 +155,7 @@ class Own:
         return agree(ranks, facts or {}, [0] * len(numbers) if self.error is not None else numbers, self.error)
 
 
-def _gathered(ranks: Ranks, row: Tensor) -> Tensor:
+def gathered(ranks: Ranks, row: Tensor) -> Tensor:
     """[size, ..] from the same shape on every rank."""
     row = row.to(ranks.device)
     rows = [torch.empty_like(row) for _ in range(ranks.size)]

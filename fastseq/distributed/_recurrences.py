@@ -12,9 +12,9 @@ from ..cells import Cell
 from ..functional._recurrent_layers import Options
 from ..ops.types import ScanSpec
 from ._ranks import Own, Ranks
-from .recurrent import ZIGZAG, run_across
+from .recurrent import run_across
 from .scan import inputs_before, own_lengths, scan_across
-from .sequence import Sharding, held_runs, places_of, size_of
+from .sequence import ZIGZAG, Sharding, held_runs, places_of, size_of
 
 
 class Recurrences:
