@@ -428,6 +428,7 @@ class _Across(torch.autograd.Function):
         if ctx.past is None:
             raise RuntimeError("a recurrence over several ranks goes backward once, also with retain_graph")
         run, own, count = ctx.run, Own(), len(ctx.run.cell.states)
+        own.settle(run.ranks, {"call": f"backward of recurrent ({run.cell.name})"})
         with unshared():
             grads = _backward(run, own, ctx.past, dy, run.collected(rest[:count]), rest[count] if len(rest) > count else None)
         own.settle(run.ranks, {"call": "recurrent, the end of its backward pass"})

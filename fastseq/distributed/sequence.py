@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._arguments import checked_int, checked_tensor, own_keywords, unknown
 from ._exchange import swap
-from ._ranks import Own, Ranks
+from ._ranks import Own, Ranks, agree
 
 __all__ = ["positions", "shard_sequence", "unshard_sequence"]
 
@@ -245,6 +245,7 @@ class _Whole(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         ranks, dim, held = ctx.rest
+        agree(ranks, {"call": "backward of unshard_sequence"})
         first = gradient.movedim(dim, 0)
         parts = [torch.cat([first[begin:end] for begin, end in runs]) for runs in held]
         total, *others = swap(ranks, parts, [parts[ranks.rank].shape] * ranks.size)
