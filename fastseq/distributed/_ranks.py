@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..ops._dispatch import is_sharded
+
 Result = TypeVar("Result")
 
 NUMBERS = 8  # integers that a rank may tell the others when they agree
@@ -58,10 +60,26 @@ class Ranks:
         return cls(group, dist.get_rank(group), dist.get_world_size(group), _device_of(group))
 
     def require(self, tensor: Tensor, name: str) -> None:
-        """Raise RuntimeError unless the group's backend exchanges tensors of this device."""
+        """Raise RuntimeError unless it is a plain tensor, of a device whose tensors the group's backend exchanges."""
+        require_plain(tensor, name)
         config = dist.get_backend_config(self.group)
         if f"{tensor.device.type}:" not in config:
             raise RuntimeError(f"{name} is on {tensor.device}, which the process group ({config}) does not exchange")
+
+    def require_another(self, tensor: Any, name: str) -> None:
+        """Raise RuntimeError if a DTensor lies on several of these ranks, of which each gives its own part of the sequence."""
+        own = dist.get_process_group_ranks(self.group)
+        if len(set(tensor.device_mesh.mesh.flatten().tolist()) & set(own)) > 1:
+            raise RuntimeError(
+                f"{name} is a DTensor on the ranks that share the sequence: give this rank's own tensor, such as "
+                f"{name}.to_local(), or DTensors along another dimension of the mesh"
+            )
+
+
+def require_plain(tensor: Any, name: str) -> None:
+    """Raise RuntimeError for a DTensor."""
+    if is_sharded(tensor):
+        raise RuntimeError(f"{name} is a DTensor: give this rank's own tensor, such as {name}.to_local()")
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:

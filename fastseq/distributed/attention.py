@@ -49,7 +49,7 @@ from ..reference.attention import Gradients
 from . import _exchange
 from ._exchange import Pair, once_round, swap, trade
 from ._parts import Held, Part, Whole, held
-from ._ranks import Own, Ranks, common_turn, own_turn
+from ._ranks import Own, Ranks, common_turn, own_turn, require_plain
 from .sequence import Run, Sharding, checked_sharding, held_runs, size_of
 
 __all__ = ["context_parallel_attention"]
@@ -174,6 +174,7 @@ class _Local:
                 continue
             if checked_tensor(name, tensor).is_nested:
                 raise ValueError(f"{name} is a nested tensor: give packed sequences, with cu_seqlens")
+            require_plain(tensor, name)
         lower = autocast_dtype(q.device.type)
         self.q, self.k, self.v = (rows(heads_first(n, lowered(named[n], lower), self.layout)) for n in "qkv")
         if self.k.shape[-2] != self.v.shape[-2]:

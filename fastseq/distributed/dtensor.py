@@ -21,6 +21,7 @@ from torch.distributed.tensor.experimental import register_sharding  # 2.10 to 2
 
 from ..cells import Cell
 from ..functional._recurrent_layers import Options
+from ..ops._dispatch import shared_sequence
 from ..ops.attention import FIELDS
 from ..ops.types import GRADIENTS, SCAN_CELLS, Spec
 
@@ -219,6 +220,9 @@ class _Shards:
 
     def __init__(self, input: DTensor, dims: dict[str, int]) -> None:
         self.mesh, self.sizes = input.device_mesh, {name: input.shape[dim] for name, dim in dims.items()}
+        shared = shared_sequence()
+        if shared is not None:
+            shared.ranks.require_another(input, "input")
         self.divided = [
             next((name for name, dim in dims.items() if placement == Shard(dim)), None) for placement in input.placements
         ]
@@ -316,8 +320,8 @@ def linear_layers(
     alone, batch = input.dim() == 2, 0 if batch_first else 1
     dims = {} if alone else {"rows": batch}
     last = input.dim() - 1
-    ranks = [size for size, placed in zip(input.device_mesh.shape, input.placements, strict=True) if placed == Shard(last)]
-    if parts % math.prod(ranks) == 0:
+    mesh = input.device_mesh
+    if parts % math.prod([mesh.size(dim) for dim, placed in enumerate(input.placements) if placed == Shard(last)]) == 0:
         dims["channels"] = last
     shards = _Shards(input, dims)
     of_states = {"channels": 1} if alone else {"rows": 1, "channels": 2}

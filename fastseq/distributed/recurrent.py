@@ -25,7 +25,7 @@ from torch.nn.functional import dropout as dropped
 from .._arguments import checked_int
 from ..cells import Cell
 from ..functional._recurrent_layers import Checked, Layer, Options, checked, run_layer, unseen
-from ..ops._dispatch import transforming, unshared, wants_gradient
+from ..ops._dispatch import is_sharded, transforming, unshared, wants_gradient
 from ..ops.recurrent import without_padding
 from ..ops.types import state_dtype
 from ._exchange import Batch, account
@@ -51,11 +51,15 @@ def sum_gradients(module: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> No
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``fastseq.distributed.shard_sequence`` of ``mesh``.
-        RuntimeError: on every rank, if parameters or the dtypes of gradients differ between ranks.
+        RuntimeError: on every rank, if parameters or the dtypes of gradients differ between ranks, or a parameter is a DTensor
+            on these ranks.
     """
     ranks, own = Ranks.of(mesh), Own()
     parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     facts = {"call": "sum_gradients"} | {name: f"{list(p.shape)} {p.dtype}" for name, p in parameters}
+    for name, parameter in parameters:
+        if is_sharded(parameter):
+            own.run(ranks.require_another, parameter, name)
     own.settle(ranks, facts)
     there = torch.tensor([p.grad is not None for _, p in parameters], dtype=torch.int32, device=ranks.device)
     dist.all_reduce(there, group=ranks.group)
@@ -63,7 +67,8 @@ def sum_gradients(module: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> No
         if count:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=ranks.group)
+            grad: Any = parameter.grad
+            dist.all_reduce(grad.to_local() if is_sharded(grad) else grad, group=ranks.group)
 
 
 def run_across(

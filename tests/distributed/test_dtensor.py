@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.debug import CommDebugMode
 
 import fastseq
+from fastseq.distributed import context_parallel, shard_sequence, sum_gradients
 from fastseq.functional import attention, scan
 
 B, HEADS, T, E = 4, 4, 5, 6
@@ -228,8 +229,7 @@ def by_channels(group: Any) -> None:
         cut = distribute_tensor(resets, mesh, [Replicate()])
         with CommDebugMode() as seen:
             output, h_n = module(parts[0], parts[1], resets=cut)
-            sums = (output.sin().sum() + h_n.cos().sum()).to_local()  # each rank's own
-            sums.backward()
+            (output.to_local().sin().sum() + h_n.to_local().cos().sum()).backward()
         assert not seen.get_total_counts(), seen.get_comm_counts()
         assert output.placements == h_n.placements == (Shard(x.dim() - 1),) or not batched
         expected, final = whole(x, hx, resets=resets)
@@ -287,6 +287,42 @@ def compiled(group: Any) -> None:
 
 def test_layers_are_compiled_whole(ranks):
     ranks.run(compiled)
+
+
+def rows_times_steps(group: Any) -> None:
+    """Rows as DTensors along one dimension of a mesh, steps on the ranks of the other."""
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("context", "data"))
+    context, data = mesh["context"], mesh["data"]
+    for kind, options in (("LSTM", {"bidirectional": True}), ("MinGRU", {}), ("RGLRU", {"heads": 2}), ("LRU", {})):
+        torch.manual_seed(5)
+        whole, x = getattr(fastseq, kind)(4, 4, 2, dtype=torch.float64, **options), torch.randn(T, B, 4, dtype=torch.float64)
+        expected = whole(x)[0]
+        expected.sin().sum().backward()
+        module = distribute_module(copy.deepcopy(whole), data)
+        module.zero_grad()
+        part = distribute_tensor(shard_sequence(x, context, dim=0), data, [Shard(1)])
+        with context_parallel(context):
+            output = module(part)[0]
+        assert output.placements == (Shard(1),)
+        output.sin().sum().backward()
+        sum_gradients(module, context)
+        torch.testing.assert_close(output.full_tensor(), shard_sequence(expected, context, dim=0), rtol=1e-12, atol=1e-12)
+        for own, other in zip(module.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(own.grad.full_tensor(), other.grad, rtol=1e-12, atol=1e-12)
+        with pytest.raises(RuntimeError, match="is a DTensor on the ranks that share the sequence"):
+            sum_gradients(module, data)
+        with pytest.raises(RuntimeError, match="input is a DTensor on the ranks that share the sequence"), context_parallel(data):
+            module(part)
+    q = distribute_tensor(tensors((B, HEADS, T, E))[0], data, [Shard(0)])
+    with pytest.raises(RuntimeError, match="q is a DTensor: give this rank's own tensor"), context_parallel(context):
+        attention(q, q, q, layout="bhsd")
+    b = distribute_tensor(tensors((T, B, E))[0], data, [Shard(1)])
+    with pytest.raises(RuntimeError, match="b is a DTensor: give this rank's own tensor"), context_parallel(context):
+        scan(b, b)
+
+
+def test_rows_times_steps(ranks):
+    ranks.run(rows_times_steps, size=4)
 
 
 def refusals(group: Any) -> None:
