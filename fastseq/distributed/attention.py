@@ -5,8 +5,8 @@ Three ways, which compute the same:
 ============  =====================================================  ========================================================
 ring          keys and values go round, chunk by chunk, while the    what a rank holds and sends is that of its part; any
               chunk before is used; results are merged by their lse  feature
-all_gather    a rank asks the others for the keys that the windows   few calls forward, one of keys for two ranks; for windows
-              of its queries reach                                   that reach few ranks, and for short sequences
+all_gather    a rank asks the others for the keys that the windows   few merges forward, or none; for windows that reach few
+              of its queries reach, two ranks' at once               ranks, and for short sequences
 all_to_all    heads are exchanged for steps: a rank has all steps    least traffic, whole kernels; the ranks share the heads,
               of some heads                                          so there must be as many
 ============  =====================================================  ========================================================
