@@ -61,9 +61,10 @@ class context_parallel(Recurrences):
     :func:`positions`. torch's own attention is not touched; its encoder layers' fused inference, which calls no module, is off.
 
     Of recurrence, input and ``resets`` are this rank's steps; ``hx``, ``reset_to`` and ``lengths``, of the whole sequence, are
-    the same on every rank, and every rank is given the final states. Gradients are those of the sum of the ranks' losses: of the
-    input a rank's own, whole; of parameters, hx and reset_to each rank's part, which :func:`sum_gradients` adds up, or
-    DistributedDataParallel. All ranks must go backward; second derivatives are refused.
+    the same on every rank, and every rank is given the final states. A PackedSequence is a rank's part as :func:`shard_sequence`
+    cuts it, with states of all sequences. Gradients are those of the sum of the ranks' losses: of the input a rank's own, whole;
+    of parameters, hx and reset_to each rank's part, which :func:`sum_gradients` adds up, or DistributedDataParallel. All ranks
+    must go backward; second derivatives are refused.
 
     A backward pass may come after the block, but what computes a part of the forward pass once more on the way back has to do so
     as inside: ``torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=block.checkpoint_contexts)`` with the
