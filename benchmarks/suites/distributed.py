@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,10 +24,9 @@ KINDS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {  # what a group's n
     "scan ": (SCAN, {SECONDS: (ONE, PAIRS), BYTES: (PAIRS,), MEMORY: (ONE, PAIRS)}),
 }
 LINEAR = 1.15  # times its share of one process, or what its method holds: the memory of a rank, by step
-# Of the 8 tensors of q's size that forward with backward of one process holds, as many: forward q, k, v, the output, its gradient
-# (which is there from the beginning), and the keys and values of all ranks; backward q, k, v, the output and its gradient, of own
-# steps and of own heads, and three gradients.
-HOLD: dict[str, Callable[[int], float]] = {"all_gather": lambda n: max(8, 5 + 2 * n) / 8, "all_to_all": lambda n: 13 / 8}
+# Over the 8 tensors of q's size of one process, which are q, k, v, the output and their gradients: q, k, v, the output and its
+# gradient once more, of own heads.
+HOLD = {"all_to_all": 13 / 8}
 BANDWIDTHS = (1e8, 1e9, 5e10)  # bytes in a second from rank to rank, given to the model
 RANKS = (2, 8, 64, 256, 1024)  # of the model
 
@@ -135,13 +133,13 @@ def present(results: Results) -> list[Section]:
     shares: list[list[Cell | str]] = []
     for found in memory(rows):
         value, name = found["of its share"], found["program"]
-        most = LINEAR * (HOLD[name](found["ranks"]) if name in HOLD else 1)
+        most = LINEAR * HOLD.get(name, 1)
         tone = "good" if value <= most else "bad"
         shares.append([found["program"], str(found["ranks"]), Cell(number(value), tone)])
     if shares:
         note = (
             f"A rank's peak over that of one process divided by the ranks, by step: at most {LINEAR} times what its method has "
-            f"to hold, which is one, but of {' and '.join(HOLD)}: the keys that a rank's queries see, and all steps of its heads."
+            f"to hold, which is one, but of {' and '.join(HOLD)}: all steps of its heads as well."
         )
         sections[0].tables.insert(0, Table("Memory is linear", ["program", "ranks", "of its share"], shares, note))
     far = model(rows)

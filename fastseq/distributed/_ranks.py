@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..ops._dispatch import is_sharded
+
 Result = TypeVar("Result")
 
 NUMBERS = 8  # integers that a rank may tell the others when they agree
@@ -58,10 +60,26 @@ class Ranks:
         return cls(group, dist.get_rank(group), dist.get_world_size(group), _device_of(group))
 
     def require(self, tensor: Tensor, name: str) -> None:
-        """Raise RuntimeError unless the group's backend exchanges tensors of this device."""
+        """Raise RuntimeError unless it is a plain tensor, of a device whose tensors the group's backend exchanges."""
+        require_plain(tensor, name)
         config = dist.get_backend_config(self.group)
         if f"{tensor.device.type}:" not in config:
             raise RuntimeError(f"{name} is on {tensor.device}, which the process group ({config}) does not exchange")
+
+    def require_another(self, tensor: Any, name: str) -> None:
+        """Raise RuntimeError if a DTensor lies on several of these ranks, of which each gives its own part of the sequence."""
+        own = dist.get_process_group_ranks(self.group)
+        if len(set(tensor.device_mesh.mesh.flatten().tolist()) & set(own)) > 1:
+            raise RuntimeError(
+                f"{name} is a DTensor on the ranks that share the sequence: give this rank's own tensor, such as "
+                f"{name}.to_local(), or DTensors along another dimension of the mesh"
+            )
+
+
+def require_plain(tensor: Any, name: str) -> None:
+    """Raise RuntimeError for a DTensor."""
+    if is_sharded(tensor):
+        raise RuntimeError(f"{name} is a DTensor: give this rank's own tensor, such as {name}.to_local()")
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
@@ -90,16 +108,16 @@ def agree(
     encoded = text.encode()
     fingerprint = int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little", signed=True)
     header = [int(error is not None), fingerprint, len(encoded), len(numbers), *numbers, *[0] * (NUMBERS - len(numbers))]
-    headers = _gathered(ranks, torch.tensor(header)).tolist()
+    headers = gathered(ranks, torch.tensor(header)).tolist()
     if not any(h[_FAILED] for h in headers) and len({(h[_FINGERPRINT], h[_COUNT]) for h in headers}) == 1:
         return [h[_COUNT + 1 : _COUNT + 1 + len(numbers)] for h in headers]
     longest = max(1, *(h[_TEXT] for h in headers))
     padded = torch.frombuffer(bytearray(encoded.ljust(longest, b"\0")), dtype=torch.uint8)
-    rows = _gathered(ranks, padded).cpu()
+    rows = gathered(ranks, padded).cpu()
     texts = [bytes(row[: h[_TEXT]].tolist()).decode() for row, h in zip(rows, headers, strict=True)]
     failed = [rank for rank, h in enumerate(headers) if h[_FAILED]]
     raised = _error_of(failed[0], texts[failed[0]]) if failed else RuntimeError(_differing(texts))
-    raised.known_to_all = True  # type: ignore[attr-defined]
+    make_known(raised, ranks)
     raise raised from error
 
 
@@ -117,9 +135,14 @@ def common_turn(ranks: Ranks, turns: Sequence[int]) -> int:
     return max(turns)
 
 
-def known_to_all(error: BaseException) -> bool:
-    """Whether an exception is one that ``agree`` raised, on every rank."""
-    return getattr(error, "known_to_all", False)
+def known(error: BaseException, ranks: Ranks) -> bool:
+    """Whether all of these ranks were told of an exception."""
+    return ranks.group.group_name in getattr(error, "known_to", ())
+
+
+def make_known(error: BaseException, ranks: Ranks) -> None:
+    """Say so of it."""
+    error.known_to = {*getattr(error, "known_to", ()), ranks.group.group_name}  # type: ignore[attr-defined]
 
 
 def agreed(ranks: Ranks, check: Callable[[], Result]) -> Result:
@@ -150,7 +173,7 @@ class Own:
         return agree(ranks, facts or {}, [0] * len(numbers) if self.error is not None else numbers, self.error)
 
 
-def _gathered(ranks: Ranks, row: Tensor) -> Tensor:
+def gathered(ranks: Ranks, row: Tensor) -> Tensor:
     """[size, ..] from the same shape on every rank."""
     row = row.to(ranks.device)
     rows = [torch.empty_like(row) for _ in range(ranks.size)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from ..cells import Cell
 from ..functional._recurrent_layers import Options
+from ..ops._dispatch import PLAIN, is_sharded, sharding
 from ..ops.types import ScanSpec
 from ._ranks import Own, Ranks
-from .recurrent import ZIGZAG, run_across
+from .recurrent import run_across
 from .scan import inputs_before, own_lengths, scan_across
-from .sequence import Sharding, held_runs, places_of, size_of
+from .sequence import ZIGZAG, Sharding, held_runs, places_of, size_of
 
 
 class Recurrences:
@@ -33,6 +35,9 @@ class Recurrences:
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         self._check_sharding()
+        if type(input) not in PLAIN and is_sharded(input):  # its rows, along another dimension of the mesh
+            run = partial(self.recurrent, cu_seqlens=cu_seqlens)
+            return sharding().layers(run, cell, input, states, params, options)
         return run_across(cell, input, states, params, options, cu_seqlens, self.ranks, self.micro_batches)
 
     def scan(self, b: Tensor, a: Tensor, gate: Any, vector: Any, initial: Any, spec: ScanSpec) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ Three ways, which compute the same:
 ============  =====================================================  ========================================================
 ring          keys and values go round, chunk by chunk, while the    what a rank holds and sends is that of its part; any
               chunk before is used; results are merged by their lse  feature
-all_gather    a rank asks the others for the keys that the windows   one call forward, without a merge; for windows that reach
-              of its queries reach                                   few ranks, and for short sequences
+all_gather    a rank asks the others for the keys that the windows   few merges forward, or none; for windows that reach few
+              of its queries reach, two ranks' at once               ranks, and for short sequences
 all_to_all    heads are exchanged for steps: a rank has all steps    least traffic, whole kernels; the ranks share the heads,
               of some heads                                          so there must be as many
 ============  =====================================================  ========================================================
@@ -49,7 +49,7 @@ from ..reference.attention import Gradients
 from . import _exchange
 from ._exchange import Pair, once_round, swap, trade
 from ._parts import Held, Part, Whole, held
-from ._ranks import Own, Ranks, common_turn, own_turn
+from ._ranks import Own, Ranks, common_turn, own_turn, require_plain
 from .sequence import Run, Sharding, checked_sharding, held_runs, size_of
 
 __all__ = ["context_parallel_attention"]
@@ -174,6 +174,7 @@ class _Local:
                 continue
             if checked_tensor(name, tensor).is_nested:
                 raise ValueError(f"{name} is a nested tensor: give packed sequences, with cu_seqlens")
+            require_plain(tensor, name)
         lower = autocast_dtype(q.device.type)
         self.q, self.k, self.v = (rows(heads_first(n, lowered(named[n], lower), self.layout)) for n in "qkv")
         if self.k.shape[-2] != self.v.shape[-2]:
@@ -444,25 +445,18 @@ class _Message(NamedTuple):
 
 
 class _Gather(_ByRows):
-    """Forward all keys come first, for one call. Backward sums need no merge: a message is done with before the next comes."""
+    """Forward keys come first, twice as many as a rank holds at once: with q, k, v and the output no more than the gradients
+    take later. Backward sums need no merge: a message is done with before the next comes."""
 
     def _visit(self, k, v, use, returns=None, home=None):
         spans = [_united([self.whole.reach(*run) for run in runs]) for runs in self.q_runs]
         asked = [[_within(held(runs), of) for runs in self.k_runs] for of in spans]  # [who asks][whom]
-        messages = self._messages(asked, _steps(k, v))
+        steps = _steps(k, v)
         if home is None:
-            wholes = [Held(begin, end, 0) for begin, end in spans[self.ranks.rank]]
-            found = [_empty_pair(k, v, of.size) for of in wholes]
-            for message in messages:
-                pair = self._fetched(message, k, v)
-                for piece, at in _one_after_another(message.coming):
-                    span = next(i for i, of in enumerate(wholes) if of.begin <= piece.begin < of.end)
-                    own = wholes[span].steps(piece.begin, piece.end)
-                    found[span].k[..., own, :], found[span].v[..., own, :] = pair.k[..., at, :], pair.v[..., at, :]
-            for keys in wholes:
-                use(keys, found.pop(0))
+            for some in self._some_at_once(asked, max(2 * -(-self.whole.tk // self.ranks.size), steps)):
+                self._together(some, steps, k, v, use)
             return
-        for message in messages:
+        for message in self._messages(asked, steps):
             pair = self._fetched(message, k, v)
             sums = None if returns is None else Pair(torch.zeros_like(pair.flat, dtype=returns), pair.k.shape, pair.v.shape)
             for piece, at in _one_after_another(message.coming):
@@ -473,6 +467,35 @@ class _Gather(_ByRows):
                 back = self._traded(sums, message.source, _count(message.going), message.to)
                 for piece, at in _one_after_another(message.going):
                     home(piece, _taken(back.k, back.v, [at]))
+
+    def _together(self, asked: list[list[list[Held]]], steps: int, k: Tensor, v: Tensor, use: Use) -> None:
+        """One use of each run of keys that this rank asks for."""
+        coming = [(piece.begin, piece.end) for of in asked[self.ranks.rank] for piece in of]
+        wholes = [Held(begin, end, 0) for begin, end in _united(coming)]
+        found = [_empty_pair(k, v, of.size) for of in wholes]
+        for message in self._messages(asked, steps):
+            pair = self._fetched(message, k, v)
+            for piece, at in _one_after_another(message.coming):
+                run = next(i for i, of in enumerate(wholes) if of.begin <= piece.begin < of.end)
+                own = wholes[run].steps(piece.begin, piece.end)
+                found[run].k[..., own, :], found[run].v[..., own, :] = pair.k[..., at, :], pair.v[..., at, :]
+        for keys in wholes:
+            use(keys, found.pop(0))
+
+    def _some_at_once(self, asked: list[list[list[Held]]], most: int) -> Iterator[list[list[list[Held]]]]:
+        """What every rank asks for, ``most`` keys at a time: its own first, then those of the ranks before it, as in a ring, so
+        that no rank is asked by all at once."""
+        n = self.ranks.size
+        before = [[0] * n for _ in range(n)]
+        for who in range(n):
+            for step in range(1, n):
+                last = (who - step + 1) % n
+                before[who][(who - step) % n] = before[who][last] + _count(asked[who][last])
+        for first in range(0, max(sum(map(_count, of)) for of in asked), most):
+            yield [
+                [_stretch(of, first - at, first + most - at) for of, at in zip(asked[who], before[who], strict=True)]
+                for who in range(n)
+            ]
 
     def _messages(self, asked: list[list[list[Held]]], steps: int) -> Iterator[_Message]:
         """All that this rank gets and gives, one rank after the other, itself first: of two ranks both have the same order."""

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .._arguments import checked_int, checked_number, unknown
 from ..ops._dispatch import share
-from ._ranks import Ranks, agree, known_to_all
+from ._ranks import Own, Ranks, agree, known, make_known
 from ._recurrences import Recurrences
 from .attention import METHODS, Method, context_parallel_attention
 from .sequence import Sharding, checked_sharding, unshard_sequence
@@ -36,6 +36,14 @@ class _Inside:
         self._entered.pop().__exit__(*raised)
 
 
+def _check(method: Any, sharding: Any, micro_batches: Any) -> None:
+    if method not in METHODS:
+        raise ValueError(unknown("method", method, METHODS))
+    checked_sharding(sharding)
+    if checked_int("micro_batches", micro_batches) < 1:
+        raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
+
+
 class context_parallel(Recurrences):
     """A block in which ``fastseq.MultiheadAttention`` (in ``fastseq.TransformerEncoderLayer`` as well),
     ``fastseq.functional.attention`` and ``fastseq.functional.scaled_dot_product_attention`` are over the sequence that the ranks
@@ -53,9 +61,10 @@ class context_parallel(Recurrences):
     :func:`positions`. torch's own attention is not touched; its encoder layers' fused inference, which calls no module, is off.
 
     Of recurrence, input and ``resets`` are this rank's steps; ``hx``, ``reset_to`` and ``lengths``, of the whole sequence, are
-    the same on every rank, and every rank is given the final states. Gradients are those of the sum of the ranks' losses: of the
-    input a rank's own, whole; of parameters, hx and reset_to each rank's part, which :func:`sum_gradients` adds up, or
-    DistributedDataParallel. All ranks must go backward; second derivatives are refused.
+    the same on every rank, and every rank is given the final states. A PackedSequence is a rank's part as :func:`shard_sequence`
+    cuts it, with states of all sequences. Gradients are those of the sum of the ranks' losses: of the input a rank's own, whole;
+    of parameters, hx and reset_to each rank's part, which :func:`sum_gradients` adds up, or DistributedDataParallel. All ranks
+    must go backward; second derivatives are refused.
 
     A backward pass may come after the block, but what computes a part of the forward pass once more on the way back has to do so
     as inside: ``torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=block.checkpoint_contexts)`` with the
@@ -76,11 +85,11 @@ class context_parallel(Recurrences):
         sharding: Sharding = "contiguous",
         micro_batches: int = 1,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(unknown("method", method, METHODS))
-        if checked_int("micro_batches", micro_batches) < 1:
-            raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
-        super().__init__(Ranks.of(mesh), checked_sharding(sharding), micro_batches)
+        ranks, own = Ranks.of(mesh), Own()
+        own.run(_check, method, sharding, micro_batches)
+        if own.error is not None:  # the others are told when they enter
+            own.settle(ranks)
+        super().__init__(ranks, sharding, micro_batches)
         self.mesh, self.method = mesh, method
         self._entered: list[ExitStack] = []
 
@@ -97,9 +106,10 @@ class context_parallel(Recurrences):
         self._entered.pop().close()
         if error is None:
             agree(self.ranks, {"call": "the end of context_parallel"})
-        elif isinstance(error, Exception) and not known_to_all(error):
+        elif isinstance(error, Exception) and not known(error, self.ranks):
             with suppress(Exception):  # it is this rank's own that goes on from here
                 agree(self.ranks, {}, error=error)
+            make_known(error, self.ranks)  # another block around this one need not tell them again
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """For ``context_fn`` of ``torch.utils.checkpoint.checkpoint``: what is computed anew is so inside this block, wherever

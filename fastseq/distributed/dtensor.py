@@ -3,22 +3,25 @@ elsewhere. What is sharded otherwise is redistributed to that by DTensor, or rep
 
 The rules stand here in the terms of one dimension of a mesh; DTensor combines them for several. ``register`` gives them to
 ``torch.distributed.tensor.experimental.register_sharding``, the first time that an op meets a DTensor. Ops without a rule
-(decoding, single calls of the recurrent ops) refuse DTensors; recurrent layers run as a whole on their shards: ``layers``.
+(decoding, single calls of the recurrent ops) refuse DTensors. Layers run as a whole on their shards: ``layers`` and
+``linear_layers``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding  # 2.10 to 2.14; it says of itself that it may change
 
 from ..cells import Cell
 from ..functional._recurrent_layers import Options
+from ..ops._dispatch import shared_sequence
 from ..ops.attention import FIELDS
 from ..ops.types import GRADIENTS, SCAN_CELLS, Spec
 
@@ -29,6 +32,7 @@ Rule = tuple[list[Placement], list[Placement]]  # of outputs, of inputs
 _ops = torch.ops.fastseq
 
 
+@cache
 def register() -> None:
     """Once for a process."""
     for op, rule in (
@@ -209,75 +213,130 @@ def _scan_backward(dh: Any, dfinal: Any, b: Any, a: Any, gate: Any, vector: Any,
     return found
 
 
-def linear(x: DTensor, weight: Any, bias: Any) -> Any:
-    """``torch.nn.functional.linear`` of x [T, B, I], on its shards of steps or of rows, with whole weights, whose gradients are
-    summed. What is sharded otherwise is put together first.
+class _Shards:
+    """How layers run on the shards of their input, each rank with its own: of each dimension of the mesh the name of what is
+    divided along it, or None where all ranks have the same. ``dims``: where the input has what may be divided; along what else it
+    is sharded it is put together first."""
 
-    The function makes one dimension of T and B. The DTensor of torch 2.10 raises an error, in either pass, where that is sharded
-    along B, or unevenly; that of 2.13 takes it.
-    """
-    mesh, given = x.device_mesh, [tensor for tensor in (weight, bias) if tensor is not None]
-    if not all(isinstance(tensor, DTensor) and tensor.device_mesh == mesh for tensor in given):
-        return F.linear(x, weight, bias)  # which says what is wrong
-    sharded = [placement in (Shard(0), Shard(1)) for placement in x.placements]
-    placed = [placement if own else Replicate() for own, placement in zip(sharded, x.placements, strict=True)]
-    of_gradient = [Partial() if own else Replicate() for own in sharded]
-    wholes = [t.redistribute(placements=[Replicate()] * mesh.ndim).to_local(grad_placements=of_gradient) for t in given]
-    y = F.linear(x.redistribute(placements=placed).to_local(), *wholes).contiguous()
-    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
-    strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(y, mesh, placed, run_check=False, shape=shape, stride=strides)
+    def __init__(self, input: DTensor, dims: dict[str, int]) -> None:
+        self.mesh, self.sizes = input.device_mesh, {name: input.shape[dim] for name, dim in dims.items()}
+        shared = shared_sequence()
+        if shared is not None:
+            shared.ranks.require_another(input, "input")
+        self.divided = [
+            next((name for name, dim in dims.items() if placement == Shard(dim)), None) for placement in input.placements
+        ]
+
+    def local(self, tensor: Any, name: str, **dims: int) -> Any:
+        """This rank's part of a tensor, by where that has what is divided. What it has not is the same for all, and has a part of
+        its gradient on each.
+
+        Raises:
+            RuntimeError: if it is no DTensor, or one of another mesh.
+        """
+        if tensor is None:
+            return None
+        if not isinstance(tensor, DTensor) or tensor.device_mesh != self.mesh:
+            raise RuntimeError(f"input is a DTensor, so {name} must be one of the same mesh, got a {type(tensor).__name__}")
+        placed = self._placed(dims)
+        of_gradient = [
+            Partial() if own is not None and own not in dims else placement
+            for own, placement in zip(self.divided, placed, strict=True)
+        ]
+        return tensor.redistribute(placements=placed).to_local(grad_placements=of_gradient)
+
+    def whole(self, tensor: Any, **dims: int) -> Any:
+        """The DTensor of which this is a rank's part."""
+        if tensor is None:
+            return None
+        shape = list(tensor.shape)
+        for own in self.divided:
+            if own is not None:
+                shape[dims[own]] = self.sizes[own]
+        return DTensor.from_local(
+            tensor.contiguous(),
+            self.mesh,
+            self._placed(dims),
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+
+    def _placed(self, dims: dict[str, int]) -> list[Replicate | Shard]:
+        return [Replicate() if own is None or own not in dims else Shard(dims[own]) for own in self.divided]
 
 
 def layers(
     run: Callable[..., Any], cell: Cell, input: DTensor, states: Sequence[Any], params: Sequence[Any], options: Options
 ) -> tuple[Any, tuple[Any, ...], Any]:
     """``functional._recurrent_layers.run_layers`` on the shards of a batch: each rank runs its rows, with whole weights, whose
-    gradients are summed. Along what else the input is sharded it is put together first.
+    gradients are summed.
 
     Raises:
         RuntimeError: if another tensor of the call is no DTensor, or one of another mesh.
     """
-    mesh, packed = input.device_mesh, options.batch_sizes is not None
-    batch_dim = 0 if options.batch_first else 1
-    sharded = [not packed and placement == Shard(batch_dim) for placement in input.placements]
-
-    def local(tensor: Any, name: str, dim: int | None) -> Any:
-        """``dim``: of the batch; None: there is none."""
-        if tensor is None:
-            return None
-        if not isinstance(tensor, DTensor) or tensor.device_mesh != mesh:
-            raise RuntimeError(f"input is a DTensor, so {name} must be one of the same mesh, got a {type(tensor).__name__}")
-        placed = [Shard(dim) if own and dim is not None else Replicate() for own in sharded]
-        of_gradient = [Partial() if own and dim is None else placement for own, placement in zip(sharded, placed, strict=True)]
-        return tensor.redistribute(placements=placed).to_local(grad_placements=of_gradient)
-
+    batch = 0 if options.batch_first else 1
+    rows = {} if options.batch_sizes is not None else {"rows": batch}  # packed ones have no dimension of their own
+    shards = _Shards(input, rows)
     reset_to = options.reset_to
     if reset_to is not None:
-        reset_to = [local(state, "reset_to", 1 if state is not None and state.shape[1] > 1 else None) for state in reset_to]
+        of_row = [{"rows": 1} if state is not None and state.shape[1] > 1 else {} for state in reset_to]
+        reset_to = [shards.local(state, "reset_to", **dims) for state, dims in zip(reset_to, of_row, strict=True)]
     own = replace(
         options,
-        lengths=local(options.lengths, "lengths", 0),
-        resets=local(options.resets, "resets", None if packed else batch_dim),
+        lengths=shards.local(options.lengths, "lengths", rows=0),
+        resets=shards.local(options.resets, "resets", **rows),
         reset_to=reset_to,
     )
-    results = run(
+    output, finals, cells = run(
         cell,
-        local(input, "input", None if packed else batch_dim),
-        [local(state, "hx", 1) for state in states],
-        [local(param, "a parameter", None) for param in params],
+        shards.local(input, "input", **rows),
+        [shards.local(state, "hx", rows=1) for state in states],
+        [shards.local(param, "a parameter") for param in params],
         own,
     )
+    finals = tuple(shards.whole(state, rows=1) for state in finals)
+    return shards.whole(output, rows=batch), finals, shards.whole(cells, rows=batch + 1)
 
-    def whole(tensor: Any, dim: int) -> Any:
-        if tensor is None:
-            return None
-        shape = list(tensor.shape)
-        if any(sharded):
-            shape[dim] = input.shape[batch_dim]
-        strides = torch.empty(shape, device="meta").stride()
-        placed = [Shard(dim) if own else Replicate() for own in sharded]
-        return DTensor.from_local(tensor.contiguous(), mesh, placed, run_check=False, shape=torch.Size(shape), stride=strides)
 
-    output, finals, cells = results
-    return whole(output, batch_dim), tuple(whole(state, 1) for state in finals), whole(cells, batch_dim + 1)
+def linear_layers(
+    run: Callable[..., Any],
+    cell: str,
+    parts: int,
+    input: DTensor,
+    hx: Any,
+    params: Sequence[Mapping[str, Any]],
+    lengths: Any,
+    resets: Any,
+    batch_first: bool,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """``functional.linear_recurrent`` on the shards of a batch, as ``layers``; and on those of the channels, if they fall into
+    ``parts`` that the ranks divide: equal ones with nothing to do with one another, each with its rows of every parameter.
+
+    Raises:
+        RuntimeError: as ``layers``.
+    """
+    alone, batch = input.dim() == 2, 0 if batch_first else 1
+    dims = {} if alone else {"rows": batch}
+    last = input.dim() - 1
+    mesh = input.device_mesh
+    if parts % math.prod([mesh.size(dim) for dim, placed in enumerate(input.placements) if placed == Shard(last)]) == 0:
+        dims["channels"] = last
+    shards = _Shards(input, dims)
+    of_states = {"channels": 1} if alone else {"rows": 1, "channels": 2}
+    pair = isinstance(hx, (tuple, list))
+    states = [shards.local(state, "hx", **of_states) for state in (hx if pair else [hx])]
+    output, h_n = run(
+        cell,
+        shards.local(input, "input", **dims),
+        tuple(states) if pair else states[0],
+        [{name: shards.local(param, name, channels=0) for name, param in lane.items()} for lane in params],
+        lengths=shards.local(lengths, "lengths", rows=0),
+        resets=shards.local(resets, "resets", **({} if alone else {"rows": batch})),
+        batch_first=batch_first,
+        **options,
+    )
+    of_output = {"rows": batch, "channels": last}
+    finals = [shards.whole(state, **of_states) for state in (h_n if isinstance(h_n, tuple) else [h_n])]
+    return shards.whole(output, **of_output), tuple(finals) if isinstance(h_n, tuple) else finals[0]

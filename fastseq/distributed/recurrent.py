@@ -25,22 +25,18 @@ from torch.nn.functional import dropout as dropped
 from .._arguments import checked_int
 from ..cells import Cell
 from ..functional._recurrent_layers import Checked, Layer, Options, checked, run_layer, unseen
-from ..ops._dispatch import transforming, unshared, wants_gradient
+from ..ops._dispatch import is_sharded, transforming, unshared, wants_gradient
 from ..ops.recurrent import without_padding
 from ..ops.types import state_dtype
 from ._exchange import Batch, account
+from ._packed import packing
 from ._ranks import Own, Ranks
 from ._wavefront import Job, rounds
 from .sequence import cut
 
 __all__ = ["sum_gradients"]
 
-_PACKED = (
-    "packed rows do not say which sequences go on, or went before, on other ranks: give this rank's steps of the padded input, "
-    "and lengths=, those of the whole sequences"
-)
 _DOCUMENTS = "cu_seqlens do not go with a sequence on several ranks: give resets, true at the first step of each sequence"
-ZIGZAG = "a recurrence goes from step to step, so a rank's steps must be one run: give sharding='contiguous', got 'zigzag'"
 
 
 def sum_gradients(module: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> None:
@@ -55,11 +51,15 @@ def sum_gradients(module: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> No
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``fastseq.distributed.shard_sequence`` of ``mesh``.
-        RuntimeError: on every rank, if parameters or the dtypes of gradients differ between ranks.
+        RuntimeError: on every rank, if parameters or the dtypes of gradients differ between ranks, or a parameter is a DTensor
+            on these ranks.
     """
     ranks, own = Ranks.of(mesh), Own()
     parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     facts = {"call": "sum_gradients"} | {name: f"{list(p.shape)} {p.dtype}" for name, p in parameters}
+    for name, parameter in parameters:
+        if is_sharded(parameter):
+            own.run(ranks.require_another, parameter, name)
     own.settle(ranks, facts)
     there = torch.tensor([p.grad is not None for _, p in parameters], dtype=torch.int32, device=ranks.device)
     dist.all_reduce(there, group=ranks.group)
@@ -67,7 +67,8 @@ def sum_gradients(module: nn.Module, mesh: DeviceMesh | dist.ProcessGroup) -> No
         if count:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=ranks.group)
+            grad: Any = parameter.grad
+            dist.all_reduce(grad.to_local() if is_sharded(grad) else grad, group=ranks.group)
 
 
 def run_across(
@@ -84,12 +85,15 @@ def run_across(
 
     ``input`` ``[t, B, I]`` and resets are this rank's; hx, reset_to, parameters and ``lengths`` ``[B]``, of the whole sequence,
     are alike on all. hx counts where a direction starts: on the first rank, backwards on the last. Output and c are this rank's;
-    the final states, which the last rank has, backwards the first, are given to all.
+    the final states, which the last rank has, backwards the first, are given to all. Of packed sequences input ``[N, I]`` is the
+    rows of this rank's steps, with their ``batch_sizes``; states are those of all sequences.
 
     Raises on every rank, in the same words:
         RuntimeError: if the ranks disagree, or what one of them raised while it computed.
-        ValueError: for packed rows and ``cu_seqlens``; for more micro-batches than rows.
+        ValueError: for ``cu_seqlens``; for more micro-batches than rows.
     """
+    if options.batch_sizes is not None:
+        return _run_packed(cell, input, states, params, options, cu_seqlens, ranks, micro_batches)
     own = Own()
     facts: dict[str, object] = {}
     call = own.run(_checked, cell, input, states, params, options, cu_seqlens, ranks, micro_batches, facts)
@@ -111,6 +115,24 @@ def run_across(
     return y.transpose(0, 1), finals, cells[0].transpose(1, 2) if cells else None
 
 
+def _run_packed(
+    cell: Cell,
+    input: Tensor,
+    states: Sequence[Tensor | None],
+    params: Sequence[Tensor | None],
+    options: Options,
+    cu_seqlens: Tensor | None,
+    ranks: Ranks,
+    micro_batches: int,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """The same of packed sequences: padded ones in between."""
+    rows = packing(input, options, ranks)
+    resets = None if options.resets is None else rows.padded(options.resets)
+    padded = replace(options, batch_sizes=None, batch_first=False, lengths=rows.lengths, resets=resets)
+    output, finals, cells = run_across(cell, rows.padded(input), states, params, padded, cu_seqlens, ranks, micro_batches)
+    return rows.packed(output), finals, None if cells is None else torch.stack([rows.packed(c) for c in cells])
+
+
 def _checked(
     cell: Cell,
     input: Tensor,
@@ -125,8 +147,6 @@ def _checked(
     """The call, if it is one for several ranks; into ``facts`` what all must have alike."""
     if cu_seqlens is not None:
         raise ValueError(_DOCUMENTS)
-    if options.batch_sizes is not None:
-        raise ValueError(_PACKED)
     if transforming():
         raise RuntimeError("transforms of torch.func and forward-mode AD do not go through a sequence on several ranks")
     call = checked(cell, input, states, params, options)
@@ -413,6 +433,7 @@ class _Across(torch.autograd.Function):
         if ctx.past is None:
             raise RuntimeError("a recurrence over several ranks goes backward once, also with retain_graph")
         run, own, count = ctx.run, Own(), len(ctx.run.cell.states)
+        own.settle(run.ranks, {"call": f"backward of recurrent ({run.cell.name})"})
         with unshared():
             grads = _backward(run, own, ctx.past, dy, run.collected(rest[:count]), rest[count] if len(rest) > count else None)
         own.settle(run.ranks, {"call": "recurrent, the end of its backward pass"})

@@ -21,7 +21,7 @@ from ..ops import scan as ops
 from ..ops._dispatch import transforming, wants_gradient
 from ..ops.types import SCAN_CELLS, ScanSpec, scan_kind, state_dtype
 from ._exchange import account, swap
-from ._ranks import Own, Ranks
+from ._ranks import Own, Ranks, agree
 from .recurrent import check_lengths
 
 _SHUT = -1e4  # of what "min_gru" and "min_lstm" let in, of which nothing is left
@@ -39,7 +39,7 @@ def own_lengths(lengths: Tensor, steps: int, ranks: Ranks) -> Tensor:
     Raises on every rank:
         RuntimeError: if they differ between ranks or do not lie in the whole sequence.
     """
-    sizes = [size for (size,) in Own().settle(ranks, {"lengths": lengths.tolist()}, (steps,))]
+    sizes = [size for (size,) in Own().settle(ranks, {"call": "lengths", "lengths": lengths.tolist()}, (steps,))]
     check_lengths(lengths, sum(sizes))
     return (lengths - sum(sizes[: ranks.rank])).clamp(0, steps)
 
@@ -83,6 +83,7 @@ class _Everywhere(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        agree(ctx.ranks, {"call": "backward of inputs before"})
         first, *others = swap(ctx.ranks, list(gradient), [gradient.shape[1:]] * ctx.ranks.size)
         return sum(others, first), None
 
@@ -217,6 +218,7 @@ class _Across(torch.autograd.Function):
         parts = [_Part(*flat[i : i + 4]) for i in range(0, len(flat), 4)]
         spec, needs, own = ScanSpec(resets, lengths, cu_seqlens, *flags), ctx.needs_input_grad[3:], Own()
         given = b, a, gate, vector, h, initial
+        own.settle(ranks, {"call": f"backward of scan ({spec.cell})"})
         zeros = torch.zeros_like(parts[0].b)
         of_steps = None
         if dh is not None and not begins:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.utils.rnn import PackedSequence
 
 from .._arguments import checked_int, checked_tensor, own_keywords, unknown
 from ._exchange import swap
-from ._ranks import Own, Ranks
+from ._ranks import Own, Ranks, agree
 
 __all__ = ["positions", "shard_sequence", "unshard_sequence"]
 
 Sharding = Literal["contiguous", "zigzag"]
 SHARDINGS = ("contiguous", "zigzag")
 Run = tuple[int, int]  # steps begin .. end
+ZIGZAG = "a recurrence goes from step to step, so a rank's steps must be one run: give sharding='contiguous', got 'zigzag'"
 
 
 def checked_sharding(sharding: Any) -> Sharding:
@@ -82,43 +84,88 @@ def places_of(runs: Sequence[Run], device: torch.device | str | None) -> Tensor:
     return torch.cat([torch.arange(begin, end, device=device) for begin, end in runs])
 
 
-@own_keywords
+@overload
 def shard_sequence(
     tensor: Tensor, mesh: DeviceMesh | dist.ProcessGroup, *, dim: int, sharding: Sharding = "contiguous"
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def shard_sequence(
+    tensor: PackedSequence, mesh: DeviceMesh | dist.ProcessGroup, *, sharding: Sharding = "contiguous"
+) -> PackedSequence: ...
+
+
+@own_keywords
+def shard_sequence(
+    tensor: Tensor | PackedSequence,
+    mesh: DeviceMesh | dist.ProcessGroup,
+    *,
+    dim: int | None = None,
+    sharding: Sharding = "contiguous",
+) -> Tensor | PackedSequence:
     """This rank's steps of a tensor that every rank has whole: nothing is sent.
 
     Args:
-        tensor: any shape.
+        tensor: any shape; or a PackedSequence, of which a rank gets the rows of its steps: fewer sequences on later ranks, none
+            where all have ended. Recurrent modules take it inside ``context_parallel``; ``unshard_sequence`` comes before
+            ``torch.nn.utils.rnn.pad_packed_sequence``, which takes whole sequences alone.
         mesh: one dimension of a mesh, or a process group: the ranks that share the sequence.
-        dim: the dimension of steps.
+        dim: the dimension of steps; not of a PackedSequence.
         sharding: ``"contiguous"``: a run of steps each, of equal lengths as far as possible, the first ones longer by a step;
             ``"zigzag"``: two runs each, which gives every rank as much to do under a causal mask.
 
     Returns:
-        Its own contiguous tensor, with t steps along ``dim``; t may be 0. Differentiable.
+        Its own contiguous tensor, with t steps along ``dim``; t may be 0. Differentiable. A PackedSequence of one.
 
     Raises:
         TypeError: if ``tensor`` is no tensor or ``mesh`` neither mesh nor group.
         IndexError: if there is no such dimension.
         ValueError: for another ``sharding``, a mesh of several dimensions, or one without this process.
     """
+    if isinstance(tensor, PackedSequence):
+        _check_packed(dim, sharding)
+        ranks, batch_sizes = Ranks.of(mesh), tensor.batch_sizes
+        begin, end = cut(len(batch_sizes), ranks.size)[ranks.rank]
+        rows = slice(int(batch_sizes[:begin].sum()), int(batch_sizes[:end].sum()))
+        return PackedSequence(
+            tensor.data[rows].clone(), batch_sizes[begin:end].clone(), tensor.sorted_indices, tensor.unsorted_indices
+        )
     ranks, dim = Ranks.of(mesh), checked_dim(tensor, dim)
     runs = runs_of_ranks(tensor.shape[dim], ranks.size, checked_sharding(sharding))[ranks.rank]
     return torch.cat([tensor.narrow(dim, begin, end - begin) for begin, end in runs], dim)
 
 
-@own_keywords
+def _check_packed(dim: Any, sharding: Any) -> None:
+    if dim is not None:
+        raise ValueError("a PackedSequence says itself which rows are a step's: leave out dim")
+    if checked_sharding(sharding) != "contiguous":
+        raise ValueError(ZIGZAG)
+
+
+@overload
 def unshard_sequence(
     tensor: Tensor, mesh: DeviceMesh | dist.ProcessGroup, *, dim: int, sharding: Sharding = "contiguous"
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def unshard_sequence(
+    tensor: PackedSequence, mesh: DeviceMesh | dist.ProcessGroup, *, sharding: Sharding = "contiguous"
+) -> PackedSequence: ...
+
+
+@own_keywords
+def unshard_sequence(
+    tensor: Tensor | PackedSequence,
+    mesh: DeviceMesh | dist.ProcessGroup,
+    *,
+    dim: int | None = None,
+    sharding: Sharding = "contiguous",
+) -> Tensor | PackedSequence:
     """The whole tensor on every rank, from parts as :func:`shard_sequence` cuts them; contiguous parts may have any lengths.
 
     Its gradient on a rank is the sum over the ranks of what they have for that rank's steps: of a loss that all ranks form alike
     from the whole, each gives its share, so divide such a loss by their number.
 
     Args:
-        tensor: this rank's part.
+        tensor: this rank's part; a PackedSequence of one.
         mesh, dim, sharding: as :func:`shard_sequence` takes them.
 
     Raises:
@@ -126,6 +173,8 @@ def unshard_sequence(
         RuntimeError: on every rank, if the other dimensions, dtypes, devices or arguments differ between ranks, or the lengths
             are not those of the sharding.
     """
+    if isinstance(tensor, PackedSequence):
+        return _unsharded_packed(tensor, mesh, dim, sharding)
     ranks, own, lengths = Ranks.of(mesh), Own(), [0]
     facts: dict[str, object] = {}
 
@@ -142,6 +191,16 @@ def unshard_sequence(
     sizes = [numbers[0] for numbers in own.settle(ranks, facts, lengths)]
     held = held_runs(sizes, sharding)
     return _Whole.apply(tensor, ranks, at, held)
+
+
+def _unsharded_packed(packed: PackedSequence, mesh: DeviceMesh | dist.ProcessGroup, dim: Any, sharding: Any) -> PackedSequence:
+    ranks, own, order = Ranks.of(mesh), Own(), packed.sorted_indices
+    own.run(_check_packed, dim, sharding)
+    facts = {"call": "unshard_sequence, of packed sequences", "sorted_indices": None if order is None else order.tolist()}
+    own.settle(ranks, facts)
+    data = unshard_sequence(packed.data, mesh, dim=0)
+    batch_sizes = unshard_sequence(packed.batch_sizes.to(ranks.device), mesh, dim=0).cpu()
+    return PackedSequence(data, batch_sizes, order, packed.unsorted_indices)
 
 
 def held_runs(sizes: Sequence[int], sharding: Sharding) -> list[list[Run]]:
@@ -186,6 +245,7 @@ class _Whole(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         ranks, dim, held = ctx.rest
+        agree(ranks, {"call": "backward of unshard_sequence"})
         first = gradient.movedim(dim, 0)
         parts = [torch.cat([first[begin:end] for begin, end in runs]) for runs in held]
         total, *others = swap(ranks, parts, [parts[ranks.rank].shape] * ranks.size)

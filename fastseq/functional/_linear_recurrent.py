@@ -97,6 +97,23 @@ def linear_recurrent(
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {layer_of.width(params[0])}, got {input.shape[-1]}"
         )
+    if type(input) not in PLAIN and is_sharded(input):
+        return sharding().linear_layers(
+            linear_recurrent,
+            cell,
+            1 if bidirectional else math.gcd(*[layer_of.parts(lane) for lane in params]),
+            input,
+            hx,
+            params,
+            lengths,
+            resets,
+            batch_first,
+            num_layers=num_layers,
+            dropout=dropout,
+            training=training,
+            bidirectional=bidirectional,
+            zoneout=zoneout,
+        )
     x = input.unsqueeze(1) if alone else input.transpose(0, 1) if batch_first else input
     if resets is not None:
         resets = checked_resets(resets, x, alone, batch_first)
@@ -180,21 +197,15 @@ class _Layer(NamedTuple):
     complex: bool = False  # states
     zoned: bool = False  # has zoneout
     windowed: Callable[[Lane], bool] = lambda lane: False  # reads the step before as well: x is [T, B, 2 I], that beside it
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` of x [T, B, I], which may be a DTensor."""
-    if type(x) not in PLAIN and is_sharded(x):
-        return sharding().linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    parts: Callable[[Lane], int] = lambda lane: 1  # equal ones of input and states, each with its rows of every parameter
 
 
 def _projections(x: Tensor, lane: Lane, gates: int) -> list[Tensor]:
     """With gradients rows of the weight are parted, not what is projected, whose gradient would have to be put together again."""
     if not wants_gradient([x, *lane.values()]):
-        return list(_linear(x, lane["weight_ih"].flatten(1), lane.get("bias_ih")).chunk(gates, -1))
+        return list(F.linear(x, lane["weight_ih"].flatten(1), lane.get("bias_ih")).chunk(gates, -1))
     biases = lane["bias_ih"].chunk(gates) if "bias_ih" in lane else [None] * gates
-    return [_linear(x, w.flatten(1), b) for w, b in zip(lane["weight_ih"].chunk(gates), biases, strict=True)]
+    return [F.linear(x, w.flatten(1), b) for w, b in zip(lane["weight_ih"].chunk(gates), biases, strict=True)]
 
 
 def _scanned(b: Tensor, a: Tensor, gate: Any, vector: Any, state: Any, spec: ScanSpec) -> tuple[Tensor, Tensor]:
@@ -228,12 +239,12 @@ _SHARPNESS = 8  # c of the RG-LRU
 
 def _rg_lru(x: Tensor, lane: Lane, state: Tensor | None, spec: ScanSpec) -> tuple[Tensor, Tensor]:
     if "weight_ih" in lane:
-        x = _linear(x, lane["weight_ih"], lane.get("bias_ih"))
+        x = F.linear(x, lane["weight_ih"], lane.get("bias_ih"))
 
     def gate(name: str) -> Tensor:
         weight, bias = lane[f"weight_{name}"], lane.get(f"bias_{name}")
         if weight.shape[0] == 1:
-            return _linear(x, weight[0], bias)
+            return F.linear(x, weight[0], bias)
         logits = torch.einsum("tbhi,hoi->tbho", x.unflatten(-1, weight.shape[::2]), weight).flatten(-2)
         return logits if bias is None else logits + bias.to(logits.dtype)
 
@@ -280,12 +291,12 @@ def _lru(x: Tensor, lane: Lane, state: Tensor | None, spec: ScanSpec) -> tuple[T
     wide = state_dtype(x.dtype)
     nu, theta, gamma = (lane[name].to(wide).exp() for name in ("nu_log", "theta_log", "gamma_log"))
     into = (lane["weight_b"].to(wide).unflatten(0, (-1, 2)) * gamma[:, None, None]).flatten(0, 1).to(lane["weight_b"].dtype)
-    b = torch.view_as_complex(_linear(x, into).to(wide).unflatten(-1, (-1, 2)))
+    b = torch.view_as_complex(F.linear(x, into).to(wide).unflatten(-1, (-1, 2)))
     h, final = _scanned(b, torch.polar((-nu).exp(), theta)[None, None], None, None, state, spec)
     real, imaginary = lane["weight_c"].unflatten(1, (-1, 2)).unbind(-1)
     out = torch.stack((real, -imaginary), -1).flatten(1)  # Re(C h)
-    through = _linear(torch.view_as_real(h).flatten(-2).to(x.dtype), out, lane.get("bias_out"))
-    return through + _linear(x, lane["weight_d"]), final
+    through = F.linear(torch.view_as_real(h).flatten(-2).to(x.dtype), out, lane.get("bias_out"))
+    return through + F.linear(x, lane["weight_d"]), final
 
 
 _LAYERS = {
@@ -302,6 +313,7 @@ _LAYERS = {
         "rg_lru",
         lambda lane: lane["weight_ih"].shape[1] if "weight_ih" in lane else lane["decay"].shape[0],
         lambda lane: lane["decay"].shape[0],
+        parts=lambda lane: 1 if "weight_ih" in lane else lane["weight_r"].shape[0],
     ),
     "qrnn_f": _qrnn("f"),
     "qrnn_fo": _qrnn("fo"),

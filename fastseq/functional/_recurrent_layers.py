@@ -110,7 +110,7 @@ def checked(
             _check_state(f"{name}0", state, x, batch_sizes, (options.num_layers * directions, width))
     states = _all_or_none(cell, states, options.proj_size or hidden, hidden)
     if lengths is not None or batch_sizes is not None:
-        _check_lengths(x, lengths, batch_sizes)
+        check_layout(x, lengths, batch_sizes)
     if resets is not None:
         packed = batch_sizes is not None
         resets = checked_resets(resets, x, packed, batch_first)
@@ -555,7 +555,7 @@ def _check_state(
         )
 
 
-def _check_lengths(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> None:
+def check_layout(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> None:
     if lengths is not None:
         if batch_sizes is not None:
             raise RuntimeError("give either lengths (padded input) or batch_sizes (packed input), not both")

@@ -36,7 +36,7 @@ from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
 from fastseq.functional._solver import Newton, check_solver
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.ops._dispatch import PLAIN, autocasts, plain_call
+from fastseq.ops._dispatch import PLAIN, autocasts, plain_call, shared_sequence
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -423,19 +423,23 @@ class Sequence(Interop, nn.RNNBase):
         self, input: PackedSequence, hx: Any, params: list[Tensor], options: dict[str, Any]
     ) -> tuple[PackedSequence, tuple[Tensor, ...], Tensor | None]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        if hx is None:
+        counts: Tensor | None = batch_sizes  # the first says how many sequences there are
+        if shared_sequence() is not None:  # a rank has some of their steps, and those that have ended before are not counted
+            counts = None if sorted_indices is None else batch_sizes.new_tensor([len(sorted_indices)])
+        if hx is None or counts is None:
             self.check_input(data, batch_sizes)
-        else:
+        if hx is not None:
             hx = self._checked(hx, 3, "packed")
             # Before the rows are sorted: index_select would take them out of a larger batch without a word.
-            self.check_forward_args(data, hx, batch_sizes)
+            if counts is not None:
+                self.check_forward_args(data, hx, counts)
             hx = _states(self.permute_hidden(hx, sorted_indices))
         if isinstance(options["resets"], PackedSequence):
             options["resets"] = _rows_of(self, options["resets"], input)
         if options["reset_to"] is not None:
             anew = self._reset_states(options["reset_to"], 3)
-            batch = int(batch_sizes[0])
-            if any(state.shape[1] not in (1, batch) for state in anew):
+            batch = None if counts is None else int(counts[0])
+            if batch is not None and any(state.shape[1] not in (1, batch) for state in anew):
                 shapes = ", ".join(str(list(state.shape)) for state in anew)
                 raise RuntimeError(f"{kind_of(self)}: reset_to must be for a batch of {batch} or 1, got {shapes}")
             if sorted_indices is not None:

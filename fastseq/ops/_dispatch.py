@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -191,9 +190,19 @@ def is_sharded(tensor: Any) -> bool:
     return True
 
 
-@cache
 def sharding() -> Any:
     """What knows DTensors, which stands above the ops and is imported when it is needed."""
-    module = importlib.import_module("fastseq.distributed.dtensor")
-    module.register()
-    return module
+    _register_sharding()
+    return sys.modules[_SHARDING]
+
+
+_SHARDING = "fastseq.distributed.dtensor"
+
+
+def _register_sharding() -> bool:
+    importlib.import_module(_SHARDING).register()
+    return True
+
+
+# Dynamo calls it as it comes there: what torch.compiler.assume_constant_result says, which would import all of Dynamo
+_register_sharding._dynamo_marked_constant = True  # type: ignore[attr-defined]

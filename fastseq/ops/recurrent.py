@@ -130,7 +130,7 @@ def _query(call: Call, backward: bool) -> backends.RecurrentQuery:
     )
 
 
-def _check_layout(rows: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> None:
+def check_values(rows: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> None:
     """Values that only exist at run time, hence checked by the op and not by the functional layer."""
     if lengths is not None:
         longest = rows.shape[0]
@@ -156,7 +156,7 @@ def _check_layout(rows: Tensor, lengths: Tensor | None, batch_sizes: Tensor | No
 def _recurrent_forward(*args: Any) -> tuple[Tensor, ...]:
     call = Forward(*args)
     if call.lengths is not None or call.batch_sizes is not None:
-        _check_layout(call.x, call.lengths, call.batch_sizes)
+        check_values(call.x, call.lengths, call.batch_sizes)
     call.spread_reset_states()
     return backends.select(_query(call, False)).recurrent_forward(call)
 
@@ -180,7 +180,7 @@ def _run_backward(call: Backward, run: Callable[[Backward], tuple[Tensor, ...]] 
 def _recurrent_newton(*args: Any) -> tuple[Tensor, ...]:
     call, solver = Forward(*_without_solver(args)), solver_of(args[_SOLVER])
     if call.lengths is not None or call.batch_sizes is not None:
-        _check_layout(call.x, call.lengths, call.batch_sizes)
+        check_values(call.x, call.lengths, call.batch_sizes)
     call.spread_reset_states()
 
     def sequential(part: Forward) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import fastseq
-from fastseq.distributed import context_parallel, positions, shard_sequence
+from fastseq.distributed import context_parallel, positions, shard_sequence, unshard_sequence
 from fastseq.functional import attention, attention_with_kv_cache, scaled_dot_product_attention
 
 T, WIDTH, HEADS = 12, 16, 4
@@ -180,6 +180,102 @@ def test_an_error_inside_reaches_all_ranks(ranks):
         found = ranks.run(an_error_inside, where, size=3)
         assert found[1] == ("LookupError", "no such word")
         assert found[0] == found[2] == ("RuntimeError", "rank 1: LookupError: no such word")
+
+
+def an_error_inside_two_blocks(group, inner_size):
+    """Rank 1 raises inside a block in a block, of the same ranks or of two of them: all are told, once."""
+    rank, q = dist.get_rank(group), torch.randn(1, 2, 4, 8)
+    inner = group
+    if inner_size == 2:
+        inner = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("data", "context"))["context"]
+    found = None
+    try:
+        with context_parallel(group):
+            with context_parallel(inner, method="all_gather"):
+                scaled_dot_product_attention(q, q, q)
+                if rank == 1:
+                    raise LookupError("no such word")
+                scaled_dot_product_attention(q, q, q)
+            scaled_dot_product_attention(q, q, q)
+    except Exception as error:
+        found = type(error).__name__, str(error)
+    with context_parallel(group):  # nothing is left over
+        scaled_dot_product_attention(q, q, q)
+    return found
+
+
+def test_an_error_inside_two_blocks_reaches_all_ranks(ranks):
+    for inner_size in (4, 2):
+        found = ranks.run(an_error_inside_two_blocks, inner_size, size=4)
+        assert found[1] == ("LookupError", "no such word")
+        assert all(
+            of[0] == "RuntimeError" and of[1].endswith("rank 1: LookupError: no such word") for of in found[:1] + found[2:]
+        )
+
+
+class _Raises(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, raises):
+        ctx.raises = raises
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.raises:
+            raise LookupError("no such word")
+        return gradient, None
+
+
+def an_error_on_the_way_back(group, kind, what):
+    """Rank 1 raises in its own backward pass, or runs none, between what all ranks run together."""
+    rank, found = dist.get_rank(group), None
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 8, requires_grad=True)
+    if kind == "attention":
+        call = lambda x: scaled_dot_product_attention(*[x.unsqueeze(0)] * 3)[0]  # noqa: E731
+    elif kind == "unshard_sequence":
+        call = lambda x: unshard_sequence(x, group, dim=0)  # noqa: E731
+    else:
+        module = getattr(fastseq, kind)(8, 8, **({"window": 2} if kind == "QRNN" else {}))
+        call = lambda x: module(x)[0]  # noqa: E731
+    try:
+        with context_parallel(group):
+            y = call(_Raises.apply(call(x), rank == 1 and what == "raises"))
+            if rank != 1 or what == "raises":
+                y.sum().backward()
+    except Exception as error:
+        found = type(error).__name__, str(error)
+    with context_parallel(group):  # nothing is left over
+        call(x).sum().backward()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["attention", "unshard_sequence", "LSTM", "MinGRU", "RGLRU", "QRNN"])
+def test_an_error_on_the_way_back_reaches_all_ranks(ranks, kind):
+    found = ranks.run(an_error_on_the_way_back, kind, "raises", size=3)
+    assert found[1] == ("LookupError", "no such word")
+    assert found[0] == found[2] == ("RuntimeError", "rank 1: LookupError: no such word")
+    found = ranks.run(an_error_on_the_way_back, kind, "runs none", size=3)
+    assert found[0] == found[1] == found[2] and "rank 1 has the end of context_parallel" in found[0][1]
+
+
+def wrong_blocks(group):
+    """Arguments that are wrong on one rank alone."""
+    rank, found = dist.get_rank(group), []
+    for wrong in ({"method": "rings"}, {"sharding": "zigzags"}, {"micro_batches": 0}, {"micro_batches": "2"}):
+        try:
+            with context_parallel(group, **(wrong if rank == 1 else {})):
+                pass
+        except Exception as error:
+            found.append((type(error).__name__, str(error)))
+    return found
+
+
+def test_a_wrong_block_on_one_rank_is_told_to_all(ranks):
+    first, second, third = ranks.run(wrong_blocks, size=3)
+    assert first == second == third
+    assert [kind for kind, _ in first] == ["ValueError", "ValueError", "ValueError", "TypeError"]
+    assert all(words.startswith("rank 1: ") for _, words in first)
 
 
 class Model(nn.Module):

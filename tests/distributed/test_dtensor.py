@@ -3,6 +3,7 @@ not gathered on the way."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.debug import CommDebugMode
 
 import fastseq
+from fastseq.distributed import context_parallel, shard_sequence, sum_gradients
 from fastseq.functional import attention, scan
 
 B, HEADS, T, E = 4, 4, 5, 6
@@ -144,6 +146,16 @@ LAYERS: dict[str, tuple[str, dict[str, Any], str, Any]] = {
     "min lstm by steps": ("MinLSTM", {"num_layers": 2}, "", Shard(0)),
     "hgrn by features": ("HGRN", {}, "", Shard(2)),
     "qrnn by rows": ("QRNN", {"num_layers": 2}, "", Shard(1)),
+    "qrnn of two steps by rows": ("QRNN", {"num_layers": 2, "window": 2, "bidirectional": True}, "hx lengths", Shard(1)),
+    "hgrn by rows": ("HGRN", {"num_layers": 2, "bidirectional": True}, "hx lengths resets", Shard(1)),
+    "rg-lru by rows": ("RGLRU", {"num_layers": 2, "bidirectional": True, "heads": 2}, "hx resets", Shard(1)),
+    "rg-lru by rows, batch first": ("RGLRU", {"batch_first": True, "bias": False}, "lengths", Shard(0)),
+    "rg-lru by steps": ("RGLRU", {"heads": 2}, "hx", Shard(0)),
+    "rg-lru by features of an input that is projected": ("RGLRU", {"heads": 2}, "hx", Shard(2)),
+    "lru by rows": ("LRU", {"num_layers": 2, "bidirectional": True, "bias": True}, "hx lengths resets", Shard(1)),
+    "lru by rows, batch first": ("LRU", {"batch_first": True, "state_size": 3}, "hx", Shard(0)),
+    "lru by steps": ("LRU", {}, "", Shard(0)),
+    "lru by features": ("LRU", {}, "hx", Shard(2)),
 }
 
 
@@ -173,11 +185,12 @@ def recurred(case: str, mesh: Any = None) -> dict[str, Tensor]:
         given["hx"] = tuple(states) if isinstance(hx, tuple) else states[0]
     if "cells" in extra:
         given["return_cells"] = True
-    output, finals, *cells = module(x, **given)
+    with CommDebugMode() as seen:
+        output, finals, *cells = module(x, **given)
     results = [output, *(finals if isinstance(finals, tuple) else (finals,)), *cells]
     if mesh is not None and placement == Shard(0 if getattr(module, "batch_first", False) else 1):
-        assert output.placements == (placement,), "rows stay where they are"
-    sum(t.sin().sum() for t in results).backward()
+        assert output.placements == (placement,) and not seen.get_total_counts(), "rows stay where they are"
+    sum((t.abs() if t.is_complex() else t).sin().sum() for t in results).backward()
     found = {f"result {i}": t for i, t in enumerate(results)} | {"dx": x.grad}
     found |= {f"d state {i}": state.grad for i, state in enumerate(states) if "hx" in extra}
     found |= {f"d {name}": parameter.grad for name, parameter in module.named_parameters()}
@@ -196,6 +209,120 @@ def check_layers(group: Any) -> None:
 
 def test_layers_are_what_whole_tensors_give(ranks):
     ranks.run(check_layers)
+
+
+def by_channels(group: Any) -> None:
+    """Heads of an RG-LRU have nothing to do with one another: ranks that divide them send nothing, forward or backward."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    for batched, heads in ((True, 4), (False, 2)):
+        torch.manual_seed(2)
+        whole = fastseq.RGLRU(8, 8, 2, heads=heads, dtype=torch.float64)
+        x, hx = (torch.randn(n, *[3] * batched, 8, dtype=torch.float64).requires_grad_() for n in (T, 2))
+        resets = torch.rand(x.shape[:-1]) < 0.3
+
+        def along_heads(name: str, module: Any, mesh: DeviceMesh) -> None:
+            for own, parameter in list(module.named_parameters(recurse=False)):
+                module.register_parameter(own, torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+
+        module = distribute_module(copy.deepcopy(whole), mesh, along_heads)
+        parts = [distribute_tensor(t.detach(), mesh, [Shard(t.dim() - 1)]).requires_grad_() for t in (x, hx)]
+        cut = distribute_tensor(resets, mesh, [Replicate()])
+        with CommDebugMode() as seen:
+            output, h_n = module(parts[0], parts[1], resets=cut)
+            (output.to_local().sin().sum() + h_n.to_local().cos().sum()).backward()
+        assert not seen.get_total_counts(), seen.get_comm_counts()
+        assert output.placements == h_n.placements == (Shard(x.dim() - 1),) or not batched
+        expected, final = whole(x, hx, resets=resets)
+        (expected.sin().sum() + final.cos().sum()).backward()
+        pairs = [(output, expected), (h_n, final), (parts[0].grad, x.grad), (parts[1].grad, hx.grad)]
+        pairs += [(own.grad, other.grad) for own, other in zip(module.parameters(), whole.parameters(), strict=True)]
+        for own, other in pairs:
+            torch.testing.assert_close(own.full_tensor(), other, rtol=1e-12, atol=1e-12)
+
+
+def test_heads_of_an_rg_lru_are_divided_without_a_message(ranks):
+    ranks.run(by_channels)
+
+
+def in_two_dimensions(group: Any) -> None:
+    """Rows along one dimension of a mesh, heads along the other."""
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2))
+    torch.manual_seed(3)
+    whole, x = fastseq.RGLRU(8, 8, heads=2, dtype=torch.float64), torch.randn(T, B, 8, dtype=torch.float64, requires_grad=True)
+    module = distribute_module(copy.deepcopy(whole), mesh)
+    part = distribute_tensor(x.detach(), mesh, [Shard(1), Shard(2)]).requires_grad_()
+    output, h_n = module(part)
+    assert output.placements == (Shard(1), Shard(2)) and h_n.placements == (Shard(1), Shard(2))
+    (output.sin().sum() + h_n.cos().sum()).full_tensor().backward()
+    expected, final = whole(x)
+    (expected.sin().sum() + final.cos().sum()).backward()
+    pairs = [(output, expected), (h_n, final), (part.grad, x.grad)]
+    pairs += [(own.grad, other.grad) for own, other in zip(module.parameters(), whole.parameters(), strict=True)]
+    for own, other in pairs:
+        torch.testing.assert_close(own.full_tensor(), other, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_times_heads(ranks):
+    ranks.run(in_two_dimensions, size=4)
+
+
+def compiled(group: Any) -> None:
+    """Whole graphs, forward and backward, of layers on their shards."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    for kind, options in (("GRU", {}), ("MinGRU", {}), ("RGLRU", {"heads": 2}), ("LRU", {}), ("QRNN", {"window": 2})):
+        module = distribute_module(getattr(fastseq, kind)(4, 4, dtype=torch.float64, **options), mesh)
+        x = distribute_tensor(tensors((T, B, 4))[0], mesh, [Shard(1)]).requires_grad_()
+        found = []
+        outputs = lambda x, module=module: module(x)[0]  # noqa: E731
+        for call in (outputs, torch.compile(outputs, fullgraph=True, backend="aot_eager")):
+            output = call(x)
+            assert output.placements == (Shard(1),)
+            output.sin().sum().full_tensor().backward()
+            found.append([output, x.grad, *[parameter.grad for parameter in module.parameters()]])
+            x.grad = None
+            module.zero_grad()
+        for own, other in zip(*found, strict=True):
+            torch.testing.assert_close(own.full_tensor(), other.full_tensor(), rtol=1e-12, atol=1e-12)
+
+
+def test_layers_are_compiled_whole(ranks):
+    ranks.run(compiled)
+
+
+def rows_times_steps(group: Any) -> None:
+    """Rows as DTensors along one dimension of a mesh, steps on the ranks of the other."""
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("context", "data"))
+    context, data = mesh["context"], mesh["data"]
+    for kind, options in (("LSTM", {"bidirectional": True}), ("MinGRU", {}), ("RGLRU", {"heads": 2}), ("LRU", {})):
+        torch.manual_seed(5)
+        whole, x = getattr(fastseq, kind)(4, 4, 2, dtype=torch.float64, **options), torch.randn(T, B, 4, dtype=torch.float64)
+        expected = whole(x)[0]
+        expected.sin().sum().backward()
+        module = distribute_module(copy.deepcopy(whole), data)
+        module.zero_grad()
+        part = distribute_tensor(shard_sequence(x, context, dim=0), data, [Shard(1)])
+        with context_parallel(context):
+            output = module(part)[0]
+        assert output.placements == (Shard(1),)
+        output.sin().sum().backward()
+        sum_gradients(module, context)
+        torch.testing.assert_close(output.full_tensor(), shard_sequence(expected, context, dim=0), rtol=1e-12, atol=1e-12)
+        for own, other in zip(module.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(own.grad.full_tensor(), other.grad, rtol=1e-12, atol=1e-12)
+        with pytest.raises(RuntimeError, match="is a DTensor on the ranks that share the sequence"):
+            sum_gradients(module, data)
+        with pytest.raises(RuntimeError, match="input is a DTensor on the ranks that share the sequence"), context_parallel(data):
+            module(part)
+    q = distribute_tensor(tensors((B, HEADS, T, E))[0], data, [Shard(0)])
+    with pytest.raises(RuntimeError, match="q is a DTensor: give this rank's own tensor"), context_parallel(context):
+        attention(q, q, q, layout="bhsd")
+    b = distribute_tensor(tensors((T, B, E))[0], data, [Shard(1)])
+    with pytest.raises(RuntimeError, match="b is a DTensor: give this rank's own tensor"), context_parallel(context):
+        scan(b, b)
+
+
+def test_rows_times_steps(ranks):
+    ranks.run(rows_times_steps, size=4)
 
 
 def refusals(group: Any) -> None:

@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastseq.distributed._ranks import NUMBERS, Own, Ranks, agree, agreed, known_to_all
+from fastseq.distributed._ranks import NUMBERS, Own, Ranks, agree, agreed, known
 from support.ranks import Pool, RankError
 
 
 def raised(call, *args, **kwargs):
-    """Type and words of the exception, or None."""
+    """Type and words of the exception, and whether the ranks of the call know it; or None."""
     try:
         call(*args, **kwargs)
     except Exception as error:
-        return type(error).__name__, str(error), known_to_all(error)
+        return type(error).__name__, str(error), isinstance(args[0], Ranks) and known(error, args[0])
     return None
 
 

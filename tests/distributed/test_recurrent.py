@@ -13,9 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import fastseq
-from fastseq.distributed import _wavefront, context_parallel, recurrent, sum_gradients
+from fastseq.distributed import _wavefront, context_parallel, recurrent, shard_sequence, sum_gradients, unshard_sequence
 from fastseq.distributed._exchange import counted
 from fastseq.testing import assert_all_close_to_truth
 
@@ -239,6 +240,172 @@ def test_what_is_sent_is_states_alone(ranks):
     ranks.run(traffic, size=4)
 
 
+# kind, options of the module, what the call has beside its input, lengths, whether they are sorted, steps of the ranks
+PACKED: dict[str, tuple[str, dict[str, Any], str, tuple[int, ...], tuple[int, ...]]] = {
+    "lstm": ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 2}, "hx resets reset_to cells", (5, 2, 7, 4), (4, 3)),
+    "gru, sorted": ("GRU", {"num_layers": 2, "batch_first": True}, "hx reset_to resets sorted", (6, 6, 3, 1), (2, 4)),
+    "rnn, no states": ("RNN", {"bidirectional": True}, "sorted", (5, 4, 1), (3, 2)),
+    "a rank without rows": ("GRU", {"bidirectional": True}, "hx", (3, 4, 1), (0, 4)),
+    "slstm": ("SLSTM", {"num_heads": 2, "bidirectional": True}, "resets", (2, 6, 5), (3, 3)),
+    "four": ("LSTM", {"num_layers": 2, "bidirectional": True}, "hx resets cells", (9, 2, 1, 8, 4), (3, 2, 2, 2)),
+    "one row on later ranks": ("GRU", {"num_layers": 3}, "hx", (8, 2, 1), (2, 2, 2, 2)),
+    "fewer steps than ranks": ("LSTM", {"bidirectional": True}, "hx sorted", (2, 1, 1), (1, 0, 1, 0)),
+}
+
+
+def of_packed(case: str, group: Any = None) -> dict[str, Tensor]:
+    """Outputs and gradients by name, of all sequences: with a group put together from parts."""
+    kind, options, extra, lengths, sizes = PACKED[case]
+    torch.manual_seed(len(case))
+    module = getattr(fastseq, kind)(WIDTH, H, dtype=torch.float64, **options)
+    rows, lanes = len(lengths), module.num_layers * (2 if module.bidirectional else 1)
+    x = torch.randn(max(lengths), rows, WIDTH, dtype=torch.float64, requires_grad=True)
+
+    def pack(padded: Tensor) -> PackedSequence:
+        return pack_padded_sequence(padded, torch.tensor(lengths), enforce_sorted="sorted" in extra)
+
+    def states(batch: int) -> Any:
+        names = fastseq.cells.CELLS[module.cell].states
+        widths = [module.proj_size or H if name == "h" else H for name in names]
+        found = [torch.randn(lanes, batch, width, dtype=torch.float64, requires_grad=True) for width in widths]
+        return tuple(found) if len(names) > 1 else found[0]
+
+    def part(packed: PackedSequence) -> PackedSequence:
+        """As ``shard_sequence`` cuts, but for the steps of each rank."""
+        if group is None:
+            return packed
+        rank, counts = dist.get_rank(group), packed.batch_sizes.split(list(sizes))
+        of_ranks = [int(count.sum()) for count in counts]
+        return packed._replace(data=packed.data.split(of_ranks)[rank], batch_sizes=counts[rank])
+
+    given: dict[str, Any] = {}
+    if "hx" in extra:
+        given["hx"] = states(rows)
+    if "resets" in extra:
+        given["resets"] = part(pack(torch.rand(max(lengths), rows) < 0.4))
+    if "reset_to" in extra:
+        given["reset_to"] = states(rows)
+    if "cells" in extra:
+        given["return_cells"] = True
+    if group is None:
+        output, finals, *cells = module(pack(x), **given)
+    else:
+        with context_parallel(group, micro_batches=2):
+            output, finals, *cells = module(part(pack(x)), **given)
+    assert isinstance(output, PackedSequence)
+    weights = part(pack(torch.randn(max(lengths), rows, output.data.shape[1], dtype=torch.float64))).data
+    shares = 1 if group is None else len(sizes)
+    loss = (output.data * weights).sum() + sum(c.sin().sum() for c in cells)
+    (loss + sum((state.sin() * (i + 1)).sum() for i, state in enumerate(leaves(finals))) / shares).backward()
+    if group is not None:
+        sum_gradients(module, group)
+        output = unshard_sequence(output, group)
+        cells = [unshard_sequence(c, group, dim=1) for c in cells]
+    found = {"output": pad_packed_sequence(output)[0]} | {f"cells {i}": c for i, c in enumerate(cells)}
+    found |= {f"final {i}": state for i, state in enumerate(leaves(finals))}
+    found |= {f"d {name}": parameter.grad for name, parameter in module.named_parameters()}
+    for i, tensor in enumerate([x, *leaves(given.get("hx")), *leaves(given.get("reset_to"))]):
+        found[f"d given {i}"] = tensor.grad.clone()
+        if group is not None:
+            dist.all_reduce(found[f"d given {i}"], group=group)
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def check_packed(group: Any, size: int) -> None:
+    for case, (*_, sizes) in PACKED.items():
+        if len(sizes) == size:
+            own, whole = of_packed(case, group), of_packed(case)
+            assert own.keys() == whole.keys()
+            for name, tensor in own.items():
+                what = f"{case}, {name}"
+                torch.testing.assert_close(
+                    tensor, whole[name], rtol=1e-12, atol=1e-12, msg=lambda text, what=what: f"{what}: {text}"
+                )
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_packed_sequences_are_what_one_process_computes(ranks, size):
+    ranks.run(check_packed, size, size=size)
+
+
+def packed_faults(group: Any) -> None:
+    """What ``check_packed`` must see."""
+    right = recurrent.packing
+    planted = {
+        "what is padded counts": lambda found: found._replace(lengths=torch.full_like(found.lengths, 7)),
+        "a step too many": lambda found: found._replace(lengths=(found.lengths + 1).clamp(max=7)),
+        "the last sequence first": lambda found: found._replace(sequence=found.sequences - 1 - found.sequence),
+    }
+    for fault, change in planted.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recurrent, "packing", lambda *args, change=change: change(right(*args)))
+            own = of_packed("lstm", group)
+        whole = of_packed("lstm")
+        seen = [name for name in own if not torch.allclose(own[name], whole[name], rtol=1e-12, atol=1e-12)]
+        assert "output" in seen and "d given 0" in seen, (fault, seen)
+
+
+def test_packed_faults_are_seen(ranks):
+    ranks.run(packed_faults)
+
+
+def packed_functions(group: Any) -> None:
+    """``batch_sizes`` of the function, in packed order; a program of shard_sequence and unshard_sequence; without gradients."""
+    torch.manual_seed(4)
+    module, x = fastseq.LSTM(WIDTH, H, bidirectional=True), torch.randn(7, B, WIDTH)
+    whole = pack_padded_sequence(x, torch.tensor([7, 5, 1]))
+    hx = torch.randn(2, B, H), torch.randn(2, B, H)
+    params = [parameter.detach() for parameter in module.parameters()]
+    with torch.no_grad():
+        expected, states = module(whole, hx)
+        with context_parallel(group):
+            part = shard_sequence(whole, group)
+            output, finals = module(part, hx)
+            y, *of_function = fastseq.functional.lstm(part.data, hx, params, bidirectional=True, batch_sizes=part.batch_sizes)
+    torch.testing.assert_close(unshard_sequence(output, group).data, expected.data)
+    assert torch.equal(output.data, y)
+    for own, other, again in zip(finals, states, of_function, strict=True):
+        torch.testing.assert_close(own, other)
+        assert torch.equal(own, again)
+
+
+def test_packed_sequences_of_functions(ranks):
+    ranks.run(packed_functions)
+
+
+def packed_mistakes(group: Any) -> None:
+    rank, lstm = dist.get_rank(group), fastseq.LSTM(WIDTH, H)
+    whole = pack_padded_sequence(torch.randn(4, B, WIDTH), torch.tensor([4, 2, 3]), enforce_sorted=False)
+    part = shard_sequence(whole, group)
+    x = torch.randn(2, B, WIDTH)
+    text = "call: rank 0 has recurrent, of packed sequences, rank 1 has recurrent (lstm)"
+    refused(group, RuntimeError, text, lambda: lstm(x if rank else part))
+    back = pack_sequence([torch.randn(2, WIDTH)] * (1 + rank))
+    refused(group, RuntimeError, "must not rise from rank to rank", lambda: lstm(back))
+    short = part._replace(data=part.data[: len(part.data) - rank])
+    refused(group, RuntimeError, "rank 1: batch_sizes add up to 3 rows, but the packed data has 2", lambda: lstm(short))
+    states = torch.randn(1, B + 1, H), torch.randn(1, B + 1, H)
+    refused(group, RuntimeError, "Expected hidden[0] size (1, 3, 4), got [1, 4, 4]", lambda: lstm(part, states), alike=False)
+    ordered = part._replace(sorted_indices=None, unsorted_indices=None)
+    refused(group, RuntimeError, "Expected h0 for a batch of 3, got [1, 4, 4]", lambda: lstm(ordered, states))
+    refused(group, ValueError, "carries its own lengths", lambda: lstm(part, lengths=torch.tensor([1, 2, 3])), alike=False)
+    resets = torch.zeros(1, dtype=torch.bool)
+    refused(group, RuntimeError, "resets must be", lambda: lstm(part, resets=resets if rank else None), alike=False)
+    empty = PackedSequence(torch.randn(0, WIDTH), torch.zeros(0, dtype=torch.int64))
+    refused(group, RuntimeError, "Expected sequence length to be larger than 0", lambda: lstm(empty), alike=False)
+    try:
+        with context_parallel(group, sharding="zigzag"):
+            lstm(part)
+    except ValueError as error:
+        assert "must be one run: give sharding='contiguous', got 'zigzag'" in str(error)
+    else:
+        raise AssertionError("zigzag was taken")
+
+
+def test_packed_mistakes_are_told_by_all(ranks):
+    ranks.run(packed_mistakes)
+
+
 def random_parts(group: Any) -> None:
     """The same elements of w_hh are dropped on all ranks; what else is drawn is each rank's own."""
     rank = dist.get_rank(group)
@@ -326,8 +493,6 @@ def disagreements(group: Any) -> None:
     states = torch.randn(1, B + rank, H), torch.randn(1, B, H)
     refused(group, RuntimeError, "Expected hidden[0] size (1, 3, 4), got [1, 4, 4]", lambda: lstm(x, states), alike=False)
     refused(group, ValueError, "micro_batches must lie in 1..1, the rows of the batch, got 2", lambda: lstm(x[:, :1]))
-    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(2, WIDTH)])
-    refused(group, ValueError, "of the padded input, and lengths=, those of the whole", lambda: lstm(packed))
     refused(group, ValueError, "give resets", lambda: lstm(x[:, 0], cu_seqlens=torch.tensor([0, 2])))
     refused(group, RuntimeError, "Expected sequence length to be larger than 0", lambda: lstm(x[:0]))
     refused(group, RuntimeError, "torch.func", lambda: torch.func.grad(lambda x: lstm(x)[0].sum())(x))

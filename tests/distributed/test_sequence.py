@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastseq.distributed import positions, shard_sequence, unshard_sequence
 from fastseq.distributed.sequence import cut, held_runs, runs_of_ranks, size_of
@@ -57,8 +58,31 @@ def there_and_back(group):
     return True
 
 
+def packed_there_and_back(group):
+    rank, n = dist.get_rank(group), dist.get_world_size(group)
+    torch.manual_seed(3)
+    for lengths, is_sorted in (([7, 2, 5], False), ([9, 4, 1], True), ([1, 1], True), ([2, 8, 8, 3], False)):
+        x = torch.randn(max(lengths), len(lengths), 3, dtype=torch.float64, requires_grad=True)
+        whole = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=is_sorted)
+        part = shard_sequence(whole, group)
+        begin, end = cut(max(lengths), n)[rank]
+        assert torch.equal(part.batch_sizes, whole.batch_sizes[begin:end])
+        assert part.data.shape == (int(part.batch_sizes.sum()), 3)
+        back = unshard_sequence(part, group)
+        for own, other in zip(back, whole, strict=True):
+            assert own is None and other is None or torch.equal(own, other)
+        weights = torch.randn(whole.data.shape, dtype=torch.float64)
+        (back.data * weights).sum().backward()
+        dist.all_reduce(x.grad, group=group)  # of what each rank cut off
+        again = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=is_sorted)
+        (expected,) = torch.autograd.grad((again.data * weights).sum(), x)
+        torch.testing.assert_close(x.grad, expected * n)
+    return True
+
+
 def mistakes(group):
     rank, found = dist.get_rank(group), {}
+    packed = pack_padded_sequence(torch.zeros(3, 2, 1), torch.tensor([1, 3]), enforce_sorted=False)
     calls = {
         "features": lambda: unshard_sequence(torch.zeros(2, 3 + rank), group, dim=0),
         "dtype": lambda: unshard_sequence(torch.zeros(2, 3, dtype=[torch.float32, torch.float64][rank]), group, dim=0),
@@ -68,6 +92,12 @@ def mistakes(group):
         "name": lambda: unshard_sequence(torch.zeros(2), group, dim=0, sharding="zigzags"),
         "no tensor": lambda: shard_sequence([1], group, dim=0),
         "length": lambda: positions(-1, group),
+        "dim of packed": lambda: shard_sequence(packed, group, dim=0),
+        "zigzag of packed": lambda: shard_sequence(packed, group, sharding="zigzag"),
+        "packed on one": lambda: unshard_sequence(packed, group) if rank else unshard_sequence(torch.zeros(2), group, dim=0),
+        "order": lambda: unshard_sequence(packed._replace(sorted_indices=torch.tensor([rank, 1 - rank])), group),
+        "zigzag of packed on one": lambda: unshard_sequence(packed, group, sharding=["contiguous", "zigzag"][rank]),
+        "no dim": lambda: shard_sequence(torch.zeros(2), group),
     }
     for name, call in calls.items():
         try:
@@ -80,6 +110,7 @@ def mistakes(group):
 def test_there_and_back(ranks):
     for n in (1, 2, 4):
         assert all(ranks.run(there_and_back, size=n))
+        assert all(ranks.run(packed_there_and_back, size=n))
 
 
 def test_mistakes_are_told_on_every_rank(ranks):
@@ -95,3 +126,9 @@ def test_mistakes_are_told_on_every_rank(ranks):
     assert first["dim of one"] == ("IndexError", "rank 1: dim must lie in -1..0 for a tensor of 1 dimensions, got 1")
     assert first["name"][0] == "ValueError" and "did you mean 'zigzag'" in first["name"][1]
     assert first["no tensor"][0] == "TypeError" and first["length"] == ("ValueError", "length must not be negative, got -1")
+    assert first["dim of packed"][0] == first["zigzag of packed"][0] == "ValueError"
+    assert "leave out dim" in first["dim of packed"][1] and "must be one run" in first["zigzag of packed"][1]
+    assert "rank 0 has unshard_sequence, rank 1 has unshard_sequence, of packed sequences" in first["packed on one"][1]
+    assert "sorted_indices: rank 0 has [0, 1], rank 1 has [1, 0]" in first["order"][1]
+    assert first["zigzag of packed on one"][0] == "ValueError" and "rank 1: a recurrence" in first["zigzag of packed on one"][1]
+    assert first["no dim"][0] == "TypeError" and "dim" in first["no dim"][1]

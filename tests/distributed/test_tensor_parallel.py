@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastseq
+from fastseq.distributed import context_parallel, shard_sequence, sum_gradients
 from fastseq.distributed.tensor_parallel import HeadParallel
 
 T, S, B, E, HEADS = 4, 5, 3, 8, 4
@@ -165,6 +167,32 @@ def shards(group: Any) -> None:
 
 def test_a_rank_holds_its_part(ranks):
     ranks.run(shards)
+
+
+def heads_times_steps(group: Any) -> None:
+    """Heads along one dimension of a mesh, steps along the other; ``sum_gradients`` sums DTensors where they are."""
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("context", "heads"))
+    context = mesh["context"]
+    torch.manual_seed(6)
+    x = torch.randn(B, S, E, dtype=torch.float64)
+    for whole, call in (
+        (fastseq.MultiheadAttention(E, HEADS, batch_first=True).double(), lambda m, x: m(x, x, x, need_weights=False)[0]),
+        (fastseq.LSTM(E, E, 2, batch_first=True, num_heads=HEADS, dtype=torch.float64), lambda m, x: m(x)[0]),
+    ):
+        module = parallelize_module(copy.deepcopy(whole), mesh["heads"], HeadParallel())
+        expected = call(whole, x)
+        expected.sin().sum().backward()
+        with context_parallel(context):
+            output = call(module, shard_sequence(x, context, dim=1))
+        output.sin().sum().backward()
+        sum_gradients(module, context)
+        torch.testing.assert_close(output, shard_sequence(expected, context, dim=1), rtol=1e-12, atol=1e-12)
+        for own, other in zip(module.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(own.grad.full_tensor().reshape(other.shape), other.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_heads_times_steps(ranks):
+    ranks.run(heads_times_steps, size=4)
 
 
 def refusals(group: Any) -> None:
