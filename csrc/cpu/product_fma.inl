@@ -71,16 +71,21 @@ struct MultiplyAdd : BlockProduct<Values<A_>> {
   template <class S, class Row>
   static void pack_transposed(int64_t vectors, int64_t depth, void* packed, const Row& row) {
     A* to = static_cast<A*>(packed);
-    for (int64_t k0 = 0; k0 < depth; k0 += W)  // W x W squares: whole cache lines on either side
-      for (int64_t v = 0; v < vectors; ++v) {
+    for (int64_t v = 0; v < vectors; ++v) {  // W rows from end to end: as many as are well fetched ahead
+      const S* from[W];
+      for (int64_t j = 0; j < W; ++j) from[j] = row(v, j);
+      for (int64_t k0 = 0; k0 < depth; k0 += W) {  // W x W squares: whole cache lines on either side
         V square[W];
         for (int64_t j = 0; j < W; ++j) {
-          const S* from = row(v, j);
-          square[j] = from ? Memory<S, A>::load(from + k0, depth - k0) : V{};
+          square[j] = V{};
+          if (!from[j]) continue;
+          square[j] = Memory<S, A>::load(from[j] + k0, depth - k0);
+          __builtin_prefetch(reinterpret_cast<const char*>(from[j] + k0) + 4 * sizeof(V), 0, 3);
         }
         transpose<W / 2, W>(square);
         for (int64_t k = 0; k < min(W, depth - k0); ++k) *(V*)(to + place(k0 + k, v, vectors, depth)) = square[k];
       }
+    }
   }
 
   // of weights [depth, columns], as they lie

@@ -69,16 +69,21 @@ struct MultiplyPairs : BlockProduct<Pairs> {
   static void pack_transposed(int64_t vectors, int64_t depth, void* packed, const Row& row) {
     const int64_t pairs = Pairs::factors_of(depth);
     auto* to = static_cast<Factor*>(packed);
-    for (int64_t k0 = 0; k0 < pairs; k0 += W)  // W x W squares: whole cache lines on either side
-      for (int64_t v = 0; v < vectors; ++v) {
+    for (int64_t v = 0; v < vectors; ++v) {  // W rows from end to end: as many as are well fetched ahead
+      const bfloat16* from[W];
+      for (int64_t j = 0; j < W; ++j) from[j] = row(v, j);
+      for (int64_t k0 = 0; k0 < pairs; k0 += W) {  // W x W squares: whole cache lines on either side
         Vector square[W];
         for (int64_t j = 0; j < W; ++j) {
-          const bfloat16* from = row(v, j);
-          square[j] = from ? Pairs::load(from + 2 * k0, depth - 2 * k0) : Vector{};
+          square[j] = Vector{};
+          if (!from[j]) continue;
+          square[j] = Pairs::load(from[j] + 2 * k0, depth - 2 * k0);
+          __builtin_prefetch(reinterpret_cast<const char*>(from[j] + 2 * k0) + 4 * sizeof(Vector), 0, 3);
         }
         transpose<W / 2, W>(square);
         for (int64_t k = 0; k < min(W, pairs - k0); ++k) *(Vector*)(to + place(k0 + k, v, vectors, pairs)) = square[k];
       }
+    }
   }
 
   // of weights [depth, columns]: pairs of rows, interleaved
