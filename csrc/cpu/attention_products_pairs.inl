@@ -1,6 +1,10 @@
 // Products of attention's tiles by vectors, of pairs of bfloat16 (AVX512-BF16). Included by attention_tiles.inl.
 
 struct Multiplier {
+  static constexpr bool kVectors = true;
+  // Keys whose scores and gradients are formed, backward, before they become operands: both stay in the first-level cache, beside what they are
+  // the product of.
+  static constexpr int64_t kStep = 32;
   // Queries of a block, backward, where a causal mask hides keys: half of the others', which follow its edge less closely.
   static constexpr int64_t kCausalLanes = 32;
 };
