@@ -172,6 +172,9 @@ class Few {
 #else
   static constexpr int64_t kMostInPairs = 0;
 #endif
+  // From how many lanes on weighted sums of values are products of pairs, too: what bringing pairs of keys together takes is then shared.
+  static constexpr int64_t kLeastLanesOfPairs = kMostInPairs > 1 ? 4 : 2 * W;
+  static constexpr bool kNarrows = kTiles || kMostInPairs > 1;
   // Of tiles: keys or rows, features of a key (and keys of weights), columns of sums under way.
   static constexpr int64_t kTile = 16, kDepth = 32, kColumns = 64;
   static constexpr int64_t kLeastRows = 3, kLeastKeys = 32;  // which are worth a configuration of the tiles
@@ -201,13 +204,19 @@ class Few {
   struct Ahead {
     const S* const* rows;
     int64_t count, bytes;
+    bool nearer;  // no further than the second-level cache
 
-    Ahead part(int64_t begin, int64_t end) const { return {rows + min(begin, count), min(end, count) - min(begin, count), bytes}; }
+    Ahead part(int64_t begin, int64_t end) const { return {rows + min(begin, count), min(end, count) - min(begin, count), bytes, nearer}; }
     Ahead share(int64_t i, int64_t shares) const { return part(count * i / shares, count * (i + 1) / shares); }
     // when `done` of `all` is computed
     FASTSEQ_HOST_DEVICE void fetch(int64_t done, int64_t all, int64_t& fetched) const {
-      for (; fetched < count && fetched * all < done * count; ++fetched)
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(rows[fetched]) + at, 0, 3);
+      for (; fetched < count && fetched * all < done * count; ++fetched) {
+        const char* const row = reinterpret_cast<const char*>(rows[fetched]);
+        if (nearer)
+          for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+        else
+          for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 3);
+      }
     }
   };
 
@@ -226,7 +235,7 @@ class Few {
     const int64_t rows = rows_of(a);
     return partial(a) + (groups_of(rows) * kGroup + kTogether) * padded(a.features) * sizeof(A) + 2 * kGroup * kMostBlock * sizeof(A) +
            lines_of(groups_of(rows) * sizeof(Group)) + lines_of(rows * sizeof(Row)) +
-           (kTiles ? kNarrow + kPairs + kOfTiles + padded(a.value_features) * int64_t(sizeof(S)) : 0);
+           (kNarrows ? kNarrow : 0) + (kTiles ? kPairs + kOfTiles + padded(a.value_features) * int64_t(sizeof(S)) : 0);
   }
 
   static void run(const Attention& a, const FewPart& part, void* scratch, void* partial_memory) {
@@ -283,8 +292,9 @@ class Few {
     take(added_, kGroup * kMostBlock * sizeof(A));
     take(groups_, lines_of(groups * sizeof(Group)));
     take(rows_, lines_of(rows * sizeof(Row)));
+    if constexpr (kNarrows) take(narrow_, kNarrow);
     if constexpr (kTiles) {
-      take(narrow_, kNarrow), take(pairs_, kPairs), take(of_tiles_, kOfTiles);
+      take(pairs_, kPairs), take(of_tiles_, kOfTiles);
       take(zeros_, padded(a.value_features) * sizeof(S));
       __builtin_memset((void*)zeros_, 0, padded(a.value_features) * sizeof(S));
     }
@@ -426,8 +436,18 @@ class Few {
     for (int64_t j = count; j % kScored<1>; ++j) rows[j] = rows[count - 1];
   }
 
+  // AMD's first-level caches wait for 24 lines at a time, which bounds what comes from memory; the second-level caches wait for more.
+  static bool fetches_nearer() {
+#if defined(__x86_64__) && !defined(FASTSEQ_TILES)
+    return __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+  }
+
   void walk() {
     const int64_t size = block(a_);
+    const bool nearer = fetches_nearer();
     const S *keys[2][kMostBlock], *values[kMostBlock + kDepth];
     if (part_.begin < part_.end) find(a_.k, part_.begin, min(size, part_.end - part_.begin), keys[0]);
     int now = 0;
@@ -437,8 +457,8 @@ class Few {
       if (tiled_)
         for (int64_t i = count; i % kDepth; ++i) values[i] = zeros_;
       if (next) find(a_.k, j + count, next, keys[now ^ 1]);
-      Ahead fetch_values{values, count, a_.value_features * int64_t(sizeof(S))};
-      Ahead fetch_keys{keys[now ^ 1], next, a_.features * int64_t(sizeof(S))};
+      Ahead fetch_values{values, count, a_.value_features * int64_t(sizeof(S)), nearer};
+      Ahead fetch_keys{keys[now ^ 1], next, a_.features * int64_t(sizeof(S)), nearer};
       for (int64_t g = 0; g < groups_of(part_.rows); ++g) {
         const Group& group = groups_[g];
         A shrinks[W];
@@ -455,7 +475,13 @@ class Few {
         with_lanes<kGroup>(group.lanes, [&]<int L>() __attribute__((always_inline)) {
           score<L>(group, j, count, keys[now], fetch_values);
           weigh<L>(group, count, shrinks);
+          if constexpr (L >= kLeastLanesOfPairs) pair_weights<L>(count);
         });
+        if (kMostInPairs && group.lanes >= kLeastLanesOfPairs) {
+          with_rows<kGroup>(group.rows, [&]<int R>() __attribute__((always_inline)) { sum_by_pairs<R>(group, count, values, shrinks, fetch_keys); });
+          fetch_keys.count = fetch_values.count = 0;
+          continue;
+        }
         for (int64_t i = 0; i < group.rows; i += kMostSums) {
           with_rows<kMostSums>(min(kMostSums, group.rows - i), [&]<int R>() __attribute__((always_inline)) {
             sum<R>(group, i, count, values, shrinks + i, fetch_keys);
@@ -649,17 +675,84 @@ class Few {
       for (int64_t i = 0; i < group.rows; ++i)
         for (int64_t u = 0; u < units; ++u) {
           const A* const from = of_tiles_ + i * kColumns + 2 * u * W;
-          A* const to = sums_ + (group.row + i) * ldo_ + f + u * kDepth;
-          const V low = load(from), high = load(from + W);
-          [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
-            const V even = __builtin_shufflevector(low, high, ((J % 4 < 2 ? 0 : W) + J / 4 * 4 + J % 2 * 2)...);
-            const V odd = __builtin_shufflevector(low, high, ((J % 4 < 2 ? 0 : W) + J / 4 * 4 + J % 2 * 2 + 1)...);
-            store(to, load(to) * shrinks[i] + even), store(to + W, load(to + W) * shrinks[i] + odd);
-          }(std::make_integer_sequence<int, W>());
+          add_sums(group.row + i, f + u * kDepth, load(from), load(from + W), shrinks[i]);
         }
     }
   }
 #endif
+
+#if defined(__AVX512BF16__)
+  // Adds to the sums of a row 32 features from f on: `low` has four of every eight, `high` the others.
+  FASTSEQ_HOST_DEVICE void add_sums(int64_t row, int64_t f, V low, V high, A shrink) const {
+    A* const to = sums_ + row * ldo_ + f;
+    [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
+      const V even = __builtin_shufflevector(low, high, ((J % 4 < 2 ? 0 : W) + J / 4 * 4 + J % 2 * 2)...);
+      const V odd = __builtin_shufflevector(low, high, ((J % 4 < 2 ? 0 : W) + J / 4 * 4 + J % 2 * 2 + 1)...);
+      store(to, load(to) * shrink + even), store(to + W, load(to + W) * shrink + odd);
+    }(std::make_integer_sequence<int, W>());
+  }
+#endif
+
+  // The weights of a block in the type in memory, those of two keys side by side: [pairs of keys, L, 2].
+  template <int L>
+  void pair_weights([[maybe_unused]] int64_t count) {
+#if defined(__AVX512BF16__)
+    alignas(64) static constexpr auto kOrder = [] {
+      struct {
+        uint16_t word[32];
+      } order{};
+      for (int i = 0; i < 32; ++i) order.word[i] = (i / 2 / L * 2 + i % 2) * L + i / 2 % L;
+      return order;
+    }();
+    const __m512i order = _mm512_load_si512(&kOrder);
+    for (int64_t x = 0; x < count * L; x += 2 * W) {
+      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)load(weights_ + x + W), (__m512)load(weights_ + x));
+      _mm512_store_si512(narrow_ + x, _mm512_permutexvar_epi16(order, (__m512i)both));
+    }
+#endif
+  }
+
+  // The same as `sum` for all rows of a group, the values of two keys at once.
+  template <int R>
+  __attribute__((noinline)) void sum_by_pairs([[maybe_unused]] const Group& group, [[maybe_unused]] int64_t count,
+                                              [[maybe_unused]] const S* const* values, [[maybe_unused]] const A* shrinks,
+                                              [[maybe_unused]] const Ahead& ahead) {
+#if defined(__AVX512BF16__)
+    const int64_t L = group.lanes, passes = blocks_of(a_.value_features, kDepth);
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const int64_t f = pass * kDepth, left = a_.value_features - f;
+      const Ahead share = ahead.share(pass, passes);
+      const S* weights = narrow_;
+      int64_t fetched = 0, j = 0;
+      V low[R], high[R];
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) low[i] = high[i] = V{};
+      const auto add = [&](__m512i first, __m512i second) __attribute__((always_inline)) {
+        const auto a = (__m512bh)_mm512_unpacklo_epi16(first, second), b = (__m512bh)_mm512_unpackhi_epi16(first, second);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+          int32_t pair;
+          __builtin_memcpy(&pair, weights + 2 * i, sizeof pair);
+          const auto weight = (__m512bh)_mm512_set1_epi32(pair);
+          low[i] = (V)_mm512_dpbf16_ps((__m512)low[i], weight, a), high[i] = (V)_mm512_dpbf16_ps((__m512)high[i], weight, b);
+        }
+        weights += 2 * L;
+      };
+      if (left >= kDepth) {
+        for (; j + 2 <= count; j += 2) {
+          share.fetch(j + 2, count, fetched);
+          add(_mm512_loadu_si512(values[j] + f), _mm512_loadu_si512(values[j + 1] + f));
+        }
+      } else {
+        for (; j + 2 <= count; j += 2) add(features_of(values[j] + f, left), features_of(values[j + 1] + f, left));
+      }
+      if (j < count) add(features_of(values[j] + f, left), _mm512_setzero_si512());
+      share.fetch(count, count, fetched);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) add_sums(group.row + i, f, low[i], high[i], shrinks[i]);
+    }
+#endif
+  }
 
   // Adds products of L rows, those of a pair of features at once.
   template <int L>
@@ -667,15 +760,19 @@ class Few {
                                           [[maybe_unused]] const Ahead& ahead, [[maybe_unused]] V* sum) const {
 #if defined(__AVX512BF16__)
     constexpr int64_t P = W / L, kFeatures = 2 * P;
+    const int64_t whole = a_.features / kFeatures * kFeatures;
     int64_t fetched = 0, e = 0;
     const auto multiply = [&](auto&& pairs_of) __attribute__((always_inline)) {
-      ahead.fetch(e + kFeatures, a_.features, fetched);
       const auto query = (__m512bh)_mm512_loadu_si512(q + e * L);
 #pragma GCC unroll 8
       for (int64_t n = 0; n < kTogether; ++n) sum[n] = (V)_mm512_dpbf16_ps((__m512)sum[n], query, (__m512bh)pairs_of(keys[n] + e));
     };
-    for (; e + kFeatures <= a_.features; e += kFeatures)
-      multiply([](const S* p) __attribute__((always_inline)) { return repeated<P>(reinterpret_cast<const A*>(p)); });
+    while (e < whole) {  // a few times, so that the registers of addresses suffice for the keys in between
+      const int64_t end = min(e + 8 * kFeatures, whole);
+      ahead.fetch(end, a_.features, fetched);
+      for (; e < end; e += kFeatures)
+        multiply([](const S* p) __attribute__((always_inline)) { return repeated<P>(reinterpret_cast<const A*>(p)); });
+    }
     if (e < a_.features)
       multiply([&](const S* p) __attribute__((always_inline)) {
         _mm512_store_si512(wide_, features_of(p, a_.features - e));

@@ -521,14 +521,21 @@ class BackwardRows {
   template <int NV>
   void prepare(V (&lse)[NV], V (&delta)[NV]) {
     constexpr int64_t lanes = NV * W;
-    const Block<S>& block = rows_.block;
-    const int64_t place = place_of_lse();
-    for (int v = 0; v < NV; ++v) delta[v] = V{};
-    if (g.dout.given()) {
+    prepare<NV>(lse, delta, [&] {
+      const Block<S>& block = rows_.block;
       block.transposed(g.dout, dout_, Ev), block.transposed(g.out, out_, Ev);
       for (int64_t x = 0; x < Ev * lanes; x += lanes)
         for (int v = 0; v < NV; ++v) delta[v] += load_vector(out_ + x + v * W) * load_vector(dout_ + x + v * W);
-    }
+    });
+  }
+  // add() adds the products of dout and out to delta
+  template <int NV, class Add>
+  void prepare(V (&lse)[NV], V (&delta)[NV], const Add& add) {
+    constexpr int64_t lanes = NV * W;
+    const Block<S>& block = rows_.block;
+    const int64_t place = place_of_lse();
+    for (int v = 0; v < NV; ++v) delta[v] = V{};
+    if (g.dout.given()) add();
     for (int64_t lane = 0; lane < lanes; ++lane) {
       lse_[lane] = INFINITY, delta_[lane] = 0;
       if (lane >= block.count) continue;

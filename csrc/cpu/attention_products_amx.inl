@@ -2,6 +2,8 @@
 
 // What products need as long as they are formed.
 struct Multiplier {
+  static constexpr bool kVectors = false;
+  static constexpr int64_t kStep = kChunk;  // keys whose scores and gradients are formed, backward, before they become operands
   static constexpr int64_t kCausalLanes = 64;  // queries of a block, backward, where a causal mask hides keys
 
   const TileConfiguration configuration{16, 16, 16, 16, 16, 16, 16, 16};

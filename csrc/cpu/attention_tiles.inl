@@ -845,6 +845,7 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
   TileBackward(const AttentionBackward& given, Arena arena)
       : BackwardRows(given, arena),
         dout_features_(arena.take<char>(kMostVectors * blocks_of(Ev, kTileDepth) * kTileBytes)),
+        out_features_(arena.take<char>(Multiplier::kVectors ? kMostVectors * blocks_of(Ev, kTileDepth) * kTileBytes : 0)),
         query_pairs_(arena.take<char>(padded_ / kTileRows * kLanes / kTileDepth * kTileBytes)),
         dout_pairs_(arena.take<char>(padded_values_ / kTileRows * kLanes / kTileDepth * kTileBytes)),
         copy_(arena.take<char>(kChunk * blocks_of(Ev, kTileDepth) * 64)),
@@ -863,6 +864,7 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
       for (int64_t block = blocks * p / parts; block < blocks * (p + 1) / parts; ++block) {
         const int64_t first = block * lanes;
         rows_.block.place(b, h, s, first, min(lanes, s.queries - first));
+        behind_ = block + 1 < blocks * (p + 1) / parts ? min(lanes, s.queries - first - lanes) : 0;
         with_vectors(rows_.block.vectors, [&]<int NV>() { run<NV>(); });
       }
   }
@@ -881,7 +883,10 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
     if (g.dq.given()) keys_.start(rows_.row_of(a.k, 0), a.k.t, block.s.keys);
     const float factor = block.factor();
     V lse[NV], delta[NV];
-    prepare<NV>(lse, delta);
+    if constexpr (Multiplier::kVectors)
+      prepare<NV>(lse, delta, [&] { sum_pairs<NV>(delta); });
+    else
+      prepare<NV>(lse, delta);
     int64_t begin, end;
     block.keys(begin, end);
     alone_ = end - begin <= kChunk;
@@ -889,21 +894,30 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
     for (int64_t j = begin; j < end; j += kChunk) {
       const int64_t n = min(kChunk, end - j);
       if (block.look(j, n) == Seen::kNone) continue;
-      rows_.template products<NV>(j, n, weights_);
-      if (!rows_.plain()) block.template shape<NV>(weights_, j, n, capped_);
-      if (g.dout.given())
-        multiply_keys<NV>(rows_.row_of(a.v, j), a.v.t, n, Ev, dout_features_, gradients_, copy_);
-      else
-        __builtin_memset(gradients_, 0, n * lanes * sizeof(float));
+      fetch_ahead(j - begin, n, end - begin);
+      const auto multiply = [&](int64_t first, int64_t count) {
+        rows_.template products<NV>(first, count, weights_);
+        if (!rows_.plain()) block.template shape<NV>(weights_, first, count, capped_);
+        if (g.dout.given())
+          multiply_keys<NV>(rows_.row_of(a.v, first), a.v.t, count, Ev, dout_features_, gradients_, copy_);
+        else
+          __builtin_memset(gradients_, 0, count * lanes * sizeof(float));
+      };
       if (plain()) {
-        round<NV>(n, [&](int64_t at, int v, V& weight, V& gradient) __attribute__((always_inline)) {
-          weight = power_of<M, float>(load_vector(weights_ + at) * factor - lse[v], 1.0f);
-          gradient = weight * (load_vector(gradients_ + at) - delta[v]);
-        });
+        const int64_t step = rows_.plain() ? Multiplier::kStep : kChunk;
+        for (int64_t first = 0; first < n; first += step) {
+          const int64_t count = min(step, n - first);
+          multiply(j + first, count);
+          round<NV>(first, count, [&](int64_t at, int v, V& weight, V& gradient) __attribute__((always_inline)) {
+            weight = power_of<M, float>(load_vector(weights_ + at) * factor - lse[v], 1.0f);
+            gradient = weight * (load_vector(gradients_ + at) - delta[v]);
+          });
+        }
       } else {
+        multiply(j, n);
         weigh<NV>(n, lse);
         through_scores<NV>(j, n, delta);
-        round<NV>(n, [&](int64_t at, int, V& weight, V& gradient) __attribute__((always_inline)) {
+        round<NV>(0, n, [&](int64_t at, int, V& weight, V& gradient) __attribute__((always_inline)) {
           weight = load_vector(weights_ + at), gradient = load_vector(gradients_ + at);
         });
       }
@@ -922,11 +936,40 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
     store_queries<NV>();
   }
 
-  // Weights and gradients of n keys, get(place, vector, weight, gradient), as operands: rows of lanes, and pairs of keys; zeros up to a whole
-  // step of either.
+  // delta, of dout and out, as the products of vectors sum it
+  template <int NV>
+  void sum_pairs([[maybe_unused]] V (&delta)[NV]) {
+    if constexpr (Multiplier::kVectors) {
+      const int64_t steps = blocks_of(Ev, kTileDepth);
+      Extent ignored;
+      pack_features(of_queries(g.out), g.out.t, rows_.block.count, NV, Ev, out_features_, ignored);
+      for (int64_t pair = 0; pair < steps * kTileRows; ++pair)
+        for (int v = 0; v < NV; ++v) {
+          const int64_t at = v * steps * kTileBytes + pair * 64;
+          delta[v] = (V)_mm512_dpbf16_ps((__m512)delta[v], (__m512bh)_mm512_load_si512(out_features_ + at),
+                                         (__m512bh)_mm512_load_si512(dout_features_ + at));
+        }
+    }
+  }
+
+  // With the keys at `done` of `all`, n of them: what the block behind reads, a share of it.
+  void fetch_ahead(int64_t done, int64_t n, int64_t all) const {
+    if constexpr (!Multiplier::kVectors) return;
+    const int64_t from = behind_ * done / all, to = behind_ * (done + n) / all, count = rows_.block.count;
+    for (const auto& [rows, features] : {std::pair{&a.q, E}, std::pair{&g.dout, Ev}, std::pair{&g.out, Ev}})
+      for (int64_t i = from; rows->given() && i < to; ++i) {
+        const auto* row = reinterpret_cast<const char*>(of_queries(*rows) + (count + i) * rows->t);
+        for (int64_t at = 0; at < features * 2; at += 64) __builtin_prefetch(row + at, 0, 2);
+      }
+  }
+
+  // Weights and gradients of n keys from `first` of a chunk on, get(place, vector, weight, gradient), as operands: rows of lanes, and pairs of
+  // keys; zeros up to a whole step of either. Places are those of n keys.
   template <int NV, class Get>
-  void round(int64_t n, const Get& get) {
+  void round(int64_t first, int64_t n, const Get& get) {
     constexpr int64_t lanes = NV * W;
+    char *const weight_rows = weight_rows_ + first * kLanes * 2, *const gradient_rows = gradient_rows_ + first * kLanes * 2;
+    char* const gradient_pairs = gradient_pairs_ + first / kTileDepth * kTileBytes;
     for (int64_t key = 0; key < blocks_of(n, kTileDepth) * kTileDepth; key += 2) {
       V weight[2][NV + 1]{}, gradient[2][NV + 1]{};
 #pragma GCC unroll 2
@@ -940,20 +983,21 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
         for (int v = 0; v < NV; v += 2) {
           const int64_t at = (key + r) * kLanes * 2 + v * W * 2;
           const Bits weights = rounded_both(weight[r][v], weight[r][v + 1]), gradients = rounded_both(gradient[r][v], gradient[r][v + 1]);
-          __builtin_memcpy(weight_rows_ + at, &weights, 64), __builtin_memcpy(gradient_rows_ + at, &gradients, 64);
+          __builtin_memcpy(weight_rows + at, &weights, 64), __builtin_memcpy(gradient_rows + at, &gradients, 64);
         }
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         const Bits pairs = in_pairs(rounded_both(gradient[0][v], gradient[1][v]));
-        __builtin_memcpy(gradient_pairs_ + (v * kChunk + key / kTileDepth * kTileDepth) / kTileDepth * kTileBytes + key % kTileDepth / 2 * 64,
+        __builtin_memcpy(gradient_pairs + (v * kChunk + key / kTileDepth * kTileDepth) / kTileDepth * kTileBytes + key % kTileDepth / 2 * 64,
                          &pairs, 64);
       }
     }
   }
 
-  char *dout_features_, *query_pairs_, *dout_pairs_, *copy_, *weight_rows_, *gradient_rows_, *gradient_pairs_;
+  char *dout_features_, *out_features_, *query_pairs_, *dout_pairs_, *copy_, *weight_rows_, *gradient_rows_, *gradient_pairs_;
   Packed<S, true> keys_;
   float* sums_ = nullptr;
+  int64_t behind_ = 0;  // queries of the next block, if there is one
 
  public:
   const int64_t used;
