@@ -358,8 +358,7 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
   else if (input.dim() == 2)
     results.push_back(empty({rows, D * P}, narrow));
   else
-    // of a single step with the strides of what is contiguous, which products without a bias take as it is
-    results.push_back(transposed ? empty({B, T, D * P}, narrow, T > 1) : empty({T, B, D * P}, narrow));
+    results.push_back(transposed ? empty({B, T, D * P}, narrow, true) : empty({T, B, D * P}, narrow));
   void* h_n = nullptr;
   if (step) {
     last_h = Buffer(B * P * stored), h_n = last_h.get();

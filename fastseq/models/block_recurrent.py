@@ -6,7 +6,7 @@ Letters: B batch, T tokens, W width, H heads, E = W / H features of a head, S st
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class Scores(nn.Module):
 def turns_of(queries: int, keys: int, features: int, like: Tensor) -> Turns:
     """What queries ``[N, E]`` and keys ``[M, E]`` are multiplied by: angles that grow with their places, which end alike (RoPE),
     queries shrunk and keys stretched (xPos). The same for all layers and heads."""
-    wide = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+    wide: Any = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
     places, even = torch.arange(1 - keys, 1, **wide), torch.arange(0, features, 2, **wide)
     angles = torch.outer(places, 10000 ** (-even / features)).repeat(1, 2)
     decay = (((even + 0.4 * features) / (1.4 * features)) ** (places[:, None] / 512)).repeat(1, 2)
