@@ -257,7 +257,8 @@ std::vector<Tensor> scan_layers(Tensor x, std::optional<Tensor> initial, std::ve
     scan_forward(over_time(logits, rows, rows - H), over_time(logits, rows, 0), gate, {}, before, {}, {}, {}, "real", cell, false, y,
                  view(final, {B, H}, {H, 1}, l * B * H));
   }
-  if (batch_first) y = view(y, {B, T, H}, {H, B * H, 1});
+  // of a single step with the strides of what is contiguous, which products without a bias take as it is
+  if (batch_first) y = view(y, {B, T, H}, {H, T == 1 ? H : B * H, 1});
   return {y, final};
 }
 

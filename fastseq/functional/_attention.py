@@ -7,7 +7,8 @@ the features and t the rows.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from math import isfinite
 from typing import Any, Literal, overload
 
 import torch
@@ -23,6 +24,7 @@ from . import _nested
 from ._attention_call import (
     ALIGNMENTS,
     INTEGERS,
+    MAY_BE_NONE,
     MOST_HEADS,
     NUMBERS,
     Alignment,
@@ -176,7 +178,7 @@ def attention(
         UserWarning: if q and k, without a ``layout``, have more heads than any model, and more heads than steps.
     """
     plain = return_weights is False and plain_call(unseen=True)
-    if plain and not (return_lse or options):
+    if plain and not return_lse and (not options or _says_nothing(options)):
         mask = attn_bias if attn_mask is None else attn_mask if attn_bias is None else NotImplemented
         out = _in_one_call(
             q,
@@ -213,6 +215,14 @@ def attention(
     out, lse = attention_and_lse(*call, True) if return_lse else (attention_output(*call, True), None)
     out = out.transpose(1, 2) if layout == "bshd" else out
     return (out, lse) if return_lse else out
+
+
+def _says_nothing(options: Mapping[str, Any]) -> bool:
+    """Whether all of them are None, as models hand on what they were not given."""
+    for name, given in options.items():
+        if given is not None or name not in MAY_BE_NONE:
+            return False
+    return True
 
 
 def _any_attention(q: Tensor, k: Tensor, v: Tensor, options: Any, return_lse: bool, return_weights: bool | str) -> Any:
@@ -263,22 +273,20 @@ def _in_one_call(
 
     ``mask``: NotImplemented if there are two; ``hides``: it is bool. ``table`` and ``zero``: a bias by distance.
     """
-    if type(q) is not Tensor or type(k) is not Tensor or type(v) is not Tensor or q.is_nested or k.is_nested or v.is_nested:
+    if not (type(q) is type(k) is type(v) is Tensor) or q.is_nested or k.is_nested or v.is_nested:
         return None
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or type(causal) is not bool or type(dropout) not in NUMBERS:
+    if not (q.dim() == k.dim() == v.dim() == 4) or (causal is not False and causal is not True) or type(dropout) not in NUMBERS:
         return None
     swapped = layout == "bshd"
-    if not swapped and (layout not in (None, "bhsd") or (layout is None and q.shape[1] > MOST_HEADS)):
+    if not swapped and ((layout is not None and layout != "bhsd") or (layout is None and q.shape[1] > MOST_HEADS)):
         return None
-    if scale is not None and (type(scale) is not float or not math.isfinite(scale)):
+    if scale is not None and (type(scale) is not float or not isfinite(scale)):
         return None
     if alignment is not None and alignment not in ALIGNMENTS:
         return None
     if mask is not None:
         if type(mask) not in PLAIN or not (mask.dtype == torch.bool if hides else mask.is_floating_point()):
             return None
-    if library.reason():
-        return None
     if lengths is not None or table is not None or zero is not None:
         narrowed = _narrowed(q, k, v, lengths, table, zero, mask, alignment, swapped)
         if narrowed is None:

@@ -159,13 +159,8 @@ _native: Any = None  # the library's op, once it is loaded, without a frame of P
 def _natively(
     cell: Any, input: Any, hx: Any, params: Sequence[Mapping[str, Any]], num_layers: int, batch_first: bool
 ) -> Sequence[Tensor] | None:
-    """Output and final states of a plain call (``plain_call``) of a batch on the CPU without gradients, of layers that are a
-    projection and a scan, in one call of the library: of a single step all else takes longer than these.
-
-    None: it is for the other way, which also says what is wrong with it.
-    """
-    gates = _GATES.get(cell) if isinstance(cell, str) else None
-    if gates is None or type(input) not in PLAIN or len(params) != num_layers:
+    """`projected_scans` of what a caller gave."""
+    if not isinstance(cell, str) or cell not in _GATES or len(params) != num_layers:
         return None
     given: list[Any] = []
     has_biases = num_layers > 0 and "bias_ih" in params[0]
@@ -175,16 +170,28 @@ def _natively(
         given.append(lane.get("weight_ih"))
         if has_biases:
             given.append(lane.get("bias_ih"))
+    return projected_scans(cell, input, hx, given, has_biases, batch_first)
+
+
+def projected_scans(
+    cell: str, input: Any, hx: Any, params: list[Any], has_biases: bool, batch_first: bool
+) -> Sequence[Tensor] | None:
+    """Output and final states of a plain call (``plain_call``) of a batch on the CPU without gradients, of layers that are a
+    projection and a scan, in one call of the library: of a single step all else takes longer than these.
+
+    ``params``: of each layer the weight and, if there are any, the bias. None: it is for the other way, which also says what is
+    wrong with it.
+    """
     gradients = torch.is_grad_enabled()
-    for tensor in (input, *given) if hx is None else (input, hx, *given):
+    for tensor in (input, *params) if hx is None else (input, hx, *params):
         if type(tensor) not in PLAIN or tensor.is_nested or (gradients and tensor.requires_grad):
             return None
-    if library.reason():
-        return None
     global _native
     if _native is None:
+        if library.reason():
+            return None
         _native = torch.ops.fastseq_native.scan_layers.default._op
-    return _native(input, hx, given, cell, gates, has_biases, batch_first) or None
+    return _native(input, hx, params, cell, _GATES[cell], has_biases, batch_first) or None
 
 
 class _Layer(NamedTuple):

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, W width, H heads, E = W / H features of a head, S st
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from ._configuration import check_choice, check_heads, check_input, check_rates,
 __all__ = ["BlockRecurrent"]
 
 State = tuple[tuple[Tensor, ...], ...]
+Turns = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # of queries and of keys: cosines and sines, each with its decay
 
 
 class Scores(nn.Module):
@@ -29,25 +30,30 @@ class Scores(nn.Module):
         self.query_scale = nn.Parameter(torch.full((features,), features**0.5))
         self.key_scale = nn.Parameter(torch.ones(features))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, dropout: float, turned: bool = False) -> Tensor:
-        """``[B, H, N, E]`` from q likewise and k, v ``[B, M, E]``. ``turned``: by position and causal, the last query at the last
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, dropout: float, turns: Turns | None = None) -> Tensor:
+        """``[B, H, N, E]`` from q likewise and k, v ``[B, M, E]``. ``turns``: by position and causal, the last query at the last
         key; otherwise every query sees every key, whatever their order."""
         q, k = (F.normalize(q, dim=-1) * self.query_scale, F.normalize(k, dim=-1) * self.key_scale)
-        if not turned:
+        if turns is None:
             return attention(q, k[:, None], v[:, None], scale=1.0, dropout_p=dropout)
-        places = torch.arange(1 - k.shape[1], 1, device=k.device, dtype=torch.promote_types(k.dtype, torch.float32))
-        q, k = by_place(q, places[-q.shape[2] :], 1), by_place(k, places, -1)
+        q, k = (turned(x, *by_place) for x, by_place in zip((q, k), turns, strict=True))
         return attention(q, k[:, None], v[:, None], scale=1.0, causal=True, alignment="bottom_right", dropout_p=dropout)
 
 
-def by_place(x: Tensor, places: Tensor, sign: int) -> Tensor:
-    """x ``[.., N, E]`` turned by angles that grow with its places ``[N]`` (RoPE), queries shrunk and keys stretched (xPos)."""
-    E = x.shape[-1]
-    even = torch.arange(0, E, 2, device=x.device, dtype=places.dtype)
-    angles = torch.outer(places, 10000 ** (-even / E)).repeat(1, 2)
-    decay = (((even + 0.4 * E) / (1.4 * E)) ** (sign * places[:, None] / 512)).repeat(1, 2)
+def turns_of(queries: int, keys: int, features: int, like: Tensor) -> Turns:
+    """What queries ``[N, E]`` and keys ``[M, E]`` are multiplied by: angles that grow with their places, which end alike (RoPE),
+    queries shrunk and keys stretched (xPos). The same for all layers and heads."""
+    wide: Any = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+    places, even = torch.arange(1 - keys, 1, **wide), torch.arange(0, features, 2, **wide)
+    angles = torch.outer(places, 10000 ** (-even / features)).repeat(1, 2)
+    decay = (((even + 0.4 * features) / (1.4 * features)) ** (places[:, None] / 512)).repeat(1, 2)
+    cosines, sines = angles.cos(), angles.sin()
+    return ((cosines * decay)[-queries:], (sines * decay)[-queries:]), (cosines / decay, sines / decay)
+
+
+def turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
-    return x * (angles.cos() * decay).to(x.dtype) + torch.cat((-second, first), -1) * (angles.sin() * decay).to(x.dtype)
+    return x * cosines.to(x.dtype) + torch.cat((-second, first), -1) * sines.to(x.dtype)
 
 
 class Block(nn.Module):
@@ -73,11 +79,13 @@ class Block(nn.Module):
         else:
             self.kept = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor, cache: tuple[Tensor, ...], length: int, rates: tuple[float, float]) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, cache: tuple[Tensor, ...], length: int, turns: Turns, rates: tuple[float, float]
+    ) -> tuple[Tensor, ...]:
         """x ``[B, N, W]``, at most the rest of its block, and the cache after it; see `BlockRecurrent.forward`."""
         normed, (rate, of_weights) = self.norm(x), rates
         k, v = (torch.cat(pair, 1) for pair in zip(cache, self.key_value(normed).chunk(2, -1), strict=False))
-        y = joined(self.scores(self._split(self.query(normed)), k, v, of_weights, turned=True))
+        y = joined(self.scores(self._split(self.query(normed)), k, v, of_weights, turns))
         whole = k.shape[1] % length == 0
         cached: tuple[Tensor, ...] = (k[:, -length:], v[:, -length:]) if whole else (k, v)
         if self.states:
@@ -182,10 +190,12 @@ class BlockRecurrent(nn.Module):
         rates = (self.dropout, self.attention_dropout) if self.training else (0.0, 0.0)
         outputs, start = [x[:, :0]], 0
         while start < x.shape[1]:
-            end = start + self.block - state[0][0].shape[1] % self.block
+            memory = state[0][0].shape[1]
+            end = start + self.block - memory % self.block
             y, after = x[:, start:end], []
+            turns = turns_of(y.shape[1], memory + y.shape[1], self.features, x)
             for layer, cache in zip(self.layers, state, strict=True):
-                y, *cached = layer(y, cache, self.block, rates)
+                y, *cached = layer(y, cache, self.block, turns, rates)
                 after.append(tuple(cached))
             outputs.append(y)
             state, start = tuple(after), end

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fastseq import functional
 from fastseq._arguments import checked_int, checked_number, checked_tensor
-from fastseq.functional._linear_recurrent import check_zoneout
+from fastseq.functional._linear_recurrent import check_zoneout, projected_scans
 from fastseq.modules._checks import kind_of, public
-from fastseq.ops._dispatch import unshared
+from fastseq.ops._dispatch import plain_call, unshared
 
 __all__ = ["HGRN", "LRU", "QRNN", "RGLRU", "MinGRU", "MinGRUCell", "MinLSTM"]
 
@@ -171,6 +171,20 @@ class _Gated(_Layers):
     """Of gates that are rows of one weight and one bias."""
 
     _GATES: ClassVar[int]
+
+    def forward(
+        self, input: Tensor, hx: Any = None, *, lengths: Tensor | None = None, resets: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        odd = self.bidirectional or (self.dropout and self.training)
+        if lengths is None and resets is None and not odd and plain_call(unseen=True):
+            kept = self._parameters  # parametrizations take them away from there
+            params = [kept.get(own) for names in self._lanes for own in names.values()]
+            done = projected_scans(self._CELL, input, hx, params, self.bias, self.batch_first)
+            if done is not None:
+                return done[0], done[1]
+        return super().forward(input, hx, lengths=lengths, resets=resets)
+
+    forward.__doc__ = _Layers.forward.__doc__
 
     def _shapes(self, width: int) -> Shapes:
         rows = self._GATES * self.hidden_size

@@ -17,6 +17,7 @@ from .. import backends
 from ..backends import library
 from ..backends.cpu import attention as native
 from ..backends.torch import attention as torchs
+from ..choice import sources
 from ..choice.sources import may_be_torchs, memory, remember
 from ..reference import attention as reference
 from . import attention as op
@@ -50,7 +51,7 @@ def scaled_dot_product_attention(
         return None
     if type(causal) is not bool or type(dropout) not in _NUMBERS or (mask is not None and type(mask) not in PLAIN):
         return None
-    if (scale is not None and type(scale) not in _NUMBERS) or library.reason():
+    if scale is not None and type(scale) not in _NUMBERS:
         return None
     if query.is_nested or key.is_nested or value.is_nested:
         return None
@@ -69,11 +70,13 @@ def attended(
     swapped: bool,
     bottom_right: bool,
 ) -> Tensor | None:
-    """The same of plain tensors, none of them nested, and other arguments of their types, with the library loaded.
+    """The same of plain tensors, none of them nested, and other arguments of their types.
 
     ``swapped``: query, key, value and result, of four dimensions each, have their time before their heads. ``bottom_right``: of
     a causal call whose numbers of queries and keys differ, the last query stands at the last key.
     """
+    if _native is None and not _loaded():
+        return None
     gradients = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
     )
@@ -83,16 +86,14 @@ def attended(
             return None
         seed = random_seed()
     elif (
-        may_be_torchs("attention", gradients)
-        and not bottom_right
+        not (_never.get(gradients) or bottom_right)
+        and _may_be_torchs(gradients)
         and _torchs_is_faster(query, key, value, mask, causal, scale, gradients, swapped)
     ):
         if swapped:
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         y = F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
         return y.transpose(1, 2) if swapped else y
-    if _native is None:
-        _load()
     if not gradients:
         if seed is None and mask is None and not bottom_right:
             return _native_plain(query, key, value, causal, scale, grouped, swapped)
@@ -103,14 +104,25 @@ def attended(
     return _plain(query, key, value, mask, grouped, (causal, scale, dropout, seed, bottom_right, swapped))
 
 
-def _load() -> None:
+def _loaded() -> bool:
     global _native, _native_plain, _native_backward
+    if library.reason():
+        return False
     ops = torch.ops.fastseq_native
     _native, _native_plain = ops.scaled_dot_product_attention.default._op, ops.plain_attention.default._op
     _native_backward = ops.scaled_dot_product_attention_backward.default._op
+    return True
 
 
 _faster = memory()
+_never: dict[bool, bool] = memory()  # with and without gradients, True: no sizes are torch's, with any number of threads
+
+
+def _may_be_torchs(gradients: bool) -> bool:
+    may = may_be_torchs("attention", gradients)
+    if not may and sources._threads is None:
+        remember(_never, gradients, True)
+    return may
 
 
 def _torchs_is_faster(

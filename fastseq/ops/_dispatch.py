@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .. import backends
 from ..backends import notes, wish
@@ -70,14 +70,14 @@ _OF_CPU = (None, "cpu")
 # of calls that take microseconds, looking a name up twice is a part
 _is_tracing, _transforming, _lowering = _C._is_tracing, _C._are_functorch_transforms_active, _C._is_any_autocast_enabled
 _dispatch_modes, _function_modes = _C._len_torch_dispatch_stack, _C._len_torch_function_stack
-_sequence, _wish, _watchers = sequence_context.get, wish.context.get, notes.watchers.get
+_sequence, _wish, _watchers, _nothing = sequence_context.get, wish.context.get, notes.watchers.get, wish.NOTHING
 
 
 def plain_call(unseen: bool = False) -> bool:
     """Whether nobody compiles, traces, transforms, lowers or shares what runs now, nor forces another backend than the CPU's;
     ``unseen``: nor wants to know who runs it."""
     return not (
-        is_compiling()
+        is_dynamo_compiling()  # what else compiles has a dispatch mode on
         or _is_tracing()
         or _dispatch_modes()
         or _function_modes()
@@ -85,7 +85,7 @@ def plain_call(unseen: bool = False) -> bool:
         or _lowering()
         or forward_ad._current_level >= 0
         or _sequence() is not None
-        or ((wish._process if (own := _wish()) is wish.NOTHING else own) not in _OF_CPU)  # as `backends.forced` has it
+        or ((wish._process if (own := _wish()) is _nothing else own) not in _OF_CPU)  # as `backends.forced` has it
         or (unseen and _watchers())
     )
 

@@ -109,3 +109,16 @@ def test_what_a_bias_by_distance_lacks_is_left_to_the_long_way():
             F.attention(q, k, v, seqlens_k=torch.full((B,), 10))
         with pytest.raises(ValueError, match="relative_bias_zero"):
             F.attention(q, k, v, relative_bias_zero=4)
+
+
+def test_options_that_are_none_keep_a_call_short(both):
+    """As models hand on what they were not given; a name that there is not, and what is given, are heard all the same."""
+    torch.manual_seed(4)
+    q, k, v = normal(B, HQ, 5, E), normal(B, HQ, 6, E), normal(B, HQ, 6, E)
+    unused: dict[str, Any] = {"seqlens_q": None, "window_size": None, "sinks": None}
+    plain, _ = both(lambda: F.attention(q, k, v, scale=0.7, **unused))
+    torch.testing.assert_close(plain, F.attention(q, k, v, scale=0.7), rtol=0, atol=0)
+    capped = F.attention(q, k, v, scale=0.7, softcap=0.1, **unused)
+    assert not torch.allclose(capped, plain)
+    with pytest.raises(TypeError, match="heads"):
+        F.attention(q, k, v, heads=None)

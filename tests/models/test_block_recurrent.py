@@ -13,6 +13,7 @@ from torch import nn
 
 from fastseq.benchmarks.workloads.torch_models import on_parts
 from fastseq.models import BlockRecurrent
+from fastseq.models.block_recurrent import turns_of
 from fastseq.testing import assert_all_close_to_truth
 from support import models as support
 
@@ -107,7 +108,7 @@ def test_the_lstm_gate_by_hand():
     x = torch.randn(2, BLOCK, W, dtype=torch.float64)
     before = torch.randn(2, 3, W, dtype=torch.float64)
     none = x.new_zeros(2, 0, W // 2)
-    after = layer(x, (none, none, before), BLOCK, (0.0, 0.0))[-1]
+    after = layer(x, (none, none, before), BLOCK, turns_of(BLOCK, BLOCK, W // 2, x), (0.0, 0.0))[-1]
     u = seen[0]
     i, f = F.linear(u, layer.gates.weight, layer.gates.bias).split(W, -1)
     z = F.linear(u, layer.candidate.weight, layer.candidate.bias)

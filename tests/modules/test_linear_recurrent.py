@@ -15,6 +15,7 @@ import fastseq
 from fastseq import functional
 from fastseq.backends import library
 from fastseq.functional import _linear_recurrent
+from fastseq.modules import linear_recurrent
 
 X, H = 3, 6  # widths of input and output
 
@@ -232,12 +233,16 @@ def test_without_gradients_it_is_as_with_them(name, more):
 @pytest.mark.parametrize("name", ["MinGRU", "MinLSTM"])
 def test_a_plain_call_without_gradients_is_short_and_has_the_same_bits(name, monkeypatch):
     """What the short way does not know it leaves to the long one."""
-    short, taken = _linear_recurrent._natively, []
+    short, taken = _linear_recurrent.projected_scans, []
 
     def watched(*given):
         found = short(*given)
         taken.append(found is not None)
         return found
+
+    def by(way):
+        for module in (_linear_recurrent, linear_recurrent):
+            monkeypatch.setattr(module, "projected_scans", way)
 
     for layers, batch_first, bias, dtype in itertools.product(
         (1, 2), (False, True), (False, True), (torch.float32, torch.float64)
@@ -247,15 +252,24 @@ def test_a_plain_call_without_gradients_is_short_and_has_the_same_bits(name, mon
         for given in ((x, None), (x, hx), (x[:, :1], hx) if batch_first else (x[:1], hx)):
             of_both = []
             for way in (watched, lambda *_: None):
-                monkeypatch.setattr(_linear_recurrent, "_natively", way)
+                by(way)
                 with torch.no_grad():
                     y, last = module(*given)
                 of_both.append((y, last))
-                assert y.stride() == of_both[0][0].stride() and last.stride() == of_both[0][1].stride()
-            assert all(torch.equal(a, b) for a, b in zip(*of_both, strict=True))
+            for a, b in zip(*of_both, strict=True):
+                assert torch.equal(a, b)
+                # steps between elements that there are: of a single step the short way gives those of what is contiguous
+                assert [n for n, size in zip(a.stride(), a.shape, strict=True) if size > 1] == [
+                    n for n, size in zip(b.stride(), b.shape, strict=True) if size > 1
+                ]
+            assert not batch_first or given[0].shape[1] > 1 or of_both[0][0].stride() == (H, H, 1)
     assert len(taken) == 48 and all(taken)
 
-    monkeypatch.setattr(_linear_recurrent, "_natively", watched)
+    by(watched)
+    with torch.no_grad():
+        cell = made(name, 1)._CELL
+        functional.linear_recurrent(cell, torch.randn(3, 2, X), None, [{"weight_ih": torch.randn(6 * H, X)}])
+    assert taken.pop() and len(taken) == 48
     module, x = made(name, 2), torch.randn(4, 2, X, dtype=torch.float64)
     hx = states(module, name, 2).detach()
     with torch.no_grad():
@@ -267,7 +281,7 @@ def test_a_plain_call_without_gradients_is_short_and_has_the_same_bits(name, mon
             with pytest.raises(RuntimeError):
                 module(wrong, hx)
     module(x, hx)  # with gradients
-    assert len(taken) == 6 and not any(taken)
+    assert len(taken) == 12 and not any(taken)  # each asks twice: what is beside a module's layers is the function's to ask
 
 
 @ON_EVERY
