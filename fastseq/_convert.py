@@ -650,7 +650,7 @@ def _why_not_subclass(kind: type, base: type) -> str:
     if type(kind) not in (type, ABCMeta):
         return f" with a metaclass of its own ({type(kind).__name__})"
     for own in kind.__mro__[: kind.__mro__.index(base)]:
-        for name in ("forward", "merge_masks", "__call__", "__init_subclass__", "__reduce__", "__reduce_ex__"):
+        for name in ("forward", "merge_masks", "permute_hidden", "__call__", "__init_subclass__", "__reduce__", "__reduce_ex__"):
             if name in vars(own):
                 return f" with its own {name}"
     return ""

@@ -1097,6 +1097,23 @@ class TestSubclasses:
         module(torch.randn(150, 3, 4), (torch.randn(1, 3, 6), torch.randn(1, 3, 6)))
         assert calls == [type(module)]
 
+    @pytest.mark.parametrize("name", ["check_input", "check_hidden_size"])
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_what_checks_calls_is_called(self, name, gradients):
+        def check(self, *given):
+            raise ArithmeticError("NaN")
+
+        module = type("Checked", (nn.LSTM,), {name: check})(4, 6)
+        convert(module)
+        assert isinstance(module, fastseq.LSTM)
+        with torch.set_grad_enabled(gradients), pytest.raises(ArithmeticError):
+            module(torch.randn(150, 3, 4), (torch.randn(1, 3, 6), torch.randn(1, 3, 6)))
+
+    def test_states_in_an_order_of_its_own(self):
+        module = type("Ordered", (nn.LSTM,), {"permute_hidden": lambda self, hx, order: hx})(4, 6)
+        with pytest.warns(UserWarning, match="nothing to convert"):
+            assert "permute_hidden" in convert(module).skipped[0].reason
+
     def test_attention(self):
         class Mine(nn.MultiheadAttention):
             def describe(self):

@@ -288,7 +288,7 @@ def _in_one_call(
         if type(mask) not in PLAIN or not (mask.dtype == torch.bool if hides else mask.is_floating_point()):
             return None
     if lengths is not None or table is not None or zero is not None:
-        narrowed = _narrowed(q, k, v, lengths, table, zero, mask, alignment, swapped)
+        narrowed = _narrowed(q, k, v, lengths, table, zero, mask, causal, alignment, swapped)
         if narrowed is None:
             return None
         k, v, mask = narrowed
@@ -311,6 +311,7 @@ def _narrowed(
     table: Any,
     zero: Any,
     mask: Tensor | None,
+    causal: bool,
     alignment: str | None,
     swapped: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -319,7 +320,7 @@ def _narrowed(
         return None
     time = 1 if swapped else 2
     keys, queries = k.shape[time], q.shape[time]
-    if alignment is None and keys != queries and table is not None:
+    if alignment is None and keys != queries and (causal or table is not None):
         return None  # which is ambiguous
     if lengths is not None:
         if type(lengths) is not Tensor or not lengths.is_cpu or lengths.dtype not in INTEGERS or lengths.dim() != 1:

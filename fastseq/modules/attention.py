@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
 
 from .._arguments import checked_int
 from ..backends import library
@@ -192,9 +193,12 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
         batch_dim, time_dim = (0, 1) if batched and self.batch_first else (1, 0)
         batch, sizes = query.shape[batch_dim], (query.shape[time_dim], key.shape[time_dim])
         q, k, v = self._project(query, key, value, batch_dim)
-        appended = (self.bias_k is not None) + self.add_zero_attn
+        bias_k, bias_v = self.bias_k, self.bias_v  # once: they may be computed
+        if (bias_k is None) != (bias_v is None):
+            raise AssertionError("bias_k and bias_v go together, but one of them is None")
+        appended = (bias_k is not None) + self.add_zero_attn
         if appended:
-            k, v = self._append(k, self.bias_k), self._append(v, self.bias_v)
+            k, v = self._append(k, bias_k), self._append(v, bias_v)
         # A causal window would hide the appended keys, which every query sees.
         causal = is_causal and not appended
         mask = bias = None
@@ -230,7 +234,12 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             return None
         of_out = out._parameters
         weight, out_weight = parameters.get("in_proj_weight"), of_out.get("weight")
-        if weight is None or out_weight is None or parameters.get("bias_k") is not None:
+        if weight is None or out_weight is None:
+            return None
+        own = self.__dict__  # where None stands if they were never parameters; what is computed stands in neither
+        if own.get("bias_k", parameters.get("bias_k", weight)) is not None:
+            return None
+        if own.get("bias_v", parameters.get("bias_v", weight)) is not None:
             return None
         if "in_proj_bias" not in parameters or "bias" not in of_out:  # made anew at every call, as by pruning
             return None
@@ -335,22 +344,22 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_dim: int | None = None) -> list[Tensor]:
         """q, k and v, each [.., H, E / H], or with ``batch_dim`` [N, H, T, E / H]: one product for each run of the same input."""
-        heads = self.num_heads, self.head_dim
+        heads, in_bias = (self.num_heads, self.head_dim), self.in_proj_bias  # once: it may be computed
         biases: Any
         weights: Any
         if self._qkv_same_embed_dim:
             if query is key and key is value:
-                runs = [(query, 3, self.in_proj_weight, self.in_proj_bias)]
+                runs = [(query, 3, self.in_proj_weight, in_bias)]
             else:
                 counts = [2, 1] if query is key else [1, 2] if key is value else [1, 1, 1]
                 rows = [count * self.num_heads * self.head_dim for count in counts]
                 inputs = (query, value) if len(counts) == 2 else (query, key, value)
-                biases = [None] * len(rows) if self.in_proj_bias is None else self.in_proj_bias.split_with_sizes(rows)
+                biases = [None] * len(rows) if in_bias is None else in_bias.split_with_sizes(rows)
                 weights = self.in_proj_weight.split_with_sizes(rows)
                 runs = list(zip(inputs, counts, weights, biases, strict=True))
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            biases = [None] * 3 if in_bias is None else in_bias.split_with_sizes([self.embed_dim] * 3)
             runs = list(zip((query, key, value), (1, 1, 1), weights, biases, strict=True))
         projected: list[Tensor] = []
         for x, count, weight, bias in runs:
@@ -486,7 +495,11 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
 
 
 def hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Whether a call of a module is more than the forward of its class: hooks, of its own or of every module, or another forward
+    that was put in the place of its own."""
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks or "forward" in own or _has_any_global_hook())
 
 
 def _of_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -164,7 +164,7 @@ class Sequence(Interop, nn.RNNBase):
         """(output, states, c of every step or None) in the layout of `input`."""
         params: list[Any] | None = None
         plain = not return_cells and reset_to is None and cu_seqlens is None
-        if plain and type(self).check_forward_args in CHECKS and plain_call():
+        if plain and checks_of(type(self)) in CHECKS and plain_call():
             kept = self._parameters  # faster than by attribute; weight_norm, parametrizations and FSDP take them away from there
             params = [kept[name] if name in kept else getattr(self, name) for name in self._flat_weights_names]
             if type(input) is Tensor and input.dim() == 3 and lengths is None and resets is None:
@@ -896,8 +896,12 @@ def _rows_of(module: Sequence, resets: PackedSequence, input: PackedSequence) ->
     return resets.data
 
 
-# Those of a subclass of the user's own are called.
-CHECKS = {nn.RNNBase.check_forward_args, PairSequence.check_forward_args}  # what the short way checks as well
+def checks_of(kind: type[nn.RNNBase]) -> tuple[Any, ...]:
+    """The methods that check what a module is given. Those of a subclass of the user's own are called."""
+    return kind.check_forward_args, kind.check_input, kind.check_hidden_size
+
+
+CHECKS = {checks_of(SingleSequence), checks_of(PairSequence)}  # what the short way checks as well
 
 
 def _states(hx: Any) -> tuple[Tensor, ...]:

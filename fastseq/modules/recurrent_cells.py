@@ -296,8 +296,10 @@ def _as_torchs(cell: nn.RNNCellBase, name: str, input: Any, *states: Any) -> boo
     """Whether a call goes straight to torch's forward, whose kernel is the one for a step: if nothing about it is to be asked."""
     if type(input) is not Tensor or recorded() or backends.forced() or backends.watched() or transforming():
         return False
-    dtype, dim = input.dtype, input.dim()
-    if dtype != cell.weight_ih.dtype or dim not in (1, 2) or input.shape[-1] != cell.input_size:
+    dtype, dim, weight = input.dtype, input.dim(), cell._parameters.get("weight_ih")
+    if weight is None:  # it is computed, and not for a question: what draws or iterates does it once a step
+        return False
+    if dtype != weight.dtype or dim not in (1, 2) or input.shape[-1] != cell.input_size:
         return False
     shape = (*input.shape[:-1], cell.hidden_size)
     if not all(state is None or (type(state) is Tensor and state.dtype == dtype and state.shape == shape) for state in states):

@@ -20,7 +20,7 @@ from fastseq.functional._packing import packing_of
 from fastseq.functional._solver import Newton
 from fastseq.modules._checks import describe, kind_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.modules.recurrent import CHECKS, Input, PairSequence, Sequence, SingleSequence
+from fastseq.modules.recurrent import CHECKS, Input, PairSequence, Sequence, SingleSequence, checks_of
 from fastseq.modules.recurrent_cells import check_cell_input, check_cell_rank, check_cell_state
 from fastseq.ops._dispatch import plain_call
 
@@ -252,7 +252,7 @@ class LayerNormGRU(_Single):
     CELL = "layer_norm_gru"
 
 
-CHECKS.add(SLSTM.check_forward_args)
+CHECKS.add(checks_of(SLSTM))
 
 
 class VariantCell(Interop, nn.RNNCellBase):

@@ -27,7 +27,9 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "norm2": (nn.LayerNorm,),
     "linear1": (nn.Linear,),
     "linear2": (nn.Linear,),
+    **dict.fromkeys(("dropout", "dropout1", "dropout2"), (nn.Dropout, nn.Identity)),
 }
+_torch_sa_block: Any = nn.TransformerEncoderLayer._sa_block  # as torch has it, whatever `fastseq.patched` puts in its place
 
 
 @public
@@ -114,7 +116,7 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
 
     def _ff_block(self, x: Tensor) -> Tensor:
         first, second = self._modules["linear1"], self._modules["linear2"]
-        if not (_plain(first) and _plain(second) and type(x) in PLAIN and x.is_cpu and plain_call()) or library.reason():
+        if not (plain_call() and _plain(first) and _plain(second) and type(x) in PLAIN and x.is_cpu) or library.reason():
             return super()._ff_block(x)
         hidden = self.dropout(self.activation(linear(x, *_parameters(first))))
         return self.dropout2(linear(hidden, *_parameters(second)))
@@ -124,15 +126,26 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
     ) -> Tensor | None:
         """None: the call is for another way, which also says what is wrong with it."""
         modules: dict[str, Any] = self._modules
-        for module in modules.values():
-            if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+        known = 0
+        for name, module in modules.items():
+            if module is None:
+                continue
+            own = module.__dict__
+            # dropout alone may be left in training; a scripted module does not say; a forward may be replaced on the instance
+            if own.get("training", True) or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
                 return None
-        for name, kinds in _KINDS.items():
-            if type(modules[name]) not in kinds:
-                return None
+            if name in _KINDS:
+                if type(module) not in _KINDS[name]:
+                    return None
+                known += 1
+        kind, own = type(self), self.__dict__
+        if known < len(_KINDS) or kind._sa_block is not _torch_sa_block or kind._ff_block is not _own_ff_block:
+            return None
+        if "_sa_block" in own or "_ff_block" in own:
+            return None
         attention = modules["self_attn"]
         projection, norm1, norm2 = attention._modules["out_proj"], modules["norm1"], modules["norm2"]
-        if type(projection) is not NonDynamicallyQuantizableLinear or projection._forward_hooks or projection._forward_pre_hooks:
+        if type(projection) is not NonDynamicallyQuantizableLinear or hooked(projection):
             return None
         if norm1.eps != norm2.eps or attention.bias_k is not None or attention.add_zero_attn or library.reason():
             return None
@@ -193,6 +206,9 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
             uses=(),
             gradients=(),
         )
+
+
+_own_ff_block: Any = TransformerEncoderLayer._ff_block
 
 
 def _parameters(module: Any) -> tuple[Tensor, Tensor | None]:

@@ -21,9 +21,9 @@ from ..choice import sources
 from ..choice.sources import may_be_torchs, memory, remember
 from ..reference import attention as reference
 from . import attention as op
-from ._dispatch import PLAIN, heeds_forward, lean, wants_gradient
+from ._dispatch import PLAIN, heeds_forward, is_batched, lean, wants_gradient
 from .attention import TENSORS, _plain_dtypes, _tensors
-from .types import Spec
+from .types import GRADIENTS, Spec
 
 _NUMBERS = frozenset((int, float))
 _native: Any = None  # the library's ops, once it is loaded, without a frame of Python around each
@@ -80,11 +80,13 @@ def attended(
     gradients = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (mask is not None and mask.requires_grad)
     )
-    seed = None
+    if gradients and query.dim() != 4:
+        return None
+    seed = before = None
     if dropout:
         if not 0 < dropout < 1:
             return None
-        seed = random_seed()
+        before, seed = torch.get_rng_state(), random_seed()
     elif (
         not (_never.get(gradients) or bottom_right)
         and _may_be_torchs(gradients)
@@ -94,14 +96,16 @@ def attended(
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         y = F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
         return y.transpose(1, 2) if swapped else y
-    if not gradients:
-        if seed is None and mask is None and not bottom_right:
-            return _native_plain(query, key, value, causal, scale, grouped, swapped)
+    if not gradients and seed is None and mask is None and not bottom_right:
+        return _native_plain(query, key, value, causal, scale, grouped, swapped)
+    if gradients:
+        out = _plain(query, key, value, mask, grouped, (causal, scale, dropout, seed, bottom_right, swapped))
+    else:
         results = _native(query, key, value, mask, causal, scale, grouped, False, dropout, seed, bottom_right, swapped)
-        return results[0] if results else None
-    if query.dim() != 4:
-        return None
-    return _plain(query, key, value, mask, grouped, (causal, scale, dropout, seed, bottom_right, swapped))
+        out = results[0] if results else None
+    if out is None and before is not None:  # the other way draws its own, which has to be that of a call without gradients
+        torch.set_rng_state(before)
+    return out
 
 
 def _loaded() -> bool:
@@ -192,10 +196,12 @@ class _Plain(torch.autograd.Function):
         q, k, v, out, lse, mask, seed = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:4]
         causal, scale, dropout, _, bottom_right, swapped = ctx.rest
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(dout):
             spec = Spec(scale=q.shape[-1] ** -0.5 if scale is None else scale, dropout=dropout, seed=seed)
             spec = spec._replace(right=0 if causal else -1, bottom_right=bottom_right)
-            return *_through_reference(wanted, q, k, v, mask, spec, swapped, dout), None, None
+            if torch.is_grad_enabled():
+                return *_through_reference(wanted, q, k, v, mask, spec, swapped, dout), None, None
+            return *_through_op(wanted, q, k, v, out, lse, mask, spec, swapped, dout), None, None
         grads = _native_backward(dout, q, k, v, out, lse, mask, causal, scale, dropout, seed, bottom_right, swapped, wanted)
         if wanted == _OF_INPUTS:
             return *grads, None, None, None
@@ -222,16 +228,45 @@ def _through_reference(
         given = (q, k, v, mask)
         views = [t.view_as(t) if t is not None and want else t for t, want in zip(given, wanted, strict=True)]
         q, k, v, mask = views  # type: ignore[assignment]
-        if mask is not None:
-            over_scores = mask[(None,) * (4 - mask.dim())]
-            hides = mask.dtype == torch.bool
-            spec = spec._replace(mask=over_scores) if hides else spec._replace(bias=over_scores)
+        spec = _masked(spec, mask)
         if swapped:
             q, k, v, dout = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dout.transpose(1, 2)
         out, _ = reference.forward(q, k, v, spec)
         used = [t for t, want in zip(views, wanted, strict=True) if t is not None and want]
         grads = iter(torch.autograd.grad(out, used, dout, create_graph=True))
     return [next(grads) if want else None for want in wanted]
+
+
+def _through_op(
+    wanted: Sequence[bool],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    spec: Spec,
+    swapped: bool,
+    dout: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of q, k, v and mask of many gradients at once (is_grads_batched=True), which the op takes one by one."""
+    if swapped:
+        q, k, v, out, dout = (t.transpose(1, 2) for t in (q, k, v, out, dout))
+    spec = _masked(spec, mask)
+    grads = list(op._backward_op(dout.contiguous(), None, q, k, v, out, lse, *spec, [*wanted, *[False] * (len(GRADIENTS) - 4)]))
+    if swapped:
+        grads[:3] = (t.transpose(1, 2) for t in grads[:3])
+    if mask is not None:
+        grads[3] = grads[3].reshape(mask.shape)
+    return [grad if want else None for grad, want in zip(grads, wanted, strict=False)]
+
+
+def _masked(spec: Spec, mask: Tensor | None) -> Spec:
+    """With a mask as torch's function takes it."""
+    if mask is None:
+        return spec
+    over_scores = mask[(None,) * (4 - mask.dim())]
+    return spec._replace(mask=over_scores) if mask.dtype == torch.bool else spec._replace(bias=over_scores)
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
@@ -272,7 +307,7 @@ class _Attention(op._Attention):
 
     @staticmethod
     def backward(ctx, dout, dlse, dw=None):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or any([grad is not None and is_batched(grad) for grad in (dout, dlse, dw)]):
             return op._Attention.backward(ctx, dout, dlse, dw)
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         spec, needs = Spec(*tensors, *ctx.scalars), (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:])

@@ -90,6 +90,9 @@ def plain_call(unseen: bool = False) -> bool:
     )
 
 
+# whether a tensor is what is_grads_batched=True makes of many: its type is Tensor's, and no mode or transform tells of it
+is_batched = _C._functorch.is_legacy_batchedtensor
+
 Node = TypeVar("Node", bound=type)
 
 

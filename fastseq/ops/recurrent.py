@@ -73,6 +73,7 @@ from . import flops
 from ._dispatch import (
     autocasts,
     heeds_forward,
+    is_batched,
     needs_plain_torch,
     outside_dynamo,
     plain_call,
@@ -380,7 +381,7 @@ def _plain_backward(y: Tensor, given: tuple[Tensor | None, ...]) -> bool:
     if not plain_call() or backends.watched() or type(y) is not Tensor or not y.is_cpu or library.reason():
         return False
     for grad in given:  # those of is_grads_batched=True show it by themselves alone
-        if grad is not None and (type(grad) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(grad)):
+        if grad is not None and (type(grad) is not Tensor or is_batched(grad)):
             return False
     return True
 

@@ -17,7 +17,7 @@ from .. import backends
 from ..backends import cpu, library
 from ..reference import recurrent as reference
 from ..reference.cells import steps as cell_steps
-from ._dispatch import plain_call, recorded, transforming
+from ._dispatch import is_batched, plain_call, recorded, transforming
 from .types import Backward, Call, Forward, States, Walk, Weights
 
 
@@ -138,6 +138,8 @@ def _native_products(
         return None
     if any([type(t) not in (Tensor, torch.nn.Parameter) for t in (x, call.y, *results[:2], *weights.w_ih)]):
         return None
+    if any([is_batched(t) for t in (x, call.y, *results[:2])]):
+        return None
     found = cpu.layer_gradients(call, results, x, weights, wanted, wanted_x and bool(weights.w_ih))
     return iter(found) if found else None
 
@@ -199,7 +201,7 @@ def _plain(call: Backward, *results: Tensor) -> bool:
     if not plain_call() or not call.y.is_cpu or call.dtype not in cpu.recurrent.DTYPES or library.reason():
         return False
     given = (call.y, call.c, call.gates, *results)
-    return not any([type(t) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(t) for t in given])
+    return not any([type(t) is not Tensor or is_batched(t) for t in given])
 
 
 def _blocks(total: int) -> Iterator[slice]:

@@ -317,6 +317,16 @@ def test_no_rows():
     assert output.shape == (3, 0, 9) and h_n.shape == c_n.shape == (1, 0, 9)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "PeepholeLSTM", "SLSTM", "LayerNormGRU"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_gradients_of_no_rows(kind, steps, bidirectional):
+    module, x = getattr(fastseq, kind)(6, 9, bidirectional=bidirectional), torch.randn(steps, 0, 6, requires_grad=True)
+    module(x)[0].sum().backward()
+    assert x.grad.shape == x.shape
+    assert not any(parameter.grad.any() for parameter in module.parameters())
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads(threads):
     before = torch.get_num_threads()

@@ -339,6 +339,47 @@ def test_dropout():
     assert not theirs(query, key, value, dropout_p=1.0).any()
 
 
+@pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8), (2, 3, 5, 8), (2, 2, 3, 5, 8)], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropout_is_the_same_with_gradients(shape, masked):
+    """As checkpointing wants it, whose first pass may be without them."""
+    torch.manual_seed(0)
+    leaf = normal(*shape).requires_grad_()
+    options = {"attn_mask": coins(5, 5)} if masked else {}
+
+    def run(x: Tensor) -> Tensor:
+        return ours(x, x, x, dropout_p=0.4, **options)
+
+    torch.manual_seed(1)
+    with torch.no_grad():
+        expected = run(leaf)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    torch.testing.assert_close(run(leaf), expected)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("shape", [None, (5, 5), (3, 1, 5), (2, 3, 5, 5)], ids=str)
+@pytest.mark.parametrize("by", ["scaled_dot_product_attention", "bhsd", "bshd", "lse"])
+def test_batched_gradients(by, shape):
+    """is_grads_batched, vectorize=True: all cotangents in one call give what each gives alone."""
+    torch.manual_seed(0)
+    q = (2, 5, 3, 8) if by == "bshd" else (2, 3, 5, 8)
+    leaves = [normal(*of, dtype=torch.float64).requires_grad_() for of in [q] * 3 + ([shape] if shape else [])]
+    bias = leaves[3] if shape else None
+    if by == "scaled_dot_product_attention":
+        out = ours(*leaves[:3], bias, is_causal=bias is None)
+    else:
+        options = dict(layout="bshd") if by == "bshd" else dict(return_lse=by == "lse")
+        out = fastseq.functional.attention(*leaves[:3], attn_bias=bias, causal=bias is None, **options)
+        out = out[0] if by == "lse" else out
+    cotangents = torch.randn(3, *out.shape, dtype=torch.float64)
+    together = torch.autograd.grad(out, leaves, cotangents, is_grads_batched=True, retain_graph=True)
+    for index, cotangent in enumerate(cotangents):
+        alone = torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+        torch.testing.assert_close([grad[index] for grad in together], list(alone))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     torch.manual_seed(0)

@@ -96,6 +96,14 @@ def test_a_query_against_rows_of_one_length(both, layout, length, by_distance, a
     torch.testing.assert_close(unlike[0], long[0])
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_place_of_queries_is_no_guess_where_rows_are_shorter_than_the_keys(gradients):
+    """Be it that the rows are as long as the queries."""
+    q, k = normal(B, HQ, 4, E).requires_grad_(), normal(B, HQ, 6, E)
+    with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match="alignment"):
+        F.attention(q, k, k, causal=True, seqlens_k=torch.full((B,), 4))
+
+
 def test_what_a_bias_by_distance_lacks_is_left_to_the_long_way():
     torch.manual_seed(3)
     q, k, v, table = normal(B, HQ, 1, E), normal(B, HQ, 9, E), normal(B, HQ, 9, E), normal(HQ, 5)

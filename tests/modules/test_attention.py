@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
@@ -212,6 +213,43 @@ class TestSameAsTorch:
                 assert torch.equal(a, e)
 
 
+class Doubled(nn.Module):
+    calls = 0
+
+    def forward(self, parameter):
+        Doubled.calls += 1
+        return 2 * parameter
+
+
+class TestParametersThatAreComputed:
+    """They are no parameters of the module any more, yet of every call, with gradients and without."""
+
+    @pytest.mark.parametrize("how", ["parametrized", "pruned"])
+    @pytest.mark.parametrize("kind", ["self", "positions", "distinct"])
+    @pytest.mark.parametrize("name", ["in_proj_weight", "in_proj_bias", "bias_k", "bias_v"])
+    def test_as_torch(self, name, kind, how):
+        theirs, ours = both(add_bias_kv=name in ("bias_k", "bias_v"), batch_first=True)
+        for module in (theirs, ours):
+            if how == "parametrized":
+                nn.utils.parametrize.register_parametrization(module, name, Doubled())
+            else:
+                prune.l1_unstructured(module, name, 0.5)
+        given = inputs(kind)
+        expected = theirs(*given)
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                Doubled.calls = 0
+                torch.testing.assert_close(ours(*given), expected)
+                assert Doubled.calls == (how == "parametrized")  # what draws or iterates does it once
+
+    @pytest.mark.parametrize("missing", ["bias_k", "bias_v"])
+    def test_one_of_two_that_go_together(self, missing):
+        for module in both(add_bias_kv=True, batch_first=True):
+            setattr(module, missing, None)
+            with pytest.raises(AssertionError, match="bias_k"):
+                module(*inputs())
+
+
 class TestHint:
     """is_causal: with it, attn_mask is the causal mask."""
 
@@ -334,6 +372,18 @@ class TestOnPurpose:
     def test_hooks_of_the_output_projection_run(self):
         _, ours = both(batch_first=True)
         ours.out_proj.register_forward_hook(lambda module, args, output: output * 0)
+        assert not ours(*inputs())[0].any()
+
+    def test_replaced_forward_and_hooks_of_every_module_run(self):
+        _, ours = both(batch_first=True)
+        handle = nn.modules.module.register_module_forward_hook(lambda module, given, output: seen.append(module))
+        seen: list[nn.Module] = []
+        try:
+            ours(*inputs())
+        finally:
+            handle.remove()
+        assert ours.out_proj in seen
+        ours.out_proj.forward = lambda x: 0 * x
         assert not ours(*inputs())[0].any()
 
     def test_fp32_masks_beside_other_dtypes(self):

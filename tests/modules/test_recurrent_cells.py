@@ -149,7 +149,10 @@ def test_what_torchs_kernel_trains_is_asked_once_and_checked_always(name, monkey
 
 
 class Twice(nn.Module):
+    calls = 0
+
     def forward(self, parameter):
+        Twice.calls += 1
         return 2 * parameter
 
 
@@ -170,7 +173,9 @@ def test_parameters_that_are_computed(kind, name, wrap):
     for hx in (None, (h, h) if kind == "LSTMCell" else h):
         for mode in (torch.enable_grad, torch.no_grad):
             with mode():
-                torch.testing.assert_close(ours(x, hx), theirs(x, hx))
+                expected, Twice.calls = theirs(x, hx), 0
+                torch.testing.assert_close(ours(x, hx), expected)
+                assert Twice.calls == (wrap == "parametrization")  # what draws or iterates does it once a step
     leaves = [tree_leaves(cell(x, hx))[0].sum() for cell in (theirs, ours)]
     grads = [torch.autograd.grad(leaf, list(cell.parameters())) for leaf, cell in zip(leaves, (theirs, ours), strict=True)]
     torch.testing.assert_close(grads[1], grads[0])

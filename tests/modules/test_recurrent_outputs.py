@@ -174,7 +174,7 @@ def test_results_are_no_views(name, options, with_gradients):
         assert not module(x, return_cells=True)[2]._is_view()
 
 
-@pytest.mark.parametrize("kind", ["padded", "lengths", "packed", "recompute", "zoneout"])
+@pytest.mark.parametrize("kind", ["padded", "lengths", "packed", "recompute", "zoneout", "float32"])
 @pytest.mark.parametrize("name", [*EVERY, "LSTM-projected", "GRU-heads"])
 def test_batched_gradients(name, kind):
     """is_grads_batched, vectorize=True: all cotangents in one call give what each gives alone."""
@@ -182,14 +182,15 @@ def test_batched_gradients(name, kind):
     base, _, option = name.partition("-")
     options = {"projected": {"proj_size": 3}, "heads": {"num_heads": 2}, "": {}}[option]
     extra = {"recompute": {"recompute": True}, "zoneout": {"zoneout": 0.2}}.get(kind, {})
-    module = getattr(fastseq, base)(I, 6, num_layers=2, bidirectional=True, dtype=torch.float64, **options, **extra)
-    x = random(4, 2, I, dtype=torch.float64).requires_grad_()
+    dtype = torch.float32 if kind == "float32" else torch.float64
+    module = getattr(fastseq, base)(I, 6, num_layers=2, bidirectional=True, dtype=dtype, **options, **extra)
+    x = random(4, 2, I, dtype=dtype).requires_grad_()
     lengths = torch.tensor([4, 2])
     if kind == "packed":
         y = module(pack_padded_sequence(x, lengths))[0].data
     else:
         y = module(x, **({"lengths": lengths} if kind == "lengths" else {}))[0]
-    cotangents = torch.randn(3, *y.shape, dtype=torch.float64)
+    cotangents = torch.randn(3, *y.shape, dtype=dtype)
     inputs = [x, *module.parameters()]
     together = torch.autograd.grad(y, inputs, cotangents, is_grads_batched=True, retain_graph=True)
     for i, cotangent in enumerate(cotangents):

@@ -194,6 +194,92 @@ class TestOtherWays:
         with torch.no_grad():
             assert not torch.allclose(ours(source(True)), theirs(source(True)))
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit")
+    def test_scripted_parts(self):
+        theirs, ours = both()
+        ours.linear1 = torch.jit.script(ours.linear1)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(source(False)), theirs(source(False)), **FP64)
+
+    @pytest.mark.parametrize("part", ["self_attn", "linear1", "linear2", "norm1", "norm2", "dropout", "dropout1", "dropout2"])
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_parts_whose_forward_is_replaced_on_the_instance(self, part, gradients):
+        """As tools do that shard, quantize or look into a model without hooks."""
+        results = []
+        for module in both():
+            own = module.get_submodule(part)
+
+            def doubled(*given, forward=own.forward, **options):
+                out = forward(*given, **options)
+                return 2 * out if isinstance(out, torch.Tensor) else (2 * out[0], *out[1:])
+
+            own.forward = doubled
+            with torch.set_grad_enabled(gradients):
+                results.append(module(source(False)).detach())
+        torch.testing.assert_close(*results, **FP64)
+
+    @pytest.mark.parametrize("part", ["dropout", "dropout1", "dropout2", "self_attn"])
+    def test_dropout_alone_in_training(self, part):
+        """Monte Carlo dropout: the model in eval mode, what draws in training."""
+        theirs, ours = both()
+        for module in (theirs, ours):
+            alone = module.get_submodule(part).train()
+            setattr(alone, "dropout" if part == "self_attn" else "p", 1.0)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(source(False)), theirs(source(False)), **FP64)
+            assert not self.way(ours, source(False), None, None, False)
+
+    @pytest.mark.parametrize("part", ["dropout", "dropout1", "dropout2"])
+    def test_another_module_in_place_of_dropout(self, part):
+        class Doubled(nn.Module):
+            def forward(self, x):
+                return 2 * x
+
+        theirs, ours = both()
+        for module in (theirs, ours):
+            setattr(module, part, Doubled())
+        with torch.no_grad():
+            torch.testing.assert_close(ours(source(False)), theirs(source(False)), **FP64)
+            setattr(ours, part, nn.Identity().eval())
+            assert self.way(ours, source(False), None, None, False)
+
+    @pytest.mark.parametrize("block", ["_sa_block", "_ff_block"])
+    @pytest.mark.parametrize("on", ["class", "instance"])
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_blocks_of_ones_own(self, block, on, gradients):
+        class Doubled(nn.TransformerEncoderLayer):
+            pass
+
+        def doubled(self, *given, **options):
+            return 2 * getattr(nn.TransformerEncoderLayer, block)(self, *given, **options)
+
+        theirs, ours = both()
+        for module in (theirs, ours):
+            if on == "instance":
+                setattr(module, block, doubled.__get__(module))
+        if on == "class":
+            setattr(Doubled, block, doubled)
+            theirs.__class__ = Doubled
+            ours = copy.deepcopy(theirs)
+            assert len(fastseq.convert(ours)) == 2
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(ours(source(False)), theirs(source(False)), **FP64)
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("register", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+    def test_hooks_of_every_module_run(self, register, training):
+        seen = []
+        install = getattr(nn.modules.module, f"register_module_{register}_hook")
+        for module in both():
+            module.train(training)
+            handle = install(lambda module, *given: seen[-1].append(type(module)) if type(module) is nn.Linear else None)
+            try:
+                seen.append([])
+                module(source(False).requires_grad_()).sum().backward()
+            finally:
+                handle.remove()
+        assert seen[0] == seen[1] == [nn.Linear] * 2
+
     def test_wrong_arguments_as_torch(self):
         theirs, ours = both(torch.float32, batch_first=True)
         x = source(True, torch.float32)

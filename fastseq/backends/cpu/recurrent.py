@@ -109,9 +109,9 @@ def recurrent_backward(call: Backward) -> tuple[Tensor, ...]:
         *results,
     )
     if once:
-        dr = dgates.view(call.batch, call.lanes, -1).transpose(0, 1)
+        dr = dgates.view(call.batch, call.lanes, dgates.shape[-1]).transpose(0, 1)
         if call.row.own_recurrent:
-            own = drecurrent.view(call.batch, call.lanes, -1).transpose(0, 1)
+            own = drecurrent.view(call.batch, call.lanes, drecurrent.shape[-1]).transpose(0, 1)
             dr = torch.cat((dr[..., : -own.shape[-1]], own), -1)
         dh0 += _product(dr, call.weight).to(dtype)
     return results
