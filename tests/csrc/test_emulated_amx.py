@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from .planted import cpu
+from .planted import build, cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {
@@ -21,10 +22,37 @@ FILES = {
     "the rest": ("ops/test_scan_cpu.py", "test_pack.py"),
 }
 
-pytestmark = [
-    pytest.mark.skipif(not cpu.emulated("amx") or "amx" not in cpu.levels(), reason="for processors with AVX512-BF16 and no AMX"),
-    pytest.mark.xdist_group("emulated AMX"),
-]
+
+def program() -> Path:
+    source, header = ROOT / "tests/csrc/tiles.cpp", ROOT / "tests/csrc/emulator/tiles.h"
+    try:
+        compiler = build.compiler()
+        command = (compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-include", header)
+        return build.made("tiles", "", (build.version(compiler), source.read_text(), header.read_text()), *command, source)
+    except build.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def test_tiles_multiply():
+    done = subprocess.run([program(), "products"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "misuse",
+    [
+        "a tile without a configuration",
+        "a tile that the configuration leaves out",
+        "a configuration within another",
+        "a palette other than 1, or a row to start from",
+        "a tile of more than 16 rows of 64 bytes",
+        "a product with one tile twice",
+        "a product of tiles that do not fit",
+    ],
+)
+def test_misuse_ends_the_program(misuse):
+    done = subprocess.run([program(), misuse], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGABRT, f"emulated AMX: {misuse}\n")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +72,8 @@ def library() -> Path:
     return cache.parent / "libfastseq_emulated.so"
 
 
+@pytest.mark.skipif(not cpu.emulated("amx") or "amx" not in cpu.levels(), reason="for processors with AVX512-BF16 and no AMX")
+@pytest.mark.xdist_group("emulated AMX")
 @pytest.mark.parametrize("of", FILES)
 def test_level(library, of):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--level", "amx", "-m", "not slow"]
