@@ -359,7 +359,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
                 runs = list(zip(inputs, counts, weights, biases, strict=True))
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = [None] * 3 if in_bias is None else in_bias.split_with_sizes([self.embed_dim] * 3)
+            biases = [None] * 3 if in_bias is None else in_bias.split_with_sizes([self.num_heads * self.head_dim] * 3)
             runs = list(zip((query, key, value), (1, 1, 1), weights, biases, strict=True))
         projected: list[Tensor] = []
         for x, count, weight, bias in runs:
