@@ -43,7 +43,7 @@ MODELS = LAYERS / "models/results.json", AMD / "models.json"  # of whole models,
 EVERY = RESULTS / "intel-xeon-2-cores"  # every suite, in fewer points
 PACKED = LAYERS / "packed-lstm.json"  # of examples/packed_lstm.py
 RANKS = AMD / "distributed.json"  # of the suite distributed
-SYSTEMS = EVERY / "systems.json"  # of the suite systems but for its text, by another version than the rest
+SYSTEMS = AMD / "systems.json"  # of the suite systems but for its text
 ISSUE = {  # pytorch#149194: packed in percent of padded, forward and backward
     10: (527, 277), 20: (740, 461), 50: (1163, 382), 100: (1507, 396),
     200: (2300, 591), 500: (5968, 1716), 1000: (9583, 2794),
