@@ -92,8 +92,12 @@ def run_across(
         RuntimeError: if the ranks disagree, or what one of them raised while it computed.
         ValueError: for ``cu_seqlens``; for more micro-batches than rows.
     """
-    if options.batch_sizes is not None:
-        return _run_packed(cell, input, states, params, options, cu_seqlens, ranks, micro_batches)
+    if options.batch_sizes is not None:  # padded in between
+        rows = packing(input, options, ranks)
+        resets = None if options.resets is None else rows.padded(options.resets)
+        padded = replace(options, batch_sizes=None, batch_first=False, lengths=rows.lengths, resets=resets)
+        y, finals, c = run_across(cell, rows.padded(input), states, params, padded, cu_seqlens, ranks, micro_batches)
+        return rows.packed(y), finals, None if c is None else torch.stack([rows.packed(of_layer) for of_layer in c])
     own = Own()
     facts: dict[str, object] = {}
     call = own.run(_checked, cell, input, states, params, options, cu_seqlens, ranks, micro_batches, facts)
@@ -113,24 +117,6 @@ def run_across(
     if not options.batch_first:
         return y, finals, cells[0] if cells else None
     return y.transpose(0, 1), finals, cells[0].transpose(1, 2) if cells else None
-
-
-def _run_packed(
-    cell: Cell,
-    input: Tensor,
-    states: Sequence[Tensor | None],
-    params: Sequence[Tensor | None],
-    options: Options,
-    cu_seqlens: Tensor | None,
-    ranks: Ranks,
-    micro_batches: int,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    """The same of packed sequences: padded ones in between."""
-    rows = packing(input, options, ranks)
-    resets = None if options.resets is None else rows.padded(options.resets)
-    padded = replace(options, batch_sizes=None, batch_first=False, lengths=rows.lengths, resets=resets)
-    output, finals, cells = run_across(cell, rows.padded(input), states, params, padded, cu_seqlens, ranks, micro_batches)
-    return rows.packed(output), finals, None if cells is None else torch.stack([rows.packed(c) for c in cells])
 
 
 def _checked(

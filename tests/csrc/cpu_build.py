@@ -90,7 +90,7 @@ def failure(path: Path, *arguments: str, under: tuple[str, ...] = ()) -> str:
 
 def instructions() -> set[str]:
     """The flags of this machine's processor."""
-    if os.uname().machine != "x86_64":
+    if os.uname().machine != "x86_64" or not Path("/proc/cpuinfo").is_file():
         return set()
     return set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
 

@@ -59,7 +59,7 @@ def test_misuse_ends_the_program(misuse):
 def library() -> Path:
     """Made from the objects of `make library`; only what multiplies by tiles is compiled again."""
     folders = [ROOT / "build" / f"native-{kind}" for kind in ("cuda", "cpu")]
-    cache = next((folder / "CMakeCache.txt" for folder in folders if (folder / "build.ninja").is_file()), None)
+    cache = next((folder / "CMakeCache.txt" for folder in folders if (folder / "libfastseq.so").is_file()), None)
     if cache is None:
         pytest.skip("needs what `make library` leaves in build")
     settings = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(), re.MULTILINE))
@@ -73,6 +73,7 @@ def library() -> Path:
 
 
 @pytest.mark.skipif(not cpu.emulated("amx") or "amx" not in cpu.levels(), reason="for processors with AVX512-BF16 and no AMX")
+@pytest.mark.timeout(1800)  # the first one compiles, and each is many tests
 @pytest.mark.xdist_group("emulated AMX")
 @pytest.mark.parametrize("of", FILES)
 def test_level(library, of):
