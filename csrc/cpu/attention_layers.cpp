@@ -186,15 +186,17 @@ Tensor rows_like(const Tensor& matrix, const Tensor& tensor) {
 
 constexpr int64_t kElements = 16384;  // of rows that one thread works through at least
 
-// Rows, depths and columns from which AMX multiplies, fp32 in parts of bfloat16: there packing the weights pays.
-constexpr int64_t kRowsOfTiles = 96, kDepthOfTiles = 64;
-// Multiply-adds from which torch's product of bfloat16 with weights as they lie is faster, and below which its gradients of fp32 are.
+// Rows, depths and columns from which packing the weights pays: with AMX, which multiplies fp32 in parts of bfloat16, and without.
+constexpr int64_t kRowsOfTiles = 96, kRowsOfVectors = 16, kLeastDepth = 64;
+// Multiply-adds from which AMX's product of bfloat16 with weights as they lie, torch's, is faster; and below which torch's gradients of
+// fp32 are.
 constexpr int64_t kWork = 1 << 24;
 
 // The kernels for products of n rows with weights, in either direction; null: torch's own products are the ones.
 const MatrixKernels* kernels_for(ScalarType type, int64_t n, const Tensor& weight) {
   if ((type != ScalarType::Float && type != ScalarType::BFloat16) || weight.stride(1) != 1) return nullptr;
-  if (n < kRowsOfTiles || weight.size(0) < kDepthOfTiles || weight.size(1) < kDepthOfTiles) return nullptr;
+  if (weight.size(0) < kLeastDepth || weight.size(1) < kLeastDepth) return nullptr;
+  if (n < (level() == Level::kAmx ? kRowsOfTiles : kRowsOfVectors)) return nullptr;
   return matrix_kernels(type_of(type));
 }
 
@@ -202,8 +204,8 @@ const MatrixKernels* kernels_for(ScalarType type, int64_t n, const Tensor& weigh
 bool multiplied(const Tensor& rows, const Tensor& weight, int64_t first, const Tensor& out) {
   const int64_t n = rows.size(0), depth = rows.size(1), count = out.size(1);
   const MatrixKernels* kernels = kernels_for(rows.scalar_type(), n, weight);
-  if (!kernels || count < kDepthOfTiles) return false;
-  if (rows.scalar_type() == ScalarType::BFloat16 && n * depth * count >= kWork) return false;
+  if (!kernels || count < kLeastDepth) return false;
+  if (rows.scalar_type() == ScalarType::BFloat16 && level() == Level::kAmx && n * depth * count >= kWork) return false;
   const Type type = type_of(rows.scalar_type());
   const int64_t bytes = bytes_of(type);
   const MatrixRows of_weight{offset(data(weight), first * weight.stride(0) * bytes), weight.stride(0) * bytes, nullptr};

@@ -38,6 +38,9 @@ LEFT_OUT(avx512)
 #endif
 #if defined(FASTSEQ_WITHOUT_avx512_bf16)
 LEFT_OUT_PRODUCTS(avx512_bf16)
+namespace fastseq::cpu {
+const MatrixKernels& matrix_kernels_avx512_bf16() { std::abort(); }
+}
 #endif
 #if defined(FASTSEQ_WITHOUT_amx)
 LEFT_OUT_PRODUCTS(amx)

@@ -13,7 +13,9 @@ namespace fastseq::cpu {
 
 const MatrixKernels* matrix_kernels([[maybe_unused]] Type type) {
 #if defined(__x86_64__)
-  if (level() == Level::kAmx && (type == Type::kBfloat16 || type == Type::kFloat)) return &matrix_kernels_amx();
+  if (type != Type::kBfloat16 && type != Type::kFloat) return nullptr;
+  if (level() == Level::kAmx) return &matrix_kernels_amx();
+  if (level() == Level::kAvx512Bf16) return &matrix_kernels_avx512_bf16();
 #endif
   return nullptr;
 }

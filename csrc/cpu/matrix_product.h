@@ -50,6 +50,7 @@ struct MatrixKernels {
 };
 
 #if defined(__x86_64__)
+const MatrixKernels& matrix_kernels_avx512_bf16();
 const MatrixKernels& matrix_kernels_amx();
 #endif
 

@@ -456,21 +456,29 @@ namespace {
 // Rows up to which torch's products are faster than ours, which put their operands together first.
 constexpr int64_t kRowsOfTorch = 16;
 
-// to[0 .. columns) = the sum of rows `stride` elements apart, in the kernels' arithmetic, run by run
+// to[0 .. columns) = the sum of rows `stride` elements apart, in the kernels' arithmetic: of runs of rows, added up in pairs, and the
+// pairs in pairs
 void sum_rows(Type type, const void* values, int64_t rows, int64_t columns, int64_t stride, void* to) {
-  constexpr int64_t kRun = 64;
+  constexpr int64_t kRun = 16;
+  const int64_t runs = (rows + kRun - 1) / kRun, levels = std::bit_width(static_cast<uint64_t>(runs));
   with_storage(type, [&]<class S>() {
     using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
-    Buffer buffer(2 * columns * sizeof(A));
-    A *sums = static_cast<A*>(buffer.get()), *run = sums + columns;
-    std::fill_n(sums, columns, A(0));
-    for (int64_t begin = 0; begin < rows; begin += kRun) {
-      std::fill_n(run, columns, A(0));
-      for (int64_t r = begin; r < std::min(begin + kRun, rows); ++r)
-        for (int64_t i = 0; i < columns; ++i) run[i] += static_cast<A>(static_cast<const S*>(values)[r * stride + i]);
-      for (int64_t i = 0; i < columns; ++i) sums[i] += run[i];
+    Buffer buffer((levels + 1) * columns * sizeof(A));
+    A* sum = static_cast<A*>(buffer.get());
+    const auto of_level = [&](int64_t level) { return sum + (level + 1) * columns; };  // of 2^level runs
+    const auto add_level = [&](int64_t level) { std::transform(sum, sum + columns, of_level(level), sum, std::plus<A>()); };
+    for (int64_t i = 0; i < runs; ++i) {
+      std::fill_n(sum, columns, A(0));
+      for (int64_t r = i * kRun; r < std::min((i + 1) * kRun, rows); ++r)
+        for (int64_t j = 0; j < columns; ++j) sum[j] += static_cast<A>(static_cast<const S*>(values)[r * stride + j]);
+      int64_t level = 0;
+      for (; i >> level & 1; ++level) add_level(level);
+      std::copy_n(sum, columns, of_level(level));
     }
-    std::transform(sums, sums + columns, static_cast<S*>(to), [](A sum) { return S(sum); });
+    std::fill_n(sum, columns, A(0));
+    for (int64_t level = 0; level < levels; ++level)
+      if (runs >> level & 1) add_level(level);
+    std::transform(sum, sum + columns, static_cast<S*>(to), [](A sum) { return S(sum); });
   });
 }
 
