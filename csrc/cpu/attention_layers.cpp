@@ -200,8 +200,16 @@ const MatrixKernels* kernels_for(ScalarType type, int64_t n, const Tensor& weigh
   return matrix_kernels(type_of(type));
 }
 
-// rows [n, E] x weights, of which row r is a column of the result; false: not multiplied, or the results are not to be used.
-bool multiplied(const Tensor& rows, const Tensor& weight, int64_t first, const Tensor& out) {
+void add_bias(const Tensor& rows, const void* bias, bool relu) {
+  const Type type = type_of(rows.scalar_type());
+  torch::stable::parallel_for(0, rows.size(0), std::max<int64_t>(1, kElements / rows.size(1)), [&](int64_t begin, int64_t end) {
+    layer_norm_kernels().add_bias(type, mutable_data(rows), bias, rows.size(1), begin, end, relu);
+  });
+}
+
+// rows [n, E] x weights, of which row r is a column of the result, and the bias, from `first` on; false: not multiplied, or the results
+// are not to be used.
+bool multiplied(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, int64_t first, bool relu, const Tensor& out) {
   const int64_t n = rows.size(0), depth = rows.size(1), count = out.size(1);
   const MatrixKernels* kernels = kernels_for(rows.scalar_type(), n, weight);
   if (!kernels || count < kLeastDepth) return false;
@@ -209,26 +217,19 @@ bool multiplied(const Tensor& rows, const Tensor& weight, int64_t first, const T
   const Type type = type_of(rows.scalar_type());
   const int64_t bytes = bytes_of(type);
   const MatrixRows of_weight{offset(data(weight), first * weight.stride(0) * bytes), weight.stride(0) * bytes, nullptr};
+  const void* added = bias ? offset(data(*bias), first * bytes) : nullptr;
   MatrixProduct product{type, n, depth, {data(rows), rows.stride(0) * bytes, nullptr}, false, {}, 1};
   product.right[0] = {of_weight, count, mutable_data(out), count * bytes, true};
-  return multiply(*kernels, {product});
-}
-
-void add_bias(const Tensor& rows, const Tensor& bias, int64_t first, bool relu) {
-  const Type type = type_of(rows.scalar_type());
-  const void* from = offset(data(bias), first * bytes_of(type));
-  torch::stable::parallel_for(0, rows.size(0), std::max<int64_t>(1, kElements / rows.size(1)), [&](int64_t begin, int64_t end) {
-    layer_norm_kernels().add_bias(type, mutable_data(rows), from, rows.size(1), begin, end, relu);
-  });
+  if (kernels->finishes) product.right[0].bias = added, product.right[0].relu = relu;
+  if (!multiply(*kernels, {product})) return false;
+  if (added && !kernels->finishes) add_bias(out, added, relu);
+  return true;
 }
 
 // weight[first .. first + count) x + bias of rows [n, E], which are contiguous, as is the bias.
 Tensor linear(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, int64_t first, int64_t count) {
   const Tensor out = empty({rows.size(0), count}, rows.scalar_type());
-  if (multiplied(rows, weight, first, out)) {
-    if (bias) add_bias(out, *bias, first, false);
-    return out;
-  }
+  if (multiplied(rows, weight, bias, first, false, out)) return out;
   const int64_t along = weight.stride(1), across = weight.stride(0);
   const Tensor transposed = view(weight, {weight.size(1), count}, {along, across}, first * across);
   if (bias) {
@@ -558,13 +559,12 @@ void add(const Tensor& x, const Tensor& to) {
 Tensor activated(const Tensor& rows, const Tensor& weight, const Tensor& bias, bool gelu) {
   const int64_t n = rows.size(0), count = weight.size(0);
   const Tensor out = empty({n, count}, rows.scalar_type());
-  if (!multiplied(rows, weight, 0, out)) {
+  if (!multiplied(rows, weight, bias, 0, !gelu, out)) {
     const Tensor transposed = view(weight, {weight.size(1), count}, {1, weight.size(1)});
     AtenTensorHandle result;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__addmm_activation(bias.get(), rows.get(), transposed.get(), 1, 1, gelu, &result));
     return Tensor(result);
   }
-  add_bias(out, bias, 0, !gelu);
   if (!gelu) return out;
   using torch::stable::detail::from;
   StableIValue stack[] = {from(out), from(std::string("none"))};

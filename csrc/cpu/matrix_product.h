@@ -26,6 +26,9 @@ struct MatrixProduct {
     void* out;
     int64_t stride;  // bytes
     bool by_columns = false;  // matrix is [columns][depth], else [depth][columns]
+    // of kernels that finish results: what is added to every row, and whether negative sums then become zero
+    const void* bias = nullptr;
+    bool relu = false;
   };
   Type type;  // kFloat or kBfloat16
   int64_t rows, depth;
@@ -47,6 +50,7 @@ struct MatrixKernels {
   int64_t (*scratch)(const MatrixProduct&, const MatrixBlock&);  // bytes, 64-byte aligned
   // False: a number of type float was met that is beyond what is multiplied in parts. Then the results are not to be used.
   bool (*multiply)(const MatrixProduct&, const MatrixBlock&, void* scratch);
+  bool finishes;
 };
 
 #if defined(__x86_64__)

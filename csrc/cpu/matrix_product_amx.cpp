@@ -400,7 +400,8 @@ constexpr MatrixKernels kMatrixKernels{
     },
     [](const MatrixProduct& product, const MatrixBlock& block, void* scratch) {
       return with_parts(product, [&]<class P>() { return P(product, block, scratch).multiply(); });
-    }};
+    },
+    false};
 
 }  // namespace
 }  // namespace fastseq::cpu::level_amx

@@ -228,6 +228,8 @@ class Product {
     // of the last run: results, bytes from a row to the next
     char* out;
     int64_t stride, columns;
+    const S* bias;
+    bool relu;
   };
 
   void multiply_block(const Segment& own, int64_t column, int64_t b, int64_t k, int64_t count) const {
@@ -235,7 +237,8 @@ class Product {
     const int64_t columns = min(kPanel, own.columns - column), vectors = blocks_of(columns, W), stride = own.right->stride;
     char* out = static_cast<char*>(own.right->out) + (first_row + begin) * stride + (own.column + column) * sizeof(S);
     const Block block{left + b * block_step(), right + panel * panel_step(), lines_of(count), sums + (panel * row_blocks + b) * kSums,
-                      k == 0, out, stride, columns};
+                      k == 0, out, stride, columns, own.right->bias ? static_cast<const S*>(own.right->bias) + own.column + column : nullptr,
+                      own.right->relu};
     k + count < p.depth ? kernel_of<false>(n, vectors)(block) : kernel_of<true>(n, vectors)(block);
   }
 
@@ -244,7 +247,7 @@ class Product {
   // RB rows times NV vectors, of the last run or another.
   template <bool kLast, int RB, int NV>
   static void kernel(const Block& block) {
-    const auto [left, right, lines, sums, begins, out, stride, columns] = block;
+    const auto [left, right, lines, sums, begins, out, stride, columns, bias, relu] = block;
     V sum[RB][NV];
 #pragma GCC unroll 16
     for (int r = 0; r < RB; ++r)
@@ -271,14 +274,24 @@ class Product {
       for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) sum[r][v] += sums[r * 2 + v];
+    if constexpr (!kLast) {
+#pragma GCC unroll 16
+      for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) sums[r * 2 + v] = sum[r][v];
+      return;
+    }
+    if (bias)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) {
+        const V added = Memory<S, float>::load(bias + v * W, columns - v * W);
+#pragma GCC unroll 16
+        for (int r = 0; r < RB; ++r) sum[r][v] = relu ? Math<float>::relu(sum[r][v] + added) : sum[r][v] + added;
+      }
 #pragma GCC unroll 16
     for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v)
-        if constexpr (kLast)
-          Memory<S, float>::store((S*)(out + r * stride) + v * W, sum[r][v], columns - v * W);
-        else
-          sums[r * 2 + v] = sum[r][v];
+      for (int v = 0; v < NV; ++v) Memory<S, float>::store((S*)(out + r * stride) + v * W, sum[r][v], columns - v * W);
   }
 
   template <bool kLast, int NV>
@@ -319,7 +332,8 @@ constexpr MatrixKernels kMatrixKernels{
     [](const MatrixProduct& product, const MatrixBlock& block, void* scratch) {
       with_factors(product, [&]<class P>() { P(product, block, scratch).multiply(); });
       return true;
-    }};
+    },
+    true};
 
 }  // namespace
 }  // namespace fastseq::cpu::level_avx512_bf16

@@ -33,11 +33,24 @@ def poisoned(monkeypatch):
     monkeypatch.setenv("FASTSEQ_CPU_POISON", "1")
 
 
+OWN = ("avx512_bf16", "amx")  # levels with products of their own
+
+
+def at_level(level, monkeypatch):
+    monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
+    if torch.ops.fastseq_native.cpu_level() != level:
+        pytest.skip(f"this processor has no {level}")
+
+
+@pytest.fixture(params=OWN)
+def own_level(request, monkeypatch):
+    at_level(request.param, monkeypatch)
+    return request.param
+
+
 @pytest.fixture
 def amx(monkeypatch):
-    monkeypatch.setenv("FASTSEQ_CPU_LEVEL", "amx")
-    if torch.ops.fastseq_native.cpu_level() != "amx":
-        pytest.skip("this processor has no AMX")
+    at_level("amx", monkeypatch)
 
 
 def made(
@@ -144,14 +157,16 @@ def rms(results, truths):
     return math.sqrt(sum(errors) / len(errors))
 
 
-# one; less than a tile of 16 rows, 16 columns, 32 depths, and than a panel of 32, as many, one more; more depths than a run of
-# 512 and of 128; more panels than a block has
+# one; less than a tile of 16 rows, 16 columns, 32 depths, and than a panel of 32, as many, one more; less than a block of 14 rows, as
+# many, two of them; more depths than a run of 512, 256 and 128; more panels than a block has
 SIZES = [
     dict(steps=1, batch=1, inputs=1, gates=1, width=1),
     dict(steps=3, batch=5, inputs=7, gates=15, width=3),
     dict(steps=4, batch=8, inputs=16, gates=32, width=16),
     dict(steps=3, batch=11, inputs=17, gates=33, width=31, state=False),
     dict(steps=8, batch=16, inputs=33, gates=64, width=32, lanes=2),
+    dict(steps=2, batch=7, inputs=14, gates=28, width=7),
+    dict(steps=3, batch=86, inputs=50, gates=56, width=14),
     dict(steps=3, batch=43, inputs=31, gates=48, width=65, lanes=2, own=16),
     dict(steps=5, batch=13, inputs=40, gates=132, width=44, own=44, state=False),
     dict(steps=9, batch=57, inputs=49, gates=40, width=10, own=40),
@@ -172,21 +187,21 @@ SIZES = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "-".join(map(str, sizes.values())))
-def test_sizes_and_layouts(amx, sizes, dtype):
+def test_sizes_and_layouts(own_level, sizes, dtype):
     call, wanted = made(**sizes, dtype=dtype), W_IH | W_HH | B_IH | B_HH | X
     assert_all_close_to_truth(named(call, wanted), plain(call, dtype, wanted), plain(call, torch.float64, wanted))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wanted", (X, W_IH, W_HH, B_IH, B_HH, W_HH | B_HH, W_IH | B_IH, X | W_IH, W_HH | B_IH, B_IH | B_HH))
-def test_some_of_them(amx, wanted, dtype):
+def test_some_of_them(own_level, wanted, dtype):
     for own in (0, 12):
         call = made(7, 5, 9, 36, 12, lanes=2, own=own, dtype=dtype)
         assert_all_close_to_truth(named(call, wanted), plain(call, dtype, wanted), plain(call, torch.float64, wanted))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_operands_that_are_not_contiguous(amx, dtype):
+def test_operands_that_are_not_contiguous(own_level, dtype):
     call, wanted = made(7, 35, 33, 48, 12, dtype=dtype), W_IH | W_HH | B_IH | X
     expected = native(call, wanted)
     x, w_ih = call["x"], call["w_ih"][0]
@@ -202,7 +217,7 @@ def test_operands_that_are_not_contiguous(amx, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_change_nothing(amx, dtype):
+def test_threads_change_nothing(own_level, dtype):
     call, wanted = made(40, 30, 70, 520, 130, dtype=dtype, layout="lengths"), W_IH | W_HH | B_IH | B_HH | X
     threads, found = torch.get_num_threads(), []
     try:
@@ -239,7 +254,7 @@ def run_guarded():
             assert torch.equal(found, expected)
 
 
-def test_nothing_beyond_the_operands_is_read(amx):
+def test_nothing_beyond_the_operands_is_read(own_level):
     code = f"import sys; sys.path[:0] = {sys.path!r}; import test_recurrent_products as t; t.library.load(); t.run_guarded()"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.returncode} {done.stderr}"
@@ -263,7 +278,7 @@ STRESS = {
 
 @pytest.mark.parametrize("stress", STRESS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_error_is_not_above_pytorchs(amx, dtype, stress):
+def test_error_is_not_above_pytorchs(own_level, dtype, stress):
     """Root mean squares, over so many numbers that chance plays no part."""
     call, wanted = made(64, 32, 130, 256, 64, dtype=torch.float32), W_IH | W_HH | X
     torch.manual_seed(1)
@@ -301,7 +316,7 @@ def test_parts_beyond_their_range(amx, outside):
         assert bool(native(call, W_IH | W_HH | X)) == served
 
 
-def test_zeros_stay_within_their_range(amx):
+def test_zeros_stay_within_their_range(own_level):
     call = made(9, 5, 20, 36, 12)
     for name in ("x", "y", "h0", "dgates"):
         zero = call | {name: torch.zeros_like(call[name])}
@@ -312,7 +327,7 @@ def test_zeros_stay_within_their_range(amx):
 
 
 @pytest.mark.parametrize(("backend", "served"), (("cpu", True), (None, True), ("reference", False)))
-def test_who_takes_them(amx, backend, served, monkeypatch):
+def test_who_takes_them(own_level, backend, served, monkeypatch):
     """A module whose cell has more than weights and biases, but not where another backend is forced or a mode looks on."""
     found, real = [], cpu.layer_gradients
     monkeypatch.setattr(cpu, "layer_gradients", lambda *arguments: found.append(real(*arguments)) or found[-1])
@@ -331,10 +346,8 @@ def test_who_takes_them(amx, backend, served, monkeypatch):
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float16, torch.float64), ids=str)
 def test_levels(level, dtype, monkeypatch):
     """Where the products are not served, PyTorch's are; either way a layer's gradients are right."""
-    monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
-    if torch.ops.fastseq_native.cpu_level() != level:
-        pytest.skip(f"this processor has no {level}")
-    assert bool(native(made(3, 2, 4, 8, 2, dtype=dtype), W_IH)) == (level == "amx" and dtype in DTYPES)
+    at_level(level, monkeypatch)
+    assert bool(native(made(3, 2, 4, 8, 2, dtype=dtype), W_IH)) == (level in OWN and dtype in DTYPES)
     battery = RecurrentBattery()
     with fastseq.use_backend("cpu"):
         for case in (
@@ -347,7 +360,7 @@ def test_levels(level, dtype, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "change"), (("dgates", lambda t: t[..., :-1]), ("x", lambda t: t.double()), ("h0", lambda t: t[:, 1:]))
 )
-def test_what_does_not_fit_is_refused(amx, name, change):
+def test_what_does_not_fit_is_refused(own_level, name, change):
     call = made(3, 2, 4, 8, 2)
     with pytest.raises(RuntimeError, match="recurrent: "):
         native(call | {name: change(call[name])}, W_IH | W_HH | X)
