@@ -453,8 +453,12 @@ void recurrent_backward(std::optional<Tensor> dy, std::optional<Tensor> dh_n, st
 
 namespace {
 
-// Rows up to which torch's products are faster than ours, which put their operands together first.
-constexpr int64_t kRowsOfTorch = 16;
+// Whether torch's products of so few rows are faster than ours, which put their operands together first: AMX's, of whole tiles, and of
+// all others those with wide weights, or of float32 with a single row.
+bool few_for_ours(Type type, int64_t rows, int64_t weights) {
+  constexpr int64_t kRows = 16, kWeights = 512 << 10;
+  return rows <= kRows && (level() != Level::kAvx512Bf16 || weights > kWeights || (rows == 1 && type == Type::kFloat));
+}
 
 // to[0 .. columns) = the sum of rows `stride` elements apart, in the kernels' arithmetic: of runs of rows, added up in pairs, and the
 // pairs in pairs
@@ -619,7 +623,7 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
 
   std::vector<Tensor> results;
   const int64_t of_products = (projected ? each - 1 : each) * D;  // parameters whose gradients are sums over rows of the gates'
-  if (rows > kRowsOfTorch) {
+  if (!few_for_ours(type, rows, GH * (I + P))) {
     std::vector<int64_t> bits(D);
     for (int64_t i = 0; i < of_products; ++i) bits[i % D] |= int64_t(wanted[3 + i]) << i / D;
     bits[0] |= int64_t(wanted[0]) << 4;
