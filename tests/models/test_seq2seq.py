@@ -165,6 +165,7 @@ def test_compiles_whole():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("attention", "feeding"), KINDS)
 def test_compiles_whole_with_inductor(attention, feeding):
     model, (source, target, lengths) = pair("gru", attention, feeding), batch(target=3)

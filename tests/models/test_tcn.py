@@ -80,6 +80,7 @@ def test_compiles_whole():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("weight_norm", [True, False])
 def test_compiles_whole_with_inductor(weight_norm):
     model, x = made(weight_norm), inputs()

@@ -203,6 +203,7 @@ def test_compiles_whole():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_compiles_whole_with_inductor(norm):
     model, (source, target, lengths) = made(norm=norm), batch()

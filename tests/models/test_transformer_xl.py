@@ -125,6 +125,7 @@ def test_compiles_whole():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_compiles_whole_with_inductor(norm):
     model, given = made(norm=norm), tokens(5)

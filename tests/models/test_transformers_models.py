@@ -179,6 +179,7 @@ def test_compiles_whole(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", GIVEN)
 def test_compiles_whole_with_inductor(kind):
     model, given = made(kind), GIVEN[kind](*batch())

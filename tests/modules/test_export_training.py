@@ -183,6 +183,7 @@ def test_vmap_over_a_program(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")  # torch, of itself
 def test_ahead_of_time_package(tmp_path):
     module = model("GRU").eval()
     program = torch.export.export(module, (random(0),))

@@ -52,7 +52,8 @@ def assert_rows_stand_alone(model: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(model(x[order], of_permuted)[0], again[order])
 
 
-ON_COMPILERS = pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+_SLOW = (pytest.mark.slow, pytest.mark.timeout(1200))  # inductor compiles some models for minutes
+ON_COMPILERS = pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=_SLOW)])
 
 
 def assert_compiles(run: Any, model: nn.Module, compiler: str, *inputs: Tensor) -> None:
