@@ -293,6 +293,12 @@ class Block {
     if (a.right >= 0) end = max(min(end, first + count + s.shift + a.right), 0);
   }
 
+  // the first of the block's rows of a tensor
+  template <class T>
+  T* row_of(const MutableRows& rows) const {
+    return static_cast<T*>(rows.data) + rows.offset(a.cu_q ? 0 : b, h, s.first_q + first);
+  }
+
   // [E][lanes] of rows of queries; lanes beyond the queries are zero
   void transposed(const ConstRows& rows, A* to, int64_t features) const {
     const S* from = static_cast<const S*>(rows.data) + rows.offset(a.cu_q ? 0 : b, h, s.first_q + first);

@@ -415,6 +415,7 @@ class TileProduct : public Softmax<S> {
     put_all<NV>(n, weights);
     add<NV>(begin, n, sums);
   }
+  void put_out(const float* sums, const float* factors) const { block.store(sums, a.value_features, factors, a.out); }
 
  private:
   // whether a finite number of the queries is too large for parts
