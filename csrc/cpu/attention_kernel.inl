@@ -732,22 +732,41 @@ class BackwardRows {
 
   template <int NV>
   void add_bias_gradient(int64_t begin, int64_t n) const {
-    constexpr int64_t lanes = NV * W;
     const Block<S>& block = rows_.block;
-    A* base = static_cast<A*>(g.dbias[worker_]) + block.b * g.dbias_b + block.h * g.dbias_h + block.first * g.dbias_i + begin * g.dbias_j;
+    const int64_t place = block.b * g.dbias_b + block.h * g.dbias_h + block.first * g.dbias_i + begin * g.dbias_j;
+    if (g.dbias_once) return with_element(a.bias_type, [&]<class T>() { set_bias_gradient<NV>(static_cast<T*>(g.dbias[worker_]) + place, n); });
+    A* base = static_cast<A*>(g.dbias[worker_]) + place;
+    through_squares<NV>(n, [&](int64_t i, int64_t j, V row) {
+      A* at = base + i * g.dbias_i + j * g.dbias_j;
+      if (g.dbias_j)
+        Memory<A, A>::store(at, Memory<A, A>::load(at, n - j) + row, n - j);
+      else
+        for (int64_t c = 0; c < W; ++c) *at += row[c];
+    });
+  }
+  template <int NV, class T>
+  void set_bias_gradient(T* base, int64_t n) const {
+    if constexpr ((sizeof(T) == 8) == (sizeof(A) == 8))
+      through_squares<NV>(n, [&](int64_t i, int64_t j, V row) __attribute__((always_inline)) { Memory<T, A>::store(base + i * g.dbias_i + j, row, n - j); });
+  }
+
+  // put(query, key, vector) gets the gradients of n keys' scores, a vector of keys at a time, zeros behind the last
+  template <int NV, class Put>
+  void through_squares(int64_t n, const Put& put) const {
+    constexpr int64_t lanes = NV * W;
     for (int64_t v = 0; v < NV; ++v) {
-      const int64_t valid = min(W, block.count - v * W);
+      const int64_t valid = min(W, rows_.block.count - v * W);
       for (int64_t j = 0; j < n; j += W) {
-        V square[W];
-        for (int64_t r = 0; r < W; ++r) square[r] = j + r < n ? load_vector(gradients_ + (j + r) * lanes + v * W) : V{};
-        transpose<W / 2, W>(square);
-        for (int64_t r = 0; r < valid; ++r) {
-          A* at = base + (v * W + r) * g.dbias_i + j * g.dbias_j;
-          if (g.dbias_j)
-            Memory<A, A>::store(at, Memory<A, A>::load(at, n - j) + square[r], n - j);
-          else
-            for (int64_t c = 0; c < W; ++c) *at += square[r][c];
+        const A* at = gradients_ + j * lanes + v * W;
+        if (valid == W && j + W <= n) {
+          through_square<V>([&](int r) __attribute__((always_inline)) { return load_vector(at + r * lanes); },
+                            [&](int r, V row) __attribute__((always_inline)) { put(v * W + r, j, row); });
+          continue;
         }
+        through_square<V>([&](int r) { return j + r < n ? load_vector(at + r * lanes) : V{}; },
+                          [&](int r, V row) {
+                            if (r < valid) put(v * W + r, j, row);
+                          });
       }
     }
   }

@@ -557,10 +557,17 @@ class Block {
       }
       return;
     }
+    // What the next chunk of keys reads, or, behind the last, the next queries, is fetched meanwhile: pieces of many rows, which no processor
+    // expects by itself.
+    const int64_t ahead = begin + n < s.keys ? n : count * pairs.i - begin;
     for (int64_t v = 0; v < NV; ++v)
       for (int64_t j = 0; j < n; j += W) {
         if (pairs.j == 1 && (v + 1) * W <= count && j + W <= n) {
-          through_square<V>([&](int r) __attribute__((always_inline)) { return loaded<T>(base + (v * W + r) * pairs.i + j, W); },
+          through_square<V>([&](int r) __attribute__((always_inline)) {
+                              const T* at = base + (v * W + r) * pairs.i + j;
+                              __builtin_prefetch(at + ahead, 0, 2);
+                              return loaded<T>(at, W);
+                            },
                             [&](int r, V x) __attribute__((always_inline)) {
                               A* at = to + (j + r) * lanes + v * W;
                               store_vector(at, load_vector(at) * own + x * factor);
