@@ -105,6 +105,11 @@ Attention attention_of(const Tensor& q, const Tensor& k, const Tensor* v, const 
   return a;
 }
 
+// Whether some keys may be hidden from a query.
+bool hides(const Attention& a) {
+  return a.mask.given() || a.blocks.given() || a.left >= 0 || a.right >= 0 || a.q_lengths || a.k_lengths || a.cu_q;
+}
+
 // Whether there is nothing to compute with: then results are zeros, and no key is seen.
 bool hollow(const Attention& a) { return a.batch == 0 || a.heads == 0 || a.queries == 0; }
 
@@ -131,7 +136,7 @@ std::vector<AttentionTask> tasks_of(const Attention& a, int64_t heads, int64_t l
     const int64_t blocks = (s.queries + lanes - 1) / lanes;
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t block = i % 2 ? blocks - 1 - i / 2 : i / 2, first = block * lanes;
+        const int64_t block = a.right < 0 ? i : i % 2 ? blocks - 1 - i / 2 : i / 2, first = block * lanes;
         tasks.push_back({b, h, first, std::min(lanes, s.queries - first)});
       }
   }
@@ -259,15 +264,24 @@ void run_backward(AttentionBackward& g, const Gradients& to) {
   const int64_t parts = std::clamp<int64_t>(threads / pairs, 1, blocks), tasks = pairs * parts, workers = std::min(threads, tasks);
   std::optional<Sums> dbias, drelative_bias, drelative_k;
   const std::vector<void*> none(workers, nullptr);
+  std::vector<void*> same;
   g.dbias = g.drelative_bias = g.drelative_k = none.data();
   if (to[3]) {
     const Tensor& bias = *to[3];
     int64_t strides[4], stride = 1;
     for (int64_t dim = 4; dim-- > 0; stride *= bias.size(dim)) strides[dim] = bias.size(dim) == 1 ? 0 : stride;
     g.dbias_b = strides[0], g.dbias_h = strides[1], g.dbias_i = strides[2], g.dbias_j = strides[3];
-    const bool own = (strides[0] || a.batch == 1) && (strides[1] || a.heads == 1) && (strides[2] || parts == 1);
-    dbias.emplace(a.type, bias.numel(), workers, own ? 1 : workers);
-    g.dbias = dbias->pointers();
+    const int64_t of_scores[] = {a.batch, a.heads, a.queries, a.keys};
+    g.dbias_once = std::equal(of_scores, of_scores + 4, bias.sizes().begin());
+    if (g.dbias_once) {  // no sums: the gradient itself
+      if (hides(a)) torch::stable::zero_(const_cast<Tensor&>(bias));
+      same.assign(workers, mutable_data(bias));
+      g.dbias = same.data();
+    } else {
+      const bool own = (strides[0] || a.batch == 1) && (strides[1] || a.heads == 1) && (strides[2] || parts == 1);
+      dbias.emplace(a.type, bias.numel(), workers, own ? 1 : workers);
+      g.dbias = dbias->pointers();
+    }
   }
   if (to[4]) {
     drelative_bias.emplace(a.type, a.heads * a.relative_bias_length, workers, a.batch == 1 && parts == 1 ? 1 : workers);

@@ -120,6 +120,7 @@ struct AttentionBackward {
   // wide sums, one for each worker, zero at first; strides in elements, 0 where the bias is broadcast
   void* const* dbias;
   int64_t dbias_b, dbias_h, dbias_i, dbias_j;
+  bool dbias_once;  // each element is of one pair alone: then it is set, not added to, of the bias's type; those of hidden keys may be left as they are
   void* const* drelative_bias;  // [Hq, relative_bias_length]
   MutableRows drelative_q;
   void* const* drelative_k;  // [Hq, relative_k_length, E], of which the scale is not yet a factor

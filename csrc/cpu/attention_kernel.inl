@@ -51,10 +51,13 @@ void copy_rows(const S* from, int64_t row, int64_t rows, int64_t features, A* to
 template <class A>
 constexpr int64_t kNear = 512 / sizeof(A);  // rows that are not far apart
 
-template <bool kColumns, class S, class A = Wide<S>>
+enum class Read { kRows, kColumns, kVectors };  // along each; a few down their columns; whole vectors, down the rows
+
+template <Read kRead, class S, class A = Wide<S>>
 Operand<A> operand(const S* from, int64_t row, int64_t rows, int64_t features, A* copy) {
-  if constexpr (std::is_same_v<S, A>)
-    if (!kColumns || row < kNear<A>) return {from, row};
+  if constexpr (std::is_same_v<S, A>) {
+    if (kRead == Read::kRows || (kRead == Read::kColumns ? row < kNear<A> : features % Math<A>::kWidth == 0)) return {from, row};
+  }
   copy_rows(from, row, rows, features, copy);
   return {copy, copied_row<A>(features)};
 }
@@ -214,7 +217,8 @@ class MultiplyAdd : public Softmax<S> {
         keys_(arena.take<A>(kChunk * copied_row<A>(a.features))),
         values_(arena.take<A>(kChunk * copied_row<A>(a.value_features))),
         kept_keys_(arena, keeps(a.k, a.features), a.keys, a.features),
-        kept_values_(arena, keeps(a.v, a.value_features), a.keys, a.value_features) {}
+        kept_values_(arena, keeps(a.v, a.value_features), a.keys, a.value_features),
+        alpha_(arena.take<A>(kMostLanes<A>)) {}
 
   void load() {
     block.transposed(a.q, queries_);
@@ -222,22 +226,22 @@ class MultiplyAdd : public Softmax<S> {
     if (a.v.given()) kept_values_.start(row_of(a.v, 0), a.v.t, block.s.keys);
   }
 
-  template <bool kColumns>
+  template <Read kRead>
   Operand<A> keys(int64_t begin, int64_t n) {
     if (kept_keys_.keeps()) return kept_keys_.rows(begin, n);
-    return operand<kColumns, S>(row_of(a.k, begin), a.k.t, n, a.features, keys_);
+    return operand<kRead, S>(row_of(a.k, begin), a.k.t, n, a.features, keys_);
   }
-  template <bool kColumns>
+  template <Read kRead>
   Operand<A> values(int64_t begin, int64_t n) {
     if (kept_values_.keeps()) return kept_values_.rows(begin, n);
-    return operand<kColumns, S>(row_of(a.v, begin), a.v.t, n, a.value_features, values_);
+    return operand<kRead, S>(row_of(a.v, begin), a.v.t, n, a.value_features, values_);
   }
 
   // the scores of keys begin .. begin + n, that some query sees; and the largest of every lane
   template <int NV>
   void scores(int64_t begin, int64_t n, A* to, V (&largest)[NV], A* capped = nullptr) {
     constexpr int64_t lanes = NV * W;
-    const Operand<A> k = keys<false>(begin, n);
+    const Operand<A> k = keys<Read::kRows>(begin, n);
     V most[NV];
     for (int v = 0; v < NV; ++v) most[v] = V{} - A(INFINITY);
     multiply_rows<false, NV>(k.data, k.row, n, queries_, lanes, a.features, [&](int64_t j, int v, V sum) __attribute__((always_inline)) {
@@ -248,15 +252,36 @@ class MultiplyAdd : public Softmax<S> {
     if (!this->plain()) this->template shape<NV>(begin, n, to, largest, capped);
   }
 
-  // sums[feature][lane] = sums * alpha[lane] + what the keys begin .. begin + n have of these weights; or, as the first, without sums
-  template <int NV, bool kFirst>
+  // What the keys begin .. begin + n have of these weights, [key][lane], joins sums[lane][feature], padded to whole vectors, of which
+  // alpha[lane] remains. The first has none to join; the last gives the results, if they are whole vectors, by factors of the lanes.
+  template <int NV, bool kFirst, bool kLast = false>
   void weigh(int64_t begin, int64_t n, const A* weights, const V (&alpha)[NV], A* sums) {
-    constexpr int64_t lanes = NV * W;
-    const Operand<A> v = values<true>(begin, n);
-    multiply_rows<true, NV>(v.data, v.row, a.value_features, weights, lanes, n, [&](int64_t f, int v, V sum) __attribute__((always_inline)) {
-      A* at = sums + f * lanes + v * W;
-      store_vector(at, kFirst ? sum : load_vector(at) * alpha[v] + sum);
-    });
+    const Operand<A> rows = values<Read::kVectors>(begin, n);
+    constexpr int64_t kAtOnce = FASTSEQ_VECTOR_BYTES == 32 ? 2 : kMostVectors;  // rows at once are then a power of two, as the lanes are
+    const int64_t vectors = blocks_of(a.value_features, W);
+    for (int v = 0; v < NV; ++v) store_vector(alpha_ + v * W, alpha[v]);
+    const A* const factors = this->factors();
+    S* const to = block.template row_of<S>(a.out);
+    for (int64_t f = 0; f < vectors; f += kAtOnce)
+      with_vectors(min(vectors - f, kAtOnce), [&]<int FV>() {
+        const auto put = [&](int64_t lane, int v, V sum) __attribute__((always_inline)) {
+          A* at = sums + (lane * vectors + f + v) * W;
+          if constexpr (!kFirst) sum = load_vector(at) * alpha_[lane] + sum;
+          if constexpr (kLast)
+            Memory<S, A>::store(to + lane * a.out.t + (f + v) * W, sum * factors[lane], W);
+          else
+            store_vector(at, sum);
+        };
+        multiply_rows<true, FV>(weights, NV * W, block.count, rows.data + f * W, rows.row, n, put);
+      });
+  }
+  // such sums as results
+  void put_out(const A* sums, const A* factors) const {
+    const int64_t vectors = blocks_of(a.value_features, W);
+    S* to = block.template row_of<S>(a.out);
+    for (int64_t lane = 0; lane < block.count; ++lane, to += a.out.t, sums += vectors * W)
+      for (int64_t v = 0; v < vectors; ++v)
+        Memory<S, A>::store(to + v * W, load_vector(sums + v * W) * factors[lane], a.value_features - v * W);
   }
 
  private:
@@ -269,6 +294,7 @@ class MultiplyAdd : public Softmax<S> {
 
   A *queries_, *keys_, *values_;
   Kept<S> kept_keys_, kept_values_;
+  A* alpha_;
 };
 
 // out and lse. A task is a block of queries of a head.
@@ -284,7 +310,7 @@ class ForwardKernel {
       : a(given),
         rows_(given, arena),
         scores_(arena.take<A>(kChunk * kMostLanes<A>)),
-        sums_(arena.take<A>(a.value_features * kMostLanes<A>)),
+        sums_(arena.take<A>(rows_.padded(a.value_features) * kMostLanes<A>)),
         used(arena.used()) {}
 
   bool run(int64_t b, int64_t h, int64_t first, int64_t count) {
@@ -326,15 +352,22 @@ class ForwardKernel {
       for (int v = 0; v < NV; ++v) total[v] = total[v] * alpha[v] + sums[v];
       if (a.dropout > 0)
         block.template drop<NV>(j, n, [&](int64_t at, V keep) { store_vector(scores_ + at, load_vector(scores_ + at) * keep); });
+      if (j + kChunk >= end && a.value_features % W == 0) {
+        rows_.template finish<NV>(highest, total);
+        if (started)
+          return rows_.template weigh<NV, false, true>(j, n, scores_, alpha, sums_);
+        else
+          return rows_.template weigh<NV, true, true>(j, n, scores_, alpha, sums_);
+      }
       if (started)
         rows_.template weigh<NV, false>(j, n, scores_, alpha, sums_);
       else
         rows_.template weigh<NV, true>(j, n, scores_, alpha, sums_);
       started = true;
     }
-    if (!started) __builtin_memset(sums_, 0, a.value_features * lanes * sizeof(A));
+    if (!started) __builtin_memset(sums_, 0, rows_.padded(a.value_features) * lanes * sizeof(A));
     rows_.template finish<NV>(highest, total);
-    block.store(sums_, a.value_features, rows_.factors(), a.out);
+    rows_.put_out(sums_, rows_.factors());
   }
 
   const Attention& a;
@@ -438,7 +471,7 @@ class WeightsKernel {
     for (int64_t j = begin; j < end; j += kKeys)
       rows_.template weigh<NV, false>(j, min(kKeys, end - j), scores_ + j * lanes, one, sums_);
     for (int64_t lane = 0; lane < lanes; ++lane) ones_[lane] = 1;
-    rows_.block.store(sums_, a.value_features, ones_, a.out);
+    rows_.put_out(sums_, ones_);
   }
 
   // rows [key][lane] to the weights of the queries
@@ -699,22 +732,41 @@ class BackwardRows {
 
   template <int NV>
   void add_bias_gradient(int64_t begin, int64_t n) const {
-    constexpr int64_t lanes = NV * W;
     const Block<S>& block = rows_.block;
-    A* base = static_cast<A*>(g.dbias[worker_]) + block.b * g.dbias_b + block.h * g.dbias_h + block.first * g.dbias_i + begin * g.dbias_j;
+    const int64_t place = block.b * g.dbias_b + block.h * g.dbias_h + block.first * g.dbias_i + begin * g.dbias_j;
+    if (g.dbias_once) return with_element(a.bias_type, [&]<class T>() { set_bias_gradient<NV>(static_cast<T*>(g.dbias[worker_]) + place, n); });
+    A* base = static_cast<A*>(g.dbias[worker_]) + place;
+    through_squares<NV>(n, [&](int64_t i, int64_t j, V row) {
+      A* at = base + i * g.dbias_i + j * g.dbias_j;
+      if (g.dbias_j)
+        Memory<A, A>::store(at, Memory<A, A>::load(at, n - j) + row, n - j);
+      else
+        for (int64_t c = 0; c < W; ++c) *at += row[c];
+    });
+  }
+  template <int NV, class T>
+  void set_bias_gradient(T* base, int64_t n) const {
+    if constexpr ((sizeof(T) == 8) == (sizeof(A) == 8))
+      through_squares<NV>(n, [&](int64_t i, int64_t j, V row) __attribute__((always_inline)) { Memory<T, A>::store(base + i * g.dbias_i + j, row, n - j); });
+  }
+
+  // put(query, key, vector) gets the gradients of n keys' scores, a vector of keys at a time, zeros behind the last
+  template <int NV, class Put>
+  void through_squares(int64_t n, const Put& put) const {
+    constexpr int64_t lanes = NV * W;
     for (int64_t v = 0; v < NV; ++v) {
-      const int64_t valid = min(W, block.count - v * W);
+      const int64_t valid = min(W, rows_.block.count - v * W);
       for (int64_t j = 0; j < n; j += W) {
-        V square[W];
-        for (int64_t r = 0; r < W; ++r) square[r] = j + r < n ? load_vector(gradients_ + (j + r) * lanes + v * W) : V{};
-        transpose<W / 2, W>(square);
-        for (int64_t r = 0; r < valid; ++r) {
-          A* at = base + (v * W + r) * g.dbias_i + j * g.dbias_j;
-          if (g.dbias_j)
-            Memory<A, A>::store(at, Memory<A, A>::load(at, n - j) + square[r], n - j);
-          else
-            for (int64_t c = 0; c < W; ++c) *at += square[r][c];
+        const A* at = gradients_ + j * lanes + v * W;
+        if (valid == W && j + W <= n) {
+          through_square<V>([&](int r) __attribute__((always_inline)) { return load_vector(at + r * lanes); },
+                            [&](int r, V row) __attribute__((always_inline)) { put(v * W + r, j, row); });
+          continue;
         }
+        through_square<V>([&](int r) { return j + r < n ? load_vector(at + r * lanes) : V{}; },
+                          [&](int r, V row) {
+                            if (r < valid) put(v * W + r, j, row);
+                          });
       }
     }
   }
@@ -786,7 +838,7 @@ class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
       this->template weigh<NV>(n, lse);
       const bool plain = this->plain();
       if (g.dout.given()) {
-        const Operand<A> values = rows_.template values<false>(j, n);
+        const Operand<A> values = rows_.template values<Read::kRows>(j, n);
         multiply_rows<false, NV>(values.data, values.row, n, dout_, lanes, Ev, [&](int64_t r, int v, V dw) __attribute__((always_inline)) {
           const int64_t at = r * lanes + v * W;
           store_vector(gradients_ + at, plain ? load_vector(weights_ + at) * (dw - delta[v]) : dw);
@@ -799,7 +851,7 @@ class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
       if (g.dv.given()) add_products(weights_, lanes, n, douts, Ev, count, sums + padded_);
       if (g.dk.given()) add_products(gradients_, lanes, n, queries, E, count, sums);
       if (g.dq.given()) {
-        const Operand<A> keys = rows_.template keys<true>(j, n);
+        const Operand<A> keys = rows_.template keys<Read::kColumns>(j, n);
         multiply_rows<true, NV>(keys.data, keys.row, E, gradients_, lanes, n, [&](int64_t e, int v, V sum) __attribute__((always_inline)) {
           A* at = dq_ + e * lanes + v * W;
           store_vector(at, load_vector(at) + sum);

@@ -415,6 +415,7 @@ class TileProduct : public Softmax<S> {
     put_all<NV>(n, weights);
     add<NV>(begin, n, sums);
   }
+  void put_out(const float* sums, const float* factors) const { block.store(sums, a.value_features, factors, a.out); }
 
  private:
   // whether a finite number of the queries is too large for parts
@@ -631,8 +632,12 @@ class TileForward {
         weigh_rounded<NV>(turn, InSteps<Ahead>{*this, turn, ahead}, scores_of_step(), sums, rounded, alpha);
     } else if (!rows_.plain()) {
       block.template shape<NV>(scores_, begin, n);
-      raise<NV>(i, scores_, n, others, alpha);
-      weigh<NV, true>(i, n, whole, sums, rounded);
+      if (!kFolds && a.dropout == 0 && !block.hides() && block.moderate()) {
+        weigh_rounded<NV>(turn, whole, scores_, sums, rounded, alpha);
+      } else {
+        raise<NV>(i, scores_, n, others, alpha);
+        weigh<NV, true>(i, n, whole, sums, rounded);
+      }
     } else if constexpr (!kFolds) {
       weigh_rounded<NV>(turn, whole, scores_, sums, rounded, alpha);
     } else if (!weighs_as_before<NV>(i, n, sums, rounded, others)) {
@@ -672,7 +677,7 @@ class TileForward {
   static constexpr float kLeast = 0x1p-4f, kMost = 0x1p40f;  // of the sum of a chunk's weights
 
   // Weighs a chunk of bfloat16 by the base that is there, or by the highest score of its first step, `first`: where few keys are seen, its
-  // weight of 1 is exact. If weights get out of bounds, which is seldom, all scores are formed once more.
+  // weight of 1 is exact. If weights get out of bounds, which is seldom, all scores that did not stay are formed once more.
   template <int NV, class Scores>
   void weigh_rounded(const Turn& turn, const Scores& scores, const float* first, V (&sums)[NV], V (&rounded)[NV], V (&alpha)[NV]) {
     const int64_t i = turn.i;
@@ -687,7 +692,7 @@ class TileForward {
     for (int v = 0; v < NV; ++v) lanes[v] = _mm512_cmp_ps_mask((__m512)sums[v], _mm512_set1_ps(kMost), _CMP_NLE_UQ), any |= lanes[v];
     if (!any) return;
     V less[NV];
-    rows_.template products<NV>(turn.begin, turn.n, scores_, i);
+    if constexpr (!std::is_same_v<Scores, Whole>) rows_.template products<NV>(turn.begin, turn.n, scores_, i);
     raise<NV>(i, scores_, turn.n, lanes, less);
     for (int v = 0; v < NV; ++v) alpha[v] *= less[v];
     weigh<NV, false>(i, turn.n, Whole{scores_, NV * W}, sums, rounded);

@@ -889,6 +889,58 @@ def test_maxima_that_move(level, order, dtype):
     check(BATTERY, inputs, (level,))
 
 
+@pytest.mark.parametrize("lse", (True, False))
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("kind", ("steep", "steeper", "far"))
+def test_biases_by_distance_that_move(level, kind, dtype, lse):
+    """Slopes raise scores from block to block by more than weights hold; -inf hides keys far away."""
+    slopes = kind.startswith("steep")
+    more = {"slopes": 1} if slopes else {"relative_bias": 601}
+    inputs = make(AttentionCase(kind, batch=1, heads=(2, 2), lengths=(300, 300), features=(16, 16), **more), dtype)
+    with torch.no_grad():
+        if slopes:
+            inputs["slopes"][:] = torch.tensor([1.5, -0.5] if kind == "steep" else [20.0, 0.01])
+        else:
+            inputs["relative_bias"][:, (torch.arange(601) - 300).abs() > 40] = -torch.inf
+    if lse:
+        check(BATTERY, inputs, (level,))
+        return
+    by_torch, truth = ({"output 0": of["output 0"]} for of in expected(BATTERY, inputs))
+    spec = spec_of(inputs)
+    by_table = {"relative_bias": spec.relative_bias, "relative_bias_zero": spec.relative_bias_zero}
+    options = {"alibi_slopes": spec.slopes} if slopes else by_table
+    with torch.no_grad():
+        found = fastseq.functional.attention(*(inputs[name].detach() for name in "qkv"), scale=spec.scale, **options)
+    compare([{"output 0": found}, by_torch, truth], "without lse", BATTERY.own_error(inputs["case"], dtype), {})
+
+
+@pytest.mark.parametrize("lse", (True, False))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bias_by_distance_may_hide_all(level, dtype, lse):
+    """Of a head whose bias is -inf at every distance, rows are as those that see no key: zeros."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 150, 16).to(dtype).requires_grad_(lse) for _ in range(3))
+    table = torch.zeros(2, 299).to(dtype)
+    table[1] = -torch.inf
+    found = fastseq.functional.attention(q, k, v, relative_bias=table).detach()
+    assert not found[:, 1].any()
+    assert found[:, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("hidden", ("later", "window", "nothing"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_a_bias_of_every_pair(level, hidden, dtype):
+    """It is written once, where some query of a block sees a key; elsewhere it is zero, whatever was in its memory."""
+    hides = {"later": {"right": 0}, "window": {"left": 3, "right": 3}, "nothing": {}}[hidden]
+    inputs = make(AttentionCase(hidden, batch=1, heads=(2, 1), lengths=(150, 200), bias="bhqk", **hides), dtype)
+    torch.use_deterministic_algorithms(True)  # new tensors hold NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        check(BATTERY, inputs, (level,))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("size", (1e-30, 1e-18, 1e15, 1e30, 3e38))
 def test_extreme_numbers(level, size):
     """Values whose products are subnormal, or which are beyond what parts of fp32 can hold: as multiply-adds have them."""
