@@ -187,7 +187,7 @@ class TestShortest:
             ((q, k, k), {"scale": torch.inf}, ValueError, "scale"),
             ((q, k, k), {"scale": torch.nan}, ValueError, "scale"),
             ((q, k, k), {"scale": "1"}, TypeError, "scale"),
-            ((q, k, k), {"causal": 1}, TypeError, "causal"),
+            ((k, k, k), {"causal": 1}, TypeError, "causal"),
             ((q, k, k), {"dropout_p": 1.5}, ValueError, "dropout_p"),
             ((q, k, k), {"dropout_p": None}, TypeError, "dropout_p"),
             ((q, k, k), {"heads": None}, TypeError, "heads"),
@@ -219,8 +219,9 @@ class TestShortest:
 
         assert type(F.attention(q.as_subclass(Own), q, q)) is not None
         nested = torch.nested.nested_tensor([normal(HQ, 3, E), normal(HQ, 2, E)])
-        with pytest.raises((RuntimeError, ValueError, TypeError)):
-            F.attention(nested, nested, nested)
+        for given in ((nested, q, q), (q, nested, q), (q, q, nested)):
+            with pytest.raises(ValueError, match="nested"):
+                F.attention(*given)
         torch.func.vmap(lambda x: F.attention(x[None], q[:1], q[:1]))(q)
         with torch.autocast("cpu", torch.bfloat16):
             assert F.attention(q.float(), q.float(), q.float()).dtype == torch.bfloat16
