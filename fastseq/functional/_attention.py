@@ -185,7 +185,7 @@ def attention(
         UserWarning: if q and k, without a ``layout``, have more heads than any model, and more heads than steps.
     """
     plain = return_weights is False and plain_call(True)
-    # The shortest way. Between other layers nothing of it is in the caches, and each line takes several times as long as in a loop.
+    # The shortest way. Between other layers nothing of it is in the caches: each line takes several times as long as in a loop.
     if (
         plain
         and attn_mask is None

@@ -103,7 +103,9 @@ def attended(
     if not gradients and seed is None and mask is None:
         how = CAUSAL if causal else 0
         how |= (BOTTOM_RIGHT if bottom_right else 0) | (GROUPED if grouped else 0) | (TIME_FIRST if swapped else 0)
-        return _native_plain(query, key, value, 0.0, how) if scale is None else _native_plain(query, key, value, scale, how | SCALED)
+        return (
+            _native_plain(query, key, value, 0.0, how) if scale is None else _native_plain(query, key, value, scale, how | SCALED)
+        )
     if gradients:
         out = _plain(query, key, value, mask, grouped, (causal, scale, dropout, seed, bottom_right, swapped))
     else:
@@ -127,7 +129,7 @@ def _loaded() -> bool:
 _faster = memory()
 # with and without gradients, from how many keys on a plain call may be torch's, with any number of threads; 0: none is
 _least_keys: dict[bool, int] = memory()
-# of calls without gradients as `functional.attention` takes them, the same as the library's plain_attention and a part of its `how`
+# the same, as the library's plain_attention and a part of its `how`, of calls without gradients that `functional.attention` takes
 shortest: dict[bool, tuple[Any, int]] = memory()
 
 

@@ -207,7 +207,9 @@ class TestShortest:
         with pytest.warns(UserWarning, match="layout"):
             F.attention(many, many, many)
         assert True not in asked
-        torch.testing.assert_close(F.attention(many, many, many, layout="bhsd"), self.long(monkeypatch, many, many, many, layout="bhsd"))
+        torch.testing.assert_close(
+            F.attention(many, many, many, layout="bhsd"), self.long(monkeypatch, many, many, many, layout="bhsd")
+        )
         assert asked.pop()
 
     def test_what_has_a_say(self, asked):
@@ -237,7 +239,11 @@ class TestShortest:
     def test_from_as_many_keys_on_as_were_measured_to_be_torchs(self, monkeypatch):
         """Nearer than what was measured, sizes are looked at."""
         shape = {"q": (1, 8, 1, E), "k": (1, 8, 64, E)}
-        points = {("attention", "inference", "plain", "float64", "", "padded", 1): [Point((8, 1, 64, E), (Candidate("torch", us=1.0),), "")]}
+        points = {
+            ("attention", "inference", "plain", "float64", "", "padded", 1): [
+                Point((8, 1, 64, E), (Candidate("torch", us=1.0),), "")
+            ]
+        }
         monkeypatch.setattr(sources.shipped, "points_for", lambda *device: (points, "another"))
         sources.forget()
         try:
