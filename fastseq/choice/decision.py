@@ -49,9 +49,7 @@ class Candidate(NamedTuple):
     form: str = ""  # "": the one that the backend chooses
     us: float | None = None  # of the call, at the median; None: not measured
     error: float | None = None  # the largest, relative to the largest value
-    doubt: float | None = (
-        None  # what its time, beside that of torch's kernel, was longer by in every fourth round, as a part of it
-    )
+    doubt: float | None = None  # beside torch's kernel, the part of its time that every fourth round took longer
     against: str = ""  # why it must not run: it is wrong, hangs, crashes
 
     @property

@@ -78,7 +78,7 @@ class TestTune:
         report = fastseq.tune(Attention(), q, training=False, seconds=0.05)
         (row,) = report.rows
         assert row.call == call and row.old == "torch" and {c.name for c in row.candidates} == {"cpu", "torch"}
-        faster = min(row.candidates, key=lambda c: c.us)
+        faster = min(row.candidates, key=lambda c: c.us * (1 + c.doubt))  # torch's, if a busy machine leaves that open
         assert row.new == faster.name == backends.chosen(query).backend and row.error is not None and row.error < 1e-5
         assert backends.chosen(query).source == "tuned"
 
