@@ -93,7 +93,7 @@ def attended(
         not bottom_right
         and _least_keys.get(gradients) != 0
         and key.dim() == 4
-        and _may_be_torchs(gradients, key.shape[1 if swapped else 2])
+        and may_be_torchs(gradients, key.shape[1 if swapped else 2])
         and _torchs_is_faster(query, key, value, mask, causal, scale, gradients, swapped)
     ):
         if swapped:
@@ -133,13 +133,15 @@ _least_keys: dict[bool, int] = memory()
 shortest: dict[bool, tuple[Any, int]] = memory()
 
 
-def _may_be_torchs(gradients: bool, keys: int) -> bool:
+def may_be_torchs(gradients: bool, keys: int) -> bool:
+    """Whether a plain call of so many keys has to be looked at."""
     least = _least_keys.get(gradients)
     if least is None:
         least = least_of_torchs("attention", gradients, "Tk")
         if sources._threads is None:
             remember(_least_keys, gradients, least)
-            remember(shortest, gradients, (_native_plain, GROUPED | UNAMBIGUOUS | least * _KEYS))
+            if _native_plain is not None or _loaded():
+                remember(shortest, gradients, (_native_plain, GROUPED | UNAMBIGUOUS | least * _KEYS))
     return 0 < least <= keys
 
 
