@@ -98,8 +98,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, "
         "float? scale=None, bool enable_gqa=False, bool wants_lse=False, float dropout=0.0, Tensor? seed=None, bool bottom_right=False, "
         "bool time_first=False) -> Tensor[]");
-  m.def("plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, float? scale, bool enable_gqa, "
-        "bool time_first=False) -> Tensor?");
+  m.def("plain_attention(Tensor query, Tensor key, Tensor value, float scale, int how) -> Tensor?");
   m.def("scaled_dot_product_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
         "Tensor? attn_mask, bool is_causal, float? scale, float dropout, Tensor? seed, bool bottom_right, bool time_first, "
         "bool[] wanted) -> Tensor[]");

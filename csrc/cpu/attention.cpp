@@ -407,6 +407,25 @@ void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const Att
   run_forward(a);
 }
 
+void plain_attention_into(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal, bool bottom_right, bool time_first,
+                          const Tensor& out) {
+  const int64_t heads = time_first ? 2 : 1, time = 3 - heads;
+  const auto rows_at = [&]<class P>(const Tensor& tensor, P* data) {
+    const auto strides = tensor.strides();
+    return RowsOf<P>{data, strides[0], strides[heads], strides[time]};
+  };
+  const auto of_q = q.sizes(), of_k = k.sizes();
+  Attention a{};
+  a.type = type_of(q.scalar_type());
+  a.batch = of_q[0], a.heads = of_q[heads], a.key_heads = of_k[heads], a.queries = of_q[time], a.keys = of_k[time];
+  a.features = of_q[3], a.value_features = v.size(3);
+  a.q = rows_at(q, q.const_data_ptr()), a.k = rows_at(k, k.const_data_ptr()), a.v = rows_at(v, v.const_data_ptr());
+  a.left = -1, a.right = causal ? 0 : -1, a.bottom_right = bottom_right, a.scale = scale;
+  a.out = rows_at(out, out.mutable_data_ptr());
+  a.lse_b = a.heads * a.queries, a.lse_h = a.queries;
+  run_forward(a);
+}
+
 void attention_backward_into(const Tensor& dout, const std::optional<Tensor>& dweights, bool average, const Tensor& q, const Tensor& k,
                              const Tensor& v, const Tensor& out, const Tensor& lse, const AttentionSpec& spec,
                              const std::optional<Tensor>& dq, const std::optional<Tensor>& dk, const std::optional<Tensor>& dv,

@@ -50,6 +50,9 @@ Tensor attention_weights(Tensor q, Tensor k, Tensor lse, FASTSEQ_ATTENTION_SPEC,
 // pass, and the weights where there is one for them, gradients where there is one for each. Without q_lengths; nothing has size 0.
 void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, const Tensor& out,
                     const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average);
+// The same of tensors [B, H, T, E], or [B, T, H, E] with time_first, with no feature but these.
+void plain_attention_into(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal, bool bottom_right, bool time_first,
+                          const Tensor& out);
 void attention_backward_into(const Tensor& dout, const std::optional<Tensor>& dweights, bool average, const Tensor& q, const Tensor& k,
                              const Tensor& v, const Tensor& out, const Tensor& lse, const AttentionSpec& spec,
                              const std::optional<Tensor>& dq, const std::optional<Tensor>& dk, const std::optional<Tensor>& dv,

@@ -95,12 +95,36 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
   return {out};
 }
 
-std::optional<Tensor> plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, std::optional<double> scale,
-                                      bool enable_gqa, bool time_first) {
-  const std::vector<Tensor> results =
-      scaled_dot_product_attention(query, key, value, {}, is_causal, scale, enable_gqa, false, 0, {}, false, time_first);
-  if (results.empty()) return {};
-  return results[0];
+std::optional<Tensor> plain_attention(Tensor query, Tensor key, Tensor value, double scale, int64_t how) {
+  constexpr int64_t kMostHeads = 128;  // beyond what models have: MOST_HEADS of fastseq/functional/_attention_call.py
+  const bool grouped = how & kPlainGrouped, time_first = how & kPlainTimeFirst, unambiguous = how & kPlainUnambiguous;
+  bool causal = how & kPlainCausal, bottom_right = how & kPlainBottomRight;
+  const ScalarType type = query.scalar_type();
+  if (query.dim() != 4 || key.dim() != 4 || value.dim() != 4 || !is_stored(type)) {
+    if (unambiguous) return {};
+    std::vector<Tensor> results = scaled_dot_product_attention(std::move(query), std::move(key), std::move(value), {}, causal,
+                                                               how & kPlainScaled ? std::optional(scale) : std::nullopt, grouped, false, 0,
+                                                               {}, bottom_right, time_first);
+    if (results.empty()) return {};
+    return std::move(results[0]);
+  }
+  if (!rows_of(query, type) || !rows_of(key, type) || !rows_of(value, type)) return {};
+  const int64_t heads = time_first ? 2 : 1, time = 3 - heads;
+  const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
+  const int64_t B = q[0], H = q[heads], L = q[time], S = k[time], E = v[3];
+  if (k[0] != B || v[0] != B || v[heads] != k[heads] || v[time] != S || k[3] != q[3]) return {};
+  if (B == 0 || H == 0 || L == 0 || q[3] == 0 || k[heads] == 0 || S == 0 || E == 0) return {};
+  if (grouped ? H % k[heads] != 0 : H != k[heads]) return {};
+  if (const int64_t least = how / kPlainKeys; least && S >= least) return {};
+  if (unambiguous) {
+    if ((how & kPlainScaled && !std::isfinite(scale)) || (H > kMostHeads && !(how & kPlainLaidOut))) return {};
+    if (causal && L != S && !bottom_right) return {};
+    causal = causal && !(bottom_right && L == 1);  // the last query sees every key
+  }
+  Tensor out = time_first ? empty({B, L, H, E}, type) : empty({B, H, L, E}, type, true);
+  plain_attention_into(query, key, value, how & kPlainScaled ? scale : 1 / std::sqrt(static_cast<double>(q[3])), causal,
+                       causal && bottom_right, time_first, out);
+  return out;
 }
 
 std::vector<Tensor> scaled_dot_product_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,

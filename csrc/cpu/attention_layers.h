@@ -18,9 +18,21 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
                                                  std::optional<double> scale, bool enable_gqa, bool wants_lse, double dropout,
                                                  std::optional<Tensor> seed, bool bottom_right, bool time_first);
 
-// The same without mask, dropout and lse: fewer arguments cost less of a short call.
-std::optional<Tensor> plain_attention(Tensor query, Tensor key, Tensor value, bool is_causal, std::optional<double> scale,
-                                      bool enable_gqa, bool time_first);
+// The same without mask, dropout and lse, of which a short call is to feel nothing. `how` is a sum of bits; the scale counts with
+// kPlainScaled alone.
+enum Plain : int64_t {
+  kPlainCausal = 1,
+  kPlainBottomRight = 2,
+  kPlainGrouped = 4,
+  kPlainTimeFirst = 8,
+  kPlainScaled = 16,
+  // As fastseq.functional.attention takes it: of four dimensions, with a finite scale, a number of heads that leaves no doubt about the
+  // layout unless it is kPlainLaidOut, and places that kPlainBottomRight tells where numbers of queries and keys differ.
+  kPlainUnambiguous = 32,
+  kPlainLaidOut = 64,
+  kPlainKeys = 128,  // times the number of keys from which the call is another's; 0: from none
+};
+std::optional<Tensor> plain_attention(Tensor query, Tensor key, Tensor value, double scale, int64_t how);
 
 // Of four dimensions, after the above with its lse: those gradients that are wanted of query, key, value and an attn_mask that is added.
 std::vector<Tensor> scaled_dot_product_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,

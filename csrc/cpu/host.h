@@ -38,12 +38,12 @@ inline const int64_t* integers(const std::optional<Tensor>& tensor) { return sta
 inline void* mutable_data(const Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
 
 // Whether a tensor, if there is one, has its elements in the memory of the CPU, at strides.
-inline bool plain(const std::optional<Tensor>& tensor) {
-  if (!tensor) return true;
+inline bool plain(const Tensor& tensor) {
   int32_t layout;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor->get(), &layout));
-  return tensor->is_cpu() && layout == aoti_torch_layout_strided();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  return tensor.is_cpu() && layout == aoti_torch_layout_strided();
 }
+inline bool plain(const std::optional<Tensor>& tensor) { return !tensor || plain(*tensor); }
 
 // Calls body.template operator()<S>(): the type of an element in memory, with PyTorch's conversions to fp32 and back.
 template <class F>

@@ -61,7 +61,9 @@ struct Stack {
   // Nothing if they are no plain stack.
   static std::optional<Stack> make(const std::vector<Tensor>& params, const std::string& cell, int64_t layers, bool biases,
                                    bool bidirectional) {
-    if (layers < 1 || params.size() < 2 || !std::all_of(params.begin(), params.end(), plain)) return {};
+    if (layers < 1 || params.size() < 2) return {};
+    for (const Tensor& param : params)
+      if (!plain(param)) return {};
     const ScalarType narrow = params[0].scalar_type();
     if (!is_stored(narrow)) return {};
     Shape shape{cell_of(cell), type_of(narrow), bidirectional ? 2 : 1, 0, 0, false, false};

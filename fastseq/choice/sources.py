@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import lengths, shipped, store
-from .decision import MODES, Call, Candidate, Decision, Point, Points, nearest, point_of, speed_of
+from .decision import MODES, SIZES, Call, Candidate, Decision, Point, Points, nearest, point_of, speed_of
 from .device import Device, device_of, versions
 
 # Octaves, in all sizes together, over which what was measured here tells of others; on a CPU fewer, as more is shipped for it.
@@ -230,17 +230,34 @@ def may_be_torchs(op: str, gradients: bool) -> bool:
     return remember(_may, (op, gradients), _look(op, MODES[gradients])) if known is None else known
 
 
-def _look(op: str, mode: str) -> bool:
+def least_of_torchs(op: str, gradients: bool, name: str) -> int:
+    """The least size of that name (of SIZES) of such a call on the CPU that what was measured gives to torch; 0: nothing does, 1:
+    any size may."""
+    if _threads is not None:
+        heed_threads()
+    if not may_be_torchs(op, gradients):
+        return 0
     if _rule is not None or meet is not None:
-        return True
+        return 1
+    place = SIZES[op].index(name)
+    return min(max(1, int(point.sizes[place] / 2**reach)) for point, reach in _torchs(op, MODES[gradients]))
+
+
+def _look(op: str, mode: str) -> bool:
+    return _rule is not None or meet is not None or any(True for _ in _torchs(op, mode))
+
+
+def _torchs(op: str, mode: str) -> Iterator[tuple[Point, float]]:
+    """What was measured that torch's kernel was the faster for, and the octaves over which that tells of other calls."""
     here = device_of(torch.device("cpu"))
-    every: tuple[Points, ...] = tuned().get(here, {}), shipped.points_for(here.type, here.name, here.level)[0]
-    return any(
-        kin[:2] == (op, mode) and point.candidates[0].backend == "torch"
-        for points in every
-        for kin, own in points.items()
-        for point in own
+    measured: tuple[tuple[Points, float], ...] = (
+        (tuned().get(here, {}), CPU_OWN_REACH),
+        (shipped.points_for(here.type, here.name, here.level)[0], CPU_REACH.get(op, CPU_OWN_REACH)),
     )
+    for points, reach in measured:
+        for kin, own in points.items():
+            if kin[:2] == (op, mode):
+                yield from ((point, reach) for point in own if point.candidates[0].backend == "torch")
 
 
 def heed_threads() -> None:

@@ -24,6 +24,7 @@ from . import _nested
 from ._attention_call import (
     ALIGNMENTS,
     INTEGERS,
+    LAYOUTS,
     MAY_BE_NONE,
     MOST_HEADS,
     NUMBERS,
@@ -43,6 +44,12 @@ from ._attention_call import (
 from ._torch_attention import attention_and_lse, attention_and_weights, attention_output, seeded
 
 __all__ = ["attention", "attention_grad", "merge_attention"]
+
+# of the shortest way, whose names are looked up once
+_CAUSAL, _CAUSAL_LAST = eager.CAUSAL, eager.CAUSAL | eager.BOTTOM_RIGHT
+_LAID_OUT, _TIME_FIRST, _SCALED = eager.LAID_OUT, eager.LAID_OUT | eager.TIME_FIRST, eager.SCALED
+_shortest = eager.shortest
+_grad_enabled = torch.is_grad_enabled
 
 
 @overload
@@ -177,7 +184,37 @@ def attention(
     Warns:
         UserWarning: if q and k, without a ``layout``, have more heads than any model, and more heads than steps.
     """
-    plain = return_weights is False and plain_call(unseen=True)
+    plain = return_weights is False and plain_call(True)
+    # The shortest way. Between other layers nothing of it is in the caches: each line takes several times as long as in a loop.
+    if (
+        plain
+        and attn_mask is None
+        and attn_bias is None
+        and relative_bias is None
+        and relative_bias_zero is None
+        and seqlens_k is None
+        and not (options or return_lse)
+        and type(dropout_p) is float
+        and not dropout_p
+        and type(q) is Tensor
+        and type(k) is Tensor
+        and type(v) is Tensor
+        and (scale is None or type(scale) is float)
+        and (causal is False or causal is True)
+        and (alignment is None or alignment in ALIGNMENTS)
+        and (layout is None or layout in LAYOUTS)
+        and not (_grad_enabled() or q.is_nested or k.is_nested or v.is_nested)
+    ):
+        known = _shortest.get(False)
+        if known is not None:
+            native, how = known
+            if causal:
+                how |= _CAUSAL_LAST if alignment == "bottom_right" else _CAUSAL
+            if layout is not None:
+                how |= _TIME_FIRST if layout == "bshd" else _LAID_OUT
+            out = native(q, k, v, 0.0, how) if scale is None else native(q, k, v, scale, how | _SCALED)
+            if out is not None:
+                return out
     if plain and not return_lse and (not options or _says_nothing(options)):
         mask = attn_bias if attn_mask is None else attn_mask if attn_bias is None else NotImplemented
         out = _in_one_call(

@@ -7,7 +7,6 @@ from torch import Tensor
 from .. import backends
 from ..backends import library
 from ..backends.torch import attention as torchs
-from ..choice.sources import may_be_torchs
 from ..ops import _attention_eager as eager
 from ..ops import attention as ops
 from ..ops._dispatch import plain_call, recorded, transforming, wants_gradient
@@ -67,7 +66,7 @@ def _is_chosen(q: Tensor) -> bool:
 def _torchs_is_faster(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool:
     """Of a plain call on the CPU that the library has a kernel for."""
     gradients = wants_gradient(ops._tensors(q, k, v, spec))
-    if not may_be_torchs("attention", gradients) or backends.forced() or torchs.lacks(q, k, spec):
+    if not eager.may_be_torchs(gradients, k.shape[2]) or backends.forced() or torchs.lacks(q, k, spec):
         return False
     if not torchs.fused_is_right(k.shape[2], spec.right == 0, spec.scale):
         return False

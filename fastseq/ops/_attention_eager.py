@@ -18,7 +18,7 @@ from ..backends import library
 from ..backends.cpu import attention as native
 from ..backends.torch import attention as torchs
 from ..choice import sources
-from ..choice.sources import may_be_torchs, memory, remember
+from ..choice.sources import least_of_torchs, memory, remember
 from ..reference import attention as reference
 from . import attention as op
 from ._dispatch import PLAIN, heeds_forward, is_batched, lean, wants_gradient
@@ -26,6 +26,8 @@ from .attention import TENSORS, _plain_dtypes, _tensors
 from .types import GRADIENTS, Spec
 
 _NUMBERS = frozenset((int, float))
+# `how` the library's plain_attention takes a call: `Plain` of csrc/cpu/attention_layers.h
+CAUSAL, BOTTOM_RIGHT, GROUPED, TIME_FIRST, SCALED, UNAMBIGUOUS, LAID_OUT, _KEYS = (1 << bit for bit in range(8))
 _native: Any = None  # the library's ops, once it is loaded, without a frame of Python around each
 _native_plain: Any = None
 _native_backward: Any = None
@@ -88,16 +90,22 @@ def attended(
             return None
         before, seed = torch.get_rng_state(), random_seed()
     elif (
-        not (_never.get(gradients) or bottom_right)
-        and _may_be_torchs(gradients)
+        not bottom_right
+        and _least_keys.get(gradients) != 0
+        and key.dim() == 4
+        and may_be_torchs(gradients, key.shape[1 if swapped else 2])
         and _torchs_is_faster(query, key, value, mask, causal, scale, gradients, swapped)
     ):
         if swapped:
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         y = F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
         return y.transpose(1, 2) if swapped else y
-    if not gradients and seed is None and mask is None and not bottom_right:
-        return _native_plain(query, key, value, causal, scale, grouped, swapped)
+    if not gradients and seed is None and mask is None:
+        how = CAUSAL if causal else 0
+        how |= (BOTTOM_RIGHT if bottom_right else 0) | (GROUPED if grouped else 0) | (TIME_FIRST if swapped else 0)
+        return (
+            _native_plain(query, key, value, 0.0, how) if scale is None else _native_plain(query, key, value, scale, how | SCALED)
+        )
     if gradients:
         out = _plain(query, key, value, mask, grouped, (causal, scale, dropout, seed, bottom_right, swapped))
     else:
@@ -119,14 +127,22 @@ def _loaded() -> bool:
 
 
 _faster = memory()
-_never: dict[bool, bool] = memory()  # with and without gradients, True: no sizes are torch's, with any number of threads
+# with and without gradients, from how many keys on a plain call may be torch's, with any number of threads; 0: none is
+_least_keys: dict[bool, int] = memory()
+# the same, as the library's plain_attention and a part of its `how`, of calls without gradients that `functional.attention` takes
+shortest: dict[bool, tuple[Any, int]] = memory()
 
 
-def _may_be_torchs(gradients: bool) -> bool:
-    may = may_be_torchs("attention", gradients)
-    if not may and sources._threads is None:
-        remember(_never, gradients, True)
-    return may
+def may_be_torchs(gradients: bool, keys: int) -> bool:
+    """Whether a plain call of so many keys has to be looked at."""
+    least = _least_keys.get(gradients)
+    if least is None:
+        least = least_of_torchs("attention", gradients, "Tk")
+        if sources._threads is None:
+            remember(_least_keys, gradients, least)
+            if _native_plain is not None or _loaded():
+                remember(shortest, gradients, (_native_plain, GROUPED | UNAMBIGUOUS | least * _KEYS))
+    return 0 < least <= keys
 
 
 def _torchs_is_faster(

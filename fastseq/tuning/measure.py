@@ -13,7 +13,7 @@ import torch
 
 from fastseq.backends import watching
 from fastseq.choice import sources
-from fastseq.choice.decision import Call, Candidate, ranked
+from fastseq.choice.decision import FIRST, Call, Candidate, ranked
 from fastseq.testing import assert_all_close_to_truth, pooled_error
 
 from . import problems
@@ -26,6 +26,7 @@ DISTURBED = 1.05  # times the least of the pilot's times: a round that a throttl
 REPEATS = 3  # times as many rounds as wanted, at most, if some are disturbed
 WARM = 0.05  # seconds of work after which a GPU's clock is up
 LONG = 0.02  # seconds of a call that does not notice what others have left in the caches
+OTHERS = 16 << 20  # bytes that other layers read between two calls which take a sample each
 
 Said = Callable[[str, str], None]  # what is being done, and with which candidate
 
@@ -35,6 +36,14 @@ class Clock(NamedTuple):
 
     sample: Callable[[Callable[[], Any], int], float]
     pilot: Callable[[], Any] | None  # work that always takes as long, unless something slows the device down
+    others: Callable[[], Any] | None = None  # fills the caches with what is no program's
+
+
+class Time(NamedTuple):
+    """Seconds of a call at the median, and the ``doubt`` of a `Candidate`."""
+
+    seconds: float
+    doubt: float = 0.0
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -50,7 +59,7 @@ def clock_of(device: torch.device) -> Clock:
             run()
         return now() - start
 
-    return Clock(sample, None)
+    return Clock(sample, None, torch.ones(OTHERS // 4).sum)
 
 
 def _by_events(run: Callable[[], Any], count: int, device: torch.device) -> float:
@@ -97,7 +106,10 @@ def measured(
             programs[candidate.name] = problem.ours
     say("time", "")
     times = in_turn(call, found, programs, clock_of(device), seconds, (lambda name: say("time", name)) if by_name else None)
-    found = [c._replace(us=round(1e6 * times[c.name], 3)) if c.name in times else c for c in found]
+    for place, candidate in enumerate(found):
+        time = times.get(candidate.name)
+        if time is not None:
+            found[place] = candidate._replace(us=round(1e6 * time.seconds, 3), doubt=round(time.doubt, 4))
     return [*ranked(found), *(c for c in found if c.against)]
 
 
@@ -127,8 +139,8 @@ def in_turn(
     clock: Clock,
     seconds: float,
     begins: Callable[[str], None] | None = None,
-) -> dict[str, float]:
-    """Median seconds of a call of each, over rounds in which every program has a turn, each round starting with another one."""
+) -> dict[str, Time]:
+    """Of a call of each, over rounds in which every program has a turn, each round starting with another one."""
     of_name = {c.name: c for c in found}
     counts, before = {}, {}
     for name, run in programs.items():
@@ -155,15 +167,29 @@ def in_turn(
                 with _taking(call, of_name[name]):
                     if begins is not None:
                         begins(name)
-                    # As a loop finds the caches: what others left there, and what is decided anew, is no part of the time.
+                    # What is decided anew is no part of the time. A loop finds the caches as its last call left them; a call that
+                    # takes a sample finds what is as large as its own there, which other layers read.
                     if before[name] < LONG:
                         programs[name]()
+                        if counts[name] == 1 and clock.others is not None:
+                            clock.others()
                     taken[name].append(clock.sample(programs[name], counts[name]) / counts[name])
     calm = _calm(pilots, len(next(iter(taken.values()), [])))
+    quiet = {name: [sample for sample, own in zip(samples, calm, strict=True) if own] for name, samples in taken.items()}
+    theirs = next((quiet[name] for name in quiet if of_name[name].backend == FIRST), None)
     return {
-        name: statistics.median([sample for sample, quiet in zip(samples, calm, strict=True) if quiet])
-        for name, samples in taken.items()
+        name: Time(statistics.median(own), 0.0 if theirs is None or theirs is own else _doubt(own, theirs))
+        for name, own in quiet.items()
     }
+
+
+def _doubt(own: Sequence[float], theirs: Sequence[float]) -> float:
+    """The third quartile of the ratios of both, round by round, over the median."""
+    ratios = [a / b for a, b in zip(own, theirs, strict=True)]
+    if len(ratios) < 2:
+        return 0.0
+    _, median, third = statistics.quantiles(ratios, n=4, method="inclusive")
+    return third / median - 1
 
 
 def _turns(taken: Mapping[str, list[float]], counts: Mapping[str, int], pilots: Sequence[float], seconds: float) -> Iterator[int]:

@@ -198,6 +198,8 @@ class TestNearness:
         a, b, c = Candidate("cpu", us=2.0), Candidate("torch", us=2.0), Candidate("cuda", us=1.0, against="hangs")
         assert ranked([a, b, c, Candidate("triton")]) == (b, a)
         assert speed_of((a, b)) == "1.00x torch" and speed_of((a,)) == ""
+        doubtful = a._replace(us=1.9, doubt=0.1)
+        assert ranked([doubtful, b]) == (b, doubtful) and ranked([doubtful._replace(doubt=0.01), b])[0].backend == "cpu"
 
 
 class TestValidity:

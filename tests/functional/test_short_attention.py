@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastseq
 from fastseq import functional as F
 from fastseq.backends import library
+from fastseq.choice import sources
+from fastseq.choice.decision import Candidate, Point
 from fastseq.functional import _attention as calls
 
 pytestmark = pytest.mark.skipif(library.reason() is not None, reason="needs the library")
@@ -130,3 +133,128 @@ def test_options_that_are_none_keep_a_call_short(both):
     assert not torch.allclose(capped, plain)
     with pytest.raises(TypeError, match="heads"):
         F.attention(q, k, v, heads=None)
+
+
+class TestShortest:
+    """Without gradients and masks: one look at what is given, and the library does the rest or declines."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch) -> list[bool]:
+        """Of each call that went this way, whether the library took it."""
+        found: list[bool] = []
+        q = normal(1, 1, 1, E)
+        with torch.no_grad():
+            F.attention(q, q, q)  # what is decided once
+        native, how = calls.eager.shortest[False]
+
+        def counted(*given: Any) -> Any:
+            out = native(*given)
+            found.append(out is not None)
+            return out
+
+        monkeypatch.setitem(calls.eager.shortest, False, (counted, how))
+        with torch.no_grad():
+            yield found
+
+    def long(self, monkeypatch, *given: Any, **options: Any) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(calls, "plain_call", lambda unseen: False)
+            return F.attention(*given, **options)
+
+    @pytest.mark.parametrize("layout", [None, "bhsd", "bshd"])
+    @pytest.mark.parametrize(("queries", "keys"), [(1, 6), (5, 5), (3, 7), (7, 3)])
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("scale", [None, 0.7, 0.0, -1.0])
+    def test_what_it_takes(self, asked, monkeypatch, layout, queries, keys, causal, scale):
+        torch.manual_seed(5)
+        q, k, v = normal(B, HQ, queries, E), normal(B, HKV, keys, E), normal(B, HKV, keys, E + 3)
+        given = [t.transpose(1, 2).contiguous() for t in (q, k, v)] if layout == "bshd" else [q, k, v]
+        for alignment in ("bottom_right", "top_left", None):
+            if causal and alignment is None and queries != keys:
+                continue
+            options: dict[str, Any] = {"layout": layout, "causal": causal, "scale": scale, "alignment": alignment}
+            out = F.attention(*given, **options)
+            assert asked.pop() == (not causal or queries == keys or alignment == "bottom_right") and not asked
+            torch.testing.assert_close(out, self.long(monkeypatch, *given, **options))
+
+    def test_what_it_leaves_to_others(self, asked, monkeypatch):
+        q, k = normal(B, HQ, 3, E), normal(B, HKV, 4, E)
+        errors: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+            ((q, k, k), {"causal": True}, ValueError, "alignment"),
+            ((q, k, k), {"alignment": "middle"}, ValueError, "alignment"),
+            ((q, k, k), {"layout": "bhds"}, ValueError, "layout"),
+            ((q, k, k), {"layout": ["bhsd"]}, ValueError, "layout"),
+            ((q, k, k), {"scale": torch.inf}, ValueError, "scale"),
+            ((q, k, k), {"scale": torch.nan}, ValueError, "scale"),
+            ((q, k, k), {"scale": "1"}, TypeError, "scale"),
+            ((k, k, k), {"causal": 1}, TypeError, "causal"),
+            ((q, k, k), {"dropout_p": 1.5}, ValueError, "dropout_p"),
+            ((q, k, k), {"dropout_p": None}, TypeError, "dropout_p"),
+            ((q, k, k), {"heads": None}, TypeError, "heads"),
+            ((q, k, k), {"return_weights": 2}, ValueError, "return_weights"),
+            ((q[0], k[0], k[0]), {}, RuntimeError, "q must be"),
+            ((q, k[:, :, :, :4], k), {}, RuntimeError, "features"),
+            ((q, k, k[:, :, :2]), {}, RuntimeError, "length"),
+            ((q[:, :3], k, k), {}, RuntimeError, "heads"),
+            ((q, k.float(), k), {}, RuntimeError, "dtype"),
+            ((q, k, "v"), {}, TypeError, "v"),
+        ]
+        for given, options, kind, match in errors:
+            with pytest.raises(kind, match=match):
+                F.attention(*given, **options)
+        assert True not in asked
+        many = normal(1, 129, 2, E)
+        with pytest.warns(UserWarning, match="layout"):
+            F.attention(many, many, many)
+        assert True not in asked
+        torch.testing.assert_close(
+            F.attention(many, many, many, layout="bhsd"), self.long(monkeypatch, many, many, many, layout="bhsd")
+        )
+        assert asked.pop()
+
+    def test_what_has_a_say(self, asked):
+        """A subclass, a nested tensor, a mode, a transform, autocast, a wish, a watcher, gradients."""
+        q = normal(B, HQ, 3, E)
+
+        class Own(Tensor):
+            pass
+
+        assert type(F.attention(q.as_subclass(Own), q, q)) is not None
+        nested = torch.nested.nested_tensor([normal(HQ, 3, E), normal(HQ, 2, E)])
+        for given in ((nested, q, q), (q, nested, q), (q, q, nested)):
+            with pytest.raises(ValueError, match="nested"):
+                F.attention(*given)
+        torch.func.vmap(lambda x: F.attention(x[None], q[:1], q[:1]))(q)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.attention(q.float(), q.float(), q.float()).dtype == torch.bfloat16
+        with fastseq.use_backend("reference"):
+            F.attention(q, q, q)
+        assert "cpu" in str(fastseq.explain(lambda x: F.attention(x, x, x), q))
+        with torch.enable_grad():
+            assert F.attention(q.clone().requires_grad_(), q, q).requires_grad
+        assert not asked
+        F.attention(q, q, q)
+        assert asked == [True]
+
+    def test_from_as_many_keys_on_as_were_measured_to_be_torchs(self, monkeypatch):
+        """Nearer than what was measured, sizes are looked at."""
+        shape = {"q": (1, 8, 1, E), "k": (1, 8, 64, E)}
+        points = {
+            ("attention", "inference", "plain", "float64", "", "padded", 1): [
+                Point((8, 1, 64, E), (Candidate("torch", us=1.0),), "")
+            ]
+        }
+        monkeypatch.setattr(sources.shipped, "points_for", lambda *device: (points, "another"))
+        sources.forget()
+        try:
+            q, k = normal(*shape["q"]), normal(*shape["k"])
+            with torch.no_grad():
+                for keys, expected in ((64, True), (8, True), (7, False)):
+                    F.attention(q, k[:, :, :keys], k[:, :, :keys])
+                    native, how = calls.eager.shortest[False]
+                    assert how >> 7 == 8
+                    declined = native(q, k[:, :, :keys], k[:, :, :keys], 0.0, how) is None
+                    assert declined == expected
+        finally:
+            monkeypatch.undo()
+            sources.forget()
