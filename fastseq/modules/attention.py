@@ -284,9 +284,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
         ):
             return None
         if query.dim() == 2:
-            return self._in_one_call_of_one(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal
-            )
+            return self._in_one_call_of_one(query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal)
         if query.dim() != 3 or query.shape[-1] != self.embed_dim:
             return None
         if query is not key or key is not value or weight is None:
