@@ -153,7 +153,7 @@ def test_cells(dtype, batch, bias):
         assert_same(lambda module=module: module(x), name=STEP)
         columns, apart = torch.randn(11, 2 * batch, dtype=dtype)[:, ::2].T, torch.randn(2, batch, 42, dtype=dtype)[..., :21]
         hx = tuple(apart) if isinstance(hx, tuple) else apart[0]
-        assert_same(lambda module=module, hx=hx: module(columns, hx), native=2, name=STEP)
+        assert_same(lambda module=module, hx=hx, columns=columns: module(columns, hx), native=2, name=STEP)
 
 
 @pytest.mark.parametrize("zoneout", [0.25, (0.1, 0.3)])
