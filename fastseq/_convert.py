@@ -17,6 +17,7 @@ from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass, field
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ class Conversion:
 class Options:
     """What the caller of `convert` asked of every module."""
 
-    keep_type: bool = False
+    keep_type: bool | None = None  # None: where the model's code asks for it
     recompute: bool = False
 
 
@@ -236,7 +237,7 @@ def convert(
     filter_fn: FilterFn | None = None,
     on_unsupported: str = "skip",
     example_inputs: Any = None,
-    keep_type: bool = False,
+    keep_type: bool | None = None,
     recompute: bool = False,
     even_if_slower: bool = False,
 ) -> Report:
@@ -252,10 +253,11 @@ def convert(
     module's weights and calls functions with them goes on as before, and so does torch's fused path for
     nn.TransformerEncoderLayer in eval mode without gradients where it is still taken: of nested tensors, on a GPU.
 
-    Subclasses without a forward of their own are converted as well: a module's class is then a subclass of its
-    own class and ours, so isinstance, methods and attributes stay, and it can be copied and pickled.
+    Subclasses are converted as well, if they have no forward of their own or one that calls ``super().forward``: a
+    module's class is then a subclass of its own class and ours, so isinstance, methods and attributes stay, and it can
+    be copied and pickled.
 
-    Left alone, with the reason in the report: subclasses with a forward of their own, a forward replaced on the
+    Left alone, with the reason in the report: subclasses with another forward of their own, a forward replaced on the
     instance, modules under torch.nn.utils.parametrize, quantized, scripted, FSDP-managed and not yet
     initialized ones, and those that torch's own kernel runs in any case. Old-style weight_norm, spectral_norm and
     pruning are fine. Convert before `fully_shard` and parametrizations.
@@ -280,7 +282,8 @@ def convert(
             differs by more than rounding explains, everything is taken back.
         keep_type: use classes that are subclasses of torch's too, for code that asks `isinstance(m,
             nn.LSTM)`. The price: torch.compile(fullgraph=True) refuses RNN, LSTM and GRU, as it refuses
-            torch's own. fastseq.MultiheadAttention always is a subclass of torch's.
+            torch's own. fastseq.MultiheadAttention always is a subclass of torch's. None: where a method of the
+            modules that hold one asks so, or a function that such a method calls.
         even_if_slower: convert also what no fastseq kernel runs, or none that is known to be faster (RNN, LSTM
             and GRU on a CPU without the compiled library, or on a GPU).
         recompute: compute gate activations again in the backward pass of nn.RNN, nn.LSTM and nn.GRU rather
@@ -307,7 +310,7 @@ def convert(
         raise ValueError(f"on_unsupported must be one of {', '.join(_ON_UNSUPPORTED)}, got {on_unsupported!r}")
     if example_inputs is not None:
         as_arguments(example_inputs)
-    options = Options(keep_type=bool(keep_type), recompute=bool(recompute))
+    options = Options(keep_type=None if keep_type is None else bool(keep_type), recompute=bool(recompute))
 
     report = Report("fastseq.convert")
     plan: list[tuple[_Found, Conversion]] = []
@@ -341,9 +344,11 @@ def convert(
         probe = Probe(model, example_inputs, [found.module for found, _ in plan])
     before = [_class_name(type(found.module)) for found, _ in plan]
     swapped: list[tuple[_Found, Conversion]] = []
+    asking, askers = _Asking(), []
     try:
         for found, conversion in plan:
-            found.module.__class__ = _own_class(type(found.module), conversion, options)
+            askers.append(asking.who(found, conversion.name) if options.keep_type is None else "")
+            found.module.__class__ = _own_class(type(found.module), conversion, bool(askers[-1] or options.keep_type))
             swapped.append((found, conversion))
             conversion.apply(found.module, options)
         complaint = probe.compare() if probe is not None else None
@@ -357,15 +362,16 @@ def convert(
         for found, conversion in reversed(swapped):
             _swap_back(found, conversion)
         raise
-    for (found, conversion), old in zip(plan, before, strict=True):
+    for (found, conversion), old, asker in zip(plan, before, askers, strict=True):
+        note = _note(found, conversion, asker)
         if probe is None:
-            of_call, note = conversion.backend(found.module), _note(found)
+            of_call = conversion.backend(found.module)
             backend, choice = (None, "") if of_call is None else (of_call.backend, of_call.about)
         else:
             ran = probe.ran.get(id(found.module))
             backend = ", ".join(sorted(ran)) if ran else None
             choice = "; ".join(sorted(set(ran.values()) - {""})) if ran else ""
-            note = _note(found) if ran is not None else "its forward is not called on example_inputs: nothing changes there"
+            note = note if ran is not None else "its forward is not called on example_inputs: nothing changes there"
         report.converted.append(_row(found, old=old, backend=backend, choice=choice, note=note))
     return report
 
@@ -380,7 +386,7 @@ def all_ours(model: nn.Module) -> Iterator[None]:
             if conversion is None or isinstance(found.module, conversion.own_classes()):
                 continue
             if not _why_not_possible(found, conversion, "convert"):
-                found.module.__class__ = _own_class(type(found.module), conversion, Options())
+                found.module.__class__ = _own_class(type(found.module), conversion, keep=False)
                 swapped.append((found, conversion))
         yield
     finally:
@@ -388,7 +394,9 @@ def all_ours(model: nn.Module) -> Iterator[None]:
             _swap_back(found, conversion)
 
 
-def _note(found: _Found) -> str:
+def _note(found: _Found, conversion: Conversion, asker: str) -> str:
+    if asker:
+        return f"an nn.{conversion.name} as well, since {asker} asks for it: torch.compile(fullgraph=True) refuses it"
     fused = isinstance(found.module, nn.MultiheadAttention) and any(
         isinstance(holder, nn.TransformerEncoderLayer)
         and holder.self_attn is found.module
@@ -651,15 +659,73 @@ def _why_not_subclass(kind: type, base: type) -> str:
         return f" with a metaclass of its own ({type(kind).__name__})"
     for own in kind.__mro__[: kind.__mro__.index(base)]:
         for name in ("forward", "merge_masks", "permute_hidden", "__call__", "__init_subclass__", "__reduce__", "__reduce_ex__"):
-            if name in vars(own):
+            if name in vars(own) and not (name == "forward" and _calls_super(vars(own)[name])):
                 return f" with its own {name}"
     return ""
 
 
-def _own_class(kind: type, conversion: Conversion, options: Options) -> type:
-    """The class that makes a module of class `kind` ours."""
+def _calls_super(forward: Any) -> bool:
+    """Whether a forward does its work by that of the class above, and sets no weights in a way that only torch's reads."""
+    if not isinstance(forward, FunctionType):
+        return False
+    code = forward.__code__
+    above = "forward" in code.co_names and ("__class__" in code.co_freevars or "super" in code.co_names)
+    return above and "_flat_weights" not in code.co_names
+
+
+class _Asking:
+    """Which code of a model asks whether something is torch's LSTM, GRU, ..: given another class, it would go another way."""
+
+    _OTHERS = ("torch", "fastseq")  # packages whose functions are not looked into
+    _BUILDING = ("__init__", "_init_weights", "init_weights", "reset_parameters")  # which run before
+
+    def __init__(self) -> None:
+        self._of_class: dict[type, dict[str, str]] = {}
+
+    def who(self, found: _Found, name: str) -> str:
+        """The qualified name of a method of the modules above one, or of a function that it calls, that asks for ``nn.name``."""
+        if issubclass(getattr(own_modules, name), CONVERSIONS[name].torch_class):  # ours is torch's in any case
+            return ""
+        for module in found.ancestors:
+            for kind in type(module).__mro__:
+                if kind not in self._of_class:
+                    self._of_class[kind] = self._asked_by(kind)
+                if name in self._of_class[kind]:
+                    return self._of_class[kind][name]
+        return ""
+
+    def _asked_by(self, kind: type) -> dict[str, str]:
+        """The askers, by what they ask for."""
+        methods = [value for name, value in vars(kind).items() if name not in self._BUILDING]
+        methods = [value.fget if isinstance(value, property) else getattr(value, "__func__", value) for value in methods]
+        methods = [value for value in methods if self._is_looked_into(value)]
+        called = [
+            function.__globals__.get(name) for function in methods for names in _names_in(function.__code__) for name in names
+        ]
+        asked: dict[str, str] = {}
+        for function in dict.fromkeys([*methods, *filter(self._is_looked_into, called)]):
+            for names in _names_in(function.__code__):
+                if not names.isdisjoint(("isinstance", "issubclass")):
+                    for name in names & CONVERSIONS.keys():
+                        asked.setdefault(name, f"{function.__module__}.{function.__qualname__}")
+        return asked
+
+    def _is_looked_into(self, value: Any) -> bool:
+        return isinstance(value, FunctionType) and (value.__module__ or "").partition(".")[0] not in self._OTHERS
+
+
+def _names_in(code: CodeType) -> Iterator[frozenset[str]]:
+    """The names that a function uses and does not define, and of each that is defined within it."""
+    yield frozenset(code.co_names)
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            yield from _names_in(value)
+
+
+def _own_class(kind: type, conversion: Conversion, keep: bool) -> type:
+    """The class that makes a module of class `kind` ours; ``keep``: it is torch's as well."""
     if kind is conversion.torch_class:
-        return conversion.own_class(options.keep_type)
+        return conversion.own_class(keep)
     return _common_class(kind, conversion.name)
 
 

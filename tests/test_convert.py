@@ -440,7 +440,26 @@ class TestAgain:
 
 class OwnForward(nn.LSTM):
     def forward(self, input, hx=None):
-        return super().forward(input, hx)[0]
+        return nn.LSTM.forward(self, input, hx)[0]
+
+
+class CallsSuper(nn.LSTM):
+    """A base that others call with more arguments, as packages have them for sequences of no length."""
+
+    def forward(self, input, hx=None, scale=1.0):
+        output, (h, _) = super().forward(scale * input, hx=hx)
+        return output, h
+
+
+class CallsSuperTwice(CallsSuper):
+    def forward(self, input):
+        return super(CallsSuperTwice, self).forward(input, scale=0.5)[0]  # noqa: UP008
+
+
+class SetsFlatWeights(nn.LSTM):
+    def forward(self, input):
+        self._flat_weights = [0.5 * weight for weight in self._flat_weights]
+        return super().forward(input)
 
 
 class Subclass(nn.GRU):
@@ -500,6 +519,7 @@ def wrapped_weights() -> nn.Module:
 
 UNSUPPORTED = [
     (lambda: nn.Sequential(OwnForward(4, 6)), "subclass of torch.nn.LSTM with its own forward"),
+    (lambda: nn.Sequential(SetsFlatWeights(4, 6)), "subclass of torch.nn.LSTM with its own forward"),
     (lambda: nn.Sequential(Watched(4, 6)), "subclass of torch.nn.GRU with its own __init_subclass__"),
     (parametrized, r"parametrized .*weight_hh_l0.*convert before"),
     (quantized, "quantized"),
@@ -549,6 +569,73 @@ class TestLeftAlone:
         convert(model, "RNN", on_unsupported="raise")
         convert(model, filter_fn=lambda module, name: name == "1", on_unsupported="raise")
         assert type(model[1]) is fastseq.modules.RNN
+
+
+@pytest.mark.parametrize("kind", [CallsSuper, CallsSuperTwice])
+def test_forward_that_calls_super(kind):
+    module, steps = kind(4, 6), torch.randn(3, 2, 4)
+    with torch.no_grad():
+        expected = module(steps)
+    report = convert(module)
+    assert [row.new for row in report.converted] == [f"{__name__}.{kind.__name__} on fastseq's kernels"]
+    with torch.no_grad():
+        torch.testing.assert_close(module(steps), expected)
+        ran = fastseq.explain(module, steps)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(module))(steps), expected)
+    assert "cpu" in str(ran)
+    revert(module)
+    assert type(module) is kind
+
+
+def with_cell(hidden, rnn):
+    return (hidden, hidden) if isinstance(rnn, nn.LSTM) else hidden
+
+
+class Asks(nn.Module):
+    """As decoders do that take either kind."""
+
+    def __init__(self, rnn: nn.Module):
+        super().__init__()
+        assert isinstance(rnn, (nn.GRU, nn.LSTM))
+        self.rnn = rnn
+
+    def forward(self, steps):
+        hidden = steps.new_zeros(1, steps.shape[1], 6)
+        if isinstance(self.rnn, nn.LSTM):
+            hidden = (hidden, hidden)
+        return self.rnn(steps, hidden)[0]
+
+
+class AsksThere(Asks):
+    def forward(self, steps):
+        return self.rnn(steps, with_cell(steps.new_zeros(1, steps.shape[1], 6), self.rnn))[0]
+
+
+class AsksBelow(nn.Sequential):
+    @property
+    def has_cell(self):
+        return any(isinstance(module, nn.LSTM) for module in self.modules())
+
+
+@pytest.mark.parametrize("kind, asker", [(Asks, "Asks.forward"), (AsksThere, "with_cell"), (AsksBelow, "AsksBelow.has_cell")])
+def test_code_that_asks_for_torchs_class(kind, asker):
+    model, steps = kind(nn.LSTM(4, 6)), torch.randn(3, 2, 4)
+    expected = model(steps)
+    report = convert(model)
+    assert isinstance(next(model.children()), nn.LSTM)
+    assert f"an nn.LSTM as well, since {__name__}.{asker} asks for it" in report.converted[0].note
+    torch.testing.assert_close(model(steps), expected)
+    revert(model)
+    assert type(next(model.children())) is nn.LSTM
+    convert(model, keep_type=False)
+    assert type(next(model.children())) is fastseq.LSTM
+
+
+def test_code_that_asks_for_another_class():
+    model = nn.Sequential(Asks(nn.GRU(4, 6)), nn.LSTM(6, 6))
+    report = convert(model)
+    assert type(model[0].rnn) is fastseq.GRU and type(model[1]) is fastseq.LSTM
+    assert not any(row.note for row in report.converted)
 
 
 def test_module_inside_a_subclass_is_converted():

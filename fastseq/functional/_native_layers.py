@@ -80,6 +80,11 @@ def native_layers(
     options = cell, num_layers, has_biases, bidirectional, batch_first, *zoneout
     arguments = input, h0, c0, weights, lengths, batch_sizes, resets, *options
     results = op(*arguments, kept, two)
+    if not results:
+        anew = _laid_out(input, h0, c0)
+        if anew is not None:
+            arguments = *anew, weights, lengths, batch_sizes, resets, *options
+            results = op(*arguments, kept, two)
     if packing is not None:
         if not results and kept is not None:  # made of other values: of weights that were written through .data
             results = op(*arguments, packing.again(weights), two)
@@ -92,6 +97,16 @@ def native_layers(
         *results, c = results
         results += c.chunk(count - 1, -1)
     return results or None
+
+
+def _laid_out(x: Tensor, h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """The same as the native kernels read them: features side by side, states without gaps. None: so they are already."""
+    whole = (h0 is None or h0.is_contiguous()) and (c0 is None or c0.is_contiguous())
+    if whole and x.stride(-1) == 1:
+        return None
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x, None if h0 is None else h0.contiguous(), None if c0 is None else c0.contiguous()
 
 
 def _joined(states: Sequence[Tensor]) -> Tensor:
@@ -114,6 +129,11 @@ def native_step(
     w_ih, w_hh, b_ih, b_hh = params if len(params) == 4 else (*params, None, None)
     op = torch.ops.fastseq_native.recurrent_step.default
     done = op(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0] if kept else None, cell)
+    if not done:
+        anew = _laid_out(input, h0, c0)
+        if anew is not None:
+            input, h0, c0 = anew
+            done = op(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0] if kept else None, cell)
     if not done and kept:  # made of other values: of weights that were written through .data
         kept = packing.again(params)  # type: ignore[union-attr]
         done = op(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0] if kept else None, cell)
@@ -211,6 +231,7 @@ def trained_layers(
     ragged: tuple[Tensor | None, ...] = lengths, batch_sizes, None, None, resets
     drawn, zoneout = (zoneout, (0.0, 0.0)) if training else ((0.0, 0.0), zoneout)
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
+    x, h0, c0 = _laid_out(x, h0, c0) or (x, h0, c0)
     finals: Sequence[Tensor]
     if num_layers == 1 and drawn == (0.0, 0.0):
         done = native_layer(x, h0, c0, params, cell, has_biases, bidirectional, recompute, False, batch_first, ragged, zoneout)

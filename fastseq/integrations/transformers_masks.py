@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 
 class Band(NamedTuple):
@@ -165,6 +166,25 @@ def _padding(seen: Tensor | None, kv_length: int, kv_offset: int) -> tuple[Tenso
     return (None, lengths) if right_padded else (seen[:, None, None], None)
 
 
+_KINDS = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
+
+
+def kinds_of(config: type) -> tuple[str, ...] | None:
+    """Which of ``_KINDS`` the models say of themselves that have configurations of a class; None: there are no such models."""
+    place = sys.modules.get(config.__module__.replace("configuration_", "modeling_"))
+    models = [
+        kind
+        for kind in vars(place).values()
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.__module__ == place.__name__
+    ] if place else []  # fmt: skip
+    return tuple(name for name in _KINDS if any(getattr(kind, name, False) for kind in models)) if models else None
+
+
+# Dynamo calls it as it comes there: what torch.compiler.assume_constant_result says, which would import all of Dynamo
+kinds_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_known_kinds: dict[type, tuple[str, ...] | None] = {}
+
+
 def mask(
     batch_size: int,
     q_length: int,
@@ -183,7 +203,29 @@ def mask(
     None stands for what "sdpa" takes it for: all keys, or plain causality where the module is causal. Elements are made for any
     other pattern (chunks, blocks of images, a user's function), where the caller asks for them, for short sequences on a CPU, and
     in compiled code.
+
+    A model that does not know "sdpa" need not have its modules say whether they are causal (Pegasus-X), so that its causal masks
+    are never None. One that knows "eager" alone may have layers that add the mask to scores of their own (Informer): it gets the
+    elements of "eager".
     """
+    config = type(kwargs.get("config"))
+    if config not in _known_kinds:
+        _known_kinds[config] = kinds_of(config)
+    kinds = _known_kinds[config]
+    if kinds == ():
+        return masking_utils.eager_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            device=device,
+            **kwargs,
+        )
+    skips = allow_is_causal_skip and (kinds is None or "_supports_sdpa" in kinds)
     short = q_length * kv_length <= SHORT and torch.device(device).type == "cpu"
     whole = short or masking_utils.is_tracing(attention_mask)
     texts = _texts(mask_function) if not whole and attention_mask is None else None
@@ -204,7 +246,7 @@ def mask(
             kv_offset,
             mask_function,
             attention_mask,
-            allow_is_causal_skip=allow_is_causal_skip,
+            allow_is_causal_skip=skips,
             allow_is_bidirectional_skip=allow_is_bidirectional_skip,
             device=device,
             **kwargs,
@@ -215,7 +257,7 @@ def mask(
     right = found.right if kv_length - 1 - offset > found.right else -1
     if keys is None and lengths is None:
         causal = left < 0 and found.right == 0 and offset == 0
-        if causal if q_length > 1 and allow_is_causal_skip else left < 0 and right < 0:
+        if (causal and skips) if q_length > 1 and allow_is_causal_skip else left < 0 and right < 0:
             return None
     origin = torch.empty(0, dtype=torch.bool, device=device)
     return BandMask(shape, origin, Band(left, right), offset, keys=keys, lengths=lengths)

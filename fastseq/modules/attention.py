@@ -28,7 +28,7 @@ from .._arguments import checked_int
 from ..backends import library
 from ..functional._recording import recorder
 from ..functional._torch_attention import attention_and_weights, attention_output, seeded
-from ..ops._attention_eager import self_attention
+from ..ops._attention_eager import attended, self_attention
 from ..ops._dispatch import PLAIN, plain_call, shared_sequence
 from ..ops._linear_eager import linear
 from ..ops.attention import Spec, attention, attention_weights
@@ -37,6 +37,8 @@ from ._interop import Interop, as_leaf
 from .nested import Packed
 
 __all__ = ["MultiheadAttention"]
+
+_OF_EACH = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @public
@@ -234,17 +236,18 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             return None
         of_out = out._parameters
         weight, out_weight = parameters.get("in_proj_weight"), of_out.get("weight")
-        if weight is None or out_weight is None:
+        weights: list[Any] = [weight] if weight is not None else [parameters.get(name) for name in _OF_EACH]
+        if out_weight is None or any([w is None for w in weights]):
             return None
         own = self.__dict__  # where None stands if they were never parameters; what is computed stands in neither
-        if own.get("bias_k", parameters.get("bias_k", weight)) is not None:
+        if own.get("bias_k", parameters.get("bias_k", out_weight)) is not None:
             return None
-        if own.get("bias_v", parameters.get("bias_v", weight)) is not None:
+        if own.get("bias_v", parameters.get("bias_v", out_weight)) is not None:
             return None
         if "in_proj_bias" not in parameters or "bias" not in of_out:  # made anew at every call, as by pruning
             return None
         bias, out_bias = parameters["in_proj_bias"], of_out["bias"]
-        tensors = [query, key, value, weight, out_weight]
+        tensors = [query, key, value, *weights, out_weight]
         tensors += [t for t in (bias, out_bias, key_padding_mask, attn_mask) if t is not None]
         for tensor in tensors:
             if type(tensor) not in PLAIN or tensor.is_nested:
@@ -255,7 +258,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             return None
         dropout = self.dropout if self.training else 0.0
         gradients = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
-        if not gradients and not dropout:
+        if weight is not None and not gradients and not dropout:
             native = torch.ops.fastseq_native.multihead_attention.default
             results = native(
                 query,
@@ -274,14 +277,21 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
                 average,
             )
             return (results[0], results[1] if need_weights else None) if results else None
-        if query is not key or key is not value or query.dim() != 3 or not query.is_cpu or not 0 <= dropout < 1:
-            return None
-        if query.shape[-1] != self.embed_dim or query.dtype != weight.dtype or query.numel() == 0:
+        if not query.is_cpu or not 0 <= dropout < 1 or query.dtype != out_weight.dtype or query.numel() == 0:
             return None
         if (key_padding_mask is not None and key_padding_mask.requires_grad) or (
             attn_mask is not None and attn_mask.requires_grad
         ):
             return None
+        if query.dim() == 2:
+            return self._in_one_call_of_one(query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal)
+        if query.dim() != 3 or query.shape[-1] != self.embed_dim:
+            return None
+        if query is not key or key is not value or weight is None:
+            if need_weights:
+                return None
+            rows = self._between(query, key, value, key_padding_mask, attn_mask, is_causal, dropout)
+            return None if rows is None else (linear(rows, out_weight, out_bias), None)
 
         def meaning() -> Spec:
             batch, steps = query.shape[0 if self.batch_first else 1], self._steps(query)
@@ -303,6 +313,68 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
         if results is None:
             return None
         return linear(results[0], out_weight, out_bias), results[1] if need_weights else None
+
+    def _in_one_call_of_one(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The same without a batch."""
+        if key.dim() != 2 or value.dim() != 2 or (key_padding_mask is not None and key_padding_mask.dim() != 1):
+            return None
+        place = 0 if self.batch_first else 1
+        padding = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        batch = _of_one(query, key, value, place)
+        results = self._in_one_call(*batch, padding, need_weights, attn_mask, average, is_causal)
+        if results is None:
+            return None
+        out, weights = results
+        return out.squeeze(place), None if weights is None else weights.squeeze(0)
+
+    def _between(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        dropout: float,
+    ) -> Tensor | None:
+        """What the output projection is given, of three inputs with a batch, the query's features and dtype being right.
+
+        None: the call is for another way.
+        """
+        if key.dim() != 3 or value.dim() != 3 or not query.dtype == key.dtype == value.dtype:
+            return None
+        if (key.shape[-1], value.shape[-1]) != (self.kdim, self.vdim) or key.shape[:2] != value.shape[:2] or key.numel() == 0:
+            return None
+        place = 0 if self.batch_first else 1
+        batch, steps, keys = query.shape[place], query.shape[1 - place], key.shape[1 - place]
+        if key.shape[place] != batch or (key_padding_mask is not None and key_padding_mask.shape != (batch, keys)):
+            return None
+        mask = None
+        if attn_mask is not None and not is_causal:
+            if attn_mask.shape not in ((steps, keys), (batch * self.num_heads, steps, keys)):
+                return None
+        if key_padding_mask is not None or not (attn_mask is None or is_causal):
+            mask, bias = self._masks(key_padding_mask, None if is_causal else attn_mask, batch, (steps, keys), 0, query.dtype)
+            if is_causal or (bias is not None and (mask is not None or bias.dtype != query.dtype)):
+                return None
+            mask = bias if mask is None else mask
+        q, k, v = self._project(query, key, value)
+        if place == 1:
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        out = attended(q, k, v, mask, float(dropout), is_causal, None, False, True, False)
+        if out is None:
+            return None
+        return (out if place == 0 else out.transpose(0, 1)).flatten(-2)
 
     def _steps(self, x: Tensor) -> int:
         return x.shape[1 if self.batch_first and x.dim() == 3 else 0]
@@ -502,11 +574,11 @@ def hooked(module: nn.Module) -> bool:
     return bool(hooks or "forward" in own or _has_any_global_hook())
 
 
-def _of_one(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of one in the second dimension; what was the same object still is."""
-    q = query.unsqueeze(1)
-    k = q if key is query else key.unsqueeze(1)
-    return q, k, q if value is query else k if value is key else value.unsqueeze(1)
+def _of_one(query: Tensor, key: Tensor, value: Tensor, place: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of one; what was the same object still is."""
+    q = query.unsqueeze(place)
+    k = q if key is query else key.unsqueeze(place)
+    return q, k, q if value is query else k if value is key else value.unsqueeze(place)
 
 
 def _check_types(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:

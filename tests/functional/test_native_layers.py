@@ -109,6 +109,17 @@ class TestBits:
         by_row = torch.randn(batch, steps, width, dtype=dtype).transpose(0, 1)
         assert_same(lambda: module(by_row))
 
+    def test_features_and_states_apart(self, kind, dtype, shape):
+        """As convolutions leave them, and slices: declined once, and laid out anew."""
+        steps, batch, width, hidden = shape
+        module = CLASSES[kind](width, hidden, 2, batch_first=True, dtype=dtype)
+        x, states = torch.randn(batch, width, steps, dtype=dtype).transpose(1, 2), states_of(module, batch)
+        assert_same(lambda: module(x), native=1 if x.stride(-1) == 1 else 2)
+        apart = torch.utils._pytree.tree_map(lambda state: state.repeat(1, 1, 2)[..., : state.shape[-1]], states)
+        assert_same(lambda: module(x, apart), native=2)
+        with torch.no_grad():
+            assert all(map(torch.equal, tensors_of(module(x, apart)), tensors_of(module(x.contiguous(), states))))
+
     def test_lengths(self, kind, dtype, shape):
         steps, batch, width, hidden = shape
         module = CLASSES[kind](width, hidden, 2, bidirectional=True, batch_first=True, dtype=dtype)
@@ -140,6 +151,9 @@ def test_cells(dtype, batch, bias):
     ):
         assert_same(lambda module=module, hx=hx: module(x, hx), name=STEP)
         assert_same(lambda module=module: module(x), name=STEP)
+        columns, apart = torch.randn(11, 2 * batch, dtype=dtype)[:, ::2].T, torch.randn(2, batch, 42, dtype=dtype)[..., :21]
+        hx = tuple(apart) if isinstance(hx, tuple) else apart[0]
+        assert_same(lambda module=module, hx=hx, columns=columns: module(columns, hx), native=2, name=STEP)
 
 
 @pytest.mark.parametrize("zoneout", [0.25, (0.1, 0.3)])

@@ -198,6 +198,17 @@ class TestResults:
         call.x = torch.randn(batch, steps + 1, width + 3, dtype=dtype)[:, 1:, :width].requires_grad_()
         check(call)
 
+    def test_features_and_states_apart(self, kind, dtype, shape):
+        """As convolutions leave them, and slices: laid out anew."""
+        torch.manual_seed(0)
+        steps, batch, width, hidden = shape
+        call = Call(CLASSES[kind](width, hidden, batch_first=True, dtype=dtype), steps, batch)
+        call.x = torch.randn(batch, width, steps, dtype=dtype).transpose(1, 2).requires_grad_()
+        check(call)
+        call.states = [state.detach().repeat(1, 1, 2)[..., : state.shape[-1]].requires_grad_() for state in call.states]
+        check(call)
+        assert sorted(calls_of(call.run)) == sorted((FORWARD, BACKWARD if kind in WHOLE else OF_THE_OP))
+
 
 @pytest.mark.parametrize("steps", [1, 6])
 @pytest.mark.parametrize("kind", WHOLE)

@@ -228,6 +228,47 @@ def test_short_sequences_go_the_short_way(case, padding, calls, monkeypatch):
     assert_all_close_to_truth(ours, theirs, truth)
 
 
+ENCODER_DECODER = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+ENCODER_DECODER |= {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+
+
+def informer() -> tuple[Any, dict[str, Any]]:
+    past, future = torch.rand(BATCH, 9), torch.rand(BATCH, 6)
+    given = {"past_values": past, "past_time_features": torch.randn(BATCH, 9, 1), "past_observed_mask": torch.ones_like(past)}
+    given |= {"future_values": future, "future_time_features": torch.randn(BATCH, 6, 1)}
+    sizes = {"prediction_length": 6, "context_length": 8, "lags_sequence": [1], "num_time_features": 1}
+    return transformers.InformerModel(config("InformerConfig", **ENCODER_DECODER, **sizes)), given
+
+
+def pegasus_x() -> tuple[Any, dict[str, Any]]:
+    source, target = torch.randint(1, VOCABULARY, (BATCH, 16)), torch.randint(1, VOCABULARY, (BATCH, 7))
+    sizes = {"vocab_size": VOCABULARY, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    configuration = config("PegasusXConfig", **ENCODER_DECODER, **sizes, num_global_tokens=2, block_size=4)
+    return transformers.PegasusXModel(configuration), {"input_ids": source, "decoder_input_ids": target}
+
+
+@pytest.mark.parametrize("short", [0, 256 * 256])
+@pytest.mark.parametrize("build", [informer, pegasus_x])
+def test_models_that_do_not_know_sdpa(build, short, monkeypatch):
+    """The mask of a causal decoder is added to their own scores (Informer), or says what their modules do not (Pegasus-X)."""
+    monkeypatch.setattr(integration.masks, "SHORT", short)
+
+    def outputs(implementation: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model, given = build()
+        model.set_attn_implementation(implementation)
+        given = {name: t.to(dtype) if t.is_floating_point() else t for name, t in given.items()}
+        torch.manual_seed(1)  # Informer draws the keys that it looks at
+        found = model.to(dtype).train()(**given, use_cache=False).last_hidden_state
+        generator = torch.Generator().manual_seed(2)
+        (found * torch.randn(found.shape, generator=generator, dtype=torch.float64).to(dtype)).sum().backward()
+        gradients = {name: p.grad for name, p in model.decoder.named_parameters() if p.grad is not None}
+        return {"output": found.detach(), **{name: g for name, g in gradients.items() if not name.endswith("k_proj.bias")}}  # 0
+
+    truth, theirs = outputs("eager", torch.float64), outputs("eager", torch.float32)
+    assert_all_close_to_truth(outputs("fastseq", torch.float32), theirs, truth)
+
+
 @pytest.mark.parametrize("padding", ["none", "right"])
 @pytest.mark.parametrize("case", ["bert", "gpt2", "t5"])
 def test_dropout_in_training(case, padding):

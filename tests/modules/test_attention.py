@@ -326,6 +326,23 @@ class TestCost:
         assert products.count == expected
         assert out.is_contiguous()
 
+    @pytest.mark.parametrize("batched", [False, True])
+    @pytest.mark.parametrize("mask", ["none", "padding", "attn added"])
+    @pytest.mark.parametrize("kind", ["memory", "positions", "distinct", "sizes"])
+    def test_training_is_one_call_between_the_projections(self, monkeypatch, kind, mask, batched):
+        """Whatever the three inputs are, without weights."""
+        found, own = [], module_under_test.attended
+
+        def attended(*args):
+            found.append(own(*args))
+            return found[-1]
+
+        monkeypatch.setattr(module_under_test, "attended", attended)
+        _, ours = both(torch.float32, **(dict(kdim=KDIM, vdim=VDIM) if kind == "sizes" else {}))
+        arguments = inputs(kind, False, batched, torch.float32)
+        ours(*arguments, **masks(mask, L, L if kind == "positions" else S, batched, torch.float32), need_weights=False)
+        assert len(found) == 1 and found[0] is not None
+
     @pytest.mark.parametrize("batch_first", [False, True])
     def test_heads_are_views_of_the_projection(self, monkeypatch, batch_first):
         _, ours = both(batch_first=batch_first)
