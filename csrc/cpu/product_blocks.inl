@@ -21,6 +21,7 @@ struct BlockProduct {
   // with gates that do not add the input, steps are projected together.
   static constexpr bool kFusesAll = false;
   static constexpr int64_t kFusedRows = 16, kFusedBytes = INT64_MAX;
+  static constexpr int64_t kFewRows = 3;
   static constexpr int64_t kMostRows = 48;  // of one product: with a run of weights, their sums and their operands stay in the first cache
 
   int64_t block(int64_t rows) const { return blocks_of(rows, blocks_of(rows, kMostRows)); }
@@ -78,7 +79,7 @@ struct BlockProduct {
  private:
   // Products are summed in runs of this many, and the runs then added up: a sum of n terms loses about sqrt(n) roundings.
   static constexpr int64_t kRun = 128;
-  static constexpr int64_t kMostOfBlock = 14, kFewRows = 3;
+  static constexpr int64_t kMostOfBlock = 14;
   static constexpr int64_t kAhead = 2048 / sizeof(Factor);  // of a single block: factors between a product and the fetching of its weights
 
   // The sums fill the registers, but for what a product needs beside them: with 32 registers a tile row and a broadcast value, with 16

@@ -187,6 +187,24 @@ FASTSEQ_HOST_DEVICE void multiply_step(const Product& product, const typename Pr
   const int64_t block = active ? product.block(active) : 1;
   Waiting<A, Finish> waiting(finish);
   int64_t turn = 0;
+  // The latencies of a row's gates have nothing to hide behind: tiles of few rows are multiplied one after the other, then finished together.
+  if constexpr (!Product::kInterleaves && requires(const Item<A>* items) { finish.together(items, turn); })
+    if (active && active <= Product::kFewRows) {
+      Item<A> items[Product::kMostRows];
+      int64_t count = 0;
+      const int64_t most = Product::kMostRows / active;
+      NothingWaits nothing;
+      for_tiles(tiles, step, [&](int64_t tile) __attribute__((always_inline)) {
+        A* own = sums + count * active * kTileVectors * Product::W;
+        Item<A>& item = items[count++] = {tile, 0, active, 0, own};
+        const Weights<Product> weights = prepare(item);
+        if (weights.packed)
+          product.multiply(matrix, 0, active, weights.packed, item.vectors, weights.depth, weights.start, own, weights.next, nothing);
+        if (count == most) finish.together(items, count), count = 0;
+      });
+      if (count) finish.together(items, count);
+      return;
+    }
   for_tiles(tiles, step, [&](int64_t tile) __attribute__((always_inline)) {
     for (int64_t begin = 0; begin < active; begin += block) {
       A* own = sums + (Product::kInterleaves ? turn++ & 1 : 0) * kSums;
@@ -589,13 +607,7 @@ class ForwardKernel {
       if (in_place) multiply_in_place(item);
       return {unit_tile(a.weights, item.tile, P), P, {}, next};
     };
-    const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
-      if constexpr (kNormalized<C>)
-        keep_product(item, from, to);
-      else
-        finish_rows(item, from, to);
-    };
-    multiply_step<Product, A>(product, *old_h, active, w.unit_tiles, step, sums, prepare, finish);
+    multiply_step<Product, A>(product, *old_h, active, w.unit_tiles, step, sums, prepare, Finish{*this});
     if constexpr (kNormalized<C>) finish_normalized(active);
     if (projected) {
       if (w.barrier) w.barrier->wait(w.weight);
@@ -639,107 +651,131 @@ class ForwardKernel {
     return chunk.gates + (item.tile - w.unit_tiles[0]) * chunk.tile_size + (chunk_row + item.begin + r) * item.vectors * W;
   }
 
-  // the units of a tile, of some sequences
-  __attribute__((noinline)) void finish_rows(const Item<A>& item, int64_t from, int64_t to) {
-    const int64_t blocks = item.vectors / G;
-    for (int64_t b = 0; b < blocks; ++b) {
-      // whole vectors without a test at every access
-      const int64_t u = (item.tile * UB + b) * W;
-      if (!kZoned && H - u >= W)
-        finish_units<true>(item, from, to, b, u);
+  struct Finish {
+    ForwardKernel& kernel;
+    FASTSEQ_HOST_DEVICE void operator()(const Item<A>& item, int64_t from, int64_t to) const {
+      if constexpr (kNormalized<C>)
+        kernel.keep_product(item, from, to);
       else
-        finish_units<false>(item, from, to, b, u);
+        kernel.finish_items(&item, 1, from, to);
     }
-  }
+    void together(const Item<A>* items, int64_t count) const
+      requires(!kNormalized<C>)
+    {
+      kernel.finish_items(items, count, 0, items->count);
+    }
+  };
 
-  template <bool kWhole>
-  FASTSEQ_HOST_DEVICE void finish_units(const Item<A>& item, int64_t from, int64_t to, int64_t b, int64_t u) {
+  // A vector of units of a sequence.
+  struct Place {
+    const A *sums, *x_sums;  // its gates, and those of the input where gates do not add it
+    int64_t slot, row, u;
+  };
+
+  // the units of some tiles, of some sequences: two vectors of them at a time, the latencies of one during the operations of the other
+  __attribute__((noinline)) void finish_items(const Item<A>* items, int64_t count, int64_t from, int64_t to) {
+    constexpr int64_t kAtOnce = !kZoned && FASTSEQ_VECTOR_REGISTERS == 32 ? 2 : 1;
     Watch seen = watch;
     // what the loop needs of the members, which stores in it might otherwise change
-    const int64_t units = H, n = kWhole ? W : units - u, blocks = item.vectors / G, ldc = buf.ldc, stride = item.vectors * W;
+    const int64_t units = H, ldc = buf.ldc;
     const int64_t first_row = steps.row_of(t), gates_stride = D * GH, c_stride = D * K * units, saved_stride = D * kSaved * units;
     const int64_t y_stride = D * P;
-    const int64_t* index = w.rows.index + item.begin;
-    const A* sums_of = item.sums + b * W;
     const bool apart = x && !chunk.fused;  // the input's part of gates that do not add it, in sums elsewhere
-    const A* x_sums = !kOwn ? nullptr : apart ? projected_input(item, 0) + b * W : sums_of + kOwn * blocks * W;
-    const int64_t x_stride = apart ? item.vectors * W : stride;
-    const S* x_of = x ? nullptr : x_gates + u;
-    const S* inner_of = vectors ? vectors + u : nullptr;
-    A* c_of = buf.c + item.begin * K * ldc + u;
-    A* c_to = c_all ? c_all + u : nullptr;
-    S* saved_to = gates ? gates + u : nullptr;
-    S* y_to = y + u;
+    const S *x_of = x ? nullptr : x_gates, *inner_of = vectors;
+    A *c_of = buf.c, *c_to = c_all;
+    S *saved_to = gates, *y_to = y;
     const Matrix before = *old_h, after = *new_h, m = buf.m;
-    const bool through_m = projected, takes_rows_of_y = takes_y;
+    const bool through_m = projected, takes_rows_of_y = takes_y, past_caches = streams;
 
-    const bool past_caches = kWhole && streams;
-    const auto keep = [&]<class E>(E* to, V v) __attribute__((always_inline)) {
-      if constexpr (kWhole && kStreams)
-        if (past_caches) return stream(to, v);
-      Memory<E, A>::store(to, v, n);
-    };
-
-    const auto finish = [&]<class Rows>(int64_t first) __attribute__((always_inline)) {
+    const auto finish = [&]<class Rows, bool kWhole>(const Place* places) __attribute__((always_inline)) {
       using R = typename Rows::V;
-      int64_t row[Rows::kRows];
-#pragma GCC unroll 2
-      for (int64_t i = 0; i < Rows::kRows; ++i) row[i] = first_row + index[first + i];
+      const int64_t n = kWhole ? W : units - places[0].u;
+      const auto keep = [&]<class E>(E* to, V v) __attribute__((always_inline)) {
+        if constexpr (kWhole && kStreams)
+          if (past_caches) return stream(to, v);
+        Memory<E, A>::store(to, v, n);
+      };
       R gx[G], gr[G], inner[C::kVectors + 1], saved[kSaved + 1], c[K + 1], h_next, c_next[K + 1];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
         gx[g] = Rows::gather([](int64_t) { return -V{}; });  // what is added to -0 stays as it is: the compiler leaves the sum out
         // with x itself, of the input too
-        gr[g] = Rows::gather([&](int64_t i) { return *(const V*)(sums_of + (first + i) * stride + g * blocks * W); });
-        const auto given = [&](int64_t i) { return Memory<S, A>::load(x_of + row[i] * gates_stride + g * units, n); };
+        gr[g] = Rows::gather([&](int64_t i) { return *(const V*)(places[i].sums + g * W); });
+        const auto given = [&](int64_t i) {
+          return Memory<S, A>::load(x_of + places[i].row * gates_stride + g * units + places[i].u, n);
+        };
         if (g < G - kOwn) {
           if (x_of) gr[g] = gr[g] + Rows::gather(given);
         } else if (x_of) {
           gx[g] = Rows::gather(given);
         } else {
-          gx[g] = Rows::gather([&](int64_t i) { return *(const V*)(x_sums + (first + i) * x_stride + g * blocks * W); });
+          gx[g] = Rows::gather([&](int64_t i) { return *(const V*)(places[i].x_sums + g * W); });
         }
       }
 #pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) c[k] = Rows::gather([&](int64_t i) { return *(const V*)(c_of + ((first + i) * K + k) * ldc); });
+      for (int k = 0; k < K; ++k)
+        c[k] = Rows::gather([&](int64_t i) { return *(const V*)(c_of + (places[i].slot * K + k) * ldc + places[i].u); });
 #pragma GCC unroll 4
       for (int v = 0; v < C::kVectors; ++v)
-        inner[v] = Rows::gather([&](int64_t) { return inner_of ? Memory<S, A>::load(inner_of + v * units, n) : V{}; });
+        inner[v] = Rows::gather([&](int64_t i) { return inner_of ? Memory<S, A>::load(inner_of + v * units + places[i].u, n) : V{}; });
       // the cells that read h (GRU) have no projection, so that P = H
-      const R h = through_m ? R{} : Rows::gather([&](int64_t i) { return before.load(item.begin + first + i, u); });
+      const R h = through_m ? R{} : Rows::gather([&](int64_t i) { return before.load(places[i].slot, places[i].u); });
       bool done = false;
       if constexpr (requires { Cell<Rows>::forward_alone(gx, gr, c, h_next, c_next); } && !kZoned)
         if (!saved_to) Cell<Rows>::forward_alone(gx, gr, c, h_next, c_next), done = true;
       if (!done) Cell<Rows>::forward(gx, gr, inner, h, c, saved, h_next, c_next);
       if constexpr (kZoned) {
+        const int64_t row = places[0].row, u = places[0].u;
         if (!C::kSaved) saved[0] = h_next;
-        if (!through_m) h_next = keep_h.held(keep_h.load(row[0] * D * P + u, n), h, Memory<S, A>::rounded(h_next));
-        if (K == 1) c_next[0] = keep_c.held(keep_c.load(row[0] * D * units + u, n), c[0], c_next[0]);
+        if (!through_m) h_next = keep_h.held(keep_h.load(row * D * P + u, n), h, Memory<S, A>::rounded(h_next));
+        if (K == 1) c_next[0] = keep_c.held(keep_c.load(row * D * units + u, n), c[0], c_next[0]);
       }
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k)
         Rows::scatter(c_next[k], [&](int64_t i, V v) {
-          *(V*)(c_of + ((first + i) * K + k) * ldc) = v;
-          if (c_to) keep(c_to + row[i] * c_stride + k * units, v);
+          *(V*)(c_of + (places[i].slot * K + k) * ldc + places[i].u) = v;
+          if (c_to) keep(c_to + places[i].row * c_stride + k * units + places[i].u, v);
         });
       if (saved_to)
 #pragma GCC unroll 8
         for (int g = 0; g < kSaved; ++g)
-          Rows::scatter(saved[g], [&](int64_t i, V v) { keep(saved_to + row[i] * saved_stride + g * units, v); });
+          Rows::scatter(saved[g], [&](int64_t i, V v) {
+            keep(saved_to + places[i].row * saved_stride + g * units + places[i].u, v);
+          });
       Rows::scatter(h_next, [&](int64_t i, V v) {
+        const auto& [sums, x_sums, slot, row, u] = places[i];
         if (through_m) {
-          m.template store<A>(item.begin + first + i, u, v, n);
+          m.template store<A>(slot, u, v, n);
         } else {
           if constexpr (Product::kWatched) seen.see(v, n);
-          if (!takes_rows_of_y) after.template store<S>(item.begin + first + i, u, v, n);
-          Memory<S, A>::store(y_to + row[i] * y_stride, v, n);
+          if (!takes_rows_of_y) after.template store<S>(slot, u, v, n);
+          Memory<S, A>::store(y_to + row * y_stride + u, v, n);
         }
       });
     };
-    int64_t r = from;
-    if constexpr (!kZoned && kWhole && FASTSEQ_VECTOR_REGISTERS == 32)
-      for (; r + 2 <= to; r += 2) finish.template operator()<TwoRows<A, Activations>>(r);
-    for (; r < to; ++r) finish.template operator()<OneRow<A, Activations>>(r);
+
+    using AtOnce = std::conditional_t<kAtOnce == 2, TwoRows<A, Activations>, OneRow<A, Activations>>;
+    Place places[kAtOnce];
+    int64_t waiting = 0;
+    for (const Item<A>* item = items; item < items + count; ++item)
+      for (int64_t b = 0; b < item->vectors / G; ++b) {
+        const int64_t u = (item->tile * UB + b) * W;
+        for (int64_t r = from; r < to; ++r) {
+          const int64_t slot = item->begin + r;
+          const A* sums = item->sums + (r * item->vectors + b) * W;
+          const A* x_sums = !kOwn ? nullptr : apart ? projected_input(*item, r) : sums + kOwn * W;
+          const Place place{sums, x_sums, slot, first_row + w.rows.index[slot], u};
+          // whole vectors without a test at every access
+          if (kZoned || units - u < W) {
+            finish.template operator()<OneRow<A, Activations>, false>(&place);
+            continue;
+          }
+          places[waiting++] = place;
+          if (waiting == kAtOnce) finish.template operator()<AtOnce, true>(places), waiting = 0;
+        }
+      }
+    if constexpr (kAtOnce > 1)
+      if (waiting) finish.template operator()<OneRow<A, Activations>, true>(places);
     watch = seen;
   }
 
