@@ -193,13 +193,12 @@ FASTSEQ_HOST_DEVICE void multiply_step(const Product& product, const typename Pr
       Item<A> items[Product::kMostRows];
       int64_t count = 0;
       const int64_t most = Product::kMostRows / active;
-      NothingWaits nothing;
       for_tiles(tiles, step, [&](int64_t tile) __attribute__((always_inline)) {
         A* own = sums + count * active * kTileVectors * Product::W;
         Item<A>& item = items[count++] = {tile, 0, active, 0, own};
         const Weights<Product> weights = prepare(item);
         if (weights.packed)
-          product.multiply(matrix, 0, active, weights.packed, item.vectors, weights.depth, weights.start, own, weights.next, nothing);
+          product.multiply(matrix, 0, active, weights.packed, item.vectors, weights.depth, weights.start, own, weights.next, finish);
         if (count == most) finish.together(items, count), count = 0;
       });
       if (count) finish.together(items, count);
@@ -388,12 +387,16 @@ class ForwardKernel {
     }
   };
 
+  // Whether the steps of one sequence may have the next chunk projected between their products.
+  static constexpr bool kAhead = Product::kHasPieces && NV == 4 && !kNormalized<C>;
+
   struct Chunk {  // of a participant
     bool fused;  // with the steps: only the rows of x are copied
+    bool ahead;  // there are two, one of them made while the other is read
     int64_t rows, tile_size, bytes;
-    Matrix x;   // [rows, I]
-    A* gates;   // [own unit tiles][rows][vectors][W]
-    A* bias;    // [own unit tiles][vectors][W]
+    Matrix x[2];   // [rows, I]
+    A* gates[2];   // [own unit tiles][rows][vectors][W]
+    A* bias;       // [own unit tiles][vectors][W]
 
     Chunk(const Forward& a, const Work& w, void* scratch)
         : fused(!kNormalized<C> && (Product::kFusesAll || (kOwn == 0 && !w.rows.active)) && w.rows.slots >= Product::kFusedRows &&
@@ -401,12 +404,18 @@ class ForwardKernel {
                     Product::kFusedBytes / max(1, w.unit_tiles[1] - w.unit_tiles[0])) {
       const int64_t slots = max(w.rows.slots, 1), row = G * a.shape.hidden * sizeof(A);
       rows = max(slots, min(min(max(kChunkBytes / row, kLeastChunkRows), Product::kChunkRows), w.rows.steps * slots));
+      ahead = false;
+      if constexpr (kAhead)
+        ahead = a.x && w.rows.slots == 1 && rows < w.rows.steps && a.shape.hidden % (UB * W) == 0 && Product::runs(a.shape.output) > 0;
       // a product takes, and gives, whole blocks of rows
       const int64_t whole = (blocks_of(rows, 16) + 1) * 16, tiles = a.x ? w.unit_tiles[1] - w.unit_tiles[0] : 0;
       tile_size = whole * NV * W;
       Carver carver(scratch);
-      x = Matrix(carver.take(a.x ? Matrix::bytes(whole, a.input) : 0), a.input);
-      gates = static_cast<A*>(carver.take(fused ? 0 : tiles * tile_size * sizeof(A)));
+      for (int64_t i = 0; i < 2; ++i) {
+        const bool there = i <= ahead;
+        x[i] = Matrix(carver.take(there && a.x ? Matrix::bytes(whole, a.input) : 0), a.input);
+        gates[i] = static_cast<A*>(carver.take(there && !fused ? tiles * tile_size * sizeof(A) : 0));
+      }
       bias = static_cast<A*>(carver.take(tiles * NV * W * sizeof(A)));
       bytes = carver.used();
     }
@@ -430,11 +439,15 @@ class ForwardKernel {
     if (w.barrier) w.barrier->wait(w.weight);
     for (int64_t step = 0, turn = 0; step < w.rows.steps && (within || w.barrier); ++turn) {
       const int64_t end = x && !takes_x ? end_of_chunk(step) : w.rows.steps;
-      if (x && !takes_x) project_input(step, end, turn);
+      half = chunk.ahead ? turn & 1 : 0;
+      if (chunk.ahead)
+        begin_ahead(step, end);
+      else if (x && !takes_x)
+        project_input(step, end, turn);
       const Product product(w.rows.slots, a.two_parts);
       for (const int64_t start = step; step < end; ++step) {
         t = steps.time(step);
-        chunk_row = !x ? 0 : takes_x ? steps.row(t, 0) : chunk_start[step - start];
+        chunk_row = !x ? 0 : takes_x ? steps.row(t, 0) : chunk_start[half][step - start];
         old_h = &buf.h[step & 1], new_h = &buf.h[1 - (step & 1)];
         if constexpr (Product::kTakesRows)
           if (takes_y && step) last_y = Matrix(y + steps.row(steps.time(step - 1), 0) * D * P, P, D * P), old_h = &last_y;
@@ -555,32 +568,71 @@ class ForwardKernel {
     return end;
   }
 
-  // x of the steps [begin, end) -> chunk.gates
-  void project_input(int64_t begin, int64_t end, int64_t turn) {
+  // x of the steps [begin, end) -> chunk.x, and how many rows it is
+  int64_t gather_input(int64_t begin, int64_t end, int64_t to) {
     int64_t rows = 0;
     for (int64_t step = begin; step < end; ++step) {
       const int64_t at_time = steps.time(step), active = steps.active(at_time);
-      chunk_start[step - begin] = rows;
+      chunk_start[to][step - begin] = rows;
       for (int64_t slot = 0; slot < active; ++slot) {
         const S* row = x + steps.row(at_time, slot) * I;
-        chunk.x.put(rows++, row, I);
+        chunk.x[to].put(rows++, row, I);
         if constexpr (Product::kWatched) watch.see(row, I);
       }
     }
     if constexpr (Product::kWatched) within &= watch.ends_within(a.least_x);
-    if (rows == 0) return;
-    chunk.x.clear_rest(rows, I);
-    if (chunk.fused) return;
+    chunk.x[to].clear_rest(rows, I);
+    return rows;
+  }
+
+  // x of the steps [begin, end) -> chunk.gates
+  void project_input(int64_t begin, int64_t end, int64_t turn) {
+    const int64_t rows = gather_input(begin, end, 0);
+    if (rows == 0 || chunk.fused) return;
     const Product product(rows, a.two_parts);
     const int64_t block = product.block(rows);
     for_tiles(w.unit_tiles, turn, [&](int64_t tile) {
       const int64_t vectors = G * min(UB, blocks_of(H - tile * UB * W, W));
       const Start<A> start{chunk.bias + (tile - w.unit_tiles[0]) * NV * W, 0, vectors};
-      A* to = chunk.gates + (tile - w.unit_tiles[0]) * chunk.tile_size;
+      A* to = chunk.gates[0] + (tile - w.unit_tiles[0]) * chunk.tile_size;
       for (int64_t r = 0; r < rows; r += block)
-        product.multiply(chunk.x, r, min(block, rows - r), unit_tile(a.input_weights, tile, I), vectors, I, start, to + r * vectors * W,
+        product.multiply(chunk.x[0], r, min(block, rows - r), unit_tile(a.input_weights, tile, I), vectors, I, start, to + r * vectors * W,
                          unit_tile(a.input_weights, r + block < rows ? tile : tile_after(w.unit_tiles, turn, tile), I), NothingWaits());
     });
+  }
+
+  // Sees to it that the steps [begin, end) are projected, and has the chunk after them made during them.
+  void begin_ahead(int64_t begin, int64_t end) {
+    if constexpr (kAhead) {
+      if (begin == 0) plan_ahead(0, end, 0);
+      while (ahead.left) next_piece(x, x);
+      if (end < w.rows.steps) plan_ahead(end, end_of_chunk(end), 1 - half);
+      ahead.products = (end - begin) * (w.unit_tiles[1] - w.unit_tiles[0]) * Product::runs(P);
+    }
+  }
+
+  void plan_ahead(int64_t begin, int64_t end, int64_t to) {
+    const int64_t rows = gather_input(begin, end, to);
+    ahead = {.to = to, .rows = rows, .tile = w.unit_tiles[0]};
+    ahead.left = ahead.of_chunk = (w.unit_tiles[1] - w.unit_tiles[0]) * Product::pieces(I) * blocks_of(rows, Product::kPieceRows);
+  }
+
+  // Before a product with recurrent weights, which begin there: its share of the pieces.
+  void project_ahead(const void* first, const void* second) {
+    for (ahead.credit += ahead.of_chunk; ahead.credit >= ahead.products && ahead.left; ahead.credit -= ahead.products)
+      next_piece(first, second);
+  }
+
+  void next_piece(const void* first, const void* second) {
+    auto& [to, rows, tile, piece, row, of_chunk, left, products, credit] = ahead;
+    const int64_t own = tile - w.unit_tiles[0];
+    Product(1, a.two_parts)
+        .multiply_piece(piece, chunk.x[to], row, min(Product::kPieceRows, rows - row), unit_tile(a.input_weights, tile, I), I,
+                        chunk.bias + own * NV * W, chunk.gates[to] + own * chunk.tile_size + row * NV * W, first, second);
+    --left;
+    if ((row += Product::kPieceRows) < rows) return;
+    row = 0;
+    if (++piece == Product::pieces(I)) piece = 0, ++tile;
   }
 
   void walk(const Product& product, int64_t step) {
@@ -597,7 +649,7 @@ class ForwardKernel {
         const void* next = unit_tile(a.input_weights, tile_after(w.unit_tiles, step, item.tile), I);
         if (takes_x && !item.begin) fetch_input(item.tile);
         return {unit_tile(a.weights, item.tile, P), P, {start, 0, NV}, next, unit_tile(a.input_weights, item.tile, I), I,
-                takes_x ? &x_rows : &chunk.x, chunk_row, own};
+                takes_x ? &x_rows : &chunk.x[0], chunk_row, own};
       }
       const void* next = unit_tile(a.weights, tile_after(w.unit_tiles, step, item.tile), P);
       if (x)
@@ -648,7 +700,7 @@ class ForwardKernel {
 
   // [vectors][W] of a row of an item
   const A* projected_input(const Item<A>& item, int64_t r) const {
-    return chunk.gates + (item.tile - w.unit_tiles[0]) * chunk.tile_size + (chunk_row + item.begin + r) * item.vectors * W;
+    return chunk.gates[half] + (item.tile - w.unit_tiles[0]) * chunk.tile_size + (chunk_row + item.begin + r) * item.vectors * W;
   }
 
   struct Finish {
@@ -663,6 +715,10 @@ class ForwardKernel {
       requires(!kNormalized<C>)
     {
       kernel.finish_items(items, count, 0, items->count);
+    }
+    FASTSEQ_HOST_DEVICE void beside(const void* first, const void* second) const {
+      if constexpr (kAhead)
+        if (kernel.ahead.left) kernel.project_ahead(first, second);
     }
   };
 
@@ -843,7 +899,14 @@ class ForwardKernel {
   const Matrix *old_h = nullptr, *new_h = nullptr;
   Watch watch;  // of a product that is watched
   bool within = true;
-  int64_t chunk_start[Product::kChunkRows];
+  int64_t chunk_start[2][Product::kChunkRows];
+  int64_t half = 0;  // of the chunk that is read
+  struct Ahead {
+    int64_t to = 0, rows = 0;               // of a chunk that is made
+    int64_t tile = 0, piece = 0, row = 0;   // what is next
+    int64_t of_chunk = 0, left = 0;         // pieces
+    int64_t products = 0, credit = 0;       // during which they are made; of_chunk for each of them, less products for every piece
+  } ahead;
   alignas(64) A sums[(Product::kInterleaves ? 2 : 1) * Product::kMostRows * kTileVectors * W];
 };
 
