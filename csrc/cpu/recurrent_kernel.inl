@@ -30,6 +30,7 @@ namespace fastseq::cpu::FASTSEQ_LEVEL {
 namespace {
 
 #include "vector.inl"
+#include "activations.inl"
 #include "transpose.inl"
 
 // What sums start from: the first `vectors` of those of a row at rows + r * stride, the others from zero.
@@ -187,7 +188,8 @@ FASTSEQ_HOST_DEVICE void multiply_step(const Product& product, const typename Pr
   const int64_t block = active ? product.block(active) : 1;
   Waiting<A, Finish> waiting(finish);
   int64_t turn = 0;
-  // The latencies of a row's gates have nothing to hide behind: tiles of few rows are multiplied one after the other, then finished together.
+  // The latencies of a row's gates have nothing to hide behind: tiles of few rows are multiplied one after the other, then finished
+  // together.
   if constexpr (!Product::kInterleaves && requires(const Item<A>* items) { finish.together(items, turn); })
     if (active && active <= Product::kFewRows) {
       Item<A> items[Product::kMostRows];
@@ -406,7 +408,8 @@ class ForwardKernel {
       rows = max(slots, min(min(max(kChunkBytes / row, kLeastChunkRows), Product::kChunkRows), w.rows.steps * slots));
       ahead = false;
       if constexpr (kAhead)
-        ahead = a.x && w.rows.slots == 1 && rows < w.rows.steps && a.shape.hidden % (UB * W) == 0 && Product::runs(a.shape.output) > 0;
+        ahead = a.x && w.rows.slots == 1 && rows < w.rows.steps && (UB == 1 || a.shape.hidden % (UB * W) == 0) &&
+                Product::runs(a.shape.output) > 0;
       // a product takes, and gives, whole blocks of rows
       const int64_t whole = (blocks_of(rows, 16) + 1) * 16, tiles = a.x ? w.unit_tiles[1] - w.unit_tiles[0] : 0;
       tile_size = whole * NV * W;

@@ -87,17 +87,12 @@ struct Math {
     const V n = shifted - L::kRound;
     V f = x * (k * L::kLog2e) - n;
     f = x * (k * L::kLog2eRest) + f;
-    fraction = power(f);
-    scale = (V)(((I)shifted << L::kMantissa) + L::kOne);
-  }
-  // 2^f - 1, |f| <= 1/2
-  static FASTSEQ_HOST_DEVICE V power(V f) {
-    using L = Lanes<A>;
     constexpr int last = sizeof(L::kExp2) / sizeof(A) - 1;
     V q = V{} + L::kExp2[last];
 #pragma GCC unroll 16
     for (int i = last - 1; i >= 0; --i) q = q * f + L::kExp2[i];
-    return f * q;
+    fraction = f * q;
+    scale = (V)(((I)shifted << L::kMantissa) + L::kOne);
   }
 
   // x within [-most, most]; a NaN stays one
@@ -117,21 +112,12 @@ struct Math {
     return x < least ? V{} + least : x;
   }
 
-  // Sigmoid and tanh go without the rest of log2(e): as if their argument were wrong by a fifth of its own rounding.
-
-  // sigmoid = 1 / this: 1 + e^-x, for arguments of at least `least`
-  static FASTSEQ_HOST_DEVICE V sigmoid_divisor(V x, A least = -Lanes<A>::kLargest) {
-    using L = Lanes<A>;
-    x = at_least(at_most(x, L::kLargest), least);
-    const V shifted = L::kRound - x * L::kLog2e;
-    const V n = shifted - L::kRound, fraction = power(-n - x * L::kLog2e);
-#if defined(__AVX512F__)
-    if constexpr (sizeof(A) == 4) return A(1) + (V)_mm512_maskz_scalef_ps(0xffff, (__m512)(A(1) + fraction), (__m512)n);
-#endif
-    const V scale = (V)(((I)shifted << L::kMantissa) + L::kOne);
-    return A(1) + (scale + scale * fraction);
+  static FASTSEQ_HOST_DEVICE V sigmoid(V x) {
+    V scale, fraction;
+    x = clamped(x, Lanes<A>::kLargest);
+    exp_parts(x, -1, scale, fraction);
+    return divide(V{} + 1, A(1) + (scale + scale * fraction));
   }
-  static FASTSEQ_HOST_DEVICE V sigmoid(V x) { return divide(V{} + 1, sigmoid_divisor(x)); }
 
   // e^x over the whole range, subnormal numbers included: 2^n, which may not fit, as the product of two halves
   static FASTSEQ_HOST_DEVICE V exp(V x) {
@@ -156,33 +142,21 @@ struct Math {
     return (x < 0 ? x : V{}) - (A(2) * t + t * square * q);
   }
 
-  // e^2|x| - 1, formed without cancellation
-  static FASTSEQ_HOST_DEVICE V tanh_dividend(V x) {
-    using L = Lanes<A>;
-    const V a = at_most((V)((I)x & ~L::kSign), L::kTanhIsOne);
-    const V shifted = a * (2 * L::kLog2e) + L::kRound;
-    const V fraction = power(a * (2 * L::kLog2e) - (shifted - L::kRound));
-    const V scale = (V)(((I)shifted << L::kMantissa) + L::kOne);
-    return scale * fraction + (scale - A(1));
-  }
-
-  // With e = e^2|x| - 1, e / (e + 2) keeps the relative accuracy of small arguments, 1 - 2 / (e + 2) that of the distance to 1, which the
-  // derivative 1 - tanh^2 lives on.
+  // With e = e^2|x| - 1, formed without cancellation: e / (e + 2) keeps the relative accuracy of small arguments, 1 - 2 / (e + 2) that of
+  // the distance to 1, which the derivative 1 - tanh^2 lives on.
   static FASTSEQ_HOST_DEVICE V tanh(V x) {
-    const V e = tanh_dividend(x);
+    V scale, fraction;
+    const I sign = (I)x & Lanes<A>::kSign;
+    V a = (V)((I)x ^ sign);
+    a = at_most(a, Lanes<A>::kTanhIsOne);
+    exp_parts(a, 2, scale, fraction);
+    const V e = scale * fraction + (scale - A(1));
     const auto small = e < A(2);  // |x| < 0.55
     const V quotient = divide(small ? e : V{} + 2, e + A(2));
-    return with_sign_of(small ? quotient : A(1) - quotient, x);
+    return (V)((I)(small ? quotient : A(1) - quotient) ^ sign);
   }
 
-  // Of results that nothing is derived from, by one division.
-  static FASTSEQ_HOST_DEVICE V sigmoid_tanh(V x, V y) {
-    constexpr A kLeast = -60;  // below it sigmoid is less than 1e-26, and the divisor might become infinite
-    const V e = tanh_dividend(y);
-    return with_sign_of(divide(e, sigmoid_divisor(x, kLeast) * (e + A(2))), y);
-  }
-
-  static FASTSEQ_HOST_DEVICE V with_sign_of(V a, V x) { return (V)((I)a ^ ((I)x & Lanes<A>::kSign)); }
+  static FASTSEQ_HOST_DEVICE V sigmoid_tanh(V x, V y) { return sigmoid(x) * tanh(y); }
 
   static FASTSEQ_HOST_DEVICE V relu(V x) { return x < 0 ? V{} : x; }  // a NaN stays one, as in torch
 
