@@ -138,7 +138,7 @@ FAULTS = [
     unfinished("a single tile", "if (count) finish.together(", "if (count > 1) finish.together("),
     unfinished("what was projected for the other chunk", "return chunk.gates[half] +", "return chunk.gates[0] +"),
     unfinished("the last rows of a chunk", "kPieceRows) < rows) return;", "kPieceRows) + Product::kPieceRows <= rows) return;"),
-    unfinished("sums of the piece before", "k ? Start<A>{to, stride, width} : Start<A>{bias", "Start<A>{bias", "product_blocks.inl"),
+    unfinished("sums of a piece", "k ? Start<A>{to, stride, width} : Start<A>{bias", "Start<A>{bias", "product_blocks.inl"),
     Fault("backwards one tile too far", ENGINE, "tiles[1] - 1 - i", "tiles[1] - i", f"{WRONG}|{LEFT}"),
 ]
 
