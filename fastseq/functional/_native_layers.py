@@ -120,6 +120,18 @@ def native_step(
     return done or None
 
 
+def packed_step(
+    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, params: Sequence[Tensor | None], packing: Packing
+) -> Sequence[Tensor] | None:
+    """The same where nobody watches and gradients are off, by the weights that were packed, as long as they are those of
+    ``params``, which were plain then. None: the call is for ``native_step``."""
+    kept = packing.kept(params)
+    if kept is None or not input.is_cpu:
+        return None
+    w_ih, w_hh, b_ih, b_hh = params if len(params) == 4 else (*params, None, None)
+    return torch.ops.fastseq_native.recurrent_step.default(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0], cell) or None
+
+
 def native_training(
     cell: str,
     x: Tensor,

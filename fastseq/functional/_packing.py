@@ -28,14 +28,17 @@ class Packing:
 
     def of(self, params: Sequence[Tensor]) -> list[Tensor] | None:
         """The packed weights of these parameters, one tensor a layer; None if they cannot be packed."""
+        return self.kept(params) or self.again(params)
+
+    def kept(self, params: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """The same, if these are the very parameters that were packed last, and nobody has written them since."""
         made = self._made
-        if made is not None:
-            for tensor, known, version in zip(params, made[0], made[1], strict=False):
-                if tensor is not known or tensor._version != version:
-                    break
-            else:
-                return made[2]
-        return self.again(params)
+        if made is None:
+            return None
+        for tensor, known, version in zip(params, made[0], made[1], strict=False):
+            if tensor is not known or known._version != version:
+                return None
+        return made[2]
 
     def again(self, params: Sequence[Tensor]) -> list[Tensor] | None:
         """The same, packed now."""

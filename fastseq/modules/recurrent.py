@@ -328,8 +328,21 @@ class Sequence(Interop, nn.RNNBase):
             if type(tensor) not in PLAIN:
                 return None
         gradients = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given])
-        if not gradients and not training and packing_of(self) is not None:
-            return self._native(input, hx, None, params)
+        packing = None if gradients or training else packing_of(self)
+        if packing is not None:
+            results = native_layers(
+                self.cell,
+                input,
+                states,
+                params,
+                self.bias,
+                self.num_layers,
+                self.bidirectional,
+                self.batch_first,
+                zoneout=zoneout_of(CELLS[self.cell], zoneout) if zoneout else (0.0, 0.0),
+                packing=packing,
+            )
+            return None if results is None else (results[0], tuple(results[1:]))
         dtype, steps, batch = input.dtype, *input.shape[:2]
         if self.batch_first:
             steps, batch = batch, steps

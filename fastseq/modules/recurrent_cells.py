@@ -16,7 +16,7 @@ from fastseq import backends, functional
 from fastseq.backends.torch.recurrent import STEPS
 from fastseq.choice import sources
 from fastseq.choice.sources import memory
-from fastseq.functional._native_layers import native_layers, native_step, trained_layers
+from fastseq.functional._native_layers import native_layers, native_step, packed_step, trained_layers
 from fastseq.functional._packing import packing_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
@@ -197,6 +197,7 @@ class GRUCell(Interop, nn.RNNCellBase):
         __call__ = forward
 
 
+_STATE = PLAIN | {type(None)}
 _ELMAN = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 # As torch has them, whatever `fastseq.patched` puts in their place.
 _torch_rnn: Any = nn.RNNCell.forward
@@ -211,11 +212,11 @@ def _trained_by_torch(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, stat
     """What torch's kernel gives of a step with gradients, if it is the one for it: then what stands before it is a part of the
     time, and what there is to be asked of sizes and dtypes was asked of the first such call. None: the call is for `_step`.
     """
+    if not torch.is_grad_enabled():
+        return None
     own = cell._parameters
     w_ih, w_hh, b_ih, b_hh = own.get("weight_ih"), own.get("weight_hh"), own.get("bias_ih"), own.get("bias_hh")
-    if type(input) is not Tensor or w_ih is None or type(w_ih) not in PLAIN:
-        return None
-    if not w_ih.requires_grad or not torch.is_grad_enabled():
+    if type(input) is not Tensor or w_ih is None or type(w_ih) not in PLAIN or not w_ih.requires_grad:
         return None
     # parametrizations take parameters away from where they are looked for here
     if type(w_hh) not in PLAIN or (cell.bias and (type(b_ih) not in PLAIN or type(b_hh) not in PLAIN)):
@@ -257,6 +258,13 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     params: list[Any] = [own.get("weight_ih"), own.get("weight_hh")]
     if cell.bias:
         params += own.get("bias_ih"), own.get("bias_hh")
+    packing = None if cell.training else packing_of(cell)
+    if packing is not None and not torch.is_grad_enabled() and not backends.watched():
+        h0, c0 = (None, None) if hx is None else hx if len(hx) == 2 else (hx[0], None)
+        if type(h0) in _STATE and type(c0) in _STATE:
+            stepped = packed_step(name, input, h0, c0, params, packing)
+            if stepped is not None:
+                return stepped
     given: list[Any] = params if hx is None else [*params, *hx]
     for tensor in given:
         if type(tensor) not in PLAIN:
@@ -264,7 +272,6 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     if not torch.is_grad_enabled() or not (
         params[0].requires_grad or input.requires_grad or any([tensor.requires_grad for tensor in given])
     ):
-        packing = None if cell.training else packing_of(cell)
         if packing is not None and backends.watched():  # which says that it packs
             return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)
         return native_step(name, input, hx, params, packing)
