@@ -409,7 +409,8 @@ class ForwardKernel {
       ahead = false;
       if constexpr (kAhead)
         ahead = a.x && w.rows.slots == 1 && rows < w.rows.steps && (UB == 1 || a.shape.hidden % (UB * W) == 0) &&
-                Product::runs(a.shape.output) > 0;
+                Product::runs(a.shape.output) > 0 &&
+                (w.unit_tiles[1] - w.unit_tiles[0]) * Product::tile_bytes(NV, a.shape.output) <= Product::kPiecesBytes;
       // a product takes, and gives, whole blocks of rows
       const int64_t whole = (blocks_of(rows, 16) + 1) * 16, tiles = a.x ? w.unit_tiles[1] - w.unit_tiles[0] : 0;
       tile_size = whole * NV * W;
@@ -719,9 +720,11 @@ class ForwardKernel {
     {
       kernel.finish_items(items, count, 0, items->count);
     }
-    FASTSEQ_HOST_DEVICE void beside(const void* first, const void* second) const {
+    // whether pieces run between the products; one may before that with weights which begin there
+    FASTSEQ_HOST_DEVICE bool beside(const void* first, const void* second) const {
       if constexpr (kAhead)
         if (kernel.ahead.left) kernel.project_ahead(first, second);
+      return kAhead && kernel.chunk.ahead;
     }
   };
 

@@ -262,9 +262,9 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     if packing is not None and not torch.is_grad_enabled() and not backends.watched():
         h0, c0 = (None, None) if hx is None else hx if len(hx) == 2 else (hx[0], None)
         if type(h0) in _STATE and type(c0) in _STATE:
-            done = packed_step(name, input, h0, c0, params, packing)
-            if done is not None:
-                return done
+            stepped = packed_step(name, input, h0, c0, params, packing)
+            if stepped is not None:
+                return stepped
     given: list[Any] = params if hx is None else [*params, *hx]
     for tensor in given:
         if type(tensor) not in PLAIN:
