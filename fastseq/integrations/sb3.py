@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._convert import convert, revert
+from ..modules import LSTM
 
 try:
     from sb3_contrib.common.recurrent import policies
@@ -109,6 +110,10 @@ def _convert(policy: Any) -> None:
     """Whatever is the faster LSTM for a call without resets: only fastseq's takes them."""
     if any(lstm.batch_first for lstm in _lstms(policy)):
         raise ValueError("lstm_kwargs must leave batch_first alone: sequences are [T, N, I]")
+    for name in LSTMS:
+        lstm = getattr(policy, name)
+        if lstm is not None and type(lstm).forward not in (nn.LSTM.forward, LSTM.forward):
+            raise NotImplementedError(f"{name} ({type(lstm).__name__}) has a forward of its own, which may not take resets")
     convert(policy, filter_fn=lambda _, name: name in LSTMS, on_unsupported="raise", even_if_slower=True)
 
 

@@ -287,11 +287,15 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             return self._in_one_call_of_one(query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal)
         if query.dim() != 3 or query.shape[-1] != self.embed_dim:
             return None
-        if query is not key or key is not value or weight is None:
-            if need_weights:
-                return None
+        if query is key and key is value and weight is not None:
+            projected = linear(query, weight, bias)
+        elif not need_weights:
             rows = self._between(query, key, value, key_padding_mask, attn_mask, is_causal, dropout)
             return None if rows is None else (linear(rows, out_weight, out_bias), None)
+        elif query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype and weight is not None:
+            projected = torch.cat([part.flatten(-2) for part in self._project(query, key, value)], -1)
+        else:
+            return None
 
         def meaning() -> Spec:
             batch, steps = query.shape[0 if self.batch_first else 1], self._steps(query)
@@ -299,7 +303,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             return self._spec(*masks, is_causal)._replace(dropout=dropout)
 
         results = self_attention(
-            linear(query, weight, bias),
+            projected,
             self.num_heads,
             key_padding_mask,
             attn_mask,

@@ -125,6 +125,8 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
         self, src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None, is_causal: bool
     ) -> Tensor | None:
         """None: the call is for another way, which also says what is wrong with it."""
+        if type(src) not in PLAIN or src.is_nested:
+            return None
         modules: dict[str, Any] = self._modules
         known = 0
         for name, module in modules.items():
