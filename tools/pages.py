@@ -289,7 +289,8 @@ def other_words() -> str:
     """Layers on another machine than that of the figures, then whole models, machine by machine."""
     of = combine.load([OTHER_LAYERS])
     groups = [f"{title[:1].lower()}{title[1:]}: {', '.join(bar.words() for bar in bars)}" for title, bars in recurrent.bars(of)]
-    said = f"The layers on {where(of.environment)}, torch {of.environment['versions']['torch']}, one thread, float32: {'; '.join(groups)}."
+    on = f"{where(of.environment)}, torch {of.environment['versions']['torch']}"
+    said = f"The layers on {on}, one thread, float32: {'; '.join(groups)}."
     return " ".join([said, *map(_words_of_models, models())])
 
 

@@ -157,8 +157,8 @@ def rms(results, truths):
     return math.sqrt(sum(errors) / len(errors))
 
 
-# one; less than a tile of 16 rows, 16 columns, 32 depths, and than a panel of 32, as many, one more; less than a block of 14 rows,
-# as many, two of them; more depths than a run of 512, 256 and 128; more panels than a block has
+# one; less than a tile of 16 rows, 16 columns, 32 depths, and than a panel of 32, as many, one more; less than a block of 14
+# rows, as many, two of them; more depths than a run of 512, 256 and 128; more panels than a block has
 SIZES = [
     dict(steps=1, batch=1, inputs=1, gates=1, width=1),
     dict(steps=3, batch=5, inputs=7, gates=15, width=3),
