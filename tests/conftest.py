@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 import fastseq  # noqa: E402
 from fastseq.backends import BACKENDS, library  # noqa: E402
 from fastseq.backends.triton import _launch  # noqa: E402
-from fastseq.choice import lengths  # noqa: E402
+from fastseq.choice import lengths, sources, store  # noqa: E402
 from support import cuda_host, interpreter  # noqa: E402
 from support.poison import poison  # noqa: E402
 
@@ -95,3 +95,13 @@ def sequences_are_ours() -> Iterator[None]:
     of its own, and everything else is tested on fastseq's kernels."""
     with lengths.everywhere(lengths.OURS):
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_tuned_is_left() -> Iterator[None]:
+    """What a test has tuned (a guide's program, say) is not known to the next one."""
+    yield
+    if any(store._unwritten.values()):
+        for entries in store._unwritten.values():
+            entries.clear()
+        sources.forget()

@@ -240,7 +240,7 @@ def least_of_torchs(op: str, gradients: bool, name: str) -> int:
     if _rule is not None or meet is not None:
         return 1
     place = SIZES[op].index(name)
-    return min(max(1, int(point.sizes[place] / 2**reach)) for point, reach in _torchs(op, MODES[gradients]))
+    return min((max(1, int(point.sizes[place] / 2**reach)) for point, reach in _torchs(op, MODES[gradients])), default=0)
 
 
 def _look(op: str, mode: str) -> bool:

@@ -360,7 +360,7 @@ def test_data_parallel_replicas(name):
     input = random(T, B, I)
     replica = ours._replicate_for_data_parallel()
     for n, p in ours.named_parameters():
-        setattr(replica, n, p.detach().clone())
+        setattr(replica, n, p.detach().clone().requires_grad_())
     assert torch.equal(replica(input)[0], ours(input)[0])
 
 

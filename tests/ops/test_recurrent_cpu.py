@@ -388,7 +388,9 @@ def test_small_gradients_through_norms(name, monkeypatch):
             monkeypatch.setenv("FASTSEQ_CPU_LEVEL", level)
             found = torch.ops.fastseq_native.cpu_level()
             results.append(torch.autograd.grad(y, layer.weight_hh_l0, dy * scale, retain_graph=True)[0])
-        assert torch.equal(*results) == (found != "amx" or scale < 1)
+        if found != "avx512_bf16":  # whose products of float32 are others than those of AVX-512, and have no parts
+            assert torch.equal(*results) == (found != "amx" or scale < 1)
+        torch.testing.assert_close(results[0] / scale, results[1] / scale, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
