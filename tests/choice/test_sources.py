@@ -419,3 +419,10 @@ def test_threads_that_forget_while_others_decide():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_no_point_of_torchs(monkeypatch):
+    """Though it was said, for another level of instructions, that there are some."""
+    monkeypatch.setattr(sources, "may_be_torchs", lambda *_: True)
+    monkeypatch.setattr(sources, "_torchs", lambda *_: iter(()))
+    assert sources.least_of_torchs("attention", False, "Tk") == 0
