@@ -10,7 +10,6 @@ struct TileProduct {
   using Activations = std::conditional_t<kParts == 1, ShortProducts, Math<float>>;
   static constexpr int64_t W = 16;
   static constexpr bool kInterleaves = true;
-  static constexpr bool kHasPieces = false;
   static constexpr bool kWatched = kParts > 1;  // the operands have to stay within a range
   static constexpr bool kTakesRows = kParts == 1;
   static constexpr int64_t kMostRows = 32;  // two tiles of rows

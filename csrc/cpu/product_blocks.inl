@@ -21,7 +21,6 @@ struct BlockProduct {
   // with gates that do not add the input, steps are projected together.
   static constexpr bool kFusesAll = false;
   static constexpr int64_t kFusedRows = 16, kFusedBytes = INT64_MAX;
-  static constexpr int64_t kFewRows = 3;  // which take all panels of a tile at once
   static constexpr int64_t kMostRows = 48;  // of one product: with a run of weights, their sums and their operands stay in the first cache
 
   int64_t block(int64_t rows) const { return blocks_of(rows, blocks_of(rows, kMostRows)); }
@@ -33,7 +32,7 @@ struct BlockProduct {
   // as given. The last block of a run fetches the next run, and at the end of the tile, what comes next.
   template <class Aside>
   void multiply(const Matrix& rows, int64_t begin, int64_t count, const void* packed, int64_t vectors, int64_t depth, Start<A> start,
-                A* sums, const void* next, Aside&& aside) const {
+                A* sums, const void* next, Aside&&) const {
     depth = Factors::factors_of(depth);
     const int64_t stride = vectors * W, inner = panel_of(vectors), width = count <= kFewRows ? vectors : inner;
     const int64_t blocks = blocks_of(count, rows_of_block(width));
@@ -43,9 +42,6 @@ struct BlockProduct {
       for (int64_t k = 0; k < depth; k += kRun) {
         const int64_t run = min(kRun, depth - k);
         const bool ends = v + width == vectors && k + run == depth;
-        bool fetched = false;  // the first half of the run
-        if constexpr (requires { aside.beside(tile, tile); })
-          fetched = width == 2 * inner && aside.beside(tile + k * inner * W, tile + (depth + k) * inner * W) && run == kRun;
         const Factor* after = blocks == 1 ? tile + kAhead
                               : ends      ? static_cast<const Factor*>(next) - k * inner * W
                                           : tile + run * inner * W;
@@ -54,34 +50,10 @@ struct BlockProduct {
           A* to = sums + r * stride + v * W;
           const Start<A> from = k ? Start<A>{to, stride, width} : Start<A>{start.rows + r * start.stride + v * W, start.stride, given};
           const Factor* ahead = b == blocks - 1 ? after : tile;
-          const Block block{rows.factors(begin + r), rows.factors_stride(), tile, ahead, nullptr, depth, k, k + run, from, to, stride};
-          fetched ? kernel<1, 4, Form::kAfterPiece>(block) : kernel_of(n, width)(block);
+          kernel_of(n, width)({rows.factors(begin + r), rows.factors_stride(), tile, ahead, depth, k, k + run, from, to, stride});
         }
       }
     }
-  }
-
-  // The same product of a tile of four vectors in pieces, one for each block of rows, panel and short run, which run between the products
-  // of a single row with other weights: these come from the second-level cache half as fast as they could be multiplied, while a piece
-  // multiplies what the first one holds. So it fetches the first half of the run after it, of both panels, which takes as long as a
-  // piece. Weights of so many bytes do: what is larger comes from further away, and pieces displace more of it (LSTM of 512 units).
-  static constexpr int64_t kPiecesBytes = 1 << 20;
-  static constexpr bool kHasPieces = FASTSEQ_VECTOR_REGISTERS == 32;
-  static constexpr int64_t kPieceRows = 8, kPieceDepth = 32;
-  static int64_t pieces(int64_t depth) { return 2 * blocks_of(Factors::factors_of(depth), kPieceDepth); }
-  // the whole runs of a product, before each of which a piece may run
-  static int64_t runs(int64_t depth) { return Factors::factors_of(depth) / kRun; }
-  // The i-th, of at most kPieceRows rows. What it fetches begins at `first` and at `second`.
-  void multiply_piece(int64_t i, const Matrix& rows, int64_t begin, int64_t count, const void* packed, int64_t depth, const A* bias,
-                      A* sums, const void* first, const void* second) const {
-    constexpr int64_t vectors = 4, width = panel_of(vectors), stride = vectors * W;
-    depth = Factors::factors_of(depth);
-    const int64_t runs = blocks_of(depth, kPieceDepth), v = i / runs * width, k = i % runs * kPieceDepth;
-    A* to = sums + v * W;
-    const Start<A> from = k ? Start<A>{to, stride, width} : Start<A>{bias + v * W, 0, width};
-    const auto* tile = static_cast<const Factor*>(packed) + v * depth * W;
-    kernel_of_rows<width, Form::kPiece>(count)({rows.factors(begin), rows.factors_stride(), tile, static_cast<const Factor*>(first),
-                                        static_cast<const Factor*>(second), depth, k, min(k + kPieceDepth, depth), from, to, stride});
   }
 
   // The same with a second product in the same sums: that of the input, which comes first.
@@ -106,7 +78,7 @@ struct BlockProduct {
  private:
   // Products are summed in runs of this many, and the runs then added up: a sum of n terms loses about sqrt(n) roundings.
   static constexpr int64_t kRun = 128;
-  static constexpr int64_t kMostOfBlock = 14;
+  static constexpr int64_t kMostOfBlock = 14, kFewRows = 3;
   static constexpr int64_t kAhead = 2048 / sizeof(Factor);  // of a single block: factors between a product and the fetching of its weights
 
   // The sums fill the registers, but for what a product needs beside them: with 32 registers a tile row and a broadcast value, with 16
@@ -121,7 +93,6 @@ struct BlockProduct {
     const Factor* rows;
     int64_t stride;
     const Factor *tile, *after;  // fetched ahead: what lies at the same depths after `after`
-    const Factor* second;        // of a piece: fetched ahead is what lies at `after` and here, in the order in which it lies
     int64_t depth, begin, end;
     Start<A> start;
     A* sums;
@@ -133,11 +104,9 @@ struct BlockProduct {
     Kernel of_rows[N];
   };
 
-  // what a kernel fetches ahead: what is multiplied after it, or a piece that run's first half, and the run its second one
-  enum class Form { kPlain, kPiece, kAfterPiece };
-  template <int RB, int NV, Form form = Form::kPlain>
+  template <int RB, int NV>
   static void kernel(const Block& block) {
-    const auto [rows, stride, tile, after, second, depth, begin, end, start, sums, sums_stride] = block;
+    const auto [rows, stride, tile, after, depth, begin, end, start, sums, sums_stride] = block;
     // few sums would wait for one another: then interleaved sets, over depths modulo their number
     constexpr int SETS = RB * NV <= 4 ? 4 : RB * NV < 8 ? 2 : 1;
     V sum[SETS][RB][NV];
@@ -151,23 +120,11 @@ struct BlockProduct {
     for (; k + SETS <= end; k += SETS) {
 #pragma GCC unroll 4
       for (int s = 0; s < SETS; ++s) {
-        if constexpr (form == Form::kPiece) {
-          constexpr int64_t kLines = kRun / 2 * NV * sizeof(V) / 64 / kPieceDepth;
-#pragma GCC unroll 4
-          for (int64_t line = 0; line < kLines; ++line) {
-            const int64_t ahead = ((k + s - begin) * kLines + line) * (64 / sizeof(Factor));
-            __builtin_prefetch(after + ahead, 0, 3), __builtin_prefetch(second + ahead, 0, 3);
-          }
-        } else if constexpr (form == Form::kAfterPiece) {
-          const int64_t ahead = begin + kRun / 2 + (k - begin + s) / 2;
-#pragma GCC unroll 2
-          for (int v = 0; v < NV / 2; ++v) __builtin_prefetch(tile + place(ahead, s % 2 * NV / 2 + v, NV, depth), 0, 3);
-        }
         Vector weight[NV];
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
           weight[v] = *(const Vector*)(tile + place(k + s, v, NV, depth));
-          if constexpr (RB > 1 && form == Form::kPlain) __builtin_prefetch(after + place(k + s, v, NV, depth), 0, 3);
+          if constexpr (RB > 1) __builtin_prefetch(after + place(k + s, v, NV, depth), 0, 3);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < RB; ++r) {
@@ -195,12 +152,12 @@ struct BlockProduct {
       }
   }
 
-  // [rows - 1]: kernels of up to as many rows as a block, or a piece, has
-  template <int NV, Form form = Form::kPlain>
+  // [rows - 1]: kernels of up to as many rows as a block has
+  template <int NV>
   static Kernel kernel_of_rows(int64_t rows) {
     static constexpr auto kernels = []<int... R>(std::integer_sequence<int, R...>) {
-      return Kernels<sizeof...(R)>{{kernel<R + 1, NV, form>...}};
-    }(std::make_integer_sequence<int, form == Form::kPiece ? kPieceRows : rows_of_block(NV)>());
+      return Kernels<sizeof...(R)>{{kernel<R + 1, NV>...}};
+    }(std::make_integer_sequence<int, rows_of_block(NV)>());
     return kernels.of_rows[rows - 1];
   }
 

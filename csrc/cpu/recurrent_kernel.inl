@@ -30,7 +30,6 @@ namespace fastseq::cpu::FASTSEQ_LEVEL {
 namespace {
 
 #include "vector.inl"
-#include "activations.inl"
 #include "transpose.inl"
 
 // What sums start from: the first `vectors` of those of a row at rows + r * stride, the others from zero.
@@ -188,24 +187,6 @@ FASTSEQ_HOST_DEVICE void multiply_step(const Product& product, const typename Pr
   const int64_t block = active ? product.block(active) : 1;
   Waiting<A, Finish> waiting(finish);
   int64_t turn = 0;
-  // The latencies of a row's gates have nothing to hide behind: tiles of few rows are multiplied one after the other, then finished
-  // together.
-  if constexpr (!Product::kInterleaves && requires(const Item<A>* items) { finish.together(items, turn); })
-    if (active && active <= Product::kFewRows) {
-      Item<A> items[Product::kMostRows];
-      int64_t count = 0;
-      const int64_t most = Product::kMostRows / active;
-      for_tiles(tiles, step, [&](int64_t tile) __attribute__((always_inline)) {
-        A* own = sums + count * active * kTileVectors * Product::W;
-        Item<A>& item = items[count++] = {tile, 0, active, 0, own};
-        const Weights<Product> weights = prepare(item);
-        if (weights.packed)
-          product.multiply(matrix, 0, active, weights.packed, item.vectors, weights.depth, weights.start, own, weights.next, finish);
-        if (count == most) finish.together(items, count), count = 0;
-      });
-      if (count) finish.together(items, count);
-      return;
-    }
   for_tiles(tiles, step, [&](int64_t tile) __attribute__((always_inline)) {
     for (int64_t begin = 0; begin < active; begin += block) {
       A* own = sums + (Product::kInterleaves ? turn++ & 1 : 0) * kSums;
@@ -389,16 +370,12 @@ class ForwardKernel {
     }
   };
 
-  // Whether the steps of one sequence may have the next chunk projected between their products.
-  static constexpr bool kAhead = Product::kHasPieces && NV == 4 && !kNormalized<C>;
-
   struct Chunk {  // of a participant
     bool fused;  // with the steps: only the rows of x are copied
-    bool ahead;  // there are two, one of them made while the other is read
     int64_t rows, tile_size, bytes;
-    Matrix x[2];   // [rows, I]
-    A* gates[2];   // [own unit tiles][rows][vectors][W]
-    A* bias;       // [own unit tiles][vectors][W]
+    Matrix x;   // [rows, I]
+    A* gates;   // [own unit tiles][rows][vectors][W]
+    A* bias;    // [own unit tiles][vectors][W]
 
     Chunk(const Forward& a, const Work& w, void* scratch)
         : fused(!kNormalized<C> && (Product::kFusesAll || (kOwn == 0 && !w.rows.active)) && w.rows.slots >= Product::kFusedRows &&
@@ -406,20 +383,12 @@ class ForwardKernel {
                     Product::kFusedBytes / max(1, w.unit_tiles[1] - w.unit_tiles[0])) {
       const int64_t slots = max(w.rows.slots, 1), row = G * a.shape.hidden * sizeof(A);
       rows = max(slots, min(min(max(kChunkBytes / row, kLeastChunkRows), Product::kChunkRows), w.rows.steps * slots));
-      ahead = false;
-      if constexpr (kAhead)
-        ahead = a.x && w.rows.slots == 1 && rows < w.rows.steps && (UB == 1 || a.shape.hidden % (UB * W) == 0) &&
-                Product::runs(a.shape.output) > 0 &&
-                (w.unit_tiles[1] - w.unit_tiles[0]) * Product::tile_bytes(NV, a.shape.output) <= Product::kPiecesBytes;
       // a product takes, and gives, whole blocks of rows
       const int64_t whole = (blocks_of(rows, 16) + 1) * 16, tiles = a.x ? w.unit_tiles[1] - w.unit_tiles[0] : 0;
       tile_size = whole * NV * W;
       Carver carver(scratch);
-      for (int64_t i = 0; i < 2; ++i) {
-        const bool there = i <= ahead;
-        x[i] = Matrix(carver.take(there && a.x ? Matrix::bytes(whole, a.input) : 0), a.input);
-        gates[i] = static_cast<A*>(carver.take(there && !fused ? tiles * tile_size * sizeof(A) : 0));
-      }
+      x = Matrix(carver.take(a.x ? Matrix::bytes(whole, a.input) : 0), a.input);
+      gates = static_cast<A*>(carver.take(fused ? 0 : tiles * tile_size * sizeof(A)));
       bias = static_cast<A*>(carver.take(tiles * NV * W * sizeof(A)));
       bytes = carver.used();
     }
@@ -443,15 +412,11 @@ class ForwardKernel {
     if (w.barrier) w.barrier->wait(w.weight);
     for (int64_t step = 0, turn = 0; step < w.rows.steps && (within || w.barrier); ++turn) {
       const int64_t end = x && !takes_x ? end_of_chunk(step) : w.rows.steps;
-      half = chunk.ahead ? turn & 1 : 0;
-      if (chunk.ahead)
-        begin_ahead(step, end);
-      else if (x && !takes_x)
-        project_input(step, end, turn);
+      if (x && !takes_x) project_input(step, end, turn);
       const Product product(w.rows.slots, a.two_parts);
       for (const int64_t start = step; step < end; ++step) {
         t = steps.time(step);
-        chunk_row = !x ? 0 : takes_x ? steps.row(t, 0) : chunk_start[half][step - start];
+        chunk_row = !x ? 0 : takes_x ? steps.row(t, 0) : chunk_start[step - start];
         old_h = &buf.h[step & 1], new_h = &buf.h[1 - (step & 1)];
         if constexpr (Product::kTakesRows)
           if (takes_y && step) last_y = Matrix(y + steps.row(steps.time(step - 1), 0) * D * P, P, D * P), old_h = &last_y;
@@ -572,71 +537,32 @@ class ForwardKernel {
     return end;
   }
 
-  // x of the steps [begin, end) -> chunk.x, and how many rows it is
-  int64_t gather_input(int64_t begin, int64_t end, int64_t to) {
+  // x of the steps [begin, end) -> chunk.gates
+  void project_input(int64_t begin, int64_t end, int64_t turn) {
     int64_t rows = 0;
     for (int64_t step = begin; step < end; ++step) {
       const int64_t at_time = steps.time(step), active = steps.active(at_time);
-      chunk_start[to][step - begin] = rows;
+      chunk_start[step - begin] = rows;
       for (int64_t slot = 0; slot < active; ++slot) {
         const S* row = x + steps.row(at_time, slot) * I;
-        chunk.x[to].put(rows++, row, I);
+        chunk.x.put(rows++, row, I);
         if constexpr (Product::kWatched) watch.see(row, I);
       }
     }
     if constexpr (Product::kWatched) within &= watch.ends_within(a.least_x);
-    chunk.x[to].clear_rest(rows, I);
-    return rows;
-  }
-
-  // x of the steps [begin, end) -> chunk.gates
-  void project_input(int64_t begin, int64_t end, int64_t turn) {
-    const int64_t rows = gather_input(begin, end, 0);
-    if (rows == 0 || chunk.fused) return;
+    if (rows == 0) return;
+    chunk.x.clear_rest(rows, I);
+    if (chunk.fused) return;
     const Product product(rows, a.two_parts);
     const int64_t block = product.block(rows);
     for_tiles(w.unit_tiles, turn, [&](int64_t tile) {
       const int64_t vectors = G * min(UB, blocks_of(H - tile * UB * W, W));
       const Start<A> start{chunk.bias + (tile - w.unit_tiles[0]) * NV * W, 0, vectors};
-      A* to = chunk.gates[0] + (tile - w.unit_tiles[0]) * chunk.tile_size;
+      A* to = chunk.gates + (tile - w.unit_tiles[0]) * chunk.tile_size;
       for (int64_t r = 0; r < rows; r += block)
-        product.multiply(chunk.x[0], r, min(block, rows - r), unit_tile(a.input_weights, tile, I), vectors, I, start, to + r * vectors * W,
+        product.multiply(chunk.x, r, min(block, rows - r), unit_tile(a.input_weights, tile, I), vectors, I, start, to + r * vectors * W,
                          unit_tile(a.input_weights, r + block < rows ? tile : tile_after(w.unit_tiles, turn, tile), I), NothingWaits());
     });
-  }
-
-  // Sees to it that the steps [begin, end) are projected, and has the chunk after them made during them.
-  void begin_ahead(int64_t begin, int64_t end) {
-    if constexpr (kAhead) {
-      if (begin == 0) plan_ahead(0, end, 0);
-      while (ahead.left) next_piece(x, x);
-      if (end < w.rows.steps) plan_ahead(end, end_of_chunk(end), 1 - half);
-      ahead.products = (end - begin) * (w.unit_tiles[1] - w.unit_tiles[0]) * Product::runs(P);
-    }
-  }
-
-  void plan_ahead(int64_t begin, int64_t end, int64_t to) {
-    const int64_t rows = gather_input(begin, end, to);
-    ahead = {.to = to, .rows = rows, .tile = w.unit_tiles[0]};
-    ahead.left = ahead.of_chunk = (w.unit_tiles[1] - w.unit_tiles[0]) * Product::pieces(I) * blocks_of(rows, Product::kPieceRows);
-  }
-
-  // Before a product with recurrent weights, which begin there: its share of the pieces.
-  void project_ahead(const void* first, const void* second) {
-    for (ahead.credit += ahead.of_chunk; ahead.credit >= ahead.products && ahead.left; ahead.credit -= ahead.products)
-      next_piece(first, second);
-  }
-
-  void next_piece(const void* first, const void* second) {
-    auto& [to, rows, tile, piece, row, of_chunk, left, products, credit] = ahead;
-    const int64_t own = tile - w.unit_tiles[0];
-    Product(1, a.two_parts)
-        .multiply_piece(piece, chunk.x[to], row, min(Product::kPieceRows, rows - row), unit_tile(a.input_weights, tile, I), I,
-                        chunk.bias + own * NV * W, chunk.gates[to] + own * chunk.tile_size + row * NV * W, first, second);
-    --left;
-    if ((row += Product::kPieceRows) < rows) return;
-    row = 0;
-    if (++piece == Product::pieces(I)) piece = 0, ++tile;
   }
 
   void walk(const Product& product, int64_t step) {
@@ -653,7 +579,7 @@ class ForwardKernel {
         const void* next = unit_tile(a.input_weights, tile_after(w.unit_tiles, step, item.tile), I);
         if (takes_x && !item.begin) fetch_input(item.tile);
         return {unit_tile(a.weights, item.tile, P), P, {start, 0, NV}, next, unit_tile(a.input_weights, item.tile, I), I,
-                takes_x ? &x_rows : &chunk.x[0], chunk_row, own};
+                takes_x ? &x_rows : &chunk.x, chunk_row, own};
       }
       const void* next = unit_tile(a.weights, tile_after(w.unit_tiles, step, item.tile), P);
       if (x)
@@ -663,7 +589,13 @@ class ForwardKernel {
       if (in_place) multiply_in_place(item);
       return {unit_tile(a.weights, item.tile, P), P, {}, next};
     };
-    multiply_step<Product, A>(product, *old_h, active, w.unit_tiles, step, sums, prepare, Finish{*this});
+    const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
+      if constexpr (kNormalized<C>)
+        keep_product(item, from, to);
+      else
+        finish_rows(item, from, to);
+    };
+    multiply_step<Product, A>(product, *old_h, active, w.unit_tiles, step, sums, prepare, finish);
     if constexpr (kNormalized<C>) finish_normalized(active);
     if (projected) {
       if (w.barrier) w.barrier->wait(w.weight);
@@ -704,140 +636,110 @@ class ForwardKernel {
 
   // [vectors][W] of a row of an item
   const A* projected_input(const Item<A>& item, int64_t r) const {
-    return chunk.gates[half] + (item.tile - w.unit_tiles[0]) * chunk.tile_size + (chunk_row + item.begin + r) * item.vectors * W;
+    return chunk.gates + (item.tile - w.unit_tiles[0]) * chunk.tile_size + (chunk_row + item.begin + r) * item.vectors * W;
   }
 
-  struct Finish {
-    ForwardKernel& kernel;
-    FASTSEQ_HOST_DEVICE void operator()(const Item<A>& item, int64_t from, int64_t to) const {
-      if constexpr (kNormalized<C>)
-        kernel.keep_product(item, from, to);
+  // the units of a tile, of some sequences
+  __attribute__((noinline)) void finish_rows(const Item<A>& item, int64_t from, int64_t to) {
+    const int64_t blocks = item.vectors / G;
+    for (int64_t b = 0; b < blocks; ++b) {
+      // whole vectors without a test at every access
+      const int64_t u = (item.tile * UB + b) * W;
+      if (!kZoned && H - u >= W)
+        finish_units<true>(item, from, to, b, u);
       else
-        kernel.finish_items(&item, 1, from, to);
+        finish_units<false>(item, from, to, b, u);
     }
-    void together(const Item<A>* items, int64_t count) const
-      requires(!kNormalized<C>)
-    {
-      kernel.finish_items(items, count, 0, items->count);
-    }
-    // whether pieces run between the products; one may before that with weights which begin there
-    FASTSEQ_HOST_DEVICE bool beside(const void* first, const void* second) const {
-      if constexpr (kAhead)
-        if (kernel.ahead.left) kernel.project_ahead(first, second);
-      return kAhead && kernel.chunk.ahead;
-    }
-  };
+  }
 
-  // A vector of units of a sequence.
-  struct Place {
-    const A *sums, *x_sums;  // its gates, and those of the input where gates do not add it
-    int64_t slot, row, u;
-  };
-
-  // the units of some tiles, of some sequences: two vectors of them at a time, the latencies of one during the operations of the other
-  __attribute__((noinline)) void finish_items(const Item<A>* items, int64_t count, int64_t from, int64_t to) {
-    constexpr int64_t kAtOnce = !kZoned && FASTSEQ_VECTOR_REGISTERS == 32 ? 2 : 1;
+  template <bool kWhole>
+  FASTSEQ_HOST_DEVICE void finish_units(const Item<A>& item, int64_t from, int64_t to, int64_t b, int64_t u) {
     Watch seen = watch;
     // what the loop needs of the members, which stores in it might otherwise change
-    const int64_t units = H, ldc = buf.ldc;
+    const int64_t units = H, n = kWhole ? W : units - u, blocks = item.vectors / G, ldc = buf.ldc, stride = item.vectors * W;
     const int64_t first_row = steps.row_of(t), gates_stride = D * GH, c_stride = D * K * units, saved_stride = D * kSaved * units;
     const int64_t y_stride = D * P;
+    const int64_t* index = w.rows.index + item.begin;
+    const A* sums_of = item.sums + b * W;
     const bool apart = x && !chunk.fused;  // the input's part of gates that do not add it, in sums elsewhere
-    const S *x_of = x ? nullptr : x_gates, *inner_of = vectors;
-    A *c_of = buf.c, *c_to = c_all;
-    S *saved_to = gates, *y_to = y;
+    const A* x_sums = !kOwn ? nullptr : apart ? projected_input(item, 0) + b * W : sums_of + kOwn * blocks * W;
+    const int64_t x_stride = apart ? item.vectors * W : stride;
+    const S* x_of = x ? nullptr : x_gates + u;
+    const S* inner_of = vectors ? vectors + u : nullptr;
+    A* c_of = buf.c + item.begin * K * ldc + u;
+    A* c_to = c_all ? c_all + u : nullptr;
+    S* saved_to = gates ? gates + u : nullptr;
+    S* y_to = y + u;
     const Matrix before = *old_h, after = *new_h, m = buf.m;
-    const bool through_m = projected, takes_rows_of_y = takes_y, past_caches = streams;
+    const bool through_m = projected, takes_rows_of_y = takes_y;
 
-    const auto finish = [&]<class Rows, bool kWhole>(const Place* places) __attribute__((always_inline)) {
+    const bool past_caches = kWhole && streams;
+    const auto keep = [&]<class E>(E* to, V v) __attribute__((always_inline)) {
+      if constexpr (kWhole && kStreams)
+        if (past_caches) return stream(to, v);
+      Memory<E, A>::store(to, v, n);
+    };
+
+    const auto finish = [&]<class Rows>(int64_t first) __attribute__((always_inline)) {
       using R = typename Rows::V;
-      const int64_t n = kWhole ? W : units - places[0].u;
-      const auto keep = [&]<class E>(E* to, V v) __attribute__((always_inline)) {
-        if constexpr (kWhole && kStreams)
-          if (past_caches) return stream(to, v);
-        Memory<E, A>::store(to, v, n);
-      };
+      int64_t row[Rows::kRows];
+#pragma GCC unroll 2
+      for (int64_t i = 0; i < Rows::kRows; ++i) row[i] = first_row + index[first + i];
       R gx[G], gr[G], inner[C::kVectors + 1], saved[kSaved + 1], c[K + 1], h_next, c_next[K + 1];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
         gx[g] = Rows::gather([](int64_t) { return -V{}; });  // what is added to -0 stays as it is: the compiler leaves the sum out
         // with x itself, of the input too
-        gr[g] = Rows::gather([&](int64_t i) { return *(const V*)(places[i].sums + g * W); });
-        const auto given = [&](int64_t i) {
-          return Memory<S, A>::load(x_of + places[i].row * gates_stride + g * units + places[i].u, n);
-        };
+        gr[g] = Rows::gather([&](int64_t i) { return *(const V*)(sums_of + (first + i) * stride + g * blocks * W); });
+        const auto given = [&](int64_t i) { return Memory<S, A>::load(x_of + row[i] * gates_stride + g * units, n); };
         if (g < G - kOwn) {
           if (x_of) gr[g] = gr[g] + Rows::gather(given);
         } else if (x_of) {
           gx[g] = Rows::gather(given);
         } else {
-          gx[g] = Rows::gather([&](int64_t i) { return *(const V*)(places[i].x_sums + g * W); });
+          gx[g] = Rows::gather([&](int64_t i) { return *(const V*)(x_sums + (first + i) * x_stride + g * blocks * W); });
         }
       }
 #pragma GCC unroll 4
-      for (int k = 0; k < K; ++k)
-        c[k] = Rows::gather([&](int64_t i) { return *(const V*)(c_of + (places[i].slot * K + k) * ldc + places[i].u); });
+      for (int k = 0; k < K; ++k) c[k] = Rows::gather([&](int64_t i) { return *(const V*)(c_of + ((first + i) * K + k) * ldc); });
 #pragma GCC unroll 4
       for (int v = 0; v < C::kVectors; ++v)
-        inner[v] = Rows::gather([&](int64_t i) { return inner_of ? Memory<S, A>::load(inner_of + v * units + places[i].u, n) : V{}; });
+        inner[v] = Rows::gather([&](int64_t) { return inner_of ? Memory<S, A>::load(inner_of + v * units, n) : V{}; });
       // the cells that read h (GRU) have no projection, so that P = H
-      const R h = through_m ? R{} : Rows::gather([&](int64_t i) { return before.load(places[i].slot, places[i].u); });
+      const R h = through_m ? R{} : Rows::gather([&](int64_t i) { return before.load(item.begin + first + i, u); });
       bool done = false;
       if constexpr (requires { Cell<Rows>::forward_alone(gx, gr, c, h_next, c_next); } && !kZoned)
         if (!saved_to) Cell<Rows>::forward_alone(gx, gr, c, h_next, c_next), done = true;
       if (!done) Cell<Rows>::forward(gx, gr, inner, h, c, saved, h_next, c_next);
       if constexpr (kZoned) {
-        const int64_t row = places[0].row, u = places[0].u;
         if (!C::kSaved) saved[0] = h_next;
-        if (!through_m) h_next = keep_h.held(keep_h.load(row * D * P + u, n), h, Memory<S, A>::rounded(h_next));
-        if (K == 1) c_next[0] = keep_c.held(keep_c.load(row * D * units + u, n), c[0], c_next[0]);
+        if (!through_m) h_next = keep_h.held(keep_h.load(row[0] * D * P + u, n), h, Memory<S, A>::rounded(h_next));
+        if (K == 1) c_next[0] = keep_c.held(keep_c.load(row[0] * D * units + u, n), c[0], c_next[0]);
       }
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k)
         Rows::scatter(c_next[k], [&](int64_t i, V v) {
-          *(V*)(c_of + (places[i].slot * K + k) * ldc + places[i].u) = v;
-          if (c_to) keep(c_to + places[i].row * c_stride + k * units + places[i].u, v);
+          *(V*)(c_of + ((first + i) * K + k) * ldc) = v;
+          if (c_to) keep(c_to + row[i] * c_stride + k * units, v);
         });
       if (saved_to)
 #pragma GCC unroll 8
         for (int g = 0; g < kSaved; ++g)
-          Rows::scatter(saved[g], [&](int64_t i, V v) {
-            keep(saved_to + places[i].row * saved_stride + g * units + places[i].u, v);
-          });
+          Rows::scatter(saved[g], [&](int64_t i, V v) { keep(saved_to + row[i] * saved_stride + g * units, v); });
       Rows::scatter(h_next, [&](int64_t i, V v) {
-        const auto& [sums, x_sums, slot, row, u] = places[i];
         if (through_m) {
-          m.template store<A>(slot, u, v, n);
+          m.template store<A>(item.begin + first + i, u, v, n);
         } else {
           if constexpr (Product::kWatched) seen.see(v, n);
-          if (!takes_rows_of_y) after.template store<S>(slot, u, v, n);
-          Memory<S, A>::store(y_to + row * y_stride + u, v, n);
+          if (!takes_rows_of_y) after.template store<S>(item.begin + first + i, u, v, n);
+          Memory<S, A>::store(y_to + row[i] * y_stride, v, n);
         }
       });
     };
-
-    using AtOnce = std::conditional_t<kAtOnce == 2, TwoRows<A, Activations>, OneRow<A, Activations>>;
-    Place places[kAtOnce];
-    int64_t waiting = 0;
-    for (const Item<A>* item = items; item < items + count; ++item)
-      for (int64_t b = 0; b < item->vectors / G; ++b) {
-        const int64_t u = (item->tile * UB + b) * W;
-        for (int64_t r = from; r < to; ++r) {
-          const int64_t slot = item->begin + r;
-          const A* sums = item->sums + (r * item->vectors + b) * W;
-          const A* x_sums = !kOwn ? nullptr : apart ? projected_input(*item, r) : sums + kOwn * W;
-          const Place place{sums, x_sums, slot, first_row + w.rows.index[slot], u};
-          // whole vectors without a test at every access
-          if (kZoned || units - u < W) {
-            finish.template operator()<OneRow<A, Activations>, false>(&place);
-            continue;
-          }
-          places[waiting++] = place;
-          if (waiting == kAtOnce) finish.template operator()<AtOnce, true>(places), waiting = 0;
-        }
-      }
-    if constexpr (kAtOnce > 1)
-      if (waiting) finish.template operator()<OneRow<A, Activations>, true>(places);
+    int64_t r = from;
+    if constexpr (!kZoned && kWhole && FASTSEQ_VECTOR_REGISTERS == 32)
+      for (; r + 2 <= to; r += 2) finish.template operator()<TwoRows<A, Activations>>(r);
+    for (; r < to; ++r) finish.template operator()<OneRow<A, Activations>>(r);
     watch = seen;
   }
 
@@ -905,14 +807,7 @@ class ForwardKernel {
   const Matrix *old_h = nullptr, *new_h = nullptr;
   Watch watch;  // of a product that is watched
   bool within = true;
-  int64_t chunk_start[2][Product::kChunkRows];
-  int64_t half = 0;  // of the chunk that is read
-  struct Ahead {
-    int64_t to = 0, rows = 0;               // of a chunk that is made
-    int64_t tile = 0, piece = 0, row = 0;   // what is next
-    int64_t of_chunk = 0, left = 0;         // pieces
-    int64_t products = 0, credit = 0;       // during which they are made; of_chunk for each of them, less products for every piece
-  } ahead;
+  int64_t chunk_start[Product::kChunkRows];
   alignas(64) A sums[(Product::kInterleaves ? 2 : 1) * Product::kMostRows * kTileVectors * W];
 };
 

@@ -66,11 +66,6 @@ def unpaired(name: str, old: str, new: str, seen: str = WRONG, file: str = "prod
     return Fault(name, file, old, new, seen, level="avx512_bf16", cases=("X(bfloat16, Gru)",))
 
 
-def unfinished(name: str, old: str, new: str, file: str = ENGINE) -> Fault:
-    """Of one sequence, something is left out, or taken from elsewhere."""
-    return Fault(name, file, old, new, WRONG, level="avx512", cases=("X(float, Lstm)",))
-
-
 FAULTS = [
     Fault(
         "a gate's R h among its x",
@@ -134,11 +129,6 @@ FAULTS = [
         LEFT,
         "product_in_place.inl",
     ),
-    unfinished("an odd vector of units", "if (waiting) finish.template", "if (waiting > 1) finish.template"),
-    unfinished("a single tile", "if (count) finish.together(", "if (count > 1) finish.together("),
-    unfinished("what was projected for the other chunk", "return chunk.gates[half] +", "return chunk.gates[0] +"),
-    unfinished("the last rows of a chunk", "kPieceRows) < rows) return;", "kPieceRows) + Product::kPieceRows <= rows) return;"),
-    unfinished("sums of a piece", "k ? Start<A>{to, stride, width} : Start<A>{bias", "Start<A>{bias", "product_blocks.inl"),
     Fault("backwards one tile too far", ENGINE, "tiles[1] - 1 - i", "tiles[1] - i", f"{WRONG}|{LEFT}"),
 ]
 

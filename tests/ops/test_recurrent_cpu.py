@@ -46,7 +46,7 @@ CHUNKED = [
     # save that it is stored past the caches, in whole lines and not
     RecurrentCase("lstm", steps=60, batch=1, hidden=290, input=270),
     RecurrentCase("gru", steps=40, batch=3, hidden=270, input=260),
-    # one sequence, whose input is projected in pieces beside its steps: backwards, ended early, of tiles of several blocks
+    # one sequence: backwards, ended early, of tiles of several blocks
     RecurrentCase("lstm", steps=75, batch=1, hidden=150, input=40, layout="lengths", bidirectional=True),
     RecurrentCase("rnn_tanh", steps=70, batch=1, hidden=320, input=33),
     RecurrentCase("lstm", steps=12, batch=50, hidden=256, input=16),
