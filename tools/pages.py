@@ -40,7 +40,6 @@ RESULTS, GALLERY = ROOT / "benchmarks/results", ROOT / "docs/gallery"
 LAYERS = RESULTS / "intel-xeon-one-thread"  # recurrent layers, sequential against parallel; whole models in a file of their own
 AMD = RESULTS / "amd-epyc-2-cores"  # what was measured there, in a file for each suite
 MODELS = LAYERS / "models/results.json", AMD / "models.json"  # of whole models, the first in the picture
-OTHER_LAYERS = AMD / "results.json"  # recurrent layers where LAYERS was not measured
 EVERY = RESULTS / "intel-xeon-2-cores"  # every suite, in fewer points
 PACKED = LAYERS / "packed-lstm.json"  # of examples/packed_lstm.py
 RANKS = AMD / "distributed.json"  # of the suite distributed
@@ -285,13 +284,9 @@ def layer_figures() -> str:
     return assembly.figures(layers())
 
 
-def other_words() -> str:
-    """Layers on another machine than that of the figures, then whole models, machine by machine."""
-    of = combine.load([OTHER_LAYERS])
-    groups = [f"{title[:1].lower()}{title[1:]}: {', '.join(bar.words() for bar in bars)}" for title, bars in recurrent.bars(of)]
-    on = f"{where(of.environment)}, torch {of.environment['versions']['torch']}"
-    said = f"The layers on {on}, one thread, float32: {'; '.join(groups)}."
-    return " ".join([said, *map(_words_of_models, models())])
+def model_words() -> str:
+    """Where the models were measured, and what came of it, machine by machine."""
+    return " ".join(map(_words_of_models, models()))
 
 
 def _words_of_models(of: Results) -> str:
@@ -354,7 +349,7 @@ def gallery() -> str:
 
 BLOCKS: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "packed", packed),
-    ("README.md", "models", other_words),
+    ("README.md", "models", model_words),
     ("README.md", "support", support),
     ("docs/backends.md", "support", support),
     ("docs/benchmarks/index.md", "packed", packed),
