@@ -46,6 +46,25 @@ struct MatrixBlock {
   int64_t rows[2], columns[2];
 };
 
+// What a block has of a right-hand matrix: columns of it, and the first of its panels, counted from the block's.
+struct MatrixSegment {
+  const MatrixProduct::Right* right;
+  int64_t column, columns, panel;
+};
+
+// Those of a block, in turn; how many there are.
+inline int64_t segments_of(const MatrixProduct& product, const MatrixBlock& block, MatrixSegment* to) {
+  const int64_t panels = block.columns[1] - block.columns[0];
+  int64_t count = 0;
+  for (int64_t i = 0, panel = -block.columns[0]; i < product.count; panel += (product.right[i++].columns + kPanel - 1) / kPanel) {
+    const MatrixProduct::Right& own = product.right[i];
+    const int64_t skipped = panel < 0 ? -panel : 0, from = skipped * kPanel;
+    const int64_t end = (panels - panel) * kPanel, columns = (end < own.columns ? end : own.columns) - from;
+    if (columns > 0) to[count++] = {&own, from, columns, panel + skipped};
+  }
+  return count;
+}
+
 struct MatrixKernels {
   int64_t (*scratch)(const MatrixProduct&, const MatrixBlock&);  // bytes, 64-byte aligned
   // False: a number of type float was met that is beyond what is multiplied in parts. Then the results are not to be used.

@@ -96,11 +96,7 @@ class Product {
     of_rows = (V*)take(kParts > 1 ? row_panels * (p.transposed ? 2 : kPanel) * sizeof(V) : 0);
     of_columns = (V*)take(kParts > 1 ? panels * 2 * sizeof(V) : 0);
     bytes = at;
-    for (int64_t i = 0, panel = -block.columns[0]; i < p.count; panel += blocks_of(p.right[i++].columns, kPanel)) {
-      const MatrixProduct::Right& own = p.right[i];
-      const int64_t from = max(0, -panel) * kPanel, to = min((panels - panel) * kPanel, own.columns);
-      if (from < to) segments[segment_count++] = {&own, from, to - from, max(0, panel)};
-    }
+    segment_count = segments_of(p, block, segments);
   }
 
   int64_t bytes;
@@ -113,7 +109,7 @@ class Product {
       const int64_t count = min(kRun, p.depth - k);
       for (int64_t d = 0; d < count; d += kDepth)
         for (int64_t i = 0; i < segment_count; ++i) {
-          const Segment& own = segments[i];
+          const MatrixSegment& own = segments[i];
           if (own.right->by_columns) continue;
           pack_pairs(own.right->matrix, k + d, min(kDepth, count - d), own.column, own.columns, right + own.panel * step + d / kDepth * kStep,
                      step, of_columns + 2 * own.panel);
@@ -144,12 +140,6 @@ class Product {
 
  private:
   static constexpr int64_t kSums = 4 * kTileBytes;  // of a pair of panels
-
-  // what the block has of a right-hand matrix
-  struct Segment {
-    const MatrixProduct::Right* right;
-    int64_t column, columns, panel;
-  };
 
   // Sums that are stored and have to be added to those of earlier runs, rounded or both. That is done beside the next products: by
   // themselves, the sums would wait for the last of the tiles, and then the tiles for them.
@@ -236,7 +226,7 @@ class Product {
   }
 
   // Columns that lie as rows do, 16 at a time.
-  void pack_columns(const Segment& own, int64_t k, int64_t count) const {
+  void pack_columns(const MatrixSegment& own, int64_t k, int64_t count) const {
     for (int64_t column = 0; column < own.columns; column += kTile) {
       const int64_t panel = own.panel + column / kPanel, half = column / kTile % 2;
       char* to = right + panel * step + half * kBytes;
@@ -286,7 +276,7 @@ class Product {
 
   // a panel of the left-hand matrix times one of a right-hand one: MT and NT tiles
   template <int MT, int NT>
-  void pair(int64_t k, int64_t r, const Segment& segment, int64_t column, Waiting& waiting) const {
+  void pair(int64_t k, int64_t r, const MatrixSegment& segment, int64_t column, Waiting& waiting) const {
     const int64_t panel = segment.panel + column / kPanel, depths = blocks_of(min(kRun, p.depth - k), kDepth);
     waiting.at_once = blocks_of(waiting.rows - waiting.row, depths);
     tile_zero<0>();
@@ -384,7 +374,7 @@ class Product {
   // sums of earlier runs [panels of rows][of columns][2][2]; those of the last product
   char *right, *left, *pairs, *sums, *fresh;
   V *of_rows, *of_columns;  // the largest absolute values, lane by lane, of rows or of tiles of them, of tiles of columns
-  Segment segments[3];
+  MatrixSegment segments[3];
   int64_t segment_count = 0;
 };
 

@@ -91,11 +91,7 @@ class Product {
     sums = (V*)take(p.depth > kRun ? row_blocks * panels * kSums * sizeof(V) : 0);
     of_rows = (Wide*)take(row_blocks * sizeof(Wide));
     bytes = at;
-    for (int64_t i = 0, panel = -block.columns[0]; i < p.count; panel += blocks_of(p.right[i++].columns, kPanel)) {
-      const MatrixProduct::Right& own = p.right[i];
-      const int64_t from = max(0, -panel) * kPanel, to = min((panels - panel) * kPanel, own.columns);
-      if (from < to) segments[segment_count++] = {&own, from, to - from, max(0, panel)};
-    }
+    segment_count = segments_of(p, block, segments);
   }
 
   int64_t bytes;
@@ -105,7 +101,7 @@ class Product {
     for (int64_t k = 0; k < p.depth; k += kRun) {
       const int64_t count = min(kRun, p.depth - k);
       for (int64_t i = 0; i < segment_count; ++i) {
-        if (segments[i].repeats()) continue;
+        if (repeats(*segments[i].right)) continue;
         if (segments[i].right->by_columns)
           pack_columns(segments[i], k, count);
         else
@@ -116,7 +112,7 @@ class Product {
       else
         pack_rows(k, count);
       for (int64_t i = 0; i < segment_count; ++i) {
-        if (segments[i].repeats()) {
+        if (repeats(*segments[i].right)) {
           add_rows(segments[i], k, count);
           continue;
         }
@@ -127,13 +123,10 @@ class Product {
   }
 
  private:
-  // what the block has of a right-hand matrix
-  struct Segment {
-    const MatrixProduct::Right* right;
-    int64_t column, columns, panel;
-    // one column, all of its rows the same: the sums of the left-hand rows are what is asked for
-    bool repeats() const { return right->columns == 1 && !right->matrix.rows && right->matrix.stride == 0 && !right->by_columns; }
-  };
+  // Whether a matrix is one column whose rows are all the same: the sums of the left-hand rows are what is asked for.
+  static bool repeats(const MatrixProduct::Right& right) {
+    return right.columns == 1 && !right.matrix.rows && right.matrix.stride == 0 && !right.by_columns;
+  }
 
   // Vectors from one to the next; no power of two, lest they fall into the same sets of a cache.
   int64_t panel_step() const { return 2 * lines + 1; }
@@ -147,7 +140,7 @@ class Product {
     return min(kDepths, end - k);
   }
 
-  void pack_right(const Segment& own, int64_t k, int64_t count) const {
+  void pack_right(const MatrixSegment& own, int64_t k, int64_t count) const {
     Vector* to = right + own.panel * panel_step();
     for (int64_t d = 0; d < count; d += kDepths, to += 2) {
       const S* from[kDepths];
@@ -192,7 +185,7 @@ class Product {
     }
   }
 
-  void pack_columns(const Segment& own, int64_t k, int64_t count) const {
+  void pack_columns(const MatrixSegment& own, int64_t k, int64_t count) const {
     for (int64_t j = 0; j < own.columns; j += W) {
       const auto row = [&](int64_t i) {
         return j + i < own.columns ? static_cast<const S*>(own.right->matrix.row(own.column + j + i)) + k : nullptr;
@@ -203,7 +196,7 @@ class Product {
 
   // Sums over the depths of the left-hand rows, each times one number. Several sets: each is short, and none waits for another; the runs
   // are added up in fp64, since there is nothing else to do.
-  void add_rows(const Segment& own, int64_t k, int64_t count) const {
+  void add_rows(const MatrixSegment& own, int64_t k, int64_t count) const {
     const S* from[kDepths];
     for (int64_t d = 0; d < kDepths; ++d) from[d] = static_cast<const S*>(own.right->matrix.row(0));
     const Vector one = Factors::columns(from, kDepths, 0, 1), factor = Factors::broadcast(&one, 0);
@@ -232,7 +225,7 @@ class Product {
     bool relu;
   };
 
-  void multiply_block(const Segment& own, int64_t column, int64_t b, int64_t k, int64_t count) const {
+  void multiply_block(const MatrixSegment& own, int64_t column, int64_t b, int64_t k, int64_t count) const {
     const int64_t panel = own.panel + column / kPanel, begin = begin_of(b), n = begin_of(b + 1) - begin;
     const int64_t columns = min(kPanel, own.columns - column), vectors = blocks_of(columns, W), stride = own.right->stride;
     char* out = static_cast<char*>(own.right->out) + (first_row + begin) * stride + (own.column + column) * sizeof(S);
@@ -274,24 +267,24 @@ class Product {
       for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) sum[r][v] += sums[r * 2 + v];
-    if constexpr (!kLast) {
+    if constexpr (kLast) {
+      if (bias)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) {
+          const V added = Memory<S, float>::load(bias + v * W, columns - v * W);
+#pragma GCC unroll 16
+          for (int r = 0; r < RB; ++r) sum[r][v] = relu ? Math<float>::relu(sum[r][v] + added) : sum[r][v] + added;
+        }
+#pragma GCC unroll 16
+      for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) Memory<S, float>::store((S*)(out + r * stride) + v * W, sum[r][v], columns - v * W);
+    } else {
 #pragma GCC unroll 16
       for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) sums[r * 2 + v] = sum[r][v];
-      return;
     }
-    if (bias)
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) {
-        const V added = Memory<S, float>::load(bias + v * W, columns - v * W);
-#pragma GCC unroll 16
-        for (int r = 0; r < RB; ++r) sum[r][v] = relu ? Math<float>::relu(sum[r][v] + added) : sum[r][v] + added;
-      }
-#pragma GCC unroll 16
-    for (int r = 0; r < RB; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) Memory<S, float>::store((S*)(out + r * stride) + v * W, sum[r][v], columns - v * W);
   }
 
   template <bool kLast, int NV>
@@ -316,7 +309,7 @@ class Product {
   Vector *right, *left;
   V* sums;
   Wide* of_rows;
-  Segment segments[3];
+  MatrixSegment segments[3];
   int64_t segment_count = 0;
 };
 
