@@ -711,4 +711,73 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
   return results;
 }
 
+std::vector<Tensor> recurrent_step_backward(std::optional<Tensor> dh, std::optional<Tensor> dc, Tensor x, Tensor h0,
+                                            std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh, std::optional<Tensor> b_hh,
+                                            std::optional<Tensor> y, std::optional<Tensor> c, Tensor gates, std::string cell,
+                                            std::vector<bool> wanted) {
+  STD_TORCH_CHECK(x.dim() == 2 && h0.dim() == 2 && x.numel() && wanted.size() == 7,
+                  "recurrent: of a step x must be [B, I] and h0 [B, H], and wanted is of x, h0, c0 and the parameters");
+  LayerBackward layer;
+  Backward& a = layer.a;
+  const ScalarType narrow = h0.scalar_type();
+  const int64_t B = h0.size(0), H = h0.size(1), I = x.size(1);
+  a.shape = {cell_of(cell), type_of(narrow), 1, H, H, false, false};
+  const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
+  const ScalarType wide = a.shape.type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
+  const int64_t GH = tiling.gates * H, own = tiling.own_recurrent * H, K = tiling.states * H;
+  STD_TORCH_CHECK(tiling.vectors == tiling.own_recurrent && tiling.states < 2 && !tiling.normalized, "recurrent: cell ", cell,
+                  " has parameters beside weights and biases");
+  expect(dh, narrow, B * H, "dh"), expect(dc, wide, B * K, "dc"), expect(x, narrow, B * I, "x"), expect(c0, wide, B * K, "c0");
+  expect(w_ih, narrow, GH * I, "w_ih"), expect(w_hh, narrow, GH * H, "w_hh"), expect(b_hh, narrow, GH, "b_hh");
+  expect(y, narrow, B * H, "y"), expect(c, wide, B * K, "c"), expect(gates, narrow, B * saved_of(tiling, a.shape) * H, "gates");
+  STD_TORCH_CHECK(c0.has_value() == (K > 0) && c.has_value() == (K > 0) && (y || saved_of(tiling, a.shape)), "recurrent: cell ", cell,
+                  " needs its c before and after the step if it has one, and h after it if it saves no gates");
+  const auto bytes = [&](const void* values, int64_t elements) { return offset(values, elements * bytes_of(a.shape.type)); };
+  const Tensor dgates = empty({B, GH}, narrow), drecurrent = empty({own ? B : 0, own}, narrow);
+  const Tensor dh0 = empty({B, H}, narrow), dc0 = empty({K ? B : 0, K}, wide);
+  if (own && b_hh) a.vectors = bytes(data(b_hh), GH - own);
+  layer.w_hh.push_back(data(w_hh));
+  a.batch = B, layer.steps = 1;
+  a.dh_n = data(dh), a.dc_n = data(dc), a.h0 = data(h0), a.c0 = data(c0), a.y = data(y), a.c = data(c), a.gates = data(gates);
+  a.dgates = mutable_data(dgates), a.drecurrent = mutable_data(drecurrent);
+  a.dh0 = mutable_data(dh0), a.dc0 = mutable_data(dc0);
+  run(layer);
+
+  std::vector<Tensor> results;
+  Tensor dr = dgates;
+  if (own) {
+    dr = empty({B, GH}, narrow);
+    auto* to = static_cast<char*>(mutable_data(dr));
+    const auto copy = [&](int64_t place, const void* from, int64_t n) {
+      std::memcpy(to + place * bytes_of(a.shape.type), from, n * bytes_of(a.shape.type));
+    };
+    for (int64_t b = 0; b < B; ++b)
+      copy(b * GH, bytes(a.dgates, b * GH), GH - own), copy((b + 1) * GH - own, bytes(a.drecurrent, b * own), own);
+  }
+  if (wanted[0]) results.push_back(torch::stable::matmul(dgates, w_ih));
+  if (wanted[1]) {
+    add_to(a.shape.type, data(torch::stable::matmul(dr, w_hh)), B * H, a.dh0);
+    results.push_back(dh0);
+  }
+  if (wanted[2]) results.push_back(dc0);
+  if (std::find(wanted.begin() + 3, wanted.end(), true) == wanted.end()) {
+    results.push_back(dgates);
+    if (own) results.push_back(dr);
+    return results;
+  }
+  const auto weights = [&](const Tensor& of, const Tensor& right) {
+    return torch::stable::matmul(matrix(data(of), B, GH, GH, narrow, true), right);
+  };
+  const auto biases = [&](const Tensor& of) {
+    const Tensor sums = empty({GH}, narrow);
+    sum_rows(a.shape.type, data(of), B, GH, GH, mutable_data(sums));
+    return sums;
+  };
+  if (wanted[3]) results.push_back(weights(dgates, x));
+  if (wanted[4]) results.push_back(weights(dr, h0));
+  if (wanted[5]) results.push_back(biases(dgates));
+  if (wanted[6]) results.push_back(biases(dr));
+  return results;
+}
+
 }  // namespace fastseq::cpu

@@ -44,6 +44,11 @@ std::vector<Tensor> recurrent_layer(Tensor x, std::optional<Tensor> h0, std::opt
                                     std::optional<Tensor> hold_c, std::optional<Tensor> resets, std::string cell, bool has_biases,
                                     bool bidirectional, double zoneout_h, double zoneout_c, bool save_gates, bool two_parts);
 
+// recurrent_step with what its gradients need: h, the gates, and of a cell with a c this in fp32 or wider, and in the dtype of h if that
+// is another.
+std::vector<Tensor> recurrent_step_trained(Tensor input, Tensor h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
+                                           std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::string cell);
+
 // The weights of a stack packed for recurrent_layers (`kept`), a tensor of bytes for each layer: "" as a call would pack them, or fp32 ones
 // rounded to "bfloat16" or "int8". Nothing where recurrent_layers would decline. A call declines what was made of other weights, or of these
 // before they were written, as far as a few of their values show it.
@@ -69,6 +74,14 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
                                              std::optional<Tensor> hold_h, std::optional<Tensor> hold_c, std::optional<Tensor> resets,
                                              Tensor y, Tensor c, Tensor gates, std::string cell, double zoneout_h, double zoneout_c,
                                              std::vector<bool> wanted, bool two_parts);
+
+// Gradients of what recurrent_step_trained left: those that are `wanted` of x, h0, c0, w_ih, w_hh, b_ih and b_hh. If it wants none of the
+// parameters', then also [B, G*H] those of the gates, from which they are made, and of a cell whose recurrent product has others at its last
+// gate, these as well. y: h after the step, of an Elman RNN; c0 and c, after it, in fp32 or wider.
+std::vector<Tensor> recurrent_step_backward(std::optional<Tensor> dh, std::optional<Tensor> dc, Tensor x, Tensor h0,
+                                            std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh, std::optional<Tensor> b_hh,
+                                            std::optional<Tensor> y, std::optional<Tensor> c, Tensor gates, std::string cell,
+                                            std::vector<bool> wanted);
 
 // Gradients of a layer's input and weights from what recurrent_backward gave. wanted: of each lane bits 0 to 3 for w_ih, w_hh, b_ih, b_hh,
 // and bit 4 of the first for x. Returned in this order: x, then lane by lane. Nothing where torch's own products serve: without AMX, in

@@ -234,7 +234,8 @@ Buffer normalized_input(const Stack& stack, int64_t l, const Layer& layer, const
   return gates;
 }
 
-// What a call leaves for its gradients, of one layer: nothing, c of every step, or also the gates.
+// What a call leaves for its gradients, of one layer: nothing, c of every step, or also the gates. Of a single step [B, I], whose one
+// direction it is then, c_n is c.
 enum class Saves { kNothing, kCells, kGates };
 
 // As recurrent_layers and recurrent_layer.
@@ -330,7 +331,7 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
     x = ordered.get();
   }
 
-  Buffer wide_c0, wide_c, nothing, last_h, folded(D * (GH + tiling.vectors * H) * stored), between[2];
+  Buffer wide_c0, wide_c, nothing, last_h, last_c, folded(D * (GH + tiling.vectors * H) * stored), between[2];
   const int64_t cells = lanes * B * K * H;
   const void* c = data(c0);
   if (c && stored == 2) {
@@ -353,7 +354,7 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
   }
   std::vector<Tensor> results;
   const auto of_rows = [&](int64_t n, ScalarType dtype) {
-    return batch_sizes ? empty({rows, D, n}, dtype) : empty({T, B, D, n}, dtype);
+    return step ? empty({B, n}, dtype) : batch_sizes ? empty({rows, D, n}, dtype) : empty({T, B, D, n}, dtype);
   };
   if (saves != Saves::kNothing)
     results.push_back(of_rows(P, narrow));
@@ -371,7 +372,11 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
   if (saves != Saves::kNothing) {
     const ScalarType of_states = type == Type::kDouble ? ScalarType::Double : ScalarType::Float;
     const int64_t saved = saves == Saves::kGates ? saved_of(tiling, a.shape) : 0;
-    results.push_back(cells ? empty({D, B, H}, of_states) : empty({0}, of_states)), c_n = mutable_data(results.back());
+    if (step) {
+      last_c = Buffer(cells * wide), c_n = last_c.get();
+    } else {
+      results.push_back(cells ? empty({D, B, H}, of_states) : empty({0}, of_states)), c_n = mutable_data(results.back());
+    }
     results.push_back(cells ? of_rows(H, of_states) : empty({0}, of_states)), a.c = mutable_data(results.back());
     results.push_back(saved ? of_rows(saved * H, narrow) : empty({0}, narrow)), a.gates = mutable_data(results.back());
   } else if (cells) {
@@ -443,6 +448,21 @@ std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::
   if (kept) packed.emplace(1, std::move(*kept));
   return run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, cell, 1, params.size() == 4, false, false, 0, 0, packed, Saves::kNothing,
                    false);
+}
+
+std::vector<Tensor> recurrent_step_trained(Tensor input, Tensor h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
+                                           std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::string cell) {
+  if (input.dim() != 2 || b_ih.has_value() != b_hh.has_value()) return {};
+  std::vector<Tensor> params{std::move(w_ih), std::move(w_hh)};
+  if (b_ih) params.push_back(std::move(*b_ih)), params.push_back(std::move(*b_hh));
+  std::vector<Tensor> results = run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, cell, 1, params.size() == 4, false, false, 0, 0,
+                                          {}, Saves::kGates, false);
+  if (results.empty()) return {};
+  if (!c0) return {results[0], results[2]};
+  const Tensor c = results[1];
+  std::swap(results[1], results[2]);
+  if (c.scalar_type() != results[0].scalar_type()) results.push_back(torch::stable::to(c, results[0].scalar_type()));
+  return results;
 }
 
 std::vector<Tensor> recurrent_layer(Tensor x, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,

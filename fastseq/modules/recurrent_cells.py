@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from fastseq import backends, functional
+from fastseq.backends import library
+from fastseq.backends.cpu import recurrent as native
 from fastseq.backends.torch.recurrent import STEPS
 from fastseq.choice import sources
 from fastseq.choice.sources import memory
-from fastseq.functional._native_layers import native_layers, native_step, packed_step, trained_layers
+from fastseq.functional._native_layers import native_layers, native_step, packed_step
 from fastseq.functional._packing import packing_of
 from fastseq.modules._checks import describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
 from fastseq.ops._dispatch import PLAIN, plain_call, recorded, transforming, wants_gradient
+from fastseq.ops._recurrent_step import trained_step
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -70,7 +73,7 @@ class RNNCell(Interop, nn.RNNCellBase):
         """
         name = _ELMAN.get(self.nonlinearity)
         if name is not None:
-            h = None if hx is None else _trained_by_torch(self, name, input, hx, (hx,))
+            h = None if hx is None else _trained(self, name, input, hx, (hx,))
             if h is not None:
                 return h
             done = _step(self, name, input, None if hx is None else (hx,))
@@ -127,7 +130,7 @@ class LSTMCell(Interop, nn.RNNCellBase):
             TypeError: hx is no tuple.
         """
         if hx is None or (type(hx) is tuple and len(hx) == 2):
-            states = None if hx is None else _trained_by_torch(self, "lstm", input, hx, hx)
+            states = None if hx is None else _trained(self, "lstm", input, hx, hx)
             if states is not None:
                 return states
             done = _step(self, "lstm", input, hx)
@@ -181,7 +184,7 @@ class GRUCell(Interop, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
-        h = None if hx is None else _trained_by_torch(self, "gru", input, hx, (hx,))
+        h = None if hx is None else _trained(self, "gru", input, hx, (hx,))
         if h is not None:
             return h
         done = _step(self, "gru", input, None if hx is None else (hx,))
@@ -205,12 +208,12 @@ _torch_lstm: Any = nn.LSTMCell.forward
 _torch_gru: Any = nn.GRUCell.forward
 
 
-_trained = memory()
+_trainers = memory()
 
 
-def _trained_by_torch(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
-    """What torch's kernel gives of a step with gradients, if it is the one for it: then what stands before it is a part of the
-    time, and what there is to be asked of sizes and dtypes was asked of the first such call. None: the call is for `_step`.
+def _trained(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
+    """h, or of an LSTM h and c, after a step with gradients whose kernel is known: what stands before it is a part of the time,
+    and what there is to be asked of sizes and dtypes was asked of the first such call. None: the call is for `_step`.
     """
     if not torch.is_grad_enabled():
         return None
@@ -230,21 +233,27 @@ def _trained_by_torch(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, stat
         if type(state) is not Tensor:
             return None
         key += (state.shape, state.dtype)
-    known = _trained.get(key)
+    known = _trainers.get(key)
     if known is None:
-        known = sources.remember(_trained, key, _is_torchs_to_train(cell, name, input, states, w_ih.dtype))
-    if not known:
+        known = sources.remember(_trainers, key, _trainer(cell, name, input, states, w_ih.dtype))
+    if known == "torch":
+        return STEPS[name](input, hx, w_ih, w_hh, b_ih, b_hh)
+    if known == "":
         return None
-    return STEPS[name](input, hx, w_ih, w_hh, b_ih, b_hh)
+    done = trained_step(name, input, *(states if len(states) == 2 else (hx, None)), w_ih, w_hh, b_ih, b_hh)
+    return done if done is None or len(states) == 2 else done[0]
 
 
-def _is_torchs_to_train(cell: nn.RNNCellBase, name: str, input: Tensor, states: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+def _trainer(cell: nn.RNNCellBase, name: str, input: Tensor, states: tuple[Tensor, ...], dtype: torch.dtype) -> str:
+    """Whose kernel takes such steps with gradients: "torch"'s, the "cpu" library's, or "" where more is to be asked."""
     if input.dim() != 2 or not input.is_cpu or input.dtype != dtype or input.shape[1] != cell.input_size:
-        return False
+        return ""
     shape = (input.shape[0], cell.hidden_size)
     if any(state.shape != shape or state.dtype != dtype or not state.is_cpu for state in states):
-        return False
-    return backends.step_is_torchs(name, input.device, dtype, *shape, True)
+        return ""
+    if backends.step_is_torchs(name, input.device, dtype, *shape, True):
+        return "torch"
+    return "cpu" if dtype in native.DTYPES and not library.reason() else ""
 
 
 def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | None) -> Sequence[Tensor] | None:
@@ -289,14 +298,9 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
                 return None
         # which says itself of sizes that they do not fit
         return STEPS[name](input, hx, *params) if name == "lstm" else (STEPS[name](input, hx[0], *params),)
-    if input.size(1) != cell.input_size:
+    if library.reason():
         return None
-    for state in hx:
-        if state.shape != (batch, hidden) or state.dtype != dtype:
-            return None
-    states = [state.unsqueeze(0) for state in hx]
-    done = trained_layers(name, input.unsqueeze(0), states, params, cell.bias, 1, False, False, 0.0, False)
-    return None if done is None else [state.squeeze(0) for state in done[1]]
+    return trained_step(name, input, *(hx if len(hx) == 2 else (hx[0], None)), *params)
 
 
 def _as_torchs(cell: nn.RNNCellBase, name: str, input: Any, *states: Any) -> bool:

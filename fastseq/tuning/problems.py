@@ -120,6 +120,9 @@ def _layers(call: Call, device: torch.device) -> Problem:
     return Problem(query, program(ours, True), program(theirs, False), program(exact, False))
 
 
+_CHAIN = 4  # steps of a cell in training: one after the other, as a program has them, they share their weights' gradients
+
+
 def _step(call: Call, device: torch.device) -> Problem:
     name, options = LAYERS[call.kind]
     (B, H), dtype, training = call.sizes, _dtype(call), call.mode == MODES[True]
@@ -134,7 +137,9 @@ def _step(call: Call, device: torch.device) -> Problem:
         states = (leaves[1], leaves[2]) if name == "LSTM" else leaves[1]
 
         def output() -> Tensor:
-            result = module(leaves[0], states)
+            result = states
+            for _ in range(_CHAIN if training else 1):
+                result = module(leaves[0], result)
             return result[0] if isinstance(result, tuple) else result
 
         return _differentiated(output, [*leaves, *module.parameters()], training)

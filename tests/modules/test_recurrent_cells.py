@@ -121,8 +121,8 @@ def test_what_torchs_kernel_trains_is_asked_once_and_checked_always(name, monkey
     kind = {"RNNCell": "rnn_tanh", "LSTMCell": "lstm", "GRUCell": "gru"}[name]
     theirs, ours = both(name, 4, 5)
     x, hx, known = random(3, 4), initial(name, 3, 5), []
-    asked = recurrent_cells._is_torchs_to_train
-    monkeypatch.setattr(recurrent_cells, "_is_torchs_to_train", lambda *given: known.append(asked(*given)) or known[-1])
+    asked = recurrent_cells._trainer
+    monkeypatch.setattr(recurrent_cells, "_trainer", lambda *given: known.append(asked(*given)) or known[-1])
     monkeypatch.setitem(
         recurrent_cells.STEPS, kind, lambda *given, own=recurrent_cells.STEPS[kind]: known.append(kind) or own(*given)
     )
@@ -130,7 +130,7 @@ def test_what_torchs_kernel_trains_is_asked_once_and_checked_always(name, monkey
     with sources.instead(lambda call: Candidate("torch")):
         for _ in range(2):
             torch.testing.assert_close(ours(x, hx), theirs(x, hx), rtol=0, atol=0)  # the same kernel
-        assert known == [True, kind, kind]
+        assert known == ["torch", kind, kind]
         for wrong in (random(2, 5), random(3, 6), random(5)):
             with pytest.raises(RuntimeError):
                 ours(x, (hx[0], wrong) if pair else wrong)
@@ -145,7 +145,7 @@ def test_what_torchs_kernel_trains_is_asked_once_and_checked_always(name, monkey
     with sources.instead(lambda call: Candidate("cpu")):  # a decision that changed is asked for anew
         known.clear()
         ours(x, hx)
-        assert known == [False]
+        assert known == ["cpu"]
 
 
 class Twice(nn.Module):
