@@ -21,6 +21,7 @@ from ..backends.torch import recurrent as torchs
 from ..cells import CELLS
 from ..choice.sources import layers_are_torchs, may_be_torchs
 from ..ops._dispatch import PLAIN
+from ..ops._recurrent_step import trained_layer_of_a_step
 from ..ops.recurrent import native_layer
 from ._packing import Packing
 
@@ -246,7 +247,7 @@ def trained_layers(
     x, h0, c0 = _laid_out(x, h0, c0) or (x, h0, c0)
     finals: Sequence[Tensor]
     if num_layers == 1 and drawn == (0.0, 0.0):
-        done = native_layer(x, h0, c0, params, cell, has_biases, bidirectional, recompute, False, batch_first, ragged, zoneout)
+        done = _trained_layer(x, h0, c0, params, cell, has_biases, bidirectional, recompute, False, batch_first, ragged, zoneout)
         if done is None:
             return None
         x, *finals = done
@@ -265,7 +266,7 @@ def trained_layers(
                 sizes = width, gates // len(CELLS[cell].gates)
                 holds = [held(x, (*x.shape[:-1], lanes, size), of) for size, of in zip(sizes, drawn, strict=True)]
                 ragged = lengths, batch_sizes, *holds, resets
-            done = native_layer(
+            done = _trained_layer(
                 *(x, *of_states, of_layer, cell, has_biases, bidirectional, recompute, not last, batch_first and last),
                 *(ragged, zoneout),
             )
@@ -281,6 +282,30 @@ def trained_layers(
     if x.dtype not in (torch.float32, torch.float64):
         finals = [state.to(x.dtype) for state in finals]
     return x, tuple(finals)
+
+
+def _trained_layer(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    cell: str,
+    has_biases: bool,
+    bidirectional: bool,
+    recompute: bool,
+    private: bool,
+    batch_first: bool,
+    ragged: tuple[Tensor | None, ...],
+    zoneout: tuple[float, float],
+) -> tuple[Tensor, ...] | None:
+    """``native_layer``, and of a single step after a state the way that shares the weights' gradients with other steps."""
+    if x.shape[0] == 1 and h0 is not None and x.dim() == 3 and not (bidirectional or recompute):
+        whole = not any([tensor is not None for tensor in ragged])
+        if whole and zoneout == (0.0, 0.0) and len(params) == 2 + 2 * has_biases:
+            done = trained_layer_of_a_step(cell, x, h0, c0, params)
+            if done is not None:
+                return (done[0].transpose(0, 1), *done[1:]) if batch_first else done
+    return native_layer(x, h0, c0, params, cell, has_biases, bidirectional, recompute, private, batch_first, ragged, zoneout)
 
 
 def held(x: Tensor, shape: tuple[int, ...], probability: float) -> Tensor | None:

@@ -217,7 +217,7 @@ def _trained(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, states: tuple
     """
     if not torch.is_grad_enabled():
         return None
-    own = cell._parameters
+    own: Any = cell._parameters
     w_ih, w_hh, b_ih, b_hh = own.get("weight_ih"), own.get("weight_hh"), own.get("bias_ih"), own.get("bias_hh")
     if type(input) is not Tensor or w_ih is None or type(w_ih) not in PLAIN or not w_ih.requires_grad:
         return None
@@ -240,8 +240,10 @@ def _trained(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, states: tuple
         return STEPS[name](input, hx, w_ih, w_hh, b_ih, b_hh)
     if known == "":
         return None
-    done = trained_step(name, input, *(states if len(states) == 2 else (hx, None)), w_ih, w_hh, b_ih, b_hh)
-    return done if done is None or len(states) == 2 else done[0]
+    if len(states) == 2:
+        return trained_step(name, input, states[0], states[1], w_ih, w_hh, b_ih, b_hh)
+    done = trained_step(name, input, hx, None, w_ih, w_hh, b_ih, b_hh)
+    return done if done is None else done[0]
 
 
 def _trainer(cell: nn.RNNCellBase, name: str, input: Tensor, states: tuple[Tensor, ...], dtype: torch.dtype) -> str:
@@ -300,7 +302,7 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
         return STEPS[name](input, hx, *params) if name == "lstm" else (STEPS[name](input, hx[0], *params),)
     if library.reason():
         return None
-    return trained_step(name, input, *(hx if len(hx) == 2 else (hx[0], None)), *params)
+    return trained_step(name, input, hx[0], hx[1] if len(hx) == 2 else None, *params)
 
 
 def _as_torchs(cell: nn.RNNCellBase, name: str, input: Any, *states: Any) -> bool:

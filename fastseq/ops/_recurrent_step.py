@@ -126,9 +126,11 @@ class _Graph:
 _graphs: WeakValueDictionary[int, _Graph] = WeakValueDictionary()  # by the identity of w_hh
 
 
-def _graph_of(params: tuple[Tensor | None, ...]) -> _Graph | None:
-    """None: no parameter wants a gradient."""
+def _graph_of(h: Tensor, params: tuple[Tensor | None, ...]) -> _Graph | None:
+    """None: no parameter wants a gradient, or a step after the state h may be the only one, and its weights are small."""
     w_ih, w_hh, b_ih, b_hh = params
+    if not h.requires_grad and w_ih.numel() + w_hh.numel() <= _SMALL:  # type: ignore[union-attr]
+        return None
     wanted = (
         w_ih.requires_grad,  # type: ignore[union-attr]
         w_hh.requires_grad,  # type: ignore[union-attr]
@@ -146,52 +148,88 @@ def _graph_of(params: tuple[Tensor | None, ...]) -> _Graph | None:
     return found
 
 
+def _run(
+    ctx: Any, cell: str, graph: _Graph | None, x: Tensor, h: Tensor, c: Tensor | None, params: tuple[Tensor | None, ...]
+) -> Any:
+    """h and, of an LSTM, c after a step, of which ``ctx`` keeps what the gradients need; None: the library declines it."""
+    made = torch.ops.fastseq_native.recurrent_step_trained.default(x, h, c, *params, cell)
+    if not made:
+        return None
+    ctx.cell, ctx.graph = cell, graph
+    ctx.set_materialize_grads(False)
+    if c is not None:
+        y, gates, wide, *narrow = made
+        ctx.save_for_backward(x, h, c, *params, gates, None, wide)
+        return y, narrow[0] if narrow else wide
+    y, gates = made
+    ctx.save_for_backward(x, h, None, *params, gates, None if gates.numel() else y, None)
+    return y, None
+
+
+def _gradients(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> list[Tensor | None]:
+    """Of x, h, c and the parameters."""
+    if dh is None and dc is None:
+        return [None] * 7
+    saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_odd(dh) or _is_odd(dc):
+        return _long_way(ctx.cell, saved, wanted, dh, dc)
+    x, h, c0, w_ih, w_hh, _, b_hh, gates, y, c = saved
+    if c is not None:
+        c0, dc = c0.to(c.dtype), None if dc is None else dc.to(c.dtype)
+    dh, dc, x, h, c0 = all_dense(dh, dc, x, h, c0)
+    graph = ctx.graph
+    of_call = wanted if graph is None else (*wanted[:3], False, False, False, False)
+    found = torch.ops.fastseq_native.recurrent_step_backward.default(
+        dh, dc, x, h, c0, w_ih, w_hh, b_hh, y, c, gates, ctx.cell, of_call
+    )
+    each = iter(found)
+    grads: list[Any] = [next(each) if want else None for want in of_call]
+    if graph is not None and torch._C._will_engine_execute_node(graph.node):
+        dgates = next(each)
+        graph.shares.add(dgates, next(each, dgates), x, h)
+    if wanted[2]:
+        grads[2] = grads[2].to(saved[2].dtype)
+    return grads
+
+
 @heeds_forward
 class _Step(torch.autograd.Function):
-    """h, or h and c, after a step; None: the library declines it."""
+    """h [B, H], or h and c; None: the library declines it."""
 
     @staticmethod
-    def forward(ctx, cell, graph, token, x, h, c, w_ih, w_hh, b_ih, b_hh):
-        made = torch.ops.fastseq_native.recurrent_step_trained.default(x, h, c, w_ih, w_hh, b_ih, b_hh, cell)
-        if not made:
-            return None
-        ctx.cell, ctx.graph = cell, graph
-        ctx.set_materialize_grads(False)
-        if c is not None:
-            y, gates, wide, *narrow = made
-            ctx.save_for_backward(x, h, c, w_ih, w_hh, b_ih, b_hh, gates, None, wide)
-            return y, narrow[0] if narrow else wide
-        y, gates = made
-        ctx.save_for_backward(x, h, None, w_ih, w_hh, b_ih, b_hh, gates, None if gates.numel() else y, None)
-        return y
+    def forward(ctx, cell, graph, token, x, h, c, *params):
+        states = _run(ctx, cell, graph, x, h, c, params)
+        return states if states is None or c is not None else states[0]
 
     @staticmethod
     def backward(ctx, dh, dc=None):
-        if dh is None and dc is None:
-            return (None,) * 10
-        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_odd(dh) or _is_odd(dc):
-            return None, None, None, *_long_way(ctx.cell, saved, wanted[3:], dh, dc)
-        x, h, c0, w_ih, w_hh, _, b_hh, gates, y, c = saved
-        if c0 is not None:
-            c0, dc = c0.to(c.dtype), None if dc is None else dc.to(c.dtype)
-        dh, dc, x, h, c0 = all_dense(dh, dc, x, h, c0)
-        graph, apart = ctx.graph, (False,) * 4
-        of_call = wanted[3:] if graph is None else (*wanted[3:6], *apart)
-        found = torch.ops.fastseq_native.recurrent_step_backward.default(
-            dh, dc, x, h, c0, w_ih, w_hh, b_hh, y, c, gates, ctx.cell, of_call
-        )
-        each = iter(found)
-        grads = [next(each) if want else None for want in of_call]
-        if graph is not None and torch._C._will_engine_execute_node(graph.node):
-            dgates = next(each)
-            graph.shares.add(dgates, next(each, dgates), x, h)
-        if c0 is not None and grads[2] is not None:
-            grads[2] = grads[2].to(h.dtype)
-        return None, None, None, *grads
+        return None, None, None, *_gradients(ctx, dh, dc)
 
 
 _step = lean(_Step)
+
+
+@heeds_forward
+class _LayerStep(torch.autograd.Function):
+    """y [1, B, H], h_n and c_n or None, each the caller's own; None: the library declines it."""
+
+    @staticmethod
+    def forward(ctx, cell, graph, token, x, h, c, *params):
+        states = _run(ctx, cell, graph, x[0], h[0], None if c is None else c[0], params)
+        if states is None:
+            return None
+        y, c_n = states
+        return y[None].clone(), y[None].clone(), None if c_n is None else c_n[None].clone()
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n):
+        dh = dy if dh_n is None else dh_n if dy is None else dy + dh_n
+        dh, dc = (None if grad is None else grad.squeeze(0) for grad in (dh, dc_n))
+        grads = _gradients(ctx, dh, dc)
+        return None, None, None, *[None if grad is None else grad.unsqueeze(0) for grad in grads[:3]], *grads[3:]
+
+
+_layer_step = lean(_LayerStep)
 
 
 def _is_odd(grad: Tensor | None) -> bool:
@@ -244,12 +282,20 @@ def trained_step(
 
     None: the call is for another way, which also says what is wrong with it.
     """
-    params = w_ih, w_hh, b_ih, b_hh
-    graph = None
-    if h.requires_grad or w_ih.numel() + w_hh.numel() > _SMALL:
-        graph = _graph_of(params)
+    graph = _graph_of(h, (w_ih, w_hh, b_ih, b_hh))
     token = None if graph is None else graph.token
-    done = _step(cell, graph, token, x, h, c, *params)
+    done = _step(cell, graph, token, x, h, c, w_ih, w_hh, b_ih, b_hh)
     if done is None and not (h.is_contiguous() and (c is None or c.is_contiguous()) and x.stride(-1) == 1):
-        done = _step(cell, graph, token, x.contiguous(), h.contiguous(), None if c is None else c.contiguous(), *params)
+        h, c = h.contiguous(), None if c is None else c.contiguous()
+        done = _step(cell, graph, token, x.contiguous(), h, c, w_ih, w_hh, b_ih, b_hh)
     return done if done is None or c is not None else (done,)
+
+
+def trained_layer_of_a_step(
+    cell: str, x: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor]
+) -> tuple[Tensor, ...] | None:
+    """The same of a layer of one direction: y, h_n and of an LSTM c_n [1, B, H] from x [1, B, I]."""
+    w_ih, w_hh, b_ih, b_hh = params if len(params) == 4 else (*params, None, None)
+    graph = _graph_of(h, (w_ih, w_hh, b_ih, b_hh))
+    done = _layer_step(cell, graph, None if graph is None else graph.token, x, h, c, w_ih, w_hh, b_ih, b_hh)
+    return done if done is None or c is not None else done[:2]

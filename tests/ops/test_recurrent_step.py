@@ -26,9 +26,10 @@ STEPS = 5
 def ours_take_steps(monkeypatch):
     """Whatever was measured; and every step is to be one of these."""
     taken = []
-    run = _recurrent_step._step
-    monkeypatch.setattr(_recurrent_step, "_step", lambda *given: taken.append(given[0]) or run(*given))
-    with sources.instead(lambda call: Candidate("cpu") if call.op == "recurrent_cell" else None):
+    for name in ("_step", "_layer_step"):
+        run = getattr(_recurrent_step, name)
+        monkeypatch.setattr(_recurrent_step, name, lambda *given, run=run: taken.append(given[0]) or run(*given))
+    with sources.instead(lambda call: Candidate("cpu")):
         yield taken
 
 
@@ -343,3 +344,38 @@ def test_saved_tensors_that_are_kept_elsewhere():
         actual = gradients(ours, xs, state)
     for e, a in zip(expected, actual, strict=True):
         torch.testing.assert_close(a, e)
+
+
+LAYERS = [("RNN", dict()), ("LSTM", dict()), ("GRU", dict()), ("GRU", dict(bias=False)), ("LSTM", dict(batch_first=True))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize(("name", "options"), LAYERS)
+def test_layers_that_are_called_step_by_step(name, options, num_layers, dtype, ours_take_steps):
+    """What they return is the caller's own: written into, it changes no gradient."""
+    theirs, ours = both(name, 4, 5, dtype=dtype, num_layers=num_layers, **options)
+    exact = copy.deepcopy(theirs).double()
+    xs = random(STEPS, 3, 4, dtype=dtype)
+    first = [random(num_layers, 3, 5, dtype=dtype) for _ in range(1 + (name == "LSTM"))]
+
+    def grads(layer, wide, written):
+        kind = torch.float64 if wide else dtype
+        x, initial = xs.to(kind).requires_grad_(), [state.to(kind).requires_grad_() for state in first]
+        state, total = tuple(initial) if len(initial) > 1 else initial[0], 0
+        for row in x:
+            y, state = layer(row.unsqueeze(1 if layer.batch_first else 0), state)
+            total = total + (y.double() * torch.linspace(-1, 1, 15, dtype=torch.float64).view(y.shape)).sum()
+            if written:
+                with torch.no_grad():
+                    y.zero_()
+        total = total + sum(of.double().square().sum() for of in (state if isinstance(state, tuple) else (state,)))
+        return torch.autograd.grad(total, [*layer.parameters(), x, *initial])
+
+    truth, expected, actual = grads(exact, True, False), grads(theirs, False, False), grads(ours, False, False)
+    assert len(ours_take_steps) == STEPS * num_layers
+    for e, a, t in zip(expected, actual, truth, strict=True):
+        allowed = 2 * (e.double() - t).abs().max().item() + 4 * torch.finfo(dtype).eps * t.abs().max().item()
+        assert (a.double() - t).abs().max().item() <= allowed
+    for a, b in zip(actual, grads(ours, False, True), strict=True):
+        assert torch.equal(a, b)
