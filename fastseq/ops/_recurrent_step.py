@@ -41,10 +41,9 @@ class _Rows:
             self.multiply(wanted)
 
     def multiply(self, wanted: Sequence[bool]) -> None:
-        same = self.kept[0][0] is self.kept[0][1]
-        dgates, drecurrent, x, h = (t[0] if len(t) == 1 else torch.cat(t) for t in map(list, zip(*self.kept, strict=True)))
-        if same:
-            drecurrent = dgates
+        of_kinds = list(zip(*self.kept, strict=True))
+        dgates, x, h = (_joined(of_kinds[i]) for i in (0, 2, 3))
+        drecurrent = dgates if of_kinds[0][0] is of_kinds[1][0] else _joined(of_kinds[1])
         self.kept, self.count = [], 0
         if self.sums is None:
             self.sums = [None] * 4
@@ -55,6 +54,10 @@ class _Rows:
                 share = left.sum(0, dtype=_wide(left.dtype))
                 before = self.sums[2 + i]
                 self.sums[2 + i] = share if before is None else before.add_(share)
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
