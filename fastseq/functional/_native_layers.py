@@ -302,9 +302,9 @@ def _trained_layer(
     if x.shape[0] == 1 and h0 is not None and x.dim() == 3 and not (bidirectional or recompute):
         whole = not any([tensor is not None for tensor in ragged])
         if whole and zoneout == (0.0, 0.0) and len(params) == 2 + 2 * has_biases:
-            done = trained_layer_of_a_step(cell, x, h0, c0, params)
+            done = trained_layer_of_a_step(cell, x, h0, c0, params, batch_first)
             if done is not None:
-                return (done[0].transpose(0, 1), *done[1:]) if batch_first else done
+                return done
     return native_layer(x, h0, c0, params, cell, has_biases, bidirectional, recompute, private, batch_first, ragged, zoneout)
 
 

@@ -169,11 +169,11 @@ def _run(
     return y, None
 
 
-def _gradients(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> list[Tensor | None]:
-    """Of x, h, c and the parameters."""
+def _gradients(ctx: Any, wanted: tuple[bool, ...], dh: Tensor | None, dc: Tensor | None) -> list[Tensor | None]:
+    """Of x, h, c and the parameters, as ``wanted`` tells of each."""
     if dh is None and dc is None:
         return [None] * 7
-    saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
+    saved = ctx.saved_tensors
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_odd(dh) or _is_odd(dc):
         return _long_way(ctx.cell, saved, wanted, dh, dc)
     x, h, c0, w_ih, w_hh, _, b_hh, gates, y, c = saved
@@ -206,7 +206,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh, dc=None):
-        return None, None, None, *_gradients(ctx, dh, dc)
+        return None, None, None, *_gradients(ctx, ctx.needs_input_grad[3:], dh, dc)
 
 
 _step = lean(_Step)
@@ -214,22 +214,28 @@ _step = lean(_Step)
 
 @heeds_forward
 class _LayerStep(torch.autograd.Function):
-    """y [1, B, H], h_n and c_n or None, each the caller's own; None: the library declines it."""
+    """y [1, B, H], or [B, 1, H], h_n and c_n [1, B, H] or None, each the caller's own; None: the library declines it."""
 
     @staticmethod
-    def forward(ctx, cell, graph, token, x, h, c, *params):
+    def forward(ctx, cell, graph, token, x, h, c, batch_first, *params):
         states = _run(ctx, cell, graph, x[0], h[0], None if c is None else c[0], params)
         if states is None:
             return None
+        ctx.batch_first = batch_first
         y, c_n = states
-        return y[None].clone(), y[None].clone(), None if c_n is None else c_n[None].clone()
+        out = y.clone()[None]
+        out = (out.transpose(0, 1) if batch_first else out).data  # no view
+        return out, y[None].clone(), None if c_n is None else c_n[None].clone()
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):
-        dh = dy if dh_n is None else dh_n if dy is None else dy + dh_n
-        dh, dc = (None if grad is None else grad.squeeze(0) for grad in (dh, dc_n))
-        grads = _gradients(ctx, dh, dc)
-        return None, None, None, *[None if grad is None else grad.unsqueeze(0) for grad in grads[:3]], *grads[3:]
+        dh = None if dh_n is None else dh_n.squeeze(0)
+        if dy is not None:
+            dy = dy.squeeze(int(ctx.batch_first))
+            dh = dy if dh is None else dy + dh
+        wanted = ctx.needs_input_grad
+        grads = _gradients(ctx, (*wanted[3:6], *wanted[7:]), dh, None if dc_n is None else dc_n.squeeze(0))
+        return None, None, None, *[None if grad is None else grad.unsqueeze(0) for grad in grads[:3]], None, *grads[3:]
 
 
 _layer_step = lean(_LayerStep)
@@ -295,10 +301,12 @@ def trained_step(
 
 
 def trained_layer_of_a_step(
-    cell: str, x: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor]
+    cell: str, x: Tensor, h: Tensor, c: Tensor | None, params: Sequence[Tensor], batch_first: bool
 ) -> tuple[Tensor, ...] | None:
-    """The same of a layer of one direction: y, h_n and of an LSTM c_n [1, B, H] from x [1, B, I]."""
+    """The same of a layer of one direction: y, h_n and of an LSTM c_n [1, B, H], y [B, 1, H] with ``batch_first``, from
+    x [1, B, I]."""
     w_ih, w_hh, b_ih, b_hh = params if len(params) == 4 else (*params, None, None)
     graph = _graph_of(h, (w_ih, w_hh, b_ih, b_hh))
-    done = _layer_step(cell, graph, None if graph is None else graph.token, x, h, c, w_ih, w_hh, b_ih, b_hh)
+    token = None if graph is None else graph.token
+    done = _layer_step(cell, graph, token, x, h, c, batch_first, w_ih, w_hh, b_ih, b_hh)
     return done if done is None or c is not None else done[:2]
