@@ -23,7 +23,7 @@ namespace {
 #include "transpose.inl"
 
 using V = Lanes<float>::V;
-typedef double Wide __attribute__((vector_size(128)));
+typedef double Wide __attribute__((vector_size(128), aligned(64)));  // as scratch is
 constexpr int64_t W = 16;
 static_assert(kPanel == 2 * W);
 
@@ -268,10 +268,10 @@ class Product {
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) sum[r][v] += sums[r * 2 + v];
     if constexpr (kLast) {
-      if (bias)
+      if (bias || relu)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) {
-          const V added = Memory<S, float>::load(bias + v * W, columns - v * W);
+          const V added = bias ? Memory<S, float>::load(bias + v * W, columns - v * W) : V{};
 #pragma GCC unroll 16
           for (int r = 0; r < RB; ++r) sum[r][v] = relu ? Math<float>::relu(sum[r][v] + added) : sum[r][v] + added;
         }
