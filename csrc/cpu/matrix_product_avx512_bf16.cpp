@@ -23,7 +23,7 @@ namespace {
 #include "transpose.inl"
 
 using V = Lanes<float>::V;
-typedef double Wide __attribute__((vector_size(128), aligned(64)));  // as scratch is
+typedef double Wide __attribute__((vector_size(128)));
 constexpr int64_t W = 16;
 static_assert(kPanel == 2 * W);
 

@@ -39,8 +39,6 @@ FAULTS = [
     wrong("a last depth taken twice", "depths > 1 ? mask : 0", "mask"),
     wrong("sums of rows of the last run alone", "of_rows[b] += ", "of_rows[b] = "),
     wrong("sums of a block's rows written to the first", "+ (first_row + begin_of(b)) * own.right->stride", "", f"{WRONG}|{LEFT}"),
-    wrong("sums of rows misaligned", "typedef double Wide __attribute__((vector_size(128), aligned(64)))",
-          "typedef double Wide __attribute__((vector_size(128)))", "misaligned address"),
 ]  # fmt: skip
 
 
