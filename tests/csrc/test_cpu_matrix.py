@@ -38,7 +38,7 @@ FAULTS = [
     wrong("the depths of a pair exchanged", "wide(first) | wide(second) << 16", "wide(second) | wide(first) << 16"),
     wrong("a last depth taken twice", "depths > 1 ? mask : 0", "mask"),
     wrong("sums of rows of the last run alone", "of_rows[b] += ", "of_rows[b] = "),
-    wrong("sums of a block's rows written to the first", "+ (first_row + begin_of(b)) * own.right->stride", "", f"{WRONG}|{LEFT}"),
+    wrong("sums of a block's rows in the first", "+ (first_row + begin_of(b)) * own.right->stride", "", f"{WRONG}|{LEFT}"),
 ]  # fmt: skip
 
 
