@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def("cuda_stream_lent() -> bool");
   m.def("cpu_level() -> str");
   m.def("cpu_amx_obstacle() -> str");
+  m.def("forget_environment() -> ()");
   m.def("cuda_limits(int device) -> int[]");
   m.def("recurrent_plan_fields() -> str[]");
   m.def("recurrent_plan(str cell, str precision, bool backward, int batch, int lanes, int hidden, int[] device, "
@@ -160,6 +161,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_stream_lent", TORCH_BOX(&fastseq::cuda_stream_lent));
   m.impl("cpu_level", TORCH_BOX(&fastseq::cpu::cpu_level));
   m.impl("cpu_amx_obstacle", TORCH_BOX(&fastseq::cpu::cpu_amx_obstacle));
+  m.impl("forget_environment", TORCH_BOX(&fastseq::cpu::forget_environment));
   m.impl("scaled_dot_product_attention", TORCH_BOX(&fastseq::cpu::scaled_dot_product_attention));  // these decline what is not on the CPU
   m.impl("plain_attention", TORCH_BOX(&fastseq::cpu::plain_attention));
   m.impl("scaled_dot_product_attention_backward", TORCH_BOX(&fastseq::cpu::scaled_dot_product_attention_backward));

@@ -8,6 +8,7 @@ stands in the report with its reason.
 
 from __future__ import annotations
 
+import dis
 import functools
 import html
 import sys
@@ -17,7 +18,7 @@ from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, UnionType
 from typing import Any
 
 import torch
@@ -154,7 +155,8 @@ def _recurrent_backend(module: Any) -> backends.Choice | None:
     if weight.is_meta:
         return None
     cells = {cell.mode: cell.name for cell in CELLS.values()}
-    mode = getattr(module, "mode", None) or type(module).__name__.removesuffix("Cell")
+    names = [kind.__name__.removesuffix("Cell") for kind in type(module).__mro__]  # a subclass may be called as it likes
+    mode = getattr(module, "mode", None) or next((name for name in names if name in cells), "")
     query = backends.RecurrentQuery(
         op="recurrent" if isinstance(module, nn.RNNBase) else "recurrent_cell",
         device=weight.device,
@@ -698,28 +700,48 @@ class _Asking:
         """The askers, by what they ask for."""
         methods = [value for name, value in vars(kind).items() if name not in self._BUILDING]
         methods = [value.fget if isinstance(value, property) else getattr(value, "__func__", value) for value in methods]
-        methods = [value for value in methods if self._is_looked_into(value)]
-        called = [
-            function.__globals__.get(name) for function in methods for names in _names_in(function.__code__) for name in names
-        ]
-        asked: dict[str, str] = {}
-        for function in dict.fromkeys([*methods, *filter(self._is_looked_into, called)]):
-            for names in _names_in(function.__code__):
-                if not names.isdisjoint(("isinstance", "issubclass")):
-                    for name in names & CONVERSIONS.keys():
-                        asked.setdefault(name, f"{function.__module__}.{function.__qualname__}")
+        waiting = [value for value in methods if self._is_looked_into(value)]
+        known, asked, of_methods = set(waiting), dict[str, str](), len(waiting)
+        for place, function in enumerate(waiting):
+            for code in _codes_in(function.__code__):
+                names = frozenset(code.co_names)
+                called = [value for value in map(function.__globals__.get, names) if self._is_looked_into(value)]
+                for value in called:  # and what is called by those within their file
+                    if value not in known and (place < of_methods or value.__module__ == function.__module__):
+                        known.add(value)
+                        waiting.append(value)
+                if names.isdisjoint(("isinstance", "issubclass")) and not _matches_classes(code):
+                    continue
+                wanted = set(names & CONVERSIONS.keys())
+                for name in names:  # a tuple of classes, say, of the file or of the class
+                    wanted |= _torch_names(function.__globals__.get(name, getattr(kind, name, None)))
+                for name in wanted:
+                    asked.setdefault(name, f"{function.__module__}.{function.__qualname__}")
         return asked
 
     def _is_looked_into(self, value: Any) -> bool:
         return isinstance(value, FunctionType) and (value.__module__ or "").partition(".")[0] not in self._OTHERS
 
 
-def _names_in(code: CodeType) -> Iterator[frozenset[str]]:
-    """The names that a function uses and does not define, and of each that is defined within it."""
-    yield frozenset(code.co_names)
+def _codes_in(code: CodeType) -> Iterator[CodeType]:
+    """That of a function, and of each that is defined within it."""
+    yield code
     for value in code.co_consts:
         if isinstance(value, CodeType):
-            yield from _names_in(value)
+            yield from _codes_in(value)
+
+
+def _matches_classes(code: CodeType) -> bool:
+    """Whether there is a ``case nn.LSTM():`` in it."""
+    return dis.opmap["MATCH_CLASS"] in code.co_code[::2]
+
+
+def _torch_names(value: Any) -> set[str]:
+    """Those of torch's classes that a value is or holds."""
+    if isinstance(value, UnionType):
+        value = value.__args__
+    held = value if isinstance(value, (tuple, list, set, frozenset, dict)) else (value,)
+    return {name for name, conversion in CONVERSIONS.items() if any(one is conversion.torch_class for one in held)}
 
 
 def _own_class(kind: type, conversion: Conversion, keep: bool) -> type:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 # Read when torch is loaded: a thread that waits for work sleeps. By default it spins for milliseconds after every operation, on a
 # core that another worker of pytest needs.
@@ -85,6 +86,27 @@ def poisoned_allocations() -> Iterator[None]:
     """`torch.empty` and its like, called by fastseq, return NaN: an element left unwritten shows."""
     patch = pytest.MonkeyPatch()
     poison(patch.setattr)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def environment_is_read_again() -> Iterator[None]:
+    """The library reads its variables once: it is told of each that a test sets, and of what is as it was before."""
+
+    def told(method: Callable[..., Any]) -> Callable[..., Any]:
+        def telling(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            native = torch.ops.fastseq_native
+            if hasattr(native, "forget_environment"):  # loaded
+                native.forget_environment()
+            return result
+
+        return telling
+
+    patch = pytest.MonkeyPatch()
+    for name in ("setenv", "delenv", "undo"):
+        patch.setattr(pytest.MonkeyPatch, name, told(getattr(pytest.MonkeyPatch, name)))
     yield
     patch.undo()
 

@@ -587,6 +587,20 @@ def test_forward_that_calls_super(kind):
     assert type(module) is kind
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_subclass_of_a_cell(name):
+    torch_class = getattr(nn, name)
+
+    class Own(torch_class):
+        def forward(self, *args):
+            return super().forward(*args)
+
+    cell, x = Own(4, 6), torch.randn(3, 4)
+    expected = cell(x)
+    assert len(convert(cell)) == 1 and isinstance(cell, getattr(fastseq, name))
+    torch.testing.assert_close(cell(x), expected)
+
+
 def with_cell(hidden, rnn):
     return (hidden, hidden) if isinstance(rnn, nn.LSTM) else hidden
 
@@ -617,7 +631,53 @@ class AsksBelow(nn.Sequential):
         return any(isinstance(module, nn.LSTM) for module in self.modules())
 
 
-@pytest.mark.parametrize("kind, asker", [(Asks, "Asks.forward"), (AsksThere, "with_cell"), (AsksBelow, "AsksBelow.has_cell")])
+class AsksFarther(Asks):
+    def forward(self, steps):
+        return self.rnn(steps, by_way_of(steps.new_zeros(1, steps.shape[1], 6), self.rnn))[0]
+
+
+def by_way_of(hidden, rnn):
+    return with_cell(hidden, rnn)
+
+
+OF_TWO_STATES = (nn.LSTM, nn.LSTMCell)
+
+
+class AsksForSome(Asks):
+    def forward(self, steps):
+        hidden = steps.new_zeros(1, steps.shape[1], 6)
+        return self.rnn(steps, (hidden, hidden) if isinstance(self.rnn, OF_TWO_STATES) else hidden)[0]
+
+
+class AsksForItsOwn(Asks):
+    pair = nn.LSTM
+
+    def forward(self, steps):
+        hidden = steps.new_zeros(1, steps.shape[1], 6)
+        return self.rnn(steps, (hidden, hidden) if isinstance(self.rnn, self.pair) else hidden)[0]
+
+
+class Matches(Asks):
+    def forward(self, steps):
+        hidden = steps.new_zeros(1, steps.shape[1], 6)
+        match self.rnn:
+            case nn.LSTM():
+                hidden = (hidden, hidden)
+        return self.rnn(steps, hidden)[0]
+
+
+@pytest.mark.parametrize(
+    "kind, asker",
+    [
+        (Asks, "Asks.forward"),
+        (AsksThere, "with_cell"),
+        (AsksFarther, "with_cell"),
+        (AsksBelow, "AsksBelow.has_cell"),
+        (AsksForSome, "AsksForSome.forward"),
+        (AsksForItsOwn, "AsksForItsOwn.forward"),
+        (Matches, "Matches.forward"),
+    ],
+)
 def test_code_that_asks_for_torchs_class(kind, asker):
     model, steps = kind(nn.LSTM(4, 6)), torch.randn(3, 2, 4)
     expected = model(steps)

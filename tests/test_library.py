@@ -76,6 +76,30 @@ def test_loaded_library_answers():
 
 
 @needs_library
+def test_environment_is_read_once():
+    """Programs may set variables in any thread, and calls take microseconds."""
+    code = """
+import os
+import fastseq
+from fastseq.backends import library
+import torch
+library.load()
+native = torch.ops.fastseq_native
+print(native.cpu_level())
+os.environ["FASTSEQ_CPU_LEVEL"] = "sse9"
+print(native.cpu_level())
+native.forget_environment()
+for level in ("sse9", "default"):
+    os.environ["FASTSEQ_CPU_LEVEL"] = level
+    try:
+        print(native.cpu_level())
+    except RuntimeError as error:
+        print("FASTSEQ_CPU_LEVEL=sse9 is none of" in str(error))
+"""
+    assert run(code, FASTSEQ_CPU_LEVEL="default").split() == ["default", "default", "True", "default"]
+
+
+@needs_library
 def test_stream_symbol_is_bound_exactly_in_cuda_builds_of_torch():
     assert torch.ops.fastseq_native.cuda_stream_lent() == bool(torch.version.cuda)
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <limits>
 
 #include "attention_few.h"
@@ -35,7 +34,7 @@ bool in_parts(const Attention& a) {
   if (level() != Level::kAmx || a.type != Type::kFloat || a.saves) return false;
   const int64_t features = a.features + a.value_features;
   const bool pays = features >= 64 && a.keys >= 64 && a.queries >= (features < 128 && a.right >= 0 ? 256 : 128);
-  return pays || std::getenv("FASTSEQ_CPU_PARTS");
+  return pays || attends_in_parts();
 }
 #endif
 

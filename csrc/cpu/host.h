@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "level.h"
 #include "type.h"
 
 namespace fastseq::cpu {
@@ -103,7 +104,7 @@ class Buffer {
       data_ = std::aligned_alloc(64, size_);
       STD_TORCH_CHECK(data_, "out of memory: ", size_, " bytes for packed weights, states or workspaces");
     }
-    if (std::getenv("FASTSEQ_CPU_POISON")) std::memset(data_, 0xff, size_);
+    if (poisons_scratch()) std::memset(data_, 0xff, size_);
   }
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(other.size_) {}
   Buffer& operator=(Buffer&& other) noexcept {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <cstdlib>
@@ -85,10 +86,7 @@ Level highest() {
 
 #endif
 
-}  // namespace
-
-Level level() {
-  const char* wanted = std::getenv("FASTSEQ_CPU_LEVEL");
+Level level_of(const char* wanted) {
   int most = static_cast<int>(Level::kAmx);
   if (wanted && *wanted) {
     most = static_cast<int>(std::size(kNames)) - 1;
@@ -111,6 +109,32 @@ Level level() {
   return Level::kDefault;
 #endif
 }
+
+struct Environment {
+  Level level;
+  bool poison, parts;
+};
+
+// What was read last; earlier ones stay, for threads that are reading them.
+std::atomic<const Environment*> known = nullptr;
+
+const Environment& environment() {
+  const Environment* found = known.load(std::memory_order_acquire);
+  if (!found) {
+    const Level level = level_of(std::getenv("FASTSEQ_CPU_LEVEL"));
+    found = new Environment{level, std::getenv("FASTSEQ_CPU_POISON") != nullptr, std::getenv("FASTSEQ_CPU_PARTS") != nullptr};
+    known.store(found, std::memory_order_release);
+  }
+  return *found;
+}
+
+}  // namespace
+
+void forget_environment() { known.store(nullptr, std::memory_order_release); }
+
+Level level() { return environment().level; }
+bool poisons_scratch() { return environment().poison; }
+bool attends_in_parts() { return environment().parts; }
 
 std::string cpu_level() { return std::string(kNames[static_cast<int>(level())]); }
 

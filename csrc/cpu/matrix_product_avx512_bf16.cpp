@@ -203,9 +203,11 @@ class Product {
     const int64_t n = lines_of(count);
     for (int64_t b = 0; b < row_blocks; ++b) {
       const Vector* a = left + b * block_step();
-      V set[4]{};
-      for (int64_t i = 0; i < n; ++i) set[i % 4] = Factors::add(set[i % 4], a[i], factor);
-      of_rows[b] += __builtin_convertvector((set[0] + set[1]) + (set[2] + set[3]), Wide);
+      V set[8]{};
+      for (int64_t i = 0; i < n; ++i) set[i % 8] = Factors::add(set[i % 8], a[i], factor);
+      for (int64_t half = 4; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; ++i) set[i] += set[i + half];
+      of_rows[b] += __builtin_convertvector(set[0], Wide);
       if (k + count < p.depth) continue;
       char* to = static_cast<char*>(own.right->out) + (first_row + begin_of(b)) * own.right->stride;
       for (int64_t r = 0; r < begin_of(b + 1) - begin_of(b); ++r, to += own.right->stride)
@@ -268,10 +270,10 @@ class Product {
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) sum[r][v] += sums[r * 2 + v];
     if constexpr (kLast) {
-      if (bias)
+      if (bias || relu)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) {
-          const V added = Memory<S, float>::load(bias + v * W, columns - v * W);
+          const V added = bias ? Memory<S, float>::load(bias + v * W, columns - v * W) : V{};
 #pragma GCC unroll 16
           for (int r = 0; r < RB; ++r) sum[r][v] = relu ? Math<float>::relu(sum[r][v] + added) : sum[r][v] + added;
         }

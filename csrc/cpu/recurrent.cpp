@@ -486,6 +486,20 @@ void sum_rows(Type type, const void* values, int64_t rows, int64_t columns, int6
   });
 }
 
+// Whether zeros are what zeros times these rows are.
+bool all_finite(Type type, const void* values, int64_t rows, int64_t columns, int64_t stride) {
+  bool finite = true;
+  with_storage(type, [&]<class S>() {
+    using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < columns; ++j) {
+        const A x = static_cast<A>(static_cast<const S*>(values)[r * stride + j]);
+        finite &= x - x == 0;
+      }
+  });
+  return finite;
+}
+
 // o tanh(c), in the dtype of c
 Tensor times_tanh(const Tensor& o, const Tensor& c) {
   using torch::stable::detail::from, torch::stable::detail::to;
@@ -694,10 +708,12 @@ std::vector<Tensor> recurrent_layer_backward(std::optional<Tensor> dy, std::opti
     if (!wanted[3 + i]) continue;
     const int64_t kind = i / D, d = i % D;
     const Matrix of = kind % 2 ? dr[d] : Matrix{at(of_gates, d * GH), D * GH};
-    if (kind == 1 && !before[d].values) {
+    const bool zeros = kind == 1 && !before[d].values;
+    if (zeros && all_finite(type, of.values, inner, GH, of.stride)) {
       results.push_back(empty({GH, P}, narrow));
       std::memset(mutable_data(results.back()), 0, GH * P * stored);
     } else if (kind < 2) {
+      if (zeros) before[d].values = std::memset(keep(inner * P), 0, inner * P * stored);
       const Matrix right = kind ? before[d] : Matrix{of_x, I};
       const int64_t columns = kind ? P : I;
       results.push_back(

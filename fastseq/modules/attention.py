@@ -158,6 +158,10 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             ValueError: in training, a dropout that is no probability.
         """
         if plain_call(unseen=True):
+            if self.batch_first and torch.is_grad_enabled() and (_inferred(query) or _inferred(key) or _inferred(value)):
+                # such a tensor cannot be kept for a backward pass; torch keeps copies, which are time-major
+                copies = {id(given): given.clone() for given in (query, key, value) if _inferred(given)}
+                query, key, value = (copies.get(id(given), given) for given in (query, key, value))
             results = self._in_one_call(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -568,6 +572,11 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             raise AssertionError("nested tensors do not go with add_bias_kv and add_zero_attn")
         if query.dim() != 3 or key.dim() != 3 or value.dim() != 3:
             raise AssertionError(f"nested tensors must hold [L_i, E], got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D")
+
+
+def _inferred(given: Any) -> bool:
+    """Whether it is a plain tensor that was made in inference mode."""
+    return type(given) is Tensor and given.is_inference()
 
 
 def hooked(module: nn.Module) -> bool:

@@ -165,6 +165,8 @@ class Sequence(Interop, nn.RNNBase):
         params: list[Any] | None = None
         plain = not return_cells and reset_to is None and cu_seqlens is None
         if plain and checks_of(type(self)) in CHECKS and plain_call():
+            if self.batch_first and type(input) is Tensor and input.is_inference() and torch.is_grad_enabled():
+                input = input.clone()  # such a tensor cannot be kept for a backward pass; torch keeps one that is time-major
             kept = self._parameters  # faster than by attribute; weight_norm, parametrizations and FSDP take them away from there
             params = [kept[name] if name in kept else getattr(self, name) for name in self._flat_weights_names]
             if type(input) is Tensor and input.dim() == 3 and lengths is None and resets is None:

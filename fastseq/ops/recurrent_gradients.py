@@ -55,7 +55,7 @@ def input_gradients(
             dw_ih = _outer_sum(d, flat_x) if w_ih else None
             if w_hh:
                 h_first, h_prev = _before(call, lane)
-                dw_hh = _recurrent_weight_grad(d, dr, h_first, h_prev, dgates.shape, call.reverse[lane])
+                dw_hh = _recurrent_weight_grad(d, dr, h_first, h_prev, call.reverse[lane])
             if b_ih or b_hh:
                 db_ih = db_hh = d.sum(0)
                 if dr is not None:
@@ -241,14 +241,15 @@ def _before(call: Backward, lane: int) -> tuple[Tensor | None, Tensor]:
 
     The pair avoids a copy where the states are a plain shift of the states after every step.
     """
-    rows, first, backwards = call.y, call.h0, call.reverse[lane]
-    if call.batch_sizes is not None or call.resets is not None or (backwards and call.lengths is not None and first is not None):
-        return None, _shifted(call, rows, first, call.reset_h, lane, backwards).flatten(0, -2)
+    rows, h0, backwards = call.y, call.h0, call.reverse[lane]
+    if call.batch_sizes is not None or call.resets is not None or (backwards and call.lengths is not None and h0 is not None):
+        return None, _shifted(call, rows, h0, call.reset_h, lane, backwards).flatten(0, -2)
     own = rows[:, :, lane]  # [T, B, n]
-    if first is not None and own.shape[0] == 1:
-        return None, first[lane].to(rows.dtype)
-    others = (own[1:] if backwards else own[:-1]).flatten(0, 1)
-    return (None if first is None else first[lane].to(rows.dtype)), others
+    # zeros count as well: times what is not finite they are NaN
+    first = own.new_zeros(own.shape[1:]) if h0 is None else h0[lane].to(rows.dtype)
+    if h0 is not None and own.shape[0] == 1:
+        return None, first
+    return first, (own[1:] if backwards else own[:-1]).flatten(0, 1)
 
 
 def _shifted(call: Call, rows: Tensor, first: Tensor | None, reset: Tensor | None, lane: int, backwards: int) -> Tensor:
@@ -297,22 +298,17 @@ def _anew(states: Tensor, cuts: Tensor, reset: Tensor | None) -> Tensor:
     return torch.where(cuts[..., None], torch.zeros_like(states) if reset is None else reset, states)
 
 
-def _recurrent_weight_grad(
-    d: Tensor, dr: Tensor | None, h_first: Tensor | None, h_prev: Tensor, shape: torch.Size, backwards: int
-) -> Tensor:
+def _recurrent_weight_grad(d: Tensor, dr: Tensor | None, h_first: Tensor | None, h_prev: Tensor, backwards: int) -> Tensor:
     """Sum over all steps of (gradient of the recurrent gates)^T (state before the step): [G*H, P]."""
-    shifted = h_prev.shape[0] != d.shape[0]  # h_prev then has no rows for the first step
     parts = [d] if dr is None else [d[:, : -dr.shape[1]], dr]
     products = []
     for grad in parts:
-        if not shifted:
+        if h_first is None:
             products.append(_outer_sum(grad, h_prev))
             continue
-        batch = shape[1]
+        batch = h_first.shape[0]
         product = _outer_sum(grad[:-batch] if backwards else grad[batch:], h_prev)
-        if h_first is not None:
-            product = torch.addmm(product, (grad[-batch:] if backwards else grad[:batch]).t(), h_first)
-        products.append(product)
+        products.append(torch.addmm(product, (grad[-batch:] if backwards else grad[:batch]).t(), h_first))
     return products[0] if len(products) == 1 else torch.cat(products)
 
 

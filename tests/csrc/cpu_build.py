@@ -1,5 +1,5 @@
-"""Builds and runs cpu_recurrent.cpp, cpu_step.cpp and cpu_attention.cpp of tests/csrc: CPU kernels without torch, at odd
-sizes, against loops.
+"""Builds and runs cpu_recurrent.cpp, cpu_step.cpp, cpu_matrix.cpp and cpu_attention.cpp of tests/csrc: CPU kernels without
+torch, at odd sizes, against loops.
 
 `python tests/csrc/cpu_build.py` (`make sanitize`) does so for all kernels of every level of instructions that this machine has,
 under each sanitizer; AMX's tiles are software (emulator/tiles.h) where there is no more than AVX512-BF16. What is built lies in
@@ -28,6 +28,7 @@ CELLS = (
 TYPES = ("float", "double", "bfloat16", "float16")
 MULTIPLIED = {"avx512_bf16": ("bfloat16",), "amx": ("float", "bfloat16")}  # types of levels that only multiply
 STEP = ("step",)  # cases: all of single steps
+MATRIX = ("matrix",)  # cases: all products of whole matrices, of levels that multiply
 # By itself the program ends with a segmentation fault where an array is left, on either side.
 SANITIZERS = build.SANITIZERS | {"plain": ("-fsanitize=alignment", "-fno-sanitize-recover=all")}
 
@@ -50,8 +51,8 @@ def macros_of(level: str) -> list[str]:
 
 
 def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.ROOT, compiler: str | None = None) -> Path:
-    """The program with some kernels of one kind: of the recurrence, X(storage type, cell), of attention, X(storage type), or of
-    single steps, `STEP`."""
+    """The program with some kernels of one kind: of the recurrence, X(storage type, cell), of attention, X(storage type), of
+    single steps, `STEP`, or of matrices, `MATRIX`."""
     with_ = compiler or build.compiler()
     command = [
         with_,
@@ -66,14 +67,18 @@ def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.
     command += [*flags, *flags_of(level), f"-I{tree / 'csrc'}", "-pthread"]
     if emulated(level):
         command += ["-include", str(build.ROOT / "tests/csrc/emulator/tiles.h")]
+    tiles = ["-DTILES"] if level == "amx" else []
     if "," in cases[0]:
         command += [*macros_of(level), f"-DCASES={' '.join(cases)}"]
         sources = [tree / "tests/csrc/cpu_recurrent.cpp", tree / "csrc/cpu/barrier.cpp"]
     elif cases == STEP:
         command.append(f"-DLEVEL={level}")
         sources = [tree / f"csrc/cpu/recurrent_step_{level}.cpp", tree / "tests/csrc/cpu_step.cpp"]
+    elif cases == MATRIX:
+        command += [f"-DLEVEL={level}", *tiles]
+        sources = [tree / f"csrc/cpu/matrix_product_{level}.cpp", tree / "tests/csrc/cpu_matrix.cpp"]
     else:
-        command += [f"-DLEVEL={level}", f"-DTYPES={' '.join(cases)}", *(["-DTILES"] if level == "amx" else [])]
+        command += [f"-DLEVEL={level}", f"-DTYPES={' '.join(cases)}", *tiles]
         files = (f"csrc/cpu/attention_{level}.cpp", f"csrc/cpu/attention_few_{level}.cpp", "tests/csrc/cpu_attention.cpp")
         sources = [tree / file for file in files]
     inputs = (build.version(with_), *(build.run(*command, "-E", source) for source in sources))
@@ -124,10 +129,9 @@ def attention_cases(level: str) -> tuple[str, ...]:
 def trials(some_levels: list[str], sanitizers: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(level, sanitizer, cases); what threads share depends on neither level nor type, so that one of each serves."""
     for level, sanitizer in itertools.product(some_levels, sanitizers):
-        if sanitizer != "thread":  # kernels of attention and of steps share nothing
+        if sanitizer != "thread":  # kernels of attention, steps and matrices share nothing
             yield level, sanitizer, attention_cases(level)
-            if level not in MULTIPLIED:  # whose steps are AVX-512's
-                yield level, sanitizer, STEP
+            yield level, sanitizer, MATRIX if level in MULTIPLIED else STEP  # whose steps are AVX-512's
     for level, sanitizer, type_, cell in itertools.product(some_levels, sanitizers, TYPES, CELLS):
         if type_ not in types_of(level):
             continue

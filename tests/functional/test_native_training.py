@@ -373,6 +373,74 @@ def test_an_output_that_is_overwritten():
     assert not torch.equal(found[0], expected[0])
 
 
+@pytest.mark.parametrize("steps, place", [(1, "x"), (1, "dy"), (3, "dy")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "projected"])
+def test_zeros_count_as_a_state(kind, few, dtype, steps, place, monkeypatch):
+    """Without h0 what is not finite reaches the gradients of the recurrent weights as in torch: zeros times NaN are NaN."""
+    if not few:
+        monkeypatch.setattr(ops, "_FEW", 0)
+    torch.manual_seed(0)
+    ours = CLASSES[kind](12, 20, bidirectional=True, dtype=dtype)
+    projected = {"proj_size": ours.proj_size} if ours.proj_size else {}
+    theirs = getattr(nn, "LSTM" if projected else kind)(12, 20, bidirectional=True, **projected, dtype=torch.float64)
+    x, dy = torch.randn(steps, 3, 12), torch.randn(steps, 3, 2 * (ours.proj_size or 20))
+    {"x": x, "dy": dy}[place][0, 1, 2] = torch.nan
+    for module in (ours, theirs):
+        out, _ = module(x.to(module.weight_hh_l0.dtype))
+        out.backward(dy.to(out.dtype))
+    assert theirs.weight_hh_l0.grad.isnan().any()
+    for (name, found), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(found.grad.isnan(), expected.grad.isnan()), name
+
+
+@pytest.mark.parametrize("changed", ["x", "states", "weight_ih_l0", "weight_hh_l0"])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_is_overwritten_before_the_backward_pass(kind, batch_first, apart, changed):
+    """An error as torch's, or gradients of what was there; never of other numbers."""
+    found = []
+    for overwritten in (False, True):
+        torch.manual_seed(0)
+        module = CLASSES[kind](7, 17, 2, batch_first=batch_first)
+        x = torch.randn(2, 5, 7) if batch_first else torch.randn(5, 2, 7)
+        if apart:
+            x = x.mT.contiguous().mT
+        pair = hasattr(module, "get_expected_cell_size")
+        states = [torch.randn(2, 2, module.proj_size or 17), torch.randn(2, 2, 17)][: 1 + pair]
+        out, _ = module(x, tuple(states) if pair else states[0])
+        with torch.no_grad():
+            for tensor in {"x": [x], "states": states}.get(changed) or [getattr(module, changed)]:
+                if overwritten:
+                    tensor.add_(1)
+        try:
+            out.sum().backward()
+        except RuntimeError as error:
+            assert overwritten and "modified by an inplace operation" in str(error)
+            return
+        found.append([parameter.grad for parameter in module.parameters()])
+    assert changed == "x" and apart
+    for before, after in zip(*found, strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_input_made_in_inference_mode(kind):
+    """Features of a frozen model, say: torch takes them where sequences come second."""
+    module = CLASSES[kind](12, 20, batch_first=True)
+    with torch.inference_mode():
+        x = torch.randn(3, 5, 12)
+    grads = []
+    for given in (x, x.clone()):
+        module.zero_grad()
+        module(given)[0].sum().backward()
+        grads.append([parameter.grad for parameter in module.parameters()])
+    for ours, expected in zip(*grads, strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_dropout_between_layers_draws_what_the_ops_draw():
     call = Call(fastseq.LSTM(5, 7, 3, dropout=0.4, dtype=torch.float64), 4, 3)
     torch.manual_seed(1)

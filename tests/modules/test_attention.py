@@ -411,6 +411,19 @@ class TestOnPurpose:
             assert torch.equal(ours(x, x, x, attn_mask=mask)[0], ours(x, x, x, attn_mask=mask.to(dtype))[0])
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("appended", [False, True])
+def test_input_made_in_inference_mode(need_weights, appended):
+    """Features of a frozen model, say: torch takes them where sequences come second."""
+    theirs, ours = both(batch_first=True, add_zero_attn=appended)
+    with torch.inference_mode():
+        x = torch.randn(2, 5, E, dtype=torch.float64)
+    for module in (theirs, ours):
+        module(x, x, x, need_weights=need_weights)[0].sum().backward()
+    for (name, expected), found in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, msg=name)
+
+
 class TestDropout:
     def test_weights_are_those_that_were_used(self):
         _, ours = both(batch_first=True, dropout=0.5)
