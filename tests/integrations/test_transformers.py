@@ -554,6 +554,93 @@ def test_floating_mask_and_position_bias():
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("masked", ["none", "bool", "band", "added"])
+def test_keys_that_a_model_selects(masked):
+    """Models that tell the implementations they do not know which keys a query sees (DeepSeek V3.2): the others are hidden."""
+    q, k, v = torch.randn(3, BATCH, 2, TIME, 8)
+    indices = torch.stack([torch.stack([torch.randperm(TIME)[:4] for _ in range(TIME)]) for _ in range(BATCH)])
+    seen = torch.zeros(BATCH, 1, TIME, TIME, dtype=torch.bool).scatter(-1, indices[:, None], True)
+    causal = torch.ones(TIME, TIME, dtype=torch.bool).tril().expand(BATCH, 1, TIME, TIME)
+    mask = {
+        "none": None,
+        "bool": causal,
+        "band": masks.mask(BATCH, TIME, TIME, attention_mask=padding_of("right").bool()),
+        "added": torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min),
+    }[masked]
+    if masked == "band":
+        assert isinstance(mask, masks.BandMask)
+        causal = mask | False
+    seen = seen if masked == "none" else seen & causal
+    out, _ = integration.attention(torch.nn.Module(), q, k, v, mask, indices=indices.int(), is_causal=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2)
+    rows = seen.any(-1)[:, 0]  # a mask that is added shows all keys where it hides all
+    torch.testing.assert_close(out[rows], expected[rows])
+
+
+def test_blocks_of_keys_that_a_model_selects():
+    """The module knows what its blocks are (MiniMax)."""
+
+    class Indexer:
+        def build_block_mask(self, block_indices, mask, keys, dtype, device, position_ids):
+            blocks = torch.zeros(*block_indices.shape[:3], -(-keys // 4), dtype=torch.bool).scatter(-1, block_indices, True)
+            seen = blocks.repeat_interleave(4, -1)[..., :keys].repeat_interleave(2, 1)
+            seen = seen & (torch.arange(keys) <= position_ids[:, None, :, None] if mask is None else mask)
+            return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+    module = torch.nn.Module()
+    module.indexer = Indexer()
+    q, k, v = torch.randn(BATCH, 4, 3, 8), *torch.randn(2, BATCH, 4, TIME, 8)
+    block_indices = torch.tensor([0, 2]).expand(BATCH, 2, 3, 2)
+    out, _ = integration.attention(module, q, k, v, None, block_indices=block_indices)
+    seen = (torch.arange(TIME) // 4 != 1) & (torch.arange(TIME) <= torch.arange(TIME - 3, TIME)[:, None])
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2))
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_sink_for_each_query(weights, padding):
+    """A logit that takes part in the softmax of a query and has no value."""
+    q, k, v, sinks = (torch.randn(BATCH, 2, TIME, n, requires_grad=True) for n in (8, 8, 8, 1))
+    seen = padding_of(padding)
+    mask = masks.mask(BATCH, TIME, TIME, attention_mask=None if seen is None else seen.bool(), allow_is_causal_skip=False)
+    out, found = integration.attention(torch.nn.Module(), q, k, v, mask, sinks=sinks, output_attentions=weights)
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~(mask | False), -torch.inf)
+    expected = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+    torch.testing.assert_close(out, (expected @ v).transpose(1, 2))
+    if weights:
+        torch.testing.assert_close(found, expected)
+    ours = torch.autograd.grad(out.square().sum(), (q, k, v, sinks))
+    torch.testing.assert_close(ours, torch.autograd.grad((expected @ v).square().sum(), (q, k, v, sinks)))
+
+
+def small(model: str, configuration: Any, implementation: str) -> Any:
+    torch.manual_seed(0)
+    configuration._attn_implementation = implementation
+    made = getattr(transformers, model)(configuration).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    return made
+
+
+@pytest.mark.parametrize("short", [0, 256 * 256])
+@pytest.mark.parametrize("kept", [1, 4])
+def test_a_model_that_cuts_queries_off(kept, short, monkeypatch):
+    """Gemma 4 computes the last layers for the last queries alone, unless "sdpa" has no mask that says where they stand."""
+    if not hasattr(transformers, "Gemma4ForCausalLM"):
+        pytest.skip("needs Gemma 4")
+    monkeypatch.setattr(integration.masks, "SHORT", short)
+    found = []
+    for implementation in ("eager", "fastseq"):
+        sizes = dict(**DECODER, global_head_dim=8, sliding_window=4, num_kv_shared_layers=1, hidden_size_per_layer_input=4)
+        sizes |= dict(vocab_size_per_layer_input=VOCABULARY, layer_types=["full_attention", "full_attention"])
+        model = small("Gemma4ForCausalLM", config("Gemma4TextConfig", **sizes), implementation)
+        with torch.no_grad():
+            found.append(model(input_ids=inputs_of("gemma4", "none")["input_ids"], logits_to_keep=kept).logits)
+    assert found[0].shape[1] == kept
+    torch.testing.assert_close(*found)
+
+
 def test_errors():
     q, k, v = torch.randn(3, 2, 2, 5, 8)
     module = torch.nn.Module()
