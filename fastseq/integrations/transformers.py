@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..functional import attention as fused_attention
 from ..functional._attention_call import default_scale
 from ..functional._autocast import autocast_dtype
@@ -37,6 +36,9 @@ except (ImportError, AttributeError) as error:
     ) from error
 
 __all__ = ["attention", "register"]
+
+_SHORT = eager.SCALED | eager.LAID_OUT
+_SHORT_CAUSAL = _SHORT | eager.CAUSAL
 
 
 def register(name: str = "fastseq") -> None:
@@ -123,19 +125,25 @@ def attention(
     """
     if cache is not None:
         raise NotImplementedError("fastseq attention does not read the paged cache of continuous batching; choose 'sdpa' for it")
+    sunk = s_aux is not None or sinks is not None
     if indices is not None or block_indices is not None:
         attention_mask = _selected(module, query, key, attention_mask, indices, block_indices, kwargs.get("position_ids"))
-    wanted = _weights_wanted(output_attentions)
-    sunk = s_aux is not None or sinks is not None
-    if not (wanted or softcap or sunk or sliding_window) and plain_call():
+    if not (output_attentions or softcap or sunk or sliding_window) and plain_call(True) and not _weights_wanted(None):
         causal = attention_mask is None and query.shape[2] > 1 and _causal(module, is_causal)
+        if attention_mask is None and position_bias is None and not dropout and not torch.is_grad_enabled():
+            known = None if query.is_nested or key.is_nested or value.is_nested else eager.shortest.get(False)
+            if known is not None and type(query) is type(key) is type(value) is Tensor and type(scaling) is float:
+                out = known[0](query, key, value, scaling, known[1] | (_SHORT_CAUSAL if causal else _SHORT))
+                if out is not None:
+                    return out.transpose(1, 2), None
         mask = attention_mask if position_bias is None else position_bias
         alone = position_bias is None or (attention_mask is None and not causal)  # but for a mask there is room for one tensor
-        if alone and not backends.watched() and (mask is None or (type(mask) is Tensor and mask.dim() == 4)):
+        if alone and (mask is None or (type(mask) is Tensor and mask.dim() == 4)):
             grouped = query.shape[1] != key.shape[1]
             out = eager.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scaling, grouped)
             if out is not None:
                 return out.transpose(1, 2).contiguous(), None
+    wanted = _weights_wanted(output_attentions)
     if attention_mask is not None and attention_mask.dim() != 4:
         raise RuntimeError(f"attention_mask must be [B, H or 1, Tq, Tk], got {list(attention_mask.shape)}")
     if query.shape[0] == 1:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, masking_utils
 
+from ..ops._dispatch import plain_call
+
 
 class Band(NamedTuple):
     """The keys before and after its place that a query sees; -1: all."""
@@ -197,6 +199,29 @@ kinds_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _known_kinds: dict[type, tuple[str, ...] | None] = {}
 
 
+_causal, _bidirectional = masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function
+
+
+def _plain_mask(
+    batch: int, queries: int, keys: int, q_offset: int | Tensor, kv_offset: int, causal: bool, padding: Tensor | None
+) -> Any:
+    """The mask of what is causal, or sees all, and padded at most, from as few operations as it takes: between a model's layers each
+    costs more than the attention of a token. NotImplemented: another kind of call."""
+    if type(padding) is not Tensor or not padding.is_cpu or padding.dtype != torch.bool or queries * keys > SHORT:
+        return NotImplemented
+    if kv_offset != 0 or padding.shape != (batch, keys) or not plain_call():
+        return NotImplemented
+    last = queries == 1 and type(q_offset) is int and q_offset >= keys - 1  # one query, which stands at the last key
+    if causal and not last and not (queries == keys and type(q_offset) is int and q_offset == 0):
+        return NotImplemented
+    if padding.all():
+        return None
+    of_keys = padding.clone()[:, None, None]  # which a model may change
+    if causal and not last:
+        return torch.ones(queries, keys, dtype=torch.bool).tril_() & of_keys
+    return of_keys.expand(batch, 1, queries, keys)
+
+
 def mask(
     batch_size: int,
     q_length: int,
@@ -239,6 +264,10 @@ def mask(
             **kwargs,
         )
     skips = allow_is_causal_skip and (kinds is None or ("_supports_sdpa" in kinds and ASKS not in kinds))
+    if (skips and mask_function is _causal) or (allow_is_bidirectional_skip and mask_function is _bidirectional):
+        seen = _plain_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function is _causal, attention_mask)
+        if seen is not NotImplemented:
+            return seen
     short = q_length * kv_length <= SHORT and torch.device(device).type == "cpu"
     whole = short or masking_utils.is_tracing(attention_mask)
     texts = _texts(mask_function) if not whole and attention_mask is None else None

@@ -124,7 +124,14 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(integration, "fused_attention", counted(integration.fused_attention, False))
     monkeypatch.setattr(integration, "attention_output", counted(integration.attention_output, True))
-    eager = SimpleNamespace(scaled_dot_product_attention=counted(integration.eager.scaled_dot_product_attention, True))
+    own = integration.eager
+
+    def shortest(gradients):
+        known = own.shortest.get(gradients)
+        return known and (counted(known[0], True), known[1])
+
+    whole = counted(own.scaled_dot_product_attention, True)
+    eager = SimpleNamespace(scaled_dot_product_attention=whole, shortest=SimpleNamespace(get=shortest))
     monkeypatch.setattr(integration, "eager", eager)
     monkeypatch.setattr(integration.masks, "SHORT", 0)  # as long sequences are treated
     integration.register()
@@ -503,6 +510,39 @@ def test_mask_says_what_sdpas_says(name, padding, q_length, kv_length, q_offset,
     assert torch.equal(mask | False, expected)
     asked = masks.mask(*given, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     assert type(asked) is Tensor and torch.equal(asked, expected)
+
+
+@pytest.mark.parametrize("name", ["causal", "bidirectional", "sliding"])
+@pytest.mark.parametrize("padding", ["none", "ones", "right", "left"])
+@pytest.mark.parametrize("q_length, kv_length, q_offset, kv_offset", [(7, 7, 0, 0), (1, 7, 6, 0), (1, 7, 3, 0), (3, 7, 4, 0), (1, 5, 6, 2)])
+def test_short_mask_is_sdpas(name, padding, q_length, kv_length, q_offset, kv_offset, monkeypatch):
+    """Element for element, and None where that is None; a model that changes it changes nothing of the caller's."""
+    monkeypatch.setattr(integration.masks, "SHORT", 256 * 256)
+    time = kv_length + kv_offset
+    seen = torch.ones(BATCH, time, dtype=torch.bool) if padding == "ones" else padding_of(padding, time=time)
+    seen = None if seen is None else seen.bool()
+    before = None if seen is None else seen.clone()
+    given = (BATCH, q_length, kv_length, q_offset, kv_offset, FUNCTIONS[name], seen)
+    skips = {"allow_is_causal_skip": name == "causal", "allow_is_bidirectional_skip": name == "bidirectional"}
+    expected, found = masking_utils.sdpa_mask(*given, **skips), masks.mask(*given, **skips)
+    assert (found is None) == (expected is None)
+    if found is not None:
+        assert type(found) is Tensor and torch.equal(found, expected)
+        found.zero_()
+    assert seen is None or torch.equal(seen, before)
+
+
+def test_a_short_mask_takes_few_operations(monkeypatch):
+    """As many as it has to: between the layers of a small model each costs more than the attention of a token."""
+    monkeypatch.setattr(integration.masks, "SHORT", 256 * 256)
+    ways = []
+    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda *args, **kwargs: ways.append(args))
+    seen = padding_of("left", time=7).bool()
+    for q_length, q_offset in ((1, 6), (7, 0)):
+        for function in (FUNCTIONS["causal"], FUNCTIONS["bidirectional"]):
+            masks.mask(BATCH, q_length, 7, q_offset, 0, function, seen, allow_is_bidirectional_skip=True)
+            masks.mask(BATCH, q_length, 7, q_offset, 0, function, seen | True, allow_is_bidirectional_skip=True)
+    assert not ways
 
 
 def test_a_changed_mask_is_obeyed():
