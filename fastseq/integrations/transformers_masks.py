@@ -205,8 +205,8 @@ _causal, _bidirectional = masking_utils.causal_mask_function, masking_utils.bidi
 def _plain_mask(
     batch: int, queries: int, keys: int, q_offset: int | Tensor, kv_offset: int, causal: bool, padding: Tensor | None
 ) -> Any:
-    """The mask of what is causal, or sees all, and padded at most, from as few operations as it takes: between a model's layers each
-    costs more than the attention of a token. NotImplemented: another kind of call."""
+    """The mask of what is causal, or sees all, and padded at most, from as few operations as it takes: between a model's layers
+    each costs more than the attention of a token. NotImplemented: another kind of call."""
     if type(padding) is not Tensor or not padding.is_cpu or padding.dtype != torch.bool or queries * keys > SHORT:
         return NotImplemented
     if kv_offset != 0 or padding.shape != (batch, keys) or not plain_call():

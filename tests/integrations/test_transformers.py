@@ -514,7 +514,9 @@ def test_mask_says_what_sdpas_says(name, padding, q_length, kv_length, q_offset,
 
 @pytest.mark.parametrize("name", ["causal", "bidirectional", "sliding"])
 @pytest.mark.parametrize("padding", ["none", "ones", "right", "left"])
-@pytest.mark.parametrize("q_length, kv_length, q_offset, kv_offset", [(7, 7, 0, 0), (1, 7, 6, 0), (1, 7, 3, 0), (3, 7, 4, 0), (1, 5, 6, 2)])
+@pytest.mark.parametrize(
+    "q_length, kv_length, q_offset, kv_offset", [(7, 7, 0, 0), (1, 7, 6, 0), (1, 7, 3, 0), (3, 7, 4, 0), (1, 5, 6, 2)]
+)
 def test_short_mask_is_sdpas(name, padding, q_length, kv_length, q_offset, kv_offset, monkeypatch):
     """Element for element, and None where that is None; a model that changes it changes nothing of the caller's."""
     monkeypatch.setattr(integration.masks, "SHORT", 256 * 256)
