@@ -207,12 +207,16 @@ def _plain_mask(
 ) -> Any:
     """The mask of what is causal, or sees all, and padded at most, from as few operations as it takes: between a model's layers
     each costs more than the attention of a token. NotImplemented: another kind of call."""
-    if type(padding) is not Tensor or not padding.is_cpu or padding.dtype != torch.bool or queries * keys > SHORT:
-        return NotImplemented
-    if kv_offset != 0 or padding.shape != (batch, keys) or not plain_call():
+    if kv_offset != 0 or not plain_call():
         return NotImplemented
     last = queries == 1 and type(q_offset) is int and q_offset >= keys - 1  # one query, which stands at the last key
     if causal and not last and not (queries == keys and type(q_offset) is int and q_offset == 0):
+        return NotImplemented
+    if padding is None:
+        return None
+    if type(padding) is not Tensor or not padding.is_cpu or padding.dtype != torch.bool or queries * keys > SHORT:
+        return NotImplemented
+    if padding.shape != (batch, keys):
         return NotImplemented
     if padding.all():
         return None

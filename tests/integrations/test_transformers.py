@@ -544,6 +544,7 @@ def test_a_short_mask_takes_few_operations(monkeypatch):
         for function in (FUNCTIONS["causal"], FUNCTIONS["bidirectional"]):
             masks.mask(BATCH, q_length, 7, q_offset, 0, function, seen, allow_is_bidirectional_skip=True)
             masks.mask(BATCH, q_length, 7, q_offset, 0, function, seen | True, allow_is_bidirectional_skip=True)
+            masks.mask(BATCH, q_length, 7, q_offset, 0, function, None, allow_is_bidirectional_skip=True)
     assert not ways
 
 
