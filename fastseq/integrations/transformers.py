@@ -138,6 +138,10 @@ def attention(
                     return out.transpose(1, 2), None
         mask = attention_mask if position_bias is None else position_bias
         alone = position_bias is None or (attention_mask is None and not causal)  # but for a mask there is room for one tensor
+        if not alone and query.shape[2] == 1 and not torch.is_grad_enabled() and type(attention_mask) is Tensor:
+            hides = attention_mask.dtype == torch.bool  # of a single query the sum is small
+            mask = torch.where(attention_mask, position_bias, -torch.inf) if hides else attention_mask + position_bias
+            alone = True
         if alone and (mask is None or (type(mask) is Tensor and mask.dim() == 4)):
             grouped = query.shape[1] != key.shape[1]
             out = eager.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scaling, grouped)

@@ -583,6 +583,21 @@ def test_without_a_mask(tq, is_causal, window):
     assert weights is None and out.is_contiguous()
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_mask_and_position_bias_of_a_token(added, monkeypatch):
+    """A token of T5 beside a padded prompt goes the shortest way, and a row that sees nothing gives zeros."""
+    monkeypatch.setattr(integration, "attention_output", None)
+    q, (k, v) = torch.randn(BATCH, 2, 1, 8), torch.randn(2, BATCH, 2, 6, 8)
+    mask, bias = torch.rand(BATCH, 1, 1, 6) > 0.4, torch.randn(1, 2, 1, 6)
+    mask[0], mask[1:, ..., 2] = False, True
+    lowest = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    with torch.no_grad():
+        out, _ = integration.attention(torch.nn.Module(), q, k, v, lowest if added else mask, position_bias=bias)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, lowest + bias).transpose(1, 2)
+    torch.testing.assert_close(out[1:], expected[1:])
+    assert not out[0].any()
+
+
 def test_floating_mask_and_position_bias():
     """Both are added; a single query row set serves every sequence."""
     q, (k, v) = torch.randn(1, 2, 5, 8), torch.randn(2, BATCH, 2, 6, 8)
