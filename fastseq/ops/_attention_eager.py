@@ -400,6 +400,8 @@ class _Projected(torch.autograd.Function):
         heads, batch_first, causal, dropout = ctx.rest
         if torch.is_grad_enabled():
             return None, None, None, None, *_projected_through_reference(ctx, projected, seed, dout, dw)
+        if any([grad is not None and is_batched(grad) for grad in (dout, dw)]):
+            return None, None, None, None, *_projected_through_op(ctx, projected, seed, out, lse, dout, dw)
         if dout is None:
             dout = torch.zeros_like(out)
         backward, masks = torch.ops.fastseq_native.projected_attention_backward.default, (padding, mask)
@@ -410,14 +412,42 @@ class _Projected(torch.autograd.Function):
 _projected = lean(_Projected)
 
 
+def _heads(ctx, parts):
+    """[N, H, T, E / H] of each run of E features, in one to three tensors."""
+    heads, batch_first, *_ = ctx.rest
+    features = sum(part.shape[-1] for part in parts) // (3 * heads)
+    order = (2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)
+    return [each for part in parts for each in part.reshape(*part.shape[:-1], -1, heads, features).permute(order).unbind(0)]
+
+
+def _projected_through_op(ctx, projected, seed, out, lse, dout, dw):
+    """Of many gradients at once (is_grads_batched=True), which the op takes one by one."""
+    heads, batch_first, *_ = ctx.rest
+    q, k, v = _heads(ctx, projected)
+    spec, needs = ctx.meaning()._replace(seed=seed), (True, True, True, *[False] * len(Spec._fields))
+    order, back = ((0, 2, 1, 3), (0, 2, 1, 3)) if batch_first else ((1, 2, 0, 3), (2, 0, 1, 3))
+    found: Any = [None] * len(needs)
+    if dout is not None:
+        of_heads = [t.reshape(*t.shape[:-1], heads, -1).permute(order) for t in (dout, out)]
+        found = op._through_output(needs, of_heads[0].contiguous(), None, q, k, v, of_heads[1], lse, spec)
+    if dw is not None:
+        found = op._sums(found, op._through_weights(needs, dw, q, k, lse, spec, ctx.average))
+    width, results = q.shape[1] * q.shape[3], []
+    rows = [None if grad is None else grad.permute(back) for grad in found[:3]]  # and no views that batches have not
+    grads = iter([None if grad is None else grad.reshape(*grad.shape[:2], width) for grad in rows])
+    for part in projected:
+        own = [next(grads) for _ in range(part.shape[-1] // width)]
+        none = next((torch.zeros_like(grad) for grad in own if grad is not None), None)
+        results.append(None if none is None else torch.cat([none if grad is None else grad for grad in own], -1))
+    return results
+
+
 def _projected_through_reference(ctx, projected, seed, dout, dw):
     """With a graph of its own (create_graph=True)."""
-    heads, batch_first, *_ = ctx.rest
-    features = sum(part.shape[-1] for part in projected) // (3 * heads)
+    _, batch_first, *_ = ctx.rest
     with _plain_dtypes(projected[0]):
         projected = [part.view_as(part) for part in projected]
-        order = (2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)
-        q, k, v = (each for part in projected for each in part.unflatten(-1, (-1, heads, features)).permute(order).unbind(0))
+        q, k, v = _heads(ctx, projected)
         spec = ctx.meaning()._replace(seed=seed)
         out, _ = reference.forward(q, k, v, spec)
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(-2)

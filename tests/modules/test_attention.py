@@ -346,6 +346,27 @@ class TestCost:
         ours(*arguments, **masks(mask, L, keys, batched, torch.float32), need_weights=weights)
         assert len(found) == 1 and found[0] is not None
 
+    @pytest.mark.parametrize("wanted", ["out", "weights", "both"])
+    @pytest.mark.parametrize("kind", ["self", "memory", "positions", "distinct"])
+    @pytest.mark.parametrize("batch_first", [False, True])
+    def test_gradients_in_batches(self, batch_first, kind, wanted):
+        """is_grads_batched=True: all cotangents in one call give what each gives alone."""
+        _, ours = both(torch.float32, batch_first=batch_first)
+        arguments = inputs(kind, batch_first, True, torch.float32)
+        leaves = [t.requires_grad_() for t in {id(t): t for t in arguments}.values()]
+        out, weights = ours(*arguments, need_weights=True)
+        results = {"out": [out], "weights": [weights], "both": [out, weights]}[wanted]
+        many = [torch.randn(3, *result.shape) for result in results]
+        options = dict(retain_graph=True, allow_unused=True)
+        together = torch.autograd.grad(results, leaves, many, is_grads_batched=True, **options)
+        alone = [torch.autograd.grad(results, leaves, [cotangent[i] for cotangent in many], **options) for i in range(3)]
+        for i, found in enumerate(together):
+            each = [grads[i] for grads in alone]
+            if found is None:
+                assert not torch.stack(each).any()
+            else:
+                torch.testing.assert_close(found, torch.stack(each))
+
     @pytest.mark.parametrize("mask", ["padding, attn added", "padding added, attn", "both added"])
     @pytest.mark.parametrize("kind", ["self", "memory"])
     @pytest.mark.filterwarnings("ignore:Support for mismatched")
