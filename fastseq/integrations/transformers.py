@@ -139,6 +139,7 @@ def attention(
         mask = attention_mask if position_bias is None else position_bias
         alone = position_bias is None or (attention_mask is None and not causal)  # but for a mask there is room for one tensor
         if not alone and query.shape[2] == 1 and not torch.is_grad_enabled() and type(attention_mask) is Tensor:
+            assert position_bias is not None
             hides = attention_mask.dtype == torch.bool  # of a single query the sum is small
             mask = torch.where(attention_mask, position_bias, -torch.inf) if hides else attention_mask + position_bias
             alone = True
