@@ -114,11 +114,11 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
         "bool need_weights, bool average_attn_weights) -> Tensor[]");
   m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor[]");
   m.def("linear_backward(Tensor dout, Tensor input, Tensor weight, bool[] wanted) -> Tensor[]");
-  m.def("self_attention(Tensor projected, int num_heads, Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, "
+  m.def("projected_attention(Tensor[] projected, int num_heads, Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, "
         "bool is_causal, float dropout, Tensor? seed, bool need_weights, bool average_attn_weights) -> Tensor[]");
-  m.def("self_attention_backward(Tensor dout, Tensor? dweights, Tensor projected, Tensor out, Tensor lse, int num_heads, "
+  m.def("projected_attention_backward(Tensor dout, Tensor? dweights, Tensor[] projected, Tensor out, Tensor lse, int num_heads, "
         "Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, bool is_causal, float dropout, Tensor? seed, "
-        "bool average_attn_weights) -> Tensor");
+        "bool average_attn_weights) -> Tensor[]");
   m.def("transformer_encoder_layer(Tensor src, Tensor[] parameters, int num_heads, bool gelu, bool norm_first, float eps, "
         "Tensor? src_mask, Tensor? src_key_padding_mask, bool batch_first, bool is_causal) -> Tensor[]");
   // The benchmark suite `limits` measures the machine with these; no module and no function of fastseq calls them.
@@ -137,7 +137,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("attention_with_weights", TORCH_BOX(&fastseq::cpu::attention_with_weights));
   m.impl("attention_weights", TORCH_BOX(&fastseq::cpu::attention_weights));
   m.impl("linear_backward", TORCH_BOX(&fastseq::cpu::linear_backward));
-  m.impl("self_attention_backward", TORCH_BOX(&fastseq::cpu::self_attention_backward));
+  m.impl("projected_attention_backward", TORCH_BOX(&fastseq::cpu::projected_attention_backward));
   m.impl("attention_decode", TORCH_BOX(&fastseq::cpu::attention_decode));
   m.impl("recurrent_gradients", TORCH_BOX(&fastseq::cpu::recurrent_gradients));
   m.impl("scan_forward", TORCH_BOX(&fastseq::cpu::scan_forward));
@@ -167,7 +167,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("scaled_dot_product_attention_backward", TORCH_BOX(&fastseq::cpu::scaled_dot_product_attention_backward));
   m.impl("multihead_attention", TORCH_BOX(&fastseq::cpu::multihead_attention));
   m.impl("linear", TORCH_BOX(&fastseq::cpu::linear_forward));
-  m.impl("self_attention", TORCH_BOX(&fastseq::cpu::self_attention));
+  m.impl("projected_attention", TORCH_BOX(&fastseq::cpu::projected_attention));
   m.impl("transformer_encoder_layer", TORCH_BOX(&fastseq::cpu::transformer_encoder_layer));
   m.impl("attention_with_kv_cache", TORCH_BOX(&fastseq::cpu::attention_with_kv_cache));
   m.impl("scan_layers", TORCH_BOX(&fastseq::cpu::scan_layers));

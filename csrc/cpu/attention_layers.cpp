@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -357,7 +358,24 @@ Tensor inverted(const Tensor& mask, Sizes sizes) {
   return seen;
 }
 
-// What the two masks of nn.MultiheadAttention say; false: not what they have to be, or both are added.
+// What is added to the scores, [1 or N, 1 or H, L, S], with what is added to those of each key, [N, S]: new.
+Tensor with_padding(const Tensor& bias, const Tensor& padding) {
+  const int64_t N = padding.size(0), S = padding.size(1), H = bias.size(1), L = bias.size(2);
+  const Tensor sum = empty({N, H, L, S}, bias.scalar_type());
+  const int64_t of_n = bias.size(0) == 1 ? 0 : bias.stride(0), of_h = bias.stride(1), i = bias.stride(2), j = bias.stride(3);
+  with_storage(type_of(bias.scalar_type()), [&]<class A>() {
+    const auto *added = static_cast<const A*>(data(padding)), *own = static_cast<const A*>(data(bias));
+    auto* to = static_cast<A*>(mutable_data(sum));
+    for (int64_t n = 0; n < N; ++n, added += S)
+      for (int64_t row = 0; row < H * L; ++row, to += S) {
+        const A* from = own + n * of_n + row / L * of_h + row % L * i;
+        for (int64_t key = 0; key < S; ++key) to[key] = static_cast<A>(from[key * j] + added[key]);
+      }
+  });
+  return sum;
+}
+
+// What the two masks of nn.MultiheadAttention say; false: not what they have to be, or both are added, in different dtypes.
 bool read_masks(std::optional<Tensor> padding, std::optional<Tensor> attn_mask, int64_t N, int64_t H, int64_t L, int64_t S,
                 ScalarType type, AttentionSpec& to) {
   if (attn_mask) {
@@ -381,8 +399,8 @@ bool read_masks(std::optional<Tensor> padding, std::optional<Tensor> attn_mask, 
   if ((added && !may_be_added(*padding, type)) || !padding->is_contiguous()) return false;
   const auto hidden = padded(*padding);
   if (!hidden) {  // numbers to be added
-    if (to.bias) return false;
-    to.bias = view(*padding, {N, 1, 1, S}, {S, 0, 0, 1});
+    if (to.bias && to.bias->scalar_type() != padding->scalar_type()) return false;
+    to.bias = to.bias ? with_padding(*to.bias, view(*padding, {N, S}, {S, 1})) : view(*padding, {N, 1, 1, S}, {S, 0, 0, 1});
     return true;
   }
   // keys behind the last that is seen cost nothing if they are told as a length
@@ -404,7 +422,6 @@ bool read_masks(std::optional<Tensor> padding, std::optional<Tensor> attn_mask, 
     to.mask = seen;
     return true;
   }
-  if (to.bias) return false;
   Tensor bias = empty({N, 1, 1, S}, type);
   with_storage(type_of(type), [&]<class A>() {
     std::transform(hidden->begin(), hidden->end(), static_cast<A*>(mutable_data(bias)),
@@ -483,67 +500,86 @@ namespace {
 
 // What a layer with gradients computes between its projections, as its two passes see it.
 struct Between {
-  Batch batch;  // of the projected rows
   int64_t heads, features;  // H, E
+  int64_t batch, time;  // dimensions of the projected tensors
   Tensor q, k, v;
   AttentionSpec spec;
 
-  static std::optional<Between> of(const Tensor& projected, int64_t H, const std::optional<Tensor>& padding,
+  static std::optional<Between> of(const std::vector<Tensor>& projected, int64_t H, const std::optional<Tensor>& padding,
                                    const std::optional<Tensor>& attn_mask, bool batch_first, bool causal, double dropout,
                                    const std::optional<Tensor>& seed) {
-    const ScalarType type = projected.scalar_type();
-    const int64_t E = projected.size(-1) / 3;
-    if (!plain(projected) || !is_stored(type) || projected.dim() != 3 || projected.numel() == 0 || E % H) return {};
-    Between between{Batch::of(projected, batch_first), H, E, projected, projected, projected, {}};
-    const Batch& x = between.batch;
+    if (projected.empty() || projected.size() > 3) return {};
+    const Tensor& first = projected[0];
+    const int64_t batch = batch_first ? 0 : 1, time = 1 - batch;
+    int64_t all = 0;
+    for (const Tensor& x : projected) {
+      if (!plain(x) || x.scalar_type() != first.scalar_type() || x.dim() != 3 || x.numel() == 0) return {};
+      if (x.stride(-1) != 1 || x.size(batch) != first.size(batch)) return {};
+      all += x.size(-1);
+    }
+    const int64_t E = all / 3;
+    if (!is_stored(first.scalar_type()) || all % 3 || E % H) return {};
+    for (const Tensor& x : projected)
+      if (x.size(-1) % E) return {};
+    Between between{H, E, batch, time, first, first, first, {}};
+    const auto [q, k, v] = between.parts(projected);
+    if (v.size(2) != k.size(2)) return {};
     AttentionSpec& spec = between.spec;
     spec.scale = 1 / std::sqrt(static_cast<double>(E / H)), spec.right = causal ? 0 : -1;
     spec.dropout = dropout, spec.seed = seed;
-    if (!read_masks(padding, causal ? std::nullopt : attn_mask, x.sequences, H, x.length, x.length, type, spec)) return {};
-    between.q = between.part(x.rows, 0), between.k = between.part(x.rows, 1), between.v = between.part(x.rows, 2);
+    const auto mask = causal ? std::nullopt : attn_mask;
+    if (!read_masks(padding, mask, q.size(0), H, q.size(2), k.size(2), first.scalar_type(), spec)) return {};
+    between.q = q, between.k = k, between.v = v;
     return between;
   }
 
-  // q, k or v of projected rows, or of their gradient
-  Tensor part(const Tensor& rows, int64_t which) const { return batch.heads(rows, heads, features / heads, which * features); }
-  // [N, H, L, D] of [N, L, E] or [L, N, E]
-  Tensor of_heads(const Tensor& given, bool batch_first) const {
-    const int64_t b = given.stride(batch_first ? 0 : 1), t = given.stride(batch_first ? 1 : 0), D = features / heads;
-    return view(given, {batch.sequences, heads, batch.length, D}, {b, D, t, 1});
+  // [N, H, T, D] of E features, from `first` on
+  Tensor of_heads(const Tensor& given, int64_t first = 0) const {
+    const int64_t D = features / heads;
+    return view(given, {given.size(batch), heads, given.size(time), D}, {given.stride(batch), D, given.stride(time), 1}, first);
+  }
+  // q, k and v of projected tensors, or of their gradients: E features each, one after another
+  std::array<Tensor, 3> parts(const std::vector<Tensor>& given) const {
+    std::vector<Tensor> found;
+    for (const Tensor& x : given)
+      for (int64_t first = 0; first < x.size(-1); first += features) found.push_back(of_heads(x, first));
+    return {found[0], found[1], found[2]};
   }
 };
 
 }  // namespace
 
-std::vector<Tensor> self_attention(Tensor projected, int64_t num_heads, std::optional<Tensor> key_padding_mask,
-                                   std::optional<Tensor> attn_mask, bool batch_first, bool is_causal, double dropout,
-                                   std::optional<Tensor> seed, bool need_weights, bool average_attn_weights) {
+std::vector<Tensor> projected_attention(std::vector<Tensor> projected, int64_t num_heads, std::optional<Tensor> key_padding_mask,
+                                        std::optional<Tensor> attn_mask, bool batch_first, bool is_causal, double dropout,
+                                        std::optional<Tensor> seed, bool need_weights, bool average_attn_weights) {
   const auto found = Between::of(projected, num_heads, key_padding_mask, attn_mask, batch_first, is_causal, dropout, seed);
   if (!found) return {};
   const Between& x = *found;
-  const ScalarType type = projected.scalar_type();
-  const int64_t N = x.batch.sequences, L = x.batch.length, H = num_heads;
-  const Tensor rows = empty({N * L, x.features}, type);
-  const Tensor lse = empty({N, H, L}, wide_of(type));
-  std::vector<Tensor> results{x.batch.shaped(rows, projected, batch_first), lse};
+  const ScalarType type = projected[0].scalar_type();
+  const int64_t N = x.q.size(0), H = num_heads, L = x.q.size(2), S = x.k.size(2);
+  const Tensor out = empty({projected[0].size(0), projected[0].size(1), x.features}, type), lse = empty({N, H, L}, wide_of(type));
+  std::vector<Tensor> results{out, lse};
   std::optional<Tensor> weights;
-  if (need_weights) weights = average_attn_weights ? empty({N, L, L}, type) : empty({N, H, L, L}, type);
-  attention_into(x.q, x.k, x.v, x.spec, x.part(rows, 0), lse, weights, average_attn_weights);
+  if (need_weights) weights = average_attn_weights ? empty({N, L, S}, type) : empty({N, H, L, S}, type);
+  attention_into(x.q, x.k, x.v, x.spec, x.of_heads(out), lse, weights, average_attn_weights);
   if (need_weights) results.push_back(*weights);
   return results;
 }
 
-Tensor self_attention_backward(Tensor dout, std::optional<Tensor> dweights, Tensor projected, Tensor out, Tensor lse, int64_t num_heads,
-                               std::optional<Tensor> key_padding_mask, std::optional<Tensor> attn_mask, bool batch_first, bool is_causal,
-                               double dropout, std::optional<Tensor> seed, bool average_attn_weights) {
+std::vector<Tensor> projected_attention_backward(Tensor dout, std::optional<Tensor> dweights, std::vector<Tensor> projected, Tensor out,
+                                                 Tensor lse, int64_t num_heads, std::optional<Tensor> key_padding_mask,
+                                                 std::optional<Tensor> attn_mask, bool batch_first, bool is_causal, double dropout,
+                                                 std::optional<Tensor> seed, bool average_attn_weights) {
   const auto found = Between::of(projected, num_heads, key_padding_mask, attn_mask, batch_first, is_causal, dropout, seed);
-  STD_TORCH_CHECK(found, "self_attention_backward is given what self_attention takes");
+  STD_TORCH_CHECK(found, "projected_attention_backward is given what projected_attention takes");
   const Between& x = *found;
-  const Tensor rows = empty({x.batch.count(), 3 * x.features}, projected.scalar_type());
+  std::vector<Tensor> results;
+  for (const Tensor& of : projected) results.push_back(contiguous_like(of));
+  const auto [dq, dk, dv] = x.parts(results);
   const Tensor gradient = dout.stride(-1) == 1 ? dout : torch::stable::contiguous(dout);
-  attention_backward_into(x.of_heads(gradient, batch_first), dweights, average_attn_weights, x.q, x.k, x.v, x.of_heads(out, batch_first),
-                          lse, x.spec, x.part(rows, 0), x.part(rows, 1), x.part(rows, 2), {});
-  return x.batch.shaped(rows, projected, batch_first);
+  attention_backward_into(x.of_heads(gradient), dweights, average_attn_weights, x.q, x.k, x.v, x.of_heads(out), lse, x.spec, dq, dk, dv,
+                          {});
+  return results;
 }
 
 const LayerNormKernels& layer_norm_kernels() {

@@ -52,16 +52,17 @@ std::vector<Tensor> linear_forward(Tensor input, Tensor weight, std::optional<Te
 // The gradients of input, weight and bias, of size 0 where not wanted; by torch's products where the own ones do not take the numbers.
 std::vector<Tensor> linear_backward(Tensor dout, Tensor input, Tensor weight, std::vector<bool> wanted);
 
-// Self-attention between its projections, for a layer with gradients: `projected` [N, L, 3 E] (batch_first) or [L, N, 3 E] has q, k and v of
-// all heads; masks and options as above. Returns the heads' results, shaped as the input of the layer, the lse [N, H, L], the weights if
-// needed. A dropout needs a seed.
-std::vector<Tensor> self_attention(Tensor projected, int64_t num_heads, std::optional<Tensor> key_padding_mask,
-                                   std::optional<Tensor> attn_mask, bool batch_first, bool is_causal, double dropout,
-                                   std::optional<Tensor> seed, bool need_weights, bool average_attn_weights);
-// The gradient of `projected`, contiguous; dweights: that of the weights, if they have one.
-Tensor self_attention_backward(Tensor dout, std::optional<Tensor> dweights, Tensor projected, Tensor out, Tensor lse, int64_t num_heads,
-                               std::optional<Tensor> key_padding_mask, std::optional<Tensor> attn_mask, bool batch_first, bool is_causal,
-                               double dropout, std::optional<Tensor> seed, bool average_attn_weights);
+// Attention between its projections, for a layer with gradients: q, k and v of all heads, E features each, one after another in one to
+// three tensors `projected`, [N, L, ..] (batch_first) or [L, N, ..], of q or [.., S, ..] of k and v alone; masks and options as above.
+// Returns the heads' results, shaped as the input of the layer, the lse [N, H, L], the weights if needed. A dropout needs a seed.
+std::vector<Tensor> projected_attention(std::vector<Tensor> projected, int64_t num_heads, std::optional<Tensor> key_padding_mask,
+                                        std::optional<Tensor> attn_mask, bool batch_first, bool is_causal, double dropout,
+                                        std::optional<Tensor> seed, bool need_weights, bool average_attn_weights);
+// The gradients of `projected`, contiguous; dweights: that of the weights, if they have one.
+std::vector<Tensor> projected_attention_backward(Tensor dout, std::optional<Tensor> dweights, std::vector<Tensor> projected, Tensor out,
+                                                 Tensor lse, int64_t num_heads, std::optional<Tensor> key_padding_mask,
+                                                 std::optional<Tensor> attn_mask, bool batch_first, bool is_causal, double dropout,
+                                                 std::optional<Tensor> seed, bool average_attn_weights);
 
 // The forward of torch.nn.TransformerEncoderLayer with biases. Parameters: in_proj, out_proj, norm1, norm2, linear1, linear2, of each
 // weight and bias. activation: "relu" or "gelu".

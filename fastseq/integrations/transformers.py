@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..functional import attention as fused_attention
 from ..functional._attention_call import default_scale
 from ..functional._autocast import autocast_dtype
@@ -37,6 +36,9 @@ except (ImportError, AttributeError) as error:
     ) from error
 
 __all__ = ["attention", "register"]
+
+_SHORT = eager.SCALED | eager.LAID_OUT
+_SHORT_CAUSAL = _SHORT | eager.CAUSAL
 
 
 def register(name: str = "fastseq") -> None:
@@ -86,6 +88,9 @@ def attention(
     position_bias: Tensor | None = None,
     output_attentions: bool | None = None,
     cache: Any = None,
+    sinks: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What ``transformers.AttentionInterface`` calls.
@@ -106,6 +111,9 @@ def attention(
         position_bias: ``[B or 1, Hq or 1, Tq, Tk]``, added to the scores, with a gradient (T5).
         output_attentions: return the weights.
         cache: must be None.
+        sinks: ``[B, Hq, Tq, 1]``, the same as ``s_aux`` with a logit for each query.
+        indices: integers ``[B, Tq, N]``, the keys that a query sees, of those that the mask shows (DeepSeek's sparse attention).
+        block_indices: the same of blocks of keys, which ``module.indexer`` turns into a mask (MiniMax).
 
     Returns:
         out ``[B, Tq, Hq, Ev]``, and the weights ``[B, Hq, Tq, Tk]``, after dropout, or None if nobody asks for them.
@@ -117,21 +125,35 @@ def attention(
     """
     if cache is not None:
         raise NotImplementedError("fastseq attention does not read the paged cache of continuous batching; choose 'sdpa' for it")
-    wanted = _weights_wanted(output_attentions)
-    if not (wanted or softcap or s_aux is not None or sliding_window) and plain_call():
+    sunk = s_aux is not None or sinks is not None
+    if indices is not None or block_indices is not None:
+        attention_mask = _selected(module, query, key, attention_mask, indices, block_indices, kwargs.get("position_ids"))
+    if not (output_attentions or softcap or sunk or sliding_window) and plain_call(True) and not _weights_wanted(None):
         causal = attention_mask is None and query.shape[2] > 1 and _causal(module, is_causal)
+        if attention_mask is None and position_bias is None and not dropout and not torch.is_grad_enabled():
+            known = None if query.is_nested or key.is_nested or value.is_nested else eager.shortest.get(False)
+            if known is not None and type(query) is type(key) is type(value) is Tensor and type(scaling) is float:
+                out = known[0](query, key, value, scaling, known[1] | (_SHORT_CAUSAL if causal else _SHORT))
+                if out is not None:
+                    return out.transpose(1, 2), None
         mask = attention_mask if position_bias is None else position_bias
         alone = position_bias is None or (attention_mask is None and not causal)  # but for a mask there is room for one tensor
-        if alone and not backends.watched() and (mask is None or (type(mask) is Tensor and mask.dim() == 4)):
+        if not alone and query.shape[2] == 1 and not torch.is_grad_enabled() and type(attention_mask) is Tensor:
+            assert position_bias is not None
+            hides = attention_mask.dtype == torch.bool  # of a single query the sum is small
+            mask = torch.where(attention_mask, position_bias, -torch.inf) if hides else attention_mask + position_bias
+            alone = True
+        if alone and (mask is None or (type(mask) is Tensor and mask.dim() == 4)):
             grouped = query.shape[1] != key.shape[1]
             out = eager.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scaling, grouped)
             if out is not None:
                 return out.transpose(1, 2).contiguous(), None
+    wanted = _weights_wanted(output_attentions)
     if attention_mask is not None and attention_mask.dim() != 4:
         raise RuntimeError(f"attention_mask must be [B, H or 1, Tq, Tk], got {list(attention_mask.shape)}")
     if query.shape[0] == 1:
         query = query.expand(key.shape[0], -1, -1, -1)
-    if query.device.type == "cpu" and not (wanted or softcap or s_aux is not None or torch.compiler.is_compiling()):
+    if query.device.type == "cpu" and not (wanted or softcap or sunk or torch.compiler.is_compiling()):
         out = _as_sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, sliding_window, position_bias)
         if out is not None:
             return out.transpose(1, 2).contiguous(), None
@@ -143,7 +165,7 @@ def attention(
         options |= {"window_size": attention_mask.band, "offset": attention_mask.offset}
         if attention_mask.cu_seqlens is None:
             options |= {"attn_mask": attention_mask.keys, "seqlens_k": attention_mask.lengths}
-        elif bias is None and not wanted:
+        elif bias is None and not wanted and sinks is None:
             return _texts_apart(query, key, value, attention_mask.cu_seqlens, attention_mask.longest, options), None
         else:
             options["attn_mask"] = attention_mask.materialized()
@@ -151,9 +173,51 @@ def attention(
         bias = attention_mask if bias is None else bias + attention_mask
     else:
         options["attn_mask"] = attention_mask.materialized() if isinstance(attention_mask, masks.BandMask) else attention_mask
+    if sinks is not None:
+        return _with_sinks(query, key, value, sinks, wanted, {"attn_bias": bias, **options})
     result = fused_attention(query, key, value, attn_bias=bias, return_weights=wanted, **options)
     out, weights = result if wanted else (result, None)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _selected(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    indices: Tensor | None,
+    block_indices: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor:
+    """The mask of a model that hands over which keys a query sees, and does not put it into the mask itself (but for "eager" and
+    "sdpa")."""
+    if isinstance(mask, masks.BandMask):
+        mask = mask.materialized()
+    queries, keys = query.shape[2], key.shape[2]
+    if block_indices is not None:
+        if position_ids is None:
+            position_ids = torch.arange(keys - queries, keys, device=query.device)
+        places = position_ids.expand(query.shape[0], -1)
+        of_blocks: Tensor = module.indexer.build_block_mask(  # type: ignore[operator, union-attr]
+            block_indices, mask, keys, query.dtype, query.device, places
+        )
+        return of_blocks
+    assert indices is not None
+    seen = torch.zeros(indices.shape[0], queries, keys, dtype=torch.bool, device=query.device)
+    seen = seen.scatter(-1, indices.long(), True).unsqueeze(1)
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def _with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, wanted: bool, options: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with a logit for each query that takes part in its softmax and has no value."""
+    out, lse, *weights = fused_attention(query, key, value, return_lse=True, return_weights=wanted, **options)
+    share = torch.sigmoid(lse.unsqueeze(-1) - sinks)  # what the sink leaves
+    out = (out * share).to(out.dtype).transpose(1, 2).contiguous()
+    return out, (weights[0] * share).to(out.dtype) if wanted else None
 
 
 def _causal(module: torch.nn.Module, is_causal: bool | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel, masking_utils
+
+from ..ops._dispatch import plain_call
 
 
 class Band(NamedTuple):
@@ -167,22 +170,60 @@ def _padding(seen: Tensor | None, kv_length: int, kv_offset: int) -> tuple[Tenso
 
 
 _KINDS = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
+ASKS = "asks whether it runs sdpa"  # of models whose code does something else where it does not
 
 
 def kinds_of(config: type) -> tuple[str, ...] | None:
-    """Which of ``_KINDS`` the models say of themselves that have configurations of a class; None: there are no such models."""
+    """Which of ``_KINDS`` the models say of themselves that have configurations of a class, and `ASKS`; None: there are none."""
     place = sys.modules.get(config.__module__.replace("configuration_", "modeling_"))
-    models = [
-        kind
-        for kind in vars(place).values()
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.__module__ == place.__name__
+    own = [
+        kind for kind in vars(place).values() if isinstance(kind, type) and kind.__module__ == place.__name__
     ] if place else []  # fmt: skip
-    return tuple(name for name in _KINDS if any(getattr(kind, name, False) for kind in models)) if models else None
+    models = [kind for kind in own if issubclass(kind, PreTrainedModel)]
+    if not models:
+        return None
+    known = tuple(name for name in _KINDS if any(getattr(kind, name, False) for kind in models))
+    return (*known, ASKS) if any(_asks(function) for kind in own for function in vars(kind).values()) else known
+
+
+def _asks(function: Any) -> bool:
+    """Whether a function compares the name of the implementation with "sdpa"."""
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    if code is None or "_attn_implementation" not in code.co_names:
+        return False
+    return any(constant == "sdpa" or (type(constant) is tuple and "sdpa" in constant) for constant in code.co_consts)
 
 
 # Dynamo calls it as it comes there: what torch.compiler.assume_constant_result says, which would import all of Dynamo
 kinds_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _known_kinds: dict[type, tuple[str, ...] | None] = {}
+
+
+_causal, _bidirectional = masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function
+
+
+def _plain_mask(
+    batch: int, queries: int, keys: int, q_offset: int | Tensor, kv_offset: int, causal: bool, padding: Tensor | None
+) -> Any:
+    """The mask of what is causal, or sees all, and padded at most, from as few operations as it takes: between a model's layers
+    each costs more than the attention of a token. NotImplemented: another kind of call."""
+    if kv_offset != 0 or not plain_call():
+        return NotImplemented
+    last = queries == 1 and type(q_offset) is int and q_offset >= keys - 1  # one query, which stands at the last key
+    if causal and not last and not (queries == keys and type(q_offset) is int and q_offset == 0):
+        return NotImplemented
+    if padding is None:
+        return None
+    if type(padding) is not Tensor or not padding.is_cpu or padding.dtype != torch.bool or queries * keys > SHORT:
+        return NotImplemented
+    if padding.shape != (batch, keys):
+        return NotImplemented
+    if padding.all():
+        return None
+    of_keys = padding.clone()[:, None, None]  # which a model may change
+    if causal and not last:
+        return torch.ones(queries, keys, dtype=torch.bool).tril_() & of_keys
+    return of_keys.expand(batch, 1, queries, keys)
 
 
 def mask(
@@ -205,7 +246,8 @@ def mask(
     in compiled code.
 
     A model that does not know "sdpa" need not have its modules say whether they are causal (Pegasus-X), so that its causal masks
-    are never None. One that knows "eager" alone may have layers that add the mask to scores of their own (Informer): it gets the
+    are never None. Nor are they where a model cuts queries off if it does not run "sdpa" (Gemma 4), whose places only a mask
+    tells. One that knows "eager" alone may have layers that add the mask to scores of their own (Informer): it gets the
     elements of "eager".
     """
     config = type(kwargs.get("config"))
@@ -225,7 +267,11 @@ def mask(
             device=device,
             **kwargs,
         )
-    skips = allow_is_causal_skip and (kinds is None or "_supports_sdpa" in kinds)
+    skips = allow_is_causal_skip and (kinds is None or ("_supports_sdpa" in kinds and ASKS not in kinds))
+    if (skips and mask_function is _causal) or (allow_is_bidirectional_skip and mask_function is _bidirectional):
+        seen = _plain_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function is _causal, attention_mask)
+        if seen is not NotImplemented:
+            return seen
     short = q_length * kv_length <= SHORT and torch.device(device).type == "cpu"
     whole = short or masking_utils.is_tracing(attention_mask)
     texts = _texts(mask_function) if not whole and attention_mask is None else None

@@ -28,7 +28,7 @@ from .._arguments import checked_int
 from ..backends import library
 from ..functional._recording import recorder
 from ..functional._torch_attention import attention_and_weights, attention_output, seeded
-from ..ops._attention_eager import attended, self_attention
+from ..ops._attention_eager import projected_attention
 from ..ops._dispatch import PLAIN, plain_call, shared_sequence
 from ..ops._linear_eager import linear
 from ..ops.attention import Spec, attention, attention_weights
@@ -166,6 +166,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
             if results is not None:
+                warn_of_mixed(key_padding_mask, attn_mask)
                 return results
         if isinstance(query, Proxy):
             return as_leaf(
@@ -258,7 +259,7 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
                 return None
         if is_causal and (attn_mask is None or tuple(attn_mask.shape) != (self._steps(query), self._steps(key))):
             return None
-        if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
+        if key_padding_mask is not None and key_padding_mask.dim() != query.dim() - 1:
             return None
         dropout = self.dropout if self.training else 0.0
         gradients = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
@@ -291,23 +292,16 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             return self._in_one_call_of_one(query, key, value, key_padding_mask, need_weights, attn_mask, average, is_causal)
         if query.dim() != 3 or query.shape[-1] != self.embed_dim:
             return None
-        if query is key and key is value and weight is not None:
-            projected = linear(query, weight, bias)
-        elif not need_weights:
-            rows = self._between(query, key, value, key_padding_mask, attn_mask, is_causal, dropout)
-            return None if rows is None else (linear(rows, out_weight, out_bias), None)
-        elif query.shape == key.shape == value.shape and query.dtype == key.dtype == value.dtype and weight is not None:
-            projected = torch.cat([part.flatten(-2) for part in self._project(query, key, value)], -1)
-        else:
+        if not (query is key and key is value and weight is not None) and not self._are_beside(query, key, value):
             return None
+        batch, steps, keys = query.shape[0 if self.batch_first else 1], self._steps(query), self._steps(key)
 
         def meaning() -> Spec:
-            batch, steps = query.shape[0 if self.batch_first else 1], self._steps(query)
-            masks = self._masks(key_padding_mask, None if is_causal else attn_mask, batch, (steps, steps), 0, query.dtype)
+            masks = self._masks(key_padding_mask, None if is_causal else attn_mask, batch, (steps, keys), 0, query.dtype)
             return self._spec(*masks, is_causal)._replace(dropout=dropout)
 
-        results = self_attention(
-            projected,
+        results = projected_attention(
+            [linear(x, w, b) for x, _, w, b in self._runs(query, key, value)],
             self.num_heads,
             key_padding_mask,
             attn_mask,
@@ -345,44 +339,14 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
         out, weights = results
         return out.squeeze(place), None if weights is None else weights.squeeze(0)
 
-    def _between(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        dropout: float,
-    ) -> Tensor | None:
-        """What the output projection is given, of three inputs with a batch, the query's features and dtype being right.
-
-        None: the call is for another way.
-        """
+    def _are_beside(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether key and value with a batch are what they have to be beside a query that is."""
         if key.dim() != 3 or value.dim() != 3 or not query.dtype == key.dtype == value.dtype:
-            return None
-        if (key.shape[-1], value.shape[-1]) != (self.kdim, self.vdim) or key.shape[:2] != value.shape[:2] or key.numel() == 0:
-            return None
+            return False
+        if (key.shape[-1], value.shape[-1]) != (self.kdim, self.vdim) or key.shape[:2] != value.shape[:2]:
+            return False
         place = 0 if self.batch_first else 1
-        batch, steps, keys = query.shape[place], query.shape[1 - place], key.shape[1 - place]
-        if key.shape[place] != batch or (key_padding_mask is not None and key_padding_mask.shape != (batch, keys)):
-            return None
-        mask = None
-        if attn_mask is not None and not is_causal:
-            if attn_mask.shape not in ((steps, keys), (batch * self.num_heads, steps, keys)):
-                return None
-        if key_padding_mask is not None or not (attn_mask is None or is_causal):
-            mask, bias = self._masks(key_padding_mask, None if is_causal else attn_mask, batch, (steps, keys), 0, query.dtype)
-            if is_causal or (bias is not None and (mask is not None or bias.dtype != query.dtype)):
-                return None
-            mask = bias if mask is None else mask
-        q, k, v = self._project(query, key, value)
-        if place == 1:
-            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
-        out = attended(q, k, v, mask, float(dropout), is_causal, None, False, True, False)
-        if out is None:
-            return None
-        return (out if place == 0 else out.transpose(0, 1)).flatten(-2)
+        return key.shape[place] == query.shape[place] and key.numel() > 0 and value.numel() > 0
 
     def _steps(self, x: Tensor) -> int:
         return x.shape[1 if self.batch_first and x.dim() == 3 else 0]
@@ -424,25 +388,9 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_dim: int | None = None) -> list[Tensor]:
         """q, k and v, each [.., H, E / H], or with ``batch_dim`` [N, H, T, E / H]: one product for each run of the same input."""
-        heads, in_bias = (self.num_heads, self.head_dim), self.in_proj_bias  # once: it may be computed
-        biases: Any
-        weights: Any
-        if self._qkv_same_embed_dim:
-            if query is key and key is value:
-                runs = [(query, 3, self.in_proj_weight, in_bias)]
-            else:
-                counts = [2, 1] if query is key else [1, 2] if key is value else [1, 1, 1]
-                rows = [count * self.num_heads * self.head_dim for count in counts]
-                inputs = (query, value) if len(counts) == 2 else (query, key, value)
-                biases = [None] * len(rows) if in_bias is None else in_bias.split_with_sizes(rows)
-                weights = self.in_proj_weight.split_with_sizes(rows)
-                runs = list(zip(inputs, counts, weights, biases, strict=True))
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = [None] * 3 if in_bias is None else in_bias.split_with_sizes([self.num_heads * self.head_dim] * 3)
-            runs = list(zip((query, key, value), (1, 1, 1), weights, biases, strict=True))
+        heads = self.num_heads, self.head_dim
         projected: list[Tensor] = []
-        for x, count, weight, bias in runs:
+        for x, count, weight, bias in self._runs(query, key, value):
             y = F.linear(x, weight, bias)
             y = y.reshape(*y.shape[:-1], count, *heads)
             if batch_dim is None:
@@ -450,6 +398,23 @@ class MultiheadAttention(Interop, nn.MultiheadAttention):
             else:
                 projected += (y.permute(2, 0, 3, 1, 4) if batch_dim == 0 else y.permute(2, 1, 3, 0, 4)).unbind(0)
         return projected
+
+    def _runs(self, query: Tensor, key: Tensor, value: Tensor) -> list[tuple[Tensor, int, Any, Any]]:
+        """The inputs, of each how many of q, k and v it gives, with which weight and bias."""
+        in_bias = self.in_proj_bias  # once: it may be computed
+        biases: Any
+        weights: Any
+        if self._qkv_same_embed_dim:
+            if query is key and key is value:
+                return [(query, 3, self.in_proj_weight, in_bias)]
+            counts = [2, 1] if query is key else [1, 2] if key is value else [1, 1, 1]
+            rows = [count * self.num_heads * self.head_dim for count in counts]
+            inputs = (query, value) if len(counts) == 2 else (query, key, value)
+            biases = [None] * len(rows) if in_bias is None else in_bias.split_with_sizes(rows)
+            return list(zip(inputs, counts, self.in_proj_weight.split_with_sizes(rows), biases, strict=True))
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = [None] * 3 if in_bias is None else in_bias.split_with_sizes([self.num_heads * self.head_dim] * 3)
+        return list(zip((query, key, value), (1, 1, 1), weights, biases, strict=True))
 
     def _append(self, x: Tensor, row: Tensor | None) -> Tensor:
         """k or v [N, H, S, E / H], then the key that ``add_bias_kv`` learns and the zero of ``add_zero_attn``."""
@@ -602,10 +567,13 @@ def _check_types(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Te
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
-    if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
-        warnings.warn(
-            "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.", stacklevel=3
-        )
+    warn_of_mixed(key_padding_mask, attn_mask)
+
+
+def warn_of_mixed(padding: Tensor | None, mask: Tensor | None, names: str = "key_padding_mask and attn_mask") -> None:
+    """What torch says of masks of two types."""
+    if padding is not None and mask is not None and padding.dtype != mask.dtype:
+        warnings.warn(f"Support for mismatched {names} is deprecated. Use same type for both instead.", stacklevel=3)
 
 
 def _appended(mask: Tensor, count: int) -> Tensor:

@@ -17,7 +17,7 @@ from ..ops._dispatch import PLAIN, plain_call
 from ..ops._linear_eager import linear
 from ._checks import public
 from ._interop import Interop, as_leaf
-from .attention import MultiheadAttention, hooked
+from .attention import MultiheadAttention, hooked, warn_of_mixed
 
 __all__ = ["TransformerEncoderLayer"]
 
@@ -106,6 +106,7 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
         if not self.training and plain_call():
             out = self._in_one_call(src, src_mask, src_key_padding_mask, is_causal)
             if out is not None:
+                warn_of_mixed(src_key_padding_mask, src_mask, "src_key_padding_mask and src_mask")
                 return out
         if isinstance(src, Proxy):
             return as_leaf(self, src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=is_causal or None)
@@ -167,7 +168,7 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
                 return None
         if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given]):
             return None
-        if src_mask is not None and src_key_padding_mask is not None and src_mask.dtype != src_key_padding_mask.dtype:
+        if src_key_padding_mask is not None and src_key_padding_mask.dim() != src.dim() - 1:
             return None
         steps = src.shape[1 if attention.batch_first and src.dim() == 3 else 0]
         if is_causal and (src_mask is None or tuple(src_mask.shape) != (steps, steps)):

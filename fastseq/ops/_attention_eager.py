@@ -342,8 +342,8 @@ class _Attention(op._Attention):
 _attention = lean(_Attention)
 
 
-def self_attention(
-    projected: Tensor,
+def projected_attention(
+    projected: Sequence[Tensor],
     heads: int,
     padding: Tensor | None,
     mask: Tensor | None,
@@ -357,59 +357,97 @@ def self_attention(
     """What lies between the projections of ``nn.MultiheadAttention``: the output and, if asked for, the weights.
 
     Args:
-        projected: ``[N, L, 3 E]`` (batch first) or ``[L, N, 3 E]``, q, k and v of all heads.
+        projected: q, k and v of all heads, one after another in the last dimension of one to three tensors, ``[N, L, ..]`` (batch
+            first) or ``[L, N, ..]``.
         padding, mask: as the module takes them.
         meaning: the same as a ``Spec``, for derivatives of a kind that the library has not.
 
     None: the call is for another way, which also says what is wrong with it.
     """
+    global _native_projected
+    if _native_projected is None:
+        _native_projected = torch.ops.fastseq_native.projected_attention.default._op
     seed = random_seed() if dropout else None
     arguments = heads, padding, mask, batch_first, causal, dropout, seed
     with torch._C._AutoDispatchBelowAutograd():
-        results = torch.ops.fastseq_native.self_attention.default(projected, *arguments, weights, average)
+        results = _native_projected(projected, *arguments, weights, average)
     if not results:
         return None
-    if torch.is_grad_enabled() and projected.requires_grad:
-        return _self_attention(projected, results, arguments, average, meaning)
+    if torch.is_grad_enabled() and any([part.requires_grad for part in projected]):
+        return _projected(results, arguments, average, meaning, *projected)
     return [results[0], *results[2:]]
 
 
+_native_projected: Any = None
+
+
 @heeds_forward
-class _SelfAttention(torch.autograd.Function):
+class _Projected(torch.autograd.Function):
     """The same of results that are there already, differentiable in ``projected``."""
 
     @staticmethod
-    def forward(ctx, projected, results, arguments, average, meaning):
+    def forward(ctx, results, arguments, average, meaning, *projected):
         heads, padding, mask, batch_first, causal, dropout, seed = arguments
         out, lse, *weights = results
-        ctx.save_for_backward(projected, out, lse, padding, mask, seed)
+        ctx.save_for_backward(out, lse, padding, mask, seed, *projected)
         ctx.rest, ctx.average, ctx.meaning = (heads, batch_first, causal, dropout), average, meaning
         ctx.set_materialize_grads(False)
         return out, *weights
 
     @staticmethod
     def backward(ctx, dout, dw=None):
-        projected, out, lse, padding, mask, seed = ctx.saved_tensors
+        out, lse, padding, mask, seed, *projected = ctx.saved_tensors
         heads, batch_first, causal, dropout = ctx.rest
         if torch.is_grad_enabled():
-            return _self_through_reference(ctx, projected, seed, dout, dw), None, None, None, None
+            return None, None, None, None, *_projected_through_reference(ctx, projected, seed, dout, dw)
+        if any([grad is not None and is_batched(grad) for grad in (dout, dw)]):
+            return None, None, None, None, *_projected_through_op(ctx, projected, seed, out, lse, dout, dw)
         if dout is None:
             dout = torch.zeros_like(out)
-        backward, masks = torch.ops.fastseq_native.self_attention_backward.default, (padding, mask)
+        backward, masks = torch.ops.fastseq_native.projected_attention_backward.default, (padding, mask)
         rest = batch_first, causal, dropout, seed, ctx.average
-        return backward(dout, dw, projected, out, lse, heads, *masks, *rest), None, None, None, None
+        return None, None, None, None, *backward(dout, dw, projected, out, lse, heads, *masks, *rest)
 
 
-_self_attention = lean(_SelfAttention)
+_projected = lean(_Projected)
 
 
-def _self_through_reference(ctx, projected, seed, dout, dw):
-    """With a graph of its own (create_graph=True)."""
+def _heads(ctx, parts):
+    """[N, H, T, E / H] of each run of E features, in one to three tensors."""
     heads, batch_first, *_ = ctx.rest
-    with _plain_dtypes(projected):
-        projected = projected.view_as(projected)
-        parts = projected.unflatten(-1, (3, heads, -1))
-        q, k, v = (parts.permute(2, 0, 3, 1, 4) if batch_first else parts.permute(2, 1, 3, 0, 4)).unbind(0)
+    features = sum(part.shape[-1] for part in parts) // (3 * heads)
+    order = (2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)
+    return [each for part in parts for each in part.reshape(*part.shape[:-1], -1, heads, features).permute(order).unbind(0)]
+
+
+def _projected_through_op(ctx, projected, seed, out, lse, dout, dw):
+    """Of many gradients at once (is_grads_batched=True), which the op takes one by one."""
+    heads, batch_first, *_ = ctx.rest
+    q, k, v = _heads(ctx, projected)
+    spec, needs = ctx.meaning()._replace(seed=seed), (True, True, True, *[False] * len(Spec._fields))
+    order, back = ((0, 2, 1, 3), (0, 2, 1, 3)) if batch_first else ((1, 2, 0, 3), (2, 0, 1, 3))
+    found: Any = [None] * len(needs)
+    if dout is not None:
+        of_heads = [t.reshape(*t.shape[:-1], heads, -1).permute(order) for t in (dout, out)]
+        found = op._through_output(needs, of_heads[0].contiguous(), None, q, k, v, of_heads[1], lse, spec)
+    if dw is not None:
+        found = op._sums(found, op._through_weights(needs, dw, q, k, lse, spec, ctx.average))
+    width, results = q.shape[1] * q.shape[3], []
+    rows = [None if grad is None else grad.permute(back) for grad in found[:3]]  # and no views that batches have not
+    grads = iter([None if grad is None else grad.reshape(*grad.shape[:2], width) for grad in rows])
+    for part in projected:
+        own = [next(grads) for _ in range(part.shape[-1] // width)]
+        none = next((torch.zeros_like(grad) for grad in own if grad is not None), None)
+        results.append(None if none is None else torch.cat([none if grad is None else grad for grad in own], -1))
+    return results
+
+
+def _projected_through_reference(ctx, projected, seed, dout, dw):
+    """With a graph of its own (create_graph=True)."""
+    _, batch_first, *_ = ctx.rest
+    with _plain_dtypes(projected[0]):
+        projected = [part.view_as(part) for part in projected]
+        q, k, v = _heads(ctx, projected)
         spec = ctx.meaning()._replace(seed=seed)
         out, _ = reference.forward(q, k, v, spec)
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(-2)
@@ -417,4 +455,5 @@ def _self_through_reference(ctx, projected, seed, dout, dw):
         if dw is not None:
             pairs.append((reference.weights(q, k, None, spec, ctx.average), dw))
         pairs = [pair for pair in pairs if pair[1] is not None]
-        return torch.autograd.grad([a for a, _ in pairs], projected, [b for _, b in pairs], create_graph=True)[0]
+        results, grads = [a for a, _ in pairs], [b for _, b in pairs]
+        return torch.autograd.grad(results, projected, grads, create_graph=True, allow_unused=True)

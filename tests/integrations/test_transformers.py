@@ -124,7 +124,14 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(integration, "fused_attention", counted(integration.fused_attention, False))
     monkeypatch.setattr(integration, "attention_output", counted(integration.attention_output, True))
-    eager = SimpleNamespace(scaled_dot_product_attention=counted(integration.eager.scaled_dot_product_attention, True))
+    own = integration.eager
+
+    def shortest(gradients):
+        known = own.shortest.get(gradients)
+        return known and (counted(known[0], True), known[1])
+
+    whole = counted(own.scaled_dot_product_attention, True)
+    eager = SimpleNamespace(scaled_dot_product_attention=whole, shortest=SimpleNamespace(get=shortest))
     monkeypatch.setattr(integration, "eager", eager)
     monkeypatch.setattr(integration.masks, "SHORT", 0)  # as long sequences are treated
     integration.register()
@@ -505,6 +512,42 @@ def test_mask_says_what_sdpas_says(name, padding, q_length, kv_length, q_offset,
     assert type(asked) is Tensor and torch.equal(asked, expected)
 
 
+@pytest.mark.parametrize("name", ["causal", "bidirectional", "sliding"])
+@pytest.mark.parametrize("padding", ["none", "ones", "right", "left"])
+@pytest.mark.parametrize(
+    "q_length, kv_length, q_offset, kv_offset", [(7, 7, 0, 0), (1, 7, 6, 0), (1, 7, 3, 0), (3, 7, 4, 0), (1, 5, 6, 2)]
+)
+def test_short_mask_is_sdpas(name, padding, q_length, kv_length, q_offset, kv_offset, monkeypatch):
+    """Element for element, and None where that is None; a model that changes it changes nothing of the caller's."""
+    monkeypatch.setattr(integration.masks, "SHORT", 256 * 256)
+    time = kv_length + kv_offset
+    seen = torch.ones(BATCH, time, dtype=torch.bool) if padding == "ones" else padding_of(padding, time=time)
+    seen = None if seen is None else seen.bool()
+    before = None if seen is None else seen.clone()
+    given = (BATCH, q_length, kv_length, q_offset, kv_offset, FUNCTIONS[name], seen)
+    skips = {"allow_is_causal_skip": name == "causal", "allow_is_bidirectional_skip": name == "bidirectional"}
+    expected, found = masking_utils.sdpa_mask(*given, **skips), masks.mask(*given, **skips)
+    assert (found is None) == (expected is None)
+    if found is not None:
+        assert type(found) is Tensor and torch.equal(found, expected)
+        found.zero_()
+    assert seen is None or torch.equal(seen, before)
+
+
+def test_a_short_mask_takes_few_operations(monkeypatch):
+    """As many as it has to: between the layers of a small model each costs more than the attention of a token."""
+    monkeypatch.setattr(integration.masks, "SHORT", 256 * 256)
+    ways = []
+    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda *args, **kwargs: ways.append(args))
+    seen = padding_of("left", time=7).bool()
+    for q_length, q_offset in ((1, 6), (7, 0)):
+        for function in (FUNCTIONS["causal"], FUNCTIONS["bidirectional"]):
+            masks.mask(BATCH, q_length, 7, q_offset, 0, function, seen, allow_is_bidirectional_skip=True)
+            masks.mask(BATCH, q_length, 7, q_offset, 0, function, seen | True, allow_is_bidirectional_skip=True)
+            masks.mask(BATCH, q_length, 7, q_offset, 0, function, None, allow_is_bidirectional_skip=True)
+    assert not ways
+
+
 def test_a_changed_mask_is_obeyed():
     """Elements that a model reads may be changed: from then on they are the mask."""
     seen = padding_of("right").bool()
@@ -540,6 +583,21 @@ def test_without_a_mask(tq, is_causal, window):
     assert weights is None and out.is_contiguous()
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_mask_and_position_bias_of_a_token(added, monkeypatch):
+    """A token of T5 beside a padded prompt goes the shortest way, and a row that sees nothing gives zeros."""
+    monkeypatch.setattr(integration, "attention_output", None)
+    q, (k, v) = torch.randn(BATCH, 2, 1, 8), torch.randn(2, BATCH, 2, 6, 8)
+    mask, bias = torch.rand(BATCH, 1, 1, 6) > 0.4, torch.randn(1, 2, 1, 6)
+    mask[0], mask[1:, ..., 2] = False, True
+    lowest = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    with torch.no_grad():
+        out, _ = integration.attention(torch.nn.Module(), q, k, v, lowest if added else mask, position_bias=bias)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, lowest + bias).transpose(1, 2)
+    torch.testing.assert_close(out[1:], expected[1:])
+    assert not out[0].any()
+
+
 def test_floating_mask_and_position_bias():
     """Both are added; a single query row set serves every sequence."""
     q, (k, v) = torch.randn(1, 2, 5, 8), torch.randn(2, BATCH, 2, 6, 8)
@@ -552,6 +610,93 @@ def test_floating_mask_and_position_bias():
     (found,) = torch.autograd.grad(out.square().sum(), bias)
     (wanted,) = torch.autograd.grad(expected.square().sum(), bias)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("masked", ["none", "bool", "band", "added"])
+def test_keys_that_a_model_selects(masked):
+    """Models that tell the implementations they do not know which keys a query sees (DeepSeek V3.2): the others are hidden."""
+    q, k, v = torch.randn(3, BATCH, 2, TIME, 8)
+    indices = torch.stack([torch.stack([torch.randperm(TIME)[:4] for _ in range(TIME)]) for _ in range(BATCH)])
+    seen = torch.zeros(BATCH, 1, TIME, TIME, dtype=torch.bool).scatter(-1, indices[:, None], True)
+    causal = torch.ones(TIME, TIME, dtype=torch.bool).tril().expand(BATCH, 1, TIME, TIME)
+    mask = {
+        "none": None,
+        "bool": causal,
+        "band": masks.mask(BATCH, TIME, TIME, attention_mask=padding_of("right").bool()),
+        "added": torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min),
+    }[masked]
+    if masked == "band":
+        assert isinstance(mask, masks.BandMask)
+        causal = mask | False
+    seen = seen if masked == "none" else seen & causal
+    out, _ = integration.attention(torch.nn.Module(), q, k, v, mask, indices=indices.int(), is_causal=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2)
+    rows = seen.any(-1)[:, 0]  # a mask that is added shows all keys where it hides all
+    torch.testing.assert_close(out[rows], expected[rows])
+
+
+def test_blocks_of_keys_that_a_model_selects():
+    """The module knows what its blocks are (MiniMax)."""
+
+    class Indexer:
+        def build_block_mask(self, block_indices, mask, keys, dtype, device, position_ids):
+            blocks = torch.zeros(*block_indices.shape[:3], -(-keys // 4), dtype=torch.bool).scatter(-1, block_indices, True)
+            seen = blocks.repeat_interleave(4, -1)[..., :keys].repeat_interleave(2, 1)
+            seen = seen & (torch.arange(keys) <= position_ids[:, None, :, None] if mask is None else mask)
+            return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+    module = torch.nn.Module()
+    module.indexer = Indexer()
+    q, k, v = torch.randn(BATCH, 4, 3, 8), *torch.randn(2, BATCH, 4, TIME, 8)
+    block_indices = torch.tensor([0, 2]).expand(BATCH, 2, 3, 2)
+    out, _ = integration.attention(module, q, k, v, None, block_indices=block_indices)
+    seen = (torch.arange(TIME) // 4 != 1) & (torch.arange(TIME) <= torch.arange(TIME - 3, TIME)[:, None])
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2))
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_sink_for_each_query(weights, padding):
+    """A logit that takes part in the softmax of a query and has no value."""
+    q, k, v, sinks = (torch.randn(BATCH, 2, TIME, n, requires_grad=True) for n in (8, 8, 8, 1))
+    seen = padding_of(padding)
+    mask = masks.mask(BATCH, TIME, TIME, attention_mask=None if seen is None else seen.bool(), allow_is_causal_skip=False)
+    out, found = integration.attention(torch.nn.Module(), q, k, v, mask, sinks=sinks, output_attentions=weights)
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~(mask | False), -torch.inf)
+    expected = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+    torch.testing.assert_close(out, (expected @ v).transpose(1, 2))
+    if weights:
+        torch.testing.assert_close(found, expected)
+    ours = torch.autograd.grad(out.square().sum(), (q, k, v, sinks))
+    torch.testing.assert_close(ours, torch.autograd.grad((expected @ v).square().sum(), (q, k, v, sinks)))
+
+
+def small(model: str, configuration: Any, implementation: str) -> Any:
+    torch.manual_seed(0)
+    configuration._attn_implementation = implementation
+    made = getattr(transformers, model)(configuration).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    return made
+
+
+@pytest.mark.parametrize("short", [0, 256 * 256])
+@pytest.mark.parametrize("kept", [1, 4])
+def test_a_model_that_cuts_queries_off(kept, short, monkeypatch):
+    """Gemma 4 computes the last layers for the last queries alone, unless "sdpa" has no mask that says where they stand."""
+    if not hasattr(transformers, "Gemma4ForCausalLM"):
+        pytest.skip("needs Gemma 4")
+    monkeypatch.setattr(integration.masks, "SHORT", short)
+    found = []
+    for implementation in ("eager", "fastseq"):
+        sizes = dict(**DECODER, global_head_dim=8, sliding_window=4, num_kv_shared_layers=1, hidden_size_per_layer_input=4)
+        sizes |= dict(vocab_size_per_layer_input=VOCABULARY, layer_types=["full_attention", "full_attention"])
+        model = small("Gemma4ForCausalLM", config("Gemma4TextConfig", **sizes), implementation)
+        with torch.no_grad():
+            found.append(model(input_ids=inputs_of("gemma4", "none")["input_ids"], logits_to_keep=kept).logits)
+    assert found[0].shape[1] == kept
+    torch.testing.assert_close(*found)
 
 
 def test_errors():

@@ -326,22 +326,57 @@ class TestCost:
         assert products.count == expected
         assert out.is_contiguous()
 
+    @pytest.mark.parametrize("weights", [False, True])
     @pytest.mark.parametrize("batched", [False, True])
-    @pytest.mark.parametrize("mask", ["none", "padding", "attn added"])
-    @pytest.mark.parametrize("kind", ["memory", "positions", "distinct", "sizes"])
-    def test_training_is_one_call_between_the_projections(self, monkeypatch, kind, mask, batched):
-        """Whatever the three inputs are, without weights."""
-        found, own = [], module_under_test.attended
+    @pytest.mark.parametrize("mask", ["none", "padding", "attn added", "padding, attn added", "both added"])
+    @pytest.mark.parametrize("kind", ["self", "memory", "positions", "distinct", "sizes"])
+    @pytest.mark.filterwarnings("ignore:Support for mismatched")
+    def test_training_is_one_call_between_the_projections(self, monkeypatch, kind, mask, batched, weights):
+        """Whatever the three inputs and the two masks are."""
+        found, own = [], module_under_test.projected_attention
 
-        def attended(*args):
+        def projected_attention(*args):
             found.append(own(*args))
             return found[-1]
 
-        monkeypatch.setattr(module_under_test, "attended", attended)
+        monkeypatch.setattr(module_under_test, "projected_attention", projected_attention)
         _, ours = both(torch.float32, **(dict(kdim=KDIM, vdim=VDIM) if kind == "sizes" else {}))
         arguments = inputs(kind, False, batched, torch.float32)
-        ours(*arguments, **masks(mask, L, L if kind == "positions" else S, batched, torch.float32), need_weights=False)
+        keys = L if kind in ("self", "positions") else S
+        ours(*arguments, **masks(mask, L, keys, batched, torch.float32), need_weights=weights)
         assert len(found) == 1 and found[0] is not None
+
+    @pytest.mark.parametrize("wanted", ["out", "weights", "both"])
+    @pytest.mark.parametrize("kind", ["self", "memory", "positions", "distinct"])
+    @pytest.mark.parametrize("batch_first", [False, True])
+    def test_gradients_in_batches(self, batch_first, kind, wanted):
+        """is_grads_batched=True: all cotangents in one call give what each gives alone."""
+        _, ours = both(torch.float32, batch_first=batch_first)
+        arguments = inputs(kind, batch_first, True, torch.float32)
+        leaves = [t.requires_grad_() for t in {id(t): t for t in arguments}.values()]
+        out, weights = ours(*arguments, need_weights=True)
+        results = {"out": [out], "weights": [weights], "both": [out, weights]}[wanted]
+        many = [torch.randn(3, *result.shape) for result in results]
+        options = dict(retain_graph=True, allow_unused=True)
+        together = torch.autograd.grad(results, leaves, many, is_grads_batched=True, **options)
+        alone = [torch.autograd.grad(results, leaves, [cotangent[i] for cotangent in many], **options) for i in range(3)]
+        for i, found in enumerate(together):
+            each = [grads[i] for grads in alone]
+            if found is None:
+                assert not torch.stack(each).any()
+            else:
+                torch.testing.assert_close(found, torch.stack(each))
+
+    @pytest.mark.parametrize("mask", ["padding, attn added", "padding added, attn", "both added"])
+    @pytest.mark.parametrize("kind", ["self", "memory"])
+    @pytest.mark.filterwarnings("ignore:Support for mismatched")
+    def test_inference_is_one_call_with_masks_of_two_types(self, kind, mask):
+        """As models on nn.Transformer have them: padding is bool, what is causal is added."""
+        _, ours = both(torch.float32)
+        given = masks(mask, L, L if kind == "self" else S, dtype=torch.float32)
+        arguments = [given.get("key_padding_mask"), True, given.get("attn_mask"), True, False]
+        with torch.no_grad():
+            assert ours._in_one_call(*inputs(kind, False, True, torch.float32), *arguments) is not None
 
     @pytest.mark.parametrize("batch_first", [False, True])
     def test_heads_are_views_of_the_projection(self, monkeypatch, batch_first):
