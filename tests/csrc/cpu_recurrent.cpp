@@ -563,6 +563,11 @@ int failures(const char* name, fastseq::cpu::Cell cell, int64_t most) {
         o.state = seed % 5 > 0, o.in_place = !kTiles && seed % 7 < 2, o.resets = seed * 7 / 4 % 3;
         try_out(o);
       }
+  if (!kTiles)  // few sequences, whose tiles finish together, and one, of which a chunk is projected between the products of another
+    for (const int64_t H : {70, 130, 192})
+      for (const int64_t B : {1, 3})
+        for (const Layout layout : {Layout::kPadded, Layout::kLengths})
+          if (H <= most) try_out({45, B, H, 41, 0, layout, 0, 1 + ++seed % 2, 1, true, false, int(seed % 3)});
   if (kTiles && std::is_same_v<S, bfloat16>)  // sizes of which tiles take rows as they lie, and next to these
     for (const int64_t H : {32, 64})
       for (const int64_t B : {1, 16, 17, 20, 48})
