@@ -779,7 +779,9 @@ class ForwardKernel {
         }
       }
 #pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) c[k] = Rows::gather([&](int64_t i) { return *(const V*)(c_of + at.unit(first + i) + (at.slot(first + i) * K + k) * ldc); });
+      for (int k = 0; k < K; ++k)
+        c[k] = Rows::gather(
+            [&](int64_t i) { return *(const V*)(c_of + at.unit(first + i) + (at.slot(first + i) * K + k) * ldc); });
 #pragma GCC unroll 4
       for (int v = 0; v < C::kVectors; ++v)
         inner[v] = Rows::gather([&](int64_t i) { return inner_of ? Memory<S, A>::load(inner_of + at.unit(first + i) + v * units, n) : V{}; });
