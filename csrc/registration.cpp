@@ -43,6 +43,9 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "Tensor? resets, str cell, int num_layers, bool has_biases, bool bidirectional, bool batch_first, float zoneout_h, "
       "float zoneout_c, Tensor[]? kept, bool two_parts) -> Tensor[]");
   m.def(
+      "recurrent_packed(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor[] kept, bool batch_first, bool two_parts) -> "
+      "Tensor[]");
+  m.def(
       "recurrent_step(Tensor input, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? kept, "
       "str cell) -> Tensor[]");
   m.def(
@@ -172,6 +175,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("attention_with_kv_cache", TORCH_BOX(&fastseq::cpu::attention_with_kv_cache));
   m.impl("scan_layers", TORCH_BOX(&fastseq::cpu::scan_layers));
   m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));
+  m.impl("recurrent_packed", TORCH_BOX(&fastseq::cpu::recurrent_packed));
   m.impl("recurrent_step", TORCH_BOX(&fastseq::cpu::recurrent_step));
   m.impl("recurrent_step_trained", TORCH_BOX(&fastseq::cpu::recurrent_step_trained));
   m.impl("recurrent_step_backward", TORCH_BOX(&fastseq::cpu::recurrent_step_backward));

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
 from fastseq.backends import library
 from fastseq.functional._packing import Packing, packing_of
+from fastseq.modules import recurrent, recurrent_cells
 
 pytestmark = pytest.mark.skipif(library.reason() is not None, reason="needs the library")
 
@@ -200,14 +202,15 @@ class TestVariants:
 
     def test_one_native_call(self, kind, weights):
         cell = f"{kind.split()[0]}Cell"
-        for module in (MODULES[kind](9, 40, 2).eval(), CELLS[cell](9, 40).eval()):
-            fastseq.pack(module, weights)
+        apart = kind != "SLSTM"  # whose states beside h the op gives back as one
+        for module, op in ((MODULES[kind](9, 40, 2), "packed" if apart else "layers"), (CELLS[cell](9, 40), "layers")):
+            fastseq.pack(module.eval(), weights)
             given = inputs_of(module, 3, 2)
             module(*given)
             with profile(activities=[ProfilerActivity.CPU]) as recorded:
                 module(*given)
             names = [event.name for event in recorded.events() if event.name.startswith("fastseq")]
-            assert names == ["fastseq_native::recurrent_layers"]
+            assert names == [f"fastseq_native::recurrent_{op}"]
 
 
 @pytest.mark.parametrize("weights", FORMATS)
@@ -387,6 +390,105 @@ class TestOnlyThen:
         fastseq.unpack(module)
         with fastseq.use_backend("reference"):
             assert torch.equal(module(x)[0], expected)
+
+
+class Observed(Tensor):
+    """A subclass, which has a say in what is called on it."""
+
+    seen = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen += 1
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Heard(TorchDispatchMode):
+    """Looks on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("weights", FORMATS, ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+class TestShortWay:
+    """What the few questions of a packed call of plain tensors must not overlook."""
+
+    def made(self, kind, weights):
+        module = getattr(fastseq, kind)(8, 24).eval()
+        fastseq.pack(module, weights)
+        shape = (2,) if kind.endswith("Cell") else (1, 2)
+        states = [torch.randn(*shape, 24) for _ in range(2 if kind.startswith("LSTM") else 1)]
+        return module, torch.randn(*shape, 8), tuple(states) if len(states) > 1 else states[0]
+
+    def test_short(self, kind, weights):
+        """It is taken at all: no other function asks anything."""
+        module, x, hx = self.made(kind, weights)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("native_layers", "native_step"):
+                for place in (recurrent, recurrent_cells):
+                    patch.setattr(place, name, None, raising=False)
+            module(x, hx), module(x)
+
+    def test_hooks(self, kind, weights):
+        module, x, hx = self.made(kind, weights)
+        expected = flat(module(2 * x, hx))
+        module.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+        assert all(torch.equal(a, b) for a, b in zip(flat(module(x, hx)), expected, strict=True))
+
+    def test_modes_and_subclasses(self, kind, weights):
+        module, x, hx = self.made(kind, weights)
+        expected = flat(module(x, hx))
+        with Heard() as heard:
+            found = flat(module(x, hx))
+        assert heard.names and not any("native.recurrent" in name for name in heard.names)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0.05 if weights else 1e-5)
+        Observed.seen = 0
+        module(x.as_subclass(Observed), hx)
+        assert Observed.seen
+        Observed.seen = 0
+        module(x, tuple(state.as_subclass(Observed) for state in hx) if isinstance(hx, tuple) else hx.as_subclass(Observed))
+        assert Observed.seen
+
+    def test_other_parameters(self, kind, weights):
+        """Given for a call, or written, replaced and taken away where nothing is asked of the module."""
+        module, x, hx = self.made(kind, weights)
+        twice = {name: 2 * parameter for name, parameter in module.named_parameters()}
+        called = flat(torch.func.functional_call(module, twice, (x, hx)))
+        for name in [name for name, _ in module.named_parameters()]:
+            before = flat(module(x, hx))
+            module._parameters[name] = nn.Parameter(twice[name])
+            assert not torch.equal(flat(module(x, hx))[0], before[0]), name
+        assert all(torch.equal(a, b) for a, b in zip(flat(module(x, hx)), called, strict=True))
+
+    def test_odd_calls(self, kind, weights):
+        """As of the module without packing: what is raised, and tensors that do not lie as the kernels read them."""
+        module, x, hx = self.made(kind, weights)
+        odd = [(x[..., :7], hx), (x.double(), hx), (x.to("meta"), hx), (x, "state"), (x, ()), (x[:0], hx), (x[0], hx)]
+        odd += [(x, (hx[0],) if isinstance(hx, tuple) else (hx, hx)), (x, 3 * (x,)), (None, hx)]
+        results = []
+        for _ in range(2):
+            results.append([])
+            for given in odd:
+                try:
+                    results[-1].append([tuple(tensor.shape) for tensor in flat(module(*given))])
+                except Exception as error:
+                    results[-1].append((type(error), str(error)))
+            fastseq.unpack(module)
+        assert results[0] == results[1]
+        fastseq.pack(module, weights)
+        apart = torch.randn(*x.shape[:-1], 16)[..., ::2]
+        far = tuple(torch.stack((state, state), -1)[..., 0] for state in (hx if isinstance(hx, tuple) else (hx,)))
+        found = module(apart, far if len(far) > 1 else far[0])
+        for a, b in zip(flat(found), flat(module(apart.contiguous(), hx)), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_explain():

@@ -8,8 +8,10 @@ struct TileProduct {
   using V = Lanes<float>::V;
   static constexpr int kParts = sizeof(S) == sizeof(bfloat16) ? 1 : 3;
   using Activations = std::conditional_t<kParts == 1, ShortProducts, Math<float>>;
+  using FewActivations = Activations;
   static constexpr int64_t W = 16;
   static constexpr bool kInterleaves = true;
+  static constexpr bool kHasFew = false;
   static constexpr bool kWatched = kParts > 1;  // the operands have to stay within a range
   static constexpr bool kTakesRows = kParts == 1;
   static constexpr int64_t kMostRows = 32;  // two tiles of rows

@@ -8,6 +8,7 @@ struct Values {
   using Factor = A;
   using Vector = V;
   using Activations = Math<A>;
+  using FewActivations = Activation<A>;
   static constexpr int64_t W = Math<A>::kWidth;
 
   // The left-hand matrix. Rows are a line further apart than they need: a power of two would put those of a block into one cache set.

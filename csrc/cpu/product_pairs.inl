@@ -9,6 +9,7 @@ struct Pairs {
   typedef uint32_t Factor __attribute__((may_alias));
   typedef uint32_t Vector __attribute__((vector_size(FASTSEQ_VECTOR_BYTES), may_alias));
   using Activations = ShortProducts;
+  using FewActivations = Activations;
   using Half = Memory<bfloat16, float>;
   using H = Half::H;
   static constexpr int64_t W = Math<float>::kWidth;

@@ -18,22 +18,23 @@ namespace {
 
 // AMX takes bfloat16 (products of its own rate, 14 times that of fp32 multiply-adds) but not what is projected: a projection's operand,
 // o tanh(c), would be rounded to bfloat16 on its way.
-bool multiplies_tiles(const Shape& shape) {
-  return level() == Level::kAmx && shape.type == Type::kBfloat16 && !shape.projected;
+bool multiplies_tiles(const Shape& shape, Level level = cpu::level()) {
+  return level == Level::kAmx && shape.type == Type::kBfloat16 && !shape.projected;
 }
 
 // So do products of pairs, for the same reason.
-bool multiplies_pairs(const Shape& shape) {
-  return level() == Level::kAvx512Bf16 && shape.type == Type::kBfloat16 && !shape.projected;
+bool multiplies_pairs(const Shape& shape, Level level) {
+  return level == Level::kAvx512Bf16 && shape.type == Type::kBfloat16 && !shape.projected;
 }
 
 }  // namespace
 
 const Kernels& kernels_of(const Shape& shape) {
-  switch (level()) {
+  const Level found = level();
+  switch (found) {
 #if defined(__x86_64__)
-    case Level::kAmx: return multiplies_tiles(shape) ? kernels_amx() : kernels_avx512();
-    case Level::kAvx512Bf16: return multiplies_pairs(shape) ? kernels_avx512_bf16() : kernels_avx512();
+    case Level::kAmx: return multiplies_tiles(shape, found) ? kernels_amx() : kernels_avx512();
+    case Level::kAvx512Bf16: return multiplies_pairs(shape, found) ? kernels_avx512_bf16() : kernels_avx512();
     case Level::kAvx512: return kernels_avx512();
     case Level::kAvx2: return kernels_avx2();
 #endif

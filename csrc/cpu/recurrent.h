@@ -31,6 +31,10 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
                                      std::string cell, int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first,
                                      double zoneout_h, double zoneout_c, std::optional<std::vector<Tensor>> kept, bool two_parts);
 
+// The same of input [T, B, I] (batch_first: [B, T, I]) where `kept` is given, which also tells what stack it is.
+std::vector<Tensor> recurrent_packed(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
+                                     std::vector<Tensor> kept, bool batch_first, bool two_parts);
+
 // One step of a layer of the same kind with no parameters beside weights and biases: input [B, I], states [B, n]; kept: its packed weights.
 // Returns the states; nothing where recurrent_layers would decline.
 std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,

@@ -30,6 +30,7 @@ namespace fastseq::cpu::FASTSEQ_LEVEL {
 namespace {
 
 #include "vector.inl"
+#include "activations.inl"
 #include "transpose.inl"
 
 // What sums start from: the first `vectors` of those of a row at rows + r * stride, the others from zero.
@@ -206,6 +207,28 @@ FASTSEQ_HOST_DEVICE void multiply_step(const Product& product, const typename Pr
   waiting.rest();
 }
 
+// The same of few rows: the latencies of a row's gates have nothing to hide behind, so that tiles are multiplied one after the other, then
+// finished together, finish(items, count). beside(first, second) comes before a run of weights, whose panels begin there; it says whether
+// it has fetched the first half of it.
+template <class Product, class A, class Prepare, class Beside, class Finish>
+FASTSEQ_HOST_DEVICE void multiply_few(const Product& product, const typename Product::Matrix& matrix, int64_t active,
+                                      const int64_t tiles[2], int64_t step, A* sums, const Prepare& prepare, const Beside& beside,
+                                      const Finish& finish) {
+  if (active == 0) return;
+  Item<A> items[Product::kMostRows];
+  const int64_t most = Product::kMostRows / active;
+  int64_t count = 0;
+  for_tiles(tiles, step, [&](int64_t tile) __attribute__((always_inline)) {
+    A* own = sums + count * active * kTileVectors * Product::W;
+    Item<A>& item = items[count++] = {tile, 0, active, 0, own};
+    const Weights<Product> weights = prepare(item);
+    if (weights.packed)
+      product.multiply_few(matrix, active, weights.packed, item.vectors, weights.depth, weights.start, own, beside);
+    if (count == most) finish(items, count), count = 0;
+  });
+  if (count) finish(items, count);
+}
+
 struct Steps {
   const Rows& rows;
   bool reverse;  // from the last step to the first
@@ -336,12 +359,19 @@ class Watch {
 // read again before it leaves the second-level cache.
 constexpr int64_t kLeastChunkRows = 32, kChunkBytes = 512 << 10;
 
-template <class Product, class S, template <class> class Cell, bool kZoned>
+// Whether calls of few rows have kernels of their own: where the activations of two vectors fit the registers, but for double.
+template <class Product, class C>
+constexpr bool has_few() {
+  return Product::kHasFew && sizeof(typename Product::A) == 4 && !kNormalized<C>;
+}
+
+// kFew: at most Product::kFewRows sequences, recurrent_few.inl.
+template <class Product, class S, template <class> class Cell, bool kZoned, bool kFew = false>
 class ForwardKernel {
   using A = typename Product::A;
   using C = Cell<Math<A>>;
   using Matrix = typename Product::Matrix;
-  using Activations = typename Product::Activations;
+  using Activations = std::conditional_t<kFew, typename Product::FewActivations, typename Product::Activations>;
   using M = Math<A>;
   using V = typename M::V;
   static constexpr int64_t W = M::kWidth;
@@ -370,12 +400,15 @@ class ForwardKernel {
     }
   };
 
+  struct Nothing {};
   struct Chunk {  // of a participant
     bool fused;  // with the steps: only the rows of x are copied
     int64_t rows, tile_size, bytes;
-    Matrix x;   // [rows, I]
-    A* gates;   // [own unit tiles][rows][vectors][W]
-    A* bias;    // [own unit tiles][vectors][W]
+    Matrix x[1 + kFew];   // [rows, I]
+    A* gates[1 + kFew];   // [own unit tiles][rows][vectors][W]
+    A* bias;              // [own unit tiles][vectors][W]
+    // there are two, one of them made while the other is read
+    [[no_unique_address]] std::conditional_t<kFew, bool, Nothing> ahead{};
 
     Chunk(const Forward& a, const Work& w, void* scratch)
         : fused(!kNormalized<C> && (Product::kFusesAll || (kOwn == 0 && !w.rows.active)) && w.rows.slots >= Product::kFusedRows &&
@@ -386,9 +419,14 @@ class ForwardKernel {
       // a product takes, and gives, whole blocks of rows
       const int64_t whole = (blocks_of(rows, 16) + 1) * 16, tiles = a.x ? w.unit_tiles[1] - w.unit_tiles[0] : 0;
       tile_size = whole * NV * W;
+      if constexpr (kFew) ahead = a.x && rows < w.rows.steps && projects_ahead(a, w);
       Carver carver(scratch);
-      x = Matrix(carver.take(a.x ? Matrix::bytes(whole, a.input) : 0), a.input);
-      gates = static_cast<A*>(carver.take(fused ? 0 : tiles * tile_size * sizeof(A)));
+      x[0] = Matrix(carver.take(a.x ? Matrix::bytes(whole, a.input) : 0), a.input);
+      gates[0] = static_cast<A*>(carver.take(fused ? 0 : tiles * tile_size * sizeof(A)));
+      if constexpr (kFew) {
+        x[1] = Matrix(carver.take(ahead ? Matrix::bytes(whole, a.input) : 0), a.input);
+        gates[1] = static_cast<A*>(carver.take(ahead ? tiles * tile_size * sizeof(A) : 0));
+      }
       bias = static_cast<A*>(carver.take(tiles * NV * W * sizeof(A)));
       bytes = carver.used();
     }
@@ -412,11 +450,11 @@ class ForwardKernel {
     if (w.barrier) w.barrier->wait(w.weight);
     for (int64_t step = 0, turn = 0; step < w.rows.steps && (within || w.barrier); ++turn) {
       const int64_t end = x && !takes_x ? end_of_chunk(step) : w.rows.steps;
-      if (x && !takes_x) project_input(step, end, turn);
+      if (x && !takes_x) project_steps(step, end, turn);
       const Product product(w.rows.slots, a.two_parts);
       for (const int64_t start = step; step < end; ++step) {
         t = steps.time(step);
-        chunk_row = !x ? 0 : takes_x ? steps.row(t, 0) : chunk_start[step - start];
+        chunk_row = !x ? 0 : takes_x ? steps.row(t, 0) : chunk_start[half()][step - start];
         old_h = &buf.h[step & 1], new_h = &buf.h[1 - (step & 1)];
         if constexpr (Product::kTakesRows)
           if (takes_y && step) last_y = Matrix(y + steps.row(steps.time(step - 1), 0) * D * P, P, D * P), old_h = &last_y;
@@ -537,30 +575,41 @@ class ForwardKernel {
     return end;
   }
 
-  // x of the steps [begin, end) -> chunk.gates
-  void project_input(int64_t begin, int64_t end, int64_t turn) {
+  // x of the steps [begin, end) -> chunk.x[to]; how many rows it is
+  FASTSEQ_HOST_DEVICE int64_t gather_input(int64_t begin, int64_t end, int64_t to) {
     int64_t rows = 0;
     for (int64_t step = begin; step < end; ++step) {
       const int64_t at_time = steps.time(step), active = steps.active(at_time);
-      chunk_start[step - begin] = rows;
+      chunk_start[to][step - begin] = rows;
       for (int64_t slot = 0; slot < active; ++slot) {
         const S* row = x + steps.row(at_time, slot) * I;
-        chunk.x.put(rows++, row, I);
+        chunk.x[to].put(rows++, row, I);
         if constexpr (Product::kWatched) watch.see(row, I);
       }
     }
     if constexpr (Product::kWatched) within &= watch.ends_within(a.least_x);
-    if (rows == 0) return;
-    chunk.x.clear_rest(rows, I);
-    if (chunk.fused) return;
+    if (rows) chunk.x[to].clear_rest(rows, I);
+    return rows;
+  }
+
+  // x of the steps [begin, end) -> chunk.gates
+  FASTSEQ_HOST_DEVICE void project_steps(int64_t begin, int64_t end, int64_t turn) {
+    if constexpr (kFew)
+      if (chunk.ahead) return begin_ahead(begin, end, turn);
+    project_input(begin, end, turn);
+  }
+
+  void project_input(int64_t begin, int64_t end, int64_t turn) {
+    const int64_t rows = gather_input(begin, end, 0);
+    if (rows == 0 || chunk.fused) return;
     const Product product(rows, a.two_parts);
     const int64_t block = product.block(rows);
     for_tiles(w.unit_tiles, turn, [&](int64_t tile) {
       const int64_t vectors = G * min(UB, blocks_of(H - tile * UB * W, W));
       const Start<A> start{chunk.bias + (tile - w.unit_tiles[0]) * NV * W, 0, vectors};
-      A* to = chunk.gates + (tile - w.unit_tiles[0]) * chunk.tile_size;
+      A* to = chunk.gates[0] + (tile - w.unit_tiles[0]) * chunk.tile_size;
       for (int64_t r = 0; r < rows; r += block)
-        product.multiply(chunk.x, r, min(block, rows - r), unit_tile(a.input_weights, tile, I), vectors, I, start, to + r * vectors * W,
+        product.multiply(chunk.x[0], r, min(block, rows - r), unit_tile(a.input_weights, tile, I), vectors, I, start, to + r * vectors * W,
                          unit_tile(a.input_weights, r + block < rows ? tile : tile_after(w.unit_tiles, turn, tile), I), NothingWaits());
     });
   }
@@ -579,7 +628,7 @@ class ForwardKernel {
         const void* next = unit_tile(a.input_weights, tile_after(w.unit_tiles, step, item.tile), I);
         if (takes_x && !item.begin) fetch_input(item.tile);
         return {unit_tile(a.weights, item.tile, P), P, {start, 0, NV}, next, unit_tile(a.input_weights, item.tile, I), I,
-                takes_x ? &x_rows : &chunk.x, chunk_row, own};
+                takes_x ? &x_rows : &chunk.x[0], chunk_row, own};
       }
       const void* next = unit_tile(a.weights, tile_after(w.unit_tiles, step, item.tile), P);
       if (x)
@@ -589,13 +638,17 @@ class ForwardKernel {
       if (in_place) multiply_in_place(item);
       return {unit_tile(a.weights, item.tile, P), P, {}, next};
     };
-    const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
+    [[maybe_unused]] const auto finish = [this](const Item<A>& item, int64_t from, int64_t to) __attribute__((always_inline)) {
       if constexpr (kNormalized<C>)
         keep_product(item, from, to);
       else
         finish_rows(item, from, to);
     };
-    multiply_step<Product, A>(product, *old_h, active, w.unit_tiles, step, sums, prepare, finish);
+    if constexpr (kFew)
+      multiply_few<Product, A>(product, *old_h, active, w.unit_tiles, step, sums, prepare, Beside{*this},
+                               [&](const Item<A>* items, int64_t count) { finish_items(items, count, active); });
+    else
+      multiply_step<Product, A>(product, *old_h, active, w.unit_tiles, step, sums, prepare, finish);
     if constexpr (kNormalized<C>) finish_normalized(active);
     if (projected) {
       if (w.barrier) w.barrier->wait(w.weight);
@@ -636,7 +689,7 @@ class ForwardKernel {
 
   // [vectors][W] of a row of an item
   const A* projected_input(const Item<A>& item, int64_t r) const {
-    return chunk.gates + (item.tile - w.unit_tiles[0]) * chunk.tile_size + (chunk_row + item.begin + r) * item.vectors * W;
+    return chunk.gates[half()] + (item.tile - w.unit_tiles[0]) * chunk.tile_size + (chunk_row + item.begin + r) * item.vectors * W;
   }
 
   // the units of a tile, of some sequences
@@ -654,19 +707,44 @@ class ForwardKernel {
 
   template <bool kWhole>
   FASTSEQ_HOST_DEVICE void finish_units(const Item<A>& item, int64_t from, int64_t to, int64_t b, int64_t u) {
+    const int64_t stride = item.vectors * W;
+    const bool apart = x && !chunk.fused;  // the input's part of gates that do not add it, in sums elsewhere
+    const A* sums_of = item.sums + b * W;
+    const A* x_sums = !kOwn ? nullptr : apart ? projected_input(item, 0) + b * W : sums_of + kOwn * W;
+    const RowsOfItem rows{sums_of, x_sums, stride, apart ? item.vectors * W : stride, w.rows.index + item.begin};
+    finish_vectors<kWhole>(item.begin, u, [&](const auto& finish) __attribute__((always_inline)) {
+      int64_t r = from;
+      if constexpr (!kZoned && kWhole && FASTSEQ_VECTOR_REGISTERS == 32)
+        for (; r + 2 <= to; r += 2) finish.template operator()<TwoRows<A, Activations>>(rows, r);
+      for (; r < to; ++r) finish.template operator()<OneRow<A, Activations>>(rows, r);
+    });
+  }
+
+  // One vector of units of some rows of an item: where row r has its gates, and those of the input that do not add them.
+  struct RowsOfItem {
+    const A *sums_of, *x_sums_of;
+    int64_t stride, x_stride;
+    const int64_t* index;  // its place within a step
+
+    const A* sums(int64_t r) const { return sums_of + r * stride; }
+    const A* x_sums(int64_t r) const { return x_sums_of + r * x_stride; }
+    int64_t place(int64_t r) const { return index[r]; }
+    int64_t slot(int64_t r) const { return r; }  // less the item's first
+    int64_t unit(int64_t) const { return 0; }    // less the vector's first
+  };
+
+  // Units of some sequences, finish(at, i): the i-th and, of two rows, the one after it, of which `at` tells as RowsOfItem does, slots and
+  // units counted from these.
+  template <bool kWhole, class Walk>
+  FASTSEQ_HOST_DEVICE void finish_vectors(int64_t begin, int64_t u, const Walk& walk) {
     Watch seen = watch;
     // what the loop needs of the members, which stores in it might otherwise change
-    const int64_t units = H, n = kWhole ? W : units - u, blocks = item.vectors / G, ldc = buf.ldc, stride = item.vectors * W;
+    const int64_t units = H, n = kWhole ? W : units - u, ldc = buf.ldc;
     const int64_t first_row = steps.row_of(t), gates_stride = D * GH, c_stride = D * K * units, saved_stride = D * kSaved * units;
     const int64_t y_stride = D * P;
-    const int64_t* index = w.rows.index + item.begin;
-    const A* sums_of = item.sums + b * W;
-    const bool apart = x && !chunk.fused;  // the input's part of gates that do not add it, in sums elsewhere
-    const A* x_sums = !kOwn ? nullptr : apart ? projected_input(item, 0) + b * W : sums_of + kOwn * blocks * W;
-    const int64_t x_stride = apart ? item.vectors * W : stride;
     const S* x_of = x ? nullptr : x_gates + u;
     const S* inner_of = vectors ? vectors + u : nullptr;
-    A* c_of = buf.c + item.begin * K * ldc + u;
+    A* c_of = buf.c + begin * K * ldc + u;
     A* c_to = c_all ? c_all + u : nullptr;
     S* saved_to = gates ? gates + u : nullptr;
     S* y_to = y + u;
@@ -680,33 +758,35 @@ class ForwardKernel {
       Memory<E, A>::store(to, v, n);
     };
 
-    const auto finish = [&]<class Rows>(int64_t first) __attribute__((always_inline)) {
+    const auto finish = [&]<class Rows>(const auto& at, int64_t first) __attribute__((always_inline)) {
       using R = typename Rows::V;
       int64_t row[Rows::kRows];
 #pragma GCC unroll 2
-      for (int64_t i = 0; i < Rows::kRows; ++i) row[i] = first_row + index[first + i];
+      for (int64_t i = 0; i < Rows::kRows; ++i) row[i] = first_row + at.place(first + i);
       R gx[G], gr[G], inner[C::kVectors + 1], saved[kSaved + 1], c[K + 1], h_next, c_next[K + 1];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
         gx[g] = Rows::gather([](int64_t) { return -V{}; });  // what is added to -0 stays as it is: the compiler leaves the sum out
         // with x itself, of the input too
-        gr[g] = Rows::gather([&](int64_t i) { return *(const V*)(sums_of + (first + i) * stride + g * blocks * W); });
-        const auto given = [&](int64_t i) { return Memory<S, A>::load(x_of + row[i] * gates_stride + g * units, n); };
+        gr[g] = Rows::gather([&](int64_t i) { return *(const V*)(at.sums(first + i) + g * W); });
+        const auto given = [&](int64_t i) { return Memory<S, A>::load(x_of + at.unit(first + i) + row[i] * gates_stride + g * units, n); };
         if (g < G - kOwn) {
           if (x_of) gr[g] = gr[g] + Rows::gather(given);
         } else if (x_of) {
           gx[g] = Rows::gather(given);
         } else {
-          gx[g] = Rows::gather([&](int64_t i) { return *(const V*)(x_sums + (first + i) * x_stride + g * blocks * W); });
+          gx[g] = Rows::gather([&](int64_t i) { return *(const V*)(at.x_sums(first + i) + g * W); });
         }
       }
 #pragma GCC unroll 4
-      for (int k = 0; k < K; ++k) c[k] = Rows::gather([&](int64_t i) { return *(const V*)(c_of + ((first + i) * K + k) * ldc); });
+      for (int k = 0; k < K; ++k)
+        c[k] = Rows::gather(
+            [&](int64_t i) { return *(const V*)(c_of + at.unit(first + i) + (at.slot(first + i) * K + k) * ldc); });
 #pragma GCC unroll 4
       for (int v = 0; v < C::kVectors; ++v)
-        inner[v] = Rows::gather([&](int64_t) { return inner_of ? Memory<S, A>::load(inner_of + v * units, n) : V{}; });
+        inner[v] = Rows::gather([&](int64_t i) { return inner_of ? Memory<S, A>::load(inner_of + at.unit(first + i) + v * units, n) : V{}; });
       // the cells that read h (GRU) have no projection, so that P = H
-      const R h = through_m ? R{} : Rows::gather([&](int64_t i) { return before.load(item.begin + first + i, u); });
+      const R h = through_m ? R{} : Rows::gather([&](int64_t i) { return before.load(begin + at.slot(first + i), u + at.unit(first + i)); });
       bool done = false;
       if constexpr (requires { Cell<Rows>::forward_alone(gx, gr, c, h_next, c_next); } && !kZoned)
         if (!saved_to) Cell<Rows>::forward_alone(gx, gr, c, h_next, c_next), done = true;
@@ -719,28 +799,45 @@ class ForwardKernel {
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k)
         Rows::scatter(c_next[k], [&](int64_t i, V v) {
-          *(V*)(c_of + ((first + i) * K + k) * ldc) = v;
-          if (c_to) keep(c_to + row[i] * c_stride + k * units, v);
+          *(V*)(c_of + at.unit(first + i) + (at.slot(first + i) * K + k) * ldc) = v;
+          if (c_to) keep(c_to + at.unit(first + i) + row[i] * c_stride + k * units, v);
         });
       if (saved_to)
 #pragma GCC unroll 8
         for (int g = 0; g < kSaved; ++g)
-          Rows::scatter(saved[g], [&](int64_t i, V v) { keep(saved_to + row[i] * saved_stride + g * units, v); });
+          Rows::scatter(saved[g], [&](int64_t i, V v) { keep(saved_to + at.unit(first + i) + row[i] * saved_stride + g * units, v); });
       Rows::scatter(h_next, [&](int64_t i, V v) {
         if (through_m) {
-          m.template store<A>(item.begin + first + i, u, v, n);
+          m.template store<A>(begin + at.slot(first + i), u + at.unit(first + i), v, n);
         } else {
           if constexpr (Product::kWatched) seen.see(v, n);
-          if (!takes_rows_of_y) after.template store<S>(item.begin + first + i, u, v, n);
-          Memory<S, A>::store(y_to + row[i] * y_stride, v, n);
+          if (!takes_rows_of_y) after.template store<S>(begin + at.slot(first + i), u + at.unit(first + i), v, n);
+          Memory<S, A>::store(y_to + at.unit(first + i) + row[i] * y_stride, v, n);
         }
       });
     };
-    int64_t r = from;
-    if constexpr (!kZoned && kWhole && FASTSEQ_VECTOR_REGISTERS == 32)
-      for (; r + 2 <= to; r += 2) finish.template operator()<TwoRows<A, Activations>>(r);
-    for (; r < to; ++r) finish.template operator()<OneRow<A, Activations>>(r);
+    walk(finish);
     watch = seen;
+  }
+
+  // recurrent_few.inl
+  static bool projects_ahead(const Forward& a, const Work& w);
+  void begin_ahead(int64_t begin, int64_t end, int64_t turn);
+  void plan_ahead(int64_t begin, int64_t end, int64_t to);
+  void project_ahead(const void* first, const void* second);
+  void next_piece(const void* first, const void* second);
+  void finish_items(const Item<A>* items, int64_t count, int64_t active);
+  struct Beside {
+    ForwardKernel& kernel;
+    FASTSEQ_HOST_DEVICE bool operator()(const void* first, const void* second) const {
+      if (kernel.few.left) kernel.project_ahead(first, second);
+      return kernel.chunk.ahead;
+    }
+  };
+  // of the chunk that is read
+  int64_t half() const {
+    if constexpr (kFew) return few.half;
+    return 0;
   }
 
   // recurrent_normalized.inl
@@ -807,7 +904,15 @@ class ForwardKernel {
   const Matrix *old_h = nullptr, *new_h = nullptr;
   Watch watch;  // of a product that is watched
   bool within = true;
-  int64_t chunk_start[Product::kChunkRows];
+  int64_t chunk_start[1 + kFew][Product::kChunkRows];
+  struct Ahead {
+    int64_t half = 0;                      // of the chunk that is read
+    int64_t to = 0, rows = 0;              // of the one that is made
+    int64_t tile = 0, piece = 0, row = 0;  // what is next
+    int64_t of_chunk = 0, left = 0;        // pieces
+    int64_t runs = 0, credit = 0;          // during which they are made; of_chunk for each of them, less `runs` for every piece
+  };
+  [[no_unique_address]] std::conditional_t<kFew, Ahead, Nothing> few;
   alignas(64) A sums[(Product::kInterleaves ? 2 : 1) * Product::kMostRows * kTileVectors * W];
 };
 
@@ -1181,6 +1286,7 @@ class BackwardKernel {
   alignas(64) A sums[(Product::kInterleaves ? 2 : 1) * Product::kMostRows * kTileVectors * W];
 };
 
+#include "recurrent_few.inl"
 #include "recurrent_normalized.inl"
 
 // Calls body.template operator()<Product, S, Cell>() for the types and the cell of a shape.
@@ -1311,18 +1417,24 @@ int64_t backward_workspace(const Shape& shape, int64_t slots) {
   });
 }
 
-int64_t forward_scratch(const Forward& arguments, const Work& work) {
+// Calls body.template operator()<Kernel>() for the forward kernel of a call.
+template <class F>
+auto with_forward(const Forward& arguments, const Work& work, F&& body) {
   return with_shape(arguments.shape, [&]<class Product, class S, template <class> class Cell>() {
-    return ForwardKernel<Product, S, Cell, false>::scratch(arguments, work);
+    if constexpr (!Product::kWatched)
+      if (arguments.shape.zoned) return body.template operator()<ForwardKernel<Product, S, Cell, true>>();
+    if constexpr (has_few<Product, Cell<Math<typename Product::A>>>())
+      if (work.rows.slots <= Product::kFewRows) return body.template operator()<ForwardKernel<Product, S, Cell, false, true>>();
+    return body.template operator()<ForwardKernel<Product, S, Cell, false>>();
   });
 }
 
+int64_t forward_scratch(const Forward& arguments, const Work& work) {
+  return with_forward(arguments, work, [&]<class Kernel>() { return Kernel::scratch(arguments, work); });
+}
+
 bool forward(const Forward& arguments, const Work& work) {
-  return with_shape(arguments.shape, [&]<class Product, class S, template <class> class Cell>() {
-    if constexpr (!Product::kWatched)
-      if (arguments.shape.zoned) return ForwardKernel<Product, S, Cell, true>(arguments, work).run();
-    return ForwardKernel<Product, S, Cell, false>(arguments, work).run();
-  });
+  return with_forward(arguments, work, [&]<class Kernel>() { return Kernel(arguments, work).run(); });
 }
 
 bool backward(const Backward& arguments, const Work& work) {

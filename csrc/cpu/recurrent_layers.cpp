@@ -5,6 +5,7 @@
 #include <iterator>
 #include <limits>
 #include <numeric>
+#include <tuple>
 
 #include "layer_norm.h"
 #include "level.h"
@@ -59,14 +60,13 @@ struct Stack {
   bool inside() const { return tiling.own_recurrent > 0 && tiling.states == 0; }
 
   // Nothing if they are no plain stack.
-  static std::optional<Stack> make(const std::vector<Tensor>& params, const std::string& cell, int64_t layers, bool biases,
-                                   bool bidirectional) {
+  static std::optional<Stack> make(const std::vector<Tensor>& params, Cell cell, int64_t layers, bool biases, bool bidirectional) {
     if (layers < 1 || params.size() < 2) return {};
     for (const Tensor& param : params)
       if (!plain(param)) return {};
     const ScalarType narrow = params[0].scalar_type();
     if (!is_stored(narrow)) return {};
-    Shape shape{cell_of(cell), type_of(narrow), bidirectional ? 2 : 1, 0, 0, false, false};
+    Shape shape{cell, type_of(narrow), bidirectional ? 2 : 1, 0, 0, false, false};
     const Tiling tiling = kernels_of(shape).tiling(shape);
     std::vector<int64_t> besides;
     if (tiling.normalized) {
@@ -100,7 +100,7 @@ struct Kept {
   static constexpr uint64_t kMark = 0x31636170'71657366;
 
   uint64_t mark;
-  int64_t level, stored, sizes[6];   // of the machine, of the weights, of the layer
+  int64_t level, stored, sizes[8];   // of the machine, of the weights, of the layer: cell, whether there are biases, D, I, ..
   int64_t w_ih, w_hh, w_hr, scales_ih, scales_hh, bytes;  // where the parts begin, in bytes; all of it
   uint64_t sources;                  // of the parameters that it was made from
 
@@ -129,7 +129,7 @@ struct Kept {
     const int64_t I = stack.depth(layer), D = shape.lanes, GH = stack.gates(), P = shape.output;
     Kept head{};
     head.mark = kMark, head.level = static_cast<int64_t>(cpu::level()), head.stored = static_cast<int64_t>(stored);
-    const int64_t sizes[] = {static_cast<int64_t>(shape.type), D, I, GH, P, shape.projected};
+    const int64_t sizes[] = {static_cast<int64_t>(shape.cell), stack.biases, D, I, GH, P, shape.projected, static_cast<int64_t>(shape.type)};
     std::copy(std::begin(sizes), std::end(sizes), head.sizes);
     const Packer packer(shape, kernels_of(shape));
     int64_t used = sizeof(Kept);
@@ -150,15 +150,22 @@ struct Kept {
     return head;
   }
 
+  static std::optional<Kept> of(const Tensor& kept) {
+    if (!plain(kept) || kept.scalar_type() != ScalarType::Byte || kept.numel() < static_cast<int64_t>(sizeof(Kept))) return {};
+    Kept head;
+    std::memcpy(&head, data(kept), sizeof head);
+    if (head.mark != kMark || head.stored < 0 || head.stored > static_cast<int64_t>(Stored::kInt8)) return {};
+    return head;
+  }
+
   // The weights of `kept`, if they are those of this layer as it is now.
   static bool take(const Stack& stack, int64_t layer, const Tensor& kept, Layer& to) {
-    if (!plain(kept) || kept.scalar_type() != ScalarType::Byte || kept.numel() < static_cast<int64_t>(sizeof(Kept))) return false;
-    const auto* base = static_cast<const char*>(data(kept));
-    Kept head;
-    std::memcpy(&head, base, sizeof head);
-    if (head.mark != kMark || head.stored < 0 || head.stored > static_cast<int64_t>(Stored::kInt8)) return false;
+    const auto found = of(kept);
+    if (!found) return false;
+    const Kept& head = *found;
     const Kept expected = make(stack, layer, static_cast<Stored>(head.stored));
     if (std::memcmp(&head, &expected, sizeof head) || kept.numel() != head.bytes) return false;
+    const auto* base = static_cast<const char*>(data(kept));
     to.stored = static_cast<Stored>(head.stored);
     to.scales_ih.clear(), to.scales_hh.clear();
     to.tiles_hr = stack.shape.projected ? base + head.w_hr : nullptr;
@@ -242,7 +249,7 @@ enum class Saves { kNothing, kCells, kGates };
 std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& h0, const std::optional<Tensor>& c0,
                               const std::vector<Tensor>& params, const std::optional<Tensor>& lengths,
                               const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& hold_h,
-                              const std::optional<Tensor>& hold_c, const std::optional<Tensor>& resets, const std::string& cell,
+                              const std::optional<Tensor>& hold_c, const std::optional<Tensor>& resets, Cell cell,
                               int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first, double zoneout_h,
                               double zoneout_c, const std::optional<std::vector<Tensor>>& kept, Saves saves, bool two_parts) {
   // Whatever is odd is declined: the long way says what is wrong with it, or deals with it.
@@ -435,8 +442,19 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
                                      std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> resets,
                                      std::string cell, int64_t num_layers, bool has_biases, bool bidirectional, bool batch_first,
                                      double zoneout_h, double zoneout_c, std::optional<std::vector<Tensor>> kept, bool two_parts) {
-  return run_stack(input, h0, c0, params, lengths, batch_sizes, {}, {}, resets, cell, num_layers, has_biases, bidirectional,
+  return run_stack(input, h0, c0, params, lengths, batch_sizes, {}, {}, resets, cell_of(cell), num_layers, has_biases, bidirectional,
                    batch_first, zoneout_h, zoneout_c, kept, Saves::kNothing, two_parts);
+}
+
+std::vector<Tensor> recurrent_packed(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
+                                     std::vector<Tensor> kept, bool batch_first, bool two_parts) {
+  const auto head = kept.empty() ? std::nullopt : Kept::of(kept[0]);
+  if (!head || input.dim() != 3) return {};
+  const auto [cell, biases, lanes] = std::tie(head->sizes[0], head->sizes[1], head->sizes[2]);
+  if (cell < 0 || cell > static_cast<int64_t>(Cell::kSlstm)) return {};
+  const int64_t layers = kept.size();
+  return run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, static_cast<Cell>(cell), layers, biases, lanes > 1, batch_first, 0, 0,
+                   std::move(kept), Saves::kNothing, two_parts);
 }
 
 std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
@@ -446,8 +464,8 @@ std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::
   if (b_ih) params.push_back(std::move(*b_ih)), params.push_back(std::move(*b_hh));
   std::optional<std::vector<Tensor>> packed;
   if (kept) packed.emplace(1, std::move(*kept));
-  return run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, cell, 1, params.size() == 4, false, false, 0, 0, packed, Saves::kNothing,
-                   false);
+  return run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, cell_of(cell), 1, params.size() == 4, false, false, 0, 0, packed,
+                   Saves::kNothing, false);
 }
 
 std::vector<Tensor> recurrent_step_trained(Tensor input, Tensor h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
@@ -470,13 +488,13 @@ std::vector<Tensor> recurrent_layer(Tensor x, std::optional<Tensor> h0, std::opt
                                     std::optional<Tensor> hold_c, std::optional<Tensor> resets, std::string cell, bool has_biases,
                                     bool bidirectional, double zoneout_h, double zoneout_c, bool save_gates, bool two_parts) {
   if (x.dim() != (batch_sizes ? 2 : 3)) return {};
-  return run_stack(x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c, resets, cell, 1, has_biases, bidirectional, false, zoneout_h,
+  return run_stack(x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c, resets, cell_of(cell), 1, has_biases, bidirectional, false, zoneout_h,
                    zoneout_c, {}, save_gates ? Saves::kGates : Saves::kCells, two_parts);
 }
 
 std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell, int64_t num_layers, bool has_biases,
                                    bool bidirectional, std::string weights) {
-  const auto stack = Stack::make(params, cell, num_layers, has_biases, bidirectional);
+  const auto stack = Stack::make(params, cell_of(cell), num_layers, has_biases, bidirectional);
   const Stored stored = weights == "int8" ? Stored::kInt8 : weights == "bfloat16" ? Stored::kBfloat16 : Stored::kAsGiven;
   if (!stack || (stored != Stored::kAsGiven && stack->shape.type != Type::kFloat)) return {};
   std::vector<Tensor> results;

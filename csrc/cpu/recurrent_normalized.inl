@@ -74,9 +74,9 @@ struct NormalizedRow {
   }
 };
 
-#define FASTSEQ_FORWARD                                                         \
-  template <class Product, class S, template <class> class Cell, bool kZoned> \
-  void ForwardKernel<Product, S, Cell, kZoned>
+#define FASTSEQ_FORWARD                                                                     \
+  template <class Product, class S, template <class> class Cell, bool kZoned, bool kFew> \
+  void ForwardKernel<Product, S, Cell, kZoned, kFew>
 
 // R h of a tile
 FASTSEQ_FORWARD::keep_product(const Item<A>& item, int64_t from, int64_t to) const {

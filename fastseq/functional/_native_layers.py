@@ -6,7 +6,7 @@ What a caller records, transforms, lowers or looks at keeps the registered ops, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from ..ops._dispatch import PLAIN
 from ..ops._recurrent_step import trained_layer_of_a_step
 from ..ops.recurrent import native_layer
 from ._packing import Packing
+
+_STATE = PLAIN | {type(None)}
 
 
 def native_layers(
@@ -141,14 +143,31 @@ def native_step(
     return done or None
 
 
-def packed_step(
-    cell: str, input: Tensor, h0: Tensor | None, c0: Tensor | None, params: Sequence[Tensor | None], packing: Packing
+def packed_layers(
+    input: Tensor, hx: Any, own: Mapping[str, Tensor | None], names: Sequence[str], batch_first: bool, packing: Packing
 ) -> Sequence[Tensor] | None:
-    """The same where nobody watches and gradients are off, by the weights that were packed, as long as they are those of
-    ``params``, which were plain then. None: the call is for ``native_step``."""
-    kept = packing.kept(params)
-    if kept is None or not input.is_cpu:
+    """``native_layers`` of padded input where nobody watches and gradients are off, by the weights that were packed, as long as
+    they are those of the parameters ``names`` of ``own``, which were plain then. None: the call is for another way."""
+    found = packing.kept_of(own, names)
+    if found is None or not input.is_cpu or not packing.states_apart:
         return None
+    h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
+    if type(h0) not in _STATE or type(c0) not in _STATE:
+        return None
+    return torch.ops.fastseq_native.recurrent_packed.default(input, h0, c0, *found, batch_first, native.two_parts()) or None
+
+
+def packed_step(
+    cell: str, input: Tensor, hx: Sequence[Any] | None, own: Mapping[str, Tensor | None], names: Sequence[str], packing: Packing
+) -> Sequence[Tensor] | None:
+    """``native_step`` under the same conditions."""
+    found = packing.kept_of(own, names)
+    if found is None or not input.is_cpu:
+        return None
+    h0, c0 = (None, None) if hx is None else hx if len(hx) == 2 else (hx[0], None)
+    if type(h0) not in _STATE or type(c0) not in _STATE:
+        return None
+    params, kept = found
     w_ih, w_hh, b_ih, b_hh = params if len(params) == 4 else (*params, None, None)
     return torch.ops.fastseq_native.recurrent_step.default(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0], cell) or None
 

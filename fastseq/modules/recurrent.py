@@ -30,8 +30,8 @@ from fastseq.backends.torch.recurrent import GATES, LAYERS
 from fastseq.cells import CELLS
 from fastseq.choice.sources import layers_are_torchs
 from fastseq.functional._attention_call import readable
-from fastseq.functional._native_layers import native_layers, native_training, trained_layers
-from fastseq.functional._packing import packing_of
+from fastseq.functional._native_layers import native_layers, native_training, packed_layers, trained_layers
+from fastseq.functional._packing import Packing, packing_of
 from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
 from fastseq.functional._solver import Newton, check_solver
 from fastseq.modules._checks import describe, kind_of, pair_of, public
@@ -165,6 +165,11 @@ class Sequence(Interop, nn.RNNBase):
         params: list[Any] | None = None
         plain = not return_cells and reset_to is None and cu_seqlens is None
         if plain and checks_of(type(self)) in CHECKS and plain_call():
+            packing = packing_of(self)
+            if packing is not None and lengths is None and resets is None:
+                done = self._by_packing(packing, input, hx)
+                if done is not None:
+                    return *done, None
             if self.batch_first and type(input) is Tensor and input.is_inference() and torch.is_grad_enabled():
                 input = input.clone()  # such a tensor cannot be kept for a backward pass; torch keeps one that is time-major
             kept = self._parameters  # faster than by attribute; weight_norm, parametrizations and FSDP take them away from there
@@ -209,6 +214,18 @@ class Sequence(Interop, nn.RNNBase):
                 raise ValueError(f"{kind_of(self)}: got lengths and cu_seqlens, of which either says where sequences end")
             return self._run_documents(input, hx, cu_seqlens, params, options)
         return self._run_padded(input, hx, lengths, params, options)
+
+    def _by_packing(self, packing: Packing, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """Output and final states of a plain call with padded input by packed weights, if it is beyond question; else None.
+
+        Nothing here is a check of its own: what is odd goes the long way.
+        """
+        if self.training or torch.is_grad_enabled() or type(input) is not Tensor or self.zoneout or self.num_heads > 1:
+            return None
+        if self.solver is not None or backends.watched_eagerly():
+            return None
+        results = packed_layers(input, hx, self._parameters, self._flat_weights_names, self.batch_first, packing)
+        return None if results is None else (results[0], tuple(results[1:]))
 
     def _native(
         self, input: Any, hx: Any, lengths: Tensor | None, params: list[Any], resets: Any = None

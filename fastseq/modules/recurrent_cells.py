@@ -73,7 +73,7 @@ class RNNCell(Interop, nn.RNNCellBase):
         """
         name = _ELMAN.get(self.nonlinearity)
         if name is not None:
-            h = None if hx is None else _trained(self, name, input, hx, (hx,))
+            h = None if hx is None or not torch.is_grad_enabled() else _trained(self, name, input, hx, (hx,))
             if h is not None:
                 return h
             done = _step(self, name, input, None if hx is None else (hx,))
@@ -130,7 +130,7 @@ class LSTMCell(Interop, nn.RNNCellBase):
             TypeError: hx is no tuple.
         """
         if hx is None or (type(hx) is tuple and len(hx) == 2):
-            states = None if hx is None else _trained(self, "lstm", input, hx, hx)
+            states = None if hx is None or not torch.is_grad_enabled() else _trained(self, "lstm", input, hx, hx)
             if states is not None:
                 return states
             done = _step(self, "lstm", input, hx)
@@ -184,7 +184,7 @@ class GRUCell(Interop, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
-        h = None if hx is None else _trained(self, "gru", input, hx, (hx,))
+        h = None if hx is None or not torch.is_grad_enabled() else _trained(self, "gru", input, hx, (hx,))
         if h is not None:
             return h
         done = _step(self, "gru", input, None if hx is None else (hx,))
@@ -200,7 +200,7 @@ class GRUCell(Interop, nn.RNNCellBase):
         __call__ = forward
 
 
-_STATE = PLAIN | {type(None)}
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _ELMAN = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 # As torch has them, whatever `fastseq.patched` puts in their place.
 _torch_rnn: Any = nn.RNNCell.forward
@@ -212,11 +212,9 @@ _trainers = memory()
 
 
 def _trained(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
-    """h, or of an LSTM h and c, after a step with gradients whose kernel is known: what stands before it is a part of the time,
-    and what there is to be asked of sizes and dtypes was asked of the first such call. None: the call is for `_step`.
+    """h, or of an LSTM h and c, after a step where gradients are on, whose kernel is known: what stands before it is a part of the
+    time, and what there is to be asked of sizes and dtypes was asked of the first such call. None: the call is for `_step`.
     """
-    if not torch.is_grad_enabled():
-        return None
     own: Any = cell._parameters
     w_ih, w_hh, b_ih, b_hh = own.get("weight_ih"), own.get("weight_hh"), own.get("bias_ih"), own.get("bias_hh")
     if type(input) is not Tensor or w_ih is None or type(w_ih) not in PLAIN or not w_ih.requires_grad:
@@ -263,19 +261,17 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
 
     Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it.
     """
-    if type(input) is not Tensor or input.dim() != 2 or not plain_call():
+    if type(input) is not Tensor or not plain_call():
         return None
-    own = cell._parameters
-    params: list[Any] = [own.get("weight_ih"), own.get("weight_hh")]
-    if cell.bias:
-        params += own.get("bias_ih"), own.get("bias_hh")
+    own, names = cell._parameters, _NAMES if cell.bias else _NAMES[:2]
     packing = None if cell.training else packing_of(cell)
-    if packing is not None and not torch.is_grad_enabled() and not backends.watched():
-        h0, c0 = (None, None) if hx is None else hx if len(hx) == 2 else (hx[0], None)
-        if type(h0) in _STATE and type(c0) in _STATE:
-            stepped = packed_step(name, input, h0, c0, params, packing)
-            if stepped is not None:
-                return stepped
+    if packing is not None and not torch.is_grad_enabled() and not backends.watched_eagerly():
+        stepped = packed_step(name, input, hx, own, names, packing)
+        if stepped is not None:
+            return stepped
+    if input.dim() != 2:
+        return None
+    params: list[Any] = [own.get(key) for key in names]
     given: list[Any] = params if hx is None else [*params, *hx]
     for tensor in given:
         if type(tensor) not in PLAIN:

@@ -66,6 +66,11 @@ def unpaired(name: str, old: str, new: str, seen: str = WRONG, file: str = "prod
     return Fault(name, file, old, new, seen, level="avx512_bf16", cases=("X(bfloat16, Gru)",))
 
 
+def unfinished(name: str, old: str, new: str, file: str = "recurrent_few.inl", cell: str = "Lstm") -> Fault:
+    """Of few sequences, something is left out, or taken from elsewhere."""
+    return Fault(name, file, old, new, f"{WRONG}|{LEFT}", level="avx512", cases=(f"X(float, {cell})",))
+
+
 FAULTS = [
     Fault(
         "a gate's R h among its x",
@@ -129,6 +134,15 @@ FAULTS = [
         LEFT,
         "product_in_place.inl",
     ),
+    unfinished("an odd vector of units", "if (waiting) finish.template", "if (waiting > 1) finish.template"),
+    unfinished("units after the last whole vector", "if (whole < H)", "if (whole + W < H)"),
+    unfinished("a single tile", "if (count) finish(items, count)", "if (count > 1) finish(items, count)", ENGINE),
+    unfinished("what was projected for the other chunk", "if constexpr (kFew) return few.half;", "", ENGINE),
+    unfinished(
+        "the last rows of a chunk", "kPieceRows) < few.rows) return", "kPieceRows) + Product::kPieceRows <= few.rows) return"
+    ),
+    unfinished("sums of a piece", "k ? Start<A>{to, stride, width} : Start<A>{bias", "Start<A>{bias", "product_blocks.inl"),
+    unfinished("the input of the first sequence", "x ? projected_input(*item, r)", "x ? projected_input(*item, 0)", cell="Gru"),
     Fault("backwards one tile too far", ENGINE, "tiles[1] - 1 - i", "tiles[1] - i", f"{WRONG}|{LEFT}"),
 ]
 

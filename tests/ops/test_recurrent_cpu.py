@@ -46,9 +46,10 @@ CHUNKED = [
     # save that it is stored past the caches, in whole lines and not
     RecurrentCase("lstm", steps=60, batch=1, hidden=290, input=270),
     RecurrentCase("gru", steps=40, batch=3, hidden=270, input=260),
-    # one sequence: backwards, ended early, of tiles of several blocks
+    # one sequence, whose input is projected in pieces beside its steps: backwards, ended early, of tiles of several blocks
     RecurrentCase("lstm", steps=75, batch=1, hidden=150, input=40, layout="lengths", bidirectional=True),
     RecurrentCase("rnn_tanh", steps=70, batch=1, hidden=320, input=33),
+    RecurrentCase("gru", steps=70, batch=1, hidden=200, input=70, bidirectional=True),
     RecurrentCase("lstm", steps=12, batch=50, hidden=256, input=16),
     RecurrentCase("gru", steps=15, batch=50, hidden=250, input=16, layout="packed"),
 ]
@@ -128,7 +129,7 @@ def test_chunks_and_variants(level, case, dtype):
     BATTERY.check(case, dtype, "cpu")
 
 
-@pytest.mark.parametrize("case", (ODD[11], ODD[14], CHUNKED[1], CHUNKED[4], *CHUNKED[7:9], VARIANTS[1], *VARIANTS[-2:]), ids=str)
+@pytest.mark.parametrize("case", (ODD[11], ODD[14], CHUNKED[1], CHUNKED[4], *CHUNKED[7:10], VARIANTS[1], *VARIANTS[-2:]), ids=str)
 def test_threads(level, threads, case):
     for dtype in DTYPES[1:]:
         BATTERY.check(case, dtype, "cpu")
