@@ -212,8 +212,8 @@ _trainers = memory()
 
 
 def _trained(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
-    """h, or of an LSTM h and c, after a step where gradients are on, whose kernel is known: what stands before it is a part of the
-    time, and what there is to be asked of sizes and dtypes was asked of the first such call. None: the call is for `_step`.
+    """h, or of an LSTM h and c, after a step where gradients are on and whose kernel is known: what stands before it is a part of
+    the time, and what there is to be asked of sizes and dtypes was asked of the first such call. None: it is for `_step`.
     """
     own: Any = cell._parameters
     w_ih, w_hh, b_ih, b_hh = own.get("weight_ih"), own.get("weight_hh"), own.get("bias_ih"), own.get("bias_hh")
