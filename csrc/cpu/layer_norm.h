@@ -45,7 +45,8 @@ struct NormGradient {
   Dropout dropout;
 };
 
-// Of rows [count, features], contiguous: relu or gelu, and then a dropout. A number that this drops becomes -0, which no other is.
+// Of rows [count, features], contiguous: relu or gelu, and then a dropout. A number that this drops becomes -0, which no other
+// is whose derivative is more than a rounding.
 struct Activation {
   Type type;
   int64_t features;

@@ -197,7 +197,7 @@ void activate_of(const Activation& a, int64_t begin, int64_t end, A* row) {
       V y = a.gelu ? x * Gaussian<A>(x).below : Math<A>::relu(x);
       if (drops) {
         const V factor = Own::load(row + f, F - f);
-        y = In::rounded(y * factor) + A(0);  // of a zero with a sign: one without
+        y = y * factor + A(0);  // of a zero with a sign: one without
         y = factor > 0 ? y : (V)(I{} + Lanes<A>::kSign);
       }
       In::store(after + f, y, F - f);

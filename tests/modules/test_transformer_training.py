@@ -168,7 +168,6 @@ class TestDropout:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_short_numbers(self, dtype):
-        """What a gelu rounds to zero is not taken for dropped."""
         torch.manual_seed(1)
         ours = dropping(fastseq.TransformerEncoderLayer(64, 4, 256, 0.0, "gelu").to(dtype), dropout=0.5)
         with torch.no_grad():
@@ -183,17 +182,18 @@ class TestDropout:
             found.append(results(module, given[0], dout=given[1]))
         assert_all_close_to_truth(*found)
 
-    def test_numbers_that_are_zero_have_gradients(self):
-        """gelu(0) = 0, but its derivative is not."""
-        ours = dropping(both(activation="gelu")[1], dropout=0.5)
+    @pytest.mark.parametrize("bias", [0.0, -(2.0**-149)])
+    def test_numbers_that_are_zero_have_gradients(self, bias):
+        """gelu(0) = 0, and of the negative number that is next to 0 it is 0 with a sign, but the derivative is not."""
+        ours = dropping(both(torch.float32, activation="gelu")[1], dropout=0.5)
         with torch.no_grad():
             ours.linear1.weight.zero_()
-            ours.linear1.bias.zero_()
+            ours.linear1.bias.fill_(bias)
         found = []
         for module in (ours, Composed(ours)):
             torch.manual_seed(5)
-            found.append(results(module, source(False)))
-        check(*found)
+            found.append(results(module, source(False, torch.float32)))
+        check(*found, rtol=1e-4, atol=1e-5)
         assert found[0]["linear1.bias"].ne(0).any()
 
     def test_rates(self):
