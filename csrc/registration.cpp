@@ -123,7 +123,11 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
         "Tensor? key_padding_mask, Tensor? attn_mask, bool batch_first, bool is_causal, float dropout, Tensor? seed, "
         "bool average_attn_weights) -> Tensor[]");
   m.def("transformer_encoder_layer(Tensor src, Tensor[] parameters, int num_heads, bool gelu, bool norm_first, float eps, "
-        "Tensor? src_mask, Tensor? src_key_padding_mask, bool batch_first, bool is_causal) -> Tensor[]");
+        "Tensor? src_mask, Tensor? src_key_padding_mask, bool batch_first, bool is_causal, float[] dropouts, Tensor? seed, bool saves) "
+        "-> Tensor[]");
+  m.def("transformer_encoder_layer_backward(Tensor dout, Tensor[] saved, Tensor src, Tensor[] parameters, int num_heads, bool gelu, "
+        "bool norm_first, float eps, Tensor? src_mask, Tensor? src_key_padding_mask, bool batch_first, bool is_causal, float[] dropouts, "
+        "Tensor? seed, bool[] wanted) -> Tensor[]");
   // The benchmark suite `limits` measures the machine with these; no module and no function of fastseq calls them.
   m.def("fma(Tensor start, float factor, float addend, int steps, Tensor(a!) results) -> ()");
   m.def("exchange(str kind, int steps, int ctas, int vectors, Tensor(a!) flags, Tensor(b!) operands, Tensor(c!) results) -> ()");
@@ -141,6 +145,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CPU, m) {
   m.impl("attention_weights", TORCH_BOX(&fastseq::cpu::attention_weights));
   m.impl("linear_backward", TORCH_BOX(&fastseq::cpu::linear_backward));
   m.impl("projected_attention_backward", TORCH_BOX(&fastseq::cpu::projected_attention_backward));
+  m.impl("transformer_encoder_layer_backward", TORCH_BOX(&fastseq::cpu::transformer_encoder_layer_backward));
   m.impl("attention_decode", TORCH_BOX(&fastseq::cpu::attention_decode));
   m.impl("recurrent_gradients", TORCH_BOX(&fastseq::cpu::recurrent_gradients));
   m.impl("scan_forward", TORCH_BOX(&fastseq::cpu::scan_forward));

@@ -37,17 +37,25 @@ def padded(*lengths) -> torch.Tensor:
 
 @contextmanager
 def counted(model: nn.Module) -> Iterator[list[str]]:
-    """The names of the attention modules in `model` whose forward runs, without hooks, which would change the path."""
+    """The names of the attention modules in `model` whose forward runs, or with gradients is a part of their layer's one call;
+    without hooks, which would change the path."""
     calls: list[str] = []
     names = {id(module): name for name, module in model.named_modules()}
-    original = fastseq.MultiheadAttention.forward
+    original, in_one_call = fastseq.MultiheadAttention.forward, fastseq.TransformerEncoderLayer._in_one_call
 
     def forward(self, *args, **kwargs):
         calls.append(names[id(self)])
         return original(self, *args, **kwargs)
 
+    def whole(self, *args):
+        out = in_one_call(self, *args)
+        if out is not None and out.requires_grad:
+            calls.append(names[id(self.self_attn)])
+        return out
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fastseq.MultiheadAttention, "forward", forward)
+        patch.setattr(fastseq.TransformerEncoderLayer, "_in_one_call", whole)
         yield calls
 
 

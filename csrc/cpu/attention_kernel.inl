@@ -20,6 +20,7 @@ namespace {
 
 #include "vector.inl"
 #include "transpose.inl"
+#include "philox.inl"
 #include "attention_scores.inl"
 
 // Rows of keys or values as products read them: where they lie, or copied. Rows of other types are widened, and those far apart are

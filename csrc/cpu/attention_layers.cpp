@@ -251,11 +251,9 @@ bool multiplied(const Tensor& rows, const Tensor& weight, const std::optional<Te
   return true;
 }
 
-// weight[first .. first + count) x + bias of rows [n, E], which are contiguous, as is the bias.
-Tensor linear(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, int64_t first, int64_t count) {
-  const Tensor out = empty({rows.size(0), count}, rows.scalar_type());
-  if (multiplied(rows, weight, bias, first, false, out)) return out;
-  const int64_t along = weight.stride(1), across = weight.stride(0);
+// The same without a relu, by torch's product.
+void multiply_by_torch(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, int64_t first, const Tensor& out) {
+  const int64_t along = weight.stride(1), across = weight.stride(0), count = out.size(1);
   const Tensor transposed = view(weight, {weight.size(1), count}, {along, across}, first * across);
   if (bias) {
     const Tensor part = view(*bias, {count}, {1}, first);
@@ -263,6 +261,12 @@ Tensor linear(const Tensor& rows, const Tensor& weight, const std::optional<Tens
   } else {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), rows.get(), transposed.get()));
   }
+}
+
+// weight[first .. first + count) x + bias of rows [n, E], which are contiguous, as is the bias.
+Tensor linear(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, int64_t first, int64_t count) {
+  const Tensor out = empty({rows.size(0), count}, rows.scalar_type());
+  if (!multiplied(rows, weight, bias, first, false, out)) multiply_by_torch(rows, weight, bias, first, out);
   return out;
 }
 Tensor linear(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -594,85 +598,248 @@ namespace {
 
 enum Parameter { kInProj, kInProjBias, kOutProj, kOutProjBias, kNorm1, kNorm1Bias, kNorm2, kNorm2Bias, kLinear1, kLinear1Bias, kLinear2,
                  kLinear2Bias, kParameters };
+// What a layer with gradients keeps for them, in this order, beside src: see EncoderLayer.
+enum Saved { kProjected, kAttended, kLse, kSum1, kNormalized, kOther, kMean1, kScale1, kMean2, kScale2, kBefore, kHidden, kSaved };
+enum Dropping { kOfAttention, kOfDropout1, kOfDropout, kOfDropout2, kDroppings };
 
-void run(const AddNorm& norm, int64_t count) {
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kElements / norm.features), [&](int64_t begin, int64_t end) {
-    const Buffer row(norm.features * wide_bytes(norm.type));
-    layer_norm_kernels().add_norm(norm, begin, end, row.get());
+// Runs body(begin, end, scratch) over rows by torch's threads, with `rows_of_scratch` rows of scratch each.
+template <class Body>
+void over_rows(Type type, int64_t count, int64_t features, int64_t rows_of_scratch, const Body& body) {
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kElements / features), [&](int64_t begin, int64_t end) {
+    const Buffer scratch(rows_of_scratch * scratch_row(features) * wide_bytes(type));
+    body(begin, end, scratch.get());
   });
 }
 
-// x + y, or x alone, into `sum` if it is given; the result is that, normalized.
-Tensor add_norm(const Tensor& x, const Tensor* y, const Tensor& weight, const Tensor& bias, double eps, const Tensor* sum) {
-  const int64_t count = x.size(0), features = x.size(1);
-  const Tensor result = empty({count, features}, x.scalar_type());
-  const AddNorm norm{type_of(x.scalar_type()), features, data(x), y ? data(*y) : nullptr, data(weight), data(bias),
-                     eps, sum ? mutable_data(*sum) : nullptr, mutable_data(result)};
-  run(norm, count);
-  return result;
-}
-void add(const Tensor& x, const Tensor& to) {
-  run(AddNorm{type_of(x.scalar_type()), x.size(1), data(x), data(to), nullptr, nullptr, 0, mutable_data(to), nullptr}, x.size(0));
-}
+// Of torch.nn.TransformerEncoderLayer with biases: what both passes know of a call, and their parts.
+//
+//   norm last     sum1 = src + dropout1(attention(src)), normalized = norm1(sum1), other = normalized + dropout2(feed-forward(normalized)),
+//                 the output is norm2(other)
+//   norm first    normalized = norm1(src), sum1 = src + dropout1(attention(normalized)), other = norm2(sum1), the output is
+//                 sum1 + dropout2(feed-forward(other))
+//
+// The feed-forward part is linear2(hidden), hidden = dropout(activation(before)), before = linear1 of what it is given.
+struct EncoderLayer {
+  const std::vector<Tensor>& p;
+  Batch batch;
+  Type type;
+  int64_t n, E, H, F;  // rows; features, heads, features of the feed-forward part
+  bool gelu, norm_first;
+  double eps;
+  AttentionSpec spec;
+  double probability[kDroppings];
+  uint64_t seed;
 
-// gelu or relu of weight x + bias
-Tensor activated(const Tensor& rows, const Tensor& weight, const Tensor& bias, bool gelu) {
-  const int64_t n = rows.size(0), count = weight.size(0);
-  const Tensor out = empty({n, count}, rows.scalar_type());
-  if (!multiplied(rows, weight, bias, 0, !gelu, out)) {
-    const Tensor transposed = view(weight, {weight.size(1), count}, {1, weight.size(1)});
-    AtenTensorHandle result;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__addmm_activation(bias.get(), rows.get(), transposed.get(), 1, 1, gelu, &result));
-    return Tensor(result);
+  static std::optional<EncoderLayer> of(const Tensor& src, const std::vector<Tensor>& p, int64_t H, bool gelu, bool norm_first, double eps,
+                                        const std::optional<Tensor>& src_mask, const std::optional<Tensor>& padding, bool batch_first,
+                                        bool is_causal, const std::vector<double>& dropouts, const std::optional<Tensor>& seed) {
+    const ScalarType type = src.scalar_type();
+    if (src.dim() < 2 || src.dim() > 3 || !plain(src) || !is_stored(type) || src.numel() == 0 || p.size() != kParameters) return {};
+    const int64_t E = src.size(-1), F = p[kLinear1].dim() == 2 ? p[kLinear1].size(0) : 0;
+    if (F == 0 || E % H || !is_matrix(p[kInProj], type, 3 * E, E) || !is_matrix(p[kOutProj], type, E, E)) return {};
+    if (!is_matrix(p[kLinear1], type, F, E) || !is_matrix(p[kLinear2], type, E, F)) return {};
+    if (!is_vector(p[kInProjBias], type, 3 * E) || !is_vector(p[kLinear1Bias], type, F)) return {};
+    for (int i = 0; i < kParameters; ++i)
+      if (!p[i].is_contiguous()) return {};
+    for (const int of_features : {kOutProjBias, kNorm1, kNorm1Bias, kNorm2, kNorm2Bias, kLinear2Bias})
+      if (!is_vector(p[of_features], type, E)) return {};
+    const Batch batch = Batch::of(src, batch_first);
+    EncoderLayer layer{p, batch, type_of(type), batch.count(), E, H, F, gelu, norm_first, eps, {}, {}, 0};
+    AttentionSpec& spec = layer.spec;
+    spec.scale = 1 / std::sqrt(static_cast<double>(E / H)), spec.right = is_causal ? 0 : -1;
+    if (!read_masks(padding, is_causal ? std::nullopt : src_mask, batch.sequences, H, batch.length, batch.length, type, spec)) return {};
+    if (!seed) return layer;
+    std::copy(dropouts.begin(), dropouts.end(), layer.probability);
+    if (dropouts[kOfAttention] > 0) spec.dropout = dropouts[kOfAttention], spec.seed = view(*seed, {1}, {1});
+    layer.seed = static_cast<uint64_t>(integers(seed)[1]);
+    return layer;
   }
-  if (!gelu) return out;
-  using torch::stable::detail::from;
-  StableIValue stack[] = {from(out), from(std::string("none"))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::gelu", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
+
+  Dropout dropout(Dropping which) const { return {probability[which], seed, static_cast<uint32_t>(which)}; }
+  Tensor rows(int64_t features) const { return empty({n, features}, batch.rows.scalar_type()); }
+  Tensor numbers() const { return empty({n}, wide_of(batch.rows.scalar_type())); }
+  // q, k or v of projected rows, or of their gradient; or the heads of other rows
+  Tensor heads(const Tensor& rows, int64_t which = 0) const { return batch.heads(rows, H, E / H, which * E); }
+
+  // x + dropout(y), or x alone, into `sum` if it is given; the result is that, normalized.
+  Tensor normalized(const Tensor& x, const Tensor* y, Dropping which, Parameter weight, const Tensor* sum, Tensor* saved_mean,
+                    Tensor* saved_scale) const {
+    const Tensor result = rows(E);
+    AddNorm norm{type, E, data(x), y ? data(*y) : nullptr, data(p[weight]), data(p[weight + 1]), eps, sum ? mutable_data(*sum) : nullptr,
+                 mutable_data(result)};
+    if (y) norm.dropout = dropout(which);
+    if (saved_mean) {
+      *saved_mean = numbers(), *saved_scale = numbers();
+      norm.mean = mutable_data(*saved_mean), norm.scale = mutable_data(*saved_scale);
+    }
+    run(norm);
+    return result;
+  }
+  // x + dropout(y), or that alone, into `to`
+  void add(const Tensor* x, const Tensor& y, const Tensor& to, const Dropout& dropout) const {
+    run({type, E, x ? data(*x) : nullptr, data(y), nullptr, nullptr, 0, mutable_data(to), nullptr, nullptr, nullptr, dropout});
+  }
+  void run(const AddNorm& norm) const {
+    over_rows(type, n, E, 2, [&](int64_t begin, int64_t end, void* scratch) { layer_norm_kernels().add_norm(norm, begin, end, scratch); });
+  }
+
+  Activation activation(const Tensor& before, const Tensor& after) const {
+    return {type, F, gelu, data(before), mutable_data(after), dropout(kOfDropout)};
+  }
+
+  std::vector<Tensor> forward(bool saves) const {
+    const Tensor& x = batch.rows;
+    std::vector<Tensor> saved(saves ? kSaved : 0);
+    const auto to = [&](Saved which) { return saves ? &saved[which] : nullptr; };
+    const auto keep = [&](Saved which, const Tensor& tensor) {
+      if (saves) saved[which] = tensor;
+      return tensor;
+    };
+    const auto attention = [&](const Tensor& given) {
+      const Tensor projected = keep(kProjected, linear(given, p[kInProj], p[kInProjBias])), attended = keep(kAttended, rows(E));
+      std::optional<Tensor> lse;
+      if (saves) lse = keep(kLse, empty({batch.sequences, H, batch.length}, wide_of(x.scalar_type())));
+      attention_into(heads(projected), heads(projected, 1), heads(projected, 2), spec, heads(attended), lse, {}, false);
+      return keep(kSum1, linear(attended, p[kOutProj], p[kOutProjBias]));  // what it becomes a part of, in place
+    };
+    const auto feed_forward = [&](const Tensor& given) {
+      const Tensor before = rows(F);
+      const bool done = multiplied(given, p[kLinear1], p[kLinear1Bias], 0, !gelu, before);
+      if (!done) multiply_by_torch(given, p[kLinear1], p[kLinear1Bias], 0, before);
+      const Tensor hidden = keep(kHidden, saves && gelu ? rows(F) : before);
+      keep(kBefore, gelu ? before : empty({0}, x.scalar_type()));
+      if (!done || gelu || probability[kOfDropout] > 0) {
+        const Activation a = activation(before, hidden);
+        over_rows(type, n, F, 1, [&](int64_t begin, int64_t end, void* scratch) { layer_norm_kernels().activate(a, begin, end, scratch); });
+      }
+      return linear(hidden, p[kLinear2], p[kLinear2Bias]);
+    };
+    Tensor out;
+    if (norm_first) {
+      const Tensor sum = attention(keep(kNormalized, normalized(x, nullptr, kOfDropout1, kNorm1, nullptr, to(kMean1), to(kScale1))));
+      const Tensor other = keep(kOther, normalized(x, &sum, kOfDropout1, kNorm2, &sum, to(kMean2), to(kScale2)));
+      out = feed_forward(other);
+      add(&sum, out, out, dropout(kOfDropout2));
+    } else {
+      const Tensor sum = attention(x);
+      const Tensor middle = keep(kNormalized, normalized(x, &sum, kOfDropout1, kNorm1, to(kSum1), to(kMean1), to(kScale1)));
+      const Tensor other = keep(kOther, feed_forward(middle));
+      out = normalized(middle, &other, kOfDropout2, kNorm2, to(kOther), to(kMean2), to(kScale2));
+    }
+    saved.insert(saved.begin(), out);
+    return saved;
+  }
+
+  // The gradients of src and of the parameters, of size 0 where they are not wanted.
+  std::vector<Tensor> backward(const Tensor& dout, const std::vector<Tensor>& saved, const std::vector<bool>& wanted) const {
+    const Tensor& x = batch.rows;
+    std::vector<Tensor> grads(1 + kParameters);
+    // of what was normalized, with `beside`; and of what was dropped before it became a part of that
+    const auto through_norm = [&](const Tensor& given, const Tensor* more, const Tensor& sum, Saved mean, Saved scale, Parameter weight,
+                                  const Tensor* beside, const Dropout& before) {
+      const Tensor dsum = rows(E), dy = before.probability > 0 ? rows(E) : dsum;
+      const NormGradient norm{type, E, data(given), more ? data(*more) : nullptr, data(sum), data(saved[mean]), data(saved[scale]),
+                              data(p[weight]), beside ? data(*beside) : nullptr, mutable_data(dsum),
+                              before.probability > 0 ? mutable_data(dy) : nullptr, before};
+      norm_gradients(norm, grads[1 + weight], grads[2 + weight]);
+      return std::pair(dsum, dy);
+    };
+    const auto through_linear = [&](const Tensor& given, const Tensor& of, Parameter weight, bool further = true) {
+      std::vector<Tensor> found = linear_backward(given, of, p[weight], {further, wanted[1 + weight], wanted[2 + weight]});
+      grads[1 + weight] = found[1], grads[2 + weight] = found[2];
+      return found[0];
+    };
+    const auto through_feed_forward = [&](const Tensor& given, const Tensor& of) {
+      const Tensor gradient = through_linear(given, saved[kHidden], kLinear2);
+      const Activation a = activation(saved[kBefore], saved[kHidden]);
+      over_rows(type, n, F, 0, [&](int64_t begin, int64_t end, void*) {
+        layer_norm_kernels().activation_gradient(a, mutable_data(gradient), begin, end);
+      });
+      return through_linear(gradient, of, kLinear1);
+    };
+    const auto through_attention = [&](const Tensor& given, const Tensor& of, bool further) {
+      const Tensor gradient = through_linear(given, saved[kAttended], kOutProj), projected = rows(3 * E);
+      const Tensor& before = saved[kProjected];
+      attention_backward_into(heads(gradient), {}, false, heads(before), heads(before, 1), heads(before, 2), heads(saved[kAttended]),
+                              saved[kLse], spec, heads(projected), heads(projected, 1), heads(projected, 2), {});
+      return through_linear(projected, of, kInProj, further);
+    };
+    const Tensor rows_of_dout = matrix_of(dout);
+    Tensor dx;
+    if (norm_first) {
+      Tensor dropped = rows_of_dout;
+      if (probability[kOfDropout2] > 0) dropped = rows(E), add(nullptr, rows_of_dout, dropped, dropout(kOfDropout2));
+      const Tensor dother = through_feed_forward(dropped, saved[kOther]);
+      const auto [dsum, dy] =
+          through_norm(dother, nullptr, saved[kSum1], kMean2, kScale2, kNorm2, &rows_of_dout, dropout(kOfDropout1));
+      const Tensor dnormalized = through_attention(dy, saved[kNormalized], true);
+      dx = through_norm(dnormalized, nullptr, x, kMean1, kScale1, kNorm1, &dsum, {}).first;
+    } else {
+      const auto [dother, dy2] =
+          through_norm(rows_of_dout, nullptr, saved[kOther], kMean2, kScale2, kNorm2, nullptr, dropout(kOfDropout2));
+      const Tensor dmiddle = through_feed_forward(dy2, saved[kNormalized]);
+      const auto [dsum, dy] = through_norm(dmiddle, &dother, saved[kSum1], kMean1, kScale1, kNorm1, nullptr, dropout(kOfDropout1));
+      dx = through_attention(dy, x, wanted[0]);
+      if (wanted[0]) add(&dsum, dx, dx, {});
+    }
+    grads[0] = dx;
+    return grads;
+  }
+
+  // Sums over parts of the rows, whatever the number of threads.
+  void norm_gradients(const NormGradient& norm, Tensor& dweight, Tensor& dbias) const {
+    constexpr int64_t kRows = 128;
+    const int64_t parts = (n + kRows - 1) / kRows, bytes = 2 * E * wide_bytes(type);
+    const Buffer sums(parts * bytes);
+    std::memset(sums.get(), 0, parts * bytes);
+    torch::stable::parallel_for(0, parts, std::max<int64_t>(1, kElements / (kRows * E)), [&](int64_t begin, int64_t end) {
+      const Buffer scratch(2 * scratch_row(E) * wide_bytes(type));
+      for (; begin < end; ++begin) {
+        void* const of_part = static_cast<char*>(sums.get()) + begin * bytes;
+        layer_norm_kernels().norm_gradient(norm, begin * kRows, std::min(n, (begin + 1) * kRows), of_part, scratch.get());
+      }
+    });
+    dweight = empty({E}, batch.rows.scalar_type()), dbias = empty({E}, batch.rows.scalar_type());
+    if (type == Type::kDouble)
+      add_up(static_cast<double*>(sums.get()), parts, dweight, dbias);
+    else
+      add_up(static_cast<float*>(sums.get()), parts, dweight, dbias);
+  }
+  template <class A>
+  void add_up(A* sums, int64_t parts, const Tensor& dweight, const Tensor& dbias) const {
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = 0; i < 2 * E; ++i) sums[i] += sums[part * 2 * E + i];
+    with_storage(type, [&]<class S>() {
+      std::copy_n(sums, E, static_cast<S*>(mutable_data(dweight))), std::copy_n(sums + E, E, static_cast<S*>(mutable_data(dbias)));
+    });
+  }
+};
 
 }  // namespace
 
 std::vector<Tensor> transformer_encoder_layer(Tensor src, std::vector<Tensor> parameters, int64_t num_heads, bool gelu, bool norm_first,
                                               double eps, std::optional<Tensor> src_mask, std::optional<Tensor> src_key_padding_mask,
-                                              bool batch_first, bool is_causal) {
-  const std::vector<Tensor>& p = parameters;
-  const ScalarType type = src.scalar_type();
-  if (src.dim() < 2 || src.dim() > 3 || !plain(src) || !is_stored(type) || src.numel() == 0 || p.size() != kParameters) return {};
-  const int64_t E = src.size(-1), H = num_heads, F = p[kLinear1].dim() == 2 ? p[kLinear1].size(0) : 0;
-  if (F == 0 || E % H || !is_matrix(p[kInProj], type, 3 * E, E) || !is_matrix(p[kOutProj], type, E, E)) return {};
-  if (!is_matrix(p[kLinear1], type, F, E) || !is_matrix(p[kLinear2], type, E, F)) return {};
-  if (!is_vector(p[kInProjBias], type, 3 * E) || !is_vector(p[kLinear1Bias], type, F)) return {};
-  for (int i = 0; i < kParameters; ++i)
-    if (!p[i].is_contiguous()) return {};
-  for (const int of_features : {kOutProjBias, kNorm1, kNorm1Bias, kNorm2, kNorm2Bias, kLinear2Bias})
-    if (!is_vector(p[of_features], type, E)) return {};
-  const Batch batch = Batch::of(src, batch_first);
-  AttentionSpec spec{};
-  spec.scale = 1 / std::sqrt(static_cast<double>(E / H)), spec.right = is_causal ? 0 : -1;
-  const auto mask = is_causal ? std::nullopt : src_mask;
-  if (!read_masks(src_key_padding_mask, mask, batch.sequences, H, batch.length, batch.length, type, spec)) return {};
+                                              bool batch_first, bool is_causal, std::vector<double> dropouts, std::optional<Tensor> seed,
+                                              bool saves) {
+  const auto layer = EncoderLayer::of(src, parameters, num_heads, gelu, norm_first, eps, src_mask, src_key_padding_mask, batch_first,
+                                      is_causal, dropouts, seed);
+  if (!layer) return {};
+  std::vector<Tensor> results = layer->forward(saves);
+  results[0] = layer->batch.shaped(results[0], src, batch_first);
+  return results;
+}
 
-  const auto attention = [&](const Tensor& rows) {
-    Batch x = batch;
-    x.rows = rows;
-    const Heads heads = attend(x, x, x, true, true, H, p[kInProj], p[kInProjBias], spec, false, false);
-    return linear(heads.rows, p[kOutProj], p[kOutProjBias]);
-  };
-  const auto feed_forward = [&](const Tensor& rows) {
-    return linear(activated(rows, p[kLinear1], p[kLinear1Bias], gelu), p[kLinear2], p[kLinear2Bias]);
-  };
-  const Tensor& x = batch.rows;
-  if (norm_first) {
-    const Tensor attended = attention(add_norm(x, nullptr, p[kNorm1], p[kNorm1Bias], eps, nullptr));  // and then their sum
-    const Tensor sum = feed_forward(add_norm(x, &attended, p[kNorm2], p[kNorm2Bias], eps, &attended));
-    add(attended, sum);
-    return {batch.shaped(sum, src, batch_first)};
-  }
-  const Tensor attended = attention(x), middle = add_norm(x, &attended, p[kNorm1], p[kNorm1Bias], eps, nullptr);
-  const Tensor added = feed_forward(middle);
-  return {batch.shaped(add_norm(middle, &added, p[kNorm2], p[kNorm2Bias], eps, nullptr), src, batch_first)};
+std::vector<Tensor> transformer_encoder_layer_backward(Tensor dout, std::vector<Tensor> saved, Tensor src, std::vector<Tensor> parameters,
+                                                       int64_t num_heads, bool gelu, bool norm_first, double eps,
+                                                       std::optional<Tensor> src_mask, std::optional<Tensor> src_key_padding_mask,
+                                                       bool batch_first, bool is_causal, std::vector<double> dropouts,
+                                                       std::optional<Tensor> seed, std::vector<bool> wanted) {
+  const auto layer = EncoderLayer::of(src, parameters, num_heads, gelu, norm_first, eps, src_mask, src_key_padding_mask, batch_first,
+                                      is_causal, dropouts, seed);
+  STD_TORCH_CHECK(layer, "transformer_encoder_layer_backward is given what transformer_encoder_layer takes");
+  std::vector<Tensor> grads = layer->backward(dout, saved, wanted);
+  if (wanted[0]) grads[0] = rows_like(grads[0], src);
+  return grads;
 }
 
 }  // namespace fastseq::cpu

@@ -64,10 +64,18 @@ std::vector<Tensor> projected_attention_backward(Tensor dout, std::optional<Tens
                                                  std::optional<Tensor> attn_mask, bool batch_first, bool is_causal, double dropout,
                                                  std::optional<Tensor> seed, bool average_attn_weights);
 
-// The forward of torch.nn.TransformerEncoderLayer with biases. Parameters: in_proj, out_proj, norm1, norm2, linear1, linear2, of each
-// weight and bias. activation: "relu" or "gelu".
+// torch.nn.TransformerEncoderLayer with biases. Parameters: in_proj, out_proj, norm1, norm2, linear1, linear2, of each weight and bias. gelu:
+// the activation, else a relu. dropouts: of the attention's weights, dropout1, dropout, dropout2, each below 1, with a seed int64 [2]; none
+// without. saves: behind the output comes what the gradients need; src is contiguous then, and with a seed.
 std::vector<Tensor> transformer_encoder_layer(Tensor src, std::vector<Tensor> parameters, int64_t num_heads, bool gelu, bool norm_first,
                                               double eps, std::optional<Tensor> src_mask, std::optional<Tensor> src_key_padding_mask,
-                                              bool batch_first, bool is_causal);
+                                              bool batch_first, bool is_causal, std::vector<double> dropouts, std::optional<Tensor> seed,
+                                              bool saves);
+// The gradients of src and of the parameters; of size 0, or not to be used, where they are not wanted.
+std::vector<Tensor> transformer_encoder_layer_backward(Tensor dout, std::vector<Tensor> saved, Tensor src, std::vector<Tensor> parameters,
+                                                       int64_t num_heads, bool gelu, bool norm_first, double eps,
+                                                       std::optional<Tensor> src_mask, std::optional<Tensor> src_key_padding_mask,
+                                                       bool batch_first, bool is_causal, std::vector<double> dropouts,
+                                                       std::optional<Tensor> seed, std::vector<bool> wanted);
 
 }  // namespace fastseq::cpu

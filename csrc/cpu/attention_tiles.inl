@@ -385,11 +385,28 @@ class TileProduct : public Softmax<S> {
     __builtin_memcpy(to + v * kRow, &pair, 64);
     return (V)(a & kUpper) + (V)b;
   }
+  // The same in two parts, of at most two vectors: what is cut off lies where those of two more would.
+  static FASTSEQ_HOST_DEVICE void put_split(char* to, int64_t v, V first, V second) {
+    typedef Lanes<float>::U Words;
+    constexpr uint32_t kUpper = 0xffff0000;
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; ++part) {
+      const Words a = (Words)first & kUpper, b = (Words)second & kUpper;
+      const Bits pair = (Bits)(a >> 16 | b);
+      __builtin_memcpy(to + (v + part * kMostVectors / 2) * kRow, &pair, 64);
+      first -= (V)a, second -= (V)b;
+    }
+  }
   // those of the keys n .. of the step that n ends in are zero
   template <int NV>
   void put_zeros(int64_t n) {
     for (int64_t key = blocks_of(n, 2) * 2; key % kTileDepth; key += 2)
       for (int64_t v = 0; v < NV; ++v) put(pairs(key), v, V{}, V{});
+  }
+  template <int NV>
+  void put_split_zeros(int64_t n) {
+    for (int64_t key = blocks_of(n, 2) * 2; key % kTileDepth; key += 2)
+      for (int64_t v = 0; v < NV; ++v) put_split(pairs(key), v, V{}, V{});
   }
   // sums[feature][lane] (+)= what keys begin .. begin + n have of the weights that were put
   template <int NV, bool kAdd = true>
@@ -397,6 +414,14 @@ class TileProduct : public Softmax<S> {
     const TileMatrix right{weights_, kRow, kParts * kTileBytes, 64};
     multiply_tiles<kAdd, kParts, kParts == 1 && NV <= 2>(values_.tiles(begin, n), blocks_of(a.value_features, kTileRows), right, NV,
                                                         blocks_of(n, kTileDepth), sums, NV * 64);
+  }
+
+  // the same of the lower parts
+  template <int NV>
+  void add_split(int64_t begin, int64_t n, float* sums) {
+    const TileMatrix right{weights_ + kMostVectors / 2 * kRow, kRow, kTileBytes, 64};
+    multiply_tiles<true, 1, NV <= 2>(values_.tiles(begin, n), blocks_of(a.value_features, kTileRows), right, NV, blocks_of(n, kTileDepth),
+                                     sums, NV * 64);
   }
 
   // the weights [key][lane] of n keys
@@ -556,6 +581,10 @@ class TileForward {
   // Long sums are more exact if those of each chunk are added to the others: what float's softmax has to be.
   static constexpr bool kFolds = kPartsOf<S> > 1;
   static constexpr bool kRounds = !kFolds;  // the weights
+  // Keys up to which bfloat16's weights, if no gradient needs the same again, are multiplied in two parts: so the result has no error but that
+  // of its own rounding. A third more arithmetic, which is a small part of a short call, and more than a longer one has to spare.
+  static constexpr int64_t kSplitKeys = 64;
+  bool splits() const { return kRounds && a.keys <= kSplitKeys && !a.lse && a.dropout == 0; }
 
   static int64_t blocks_of_task(const Attention& a) {
     constexpr int64_t kNear = 1 << 20;  // what stays in the second-level cache, beside all else
@@ -651,6 +680,8 @@ class TileForward {
     if (a.dropout > 0) {
       block.template drop<NV>(begin, n, [&](int64_t at, V keep) { store_vector(weights_ + at, load_vector(weights_ + at) * keep); });
       rows_.template put_all<NV>(n, weights_);
+    } else if (splits()) {
+      rows_.template put_split_zeros<NV>(n);
     } else {
       rows_.template put_zeros<NV>(n);
     }
@@ -671,6 +702,8 @@ class TileForward {
       if (moved) rescale([](int64_t) { return V{}; });
       rows_.template add<NV>(begin, n, all);
     }
+    if constexpr (!kFolds)
+      if (splits()) rows_.template add_split<NV>(begin, n, all);
     if constexpr (kFolds) ahead();
   }
 
@@ -737,13 +770,15 @@ class TileForward {
   template <int NV, bool kZeroes, class Scores>
   void weigh(int64_t i, int64_t n, const Scores& scores, V (&sums)[NV], V (&rounded)[NV]) {
     if constexpr (std::is_same_v<Scores, Whole>)
-      if (a.dropout > 0) return weigh<NV, kZeroes, true, true>(i, n, scores, sums, rounded);
-    if constexpr (kRounds)
-      if (!a.lse && !a.sinks) return weigh<NV, kZeroes, false, false>(i, n, scores, sums, rounded);
-    weigh<NV, kZeroes, true, false>(i, n, scores, sums, rounded);
+      if (a.dropout > 0) return weigh<NV, kZeroes, true, true, false>(i, n, scores, sums, rounded);
+    if constexpr (kRounds) {
+      if (splits()) return weigh<NV, kZeroes, true, false, true>(i, n, scores, sums, rounded);
+      if (!a.lse && !a.sinks) return weigh<NV, kZeroes, false, false, false>(i, n, scores, sums, rounded);
+    }
+    weigh<NV, kZeroes, true, false, false>(i, n, scores, sums, rounded);
   }
   // kExact: whether sums of the weights themselves are wanted
-  template <int NV, bool kZeroes, bool kExact, bool kDrops, class Scores>
+  template <int NV, bool kZeroes, bool kExact, bool kDrops, bool kSplits, class Scores>
   void weigh(int64_t i, int64_t n, const Scores& scores, V (&sums)[NV], V (&rounded)[NV]) {
     constexpr int64_t lanes = NV * W;
     const float factor = unit();
@@ -762,6 +797,8 @@ class TileForward {
       if constexpr (kExact) all[v] += first + second;
       if constexpr (kDrops)
         return;
+      else if constexpr (kSplits)
+        rows_.put_split(to, v, first, second);
       else if constexpr (kRounds)
         of_rounded[v] += rows_.template put_rounded<!kExact>(to, v, first, second);
       else
@@ -781,7 +818,7 @@ class TileForward {
     }
     for (int v = 0; v < NV; ++v) {
       sums[v] = kExact ? all[v] : of_rounded[v];
-      rounded[v] = kDrops ? all[v] : of_rounded[v];
+      rounded[v] = kDrops || kSplits ? all[v] : of_rounded[v];
       if constexpr (kExact) rounded[v] = all[v] == all[v] ? rounded[v] : all[v];  // a NaN, whatever became of its bits
     }
   }

@@ -15,12 +15,38 @@ namespace fastseq::cpu::FASTSEQ_LEVEL {
 namespace {
 
 #include "vector.inl"
+#include "philox.inl"
 
 template <class V>
 auto total(V v) {
   auto sum = v[0];
   for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) sum += v[i];
   return sum;
+}
+
+// What a dropout multiplies the numbers of a row by, into a row of scratch.
+template <class A>
+void fill_factors(const Dropout& dropout, int64_t row, int64_t features, A* factors) {
+  using V = typename Lanes<A>::V;
+  using I = typename Lanes<A>::I;
+  using R = typename Philox::Of<A>;
+  using U = typename R::U;
+  constexpr int64_t W = Math<A>::kWidth;
+  typedef int32_t Narrow __attribute__((vector_size(4 * W)));
+  const auto threshold = static_cast<uint32_t>(dropout.probability * 4294967296.0);
+  const V kept = V{} + A(1 / (1 - dropout.probability));
+  U lane;
+  for (int64_t i = 0; i < W; ++i) lane[i] = uint32_t(i);
+  for (int64_t group = 0; group < features; group += 64)
+    for (int64_t part = 0; part < 16; part += W) {
+      U numbers[4];
+      R::random(dropout.seed, lane + uint32_t(group / 4 + part), U{} + uint32_t(row), U{} + dropout.which, numbers);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; ++i) {
+        const V factor = (V)(__builtin_convertvector((Narrow)(numbers[i] >= threshold), I) & (I)kept);
+        __builtin_memcpy(factors + group + 16 * i + part, &factor, sizeof factor);
+      }
+    }
 }
 
 template <class S, class A>
@@ -30,13 +56,19 @@ void add_norm_of(const AddNorm& n, int64_t begin, int64_t end, A* row) {
   using Own = Memory<A, A>;
   constexpr int64_t W = sizeof(V) / sizeof(A);
   const int64_t E = n.features;
+  const bool drops = n.y && n.dropout.probability > 0;
+  A* const factors = row + scratch_row(E);
   const auto *x = static_cast<const S*>(n.x), *y = static_cast<const S*>(n.y);
   const auto *weight = static_cast<const S*>(n.weight), *bias = static_cast<const S*>(n.bias);
   for (int64_t r = begin; r < end; ++r) {
+    if (drops) fill_factors(n.dropout, r, E, factors);
     V sums{};
     for (int64_t e = 0; e < E; e += W) {  // lanes beyond the end are 0
-      V s = In::load(x + r * E + e, E - e);
-      if (y) s += In::load(y + r * E + e, E - e);
+      V s = x ? In::load(x + r * E + e, E - e) : V{};
+      if (drops)
+        s += In::load(y + r * E + e, E - e) * Own::load(factors + e, E - e);
+      else if (y)
+        s += In::load(y + r * E + e, E - e);
       if (n.sum) In::store(static_cast<S*>(n.sum) + r * E + e, s, E - e);
       Own::store(row + e, s, E - e);
       sums += s;
@@ -51,6 +83,7 @@ void add_norm_of(const AddNorm& n, int64_t begin, int64_t end, A* row) {
     A square = total(squares);
     for (int64_t e = E / W * W; e < E; ++e) square += (row[e] - mean) * (row[e] - mean);
     const A scale = 1 / std::sqrt(square / static_cast<A>(E) + static_cast<A>(n.eps));
+    if (n.mean) static_cast<A*>(n.mean)[r] = mean, static_cast<A*>(n.scale)[r] = scale;
     for (int64_t e = 0; e < E; e += W) {
       const V d = (Own::load(row + e, E - e) - mean) * scale;
       In::store(static_cast<S*>(n.normalized) + r * E + e, d * In::load(weight + e, E - e) + In::load(bias + e, E - e), E - e);
@@ -64,6 +97,156 @@ void add_norm(const AddNorm& n, int64_t begin, int64_t end, void* row) {
     case Type::kDouble: return add_norm_of<double, double>(n, begin, end, static_cast<double*>(row));
     case Type::kBfloat16: return add_norm_of<bfloat16, float>(n, begin, end, static_cast<float*>(row));
     case Type::kHalf: return add_norm_of<float16, float>(n, begin, end, static_cast<float*>(row));
+  }
+}
+
+template <class S, class A>
+void norm_gradient_of(const NormGradient& n, int64_t begin, int64_t end, A* sums, A* row) {
+  using V = typename Lanes<A>::V;
+  using In = Memory<S, A>;
+  using Own = Memory<A, A>;
+  constexpr int64_t W = sizeof(V) / sizeof(A);
+  const int64_t E = n.features;
+  A *const factors = row + scratch_row(E), *const dweight = sums, *const dbias = sums + E;
+  const auto *weight = static_cast<const S*>(n.weight);
+  for (int64_t r = begin; r < end; ++r) {
+    const auto at = [&](const void* rows) { return rows ? static_cast<const S*>(rows) + r * E : nullptr; };
+    const S *dout = at(n.dout), *more = at(n.more), *sum = at(n.sum), *beside = at(n.beside);
+    S *const dsum = static_cast<S*>(n.dsum) + r * E, *const dy = n.dy ? static_cast<S*>(n.dy) + r * E : nullptr;
+    const A mean = static_cast<const A*>(n.mean)[r], scale = static_cast<const A*>(n.scale)[r];
+    V first{}, second{};
+    for (int64_t e = 0; e < E; e += W) {  // lanes of d beyond the end are 0
+      V d = In::load(dout + e, E - e);
+      if (more) d += In::load(more + e, E - e);
+      const V normal = (In::load(sum + e, E - e) - mean) * scale, g = d * In::load(weight + e, E - e);
+      Own::store(dweight + e, Own::load(dweight + e, E - e) + d * normal, E - e);
+      Own::store(dbias + e, Own::load(dbias + e, E - e) + d, E - e);
+      Own::store(row + e, g, E - e);
+      first += g, second += g * normal;
+    }
+    const A of_mean = total(first) / static_cast<A>(E), of_scale = total(second) / static_cast<A>(E);
+    if (dy) fill_factors(n.dropout, r, E, factors);
+    for (int64_t e = 0; e < E; e += W) {
+      const V normal = (In::load(sum + e, E - e) - mean) * scale;
+      V d = (Own::load(row + e, E - e) - of_mean - normal * of_scale) * scale;
+      if (beside) d += In::load(beside + e, E - e);
+      In::store(dsum + e, d, E - e);
+      if (dy) In::store(dy + e, d * Own::load(factors + e, E - e), E - e);
+    }
+  }
+}
+
+void norm_gradient(const NormGradient& n, int64_t begin, int64_t end, void* sums, void* row) {
+  const auto by = [&]<class S, class A>() {
+    norm_gradient_of<S, A>(n, begin, end, static_cast<A*>(sums), static_cast<A*>(row));
+  };
+  switch (n.type) {
+    case Type::kFloat: return by.template operator()<float, float>();
+    case Type::kDouble: return by.template operator()<double, double>();
+    case Type::kBfloat16: return by.template operator()<bfloat16, float>();
+    case Type::kHalf: return by.template operator()<float16, float>();
+  }
+}
+
+// The normal distribution: its function below x, and its density there.
+template <class A>
+struct Gaussian {
+  using V = typename Lanes<A>::V;
+  V below, density;
+
+  explicit FASTSEQ_HOST_DEVICE Gaussian(V x) {
+    constexpr A kDensity = A(0.39894228040143267794);  // 1 / sqrt(2 pi)
+    const V size = x < 0 ? -x : x, e = Math<A>::exp(size * size * A(-0.5));
+    density = e * kDensity;
+    V tail;  // what is further from 0 on the same side
+    if constexpr (sizeof(A) == 4) {
+      const V t = Math<A>::divide(V{} + A(1), size * kNear + A(1));
+      constexpr int last = sizeof(kTail) / sizeof(float) - 1;
+      V q = V{} + kTail[last];
+#pragma GCC unroll 16
+      for (int i = last - 1; i >= 0; --i) q = q * t + kTail[i];
+      tail = e * t * q;
+    } else {
+      for (unsigned i = 0; i < sizeof(V) / sizeof(A); ++i) tail[i] = std::erfc(size[i] * A(0.70710678118654752440)) / 2;
+    }
+    below = x < 0 ? tail : A(1) - tail;
+  }
+
+ private:
+  // minimax of the tail / (e^(-x^2 / 2) t) over t = 1 / (1 + kNear x) on [0, 1], relative error 3.4e-8
+  static constexpr float kNear = 0.25f;
+  static constexpr float kTail[] = {0.0997355655f, 0.0997364298f, 0.0934663564f, 0.0816031098f, 0.0589751303f,
+                                    0.0636991933f, -0.0317176953f, 0.0955972821f, -0.0808774307f, 0.0197820365f};
+};
+
+template <class S, class A>
+void activate_of(const Activation& a, int64_t begin, int64_t end, A* row) {
+  using V = typename Lanes<A>::V;
+  using I = typename Lanes<A>::I;
+  using In = Memory<S, A>;
+  using Own = Memory<A, A>;
+  constexpr int64_t W = sizeof(V) / sizeof(A);
+  const int64_t F = a.features;
+  const bool drops = a.dropout.probability > 0;
+  for (int64_t r = begin; r < end; ++r) {
+    if (drops) fill_factors(a.dropout, r, F, row);
+    const S* before = static_cast<const S*>(a.before) + r * F;
+    S* after = static_cast<S*>(a.after) + r * F;
+    for (int64_t f = 0; f < F; f += W) {
+      const V x = In::load(before + f, F - f);
+      V y = a.gelu ? x * Gaussian<A>(x).below : Math<A>::relu(x);
+      if (drops) {
+        const V factor = Own::load(row + f, F - f);
+        y = y * factor + A(0);  // of a zero with a sign: one without
+        y = factor > 0 ? y : (V)(I{} + Lanes<A>::kSign);
+      }
+      In::store(after + f, y, F - f);
+    }
+  }
+}
+
+void activate(const Activation& a, int64_t begin, int64_t end, void* row) {
+  const auto by = [&]<class S, class A>() { activate_of<S, A>(a, begin, end, static_cast<A*>(row)); };
+  switch (a.type) {
+    case Type::kFloat: return by.template operator()<float, float>();
+    case Type::kDouble: return by.template operator()<double, double>();
+    case Type::kBfloat16: return by.template operator()<bfloat16, float>();
+    case Type::kHalf: return by.template operator()<float16, float>();
+  }
+}
+
+template <class S, class A>
+void activation_gradient_of(const Activation& a, S* gradients, int64_t begin, int64_t end) {
+  using V = typename Lanes<A>::V;
+  using I = typename Lanes<A>::I;
+  using In = Memory<S, A>;
+  constexpr int64_t W = sizeof(V) / sizeof(A);
+  const int64_t F = a.features;
+  const bool drops = a.dropout.probability > 0;
+  const A kept = A(1 / (1 - a.dropout.probability));
+  for (int64_t i = begin * F; i < end * F; i += W) {
+    const int64_t n = end * F - i;
+    const V after = In::load(static_cast<const S*>(a.after) + i, n);
+    V d = In::load(gradients + i, n) * kept;
+    if (a.gelu) {
+      const V x = In::load(static_cast<const S*>(a.before) + i, n);
+      const Gaussian<A> of_x(x);
+      d *= of_x.below + x * of_x.density;
+      if (drops) d = (I)after == Lanes<A>::kSign ? V{} : d;
+    } else {
+      d = after <= 0 ? V{} : d;
+    }
+    In::store(gradients + i, d, n);
+  }
+}
+
+void activation_gradient(const Activation& a, void* gradients, int64_t begin, int64_t end) {
+  const auto by = [&]<class S, class A>() { activation_gradient_of<S, A>(a, static_cast<S*>(gradients), begin, end); };
+  switch (a.type) {
+    case Type::kFloat: return by.template operator()<float, float>();
+    case Type::kDouble: return by.template operator()<double, double>();
+    case Type::kBfloat16: return by.template operator()<bfloat16, float>();
+    case Type::kHalf: return by.template operator()<float16, float>();
   }
 }
 
@@ -173,6 +356,6 @@ void add_vectors(const NormVectors& n, int64_t begin, int64_t end, void* sums, v
 
 }  // namespace
 
-constexpr LayerNormKernels kLayerNormKernels{add_norm, add_bias, add_vectors};
+constexpr LayerNormKernels kLayerNormKernels{add_norm, norm_gradient, activate, activation_gradient, add_bias, add_vectors};
 
 }  // namespace fastseq::cpu::FASTSEQ_LEVEL

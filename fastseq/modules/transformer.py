@@ -1,4 +1,4 @@
-"""``nn.TransformerEncoderLayer`` whose forward without gradients is one call of the CPU's library."""
+"""``nn.TransformerEncoderLayer`` of which a pass, forward or backward, is one call of the CPU's library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import backends
 from ..backends import library
 from ..ops._dispatch import PLAIN, plain_call
+from ..ops._encoder_eager import Layer, encoder_layer
 from ..ops._linear_eager import linear
+from ..ops.types import Spec
 from ._checks import public
 from ._interop import Interop, as_leaf
 from .attention import MultiheadAttention, hooked, warn_of_mixed
@@ -36,8 +38,8 @@ _torch_sa_block: Any = nn.TransformerEncoderLayer._sa_block  # as torch has it, 
 class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer``: its constructor, parameters, ``state_dict``, ``forward`` and errors.
 
-    In eval mode and without gradients an eager call on a CPU is one call of fastseq's library. Every other call is torch's
-    forward, with fastseq's attention in it or, where torch has one, its own fused path (nested tensors, GPUs).
+    An eager call on a CPU is one call of fastseq's library, and so are its gradients. Every other call is torch's forward, with
+    fastseq's attention in it or, where torch has one, its own fused path (nested tensors, GPUs).
     A sequence that is all padding gives zeros for its attention, not NaN.
 
     Args:
@@ -103,7 +105,7 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
         Raises:
             as ``torch.nn.TransformerEncoderLayer``.
         """
-        if not self.training and plain_call():
+        if plain_call():
             out = self._in_one_call(src, src_mask, src_key_padding_mask, is_causal)
             if out is not None:
                 warn_of_mixed(src_key_padding_mask, src_mask, "src_key_padding_mask and src_mask")
@@ -129,18 +131,19 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
         if type(src) not in PLAIN or src.is_nested:
             return None
         modules: dict[str, Any] = self._modules
-        known = 0
+        known, hooked_back = 0, False
         for name, module in modules.items():
             if module is None:
                 continue
             own = module.__dict__
-            # dropout alone may be left in training; a scripted module does not say; a forward may be replaced on the instance
-            if own.get("training", True) or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            # a scripted module does not say whether it trains; a forward may be replaced on the instance
+            if "training" not in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
                 return None
             if name in _KINDS:
                 if type(module) not in _KINDS[name]:
                     return None
                 known += 1
+            hooked_back |= bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
         kind, own = type(self), self.__dict__
         if known < len(_KINDS) or kind._sa_block is not _torch_sa_block or kind._ff_block is not _own_ff_block:
             return None
@@ -161,35 +164,39 @@ class TransformerEncoderLayer(Interop, nn.TransformerEncoderLayer):
         parameters = [attention._parameters.get("in_proj_weight"), attention._parameters.get("in_proj_bias")]
         for module in (projection, norm1, norm2, modules["linear1"], modules["linear2"]):
             parameters += [module._parameters.get("weight"), module._parameters.get("bias")]
-        given = [src, *parameters]
-        given += [mask for mask in (src_mask, src_key_padding_mask) if mask is not None]
+        masks = [mask for mask in (src_mask, src_key_padding_mask) if mask is not None]
+        given = [src, *parameters, *masks]
         for tensor in given:
             if type(tensor) not in PLAIN or tensor.is_nested:
                 return None
-        if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given]):
-            return None
+        gradients = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given])
+        dropouts = [attention.dropout if attention.training else 0.0]  # dropout alone may be in training
+        dropouts += [_probability(modules[name]) for name in ("dropout1", "dropout", "dropout2")]
+        if not any(dropouts):
+            dropouts = []
+        if gradients or dropouts:
+            if type(attention) is not MultiheadAttention or hooked_back or backends.watched() or not src.is_cpu:
+                return None
+            if not all([0 <= p < 1 for p in dropouts]):
+                return None
+            if any([mask.requires_grad for mask in masks]):
+                return None
         if src_key_padding_mask is not None and src_key_padding_mask.dim() != src.dim() - 1:
             return None
         steps = src.shape[1 if attention.batch_first and src.dim() == 3 else 0]
         if is_causal and (src_mask is None or tuple(src_mask.shape) != (steps, steps)):
             return None
-        results = torch.ops.fastseq_native.transformer_encoder_layer.default(
-            src,
-            parameters,
-            attention.num_heads,
-            gelu,
-            self.norm_first,
-            norm1.eps,
-            src_mask,
-            src_key_padding_mask,
-            attention.batch_first,
-            is_causal,
-        )
-        if not results:
-            return None
-        if backends.watched():
+
+        def meaning() -> Spec:
+            batch, mask = src.numel() // (steps * src.shape[-1]), None if is_causal else src_mask
+            hidden, added = attention._masks(src_key_padding_mask, mask, batch, (steps, steps), 0, src.dtype)
+            return Spec(hidden, added, scale=attention.head_dim**-0.5, softcap=0.0, right=0 if is_causal else -1)
+
+        rest = gelu, self.norm_first, norm1.eps, src_mask, src_key_padding_mask, attention.batch_first, is_causal, dropouts, None
+        out = encoder_layer(src, parameters, Layer(attention.num_heads, *rest), gradients, meaning)
+        if out is not None and backends.watched():
             backends.select(self._query(src, steps))
-        return results[0]
+        return out
 
     def _query(self, src: Tensor, steps: int) -> backends.AttentionQuery:
         heads, features = self.self_attn.num_heads, self.self_attn.head_dim
@@ -216,6 +223,10 @@ _own_ff_block: Any = TransformerEncoderLayer._ff_block
 
 def _parameters(module: Any) -> tuple[Tensor, Tensor | None]:
     return module._parameters["weight"], module._parameters["bias"]
+
+
+def _probability(dropout: Any) -> float:
+    return dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
 
 
 def _plain(module: Any) -> bool:

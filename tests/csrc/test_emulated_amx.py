@@ -16,7 +16,12 @@ from .planted import build, cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {
-    "attention": ("ops/test_attention_cpu.py", "ops/test_attention_decode_cpu.py", "modules/test_transformer.py"),
+    "attention": (
+        "ops/test_attention_cpu.py",
+        "ops/test_attention_decode_cpu.py",
+        "modules/test_transformer.py",
+        "modules/test_transformer_training.py",
+    ),
     "recurrence": ("ops/test_recurrent.py", "ops/test_recurrent_cpu.py", "ops/test_recurrent_products.py", "ops/test_resets.py"),
     "products": ("functional/test_matmul_precision.py", "functional/test_native_training.py", "ops/test_linear_cpu.py"),
     "the rest": ("ops/test_scan_cpu.py", "test_pack.py"),

@@ -799,9 +799,10 @@ def test_bfloat16_is_as_exact_as_torch(T, E, causal):
 @pytest.mark.parametrize("E", (40, 64, 128))
 @pytest.mark.parametrize("hidden", ("nothing", "later", "keys", "bias"))
 def test_bfloat16_without_lse_is_as_exact_as_with(hidden, E):
-    """Without lse weights are rounded by what is added before, and their sum is that of the rounded ones alone."""
+    """Without lse weights are rounded by what is added before, and their sum is that of the rounded ones alone; those of few keys
+    are of two parts, and the result has no error but that of its rounding."""
     torch.manual_seed(0)
-    for queries, keys in ((1, 300), (31, 33), (33, 31), (65, 129), (130, 700), (128, 512), (97, 1)):
+    for queries, keys in ((1, 300), (31, 33), (33, 31), (16, 64), (65, 129), (130, 700), (128, 512), (97, 1)):
         q, k, v = (torch.randn(2, n, heads, E).bfloat16().transpose(1, 2) for n, heads in ((queries, 4), (keys, 2), (keys, 2)))
         options: dict[str, Any] = {"enable_gqa": True, "is_causal": hidden == "later"}
         if hidden == "keys":
@@ -814,8 +815,11 @@ def test_bfloat16_without_lse_is_as_exact_as_with(hidden, E):
         mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
         truth = theirs(q.double(), k.double(), v.double(), mask, **options)
         seen = ~truth.isnan()  # of rows that see a key
-        errors = sorted((t - truth)[seen].square().mean().sqrt() for t in (found, with_lse))
-        assert errors[1] <= 1.03 * errors[0] + 1e-5, (queries, keys)
+        without, saved, least = ((t - truth)[seen].square().mean().sqrt() for t in (found, with_lse, truth.bfloat16()))
+        if keys > 64:
+            assert max(without, saved) <= 1.03 * min(without, saved) + 1e-5, (queries, keys)
+        else:
+            assert without <= 1.03 * least + 1e-5 and saved >= least, (queries, keys)
         assert not found[~seen].any()
 
 
