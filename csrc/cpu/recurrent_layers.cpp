@@ -473,8 +473,8 @@ std::vector<Tensor> recurrent_step_trained(Tensor input, Tensor h0, std::optiona
   if (input.dim() != 2 || b_ih.has_value() != b_hh.has_value()) return {};
   std::vector<Tensor> params{std::move(w_ih), std::move(w_hh)};
   if (b_ih) params.push_back(std::move(*b_ih)), params.push_back(std::move(*b_hh));
-  std::vector<Tensor> results = run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, cell, 1, params.size() == 4, false, false, 0, 0,
-                                          {}, Saves::kGates, false);
+  std::vector<Tensor> results = run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, cell_of(cell), 1, params.size() == 4, false, false,
+                                          0, 0, {}, Saves::kGates, false);
   if (results.empty()) return {};
   if (!c0) return {results[0], results[2]};
   const Tensor c = results[1];
@@ -488,8 +488,8 @@ std::vector<Tensor> recurrent_layer(Tensor x, std::optional<Tensor> h0, std::opt
                                     std::optional<Tensor> hold_c, std::optional<Tensor> resets, std::string cell, bool has_biases,
                                     bool bidirectional, double zoneout_h, double zoneout_c, bool save_gates, bool two_parts) {
   if (x.dim() != (batch_sizes ? 2 : 3)) return {};
-  return run_stack(x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c, resets, cell_of(cell), 1, has_biases, bidirectional, false, zoneout_h,
-                   zoneout_c, {}, save_gates ? Saves::kGates : Saves::kCells, two_parts);
+  return run_stack(x, h0, c0, params, lengths, batch_sizes, hold_h, hold_c, resets, cell_of(cell), 1, has_biases, bidirectional, false,
+                   zoneout_h, zoneout_c, {}, save_gates ? Saves::kGates : Saves::kCells, two_parts);
 }
 
 std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell, int64_t num_layers, bool has_biases,
