@@ -22,7 +22,7 @@ from ._dispatch import heeds_forward, is_batched, lean
 from .recurrent import _backward, _plain_layer
 
 _ROWS = 256  # that are kept before they are multiplied: as many make a product fast
-_SMALL = 1 << 17  # elements of weights whose gradient is formed at once by a step that may be the only one
+_SMALL, _FEW = 1 << 20, 16  # elements of weights, rows: else a step that may be the only one forms their gradient at once
 
 
 class _Rows:
@@ -130,9 +130,9 @@ _graphs: WeakValueDictionary[int, _Graph] = WeakValueDictionary()  # by the iden
 
 
 def _graph_of(h: Tensor, params: tuple[Tensor | None, ...]) -> _Graph | None:
-    """None: no parameter wants a gradient, or a step after the state h may be the only one, and its weights are small."""
+    """None: no parameter wants a gradient, or a step after the state h may be the only one, and what it would share is little."""
     w_ih, w_hh, b_ih, b_hh = params
-    if not h.requires_grad and w_ih.numel() + w_hh.numel() <= _SMALL:  # type: ignore[union-attr]
+    if not h.requires_grad and (w_ih.numel() + w_hh.numel() <= _SMALL or h.shape[-2] > _FEW):  # type: ignore[union-attr]
         return None
     wanted = (
         w_ih.requires_grad,  # type: ignore[union-attr]

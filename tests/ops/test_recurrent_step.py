@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fastseq
 from fastseq.choice import sources
 from fastseq.choice.decision import Candidate
+from fastseq.modules import recurrent_cells
 from fastseq.ops import _recurrent_step
 from support.modules import both, random
 
@@ -122,8 +123,10 @@ def test_all_parameters_are_frozen():
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize(("name", "options"), CELLS)
 def test_the_only_step(name, options, large, monkeypatch, ours_take_steps):
-    """Of a state without gradients: the gradient of small weights is formed at once."""
+    """Of a state without gradients: the gradient of small weights is formed at once, and an Elman cell's by torch's step."""
     monkeypatch.setattr(_recurrent_step, "_SMALL", 0 if large else 1 << 20)
+    assert recurrent_cells._is_short("rnn_tanh", torch.empty(5, 4), torch.empty(3, 5))
+    monkeypatch.setattr(recurrent_cells, "_is_short", lambda *given: False)
     theirs, ours = both(name, **options)
     xs, state = random(1, 3, 4), start(theirs, 3)
     for e, a in zip(gradients(theirs, xs, state), gradients(ours, xs, state), strict=True):
