@@ -229,7 +229,7 @@ class Forward(Call):
         shape = (*self.x.shape[:-1], self.lanes, self.gates_width)
         if self.w_ih is None:
             return self.x.reshape(shape)
-        flat = self.x.reshape(-1, self.x.shape[-1])
+        flat = self.x.flatten(0, -2)
         gates = flat @ self.w_ih.t() if self.b_ih is None else torch.addmm(self.b_ih, flat, self.w_ih.t())
         return gates.view(shape)
 

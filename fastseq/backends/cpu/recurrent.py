@@ -48,9 +48,10 @@ def why_not(query: RecurrentQuery) -> list[str]:
 
 
 def recurrent_forward(call: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    results, projected = call.empty_results(), call.w_ih is not None
+    results, projected = call.empty_results(), call.w_ih is not None and call.x.shape[-1] > 0
+    given = call.x if projected else call.input_gates()
     x, w_ih, b_ih, weight, vectors, projection, hold_h, hold_c = all_dense(
-        call.x, call.w_ih, call.b_ih, call.weight, call.vectors, call.projection, call.hold_h, call.hold_c
+        given, call.w_ih, call.b_ih, call.weight, call.vectors, call.projection, call.hold_h, call.hold_c
     )
     torch.ops.fastseq_native.recurrent_forward.default(
         *((x, w_ih, b_ih, None) if projected else (None, None, None, x)),
