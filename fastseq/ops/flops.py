@@ -41,8 +41,10 @@ def _recurrent_forward(
 def _recurrent_backward(
     dy: Any, dh_n: Any, dc_n: Any, dc: Any, weight: Any, vectors: Any, projection: Any, *args: Any, **kwargs: Any
 ) -> int:
-    y = args[6]  # rows, D, P
-    return sum([2 * math.prod(y[:-2]) * math.prod(of) for of in (weight, projection) if of is not None])
+    h0, batch_sizes, y = args[0], args[3], args[6]  # y: rows, D, P
+    first = y[1] if h0 is None and batch_sizes is None else 0  # rows of the first step, behind which no gradient is wanted
+    rows = math.prod(y[:-2])
+    return 2 * (rows - first) * math.prod(weight) + (0 if projection is None else 2 * rows * math.prod(projection))
 
 
 def _recurrent(x: Any, h0: Any, c0: Any, params: Any, *args: Any, **kwargs: Any) -> int:
