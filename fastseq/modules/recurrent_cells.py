@@ -245,9 +245,9 @@ def _trained(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, states: tuple
 
 
 def _is_short(name: str, w_ih: Tensor, h: Any) -> bool:
-    """Whether a step takes less time than what it would share with other steps: one of an Elman cell with small weights, after a
-    state that none led to."""
-    return name.startswith("rnn") and w_ih.numel() < 1 << 18 and not h.requires_grad
+    """Whether a step takes less time than what it would share with other steps: one of an Elman cell with small weights, whose
+    state no other step led to."""
+    return name.startswith("rnn") and w_ih.numel() < 1 << 18 and h.is_leaf
 
 
 def _trainer(cell: nn.RNNCellBase, name: str, input: Tensor, states: tuple[Tensor, ...], dtype: torch.dtype) -> str:

@@ -47,7 +47,7 @@ def _recurrent(kind: str) -> Iterator[Call]:
 
 
 def _cells(kind: str) -> Iterator[Call]:
-    for B, H in ((1, 128), (16, 512), (64, 128), (1, 512), (16, 128), *product((4, 1, 16, 64), (256, 1024, 128, 512))):
+    for B, H in ((1, 128), (16, 512), (64, 128), (1, 512), (16, 128), *product((4, 1, 16, 64), (256, 1024, 128, 512, 64))):
         for (dtype, precision), mode, cell in product(_dtypes(kind), MODES, RNNS):
             yield Call("recurrent_cell", mode, cell, dtype, precision, "padded", 1, (B, H))
 

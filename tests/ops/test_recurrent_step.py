@@ -21,6 +21,7 @@ from support.modules import both, random
 
 CELLS = [("RNNCell", dict()), ("RNNCell", dict(nonlinearity="relu")), ("LSTMCell", dict()), ("GRUCell", dict())]
 STEPS = 5
+undisturbed = recurrent_cells._is_short
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +31,17 @@ def ours_take_steps(monkeypatch):
     for name in ("_step", "_layer_step"):
         run = getattr(_recurrent_step, name)
         monkeypatch.setattr(_recurrent_step, name, lambda *given, run=run: taken.append(given[0]) or run(*given))
+    monkeypatch.setattr(recurrent_cells, "_is_short", lambda *given: False)
     with sources.instead(lambda call: Candidate("cpu")):
         yield taken
+
+
+def test_the_first_step_of_a_small_elman_cell_is_torchs():
+    is_short = undisturbed
+    w_ih, h = torch.empty(5, 4), torch.empty(3, 5)
+    assert is_short("rnn_tanh", w_ih, h) and is_short("rnn_relu", w_ih, h.clone().requires_grad_())
+    assert not is_short("gru", w_ih, h) and not is_short("rnn_tanh", w_ih, h.clone().requires_grad_() * 2)
+    assert not is_short("rnn_tanh", torch.empty(512, 512), h)
 
 
 def start(cell, batch, grad=False):
@@ -123,10 +133,8 @@ def test_all_parameters_are_frozen():
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize(("name", "options"), CELLS)
 def test_the_only_step(name, options, large, monkeypatch, ours_take_steps):
-    """Of a state without gradients: the gradient of small weights is formed at once, and an Elman cell's by torch's step."""
+    """Of a state that no other led to: the gradient of small weights is formed at once."""
     monkeypatch.setattr(_recurrent_step, "_SMALL", 0 if large else 1 << 20)
-    assert recurrent_cells._is_short("rnn_tanh", torch.empty(5, 4), torch.empty(3, 5))
-    monkeypatch.setattr(recurrent_cells, "_is_short", lambda *given: False)
     theirs, ours = both(name, **options)
     xs, state = random(1, 3, 4), start(theirs, 3)
     for e, a in zip(gradients(theirs, xs, state), gradients(ours, xs, state), strict=True):
