@@ -130,7 +130,7 @@ _graphs: WeakValueDictionary[int, _Graph] = WeakValueDictionary()  # by the iden
 
 
 def _graph_of(h: Tensor, params: tuple[Tensor | None, ...]) -> _Graph | None:
-    """None: no parameter wants a gradient, or the step may be the only one, as no other led to its state h, and would share little."""
+    """None: no parameter wants a gradient, or a step that may be the only one, as none led to its state h, would share little."""
     w_ih, w_hh, b_ih, b_hh = params
     if h.is_leaf and (w_ih.numel() + w_hh.numel() <= _SMALL or h.shape[-2] > _FEW):  # type: ignore[union-attr]
         return None
