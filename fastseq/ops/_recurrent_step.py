@@ -154,8 +154,12 @@ def _graph_of(h: Tensor, params: tuple[Tensor | None, ...]) -> _Graph | None:
 def _run(
     ctx: Any, cell: str, graph: _Graph | None, x: Tensor, h: Tensor, c: Tensor | None, params: tuple[Tensor | None, ...]
 ) -> Any:
-    """h and, of an LSTM, c after a step, of which ``ctx`` keeps what the gradients need; None: the library declines it."""
-    made = torch.ops.fastseq_native.recurrent_step_trained.default(x, h, c, *params, cell)
+    """h and, of an LSTM, c [B, H] after a step, of which ``ctx`` keeps what the gradients need; None: the library declines it.
+
+    Given x and states of a layer it keeps these, not parts, which would have no place in the graph of a second backward pass.
+    """
+    of_step = (x, h, c) if x.dim() == 2 else (x[0], h[0], None if c is None else c[0])
+    made = torch.ops.fastseq_native.recurrent_step_trained.default(*of_step, *params, cell)
     if not made:
         return None
     ctx.cell, ctx.graph = cell, graph
@@ -170,10 +174,12 @@ def _run(
 
 
 def _gradients(ctx: Any, wanted: tuple[bool, ...], dh: Tensor | None, dc: Tensor | None) -> list[Tensor | None]:
-    """Of x, h, c and the parameters, as ``wanted`` tells of each."""
+    """Of x, h, c as [B, n] and the parameters, as ``wanted`` tells of each."""
     if dh is None and dc is None:
         return [None] * 7
     saved = ctx.saved_tensors
+    if saved[0].dim() == 3:
+        saved = *[None if given is None else given[0] for given in saved[:3]], *saved[3:]
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_odd(dh) or _is_odd(dc):
         return _long_way(ctx.cell, saved, wanted, dh, dc)
     x, h, c0, w_ih, w_hh, _, b_hh, gates, y, c = saved
@@ -218,7 +224,7 @@ class _LayerStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cell, graph, token, x, h, c, batch_first, *params):
-        states = _run(ctx, cell, graph, x[0], h[0], None if c is None else c[0], params)
+        states = _run(ctx, cell, graph, x, h, c, params)
         if states is None:
             return None
         ctx.batch_first = batch_first

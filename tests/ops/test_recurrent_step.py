@@ -390,3 +390,24 @@ def test_layers_that_are_called_step_by_step(name, options, num_layers, dtype, o
         assert (a.double() - t).abs().max().item() <= allowed
     for a, b in zip(actual, grads(ours, False, True), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize(("name", "options"), LAYERS)
+def test_gradients_of_gradients_of_layers(name, options, num_layers, ours_take_steps):
+    theirs, ours = both(name, 4, 5, dtype=torch.float64, num_layers=num_layers, **options)
+    x = random(1, 3, 4, dtype=torch.float64).transpose(0, 1 if theirs.batch_first else 0).requires_grad_()
+    states = [random(num_layers, 3, 5, dtype=torch.float64).requires_grad_() for _ in range(1 + (name == "LSTM"))]
+
+    def second(layer):
+        y, finals = layer(x, tuple(states) if len(states) > 1 else states[0])
+        outputs = [y, *(finals if isinstance(finals, tuple) else (finals,))]
+        leaves = [x, *states, *layer.parameters()]
+        first = torch.autograd.grad(sum(out.square().sum() for out in outputs), leaves, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
+
+    expected = second(theirs)
+    actual = second(ours)
+    assert len(ours_take_steps) == num_layers
+    for e, a in zip(expected, actual, strict=True):
+        torch.testing.assert_close(a, e)
