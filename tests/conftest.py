@@ -23,6 +23,7 @@ import fastseq  # noqa: E402
 from fastseq.backends import BACKENDS, library  # noqa: E402
 from fastseq.backends.triton import _launch  # noqa: E402
 from fastseq.choice import lengths, sources, store  # noqa: E402
+from fastseq.choice.device import LEVELS  # noqa: E402
 from support import cuda_host, interpreter  # noqa: E402
 from support.poison import poison  # noqa: E402
 
@@ -88,6 +89,15 @@ def poisoned_allocations() -> Iterator[None]:
     poison(patch.setattr)
     yield
     patch.undo()
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    """Every level of the CPU kernels that this processor has."""
+    monkeypatch.setenv("FASTSEQ_CPU_LEVEL", request.param)
+    if torch.ops.fastseq_native.cpu_level() != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    return request.param
 
 
 @pytest.fixture(autouse=True, scope="session")

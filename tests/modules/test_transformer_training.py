@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastseq
-from fastseq.choice.device import LEVELS
 from fastseq.modules import transformer
 from fastseq.ops import _encoder_eager
 from fastseq.testing import assert_all_close_to_truth
@@ -20,15 +19,6 @@ from fastseq.testing import assert_all_close_to_truth
 ONE_CALL = "_LayerBackward"
 EXACT: dict[str, Any] = dict(rtol=1e-10, atol=1e-11)
 RATES = {"dropout1": 0.2, "dropout": 0.3, "dropout2": 0.4, "self_attn": 0.1}  # each its own
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    """Every level of the CPU kernels that this processor has."""
-    monkeypatch.setenv("FASTSEQ_CPU_LEVEL", request.param)
-    if torch.ops.fastseq_native.cpu_level() != request.param:
-        pytest.skip(f"this processor has no {request.param}")
-    return request.param
 
 
 @pytest.fixture(autouse=True)

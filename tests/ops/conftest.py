@@ -7,18 +7,8 @@ import itertools
 import pytest
 import torch
 
-from fastseq.choice.device import LEVELS
 from support.battery import OpBattery
 from support.cases import SMALL_RECURRENT_CASES
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    """Every level of the CPU kernels that this processor has."""
-    monkeypatch.setenv("FASTSEQ_CPU_LEVEL", request.param)
-    if torch.ops.fastseq_native.cpu_level() != request.param:
-        pytest.skip(f"this processor has no {request.param}")
-    return request.param
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
