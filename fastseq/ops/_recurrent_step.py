@@ -10,6 +10,7 @@ Letters: B batch, I input_size, H hidden_size, G gates of the cell.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -121,6 +122,7 @@ class _Graph:
     def __init__(self, params: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> None:
         has_biases = params[2] is not None
         self.params, self.wanted = params, wanted
+        self.steps = 0
         self.shares = _Shares(wanted, params[1].dtype)  # type: ignore[union-attr]
         self.token = _together(self.shares, has_biases, *params[: 4 if has_biases else 2])
         self.node = self.token.grad_fn
@@ -130,9 +132,14 @@ _graphs: WeakValueDictionary[int, _Graph] = WeakValueDictionary()  # by the iden
 
 
 def _graph_of(h: Tensor, params: tuple[Tensor | None, ...]) -> _Graph | None:
-    """None: no parameter wants a gradient, or a step that may be the only one, as none led to its state h, would share little."""
+    """That of a step with the state h; None: no parameter wants a gradient, or there would be little to share.
+
+    A step may be the only one if none led to its state: it shares nothing where a share is soon formed, and else begins a graph
+    of its own, which tells in the backward pass whether others have followed.
+    """
     w_ih, w_hh, b_ih, b_hh = params
-    if h.is_leaf and (w_ih.numel() + w_hh.numel() <= _SMALL or h.shape[-2] > _FEW):  # type: ignore[union-attr]
+    first = h.is_leaf
+    if first and (w_ih.numel() + w_hh.numel() <= _SMALL or h.shape[-2] > _FEW):  # type: ignore[union-attr]
         return None
     wanted = (
         w_ih.requires_grad,  # type: ignore[union-attr]
@@ -140,14 +147,12 @@ def _graph_of(h: Tensor, params: tuple[Tensor | None, ...]) -> _Graph | None:
         b_ih is not None and b_ih.requires_grad,
         b_hh is not None and b_hh.requires_grad,
     )
-    found = _graphs.get(id(w_hh))
-    if found is not None and found.wanted == wanted:
-        of = found.params
-        if of[0] is w_ih and of[1] is w_hh and of[2] is b_ih and of[3] is b_hh:
-            return found
-    if True not in wanted:
-        return None
-    found = _graphs[id(w_hh)] = _Graph(params, wanted)
+    found = None if first else _graphs.get(id(w_hh))
+    if found is None or found.wanted != wanted or not all(map(is_, found.params, params)):
+        if True not in wanted:
+            return None
+        found = _graphs[id(w_hh)] = _Graph(params, wanted)
+    found.steps += 1
     return found
 
 
@@ -186,7 +191,7 @@ def _gradients(ctx: Any, wanted: tuple[bool, ...], dh: Tensor | None, dc: Tensor
     if c is not None:
         c0, dc = c0.to(c.dtype), None if dc is None else dc.to(c.dtype)
     dh, dc, x, h, c0 = all_dense(dh, dc, x, h, c0)
-    graph = ctx.graph
+    graph = None if ctx.graph is None or ctx.graph.steps == 1 else ctx.graph
     of_call = wanted if graph is None else (*wanted[:3], False, False, False, False)
     found = torch.ops.fastseq_native.recurrent_step_backward.default(
         dh, dc, x, h, c0, w_ih, w_hh, b_hh, y, c, gates, ctx.cell, of_call

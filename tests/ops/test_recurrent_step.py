@@ -133,13 +133,19 @@ def test_all_parameters_are_frozen():
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize(("name", "options"), CELLS)
 def test_the_only_step(name, options, large, monkeypatch, ours_take_steps):
-    """Of a state that no other led to: the gradient of small weights is formed at once."""
+    """Of a state that no other led to: its weights' gradient is formed at once, even while the steps before it are at hand."""
+    kept, add = [], _recurrent_step._Rows.add
     monkeypatch.setattr(_recurrent_step, "_SMALL", 0 if large else 1 << 20)
+    monkeypatch.setattr(_recurrent_step._Rows, "add", lambda rows, *given: kept.append(given) or add(rows, *given))
     theirs, ours = both(name, **options)
     xs, state = random(1, 3, 4), start(theirs, 3)
+    before = run(ours, random(3, 3, 4), state)
+    ours_take_steps.clear()
     for e, a in zip(gradients(theirs, xs, state), gradients(ours, xs, state), strict=True):
         torch.testing.assert_close(a, e)
-    assert len(ours_take_steps) == 1
+    assert len(ours_take_steps) == 1 and not kept
+    before.backward()
+    assert len(kept) == (3 if large else 2)
 
 
 @pytest.mark.parametrize(("name", "options"), CELLS)
