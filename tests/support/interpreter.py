@@ -54,6 +54,14 @@ def _unpacked(bits: Any) -> Any:
     return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
 
+def _as_bool(mask: Any) -> Any:
+    """A scalar's comparison says of itself that it is of its operands' type, and is that once it is spread over a tile; from 3.9
+    on Triton's interpreter refuses such masks."""
+    if mask.data.dtype != np.bool_:
+        mask = interpreter.TensorHandle(mask.data.astype(np.bool_), tl.int1)
+    return mask
+
+
 def _is_bfloat16(dtype: Any) -> bool:
     return dtype.scalar == tl.bfloat16
 
@@ -223,15 +231,15 @@ def checked_bounds() -> Iterator[Accesses]:
 
     def load_(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         check(pointers, mask, "load")
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, _as_bool(mask), *rest)
 
     def store_(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         check(pointers, mask, "store")
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, _as_bool(mask), *rest)
 
     def atomic_(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         check(pointers, mask, "atomic")
-        return atomic(self, operation, pointers, value, mask, *rest)
+        return atomic(self, operation, pointers, value, _as_bool(mask), *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_implicit_cvt", implicit_)
