@@ -221,6 +221,29 @@ def test_gradients_of_gradients_and_many_at_once(name, options):
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.parametrize("further", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "options"), CELLS)
+def test_odd_gradients_of_short_numbers(name, options, dtype, further):
+    """Many at once, or with a graph of their own: those that come one by one, without."""
+    _, ours = both(name, dtype=dtype, **options)
+    xs, state = random(STEPS, 3, 4, dtype=dtype).requires_grad_(), start(ours, 3, True)
+    leaves = [*ours.parameters(), xs, *(state if isinstance(state, tuple) else (state,))]
+    total = run(ours, xs, state)
+    plain = torch.autograd.grad(total, leaves, retain_graph=True)
+    if further:
+        found = torch.autograd.grad(total, leaves, create_graph=True)
+    else:
+        factors = torch.tensor([1.0, -2.0], dtype=torch.float64)
+        one, two = zip(*torch.autograd.grad(total, leaves, factors, is_grads_batched=True), strict=True)
+        found = one
+        for a, e in zip(two, plain, strict=True):
+            assert (a + 2 * e).abs().max() <= 32 * torch.finfo(dtype).eps * e.abs().max()
+    for a, e in zip(found, plain, strict=True):
+        assert a.dtype == dtype
+        assert (a - e).abs().max() <= 16 * torch.finfo(dtype).eps * e.abs().max()
+
+
 def test_a_backward_pass_that_fails_leaves_nothing_behind():
     theirs, ours = both("GRUCell")
     xs, state = random(STEPS, 3, 4), start(theirs, 3)
