@@ -250,6 +250,14 @@ def test_any_strides():
     mask = normal(5, 4).t()
     torch.testing.assert_close(ours(**tensors, attn_mask=mask), theirs(**tensors, attn_mask=mask))
     torch.testing.assert_close(ours(**tensors, attn_mask=mask > 0), theirs(**tensors, attn_mask=mask > 0))
+    everywhere = normal(1, 4, 5).expand(3, 4, 5)
+    torch.testing.assert_close(ours(**tensors, attn_mask=everywhere), theirs(**tensors, attn_mask=everywhere))
+    gradients = []
+    for function in (ours, theirs):
+        leaves = [t.detach().requires_grad_() for t in tensors.values()]
+        gradients.append(torch.autograd.grad(function(*leaves).mT[..., :1].sum(), leaves))  # of no stride that rows have
+        gradients[-1] += torch.autograd.grad(function(*leaves), leaves, torch.tensor(2.0).expand(2, 3, 4, 6))
+    torch.testing.assert_close(*gradients)
 
 
 q, k, v = (normal(*shape) for shape in ((2, 3, 4, 8), (2, 3, 5, 8), (2, 3, 5, 6)))
