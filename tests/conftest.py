@@ -94,6 +94,8 @@ def poisoned_allocations() -> Iterator[None]:
 @pytest.fixture(params=LEVELS)
 def level(request, monkeypatch):
     """Every level of the CPU kernels that this processor has."""
+    if library.reason():  # it is loaded when it is first asked for
+        pytest.skip(library.reason())
     monkeypatch.setenv("FASTSEQ_CPU_LEVEL", request.param)
     if torch.ops.fastseq_native.cpu_level() != request.param:
         pytest.skip(f"this processor has no {request.param}")

@@ -372,6 +372,16 @@ class TestOnlyThen:
             torch.testing.assert_close(module(x)[0], expected, rtol=0, atol=1e-6)
             assert "torch.no_grad()" in str(fastseq.pack(module, torch.int8))
 
+    @pytest.mark.parametrize("kind", CELLS)
+    def test_cells_in_training(self, kind):
+        cell, x = CELLS[kind](8, 16), torch.randn(3, 8)
+        states = cell(x)  # that lead to others than zeros do
+        expected = flat(cell(x, states))
+        fastseq.pack(cell, torch.int8)
+        assert all(torch.equal(a, e) for a, e in zip(flat(cell(x, states)), expected, strict=True))
+        cell.eval()
+        assert not torch.equal(flat(cell(x, states))[0], expected[0])
+
     def test_autocast_and_transforms(self):
         module, x = fastseq.GRU(8, 16).eval(), torch.randn(3, 2, 8)
         with torch.autocast("cpu", torch.bfloat16):

@@ -69,20 +69,25 @@ void add_norm_of(const AddNorm& n, int64_t begin, int64_t end, A* row) {
         s += In::load(y + r * E + e, E - e) * Own::load(factors + e, E - e);
       else if (y)
         s += In::load(y + r * E + e, E - e);
+      // as it is stored, so that the gradients, which are formed of that, are those of what is normalized here
+      if (y) s = In::rounded(s);
       if (n.sum) In::store(static_cast<S*>(n.sum) + r * E + e, s, E - e);
       Own::store(row + e, s, E - e);
       sums += s;
     }
     if (!n.normalized) continue;
-    const A mean = total(sums) / static_cast<A>(E);
-    V squares{};
+    // What is left of a row of numbers that hardly differ may be less than a rounding of their sum: its mean joins that of the row.
+    const A first = total(sums) / static_cast<A>(E);
+    V rest{}, squares{};
     for (int64_t e = 0; e + W <= E; e += W) {
-      const V d = Own::load(row + e, W) - mean;
-      squares += d * d;
+      const V d = Own::load(row + e, W) - first;
+      rest += d, squares += d * d;
     }
-    A square = total(squares);
-    for (int64_t e = E / W * W; e < E; ++e) square += (row[e] - mean) * (row[e] - mean);
-    const A scale = 1 / std::sqrt(square / static_cast<A>(E) + static_cast<A>(n.eps));
+    A left = total(rest), square = total(squares);
+    for (int64_t e = E / W * W; e < E; ++e) left += row[e] - first, square += (row[e] - first) * (row[e] - first);
+    left /= static_cast<A>(E);
+    const A mean = first + left, around = square / static_cast<A>(E) - left * left, variance = around < 0 ? A(0) : around;
+    const A scale = 1 / std::sqrt(variance + static_cast<A>(n.eps));
     if (n.mean) static_cast<A*>(n.mean)[r] = mean, static_cast<A*>(n.scale)[r] = scale;
     for (int64_t e = 0; e < E; e += W) {
       const V d = (Own::load(row + e, E - e) - mean) * scale;

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import lean
+from ._dispatch import is_batched, lean
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _LEAST = 96 * 64  # elements of an input below which the library declines
@@ -44,9 +44,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dout):
         global _native_backward
         x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # with a graph of its own (create_graph=True)
-            rows = dout.flatten(0, -2)
-            dx, dweight, dbias = dout @ weight, rows.T @ x.flatten(0, -2), rows.sum(0)
+        if torch.is_grad_enabled() or is_batched(dout):  # with a graph of its own (create_graph=True), or many at once
+            rows = dout.reshape(-1, dout.shape[-1])  # of which batches have a rule
+            dx, dweight, dbias = dout @ weight, rows.t() @ x.flatten(0, -2), rows.sum(0)
         else:
             if _native_backward is None:
                 _native_backward = torch.ops.fastseq_native.linear_backward.default._op

@@ -279,7 +279,7 @@ def _long_way(cell: str, saved: Sequence[Any], wanted: Sequence[bool], dh: Tenso
         None,
         *(None,) * 5,
         y,
-        y.new_empty(0) if c is None else c[:, :, None],
+        y.new_empty(0, dtype=_wide(y.dtype)) if c is None else c[:, :, None],
         gates,
         *params,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastseq
 from fastseq.backends import library, watching
 from fastseq.cells import CELLS
+from fastseq.testing import assert_close_to_truth
 
 NATIVE, STEP, OP = (f"fastseq_native::recurrent_{name}" for name in ("layers", "step", "forward"))
 
@@ -373,3 +375,15 @@ def test_an_slstm_that_has_seen_nothing(dtype):
             with fastseq.use_backend("reference"):
                 expected = run()
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_gates_that_are_shut(batch):
+    """Sigmoids of numbers far below zero, of which few sequences have a form of their own."""
+    torch.manual_seed(0)
+    theirs, ours = nn.LSTM(8, 40), fastseq.LSTM(8, 40)
+    with torch.no_grad():
+        theirs.bias_ih_l0.copy_(torch.linspace(-40, 10, 160)[torch.randperm(160)])
+        ours.load_state_dict(theirs.state_dict())
+        x, exact = torch.randn(6, batch, 8), copy.deepcopy(theirs).double()
+        assert_close_to_truth(ours(x)[0], theirs(x)[0], exact(x.double())[0])

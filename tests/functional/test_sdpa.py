@@ -250,6 +250,14 @@ def test_any_strides():
     mask = normal(5, 4).t()
     torch.testing.assert_close(ours(**tensors, attn_mask=mask), theirs(**tensors, attn_mask=mask))
     torch.testing.assert_close(ours(**tensors, attn_mask=mask > 0), theirs(**tensors, attn_mask=mask > 0))
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    everywhere = normal(1, 4, 5).expand(3, 4, 5)
+    torch.testing.assert_close(ours(**whole, attn_mask=everywhere), theirs(**whole, attn_mask=everywhere))
+    gradients, dout = [], normal(2, 3, 1, 1).expand(2, 3, 4, 6)
+    for function in (ours, theirs):
+        leaves = [tensor.requires_grad_() for tensor in whole.values()]
+        gradients.append(torch.autograd.grad(function(*leaves), leaves, dout))
+    torch.testing.assert_close(*gradients)
 
 
 q, k, v = (normal(*shape) for shape in ((2, 3, 4, 8), (2, 3, 5, 8), (2, 3, 5, 6)))

@@ -66,6 +66,7 @@ def masks(kind: str, dtype: torch.dtype = torch.float64, length: int = L) -> dic
         "padding added": {"src_key_padding_mask": added(padding)},
         "gaps": {"src_key_padding_mask": gaps},
         "gaps added": {"src_key_padding_mask": added(gaps)},
+        "gaps, first row": {"src_key_padding_mask": (torch.arange(length) % 2 == 1) & (torch.arange(N) == 0)[:, None]},
         "numbers": {"src_key_padding_mask": torch.randn(N, length).to(dtype)},
         "mask": {"src_mask": hidden},
         "mask added": {"src_mask": torch.randn(length, length).to(dtype).masked_fill(hidden, -torch.inf)},
@@ -75,11 +76,15 @@ def masks(kind: str, dtype: torch.dtype = torch.float64, length: int = L) -> dic
         "both": {"src_mask": hidden, "src_key_padding_mask": gaps},
         "both, suffix": {"src_mask": hidden, "src_key_padding_mask": padding},
         "both added": {"src_mask": added(hidden), "src_key_padding_mask": added(gaps)},
+        "both numbers": {
+            "src_mask": torch.randn(N * H, length, length).to(dtype),
+            "src_key_padding_mask": torch.randn(N, length).to(dtype),
+        },
     }[kind]
 
 
 KINDS = ["none", "padding", "padding added", "gaps", "gaps added", "numbers", "mask", "mask added", "per head", "causal"]
-KINDS += ["causal and gaps", "both", "both, suffix", "both added"]
+KINDS += ["gaps, first row", "causal and gaps", "both", "both, suffix", "both added", "both numbers"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

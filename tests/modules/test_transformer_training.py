@@ -116,6 +116,23 @@ def test_levels(dtype, options, level):
     return None
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("features", [1, 31, 48, 257])
+def test_rows_of_equal_numbers(features, norm_first, dtype, level):
+    """Nothing is left of them but the rounding of their mean, which is made large: torch's is none, or nearly so."""
+    torch.manual_seed(1)
+    theirs = nn.TransformerEncoderLayer(features, 1, 20, 0.0, batch_first=True, norm_first=norm_first).to(dtype)
+    ours = copy.deepcopy(theirs)
+    fastseq.convert(ours)
+    x, dout = (torch.randn(2, 9, 1) * 3).expand(2, 9, features).to(dtype), torch.randn(2, 9, features).to(dtype)
+    found, expected = results(ours, x, dout=dout), results(theirs, x, dout=dout)
+    if dtype == torch.float64:
+        return check(found, expected)
+    truth = results(copy.deepcopy(theirs).double(), x.double(), dout=dout.double())
+    return assert_all_close_to_truth(found, expected, truth)
+
+
 def test_sums_of_bfloat16_are_those_of_float():
     """torch adds the rows of layer norm's gradients in bfloat16, where 256 + 1 is 256."""
     ours = fastseq.TransformerEncoderLayer(64, 4, 128, 0.0, batch_first=True).bfloat16()

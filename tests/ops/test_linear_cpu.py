@@ -110,6 +110,17 @@ def test_graph_of_the_gradient(level):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_gradients_at_once(dtype, level):
+    tensors, several = given(SIZES[1], dtype), torch.randn(2, 3, 91, 333).to(dtype)
+    out = linear(*tensors)
+    found = torch.autograd.grad(out, tensors, several, is_grads_batched=True, retain_graph=True)
+    for i, dout in enumerate(several):
+        for all_, one in zip(found, torch.autograd.grad(out, tensors, dout, retain_graph=True), strict=True):
+            bound = 16 * torch.finfo(dtype).eps
+            torch.testing.assert_close(all_[i], one, rtol=bound, atol=bound * one.abs().max().item())
+
+
 def test_threads(level):
     """No sum depends on their number."""
     tensors, dout, before = given(SIZES[1], torch.float32), torch.randn(3, 91, 333), torch.get_num_threads()

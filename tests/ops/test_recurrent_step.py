@@ -227,6 +227,29 @@ def test_gradients_of_gradients_and_many_at_once(name, options):
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.parametrize("further", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "options"), CELLS)
+def test_odd_gradients_of_short_numbers(name, options, dtype, further):
+    """Many at once, or with a graph of their own: those that come one by one, without."""
+    _, ours = both(name, dtype=dtype, **options)
+    xs, state = random(STEPS, 3, 4, dtype=dtype).requires_grad_(), start(ours, 3, True)
+    leaves = [*ours.parameters(), xs, *(state if isinstance(state, tuple) else (state,))]
+    total = run(ours, xs, state)
+    plain = torch.autograd.grad(total, leaves, retain_graph=True)
+    if further:
+        found = torch.autograd.grad(total, leaves, create_graph=True)
+    else:
+        factors = torch.tensor([1.0, -2.0], dtype=torch.float64)
+        one, two = zip(*torch.autograd.grad(total, leaves, factors, is_grads_batched=True), strict=True)
+        found = one
+        for a, e in zip(two, plain, strict=True):
+            assert (a + 2 * e).abs().max() <= 32 * torch.finfo(dtype).eps * e.abs().max()
+    for a, e in zip(found, plain, strict=True):
+        assert a.dtype == dtype
+        assert (a - e).abs().max() <= 16 * torch.finfo(dtype).eps * e.abs().max()
+
+
 def test_a_backward_pass_that_fails_leaves_nothing_behind():
     theirs, ours = both("GRUCell")
     xs, state = random(STEPS, 3, 4), start(theirs, 3)
@@ -307,6 +330,39 @@ def test_weights_that_cells_share(name, options):
         (run(cell, xs, state) + run(other, xs, state)).backward()
     for e, a in zip(theirs.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(a.grad, e.grad)
+
+
+@pytest.mark.parametrize("own", ["weight_ih", "bias_ih", "bias_hh"])
+@pytest.mark.parametrize(("name", "options"), CELLS)
+def test_cells_that_share_all_but_one(name, options, own):
+    theirs, ours = both(name, **options)
+    xs, state, found = random(STEPS, 3, 4), start(theirs, 3), []
+    for cell in (theirs, ours):
+        other, of = copy.deepcopy(cell), state
+        for shared in {"weight_ih", "weight_hh", "bias_ih", "bias_hh"} - {own}:
+            setattr(other, shared, getattr(cell, shared))
+        for i, x in enumerate(xs):
+            of = (cell, other)[i % 2](x, of)
+        loss = sum(s.square().sum() for s in (of if isinstance(of, tuple) else (of,)))
+        found.append(torch.autograd.grad(loss, [*cell.parameters(), getattr(other, own)]))
+    for e, a in zip(*found, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_sums_of_bfloat16_are_those_of_float(monkeypatch):
+    """torch adds the shares of the steps in bfloat16, where 256 + 1 is 256."""
+    monkeypatch.setattr(_recurrent_step, "_ROWS", 7)
+    cell = fastseq.RNNCell(3, 4, nonlinearity="relu").bfloat16()
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.fill_(0 if parameter.dim() == 2 else 0.5)
+    x, h = torch.ones(1, 3).bfloat16(), torch.ones(1, 4).bfloat16()
+    total = 0
+    for _ in range(300):
+        h = cell(x, h)
+        total = total + h.float().sum()
+    for grad in torch.autograd.grad(total, list(cell.parameters())):
+        assert grad.eq(300).all()
 
 
 def test_hooks_see_a_gradient_once():
@@ -396,6 +452,22 @@ def test_layers_that_are_called_step_by_step(name, options, num_layers, dtype, o
         assert (a.double() - t).abs().max().item() <= allowed
     for a, b in zip(actual, grads(ours, False, True), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize(("name", "options"), LAYERS)
+def test_results_of_layers_that_are_changed(name, options, which, ours_take_steps):
+    theirs, ours = both(name, 4, 5, dtype=torch.float64, **options)
+    first = [random(1, 3, 5, dtype=torch.float64) for _ in range(1 + (name == "LSTM"))]
+    x, found = random(3, 4, dtype=torch.float64).unsqueeze(1 if theirs.batch_first else 0), []
+    for layer in (theirs, ours):
+        y, state = layer(x, tuple(first) if len(first) > 1 else first[0])
+        made = [y, *(state if isinstance(state, tuple) else (state,))]
+        made[which % len(made)].mul_(2)
+        found.append(torch.autograd.grad(sum(of.square().sum() for of in made), list(layer.parameters())))
+    assert len(ours_take_steps) == 1
+    for e, a in zip(*found, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
