@@ -143,6 +143,42 @@ def native_step(
     return done or None
 
 
+def native_layer_alone(
+    cell: str, input: Tensor, hx: Any, own: Mapping[str, Tensor | None], has_biases: bool, batch_first: bool
+) -> Sequence[Tensor] | None:
+    """``native_layers`` of a layer of an LSTM, GRU or RNN in one direction, whose parameters are among ``own``, of ``input``
+    [T, B, I] in a plain call, watched by nobody, without gradients.
+
+    None: the call is for another way."""
+    w_ih, w_hh, b_ih, b_hh = own.get("weight_ih_l0"), own.get("weight_hh_l0"), None, None
+    if type(w_ih) not in PLAIN or type(w_hh) not in PLAIN or w_hh.dim() != 2:  # type: ignore[union-attr]
+        return None
+    if has_biases:
+        b_ih, b_hh = own.get("bias_ih_l0"), own.get("bias_hh_l0")
+        if type(b_ih) not in PLAIN or type(b_hh) not in PLAIN:
+            return None
+    h0 = c0 = None
+    if hx is not None:
+        h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
+        if type(h0) not in PLAIN or type(c0) not in _STATE:
+            return None
+    if not input.is_cpu or input.dtype not in native.DTYPES or library.reason():
+        return None
+    if not backends.forced_eagerly():
+        steps, batch, _ = input.shape
+        if batch_first:
+            steps, batch = batch, steps
+        if layers_are_torchs(cell, input.dtype, "padded", 1, batch, steps, w_hh.shape[1], False):  # type: ignore[union-attr]
+            return None
+    op, two = torch.ops.fastseq_native.recurrent_one_layer.default, native.two_parts()
+    results = op(input, h0, c0, w_ih, w_hh, b_ih, b_hh, cell, batch_first, two)
+    if not results:
+        anew = _laid_out(input, h0, c0)
+        if anew is not None:
+            results = op(*anew, w_ih, w_hh, b_ih, b_hh, cell, batch_first, two)
+    return results or None
+
+
 def packed_layers(
     input: Tensor, hx: Any, own: Mapping[str, Tensor | None], names: Sequence[str], batch_first: bool, packing: Packing
 ) -> Sequence[Tensor] | None:
