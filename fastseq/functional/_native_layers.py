@@ -120,12 +120,12 @@ def native_step(
     cell: str, input: Tensor, states: Sequence[Tensor] | None, params: Sequence[Tensor], packing: Packing | None = None
 ) -> Sequence[Tensor] | None:
     """The states [B, n] after a step of plain tensors in a plain call without gradients. None: the call is for another way."""
-    if not input.is_cpu or backends.watched() or library.reason():
+    if not input.is_cpu or backends.watched_eagerly() or library.reason():
         return None
     kept = None
     if packing is not None:
         kept = packing.of(params)
-    elif may_be_torchs("recurrent_cell", False) and not backends.forced():
+    elif may_be_torchs("recurrent_cell", False) and not backends.forced_eagerly():
         if backends.step_is_torchs(cell, input.device, input.dtype, input.shape[0], params[1].shape[1], False):
             return None
     h0, c0 = (None, None) if states is None else states if len(states) == 2 else (states[0], None)

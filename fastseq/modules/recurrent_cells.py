@@ -280,7 +280,7 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     if not torch.is_grad_enabled() or not (
         params[0].requires_grad or input.requires_grad or any([tensor.requires_grad for tensor in given])
     ):
-        if packing is not None and backends.watched():  # which says that it packs
+        if packing is not None and backends.watched_eagerly():  # which says that it packs
             return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)
         return native_step(name, input, hx, params, packing)
     if backends.forced_eagerly() or backends.watched_eagerly():
