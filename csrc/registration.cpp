@@ -46,6 +46,9 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "recurrent_packed(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor[] kept, bool batch_first, bool two_parts) -> "
       "Tensor[]");
   m.def(
+      "recurrent_one_layer(Tensor input, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, str cell, "
+      "bool batch_first, bool two_parts) -> Tensor[]");
+  m.def(
       "recurrent_step(Tensor input, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? kept, "
       "str cell) -> Tensor[]");
   m.def(
@@ -181,6 +184,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("scan_layers", TORCH_BOX(&fastseq::cpu::scan_layers));
   m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));
   m.impl("recurrent_packed", TORCH_BOX(&fastseq::cpu::recurrent_packed));
+  m.impl("recurrent_one_layer", TORCH_BOX(&fastseq::cpu::recurrent_one_layer));
   m.impl("recurrent_step", TORCH_BOX(&fastseq::cpu::recurrent_step));
   m.impl("recurrent_step_trained", TORCH_BOX(&fastseq::cpu::recurrent_step_trained));
   m.impl("recurrent_step_backward", TORCH_BOX(&fastseq::cpu::recurrent_step_backward));

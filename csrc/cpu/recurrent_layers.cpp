@@ -436,6 +436,15 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
   return results;
 }
 
+// of a lane without parameters beside weights and biases
+std::vector<Tensor> lane_of(Tensor w_ih, Tensor w_hh, std::optional<Tensor> b_ih, std::optional<Tensor> b_hh) {
+  std::vector<Tensor> params;
+  params.reserve(4);
+  params.push_back(std::move(w_ih)), params.push_back(std::move(w_hh));
+  if (b_ih) params.push_back(std::move(*b_ih)), params.push_back(std::move(*b_hh));
+  return params;
+}
+
 }  // namespace
 
 std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
@@ -457,11 +466,19 @@ std::vector<Tensor> recurrent_packed(Tensor input, std::optional<Tensor> h0, std
                    std::move(kept), Saves::kNothing, two_parts);
 }
 
+std::vector<Tensor> recurrent_one_layer(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
+                                        std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::string cell, bool batch_first,
+                                        bool two_parts) {
+  if (input.dim() != 3 || b_ih.has_value() != b_hh.has_value()) return {};
+  const auto params = lane_of(std::move(w_ih), std::move(w_hh), std::move(b_ih), std::move(b_hh));
+  return run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, cell_of(cell), 1, params.size() == 4, false, batch_first, 0, 0, {},
+                   Saves::kNothing, two_parts);
+}
+
 std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
                                    std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::optional<Tensor> kept, std::string cell) {
   if (input.dim() != 2 || b_ih.has_value() != b_hh.has_value()) return {};
-  std::vector<Tensor> params{std::move(w_ih), std::move(w_hh)};
-  if (b_ih) params.push_back(std::move(*b_ih)), params.push_back(std::move(*b_hh));
+  const auto params = lane_of(std::move(w_ih), std::move(w_hh), std::move(b_ih), std::move(b_hh));
   std::optional<std::vector<Tensor>> packed;
   if (kept) packed.emplace(1, std::move(*kept));
   return run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, cell_of(cell), 1, params.size() == 4, false, false, 0, 0, packed,
@@ -471,8 +488,7 @@ std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::
 std::vector<Tensor> recurrent_step_trained(Tensor input, Tensor h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
                                            std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::string cell) {
   if (input.dim() != 2 || b_ih.has_value() != b_hh.has_value()) return {};
-  std::vector<Tensor> params{std::move(w_ih), std::move(w_hh)};
-  if (b_ih) params.push_back(std::move(*b_ih)), params.push_back(std::move(*b_hh));
+  const auto params = lane_of(std::move(w_ih), std::move(w_hh), std::move(b_ih), std::move(b_hh));
   std::vector<Tensor> results = run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, cell_of(cell), 1, params.size() == 4, false, false,
                                           0, 0, {}, Saves::kGates, false);
   if (results.empty()) return {};

@@ -15,7 +15,19 @@ from .explanation import Explanation, explain
 from .notes import note, watched, watched_eagerly, watching
 from .query import AttentionQuery, Query, RecurrentQuery, ScanQuery
 from .registry import BACKENDS, ORDER, able, obstacles, reasons
-from .selection import Choice, Refused, call_of, chosen, decision, select, solved, step_is_torchs, torch_runs, torch_takes
+from .selection import (
+    Choice,
+    Refused,
+    call_of,
+    chosen,
+    decision,
+    select,
+    solved,
+    step_is_torchs,
+    steps_with,
+    torch_runs,
+    torch_takes,
+)
 from .wish import forced, forced_eagerly, heeding, set_backend, use_backend
 
 __all__ = [
@@ -46,6 +58,7 @@ __all__ = [
     "set_backend",
     "solved",
     "step_is_torchs",
+    "steps_with",
     "torch",
     "torch_runs",
     "torch_takes",

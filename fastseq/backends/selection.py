@@ -13,9 +13,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..choice import sources
-from ..choice.decision import MODES, Call, Decision
+from ..choice.decision import CHAIN, MODES, Call, Decision
 from . import library, reference
 from . import torch as torchs
 from .notes import note, tell, watched
@@ -75,8 +76,8 @@ def call_of(query: Query, gradients: bool) -> Call:
         )
     more = [name for name, given in (("projected", query.projected), ("zoneout", query.zoned)) if given]
     kind = "+".join((query.cell, *more))
-    of_layers = (query.batch, query.hidden) if query.op == "recurrent_cell" else (query.batch, query.steps, query.hidden)
-    return Call(query.op, MODES[gradients], kind, dtype, precision, query.layout, query.lanes, of_layers)
+    of_steps = query.batch, query.steps, query.hidden
+    return Call(query.op, MODES[gradients], kind, dtype, precision, query.layout, query.lanes, of_steps)
 
 
 def _ranked(query: Query) -> tuple[str, ...]:
@@ -224,14 +225,21 @@ def _torch_takes(query: Query, gradients: bool) -> str | None:
     return "; ".join(missing) or LACKING
 
 
-def step_is_torchs(cell: str, device: torch.device, dtype: torch.dtype, batch: int, hidden: int, gradients: bool) -> bool:
-    """Whether torch's kernel takes a single step, while no backend is forced."""
+def steps_with(h: Tensor | None, gradients: bool) -> int:
+    """T of a decision on a cell's step after the state h (None: the first): whether steps with gradients came before it."""
+    return 1 if not gradients or h is None or h.is_leaf else CHAIN
+
+
+def step_is_torchs(
+    cell: str, device: torch.device, dtype: torch.dtype, batch: int, hidden: int, gradients: bool, steps: int = 1
+) -> bool:
+    """Whether torch's kernel takes a step of a cell, while no backend is forced; ``steps``: as of ``steps_with``."""
     if sources._threads is not None:
         sources.heed_threads()
-    key = cell, device, dtype, batch, hidden, gradients
+    key = cell, device, dtype, batch, hidden, gradients, steps
     known = _steps.get(key)
     if known is None:
-        query = RecurrentQuery("recurrent_cell", device, dtype, cell, 1, 1, hidden, False, "padded", batch=batch)
+        query = RecurrentQuery("recurrent_cell", device, dtype, cell, steps, 1, hidden, False, "padded", batch=batch)
         known = sources.remember(_steps, key, torch_takes(query, gradients) is not None)
     return known
 

@@ -10,11 +10,14 @@ MODES = ("inference", "training")  # without gradients, with them
 _HEADS = ("BH", "Tq", "Tk", "E")
 SIZES = {
     "recurrent": ("B", "T", "H"),
-    "recurrent_cell": ("B", "H"),
+    "recurrent_cell": ("B", "T", "H"),
     "attention": _HEADS,
     "attention_decode": _HEADS,
     "scan": ("B", "T", "C"),
 }
+# T of a cell's steps with gradients that come one after the other and share what those of the weights cost. It is 1 where no
+# other step led to the state: this one may be the only one.
+CHAIN = 4
 FIRST = "torch"  # of two that are equally far or fast
 
 

@@ -272,9 +272,3 @@ def layers_call(
 ) -> Call:
     name = str(dtype).removeprefix("torch.")
     return Call("recurrent", MODES[gradients], cell, name, precision, layout, lanes, (batch, steps, hidden))
-
-
-def cell_call(cell: str, dtype: torch.dtype, batch: int, hidden: int, gradients: bool) -> Call:
-    """Of a single step."""
-    name = str(dtype).removeprefix("torch.")
-    return Call("recurrent_cell", MODES[gradients], cell, name, "", "padded", 1, (batch, hidden))

@@ -120,12 +120,12 @@ def native_step(
     cell: str, input: Tensor, states: Sequence[Tensor] | None, params: Sequence[Tensor], packing: Packing | None = None
 ) -> Sequence[Tensor] | None:
     """The states [B, n] after a step of plain tensors in a plain call without gradients. None: the call is for another way."""
-    if not input.is_cpu or backends.watched() or library.reason():
+    if not input.is_cpu or backends.watched_eagerly() or library.reason():
         return None
     kept = None
     if packing is not None:
         kept = packing.of(params)
-    elif may_be_torchs("recurrent_cell", False) and not backends.forced():
+    elif may_be_torchs("recurrent_cell", False) and not backends.forced_eagerly():
         if backends.step_is_torchs(cell, input.device, input.dtype, input.shape[0], params[1].shape[1], False):
             return None
     h0, c0 = (None, None) if states is None else states if len(states) == 2 else (states[0], None)
@@ -141,6 +141,42 @@ def native_step(
         kept = packing.again(params)  # type: ignore[union-attr]
         done = op(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0] if kept else None, cell)
     return done or None
+
+
+def native_layer_alone(
+    cell: str, input: Tensor, hx: Any, own: Mapping[str, Tensor | None], has_biases: bool, batch_first: bool
+) -> Sequence[Tensor] | None:
+    """``native_layers`` of a layer of an LSTM, GRU or RNN in one direction, whose parameters are among ``own``, of ``input``
+    [T, B, I] in a plain call, watched by nobody, without gradients.
+
+    None: the call is for another way."""
+    w_ih, w_hh, b_ih, b_hh = own.get("weight_ih_l0"), own.get("weight_hh_l0"), None, None
+    if type(w_ih) not in PLAIN or type(w_hh) not in PLAIN or w_hh.dim() != 2:  # type: ignore[union-attr]
+        return None
+    if has_biases:
+        b_ih, b_hh = own.get("bias_ih_l0"), own.get("bias_hh_l0")
+        if type(b_ih) not in PLAIN or type(b_hh) not in PLAIN:
+            return None
+    h0 = c0 = None
+    if hx is not None:
+        h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
+        if type(h0) not in PLAIN or type(c0) not in _STATE:
+            return None
+    if not input.is_cpu or input.dtype not in native.DTYPES or library.reason():
+        return None
+    if not backends.forced_eagerly():
+        steps, batch, _ = input.shape
+        if batch_first:
+            steps, batch = batch, steps
+        if layers_are_torchs(cell, input.dtype, "padded", 1, batch, steps, w_hh.shape[1], False):  # type: ignore[union-attr]
+            return None
+    op, two = torch.ops.fastseq_native.recurrent_one_layer.default, native.two_parts()
+    results = op(input, h0, c0, w_ih, w_hh, b_ih, b_hh, cell, batch_first, two)
+    if not results:
+        anew = _laid_out(input, h0, c0)
+        if anew is not None:
+            results = op(*anew, w_ih, w_hh, b_ih, b_hh, cell, batch_first, two)
+    return results or None
 
 
 def packed_layers(

@@ -467,9 +467,9 @@ def _one_step(
         check_states(CELLS[cell], hx)
 
     def query() -> backends.RecurrentQuery:
-        hidden, batch = w_hh.shape[-1], input.shape[0]
+        steps, hidden, batch = backends.steps_with(hx[0] if hx else None, wants_gradient(every)), w_hh.shape[-1], input.shape[0]
         return backends.RecurrentQuery(
-            "recurrent_cell", input.device, input.dtype, cell, 1, 1, hidden, False, "padded", batch=batch
+            "recurrent_cell", input.device, input.dtype, cell, steps, 1, hidden, False, "padded", batch=batch
         )
 
     given = (input, *(hx or ()))

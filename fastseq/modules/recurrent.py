@@ -30,7 +30,7 @@ from fastseq.backends.torch.recurrent import GATES, LAYERS
 from fastseq.cells import CELLS
 from fastseq.choice.sources import layers_are_torchs
 from fastseq.functional._attention_call import readable
-from fastseq.functional._native_layers import native_layers, native_training, packed_layers, trained_layers
+from fastseq.functional._native_layers import native_layer_alone, native_layers, native_training, packed_layers, trained_layers
 from fastseq.functional._packing import Packing, packing_of
 from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
 from fastseq.functional._solver import Newton, check_solver
@@ -170,6 +170,10 @@ class Sequence(Interop, nn.RNNBase):
                 done = self._by_packing(packing, input, hx)
                 if done is not None:
                     return *done, None
+            elif lengths is None and resets is None and not torch.is_grad_enabled():
+                done = self._alone(input, hx)
+                if done is not None:
+                    return *done, None
             if self.batch_first and type(input) is Tensor and input.is_inference() and torch.is_grad_enabled():
                 input = input.clone()  # such a tensor cannot be kept for a backward pass; torch keeps one that is time-major
             kept = self._parameters  # faster than by attribute; weight_norm, parametrizations and FSDP take them away from there
@@ -225,6 +229,18 @@ class Sequence(Interop, nn.RNNBase):
         if self.solver is not None or backends.watched_eagerly():
             return None
         results = packed_layers(input, hx, self._parameters, self._flat_weights_names, self.batch_first, packing)
+        return None if results is None else (results[0], tuple(results[1:]))
+
+    def _alone(self, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """The same of one layer in one direction by its parameters as they are, of a call without gradients."""
+        if self.num_layers > 1 or self.bidirectional or type(input) is not Tensor or input.dim() != 3 or self.proj_size:
+            return None
+        cell = self.cell
+        if cell not in GATES or self.zoneout or self.num_heads > 1 or self.solver is not None or backends.watched_eagerly():
+            return None
+        if self.training and self.weight_dropout:
+            return None
+        results = native_layer_alone(cell, input, hx, self._parameters, self.bias, self.batch_first)
         return None if results is None else (results[0], tuple(results[1:]))
 
     def _native(

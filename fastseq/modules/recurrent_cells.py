@@ -231,10 +231,11 @@ def _trained(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, states: tuple
         if type(state) is not Tensor:
             return None
         key += (state.shape, state.dtype)
+    key += (states[0].is_leaf,)
     known = _trainers.get(key)
     if known is None:
         known = sources.remember(_trainers, key, _trainer(cell, name, input, states, w_ih.dtype))
-    if known == "torch" or (known and _is_short(name, w_ih, hx)):
+    if known == "torch":
         return STEPS[name](input, hx, w_ih, w_hh, b_ih, b_hh)
     if known == "":
         return None
@@ -244,12 +245,6 @@ def _trained(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, states: tuple
     return done if done is None else done[0]
 
 
-def _is_short(name: str, w_ih: Tensor, h: Any) -> bool:
-    """Whether a step takes less time than what it would share with other steps: one of an Elman cell with small weights, whose
-    state no other step led to."""
-    return name.startswith("rnn") and w_ih.numel() < 1 << 18 and h.is_leaf
-
-
 def _trainer(cell: nn.RNNCellBase, name: str, input: Tensor, states: tuple[Tensor, ...], dtype: torch.dtype) -> str:
     """Whose kernel takes such steps with gradients: "torch"'s, the "cpu" library's, or "" where more is to be asked."""
     if input.dim() != 2 or not input.is_cpu or input.dtype != dtype or input.shape[1] != cell.input_size:
@@ -257,7 +252,7 @@ def _trainer(cell: nn.RNNCellBase, name: str, input: Tensor, states: tuple[Tenso
     shape = (input.shape[0], cell.hidden_size)
     if any(state.shape != shape or state.dtype != dtype or not state.is_cpu for state in states):
         return ""
-    if backends.step_is_torchs(name, input.device, dtype, *shape, True):
+    if backends.step_is_torchs(name, input.device, dtype, *shape, True, backends.steps_with(states[0], True)):
         return "torch"
     return "cpu" if dtype in native.DTYPES and not library.reason() else ""
 
@@ -285,7 +280,7 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     if not torch.is_grad_enabled() or not (
         params[0].requires_grad or input.requires_grad or any([tensor.requires_grad for tensor in given])
     ):
-        if packing is not None and backends.watched():  # which says that it packs
+        if packing is not None and backends.watched_eagerly():  # which says that it packs
             return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)
         return native_step(name, input, hx, params, packing)
     if backends.forced_eagerly() or backends.watched_eagerly():
@@ -296,7 +291,7 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     if hx is None:
         zeros = input.new_zeros(batch, hidden)
         hx = (zeros, zeros) if name == "lstm" else (zeros,)
-    if backends.step_is_torchs(name, input.device, dtype, batch, hidden, True) or _is_short(name, params[0], hx[0]):
+    if backends.step_is_torchs(name, input.device, dtype, batch, hidden, True, backends.steps_with(hx[0], True)):
         for state in hx:
             if state.dim() != 2 or state.dtype != dtype:
                 return None
@@ -322,7 +317,8 @@ def _as_torchs(cell: nn.RNNCellBase, name: str, input: Any, *states: Any) -> boo
     if dim == 1:  # a row that is no batch
         return True
     gradients = wants_gradient([input, *cell.parameters(), *[state for state in states if state is not None]])
-    return backends.step_is_torchs(name, input.device, dtype, input.shape[0], cell.hidden_size, gradients)
+    steps = backends.steps_with(states[0] if states else None, gradients)
+    return backends.step_is_torchs(name, input.device, dtype, input.shape[0], cell.hidden_size, gradients, steps)
 
 
 def _step_one_state(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import chain, product, zip_longest
 
 from fastseq.backends.precision import fp32_precision
-from fastseq.choice.decision import MODES, Call
+from fastseq.choice.decision import CHAIN, MODES, Call
 
 RNNS = ("lstm", "gru", "rnn_tanh")
 LAYOUTS = ("padded", "packed")
@@ -48,8 +48,9 @@ def _recurrent(kind: str) -> Iterator[Call]:
 
 def _cells(kind: str) -> Iterator[Call]:
     for B, H in ((1, 128), (16, 512), (64, 128), (1, 512), (16, 128), *product((4, 1, 16, 64), (256, 1024, 128, 512, 64))):
-        for (dtype, precision), mode, cell in product(_dtypes(kind), MODES, RNNS):
-            yield Call("recurrent_cell", mode, cell, dtype, precision, "padded", 1, (B, H))
+        steps = ((MODES[False], 1), (MODES[True], CHAIN), (MODES[True], 1))
+        for (dtype, precision), (mode, T), cell in product(_dtypes(kind), steps, RNNS):
+            yield Call("recurrent_cell", mode, cell, dtype, precision, "padded", 1, (B, T, H))
 
 
 def _attention(kind: str) -> Iterator[Call]:

@@ -120,12 +120,9 @@ def _layers(call: Call, device: torch.device) -> Problem:
     return Problem(query, program(ours, True), program(theirs, False), program(exact, False))
 
 
-_CHAIN = 4  # steps of a cell in training: one after the other, as a program has them, they share their weights' gradients
-
-
 def _step(call: Call, device: torch.device) -> Problem:
     name, options = LAYERS[call.kind]
-    (B, H), dtype, training = call.sizes, _dtype(call), call.mode == MODES[True]
+    (B, T, H), dtype, training = call.sizes, _dtype(call), call.mode == MODES[True]
     theirs = getattr(nn, f"{name}Cell")(H, H, **options).to(device, dtype)
     ours = getattr(modules, f"{name}Cell")(H, H, **options).to(device, dtype)
     ours.load_state_dict(theirs.state_dict())
@@ -138,13 +135,13 @@ def _step(call: Call, device: torch.device) -> Problem:
 
         def output() -> Tensor:
             result = states
-            for _ in range(_CHAIN if training else 1):
+            for _ in range(T):
                 result = module(leaves[0], result)
             return result[0] if isinstance(result, tuple) else result
 
         return _differentiated(output, [*leaves, *module.parameters()], training)
 
-    query = RecurrentQuery("recurrent_cell", device, dtype, call.kind, 1, 1, H, False, "padded", batch=B)
+    query = RecurrentQuery("recurrent_cell", device, dtype, call.kind, T, 1, H, False, "padded", batch=B)
     return Problem(query, program(ours), program(theirs), program(copy.deepcopy(theirs).double()))
 
 

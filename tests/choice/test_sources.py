@@ -17,7 +17,7 @@ import fastseq
 from fastseq import backends
 from fastseq.backends import AttentionQuery, RecurrentQuery
 from fastseq.choice import lengths, sources, store
-from fastseq.choice.decision import Call, Candidate, Point, distance, entry_of, nearest, ranked, speed_of
+from fastseq.choice.decision import CHAIN, Call, Candidate, Point, distance, entry_of, nearest, ranked, speed_of
 from fastseq.choice.device import Device, device_of, versions
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ class TestOrder:
         cell, x = fastseq.GRUCell(8, 8), torch.randn(2, 8)
         q, k = torch.randn(1, 8, 1, 64), torch.randn(1, 8, 16, 64)  # of fewer keys torch's kernel loses NaN
         before = cell(x), fastseq.functional.scaled_dot_product_attention(q, k, k)
-        step = Call("recurrent_cell", "training", "gru", "float32", "", "padded", 1, (2, 8))
+        step = Call("recurrent_cell", "training", "gru", "float32", "", "padded", 1, (2, 1, 8))
         one = Call("attention", "inference", "plain", "float32", "", "padded", 1, (8, 1, 16, 64))
         calls = []
         for name, owner in (("gru", fastseq.backends.torch.recurrent.STEPS),):
@@ -106,6 +106,23 @@ class TestOrder:
             fastseq.functional.scaled_dot_product_attention(q, k, k)
         assert len(calls) == 3
 
+    @pytest.mark.parametrize("name", ["rnn_cell", "gru_cell", "lstm_cell"])
+    def test_a_step_after_another_is_a_chains(self, name):
+        """Of a state that no other step led to the decision is one on a single step; without gradients every step is one."""
+        weights, x, h = [torch.randn(32, 8, requires_grad=True), torch.randn(32, 8)], torch.randn(2, 8), torch.randn(2, 8)
+        weights = [w[: {"rnn_cell": 8, "gru_cell": 24, "lstm_cell": 32}[name]] for w in weights]
+        asked, step = [], getattr(fastseq.functional, name)
+        pair = name == "lstm_cell"
+        with sources.instead(lambda call: asked.append(call.sizes) or Candidate("cpu")):
+            state = (h, h) if pair else h
+            for hx in (None, state, step(x, state, *weights)):
+                step(x, hx, *weights)
+        assert list(dict.fromkeys(asked)) == [(2, 1, 8), (2, CHAIN, 8)]
+        asked.clear()
+        with sources.instead(lambda call: asked.append(call.sizes) or Candidate("cpu")), torch.no_grad():
+            step(x, step(x, state, *weights), *weights)
+        assert set(asked) == {(2, 1, 8)}
+
     def test_packed_sequences_heed_it(self):
         module, x = fastseq.GRU(8, 8), pack_padded_sequence(torch.randn(20, 2, 8), torch.tensor([20, 3]))
         assert ran(module, x) == ["cpu"]
@@ -131,7 +148,7 @@ class TestShippedForACpu:
             return {kin: [Point(sizes, ranks, "")] for kin, sizes in kins_and_sizes}
 
         decoding = ("attention", "inference", "plain", "float32", "", "padded", 4), (8, 4, 512, 64)
-        step = ("recurrent_cell", "training", "gru", "float32", "", "padded", 1), (1, 128)
+        step = ("recurrent_cell", "training", "gru", "float32", "", "padded", 1), (1, 1, 128)
         monkeypatch.setattr(sources.shipped, "points_for", lambda *facts: (points("torch", decoding, step), "CPU, AMX"))
         sources.forget()
 
@@ -349,7 +366,7 @@ class TestPretendedGpu:
 
 def test_choosing_costs_a_microsecond():
     torchs_first()
-    step = Call("recurrent_cell", "training", "gru", "float32", "", "padded", 1, (2, 8))
+    step = Call("recurrent_cell", "training", "gru", "float32", "", "padded", 1, (2, 1, 8))
     torchs_first(step)
     cpu, fp32 = torch.device("cpu"), torch.float32
     questions = [

@@ -20,9 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastseq
 from fastseq.backends import library, watching
 from fastseq.cells import CELLS
+from fastseq.choice import sources
+from fastseq.choice.decision import Candidate
 from fastseq.testing import assert_close_to_truth
 
 NATIVE, STEP, OP = (f"fastseq_native::recurrent_{name}" for name in ("layers", "step", "forward"))
+ALONE = "fastseq_native::recurrent_one_layer"
 
 pytestmark = pytest.mark.skipif(library.reason() is not None, reason="needs the library")
 
@@ -31,11 +34,16 @@ class Subclass(Tensor):
     pass
 
 
-def calls_of(run: Callable[[], Any]) -> list[str]:
+def ops_of(run: Callable[[], Any]) -> list[str]:
     """The library's ops that ran."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         run()
-    return [event.name for event in recorded.events() if event.name in (NATIVE, STEP, OP)]
+    return [event.name for event in recorded.events() if event.name in (NATIVE, ALONE, STEP, OP)]
+
+
+def calls_of(run: Callable[[], Any]) -> list[str]:
+    """The same, where it does not matter whether a stack is of one layer."""
+    return [NATIVE if name == ALONE else name for name in ops_of(run)]
 
 
 def tensors_of(results: Any) -> list[Tensor]:
@@ -247,8 +255,8 @@ class TestWhoeverLooksOn:
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
     def test_recorded(self):
         module, x = fastseq.GRU(6, 9).requires_grad_(False), torch.randn(3, 2, 6)
-        assert NATIVE not in str(torch.jit.trace(module, x).graph)
-        assert NATIVE not in str(torch.export.export(module, (x,)).graph)
+        for graph in (torch.jit.trace(module, x).graph, torch.export.export(module, (x,)).graph):
+            assert "fastseq_native" not in str(graph)
 
     def test_subclasses(self):
         module, x = fastseq.GRU(6, 9).requires_grad_(False), torch.randn(3, 2, 6)
@@ -387,3 +395,73 @@ def test_gates_that_are_shut(batch):
         ours.load_state_dict(theirs.state_dict())
         x, exact = torch.randn(6, batch, 8), copy.deepcopy(theirs).double()
         assert_close_to_truth(ours(x)[0], theirs(x)[0], exact(x.double())[0])
+
+
+class TestALayerAlone:
+    """One layer in one direction, padded, has an op whose arguments are its parameters, one by one."""
+
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "relu"])
+    def test_it_runs(self, kind, bias, training):
+        module = CLASSES[kind](6, 9, bias=bias, batch_first=True).train(training)
+        x, (lengths, resets) = torch.randn(2, 5, 6), (torch.tensor([5, 3]), torch.zeros(2, 5, dtype=torch.bool))
+        with torch.no_grad():
+            for given in ((x,), (x, states_of(module, 2)), (x.transpose(0, 1).contiguous().transpose(0, 1),)):
+                assert ops_of(lambda given=given: module(*given)) == [ALONE]
+            assert ops_of(lambda: module(x, lengths=lengths)) == ops_of(lambda: module(x, resets=resets)) == [NATIVE]
+            with fastseq.use_backend("cpu"):
+                assert ops_of(lambda: module(x)) == [ALONE]
+
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [
+            ("LSTM", dict(num_layers=2)),
+            ("GRU", dict(bidirectional=True)),
+            ("LSTM", dict(proj_size=3)),
+            ("LSTM", dict(zoneout=0.1)),
+            ("CoupledLSTM", dict()),
+            ("PeepholeLSTM", dict()),
+        ],
+    )
+    def test_others_do_not(self, kind, options):
+        module, x = CLASSES[kind](6, 8, **options).eval(), torch.randn(5, 2, 6)
+        with torch.no_grad():
+            assert ops_of(lambda: module(x)) == [NATIVE]
+
+    def test_what_weight_dropout_and_heads_ask_for(self):
+        x = torch.randn(5, 2, 6)
+        dropped, heads = fastseq.LSTM(6, 8, weight_dropout=1.0), fastseq.LSTM(6, 8, num_heads=2)
+        with torch.no_grad():
+            assert ops_of(lambda: dropped(x)) == ops_of(lambda: heads(x)) == [OP]
+            assert ops_of(lambda: dropped.eval()(x)) == [ALONE]
+
+    def test_weights_that_are_computed_are_those_of_now(self):
+        """A parametrization takes a parameter away from its place; pruning leaves a tensor there that is none."""
+        x = torch.randn(5, 2, 6)
+        for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+            module = fastseq.LSTM(6, 8).eval()
+            nn.utils.parametrize.register_parametrization(module, name, Doubled())
+            twin = nn.LSTM(6, 8)
+            twin.load_state_dict({key: getattr(module, key).detach() for key in twin.state_dict()})
+            with torch.no_grad():
+                torch.testing.assert_close(module(x), twin(x))
+                assert ALONE not in ops_of(lambda module=module: module(x))
+
+    def test_what_is_no_state_raises_what_it_did(self):
+        x, h = torch.randn(5, 2, 6), torch.randn(1, 2, 8)
+        lstm, gru = fastseq.LSTM(6, 8).eval(), fastseq.GRU(6, 8).eval()
+        with torch.no_grad():
+            for module, hx in ((lstm, h), (lstm, (h,)), (lstm, (None, None)), (lstm, (h, None)), (gru, (h, h)), (gru, 3)):
+                with pytest.raises((AttributeError, TypeError, RuntimeError)):
+                    module(x, hx)
+
+    def test_torchs_kernel_is_the_one_where_it_is_the_faster_one(self):
+        module, x = fastseq.LSTM(6, 8).eval(), torch.randn(5, 2, 6)
+        with torch.no_grad(), sources.instead(lambda call: Candidate("torch")):
+            assert ops_of(lambda: module(x)) == []
+
+
+class Doubled(nn.Module):
+    def forward(self, parameter: Tensor) -> Tensor:
+        return 2 * parameter

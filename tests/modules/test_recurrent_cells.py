@@ -148,7 +148,7 @@ def test_what_torchs_kernel_trains_is_asked_once_and_checked_always(name, monkey
     with sources.instead(lambda call: Candidate("cpu")):  # a decision that changed is asked for anew
         known.clear()
         ours(x, hx)
-        assert known == ["cpu", *[kind] * (name == "RNNCell")]  # whose only step is torch's whatever the others are
+        assert known == ["cpu"]
 
 
 class Twice(nn.Module):

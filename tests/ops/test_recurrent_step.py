@@ -14,14 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 import fastseq
 from fastseq.choice import sources
-from fastseq.choice.decision import Candidate
-from fastseq.modules import recurrent_cells
+from fastseq.choice.decision import CHAIN, Candidate
 from fastseq.ops import _recurrent_step
 from support.modules import both, random
 
 CELLS = [("RNNCell", dict()), ("RNNCell", dict(nonlinearity="relu")), ("LSTMCell", dict()), ("GRUCell", dict())]
 STEPS = 5
-undisturbed = recurrent_cells._is_short
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +29,36 @@ def ours_take_steps(monkeypatch):
     for name in ("_step", "_layer_step"):
         run = getattr(_recurrent_step, name)
         monkeypatch.setattr(_recurrent_step, name, lambda *given, run=run: taken.append(given[0]) or run(*given))
-    monkeypatch.setattr(recurrent_cells, "_is_short", lambda *given: False)
     with sources.instead(lambda call: Candidate("cpu")):
         yield taken
 
 
-def test_the_first_step_of_a_small_elman_cell_is_torchs():
-    is_short = undisturbed
-    w_ih, h = torch.empty(5, 4), torch.empty(3, 5)
-    assert is_short("rnn_tanh", w_ih, h) and is_short("rnn_relu", w_ih, h.clone().requires_grad_())
-    assert not is_short("gru", w_ih, h) and not is_short("rnn_tanh", w_ih, h.clone().requires_grad_() * 2)
-    assert not is_short("rnn_tanh", torch.empty(512, 512), h)
+@pytest.mark.parametrize("anew", [True, False], ids=["the first call", "known"])
+@pytest.mark.parametrize("first", ["torch", "cpu"])
+@pytest.mark.parametrize(("name", "options"), CELLS)
+def test_the_first_step_of_a_graph_is_a_question_of_its_own(name, options, first, anew, ours_take_steps):
+    """A state that no other step led to begins a chain, or is all of it; what was measured of either decides."""
+    theirs, ours = both(name, 4, 5, **options)
+    asked = set()
+
+    def rule(call):
+        assert call.op == "recurrent_cell" and call.mode == "training" and call.sizes[::2] == (3, 5)
+        asked.add(call.sizes[1])
+        return Candidate(first if call.sizes[1] == 1 else "torch" if first == "cpu" else "cpu")
+
+    xs = random(STEPS, 3, 4)
+    with sources.instead(rule):
+        for _ in range(1 if anew else 2):
+            for begin in (start(theirs, 3), start(theirs, 3, True)):
+                ours_take_steps.clear()
+                expected, actual = gradients(theirs, xs, like(begin)), gradients(ours, xs, like(begin))
+                for e, a in zip(expected, actual, strict=True):
+                    torch.testing.assert_close(a, e)
+                assert len(ours_take_steps) == (1 if first == "cpu" else STEPS - 1)
+                ours_take_steps.clear()
+                run(ours, xs[:1], None).backward()
+                assert len(ours_take_steps) == (first == "cpu")
+    assert asked == {1, CHAIN}
 
 
 def start(cell, batch, grad=False):

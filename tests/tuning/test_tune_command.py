@@ -15,7 +15,7 @@ from fastseq.choice.decision import Call, Candidate, entry_of
 from fastseq.choice.device import device_of, versions
 from fastseq.tuning import command, grids, measure
 
-CALL = Call("recurrent_cell", "inference", "gru", "float32", "", "padded", 1, (4, 8))
+CALL = Call("recurrent_cell", "inference", "gru", "float32", "", "padded", 1, (4, 1, 8))
 
 
 @pytest.fixture(autouse=True)
