@@ -38,7 +38,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
-ROOMS = ("kernels", "benchmarks")  # top-level folders installed as fastseq.<room>
+FOLDERS = ("kernels", "benchmarks")  # top-level folders installed as fastseq.<folder>
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "results", "README.md")
 MODES = ("auto", "cuda", "cpu", "none")
 OLDEST_TORCH = (2, 10)
@@ -295,7 +295,7 @@ class FastseqDistribution(Distribution):
 class Build(build):
     """setuptools' build, then the folders and the library that it does not know about."""
 
-    sub_commands = [*build.sub_commands, ("build_rooms", None), ("build_native", None)]
+    sub_commands = [*build.sub_commands, ("build_folders", None), ("build_native", None)]
 
     def run(self) -> None:
         # Left by an earlier build, a module that no longer exists would be packed again.
@@ -330,15 +330,15 @@ class Addition(Command):
         return {}
 
 
-class BuildRooms(Addition):
+class BuildFolders(Addition):
     """kernels/ and benchmarks/ become fastseq.kernels and fastseq.benchmarks; a checkout needs no copy."""
 
     def run(self) -> None:
         if self.inplace or self.editable_mode:
             return
-        for room in ROOMS:
-            if (ROOT / room).is_dir():
-                shutil.copytree(ROOT / room, self.package() / room, ignore=NOT_SHIPPED, dirs_exist_ok=True)
+        for folder in FOLDERS:
+            if (ROOT / folder).is_dir():
+                shutil.copytree(ROOT / folder, self.package() / folder, ignore=NOT_SHIPPED, dirs_exist_ok=True)
 
 
 class BuildNative(Addition):
@@ -399,5 +399,5 @@ def build_tools() -> list[str]:
 setup(
     distclass=FastseqDistribution,
     setup_requires=build_tools(),
-    cmdclass={"build": Build, "build_rooms": BuildRooms, "build_native": BuildNative, "bdist_wheel": Wheel},
+    cmdclass={"build": Build, "build_folders": BuildFolders, "build_native": BuildNative, "bdist_wheel": Wheel},
 )

@@ -127,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out or not (args.picture or args.readme):
             _write(results, _folder(args.out), console)
     else:
+        console.print(f"{len(cases)} cases on {options.device}, into {out}", highlight=False, soft_wrap=True)
         measure(cases, results, options, console, lambda results: results.save(out / "results.json"))
         assembly.show(results, console)
         _write(results, out, console)
@@ -171,6 +172,9 @@ def measure(
         results.peaks = earlier + list(runner.peaks.values())
         results.seconds = round(time.monotonic() - start, 1)
         keep(results)
+        if not console.is_terminal:  # where no bar moves
+            at = progress.tasks[task]
+            console.print(f"{at.completed:.0f} of {at.total:.0f} after {results.seconds:.0f} s", highlight=False)
 
     columns = (
         SpinnerColumn(),

@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = prepared(parser, arguments)
     if options.data == "digits" and importlib.util.find_spec("sklearn") is None:
-        parser.error('--data digits needs scikit-learn: pip install "fastseq-kernels[examples]", or --data drawn')
+        parser.error("--data digits needs scikit-learn: pip install '.[examples]' (in the clone), or --data drawn")
     s, size = (Sizes(16, 2, 1, PIXELS), 8) if options.quick else (Sizes(64, 4, 2, PIXELS), 32)
 
     images, target = (t.to(options.device) for t in DATA[options.data]())

@@ -28,7 +28,7 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 except ModuleNotFoundError as error:
-    sys.exit(f'the examples need {error.name}: pip install "fastseq-kernels[examples]"')
+    sys.exit(f"the examples need {error.name}: pip install '.[examples]' (in the clone)")
 
 ALLOWANCE = 16
 JUMP = 0.02  # of the loss, for a model of which rounding decides more than the last digits
@@ -177,7 +177,7 @@ def plot(histories: dict[str, History], title: str, loss: str, file: str) -> Non
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        sys.exit(f'a picture needs {error.name}: pip install "fastseq-kernels[examples]", or --plot none')
+        sys.exit(f"a picture needs {error.name}: pip install '.[examples]' (in the clone), or --plot none")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, times = figure.subplots(), medians(histories)
     for name, style in (("torch.nn", {"linewidth": 3, "alpha": 0.4}), ("fastseq", {"linewidth": 1})):

@@ -4,6 +4,8 @@ chooses kernels by measurement."""
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +14,19 @@ from fastseq._version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a report of minutes must not end at a sign that the terminal's encoding lacks
+            stream.reconfigure(errors="replace")
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has what it wanted (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        return 141  # as of a program that SIGPIPE ended
+    return status
+
+
+def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["bench"]:  # its options, --help too, are the benchmark's own
         from fastseq import benchmarks
 
@@ -25,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="fastseq", description="Fast kernels for sequence models.")
     parser.add_argument("--version", action="version", version=f"fastseq {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,bench,tune}")
     info_parser = commands.add_parser("info", help="devices, versions, the compiled library, and which backend runs what")
     info_parser.add_argument("--json", action="store_true", help="print it as JSON")
     commands.add_parser(

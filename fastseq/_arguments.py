@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -175,6 +175,19 @@ def checked_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, not {type(value).__name__}")
     return value
+
+
+def checked_module(model: Any) -> nn.Module:
+    """The model, which is an nn.Module.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got the class {model.__name__} itself, not one that it made")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    return model
 
 
 def _given(value: Any) -> str:

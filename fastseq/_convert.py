@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import backends
 from . import modules as own_modules
+from ._arguments import checked_module
 from .cells import CELLS
 from .choice import self_check
 from .functional._packing import set_packing
@@ -304,8 +305,7 @@ def convert(
         UserWarning: if nothing was converted, unless all was already.
     """
     chosen = _chosen(modules)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checked_module(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be a function (module, name) -> bool, got {type(filter_fn).__name__}")
     if on_unsupported not in _ON_UNSUPPORTED:
@@ -427,8 +427,7 @@ def revert(model: nn.Module) -> Report:
     Warns:
         UserWarning: if something could not be reverted.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checked_module(model)
     report = Report("fastseq.revert")
     for found in _walk(model):
         conversion = _recognize(found)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._arguments import checked_module
 from .backends import library
 from .backends.cpu import recurrent as native
 from .cells import CELLS
@@ -80,6 +81,8 @@ class PackReport:
 
     def __str__(self) -> str:
         lines = [f"{self.title}: {len(self.packed)} changed, {len(self.skipped)} left alone"]
+        if not (self.packed or self.skipped):
+            lines[0] += f"; there is nothing to {self.title.rpartition('.')[2]}"
         for row in self.packed:
             sizes = f", {row.weights}, {row.bytes_before} bytes read as {row.bytes_after}" if row.weights else ""
             lines.append(f"  {row.name or '(the model)'}: {row.kind}{sizes}" + (f" ({row.note})" if row.note else ""))
@@ -116,8 +119,7 @@ def pack(model: nn.Module, weights: torch.dtype | None = None, *, example: Any =
         TypeError: model is no nn.Module, or example no arguments.
         ValueError: another dtype.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checked_module(model)
     if weights is not None and not isinstance(weights, torch.dtype):
         raise TypeError(f"weights must be a torch.dtype or None, got {weights!r}")
     if weights not in FORMATS:
@@ -164,8 +166,7 @@ def unpack(model: nn.Module) -> PackReport:
     Raises:
         TypeError: model is no nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checked_module(model)
     return PackReport("fastseq.unpack", list(_unpack(model)))
 
 

@@ -770,8 +770,9 @@ class TestChoice:
 
     @pytest.mark.parametrize("model", [None, [nn.LSTM(4, 4)], nn.LSTM, torch.zeros(2)])
     def test_no_module(self, model):
+        given = "the class LSTM itself" if model is nn.LSTM else type(model).__name__
         for function in (convert, revert):
-            with pytest.raises(TypeError, match="model must be an nn.Module"):
+            with pytest.raises(TypeError, match=f"model must be an nn.Module, got {given}"):
                 function(model)
 
     def test_other_bad_arguments(self):

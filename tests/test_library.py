@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import fastseq
+from fastseq import info
+from fastseq.__main__ import main
 from fastseq.backends import library
 from fastseq.cells import CELLS
 from fastseq.ops import OPS
@@ -40,6 +42,8 @@ def run(code: str, *, hide: tuple[str, ...] = (), **environment: str) -> str:
 
 TELL = """
 import fastseq
+from fastseq import info
+from fastseq.__main__ import main
 from fastseq.backends import library
 from fastseq.cells import CELLS
 import torch
@@ -81,6 +85,8 @@ def test_environment_is_read_once():
     code = """
 import os
 import fastseq
+from fastseq import info
+from fastseq.__main__ import main
 from fastseq.backends import library
 import torch
 library.load()
@@ -294,6 +300,20 @@ def test_info_with_a_forced_backend():
     told = command("info", FASTSEQ_BACKEND="reference").stdout
     rows = [line for line in told.splitlines() if re.match("  (recurrent|attention)", line)]
     assert all(row.split()[-4:] == ["reference"] * 4 for row in rows) and "FASTSEQ_BACKEND=reference" in told
+
+
+def test_what_the_terminal_cannot_show(tmp_path, monkeypatch):
+    """An encoding without a sign costs that sign alone, and a reader who leaves is no error."""
+
+    def leaves():
+        raise BrokenPipeError
+
+    for told, wanted, status in ((lambda: "1.2\u00d7", "1.2?\n", 0), (leaves, "", 141)):
+        monkeypatch.setattr(info, "as_text", told)
+        with open(tmp_path / "out", "w", encoding="ascii") as out, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            assert main(["info"]) == status
+        assert (tmp_path / "out").read_text() == wanted
 
 
 def test_bench_without_its_packages():

@@ -612,6 +612,11 @@ class TestReport:
         fastseq.revert(model)
         assert type(model[0]) is nn.LSTM and packing_of(model[0]) is None
 
+    def test_there_is_nothing_to_pack(self):
+        for function in (fastseq.pack, fastseq.unpack):
+            words = f"fastseq.{function.__name__}: 0 changed, 0 left alone; there is nothing to {function.__name__}"
+            assert str(function(nn.Linear(2, 2))) == words
+
     def test_wrong(self):
         with pytest.raises(TypeError, match="nn.Module, got list"):
             fastseq.pack([])

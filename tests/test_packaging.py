@@ -30,7 +30,7 @@ if not (ROOT / "setup.py").is_file():
 # The builds share a folder, and each test the ones before it.
 pytestmark = pytest.mark.xdist_group("packaging")
 
-ROOMS = ("kernels", "benchmarks")
+FOLDERS = ("kernels", "benchmarks")
 GLIBC = re.compile(r"GLIBC_[\d.]+").fullmatch
 TORCH = Path(torch.__file__).parent
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -97,8 +97,8 @@ def setup() -> ModuleType:
 def modules() -> set[str]:
     """Every Python file of the package, by its name in a wheel."""
     found = {str(file.relative_to(ROOT)) for file in (ROOT / "fastseq").rglob("*.py")}
-    for room in ROOMS:
-        found |= {f"fastseq/{file.relative_to(ROOT)}" for file in (ROOT / room).rglob("*.py")}
+    for folder in FOLDERS:
+        found |= {f"fastseq/{file.relative_to(ROOT)}" for file in (ROOT / folder).rglob("*.py")}
     return {name for name in found if "__pycache__" not in name}
 
 
@@ -389,13 +389,13 @@ def test_from_the_checkout():
 
 def test_installed_modules_of_the_same_names_win(tmp_path):
     """The checkout stands first on sys.path, and `import kernels` still finds an installed package."""
-    for room in ROOMS:
-        (tmp_path / room).mkdir()
-        (tmp_path / room / "__init__.py").write_text("ours = False\n")
+    for folder in FOLDERS:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("ours = False\n")
     code = "import kernels, benchmarks, fastseq.kernels; print(kernels.ours, benchmarks.ours)"
     assert python("-c", code, cwd=ROOT, PYTHONPATH=str(tmp_path)) == "False False"
-    for room in ROOMS:
-        assert not (ROOT / room / "__init__.py").exists()
+    for folder in FOLDERS:
+        assert not (ROOT / folder / "__init__.py").exists()
 
 
 def test_editable(sdist, tmp_path):

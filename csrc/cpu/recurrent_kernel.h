@@ -9,12 +9,31 @@
 
 #include <atomic>
 #include <cstdint>
+#include <iterator>
 
 #include "type.h"
 
 namespace fastseq::cpu {
 
-enum class Cell { kRnnTanh, kRnnRelu, kLstm, kGru, kCoupledLstm, kPeepholeLstm, kLayerNormLstm, kLayerNormGru, kSlstm };
+// The cells, one row each: X(struct in ../recurrent/cells/, name of the cell in Python).
+#define FASTSEQ_CPU_CELLS(X)             \
+  X(RnnTanh, "rnn_tanh")                 \
+  X(RnnRelu, "rnn_relu")                 \
+  X(Lstm, "lstm")                        \
+  X(Gru, "gru")                          \
+  X(CoupledLstm, "coupled_lstm")         \
+  X(PeepholeLstm, "peephole_lstm")       \
+  X(LayerNormLstm, "layer_norm_lstm")    \
+  X(LayerNormGru, "layer_norm_gru")      \
+  X(Slstm, "slstm")
+
+#define FASTSEQ_CELL(Name, name) k##Name,
+enum class Cell { FASTSEQ_CPU_CELLS(FASTSEQ_CELL) };
+#undef FASTSEQ_CELL
+#define FASTSEQ_CELL(Name, name) name,
+constexpr const char* kCellNames[] = {FASTSEQ_CPU_CELLS(FASTSEQ_CELL)};
+#undef FASTSEQ_CELL
+
 // Of weights kept for inference beside parameters of type float: rounded, or whole numbers with a scale for each of their rows.
 enum class Stored { kAsGiven, kBfloat16, kInt8 };
 

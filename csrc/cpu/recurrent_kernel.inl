@@ -1293,17 +1293,12 @@ class BackwardKernel {
 template <class Product, class S, class F>
 auto with_cell(Cell cell, F&& body) {
   switch (cell) {
-    case Cell::kRnnTanh: return body.template operator()<Product, S, RnnTanh>();
-    case Cell::kRnnRelu: return body.template operator()<Product, S, RnnRelu>();
-    case Cell::kLstm: return body.template operator()<Product, S, Lstm>();
-    case Cell::kGru: return body.template operator()<Product, S, Gru>();
-    case Cell::kCoupledLstm: return body.template operator()<Product, S, CoupledLstm>();
-    case Cell::kPeepholeLstm: return body.template operator()<Product, S, PeepholeLstm>();
-    case Cell::kLayerNormLstm: return body.template operator()<Product, S, LayerNormLstm>();
-    case Cell::kLayerNormGru: return body.template operator()<Product, S, LayerNormGru>();
-    case Cell::kSlstm: break;
+#define FASTSEQ_CELL(Name, name) \
+  case Cell::k##Name: return body.template operator()<Product, S, Name>();
+    FASTSEQ_CPU_CELLS(FASTSEQ_CELL)
+#undef FASTSEQ_CELL
   }
-  return body.template operator()<Product, S, Slstm>();
+  __builtin_unreachable();
 }
 
 // Calls body.template operator()<Product, S>() for the types of a shape.

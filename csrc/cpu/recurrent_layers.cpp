@@ -460,7 +460,7 @@ std::vector<Tensor> recurrent_packed(Tensor input, std::optional<Tensor> h0, std
   const auto head = kept.empty() ? std::nullopt : Kept::of(kept[0]);
   if (!head || input.dim() != 3) return {};
   const auto [cell, biases, lanes] = std::tie(head->sizes[0], head->sizes[1], head->sizes[2]);
-  if (cell < 0 || cell > static_cast<int64_t>(Cell::kSlstm)) return {};
+  if (cell < 0 || cell >= std::ssize(kCellNames)) return {};
   const int64_t layers = kept.size();
   return run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, static_cast<Cell>(cell), layers, biases, lanes > 1, batch_first, 0, 0,
                    std::move(kept), Saves::kNothing, two_parts);

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import no_grad
+from torch.nn import Module
 
 from .notes import watching
 from .query import Query
@@ -34,7 +35,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.calls:
-            return "no fastseq op ran"
+            return "no fastseq op ran (torch.nn's modules call none until fastseq.convert made them fastseq's)"
         lines = []
         for (query, chosen, against), notes in zip(self.calls, self.notes, strict=True):
             lines.append(f"{query}: {chosen}" + "".join(f", {note}" for note in notes))
@@ -56,6 +57,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Raises:
         TypeError: if there is nothing to call.
     """
+    if isinstance(function, type) and issubclass(function, Module):
+        raise TypeError(f"explain takes a module, got the class {function.__name__} itself, not one that it made")
     if not callable(function):
         raise TypeError(f"explain takes a function or module and then its arguments, not {type(function).__name__}")
     explanation = Explanation()

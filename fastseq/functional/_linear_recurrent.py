@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._arguments import check_keywords, checked_number, checked_tensor, without_unknown
 from ..backends import library
-from ..ops._dispatch import PLAIN, is_sharded, plain_call, sharding, shared_sequence, wants_gradient
+from ..ops._dispatch import PLAIN, autocasts, is_sharded, plain_call, sharding, shared_sequence, wants_gradient
 from ..ops.types import ScanSpec, state_dtype
 from ._autocast import without_autocast
 from ._native_layers import held
@@ -97,6 +97,9 @@ def linear_recurrent(
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {layer_of.width(params[0])}, got {input.shape[-1]}"
         )
+    weight = next(params[0][name] for name in ("weight_ih", "weight_r", "weight_d") if name in params[0])
+    if input.dtype != weight.dtype and not autocasts(input.device.type):
+        raise RuntimeError(f"input dtype ({input.dtype}) does not match weight dtype ({weight.dtype})")
     if type(input) not in PLAIN and is_sharded(input):
         return sharding().linear_layers(
             linear_recurrent,

@@ -300,9 +300,24 @@ def trained_layers(
     drawn, zoneout = (zoneout, (0.0, 0.0)) if training else ((0.0, 0.0), zoneout)
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     x, h0, c0 = _laid_out(x, h0, c0) or (x, h0, c0)
+    # a step after a state: its way shares the weights' gradients with other steps
+    one_step = x.shape[0] == 1 and h0 is not None and x.dim() == 3 and lengths is None and resets is None
+    one_step = one_step and not (bidirectional or recompute or any(drawn) or any(zoneout))
+    one_step = one_step and len(params) == num_layers * (2 + 2 * has_biases)
+
+    def layer(
+        x: Tensor, h0: Tensor | None, c0: Tensor | None, own: Sequence[Tensor], private: bool, batch_first: bool
+    ) -> tuple[Tensor, ...] | None:
+        if one_step:
+            assert h0 is not None
+            done = trained_layer_of_a_step(cell, x, h0, c0, own, batch_first)
+            if done is not None:
+                return done
+        return native_layer(x, h0, c0, own, cell, has_biases, bidirectional, recompute, private, batch_first, ragged, zoneout)
+
     finals: Sequence[Tensor]
     if num_layers == 1 and drawn == (0.0, 0.0):
-        done = _trained_layer(x, h0, c0, params, cell, has_biases, bidirectional, recompute, False, batch_first, ragged, zoneout)
+        done = layer(x, h0, c0, params, False, batch_first)
         if done is None:
             return None
         x, *finals = done
@@ -321,10 +336,7 @@ def trained_layers(
                 sizes = width, gates // len(CELLS[cell].gates)
                 holds = [held(x, (*x.shape[:-1], lanes, size), of) for size, of in zip(sizes, drawn, strict=True)]
                 ragged = lengths, batch_sizes, *holds, resets
-            done = _trained_layer(
-                *(x, *of_states, of_layer, cell, has_biases, bidirectional, recompute, not last, batch_first and last),
-                *(ragged, zoneout),
-            )
+            done = layer(x, *of_states, of_layer, not last, batch_first and last)
             if done is None:
                 if before is not None:
                     torch.set_rng_state(before)
@@ -337,30 +349,6 @@ def trained_layers(
     if x.dtype not in (torch.float32, torch.float64):
         finals = [state.to(x.dtype) for state in finals]
     return x, tuple(finals)
-
-
-def _trained_layer(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    params: Sequence[Tensor],
-    cell: str,
-    has_biases: bool,
-    bidirectional: bool,
-    recompute: bool,
-    private: bool,
-    batch_first: bool,
-    ragged: tuple[Tensor | None, ...],
-    zoneout: tuple[float, float],
-) -> tuple[Tensor, ...] | None:
-    """``native_layer``, and of a single step after a state the way that shares the weights' gradients with other steps."""
-    if x.shape[0] == 1 and h0 is not None and x.dim() == 3 and not (bidirectional or recompute):
-        whole = not any([tensor is not None for tensor in ragged])
-        if whole and zoneout == (0.0, 0.0) and len(params) == 2 + 2 * has_biases:
-            done = trained_layer_of_a_step(cell, x, h0, c0, params, batch_first)
-            if done is not None:
-                return done
-    return native_layer(x, h0, c0, params, cell, has_biases, bidirectional, recompute, private, batch_first, ragged, zoneout)
 
 
 def held(x: Tensor, shape: tuple[int, ...], probability: float) -> Tensor | None:

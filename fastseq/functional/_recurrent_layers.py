@@ -563,7 +563,10 @@ def check_layout(input: Tensor, lengths: Tensor | None, batch_sizes: Tensor | No
         if lengths.dtype not in (torch.int64, torch.int32):
             raise RuntimeError(f"lengths must be int64 or int32, got {lengths.dtype}")
         if lengths.shape != (input.shape[1],):
-            raise RuntimeError(f"lengths must be [{input.shape[1]}], one for each row of the batch, got {list(lengths.shape)}")
+            swapped = lengths.shape == (input.shape[0],)  # [T, B, I], however it was given
+            hint = "; the batch is the input's first dimension with batch_first, else the second" if swapped else ""
+            rows = f"[{input.shape[1]}], one for each row of the batch"
+            raise RuntimeError(f"lengths must be {rows}, got {list(lengths.shape)}{hint}")
         if lengths.device != input.device:
             raise RuntimeError(f"lengths must be on the input's device ({input.device}), got {lengths.device}")
     if batch_sizes is None:

@@ -56,6 +56,8 @@ class TuneReport:
 
     def __str__(self) -> str:
         lines = [f"fastseq.tune: {len(self.rows)} calls measured, {len(self.changed)} run by another kernel from now on"]
+        if not (self.rows or self.skipped):
+            lines[0] += "; the model calls nothing that fastseq has a kernel for"
         head = ("call", "old", "new", "speed-up", "error")
         cells = [head] + [
             (

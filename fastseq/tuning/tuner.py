@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastseq import backends
+from fastseq._arguments import checked_module
 from fastseq._convert import all_ours
 from fastseq.backends.selection import asked
 from fastseq.choice import sources, store
@@ -52,8 +53,7 @@ def tune(
         ValueError: if ``example_inputs`` are on the meta device, or ``seconds`` is not above 0.
         RuntimeError: whatever the model raises on the inputs.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    checked_module(model)
     for name, value in (("training", training), *([] if isolated is None else [("isolated", isolated)])):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be a bool, got {value!r}")

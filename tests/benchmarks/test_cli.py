@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -139,9 +140,11 @@ def counted(monkeypatch, *argv, ends=10**9):
     return code, Counts.ran
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     here = ("--out", str(tmp_path), "--resume")
     code, first = counted(monkeypatch, *here, ends=7)
+    told = capsys.readouterr().out
+    assert f" cases on cpu, into {tmp_path}" in told and re.search(r"^7 of \d+ after \d+ s$", told, re.MULTILINE)
     assert code == 130 and len(first) == 7 and Results.load(tmp_path / "results.json").options["interrupted"]
     code, second = counted(monkeypatch, *here)
     every = [Counts.point(case) for case in SUITES["recurrent"].plan(Options("cpu", "float32", (1,), quick=True))]

@@ -3,40 +3,14 @@
 //
 // Linked with csrc/cpu/attention_<level>.cpp and attention_few_<level>.cpp; LEVEL is the level's name, TYPES a list of X(storage type).
 
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <limits>
 #include <memory>
-#include <random>
-#include <string>
-#include <type_traits>
-#include <vector>
 
 #include "cpu/attention_few.h"
 #include "cpu/attention_kernel.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
-
-#define JOINED(a, b) a##b
-#define NAMED(a, b) JOINED(a, b)
+#include "cpu_harness.h"
 
 namespace fastseq::cpu {
 namespace {
-
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
 
 #include "cpu_harness.inl"
 
@@ -228,8 +202,8 @@ class Trial {
     return all;
   }
 
-  static const AttentionKernels& kernels() { return NAMED(attention_kernels_, LEVEL)(); }
-  static const FewKernels& few_kernels() { return NAMED(few_, LEVEL)(); }
+  static const AttentionKernels& kernels() { return OF_LEVEL(attention_kernels_, LEVEL)(); }
+  static const FewKernels& few_kernels() { return OF_LEVEL(few_, LEVEL)(); }
 
   bool forward() const {
     Call call(*this);
@@ -422,9 +396,7 @@ int failures(int64_t most) {
 
 int main(int count, char** arguments) {
   using namespace fastseq::cpu;
-#if defined(TILES) && !defined(FASTSEQ_EMULATED_TILES)
-  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return std::puts("the system denies AMX"), 2;
-#endif
+  if (!tiles_are_allowed()) return 2;
   const int64_t most = count > 1 ? std::atoll(arguments[1]) : INT64_MAX;
   int failed = 0;
 #define X(type) failed += failures<type>(most);

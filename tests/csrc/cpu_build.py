@@ -22,9 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import host_build as build  # noqa: E402
 
 LEVELS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
-CELLS = (
-    "RnnTanh", "RnnRelu", "Lstm", "Gru", "CoupledLstm", "PeepholeLstm", "LayerNormLstm", "LayerNormGru", "Slstm",
-)  # fmt: skip
+CELLS = re.findall(r"^  X\((\w+), ", (build.ROOT / "csrc/cpu/recurrent_kernel.h").read_text(), re.MULTILINE)
 TYPES = ("float", "double", "bfloat16", "float16")
 MULTIPLIED = {"avx512_bf16": ("bfloat16",), "amx": ("float", "bfloat16")}  # types of levels that only multiply
 STEP = ("step",)  # cases: all of single steps

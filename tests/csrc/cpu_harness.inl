@@ -1,7 +1,19 @@
 // What the programs that run CPU kernels without torch share: arrays between pages that nobody may touch, and numbers as they are stored.
-// Included inside a namespace that has bfloat16 and float16, after <sys/mman.h> and, with AddressSanitizer, its interface.
+// Included inside a namespace, after cpu_harness.h: where a program includes the kernels' own source (FASTSEQ_LEVEL), that namespace
+// has their storage types.
+
+#if !defined(FASTSEQ_LEVEL)
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+#endif
 
 using Doubles = std::vector<double>;
+
+inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 // Where arrays lie: against the page after them, or the one before, which nobody may touch.
 bool at_the_end = true;

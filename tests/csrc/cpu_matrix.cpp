@@ -1,39 +1,12 @@
 // Runs the kernels for products of whole matrices, csrc/cpu/matrix_product_<LEVEL>.cpp, without torch: odd sizes, several matrices at once,
 // rows anywhere, blocks of the result in turn, numbers that are none, against plain loops in double.
 
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <deque>
-#include <limits>
-#include <random>
-#include <type_traits>
-#include <vector>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
 
 #include "cpu/matrix_product.h"
-
-#define JOINED(a, b) a##b
-#define OF_LEVEL(name, level) JOINED(name, level)
+#include "cpu_harness.h"
 
 namespace {
-
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
 
 #include "cpu_harness.inl"
 
@@ -201,9 +174,7 @@ class Run {
 }  // namespace
 
 int main(int count, char** arguments) {
-#if defined(TILES) && !defined(FASTSEQ_EMULATED_TILES)
-  syscall(SYS_arch_prctl, 0x1023, 18);  // the system's permission to use the tiles' registers
-#endif
+  if (!tiles_are_allowed()) return 2;
   const int64_t most = count > 1 ? std::atoll(arguments[1]) : INT64_MAX;
   const int64_t rows[] = {1, 13, 15, 29, 33, 70}, depths[] = {1, 2, 3, 31, 33, 127, 129, 255, 257, 513, 1030};
   const int64_t columns[] = {1, 16, 17, 31, 33, 100};

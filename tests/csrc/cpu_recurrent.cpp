@@ -4,27 +4,12 @@
 // Compiled with the macros and flags of one of csrc/cpu/recurrent_<level>.cpp, and with CASES, a list of X(storage type, cell): only
 // these kernels are compiled.
 
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <numeric>
-#include <random>
-#include <string>
 #include <thread>
 #include <tuple>
-#include <type_traits>
-#include <vector>
 
 #include "cpu/recurrent_kernel.inl"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
+#include "cpu_harness.h"
 
 namespace fastseq::cpu::FASTSEQ_LEVEL {
 namespace {
@@ -48,8 +33,6 @@ struct Numbers {
   std::vector<char> hold_h, hold_c, resets;
   Doubles y, h_n, c_n, c;
 };
-
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 void normalize(double* x, int64_t count) {
   double mean = 0, variance = 0;
@@ -613,9 +596,7 @@ int conversion_failures() {
 
 int main(int count, char** arguments) {
   using namespace fastseq::cpu::FASTSEQ_LEVEL;
-#if defined(FASTSEQ_TILES) && !defined(FASTSEQ_EMULATED_TILES)
-  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return std::puts("the system denies AMX"), 2;
-#endif
+  if (!tiles_are_allowed()) return 2;
   const int64_t most = count > 1 ? std::atoll(arguments[1]) : INT64_MAX;
   int failed = conversion_failures();
 #define X(type, cell) failed += failures<type, fastseq::cell>(#type " " #cell, fastseq::cpu::Cell::k##cell, most);

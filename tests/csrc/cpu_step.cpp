@@ -1,41 +1,14 @@
 // Runs the kernels of single steps, csrc/cpu/recurrent_step_<LEVEL>.cpp, without torch: odd sizes, with and without biases and states, in
 // parts, against plain loops in double.
 
-#include <sys/mman.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <random>
-#include <type_traits>
-#include <vector>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
-
 #include "cpu/recurrent_step.h"
-
-#define JOINED(a, b) a##b
-#define OF_LEVEL(name, level) JOINED(name, level)
+#include "cpu_harness.h"
 
 namespace {
-
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
 
 #include "cpu_harness.inl"
 
 using namespace fastseq::cpu;
-
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 struct Trial {
   const char* name;

@@ -257,7 +257,12 @@ class TestRagged:
 
     def test_wrong_lengths_and_batch_sizes(self):
         call = Call(fastseq.LSTM(6, 9), 4, 3, layout="lengths")
-        for lengths, message in (([4, 5, 1], r"lie in \[0, 4\]"), ([-1, 4, 1], r"lie in \[0, 4\]"), ([4, 1], "lengths must be")):
+        for lengths, message in (
+            ([4, 5, 1], r"lie in \[0, 4\]"),
+            ([-1, 4, 1], r"lie in \[0, 4\]"),
+            ([4, 1], r"lengths must be \[3\], .*, got \[2\]$"),
+            ([4, 1, 1, 1], r"lengths must be \[3\], .*, got \[4\]; the batch is .* with batch_first"),
+        ):
             call.lengths = torch.tensor(lengths)
             with pytest.raises(RuntimeError, match=message):
                 call.outputs()

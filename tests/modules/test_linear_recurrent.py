@@ -644,6 +644,15 @@ packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, X)])
             RuntimeError,
             r"Expected inputs before of size \(1, 2, 3\), got \[1, 2, 6\]",
         ),
+        *(
+            (
+                lambda kind=kind, dtype=dtype: kind(X, H)(torch.ones(2, 2, X, dtype=dtype)),
+                RuntimeError,
+                rf"input dtype \({dtype}\) does not match weight dtype \(torch.float32\)",
+            )
+            for kind in (fastseq.MinGRU, fastseq.RGLRU, fastseq.LRU)
+            for dtype in (torch.float64, torch.int64)
+        ),
         (lambda: functional.linear_recurrent("min_gru", torch.randn(2, 2, X), None, []), RuntimeError, "of 1 lanes, got 0"),
         (lambda: functional.linear_recurrent("gru", torch.randn(2, 2, X), None, []), ValueError, "cell must be one of min_gru, "),
         (lambda: fastseq.MinGRU(X, H, bidirectional=True).step(torch.randn(2, X)), RuntimeError, "takes no single steps"),

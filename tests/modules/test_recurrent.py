@@ -451,14 +451,14 @@ class TestKeepType:
     def test_recompute(self, name):
         assert getattr(keep_type, name)(I, H, recompute=True).recompute is True
 
-    @pytest.mark.parametrize("room", [fastseq, keep_type], ids=["fastseq", "keep_type"])
+    @pytest.mark.parametrize("namespace", [fastseq, keep_type], ids=["fastseq", "keep_type"])
     @pytest.mark.parametrize(("name", "options"), OPTIONS)
-    def test_class_swap(self, name, options, room):
+    def test_class_swap(self, name, options, namespace):
         theirs, _ = both(name, **options)
         input = random(T, B, I)
         expected = run(theirs, input)
         identities = [id(p) for p in theirs.parameters()]
-        theirs.__class__ = getattr(room, name)
+        theirs.__class__ = getattr(namespace, name)
         actual = run(theirs, input)
         assert [id(p) for p in theirs.parameters()] == identities
         for key, value in expected.items():

@@ -98,13 +98,13 @@ def test_steps_of_a_loop_are_the_layer(name):
     torch.testing.assert_close(torch.stack(steps), layer(input)[0], rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize("room", [fastseq, keep_type], ids=["fastseq", "keep_type"])
+@pytest.mark.parametrize("namespace", [fastseq, keep_type], ids=["fastseq", "keep_type"])
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_class_swap_copy_and_pickle(name, options, room):
+def test_class_swap_copy_and_pickle(name, options, namespace):
     theirs, ours = both(name, **options)
     input = random(3, 4)
     expected = leaves(ours(input))
-    theirs.__class__ = getattr(room, name)
+    theirs.__class__ = getattr(namespace, name)
     for module in (theirs, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         for e, a in zip(expected, leaves(module(input)), strict=True):
             assert torch.equal(a, e)

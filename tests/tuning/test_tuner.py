@@ -153,6 +153,7 @@ class TestTune:
         ("given", "error", "words"),
         [
             ((lambda x: x, torch.zeros(1)), TypeError, "model must be an nn.Module, got function"),
+            ((nn.LSTM, torch.zeros(1)), TypeError, "model must be an nn.Module, got the class LSTM itself"),
             ((nn.LSTM(4, 8), 7), TypeError, "example_inputs"),
             ((nn.LSTM(4, 8), torch.zeros(3, 2, 5)), RuntimeError, "input.size"),
             ((nn.LSTM(4, 8), torch.zeros(3, 2, 4, device="meta")), ValueError, "meta device"),

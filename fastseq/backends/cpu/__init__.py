@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import library
 from ..query import Query
 from . import attention, attention_decode, recurrent, scan
 from .attention import (
@@ -42,7 +43,7 @@ _OPS = {"recurrent": recurrent, "attention": attention, "attention_decode": atte
 
 
 def available() -> str | None:
-    return None
+    return library.reason()
 
 
 def why_not(query: Query) -> list[str]:

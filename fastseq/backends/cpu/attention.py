@@ -6,16 +6,12 @@ import torch
 from torch import Tensor
 
 from ...ops.types import Spec
-from .. import library
 from ..query import AttentionQuery
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 def why_not(query: AttentionQuery) -> list[str]:
-    missing = library.reason()
-    if missing:
-        return [missing]
     against = []
     if query.dtype not in DTYPES:
         against.append(f"dtype {str(query.dtype).removeprefix('torch.')} is not one of float32, float64, bfloat16, float16")

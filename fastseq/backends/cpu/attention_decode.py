@@ -6,16 +6,12 @@ import torch
 from torch import Tensor
 
 from ...ops.types import DecodeSpec, state_dtype
-from .. import library
 from ..dense import dense
 from ..query import AttentionQuery
 from .recurrent import DTYPES
 
 
 def why_not(query: AttentionQuery) -> list[str]:
-    missing = library.reason()
-    if missing:
-        return [missing]
     if query.dtype in DTYPES:
         return []
     accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

@@ -35,9 +35,6 @@ def two_parts() -> bool:
 
 
 def why_not(query: RecurrentQuery) -> list[str]:
-    missing = library.reason()
-    if missing:
-        return [missing]
     against = []
     if query.dtype not in DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

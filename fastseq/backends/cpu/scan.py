@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ...ops.types import ScanSpec, empty_scan, empty_scan_gradients, scan_kind, state_dtype
-from .. import library
 from ..dense import dense
 from ..query import ScanQuery
 
@@ -14,9 +13,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.com
 
 
 def why_not(query: ScanQuery) -> list[str]:
-    missing = library.reason()
-    if missing:
-        return [missing]
     if query.dtype in DTYPES:
         return []
     accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
