@@ -20,7 +20,7 @@ from fastseq.choice import sources
 from fastseq.choice.sources import memory
 from fastseq.functional._native_layers import native_layers, native_step, packed_step
 from fastseq.functional._packing import packing_of
-from fastseq.modules._checks import describe, kind_of, pair_of, public
+from fastseq.modules._checks import as_plain_tuple, describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
 from fastseq.ops._dispatch import PLAIN, plain_call, recorded, transforming, wants_gradient
 from fastseq.ops._recurrent_step import trained_step
@@ -129,6 +129,8 @@ class LSTMCell(Interop, nn.RNNCellBase):
             RuntimeError: sizes, dtypes or devices that do not fit each other.
             TypeError: hx is no tuple.
         """
+        if hx is not None and type(hx) is not tuple:
+            hx = as_plain_tuple(hx, 2)
         if hx is None or (type(hx) is tuple and len(hx) == 2):
             states = None if hx is None or not torch.is_grad_enabled() else _trained(self, "lstm", input, hx, hx)
             if states is not None:

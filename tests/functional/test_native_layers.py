@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -177,6 +178,38 @@ def test_states_of_which_some_are_given(training, backend):
             with torch.set_grad_enabled(training), fastseq.use_backend(backend):
                 found, expected = (fastseq.functional.recurrent(cell, x, hx, params) for hx in (some, every))
             torch.testing.assert_close(found[:2], expected[:2])
+
+
+class LSTMState(NamedTuple):
+    h: Tensor
+    c: Tensor
+
+
+@pytest.mark.parametrize("form", [list, LSTMState._make])
+@pytest.mark.parametrize("kind", ["LSTM", "PeepholeLSTM"])
+def test_states_in_a_list_or_a_named_tuple(kind, form):
+    """They take the way of those in a tuple, with gradients too."""
+    x, states = torch.randn(4, 2, 6), torch.randn(2, 1, 2, 9)
+    layers, cell = getattr(fastseq, kind)(6, 9), getattr(fastseq, f"{kind}Cell")(6, 9)
+    for module, given, pair in ((layers, x, states), (cell, x[0], states[:, 0])):
+        run = {make: partial(module, given, make(pair)) for make in (tuple, form)}
+        for found, expected in zip(tensors_of(run[form]()), tensors_of(run[tuple]()), strict=True):
+            assert found.grad_fn.name() == expected.grad_fn.name()
+            assert torch.equal(found, expected)
+        with torch.no_grad():
+            names = {make: calls_of(call) for make, call in run.items()}
+            assert names[form] == names[tuple] and names[form] in ([NATIVE], [STEP])
+            assert_same(run[form], name=names[form][0])
+
+
+@pytest.mark.parametrize("kind", ["SLSTM", "SLSTMCell"])
+def test_four_states_in_a_list(kind):
+    module, x, states = getattr(fastseq, kind)(6, 9), torch.randn(4, 2, 6), torch.randn(4, 1, 2, 9)
+    if kind.endswith("Cell"):
+        x, states = x[0], states[:, 0]
+    with torch.no_grad():
+        names = [calls_of(partial(module, x, form(states))) for form in (list, tuple)]
+    assert names[0] == names[1] and NATIVE in names[0]
 
 
 def test_unbatched():
