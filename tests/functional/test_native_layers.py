@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -226,6 +227,45 @@ class Looks(TorchDispatchMode):
 class LooksAtFunctions(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
+
+
+class TestDefaultDevice:
+    """is a mode of functions, which has nothing to say of a call on tensors of the CPU where it names the CPU."""
+
+    @pytest.mark.parametrize(
+        ("module", "inputs", "op"),
+        [
+            (fastseq.LSTM(6, 9), (torch.randn(3, 2, 6),), "recurrent_layers"),
+            (fastseq.GRUCell(6, 9), (torch.randn(2, 6), torch.randn(2, 9)), "recurrent_step"),
+            (fastseq.MultiheadAttention(8, 2), (torch.randn(3, 2, 8),) * 3, "multihead_attention"),
+            (fastseq.TransformerEncoderLayer(8, 2, 16).eval(), (torch.randn(3, 2, 8),), "transformer_encoder_layer"),
+        ],
+        ids=["layers", "cell", "attention", "encoder"],
+    )
+    def test_the_fast_way_is_kept(self, module, inputs, op):
+        def ops_of(device: str | None, inner: AbstractContextManager[Any] | None = None) -> list[str]:
+            with torch.no_grad(), torch.device(device) if device else nullcontext(), inner or nullcontext():
+                module(*inputs)
+                with profile(activities=[ProfilerActivity.CPU]) as recorded:
+                    module(*inputs)
+            return [event.name for event in recorded.events() if event.name == f"fastseq_native::{op}"]
+
+        assert len(ops_of(None)) == len(ops_of("cpu")) == 1
+        assert ops_of("meta") == ops_of("cpu", LooksAtFunctions()) == []
+
+    @pytest.mark.parametrize("kind", [fastseq.TransformerEncoderLayer, fastseq.MultiheadAttention])
+    def test_training_draws_the_same(self, kind):
+        module, x = kind(8, 2, dropout=0.4), torch.randn(3, 2, 8)
+        results = []
+        for context in (nullcontext(), torch.device("cpu")):
+            module.zero_grad()
+            torch.manual_seed(3)
+            with context:
+                out = tensors_of(module(x) if kind is fastseq.TransformerEncoderLayer else module(x, x, x))[0]
+                out.square().sum().backward()
+            results.append([out, *(parameter.grad for parameter in module.parameters())])
+        assert out.grad_fn.name() == results[0][0].grad_fn.name()
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 class TestWhoeverLooksOn:
