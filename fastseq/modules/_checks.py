@@ -42,7 +42,7 @@ def _get_name(module: nn.Module) -> str:
 
 def as_plain_tuple(hx: Any, count: int) -> Any:
     """States in a list or in a named tuple, both of which torch takes, as the tuple that fast ways look for; else ``hx``."""
-    return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == count else hx
+    return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == count > 1 else hx
 
 
 def pair_of(module: nn.Module, hx: Any) -> tuple[Tensor, Tensor]:
