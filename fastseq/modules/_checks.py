@@ -40,6 +40,11 @@ def _get_name(module: nn.Module) -> str:
     return f"fastseq.{kind.__name__}" if kind.__module__.startswith("fastseq.") else kind.__name__
 
 
+def as_plain_tuple(hx: Any, count: int) -> Any:
+    """States in a list or in a named tuple, both of which torch takes, as the tuple that fast ways look for; else ``hx``."""
+    return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == count > 1 else hx
+
+
 def pair_of(module: nn.Module, hx: Any) -> tuple[Tensor, Tensor]:
     """(h, c) out of `hx`, with an error that says what was given."""
     if not isinstance(hx, (tuple, list)):

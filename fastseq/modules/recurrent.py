@@ -34,7 +34,7 @@ from fastseq.functional._native_layers import native_layer_alone, native_layers,
 from fastseq.functional._packing import Packing, packing_of
 from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
 from fastseq.functional._solver import Newton, check_solver
-from fastseq.modules._checks import describe, kind_of, pair_of, public
+from fastseq.modules._checks import as_plain_tuple, describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
 from fastseq.ops._dispatch import PLAIN, autocasts, plain_call, shared_sequence
 
@@ -163,6 +163,8 @@ class Sequence(Interop, nn.RNNBase):
     ) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
         """(output, states, c of every step or None) in the layout of `input`."""
         params: list[Any] | None = None
+        if hx is not None and type(hx) is not tuple and type(hx) is not Tensor:
+            hx = as_plain_tuple(hx, len(CELLS[self.cell].states))
         plain = not return_cells and reset_to is None and cu_seqlens is None
         if plain and checks_of(type(self)) in CHECKS and plain_call():
             packing = packing_of(self)

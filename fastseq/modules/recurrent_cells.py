@@ -20,9 +20,9 @@ from fastseq.choice import sources
 from fastseq.choice.sources import memory
 from fastseq.functional._native_layers import native_layers, native_step, packed_step
 from fastseq.functional._packing import packing_of
-from fastseq.modules._checks import describe, kind_of, pair_of, public
+from fastseq.modules._checks import as_plain_tuple, describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.ops._dispatch import PLAIN, plain_call, recorded, transforming, wants_gradient
+from fastseq.ops._dispatch import PLAIN, autocasts, plain_call, recorded, transforming, wants_gradient
 from fastseq.ops._recurrent_step import trained_step
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -129,6 +129,8 @@ class LSTMCell(Interop, nn.RNNCellBase):
             RuntimeError: sizes, dtypes or devices that do not fit each other.
             TypeError: hx is no tuple.
         """
+        if hx is not None and type(hx) is not tuple:
+            hx = as_plain_tuple(hx, 2)
         if hx is None or (type(hx) is tuple and len(hx) == 2):
             states = None if hx is None or not torch.is_grad_enabled() else _trained(self, "lstm", input, hx, hx)
             if states is not None:
@@ -309,6 +311,8 @@ def _as_torchs(cell: nn.RNNCellBase, name: str, input: Any, *states: Any) -> boo
     dtype, dim, weight = input.dtype, input.dim(), cell._parameters.get("weight_ih")
     if weight is None:  # it is computed, and not for a question: what draws or iterates does it once a step
         return False
+    if input.is_cpu and autocasts("cpu"):  # by one function after another, each with a rule for types: no kernel has its types
+        return dim in (1, 2) and all(state is None or type(state) is Tensor for state in states)
     if dtype != weight.dtype or dim not in (1, 2) or input.shape[-1] != cell.input_size:
         return False
     shape = (*input.shape[:-1], cell.hidden_size)

@@ -18,7 +18,7 @@ from fastseq.cells import CELLS
 from fastseq.functional._native_layers import native_layers
 from fastseq.functional._packing import packing_of
 from fastseq.functional._solver import Newton
-from fastseq.modules._checks import describe, kind_of, public
+from fastseq.modules._checks import as_plain_tuple, describe, kind_of, public
 from fastseq.modules._interop import Interop, as_leaf
 from fastseq.modules.recurrent import CHECKS, Input, PairSequence, Sequence, SingleSequence, checks_of
 from fastseq.modules.recurrent_cells import check_cell_input, check_cell_rank, check_cell_state
@@ -297,7 +297,7 @@ class VariantCell(Interop, nn.RNNCellBase):
         if type(input) is Tensor and input.dim() == 2 and plain_call():
             kept = self._parameters
             plain: list[Any] = [kept.get(name) for name in self.names()]
-            states = None if hx is None else (hx,) if type(hx) is Tensor else hx
+            states = None if hx is None else (hx,) if type(hx) is Tensor else as_plain_tuple(hx, len(row.states))
             packing = None if self.training else packing_of(self)
             if states is None or type(states) is tuple:
                 done = native_layers(self.CELL, input, states, plain, self.bias, 1, False, False, packing=packing)

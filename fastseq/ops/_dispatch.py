@@ -13,6 +13,7 @@ import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.utils._device import DeviceContext
 
 from .. import backends
 from ..backends import notes, wish
@@ -80,7 +81,7 @@ def plain_call(unseen: bool = False) -> bool:
         is_dynamo_compiling()  # what else compiles has a dispatch mode on
         or _is_tracing()
         or _dispatch_modes()
-        or _function_modes()
+        or (_function_modes() and not _of_default_device())
         or _transforming()
         or _lowering()
         or forward_ad._current_level >= 0
@@ -88,6 +89,13 @@ def plain_call(unseen: bool = False) -> bool:
         or ((wish._process if (own := _wish()) is _nothing else own) not in _OF_CPU)  # as `backends.forced` has it
         or (unseen and _watchers())
     )
+
+
+def _of_default_device() -> bool:
+    """Whether the only function mode is that of a default device which is the CPU (``torch.set_default_device``): it names the
+    device of what is made without one, and has no part in a call on tensors of the CPU."""
+    mode = _C._get_function_stack_at(0)
+    return _function_modes() == 1 and type(mode) is DeviceContext and mode.device.type == "cpu"
 
 
 # whether a tensor is what is_grads_batched=True makes of many: its type is Tensor's, and no mode or transform tells of it

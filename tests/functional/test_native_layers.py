@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -189,6 +191,38 @@ def test_states_of_which_some_are_given(training, backend):
             torch.testing.assert_close(found[:2], expected[:2])
 
 
+class LSTMState(NamedTuple):
+    h: Tensor
+    c: Tensor
+
+
+@pytest.mark.parametrize("form", [list, LSTMState._make])
+@pytest.mark.parametrize("kind", ["LSTM", "PeepholeLSTM"])
+def test_states_in_a_list_or_a_named_tuple(kind, form):
+    """They take the way of those in a tuple, with gradients too."""
+    x, states = torch.randn(4, 2, 6), torch.randn(2, 1, 2, 9)
+    layers, cell = getattr(fastseq, kind)(6, 9), getattr(fastseq, f"{kind}Cell")(6, 9)
+    for module, given, pair in ((layers, x, states), (cell, x[0], states[:, 0])):
+        run = {make: partial(module, given, make(pair)) for make in (tuple, form)}
+        for found, expected in zip(tensors_of(run[form]()), tensors_of(run[tuple]()), strict=True):
+            assert found.grad_fn.name() == expected.grad_fn.name()
+            assert torch.equal(found, expected)
+        with torch.no_grad():
+            names = {make: calls_of(call) for make, call in run.items()}
+            assert names[form] == names[tuple] and names[form] in ([NATIVE], [STEP])
+            assert_same(run[form], name=names[form][0])
+
+
+@pytest.mark.parametrize("kind", ["SLSTM", "SLSTMCell"])
+def test_four_states_in_a_list(kind):
+    module, x, states = getattr(fastseq, kind)(6, 9), torch.randn(4, 2, 6), torch.randn(4, 1, 2, 9)
+    if kind.endswith("Cell"):
+        x, states = x[0], states[:, 0]
+    with torch.no_grad():
+        names = [calls_of(partial(module, x, form(states))) for form in (list, tuple)]
+    assert names[0] == names[1] and NATIVE in names[0]
+
+
 def test_unbatched():
     module = fastseq.GRU(6, 9)
     with torch.no_grad():
@@ -203,6 +237,45 @@ class Looks(TorchDispatchMode):
 class LooksAtFunctions(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
+
+
+class TestDefaultDevice:
+    """is a mode of functions, which has nothing to say of a call on tensors of the CPU where it names the CPU."""
+
+    @pytest.mark.parametrize(
+        ("module", "inputs", "op"),
+        [
+            (fastseq.LSTM(6, 9), (torch.randn(3, 2, 6),), "recurrent_layers"),
+            (fastseq.GRUCell(6, 9), (torch.randn(2, 6), torch.randn(2, 9)), "recurrent_step"),
+            (fastseq.MultiheadAttention(8, 2), (torch.randn(3, 2, 8),) * 3, "multihead_attention"),
+            (fastseq.TransformerEncoderLayer(8, 2, 16).eval(), (torch.randn(3, 2, 8),), "transformer_encoder_layer"),
+        ],
+        ids=["layers", "cell", "attention", "encoder"],
+    )
+    def test_the_fast_way_is_kept(self, module, inputs, op):
+        def ops_of(device: str | None, inner: AbstractContextManager[Any] | None = None) -> list[str]:
+            with torch.no_grad(), torch.device(device) if device else nullcontext(), inner or nullcontext():
+                module(*inputs)
+                with profile(activities=[ProfilerActivity.CPU]) as recorded:
+                    module(*inputs)
+            return [event.name for event in recorded.events() if event.name == f"fastseq_native::{op}"]
+
+        assert len(ops_of(None)) == len(ops_of("cpu")) == 1
+        assert ops_of("meta") == ops_of("cpu", LooksAtFunctions()) == []
+
+    @pytest.mark.parametrize("kind", [fastseq.TransformerEncoderLayer, fastseq.MultiheadAttention])
+    def test_training_draws_the_same(self, kind):
+        module, x = kind(8, 2, dropout=0.4), torch.randn(3, 2, 8)
+        results = []
+        for context in (nullcontext(), torch.device("cpu")):
+            module.zero_grad()
+            torch.manual_seed(3)
+            with context:
+                out = tensors_of(module(x) if kind is fastseq.TransformerEncoderLayer else module(x, x, x))[0]
+                out.square().sum().backward()
+            results.append([out, *(parameter.grad for parameter in module.parameters())])
+        assert out.grad_fn.name() == results[0][0].grad_fn.name()
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 class TestWhoeverLooksOn:

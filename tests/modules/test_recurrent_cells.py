@@ -15,7 +15,7 @@ import fastseq
 from fastseq.choice import sources
 from fastseq.choice.decision import Candidate
 from fastseq.modules import keep_type, recurrent_cells
-from support.modules import assert_same, both, leaves, random
+from support.modules import H, I, assert_same, both, leaves, random
 
 CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
 CASES = [
@@ -149,6 +149,34 @@ def test_what_torchs_kernel_trains_is_asked_once_and_checked_always(name, monkey
         known.clear()
         ours(x, hx)
         assert known == ["cpu"]
+
+
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", CELLS)
+def test_autocast(name, training, lower):
+    """The types that torch gives, whatever is given, and its numbers: of an LSTM's c in fp32, which many steps go through."""
+    theirs, ours = both(name)
+    x, h = random(3, I), random(3, H)
+    pair = name == "LSTMCell"
+    given = [None, *[(h.to(dtype),) * 2 if pair else h.to(dtype) for dtype in (torch.float32, lower)]]
+    if pair:
+        given += [(h.to(lower), h), [h, h]]
+    for input, hx in product((x, x.to(lower), x[0]), given):
+        if input.dim() == 1:
+            hx = None if hx is None else h[0] if not pair else (h[0], h[0])
+        results = []
+        for cell in (theirs, ours):
+            cell.zero_grad()
+            with torch.autocast("cpu", lower), torch.set_grad_enabled(training):
+                states = cell(input, hx)
+                states = cell(input, states)
+            if training:
+                sum(state.float().square().sum() for state in leaves(states)).backward()
+            results.append([*leaves(states), *([weight.grad for weight in cell.parameters()] if training else [])])
+        for expected, actual in zip(*results, strict=True):
+            assert actual.dtype == expected.dtype
+            assert torch.equal(actual, expected)
 
 
 class Twice(nn.Module):
