@@ -233,11 +233,14 @@ _OF_PLAIN = frozenset(
         "window_size",
         "alignment",
         "scale",
+        "softcap",
+        "alibi_slopes",
         "relative_bias",
         "relative_bias_zero",
         "relative_query",
         "relative_key",
         "relative_key_zero",
+        "sinks",
         "dropout_p",
         "seqlens_q",
         "seqlens_k",
@@ -276,8 +279,19 @@ def prepared_plainly(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Call
         scale = 1 / math.sqrt(features)
     elif type(scale) not in NUMBERS or not math.isfinite(scale):
         return None
-    if type(dropout) not in NUMBERS or not 0 <= dropout <= 1:
+    softcap, slopes, sinks = get("softcap", 0.0), get("alibi_slopes"), get("sinks")
+    if type(dropout) not in NUMBERS or not 0 <= dropout <= 1 or type(softcap) not in NUMBERS or not 0 <= softcap < math.inf:
         return None
+    if slopes is not None:
+        if type(slopes) not in PLAIN or not slopes.is_cpu or not slopes.is_floating_point() or slopes.requires_grad:
+            return None
+        if slopes.shape not in ((heads,), (1, heads), (batch, heads)):
+            return None
+        slopes = slopes.to(torch.float64 if dtype == torch.float64 else torch.float32).reshape(-1, heads).contiguous()
+    if sinks is not None:
+        if type(sinks) not in PLAIN or not sinks.is_cpu or sinks.dtype != dtype or sinks.shape != (heads,):
+            return None
+        sinks = sinks.contiguous()
     if window is not None:
         if type(window) not in (tuple, list) or len(window) != 2:
             return None
@@ -313,8 +327,9 @@ def prepared_plainly(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Call
         relative_k = rows(relative_k).expand(heads, -1, -1)
     elif relative_q is not None or key_zero is not None:
         return None
-    if tq != tk and alignment is None and (causal or window is not None or table is not None or relative_k is not None):
-        return None
+    if tq != tk and alignment is None:
+        if causal or window is not None or slopes is not None or table is not None or relative_k is not None:
+            return None
     lengths = []
     for given, longest in ((get("seqlens_q"), tq), (get("seqlens_k"), tk)):
         if given is not None:
@@ -331,9 +346,12 @@ def prepared_plainly(q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> Call
         relative_bias=None if table is None else rows(table),
         relative_q=None if relative_q is None else rows(relative_q),
         relative_k=relative_k,
+        slopes=slopes,
+        sinks=sinks,
         q_lengths=lengths[0],
         k_lengths=lengths[1],
         scale=float(scale),
+        softcap=float(softcap),
         dropout=float(dropout),
         left=left,
         right=0 if causal else right,

@@ -42,13 +42,15 @@ GIVEN: dict[str, list[Any]] = {
     "alignment": [None, "top_left", "bottom_right", "right"],
     "offset": [None, 0, 2],
     "scale": [None, 1.0, 2, float("nan"), "1"],
-    "softcap": [0.0, 3.0],
+    "softcap": [0.0, 3.0, 2, -1.0, float("inf"), float("nan"), True, "3"],
+    "alibi_slopes": [normal(HQ), normal(B, HQ), normal(1, HQ).double(), normal(HQ, 2)[:, 0], normal(HQ).half(), None, 1.0,
+                     normal(3, HQ), normal(HKV), normal(B, HQ, 1), torch.ones(HQ).int(), normal(HQ).requires_grad_()],
     "relative_bias": [normal(HQ, 9), normal(1, 9), normal(HQ, 8), normal(HQ, 9).double(), normal(HQ), normal(9, HQ).T],
     "relative_bias_zero": [None, 3, 3.0],
     "relative_query": [normal(B, HQ, TQ, E), normal(B, HQ, TQ, E + 1)],
     "relative_key": [normal(HQ, 9, E), normal(1, 9, E), normal(HQ, 9, E + 1)],
     "relative_key_zero": [4, None, "4"],
-    "sinks": [None, normal(HQ)],
+    "sinks": [None, normal(HQ), normal(HQ, 2)[:, 0], normal(HKV), normal(1, HQ), normal(HQ).double(), 1.0],
     "dropout_p": [0.0, 0, 0.25, 1.5, "0"],
     "seqlens_q": [torch.tensor([5, 2]), torch.tensor([5, 6]), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([1])],
     "seqlens_k": [torch.tensor([7, 0]), torch.tensor([-1, 2]), torch.tensor([7.0, 1.0]), [7, 1]],
@@ -64,6 +66,9 @@ COMMON: dict[str, dict[str, Any]] = {
                  "attn_mask": GIVEN["attn_mask"][1]},
     "Transformer-XL": {"relative_query": GIVEN["relative_query"][0], "relative_key": GIVEN["relative_key"][1],
                        "relative_key_zero": 6, "causal": True, "alignment": "bottom_right", "window_size": (3, None)},
+    "ALiBi": {"alibi_slopes": GIVEN["alibi_slopes"][0], "causal": True, "alignment": "bottom_right"},
+    "capped scores": {"softcap": 3.0, "seqlens_k": GIVEN["seqlens_k"][0]},
+    "sinks in a window": {"sinks": GIVEN["sinks"][1], "window_size": (2, 0), "alignment": "bottom_right"},
 }  # fmt: skip
 
 
@@ -143,7 +148,7 @@ def test_both_ways_give_the_same_bits_and_gradients(dtype, return_lse, monkeypat
     for name, options in COMMON.items():
         options = {n: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for n, t in options.items()}
         tensors = {"q": None, "k": None, "v": None} | {
-            n: t for n, t in options.items() if isinstance(t, Tensor) and t.is_floating_point()
+            n: t for n, t in options.items() if isinstance(t, Tensor) and t.is_floating_point() and n != "alibi_slopes"
         }
         torch.manual_seed(1)
         tensors |= dict(zip(("q", "k", "v"), inputs(None, dtype), strict=True))
