@@ -160,8 +160,8 @@ struct Math {
 
   static FASTSEQ_HOST_DEVICE V relu(V x) { return x < 0 ? V{} : x; }  // a NaN stays one, as in torch
 
-  // d where h > 0, else zero
-  static FASTSEQ_HOST_DEVICE V where_positive(V h, V d) { return h > 0 ? d : V{}; }
+  // zero where h <= 0, else d, beside a NaN too, as in torch
+  static FASTSEQ_HOST_DEVICE V where_positive(V h, V d) { return h <= 0 ? V{} : d; }
 
   // a where x < y, else b
   static FASTSEQ_HOST_DEVICE V where_less(V x, V y, V a, V b) { return x < y ? a : b; }

@@ -20,7 +20,7 @@ struct Math {
     return 1.0f - gpu::divide_fast(2.0f, 1.0f + gpu::exp_fast(2.0f * bounded));
   }
   static FASTSEQ_DEVICE V relu(V x) { return x < 0.0f ? 0.0f : x; }  // a NaN stays one, as in torch
-  static FASTSEQ_DEVICE V where_positive(V h, V d) { return h > 0.0f ? d : 0.0f; }
+  static FASTSEQ_DEVICE V where_positive(V h, V d) { return h <= 0.0f ? 0.0f : d; }
 };
 
 }  // namespace fastseq::recurrent

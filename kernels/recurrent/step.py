@@ -142,7 +142,7 @@ def zone_out(hold, at, mask, KEEP: tl.constexpr, old, new):
 @triton.jit
 def zone_out_backward(hold, at, mask, KEEP: tl.constexpr, grad):
     """The gradient of a state after zoneout as gradients of the old value and of the new."""
-    old, new = grad * 0, grad
+    old, new = tl.zeros_like(grad), grad
     if hold is not None:
         keep = tl.load(hold + at, mask=mask, other=0) != 0
         old, new = tl.where(keep, grad, 0.0), tl.where(keep, 0.0, grad)
@@ -173,7 +173,7 @@ def zone_out_states_backward(hold, at, mask, KEEP: tl.constexpr, grads, K: tl.co
 def zero_like(tiles, N: tl.constexpr):
     zeros = ()
     for k in tl.static_range(N):
-        zeros = zeros + (tiles[k] * 0,)
+        zeros = zeros + (tl.zeros_like(tiles[k]),)
     return zeros
 
 

@@ -245,7 +245,7 @@ class TestDefaultDevice:
     @pytest.mark.parametrize(
         ("module", "inputs", "op"),
         [
-            (fastseq.LSTM(6, 9), (torch.randn(3, 2, 6),), "recurrent_layers"),
+            (fastseq.LSTM(6, 9), (torch.randn(3, 2, 6),), "recurrent_one_layer"),
             (fastseq.GRUCell(6, 9), (torch.randn(2, 6), torch.randn(2, 9)), "recurrent_step"),
             (fastseq.MultiheadAttention(8, 2), (torch.randn(3, 2, 8),) * 3, "multihead_attention"),
             (fastseq.TransformerEncoderLayer(8, 2, 16).eval(), (torch.randn(3, 2, 8),), "transformer_encoder_layer"),

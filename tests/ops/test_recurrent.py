@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -83,6 +84,23 @@ class TestRecurrent(RecurrentBattery):
                 outputs = self.run(inputs)
         for actual, wanted in zip(outputs, expected, strict=True):
             torch.testing.assert_close(actual, wanted, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+    def test_a_relu_of_nan_hands_its_gradient_on(self, backend):
+        """As torch's does, and selects rather than multiplies: what is infinite beside a shut unit does not come back as NaN."""
+        torch.manual_seed(0)
+        module, x, dy = nn.RNN(3, 5, nonlinearity="relu"), torch.randn(2, 4, 3), torch.randn(2, 4, 5)
+        h0 = torch.randn(1, 4, 5)
+        h0[0, 1, 2], dy[1, 2, 0] = torch.nan, torch.inf
+        params = [p.detach().requires_grad_() for p in module.parameters()]
+        found = []
+        ours = functools.partial(fastseq.functional.rnn, nonlinearity="relu")
+        for run in (lambda *given: torch.rnn_relu(*given, True, 1, 0.0, False, False, False), ours):
+            leaves = [tensor.clone().requires_grad_() for tensor in (x, h0)]
+            with fastseq.use_backend(backend):
+                y = run(*leaves, params)[0]
+            found.append(torch.autograd.grad(y, [*leaves, *params], dy))
+        for expected, actual in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
 
     def test_beyond_65535_steps(self, backend):
         """More steps than fit 16 bits (where CUDA's vendor kernels end): as one call, and as two with the state carried over."""

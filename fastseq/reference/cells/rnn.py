@@ -12,7 +12,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Elman:
     activation: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]  # of the activation, from its value
+    times_derivative: Callable[[Tensor, Tensor], Tensor]  # d times that of the activation whose value h is
 
     def step(self, x: Tensor, r: Tensor, vectors: None, h: Tensor, c: None) -> tuple[Tensor, None, None]:
         return self.activation(x + r), None, None
@@ -20,11 +20,11 @@ class Elman:
     def step_backward(
         self, dh: Tensor, dc: None, saved: None, vectors: None, h_prev: Tensor, c_prev: None, h: Tensor, c: None
     ) -> tuple[Tensor, None, None, None]:
-        return dh * self.derivative(h), None, None, None
+        return self.times_derivative(dh, h), None, None, None
 
     def jacobian(self, weight: Tensor, saved: None, vectors: None, h_prev: Tensor, c_prev: None, h: Tensor, c: None) -> Tensor:
-        return weight * self.derivative(h)
+        return self.times_derivative(weight, h)
 
 
-TANH = Elman(torch.tanh, lambda h: 1 - h * h)
-RELU = Elman(torch.relu, lambda h: (h > 0).to(h.dtype))
+TANH = Elman(torch.tanh, lambda d, h: d * (1 - h * h))
+RELU = Elman(torch.relu, lambda d, h: torch.where(h <= 0, 0, d))

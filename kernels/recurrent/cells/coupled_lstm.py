@@ -19,7 +19,7 @@ def step_backward(dh, dc, saved, v, h_prev, c_prev, h, c, real, H):
     t = tanh(c[0])
     dc_new = dc[0] + dh * o * (1 - t * t)
     dx = (dc_new * (g - c_prev[0]) * i * (1 - i), dc_new * i * (1 - g * g), dh * t * o * (1 - o))
-    return dx, dx, dh * 0, (dc_new * (1 - i),)
+    return dx, dx, tl.zeros_like(dh), (dc_new * (1 - i),)
 
 
 @triton.jit

@@ -27,4 +27,4 @@ def step_backward(dh, dc, saved, v, h_prev, c_prev, h, c, real, H):
     dx = (dc_new * g * i * (1 - i), dc_new * c_prev[0] * f * (1 - f), dc_new * i * (1 - g * g), dh * s * o * (1 - o))
     normal, scale = normalize((r_i, r_f, r_g, r_o), real, H, 4)
     scaled = (dx[0] * v[0], dx[1] * v[1], dx[2] * v[2], dx[3] * v[3])
-    return dx, normalize_backward(scaled, normal, scale, real, H, 4), dh * 0, (dc_new * f,)
+    return dx, normalize_backward(scaled, normal, scale, real, H, 4), tl.zeros_like(dh), (dc_new * f,)

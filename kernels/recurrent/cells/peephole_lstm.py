@@ -23,4 +23,4 @@ def step_backward(dh, dc, saved, v, h_prev, c_prev, h, c, real, H):
     dc_new = dc[0] + dh * o * (1 - t * t) + do * v[2]
     di, df = dc_new * g * i * (1 - i), dc_new * c_prev[0] * f * (1 - f)
     dx = (di, df, dc_new * i * (1 - g * g), do)
-    return dx, dx, dh * 0, (dc_new * f + di * v[0] + df * v[1],)
+    return dx, dx, tl.zeros_like(dh), (dc_new * f + di * v[0] + df * v[1],)

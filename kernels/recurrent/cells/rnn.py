@@ -14,7 +14,7 @@ def step_tanh(x, r, v, h, c, real, H):
 @triton.jit
 def step_backward_tanh(dh, dc, saved, v, h_prev, c_prev, h, c, real, H):
     dx = (dh * (1 - h * h),)
-    return dx, dx, dh * 0, dc
+    return dx, dx, tl.zeros_like(dh), dc
 
 
 @triton.jit
@@ -24,5 +24,5 @@ def step_relu(x, r, v, h, c, real, H):
 
 @triton.jit
 def step_backward_relu(dh, dc, saved, v, h_prev, c_prev, h, c, real, H):
-    dx = (tl.where(h > 0, dh, 0.0),)
-    return dx, dx, dh * 0, dc
+    dx = (tl.where(h <= 0, 0.0, dh),)
+    return dx, dx, tl.zeros_like(dh), dc

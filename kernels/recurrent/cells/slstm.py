@@ -33,4 +33,4 @@ def step_backward(dh, dc, saved, v, h_prev, c_prev, h, c, real, H):
     di += tl.where(decayed, 0.0, dm)
     df += tl.where(decayed, dm, 0.0)
     dx = (di, df * (1 - s), dc_new * i * (1 - z * z), dh * ratio * o * (1 - o))
-    return dx, dx, dh * 0, (dc_new * f, dn * f, df)
+    return dx, dx, tl.zeros_like(dh), (dc_new * f, dn * f, df)
