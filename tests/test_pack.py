@@ -483,6 +483,7 @@ class TestShortWay:
         module, x, hx = self.made(kind, weights)
         odd = [(x[..., :7], hx), (x.double(), hx), (x.to("meta"), hx), (x, "state"), (x, ()), (x[:0], hx), (x[0], hx)]
         odd += [(x, (hx[0],) if isinstance(hx, tuple) else (hx, hx)), (x, 3 * (x,)), (None, hx)]
+        odd += [(x, (None, None)), (x, (None,)), (x, (hx[0], None))]
         results = []
         for _ in range(2):
             results.append([])

@@ -187,9 +187,11 @@ def packed_layers(
     found = packing.kept_of(own, names)
     if found is None or not input.is_cpu or not packing.states_apart:
         return None
-    h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
-    if type(h0) not in _STATE or type(c0) not in _STATE:
-        return None
+    h0 = c0 = None
+    if hx is not None:
+        h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
+        if type(h0) not in PLAIN or type(c0) not in _STATE:
+            return None
     return torch.ops.fastseq_native.recurrent_packed.default(input, h0, c0, *found, batch_first, native.two_parts()) or None
 
 
@@ -200,9 +202,11 @@ def packed_step(
     found = packing.kept_of(own, names)
     if found is None or not input.is_cpu:
         return None
-    h0, c0 = (None, None) if hx is None else hx if len(hx) == 2 else (hx[0], None)
-    if type(h0) not in _STATE or type(c0) not in _STATE:
-        return None
+    h0 = c0 = None
+    if hx is not None:
+        h0, c0 = hx if len(hx) == 2 else (hx[0], None)
+        if type(h0) not in PLAIN or type(c0) not in _STATE:
+            return None
     params, kept = found
     w_ih, w_hh, b_ih, b_hh = params if len(params) == 4 else (*params, None, None)
     return torch.ops.fastseq_native.recurrent_step.default(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0], cell) or None
