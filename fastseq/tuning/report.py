@@ -57,7 +57,7 @@ class TuneReport:
     def __str__(self) -> str:
         lines = [f"fastseq.tune: {len(self.rows)} calls measured, {len(self.changed)} run by another kernel from now on"]
         if not (self.rows or self.skipped):
-            lines[0] += "; the model calls nothing that fastseq has a kernel for"
+            lines[0] += "; there was nothing to measure"
         head = ("call", "old", "new", "speed-up", "error")
         cells = [head] + [
             (

@@ -102,6 +102,7 @@ class TestTune:
         lines = str(report).splitlines()
         assert lines[0] == "fastseq.tune: 2 calls measured, 2 run by another kernel from now on"
         assert lines[1].split() == ["call", "old", "new", "speed-up", "error"]
+        assert str(fastseq.tune(nn.Linear(4, 4), torch.randn(1, 4))).endswith("; there was nothing to measure")
 
     def test_the_model_stays_what_it_is(self):
         model, x = Model(), torch.randn(5, 2, 4)
