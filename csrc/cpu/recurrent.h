@@ -35,8 +35,8 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
 std::vector<Tensor> recurrent_packed(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                      std::vector<Tensor> kept, bool batch_first, bool two_parts);
 
-// The same of one layer in one direction with no parameters beside weights and biases, input [T, B, I] (batch_first: [B, T, I]): a short call
-// pays for each argument, and for a list of tensors more than for these.
+// The same of one layer in one direction with no parameters beside weights and biases, input [T, B, I] (batch_first: [B, T, I]):
+// a short call pays for each argument, and for a list of tensors more than for these.
 std::vector<Tensor> recurrent_one_layer(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
                                         std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::string cell, bool batch_first,
                                         bool two_parts);

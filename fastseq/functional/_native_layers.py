@@ -143,6 +143,14 @@ def native_step(
     return done or None
 
 
+def _plain_states(hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
+    """(h0, c0) as a module was given them, both None for zeros. None: they are no plain tensors."""
+    if hx is None:
+        return None, None
+    h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
+    return (h0, c0) if type(h0) in PLAIN and type(c0) in _STATE else None
+
+
 def native_layer_alone(
     cell: str, input: Tensor, hx: Any, own: Mapping[str, Tensor | None], has_biases: bool, batch_first: bool
 ) -> Sequence[Tensor] | None:
@@ -157,11 +165,10 @@ def native_layer_alone(
         b_ih, b_hh = own.get("bias_ih_l0"), own.get("bias_hh_l0")
         if type(b_ih) not in PLAIN or type(b_hh) not in PLAIN:
             return None
-    h0 = c0 = None
-    if hx is not None:
-        h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
-        if type(h0) not in PLAIN or type(c0) not in _STATE:
-            return None
+    states = _plain_states(hx)
+    if states is None:
+        return None
+    h0, c0 = states
     if not input.is_cpu or input.dtype not in native.DTYPES or library.reason():
         return None
     if not backends.forced_eagerly():
@@ -187,12 +194,10 @@ def packed_layers(
     found = packing.kept_of(own, names)
     if found is None or not input.is_cpu or not packing.states_apart:
         return None
-    h0 = c0 = None
-    if hx is not None:
-        h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
-        if type(h0) not in PLAIN or type(c0) not in _STATE:
-            return None
-    return torch.ops.fastseq_native.recurrent_packed.default(input, h0, c0, *found, batch_first, native.two_parts()) or None
+    states = _plain_states(hx)
+    if states is None:
+        return None
+    return torch.ops.fastseq_native.recurrent_packed.default(input, *states, *found, batch_first, native.two_parts()) or None
 
 
 def packed_step(
@@ -202,14 +207,12 @@ def packed_step(
     found = packing.kept_of(own, names)
     if found is None or not input.is_cpu:
         return None
-    h0 = c0 = None
-    if hx is not None:
-        h0, c0 = hx if len(hx) == 2 else (hx[0], None)
-        if type(h0) not in PLAIN or type(c0) not in _STATE:
-            return None
+    states = _plain_states(hx[0] if hx is not None and len(hx) == 1 else hx)
+    if states is None:
+        return None
     params, kept = found
     w_ih, w_hh, b_ih, b_hh = params if len(params) == 4 else (*params, None, None)
-    return torch.ops.fastseq_native.recurrent_step.default(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0], cell) or None
+    return torch.ops.fastseq_native.recurrent_step.default(input, *states, w_ih, w_hh, b_ih, b_hh, kept[0], cell) or None
 
 
 def native_training(

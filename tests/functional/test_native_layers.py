@@ -240,7 +240,7 @@ class LooksAtFunctions(TorchFunctionMode):
 
 
 class TestDefaultDevice:
-    """is a mode of functions, which has nothing to say of a call on tensors of the CPU where it names the CPU."""
+    """A default device is a function mode, but where it names the CPU it has no part in a call on tensors of the CPU."""
 
     @pytest.mark.parametrize(
         ("module", "inputs", "op"),
