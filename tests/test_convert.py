@@ -21,8 +21,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
-from fastseq import backends
-from fastseq._convert import CONVERSIONS, Report, convert, patched, revert
+from fastseq import Report, backends, convert, patched, revert
+from fastseq._convert.table import CONVERSIONS
 from fastseq.backends import library
 from fastseq.choice import lengths, sources
 from fastseq.modules import keep_type as kept
@@ -842,7 +842,7 @@ class TestReport:
     def test_what_is_not_measured_stays(self, monkeypatch):
         """cuDNN's recurrence on a GPU is not given up for kernels that nobody has timed there, unless they are asked for."""
         gpu = backends.Choice("torch", "default", sources.UNMEASURED)
-        monkeypatch.setattr(sys.modules["fastseq._convert"], "_selected", lambda query: gpu)
+        monkeypatch.setattr(sys.modules["fastseq._convert.table"], "_selected", lambda query: gpu)
         with pytest.warns(UserWarning, match="nothing to convert in LSTM"):
             report = convert(nn.LSTM(4, 4))
         assert report.skipped[0].reason == "no measurement for this device: torch's kernel; run python -m fastseq tune"
@@ -853,7 +853,7 @@ class TestReport:
         for source, about in (("tuned", "tuned here, 1.83x torch, 2026-11-29"), ("shipped", "shipped for NVIDIA H100")):
             for backend in ("triton", "torch"):  # of a long call; others may be ours
                 choice = backends.Choice(backend, source, about)
-                monkeypatch.setattr(sys.modules["fastseq._convert"], "_selected", lambda query, choice=choice: choice)
+                monkeypatch.setattr(sys.modules["fastseq._convert.table"], "_selected", lambda query, choice=choice: choice)
                 report = convert(nn.LSTM(4, 4))
                 assert (report.converted[0].backend, report.converted[0].choice) == (backend, about) and about in str(report)
 
@@ -983,7 +983,7 @@ class TestExampleInputs:
         """Makes `kind` the class that convert puts in the place of nn.<name>."""
         kind.check_forward_args = torch_class(name).check_forward_args
         kind.permute_hidden = torch_class(name).permute_hidden
-        monkeypatch.setattr(importlib.import_module("fastseq._convert").own_modules, name, kind)
+        monkeypatch.setattr(fastseq.modules, name, kind)
 
     @pytest.mark.parametrize(
         "fault, names",
