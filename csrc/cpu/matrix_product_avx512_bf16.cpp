@@ -32,6 +32,7 @@ struct Values {
   using Stored = float;
   using Vector = V;
   static constexpr int64_t kDepths = 1;  // of a factor
+  static constexpr int64_t kPiece = 64;  // see Product::kernel
 
   static FASTSEQ_HOST_DEVICE Vector broadcast(const Vector* line, int r) { return ((const float*)line)[r] - V{}; }
   static FASTSEQ_HOST_DEVICE V add(V sum, Vector a, Vector b) { return sum + a * b; }
@@ -48,7 +49,7 @@ struct Values {
 struct Pairs {
   using Stored = bfloat16;
   typedef uint32_t Vector __attribute__((vector_size(64), may_alias));
-  static constexpr int64_t kDepths = 2;
+  static constexpr int64_t kDepths = 2, kPiece = 128;
 
   static FASTSEQ_HOST_DEVICE Vector broadcast(const Vector* line, int r) { return (Vector)_mm512_set1_epi32((*line)[r]); }
   static FASTSEQ_HOST_DEVICE V add(V sum, Vector a, Vector b) {
@@ -239,7 +240,8 @@ class Product {
 
   using Kernel = void (*)(const Block&);
 
-  // RB rows times NV vectors, of the last run or another.
+  // RB rows times NV vectors, of the last run or another. Pieces of a run are added up by themselves: a float's rounding errors are those of
+  // short sums then.
   template <bool kLast, int RB, int NV>
   static void kernel(const Block& block) {
     const auto [left, right, lines, sums, begins, out, stride, columns, bias, relu] = block;
@@ -252,17 +254,31 @@ class Product {
         if (kLast && v * W * sizeof(S) % 64 == 0) __builtin_prefetch(out + r * stride + v * W * sizeof(S), 1, 3);
         sum[r][v] = V{};
       }
+    V pieces[kSums];  // sums of those before
+    for (int64_t k = 0; k < lines;) {
+      const int64_t end = min(k + Factors::kPiece, lines);
 #pragma GCC unroll 2
-    for (int64_t k = 0; k < lines; ++k) {
-      Vector weight[NV];
+      for (; k < end; ++k) {
+        Vector weight[NV];
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) weight[v] = right[2 * k + v];
+        for (int v = 0; v < NV; ++v) weight[v] = right[2 * k + v];
 #pragma GCC unroll 16
-      for (int r = 0; r < RB; ++r) {
-        const Vector value = Factors::broadcast(left + k, r);
+        for (int r = 0; r < RB; ++r) {
+          const Vector value = Factors::broadcast(left + k, r);
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) sum[r][v] = Factors::add(sum[r][v], value, weight[v]);
+          for (int v = 0; v < NV; ++v) sum[r][v] = Factors::add(sum[r][v], value, weight[v]);
+        }
       }
+      if (end > Factors::kPiece)
+#pragma GCC unroll 16
+        for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < NV; ++v) sum[r][v] += pieces[r * 2 + v];
+      if (end < lines)
+#pragma GCC unroll 16
+        for (int r = 0; r < RB; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < NV; ++v) pieces[r * 2 + v] = sum[r][v], sum[r][v] = V{};
     }
     if (!begins)
 #pragma GCC unroll 16

@@ -224,7 +224,8 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
   const bool kept = a.stored != Stored::kAsGiven, scaled = a.stored == Stored::kInt8;
   const bool packed_before = layer.tiles_hh && !parts;
   if (a.x && (kept || (!packed_before && reads_in_place(layer.rows, I, tiles)))) {
-    gates = Buffer(layer.rows * D * GH * stored);
+    const int64_t wide = wide_bytes(a.shape.type);  // as the sums of packed weights, which are never rounded
+    gates = Buffer(layer.rows * D * GH * wide);
     const int64_t width = tiling.width, vectors = tiles_of(GH, width);
     const int64_t grain = std::max<int64_t>(1, kWorkOfMember / (layer.rows * I * width));
     torch::stable::parallel_for(0, D * vectors, grain, [&](int64_t begin, int64_t end) {
@@ -232,13 +233,13 @@ bool run(Layer& layer, const Kernels& kernel, bool parts) {
         const int64_t d = begin / vectors, next = std::min(end, (d + 1) * vectors);
         const Projection p{a.x, layer.w_ih[d], a.stored, scaled ? layer.scales_ih[d] : nullptr,
                            offset(a.input_bias, d * GH * stored), layer.rows, I,
-                           static_cast<char*>(gates.get()) + d * GH * stored, D * GH};
+                           static_cast<char*>(gates.get()) + d * GH * wide, true, D * GH};
         kernel.project(a.shape, p, (begin - d * vectors) * width, std::min((next - d * vectors) * width, GH));
         begin = next;
       }
     });
     a.x = nullptr;
-    a.x_gates = gates.get();
+    a.x_gates = gates.get(), a.wide_x_gates = true;
   } else if (a.x) {
     a.input_weights = packed_before ? layer.tiles_ih : nullptr;
     if (!a.input_weights) {

@@ -97,6 +97,7 @@ struct Zoneout {
 struct Forward {
   Shape shape;
   const void* x_gates;     // rows x G*H, S: the projected input; or null:
+  bool wide_x_gates;       // they are A instead, as sums are: not rounded
   const void* x;           // [T, B, I] or [N, I], S
   int64_t input;           // I
   const void* input_weights;  // [D, unit tiles], packed by pack_units over depth I
@@ -130,7 +131,8 @@ struct Projection {
   const void* scales;   // [G*H] A of kInt8, or null
   const void* bias;     // [G*H] S or null
   int64_t rows, input;
-  void* gates;          // S
+  void* gates;          // S, or A
+  bool wide;            // which
   int64_t stride;
 };
 

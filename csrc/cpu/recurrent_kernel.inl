@@ -634,7 +634,7 @@ class ForwardKernel {
       if (x)
         return {unit_tile(a.weights, item.tile, P), P, {projected_input(item, 0), item.vectors * W, item.vectors / G * (G - kOwn)}, next};
       for (int64_t r = 0; r < item.count; ++r)
-        for (int g = 0; g < G; ++g) prefetch(x_gates + steps.row(t, item.begin + r) * D * GH + g * H + u0);
+        for (int g = 0; g < G; ++g) prefetch(place_of_gates(steps.row(t, item.begin + r) * D * GH + g * H + u0));
       if (in_place) multiply_in_place(item);
       return {unit_tile(a.weights, item.tile, P), P, {}, next};
     };
@@ -733,6 +733,16 @@ class ForwardKernel {
     int64_t unit(int64_t) const { return 0; }    // less the vector's first
   };
 
+  // The projected input at a place counted from the direction's first.
+  FASTSEQ_HOST_DEVICE V given_gates(int64_t place, int64_t n) const {
+    if constexpr (!std::is_same_v<S, A>)
+      if (wide_x_gates) return Memory<A, A>::load(wide_x_gates + place, n);
+    return Memory<S, A>::load(x_gates + place, n);
+  }
+  const void* place_of_gates(int64_t place) const {
+    return wide_x_gates ? static_cast<const void*>(wide_x_gates + place) : x_gates + place;
+  }
+
   // Units of some sequences, finish(at, i): the i-th and, of two rows, the one after it, of which `at` tells as RowsOfItem does, slots and
   // units counted from these.
   template <bool kWhole, class Walk>
@@ -742,7 +752,7 @@ class ForwardKernel {
     const int64_t units = H, n = kWhole ? W : units - u, ldc = buf.ldc;
     const int64_t first_row = steps.row_of(t), gates_stride = D * GH, c_stride = D * K * units, saved_stride = D * kSaved * units;
     const int64_t y_stride = D * P;
-    const S* x_of = x ? nullptr : x_gates + u;
+    const bool x_of = !x;
     const S* inner_of = vectors ? vectors + u : nullptr;
     A* c_of = buf.c + begin * K * ldc + u;
     A* c_to = c_all ? c_all + u : nullptr;
@@ -769,7 +779,7 @@ class ForwardKernel {
         gx[g] = Rows::gather([](int64_t) { return -V{}; });  // what is added to -0 stays as it is: the compiler leaves the sum out
         // with x itself, of the input too
         gr[g] = Rows::gather([&](int64_t i) { return *(const V*)(at.sums(first + i) + g * W); });
-        const auto given = [&](int64_t i) { return Memory<S, A>::load(x_of + at.unit(first + i) + row[i] * gates_stride + g * units, n); };
+        const auto given = [&](int64_t i) { return given_gates(u + at.unit(first + i) + row[i] * gates_stride + g * units, n); };
         if (g < G - kOwn) {
           if (x_of) gr[g] = gr[g] + Rows::gather(given);
         } else if (x_of) {
@@ -887,7 +897,8 @@ class ForwardKernel {
   const Range units, outputs, own_h;
   const Keep<A> keep_h, keep_c;
   const S* x = static_cast<const S*>(a.x);
-  const S* x_gates = at<S>(a.x_gates, d * GH);
+  const S* x_gates = at<S>(a.x_gates, d * GH);  // unless they are wider
+  const A* wide_x_gates = a.wide_x_gates ? at<A>(a.x_gates, d * GH) : nullptr;
   const S* bias = at<S>(a.input_bias, d * GH);
   const void* in_place = a.in_place ? a.in_place[d] : nullptr;
   const S* vectors = at<S>(a.vectors, d * C::kVectors * H);
@@ -1392,8 +1403,12 @@ void project(const Shape& shape, const Projection& p, int64_t begin, int64_t end
               });
         });
         for (int64_t r = 0; r < count; ++r) {
-          S* to = static_cast<S*>(p.gates) + (first + r) * p.stride + j;
-          Memory<S, A>::store(to, *(const V*)sums[r] * scale + added, end - j);
+          const V gates = *(const V*)sums[r] * scale + added;
+          const int64_t to = (first + r) * p.stride + j;
+          if (p.wide)
+            Memory<A, A>::store(static_cast<A*>(p.gates) + to, gates, end - j);
+          else
+            Memory<S, A>::store(static_cast<S*>(p.gates) + to, gates, end - j);
         }
       }
     }

@@ -213,7 +213,7 @@ Buffer normalized_input(const Stack& stack, int64_t l, const Layer& layer, const
     const bool kept = layer.stored != Stored::kAsGiven;
     if (kept ? reads_kept_in_place(rows, layer.a.batch, I, GH) : reads_in_place(rows, I, false)) {
       const Projection p{x, layer.w_ih[d], layer.stored, layer.stored == Stored::kInt8 ? layer.scales_ih[d] : nullptr,
-                         nullptr, rows, I, own, GH};
+                         nullptr, rows, I, own, false, GH};
       const int64_t width = stack.tiling.width, grain = std::max<int64_t>(1, kWorkOfMember / (rows * I * width));
       torch::stable::parallel_for(0, tiles_of(GH, width), grain, [&](int64_t begin, int64_t end) {
         kernels.project(stack.shape, p, begin * width, std::min(end * width, GH));

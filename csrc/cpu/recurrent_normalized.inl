@@ -108,7 +108,7 @@ FASTSEQ_FORWARD::finish_gates(int64_t slot) {
       if (x)
         gx[g] = *(const V*)(projected_input({u / (UB * W), 0, 0, NV, nullptr}, slot) + g * W);
       else
-        gx[g] = Memory<S, A>::load(x_gates + row * D * GH + g * H + u, n);
+        gx[g] = given_gates(row * D * GH + g * H + u, n);
       r[g] = load(g, u);
       normal[g] = of_product.normal(r[g]);
     }

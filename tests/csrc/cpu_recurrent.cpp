@@ -333,7 +333,7 @@ class Trial {
           pack_units(shape_, from.data() + d * G * H * depth, depth, tile, to.data() + (d * units + tile) * unit_tile_bytes(shape_, depth));
     };
     const Array<char> packed(D * units * unit_tile_bytes(shape_, P_)), packed_input(o_.I ? D * units * unit_tile_bytes(shape_, o_.I) : 0);
-    const Array<S> projected(o_.I && o_.in_place ? batch_.rows * D * G * H : 0);
+    const Array<A> projected(o_.I && o_.in_place ? batch_.rows * D * G * H : 0);
     const Array<char> packed_projection(o_.P ? D * outputs * column_tile_bytes(shape_, H) : 0);
     packed_units(weight, P_, packed);
     if (o_.I) packed_units(w_ih, o_.I, packed_input);
@@ -347,7 +347,7 @@ class Trial {
       if (projected.count())
         project(shape_,
                 {x.data(), w_ih.data() + d * G * H * o_.I, Stored::kAsGiven, nullptr, b_ih.data() + d * G * H, batch_.rows, o_.I,
-                 projected.data() + d * G * H, D * G * H},
+                 projected.data() + d * G * H, true, D * G * H},
                 0, G * H);
     }
     Forward a{};
@@ -357,7 +357,7 @@ class Trial {
     if (o_.resets == 2) a.reset_h = reset_h.data(), a.reset_c = reset_c.data();
     if (o_.in_place) {
       a.in_place = in_place, a.weights = nullptr;
-      if (o_.I) a.x = nullptr, a.x_gates = projected.data();
+      if (o_.I) a.x = nullptr, a.x_gates = projected.data(), a.wide_x_gates = true;
     }
     a.zoneout = zoneout(hold_h, hold_c);
     a.y = y.data(), a.h_n = h_n.data(), a.c_n = c_n.data(), a.c = c.data(), a.gates = gates.data();

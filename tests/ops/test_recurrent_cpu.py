@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import subprocess
@@ -209,6 +210,29 @@ def test_parts_are_as_exact_as_torch(name, hidden):
     truth, torchs, ours = _three(name, *_random(name, hidden))
     keys, chance = ("y", "h_n", "dh0"), 1.0 if torch.ops.fastseq_native.cpu_level() == "amx" else 1.05
     assert sum(_rms(ours[k], truth[k]) for k in keys) <= chance * sum(_rms(torchs[k], truth[k]) for k in keys)
+
+
+@pytest.mark.parametrize("steps, batch", ((1, 1), (1, 8), (3, 4)))
+@pytest.mark.parametrize("hidden", (64, 200))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN"))
+def test_short_calls_are_as_exact_as_torch(level, name, dtype, hidden, steps, batch):
+    """Few rows read weights as they are, and project the input first: what comes between is as wide as in a long call."""
+    errors = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        theirs = getattr(nn, name)(hidden, hidden, dtype=dtype)
+        ours = getattr(fastseq, name)(hidden, hidden, dtype=dtype)
+        ours.load_state_dict(theirs.state_dict())
+        x, h0 = torch.randn(steps, batch, hidden, dtype=dtype), 0.5 * torch.randn(1, batch, hidden, dtype=dtype)
+        state = (h0, 0.5 * torch.randn_like(h0)) if name == "LSTM" else h0
+        wide = tuple(s.double() for s in state) if name == "LSTM" else h0.double()
+        with torch.no_grad():
+            found = ours(x, state)[0], theirs(x, state)[0]
+            truth = copy.deepcopy(theirs).double()(x.double(), wide)[0]
+        errors.append([_rms(y, truth) for y in found])
+    own, torchs = (sum(e) for e in zip(*errors, strict=True))
+    assert own <= 1.03 * torchs
 
 
 def _decades(shape, seed=1):

@@ -290,6 +290,21 @@ def test_error_is_not_above_pytorchs(own_level, dtype, stress):
     assert rms(named(call, wanted), truths) <= 1.01 * rms(plain(call, dtype, wanted), truths)
 
 
+def test_sums_of_some_steps_are_as_exact_as_sums_of_each(monkeypatch):
+    """What torch's own modules do: a product for each step, one of few terms, and then a sum over the steps."""
+    at_level("avx512_bf16", monkeypatch)
+    steps, errors = 16, []
+    for seed in range(5):
+        call = made(steps, 8, 64, 128, 64, seed=seed)
+        truths = plain(call, torch.float64, W_IH | W_HH)
+        dgates, x, states = call["dgates"].view(steps, 8, -1), call["x"].view(steps, 8, -1), before(call, 0).view(steps, 8, -1)
+        pairs = {"dw_ih 0": x, "dw_hh 0": states}
+        by_steps = {name: sum(d.t() @ r for d, r in zip(dgates, right, strict=True)) for name, right in pairs.items()}
+        errors.append((rms(named(call, W_IH | W_HH), truths), rms(by_steps, truths)))
+    ours, theirs = (sum(e) for e in zip(*errors, strict=True))
+    assert ours <= 1.01 * theirs
+
+
 OUTSIDE = {
     "infinite": ("x", lambda t: t.index_put((torch.tensor(3), torch.tensor(1)), torch.tensor(math.inf))),
     "not a number": ("dgates", lambda t: t.index_put((torch.tensor(3), torch.tensor(1)), torch.tensor(math.nan))),
