@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <limits>
 
 #include "attention_few.h"
@@ -397,11 +398,26 @@ std::vector<Tensor> attention_backward(std::optional<Tensor> dout, std::optional
   return gradients;
 }
 
+// Half the error of the gradients of float32, where keys are many, would be that of a lse's rounding; of a chunk of keys they do without it.
+Tensor lse_for_gradients(int64_t B, int64_t H, int64_t Tq, int64_t Tk, ScalarType type) {
+  constexpr int64_t kKeysOfOneChunk = 64;
+  if (type == ScalarType::Float && Tk > kKeysOfOneChunk) return empty({2, B, H, Tq}, type);
+  return empty({B, H, Tq}, wide_of(type));
+}
+
 void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, const Tensor& out,
                     const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average) {
   Attention a = attention_of(q, k, &v, spec);
   a.out = results(out);
   if (lse) a.lse = mutable_data(*lse), a.saves = true;
+  if (lse && lse->dim() == 4) {
+    const int64_t numbers = lse->numel() / 2;
+    float* const rest = static_cast<float*>(a.lse) + numbers;
+    if (few_serves(a))
+      std::memset(rest, 0, numbers * sizeof(float));
+    else
+      a.lse_rest = rest;
+  }
   if (weights) return run_weights(a, *weights, average);
   run_forward(a);
 }
@@ -430,6 +446,7 @@ void attention_backward_into(const Tensor& dout, const std::optional<Tensor>& dw
                              const std::optional<Tensor>& dq, const std::optional<Tensor>& dk, const std::optional<Tensor>& dv,
                              const std::optional<Tensor>& dbias) {
   AttentionBackward g = backward_of(dout, q, k, v, out, lse, spec);
+  if (lse.dim() == 4) g.lse_rest = static_cast<const float*>(g.lse) + lse.numel() / 2;
   add_weights(g, dweights, average);
   run_backward(g, {dq, dk, dv, dbias});
 }

@@ -46,8 +46,11 @@ std::vector<Tensor> attention_backward(std::optional<Tensor> dout, std::optional
 std::tuple<Tensor, Tensor, Tensor> attention_with_weights(Tensor q, Tensor k, Tensor v, FASTSEQ_ATTENTION_SPEC, bool average);
 Tensor attention_weights(Tensor q, Tensor k, Tensor lse, FASTSEQ_ATTENTION_SPEC, bool average);
 
+// A lse for the gradients of the functions below: [B, H, Tq], or [2, B, H, Tq], of which the second is what rounding took from the first.
+Tensor lse_for_gradients(int64_t B, int64_t H, int64_t Tq, int64_t Tk, torch::headeronly::ScalarType type);
+
 // For other host parts: the results go into tensors that are given, of any strides (lse and weights contiguous), the lse, for a backward
-// pass, and the weights where there is one for them, gradients where there is one for each. Without q_lengths; nothing has size 0.
+// pass, and the weights where there is one for them, gradients where there is one for each. Without q_lengths and sinks; nothing has size 0.
 void attention_into(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionSpec& spec, const Tensor& out,
                     const std::optional<Tensor>& lse, const std::optional<Tensor>& weights, bool average);
 // The same of tensors [B, H, T, E], or [B, T, H, E] with time_first, with no feature but these.

@@ -73,6 +73,7 @@ struct Attention {
   MutableRows out;
   void* lse;  // wide [B, Hq, Tq] or [Hq, N]; may be null
   int64_t lse_b, lse_h;
+  void* lse_rest;  // as lse, of type float and without sinks: what rounding took from it; may be null
   bool saves;  // for a backward pass, which takes lse for the sum of the weights that it forms again, from scores that are rounded alike
 
   struct Sequence {
@@ -113,6 +114,7 @@ struct AttentionBackward {
   Attention attention;  // without out and lse, but with the strides of lse
   ConstRows dout, out;     // may both be missing, and the attention's v, if dv is not wanted
   const void *lse, *dlse;  // wide, strides as of the attention's lse; dlse may be null
+  const void* lse_rest;    // as the attention's; may be null
   Pairs dweights;          // of the weights after dropout, in the attention's type; may be missing. Padded only
   double dweights_factor;  // 1, or a head's share of the gradient of their average
   // what is wanted

@@ -19,6 +19,7 @@ namespace fastseq::cpu::FASTSEQ_LEVEL {
 namespace {
 
 #include "vector.inl"
+#include "activations.inl"
 #include "transpose.inl"
 #include "philox.inl"
 #include "attention_scores.inl"
@@ -119,6 +120,22 @@ typename Math<A>::V log_of(typename Math<A>::V x) {
   return n * A(0.69314718055994530942) + (A(2) * t + t * square * q);
 }
 
+// Sums of what of(place, vector) gives for n rows [key][lane], run by run: rounding grows with the length of a sum, and what it takes from a
+// sum of weights is wrong in all of them alike.
+template <int NV, class A, class Of>
+FASTSEQ_HOST_DEVICE void sum_in_runs(int64_t n, typename Math<A>::V (&sums)[NV], const Of& of) {
+  constexpr int64_t kRows = 8, W = Math<A>::kWidth;
+  for (int v = 0; v < NV; ++v) sums[v] = typename Math<A>::V{};
+  for (int64_t row = 0; row < n;) {
+    typename Math<A>::V of_run[NV];
+    for (int v = 0; v < NV; ++v) of_run[v] = typename Math<A>::V{};
+    for (const int64_t end = min(row + kRows, n); row < end; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) of_run[v] += of((row * NV + v) * W, v);
+    for (int v = 0; v < NV; ++v) sums[v] += of_run[v];
+  }
+}
+
 // A block of queries and the softmax of its lanes.
 template <class S>
 class Softmax {
@@ -148,7 +165,7 @@ class Softmax {
   // Products of keys begin .. begin + n, that some query sees, become scores; and the largest of every lane.
   template <int NV>
   void shape(int64_t begin, int64_t n, A* scores, V (&largest)[NV], A* capped = nullptr) {
-    if (!plain()) block.template shape<NV>(scores, begin, n, capped);
+    if (!plain()) return block.template shape<NV>(scores, begin, n, largest, capped);
     V most[NV];
     for (int v = 0; v < NV; ++v) most[v] = V{} - A(INFINITY);
     for (int64_t x = 0; x < n * NV * W; x += NV * W)
@@ -183,12 +200,25 @@ class Softmax {
         const V live = total[v] == total[v] ? highest[v] * factor + log_of<A>(total[v]) : total[v];  // a NaN stays one
         const V sum = (typename Lanes<A>::I)dead ? V{} - A(INFINITY) : live;
         if (v * W < block.count) Memory<A, A>::store(lse + v * W, sum, block.count - v * W);
+        if constexpr (std::is_same_v<A, float>)
+          if (a.lse_rest && v * W < block.count)
+            Memory<A, A>::store(static_cast<A*>(a.lse_rest) + (lse - static_cast<A*>(a.lse)) + v * W, rest_of(sum, highest[v], total[v]),
+                                block.count - v * W);
       }
     }
   }
   const A* factors() const { return factor_; }
 
  private:
+  // What rounding took from a lse, 0 of one that is no number.
+  V rest_of(V lse, V highest, V total) const {
+    using D = typename Math<double>::V;
+    return in_double<A>([&](D rounded, D most, D sum) {
+      const D left = most * double(block.factor()) + log_of<double>(sum) - rounded;
+      return left - left == 0 ? left : D{};
+    }, lse, highest, total);
+  }
+
   void join_sink(int64_t lane, A* lse) {
     A sink = 0;
     with_element(a.sinks_type, [&]<class T>() { sink = A(value_of(static_cast<const T*>(a.sinks) + block.h)); });
@@ -250,7 +280,7 @@ class MultiplyAdd : public Softmax<S> {
       most[v] = sum > most[v] ? sum : most[v];
     });
     for (int v = 0; v < NV; ++v) largest[v] = most[v];
-    if (!this->plain()) this->template shape<NV>(begin, n, to, largest, capped);
+    if (!this->plain()) block.template shape<NV>(to, begin, n, largest, capped);
   }
 
   // What the keys begin .. begin + n have of these weights, [key][lane], joins sums[lane][feature], padded to whole vectors, of which
@@ -328,7 +358,7 @@ class ForwardKernel {
     rows_.load();
     V highest[NV], total[NV];
     for (int v = 0; v < NV; ++v) highest[v] = V{} - A(INFINITY), total[v] = V{};
-    const A factor = block.factor();
+    const Unit<A> unit(block.factor());
     bool started = false;
     int64_t begin, end;
     block.keys(begin, end);
@@ -339,17 +369,14 @@ class ForwardKernel {
       rows_.template scores<NV>(j, n, scores_, largest);
       for (int v = 0; v < NV; ++v) {
         const V next = largest[v] > highest[v] ? largest[v] : highest[v];
-        base[v] = rows_.base_of(next), sums[v] = V{};
-        alpha[v] = power_of<M, A>(highest[v] - base[v], factor), highest[v] = next;
+        base[v] = rows_.base_of(next);
+        alpha[v] = power_of<M, A>(highest[v] - base[v], unit), highest[v] = next;
       }
-      for (int64_t r = 0; r < n; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-          A* at = scores_ + r * lanes + v * W;
-          const V weight = power_of<M, A>(load_vector(at) - base[v], factor);
-          sums[v] += weight;
-          store_vector(at, weight);
-        }
+      sum_in_runs<NV, A>(n, sums, [&](int64_t at, int v) __attribute__((always_inline)) {
+        const V weight = power_of<M, A>(load_vector(scores_ + at) - base[v], unit);
+        store_vector(scores_ + at, weight);
+        return weight;
+      });
       for (int v = 0; v < NV; ++v) total[v] = total[v] * alpha[v] + sums[v];
       if (a.dropout > 0)
         block.template drop<NV>(j, n, [&](int64_t at, V keep) { store_vector(scores_ + at, load_vector(scores_ + at) * keep); });
@@ -426,7 +453,7 @@ class WeightsKernel {
     rows_.load();
     V highest[NV], total[NV], base[NV];
     for (int v = 0; v < NV; ++v) highest[v] = V{} - A(INFINITY), total[v] = V{};
-    const A factor = block.factor();
+    const Unit<A> unit(block.factor());
     int64_t begin, end;
     block.keys(begin, end);
     __builtin_memset(scores_, 0, begin * lanes * sizeof(A));
@@ -442,14 +469,15 @@ class WeightsKernel {
       for (int v = 0; v < NV; ++v) highest[v] = largest[v] > highest[v] ? largest[v] : highest[v];
     }
     for (int v = 0; v < NV; ++v) base[v] = rows_.base_of(highest[v]);
-    for (int64_t j = begin; j < end; ++j)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        A* at = scores_ + j * lanes + v * W;
-        const V weight = power_of<M, A>(load_vector(at) - base[v], factor);
-        total[v] += weight;
-        store_vector(at, weight);
-      }
+    for (int64_t j = begin; j < end; j += kChunk) {
+      V sums[NV];
+      sum_in_runs<NV, A>(min(kChunk, end - j), sums, [&](int64_t at, int v) __attribute__((always_inline)) {
+        const V weight = power_of<M, A>(load_vector(scores_ + j * lanes + at) - base[v], unit);
+        store_vector(scores_ + j * lanes + at, weight);
+        return weight;
+      });
+      for (int v = 0; v < NV; ++v) total[v] += sums[v];
+    }
     rows_.template finish<NV>(highest, total);
     V scale[NV];
     for (int v = 0; v < NV; ++v) scale[v] = load_vector(rows_.factors() + v * W);
@@ -539,10 +567,19 @@ class BackwardRows {
         lse_(arena.take<A>(kMostLanes<A>)),
         delta_(arena.take<A>(kMostLanes<A>)) {}
 
-  // whether the gradients of the scores go through more than the products
+  // of the queries of a block
+  template <int NV>
+  struct Lse {
+    V values[NV], rests[NV];  // and what rounding took from them
+    Weigher<M, A, NV> weights;
+    bool far = false;  // whether one is too large for these
+  };
+
+  // whether a score's gradient is its weight times that of the weight, less delta
+  bool direct() const { return !alone_ && !kept_ && !g.dweights.given() && g.dout.given(); }
+  // and nothing but the products wants it
   bool plain() const {
-    if (alone_ || kept_ || capped_ || g.dweights.given() || !g.dout.given()) return false;
-    return !g.dbias[0] && !g.drelative_bias[0] && !g.drelative_q.given() && !g.drelative_k[0];
+    return direct() && !capped_ && !g.dbias[0] && !g.drelative_bias[0] && !g.drelative_q.given() && !g.drelative_k[0];
   }
 
   const S* of_queries(const ConstRows& rows) const {
@@ -553,7 +590,7 @@ class BackwardRows {
   // dout with its features first; lse and delta, such that lanes beyond the queries, and queries without keys, have weights of zero. delta
   // is summed as the products are: a query that sees one key alone has no gradient, exactly.
   template <int NV>
-  void prepare(V (&lse)[NV], V (&delta)[NV]) {
+  void prepare(Lse<NV>& lse, V (&delta)[NV]) {
     constexpr int64_t lanes = NV * W;
     prepare<NV>(lse, delta, [&] {
       const Block<S>& block = rows_.block;
@@ -564,7 +601,7 @@ class BackwardRows {
   }
   // add() adds the products of dout and out to delta
   template <int NV, class Add>
-  void prepare(V (&lse)[NV], V (&delta)[NV], const Add& add) {
+  void prepare(Lse<NV>& lse, V (&delta)[NV], const Add& add) {
     constexpr int64_t lanes = NV * W;
     const Block<S>& block = rows_.block;
     const int64_t place = place_of_lse();
@@ -575,9 +612,15 @@ class BackwardRows {
       if (lane >= block.count) continue;
       const A given = static_cast<const A*>(g.lse)[place + lane];
       if (given != -A(INFINITY)) lse_[lane] = given;
+      lse.far |= !Weigher<M, A, NV>::takes(lse_[lane]);
       if (g.dlse) delta_[lane] = static_cast<const A*>(g.dlse)[place + lane];
     }
-    for (int v = 0; v < NV; ++v) lse[v] = load_vector(lse_ + v * W), delta[v] -= load_vector(delta_ + v * W);
+    for (int v = 0; v < NV; ++v) {
+      lse.values[v] = load_vector(lse_ + v * W), lse.rests[v] = V{};
+      if (g.lse_rest) lse.rests[v] = Memory<A, A>::load(static_cast<const A*>(g.lse_rest) + place + v * W, block.count - v * W);
+      lse.weights.put(v, lse.values[v], lse.rests[v]);
+      delta[v] -= load_vector(delta_ + v * W);
+    }
     put_delta<NV>(delta);
     for (A* sums : {g.dq.given() ? dq_ : nullptr, drelative_q_})
       if (sums) __builtin_memset(sums, 0, padded_ * NV * W * sizeof(A));
@@ -586,11 +629,11 @@ class BackwardRows {
   // What the gradients of the weights themselves add to delta, and an lse by which the weights that are formed here add up to one: the one that
   // is given may be that of scores rounded otherwise. For blocks whose keys are several chunks; one alone finds out both by itself.
   template <int NV>
-  void look_at_weights(int64_t begin, int64_t end, V (&lse)[NV], V (&delta)[NV]) {
+  void look_at_weights(int64_t begin, int64_t end, Lse<NV>& lse, V (&delta)[NV]) {
     constexpr int64_t lanes = NV * W;
     Block<S>& block = rows_.block;
     V all[NV], sum[NV];
-    for (int v = 0; v < NV; ++v) all[v] = share_of_sink(lse[v]), sum[v] = V{};
+    for (int v = 0; v < NV; ++v) all[v] = share_of_sink(lse.values[v]), sum[v] = V{};
     for (int64_t j = begin; j < end; j += kChunk) {
       const int64_t n = min(kChunk, end - j);
       if (block.look(j, n) == Seen::kNone) continue;
@@ -613,14 +656,15 @@ class BackwardRows {
     for (int v = 0; v < NV; ++v) {
       const auto some = all[v] > A(0);  // not of queries without keys
       const V total = some ? all[v] : V{} + A(1);
-      delta[v] += sum[v] / total, lse[v] += log_of<A>(total);
+      delta[v] += sum[v] / total, lse.rests[v] += log_of<A>(total), lse.weights.divide(v, total);
     }
     put_delta<NV>(delta);
   }
 
   template <int NV>
   void add_gradients_of_weights(int64_t begin, int64_t n) {
-    rows_.block.template add_pairs<NV>(g.dweights, a.type, A(g.dweights_factor), gradients_, begin, n);
+    V largest[NV];
+    rows_.block.template add_pairs<NV>(g.dweights, a.type, A(g.dweights_factor), gradients_, begin, n, largest);
   }
 
   // of the weights of a query
@@ -645,44 +689,55 @@ class BackwardRows {
     return (a.cu_q ? 0 : block.b * a.lse_b) + block.h * a.lse_h + block.s.first_q + block.first;
   }
 
+  // use(of): of(score, v) is its weight
+  template <int NV, class Use>
+  FASTSEQ_HOST_DEVICE void with_weights(const Lse<NV>& lse, const Use& use) const {
+    const A factor = rows_.block.factor();
+    const Unit<A> one(1);
+    if (lse.far) [[unlikely]]
+      use([&](V score, int v) __attribute__((always_inline)) { return power_of<M, A>(score * factor - lse.values[v] - lse.rests[v], one); });
+    else
+      use([&](V score, int v) __attribute__((always_inline)) { return lse.weights(score, v); });
+  }
   // scores to weights
   template <int NV>
-  void weigh(int64_t n, const V (&lse)[NV]) {
-    for (int64_t x = 0; x < n * NV * W; x += NV * W)
+  void weigh(int64_t n, const Lse<NV>& lse) {
+    with_weights<NV>(lse, [&](const auto& weight) __attribute__((always_inline)) {
+      for (int64_t x = 0; x < n * NV * W; x += NV * W)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        A* at = weights_ + x + v * W;
-        store_vector(at, power_of<M, A>(load_vector(at) * rows_.block.factor() - lse[v], A(1)));
-      }
+        for (int v = 0; v < NV; ++v) store_vector(weights_ + x + v * W, weight(load_vector(weights_ + x + v * W), v));
+    });
   }
 
-  // The gradients of the weights, in `gradients_`, become those of the products (but for the scale); on the way the biases get theirs. The
-  // weights are what the values are multiplied with afterwards.
+  // Where they are not `direct`: the gradients of the weights, in `gradients_`, become those of the scores. The weights are what the values
+  // are multiplied with afterwards.
   template <int NV>
-  void through_scores(int64_t begin, int64_t n, const V (&delta)[NV]) {
+  void form_gradients(int64_t begin, int64_t n, const V (&delta)[NV]) {
     constexpr int64_t lanes = NV * W;
     Block<S>& block = rows_.block;
     if (g.dweights.given()) add_gradients_of_weights<NV>(begin, n);
-    if (kept_) block.template drop<NV>(begin, n, [&](int64_t at, V keep) { store_vector(kept_ + at, keep); });
+    if (kept_)
+      block.template drop<NV>(begin, n, [&](int64_t at, V keep) {
+        store_vector(kept_ + at, keep), store_vector(gradients_ + at, load_vector(gradients_ + at) * keep);
+      });
     V subtracted[NV];
     for (int v = 0; v < NV; ++v) subtracted[v] = delta[v];
-    if (alone_) {
-      of_these_keys_alone<NV>(n, subtracted);
-      put_delta<NV>(subtracted);
-    }
+    if (alone_) of_these_keys_alone<NV>(n, subtracted);
     for (int64_t x = 0; x < n * lanes; x += lanes)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         const int64_t at = x + v * W;
         const V weight = load_vector(weights_ + at);
-        V dw = load_vector(gradients_ + at);
-        if (kept_) {
-          const V keep = load_vector(kept_ + at);
-          dw *= keep;
-          store_vector(weights_ + at, weight * keep);
-        }
-        store_vector(gradients_ + at, weight * (dw - subtracted[v]));
+        if (kept_) store_vector(weights_ + at, weight * load_vector(kept_ + at));
+        store_vector(gradients_ + at, weight * (load_vector(gradients_ + at) - subtracted[v]));
       }
+  }
+
+  // The gradients of the scores become those of the products (but for the scale); on the way the biases get theirs.
+  template <int NV>
+  void through_scores(int64_t begin, int64_t n) {
+    constexpr int64_t lanes = NV * W;
+    Block<S>& block = rows_.block;
     if (g.dbias[0]) add_bias_gradient<NV>(begin, n);
     if (g.drelative_bias[0])
       block.template sum_diagonals<NV>(gradients_, begin, n, a.relative_bias_zero, a.relative_bias_length, [&](int64_t entry) {
@@ -702,26 +757,39 @@ class BackwardRows {
   // The textbook's formula, for a chunk that has all the keys of a block: weights that add up to one, however lse was rounded, and delta as the
   // sum of the weights times their gradients, which no rounded output is part of. But not for lanes whose weights are far from one together:
   // their lse and their output are those of more keys than these. (Where weights were returned, the lse is that of these keys.)
+  // Where one key has nearly all the weight, little is left of its gradient less delta. So delta is subtracted twice, as it was given, and then
+  // what it lacks, a sum of differences as small as the result; and what the sum of the weights lacks is subtracted from them.
   template <int NV>
   void of_these_keys_alone(int64_t n, V (&delta)[NV]) {
+    V all[NV], lacks[NV], excess[NV], reference[NV], share[NV];
+    sum_in_runs<NV, A>(n, all, [&](int64_t at, int) __attribute__((always_inline)) { return load_vector(weights_ + at); });
     for (int v = 0; v < NV; ++v) {
-      V all{}, sum{}, lse = load_vector(lse_ + v * W);
-      for (int64_t x = v * W; x < n * NV * W; x += NV * W) all += load_vector(weights_ + x);
-      all += share_of_sink(lse);
-      const V off = all - A(1), size = lse < 0 ? -lse : lse;
+      const V lse = load_vector(lse_ + v * W);
+      share[v] = share_of_sink(lse);
+      const V off = (all[v] - A(1)) + share[v], size = lse < 0 ? -lse : lse, sum = off + A(1);
       // what lse may be off by in the arithmetic's type; of 16 bits, below what the output is
       constexpr A kEpsilon = sizeof(A) == 8 ? 0x1p-52 : 0x1p-23, kShort = std::is_same_v<S, bfloat16> ? 0x1p-8 : 0x1p-11;
       const V most = sizeof(S) == 2 ? V{} + kShort : (size + A(1)) * (16 * kEpsilon);
-      const auto some = all > A(0);  // not of queries without keys
-      const auto near = g.dweights.given() ? some : ((off < 0 ? -off : off) <= most) & (all > A(0.5));
-      const V scale = near ? A(1) / all : V{} + A(1);
-      for (int64_t x = v * W; x < n * NV * W; x += NV * W) {
-        const V weight = load_vector(weights_ + x) * scale, dw = load_vector(gradients_ + x);
-        store_vector(weights_ + x, weight);
-        sum += weight * (kept_ ? dw * load_vector(kept_ + x) : dw);
-      }
-      delta[v] = near ? sum - load_vector(delta_ + v * W) : delta[v];
+      const auto some = sum > A(0);  // not of queries without keys
+      const auto near = g.dweights.given() ? some : ((off < 0 ? -off : off) <= most) & (sum > A(0.5));
+      excess[v] = near ? off / sum : V{};
+      share[v] = near ? share[v] - share[v] * excess[v] : V{} + A(INFINITY);  // infinite: not near
+      reference[v] = delta[v] - delta[v] == V{} ? delta[v] : V{};  // of 16 bits it may be infinite
     }
+    sum_in_runs<NV, A>(n, lacks, [&](int64_t at, int v) __attribute__((always_inline)) {
+      const V weight = load_vector(weights_ + at), normalized = weight - weight * excess[v];
+      const V difference = load_vector(gradients_ + at) - reference[v];
+      store_vector(weights_ + at, normalized), store_vector(gradients_ + at, difference);
+      return normalized * difference;
+    });
+    V found[NV];
+    for (int v = 0; v < NV; ++v) {
+      const V rest = lacks[v] - share[v] * reference[v] - load_vector(delta_ + v * W);  // a sink has no gradient
+      const auto far = share[v] == V{} + A(INFINITY);
+      found[v] = far ? delta[v] : reference[v] + rest;
+      delta[v] = far ? delta[v] - reference[v] : rest;
+    }
+    put_delta<NV>(found);
   }
 
   template <int NV>
@@ -825,7 +893,8 @@ class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
     const int64_t count = block.count;
     rows_.load();
     const Operand<A> queries = whole(a.q, E, padded_, query_rows_), douts = whole(g.dout, Ev, padded_values_, dout_rows_);
-    V lse[NV], delta[NV];
+    typename Base::template Lse<NV> lse{{}, {}, Weigher<typename Base::M, A, NV>(block.factor())};
+    V delta[NV];
     this->template prepare<NV>(lse, delta);
     int64_t begin, end;
     block.keys(begin, end);
@@ -837,17 +906,18 @@ class BackwardKernel : public BackwardRows<S, MultiplyAdd> {
       V largest[NV];
       rows_.template scores<NV>(j, n, weights_, largest, this->capped_);
       this->template weigh<NV>(n, lse);
-      const bool plain = this->plain();
+      const bool direct = this->direct();
       if (g.dout.given()) {
         const Operand<A> values = rows_.template values<Read::kRows>(j, n);
         multiply_rows<false, NV>(values.data, values.row, n, dout_, lanes, Ev, [&](int64_t r, int v, V dw) __attribute__((always_inline)) {
           const int64_t at = r * lanes + v * W;
-          store_vector(gradients_ + at, plain ? load_vector(weights_ + at) * (dw - delta[v]) : dw);
+          store_vector(gradients_ + at, direct ? load_vector(weights_ + at) * (dw - delta[v]) : dw);
         });
       } else {
         __builtin_memset(gradients_, 0, n * lanes * sizeof(A));
       }
-      if (!plain) this->template through_scores<NV>(j, n, delta);
+      if (!direct) this->template form_gradients<NV>(j, n, delta);
+      this->template through_scores<NV>(j, n);
       A* sums = sums_ + j * (padded_ + padded_values_);
       if (g.dv.given()) add_products(weights_, lanes, n, douts, Ev, count, sums + padded_);
       if (g.dk.given()) add_products(gradients_, lanes, n, queries, E, count, sums);

@@ -88,7 +88,7 @@ std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tenso
   const int64_t H = of_q[1], L = of_q[2], E = of_v[3];
   Tensor out = time_first ? empty({of_q[0], L, H, E}, type) : empty({of_q[0], H, L, E}, type, true);
   std::optional<Tensor> lse;
-  if (wants_lse) lse = empty({of_q[0], H, L}, wide_of(type));
+  if (wants_lse) lse = lse_for_gradients(of_q[0], H, L, of_k[2], type);
   attention_into(q, k, v, spec, four_dimensions(out, time_first), lse, {}, false);
   if (rank == 3) out = view(out, {H, L, E}, {E, H * E, 1});
   if (rank == 2) out = view(out, {L, E}, {E, 1});
@@ -561,7 +561,7 @@ std::vector<Tensor> projected_attention(std::vector<Tensor> projected, int64_t n
   const Between& x = *found;
   const ScalarType type = projected[0].scalar_type();
   const int64_t N = x.q.size(0), H = num_heads, L = x.q.size(2), S = x.k.size(2);
-  const Tensor out = empty({projected[0].size(0), projected[0].size(1), x.features}, type), lse = empty({N, H, L}, wide_of(type));
+  const Tensor out = empty({projected[0].size(0), projected[0].size(1), x.features}, type), lse = lse_for_gradients(N, H, L, S, type);
   std::vector<Tensor> results{out, lse};
   std::optional<Tensor> weights;
   if (need_weights) weights = average_attn_weights ? empty({N, L, S}, type) : empty({N, H, L, S}, type);
@@ -698,7 +698,7 @@ struct EncoderLayer {
     const auto attention = [&](const Tensor& given) {
       const Tensor projected = keep(kProjected, linear(given, p[kInProj], p[kInProjBias])), attended = keep(kAttended, rows(E));
       std::optional<Tensor> lse;
-      if (saves) lse = keep(kLse, empty({batch.sequences, H, batch.length}, wide_of(x.scalar_type())));
+      if (saves) lse = keep(kLse, lse_for_gradients(batch.sequences, H, batch.length, batch.length, x.scalar_type()));
       attention_into(heads(projected), heads(projected, 1), heads(projected, 2), spec, heads(attended), lse, {}, false);
       return keep(kSum1, linear(attended, p[kOutProj], p[kOutProjBias]));  // what it becomes a part of, in place
     };

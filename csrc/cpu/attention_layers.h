@@ -12,7 +12,7 @@ namespace fastseq::cpu {
 
 using torch::stable::Tensor;
 
-// torch.nn.functional.scaled_dot_product_attention; with wants_lse also the lse [B, H, L]. A dropout needs a seed. bottom_right: is_causal
+// torch.nn.functional.scaled_dot_product_attention; with wants_lse also `lse_for_gradients`. A dropout needs a seed. bottom_right: is_causal
 // has the last query at the last key. time_first: tensors are [B, L, H, E].
 std::vector<Tensor> scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask, bool is_causal,
                                                  std::optional<double> scale, bool enable_gqa, bool wants_lse, double dropout,
@@ -54,7 +54,7 @@ std::vector<Tensor> linear_backward(Tensor dout, Tensor input, Tensor weight, st
 
 // Attention between its projections, for a layer with gradients: q, k and v of all heads, E features each, one after another in one to
 // three tensors `projected`, [N, L, ..] (batch_first) or [L, N, ..], of q or [.., S, ..] of k and v alone; masks and options as above.
-// Returns the heads' results, shaped as the input of the layer, the lse [N, H, L], the weights if needed. A dropout needs a seed.
+// Returns the heads' results, shaped as the input of the layer, `lse_for_gradients`, the weights if needed. A dropout needs a seed.
 std::vector<Tensor> projected_attention(std::vector<Tensor> projected, int64_t num_heads, std::optional<Tensor> key_padding_mask,
                                         std::optional<Tensor> attn_mask, bool batch_first, bool is_causal, double dropout,
                                         std::optional<Tensor> seed, bool need_weights, bool average_attn_weights);

@@ -136,12 +136,13 @@ class Arena {
 template <class S>
 using Wide = std::conditional_t<sizeof(S) == 8, double, float>;
 // the coefficients of e^x
-struct LongMath : Math<float> {
-  static constexpr const auto& kExp2 = Lanes<float>::kExp2;
+template <class A>
+struct LongMath : Math<A> {
+  static constexpr const auto& kExp2 = Lanes<A>::kExp2;
 };
 // e^x of scores that end in S
 template <class S>
-using Exponential = std::conditional_t<sizeof(S) == 2, ShortMath, std::conditional_t<sizeof(S) == 4, LongMath, Math<double>>>;
+using Exponential = std::conditional_t<sizeof(S) == 2, ShortMath, LongMath<Wide<S>>>;
 
 constexpr int64_t kMostVectors = 4;  // of lanes in a block of queries
 constexpr int64_t kChunk = 64;       // keys whose scores are formed together by multiply-adds
@@ -151,30 +152,154 @@ constexpr int64_t kLine = 32;        // keys that a word of `Block::visible` tel
 template <class A>
 constexpr int64_t kMostLanes = kMostVectors* Math<A>::kWidth;
 
-// e^(factor x) for factor x <= 0 or little more, factor > 0: 0 where that is no normal number, -infinity included. A NaN stays one.
-template <class M, class A>
-FASTSEQ_HOST_DEVICE typename Math<A>::V power_of(typename Math<A>::V x, A factor) {
-  using V = typename Math<A>::V;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) {  // an instruction multiplies by powers of two; where nothing is left it must not run, as underflow is slow
-    using L = Lanes<float>;
-    const float lowest = -L::kLargest / factor;
-    const __mmask16 left = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(lowest), _CMP_NLT_UQ);  // of a NaN as well
-    x = Math<A>::at_least(x, lowest);
-    const V shifted = x * (factor * L::kLog2e) + L::kRound, n = shifted - L::kRound;
-    V f = x * (factor * L::kLog2e) - n;
-    if constexpr (!std::is_same_v<M, ShortMath>) f = x * (factor * L::kLog2eRest) + f;
-    constexpr int last = sizeof(M::kExp2) / sizeof(float) - 1;
-    V q = V{} + M::kExp2[last];
-#pragma GCC unroll 16
-    for (int i = last - 1; i >= 0; --i) q = q * f + M::kExp2[i];
-    return (V)_mm512_maskz_scalef_ps(left, (__m512)(q * f + 1.0f), (__m512)n);
+// log2(e) times a factor of scores, which makes exponents of two of them, as a sum of two numbers.
+template <class A>
+struct Unit {
+  A most, rest;
+
+  explicit Unit(A factor) {
+    constexpr double kLog2e = Lanes<double>::kLog2e;
+    const double exact = double(factor) * kLog2e;
+    most = A(exact);
+    rest = sizeof(A) == 8 ? A(double(factor) * Lanes<double>::kLog2eRest + __builtin_fma(double(factor), kLog2e, -exact)) : A(exact - most);
   }
+};
+
+// 2^f - 1, |f| <= 1/2
+template <class M, class A>
+FASTSEQ_HOST_DEVICE typename Math<A>::V fraction_of(typename Math<A>::V f) {
+  constexpr int last = sizeof(M::kExp2) / sizeof(A) - 1;
+  typename Math<A>::V q = typename Math<A>::V{} + M::kExp2[last];
+#pragma GCC unroll 16
+  for (int i = last - 1; i >= 0; --i) q = q * f + M::kExp2[i];
+  return q * f;
+}
+
+// 2^(x units) as a whole power of two, n, and what is left, f, at most 1/2 in size, exactly but for one rounding of f, however large x units are.
+template <class M, class A>
+struct Power {
+  using L = Lanes<A>;
+  using V = typename L::V;
+  V shifted, f;  // kRound + n
+
+  FASTSEQ_HOST_DEVICE Power(V x, Unit<A> unit) : shifted(x * unit.most + L::kRound) {
+    f = x * unit.most - (shifted - L::kRound);
+    if constexpr (!std::is_same_v<M, ShortMath>) f = x * unit.rest + f;
+  }
+  // share 2^(kRound + n - origin + f): 0 where that is no normal number, or hardly one, -infinity included. A NaN stays one.
+  FASTSEQ_HOST_DEVICE V of(V share, V origin) const {
+    constexpr A kLeast = sizeof(A) == 8 ? -1021 : -125;
+    const V fraction = fraction_of<M, A>(f) * share + share;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) {  // an instruction multiplies by powers of two; where nothing is left it must not run, as underflow is slow
+      const V n = shifted - origin;
+      const __mmask16 left = _mm512_cmp_ps_mask((__m512)n, _mm512_set1_ps(kLeast), _CMP_NLT_UQ);  // of a NaN as well
+      return (V)_mm512_maskz_scalef_ps(left, (__m512)fraction, (__m512)n);
+    }
 #endif
-  const A lowest = -Lanes<A>::kLargest / factor;
-  V scale, fraction;
-  M::exp_parts(Math<A>::at_least(x, lowest), factor, scale, fraction);
-  return x < lowest ? V{} : scale * fraction + scale;
+    const V whole = shifted - (origin - L::kRound);
+    const V scale = (V)(((typename L::I)Math<A>::at_least(whole, L::kRound + kLeast) << L::kMantissa) + L::kOne);
+    return whole < L::kRound + kLeast ? V{} : scale * fraction;
+  }
+};
+
+// e^(factor x) for factor x <= 0 or little more, factor > 0, as `Power` has it
+template <class M, class A>
+FASTSEQ_HOST_DEVICE typename Math<A>::V power_of(typename Math<A>::V x, Unit<A> unit) {
+  using V = typename Math<A>::V;
+  return Power<M, A>(x, unit).of(V{} + A(1), V{} + Lanes<A>::kRound);
+}
+
+// What of(vectors of double) gives of vectors, rounded to their type.
+template <class A, class Of, class... Given>
+FASTSEQ_HOST_DEVICE typename Math<A>::V in_double(const Of& of, Given... given) {
+  using D = typename Math<double>::V;
+  if constexpr (sizeof(A) == 8) {
+    return of(given...);
+  } else {
+    typedef float Half __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
+    typename Math<A>::V result;
+    for (int64_t half = 0; half < 2; ++half) {
+      const auto widened = [&](const typename Math<A>::V& v) {
+        Half part;
+        __builtin_memcpy(&part, reinterpret_cast<const char*>(&v) + half * sizeof part, sizeof part);
+        return __builtin_convertvector(part, D);
+      };
+      const Half part = __builtin_convertvector(of(widened(given)...), Half);
+      __builtin_memcpy(reinterpret_cast<char*>(&result) + half * sizeof part, &part, sizeof part);
+    }
+    return result;
+  }
+}
+
+// Weights e^(factor x - lse) of scores in lanes, from lse and what rounding took from it. As a power of two the lse is a whole number, which
+// joins the exponent, and a rest, whose power is a factor of the weight, formed once. So a weight is exact but for the rounding of numbers
+// below one (2^-25 of f, the same of the rest's power, 2^-24 of the product, and the polynomial), whatever the size of scores and lse:
+// the difference factor x - lse, nearly as large as the lse where there are many keys, is never rounded.
+template <class M, class A, int NV>
+class Weigher {
+ public:
+  using V = typename Math<A>::V;
+
+  explicit Weigher(A factor) : unit_(factor) {}
+
+  // whether a lse is one that these can have: infinite, for nothing is left then, or such that sums of its whole number are exact
+  static bool takes(A lse) {
+    const A size = lse < 0 ? -lse : lse;
+    return size <= A(0x1p20) || size == A(INFINITY) || lse != lse;
+  }
+  void put(int v, V lse, V rest) {
+    using D = typename Math<double>::V;
+    using L = Lanes<double>;
+    const auto whole = [](D of_lse) { return (of_lse * L::kLog2e + L::kRound) - L::kRound; };
+    origin_[v] = in_double<A>(whole, lse) + Lanes<A>::kRound;
+    share_[v] = in_double<A>([&](D of_lse, D of_rest) {
+      D power = (of_lse * L::kLog2e - whole(of_lse)) + (of_lse * L::kLog2eRest + of_rest * L::kLog2e);
+      power = (power == power) | (of_lse != of_lse) ? power : D{};  // no rest of infinity
+      return fraction_of<LongMath<double>, double>(-power) + 1.0;
+    }, lse, rest);
+  }
+  // the weights' sum is `by` instead of one
+  void divide(int v, V by) { share_[v] = share_[v] / by; }
+
+  FASTSEQ_HOST_DEVICE V operator()(V x, int v) const {
+    return Power<M, A>(x, unit_).of(share_[v], origin_[v]);
+  }
+
+ private:
+  Unit<A> unit_;
+  V origin_[NV], share_[NV];  // kRound and the whole number; the power of the rest
+};
+
+// Of caps: tanh, and a polynomial for sizes up to kSmall, minimax of (tanh(t) / t - 1) / t^2 over t^2, by the type that scores end in.
+template <class S>
+struct Capping : Activation<Wide<S>> {  // relative error 4.4e-9
+  static constexpr float kTanh[] = {-0.33333281942565261595f, 0.13331442213970171407f, -0.053739716597495065735f,
+                                    0.020639092589826374452f, -0.0057049932677669670682f};
+};
+template <>
+struct Capping<double> : Activation<double> {  // 1.0e-17
+  static constexpr double kTanh[] = {-0.33333333333332855239,   0.13333333333262091989,    -0.05396825393126877614,
+                                     0.021869487576126031105,   -0.0088632210030733334739, 0.0035919891774345290192,
+                                     -0.0014549588963712862047, 0.00058631659930014077427, -0.00022856432741135539104,
+                                     0.000077144495510548233656, -0.000016072631111087127998};
+};
+// A cap of 50 makes an error of 7e-4 of tanh's 1.5e-5: a fifth of bfloat16's step, but more than float16's.
+template <>
+struct Capping<bfloat16> : ShortMath {  // 3.4e-6
+  static constexpr float kTanh[] = {-0.33315511501560110092f, 0.1304827593278519544f, -0.040514751930108941687f};
+};
+constexpr float kSmallTanh = 0.625f;
+
+template <class S, class V>
+FASTSEQ_HOST_DEVICE V small_tanh(V x) {
+  constexpr const auto& factors = Capping<S>::kTanh;
+  constexpr int last = sizeof(factors) / sizeof(factors[0]) - 1;
+  const V square = x * x;
+  V q = V{} + factors[last];
+#pragma GCC unroll 16
+  for (int i = last - 1; i >= 0; --i) q = q * square + factors[i];
+  return x + x * square * q;
 }
 
 // Calls body.template operator()<T>() with the type of an element in memory.
@@ -208,8 +333,6 @@ class Block {
   using V = typename M::V;
   using I = typename Lanes<A>::I;
   using U = typename Lanes<A>::U;
-  // A cap of 50 makes an error of 7e-4 of the short one's 1.5e-5: a fifth of bfloat16's step, but more than float16's.
-  using Capping = std::conditional_t<std::is_same_v<S, bfloat16>, ShortMath, M>;
   static constexpr int64_t W = M::kWidth;
   static constexpr int64_t kDiagonals = kMostLanes<A> + kMostKeys;  // of a chunk
 
@@ -318,45 +441,30 @@ class Block {
   }
   bool hides() const { return hides_; }
 
-  // Products of keys begin .. begin + n become scores (but for the factor), -infinity where `look` saw the key hidden. `capped`, if
-  // wanted, gets the hyperbolic tangent of a softcap.
+  // Products of keys begin .. begin + n become scores (but for the factor), -infinity where `look` saw the key hidden; and the largest of
+  // every lane, which each pass finds on its way. `capped`, if wanted, gets the hyperbolic tangent of a softcap.
   template <int NV>
-  void shape(A* scores, int64_t begin, int64_t n, A* capped = nullptr) {
-    constexpr int64_t lanes = NV * W;
+  void shape(A* scores, int64_t begin, int64_t n, V (&largest)[NV], A* capped = nullptr) {
     moderate_ = true;
     if (shaped_) {
       if (a.relative_q.given()) add_relative<NV>(scores, begin, n);
       A own = A(a.scale);  // what the scores are still to be multiplied by: the first pass does it
       const auto once = [&] { return std::exchange(own, A(1)); };
-      if (a.softcap != 0) {
-        const A inner = A(a.scale / a.softcap), outer = A(a.softcap);
-        own = A(1);
-        for (int64_t x = 0; x < n * lanes; x += W) {
-          const V t = Capping::tanh(load_vector(scores + x) * inner);
-          if (capped) store_vector(capped + x, t);
-          store_vector(scores + x, t * outer);
-        }
-      }
-      if (a.bias.given()) add_pairs<NV>(a.bias, a.bias_type, A(1), scores, begin, n, once());
-      if (a.slopes) add_slopes<NV>(scores, begin, n, once());
-      if (a.relative_bias) add_relative_bias<NV>(scores, begin, n, once());
-      if (own != A(1))
-        for (int64_t x = 0; x < n * lanes; x += W) store_vector(scores + x, load_vector(scores + x) * own);
+      if (a.softcap != 0) own = A(1), cap<NV>(scores, n, largest, capped);
+      if (a.bias.given()) add_pairs<NV>(a.bias, a.bias_type, A(1), scores, begin, n, largest, once());
+      if (a.slopes) add_slopes<NV>(scores, begin, n, largest, once());
+      if (a.relative_bias) add_relative_bias<NV>(scores, begin, n, largest, once());
+      if (own != A(1) || a.relative_q.given()) each<NV>(scores, n, largest, [&](int64_t, int, V score) { return score * own; });
     }
     if (!hides_) return;
-    if (!a.mask.given() && !a.blocks.given()) return hide_outside<NV>(scores, begin, n);
-    for (int64_t j = 0; j < n; ++j)
-#pragma GCC unroll 4
-      for (int64_t v = 0; v < NV; ++v) {
-        A* at = scores + j * lanes + v * W;
-        store_vector(at, sees(j, v) ? load_vector(at) : V{} - A(INFINITY));
-      }
+    if (!a.mask.given() && !a.blocks.given()) return hide_outside<NV>(scores, begin, n, largest);
+    each<NV>(scores, n, largest, [&](int64_t j, int v, V score) { return sees(j, v) ? score : V{} - A(INFINITY); });
   }
 
-  // rows [key][lane] of keys begin .. begin + n, times `own`, get what a tensor has for them, times a factor
+  // rows [key][lane] of keys begin .. begin + n, times `own`, get what a tensor has for them, times a factor; and the largest of every lane
   template <int NV>
-  void add_pairs(const Pairs& pairs, Type type, A factor, A* to, int64_t begin, int64_t n, A own = 1) const {
-    with_element(type, [&]<class T>() { add_pairs<NV, T>(pairs, factor, to, begin, n, own); });
+  void add_pairs(const Pairs& pairs, Type type, A factor, A* to, int64_t begin, int64_t n, V (&largest)[NV], A own = 1) const {
+    with_element(type, [&]<class T>() { add_pairs<NV, T>(pairs, factor, to, begin, n, largest, own); });
   }
 
   // weights of keys begin .. begin + n, of which a dropout zeroes some: rows [key][lane]; begin is a multiple of 4
@@ -483,22 +591,35 @@ class Block {
     return (V)(__builtin_convertvector((Narrow)keeps, I) & (I)(V{} + value));
   }
 
-  // the keys outside of each query's window
-  template <int NV>
-  void hide_outside(A* scores, int64_t begin, int64_t n) const {
-    constexpr int64_t lanes = NV * W;
-    I lane;
-    for (int64_t i = 0; i < W; ++i) lane[i] = i;
+  // Each score of n keys becomes of(key, vector, score); and the largest of every lane.
+  template <int NV, class Of>
+  static FASTSEQ_HOST_DEVICE void each(A* scores, int64_t n, V (&largest)[NV], const Of& of) {
+    V most[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) most[v] = V{} - A(INFINITY);
     for (int64_t j = 0; j < n; ++j)
 #pragma GCC unroll 4
-      for (int64_t v = 0; v < NV; ++v) {
-        A* at = scores + j * lanes + v * W;
-        const int64_t distance = begin + j - first - s.shift - v * W;  // from the query of the first lane
-        V score = load_vector(at);
-        if (a.right >= 0) score = lane < limited(distance - a.right) ? V{} - A(INFINITY) : score;
-        if (a.left >= 0) score = lane > limited(distance + a.left) ? V{} - A(INFINITY) : score;
+      for (int v = 0; v < NV; ++v) {
+        A* at = scores + (j * NV + v) * W;
+        const V score = of(j, v, load_vector(at));
         store_vector(at, score);
+        most[v] = score > most[v] ? score : most[v];
       }
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) largest[v] = most[v];
+  }
+
+  // the keys outside of each query's window
+  template <int NV>
+  void hide_outside(A* scores, int64_t begin, int64_t n, V (&largest)[NV]) const {
+    I lane;
+    for (int64_t i = 0; i < W; ++i) lane[i] = i;
+    each<NV>(scores, n, largest, [&](int64_t j, int v, V score) {
+      const int64_t distance = begin + j - first - s.shift - v * W;  // from the query of the first lane
+      if (a.right >= 0) score = lane < limited(distance - a.right) ? V{} - A(INFINITY) : score;
+      if (a.left >= 0) score = lane > limited(distance + a.left) ? V{} - A(INFINITY) : score;
+      return score;
+    });
   }
   // within what every lane's number is on the same side of
   static FASTSEQ_HOST_DEVICE auto limited(int64_t x) {
@@ -508,20 +629,22 @@ class Block {
 
   // one square of registers after the other
   template <int NV, class T>
-  void add_pairs(const Pairs& pairs, A factor, A* to, int64_t begin, int64_t n, A own) const {
+  void add_pairs(const Pairs& pairs, A factor, A* to, int64_t begin, int64_t n, V (&largest)[NV], A own) const {
     constexpr int64_t lanes = NV * W;
     const T* base = static_cast<const T*>(pairs.data) + b * pairs.b + h * pairs.h + first * pairs.i + begin * pairs.j;
-    if (pairs.i == 0) {  // the same for every query
-      for (int64_t j = 0; j < n; ++j) {
-        const A value = A(value_of(base + j * pairs.j)) * factor;
-        for (int64_t v = 0; v < NV; ++v) store_vector(to + j * lanes + v * W, load_vector(to + j * lanes + v * W) * own + value);
-      }
-      return;
-    }
+    if (pairs.i == 0)  // the same for every query
+      return each<NV>(to, n, largest, [&](int64_t j, int, V score) { return score * own + A(value_of(base + j * pairs.j)) * factor; });
     // What the next chunk of keys reads, or, behind the last, the next queries, is fetched meanwhile: pieces of many rows, which no processor
     // expects by itself.
     const int64_t ahead = begin + n < s.keys ? n : count * pairs.i - begin;
-    for (int64_t v = 0; v < NV; ++v)
+    for (int64_t v = 0; v < NV; ++v) {
+      V most = V{} - A(INFINITY);
+      const auto put = [&](int64_t key, V x) __attribute__((always_inline)) {
+        A* at = to + key * lanes + v * W;
+        const V sum = load_vector(at) * own + x * factor;
+        store_vector(at, sum);
+        most = sum > most ? sum : most;
+      };
       for (int64_t j = 0; j < n; j += W) {
         if (pairs.j == 1 && (v + 1) * W <= count && j + W <= n) {
           through_square<V>([&](int r) __attribute__((always_inline)) {
@@ -529,10 +652,7 @@ class Block {
                               __builtin_prefetch(at + ahead, 0, 2);
                               return loaded<T>(at, W);
                             },
-                            [&](int r, V x) __attribute__((always_inline)) {
-                              A* at = to + (j + r) * lanes + v * W;
-                              store_vector(at, load_vector(at) * own + x * factor);
-                            });
+                            [&](int r, V x) __attribute__((always_inline)) { put(j + r, x); });
           continue;
         }
         V square[W];
@@ -548,11 +668,10 @@ class Block {
           }
         }
         transpose<W / 2, W>(square);
-        for (int64_t r = 0; r < min(W, n - j); ++r) {
-          A* at = to + (j + r) * lanes + v * W;
-          store_vector(at, load_vector(at) * own + square[r] * factor);
-        }
+        for (int64_t r = 0; r < min(W, n - j); ++r) put(j + r, square[r]);
       }
+      largest[v] = most;
+    }
   }
 
   template <class T>
@@ -566,48 +685,71 @@ class Block {
     }
   }
 
-  // NaN as well
-  static FASTSEQ_HOST_DEVICE I beyond(V v) {
-    constexpr A kMost = A(0x1p60);
-    return ~(I)((v < kMost) & (v > -kMost));
+  static constexpr A kModerate = A(0x1p60);
+  static FASTSEQ_HOST_DEVICE V size_of(V v) { return (V)((I)v & ~Lanes<A>::kSign); }
+  // whether some lane is, or a NaN
+  static FASTSEQ_HOST_DEVICE bool beyond(V v, A most) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(most), _CMP_NLE_UQ) != 0;
+#elif defined(__AVX2__)
+    if constexpr (sizeof(A) == 4) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(most), _CMP_NLE_UQ)) != 0;
+#endif
+    bool some = false;
+    for (int64_t i = 0; i < W; ++i) some |= !(v[i] <= most);
+    return some;
   }
-  static bool none_of(I lanes) {
-    bool none = true;
-    for (int64_t i = 0; i < W; ++i) none &= lanes[i] == 0;
-    return none;
+
+  // Scores times the scale become softcap tanh(score / softcap). Most scores are far from their cap: a key that has no other takes the
+  // polynomial.
+  template <int NV>
+  void cap(A* scores, int64_t n, V (&largest)[NV], A* capped) const {
+    const A inner = A(a.scale / a.softcap), outer = A(a.softcap);
+    V most[NV];
+    for (int v = 0; v < NV; ++v) most[v] = V{} - A(INFINITY);
+    for (int64_t j = 0; j < n; ++j, scores += NV * W) {
+      V t[NV], size{};
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        t[v] = load_vector(scores + v * W) * inner;
+        const V own = size_of(t[v]);
+        size = own > size ? own : size;
+      }
+      if (beyond(size, A(kSmallTanh))) [[unlikely]]
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) t[v] = Capping<S>::tanh(t[v]);
+      else
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) t[v] = small_tanh<S>(t[v]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const V score = t[v] * outer;
+        store_vector(scores + v * W, score);
+        most[v] = score > most[v] ? score : most[v];
+        if (capped) store_vector(capped + (j * NV + v) * W, t[v]);
+      }
+    }
+    for (int v = 0; v < NV; ++v) largest[v] = most[v];
   }
 
   template <int NV>
-  void add_slopes(A* scores, int64_t begin, int64_t n, A own) {
-    constexpr int64_t lanes = NV * W;
+  void add_slopes(A* scores, int64_t begin, int64_t n, V (&largest)[NV], A own) {
     const A slope = static_cast<const A*>(a.slopes)[b * a.slopes_b + h];
-    moderate_ &= none_of(beyond(V{} + slope));
-    V place[NV]{};
-    for (int64_t v = 0; v < NV; ++v)
-      for (int64_t i = 0; i < W; ++i) place[v][i] = A(first + s.shift + v * W + i);
-    for (int64_t j = 0; j < n; ++j)
-#pragma GCC unroll 4
-      for (int64_t v = 0; v < NV; ++v) {
-        const V distance = place[v] - A(begin + j);
-        A* at = scores + j * lanes + v * W;
-        store_vector(at, load_vector(at) * own - slope * (distance < 0 ? -distance : distance));
-      }
+    moderate_ &= slope < kModerate && slope > -kModerate;
+    V lane;
+    for (int64_t i = 0; i < W; ++i) lane[i] = A(i);
+    const int64_t distance = first + s.shift - begin;  // of the first lane from the first key
+    each<NV>(scores, n, largest, [&](int64_t j, int v, V score) { return score * own - slope * size_of(lane + A(distance + v * W - j)); });
   }
 
   // diagonal t of a chunk holds the pairs with lane - key = t - (n - 1)
   template <int NV>
-  void add_relative_bias(A* scores, int64_t begin, int64_t n, A own) {
+  void add_relative_bias(A* scores, int64_t begin, int64_t n, V (&largest)[NV], A own) {
     constexpr int64_t lanes = NV * W, count_of = lanes - 1;
     with_element(a.relative_bias_type, [&]<class T>() { fill_diagonal<T>(begin + n - 1 - first - s.shift + a.relative_bias_zero, n + count_of); });
-    I outside{};
-    for (int64_t t = 0; t < n + count_of; t += W) outside |= beyond(Memory<A, A>::load(diagonal_ + t, n + count_of - t));
-    moderate_ &= none_of(outside);
-    for (int64_t j = 0; j < n; ++j)
-#pragma GCC unroll 4
-      for (int64_t v = 0; v < NV; ++v) {
-        A* at = scores + j * lanes + v * W;
-        store_vector(at, load_vector(at) * own + load_vector(diagonal_ + v * W - j + n - 1));
-      }
+    for (int64_t t = 0; t < n + count_of; t += W)
+      moderate_ &= !beyond(size_of(Memory<A, A>::load(diagonal_ + t, n + count_of - t)), kModerate);
+    each<NV>(scores, n, largest,
+             [&](int64_t j, int v, V score) { return score * own + load_vector(diagonal_ + v * W - j + n - 1); });
   }
 
   // entries last, last - 1, .. of the head's relative bias, nothing beyond its ends

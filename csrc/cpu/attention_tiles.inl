@@ -660,7 +660,8 @@ class TileForward {
       if constexpr (!kFolds && NV > 1)
         weigh_rounded<NV>(turn, InSteps<Ahead>{*this, turn, ahead}, scores_of_step(), sums, rounded, alpha);
     } else if (!rows_.plain()) {
-      block.template shape<NV>(scores_, begin, n);
+      V largest[NV];
+      block.template shape<NV>(scores_, begin, n, largest);
       if (!kFolds && a.dropout == 0 && !block.hides() && block.moderate()) {
         weigh_rounded<NV>(turn, whole, scores_, sums, rounded, alpha);
       } else {
@@ -923,8 +924,8 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
     if (g.dk.given()) pack_rows(queries, a.q.t, block.count, steps, E, query_pairs_);
     if (g.dv.given()) pack_rows(dout, g.dout.t, block.count, steps, Ev, dout_pairs_);
     if (g.dq.given()) keys_.start(rows_.row_of(a.k, 0), a.k.t, block.s.keys);
-    const float factor = block.factor();
-    V lse[NV], delta[NV];
+    Lse<NV> lse{{}, {}, Weigher<M, float, NV>(block.factor())};
+    V delta[NV];
     if constexpr (Multiplier::kVectors)
       prepare<NV>(lse, delta, [&] { sum_pairs<NV>(delta); });
     else
@@ -939,7 +940,10 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
       fetch_ahead(j - begin, n, end - begin);
       const auto multiply = [&](int64_t first, int64_t count) {
         rows_.template products<NV>(first, count, weights_);
-        if (!rows_.plain()) block.template shape<NV>(weights_, first, count, capped_);
+        if (!rows_.plain()) {
+          V largest[NV];
+          block.template shape<NV>(weights_, first, count, largest, capped_);
+        }
         if (g.dout.given())
           multiply_keys<NV>(rows_.row_of(a.v, first), a.v.t, count, Ev, dout_features_, gradients_, copy_);
         else
@@ -950,15 +954,29 @@ class TileBackward : public BackwardRows<bfloat16, TileProduct> {
         for (int64_t first = 0; first < n; first += step) {
           const int64_t count = min(step, n - first);
           multiply(j + first, count);
-          round<NV>(first, count, [&](int64_t at, int v, V& weight, V& gradient) __attribute__((always_inline)) {
-            weight = power_of<M, float>(load_vector(weights_ + at) * factor - lse[v], 1.0f);
-            gradient = weight * (load_vector(gradients_ + at) - delta[v]);
+          with_weights<NV>(lse, [&](const auto& weight_of) __attribute__((always_inline)) {
+            round<NV>(first, count, [&](int64_t at, int v, V& weight, V& gradient) __attribute__((always_inline)) {
+              weight = weight_of(load_vector(weights_ + at), v), gradient = weight * (load_vector(gradients_ + at) - delta[v]);
+            });
           });
         }
       } else {
         multiply(j, n);
-        weigh<NV>(n, lse);
-        through_scores<NV>(j, n, delta);
+        if (direct()) {
+          with_weights<NV>(lse, [&](const auto& weight_of) __attribute__((always_inline)) {
+            for (int64_t x = 0; x < n * lanes; x += lanes)
+#pragma GCC unroll 4
+              for (int v = 0; v < NV; ++v) {
+                const int64_t at = x + v * W;
+                const V weight = weight_of(load_vector(weights_ + at), v);
+                store_vector(weights_ + at, weight), store_vector(gradients_ + at, weight * (load_vector(gradients_ + at) - delta[v]));
+              }
+          });
+        } else {
+          weigh<NV>(n, lse);
+          form_gradients<NV>(j, n, delta);
+        }
+        through_scores<NV>(j, n);
         round<NV>(0, n, [&](int64_t at, int, V& weight, V& gradient) __attribute__((always_inline)) {
           weight = load_vector(weights_ + at), gradient = load_vector(gradients_ + at);
         });

@@ -268,13 +268,18 @@ def _through_op(
     """The gradients of q, k, v and mask of many gradients at once (is_grads_batched=True), which the op takes one by one."""
     if swapped:
         q, k, v, out, dout = (t.transpose(1, 2) for t in (q, k, v, out, dout))
-    spec = _masked(spec, mask)
+    spec, lse = _masked(spec, mask), _rounded(lse)
     grads = list(op._backward_op(dout.contiguous(), None, q, k, v, out, lse, *spec, [*wanted, *[False] * (len(GRADIENTS) - 4)]))
     if swapped:
         grads[:3] = (t.transpose(1, 2) for t in grads[:3])
     if mask is not None:
         grads[3] = grads[3].reshape(mask.shape)
     return [grad if want else None for grad, want in zip(grads, wanted, strict=False)]
+
+
+def _rounded(lse: Tensor) -> Tensor:
+    """[B, H, Tq], of a lse that the library may have saved together with what rounding took from it, [2, B, H, Tq]."""
+    return lse[0] if lse.dim() == 4 else lse
 
 
 def _masked(spec: Spec, mask: Tensor | None) -> Spec:
@@ -424,6 +429,7 @@ def _projected_through_op(ctx, projected, seed, out, lse, dout, dw):
     """Of many gradients at once (is_grads_batched=True), which the op takes one by one."""
     heads, batch_first, *_ = ctx.rest
     q, k, v = _heads(ctx, projected)
+    lse = _rounded(lse)
     spec, needs = ctx.meaning()._replace(seed=seed), (True, True, True, *[False] * len(Spec._fields))
     order, back = ((0, 2, 1, 3), (0, 2, 1, 3)) if batch_first else ((1, 2, 0, 3), (2, 0, 1, 3))
     found: Any = [None] * len(needs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -929,6 +929,112 @@ def test_a_bias_by_distance_may_hide_all(level, dtype, lse):
     found = fastseq.functional.attention(q, k, v, relative_bias=table).detach()
     assert not found[:, 1].any()
     assert found[:, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cap", (0.7, 3.0, 4.8, 50.0))
+def test_caps_near_and_far(level, cap, dtype):
+    """Keys with a score near their cap, and keys with none, take the hyperbolic tangent in two ways; here they alternate."""
+    inputs = make(AttentionCase("capped", batch=1, heads=(2, 1), lengths=(70, 131), features=(16, 16), softcap=cap), dtype)
+    with torch.no_grad():
+        inputs["k"][:, :, ::2] *= 0.2
+    check(BATTERY, inputs, (level,))
+
+
+def errors_of_gradients(
+    own: Callable[..., Tensor], tensors: dict[str, Tensor], dout: Tensor, kind: str, **options: Any
+) -> dict[str, tuple[float, float]]:
+    """Root mean square errors of float32, ours and that of torch's better path, of the output and of each gradient."""
+
+    def of(attention: Callable[..., Tensor], given: dict[str, Tensor], dout: Tensor) -> list[Tensor]:
+        given = {name: t.detach().requires_grad_() for name, t in given.items()}
+        out = attention(**given, is_causal=kind == "causal", **options)
+        return [out.detach(), *torch.autograd.grad(out, list(given.values()), dout)]
+
+    truth = of(theirs, {name: t.double() for name, t in tensors.items()}, dout.double())
+    found = of(own, tensors, dout)
+    by_torch = []
+    for path in [SDPBackend.MATH] if kind == "bias" else [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]:
+        with sdpa_kernel([path]):
+            by_torch.append(of(theirs, tensors, dout))
+    names = ("out", *(f"d{name}" for name in tensors))
+    return {
+        name: ((found[i] - truth[i]).norm().item(), min((results[i] - truth[i]).norm().item() for results in by_torch))
+        for i, name in enumerate(names)
+    }
+
+
+@pytest.mark.parametrize("kind", ("full", "causal", "bias"))
+@pytest.mark.parametrize("T", (60, 130, 600, 2100))
+def test_gradients_are_as_exact_as_torchs(level, T, kind):
+    """Of float32. The lse of many keys is large: its rounding alone would be half of the error.
+
+    A bias sees each weight's own gradient, less a delta that, of many keys, is a product of the rounded output.
+    """
+    torch.manual_seed(0)
+    batch = max(1, 600 // T)
+    tensors = {name: torch.randn(batch, 3, T, 16) for name in ("query", "key", "value")}
+    if kind == "bias":
+        tensors["attn_mask"] = torch.randn(batch, 3, T, T)
+    found = errors_of_gradients(ours, tensors, torch.randn(batch, 3, T, 16), kind)
+    worse = {name: own / best for name, (own, best) in found.items() if own > (1.1 if name == "dattn_mask" else 1.03) * best}
+    assert not worse
+
+
+@pytest.mark.parametrize("kind", ("full", "bias"))
+def test_gradients_of_few_queries_to_many_keys(level, kind):
+    """Their forward pass has kernels of its own, which do not say what rounding took from the lse."""
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(20, 3, 5 if name == "query" else 300, 16) for name in ("query", "key", "value")}
+    if kind == "bias":
+        tensors["attn_mask"] = torch.randn(20, 3, 5, 300)
+    found = errors_of_gradients(ours, tensors, torch.randn(20, 3, 5, 16), kind)
+    worse = {name: own / best for name, (own, best) in found.items() if own > FACTOR * best}
+    assert not worse
+
+
+@pytest.mark.parametrize("added", (1e3, -1e3, 2.0**22, -(2.0**22), 2.0**23, -(2.0**23)))
+@pytest.mark.parametrize("T", (60, 130))
+def test_gradients_of_scores_far_from_zero(level, T, added):
+    """All scores are small whole numbers and a large one, exactly. An lse as large may be rounded to a whole number."""
+    torch.manual_seed(0)
+    tensors = {name: torch.randint(-1, 2, (2, 3, T, 4)).float() for name in ("query", "key", "value")}
+    tensors["attn_mask"] = torch.full((2, 3, T, T), added)
+    found = errors_of_gradients(ours, tensors, torch.randn(2, 3, T, 4), "bias", scale=1.0)
+    worse = {name: own / best for name, (own, best) in found.items() if own > FACTOR * best}
+    assert not worse
+
+
+@pytest.mark.parametrize("scale", (3.0, 40.0))
+@pytest.mark.parametrize("T", (60, 130, 600))
+def test_gradients_of_steep_scores(level, T, scale):
+    """A few keys have nearly all the weight, and lse is as large as the largest scores."""
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(max(1, 600 // T), 3, T, 16) for name in ("query", "key", "value")}
+    found = errors_of_gradients(ours, tensors, torch.randn_like(tensors["query"]), "full", scale=scale)
+    worse = {name: own / best for name, (own, best) in found.items() if own > FACTOR * best}
+    assert not worse
+
+
+@pytest.mark.parametrize("batch_first", (False, True))
+def test_gradients_of_many_outputs_at_once(batch_first):
+    """is_grads_batched goes through the op, which takes the lse without what rounding took from it."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 80, 8, requires_grad=True) for _ in range(3))
+    out = ours(q, k, v)
+    douts = torch.randn(3, *out.shape)
+    found = torch.autograd.grad(out, (q, k, v), douts, is_grads_batched=True, retain_graph=True)
+    for i, dout in enumerate(douts):
+        expected = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        torch.testing.assert_close([grad[i] for grad in found], [*expected])
+    module = fastseq.MultiheadAttention(12, 3, batch_first=batch_first)
+    x = torch.randn(2, 80, 12, requires_grad=True) if batch_first else torch.randn(80, 2, 12, requires_grad=True)
+    out, weights = module(x, x, x)
+    douts, dweights = torch.randn(3, *out.shape), torch.randn(3, *weights.shape)
+    (found,) = torch.autograd.grad((out, weights), x, (douts, dweights), is_grads_batched=True, retain_graph=True)
+    for i, both in enumerate(zip(douts, dweights, strict=True)):
+        (expected,) = torch.autograd.grad((out, weights), x, both, retain_graph=True)
+        torch.testing.assert_close(found[i], expected)
 
 
 @pytest.mark.parametrize("hidden", ("later", "window", "nothing"))
