@@ -305,6 +305,10 @@ def trained_layers(
         resets = resets.contiguous()
     ragged: tuple[Tensor | None, ...] = lengths, batch_sizes, None, None, resets
     drawn, zoneout = (zoneout, (0.0, 0.0)) if training else ((0.0, 0.0), zoneout)
+    lanes = 2 if bidirectional else 1
+    for state in states:  # of which each layer is given its rows, and no kernel sees that there are more
+        if state.dim() != 3 or state.size(0) != num_layers * lanes:
+            return None
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     x, h0, c0 = _laid_out(x, h0, c0) or (x, h0, c0)
     # a step after a state: its way shares the weights' gradients with other steps
@@ -331,7 +335,7 @@ def trained_layers(
     else:
         if not all([tensor.is_contiguous() for tensor in params]):
             return None
-        each, lanes = len(params) // num_layers, 2 if bidirectional else 1
+        each = len(params) // num_layers
         of_layers: list[Sequence[Tensor]] = []
         before = torch.get_rng_state() if any(drawn) else None  # for whoever runs what is declined
         for index in range(num_layers):
