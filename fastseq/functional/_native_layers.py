@@ -103,7 +103,10 @@ def native_layers(
 
 
 def _laid_out(x: Tensor, h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """The same as the native kernels read them: features side by side, states without gaps. None: so they are already."""
+    """The same as the native kernels read them: features side by side, states without gaps. None: so they are already, or
+    x is sparse."""
+    if x.layout != torch.strided:
+        return None
     whole = (h0 is None or h0.is_contiguous()) and (c0 is None or c0.is_contiguous())
     if whole and x.stride(-1) == 1:
         return None
