@@ -22,6 +22,7 @@ import fastseq
 from fastseq.backends import library
 from fastseq.functional._packing import Packing, packing_of
 from fastseq.modules import recurrent, recurrent_cells
+from support.recurrent import MODULES_OF_VARIANTS
 
 pytestmark = pytest.mark.skipif(library.reason() is not None, reason="needs the library")
 
@@ -30,26 +31,10 @@ MODULES: dict[str, Callable[..., Any]] = {
     "GRU": fastseq.GRU,
     "RNN": fastseq.RNN,
     "projected": lambda *args, **kwargs: fastseq.LSTM(*args, proj_size=6, **kwargs),
-    "CoupledLSTM": fastseq.CoupledLSTM,
-    "PeepholeLSTM": fastseq.PeepholeLSTM,
-    "LayerNormLSTM": fastseq.LayerNormLSTM,
     "LayerNormLSTM projected": lambda *args, **kwargs: fastseq.LayerNormLSTM(*args, proj_size=6, **kwargs),
-    "LayerNormGRU": fastseq.LayerNormGRU,
-    "SLSTM": fastseq.SLSTM,
+    **{name: getattr(fastseq, name) for name in MODULES_OF_VARIANTS},
 }
-CELLS = {
-    name: getattr(fastseq, name)
-    for name in (
-        "LSTMCell",
-        "GRUCell",
-        "RNNCell",
-        "CoupledLSTMCell",
-        "PeepholeLSTMCell",
-        "LayerNormLSTMCell",
-        "LayerNormGRUCell",
-        "SLSTMCell",
-    )
-}
+CELLS = {f"{name}Cell": getattr(fastseq, f"{name}Cell") for name in ("LSTM", "GRU", "RNN", *MODULES_OF_VARIANTS)}
 FORMATS = (None, torch.bfloat16, torch.int8)
 
 

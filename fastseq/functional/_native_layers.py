@@ -103,7 +103,10 @@ def native_layers(
 
 
 def _laid_out(x: Tensor, h0: Tensor | None, c0: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """The same as the native kernels read them: features side by side, states without gaps. None: so they are already."""
+    """The same as the native kernels read them: features side by side, states without gaps. None: so they are already, or
+    x is sparse."""
+    if x.layout != torch.strided:
+        return None
     whole = (h0 is None or h0.is_contiguous()) and (c0 is None or c0.is_contiguous())
     if whole and x.stride(-1) == 1:
         return None
@@ -305,6 +308,10 @@ def trained_layers(
         resets = resets.contiguous()
     ragged: tuple[Tensor | None, ...] = lengths, batch_sizes, None, None, resets
     drawn, zoneout = (zoneout, (0.0, 0.0)) if training else ((0.0, 0.0), zoneout)
+    lanes = 2 if bidirectional else 1
+    for state in states:  # of which each layer is given its rows, and no kernel sees that there are more
+        if state.dim() != 3 or state.size(0) != num_layers * lanes:
+            return None
     h0, c0 = (None, None) if not states else states if len(states) == 2 else (states[0], None)
     x, h0, c0 = _laid_out(x, h0, c0) or (x, h0, c0)
     # a step after a state: its way shares the weights' gradients with other steps
@@ -331,7 +338,7 @@ def trained_layers(
     else:
         if not all([tensor.is_contiguous() for tensor in params]):
             return None
-        each, lanes = len(params) // num_layers, 2 if bidirectional else 1
+        each = len(params) // num_layers
         of_layers: list[Sequence[Tensor]] = []
         before = torch.get_rng_state() if any(drawn) else None  # for whoever runs what is declined
         for index in range(num_layers):

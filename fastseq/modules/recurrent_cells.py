@@ -291,6 +291,8 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     if dtype != params[0].dtype:
         return None
     if hx is None:
+        if input.layout != torch.strided:
+            return None
         zeros = input.new_zeros(batch, hidden)
         hx = (zeros, zeros) if name == "lstm" else (zeros,)
     if backends.step_is_torchs(name, input.device, dtype, batch, hidden, True, backends.steps_with(hx[0], True)):
@@ -318,7 +320,7 @@ def _as_torchs(cell: nn.RNNCellBase, name: str, input: Any, *states: Any) -> boo
     shape = (*input.shape[:-1], cell.hidden_size)
     if not all(state is None or (type(state) is Tensor and state.dtype == dtype and state.shape == shape) for state in states):
         return False
-    if dim == 1:  # a row that is no batch
+    if dim == 1 or input.layout != torch.strided:  # a row that is no batch, sparse rows, which torch multiplies as such
         return True
     gradients = wants_gradient([input, *cell.parameters(), *[state for state in states if state is not None]])
     steps = backends.steps_with(states[0] if states else None, gradients)

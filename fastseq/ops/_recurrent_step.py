@@ -305,7 +305,11 @@ def trained_step(
     graph = _graph_of(h, (w_ih, w_hh, b_ih, b_hh))
     token = None if graph is None else graph.token
     done = _step(cell, graph, token, x, h, c, w_ih, w_hh, b_ih, b_hh)
-    if done is None and not (h.is_contiguous() and (c is None or c.is_contiguous()) and x.stride(-1) == 1):
+    if (
+        done is None
+        and x.layout == torch.strided
+        and not (h.is_contiguous() and (c is None or c.is_contiguous()) and x.stride(-1) == 1)
+    ):
         h, c = h.contiguous(), None if c is None else c.contiguous()
         done = _step(cell, graph, token, x.contiguous(), h, c, w_ih, w_hh, b_ih, b_hh)
     return done if done is None or c is not None else (done,)

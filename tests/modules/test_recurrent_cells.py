@@ -210,3 +210,21 @@ def test_parameters_that_are_computed(kind, name, wrap):
     leaves = [tree_leaves(cell(x, hx))[0].sum() for cell in (theirs, ours)]
     grads = [torch.autograd.grad(leaf, list(cell.parameters())) for leaf, cell in zip(leaves, (theirs, ours), strict=True)]
     torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", CELLS)
+def test_sparse_rows(name, gradients, batch):
+    """No kernel here reads them: torch's steps multiply them as what they are."""
+    theirs, ours = both(name, I, H)
+    x = random(batch, I).relu().to_sparse()
+    for hx in (None, initial(name, batch, H)):
+        with torch.set_grad_enabled(gradients):
+            expected, found = tree_leaves(theirs(x, hx)), tree_leaves(ours(x, hx))
+        if gradients:
+            for module, results in ((theirs, expected), (ours, found)):
+                module.zero_grad()
+                sum(result.square().sum() for result in results).backward()
+                results += [parameter.grad for parameter in module.parameters()]
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)

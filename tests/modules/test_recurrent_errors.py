@@ -232,6 +232,23 @@ class TestLayers:
                 ours(input, (state, zeros(1, B, 4)))
         assert ours(zeros(T, B, I), [state, state])[0].shape == (T, B, H)
 
+    @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+    @pytest.mark.parametrize("steps", [1, T])
+    @pytest.mark.parametrize("layers", [1, 2])
+    @pytest.mark.parametrize("gradients", [False, True])
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_states_of_more_or_fewer_layers(self, name, gradients, layers, steps, packed):
+        """A kernel that is given the rows of a layer does not see that others are left over."""
+        ours = getattr(fastseq, name)(I, H, layers, bidirectional=True)
+        input = zeros(steps, B, I)
+        input = pack_padded_sequence(input, torch.full((B,), steps)) if packed else input
+        right = zeros(2 * layers, B, H)
+        for wrong in (zeros(2 * layers + 1, B, H), zeros(4 * layers, B, H), zeros(2 * layers - 1, B, H)):
+            for hx in ((wrong, wrong), (wrong, right), (right, wrong)) if name == "LSTM" else (wrong,):
+                with torch.set_grad_enabled(gradients), pytest.raises(RuntimeError) as caught:
+                    ours(input, hx)
+                assert f"size ({2 * layers}, {B}, {H}), got [{len(wrong)}, {B}, {H}]" in str(caught.value)
+
     def test_projection_has_two_sizes_of_state(self):
         theirs, ours = nn.LSTM(I, H, proj_size=2), fastseq.LSTM(I, H, proj_size=2)
         input, right, wrong = zeros(T, B, I), zeros(1, B, 2), zeros(1, B, H)

@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import fastseq
 from fastseq.cells import CELLS
+from support.recurrent import MODULES_OF_VARIANTS
 
-KINDS = ("RNN", "LSTM", "GRU", "CoupledLSTM", "PeepholeLSTM", "LayerNormLSTM", "LayerNormGRU", "SLSTM")
+KINDS = ("RNN", "LSTM", "GRU", *MODULES_OF_VARIANTS)
 T, B, I, H = 6, 4, 3, 8  # noqa: E741
 LENGTHS = torch.tensor([3, 6, 6, 1])
 

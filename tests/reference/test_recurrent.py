@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastseq.cells import CELLS
+from fastseq.cells import CELLS, Cell
 from fastseq.ops.types import Backward, Forward
 from fastseq.reference import recurrent as reference
 from fastseq.reference.cells import steps
@@ -95,17 +95,19 @@ def test_one_step_is_torchs_cell(cell):
     assert (0 if saved is None else saved.shape[-1] // 4) == len(row.saved)
 
 
-def named(cell: str, v: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """The op's vectors by the names of a module's parameters, for 4 units."""
+def named(row: Cell, v: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The op's vectors by the names of a module's parameters, for 4 units: those that act inside a step, and the last recurrent
+    bias where it is among them."""
     zero = torch.zeros((), dtype=torch.float64)
     w = {"weight_ln_ih": zero, "bias_hh": zero}
-    if cell == "peephole_lstm":
-        return w | {"weight_peephole": v}
-    if cell == "layer_norm_lstm":
-        return w | {"weight_ln_hh": v[:16], "weight_ln_c": v[16:20], "bias_ln_c": v[20:]}
-    if cell == "layer_norm_gru":
-        return w | {"weight_ln_hh": v[:12], "bias_hh": torch.cat((zero.expand(8), v[12:]))}
-    return w
+    if v is None:
+        return w
+    inside = [(name, 4 * size) for name, size in row.parameters if name not in w]
+    *parts, bias = v.split([*(size for _, size in inside), 4 if row.recurrent_bias else 0])
+    if row.recurrent_bias:
+        assert row.recurrent_bias == row.gates[-1]
+        w["bias_hh"] = torch.cat((zero.expand(4 * (len(row.gates) - 1)), bias))
+    return w | {name: part for (name, _), part in zip(inside, parts, strict=True)}
 
 
 @pytest.mark.parametrize("cell", [name for name in CELLS if name not in ("lstm", "gru", "rnn_tanh", "rnn_relu")])
@@ -118,7 +120,7 @@ def test_one_step_is_the_papers(cell):
     v = torch.randn(len(row.vectors) * 4, dtype=torch.float64) if row.vectors else None
     h_new, c_new, saved = steps(cell).step(x, r, v, h, c if row.has_c else None)
     # the input gates are whole already: a bias of W x = 0
-    weights = named(cell, v) | {"bias_ih": x}
+    weights = named(row, v) | {"bias_ih": x}
     expected_h, states = recurrent_equations.step(
         cell, weights, torch.zeros_like(x), r, h, [*c.split(4, -1)] if row.has_c else []
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 from fastseq.cells import CELLS
 
@@ -99,7 +100,7 @@ VARIANT_CASES = [
     *(
         RecurrentCase(cell, steps=7, batch=9, hidden=20 if "norm" in cell else 17, layout=layout, resets=to, bidirectional=True)
         for cell, layout, to in zip(
-            CELLS, ("padded", "lengths", "packed") * 3, ("zeros", "states", "states", "state") * 3, strict=False
+            CELLS, cycle(("padded", "lengths", "packed")), cycle(("zeros", "states", "states", "state")), strict=False
         )
     ),
     RecurrentCase("slstm", resets="zeros", bidirectional=True),
