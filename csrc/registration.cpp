@@ -46,11 +46,11 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
       "recurrent_packed(Tensor input, Tensor? h0, Tensor? c0, Tensor[] params, Tensor[] kept, bool batch_first, bool two_parts) -> "
       "Tensor[]");
   m.def(
-      "recurrent_one_layer(Tensor input, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, str cell, "
-      "bool batch_first, bool two_parts) -> Tensor[]");
+      "recurrent_one_layer(Tensor input, Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh, int how, Tensor? h0=None, Tensor? c0=None, "
+      "Tensor? kept=None) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "recurrent_step(Tensor input, Tensor? h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? kept, "
-      "str cell) -> Tensor[]");
+      "recurrent_step(Tensor input, Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh, int how, Tensor? h0=None, Tensor? c0=None, "
+      "Tensor? kept=None) -> (Tensor, Tensor)");
   m.def(
       "recurrent_step_trained(Tensor input, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, str cell) "
       "-> Tensor[]");
@@ -163,6 +163,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CUDA, m) {
 }
 #endif
 
+// These run without gradients alone, and are short: what torch does at this key for an op that has no gradients is a part of their time.
+STABLE_TORCH_LIBRARY_IMPL(fastseq_native, AutogradCPU, m) {
+  m.impl("recurrent_one_layer", &fastseq::cpu::recurrent_one_layer);
+  m.impl("recurrent_step", &fastseq::cpu::recurrent_step);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("version", TORCH_BOX(&fastseq::version));
   m.impl("architectures", TORCH_BOX(&fastseq::architectures));
@@ -184,8 +190,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("scan_layers", TORCH_BOX(&fastseq::cpu::scan_layers));
   m.impl("recurrent_layers", TORCH_BOX(&fastseq::cpu::recurrent_layers));
   m.impl("recurrent_packed", TORCH_BOX(&fastseq::cpu::recurrent_packed));
-  m.impl("recurrent_one_layer", TORCH_BOX(&fastseq::cpu::recurrent_one_layer));
-  m.impl("recurrent_step", TORCH_BOX(&fastseq::cpu::recurrent_step));
+  m.impl("recurrent_one_layer", &fastseq::cpu::recurrent_one_layer);
+  m.impl("recurrent_step", &fastseq::cpu::recurrent_step);
   m.impl("recurrent_step_trained", TORCH_BOX(&fastseq::cpu::recurrent_step_trained));
   m.impl("recurrent_step_backward", TORCH_BOX(&fastseq::cpu::recurrent_step_backward));
   m.impl("recurrent_layer", TORCH_BOX(&fastseq::cpu::recurrent_layer));

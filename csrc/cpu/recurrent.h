@@ -35,16 +35,17 @@ std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std
 std::vector<Tensor> recurrent_packed(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                      std::vector<Tensor> kept, bool batch_first, bool two_parts);
 
-// The same of one layer in one direction with no parameters beside weights and biases, input [T, B, I] (batch_first: [B, T, I]):
-// a short call pays for each argument, and for a list of tensors more than for these.
-std::vector<Tensor> recurrent_one_layer(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
-                                        std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::string cell, bool batch_first,
-                                        bool two_parts);
+// The same of one layer in one direction with no parameters beside weights and biases, input [T, B, I] (batch_first: [B, T, I]); kept: its
+// packed weights. A short call pays for each argument, for a list of tensors more than for these, and for what TORCH_BOX makes of them:
+// this is what that would make of
+// (Tensor input, Tensor w_ih, Tensor w_hh, Tensor b_ih, Tensor b_hh, int how, Tensor? h0=None, Tensor? c0=None, Tensor? kept=None)
+// -> (Tensor, Tensor, Tensor): output, h_n and c_n, undefined where there is none, all of them where it declines.
+// how: the number of the cell, and these; without biases b_ih and b_hh are any tensors.
+constexpr int64_t kBatchFirst = 1 << 8, kTwoParts = 1 << 9, kNoBiases = 1 << 10;
+void recurrent_one_layer(StableIValue* stack, uint64_t arguments, uint64_t results);
 
-// One step of a layer of the same kind with no parameters beside weights and biases: input [B, I], states [B, n]; kept: its packed weights.
-// Returns the states; nothing where recurrent_layers would decline.
-std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
-                                   std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::optional<Tensor> kept, std::string cell);
+// The same of one step, input [B, I] and states [B, n]: the states alone.
+void recurrent_step(StableIValue* stack, uint64_t arguments, uint64_t results);
 
 // One layer of the same kind, x [T, B, I], or [N, I] with batch_sizes, with what its gradients need: y [T, B, D, P] or [N, D, P], h_n, and
 // in the dtype of c, fp32 or wider, c_n and c of every step, then the gates unless they are to be computed anew; (0,) for what there is
@@ -54,8 +55,8 @@ std::vector<Tensor> recurrent_layer(Tensor x, std::optional<Tensor> h0, std::opt
                                     std::optional<Tensor> hold_c, std::optional<Tensor> resets, std::string cell, bool has_biases,
                                     bool bidirectional, double zoneout_h, double zoneout_c, bool save_gates, bool two_parts);
 
-// recurrent_step with what its gradients need: h, the gates, and of a cell with a c this in fp32 or wider, and in the dtype of h if that
-// is another.
+// recurrent_step, of the cell's name, with what its gradients need: h, the gates, and of a cell with a c this in fp32 or wider, and in the
+// dtype of h if that is another.
 std::vector<Tensor> recurrent_step_trained(Tensor input, Tensor h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
                                            std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::string cell);
 

@@ -104,32 +104,54 @@ struct Kept {
   int64_t w_ih, w_hh, w_hr, scales_ih, scales_hh, bytes;  // where the parts begin, in bytes; all of it
   uint64_t sources;                  // of the parameters that it was made from
 
-  // What tells a layer's weights from others, and from themselves after most writes that PyTorch does not count (to `.data`): where they
-  // lie, and a few of their values.
-  static uint64_t digest(const Stack& stack, int64_t layer) {
-    uint64_t sum = 0xcbf29ce484222325;
-    const auto mix = [&](uint64_t value) { sum = (sum ^ value) * 0x9e3779b97f4a7c15, sum ^= sum >> 29; };
+  // What it is made of: a layer's sizes and formats, and what tells its weights from others.
+  struct Source {
+    const Shape& shape;
+    const Tiling& tiling;
+    int64_t input;  // I
+    bool biases;
+    uint64_t digest;
+  };
+
+  // What tells weights from others, and from themselves after most writes that PyTorch does not count (to `.data`): where they lie, and a
+  // few of their values.
+  class Digest {
+   public:
+    void mix(const void* weights, int64_t bytes) {
+      const auto* values = static_cast<const char*>(weights);
+      const int64_t word = std::min<int64_t>(bytes, 8), count = bytes / word;
+      mix(reinterpret_cast<uintptr_t>(values));
+      for (int64_t place = 0; place < count; place += std::max<int64_t>(1, count / 16)) {
+        uint64_t value = 0;
+        std::memcpy(&value, values + place * word, word);
+        mix(value);
+      }
+    }
+    uint64_t sum() const { return sum_; }
+
+   private:
+    void mix(uint64_t value) { sum_ = (sum_ ^ value) * 0x9e3779b97f4a7c15, sum_ ^= sum_ >> 29; }
+
+    uint64_t sum_ = 0xcbf29ce484222325;
+  };
+
+  static Source source(const Stack& stack, int64_t layer) {
+    Digest digest;
     for (int64_t d = 0; d < stack.shape.lanes; ++d)
       for (int64_t i = 0; i < 2 + stack.shape.projected; ++i) {
         const Tensor& weights = i < 2 ? stack.of(layer, d)[i] : stack.projection(layer, d);
-        const auto* values = static_cast<const char*>(data(weights));
-        const int64_t bytes = weights.numel() * bytes_of(stack.shape.type), word = std::min<int64_t>(bytes, 8), count = bytes / word;
-        mix(reinterpret_cast<uintptr_t>(values));
-        for (int64_t place = 0; place < count; place += std::max<int64_t>(1, count / 16)) {
-          uint64_t value = 0;
-          std::memcpy(&value, values + place * word, word);
-          mix(value);
-        }
+        digest.mix(data(weights), weights.numel() * bytes_of(stack.shape.type));
       }
-    return sum;
+    return {stack.shape, stack.tiling, stack.depth(layer), stack.biases, digest.sum()};
   }
 
-  static Kept make(const Stack& stack, int64_t layer, Stored stored) {
-    const Shape& shape = stack.shape;
-    const int64_t I = stack.depth(layer), D = shape.lanes, GH = stack.gates(), P = shape.output;
+  static Kept make(const Source& source, Stored stored) {
+    const Shape& shape = source.shape;
+    const int64_t I = source.input, D = shape.lanes, GH = source.tiling.gates * shape.hidden, P = shape.output;
     Kept head{};
     head.mark = kMark, head.level = static_cast<int64_t>(cpu::level()), head.stored = static_cast<int64_t>(stored);
-    const int64_t sizes[] = {static_cast<int64_t>(shape.cell), stack.biases, D, I, GH, P, shape.projected, static_cast<int64_t>(shape.type)};
+    const int64_t sizes[] = {static_cast<int64_t>(shape.cell), source.biases,   D, I, GH, P,
+                             shape.projected,                  static_cast<int64_t>(shape.type)};
     std::copy(std::begin(sizes), std::end(sizes), head.sizes);
     const Packer packer(shape, kernels_of(shape));
     int64_t used = sizeof(Kept);
@@ -140,43 +162,49 @@ struct Kept {
     };
     const bool tiles = stored == Stored::kAsGiven, whole = stored == Stored::kInt8;
     // what is normalized is projected by itself, by the parameters as they are
-    head.w_ih = part(tiles && stack.tiling.normalized ? 0 : tiles ? packer.units_bytes(I) : D * GH * I * (whole ? 1 : 2));
+    head.w_ih = part(tiles && source.tiling.normalized ? 0 : tiles ? packer.units_bytes(I) : D * GH * I * (whole ? 1 : 2));
     head.w_hh = part(tiles ? packer.units_bytes(P) : D * GH * P * (whole ? 1 : 2));
     head.w_hr = part(shape.projected ? packer.columns_bytes() : 0);
     head.scales_ih = part(whole ? D * GH * sizeof(float) : 0);
     head.scales_hh = part(whole ? D * GH * sizeof(float) : 0);
     head.bytes = part(0);
-    head.sources = digest(stack, layer);
+    head.sources = source.digest;
     return head;
   }
 
   static std::optional<Kept> of(const Tensor& kept) {
-    if (!plain(kept) || kept.scalar_type() != ScalarType::Byte || kept.numel() < static_cast<int64_t>(sizeof(Kept))) return {};
+    if (!plain(kept) || kept.scalar_type() != ScalarType::Byte) return {};
+    return of(data(kept), kept.numel());
+  }
+  // of so many bytes
+  static std::optional<Kept> of(const void* kept, int64_t bytes) {
+    if (bytes < static_cast<int64_t>(sizeof(Kept))) return {};
     Kept head;
-    std::memcpy(&head, data(kept), sizeof head);
-    if (head.mark != kMark || head.stored < 0 || head.stored > static_cast<int64_t>(Stored::kInt8)) return {};
+    std::memcpy(&head, kept, sizeof head);
+    if (head.mark != kMark || head.stored < 0 || head.stored > static_cast<int64_t>(Stored::kInt8) || head.bytes != bytes) return {};
     return head;
   }
 
-  // The weights of `kept`, if they are those of this layer as it is now.
-  static bool take(const Stack& stack, int64_t layer, const Tensor& kept, Layer& to) {
-    const auto found = of(kept);
+  // The weights that begin at `base`, if they are those of this layer as it is now.
+  static bool take(const Source& source, const void* kept, int64_t bytes, Layer& to) {
+    const auto found = of(kept, bytes);
     if (!found) return false;
     const Kept& head = *found;
-    const Kept expected = make(stack, layer, static_cast<Stored>(head.stored));
-    if (std::memcmp(&head, &expected, sizeof head) || kept.numel() != head.bytes) return false;
-    const auto* base = static_cast<const char*>(data(kept));
+    const Kept expected = make(source, static_cast<Stored>(head.stored));
+    if (std::memcmp(&head, &expected, sizeof head)) return false;
+    const Shape& shape = source.shape;
+    const auto* base = static_cast<const char*>(kept);
     to.stored = static_cast<Stored>(head.stored);
     to.scales_ih.clear(), to.scales_hh.clear();
-    to.tiles_hr = stack.shape.projected ? base + head.w_hr : nullptr;
+    to.tiles_hr = shape.projected ? base + head.w_hr : nullptr;
     if (to.stored == Stored::kAsGiven) {
       to.tiles_ih = base + head.w_ih, to.tiles_hh = base + head.w_hh;
       return true;
     }
-    const int64_t GH = stack.gates(), size = to.stored == Stored::kInt8 ? 1 : 2;
-    for (int64_t d = 0; d < stack.shape.lanes; ++d) {
-      to.w_ih[d] = base + head.w_ih + d * GH * stack.depth(layer) * size;
-      to.w_hh[d] = base + head.w_hh + d * GH * stack.shape.output * size;
+    const int64_t GH = source.tiling.gates * shape.hidden, size = to.stored == Stored::kInt8 ? 1 : 2;
+    for (int64_t d = 0; d < shape.lanes; ++d) {
+      to.w_ih[d] = base + head.w_ih + d * GH * source.input * size;
+      to.w_hh[d] = base + head.w_hh + d * GH * shape.output * size;
       to.scales_ih.push_back(base + head.scales_ih + d * GH * sizeof(float));
       to.scales_hh.push_back(base + head.scales_hh + d * GH * sizeof(float));
     }
@@ -410,7 +438,11 @@ std::vector<Tensor> run_stack(const Tensor& input, const std::optional<Tensor>& 
       for (size_t i = tiling.normalized; i < stack->besides.size(); own += stack->besides[i++] * H * stored)
         std::memcpy(own, data(stack->beside(l, d, i)), stack->besides[i] * H * stored);
     }
-    if (kept && !Kept::take(*stack, l, (*kept)[l], layer)) return {};
+    if (kept) {
+      const Tensor& own = (*kept)[l];
+      if (!plain(own) || own.scalar_type() != ScalarType::Byte) return {};
+      if (!Kept::take(Kept::source(*stack, l), data(own), own.numel(), layer)) return {};
+    }
     a.x = x, a.input = l ? D * P : I, a.x_gates = nullptr;
     a.input_bias = has_biases ? biases : nullptr;
     a.vectors = !stack->besides.empty() || (inside && has_biases) ? vectors : nullptr;
@@ -445,7 +477,197 @@ std::vector<Tensor> lane_of(Tensor w_ih, Tensor w_hh, std::optional<Tensor> b_ih
   return params;
 }
 
+// What a call asks of a tensor, all of it at once. Of what is not on the CPU, or has no strides, nothing else is known.
+struct Facts {
+  bool given = false, plain = false, contiguous = false;
+  int32_t dtype = 0;
+  int64_t dim = 0;
+  const int64_t* sizes = nullptr;
+  const void* values = nullptr;
+
+  explicit Facts(AtenTensorHandle tensor) : given(tensor) {
+    if (!given) return;
+    static const int32_t cpu = aoti_torch_device_type_cpu(), strided = aoti_torch_layout_strided();
+    int32_t device, layout;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));
+    plain = device == cpu && layout == strided;
+    if (!plain) return;
+    int64_t* own;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &dim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &own));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor, &contiguous));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor, &values));
+    sizes = own;
+  }
+  bool is(int32_t type, std::initializer_list<int64_t> wanted) const {
+    return plain && contiguous && dtype == type && dim == static_cast<int64_t>(wanted.size()) &&
+           std::equal(wanted.begin(), wanted.end(), sizes);
+  }
+};
+
+// What an op is given, as the dispatcher hands it over: taken in its order, and let go of in the end. TORCH_BOX makes a shared pointer of
+// every tensor, and copies those: of a call of some microseconds that is a part.
+class Given {
+ public:
+  explicit Given(const StableIValue* stack) : next_(stack) {}
+  Given(const Given&) = delete;
+  ~Given() {
+    for (int i = 0; i < count_; ++i) aoti_torch_delete_tensor_object(tensors_[i]);
+  }
+  AtenTensorHandle tensor() { return tensors_[count_++] = torch::stable::detail::to<AtenTensorHandle>(*next_++); }
+  AtenTensorHandle optional() {
+    const auto found = torch::stable::detail::to<std::optional<AtenTensorHandle>>(*next_++);
+    return found ? tensors_[count_++] = *found : nullptr;
+  }
+  int64_t integer() { return torch::stable::detail::to<int64_t>(*next_++); }
+
+ private:
+  const StableIValue* next_;
+  AtenTensorHandle tensors_[8];
+  int count_ = 0;
+};
+
+// What it gives back.
+class Results {
+ public:
+  Results() = default;
+  Results(const Results&) = delete;
+  ~Results() {
+    for (int i = 0; i < count_; ++i) aoti_torch_delete_tensor_object(tensors_[i]);
+  }
+  // a new tensor's memory
+  void* add(Sizes sizes, int32_t dtype, bool transposed = false) {
+    int64_t strides[3], stride = 1;
+    const int64_t n = sizes.size(), *size = sizes.begin();
+    for (int64_t i = n; i-- > 0; stride *= size[i]) strides[i] = stride;
+    if (transposed) strides[n - 2] = size[n - 1] * size[n - 3], strides[n - 3] = size[n - 1];
+    static const int32_t cpu = aoti_torch_device_type_cpu();
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(n, size, strides, dtype, cpu, 0, &tensors_[count_]));
+    void* values;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensors_[count_++], &values));
+    return values;
+  }
+  void add(const std::vector<Tensor>& results) {
+    for (const Tensor& result : results)
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &tensors_[count_++]));
+  }
+  // in the place of an op's arguments
+  void give(StableIValue* stack, int expected) {
+    while (count_ < expected) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_uninitialized_tensor(&tensors_[count_++]));
+    for (int i = 0; i < expected; ++i) stack[i] = torch::stable::detail::from(tensors_[i]);
+    count_ = 0;  // they are the caller's
+  }
+
+ private:
+  AtenTensorHandle tensors_[3];
+  int count_ = 0;
+};
+
+// The arguments of a call of one lane without parameters beside weights and biases; those that are not there are null.
+struct Lane {
+  AtenTensorHandle input, w_ih, w_hh, b_ih, b_hh;
+  int64_t how;
+  AtenTensorHandle h0, c0, kept;
+
+  explicit Lane(Given& given)
+      : input(given.tensor()), w_ih(given.tensor()), w_hh(given.tensor()), b_ih(given.tensor()), b_hh(given.tensor()), how(given.integer()),
+        h0(given.optional()), c0(given.optional()), kept(given.optional()) {
+    if (how & kNoBiases) b_ih = b_hh = nullptr;
+  }
+};
+
+// run_stack of such a call in float32 or float64 whose tensors lie as the kernels read them. False: it is for run_stack, which also
+// declines.
+bool run_lane(const Lane& lane, Cell cell, bool step, bool batch_first, bool two_parts, Results& results) {
+  static const int32_t single = aoti_torch_dtype_float32(), wide = aoti_torch_dtype_float64(), byte = aoti_torch_dtype_uint8();
+  const Facts x(lane.input), w_ih(lane.w_ih), w_hh(lane.w_hh), b_ih(lane.b_ih), b_hh(lane.b_hh), h0(lane.h0), c0(lane.c0);
+  const int32_t dtype = w_hh.dtype;
+  if (!w_hh.plain || !x.plain || (dtype != single && dtype != wide) || w_hh.dim != 2 || x.dim != (step ? 2 : 3)) return false;
+  Layer layer;
+  Forward& a = layer.a;
+  const int64_t H = w_hh.sizes[1], I = x.sizes[x.dim - 1], time = batch_first ? 1 : 0;
+  const int64_t T = step ? 1 : x.sizes[time], B = step ? x.sizes[0] : x.sizes[1 - time];
+  a.shape = {cell, dtype == wide ? Type::kDouble : Type::kFloat, 1, H, H, false, false};
+  const Tiling tiling = kernels_of(a.shape).tiling(a.shape);
+  const int64_t GH = tiling.gates * H, own = tiling.own_recurrent * H, stored = bytes_of(a.shape.type);
+  if (tiling.vectors != tiling.own_recurrent || tiling.states > 1 || tiling.normalized) return false;
+  if (T == 0 || B == 0 || I == 0 || H == 0 || !x.contiguous || x.dtype != dtype || (batch_first && T > 1 && B > 1)) return false;
+  if (!w_ih.is(dtype, {GH, I}) || !w_hh.is(dtype, {GH, H})) return false;
+  if (b_ih.given && !(b_ih.is(dtype, {GH}) && b_hh.is(dtype, {GH}))) return false;
+  const auto fits = [&](const Facts& state) { return !state.given || (step ? state.is(dtype, {B, H}) : state.is(dtype, {1, B, H})); };
+  if (!fits(h0) || !fits(c0) || c0.given != (tiling.states == 1 && h0.given)) return false;
+
+  const Buffer folded(b_ih.given ? (GH + own) * stored : 0);
+  if (b_ih.given) {
+    auto* to = static_cast<char*>(folded.get());
+    const int64_t through = (GH - own) * stored;
+    add(a.shape.type, b_ih.values, b_hh.values, GH - own, to);
+    if (own) {  // as a sum with zero
+      add(a.shape.type, offset(b_ih.values, through), nullptr, own, to + through);
+      std::memcpy(to + GH * stored, offset(b_hh.values, through), own * stored);
+      a.vectors = to + GH * stored;
+    }
+    a.input_bias = to;
+  }
+  layer.w_ih.push_back(w_ih.values), layer.w_hh.push_back(w_hh.values);
+  if (lane.kept) {
+    const Facts kept(lane.kept);
+    if (!kept.is(byte, {kept.dim == 1 ? kept.sizes[0] : 0})) return false;
+    Kept::Digest digest;
+    digest.mix(w_ih.values, GH * I * stored), digest.mix(w_hh.values, GH * H * stored);
+    if (!Kept::take({a.shape, tiling, I, b_ih.given, digest.sum()}, kept.values, kept.sizes[0], layer)) return false;
+  }
+  layer.rows = T * B, layer.steps = T, a.batch = B, a.two_parts = two_parts;
+  a.x = x.values, a.input = I, a.h0 = h0.values, a.c0 = c0.values;
+  Buffer last;
+  if (step) {
+    last = Buffer(B * H * stored);
+    a.y = results.add({B, H}, dtype), a.h_n = last.get();
+    if (tiling.states) a.c_n = results.add({B, H}, dtype);
+  } else {
+    a.y = batch_first ? results.add({B, T, H}, dtype, true) : results.add({T, B, H}, dtype);
+    a.h_n = results.add({1, B, H}, dtype);
+    if (tiling.states) a.c_n = results.add({1, B, H}, dtype);
+  }
+  run(layer);
+  return true;
+}
+
+// of the caller's, beside which it lives on
+std::optional<Tensor> shared(AtenTensorHandle tensor) {
+  if (!tensor) return {};
+  AtenTensorHandle own;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor, &own));
+  return Tensor(own);
+}
+
+void call_lane(StableIValue* stack, bool step) {
+  Given given(stack);
+  const Lane lane(given);
+  const bool batch_first = lane.how & kBatchFirst, two_parts = lane.how & kTwoParts;
+  const int64_t number = lane.how & ~(kBatchFirst | kTwoParts | kNoBiases);
+  STD_TORCH_CHECK(number >= 0 && number < std::ssize(kCellNames), "cell ", number, " is none of the cells");
+  const auto cell = static_cast<Cell>(number);
+  Results results;
+  if (!run_lane(lane, cell, step, batch_first, two_parts, results)) {
+    const Tensor input = *shared(lane.input);
+    std::optional<std::vector<Tensor>> kept;
+    if (lane.kept) kept.emplace(1, *shared(lane.kept));
+    const auto params = lane_of(*shared(lane.w_ih), *shared(lane.w_hh), shared(lane.b_ih), shared(lane.b_hh));
+    if (input.dim() == (step ? 2 : 3))
+      results.add(run_stack(input, shared(lane.h0), shared(lane.c0), params, {}, {}, {}, {}, {}, cell, 1, params.size() == 4, false,
+                            batch_first, 0, 0, kept, Saves::kNothing, two_parts));
+  }
+  results.give(stack, step ? 2 : 3);
+}
+
 }  // namespace
+
+void recurrent_one_layer(StableIValue* stack, uint64_t, uint64_t) { call_lane(stack, false); }
+
+void recurrent_step(StableIValue* stack, uint64_t, uint64_t) { call_lane(stack, true); }
 
 std::vector<Tensor> recurrent_layers(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, std::vector<Tensor> params,
                                      std::optional<Tensor> lengths, std::optional<Tensor> batch_sizes, std::optional<Tensor> resets,
@@ -464,25 +686,6 @@ std::vector<Tensor> recurrent_packed(Tensor input, std::optional<Tensor> h0, std
   const int64_t layers = kept.size();
   return run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, static_cast<Cell>(cell), layers, biases, lanes > 1, batch_first, 0, 0,
                    std::move(kept), Saves::kNothing, two_parts);
-}
-
-std::vector<Tensor> recurrent_one_layer(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
-                                        std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::string cell, bool batch_first,
-                                        bool two_parts) {
-  if (input.dim() != 3 || b_ih.has_value() != b_hh.has_value()) return {};
-  const auto params = lane_of(std::move(w_ih), std::move(w_hh), std::move(b_ih), std::move(b_hh));
-  return run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, cell_of(cell), 1, params.size() == 4, false, batch_first, 0, 0, {},
-                   Saves::kNothing, two_parts);
-}
-
-std::vector<Tensor> recurrent_step(Tensor input, std::optional<Tensor> h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
-                                   std::optional<Tensor> b_ih, std::optional<Tensor> b_hh, std::optional<Tensor> kept, std::string cell) {
-  if (input.dim() != 2 || b_ih.has_value() != b_hh.has_value()) return {};
-  const auto params = lane_of(std::move(w_ih), std::move(w_hh), std::move(b_ih), std::move(b_hh));
-  std::optional<std::vector<Tensor>> packed;
-  if (kept) packed.emplace(1, std::move(*kept));
-  return run_stack(input, h0, c0, params, {}, {}, {}, {}, {}, cell_of(cell), 1, params.size() == 4, false, false, 0, 0, packed,
-                   Saves::kNothing, false);
 }
 
 std::vector<Tensor> recurrent_step_trained(Tensor input, Tensor h0, std::optional<Tensor> c0, Tensor w_ih, Tensor w_hh,
@@ -515,7 +718,7 @@ std::vector<Tensor> recurrent_pack(std::vector<Tensor> params, std::string cell,
   if (!stack || (stored != Stored::kAsGiven && stack->shape.type != Type::kFloat)) return {};
   std::vector<Tensor> results;
   for (int64_t l = 0; l < num_layers; ++l) {
-    const Kept head = Kept::make(*stack, l, stored);
+    const Kept head = Kept::make(Kept::source(*stack, l), stored);
     results.push_back(empty({head.bytes}, ScalarType::Byte));
     auto* base = static_cast<char*>(mutable_data(results.back()));
     std::memset(base, 0, head.bytes);

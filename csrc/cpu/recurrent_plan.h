@@ -31,6 +31,11 @@ inline bool steps_at_once(int64_t batch, int64_t width) {
   return batch >= kSequencesOfStep && 4 * batch >= 3 * whole;
 }
 
+// Whether a single step of fewer sequences is multiplied with lanes along the depth, by kernels that do nothing but steps.
+inline bool steps_in_place(int64_t batch, int64_t input, int64_t hidden) {
+  return batch < kSequencesOfStep && reads_in_place(batch, std::min(input, hidden), false);
+}
+
 // Whether weights kept in another type are read as they lie: they are what fits the caches. With many sequences, tiles made of them again
 // are the faster ones; and the projected input of a long call, all of it at once, would take too much memory.
 constexpr int64_t kProjectedElements = 16 << 20;

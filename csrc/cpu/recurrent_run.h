@@ -158,7 +158,7 @@ class Packer {
 // All lanes of a layer, by the kernels that serve it.
 void run(Layer& layer);
 
-// Whether a layer is a single step of so many sequences that recurrent_step.h serves it; then it runs all its lanes.
+// Whether a layer is a single step that recurrent_step.h serves; then it runs all its lanes.
 bool is_step(const Layer& layer);
 void run_step(const Layer& layer);
 

@@ -2,6 +2,7 @@
 // FASTSEQ_VECTOR_BYTES and FASTSEQ_VECTOR_REGISTERS.
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -17,7 +18,19 @@ namespace fastseq::cpu::FASTSEQ_LEVEL {
 namespace {
 
 #include "vector.inl"
+#include "activations.inl"
 #include "transpose.inl"
+
+// As in recurrent_kernel.inl.
+template <class A>
+struct Start {
+  const A* rows = nullptr;
+  int64_t stride = 0;
+  int64_t vectors = 0;
+};
+
+#include "product_blocks.inl"
+#include "product_fma.inl"
 
 template <class T>
 const T* at(const void* base, int64_t offset) {
@@ -240,6 +253,230 @@ class StepKernel {
   const A *w_ih, *w_hh, *bias, *vectors;
 };
 
+// Products of a row of x and of h at once with weights as PyTorch stores them: sums[row][column] = x[row] . w_ih[column] + h[row] .
+// w_hh[column]. Lanes run along the depths, and what both leave in them is added up across the lanes together, of W sums at a time.
+template <class A>
+struct Joint {
+  using V = typename Lanes<A>::V;
+  static constexpr int64_t W = Math<A>::kWidth;
+
+  // `count` rows, one after the other; no rows: nothing is added
+  struct Operand {
+    const A *rows, *weights;  // from the first column on
+    int64_t depth;
+  };
+
+  // W columns, of which those after `last` are this one; give(r, first, count, values): the sums of columns first .. first + count of row r
+  template <class Give>
+  static void multiply(const Operand& x, const Operand& h, int64_t count, int64_t last, const Give& give) {
+    int64_t r = 0;
+    if constexpr (W >= 4)
+      for (; r + 4 <= count; r += 4) block<4>(x, h, r, last, give);
+    for (; r + 2 <= count; r += 2) block<2>(x, h, r, last, give);
+    if (r < count) block<1>(x, h, r, last, give);
+  }
+
+ private:
+  static constexpr int64_t kTogether = 8;  // columns that are read side by side, as in product_in_place.inl
+
+  template <int R, class Give>
+  static FASTSEQ_HOST_DEVICE void block(const Operand& x, const Operand& h, int64_t r, int64_t last, const Give& give) {
+    constexpr int64_t C = W / R;
+    for (int64_t first = 0; first < C * R; first += C) {
+      V sums[W];
+      products<R>(x, h, r, first, last, sums);
+      const V values = added_up<W / 2>(sums);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < R; ++i) give(r + i, first, C, reinterpret_cast<const A*>(&values) + i * C);
+    }
+  }
+
+  // sums[row * C + column], each still W partial ones
+  template <int R>
+  static __attribute__((noinline)) void products(const Operand& x, const Operand& h, int64_t r, int64_t first, int64_t last, V* sums) {
+    constexpr int64_t C = W / R, N = C < kTogether ? C : kTogether;
+    for (int64_t j = 0; j < C; j += N) {
+      V sum[R][N];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < R * N; ++i) sum[i / N][i % N] = V{};
+      for (const Operand* operand : {&x, &h}) {
+        const int64_t depth = operand->depth;
+        if (!operand->rows) continue;
+        const A *rows = operand->rows + r * depth, *column[N];
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < N; ++c) column[c] = operand->weights + min(first + j + c, last) * depth;
+        const auto add = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+          V value[R];
+#pragma GCC unroll 4
+          for (int64_t i = 0; i < R; ++i) value[i] = Memory<A, A>::load(rows + i * depth + k, n);
+#pragma GCC unroll 8
+          for (int64_t c = 0; c < N; ++c) {
+            const V weight = Memory<A, A>::load(column[c] + k, n);
+#pragma GCC unroll 4
+            for (int64_t i = 0; i < R; ++i) sum[i][c] += value[i] * weight;
+          }
+        };
+        int64_t k = 0;
+        for (; k + W <= depth; k += W) add(k, W);
+        if (k < depth) add(k, depth - k);
+      }
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < R * N; ++i) sums[i / N * C + j + i % N] = sum[i / N][i % N];
+    }
+  }
+
+  // Lane j of the result is the sum over the lanes of sums[j]. A stage adds lanes S apart, of two vectors in one.
+  template <int S>
+  static FASTSEQ_HOST_DEVICE V added_up(V* sums) {
+    if constexpr (S == 0) {
+      return sums[0];
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < S; ++i) {
+        const V a = sums[i], b = sums[i + S];
+        [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
+          sums[i] = __builtin_shufflevector(a, b, (J & S ? W + J : J)...) +
+                    __builtin_shufflevector(a, b, (J & S ? W + (J ^ S) : J ^ S)...);
+        }(std::make_integer_sequence<int, W>());
+      }
+      return added_up<S / 2>(sums);
+    }
+  }
+};
+
+// A step of few sequences. By weights as PyTorch stores them lanes run along the depths, and the sums of x and of h are added up across
+// them together; by packed ones along the units. The units of some tiles are finished at once, two vectors of them side by side.
+template <class A, template <class> class Cell_>
+class FewKernel {
+  using M = std::conditional_t<sizeof(A) == 4, Activation<A>, Math<A>>;
+  using V = typename M::V;
+  using C = Cell_<OneRow<A, M>>;
+  using Product = MultiplyAdd<A>;
+  using Matrix = typename Product::Matrix;
+  static constexpr int64_t W = M::kWidth;
+  static constexpr int G = C::kGates, K = C::kStates, kOwn = C::kOwnRecurrent;
+  static constexpr int kSums = G + kOwn;               // in place: of the gates, the last ones' of x; then of these R h
+  static constexpr int64_t UB = G == 1 ? kTileVectors : 1;  // vectors of units of a packed tile
+  static constexpr int64_t kRows = kSequencesOfStep;   // sequences, times tiles, whose sums are kept
+
+ public:
+  explicit FewKernel(const Step& s)
+      : s(s), B(s.batch), I(s.input), H(s.hidden), x(static_cast<const A*>(s.x)), h0(static_cast<const A*>(s.h0)),
+        c0(static_cast<const A*>(s.c0)), bias(static_cast<const A*>(s.bias)), vectors(static_cast<const A*>(s.vectors)),
+        y(static_cast<A*>(s.y)), h_n(static_cast<A*>(s.h_n)), c_n(static_cast<A*>(s.c_n)),
+        x_rows(s.operands, I), h_rows(static_cast<char*>(s.operands) + (s.operands ? Matrix::bytes(B, I) : 0), H) {}
+
+  void run(int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      if (s.packed_hh)
+        multiply_packed(tile, tile + 1 < end ? tile + 1 : begin);
+      else
+        multiply(tile);
+      if (rows + B > kRows) finish();
+    }
+    finish();
+  }
+
+ private:
+  // W units of a sequence: the sums of a gate and of the next, `stride` apart; of the last kOwn gates those of x and of R h
+  struct Item {
+    const A *sums, *of_x, *of_h;
+    int64_t stride, sequence, unit, count;
+  };
+
+  void add(const A* sums_of, const A* of_x, const A* of_h, int64_t stride, int64_t sequence, int64_t unit) {
+    items[count++] = {sums_of, of_x, of_h, stride, sequence, unit, min(W, H - unit)};
+  }
+
+  void multiply(int64_t tile) {
+    A* to = sums + rows * kSums * W;
+    const int64_t u0 = tile * W;
+    for (int g = 0; g < kSums; ++g) {
+      const int64_t first = (g < G ? g : g - kOwn) * H + u0;
+      const A *own_x = g < G ? x : nullptr, *own_h = g < G - kOwn || g >= G ? h0 : nullptr;
+      Joint<A>::multiply({own_x, static_cast<const A*>(s.w_ih) + first * I, I}, {own_h, static_cast<const A*>(s.w_hh) + first * H, H}, B,
+                         H - 1 - u0, [&](int64_t r, int64_t lane, int64_t n, const A* values) __attribute__((always_inline)) {
+                           __builtin_memcpy(to + (r * kSums + g) * W + lane, values, n * sizeof(A));
+                         });
+    }
+    for (int64_t b = 0; b < B; ++b, to += kSums * W) add(to, to, to + kOwn * W, W, b, u0);
+    rows += B;
+  }
+
+  void multiply_packed(int64_t tile, int64_t next) {
+    const int64_t u0 = tile * UB * W, blocks = min(UB, blocks_of(H - u0, W)), n = G * blocks;
+    A *of_x = sums + rows * G * UB * W, *of_h = sums_of_h + rows * G * UB * W;
+    const auto at = [](const void* packed, int64_t i, int64_t depth) {
+      return static_cast<const char*>(packed) + i * Product::tile_bytes(G * UB, depth);
+    };
+    alignas(64) A start[G * UB * W];
+    for (int64_t v = 0; v < n; ++v) {
+      const int64_t u = u0 + v % blocks * W;
+      *(V*)(start + v * W) = bias ? Memory<A, A>::load(bias + v / blocks * H + u, H - u) : V{};
+    }
+    const Product product(B, false);
+    const void *own = at(s.packed_hh, tile, H), *after = at(s.packed_ih, next, I);
+    product.multiply(x_rows, 0, B, at(s.packed_ih, tile, I), n, I, {start, 0, n}, of_x, h0 ? own : after, 0);
+    if (h0) product.multiply(h_rows, 0, B, own, n, H, {of_x, n * W, n / G * (G - kOwn)}, of_h, after, 0);
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t place = (b * n + i) * W;
+        add((h0 ? of_h : of_x) + place, of_x + place, h0 ? of_h + place : nullptr, blocks * W, b, u0 + i * W);
+      }
+    rows += B;
+  }
+
+  void finish() {
+    int64_t i = 0;
+    if constexpr (FASTSEQ_VECTOR_REGISTERS == 32)
+      for (; i + 2 <= count; i += 2) finish<TwoRows<A, M>>(items + i);
+    for (; i < count; ++i) finish<OneRow<A, M>>(items + i);
+    rows = count = 0;
+  }
+
+  template <class Rows>
+  FASTSEQ_HOST_DEVICE void finish(const Item* of) const {
+    using R = typename Rows::V;
+    const auto load = [&](const A* from, int64_t i, int64_t row) __attribute__((always_inline)) {
+      return from ? Memory<A, A>::load(from + row * H + of[i].unit, of[i].count) : V{};
+    };
+    const auto sequences = [&](const A* from) __attribute__((always_inline)) {
+      return Rows::gather([&](int64_t i) { return load(from, i, of[i].sequence); });
+    };
+    const A* added = s.packed_hh ? nullptr : bias;
+    R gx[G], gr[G], inner[C::kVectors + 1], saved[C::kSaved + 1], c[K + 1], h_next, c_next[K + 1];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      const bool own = g >= G - kOwn;
+      gx[g] = Rows::gather([&](int64_t i) { return *(const V*)((own ? of[i].of_x : of[i].sums) + g * of[i].stride) + load(added, i, g); });
+      gr[g] = Rows::gather([&](int64_t i) { return !own ? -V{} : of[i].of_h ? *(const V*)(of[i].of_h + g * of[i].stride) : V{}; });
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < C::kVectors; ++v) inner[v] = Rows::gather([&](int64_t i) { return load(vectors, i, v); });
+    if constexpr (K > 0) c[0] = sequences(c0);
+    if constexpr (requires { Cell_<Rows>::forward_alone(gx, gr, c, h_next, c_next); })
+      Cell_<Rows>::forward_alone(gx, gr, c, h_next, c_next);
+    else
+      Cell_<Rows>::forward(gx, gr, inner, sequences(h0), c, saved, h_next, c_next);
+    Rows::scatter(h_next, [&](int64_t i, V v) {
+      Memory<A, A>::store(y + of[i].sequence * s.y_stride + of[i].unit, v, of[i].count);
+      if (h_n) Memory<A, A>::store(h_n + of[i].sequence * H + of[i].unit, v, of[i].count);
+    });
+    if constexpr (K > 0)
+      Rows::scatter(c_next[0], [&](int64_t i, V v) { Memory<A, A>::store(c_n + of[i].sequence * H + of[i].unit, v, of[i].count); });
+  }
+
+  const Step& s;
+  const int64_t B, I, H;
+  const A *x, *h0, *c0, *bias, *vectors;
+  A *y, *h_n, *c_n;
+  const Matrix x_rows, h_rows;  // of packed weights
+  int64_t rows = 0, count = 0;
+  Item items[kRows * UB];
+  alignas(64) A sums[kRows * max(kSums, G * UB) * W];
+  alignas(64) A sums_of_h[kRows * G * UB * W];
+};
+
 template <class F>
 auto with_type(Type type, F&& body) {
   return type == Type::kDouble ? body.template operator()<double>() : body.template operator()<float>();
@@ -262,19 +499,47 @@ void transpose(const Step& s, int64_t begin, int64_t end) {
   });
 }
 
-void run(const Step& s, int64_t begin, int64_t end) {
+// Calls body.template operator()<A, Cell>() for the type and the cell of a step.
+template <class F>
+void with_step(const Step& s, F&& body) {
   with_type(s.type, [&]<class A>() {
     switch (s.cell) {
-      case Cell::kRnnTanh: return StepKernel<A, RnnTanh>(s).run(begin, end);
-      case Cell::kRnnRelu: return StepKernel<A, RnnRelu>(s).run(begin, end);
-      case Cell::kLstm: return StepKernel<A, Lstm>(s).run(begin, end);
-      default: return StepKernel<A, Gru>(s).run(begin, end);
+      case Cell::kRnnTanh: return body.template operator()<A, RnnTanh>();
+      case Cell::kRnnRelu: return body.template operator()<A, RnnRelu>();
+      case Cell::kLstm: return body.template operator()<A, Lstm>();
+      default: return body.template operator()<A, Gru>();
     }
   });
 }
 
+void run(const Step& s, int64_t begin, int64_t end) {
+  with_step(s, [&]<class A, template <class> class Cell>() { StepKernel<A, Cell>(s).run(begin, end); });
+}
+
+int64_t bytes_of_few(const Step& s) {
+  return with_type(s.type, [&]<class A>() -> int64_t {
+    using Matrix = typename MultiplyAdd<A>::Matrix;
+    return Matrix::bytes(s.batch, s.input) + Matrix::bytes(s.batch, s.hidden);
+  });
+}
+
+void gather_few(const Step& s) {
+  with_type(s.type, [&]<class A>() {
+    using Matrix = typename MultiplyAdd<A>::Matrix;
+    const Matrix x(s.operands, s.input), h(static_cast<char*>(s.operands) + Matrix::bytes(s.batch, s.input), s.hidden);
+    for (int64_t b = 0; b < s.batch; ++b) {
+      x.put(b, static_cast<const A*>(s.x) + b * s.input, s.input);
+      if (s.h0) h.put(b, static_cast<const A*>(s.h0) + b * s.hidden, s.hidden);
+    }
+  });
+}
+
+void run_few(const Step& s, int64_t begin, int64_t end) {
+  with_step(s, [&]<class A, template <class> class Cell>() { FewKernel<A, Cell>(s).run(begin, end); });
+}
+
 }  // namespace
 
-constexpr StepKernels kStepKernels{width, sequences_of, transpose, run};
+constexpr StepKernels kStepKernels{width, sequences_of, transpose, run, bytes_of_few, gather_few, run_few};
 
 }  // namespace fastseq::cpu::FASTSEQ_LEVEL

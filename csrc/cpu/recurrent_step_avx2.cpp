@@ -1,4 +1,4 @@
-// Single steps of many sequences for AVX2 and FMA. CMakeLists.txt gives this file its flags.
+// Single steps for AVX2 and FMA. CMakeLists.txt gives this file its flags.
 #define FASTSEQ_LEVEL level_avx2
 #define FASTSEQ_VECTOR_BYTES 32
 #define FASTSEQ_VECTOR_REGISTERS 16

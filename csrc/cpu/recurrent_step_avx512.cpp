@@ -1,4 +1,4 @@
-// Single steps of many sequences for AVX-512 (F, BW, DQ, VL). CMakeLists.txt gives this file its flags.
+// Single steps for AVX-512 (F, BW, DQ, VL). CMakeLists.txt gives this file its flags.
 #define FASTSEQ_LEVEL level_avx512
 #define FASTSEQ_VECTOR_BYTES 64
 #define FASTSEQ_VECTOR_REGISTERS 32

@@ -1,4 +1,4 @@
-// Single steps of many sequences for the baseline instruction set. CMakeLists.txt gives this file its flags.
+// Single steps for the baseline instruction set. CMakeLists.txt gives this file its flags.
 #define FASTSEQ_LEVEL level_default
 #define FASTSEQ_VECTOR_BYTES 16
 #define FASTSEQ_VECTOR_REGISTERS 16

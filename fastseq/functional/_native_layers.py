@@ -6,11 +6,13 @@ What a caller records, transforms, lowers or looks at keeps the registered ops, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import dropout as dropped
 
 from .. import backends
@@ -19,13 +21,24 @@ from ..backends.cpu import recurrent as native
 from ..backends.notes import note
 from ..backends.torch import recurrent as torchs
 from ..cells import CELLS
-from ..choice.sources import layers_are_torchs, may_be_torchs
+from ..choice import sources
+from ..choice.sources import layers_are_torchs
 from ..ops._dispatch import PLAIN
 from ..ops._recurrent_step import trained_layer_of_a_step
 from ..ops.recurrent import native_layer
 from ._packing import Packing
 
-_STATE = PLAIN | {type(None)}
+NUMBERS = {name: number for number, name in enumerate(native.CELLS)}
+_BATCH_FIRST, _TWO_PARTS, _NO_BIASES = 1 << 8, 1 << 9, 1 << 10  # as in csrc/cpu/recurrent.h
+PARTS_FROM = 16  # steps, and sequences, of calls that AMX multiplies in parts (`multiplies_parts` in csrc/cpu/recurrent_plan.h)
+
+# The library's ops, which a call of microseconds would look up each time.
+_ops: dict[str, Callable[..., Any]] = {}
+
+
+def _op(name: str) -> Callable[..., Any]:
+    """An op of the library, without the function around it."""
+    return _ops.setdefault(name, getattr(torch.ops.fastseq_native, name).default._op)
 
 
 def native_layers(
@@ -119,103 +132,137 @@ def _joined(states: Sequence[Tensor]) -> Tensor:
     return states[0] if len(states) == 1 else torch.cat(list(states), -1)
 
 
-def native_step(
-    cell: str, input: Tensor, states: Sequence[Tensor] | None, params: Sequence[Tensor], packing: Packing | None = None
-) -> Sequence[Tensor] | None:
-    """The states [B, n] after a step of plain tensors in a plain call without gradients. None: the call is for another way."""
-    if not input.is_cpu or backends.watched_eagerly() or library.reason():
-        return None
-    kept = None
-    if packing is not None:
-        kept = packing.of(params)
-    elif may_be_torchs("recurrent_cell", False) and not backends.forced_eagerly():
-        if backends.step_is_torchs(cell, input.device, input.dtype, input.shape[0], params[1].shape[1], False):
-            return None
-    h0, c0 = (None, None) if states is None else states if len(states) == 2 else (states[0], None)
-    w_ih, w_hh, b_ih, b_hh = params if len(params) == 4 else (*params, None, None)
-    op = torch.ops.fastseq_native.recurrent_step.default
-    done = op(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0] if kept else None, cell)
-    if not done:
-        anew = _laid_out(input, h0, c0)
-        if anew is not None:
-            input, h0, c0 = anew
-            done = op(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0] if kept else None, cell)
-    if not done and kept:  # made of other values: of weights that were written through .data
-        kept = packing.again(params)  # type: ignore[union-attr]
-        done = op(input, h0, c0, w_ih, w_hh, b_ih, b_hh, kept[0] if kept else None, cell)
-    return done or None
-
-
 def _plain_states(hx: Any) -> tuple[Tensor | None, Tensor | None] | None:
     """(h0, c0) as a module was given them, both None for zeros. None: they are no plain tensors."""
     if hx is None:
         return None, None
-    h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
-    return (h0, c0) if type(h0) in PLAIN and type(c0) in _STATE else None
+    if type(hx) is tuple:
+        return hx if len(hx) == 2 and type(hx[0]) in PLAIN and type(hx[1]) in PLAIN else None
+    return (hx, None) if type(hx) in PLAIN else None
 
 
-def native_layer_alone(
-    cell: str, input: Tensor, hx: Any, own: Mapping[str, Tensor | None], has_biases: bool, batch_first: bool
-) -> Sequence[Tensor] | None:
-    """``native_layers`` of a layer of an LSTM, GRU or RNN in one direction, whose parameters are among ``own``, of ``input``
-    [T, B, I] in a plain call, watched by nobody, without gradients.
+class Lane(NamedTuple):
+    """What a module of one layer in one direction of an LSTM, GRU or RNN, or a cell of these, says of its calls."""
 
-    None: the call is for another way."""
-    w_ih, w_hh, b_ih, b_hh = own.get("weight_ih_l0"), own.get("weight_hh_l0"), None, None
-    if type(w_ih) not in PLAIN or type(w_hh) not in PLAIN or w_hh.dim() != 2:  # type: ignore[union-attr]
-        return None
-    if has_biases:
-        b_ih, b_hh = own.get("bias_ih_l0"), own.get("bias_hh_l0")
-        if type(b_ih) not in PLAIN or type(b_hh) not in PLAIN:
+    cell: str
+    how: int  # the number of the cell in the library, and whether the input is batch first
+    step: bool  # a cell
+    batch_first: bool
+    hidden: int
+    params: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # w_ih, w_hh and perhaps b_ih and b_hh among a module's
+    ours: dict[Any, bool]  # by shape and dtype of the input: whether the library's kernels are the ones
+
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_OF_CELL = {True: itemgetter(*_NAMES), False: itemgetter(*_NAMES[:2])}
+_OF_LAYER = {True: itemgetter(*[f"{name}_l0" for name in _NAMES]), False: itemgetter(*[f"{name}_l0" for name in _NAMES[:2]])}
+
+
+def lane_of(cell: str, step: bool, has_biases: bool, batch_first: bool, hidden: int) -> Lane:
+    """It is to be kept in a ``memory`` of decisions, which is emptied when they change."""
+    params = (_OF_CELL if step else _OF_LAYER)[has_biases]
+    return Lane(
+        cell, NUMBERS[cell] | _BATCH_FIRST * batch_first | _NO_BIASES * (not has_biases), step, batch_first, hidden, params, {}
+    )
+
+
+def native_lane(lane: Lane, input: Tensor, hx: Any, own: Mapping[str, Any], packing: Packing | None) -> tuple[Tensor, ...] | None:
+    """Output, h_n and c_n, of a cell h and c (None: there is no c), of a plain call without gradients that nobody watches.
+
+    ``input``, of no subclass, is [T, B, I], [B, T, I] or of a cell [B, I]; the parameters are among ``own``.
+
+    None: the call is for another way, which also says what is wrong with it. Nothing is looked up twice, nor any function called
+    that does little: this stands before kernels that take a microsecond."""
+    _, how, step, _, _, params_of, ours = lane
+    if hx is None:
+        h0 = c0 = None
+    elif type(hx) is tuple:
+        if len(hx) != 2:
             return None
-    states = _plain_states(hx)
-    if states is None:
-        return None
-    h0, c0 = states
-    if not input.is_cpu or input.dtype not in native.DTYPES or library.reason():
-        return None
-    if not backends.forced_eagerly():
-        steps, batch, _ = input.shape
-        if batch_first:
-            steps, batch = batch, steps
-        if layers_are_torchs(cell, input.dtype, "padded", 1, batch, steps, w_hh.shape[1], False):  # type: ignore[union-attr]
+        h0, c0 = hx
+        if type(h0) not in PLAIN or type(c0) not in PLAIN:
             return None
-    op, two = torch.ops.fastseq_native.recurrent_one_layer.default, native.two_parts()
-    results = op(input, h0, c0, w_ih, w_hh, b_ih, b_hh, cell, batch_first, two)
-    if not results:
+    elif type(hx) in PLAIN:
+        h0, c0 = hx, None
+    else:
+        return None
+    try:
+        params = params_of(own)
+    except KeyError:  # weight_norm, parametrizations and FSDP take them away
+        return None
+    kept = None
+    if packing is not None:
+        kept = packing.kept_lane(params)  # of the very parameters that were packed, what was asked then holds
+    if kept is None:
+        for param in params:
+            if type(param) is not Parameter and type(param) not in PLAIN:
+                return None
+    if not input.is_cpu:
+        return None
+    shape = input.shape
+    if packing is None:
+        known = ours.get((shape, input.dtype))
+        if known is None:
+            known = _is_ours(lane, input, params[1])
+            if known is None:
+                return None
+        if not (known or backends.forced_eagerly()):
+            return None
+    elif kept is None:
+        packed = None if library.reason() else packing.of(params)
+        if not packed:
+            return None
+        kept = packed[0]
+    w_ih, w_hh, b_ih, b_hh = params if len(params) == 4 else (*params, *params)  # in the place of biases, anything
+    if step:
+        op = _ops.get("recurrent_step") or _op("recurrent_step")
+    else:
+        op = _ops.get("recurrent_one_layer") or _op("recurrent_one_layer")
+        if len(shape) == 3 and shape[0] >= PARTS_FROM and native.two_parts():
+            how |= _TWO_PARTS
+    if kept is not None:
+        results = op(input, w_ih, w_hh, b_ih, b_hh, how, h0, c0, kept)
+    elif c0 is not None:
+        results = op(input, w_ih, w_hh, b_ih, b_hh, how, h0, c0)
+    else:
+        results = op(input, w_ih, w_hh, b_ih, b_hh, how, h0)
+    if results[0] is None and input.dim() == 3 - step:
         anew = _laid_out(input, h0, c0)
         if anew is not None:
-            results = op(*anew, w_ih, w_hh, b_ih, b_hh, cell, batch_first, two)
-    return results or None
+            input, h0, c0 = anew
+            results = op(input, w_ih, w_hh, b_ih, b_hh, how, h0, c0, kept)
+        if results[0] is None and packing is not None:  # made of other values: of weights that were written through .data
+            packed = packing.again(params)
+            if packed:
+                results = op(input, w_ih, w_hh, b_ih, b_hh, how, h0, c0, packed[0])
+    return None if results[0] is None else results
+
+
+def _is_ours(lane: Lane, input: Tensor, w_hh: Tensor) -> bool | None:
+    """Whether the library's kernels are the ones for such calls; None: it has none, or they are odd."""
+    shape, hidden = input.shape, lane.hidden
+    if len(shape) != 3 - lane.step or w_hh.dim() != 2 or input.dtype not in native.DTYPES or library.reason():
+        return None
+    if lane.step:
+        torchs_own = backends.step_is_torchs(lane.cell, input.device, input.dtype, shape[0], hidden, False)
+    else:
+        steps, batch = (shape[1], shape[0]) if lane.batch_first else shape[:2]
+        torchs_own = layers_are_torchs(lane.cell, input.dtype, "padded", 1, batch, steps, hidden, False)
+    return bool(sources.remember(lane.ours, (shape, input.dtype), not torchs_own))
 
 
 def packed_layers(
     input: Tensor, hx: Any, own: Mapping[str, Tensor | None], names: Sequence[str], batch_first: bool, packing: Packing
 ) -> Sequence[Tensor] | None:
-    """``native_layers`` of padded input where nobody watches and gradients are off, by the weights that were packed, as long as
-    they are those of the parameters ``names`` of ``own``, which were plain then. None: the call is for another way."""
-    found = packing.kept_of(own, names)
-    if found is None or not input.is_cpu or not packing.states_apart:
-        return None
-    states = _plain_states(hx)
-    if states is None:
-        return None
-    return torch.ops.fastseq_native.recurrent_packed.default(input, *states, *found, batch_first, native.two_parts()) or None
+    """``native_layers`` of padded input, no subclass, in a plain call without gradients that nobody watches, by the weights that
+    were packed, as long as they are those of the parameters ``names`` of ``own``, which were plain then.
 
-
-def packed_step(
-    cell: str, input: Tensor, hx: Sequence[Any] | None, own: Mapping[str, Tensor | None], names: Sequence[str], packing: Packing
-) -> Sequence[Tensor] | None:
-    """``native_step`` under the same conditions."""
-    found = packing.kept_of(own, names)
-    if found is None or not input.is_cpu:
+    None: the call is for another way."""
+    states, found = _plain_states(hx), packing.kept_of(own, names)
+    if states is None or found is None or not input.is_cpu or input.dim() != 3 or not packing.states_apart:
         return None
-    states = _plain_states(hx[0] if hx is not None and len(hx) == 1 else hx)
-    if states is None:
-        return None
-    params, kept = found
-    w_ih, w_hh, b_ih, b_hh = params if len(params) == 4 else (*params, None, None)
-    return torch.ops.fastseq_native.recurrent_step.default(input, *states, w_ih, w_hh, b_ih, b_hh, kept[0], cell) or None
+    two = input.size(0) >= PARTS_FROM and native.two_parts()
+    return (_ops.get("recurrent_packed") or _op("recurrent_packed"))(input, *states, *found, batch_first, two) or None
 
 
 def native_training(

@@ -15,6 +15,7 @@ Letters: T time, B batch, I input_size, H hidden_size, P proj_size if > 0 else H
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
@@ -28,15 +29,25 @@ from fastseq.backends import library
 from fastseq.backends.cpu.recurrent import DTYPES
 from fastseq.backends.torch.recurrent import GATES, LAYERS
 from fastseq.cells import CELLS
-from fastseq.choice.sources import layers_are_torchs
+from fastseq.choice import sources
+from fastseq.choice.sources import layers_are_torchs, memory
 from fastseq.functional._attention_call import readable
-from fastseq.functional._native_layers import native_layer_alone, native_layers, native_training, packed_layers, trained_layers
-from fastseq.functional._packing import Packing, packing_of
+from fastseq.functional._native_layers import (
+    Lane,
+    lane_of,
+    native_lane,
+    native_layers,
+    native_training,
+    packed_layers,
+    trained_layers,
+)
+from fastseq.functional._packing import PLACE, packing_of
 from fastseq.functional._recurrent_layers import check_zoneout, zoneout_of
 from fastseq.functional._solver import Newton, check_solver
 from fastseq.modules._checks import as_plain_tuple, describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
-from fastseq.ops._dispatch import PLAIN, autocasts, plain_call, shared_sequence
+from fastseq.modules._subclasses import as_subclass, subclass_of
+from fastseq.ops._dispatch import PLAIN, autocasts, plain_call, recorded, shared_sequence, transforming
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
@@ -166,16 +177,15 @@ class Sequence(Interop, nn.RNNBase):
         if hx is not None and type(hx) is not tuple and type(hx) is not Tensor:
             hx = as_plain_tuple(hx, len(CELLS[self.cell].states))
         plain = not return_cells and reset_to is None and cu_seqlens is None
+        alone = plain and lengths is None and resets is None
+        first = hx[0] if type(hx) is tuple and hx else hx
+        kind = None
+        if alone and (type(input) is not Tensor or (first is not None and type(first) not in PLAIN)):
+            kind = subclass_of(input, hx)
+        if kind is not None:
+            found: tuple[Any, tuple[Tensor, ...], Tensor | None] = as_subclass(kind, self._run_plain, input, hx)
+            return found
         if plain and checks_of(type(self)) in CHECKS and plain_call():
-            packing = packing_of(self)
-            if packing is not None and lengths is None and resets is None:
-                done = self._by_packing(packing, input, hx)
-                if done is not None:
-                    return *done, None
-            elif lengths is None and resets is None and not torch.is_grad_enabled():
-                done = self._alone(input, hx)
-                if done is not None:
-                    return *done, None
             if self.batch_first and type(input) is Tensor and input.is_inference() and torch.is_grad_enabled():
                 input = input.clone()  # such a tensor cannot be kept for a backward pass; torch keeps one that is time-major
             kept = self._parameters  # faster than by attribute; weight_norm, parametrizations and FSDP take them away from there
@@ -184,6 +194,10 @@ class Sequence(Interop, nn.RNNBase):
                 done = self._padded(input, hx, params)
             else:
                 done = self._native(input, hx, lengths, params, resets)
+            if done is not None:
+                return *done, None
+        elif alone and type(input) is Tensor:
+            done = self._lowered_step(input, hx)
             if done is not None:
                 return *done, None
         if params is None:
@@ -221,29 +235,73 @@ class Sequence(Interop, nn.RNNBase):
             return self._run_documents(input, hx, cu_seqlens, params, options)
         return self._run_padded(input, hx, lengths, params, options)
 
-    def _by_packing(self, packing: Packing, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """Output and final states of a plain call with padded input by packed weights, if it is beyond question; else None.
+    def _short(self, input: Tensor, hx: Any) -> Any:
+        """Output and final states of a call without gradients on padded input, by packed weights or of one layer in one
+        direction, if it is beyond question; else None.
 
-        Nothing here is a check of its own: what is odd goes the long way.
+        Nothing here is a check of its own: what is odd goes the long way. Time matters: the kernel of a step takes a microsecond.
         """
-        if self.training or torch.is_grad_enabled() or type(input) is not Tensor or self.zoneout or self.num_heads > 1:
+        if torch.is_grad_enabled() or not plain_call(unseen=True):
             return None
-        if self.solver is not None or backends.watched_eagerly():
+        kind, own = type(self), self.__dict__  # by attribute, of a module, takes twice as long
+        if checks_of(kind) not in CHECKS or own.get("solver", kind.solver) is not None:
             return None
-        results = packed_layers(input, hx, self._parameters, self._flat_weights_names, self.batch_first, packing)
-        return None if results is None else (results[0], tuple(results[1:]))
+        if "zoneout" in own and "weight_dropout" in own and "num_heads" in own:
+            key = _OPTIONS(own)
+        else:  # torch.nn's, whose class was swapped to ours
+            given = own.get
+            options = (
+                given("zoneout", kind.zoneout),
+                given("weight_dropout", kind.weight_dropout),
+                given("num_heads", kind.num_heads),
+            )
+            key = (*_OF_TORCH(own), *options)
+        if sources._threads is not None:
+            sources.heed_threads()
+        try:
+            lane = _lanes.get(key)
+        except TypeError:  # a list
+            return None
+        if lane is None:
+            lane = sources.remember(_lanes, key, _lane_of(*key))
+        packing = own.get(PLACE)
+        if lane:
+            if hx is not None and type(hx) is not tuple and type(hx) is not Tensor:
+                hx = as_plain_tuple(hx, len(CELLS[self.cell].states))
+            return native_lane(lane, input, hx, own["_parameters"], None if own["training"] else packing)
+        if packing is None or own["training"] or own.get("zoneout", kind.zoneout) or own.get("num_heads", kind.num_heads) != 1:
+            return None
+        hx = as_plain_tuple(hx, len(CELLS[self.cell].states))
+        return packed_layers(input, hx, own["_parameters"], own["_flat_weights_names"], own["batch_first"], packing)
 
-    def _alone(self, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """The same of one layer in one direction by its parameters as they are, of a call without gradients."""
-        if self.num_layers > 1 or self.bidirectional or type(input) is not Tensor or input.dim() != 3 or self.proj_size:
+    def _run_plain(self, input: Any, hx: Any) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
+        """`_run` without what it may be given beside, and what stands before it."""
+        done = self._short(input, hx)
+        return (
+            self._run(input, hx, None)
+            if done is None
+            else (done[0], tuple([state for state in done[1:] if state is not None]), None)
+        )
+
+    def _lowered_step(self, input: Tensor, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """Output and final states of a step under autocast on a CPU by torch's kernel, if the call is beyond question; else None.
+
+        Autocast keeps what it has made of the weights, where a kernel of ours would have them made at every call.
+        """
+        if not input.is_cpu or input.dim() != 3 or input.shape[1 if self.batch_first else 0] != 1 or not autocasts("cpu"):
             return None
-        cell = self.cell
-        if cell not in GATES or self.zoneout or self.num_heads > 1 or self.solver is not None or backends.watched_eagerly():
+        if recorded() or transforming() or backends.forced() or backends.watched() or shared_sequence() is not None:
             return None
-        if self.training and self.weight_dropout:
+        if self.cell not in GATES or self.proj_size or self.zoneout or self.num_heads > 1 or self.solver is not None:
             return None
-        results = native_layer_alone(cell, input, hx, self._parameters, self.bias, self.batch_first)
-        return None if results is None else (results[0], tuple(results[1:]))
+        if self.training and (self.weight_dropout or self.recompute):
+            return None
+        params = [getattr(self, name) for name in self._flat_weights_names]
+        states = () if hx is None else hx if type(hx) is tuple else (hx,)
+        for tensor in (*params, *states):
+            if type(tensor) not in PLAIN:
+                return None
+        return self._by_torch(input, None, states, params, input.shape[0 if self.batch_first else 1], lowered=True)
 
     def _native(
         self, input: Any, hx: Any, lengths: Tensor | None, params: list[Any], resets: Any = None
@@ -446,11 +504,17 @@ class Sequence(Interop, nn.RNNBase):
         return self._by_torch(data, batch_sizes, states, params, batch)
 
     def _by_torch(
-        self, data: Tensor, batch_sizes: Tensor | None, states: tuple[Any, ...], params: list[Any], batch: int
+        self,
+        data: Tensor,
+        batch_sizes: Tensor | None,
+        states: tuple[Any, ...],
+        params: list[Any],
+        batch: int,
+        lowered: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """Output and final states by torch's kernel, if the call is beyond question."""
+        """Output and final states by torch's kernel, if the call is beyond question; `lowered`: autocast sees to dtypes."""
         cell, dtype, lanes = self.cell, data.dtype, self.num_layers * (2 if self.bidirectional else 1)
-        if data.shape[-1] != self.input_size or params[0].dtype != dtype or not params[0].is_cpu:
+        if data.shape[-1] != self.input_size or not (lowered or params[0].dtype == dtype) or not params[0].is_cpu:
             return None
         size, pair = (lanes, batch, self.hidden_size), cell == "lstm"
         for state in states:
@@ -602,6 +666,10 @@ class SingleSequence(Sequence):
             TypeError: lengths or resets is no tensor, or reset_to not of the form of hx.
             AttributeError: hx is no tensor (torch's type for it).
         """
+        if type(input) is Tensor and lengths is None and resets is None and reset_to is None and cu_seqlens is None:
+            done = None if torch.is_grad_enabled() else self._short(input, hx)
+            if done is not None:
+                return done[0], done[1]
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx, lengths=lengths, resets=resets, reset_to=reset_to, cu_seqlens=cu_seqlens)
         output, (h_n,), _ = self._run(input, hx, lengths, False, resets, reset_to, cu_seqlens)
@@ -798,6 +866,11 @@ class PairSequence(Sequence):
                 an integer dtype, resets or cu_seqlens that do not fit, or T = 0.
             TypeError: hx is no tuple, lengths or resets no tensor, or reset_to not of the form of hx.
         """
+        if type(input) is Tensor and lengths is None and resets is None and reset_to is None and cu_seqlens is None:
+            done = None if return_cells or torch.is_grad_enabled() else self._short(input, hx)
+            if done is not None:
+                output, h_n, c_n = done
+                return output, (h_n, c_n)
         if isinstance(input, Proxy):
             options = dict(lengths=lengths, return_cells=return_cells or None)
             return as_leaf(self, input, hx, **options, resets=resets, reset_to=reset_to, cu_seqlens=cu_seqlens)
@@ -949,6 +1022,35 @@ def _rows_of(module: Sequence, resets: PackedSequence, input: PackedSequence) ->
 def checks_of(kind: type[nn.RNNBase]) -> tuple[Any, ...]:
     """The methods that check what a module is given. Those of a subclass of the user's own are called."""
     return kind.check_forward_args, kind.check_input, kind.check_hidden_size
+
+
+# what tells of a module whether the library takes its plain calls at once
+_OF_TORCH = itemgetter("mode", "num_layers", "bias", "batch_first", "bidirectional", "proj_size", "training", "hidden_size")
+_OPTIONS = itemgetter(
+    "mode", "num_layers", "bias", "batch_first", "bidirectional", "proj_size", "training", "hidden_size", "zoneout",
+    "weight_dropout", "num_heads",
+)  # fmt: skip
+_lanes: dict[Any, Any] = memory()
+
+
+def _lane_of(
+    mode: str,
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    bidirectional: bool,
+    proj_size: int,
+    training: bool,
+    hidden_size: int,
+    zoneout: Any,
+    weight_dropout: float,
+    num_heads: int,
+) -> Lane | bool:
+    """Of one layer in one direction of an LSTM, GRU or RNN; False: it is of another kind."""
+    cell = mode.lower()
+    if cell not in GATES or num_layers != 1 or bidirectional or proj_size or zoneout or num_heads != 1:
+        return False
+    return False if training and weight_dropout else lane_of(cell, False, bool(bias), bool(batch_first), hidden_size)
 
 
 CHECKS = {checks_of(SingleSequence), checks_of(PairSequence)}  # what the short way checks as well

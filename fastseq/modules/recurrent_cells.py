@@ -18,10 +18,11 @@ from fastseq.backends.cpu import recurrent as native
 from fastseq.backends.torch.recurrent import STEPS
 from fastseq.choice import sources
 from fastseq.choice.sources import memory
-from fastseq.functional._native_layers import native_layers, native_step, packed_step
-from fastseq.functional._packing import packing_of
+from fastseq.functional._native_layers import Lane, lane_of, native_lane, native_layers
+from fastseq.functional._packing import PLACE, Packing, packing_of
 from fastseq.modules._checks import as_plain_tuple, describe, kind_of, pair_of, public
 from fastseq.modules._interop import Interop, as_leaf
+from fastseq.modules._subclasses import as_subclass, subclass_of
 from fastseq.ops._dispatch import PLAIN, autocasts, plain_call, recorded, transforming, wants_gradient
 from fastseq.ops._recurrent_step import trained_step
 
@@ -73,12 +74,18 @@ class RNNCell(Interop, nn.RNNCellBase):
         """
         name = _ELMAN.get(self.nonlinearity)
         if name is not None:
+            done = None if torch.is_grad_enabled() else _short(self, name, input, hx)
+            if done is not None:
+                return done[0]
             h = None if hx is None or not torch.is_grad_enabled() else _trained(self, name, input, hx, (hx,))
             if h is not None:
                 return h
             done = _step(self, name, input, None if hx is None else (hx,))
             if done is not None:
                 return done[0]
+        kind = subclass_of(input, hx)
+        if kind is not None:
+            return as_subclass(kind, lambda *given: RNNCell.forward(self, *given), input, hx)
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx)
         if name is None:
@@ -132,6 +139,9 @@ class LSTMCell(Interop, nn.RNNCellBase):
         if hx is not None and type(hx) is not tuple:
             hx = as_plain_tuple(hx, 2)
         if hx is None or (type(hx) is tuple and len(hx) == 2):
+            done = None if torch.is_grad_enabled() else _short(self, "lstm", input, hx)
+            if done is not None:
+                return done[0], done[1]
             states = None if hx is None or not torch.is_grad_enabled() else _trained(self, "lstm", input, hx, hx)
             if states is not None:
                 return states
@@ -140,6 +150,9 @@ class LSTMCell(Interop, nn.RNNCellBase):
                 return done[0], done[1]
             if _as_torchs(self, "lstm", input, *(hx or ())):
                 return _torch_lstm(self, input, hx)
+        kind = subclass_of(input, hx)
+        if kind is not None:
+            return as_subclass(kind, lambda *given: LSTMCell.forward(self, *given), input, hx)
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx)
         check_cell_input(self, input)
@@ -186,6 +199,9 @@ class GRUCell(Interop, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step. Arguments, result and errors are those of `fastseq.RNNCell.forward`."""
+        done = None if torch.is_grad_enabled() else _short(self, "gru", input, hx)
+        if done is not None:
+            return done[0]
         h = None if hx is None or not torch.is_grad_enabled() else _trained(self, "gru", input, hx, (hx,))
         if h is not None:
             return h
@@ -194,6 +210,9 @@ class GRUCell(Interop, nn.RNNCellBase):
             return done[0]
         if _as_torchs(self, "gru", input, hx):
             return _torch_gru(self, input, hx)
+        kind = subclass_of(input, hx)
+        if kind is not None:
+            return as_subclass(kind, lambda *given: GRUCell.forward(self, *given), input, hx)
         if isinstance(input, Proxy):
             return as_leaf(self, input, hx)
         return _step_one_state(self, functional.gru_cell, input, hx)
@@ -203,6 +222,7 @@ class GRUCell(Interop, nn.RNNCellBase):
 
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_WEIGHTS = _NAMES[:2]
 _ELMAN = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 # As torch has them, whatever `fastseq.patched` puts in their place.
 _torch_rnn: Any = nn.RNNCell.forward
@@ -211,6 +231,26 @@ _torch_gru: Any = nn.GRUCell.forward
 
 
 _trainers = memory()
+_lanes: dict[Any, Lane] = memory()
+
+
+def _short(cell: nn.RNNCellBase, name: str, input: Any, hx: Any) -> Sequence[Tensor] | None:
+    """The states after a step without gradients, if it is beyond question; None: it is for `_step`."""
+    if type(input) is not Tensor or not plain_call(unseen=True):
+        return None
+    own = cell.__dict__  # by attribute, of a module, takes twice as long
+    return _at_once(own, name, input, hx, None if own["training"] else own.get(PLACE))
+
+
+def _at_once(own: dict[str, Any], name: str, input: Tensor, hx: Any, packing: Packing | None) -> Sequence[Tensor] | None:
+    """`native_lane` of a cell with these attributes."""
+    if sources._threads is not None:
+        sources.heed_threads()
+    key = name, own["bias"], own["hidden_size"]
+    lane = _lanes.get(key)
+    if lane is None:
+        lane = sources.remember(_lanes, key, lane_of(name, True, bool(own["bias"]), False, own["hidden_size"]))
+    return native_lane(lane, input, hx, own["_parameters"], packing)
 
 
 def _trained(cell: nn.RNNCellBase, name: str, input: Any, hx: Any, states: tuple[Any, ...]) -> Any:
@@ -266,12 +306,8 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     """
     if type(input) is not Tensor or not plain_call():
         return None
-    own, names = cell._parameters, _NAMES if cell.bias else _NAMES[:2]
+    own, names = cell._parameters, _NAMES if cell.bias else _WEIGHTS
     packing = None if cell.training else packing_of(cell)
-    if packing is not None and not torch.is_grad_enabled() and not backends.watched_eagerly():
-        stepped = packed_step(name, input, hx, own, names, packing)
-        if stepped is not None:
-            return stepped
     if input.dim() != 2:
         return None
     params: list[Any] = [own.get(key) for key in names]
@@ -282,9 +318,11 @@ def _step(cell: nn.RNNCellBase, name: str, input: Any, hx: tuple[Any, ...] | Non
     if not torch.is_grad_enabled() or not (
         params[0].requires_grad or input.requires_grad or any([tensor.requires_grad for tensor in given])
     ):
-        if packing is not None and backends.watched_eagerly():  # which says that it packs
-            return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)
-        return native_step(name, input, hx, params, packing)
+        if backends.watched_eagerly():
+            if packing is None:
+                return None
+            return native_layers(name, input, hx, params, cell.bias, 1, False, False, packing=packing)  # which says that it packs
+        return _at_once(cell.__dict__, name, input, hx if hx is None or len(hx) == 2 else hx[0], packing)
     if backends.forced_eagerly() or backends.watched_eagerly():
         return None
     dtype, batch, hidden = input.dtype, input.size(0), cell.hidden_size

@@ -36,6 +36,25 @@ class Subclass(Tensor):
     pass
 
 
+class Other(Tensor):
+    pass
+
+
+class Says(Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+class Dispatches(Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        with torch._C._DisableTorchDispatch():
+            return function(*args, **(kwargs or {}))
+
+
 def ops_of(run: Callable[[], Any]) -> list[str]:
     """The library's ops that ran."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -278,6 +297,124 @@ class TestDefaultDevice:
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("name, value", [("zoneout", 0.25), ("weight_dropout", 0.5), ("batch_first", True), ("dropout", 0.5)])
+def test_options_that_are_set_later(name, value):
+    """On a module of ours and on one that was torch.nn's: what was known of it before does not hold on."""
+    x = torch.randn(3, 3, 6)
+    made = fastseq.LSTM(6, 9)
+    swapped = nn.LSTM(6, 9)
+    swapped.load_state_dict(made.state_dict())
+    assert fastseq.convert(swapped)
+    expected = fastseq.LSTM(6, 9, **({} if name == "dropout" else {name: value}))  # which a single layer has no use for
+    expected.load_state_dict(made.state_dict())
+    for training, module in product((False, True), (made, swapped)):
+        module.__dict__.update(training=training)
+        with torch.no_grad():
+            before = getattr(module, name)
+            module(x)
+            setattr(module, name, value)
+            torch.manual_seed(0)
+            found = tensors_of(module(x))
+            torch.manual_seed(0)
+            assert all(torch.equal(a, b) for a, b in zip(found, tensors_of(expected.train(training)(x)), strict=True))
+            setattr(module, name, before)
+
+
+class TestSilentSubclasses:
+    """Tensors of a subclass that leaves what is called on it to Tensor: the way of plain ones, results as torch.nn gives them."""
+
+    @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "PeepholeLSTM"])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_results(self, kind, packed):
+        module, cell, pair = getattr(fastseq, kind)(6, 9).eval(), kind.endswith("Cell"), "LSTM" in kind
+        x, h = (torch.randn(2, 6), torch.randn(2, 9)) if cell else (torch.randn(3, 2, 6), torch.randn(1, 2, 9))
+        hx: Any = (h, h + 1) if pair else h
+        marked = tuple(state.as_subclass(Subclass) for state in hx) if pair else hx.as_subclass(Subclass)
+        if packed:
+            fastseq.pack(module)
+        with torch.no_grad():
+            expected = tensors_of(module(x, hx))
+            for given in ((x.as_subclass(Subclass), hx), (x, marked), (x.as_subclass(Subclass), marked)):
+                names = calls_of(lambda given=given: module(*given))
+                assert names == calls_of(lambda: module(x, hx)) and (names or packed)
+                found = tensors_of(module(*given))
+                assert all(type(tensor) is Subclass for tensor in found)
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            if hasattr(nn, kind):
+                twin = getattr(nn, kind)(6, 9)
+                assert [type(tensor) for tensor in tensors_of(twin(*given))] == [type(tensor) for tensor in found]
+            assert all(type(tensor) is Subclass for tensor in tensors_of(module(x.as_subclass(Subclass))))
+
+    @pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
+    def test_gradients(self, kind):
+        module, leaf = getattr(fastseq, kind)(6, 9), torch.randn(2, 6) if kind.endswith("Cell") else torch.randn(3, 2, 6)
+        gradients = []
+        for wrap in (lambda x: x, lambda x: x.as_subclass(Subclass)):
+            x = leaf.clone().requires_grad_()
+            module.zero_grad()
+            tensors_of(module(wrap(x)))[0].square().sum().backward()
+            gradients.append([x.grad, *(parameter.grad for parameter in module.parameters())])
+        for ours, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours.as_subclass(Tensor), expected)
+
+    def test_two_kinds(self):
+        """Whose is the say? torch refuses, and so do we."""
+        module, x, h = fastseq.GRU(6, 9), torch.randn(3, 2, 6), torch.randn(1, 2, 9)
+        for own in (module, nn.GRU(6, 9)):
+            with torch.no_grad(), pytest.raises(TypeError):
+                own(x.as_subclass(Subclass), h.as_subclass(Other))
+
+    def test_modes_see_them(self):
+        module, x = fastseq.GRU(6, 9), torch.randn(3, 2, 6).as_subclass(Subclass)
+        with torch.no_grad(), LooksAtFunctions():
+            assert NATIVE not in calls_of(lambda: module(x))
+
+
+class TestSteps:
+    """Few sequences, by weights as they lie and by packed ones, between the ways for many."""
+
+    @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "relu"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("batch", [1, 2, 7, 15, 16])
+    @pytest.mark.parametrize("sizes", [(100, 97), (130, 96), (200, 100)])
+    def test_step(self, kind, dtype, batch, sizes):
+        module = CLASSES[kind](*sizes, dtype=dtype).eval()
+        truth = nn.RNN(*sizes, nonlinearity="relu") if kind == "relu" else getattr(nn, kind)(*sizes)
+        truth.load_state_dict(module.state_dict())
+        torchs, truth = copy.deepcopy(truth).to(dtype), truth.double()
+        truth.load_state_dict(module.state_dict())
+        x, states = torch.randn(1, batch, sizes[0], dtype=dtype), states_of(module, batch)
+        for packed in (False, True):
+            if packed:
+                fastseq.pack(module)
+            else:
+                assert_same(lambda: module(x, states))
+            for hx in (None, states):
+                wide = hx if hx is None else torch.utils._pytree.tree_map(lambda state: state.double(), hx)
+                with torch.no_grad():
+                    found, theirs, expected = (tensors_of(run) for run in (module(x, hx), torchs(x, hx), truth(x.double(), wide)))
+                for ours, own, true in zip(found, theirs, expected, strict=True):
+                    assert_close_to_truth(ours, own, true)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_steps_under_autocast_are_torchs(kind, batch_first, bidirectional):
+    """With its types, also for inputs that are lowered already."""
+    options: dict[str, Any] = dict(batch_first=batch_first, bidirectional=bidirectional, num_layers=2)
+    ours, torchs = getattr(fastseq, kind)(6, 9, **options), getattr(nn, kind)(6, 9, **options)
+    torchs.load_state_dict(ours.state_dict())
+    for dtype, gradients, given in product((torch.float32, torch.bfloat16), (False, True), (False, True)):
+        x = torch.randn((3, 1, 6) if batch_first else (1, 3, 6)).to(dtype)
+        states = states_of(ours, 3)
+        hx = torch.utils._pytree.tree_map(lambda state, dtype=dtype: state.to(dtype), states) if given else None
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
+            assert calls_of(lambda x=x, hx=hx: ours(x, hx)) == []
+            for found, expected in zip(tensors_of(ours(x, hx)), tensors_of(torchs(x, hx)), strict=True):
+                assert torch.equal(found, expected) and found.dtype == expected.dtype
+
+
 class TestWhoeverLooksOn:
     """keeps the registered ops."""
 
@@ -332,9 +469,11 @@ class TestWhoeverLooksOn:
             assert "fastseq_native" not in str(graph)
 
     def test_subclasses(self):
+        """One with a say in what is called on it; and parameters of any."""
         module, x = fastseq.GRU(6, 9).requires_grad_(False), torch.randn(3, 2, 6)
-        assert NATIVE not in calls_of(lambda: module(x.as_subclass(Subclass)))
-        assert NATIVE not in calls_of(lambda: module(x, torch.zeros(1, 2, 9).as_subclass(Subclass)))
+        for kind in (Says, Dispatches):
+            assert NATIVE not in calls_of(lambda kind=kind: module(x.as_subclass(kind)))
+            assert NATIVE not in calls_of(lambda kind=kind: module(x, torch.zeros(1, 2, 9).as_subclass(kind)))
         module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.as_subclass(Subclass), requires_grad=False)
         assert NATIVE not in calls_of(lambda: module(x))
 
