@@ -24,6 +24,31 @@ auto total(V v) {
   return sum;
 }
 
+template <class A>
+struct Moments {
+  A mean, variance;
+};
+
+// Of a row, whose mean is `first` but for the rounding of its sum. That may be more than what is left of numbers that hardly
+// differ, whose mean joins it.
+template <class S, class A>
+Moments<A> moments(const S* row, int64_t n, A first) {
+  using V = typename Lanes<A>::V;
+  constexpr int64_t W = sizeof(V) / sizeof(A);
+  V rest{}, squares{};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const V d = Memory<S, A>::load(row + i, W) - first;
+    rest += d, squares += d * d;
+  }
+  if (i < n) {
+    const V d = Memory<S, A>::load(row + i, n - i) - first;
+    for (int64_t lane = 0; i + lane < n; ++lane) rest[lane] += d[lane], squares[lane] += d[lane] * d[lane];
+  }
+  const A left = total(rest) / static_cast<A>(n), variance = total(squares) / static_cast<A>(n) - left * left;
+  return {first + left, variance < 0 ? A(0) : variance};
+}
+
 // What a dropout multiplies the numbers of a row by, into a row of scratch.
 template <class A>
 void fill_factors(const Dropout& dropout, int64_t row, int64_t features, A* factors) {
@@ -76,17 +101,7 @@ void add_norm_of(const AddNorm& n, int64_t begin, int64_t end, A* row) {
       sums += s;
     }
     if (!n.normalized) continue;
-    // What is left of a row of numbers that hardly differ may be less than a rounding of their sum: its mean joins that of the row.
-    const A first = total(sums) / static_cast<A>(E);
-    V rest{}, squares{};
-    for (int64_t e = 0; e + W <= E; e += W) {
-      const V d = Own::load(row + e, W) - first;
-      rest += d, squares += d * d;
-    }
-    A left = total(rest), square = total(squares);
-    for (int64_t e = E / W * W; e < E; ++e) left += row[e] - first, square += (row[e] - first) * (row[e] - first);
-    left /= static_cast<A>(E);
-    const A mean = first + left, around = square / static_cast<A>(E) - left * left, variance = around < 0 ? A(0) : around;
+    const auto [mean, variance] = moments<A>(row, E, total(sums) / static_cast<A>(E));
     const A scale = 1 / std::sqrt(variance + static_cast<A>(n.eps));
     if (n.mean) static_cast<A*>(n.mean)[r] = mean, static_cast<A*>(n.scale)[r] = scale;
     for (int64_t e = 0; e < E; e += W) {
@@ -288,19 +303,10 @@ struct Normal {
   template <class S>
   Normal(const S* row, int64_t n) {
     constexpr int64_t W = sizeof(V) / sizeof(A);
-    V sums{}, squares{};
+    V sums{};
     for (int64_t i = 0; i < n; i += W) sums += Memory<S, A>::load(row + i, n - i);
-    mean = total(sums) / static_cast<A>(n);
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-      const V d = Memory<S, A>::load(row + i, W) - mean;
-      squares += d * d;
-    }
-    if (i < n) {
-      const V d = Memory<S, A>::load(row + i, n - i) - mean;
-      for (int64_t lane = 0; i + lane < n; ++lane) squares[lane] += d[lane] * d[lane];
-    }
-    scale = static_cast<A>(1 / std::sqrt(static_cast<double>(total(squares) / static_cast<A>(n)) + 1e-5));
+    const Moments<A> found = moments(row, n, total(sums) / static_cast<A>(n));
+    mean = found.mean, scale = static_cast<A>(1 / std::sqrt(static_cast<double>(found.variance) + 1e-5));
   }
   V operator()(V v) const { return (v - mean) * scale; }
 };

@@ -25,26 +25,31 @@ struct NormalizedRow {
   using V = typename Math<A>::V;
   static constexpr int64_t W = Math<A>::kWidth;
 
-  // In two passes: the squares are of distances from the mean.
+  // In two passes: the squares are of distances from the mean of the first. What these have left of a mean is the rounding of its
+  // sum, which may be more than units that hardly differ have, and joins it.
   template <class Load>
   static FASTSEQ_HOST_DEVICE Statistics<A> statistics(int64_t units, const Load& load) {
-    V sums[kParts] = {}, squares[kParts] = {};
+    V sums[kParts] = {}, rests[kParts] = {}, squares[kParts] = {};
     for (int64_t u = 0; u < units; u += W)
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) sums[p] += load(p, u);
-    const A count = kParts * units, mean = total(sums) / count;
+    const A count = kParts * units, first = total(sums) / count;
+    const auto add = [&](int p, V distance) __attribute__((always_inline)) {
+      rests[p] += distance, squares[p] += distance * distance;
+    };
     int64_t u = 0;
     for (; u + W <= units; u += W)
 #pragma GCC unroll 4
-      for (int p = 0; p < kParts; ++p) add_square(squares[p], load(p, u) - mean);
+      for (int p = 0; p < kParts; ++p) add(p, load(p, u) - first);
     if (u < units)
       for (int p = 0; p < kParts; ++p) {
-        alignas(64) A rest[W] = {};
-        const V centered = load(p, u) - mean;
-        __builtin_memcpy(rest, &centered, (units - u) * sizeof(A));
-        add_square(squares[p], *(const V*)rest);
+        alignas(64) A within[W] = {};
+        const V distance = load(p, u) - first;
+        __builtin_memcpy(within, &distance, (units - u) * sizeof(A));
+        add(p, *(const V*)within);
       }
-    return {mean, A(1 / __builtin_sqrt(double(total(squares) / count) + kNormEpsilon))};
+    const A left = total(rests) / count, variance = total(squares) / count - left * left;
+    return {first + left, A(1 / __builtin_sqrt(double(variance < 0 ? A(0) : variance) + kNormEpsilon))};
   }
 
   // Of the gradient of the normalized row, what the norm takes away: its mean and the mean of its product with the row.
@@ -66,7 +71,6 @@ struct NormalizedRow {
   }
 
  private:
-  static FASTSEQ_HOST_DEVICE void add_square(V& sum, V v) { sum += v * v; }
   static FASTSEQ_HOST_DEVICE A total(const V (&of_parts)[kParts]) {
     V sum = of_parts[0];
     for (int p = 1; p < kParts; ++p) sum += of_parts[p];

@@ -25,6 +25,7 @@ struct Options {
   int64_t members, participants;
   bool state, in_place;  // in_place: weights as PyTorch stores them
   int resets;  // 0: none, 1: to zeros, 2: to states
+  bool alike = false;  // rows of R, and so the units of R h, of which a norm leaves nothing; forward alone
 };
 
 // What the loops take and give, in double: rows are [rows, D, n].
@@ -34,9 +35,11 @@ struct Numbers {
   Doubles y, h_n, c_n, c;
 };
 
+// In more than double, whose own rounding of the mean would be all that is left of numbers that are alike.
 void normalize(double* x, int64_t count) {
-  double mean = 0, variance = 0;
-  for (int64_t i = 0; i < count; ++i) mean += x[i] / count;
+  long double mean = 0, variance = 0;
+  for (int64_t i = 0; i < count; ++i) mean += x[i];
+  mean /= count;
   for (int64_t i = 0; i < count; ++i) variance += (x[i] - mean) * (x[i] - mean) / count;
   for (int64_t i = 0; i < count; ++i) x[i] = (x[i] - mean) / std::sqrt(variance + 1e-5);
 }
@@ -162,7 +165,7 @@ class Trial {
     const double lost = kNormalized<C> ? 400 : 24;  // roundings: a norm over a row of small numbers makes them large
     const bool good = compare("y", y, numbers_.y, lost * epsilon()) & compare("h_n", h_n, numbers_.h_n, lost * epsilon()) &
                 compare("c_n", c_n, numbers_.c_n, lost * epsilon()) & compare("c", c, numbers_.c, lost * epsilon());
-    return good & gradients(y, c, gates);
+    return good & (o_.alike || gradients(y, c, gates));
   }
 
  private:
@@ -179,7 +182,8 @@ class Trial {
   void make_inputs() {
     const int64_t H = o_.H;
     const double scale = 1 / std::sqrt(double(H));
-    numbers_.weight = random_values(D * G * H * P_, scale);
+    numbers_.weight = random_values(D * G * H * P_, o_.alike ? 8 : scale);
+    for (int64_t i = 0; o_.alike && i < D * G * H * P_; ++i) numbers_.weight[i] = numbers_.weight[i % P_];
     if (o_.I) {
       numbers_.x = random_values(batch_.rows * o_.I, 1);
       numbers_.w_ih = random_values(D * G * H * o_.I, scale);
@@ -552,6 +556,9 @@ int failures(const char* name, fastseq::cpu::Cell cell, int64_t most) {
         o.state = seed % 5 > 0, o.in_place = !kTiles && seed % 7 < 2, o.resets = seed * 7 / 4 % 3;
         try_out(o);
       }
+  if constexpr (kNormalized<C>)
+    for (const int64_t H : sizes)
+      if (H <= most) try_out({1, 3, H, 7, 0, Layout::kPadded, 0, 1 + ++seed % 2, 1, true, false, 0, true});
   if (!kTiles)  // few sequences, whose tiles finish together, and one, of which a chunk is projected between the products of another
     for (const auto& [B, H, layout] :
          {std::tuple(1, 70, Layout::kLengths), std::tuple(1, 192, Layout::kPadded), std::tuple(3, 70, Layout::kPadded)})

@@ -136,7 +136,7 @@ FAULTS = [
         cases=cpu.STEP,
     ),
     Fault("variance of what is beyond the units", NORMS, "(units - u) * sizeof(A)", "sizeof(V)", WRONG),
-    Fault("mean over whole vectors", NORMS, "kParts * units, mean", "kParts * blocks_of(units, W) * W, mean", WRONG),
+    Fault("mean over whole vectors", NORMS, "kParts * units, first", "kParts * blocks_of(units, W) * W, first", WRONG),
     unmet("before R h is normalized", "  ", f"  {EACH} finish_gates"),
     unmet("before c is normalized", "    ", f"    {EACH} finish_cell"),
     unmet("with the gradient of N(c)", "through_output(slot);\n    ", ""),
@@ -194,6 +194,15 @@ FAULTS = [
     unfinished("what was projected for the other chunk", "if constexpr (kFew) return few.half;", "", ENGINE),
     unfinished(
         "the last rows of a chunk", "kPieceRows) < few.rows) return", "kPieceRows) + Product::kPieceRows <= few.rows) return"
+    ),
+    unfinished("pieces of a tile that is not whole", "(UB == 1 || a.shape.hidden % (UB * W) == 0)", "true", cell="RnnTanh"),
+    Fault(
+        "the mean of R h with the rounding of its sum",
+        NORMS,
+        "return {first + left,",
+        "return {first,",
+        WRONG,
+        cases=("X(float, LayerNormGru)",),
     ),
     unfinished("sums of a piece", "k ? Start<A>{to, stride, width} : Start<A>{bias", "Start<A>{bias", "product_blocks.inl"),
     unfinished("the input of the first sequence", "x ? projected_input(*item, r)", "x ? projected_input(*item, 0)", cell="Gru"),

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import fastseq
 from fastseq import functional as F
 from fastseq.backends import library
-from fastseq.testing import assert_all_close_to_truth, relative_error
+from fastseq.testing import FACTOR, ROUNDINGS, assert_all_close_to_truth, relative_error
 from support.cases import RecurrentCase
 from support.recurrent import RecurrentBattery
 
@@ -50,6 +50,7 @@ CHUNKED = [
     # one sequence, whose input is projected in pieces beside its steps: backwards, ended early, of tiles of several blocks
     RecurrentCase("lstm", steps=75, batch=1, hidden=150, input=40, layout="lengths", bidirectional=True),
     RecurrentCase("rnn_tanh", steps=70, batch=1, hidden=320, input=33),
+    RecurrentCase("rnn_relu", steps=70, batch=1, hidden=330, input=33, layout="lengths"),
     RecurrentCase("gru", steps=70, batch=1, hidden=200, input=70, bidirectional=True),
     RecurrentCase("lstm", steps=12, batch=50, hidden=256, input=16),
     RecurrentCase("gru", steps=15, batch=50, hidden=250, input=16, layout="packed"),
@@ -130,7 +131,7 @@ def test_chunks_and_variants(level, case, dtype):
     BATTERY.check(case, dtype, "cpu")
 
 
-@pytest.mark.parametrize("case", (ODD[11], ODD[14], CHUNKED[1], CHUNKED[4], *CHUNKED[7:10], VARIANTS[1], *VARIANTS[-2:]), ids=str)
+@pytest.mark.parametrize("case", (ODD[11], ODD[14], CHUNKED[1], CHUNKED[4], *CHUNKED[7:11], VARIANTS[1], *VARIANTS[-2:]), ids=str)
 def test_threads(level, threads, case):
     for dtype in DTYPES[1:]:
         BATTERY.check(case, dtype, "cpu")
@@ -416,6 +417,43 @@ def test_small_gradients_through_norms(name, monkeypatch):
         if found != "avx512_bf16":  # whose products of float32 are others than those of AVX-512, and have no parts
             assert torch.equal(*results) == (found != "amx" or scale < 1)
         torch.testing.assert_close(results[0] / scale, results[1] / scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("hidden", (1, 31, 48, 257))
+@pytest.mark.parametrize("name", ("LayerNormLSTM", "LayerNormGRU"))
+def test_units_that_are_alike(name, hidden, dtype, level):
+    """A norm leaves nothing of R h and of c but the rounding of their mean, which it makes large. Nor of the gradients of R and
+    of h, which are left out: all that they are sums of cancels."""
+    torch.manual_seed(0)
+    layer = getattr(fastseq, name)(5, hidden)
+    gates = layer.weight_hh_l0.shape[0] // hidden
+    with torch.no_grad():
+        for key, parameter in layer.named_parameters():
+            if key == "weight_hh_l0":
+                parameter.copy_(torch.randn(1, hidden) * 8)
+            elif parameter.shape[0] == gates * hidden:
+                parameter.copy_(torch.randn(gates, *parameter.shape[1:]).repeat_interleave(hidden, 0))
+            else:
+                parameter.copy_(torch.randn(1))
+    layer, x, dy = layer.to(dtype), torch.randn(1, 3, 5).to(dtype), torch.randn(1, 3, hidden).to(dtype)
+    states = [torch.randn(1, 3, hidden).to(dtype), torch.randn(1, 3, 1).expand(1, 3, hidden).to(dtype)]
+    states = states if name == "LayerNormLSTM" else states[:1]
+
+    def results(layer, dtype):
+        given = [state.to(dtype) for state in states]
+        y, last = layer(x.to(dtype), tuple(given) if len(given) > 1 else given[0])
+        parameters = [parameter for key, parameter in layer.named_parameters() if key != "weight_hh_l0"]
+        return [y, *tree_leaves(last), *torch.autograd.grad(y, parameters, dy.to(dtype))]
+
+    found = results(layer, dtype)
+    with fastseq.use_backend("reference"):
+        plain, truth = results(layer, dtype), results(copy.deepcopy(layer).double(), torch.float64)
+
+    def error(some):
+        return max((a - b).abs().max().item() / max(1, b.abs().max().item()) for a, b in zip(some, truth, strict=True))
+
+    assert error(found) <= FACTOR * error(plain) + ROUNDINGS * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
