@@ -243,10 +243,16 @@ class Weigher {
 
   explicit Weigher(A factor) : unit_(factor) {}
 
-  // whether a lse is one that these can have: infinite, for nothing is left then, or such that sums of its whole number are exact
+  // Whether a lse is one that these can have: infinite, for nothing is left then, or such that sums of its whole number are exact. Without fused
+  // multiply-adds the exponent, as large as the score, is rounded: then the lse of large scores is subtracted first.
   static bool takes(A lse) {
+#if defined(__x86_64__) && !defined(__FMA__)
+    constexpr A kMost = 16;
+#else
+    constexpr A kMost = 0x1p20;
+#endif
     const A size = lse < 0 ? -lse : lse;
-    return size <= A(0x1p20) || size == A(INFINITY) || lse != lse;
+    return size <= kMost || size == A(INFINITY) || lse != lse;
   }
   void put(int v, V lse, V rest) {
     using D = typename Math<double>::V;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -977,7 +978,9 @@ def test_gradients_are_as_exact_as_torchs(level, T, kind):
     if kind == "bias":
         tensors["attn_mask"] = torch.randn(batch, 3, T, T)
     found = errors_of_gradients(ours, tensors, torch.randn(batch, 3, T, 16), kind)
-    worse = {name: own / best for name, (own, best) in found.items() if own > (1.1 if name == "dattn_mask" else 1.03) * best}
+    fused = level != "default" or platform.machine() != "x86_64"  # else all products are rounded, unlike torch's
+    factors = {"dattn_mask": 1.1 if fused else 1.3}
+    worse = {name: own / best for name, (own, best) in found.items() if own > factors.get(name, 1.03 if fused else 1.1) * best}
     assert not worse
 
 
