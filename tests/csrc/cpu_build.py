@@ -1,5 +1,5 @@
-"""Builds and runs cpu_recurrent.cpp, cpu_step.cpp, cpu_matrix.cpp and cpu_attention.cpp of tests/csrc: CPU kernels without
-torch, at odd sizes, against loops.
+"""Builds and runs cpu_recurrent.cpp, cpu_step.cpp, cpu_layer_norm.cpp, cpu_scan.cpp, cpu_matrix.cpp and cpu_attention.cpp of
+tests/csrc: CPU kernels without torch, at odd sizes, against loops.
 
 `python tests/csrc/cpu_build.py` (`make sanitize`) does so for all kernels of every level of instructions that this machine has,
 under each sanitizer; AMX's tiles are software (emulator/tiles.h) where there is no more than AVX512-BF16. What is built lies in
@@ -26,6 +26,8 @@ CELLS = re.findall(r"^  X\((\w+), ", (build.ROOT / "csrc/cpu/recurrent_kernel.h"
 TYPES = ("float", "double", "bfloat16", "float16")
 MULTIPLIED = {"avx512_bf16": ("bfloat16",), "amx": ("float", "bfloat16")}  # types of levels that only multiply
 STEP = ("step",)  # cases: all of single steps
+LAYER_NORM = ("layer_norm",)  # cases: all between the products of a transformer's layer
+SCAN = ("scan",)  # cases: all of linear recurrences
 MATRIX = ("matrix",)  # cases: all products of whole matrices, of levels that multiply
 # By itself the program ends with a segmentation fault where an array is left, on either side.
 SANITIZERS = build.SANITIZERS | {"plain": ("-fsanitize=alignment", "-fno-sanitize-recover=all")}
@@ -50,7 +52,7 @@ def macros_of(level: str) -> list[str]:
 
 def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.ROOT, compiler: str | None = None) -> Path:
     """The program with some kernels of one kind: of the recurrence, X(storage type, cell), of attention, X(storage type), of
-    single steps, `STEP`, or of matrices, `MATRIX`."""
+    single steps, `STEP`, of layer norm, `LAYER_NORM`, of scans, `SCAN`, or of matrices, `MATRIX`."""
     with_ = compiler or build.compiler()
     command = [
         with_,
@@ -69,9 +71,10 @@ def program(level: str, cases: tuple[str, ...], *flags: str, tree: Path = build.
     if "," in cases[0]:
         command += [*macros_of(level), f"-DCASES={' '.join(cases)}"]
         sources = [tree / "tests/csrc/cpu_recurrent.cpp", tree / "csrc/cpu/barrier.cpp"]
-    elif cases == STEP:
+    elif cases in (STEP, LAYER_NORM, SCAN):
         command.append(f"-DLEVEL={level}")
-        sources = [tree / f"csrc/cpu/recurrent_step_{level}.cpp", tree / "tests/csrc/cpu_step.cpp"]
+        kernels = "recurrent_step" if cases == STEP else cases[0]
+        sources = [tree / f"csrc/cpu/{kernels}_{level}.cpp", tree / f"tests/csrc/cpu_{cases[0]}.cpp"]
     elif cases == MATRIX:
         command += [f"-DLEVEL={level}", *tiles]
         sources = [tree / f"csrc/cpu/matrix_product_{level}.cpp", tree / "tests/csrc/cpu_matrix.cpp"]
@@ -127,9 +130,10 @@ def attention_cases(level: str) -> tuple[str, ...]:
 def trials(some_levels: list[str], sanitizers: list[str]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(level, sanitizer, cases); what threads share depends on neither level nor type, so that one of each serves."""
     for level, sanitizer in itertools.product(some_levels, sanitizers):
-        if sanitizer != "thread":  # kernels of attention, steps and matrices share nothing
+        if sanitizer != "thread":  # kernels of attention, steps, norms, scans and matrices share nothing
             yield level, sanitizer, attention_cases(level)
-            yield level, sanitizer, MATRIX if level in MULTIPLIED else STEP  # whose steps are AVX-512's
+            for cases in (MATRIX,) if level in MULTIPLIED else (STEP, LAYER_NORM, SCAN):  # MULTIPLIED's are AVX-512's
+                yield level, sanitizer, cases
     for level, sanitizer, type_, cell in itertools.product(some_levels, sanitizers, TYPES, CELLS):
         if type_ not in types_of(level):
             continue
