@@ -458,6 +458,44 @@ def test_an_slstm_that_has_seen_nothing(dtype):
         torch.testing.assert_close(found, expected)
 
 
+OF_ONE_STEP = {
+    "nothing": ({}, {}),
+    "lengths": ({}, {"lengths": torch.arange(40) % 2}),
+    "resets": ({}, {"resets": torch.arange(40)[None] % 3 == 0}),
+    "zoneout": ({"zoneout": 0.3}, {}),
+    "projection": ({"proj_size": 5}, {}),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, more", [pair for pair in product(("LSTM", "GRU", "RNN"), OF_ONE_STEP) if pair[0] == "LSTM" or pair[1] != "projection"]
+)
+def test_one_step_of_many_sequences(kind, more):
+    """Which has kernels of its own: what these lack goes another way, in every layer and direction."""
+    options, given = OF_ONE_STEP[more]
+    module = getattr(fastseq, kind)(12, 20, 2, bidirectional=True, **options).eval()
+    x, hx = torch.randn(1, 40, 12), states_of(module, 40)
+    with torch.no_grad():
+        assert calls_of(partial(module, x, hx, **given)) == [NATIVE]
+        found = tensors_of(module(x, hx, **given))
+        with fastseq.use_backend("reference"):
+            torch.testing.assert_close(found, tensors_of(module(x, hx, **given)))
+
+
+@pytest.mark.parametrize("largest", [1e4, 1e30, torch.inf])
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_gates_that_are_open_or_shut_for_good(batch, largest):
+    """Their sums are beyond what powers of e can be formed of."""
+    torch.manual_seed(0)
+    theirs, ours = nn.LSTM(8, 40), fastseq.LSTM(8, 40)
+    with torch.no_grad():
+        theirs.bias_ih_l0[::3] = largest
+        theirs.bias_ih_l0[1::7] = -largest
+        ours.load_state_dict(theirs.state_dict())
+        x, exact = torch.randn(6, batch, 8), copy.deepcopy(theirs).double()
+        assert_close_to_truth(ours(x)[0], theirs(x)[0], exact(x.double())[0])
+
+
 @pytest.mark.parametrize("batch", [1, 3, 20])
 def test_gates_that_are_shut(batch):
     """Sigmoids of numbers far below zero, of which few sequences have a form of their own."""

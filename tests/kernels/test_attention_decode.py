@@ -20,7 +20,7 @@ def decoded(case, dtype=torch.float64, **changes):
 
 
 @interpreted
-@pytest.mark.parametrize("num_splits", [2, 7, 18, 25])
+@pytest.mark.parametrize("num_splits", [2, 7, 18, 19, 25])
 def test_every_cut_of_the_keys_gives_the_same(num_splits):
     """Parts of several tiles, of one, and empty ones; the sink counts once."""
     case = DecodeCase(heads=2, heads_k=1, lengths=(300,), capacity=310, sinks=True)

@@ -102,6 +102,19 @@ def test_eval_without_gradients(kind, norm_first, batch_first):
         torch.testing.assert_close(actual, expected.detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_what_is_one_in_memory(batch_first):
+    """Sequences, or steps, that are expanded: their rows do not lie one after another."""
+    theirs, ours = both(batch_first=batch_first)
+    x = source(batch_first)
+    for alike in (x[:1].expand(x.shape), x[:, :1].expand(x.shape)):
+        expected = theirs(alike), theirs.self_attn(alike, alike, alike, need_weights=False)[0]
+        with torch.no_grad():
+            found = ours(alike), ours.self_attn(alike, alike, alike, need_weights=False)[0]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other.detach(), rtol=1e-12, atol=1e-12)
+
+
 def arguments(kind: str) -> tuple:
     given = masks(kind)
     return given.get("src_mask"), given.get("src_key_padding_mask"), given.get("is_causal", False)

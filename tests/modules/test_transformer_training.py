@@ -90,6 +90,8 @@ def test_sizes(shape, norm_first):
     check(results(ours, x[0]), results(theirs, x[0]))
     swapped = x.transpose(0, 1).contiguous().transpose(0, 1)  # time before batch in memory
     check(results(ours, swapped), results(theirs, x))
+    for alike in (x[:1].expand(x.shape), x[:, :1].expand(x.shape)):  # sequences, or steps, that are one in memory
+        check(results(ours, alike), results(theirs, alike))
     everywhere = torch.ones(()).double().expand(x.shape)
     check(results(ours, x, dout=everywhere), results(theirs, x, dout=everywhere))
 
