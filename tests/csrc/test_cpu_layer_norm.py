@@ -29,7 +29,7 @@ FAULTS = [
     wrong("random numbers of another group", "group / 4 + part", "group / 8 + part"),
     wrong("half of a seed", "uint32_t(seed >> 32)", "uint32_t(seed)", file="philox.inl"),
     wrong("a zero of a sign taken for dropped", "y = y * factor + A(0);", "y = y * factor;"),
-    wrong("what was dropped has a gradient", "if (drops) d = (I)after == Lanes<A>::kSign ? V{} : d;", ""),
+    wrong("what was dropped has a gradient", "if (drops) d = (I)after", "if (!drops) d = (I)after"),
     wrong("gelu's gradient without the slope of its factor", "of_x.below + x * of_x.density", "of_x.below"),
     wrong("the bias of n whole where its gate is shut", "* In::load(gates + u, H - u);", ";"),
     wrong("rows after the first run of them", "begin + kRun < end ? begin + kRun : end", "begin + kRun < end ? begin : end"),
