@@ -945,7 +945,7 @@ def test_caps_near_and_far(level, cap, dtype):
 def errors_of_gradients(
     own: Callable[..., Tensor], tensors: dict[str, Tensor], dout: Tensor, kind: str, **options: Any
 ) -> dict[str, tuple[float, float]]:
-    """Root mean square errors of float32, ours and that of torch's better path, of the output and of each gradient."""
+    """Relative root mean square errors of float32, ours and that of torch's better path, of output and gradients."""
 
     def of(attention: Callable[..., Tensor], given: dict[str, Tensor], dout: Tensor) -> list[Tensor]:
         given = {name: t.detach().requires_grad_() for name, t in given.items()}
@@ -958,11 +958,12 @@ def errors_of_gradients(
     for path in [SDPBackend.MATH] if kind == "bias" else [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]:
         with sdpa_kernel([path]):
             by_torch.append(of(theirs, tensors, dout))
+
+    def error(i: int, results: list[Tensor]) -> float:
+        return ((results[i] - truth[i]).norm() / truth[i].norm()).item()
+
     names = ("out", *(f"d{name}" for name in tensors))
-    return {
-        name: ((found[i] - truth[i]).norm().item(), min((results[i] - truth[i]).norm().item() for results in by_torch))
-        for i, name in enumerate(names)
-    }
+    return {name: (error(i, found), min(error(i, results) for results in by_torch)) for i, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("kind", ("full", "causal", "bias"))
@@ -1015,7 +1016,8 @@ def test_gradients_of_steep_scores(level, T, scale):
     torch.manual_seed(0)
     tensors = {name: torch.randn(max(1, 600 // T), 3, T, 16) for name in ("query", "key", "value")}
     found = errors_of_gradients(ours, tensors, torch.randn_like(tensors["query"]), "full", scale=scale)
-    worse = {name: own / best for name, (own, best) in found.items() if own > FACTOR * best}
+    largest = max(best for _, best in found.values())  # what rounding takes from such scores
+    worse = {name: own / largest for name, (own, _) in found.items() if own > FACTOR * largest}
     assert not worse
 
 
