@@ -32,7 +32,7 @@ struct Values {
   using Stored = float;
   using Vector = V;
   static constexpr int64_t kDepths = 1;  // of a factor
-  static constexpr int64_t kPiece = 64;  // see Product::kernel
+  static int64_t piece(int64_t depth) { return min(64, blocks_of(depth, 64) * 8); }  // see Product::kernel
 
   static FASTSEQ_HOST_DEVICE Vector broadcast(const Vector* line, int r) { return ((const float*)line)[r] - V{}; }
   static FASTSEQ_HOST_DEVICE V add(V sum, Vector a, Vector b) { return sum + a * b; }
@@ -49,7 +49,8 @@ struct Values {
 struct Pairs {
   using Stored = bfloat16;
   typedef uint32_t Vector __attribute__((vector_size(64), may_alias));
-  static constexpr int64_t kDepths = 2, kPiece = 128;
+  static constexpr int64_t kDepths = 2;
+  static int64_t piece(int64_t) { return 128; }
 
   static FASTSEQ_HOST_DEVICE Vector broadcast(const Vector* line, int r) { return (Vector)_mm512_set1_epi32((*line)[r]); }
   static FASTSEQ_HOST_DEVICE V add(V sum, Vector a, Vector b) {
@@ -218,7 +219,7 @@ class Product {
 
   struct Block {
     const Vector *left, *right;
-    int64_t lines;
+    int64_t lines, piece;
     V* sums;      // of the runs, [rows][2]
     bool begins;  // with this one
     // of the last run: results, bytes from a row to the next
@@ -232,7 +233,7 @@ class Product {
     const int64_t panel = own.panel + column / kPanel, begin = begin_of(b), n = begin_of(b + 1) - begin;
     const int64_t columns = min(kPanel, own.columns - column), vectors = blocks_of(columns, W), stride = own.right->stride;
     char* out = static_cast<char*>(own.right->out) + (first_row + begin) * stride + (own.column + column) * sizeof(S);
-    const Block block{left + b * block_step(), right + panel * panel_step(), lines_of(count), sums + (panel * row_blocks + b) * kSums,
+    const Block block{left + b * block_step(), right + panel * panel_step(), lines_of(count), Factors::piece(p.depth), sums + (panel * row_blocks + b) * kSums,
                       k == 0, out, stride, columns, own.right->bias ? static_cast<const S*>(own.right->bias) + own.column + column : nullptr,
                       own.right->relu};
     k + count < p.depth ? kernel_of<false>(n, vectors)(block) : kernel_of<true>(n, vectors)(block);
@@ -244,7 +245,7 @@ class Product {
   // short sums then.
   template <bool kLast, int RB, int NV>
   static void kernel(const Block& block) {
-    const auto [left, right, lines, sums, begins, out, stride, columns, bias, relu] = block;
+    const auto [left, right, lines, piece, sums, begins, out, stride, columns, bias, relu] = block;
     V sum[RB][NV];
 #pragma GCC unroll 16
     for (int r = 0; r < RB; ++r)
@@ -256,7 +257,7 @@ class Product {
       }
     V pieces[kSums];  // sums of those before
     for (int64_t k = 0; k < lines;) {
-      const int64_t end = min(k + Factors::kPiece, lines);
+      const int64_t end = min(k + piece, lines);
 #pragma GCC unroll 2
       for (; k < end; ++k) {
         Vector weight[NV];
@@ -269,7 +270,7 @@ class Product {
           for (int v = 0; v < NV; ++v) sum[r][v] = Factors::add(sum[r][v], value, weight[v]);
         }
       }
-      if (end > Factors::kPiece)
+      if (end > piece)
 #pragma GCC unroll 16
         for (int r = 0; r < RB; ++r)
 #pragma GCC unroll 2
