@@ -75,3 +75,11 @@ def test_files_that_are_none(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         tables.main(["measure", str(tmp_path), "--levels", "mmx"])
     assert ended.value.code == 2 and "--levels: 'mmx' is not one that this CPU has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mode", "first"), [("inference", "cpu"), ("training", "torch")])
+def test_a_cells_training_step_is_ours_where_it_is_faster(tmp_path, mode, first):
+    device, step = Device("cpu", "CPU", "avx2", 1), Call("recurrent_cell", mode, "gru", "float32", "", "padded", 1, (2, 1, 8))
+    file = export(tmp_path, "tuned.json", entry(device, [Candidate("torch", us=1.0), Candidate("cpu", us=1.01)], step))
+    points, _ = shipped.found_in(json.loads(tables.points_text([file])), "cpu", "other", "avx512")
+    assert points[step.kin][0].candidates[0].backend == first
