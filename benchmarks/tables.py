@@ -31,8 +31,8 @@ from .workloads import attention
 from .workloads.linear import WEIGHTS
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# A CPU's call goes to torch's kernel if ours takes so much longer: what a measurement can tell from equal. A cell's training step, which is
-# measured among other functions (`fastseq.tuning.problems`), goes there if it is not faster.
+# A CPU's call goes to torch's kernel if ours takes so much longer: what a measurement can tell from equal. A cell's training
+# step, which is measured among other functions (`fastseq.tuning.problems`), goes there if ours is not faster.
 MARGIN = 1.02
 SECONDS = 0.1  # for the rounds of a call
 SUITES = "attention,cells"  # of layers cpu-lengths.json tells

@@ -150,9 +150,9 @@ def _step(call: Call, device: torch.device) -> Problem:
 def _between_steps(x: Tensor, h: Tensor) -> Tensor:
     """Inputs [B, I] of a step made of the state [B, H] before it, I = H, as models make them: by functions of many kinds.
 
-    A step with gradients takes about as long as a few of these. In a loop over nothing but steps what it runs stays in the caches,
-    which in a model it shares with them; and to PyTorch's step, which consists of such functions, they owe that they are there
-    already. A kernel that gains less than that takes is not the faster one.
+    A step with gradients takes about as long as a few of these. In a loop over nothing but steps what it runs stays in the
+    caches, which in a model it shares with them; and to PyTorch's step, which consists of such functions, they owe that they are
+    there already. A kernel that gains less than that takes is not the faster one.
     """
     few = min(16, h.shape[1])
     decayed = h * torch.exp(-torch.relu(x))
