@@ -27,10 +27,7 @@ struct Options {
 template <class S>
 class Trial {
   using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
-  static constexpr Type kType = std::is_same_v<S, double>     ? Type::kDouble
-                                : std::is_same_v<S, float>    ? Type::kFloat
-                                : std::is_same_v<S, bfloat16> ? Type::kBfloat16
-                                                              : Type::kHalf;
+  static constexpr Type kType = kTypeOf<S>;
 #if defined(TILES)
   static constexpr bool kForwardAlone = std::is_same_v<S, float>;  // in parts of bfloat16
 #else

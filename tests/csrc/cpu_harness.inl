@@ -11,6 +11,13 @@ struct float16 {
 };
 #endif
 
+// As the kernels name a storage type.
+template <class S>
+constexpr fastseq::cpu::Type kTypeOf = std::is_same_v<S, double>     ? fastseq::cpu::Type::kDouble
+                                       : std::is_same_v<S, float>    ? fastseq::cpu::Type::kFloat
+                                       : std::is_same_v<S, bfloat16> ? fastseq::cpu::Type::kBfloat16
+                                                                     : fastseq::cpu::Type::kHalf;
+
 using Doubles = std::vector<double>;
 
 inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }

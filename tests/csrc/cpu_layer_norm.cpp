@@ -52,10 +52,7 @@ template <class S>
 class Run {
   using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
   static constexpr double kUnit = std::is_same_v<A, double> ? 0x1p-53 : 0x1p-24;  // half of a last place of 1, of numbers A
-  static constexpr Type kType = std::is_same_v<S, float>      ? Type::kFloat
-                                : std::is_same_v<S, double>   ? Type::kDouble
-                                : std::is_same_v<S, bfloat16> ? Type::kBfloat16
-                                                              : Type::kHalf;
+  static constexpr Type kType = kTypeOf<S>;
 
  public:
   Run(int64_t features, int64_t rows, unsigned seed) : E_(features), R_(rows), random_(seed) {

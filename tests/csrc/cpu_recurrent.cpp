@@ -526,12 +526,6 @@ class Trial {
   Numbers numbers_;
 };
 
-template <class S>
-constexpr fastseq::cpu::Type kType = std::is_same_v<S, double>     ? fastseq::cpu::Type::kDouble
-                                     : std::is_same_v<S, float>    ? fastseq::cpu::Type::kFloat
-                                     : std::is_same_v<S, bfloat16> ? fastseq::cpu::Type::kBfloat16
-                                                                   : fastseq::cpu::Type::kHalf;
-
 template <class S, template <class> class Cell>
 int failures(const char* name, fastseq::cpu::Cell cell, int64_t most) {
   using C = Cell<Math<float>>;
@@ -541,7 +535,7 @@ int failures(const char* name, fastseq::cpu::Cell cell, int64_t most) {
   const auto try_out = [&](const Options& o) {
     for (const bool end : {true, false}) {
       at_the_end = end;
-      failed += !Trial<S, Cell>(name, cell, kType<S>, o, seed).run();
+      failed += !Trial<S, Cell>(name, cell, kTypeOf<S>, o, seed).run();
     }
   };
   for (const int64_t H : sizes)

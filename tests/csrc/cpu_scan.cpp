@@ -56,10 +56,7 @@ Step step_of(ScanCell cell, double a, double b, double gate, double vector, bool
 template <class S, class E>
 class Run {
   using A = std::conditional_t<std::is_same_v<S, double>, double, float>;
-  static constexpr Type kType = std::is_same_v<S, float>      ? Type::kFloat
-                                : std::is_same_v<S, double>   ? Type::kDouble
-                                : std::is_same_v<S, bfloat16> ? Type::kBfloat16
-                                                              : Type::kHalf;
+  static constexpr Type kType = kTypeOf<S>;
 
   // [steps, rows, width], more from a row to the next than its elements
   template <class T>
