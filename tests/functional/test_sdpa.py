@@ -388,6 +388,23 @@ def test_batched_gradients(by, shape):
         torch.testing.assert_close([grad[index] for grad in together], list(alone))
 
 
+@pytest.mark.parametrize("module", [False, True])
+def test_batched_gradients_of_many_keys(module):
+    """In float32, where the forward pass keeps more of the lse than the op of these gradients takes."""
+    torch.manual_seed(0)
+    if module:
+        attention, leaf = fastseq.MultiheadAttention(16, 2), torch.randn(130, 2, 16, requires_grad=True)
+        leaves, out = [leaf], attention(leaf, leaf, leaf, need_weights=False)[0]
+    else:
+        leaves = [torch.randn(2, 3, 130, 8, requires_grad=True) for _ in range(3)]
+        out = ours(*leaves, is_causal=True)
+    cotangents = torch.randn(3, *out.shape)
+    together = torch.autograd.grad(out, leaves, cotangents, is_grads_batched=True, retain_graph=True)
+    for index, cotangent in enumerate(cotangents):
+        alone = torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+        torch.testing.assert_close([grad[index] for grad in together], list(alone))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     torch.manual_seed(0)
