@@ -13,11 +13,8 @@ struct Activation : Math<A> {
     x = at_least(at_most(x, L::kLargest), least);
     const V shifted = L::kRound - x * L::kLog2e;
     const V n = shifted - L::kRound, fraction = power(-n - x * L::kLog2e);
-#if defined(__AVX512F__)
-    if constexpr (sizeof(A) == 4) return A(1) + (V)_mm512_maskz_scalef_ps(0xffff, (__m512)(A(1) + fraction), (__m512)n);
-#endif
     const V scale = (V)(((I)shifted << L::kMantissa) + L::kOne);
-    return A(1) + (scale + scale * fraction);
+    return scale * fraction + (scale + A(1));
   }
   static FASTSEQ_HOST_DEVICE V sigmoid(V x) { return divide(V{} + 1, sigmoid_divisor(x)); }
 
@@ -29,13 +26,6 @@ struct Activation : Math<A> {
     const V scale = (V)(((I)shifted << L::kMantissa) + L::kOne);
     return scale * fraction + (scale - A(1));
   }
-  static FASTSEQ_HOST_DEVICE V tanh(V x) {  // as Math has it
-    const V e = tanh_dividend(x);
-    const auto small = e < A(2);
-    const V quotient = divide(small ? e : V{} + 2, e + A(2));
-    return with_sign_of(small ? quotient : A(1) - quotient, x);
-  }
-
   // by one division: nothing is derived from the factors
   static FASTSEQ_HOST_DEVICE V sigmoid_tanh(V x, V y) {
     constexpr A kLeast = -60;  // below it sigmoid is less than 1e-26, and the divisor might become infinite
