@@ -213,6 +213,32 @@ def test_parts_are_as_exact_as_torch(name, hidden):
     assert sum(_rms(ours[k], truth[k]) for k in keys) <= chance * sum(_rms(torchs[k], truth[k]) for k in keys)
 
 
+@pytest.mark.parametrize("steps, batch", ((1, 1), (1, 40), (40, 1), (9, 20)))
+def test_activations_are_off_by_rounding_and_little_more(level, steps, batch):
+    """Products with a matrix of ones in the diagonal are exact, so that h = tanh(x), and where g is 1 and c was 0, c = sigmoid(x)."""
+    torch.manual_seed(0)
+    hidden, found = 512, {}
+    x = torch.randn(steps, batch, hidden) * torch.logspace(-3, 1, hidden)[torch.randperm(hidden)]
+    for name, own in (("RNN", (0,)), ("LSTM", (0,))):
+        module = getattr(fastseq, name)(hidden, hidden, bias=name == "LSTM")
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.zero_()
+            for gate in own:
+                module.weight_ih_l0[gate * hidden : (gate + 1) * hidden] = torch.eye(hidden)
+            if name == "LSTM":
+                module.bias_ih_l0[hidden : 2 * hidden] = -200.0  # f: nothing stays of c
+                module.bias_ih_l0[2 * hidden : 3 * hidden] = 20.0  # g
+            found[name] = module(x)[1][1][0] if name == "LSTM" else module(x)[0]
+    for values, exact, torchs in (
+        (found["RNN"], torch.tanh(x.double()), torch.tanh(x)),
+        (found["LSTM"], torch.sigmoid(x[-1].double()), torch.sigmoid(x[-1])),
+    ):
+        unit = torch.ldexp(torch.tensor(2.0**-24, dtype=torch.float64), torch.frexp(exact)[1])
+        ours, theirs = (_rms(y / unit, exact / unit) for y in (values, torchs))
+        assert ours <= 1.25 * max(theirs, 12**-0.5), (ours, theirs)  # rounding itself: uniform within half a unit
+
+
 @pytest.mark.parametrize("steps, batch", ((1, 1), (1, 8), (3, 4)))
 @pytest.mark.parametrize("hidden", (64, 200))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
