@@ -163,7 +163,14 @@ def lane_of(cell: str, step: bool, has_biases: bool, batch_first: bool, hidden: 
     """It is to be kept in a ``memory`` of decisions, which is emptied when they change."""
     params = (_OF_CELL if step else _OF_LAYER)[has_biases]
     return Lane(
-        cell, NUMBERS[cell] | _BATCH_FIRST * batch_first | _NO_BIASES * (not has_biases), step, batch_first, hidden, params, {}, {}
+        cell,
+        NUMBERS[cell] | _BATCH_FIRST * batch_first | _NO_BIASES * (not has_biases),
+        step,
+        batch_first,
+        hidden,
+        params,
+        {},
+        {},
     )
 
 

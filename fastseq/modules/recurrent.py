@@ -30,6 +30,7 @@ from fastseq.backends.cpu.recurrent import DTYPES
 from fastseq.backends.torch.recurrent import GATES, LAYERS
 from fastseq.cells import CELLS
 from fastseq.choice import sources
+from fastseq.choice.device import cpu_level
 from fastseq.choice.sources import layers_are_torchs, memory
 from fastseq.functional._attention_call import readable
 from fastseq.functional._autocast import lowered, lowered_to
@@ -198,8 +199,8 @@ class Sequence(Interop, nn.RNNBase):
                 done = self._native(input, hx, lengths, params, resets)
             if done is not None:
                 return *done, None
-        elif alone and type(input) is Tensor:
-            done = self._lowered(input, hx)
+        elif plain and type(input) in (Tensor, PackedSequence):
+            done = self._lowered(input, hx, lengths, resets)
             if done is not None:
                 return *done, None
         if params is None:
@@ -279,13 +280,15 @@ class Sequence(Interop, nn.RNNBase):
             else (done[0], tuple([state for state in done[1:] if state is not None]), None)
         )
 
-    def _lowered(self, input: Tensor, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """Output and final states of a call with padded input under autocast on a CPU, by whichever kernels are the faster ones, if
-        it is beyond question; else None.
+    def _lowered(self, input: Any, hx: Any, lengths: Tensor | None, resets: Any) -> tuple[Any, tuple[Tensor, ...]] | None:
+        """Output and final states of a call under autocast on a CPU, by whichever kernels are the faster ones, if it is beyond
+        question; else None.
 
         A step is torch's: autocast keeps what it has made of the weights, where a kernel of ours has them made at every call.
         """
-        if not input.is_cpu or input.dim() != 3 or not autocasts("cpu"):
+        packed = type(input) is PackedSequence
+        data = input.data if packed else input
+        if not data.is_cpu or not autocasts("cpu"):
             return None
         if recorded() or transforming() or backends.forced() or backends.watched() or shared_sequence() is not None:
             return None
@@ -294,35 +297,49 @@ class Sequence(Interop, nn.RNNBase):
             return None
         if training and (self.weight_dropout or self.recompute):
             return None
-        params: list[Any] = [getattr(self, name) for name in self._flat_weights_names]
         states: tuple[Any, ...] = () if hx is None else hx if type(hx) is tuple else (hx,)
-        given = (input, *params, *states)
+        if hx is not None and len(states) != (2 if cell == "lstm" else 1 if type(hx) is Tensor else 0):
+            return None
+        params: list[Any] = [getattr(self, name) for name in self._flat_weights_names]
+        given = (data, *params, *states)
         for tensor in given:
             if type(tensor) not in PLAIN:
                 return None
-        batch, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
-        if steps == 1:
-            return self._by_torch(input, None, states, params, batch, lowered=True)
-        lower = lowered_to(cell, input, states)
-        if lower not in DTYPES or library.reason():
+        lower = lowered_to(cell, data, states)
+        if lower is None or lower not in DTYPES or library.reason():
             return None
-        gradients, lanes = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given]), 1 + bool(self.bidirectional)
-        if layers_are_torchs(cell, lower, "padded", lanes, batch, steps, self.hidden_size, gradients):
-            return self._by_torch(input, None, states, params, batch, lowered=True) if steps else None
-        x, params, states = lowered(input, lower), [lowered(p, lower) for p in params], tuple([lowered(s, lower) for s in states])
+        padded = not packed and input.dim() == 3 and lengths is None and resets is None
+        if padded:
+            batch, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
+            if steps == 1 or (lower.itemsize > 2 and batch * self.hidden_size > _WIDE and cpu_level() in _MULTIPLY_SHORT):
+                return self._by_torch(input, None, states, params, batch, lowered=True)
+        gradients = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given])
+        if padded:
+            lanes = 2 if self.bidirectional else 1
+            if layers_are_torchs(cell, lower, "padded", lanes, batch, steps, self.hidden_size, gradients):
+                return self._by_torch(input, None, states, params, batch, lowered=True) if steps else None
+        data, params, states = (
+            lowered(data, lower),
+            [lowered(p, lower) for p in params],
+            tuple([lowered(s, lower) for s in states]),
+        )
+        if not padded:
+            given_hx = None if hx is None else states if cell == "lstm" else states[0]
+            return self._native(input._replace(data=data) if packed else data, given_hx, lengths, params, resets, packs=False)
         options = self.bias, self.num_layers, self.bidirectional, self.batch_first
         if gradients:
-            x = x.transpose(0, 1) if self.batch_first else x
+            x = data.transpose(0, 1) if self.batch_first else data
             return trained_layers(cell, x, states, params, *options, self.dropout if training else 0.0, self.recompute)
         if training and self.dropout:
             return None
-        results = native_layers(cell, x, states, params, *options, chosen=True)
+        results = native_layers(cell, data, states, params, *options, chosen=True)
         return None if results is None else (results[0], tuple(results[1:]))
 
     def _native(
-        self, input: Any, hx: Any, lengths: Tensor | None, params: list[Any], resets: Any = None
+        self, input: Any, hx: Any, lengths: Tensor | None, params: list[Any], resets: Any = None, packs: bool = True
     ) -> tuple[Any, tuple[Tensor, ...]] | None:
-        """Output and final states of a plain call, if the native kernels take it and it is beyond question.
+        """Output and final states of a plain call, if the native kernels take it and it is beyond question; `packs`: by packed
+        weights, if there are any.
 
         Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it.
         """
@@ -402,7 +419,7 @@ class Sequence(Interop, nn.RNNBase):
                 lengths,
                 batch_sizes,
                 zoneout,
-                None if training else packing_of(self),
+                packing_of(self) if packs and not training else None,
                 resets=resets,
             )
             if results is None:
@@ -1048,9 +1065,13 @@ _OPTIONS = itemgetter(
 )  # fmt: skip
 _lanes: dict[Any, Any] = memory()
 
+# A GRU's state stays in float32 under autocast, so that our kernels run all of it in float32, while torch's multiplies in bfloat16:
+# from more elements of the state on the faster way, where there are instructions for it (Zen 4, B = 32, H = 512: 1.3 times).
+_WIDE, _MULTIPLY_SHORT = 8192, ("avx512_bf16", "amx")
 
-def _lane_in(kind: type[Sequence], own: dict[str, Any]) -> Lane | bool | None:
-    """`_lane_of` of a module with these attributes; None: more is to be asked of it."""
+
+def _lane_in(kind: type[Sequence], own: dict[str, Any]) -> Any:
+    """What `_lane_of` says of a module with these attributes; None: more is to be asked of it."""
     if checks_of(kind) not in CHECKS or own.get("solver", kind.solver) is not None:
         return None
     if "zoneout" in own and "weight_dropout" in own and "num_heads" in own:
