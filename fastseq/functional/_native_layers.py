@@ -257,6 +257,8 @@ def trained_lane(
     if hx is None:
         states: tuple[Tensor, ...] = ()
     elif type(hx) is tuple:
+        if len(hx) != 2:
+            return None
         states = hx
     else:
         states = (hx,)

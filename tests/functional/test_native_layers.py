@@ -437,7 +437,7 @@ class TestLayersUnderAutocast:
                 options["resets"] = torch.arange(15).reshape(5, 3) % 4 == 1
             yield module, x, states if given else None, options
 
-    def both(self, module, run):
+    def both(self, run):
         """The results, and what whoever looks on is given."""
         with torch.autocast("cpu", torch.bfloat16):
             found = run()
@@ -448,10 +448,11 @@ class TestLayersUnderAutocast:
         for module, x, hx, options in self.calls(kind, layout):
             if options.get("lengths") is None and hx is None:
                 fastseq.pack(module.eval())  # no matter: packed weights are not those that autocast lowers
+            run = partial(module, x, hx, **options)
             with torch.no_grad():
                 with torch.autocast("cpu", torch.bfloat16):
-                    assert calls_of(lambda: module(x, hx, **options)) == [NATIVE]
-                found, expected = self.both(module, lambda: tensors_of(module(x, hx, **options)))
+                    assert calls_of(run) == [NATIVE]
+                found, expected = self.both(lambda run=run: tensors_of(run()))
             for ours, theirs in zip(found, expected, strict=True):
                 assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype and not ours.requires_grad
             fastseq.unpack(module)
@@ -466,7 +467,7 @@ class TestLayersUnderAutocast:
                 weights = [torch.ones_like(out) for out in outputs]
                 return [*outputs, *torch.autograd.grad(outputs, leaves, weights)]
 
-            found, expected = self.both(module, run)
+            found, expected = self.both(run)
             for ours, theirs in zip(found, expected, strict=True):
                 assert ours.dtype == theirs.dtype
                 torch.testing.assert_close(ours, theirs)
