@@ -288,8 +288,10 @@ def trained_lane(
         done: tuple[Tensor, ...] = torchs.LAYERS[cell](input, hx, params, len(params) == 4, 1, 0.0, training, False, batch_first)
         return done
     if known == "step":
-        x = input.transpose(0, 1) if lane.batch_first else input
-        return trained_layer_of_a_step(lane.cell, x, states[0], states[1] if len(states) == 2 else None, params, lane.batch_first)
+        x, h0, c0 = input.transpose(0, 1) if lane.batch_first else input, states[0], states[1] if len(states) == 2 else None
+        x, h0, c0 = _laid_out(x, h0, c0) or (x, h0, c0)
+        assert h0 is not None
+        return trained_layer_of_a_step(lane.cell, x, h0, c0, params, lane.batch_first)
     return None
 
 
