@@ -70,8 +70,6 @@ struct InPlace {
   static FASTSEQ_HOST_DEVICE void multiply(const X* rows, int64_t stride, int64_t count, int64_t depth, const Column& column,
                                            const Give& give) {
     int64_t r = 0;
-    if constexpr (W >= 16 && sizeof(X) == sizeof(A) && sizeof(S) < sizeof(A))  // weights, and they alone, are widened: for twice as many
-      for (; r + 8 <= count; r += 8) block<8, X, S>(rows, stride, r, depth, column, give);
     if constexpr (W >= 4)
       for (; r + 4 <= count; r += 4) block<4, X, S>(rows, stride, r, depth, column, give);
     for (; r + 2 <= count; r += 2) block<2, X, S>(rows, stride, r, depth, column, give);
@@ -89,7 +87,7 @@ struct InPlace {
       V sums[W];
       products<R, X, S>(rows + r * stride, stride, from, depth, sums);
       const V values = added_up<W / 2>(sums);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int64_t i = 0; i < R; ++i) give(r + i, j, C, reinterpret_cast<const A*>(&values) + i * C);
     }
   }
@@ -110,12 +108,12 @@ struct InPlace {
       for (int64_t i = 0; i < R * N; ++i) sum[i / N][i % N] = V{};
       int64_t k = 0;
       const auto add = [&](int64_t n) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int64_t i = 0; i < R; ++i) value[i] = T::row(rows + i * stride + k, n);
 #pragma GCC unroll 16
         for (int64_t c = 0; c < N; ++c) {
           const typename T::Column weight = T::column(columns[first + c] + k, n);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
           for (int64_t i = 0; i < R; ++i) sum[i][c] = T::add(sum[i][c], value[i], weight);
         }
       };
