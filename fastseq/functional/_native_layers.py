@@ -288,10 +288,11 @@ def trained_lane(
         done: tuple[Tensor, ...] = torchs.LAYERS[cell](input, hx, params, len(params) == 4, 1, 0.0, training, False, batch_first)
         return done
     if known == "step":
-        x, h0, c0 = input.transpose(0, 1) if lane.batch_first else input, states[0], states[1] if len(states) == 2 else None
-        x, h0, c0 = _laid_out(x, h0, c0) or (x, h0, c0)
-        assert h0 is not None
-        return trained_layer_of_a_step(lane.cell, x, h0, c0, params, lane.batch_first)
+        x, h, c = input.transpose(0, 1) if lane.batch_first else input, states[0], states[1] if len(states) == 2 else None
+        anew = _laid_out(x, h, c)
+        if anew is not None:
+            x, h, c = anew[0], h.contiguous(), anew[2]
+        return trained_layer_of_a_step(lane.cell, x, h, c, params, lane.batch_first)
     return None
 
 

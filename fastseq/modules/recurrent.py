@@ -1065,8 +1065,8 @@ _OPTIONS = itemgetter(
 )  # fmt: skip
 _lanes: dict[Any, Any] = memory()
 
-# A GRU's state stays in float32 under autocast: our kernels run all of it in float32, torch's multiply in bfloat16, which is faster
-# from more elements of the state on where there are instructions for it (Zen 4, B = 32, H = 512: 1.3 times).
+# A GRU's state stays in float32 under autocast: our kernels run all of it in float32, torch's multiply in bfloat16. From more
+# elements of the state on that is faster where there are instructions for it (Zen 4, B = 32, H = 512: 1.3 times).
 _WIDE, _MULTIPLY_SHORT = 8192, ("avx512_bf16", "amx")
 
 
