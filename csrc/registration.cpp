@@ -57,6 +57,7 @@ STABLE_TORCH_LIBRARY(fastseq_native, m) {
   m.def(
       "recurrent_step_backward(Tensor? dh, Tensor? dc, Tensor x, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_hh, "
       "Tensor? y, Tensor? c, Tensor gates, str cell, bool[] wanted) -> Tensor[]");
+  m.def("recurrent_steps_gradients(Tensor dgates, Tensor drecurrent, Tensor x, Tensor h, bool[] wanted) -> Tensor[]");
   m.def(
       "recurrent_layer(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, Tensor? hold_h, "
       "Tensor? hold_c, Tensor? resets, str cell, bool has_biases, bool bidirectional, float zoneout_h, float zoneout_c, bool save_gates, "
@@ -194,6 +195,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastseq_native, CompositeExplicitAutograd, m) {
   m.impl("recurrent_step", &fastseq::cpu::recurrent_step);
   m.impl("recurrent_step_trained", TORCH_BOX(&fastseq::cpu::recurrent_step_trained));
   m.impl("recurrent_step_backward", TORCH_BOX(&fastseq::cpu::recurrent_step_backward));
+  m.impl("recurrent_steps_gradients", TORCH_BOX(&fastseq::cpu::recurrent_steps_gradients));
   m.impl("recurrent_layer", TORCH_BOX(&fastseq::cpu::recurrent_layer));
   m.impl("recurrent_pack", TORCH_BOX(&fastseq::cpu::recurrent_pack));
   m.impl("cuda_limits", TORCH_BOX(&fastseq::cuda_limits));

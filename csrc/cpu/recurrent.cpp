@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "level.h"
+#include "matrix_product.h"
 #include "recurrent_run.h"
 
 namespace fastseq::cpu {
@@ -456,6 +457,21 @@ bool few_for_ours(Type type, int64_t rows, int64_t weights) {
   return rows <= kRows && (level() != Level::kAvx512Bf16 || weights > kWeights || (rows == 1 && type == Type::kFloat));
 }
 
+// left [rows, depth], or where it is transposed [depth, rows], x right [depth, columns]; `ours`: by our kernels, if there are any.
+Tensor product_of_few(const Tensor& left, bool transposed, const Tensor& right, bool ours) {
+  const ScalarType narrow = left.scalar_type();
+  const Type type = type_of(narrow);
+  const MatrixKernels* kernels = ours ? matrix_kernels(type) : nullptr;
+  const int64_t depth = right.size(0), columns = right.size(1), rows = left.size(transposed), bytes = bytes_of(type);
+  if (kernels) {
+    const Tensor result = empty({rows, columns}, narrow);
+    const MatrixProduct product{type, rows, depth, {data(left), left.size(1) * bytes, nullptr}, transposed,
+                                {{{data(right), columns * bytes, nullptr}, columns, mutable_data(result), columns * bytes}}, 1};
+    if (multiply(*kernels, {product})) return result;
+  }
+  return torch::stable::matmul(transposed ? matrix(data(left), depth, rows, rows, narrow, true) : left, right);
+}
+
 // to[0 .. columns) = the sum of rows `stride` elements apart, in the kernels' arithmetic: of runs of rows, added up in pairs, and the
 // pairs in pairs
 void sum_rows(Type type, const void* values, int64_t rows, int64_t columns, int64_t stride, void* to) {
@@ -766,9 +782,10 @@ std::vector<Tensor> recurrent_step_backward(std::optional<Tensor> dh, std::optio
     for (int64_t b = 0; b < B; ++b)
       copy(b * GH, bytes(a.dgates, b * GH), GH - own), copy((b + 1) * GH - own, bytes(a.drecurrent, b * own), own);
   }
-  if (wanted[0]) results.push_back(torch::stable::matmul(dgates, w_ih));
+  const bool ours = !few_for_ours(a.shape.type, B, GH * (I + H));
+  if (wanted[0]) results.push_back(product_of_few(dgates, false, w_ih, ours));
   if (wanted[1]) {
-    add_to(a.shape.type, data(torch::stable::matmul(dr, w_hh)), B * H, a.dh0);
+    add_to(a.shape.type, data(product_of_few(dr, false, w_hh, ours)), B * H, a.dh0);
     results.push_back(dh0);
   }
   if (wanted[2]) results.push_back(dc0);
@@ -777,18 +794,28 @@ std::vector<Tensor> recurrent_step_backward(std::optional<Tensor> dh, std::optio
     if (own) results.push_back(dr);
     return results;
   }
-  const auto weights = [&](const Tensor& of, const Tensor& right) {
-    return torch::stable::matmul(matrix(data(of), B, GH, GH, narrow, true), right);
-  };
-  const auto biases = [&](const Tensor& of) {
-    const Tensor sums = empty({GH}, narrow);
-    sum_rows(a.shape.type, data(of), B, GH, GH, mutable_data(sums));
-    return sums;
-  };
-  if (wanted[3]) results.push_back(weights(dgates, x));
-  if (wanted[4]) results.push_back(weights(dr, h0));
-  if (wanted[5]) results.push_back(biases(dgates));
-  if (wanted[6]) results.push_back(biases(dr));
+  for (Tensor& gradient : recurrent_steps_gradients(dgates, dr, x, h0, {wanted.begin() + 3, wanted.end()}))
+    results.push_back(std::move(gradient));
+  return results;
+}
+
+std::vector<Tensor> recurrent_steps_gradients(Tensor dgates, Tensor drecurrent, Tensor x, Tensor h, std::vector<bool> wanted) {
+  STD_TORCH_CHECK(dgates.dim() == 2 && x.dim() == 2 && h.dim() == 2 && wanted.size() == 4,
+                  "recurrent: of steps dgates and drecurrent must be [N, G*H], x [N, I] and h [N, H], and wanted is of the parameters");
+  const ScalarType narrow = h.scalar_type();
+  const Type type = type_of(narrow);
+  const int64_t rows = dgates.size(0), GH = dgates.size(1), I = x.size(1), H = h.size(1);
+  expect(dgates, narrow, rows * GH, "dgates"), expect(drecurrent, narrow, rows * GH, "drecurrent");
+  expect(x, narrow, rows * I, "x"), expect(h, narrow, rows * H, "h");
+  const bool ours = !few_for_ours(type, rows, GH * (I + H));
+  std::vector<Tensor> results;
+  if (wanted[0]) results.push_back(product_of_few(dgates, true, x, ours));
+  if (wanted[1]) results.push_back(product_of_few(drecurrent, true, h, ours));
+  for (int64_t i = 2; i < 4; ++i) {
+    if (!wanted[i]) continue;
+    results.push_back(empty({GH}, narrow));
+    sum_rows(type, data(i == 2 ? dgates : drecurrent), rows, GH, GH, mutable_data(results.back()));
+  }
   return results;
 }
 

@@ -94,6 +94,10 @@ std::vector<Tensor> recurrent_step_backward(std::optional<Tensor> dh, std::optio
                                             std::optional<Tensor> y, std::optional<Tensor> c, Tensor gates, std::string cell,
                                             std::vector<bool> wanted);
 
+// Gradients of w_ih, w_hh, b_ih and b_hh, those that are wanted, of steps together: of each a row of dgates and drecurrent [N, G*H], the
+// gradients of W x and of R h, x [N, I] and the state before it, h [N, H].
+std::vector<Tensor> recurrent_steps_gradients(Tensor dgates, Tensor drecurrent, Tensor x, Tensor h, std::vector<bool> wanted);
+
 // Gradients of a layer's input and weights from what recurrent_backward gave. wanted: of each lane bits 0 to 3 for w_ih, w_hh, b_ih, b_hh,
 // and bit 4 of the first for x. Returned in this order: x, then lane by lane. Nothing where torch's own products serve: without AMX, in
 // other types than bfloat16 and float32, and for float32 whose parts would leave their range.

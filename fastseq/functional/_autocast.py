@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
@@ -23,6 +24,15 @@ def lowered(tensor: _Operand, dtype: torch.dtype | None) -> _Operand:
     if dtype is None or tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
+
+
+def lowered_to(cell: str, input: Tensor, states: Sequence[Tensor | None]) -> torch.dtype | None:
+    """The dtype in which autocast has a recurrent cell run; None: autocast is off."""
+    lower = autocast_dtype(input.device.type)
+    if lower is None or cell != "gru" or input.device.type != "cpu":
+        return lower
+    # torch's step there, n + z (h - n), has the wider dtype of its products and its state, which is made like the input
+    return torch.promote_types(lower, input.dtype if not states or states[0] is None else states[0].dtype)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:

@@ -151,6 +151,7 @@ class Lane(NamedTuple):
     hidden: int
     params: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # w_ih, w_hh and perhaps b_ih and b_hh among a module's
     ours: dict[Any, bool]  # by shape and dtype of the input: whether the library's kernels are the ones
+    trainers: dict[Any, str]  # by those of input, weights and states: whose kernel takes a call with gradients
 
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -162,7 +163,14 @@ def lane_of(cell: str, step: bool, has_biases: bool, batch_first: bool, hidden: 
     """It is to be kept in a ``memory`` of decisions, which is emptied when they change."""
     params = (_OF_CELL if step else _OF_LAYER)[has_biases]
     return Lane(
-        cell, NUMBERS[cell] | _BATCH_FIRST * batch_first | _NO_BIASES * (not has_biases), step, batch_first, hidden, params, {}
+        cell,
+        NUMBERS[cell] | _BATCH_FIRST * batch_first | _NO_BIASES * (not has_biases),
+        step,
+        batch_first,
+        hidden,
+        params,
+        {},
+        {},
     )
 
 
@@ -173,7 +181,7 @@ def native_lane(lane: Lane, input: Tensor, hx: Any, own: Mapping[str, Any], pack
 
     None: the call is for another way, which also says what is wrong with it. Nothing is looked up twice, nor any function called
     that does little: this stands before kernels that take a microsecond."""
-    _, how, step, _, _, params_of, ours = lane
+    _, how, step, _, _, params_of, ours, _ = lane
     if hx is None:
         h0 = c0 = None
     elif type(hx) is tuple:
@@ -236,6 +244,71 @@ def native_lane(lane: Lane, input: Tensor, hx: Any, own: Mapping[str, Any], pack
             if packed:
                 results = op(input, w_ih, w_hh, b_ih, b_hh, how, h0, c0, packed[0])
     return None if results[0] is None else results
+
+
+def trained_lane(
+    lane: Lane, input: Tensor, hx: Any, own: Mapping[str, Any], input_size: int, training: bool
+) -> tuple[Tensor, ...] | None:
+    """Output, h_n and of an LSTM c_n of a layer in a plain call with gradients that nobody watches and nothing forces, if it is
+    torch's, or a step after a state.
+
+    Arguments are those of ``native_lane``. None: the call is for another way. What is to be asked of sizes and dtypes is asked of
+    the first such call: torch's kernels take little longer than what stands before them."""
+    if hx is None:
+        states: tuple[Tensor, ...] = ()
+    elif type(hx) is tuple:
+        if len(hx) != 2:
+            return None
+        states = hx
+    else:
+        states = (hx,)
+    try:
+        params = lane.params(own)
+    except KeyError:  # weight_norm, parametrizations and FSDP take them away
+        return None
+    if not params[0].requires_grad:
+        return None
+    for param in params:
+        if type(param) is not Parameter and type(param) not in PLAIN:
+            return None
+    shape, w_hh = input.shape, params[1]
+    key: Any = (shape, input.dtype, input.is_cpu, w_hh.dtype, input_size)
+    for state in states:
+        if type(state) is not Tensor:
+            return None
+        key += (state.shape, state.dtype)
+    known = lane.trainers.get(key)
+    if known is None:
+        known = sources.remember(lane.trainers, key, _trainer(lane, input, states, params, input_size))
+    if known == "torch":
+        cell, batch_first = lane.cell, lane.batch_first
+        if not states:
+            zeros = input.new_zeros((1, shape[0 if batch_first else 1], lane.hidden))
+            hx = (zeros, zeros) if cell == "lstm" else zeros
+        done: tuple[Tensor, ...] = torchs.LAYERS[cell](input, hx, params, len(params) == 4, 1, 0.0, training, False, batch_first)
+        return done
+    if known == "step":
+        x, h, c = input.transpose(0, 1) if lane.batch_first else input, states[0], states[1] if len(states) == 2 else None
+        anew = _laid_out(x, h, c)
+        if anew is not None:
+            x, h, c = anew[0], h.contiguous(), anew[2]
+        return trained_layer_of_a_step(lane.cell, x, h, c, params, lane.batch_first)
+    return None
+
+
+def _trainer(lane: Lane, input: Tensor, states: tuple[Tensor, ...], params: tuple[Tensor, ...], input_size: int) -> str:
+    """Whose kernel takes such calls with gradients: "torch"'s, the library's for a "step", or "" where more is to be asked."""
+    cell, dtype, shape, hidden = lane.cell, input.dtype, input.shape, lane.hidden
+    if len(shape) != 3 or shape[2] != input_size or not input.is_cpu or dtype not in native.DTYPES or library.reason():
+        return ""
+    steps, batch = (shape[1], shape[0]) if lane.batch_first else shape[:2]
+    if not steps or not batch or any(tensor.dtype != dtype or not tensor.is_cpu for tensor in (*params, *states)):
+        return ""
+    if states and (len(states) != len(CELLS[cell].states) or any(state.shape != (1, batch, hidden) for state in states)):
+        return ""
+    if layers_are_torchs(cell, dtype, "padded", 1, batch, steps, hidden, True):
+        return "torch"
+    return "step" if steps == 1 and states else ""
 
 
 def _is_ours(lane: Lane, input: Tensor, w_hh: Tensor) -> bool | None:

@@ -21,7 +21,7 @@ from ..cells import Cell
 from ..ops._dispatch import PLAIN, is_sharded, plain_call, sharding
 from ..ops.recurrent import recurrent, without_padding
 from ..ops.types import States, Walk, Weights
-from ._autocast import autocast_dtype, lowered, without_autocast
+from ._autocast import lowered, lowered_to, without_autocast
 from ._native_layers import held, native_layers, native_training
 from ._recording import refuse_onnx
 from ._scan import checked_resets
@@ -90,11 +90,8 @@ def checked(
         raise RuntimeError(f"input must have {rank} dimensions, got {input.dim()}")
     if not input.is_floating_point():
         raise RuntimeError(f"input must be floating point, got {input.dtype}")
-    lower = autocast_dtype(input.device.type)
+    lower = lowered_to(cell.name, input, states)
     if lower is not None:
-        if cell.name == "gru" and input.device.type == "cpu":
-            # torch's step there, n + z (h - n), has the wider dtype of its products and its state, which is made like the input
-            lower = torch.promote_types(lower, input.dtype if states[0] is None else states[0].dtype)
         input, states = lowered(input, lower), [lowered(state, lower) for state in states]
         reset_to = None if reset_to is None else [lowered(state, lower) for state in reset_to]
         layers = [{name: [lowered(tensor, lower) for tensor in of] for name, of in layer.items()} for layer in layers]

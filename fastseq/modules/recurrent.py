@@ -30,8 +30,10 @@ from fastseq.backends.cpu.recurrent import DTYPES
 from fastseq.backends.torch.recurrent import GATES, LAYERS
 from fastseq.cells import CELLS
 from fastseq.choice import sources
+from fastseq.choice.device import cpu_level
 from fastseq.choice.sources import layers_are_torchs, memory
 from fastseq.functional._attention_call import readable
+from fastseq.functional._autocast import lowered, lowered_to
 from fastseq.functional._native_layers import (
     Lane,
     lane_of,
@@ -39,6 +41,7 @@ from fastseq.functional._native_layers import (
     native_layers,
     native_training,
     packed_layers,
+    trained_lane,
     trained_layers,
 )
 from fastseq.functional._packing import PLACE, packing_of
@@ -196,8 +199,8 @@ class Sequence(Interop, nn.RNNBase):
                 done = self._native(input, hx, lengths, params, resets)
             if done is not None:
                 return *done, None
-        elif alone and type(input) is Tensor:
-            done = self._lowered_step(input, hx)
+        elif plain and type(input) in (Tensor, PackedSequence):
+            done = self._lowered(input, hx, lengths, resets)
             if done is not None:
                 return *done, None
         if params is None:
@@ -244,26 +247,9 @@ class Sequence(Interop, nn.RNNBase):
         if torch.is_grad_enabled() or not plain_call(unseen=True):
             return None
         kind, own = type(self), self.__dict__  # by attribute, of a module, takes twice as long
-        if checks_of(kind) not in CHECKS or own.get("solver", kind.solver) is not None:
-            return None
-        if "zoneout" in own and "weight_dropout" in own and "num_heads" in own:
-            key = _OPTIONS(own)
-        else:  # torch.nn's, whose class was swapped to ours
-            given = own.get
-            options = (
-                given("zoneout", kind.zoneout),
-                given("weight_dropout", kind.weight_dropout),
-                given("num_heads", kind.num_heads),
-            )
-            key = (*_OF_TORCH(own), *options)
-        if sources._threads is not None:
-            sources.heed_threads()
-        try:
-            lane = _lanes.get(key)
-        except TypeError:  # a list
-            return None
+        lane = _lane_in(kind, own)
         if lane is None:
-            lane = sources.remember(_lanes, key, _lane_of(*key))
+            return None
         packing = own.get(PLACE)
         if lane:
             if hx is not None and type(hx) is not tuple and type(hx) is not Tensor:
@@ -274,6 +260,17 @@ class Sequence(Interop, nn.RNNBase):
         hx = as_plain_tuple(hx, len(CELLS[self.cell].states))
         return packed_layers(input, hx, own["_parameters"], own["_flat_weights_names"], own["batch_first"], packing)
 
+    def _trained(self, input: Tensor, hx: Any) -> Any:
+        """The same of a call with gradients, of one layer in one direction, whose kernel is torch's or that of a step after a
+        state."""
+        if not plain_call(unseen=True) or backends.forced_eagerly():
+            return None
+        kind, own = type(self), self.__dict__
+        lane = _lane_in(kind, own)
+        if not lane or own.get("recompute", kind.recompute) or (own["batch_first"] and input.is_inference()):
+            return None
+        return trained_lane(lane, input, hx, own["_parameters"], own["input_size"], own["training"])
+
     def _run_plain(self, input: Any, hx: Any) -> tuple[Any, tuple[Tensor, ...], Tensor | None]:
         """`_run` without what it may be given beside, and what stands before it."""
         done = self._short(input, hx)
@@ -283,30 +280,66 @@ class Sequence(Interop, nn.RNNBase):
             else (done[0], tuple([state for state in done[1:] if state is not None]), None)
         )
 
-    def _lowered_step(self, input: Tensor, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """Output and final states of a step under autocast on a CPU by torch's kernel, if the call is beyond question; else None.
+    def _lowered(self, input: Any, hx: Any, lengths: Tensor | None, resets: Any) -> tuple[Any, tuple[Tensor, ...]] | None:
+        """Output and final states of a call under autocast on a CPU, by whichever kernels are the faster ones, if it is beyond
+        question; else None.
 
-        Autocast keeps what it has made of the weights, where a kernel of ours would have them made at every call.
+        A step is torch's: autocast keeps what it has made of the weights, where a kernel of ours has them made at every call.
         """
-        if not input.is_cpu or input.dim() != 3 or input.shape[1 if self.batch_first else 0] != 1 or not autocasts("cpu"):
+        packed = type(input) is PackedSequence
+        data = input.data if packed else input
+        if not data.is_cpu or not autocasts("cpu"):
             return None
         if recorded() or transforming() or backends.forced() or backends.watched() or shared_sequence() is not None:
             return None
-        if self.cell not in GATES or self.proj_size or self.zoneout or self.num_heads > 1 or self.solver is not None:
+        cell, training = self.cell, self.training
+        if cell not in GATES or self.proj_size or self.zoneout or self.num_heads > 1 or self.solver is not None:
             return None
-        if self.training and (self.weight_dropout or self.recompute):
+        if training and (self.weight_dropout or self.recompute):
             return None
-        params = [getattr(self, name) for name in self._flat_weights_names]
-        states = () if hx is None else hx if type(hx) is tuple else (hx,)
-        for tensor in (*params, *states):
+        states: tuple[Any, ...] = () if hx is None else hx if type(hx) is tuple else (hx,)
+        if hx is not None and len(states) != (2 if cell == "lstm" else 1 if type(hx) is Tensor else 0):
+            return None
+        params: list[Any] = [getattr(self, name) for name in self._flat_weights_names]
+        given = (data, *params, *states)
+        for tensor in given:
             if type(tensor) not in PLAIN:
                 return None
-        return self._by_torch(input, None, states, params, input.shape[0 if self.batch_first else 1], lowered=True)
+        lower = lowered_to(cell, data, states)
+        if lower is None or lower not in DTYPES or library.reason():
+            return None
+        padded = not packed and input.dim() == 3 and lengths is None and resets is None
+        if padded:
+            batch, steps = input.shape[:2] if self.batch_first else (input.shape[1], input.shape[0])
+            if steps == 1 or (lower.itemsize > 2 and batch * self.hidden_size > _WIDE and cpu_level() in _MULTIPLY_SHORT):
+                return self._by_torch(input, None, states, params, batch, lowered=True)
+        gradients = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in given])
+        if padded:
+            lanes = 2 if self.bidirectional else 1
+            if layers_are_torchs(cell, lower, "padded", lanes, batch, steps, self.hidden_size, gradients):
+                return self._by_torch(input, None, states, params, batch, lowered=True) if steps else None
+        data, params, states = (
+            lowered(data, lower),
+            [lowered(p, lower) for p in params],
+            tuple([lowered(s, lower) for s in states]),
+        )
+        if not padded:
+            given_hx = None if hx is None else states if cell == "lstm" else states[0]
+            return self._native(input._replace(data=data) if packed else data, given_hx, lengths, params, resets, packs=False)
+        options = self.bias, self.num_layers, self.bidirectional, self.batch_first
+        if gradients:
+            x = data.transpose(0, 1) if self.batch_first else data
+            return trained_layers(cell, x, states, params, *options, self.dropout if training else 0.0, self.recompute)
+        if training and self.dropout:
+            return None
+        results = native_layers(cell, data, states, params, *options, chosen=True)
+        return None if results is None else (results[0], tuple(results[1:]))
 
     def _native(
-        self, input: Any, hx: Any, lengths: Tensor | None, params: list[Any], resets: Any = None
+        self, input: Any, hx: Any, lengths: Tensor | None, params: list[Any], resets: Any = None, packs: bool = True
     ) -> tuple[Any, tuple[Tensor, ...]] | None:
-        """Output and final states of a plain call, if the native kernels take it and it is beyond question.
+        """Output and final states of a plain call, if the native kernels take it and it is beyond question; `packs`: by packed
+        weights, if there are any.
 
         Nothing here is a check of its own: what is odd goes the long way, which says what is wrong with it.
         """
@@ -386,7 +419,7 @@ class Sequence(Interop, nn.RNNBase):
                 lengths,
                 batch_sizes,
                 zoneout,
-                None if training else packing_of(self),
+                packing_of(self) if packs and not training else None,
                 resets=resets,
             )
             if results is None:
@@ -667,7 +700,7 @@ class SingleSequence(Sequence):
             AttributeError: hx is no tensor (torch's type for it).
         """
         if type(input) is Tensor and lengths is None and resets is None and reset_to is None and cu_seqlens is None:
-            done = None if torch.is_grad_enabled() else self._short(input, hx)
+            done = self._trained(input, hx) if torch.is_grad_enabled() else self._short(input, hx)
             if done is not None:
                 return done[0], done[1]
         if isinstance(input, Proxy):
@@ -867,7 +900,7 @@ class PairSequence(Sequence):
             TypeError: hx is no tuple, lengths or resets no tensor, or reset_to not of the form of hx.
         """
         if type(input) is Tensor and lengths is None and resets is None and reset_to is None and cu_seqlens is None:
-            done = None if return_cells or torch.is_grad_enabled() else self._short(input, hx)
+            done = None if return_cells else self._trained(input, hx) if torch.is_grad_enabled() else self._short(input, hx)
             if done is not None:
                 output, h_n, c_n = done
                 return output, (h_n, c_n)
@@ -1031,6 +1064,33 @@ _OPTIONS = itemgetter(
     "weight_dropout", "num_heads",
 )  # fmt: skip
 _lanes: dict[Any, Any] = memory()
+
+# A GRU's state stays in float32 under autocast: our kernels run all of it in float32, torch's multiply in bfloat16. From more
+# elements of the state on that is faster where there are instructions for it (Zen 4, B = 32, H = 512: 1.3 times).
+_WIDE, _MULTIPLY_SHORT = 8192, ("avx512_bf16", "amx")
+
+
+def _lane_in(kind: type[Sequence], own: dict[str, Any]) -> Any:
+    """What `_lane_of` says of a module with these attributes; None: more is to be asked of it."""
+    if checks_of(kind) not in CHECKS or own.get("solver", kind.solver) is not None:
+        return None
+    if "zoneout" in own and "weight_dropout" in own and "num_heads" in own:
+        key = _OPTIONS(own)
+    else:  # torch.nn's, whose class was swapped to ours
+        given = own.get
+        options = (
+            given("zoneout", kind.zoneout),
+            given("weight_dropout", kind.weight_dropout),
+            given("num_heads", kind.num_heads),
+        )
+        key = (*_OF_TORCH(own), *options)
+    if sources._threads is not None:
+        sources.heed_threads()
+    try:
+        lane = _lanes.get(key)
+    except TypeError:  # a list
+        return None
+    return sources.remember(_lanes, key, _lane_of(*key)) if lane is None else lane
 
 
 def _lane_of(

@@ -41,11 +41,16 @@ class _Rows:
         if self.count >= _ROWS:
             self.multiply(wanted)
 
-    def multiply(self, wanted: Sequence[bool]) -> None:
+    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The rows that are kept, which then are none."""
         of_kinds = list(zip(*self.kept, strict=True))
         dgates, x, h = (_joined(of_kinds[i]) for i in (0, 2, 3))
         drecurrent = dgates if of_kinds[0][0] is of_kinds[1][0] else _joined(of_kinds[1])
         self.kept, self.count = [], 0
+        return dgates, drecurrent, x, h
+
+    def multiply(self, wanted: Sequence[bool]) -> None:
+        dgates, drecurrent, x, h = self.joined()
         if self.sums is None:
             self.sums = [None] * 4
         for i, (left, right) in enumerate(((dgates, x), (drecurrent, h))):
@@ -93,9 +98,11 @@ class _Shares:
         found = self.passes.pop(torch._C._current_graph_task_id(), None)
         if found is None:
             return [None] * 4
+        if found.sums is None:  # all of them at once
+            each = iter(torch.ops.fastseq_native.recurrent_steps_gradients.default(*found.joined(), self.wanted))
+            return [next(each) if want else None for want in self.wanted]
         if found.kept:
             found.multiply(self.wanted)
-        assert found.sums is not None
         return [total if total is None else total.to(self.dtype) for total in found.sums]
 
 

@@ -415,6 +415,93 @@ def test_steps_under_autocast_are_torchs(kind, batch_first, bidirectional):
                 assert torch.equal(found, expected) and found.dtype == expected.dtype
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "relu"])
+@pytest.mark.parametrize("layout", ["padded", "batch_first", "packed", "lengths", "resets", "unbatched"])
+class TestLayersUnderAutocast:
+    """take the short way, with the bits and the types of the registered ops, which whoever looks on sees."""
+
+    def calls(self, kind, layout, **more):
+        module = CLASSES[kind](6, 9, 2, bidirectional=True, batch_first=layout == "batch_first", **more)
+        for dtype, given in product((torch.float32, torch.bfloat16), (False, True)):
+            x, options = torch.randn(5, 3, 6).to(dtype), {}
+            states = torch.utils._pytree.tree_map(lambda state, dtype=dtype: state.to(dtype), states_of(module, 3))
+            if layout == "batch_first":
+                x = x.transpose(0, 1)
+            elif layout == "unbatched":
+                x, states = x[:, 0].clone(), torch.utils._pytree.tree_map(lambda state: state[:, 0].clone(), states)
+            elif layout == "packed":
+                x = pack_sequence([x[:n, b] for b, n in enumerate((2, 5, 3))], enforce_sorted=False)
+            elif layout == "lengths":
+                options["lengths"] = torch.tensor([2, 5, 0])
+            elif layout == "resets":
+                options["resets"] = torch.arange(15).reshape(5, 3) % 4 == 1
+            yield module, x, states if given else None, options
+
+    def both(self, run):
+        """The results, and what whoever looks on is given."""
+        with torch.autocast("cpu", torch.bfloat16):
+            found = run()
+        with torch.autocast("cpu", torch.bfloat16), watching(lambda query, chosen: None):
+            return found, run()
+
+    def test_inference(self, kind, layout):
+        for module, x, hx, options in self.calls(kind, layout):
+            if options.get("lengths") is None and hx is None:
+                fastseq.pack(module.eval())  # no matter: packed weights are not those that autocast lowers
+            run = partial(module, x, hx, **options)
+            with torch.no_grad():
+                with torch.autocast("cpu", torch.bfloat16):
+                    assert calls_of(run) == [NATIVE]
+                found, expected = self.both(lambda run=run: tensors_of(run()))
+            for ours, theirs in zip(found, expected, strict=True):
+                assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype and not ours.requires_grad
+            fastseq.unpack(module)
+
+    def test_training(self, kind, layout):
+        for module, x, hx, options in self.calls(kind, layout, dropout=0.5):
+            leaves = [*module.parameters(), x.data.requires_grad_() if layout == "packed" else x.requires_grad_()]
+
+            def run(module=module, x=x, hx=hx, options=options, leaves=leaves):
+                torch.manual_seed(0)
+                outputs = tensors_of(module(x, hx, **options))
+                weights = [torch.ones_like(out) for out in outputs]
+                return [*outputs, *torch.autograd.grad(outputs, leaves, weights)]
+
+            found, expected = self.both(run)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.dtype == theirs.dtype
+                torch.testing.assert_close(ours, theirs)
+            assert {grad.dtype for grad in found[-len(leaves) : -1]} == {torch.float32}
+
+
+def test_what_is_wrong_under_autocast_is_said():
+    lstm, gru = fastseq.LSTM(6, 9), fastseq.GRU(6, 9)
+    h = torch.zeros(1, 3, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        for steps in (1, 5):
+            x = torch.randn(steps, 3, 6)
+            for wrong in (lambda x=x: gru(x, (h,)), lambda x=x: lstm(x, h)):
+                with pytest.raises((AttributeError, TypeError)):
+                    wrong()
+            for wrong in (lambda x=x: lstm(x[..., :5]), lambda x=x: gru(x, h[:, :2]), lambda x=x: lstm(x, (h, h[..., :8]))):
+                with pytest.raises(RuntimeError):
+                    wrong()
+
+
+def test_a_wide_gru_under_autocast_is_torchs(monkeypatch):
+    """Its products are in bfloat16 there, where those of ours, whose state is in float32, are not."""
+    x, ours = torch.randn(3, 33, 4), fastseq.GRU(4, 256)
+    torchs = nn.GRU(4, 256)
+    torchs.load_state_dict(ours.state_dict())
+    for level, calls in (("avx512_bf16", []), ("amx", []), ("avx2", [NATIVE])):
+        monkeypatch.setattr("fastseq.modules.recurrent.cpu_level", lambda level=level: level)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert calls_of(lambda: ours(x)) == calls
+            assert calls_of(lambda: ours(x[:, :8])) == [NATIVE] == calls_of(lambda: ours(x.bfloat16()))
+            if not calls:
+                assert torch.equal(ours(x)[0], torchs(x)[0])
+
+
 class TestWhoeverLooksOn:
     """keeps the registered ops."""
 
@@ -451,7 +538,8 @@ class TestWhoeverLooksOn:
         assert module(x.requires_grad_())[0].requires_grad
 
     def test_autocast(self):
-        module, x = fastseq.GRU(6, 9), torch.randn(3, 2, 6)
+        """Cells whose types nothing short knows."""
+        module, x = fastseq.CoupledLSTM(6, 9), torch.randn(3, 2, 6)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert NATIVE not in calls_of(lambda: module(x))
 

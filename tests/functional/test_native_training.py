@@ -537,7 +537,8 @@ class TestWhoeverLooksOn:
         call = Call(fastseq.LSTM(6, 9), 3, 2)
         outputs = call.outputs()
         with torch.autocast("cpu", torch.bfloat16):
-            assert FORWARD not in calls_of(call.outputs)
+            assert calls_of(call.outputs) == [FORWARD]
+            assert {out.dtype for out in call.outputs()} == {torch.bfloat16}
             assert BACKWARD not in calls_of(lambda: call.grads(outputs))
 
     def test_forced(self):

@@ -13,9 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastseq
+from fastseq.backends import library
 from fastseq.choice import sources
 from fastseq.choice.decision import CHAIN, Candidate
 from fastseq.ops import _recurrent_step
+from fastseq.testing import assert_close_to_truth
 from support.modules import both, random
 
 CELLS = [("RNNCell", dict()), ("RNNCell", dict(nonlinearity="relu")), ("LSTMCell", dict()), ("GRUCell", dict())]
@@ -506,3 +508,75 @@ def test_gradients_of_gradients_of_layers(name, options, num_layers, ours_take_s
     assert len(ours_take_steps) == num_layers
     for e, a in zip(expected, actual, strict=True):
         torch.testing.assert_close(a, e)
+
+
+@pytest.mark.skipif(library.reason() is not None, reason="needs the library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 8, 17, 300])
+@pytest.mark.parametrize(("gates", "inputs", "hidden"), [(20, 3, 5), (192, 70, 64), (99, 33, 33), (2048, 300, 512)])
+def test_gradients_of_the_weights_of_all_steps(gates, inputs, hidden, rows, dtype):
+    """By whichever kernels take so many rows of such weights; those that are wanted, in their order."""
+    dgates, drecurrent, x, h = (torch.randn(rows, n).to(dtype) for n in (gates, gates, inputs, hidden))
+    truth = [part for a, b in ((dgates, x), (drecurrent, h)) for part in (a.double().t() @ b.double(), a.double().sum(0))]
+    torchs = [part for a, b in ((dgates, x), (drecurrent, h)) for part in (a.t() @ b, a.sum(0))]
+    for wanted in ((True, True, True, True), (False, True, False, True), (True, False, True, False)):
+        found = torch.ops.fastseq_native.recurrent_steps_gradients.default(dgates, drecurrent, x, h, wanted)
+        places = [place for place, want in zip((0, 2, 1, 3), wanted, strict=True) if want]
+        assert len(found) == len(places)
+        for grad, place in zip(found, places, strict=True):
+            assert_close_to_truth(grad, torchs[place], truth[place])
+
+
+def test_gradients_of_the_weights_of_steps_that_do_not_fit():
+    op = torch.ops.fastseq_native.recurrent_steps_gradients.default
+    for shapes in (((3, 8), (3, 8), (2, 4), (3, 4)), ((3, 8), (3, 4), (3, 4), (3, 4)), ((1, 3, 8), (3, 8), (3, 4), (3, 4))):
+        with pytest.raises(RuntimeError, match="recurrent: "):
+            op(*(torch.randn(shape) for shape in shapes), [True] * 4)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("name", "options"), [(name.removesuffix("Cell"), options) for name, options in CELLS])
+class TestLayersThatAreTorchs:
+    """in training go to torch's kernel at once: with its bits, and only where nothing is to be asked."""
+
+    def test_bits(self, name, options, bias, batch_first, steps, ours_take_steps):
+        modules = both(name, 4, 5, bias=bias, batch_first=batch_first, **options)
+        x, h = random(3, steps, 4) if batch_first else random(steps, 3, 4), random(1, 3, 5)
+        with sources.instead(lambda call: Candidate("torch")):
+            for hx in (None, (h, -h) if name == "LSTM" else h):
+                for training in (True, False):
+                    expected, actual = ([], [])
+                    for module, results in zip(modules, (expected, actual), strict=True):
+                        y, end = module.train(training)(x, hx)
+                        grads = torch.autograd.grad(y.sum(), list(module.parameters()))
+                        results += [y, *(end if name == "LSTM" else (end,)), *grads]
+                    for a, e in zip(actual, expected, strict=True):
+                        assert torch.equal(a, e) and a.dtype == e.dtype and a.stride() == e.stride()
+        assert not ours_take_steps
+
+    def test_what_is_wrong_is_said(self, name, options, bias, batch_first, steps):
+        """Also once calls of such sizes were taken."""
+        theirs, ours = both(name, 4, 5, bias=bias, batch_first=batch_first, **options)
+        _, wider = both(name, 6, 5, bias=bias, batch_first=batch_first, **options)
+        x, h = random(3, steps, 4) if batch_first else random(steps, 3, 4), random(1, 3, 5)
+        states = [(h, h), (h,), h, (h, h, h), (h[:, :2], h), h[:, :2], h.double(), (h, h.double()), (h, None)]
+        for backend in ("torch", "cpu"):
+            with sources.instead(lambda call, backend=backend: Candidate(backend)):
+                ours(x, (h, h) if name == "LSTM" else h)
+                for hx in states:
+                    message = raised(lambda hx=hx: theirs(x, hx))
+                    assert (message is None) == (raised(lambda hx=hx: ours(x, hx)) is None), hx
+                with pytest.raises(RuntimeError, match="input.size"):
+                    wider(x)
+                with pytest.raises(ValueError, match="input dtype"):
+                    ours(x.double())
+
+
+def raised(run):
+    try:
+        run()
+    except Exception as error:
+        return str(error)
+    return None
