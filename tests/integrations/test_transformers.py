@@ -699,6 +699,31 @@ def test_a_model_that_cuts_queries_off(kept, short, monkeypatch):
     torch.testing.assert_close(*found)
 
 
+def test_convert_says_what_to_do():
+    model = transformers.BertForMaskedLM(CASES["bert"].config())
+    with pytest.warns(UserWarning, match="nothing to convert in BertForMaskedLM .*; 1 left alone"):
+        report = fastseq.convert(model)
+    (row,) = report.skipped
+    assert row.names == ("",) and not row.unsupported
+    words = 'register(), then set_attn_implementation("fastseq")'
+    assert row.reason.endswith(f"now 'sdpa': fastseq.integrations.transformers.{words}")
+    integration.register()
+    model.set_attn_implementation("fastseq")
+    with pytest.warns(UserWarning, match="nothing to convert in BertForMaskedLM .*; 0 left alone"):
+        fastseq.convert(model)
+    model.set_attn_implementation("eager")
+    outer = torch.nn.Sequential(model, torch.nn.LSTM(4, 6))
+    report = fastseq.convert(outer)
+    assert [row.names for row in report.converted] == [("1",)] and [row.names for row in report.skipped] == [("0",)]
+    assert not fastseq.convert(torch.nn.Sequential(model, torch.nn.LSTM(4, 6)), "LSTM").skipped
+
+
+def test_convert_says_nothing_of_models_without_attention():
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    outer = torch.nn.Sequential(transformers.ResNetModel(config("ResNetConfig", **sizes)), torch.nn.LSTM(4, 6))
+    assert not fastseq.convert(outer).skipped
+
+
 def test_errors():
     q, k, v = torch.randn(3, 2, 2, 5, 8)
     module = torch.nn.Module()
