@@ -57,7 +57,7 @@ def _of_class(kind: type) -> str:
 
 
 def _names(method: FunctionType, function: Any) -> bool:
-    """Whether a function stands in the code of a method, by its own name or as that of a module: methods may be called like it."""
+    """Whether a function stands in the code of a method, as a global or as that of a module: other things may have its name."""
     names, known = method.__code__.co_names, method.__globals__
     if function.__name__ not in names and not any(known.get(name) is function for name in names):
         return False
