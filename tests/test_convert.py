@@ -16,7 +16,10 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -696,6 +699,79 @@ def test_code_that_asks_for_another_class():
     report = convert(model)
     assert type(model[0].rnn) is fastseq.GRU and type(model[1]) is fastseq.LSTM
     assert not any(row.note for row in report.converted)
+
+
+class OwnAttention(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class OwnAttentionBelow(OwnAttention):
+    pass
+
+
+class OwnAttentionByName(nn.Module):
+    def attend(self, x):
+        return scaled_dot_product_attention(x, x, x)
+
+
+class OwnAttentionUnderAnotherName(nn.Module):
+    def forward(self, x):
+        return sdpa(x, x, x)
+
+
+class OwnProjections(nn.Module):
+    def forward(self, x, *weights):
+        return F.multi_head_attention_forward(x, x, x, *weights)
+
+
+class AnotherFunction(nn.Module):
+    def forward(self, x):
+        return multi_head_attention_forward(x)
+
+
+def multi_head_attention_forward(x):
+    return x
+
+
+class AnotherMethod(nn.Module):
+    def forward(self, x):
+        return self.scaled_dot_product_attention(F.relu(x))
+
+    def scaled_dot_product_attention(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        (OwnAttention, "its forward calls torch's scaled_dot_product_attention itself: fastseq.functional.scaled_dot_product"),
+        (OwnAttentionBelow, "its forward calls torch's scaled_dot_product_attention itself"),
+        (OwnAttentionByName, "its attend calls torch's scaled_dot_product_attention itself"),
+        (OwnAttentionUnderAnotherName, "its forward calls torch's scaled_dot_product_attention itself"),
+        (OwnProjections, "its forward calls torch's multi_head_attention_forward itself: fastseq.MultiheadAttention takes"),
+        (AnotherFunction, None),
+        (AnotherMethod, None),
+        (nn.TransformerDecoderLayer, None),
+    ],
+)
+def test_attention_in_code_of_its_own(kind, words):
+    model = nn.Sequential(nn.LSTM(4, 6), kind(*((4, 2) if kind is nn.TransformerDecoderLayer else ())))
+    report = convert(model, on_unsupported="raise")
+    assert type(model[0]) is fastseq.LSTM
+    if words is None:
+        assert not report.skipped
+        return
+    (row,) = report.skipped
+    assert row.names == ("1",) and row.reason.startswith(words) and not row.unsupported
+    assert row.old == f"{__name__}.{kind.__name__}" and row.reason in str(report)
+    revert(model)
+    assert not convert(model, "LSTM").skipped
+
+
+def test_nothing_to_convert_tells_of_attention_in_code_of_its_own():
+    with pytest.warns(UserWarning, match="nothing to convert in OwnAttention .*; 1 left alone, see the report"):
+        convert(OwnAttention())
 
 
 def test_module_inside_a_subclass_is_converted():

@@ -5,7 +5,8 @@ objects before and after, so optimizers, tied weights and averaged copies go on 
 converted right is left alone and stands in the report with its reason.
 
 ``table`` says what becomes what (a new module is a row there), ``found`` which modules of a model are meant and what
-speaks against one, ``subclasses`` makes the class of a user's subclass, ``asking`` finds code that asks for torch's class.
+speaks against one, ``subclasses`` makes the class of a user's subclass, ``asking`` finds code that asks for torch's class,
+``elsewhere`` what a model does without a class to convert.
 """
 
 from .patching import patched

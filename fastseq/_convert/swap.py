@@ -14,6 +14,7 @@ from .._arguments import checked_module
 from ..functional._packing import set_packing
 from ..parity import Probe, as_arguments
 from .asking import Asking
+from .elsewhere import what_instead
 from .found import FilterFn, Found, recognize, walk, why_not_asked, why_not_faster, why_not_possible
 from .patching import ModuleKinds, names_of
 from .report import Report, Row, named
@@ -53,7 +54,8 @@ def convert(
     Left alone, with the reason in the report: subclasses with another forward of their own, a forward replaced on the
     instance, modules under torch.nn.utils.parametrize, quantized, scripted, FSDP-managed and not yet
     initialized ones, and those that torch's own kernel runs in any case. Old-style weight_norm, spectral_norm and
-    pruning are fine. Convert before `fully_shard` and parametrizations.
+    pruning are fine. Convert before `fully_shard` and parametrizations. Attention of other classes stays as it is; the
+    report says what to do where it is transformers', or goes through torch's functions.
 
     Other tools meet a converted model thus. torch.fx: each module is a leaf, as torch's are. torch.jit.trace and
     torch.onnx.export, by either exporter: torch's functions run, and are recorded. torch.jit.script: compiles
@@ -106,10 +108,13 @@ def convert(
 
     report = Report("fastseq.convert")
     plan: list[tuple[Found, Conversion]] = []
-    ready = False
+    ready, classes = False, dict[type, str]()
     for found in walk(model):
         conversion = recognize(found)
         if conversion is None:
+            reason = what_instead(found, chosen, classes)
+            if reason:
+                report.skipped.append(_row(found, reason=reason))
             continue
         reason, unsupported = why_not_asked(found, conversion, chosen, filter_fn), False
         if not reason and isinstance(found.module, conversion.own_classes()):

@@ -128,9 +128,11 @@ def attention(
     sunk = s_aux is not None or sinks is not None
     if indices is not None or block_indices is not None:
         attention_mask = _selected(module, query, key, attention_mask, indices, block_indices, kwargs.get("position_ids"))
-    if not (output_attentions or softcap or sunk or sliding_window) and plain_call(True) and not _weights_wanted(None):
+    if not (output_attentions or softcap or sunk) and plain_call(True) and not _weights_wanted(None):
         causal = attention_mask is None and query.shape[2] > 1 and _causal(module, is_causal)
-        if attention_mask is None and position_bias is None and not dropout and not torch.is_grad_enabled():
+        # a mask tells everything, and without one a window as wide as the rows hides nothing
+        windowed = sliding_window and attention_mask is None and max(query.shape[2], key.shape[2]) > sliding_window
+        if attention_mask is None and position_bias is None and not (windowed or dropout or torch.is_grad_enabled()):
             known = None if query.is_nested or key.is_nested or value.is_nested else eager.shortest.get(False)
             if known is not None and type(query) is type(key) is type(value) is Tensor and type(scaling) is float:
                 out = known[0](query, key, value, scaling, known[1] | (_SHORT_CAUSAL if causal else _SHORT))
@@ -143,7 +145,7 @@ def attention(
             hides = attention_mask.dtype == torch.bool  # of a single query the sum is small
             mask = torch.where(attention_mask, position_bias, -torch.inf) if hides else attention_mask + position_bias
             alone = True
-        if alone and (mask is None or (type(mask) is Tensor and mask.dim() == 4)):
+        if alone and not windowed and (mask is None or (type(mask) is Tensor and mask.dim() == 4)):
             grouped = query.shape[1] != key.shape[1]
             out = eager.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scaling, grouped)
             if out is not None:

@@ -83,3 +83,14 @@ def test_a_cells_training_step_is_ours_where_it_is_faster(tmp_path, mode, first)
     file = export(tmp_path, "tuned.json", entry(device, [Candidate("torch", us=1.0), Candidate("cpu", us=1.01)], step))
     points, _ = shipped.found_in(json.loads(tables.points_text([file])), "cpu", "other", "avx512")
     assert points[step.kin][0].candidates[0].backend == first
+
+
+@pytest.mark.parametrize(
+    "mode, ours, first",
+    [("training", 140.0, "torch"), ("training", 20.0, "cpu"), ("inference", 140.0, "cpu")],
+)
+def test_a_training_call_of_attention_is_ours_where_it_gains_more_than_it_loses_in_models(tmp_path, mode, ours, first):
+    device, call = Device("cpu", "CPU", "avx2", 1), Call("attention", mode, "plain", "float32", "", "padded", 1, (8, 16, 16, 64))
+    file = export(tmp_path, "tuned.json", entry(device, [Candidate("torch", us=150.0), Candidate("cpu", us=ours)], call))
+    points, _ = shipped.found_in(json.loads(tables.points_text([file])), "cpu", "other", "avx512")
+    assert points[call.kin][0].candidates[0].backend == first

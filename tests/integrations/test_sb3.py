@@ -208,6 +208,17 @@ def test_patching_keeps_parameters_and_is_taken_back():
         sb3.unpatch(model)
 
 
+def test_convert_says_what_to_do():
+    policy = ppo(stock.MlpLstmPolicy).policy
+    (row,) = fastseq.convert(policy).skipped
+    assert row.names == ("",) and not row.unsupported and "fastseq.integrations.sb3.patch" in row.reason
+    with pytest.warns(UserWarning, match="nothing to convert"):
+        assert ("",) not in [row.names for row in fastseq.convert(policy, "GRU").skipped]
+    sb3.patch(policy)
+    assert not [row for row in fastseq.convert(policy).skipped if row.names == ("",)]
+    assert not [row for row in fastseq.convert(ppo(sb3.MlpLstmPolicy).policy).skipped if row.names == ("",)]
+
+
 @pytest.mark.parametrize("saved, loaded", [(stock, sb3), (sb3, stock), (sb3, sb3)], ids=["to ours", "to theirs", "ours"])
 @pytest.mark.parametrize("name", NAMES)
 def test_files_are_of_both(tmp_path, name, saved, loaded):

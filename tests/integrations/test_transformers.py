@@ -563,7 +563,7 @@ def test_a_changed_mask_is_obeyed():
     torch.testing.assert_close(changed[:, rest], plain[:, rest])
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window", [None, 3, 5, 6])
 @pytest.mark.parametrize("is_causal", [None, True, False])
 @pytest.mark.parametrize("tq", [1, 6])
 def test_without_a_mask(tq, is_causal, window):
@@ -581,6 +581,29 @@ def test_without_a_mask(tq, is_causal, window):
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen[-tq:], enable_gqa=True)
     torch.testing.assert_close(out, expected.transpose(1, 2))
     assert weights is None and out.is_contiguous()
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("masked", ["none", "bool", "added"])
+@pytest.mark.parametrize("tq", [1, 6])
+def test_a_window_that_hides_nothing_more_goes_the_short_way(tq, masked, gradients, monkeypatch):
+    """Mistral and Gemma tell a window in every call: beside a mask that has it, and where the rows are no longer."""
+    for name in ("attention_output", "fused_attention"):
+        monkeypatch.setattr(integration, name, None)
+    q, k, v = torch.randn(BATCH, 4, tq, 8), *torch.randn(2, BATCH, 2, 6, 8)
+    given = [t.requires_grad_(gradients) for t in (q, k, v)]
+    distance = torch.arange(6) - torch.arange(6)[:, None]
+    seen = (distance <= 0) if masked == "none" else (distance <= 0) & (distance > -3)
+    mask = None if masked == "none" else seen[-tq:].expand(BATCH, 1, -1, -1)
+    if masked == "added":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    window = 6 if masked == "none" else 3
+    out, _ = integration.attention(torch.nn.Module(), *given, mask, scaling=0.4, is_causal=True, sliding_window=window)
+    expected = torch.nn.functional.scaled_dot_product_attention(*given, seen[-tq:], scale=0.4, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    if gradients:
+        found, wanted = (torch.autograd.grad(y.square().sum(), given) for y in (out, expected))
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("added", [False, True])
@@ -697,6 +720,31 @@ def test_a_model_that_cuts_queries_off(kept, short, monkeypatch):
             found.append(model(input_ids=inputs_of("gemma4", "none")["input_ids"], logits_to_keep=kept).logits)
     assert found[0].shape[1] == kept
     torch.testing.assert_close(*found)
+
+
+def test_convert_says_what_to_do():
+    model = transformers.BertForMaskedLM(CASES["bert"].config())
+    with pytest.warns(UserWarning, match="nothing to convert in BertForMaskedLM .*; 1 left alone"):
+        report = fastseq.convert(model)
+    (row,) = report.skipped
+    assert row.names == ("",) and not row.unsupported
+    words = 'register(), then set_attn_implementation("fastseq")'
+    assert row.reason.endswith(f"now 'sdpa': fastseq.integrations.transformers.{words}")
+    integration.register()
+    model.set_attn_implementation("fastseq")
+    with pytest.warns(UserWarning, match="nothing to convert in BertForMaskedLM .*; 0 left alone"):
+        fastseq.convert(model)
+    model.set_attn_implementation("eager")
+    outer = torch.nn.Sequential(model, torch.nn.LSTM(4, 6))
+    report = fastseq.convert(outer)
+    assert [row.names for row in report.converted] == [("1",)] and [row.names for row in report.skipped] == [("0",)]
+    assert not fastseq.convert(torch.nn.Sequential(model, torch.nn.LSTM(4, 6)), "LSTM").skipped
+
+
+def test_convert_says_nothing_of_models_without_attention():
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    outer = torch.nn.Sequential(transformers.ResNetModel(config("ResNetConfig", **sizes)), torch.nn.LSTM(4, 6))
+    assert not fastseq.convert(outer).skipped
 
 
 def test_errors():
