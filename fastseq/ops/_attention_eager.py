@@ -269,12 +269,13 @@ def _through_op(
     if swapped:
         q, k, v, out, dout = (t.transpose(1, 2) for t in (q, k, v, out, dout))
     spec, lse = _masked(spec, mask), _rounded(lse)
-    grads = list(op._backward_op(dout.contiguous(), None, q, k, v, out, lse, *spec, [*wanted, *[False] * (len(GRADIENTS) - 4)]))
+    grads = op._backward_op(dout.contiguous(), None, q, k, v, out, lse, *spec, [*wanted, *[False] * (len(GRADIENTS) - 4)])
+    found: list[Tensor | None] = [grad if want else None for grad, want in zip(grads, wanted, strict=False)]
     if swapped:
-        grads[:3] = (t.transpose(1, 2) for t in grads[:3])
-    if mask is not None:
-        grads[3] = grads[3].reshape(mask.shape)
-    return [grad if want else None for grad, want in zip(grads, wanted, strict=False)]
+        found[:3] = [None if grad is None else grad.transpose(1, 2) for grad in found[:3]]
+    if mask is not None and found[3] is not None:
+        found[3] = found[3].reshape(mask.shape)
+    return found
 
 
 def _rounded(lse: Tensor) -> Tensor:

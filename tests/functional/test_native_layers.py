@@ -800,6 +800,27 @@ class TestALayerAlone:
             assert ops_of(lambda: module(x)) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
+def test_nothing_that_a_call_is_given_is_held(kind, packed, dtype):
+    """The ops of a layer alone and of a cell take their arguments from the dispatcher by hand, and have to let go of each."""
+    alone = kind.endswith("Cell")
+    module = getattr(fastseq, kind)(6, 8, dtype=dtype).eval()
+    if packed:
+        fastseq.pack(module)
+    x, h, c = (torch.randn(2, size, dtype=dtype) if alone else torch.randn(1, 2, size, dtype=dtype) for size in (6, 8, 8))
+    states = (h, c) if kind.startswith("LSTM") else h
+    with torch.no_grad():
+        module(x, states)
+        given = [x, h, c, *module.parameters()]
+        before = [tensor._use_count() for tensor in given]
+        results = [tensors_of(module(x, state)) for state in (states, states, None)]
+        assert ops_of(lambda: module(x, states)) == [STEP if alone else ALONE] or packed
+    assert [tensor._use_count() for tensor in given] == before
+    assert all(result._use_count() == 1 for call in results for result in call)
+
+
 class Doubled(nn.Module):
     def forward(self, parameter: Tensor) -> Tensor:
         return 2 * parameter

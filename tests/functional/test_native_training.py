@@ -316,6 +316,20 @@ class TestZoneout:
         check(call)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_zoneout_of_one_step_after_a_state(kind, num_layers, training):
+    """The way that steps of a loop share holds nothing."""
+    torch.manual_seed(0)
+    call = Call(CLASSES[kind](5, 7, num_layers, zoneout=0.5, dtype=torch.float64), 1, 4)
+    call.module.train(training)
+    torch.manual_seed(1)
+    found = call.run()
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, call.by_the_ops())
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("layout", ["padded", "packed", "lengths"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "projected"])

@@ -388,6 +388,30 @@ def test_batched_gradients(by, shape):
         torch.testing.assert_close([grad[index] for grad in together], list(alone))
 
 
+@pytest.mark.parametrize("mask", [None, "bool", "bias", "trained bias"])
+@pytest.mark.parametrize("wanted", ["q", "kv", "v"])
+@pytest.mark.parametrize("by", ["scaled_dot_product_attention", "bhsd", "bshd"])
+def test_batched_gradients_of_some(by, wanted, mask):
+    """Of what is not asked for there is nothing to be laid out."""
+    torch.manual_seed(0)
+    given = [normal(*((2, 5, 3, 8) if by == "bshd" else (2, 3, 5, 8)), dtype=torch.float64) for _ in range(3)]
+    leaves = [tensor.requires_grad_() for name, tensor in zip("qkv", given, strict=True) if name in wanted]
+    added = None if mask is None else torch.randn(3, 1, 5, dtype=torch.float64)
+    if mask == "trained bias":
+        leaves.append(added.requires_grad_())
+    elif mask == "bool":
+        added = added < 1
+    if by == "scaled_dot_product_attention":
+        out = ours(*given, added)
+    else:
+        out = fastseq.functional.attention(*given, **{"attn_mask" if mask == "bool" else "attn_bias": added}, layout=by)
+    cotangents = torch.randn(3, *out.shape, dtype=torch.float64)
+    together = torch.autograd.grad(out, leaves, cotangents, is_grads_batched=True, retain_graph=True)
+    for index, cotangent in enumerate(cotangents):
+        alone = torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+        torch.testing.assert_close([grad[index] for grad in together], list(alone))
+
+
 @pytest.mark.parametrize("module", [False, True])
 def test_batched_gradients_of_many_keys(module):
     """In float32, where the forward pass keeps more of the lse than the op of these gradients takes."""

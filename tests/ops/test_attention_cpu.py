@@ -280,6 +280,7 @@ WINDOWS = [
     AttentionCase("blocks-edges", batch=1, blocks="hqk", block_size=16, lengths=(130, 131)),
     AttentionCase("blocks-of-64", batch=1, blocks="qk", block_size=64, lengths=(130, 193), right=0, bottom_right=True),
     AttentionCase("bias-edges", batch=2, lengths=(65, 129), bias="hk", heads=(4, 2)),
+    AttentionCase("sinks-edges", batch=2, lengths=(65, 129), heads=(4, 2), sinks=True),
     AttentionCase("hiding-bias-edges", batch=2, lengths=(65, 129), bias="bqk", hiding_bias=True),
     AttentionCase("relative-bias-edges", batch=1, heads=(2, 1), lengths=(65, 129), relative_bias=70),
     AttentionCase("relative-bias-of-all", batch=1, heads=(2, 1), lengths=(65, 129), relative_bias=257, slopes=1, offset=-3),
@@ -1007,6 +1008,18 @@ def test_gradients_of_scores_far_from_zero(level, T, added):
     found = errors_of_gradients(ours, tensors, torch.randn(2, 3, T, 4), "bias", scale=1.0)
     worse = {name: own / best for name, (own, best) in found.items() if own > FACTOR * best}
     assert not worse
+
+
+@pytest.mark.parametrize("T", (60, 130))
+def test_a_query_without_keys_beside_scores_far_from_zero(level, T):
+    """Nothing of its lse, which is infinite, comes into its gradient, however its neighbors' are formed."""
+    torch.manual_seed(0)
+    tensors = [torch.randint(-1, 2, (1, 2, T, 4)).float().requires_grad_() for _ in range(3)]
+    mask = torch.full((T, T), 2.0**23)
+    mask[5] = -torch.inf
+    gradients = torch.autograd.grad(ours(*tensors, attn_mask=mask, scale=1.0).sum(), tensors)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[0][:, :, 5].any()
 
 
 @pytest.mark.parametrize("scale", (3.0, 40.0))
