@@ -11,7 +11,8 @@ from torch import Tensor
 from ._dispatch import is_batched, lean
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_LEAST = 96 * 64  # elements of an input below which the library declines
+# What the library declines, known before it is asked: inputs of fewer elements, and of float32 fewer multiply-adds.
+_LEAST, _LEAST_WORK = 96 * 64, 1 << 24
 
 _native: Any = None  # the library's ops
 _native_backward: Any = None
@@ -19,7 +20,8 @@ _native_backward: Any = None
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``torch.nn.functional.linear`` of a plain call (``plain_call``) of plain tensors on the CPU, the library being loaded."""
-    if x.dtype in _DTYPES and x.numel() >= _LEAST:
+    dtype, size = x.dtype, x.numel()
+    if dtype in _DTYPES and size >= _LEAST and (dtype is torch.bfloat16 or size * weight.shape[0] >= _LEAST_WORK):
         out = _linear(x, weight, bias)
         if out is not None:
             return out
