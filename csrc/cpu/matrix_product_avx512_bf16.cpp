@@ -241,6 +241,8 @@ class Product {
 
   using Kernel = void (*)(const Block&);
 
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // pieces: added only after the first of them was kept
   // RB rows times NV vectors, of the last run or another. Pieces of a run are added up by themselves: a float's rounding errors are those of
   // short sums then.
   template <bool kLast, int RB, int NV>
@@ -305,6 +307,7 @@ class Product {
         for (int v = 0; v < NV; ++v) sums[r * 2 + v] = sum[r][v];
     }
   }
+#pragma GCC diagnostic pop
 
   template <bool kLast, int NV>
   static Kernel kernel_of_rows(int64_t rows) {
