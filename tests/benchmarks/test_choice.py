@@ -135,7 +135,7 @@ def test_halves_that_disagree_get_more_rounds():
     assert found == pytest.approx(1e-3) and count[0] == 41
 
 
-TINY = choice.Grid((1, 3), (8,), (1, 3), ("float32", "bfloat16"), (1, 2), 1e-4)
+TINY = choice.Grid((1, 3), (8,), (1, 3), 7, ("float32", "bfloat16"), (1, 2), 1e-4)
 
 
 @pytest.fixture
@@ -170,8 +170,27 @@ def test_a_point_times_torchs_layer_and_ours(cell, layout, mode):
     chosen = set()
     with backends.watching(lambda query, backend: chosen.add((backend, query.steps))):
         found = choice._times(pair, point, TINY)
-    assert chosen == {("cpu", 1), ("cpu", 3)}
-    assert found["steps"] == [1, 3] and min(found["torch"] + found["ours"]) > 0
+    assert chosen == {("cpu", steps) for steps in found["steps"]}
+    assert found["steps"] in ([1, 3], [1, 3, 7]) and min(found["torch"] + found["ours"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "ours", "seconds", "expected"),
+    [
+        ("training", 1.1, 1e-3, [1, 3, 7]),
+        ("training", 0.99, 1e-3, [1, 3]),  # ours is ahead already
+        ("training", 1.3, 1e-3, [1, 3]),  # it will not be
+        ("training", 1.1, choice.LATEST / 8, [1, 3]),  # it would take too long
+        ("inference", 1.1, 1e-3, [1, 3]),
+    ],
+)
+def test_a_later_length_where_torchs_is_a_little_faster(monkeypatch, mode, ours, seconds, expected):
+    lengths = []
+    monkeypatch.setattr(choice, "_call", lambda module, point, T: lengths.append(T) or (lambda: ()))
+    monkeypatch.setattr(choice, "_check", lambda results, point: None)
+    monkeypatch.setattr(choice, "least", lambda calls, budget: (seconds * lengths[-1], seconds * lengths[-1] * ours))
+    point = choice.Point("gru", "float32", 1, 8, "padded", mode, 3)
+    assert choice._times((nn.Identity(), nn.Identity()), point, TINY)["steps"] == expected
 
 
 def test_what_computes_something_else_is_not_timed():
