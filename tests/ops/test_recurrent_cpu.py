@@ -215,7 +215,7 @@ def test_parts_are_as_exact_as_torch(name, hidden):
 
 @pytest.mark.parametrize("steps, batch", ((1, 1), (1, 40), (40, 1), (9, 20)))
 def test_activations_are_off_by_rounding_and_little_more(level, steps, batch):
-    """Products with ones in a diagonal are exact, so that h is tanh(x), and where g is 1 and nothing stays of c, c is sigmoid(x)."""
+    """Products with ones in a diagonal are exact: h is tanh(x), and where g is 1 and nothing stays of c, c is sigmoid(x)."""
     torch.manual_seed(0)
     hidden = 512
     x = torch.randn(steps, batch, hidden) * torch.logspace(-3, 0.3, hidden)[torch.randperm(hidden)]
