@@ -57,7 +57,7 @@ LOWERED = {
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "default": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
 }
-LONGEST = 0.3  # seconds that a call may take: a length at which it would take longer is left out
+LONGEST = 0.15  # seconds that a call may take: a length at which it would take longer is left out
 NEAR = 1.2  # times torch's time at the last length: ours that is as near may be the faster one at a later length
 LATEST = 0.6  # seconds of a call at that
 LONG = 0.02  # seconds of a call that does not notice what the other has left in the caches
