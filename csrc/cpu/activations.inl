@@ -1,5 +1,5 @@
-// Sigmoid and tanh in fewer operations than Math has them, for recurrence of few rows, whose gates no product hides. Included inside the
-// namespace of an instruction set, after vector.inl.
+// Sigmoid, alone and times tanh, in fewer operations than Math has them, for recurrence of few rows, where no product hides the gates.
+// Included inside the namespace of an instruction set, after vector.inl.
 
 // They go without the rest of log2(e): as if their argument were wrong by a fifth of its own rounding.
 template <class A>
@@ -26,6 +26,7 @@ struct Activation : Math<A> {
     const V scale = (V)(((I)shifted << L::kMantissa) + L::kOne);
     return scale * fraction + (scale - A(1));
   }
+
   // by one division: nothing is derived from the factors
   static FASTSEQ_HOST_DEVICE V sigmoid_tanh(V x, V y) {
     constexpr A kLeast = -60;  // below it sigmoid is less than 1e-26, and the divisor might become infinite

@@ -510,12 +510,12 @@ def test_gradients_of_gradients_of_layers(name, options, num_layers, ours_take_s
         torch.testing.assert_close(a, e)
 
 
-@pytest.mark.skipif(library.reason() is not None, reason="needs the library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 2, 8, 17, 300])
 @pytest.mark.parametrize(("gates", "inputs", "hidden"), [(20, 3, 5), (192, 70, 64), (99, 33, 33), (2048, 300, 512)])
 def test_gradients_of_the_weights_of_all_steps(gates, inputs, hidden, rows, dtype):
     """By whichever kernels take so many rows of such weights; those that are wanted, in their order."""
+    assert library.reason() is None
     dgates, drecurrent, x, h = (torch.randn(rows, n).to(dtype) for n in (gates, gates, inputs, hidden))
     truth = [part for a, b in ((dgates, x), (drecurrent, h)) for part in (a.double().t() @ b.double(), a.double().sum(0))]
     torchs = [part for a, b in ((dgates, x), (drecurrent, h)) for part in (a.t() @ b, a.sum(0))]
@@ -528,6 +528,7 @@ def test_gradients_of_the_weights_of_all_steps(gates, inputs, hidden, rows, dtyp
 
 
 def test_gradients_of_the_weights_of_steps_that_do_not_fit():
+    assert library.reason() is None
     op = torch.ops.fastseq_native.recurrent_steps_gradients.default
     for shapes in (((3, 8), (3, 8), (2, 4), (3, 4)), ((3, 8), (3, 4), (3, 4), (3, 4)), ((1, 3, 8), (3, 8), (3, 4), (3, 4))):
         with pytest.raises(RuntimeError, match="recurrent: "):
